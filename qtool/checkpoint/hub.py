@@ -1,0 +1,74 @@
+"""From what a user names, a local folder or a Hub id, to a folder on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qtool.errors import CheckpointRefused, ResourceError
+
+WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*", "consolidated*")
+CODE = ("*.py",)
+CONNECT_TIMEOUT_S = 5.0
+
+
+def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
+    """Return the folder of ``model_path``: itself when it exists, else the Hub model of that name, downloaded.
+
+    Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``; ``HF_HUB_OFFLINE`` is honoured.
+
+    Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when the Hub cannot be reached.
+    """
+    if Path(model_path).exists() or not _may_be_hub_name(model_path):
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    check_hub_is_reachable(model_path)
+    try:
+        folder = snapshot_download(
+            model_path,
+            revision=revision,
+            allow_patterns=[*WANTED, *(CODE if with_code else ())],
+            ignore_patterns=[pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
+            etag_timeout=CONNECT_TIMEOUT_S,
+        )
+    except GatedRepoError as error:
+        hint = "accept its terms on its page, then log in with `hf auth login`"
+        raise CheckpointRefused("E_HUB_ACCESS", f"Hub model `{model_path}` is gated and this account has no access", hint=hint) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision `{revision}`" if revision else ""
+        hint = "check the name; a private model needs `hf auth login`"
+        raise CheckpointRefused("E_NO_MODEL", f"no folder and no Hub model `{model_path}`{at}", hint=hint) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _unreachable(model_path) from error
+    return Path(folder)
+
+
+def check_hub_is_reachable(name: str) -> None:
+    """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer; do nothing when offline mode is set."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return  # the cache answers, or the download call refuses at once
+    try:
+        httpx.head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise _unreachable(name) from error
+
+
+def _may_be_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _unreachable(name: str) -> ResourceError:
+    from huggingface_hub import constants
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+    return ResourceError(
+        "E_HUB_UNREACHABLE",
+        f"`{name}` is no local folder or file, is not in the Hub cache, and {why}",
+        hint="give a path that exists, or download it where there is a network and set HF_HOME to that cache",
+    )

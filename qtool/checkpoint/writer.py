@@ -1,0 +1,161 @@
+"""One way to write a checkpoint folder: staged beside its place, made durable, then renamed. Killed at any moment, it is absent or whole."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.errors import OutputTaken, ResourceError, UsageError
+
+LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
+CHUNK_BYTES = 8 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A folder beside the output: ``checkpoint`` becomes the output, ``scratch`` is thrown away, ``lock_fd`` keeps others out."""
+
+    output: Path
+    root: Path
+    lock_fd: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """What `publish` will move into place."""
+        return self.root / "checkpoint"
+
+    @property
+    def scratch(self) -> Path:
+        """Where a library may put what it likes."""
+        return self.root / "scratch"
+
+    def publish(self) -> None:
+        """Make every byte durable, then put the checkpoint in its place in one step, replacing a former output if there is one."""
+        for path in self.checkpoint.iterdir():
+            _fsync(path)
+        _fsync(self.checkpoint)
+        if self.output.exists():
+            _exchange(self.checkpoint, self.output, aside=self.root / "previous")
+        else:
+            self.checkpoint.rename(self.output)
+        _fsync(self.output.parent)
+
+
+@contextlib.contextmanager
+def stage_output(output: Path, *, source: Path, overwrite: bool, need_bytes: int) -> Iterator[Staging]:
+    """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
+
+    Raises: UsageError, when ``output`` is the source, inside it, or around it; OutputTaken, when it exists (without ``overwrite``)
+    or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place cannot be written.
+    """
+    output, inside = output.absolute(), output.resolve()
+    if inside == source.resolve() or source.resolve() in inside.parents or inside in source.resolve().parents:
+        raise UsageError("E_OUTPUT_PLACE", f"the output {output} and the source {source} are one inside the other", hint="write beside the source")
+    root = output.parent / f".{output.name}.qtool"
+    with _locked(root, output) as lock_fd:
+        _recover(root, output)
+        if os.path.lexists(output) and not overwrite:
+            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another --output, or replace it with --overwrite")
+        if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
+            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists and is not a folder", hint="choose another --output")
+        check_disk(root, need_bytes)
+        staging = Staging(output, root, lock_fd)
+        staging.checkpoint.mkdir()
+        staging.scratch.mkdir()
+        yield staging
+
+
+def check_disk(folder: Path, need_bytes: int) -> None:
+    """Raise ResourceError when ``folder``'s disk has less than ``need_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        message = f"{folder.parent}: {need_bytes / 1e9:.2f} GB are needed for the output and {free / 1e9:.2f} GB are free"
+        raise ResourceError("E_DISK", message, hint="free some space, or write to another disk with --output")
+
+
+def digest_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel."""
+    ordered = sorted(files)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(_sha256, ordered)
+        return {file.name: {"sha256": digest, "size_bytes": file.stat().st_size} for file, digest in zip(ordered, digests, strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(root: Path, output: Path) -> Iterator[int]:
+    """Hold ``root``'s lock, and leave no ``root`` behind. The lock file goes with its holder, so a waiter checks that it still has the real one."""
+    lock_fd = _acquire(root, output)
+    try:
+        yield lock_fd
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        os.close(lock_fd)
+
+
+def _acquire(root: Path, output: Path) -> int:
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ResourceError("E_OUTPUT_PLACE", f"{root.parent}: cannot write there ({error.strerror})", hint="choose another --output") from error
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(root / "lock") and os.path.samestat(os.fstat(lock_fd), os.stat(root / "lock")):
+                return lock_fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                hint = "wait for the other run, or choose another --output"
+                raise OutputTaken("E_OUTPUT_IN_USE", f"another run is writing {output}", hint=hint) from None
+        os.close(lock_fd)
+        time.sleep(0.1)
+
+
+def _recover(root: Path, output: Path) -> None:
+    """Finish what a killed run left: a replaced output goes back to its place, the rest goes away."""
+    previous = root / "previous"
+    if previous.exists() and not output.exists():
+        previous.rename(output)
+    for path in root.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path)
+
+
+def _exchange(new: Path, old: Path, *, aside: Path) -> None:
+    """Swap two folders in one step where the system can; else in two, which `_recover` can finish."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(old))
+    except AttributeError:
+        pass  # not Linux
+    old.rename(aside)
+    new.rename(old)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,227 @@
+"""What the numbers of a quantized layer are: formats, granularity, groups. No algorithm, no library, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from qtool.errors import RecipeRefused, nearest
+
+Format = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
+Granularity = Literal["tensor", "channel", "token", "group", "block"]
+ScaleFormat = Literal["float", "e4m3", "e8m0"]
+
+FORMAT_BITS: Mapping[str, int] = {"fp4": 4, "fp8": 8} | {f"int{bits}": bits for bits in range(2, 9)}
+SCALE_BITS: Mapping[str, int] = {"float": 16, "e4m3": 8, "e8m0": 8}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights [N, K] are stored.
+
+    ``group_size`` is the number of neighbouring inputs that share a scale, for ``group``; ``block`` is (rows, columns), for ``block``.
+    ``scale`` is the format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of two of the MX formats.
+    """
+
+    format: Format
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    scale: ScaleFormat = "float"
+
+    def __post_init__(self) -> None:
+        _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
+        if (self.granularity == "block") != (self.block is not None):
+            raise _invalid(f"weights: granularity `{self.granularity}` and block {self.block} do not go together")
+        if self.granularity == "token":
+            raise _invalid("weights: granularity `token` is for activations; weights know `channel`")
+        if not self.symmetric and self.format.startswith("fp"):
+            raise _invalid(f"weights: {self.format} has no zero point; `symmetric` must stay true")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return FORMAT_BITS[self.format]
+
+    def scale_count(self, rows: int, columns: int) -> int:
+        """Return how many scales a weight of [``rows``, ``columns``] has."""
+        if self.granularity == "tensor":
+            return 1
+        if self.granularity == "block" and self.block:
+            return math.ceil(rows / self.block[0]) * math.ceil(columns / self.block[1])
+        return rows * (math.ceil(columns / self.group_size) if self.group_size else 1)
+
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of codes, scales and zero points together, for a weight of [``rows``, ``columns``]."""
+        scales = self.scale_count(rows, columns)
+        bits = rows * columns * self.bits + scales * SCALE_BITS[self.scale]
+        if not self.symmetric:
+            bits += scales * self.bits
+        return math.ceil(bits / 8) + (4 if self.scale == "e4m3" else 0)
+
+    def __str__(self) -> str:
+        if self.scale == "e4m3":
+            name = "nvfp4"
+        elif self.scale == "e8m0":
+            name = f"mx{self.format}"
+        else:
+            name = self.format
+        where = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block or ()))}
+        return f"{name} {where.get(self.granularity, self.granularity)}{'' if self.symmetric else ' asym'}"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How a layer's input [T, K] is rounded: ``dynamic`` scales are found at run time, static ones by calibration."""
+
+    format: Format
+    granularity: Granularity = "token"
+    group_size: int | None = None
+    dynamic: bool = True
+    symmetric: bool = True
+    scale: ScaleFormat = "float"
+
+    def __post_init__(self) -> None:
+        _check_numbers("activations", self.format, self.granularity, self.group_size, self.scale)
+        if self.granularity in ("channel", "block"):
+            raise _invalid(f"activations: granularity `{self.granularity}` is for weights")
+
+    def __str__(self) -> str:
+        name = {"e4m3": "nvfp4", "e8m0": f"mx{self.format}"}.get(self.scale, self.format)
+        where = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        return f"{name} {where}{'' if self.dynamic else ' static'}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one linear layer stores and computes with; ``activations`` is None when inputs stay in 16 bits."""
+
+    weights: Weights
+    activations: Activations | None = None
+
+    @property
+    def name(self) -> str:
+        """The field's name of this scheme, e.g. ``W4A16``, or a description where it has none."""
+        for name, scheme in SCHEMES.items():
+            if scheme == self:
+                return name
+        return str(self)
+
+    def with_group_size(self, group_size: int) -> Scheme:
+        """Return the scheme with another group size; -1 means one scale a row. RecipeRefused when it has no groups to size."""
+        if self.weights.granularity not in ("group", "channel") or self.weights.format.startswith("fp"):
+            raise RecipeRefused(
+                "E_GROUP_SIZE",
+                f"group_size {group_size} does not fit scheme {self.name}: its scales are fixed at {self.weights}",
+                hint="leave --group-size out, or choose an integer method such as `gptq_int4`",
+            )
+        if group_size == -1:
+            weights = replace(self.weights, granularity="channel", group_size=None)
+        else:
+            weights = replace(self.weights, granularity="group", group_size=group_size)
+        return replace(self, weights=weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scheme as it stands in a recipe or a manifest."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.weights}, activations {self.activations}" if self.activations else str(self.weights)
+
+
+def scheme_from(value: str | Mapping[str, Any]) -> Scheme:
+    """Return the scheme that a recipe names (``W4A16``) or spells out (``{weights: {...}, activations: {...}}``).
+
+    Raises: RecipeRefused, with the nearest name or the keys that are known.
+    """
+    if isinstance(value, str):
+        by_lower = {name.lower(): scheme for name, scheme in SCHEMES.items()}
+        if value.lower() not in by_lower:
+            raise _invalid(f"unknown scheme `{value}`", hint=nearest(value, SCHEMES) or f"known: {', '.join(SCHEMES)}")
+        return by_lower[value.lower()]
+    _refuse_unknown_keys("scheme", value, {"weights", "activations"})
+    if not isinstance(value.get("weights"), Mapping):
+        raise _invalid("a scheme needs `weights`, a mapping with at least `format`")
+    activations = value.get("activations")
+    return Scheme(
+        _dataclass_from(Weights, "weights", value["weights"]),
+        _dataclass_from(Activations, "activations", activations) if activations is not None else None,
+    )
+
+
+def _dataclass_from(kind: Any, where: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise _invalid(f"{where}: expected a mapping, found {value!r}")
+    _refuse_unknown_keys(where, value, {field.name for field in fields(kind)})
+    if "format" not in value:
+        raise _invalid(f"{where}: `format` is missing", hint=f"one of {', '.join(FORMAT_BITS)}")
+    values = dict(value)
+    if values.get("block") is not None:
+        values["block"] = tuple(values["block"])
+    return kind(**values)
+
+
+def _refuse_unknown_keys(where: str, value: Mapping[str, Any], known: set[str]) -> None:
+    for key in value:
+        if key not in known:
+            hint = nearest(str(key), known) or f"known: {', '.join(sorted(known))}"
+            raise _invalid(f"{where}: unknown key `{key}`", hint=hint)
+
+
+def _check_numbers(where: str, format: str, granularity: str, group_size: int | None, scale: str) -> None:
+    if format not in FORMAT_BITS:
+        raise _invalid(f"{where}: unknown format `{format}`", hint=nearest(format, FORMAT_BITS) or f"one of {', '.join(FORMAT_BITS)}")
+    if granularity not in Granularity.__args__:  # type: ignore[attr-defined]
+        raise _invalid(f"{where}: unknown granularity `{granularity}`", hint=nearest(granularity, Granularity.__args__))  # type: ignore[attr-defined]
+    if scale not in SCALE_BITS:
+        raise _invalid(f"{where}: unknown scale `{scale}`", hint=f"one of {', '.join(SCALE_BITS)}")
+    if (granularity == "group") != (group_size is not None):
+        raise _invalid(f"{where}: granularity `{granularity}` and group_size {group_size} do not go together")
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise _invalid(f"{where}: group_size must be a positive whole number, found {group_size!r}")
+
+
+def _invalid(message: str, *, hint: str = "") -> RecipeRefused:
+    return RecipeRefused("E_SCHEME", message, hint=hint)
+
+
+_INT8_TOKEN = Activations("int8", "token")
+_FP8_TOKEN = Activations("fp8", "token")
+_NVFP4_INPUT = Activations("fp4", "group", 16, scale="e4m3")
+
+
+def _int_group(bits: int, **options: Any) -> Weights:
+    return Weights(f"int{bits}", "group", 128, **options)  # type: ignore[arg-type]
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "FP8": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor", dynamic=False)),
+    "FP8_DYNAMIC": Scheme(Weights("fp8", "channel"), _FP8_TOKEN),
+    "FP8_BLOCK": Scheme(Weights("fp8", "block", block=(128, 128)), Activations("fp8", "group", 128)),
+    "FP8_BLOCK_W8A16": Scheme(Weights("fp8", "block", block=(128, 128))),
+    "W8A8": Scheme(Weights("int8", "channel"), _INT8_TOKEN),
+    "W8A8_STATIC": Scheme(Weights("int8", "channel"), Activations("int8", "tensor", dynamic=False)),
+    "W8A16": Scheme(_int_group(8)),
+    "W8A16_CHANNEL": Scheme(Weights("int8", "channel")),
+    "W7A16": Scheme(_int_group(7)),
+    "W6A16": Scheme(_int_group(6)),
+    "W5A16": Scheme(_int_group(5)),
+    "W4A16": Scheme(_int_group(4)),
+    "W4A16_ASYM": Scheme(_int_group(4, symmetric=False)),
+    "W3A16": Scheme(_int_group(3)),
+    "W2A16": Scheme(_int_group(2)),
+    "W4A8": Scheme(_int_group(4), _INT8_TOKEN),
+    "W4AFP8": Scheme(_int_group(4), _FP8_TOKEN),
+    "W4AFP8_STATIC": Scheme(_int_group(4), Activations("fp8", "tensor", dynamic=False)),
+    "NVFP4": Scheme(Weights("fp4", "group", 16, scale="e4m3"), _NVFP4_INPUT),
+    "NVFP4A16": Scheme(Weights("fp4", "group", 16, scale="e4m3")),
+    "NVFP4AFP8": Scheme(Weights("fp4", "group", 32, scale="e4m3"), Activations("fp8", "tensor", dynamic=False)),
+    "MXFP4": Scheme(Weights("fp4", "group", 32, scale="e8m0"), Activations("fp4", "group", 32, scale="e8m0")),
+    "MXFP4A16": Scheme(Weights("fp4", "group", 32, scale="e8m0")),
+    "MXFP4AFP8": Scheme(Weights("fp4", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")),
+    "MXFP8": Scheme(Weights("fp8", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")),
+    "MXFP8A16": Scheme(Weights("fp8", "group", 32, scale="e8m0")),
+}
