@@ -89,6 +89,11 @@ class Activations:
         if self.granularity in ("channel", "block"):
             raise _invalid(f"activations: granularity `{self.granularity}` is for weights")
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether some scale comes from calibration: static scales, and the global one of NVFP4."""
+        return not self.dynamic or self.scale == "e4m3"
+
     def __str__(self) -> str:
         name = {"e4m3": "nvfp4", "e8m0": f"mx{self.format}"}.get(self.scale, self.format)
         where = f"g{self.group_size}" if self.granularity == "group" else self.granularity
@@ -109,6 +114,26 @@ class Scheme:
             if scheme == self:
                 return name
         return str(self)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of one weight with its share of the scales and zero points, for a matrix of 4096 x 4096."""
+        return self.weights.size_bytes(4096, 4096) * 8 / 4096**2
+
+    @property
+    def native_gpu(self) -> str:
+        """The first NVIDIA architecture that multiplies in this scheme's own formats; others emulate it or cannot load it.
+
+        Source: the engines' own minimum capabilities, vLLM 0.33 and SGLang 0.5.23.
+        """
+        formats = {self.weights.format} | ({self.activations.format} if self.activations else set())
+        if self.activations is None:
+            return "sm_75"
+        if "fp4" in formats or self.weights.scale == "e8m0":
+            return "sm_100"
+        if formats == {"fp8"}:
+            return "sm_89"
+        return "sm_90" if "fp8" in formats else "sm_75"
 
     def with_group_size(self, group_size: int) -> Scheme:
         """Return the scheme with another group size; -1 means one scale a row. RecipeRefused when it has no groups to size."""
@@ -201,6 +226,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "FP8": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor", dynamic=False)),
     "FP8_DYNAMIC": Scheme(Weights("fp8", "channel"), _FP8_TOKEN),
     "FP8_BLOCK": Scheme(Weights("fp8", "block", block=(128, 128)), Activations("fp8", "group", 128)),
+    "FP8_W8A16": Scheme(Weights("fp8", "channel")),
     "FP8_BLOCK_W8A16": Scheme(Weights("fp8", "block", block=(128, 128))),
     "W8A8": Scheme(Weights("int8", "channel"), _INT8_TOKEN),
     "W8A8_STATIC": Scheme(Weights("int8", "channel"), Activations("int8", "tensor", dynamic=False)),

@@ -229,7 +229,9 @@ def _check_looks_like_safetensors(path: Path, start: bytes, size: int) -> None:
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise _refused("E_HEADER", f"{path}: tensor `{name}` is described by {entry!r}")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype not in DTYPE_BITS:
         raise _refused("E_HEADER", f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
     if not _all_counts(shape):

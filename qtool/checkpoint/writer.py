@@ -118,7 +118,7 @@ def _acquire(root: Path, output: Path) -> int:
             raise ResourceError("E_OUTPUT_PLACE", f"{root.parent}: cannot write there ({error.strerror})", hint="choose another --output") from error
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(root / "lock") and os.path.samestat(os.fstat(lock_fd), os.stat(root / "lock")):
+            if (root / "lock").exists() and os.path.samestat(os.fstat(lock_fd), (root / "lock").stat()):
                 return lock_fd
         except BlockingIOError:
             if time.monotonic() > deadline:

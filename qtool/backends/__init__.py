@@ -1,0 +1,166 @@
+"""The quantization libraries, each behind the same small protocol and each run in a worker process of its own.
+
+Nothing here imports a library: a backend's module answers `refusals` from static tables, and imports its library when its work starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from qtool.calibration import CalibrationSpec
+from qtool.errors import RecipeRefused
+from qtool.plan import Plan
+from qtool.scheme import Scheme
+
+BACKENDS: Mapping[str, str] = {  # name in a recipe -> class, imported when first asked for
+    "gptqmodel": "qtool.backends.gptqmodel:GPTQModelBackend",
+    "llmcompressor": "qtool.backends.llmcompressor:LLMCompressorBackend",
+    "modelopt": "qtool.backends.modelopt:ModelOptBackend",
+    "torchao": "qtool.backends.torchao:TorchAOBackend",
+}
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as it travels to a worker: plain data, every path absolute. ``output`` and ``scratch`` are empty folders."""
+
+    model: str
+    recipe: Mapping[str, Any]
+    output: str
+    scratch: str
+    device: str
+    calibration: CalibrationSpec | None
+    trust_remote_code: bool = False
+    state_save: str | None = None
+    state_restore: str | None = None
+
+
+class Reporter(Protocol):
+    """Where a backend says what it is doing."""
+
+    def stage(self, what: str) -> None:
+        """A new part of the work begins, e.g. ``loading the model``."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` units of ``what`` are finished, e.g. layers."""
+
+    def state_saved(self) -> None:
+        """The state folder is complete and may be published."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job inside its worker: the plan made again, the samples tokenized, the device found."""
+
+    job: Job
+    plan: Plan
+    samples: Sequence[Sequence[int]]
+    device: str
+    report: Reporter
+
+    @property
+    def output(self) -> Path:
+        """The folder to write a complete checkpoint to."""
+        return Path(self.job.output)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what the library wants to keep meanwhile."""
+        return Path(self.job.scratch)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one forward pass, at most."""
+        return self.job.calibration.batch_size if self.job.calibration else 1
+
+    def batches(self) -> list[list[Sequence[int]]]:
+        """Return the samples in batches of equal length, so that no padding enters the statistics."""
+        by_length: dict[int, list[Sequence[int]]] = {}
+        for sample in self.samples:
+            by_length.setdefault(len(sample), []).append(sample)
+        size = self.batch_size
+        return [group[start : start + size] for group in by_length.values() for start in range(0, len(group), size)]
+
+
+class Backend(Protocol):
+    """One quantization library. How it loads, calibrates and saves is its own affair."""
+
+    distribution: str
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Why this plan cannot run here, one reason each; empty when it can. Imports no library."""
+
+    def environment(self, plan: Plan, device: str) -> dict[str, str]:
+        """The variables the worker's interpreter starts with."""
+
+    def quantize(self, work: Work) -> None:
+        """Quantize as planned and write a complete checkpoint folder to ``work.output``."""
+
+
+def load_backend(name: str) -> Backend:
+    """Import and return the backend that recipes call ``name``."""
+    module_name, class_name = BACKENDS[name].split(":")
+    return cast(Backend, getattr(importlib.import_module(module_name), class_name)())
+
+
+def version_of(backend: Backend) -> str:
+    """Return the library's name and installed version, without importing it."""
+    return f"{backend.distribution} {importlib.metadata.version(backend.distribution)}"
+
+
+def check_backend(plan: Plan) -> None:
+    """Raise RecipeRefused when the plan's backend cannot run it, with its reasons and a backend that can."""
+    name = plan.recipe.backend
+    reasons = load_backend(name).refusals(plan)
+    if not reasons:
+        return
+    able = [other for other in BACKENDS if other != name and not load_backend(other).refusals(plan)]
+    hint = f"--backend {able[0]} can run it" if able else "no backend can run this combination; `qtool quantize --list` shows what they run"
+    raise RecipeRefused("E_BACKEND_REFUSES", f"{name} cannot run this recipe: {'; '.join(reasons)}", hint=hint)
+
+
+def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a reason when the recipe's algorithm is none of ``chains`` (tuples of step names)."""
+    names = tuple(step.name for step in plan.recipe.algorithm)
+    return [] if names in set(chains) else [f"it has no algorithm `{' + '.join(names) or 'none'}`"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share a scheme, and short regular expressions for exactly them, among the names they were chosen from."""
+
+    scheme: Scheme | None
+    names: tuple[str, ...]
+    patterns: tuple[str, ...]
+
+
+FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
+
+
+def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
+    """Sort ``linears``, the linear modules of the loaded model, into groups of one scheme; what is left alone has scheme None.
+
+    A pattern names whole kinds (``.*\\.(q_proj|k_proj|v_proj|qkv_proj)$``) where a kind lies in one group, else single modules. The fused
+    names are there because vLLM and SGLang match such patterns against their fused layers.
+    """
+    planned = {module.name: module.scheme for module in plan.quantized}
+    by_scheme: dict[Scheme | None, list[str]] = {}
+    kinds: dict[str, set[Scheme | None]] = {}
+    for name in linears:
+        scheme = planned.get(name)
+        by_scheme.setdefault(scheme, []).append(name)
+        kinds.setdefault(name.rpartition(".")[2], set()).add(scheme)
+    groups = []
+    for scheme, names in by_scheme.items():
+        whole = [kind for kind in dict.fromkeys(name.rpartition(".")[2] for name in names) if len(kinds[kind]) == 1]
+        fused = [kind for kind, parts in FUSED.items() if parts <= set(whole)]
+        patterns = [rf"(?:.*\.)?({'|'.join([*whole, *fused])})$"] if whole else []
+        patterns += [name.replace(".", r"\.") + "$" for name in names if name.rpartition(".")[2] not in whole]
+        groups.append(Group(scheme, tuple(names), tuple(patterns)))
+    return groups

@@ -1,0 +1,235 @@
+"""LLM Compressor: writes compressed-tensors checkpoints.
+
+Source: llmcompressor 0.14 and compressed-tensors 0.19.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from qtool.backends import MAX_SHARD_SIZE, Reporter, Work, groups_of, step_refusals
+from qtool.backends.models import batch_tensors, check_planned, linear_names, load_model
+from qtool.plan import Plan
+from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant
+from qtool.scheme import Activations, Scheme, Weights
+
+ROUNDERS = ("rtn", "mse", "gptq", "autoround")
+TRANSFORMS = ("awq", "smoothquant", "spinquant")
+CHAINS = {
+    *((rounder,) for rounder in ROUNDERS),
+    *((transform,) for transform in TRANSFORMS),
+    *((transform, rounder) for transform in TRANSFORMS for rounder in ("rtn", "mse", "gptq")),
+}
+
+
+class LLMCompressorBackend:
+    """Drives ``llmcompressor.oneshot``: one decoder layer at a time on the GPU, the model on the CPU."""
+
+    distribution = "llmcompressor"
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Why this plan cannot run here; empty when it can."""
+        recipe = plan.recipe
+        reasons = step_refusals(plan, CHAINS)
+        if recipe.kv_cache not in (None, "fp8"):
+            reasons.append(f"its KV cache format is fp8, not {recipe.kv_cache}")
+        if recipe.checkpoint_format:
+            reasons.append(f"it writes compressed-tensors, not {recipe.checkpoint_format}")
+        if any(step.act_order for step in recipe.steps(Gptq)):
+            reasons.append("compressed-tensors 0.19 no longer stores an activation order (`act_order`)")
+        if any(step.search != "lite" for step in recipe.steps(Awq)):
+            reasons.append("its AWQ has one search, `lite`")
+        if recipe.steps(AutoRound) and any(scheme.weights.scale != "float" for scheme in recipe.schemes):
+            reasons.append("AutoRound is driven here for integer and FP8 weights")
+        for scheme in recipe.schemes:
+            activations = scheme.activations
+            if scheme.weights.scale == "e4m3" and (scheme.weights.group_size != 16 or (activations and activations.format != "fp4")):
+                reasons.append(f"it has no scheme `{scheme.name}`")
+        return reasons
+
+    def environment(self, plan: Plan, device: str) -> dict[str, str]:
+        """Variables for the worker; ``LLM_COMPRESSOR_LOG_DISABLED`` would break GPTQ, so it is cleared."""
+        return {"LLM_COMPRESSOR_LOG_DISABLED": "false", "LLM_COMPRESSOR_CLEAR_LOGGERS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def quantize(self, work: Work) -> None:
+        """Quantize as planned and write a complete checkpoint folder to ``work.output``."""
+        from llmcompressor import oneshot
+        from llmcompressor.pipelines.cache import IntermediatesCache
+        from torch.utils.data import DataLoader
+
+        _report_bars(work.report)
+        if work.device == "cpu":
+            IntermediatesCache.pin_memory = lambda self, *args, **options: None  # it pins without asking whether there is a GPU
+        model = load_model(work)
+        linears = linear_names(model)
+        check_planned(work, linears)
+        batches = [{"input_ids": batch} for batch in batch_tensors(work)]
+        oneshot(
+            model=model,
+            recipe=_modifiers(work, linears),
+            dataset=DataLoader(cast(Any, batches), batch_size=None) if batches else None,
+            num_calibration_samples=len(batches),
+            shuffle_calibration_samples=False,
+        )
+        work.report.stage("saving")
+        model.save_pretrained(work.output, max_shard_size=MAX_SHARD_SIZE)
+        _clear_actorder(work.output / "config.json")
+
+
+def _clear_actorder(config_file: Path) -> None:
+    """Drop the order GPTQ solved columns in where there are no groups: it means nothing there, and older engines refuse such a file."""
+    config = json.loads(config_file.read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        weights = group.get("weights")
+        if weights and weights.get("strategy") not in ("group", "tensor_group"):
+            weights["actorder"] = None
+    config_file.write_text(json.dumps(config, indent=2))
+
+
+def _modifiers(work: Work, linears: list[str]) -> list[Any]:
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier, SpinQuantModifier
+
+    recipe = work.plan.recipe
+    groups = groups_of(work.plan, linears)
+    ignore = [name for group in groups if group.scheme is None for name in group.names]
+    quantized = [group for group in groups if group.scheme is not None]
+    config_groups = {
+        f"group_{index}": _config_group(group.scheme, ["Linear"] if len(quantized) == 1 else [f"re:{pattern}" for pattern in group.patterns], recipe)
+        for index, group in enumerate(quantized)
+        if group.scheme is not None
+    }
+    options: dict[str, Any] = {"config_groups": config_groups or None, "ignore": ignore}
+    if not config_groups:
+        options |= {"targets": []}
+    if recipe.kv_cache:
+        options["kv_cache_scheme"] = _kv_cache_args()
+
+    modifiers: list[Any] = []
+    for step in recipe.algorithm:
+        if isinstance(step, SmoothQuant):
+            modifiers.append(SmoothQuantModifier(smoothing_strength=step.strength))
+        elif isinstance(step, SpinQuant):
+            modifiers.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard"))
+        elif isinstance(step, Awq):
+            fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
+            modifiers.append(AWQModifier(duo_scaling=not fp8))  # duo scaling is not defined for FP8 weights
+    rounder = recipe.algorithm[-1]
+    if isinstance(rounder, Gptq):
+        dampening = {"dampening_frac": rounder.dampening} if rounder.dampening else {}
+        modifiers.append(GPTQModifier(**dampening, **options))
+    elif isinstance(rounder, AutoRound):
+        modifiers.append(AutoRoundModifier(iters=rounder.iterations, enable_torch_compile=work.device != "cpu", **options))
+    else:
+        modifiers.append(QuantizationModifier(**options))
+    return modifiers
+
+
+def _config_group(scheme: Scheme, targets: list[str], recipe: Recipe) -> Any:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weights = _weight_arguments(scheme.weights)
+    if recipe.steps(Mse):
+        weights.observer = "memoryless_mse"
+    activations = _activation_arguments(scheme.activations) if scheme.activations else None
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
+
+
+def _weight_arguments(weights: Weights) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    strategy = "tensor_group" if weights.scale == "e4m3" else weights.granularity
+    options = {"block_structure": list(weights.block)} if weights.block else {}
+    return QuantizationArgs(
+        num_bits=weights.bits,
+        type=_type(weights.format),
+        strategy=strategy,
+        group_size=weights.group_size,
+        symmetric=weights.symmetric,
+        dynamic=False,
+        **options,
+        **_scale_dtypes(weights.scale, symmetric=weights.symmetric),
+    )
+
+
+def _activation_arguments(activations: Activations) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    two_levels = activations.scale == "e4m3"
+    return QuantizationArgs(
+        num_bits=4 if activations.format in ("fp4", "int4") else 8,
+        type=_type(activations.format),
+        strategy="tensor_group" if two_levels else activations.granularity,
+        group_size=activations.group_size,
+        symmetric=activations.symmetric,
+        dynamic="local" if two_levels else activations.dynamic,
+        observer="static_minmax" if activations.needs_data else None,
+        **_scale_dtypes(activations.scale, symmetric=True),
+    )
+
+
+def _scale_dtypes(scale: str, *, symmetric: bool) -> dict[str, Any]:
+    import torch
+
+    if scale == "float":
+        return {} if symmetric else {"zp_dtype": torch.int8}
+    dtype = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}[scale]
+    return {"scale_dtype": dtype, "zp_dtype": dtype}
+
+
+def _type(format: str) -> str:
+    return "float" if format.startswith("fp") else "int"
+
+
+def _kv_cache_args() -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+
+
+class _Bar:
+    """Takes tqdm's place in the library: turns ``(3/7): Calibrating`` and its like into progress events."""
+
+    report: Reporter
+
+    def __init__(self, iterable: Iterable[Any] | None = None, *, desc: str = "", total: int | None = None, **_: Any) -> None:
+        self._iterable = iterable
+        self._layer = re.match(r"\((\d+)/(\d+)\): (\w+)", desc)
+        self._total = total
+        if not self._layer and desc and iterable is not None:
+            self.report.stage(desc[0].lower() + desc[1:])
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._iterable is not None
+        if not self._layer:
+            yield from self._iterable
+            return
+        layer, layers, phase = int(self._layer[1]), int(self._layer[2]), self._layer[3]
+        half = 0.0 if phase == "Calibrating" else 0.5
+        for batch, item in enumerate(self._iterable):
+            done = layer - 1 + half + 0.5 * batch / (self._total or 1)
+            self.report.progress("layers", int(done), layers)
+            yield item
+        if phase == "Propagating":
+            self.report.progress("layers", layer, layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **options: None  # update, close, set_postfix ...
+
+
+def _report_bars(report: Reporter) -> None:
+    import llmcompressor.modifiers.transform.awq.base as awq
+    import llmcompressor.pipelines.basic.pipeline as basic
+    import llmcompressor.pipelines.cache as cache
+    import llmcompressor.pipelines.sequential.pipeline as sequential
+
+    bar = type("Bar", (_Bar,), {"report": report})
+    for module in (sequential, cache, awq):
+        module.tqdm = bar
+    basic.tqdm = type("tqdm", (), {"tqdm": bar})

@@ -1,0 +1,194 @@
+"""NVIDIA ModelOpt: writes its unified Hugging Face checkpoints, and keeps or restores calibrated states.
+
+Source: nvidia-modelopt 0.47.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
+from qtool.backends.modelopt_state import restore_state, save_state
+from qtool.backends.models import batch_tensors, check_planned, linear_names, load_model
+from qtool.plan import Plan
+from qtool.recipe import Auto, Awq, Mse, Recipe, Rtn, SmoothQuant, SvdQuant
+from qtool.scheme import SCHEMES, Scheme
+
+PRESETS = {  # scheme -> the library's configuration with these numbers
+    SCHEMES["FP8"]: "FP8_DEFAULT_CFG",
+    SCHEMES["FP8_DYNAMIC"]: "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    SCHEMES["FP8_BLOCK_W8A16"]: "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    SCHEMES["W8A8_STATIC"]: "INT8_DEFAULT_CFG",
+    SCHEMES["W8A16_CHANNEL"]: "INT8_WEIGHT_ONLY_CFG",
+    SCHEMES["W4A16"]: "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    SCHEMES["W4AFP8_STATIC"]: "W4A8_AWQ_BETA_CFG",
+    SCHEMES["NVFP4"]: "NVFP4_DEFAULT_CFG",
+    SCHEMES["NVFP4A16"]: "W4A16_NVFP4_CFG",
+    SCHEMES["NVFP4AFP8"]: "W4A8_NVFP4_FP8_CFG",
+    SCHEMES["MXFP8"]: "MXFP8_DEFAULT_CFG",
+    SCHEMES["MXFP4"]: "MXFP4_DEFAULT_CFG",
+}
+AWQ_PRESETS = {SCHEMES["W4A16"]: "INT4_AWQ_CFG"}  # what changes when AWQ searches the scales
+FORWARD_PASSES = {"awq": 2, "gptq": 2}  # how often an algorithm runs the calibration loop; others once
+GPU_FRACTION = 0.8  # of the free memory of the GPU may be weights; more is left to accelerate's offloading
+
+
+class ModelOptBackend:
+    """Drives ``mtq.quantize`` and ``export_hf_checkpoint``."""
+
+    distribution = "nvidia-modelopt"
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Why this plan cannot run here; empty when it can."""
+        recipe = plan.recipe
+        reasons = step_refusals(plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "svdquant", "auto")})
+        if recipe.checkpoint_format:
+            reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
+        if recipe.scheme is None:
+            reasons.append("it needs a scheme for the weights")
+        for scheme in recipe.schemes:
+            if _fixed_groups(scheme) not in PRESETS:
+                reasons.append(f"it exports no scheme `{scheme.name}`")
+        return reasons
+
+    def environment(self, plan: Plan, device: str) -> dict[str, str]:
+        """Variables for the worker; the one that would let a state file run code is cleared."""
+        return {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+
+    def quantize(self, work: Work) -> None:
+        """Quantize as planned, or restore a state, and write a complete checkpoint folder to ``work.output``."""
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.export import export_hf_checkpoint
+
+        model = _load(work)
+        linears = linear_names(model)
+        check_planned(work, linears)
+        if work.job.state_restore:
+            work.report.stage("restoring the state")
+            restore_state(model, work.job.state_restore, work.plan)
+        elif work.plan.recipe.steps(Auto):
+            _auto_quantize(model, work, linears)
+        else:
+            recipe = work.plan.recipe
+            config = {"quant_cfg": _quantizers(work, mtq, linears), "algorithm": _algorithm(recipe, mtq)}
+            work.report.stage("quantizing")
+            mtq.quantize(model, config, _forward_loop(work) if work.samples else None)
+        if work.job.state_save:
+            work.report.stage("saving the state")
+            save_state(model, work.job.state_save, work.plan)
+            work.report.state_saved()
+        work.report.stage("exporting")
+        model.config.dtype = model.dtype  # the exporter takes a string for a device
+        export_hf_checkpoint(model, export_dir=work.output, max_shard_size=MAX_SHARD_SIZE)
+
+
+def _load(work: Work) -> Any:
+    import torch
+
+    if work.device == "cpu":
+        return load_model(work)
+    free, _ = torch.cuda.mem_get_info(work.device)
+    fits = work.plan.bytes_before < free * GPU_FRACTION
+    return load_model(work, device_map=work.device if fits else "auto", offload_folder=str(work.scratch / "offload"))
+
+
+def _forward_loop(work: Work) -> Callable[[Any], None]:
+    import torch
+
+    batches = batch_tensors(work)
+    total = len(batches) * FORWARD_PASSES.get(work.plan.recipe.algorithm[-1].name, 1)
+    done = 0
+
+    def run(model: Any) -> None:
+        nonlocal done
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch.to(model.device), use_cache=False)  # with a cache, layerwise calibration is silently wrong
+                done += 1
+                work.report.progress("calibration batches", min(done, total), total)
+
+    return run
+
+
+def _fixed_groups(scheme: Scheme) -> Scheme:
+    """Return the scheme with the group size of its preset, where the library lets the group size be chosen."""
+    weights = scheme.weights
+    return scheme.with_group_size(128) if weights.format == "int4" and weights.granularity == "group" else scheme
+
+
+def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
+    names = PRESETS | AWQ_PRESETS if recipe.steps(Awq) else PRESETS
+    return copy.deepcopy(getattr(mtq, names[_fixed_groups(scheme)]))
+
+
+def _quantizers(work: Work, mtq: Any, linears: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the ordered list that switches everything off and then on what the plan names."""
+    recipe = work.plan.recipe
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for group in groups_of(work.plan, linears):
+        if group.scheme is not None:
+            preset = _preset(group.scheme, recipe, mtq)["quant_cfg"]
+            entries += [_for_module(entry, name, group.scheme) for name in group.names for entry in preset if _is_linear_entry(entry)]
+    if recipe.kv_cache:
+        entries += copy.deepcopy(getattr(mtq, f"{recipe.kv_cache.upper()}_KV_CFG")["quant_cfg"])
+    return entries
+
+
+def _is_linear_entry(entry: dict[str, Any]) -> bool:
+    return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get("enable", True)
+
+
+def _for_module(entry: dict[str, Any], module: str, scheme: Scheme) -> dict[str, Any]:
+    entry = copy.deepcopy(entry)
+    entry["quantizer_name"] = f"{module}.{entry['quantizer_name'].removeprefix('*')}"
+    if scheme.weights.format == "int4" and entry["quantizer_name"].endswith("weight_quantizer"):
+        for part in entry["cfg"] if isinstance(entry["cfg"], list) else [entry["cfg"]]:
+            if "block_sizes" in part:
+                part["block_sizes"][-1] = scheme.weights.group_size
+    return entry
+
+
+def _algorithm(recipe: Recipe, mtq: Any) -> Any:
+    assert recipe.scheme is not None
+    step = recipe.algorithm[-1]
+    if isinstance(step, Rtn):
+        algorithm = _preset(recipe.scheme, recipe, mtq)["algorithm"]
+        return algorithm if algorithm in (None, "max") else "max"
+    if isinstance(step, Awq):
+        return {"method": f"awq_{step.search}"}
+    if isinstance(step, SmoothQuant):
+        return {"method": "smoothquant", "alpha": step.strength}
+    if isinstance(step, SvdQuant):
+        return {"method": "svdquant", "lowrank": step.rank}
+    return {"method": "mse" if isinstance(step, Mse) else "gptq"}
+
+
+def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
+    import modelopt.torch.quantization as mtq
+
+    step = work.plan.recipe.steps(Auto)[0]
+    planned = {module.name for module in work.plan.quantized}
+    batches = [{"input_ids": batch.to(model.device), "labels": batch.to(model.device)} for batch in batch_tensors(work)]
+    work.report.stage("searching a scheme for each layer")
+    try:
+        mtq.auto_quantize(
+            model,
+            constraints={"effective_bits": step.effective_bits},
+            quantization_formats=[_preset(scheme, work.plan.recipe, mtq) for scheme in step.candidates],
+            data_loader=batches,
+            forward_step=lambda model, batch: model(**batch, use_cache=False) if step.score == "gradient" else model(**batch, use_cache=False).logits,
+            loss_func=(lambda output, batch: output.loss) if step.score == "gradient" else None,
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            disabled_layers=[f"*{name}*" for name in linears if name not in planned] or None,
+            method=step.score,
+            verbose=True,
+        )
+    except ValueError as error:
+        if "effective_bits" not in str(error):
+            raise
+        from qtool.errors import RecipeRefused
+
+        raise RecipeRefused("E_EFFECTIVE_BITS", " ".join(str(error).split()), hint="raise `effective_bits`, or add a smaller candidate") from error

@@ -1,0 +1,172 @@
+"""A calibrated, fake-quantized ModelOpt model on disk, as JSON and safetensors: reading one can run no code.
+
+The folder holds ``qtool-state.json`` (what ModelOpt changed in the model, the recipe, versions, the model it is of) and
+``model.safetensors`` (weights and quantizer tensors). A file of ``mto.save`` is a pickle; it is taken only when the user trusts it, and
+ModelOpt then loads it with weights-only loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint import Checkpoint, read_json
+from qtool.checkpoint.reader import read_header
+from qtool.errors import CheckpointRefused, StateRefused, UsageError
+from qtool.plan import Plan
+from qtool.recipe import Recipe, recipe_from
+
+STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
+STATE_VERSION = 1
+
+
+def save_state(model: Any, folder: str, plan: Plan) -> None:
+    """Write the state of ``model`` to the empty ``folder``."""
+    import modelopt.torch.opt as mto
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            tied[name] = seen[place]
+            continue
+        seen[place] = name
+        tensors[name] = tensor.detach().contiguous().cpu()
+    save_file(tensors, Path(folder) / WEIGHTS_FILE)
+    state = {
+        "state_version": STATE_VERSION,
+        "modelopt_version": importlib.metadata.version("nvidia-modelopt"),
+        "model": _fingerprint(plan.checkpoint),
+        "recipe": plan.recipe.to_dict(),
+        "tied": tied,
+        "modelopt_state": _to_json(mto.modelopt_state(model)),
+    }
+    (Path(folder) / STATE_FILE).write_text(json.dumps(state))
+
+
+def restore_state(model: Any, path: str, plan: Plan) -> None:
+    """Put the state in ``path`` back onto ``model``, freshly loaded from the checkpoint it was made of."""
+    import modelopt.torch.opt as mto
+
+    if Path(path).is_file():
+        try:
+            mto.restore(model, path)
+        except Exception as error:
+            raise StateRefused("E_STATE", f"{path}: ModelOpt cannot restore it: {' '.join(str(error).split())[:300]}") from error
+        return
+    from safetensors.torch import load_file
+
+    state = read_state(path, plan.checkpoint)
+    mto.restore_from_modelopt_state(model, modelopt_state=_from_json(state["modelopt_state"]))
+    tensors = load_file(Path(path) / WEIGHTS_FILE)
+    tensors |= {name: tensors[source] for name, source in state["tied"].items()}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        message = f"{path}: its tensors do not fit the model: {' '.join(str(error).split())[:300]}"
+        raise StateRefused("E_STATE", message, hint="restore it onto the model it was made of") from error
+
+
+def state_recipe(path: str, *, trust_pickle: bool) -> Recipe:
+    """Return the recipe a state folder was made with. Raises: StateRefused, and UsageError for a trusted pickle, which does not say."""
+    if Path(path).is_file():
+        _check_pickle(path, trust_pickle=trust_pickle)
+        message = f"{path} is a file of mto.save, which does not say by which method it was made"
+        raise UsageError("E_NO_METHOD", message, hint="add --method, e.g. --method modelopt_fp8")
+    return recipe_from(_read(path)["recipe"])
+
+
+def check_state(path: str, checkpoint: Checkpoint, *, trust_pickle: bool) -> None:
+    """Refuse, before any work, a state that is missing, a pickle that is not trusted, of another model or of another ModelOpt."""
+    if Path(path).is_file():
+        _check_pickle(path, trust_pickle=trust_pickle)
+    else:
+        read_state(path, checkpoint)
+
+
+def _check_pickle(path: str, *, trust_pickle: bool) -> None:
+    if not trust_pickle:
+        message = f"{path} is a pickle file, not a state folder written by qtool"
+        raise StateRefused("E_STATE_PICKLE", message, hint="if you made it with mto.save yourself, add --trust-pickle")
+
+
+def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the state's JSON after checking that it belongs to ``checkpoint`` and to the installed ModelOpt."""
+    state = _read(path)
+    if state.get("model") != _fingerprint(checkpoint):
+        message = f"{path} was made of another model than {checkpoint.path}"
+        raise StateRefused("E_STATE_MODEL", message, hint="give the model it was made of as --model-path")
+    made, installed = str(state.get("modelopt_version")), importlib.metadata.version("nvidia-modelopt")
+    if made.split(".")[:2] != installed.split(".")[:2]:
+        raise StateRefused(
+            "E_STATE_VERSION", f"{path} was made with ModelOpt {made}, installed is {installed}", hint="calibrate again, or install that version"
+        )
+    return state
+
+
+def _read(path: str) -> dict[str, Any]:
+    folder = Path(path)
+    if not folder.exists():
+        raise StateRefused("E_STATE", f"{path}: no such state", hint="`qtool quantize --checkpoint-save-path` writes one")
+    if not (folder / STATE_FILE).is_file():
+        raise StateRefused("E_STATE", f"{path} has no {STATE_FILE}, so it is not a state written by qtool")
+    try:
+        state = read_json(folder / STATE_FILE)
+        read_header(folder / WEIGHTS_FILE)
+    except CheckpointRefused as error:
+        raise StateRefused("E_STATE", error.message, hint="calibrate again with --checkpoint-save-path") from error
+    if state.get("state_version") != STATE_VERSION:
+        raise StateRefused("E_STATE_VERSION", f"{path}: state version {state.get('state_version')!r} is not {STATE_VERSION}")
+    return state
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a digest of what defines the model: its tensors' names, dtypes and shapes, and the bytes of one norm."""
+    facts = sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values())
+    smallest = min(checkpoint.tensors.values(), key=lambda tensor: (tensor.size_bytes, tensor.name))
+    return hashlib.sha256(json.dumps(facts).encode() + checkpoint.read(smallest.name)).hexdigest()
+
+
+def _to_json(value: Any) -> Any:
+    """Encode what ModelOpt's state is made of; lists, tuples, sizes, dtypes and dictionaries with other keys than strings get a tag."""
+    import torch
+
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Size | tuple):
+        return {"tuple" if type(value) is tuple else "size": [_to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [_to_json(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
+    raise TypeError(f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file does not know")
+
+
+def _from_json(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *rest = value.items()
+    if rest or kind not in ("tuple", "size", "dtype", "dict"):
+        raise StateRefused("E_STATE", f"the state holds an unknown entry `{kind}`")
+    if kind == "dtype":
+        dtype = getattr(torch, str(content), None)
+        if not isinstance(dtype, torch.dtype):
+            raise StateRefused("E_STATE", f"the state holds an unknown dtype `{content}`")
+        return dtype
+    if kind == "dict":
+        return {_from_json(key): _from_json(item) for key, item in content}
+    items = tuple(_from_json(item) for item in content)
+    return torch.Size(items) if kind == "size" else items

@@ -1,0 +1,266 @@
+"""Run one job in a process of its own: `run_job` starts it and reads its events, `main` is what runs there.
+
+The worker gets its job as one JSON line on stdin, and stdin stays open as its lifeline: when the parent dies, it ends. It sends events as
+JSON lines over a pipe. Its stdout and stderr, banners and all, go to the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
+from qtool.calibration import CalibrationSpec, load_calibration
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, from_wire, to_wire
+from qtool.plan import Plan, make_plan
+from qtool.recipe import recipe_from
+
+Event = Mapping[str, Any]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None], python: str = sys.executable, keep_open: int) -> None:
+    """Run ``job`` in a worker and pass its events to ``on_event``; return when it is done.
+
+    Args:
+        log: takes everything the library prints.
+        python: the interpreter to run in; its environment needs the library, not qtool.
+        keep_open: a descriptor the worker inherits; it holds the output's lock until the last of both ends.
+    Raises: whatever QtoolError the worker sent; ResourceError when it was killed, as the system does when memory runs out;
+        BackendFailed when it ended in any other way.
+    """
+    read_fd, write_fd = os.pipe()
+    package_parent = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import main; main({write_fd})"
+    backend = load_backend(plan.recipe.backend)
+    environment = {**os.environ, **_device_environment(job.device), "TMPDIR": job.scratch, **backend.environment(plan, job.device)}
+    with log.open("ab") as log_file, os.fdopen(read_fd, "rb") as events:
+        try:
+            worker = subprocess.Popen(
+                [python, "-P", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=log_file,
+                stderr=log_file,
+                env=environment,
+                cwd=job.scratch,
+                pass_fds=(write_fd, keep_open),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ResourceError("E_BACKEND_PYTHON", f"{python} cannot be started: {error.strerror}", hint="check --backend-python") from None
+        finally:
+            os.close(write_fd)
+        try:
+            assert worker.stdin is not None
+            worker.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+            worker.stdin.flush()
+            finished = False
+            for event in _events(worker, events):
+                if event["event"] == "error":
+                    failure = from_wire(event["error"])
+                    failure.hint = failure.hint or (f"what the library said is in {log}" if isinstance(failure, BackendFailed) else "")
+                    raise failure
+                finished = event["event"] == "done"
+                on_event(event)
+            if not finished:
+                raise _died(worker.wait(), plan, job, version_of(backend), log)
+        finally:
+            _kill(worker)
+
+
+def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
+    """Yield the worker's events until it is done or gone. A process it left behind may hold the pipe open, so its end is watched too."""
+    buffer = b""
+    while True:
+        ended = worker.poll() is not None
+        if not select.select([events], [], [], 0 if ended else 0.5)[0]:
+            if ended:
+                return
+            continue
+        chunk = os.read(events.fileno(), 1 << 16)
+        if not chunk:
+            return
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            yield event
+            if event["event"] == "done":
+                return
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    if worker.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.close()
+
+
+def _died(status: int, plan: Plan, job: Job, library: str, log: Path) -> QtoolError:
+    if status == -signal.SIGKILL:
+        spec = job.calibration
+        needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        message = f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were needed, this machine has {have / 1e9:.1f} GB"
+        return ResourceError("E_OUT_OF_MEMORY", message, hint="lower --num-samples or --seq-len, or use a machine with more memory")
+    how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
+    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result", hint=f"its last words are in {log}")
+
+
+def _device_environment(device: str) -> dict[str, str]:
+    """Return the variables that show a worker only ``device``."""
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if device.startswith("cuda:"):
+        index = int(device.removeprefix("cuda:"))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        listed = visible.split(",") if visible else []
+        return {"CUDA_VISIBLE_DEVICES": listed[index] if index < len(listed) else str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {}
+
+
+class _PipeReporter:
+    """Sends events over the pipe, and remembers the last one for an error's message."""
+
+    def __init__(self, write_fd: int) -> None:
+        self._file = os.fdopen(write_fd, "w", buffering=1)
+        self._lock = threading.Lock()
+        self.where = ""
+
+    def send(self, event: str, **values: Any) -> None:
+        with self._lock:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def stage(self, what: str) -> None:
+        self.where = f"while {what}"
+        self.send("stage", what=what)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.where = f"after {what} {done} of {total}"
+        self.send("progress", what=what, done=done, total=total)
+
+    def state_saved(self) -> None:
+        self.send("state_saved")
+
+
+def main(write_fd: int) -> None:
+    """Run the job that stdin brings, and end the process."""
+    _die_with_parent()
+    os.set_inheritable(write_fd, False)
+    report = _PipeReporter(write_fd)
+    line = sys.stdin.readline()
+    data = json.loads(line)
+    if data["calibration"] is not None:
+        data["calibration"] = CalibrationSpec(**data["calibration"])
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        _run(Job(**data), report)
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        report.send("error", error=to_wire(_as_qtool_error(error, Job(**data), report.where)))
+    else:
+        report.send("done")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # libraries leave threads and exit hooks that can take seconds or hang
+
+
+def _run(job: Job, report: _PipeReporter) -> None:
+    recipe = recipe_from(job.recipe)
+    plan = make_plan(open_checkpoint(Path(job.model)), recipe)
+    samples: tuple[tuple[int, ...], ...] = ()
+    if job.calibration is not None:
+        report.stage("reading calibration data")
+        calibration = load_calibration(job.calibration, _tokenizer(job), int(plan.checkpoint.text_config["vocab_size"]))
+        samples = calibration.samples
+        report.send("calibration", report=asdict(calibration.report))
+    report.stage(f"importing {load_backend(recipe.backend).distribution}")
+    device = _find_device(job.device, plan)
+    _check_model_code(job, plan)
+    _seed(recipe.seed)
+    load_backend(recipe.backend).quantize(Work(job, plan, samples, device, report))
+
+
+def _tokenizer(job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+    except Exception as error:
+        message = f"{job.model}: the tokenizer cannot be loaded: {_one_line(error)}"
+        raise CheckpointRefused("E_TOKENIZER", message, hint="is tokenizer.json there? Data with `input_ids` needs no tokenizer") from error
+
+
+def _find_device(device: str, plan: Plan) -> str:
+    import torch
+
+    found = torch.cuda.is_available()
+    if device.startswith("cuda") and not found:
+        raise ResourceError(
+            "E_NO_DEVICE", f"device `{device}` was asked for and torch sees no such GPU", hint="check the driver, or use --device cpu"
+        )
+    if not found and "cpu" not in plan.recipe.runs_on:
+        raise ResourceError("E_NEEDS_GPU", f"`{plan.recipe.name}` needs an NVIDIA GPU and torch sees none", hint="run it on a machine with one")
+    return "cuda:0" if found else "cpu"
+
+
+def _check_model_code(job: Job, plan: Plan) -> None:
+    if job.trust_remote_code or "auto_map" not in plan.checkpoint.config:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = plan.checkpoint.config.get("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        message = f"{job.model}: model type `{model_type}` is defined by code in the model folder, which qtool does not run unasked"
+        raise CheckpointRefused("E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code")
+
+
+def _seed(seed: int) -> None:
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
+    if isinstance(error, QtoolError):
+        return error
+    library = version_of(load_backend(str(job.recipe["backend"])))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
+        return ResourceError("E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {_one_line(error)}", hint=hint)
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in (*BACKENDS, "modelopt", "torch", "transformers"):
+        return ResourceError("E_NOT_INSTALLED", f"{library} needs the package `{error.name}`", hint=f"pip install {error.name}")
+    return BackendFailed("E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(AttributeError):  # not Linux: the lifeline alone has to do
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(1)

@@ -1,0 +1,217 @@
+"""The command line: parse, call one function, print what it returns. Errors become one message and an exit code, here alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from qtool.errors import QtoolError
+
+app = typer.Typer(
+    name="qtool",
+    help="Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints that load.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelPath = Annotated[str, typer.Option("--model-path", "--model", help="Checkpoint folder or Hub name.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists, at the very end.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
+TrustPickle = Annotated[bool, typer.Option(help="Accept a state file of mto.save; ModelOpt loads it with weights-only loading.")]
+RestorePath = Annotated[
+    str | None, typer.Option("--checkpoint-restore-path", help="ModelOpt: skip calibration, take the state kept here.", show_default=False)
+]
+
+
+@app.command()
+def quantize(
+    model_path: ModelPath = "",
+    method: Annotated[
+        str | None, typer.Option("--method", "--quantization-method", "-m", help="What to do, by name; --list shows them.", show_default=False)
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe file instead of a method.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--export-dir", "-o", help="Folder to write. [default: ./MODEL-METHOD]", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="File (.jsonl .json .txt .parquet) or Hub data set NAME[:CONFIG][:SPLIT].", show_default=False)
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples. [recipe: 512]", show_default=False)] = None,
+    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens of a sample, at most. [recipe: 2048]", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples in one forward pass; only equal lengths share one. [recipe: 1]", show_default=False)
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="The field that holds the text.", show_default=False)] = None,
+    pack: Annotated[
+        bool | None, typer.Option("--pack/--truncate", help="Join texts and cut them at SEQ_LEN, or cut each text.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="For shuffling and the library. [recipe: 0]", show_default=False)] = None,
+    device: Device = "auto",
+    backend: Annotated[str | None, typer.Option(help="llmcompressor, gptqmodel, modelopt or torchao. [recipe]", show_default=False)] = None,
+    group_size: Annotated[int | None, typer.Option(min=-1, help="Inputs that share a scale; -1 for one a row. [recipe]", show_default=False)] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="KV cache scales: fp8 or nvfp4. [recipe]", show_default=False)] = None,
+    lm_head: Annotated[
+        bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head too. [recipe: no]", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave modules in 16 bits: name, glob or re:REGEX. May repeat.", show_default=False)
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Round to nearest instead of the recipe's algorithm.")] = False,
+    checkpoint_save_path: Annotated[str | None, typer.Option(help="ModelOpt: keep the calibrated state here.", show_default=False)] = None,
+    checkpoint_restore_path: RestorePath = None,
+    trust_pickle: TrustPickle = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    backend_python: Annotated[str | None, typer.Option(help="Interpreter whose environment has the library.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and what it costs; write nothing.")] = False,
+    list_methods: Annotated[bool, typer.Option("--list", help="Show the methods; with --all the experimental ones too.")] = False,
+    all_methods: Annotated[bool, typer.Option("--all", hidden=True)] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model by METHOD and write the checkpoint to OUTPUT."""
+    from qtool.cli import tables
+    from qtool.cli.progress import progress
+    from qtool.errors import UsageError
+    from qtool.quantize import Options, prepare, run
+
+    if list_methods:
+        return _print(tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
+    if not model_path:
+        raise UsageError("E_NO_MODEL", "which model? --model-path is missing", hint="a checkpoint folder or a Hub name such as `org/model`")
+    options: Options = {
+        "method": method,
+        "recipe": recipe,
+        "backend": backend,
+        "output": output,
+        "overwrite": overwrite,
+        "calibration": calibration,
+        "text_column": text_column,
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "pack": pack,
+        "seed": seed,
+        "device": device,
+        "group_size": group_size,
+        "kv_cache": kv_cache,
+        "lm_head": lm_head,
+        "ignore": ignore or (),
+        "fast": fast,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "checkpoint_save_path": checkpoint_save_path,
+        "checkpoint_restore_path": checkpoint_restore_path,
+        "trust_pickle": trust_pickle,
+        "backend_python": backend_python,
+    }
+    request = prepare(model_path, need_data=not dry_run, **options)
+    if dry_run:
+        return _print(request.to_dict(), tables.plan(request), as_json)
+    with progress(quiet=quiet) as on_event:
+        result = run(request, on_event=on_event)
+    _print(result.to_dict(), result.summary(), as_json)
+
+
+@app.command()
+def export(
+    model_path: ModelPath,
+    checkpoint_restore_path: Annotated[str, typer.Option(help="The ModelOpt state that `quantize --checkpoint-save-path` kept.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "--export-dir", "-o", help="Folder to write.", show_default=False)],
+    method: Annotated[
+        str | None, typer.Option("--method", "--quantization-method", "-m", help="How a file of mto.save was made.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    trust_pickle: TrustPickle = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint from a saved ModelOpt state, without calibrating."""
+    from qtool.cli.progress import progress
+    from qtool.export import export as run
+
+    with progress(quiet=quiet) as on_event:
+        result = run(
+            model_path,
+            checkpoint_restore_path=checkpoint_restore_path,
+            output=output,
+            method=method,
+            device=device,
+            overwrite=overwrite,
+            trust_pickle=trust_pickle,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            on_event=on_event,
+        )
+    _print(result.to_dict(), result.summary(), as_json)
+
+
+@app.command()
+def inspect(
+    model_path: ModelPath,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show format, schemes and sizes of a checkpoint, from its headers alone."""
+    from qtool.checkpoint import open_checkpoint, resolve_model
+    from qtool.inspection import inspect as run
+    from qtool.inspection import render
+
+    inspection = run(open_checkpoint(resolve_model(model_path, revision=revision)))
+    _print(inspection.to_dict(), render(inspection), as_json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(args=arguments, prog_name="qtool")
+    except QtoolError as error:
+        if "--debug" in arguments:
+            raise
+        if "--json" in arguments:
+            print(json.dumps({"error": error.to_dict()}))
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        typer.echo(f"error[{error.code}]: {error.message}{hint}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(143)
+
+
+def _print(data: Any, shown: Any, as_json: bool) -> None:
+    """Print the result: ``data`` as JSON, or ``shown``, a text or something rich can draw."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+    elif isinstance(shown, str):
+        print(shown)
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160).print(shown)

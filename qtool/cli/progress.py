@@ -1,0 +1,63 @@
+"""A worker's events on stderr: one bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+PLAIN_INTERVAL_S = 10.0
+
+
+@contextlib.contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Give a function that shows events."""
+    if quiet:
+        yield lambda event: None
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _Lines().show
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(event: Mapping[str, Any]) -> None:
+            if event["event"] == "stage":
+                bar.reset(task, description=event["what"], total=None)
+            elif event["event"] == "progress":
+                bar.update(task, description=event["what"], completed=event["done"], total=event["total"])
+
+        yield show
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._last = 0.0
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        now = time.monotonic() - self._start
+        if event["event"] == "stage":
+            print(f"[{now:6.1f} s] {event['what']}", file=sys.stderr, flush=True)
+        elif event["event"] == "progress" and (event["done"] == event["total"] or now - self._last > PLAIN_INTERVAL_S):
+            self._last = now
+            print(f"[{now:6.1f} s] {event['what']}: {event['done']} of {event['total']}", file=sys.stderr, flush=True)

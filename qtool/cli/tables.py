@@ -1,0 +1,97 @@
+"""What commands print: the methods and the plan, as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qtool.plan import sizes_by_kind
+from qtool.recipe import Recipe, catalogue
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qtool.quantize import Request
+
+
+def methods_dict(with_experimental: bool) -> list[dict[str, Any]]:
+    """Return one entry for each method, for ``--json``."""
+    return [
+        {
+            "method": recipe.name,
+            "aliases": recipe.aliases,
+            "backend": recipe.backend,
+            "scheme": _scheme(recipe),
+            "bits_per_weight": recipe.scheme and round(recipe.scheme.bits_per_weight, 3),
+            "needs_calibration": recipe.needs_data,
+            "quantizes_on": recipe.runs_on,
+            "native_gpu": _native_gpu(recipe),
+            "experimental": recipe.experimental,
+            "summary": recipe.summary,
+        }
+        for recipe in catalogue().values()
+        if with_experimental or not recipe.experimental
+    ]
+
+
+def methods(with_experimental: bool) -> RenderableType:
+    """Return the table of ``--list``."""
+    from rich import box
+    from rich.table import Table
+
+    hidden = sum(recipe.experimental for recipe in catalogue().values())
+    table = Table(box=box.SIMPLE, pad_edge=False, caption=None if with_experimental else f"{hidden} experimental methods more with --list --all")
+    for heading in ("method", "backend", "scheme", "bits", "data", "quantizes on", "native from", "summary"):
+        table.add_column(heading, no_wrap=heading != "summary")
+    for entry in methods_dict(with_experimental):
+        table.add_row(
+            entry["method"],
+            entry["backend"],
+            entry["scheme"],
+            f"{entry['bits_per_weight']:.2f}" if entry["bits_per_weight"] else "-",
+            "yes" if entry["needs_calibration"] else "no",
+            ", ".join(entry["quantizes_on"]),
+            entry["native_gpu"],
+            ("experimental: " if entry["experimental"] else "") + entry["summary"],
+        )
+    return table
+
+
+def plan(request: Request) -> RenderableType:
+    """Return what ``--dry-run`` shows."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    plan, recipe = request.plan, request.plan.recipe
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("module", "scheme", "count", "before", "after"):
+        table.add_column(heading, justify="left" if heading in ("module", "scheme") else "right")
+    for (kind, scheme), (count, before, after) in sizes_by_kind(plan).items():
+        table.add_row(kind, scheme, str(count), _size(before), _size(after))
+    rest = plan.bytes_before - sum(module.bytes_before for module in plan.modules)
+    table.add_row("embeddings, norms", "16 bit", "", _size(rest), _size(rest))
+    table.add_row("all", "", "", _size(plan.bytes_before), _size(plan.bytes_after), style="bold")
+    whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
+    data = f"{recipe.calibration.num_samples} samples of up to {recipe.calibration.seq_len} tokens" if recipe.needs_data else "no calibration data"
+    memory = f"about {_size(by_layer)} (layer by layer)" if recipe.backend == "gptqmodel" else f"about {_size(whole)}"
+    gpu = f", on the GPU about {_size(by_layer)}" if recipe.backend == "llmcompressor" and recipe.needs_data else ""
+    return Group(
+        f"{recipe.name}: {recipe.summary}",
+        f"backend {recipe.backend}, algorithm {' + '.join(step.name for step in recipe.algorithm)}, {data}",
+        table,
+        f"memory: {memory}{gpu}; runs native from {_native_gpu(recipe)}",
+        f"output: {request.output}" + (" (exists)" if request.output.exists() else ""),
+    )
+
+
+def _scheme(recipe: Recipe) -> str:
+    scheme = recipe.scheme.name if recipe.scheme else "-"
+    return f"{scheme} + {recipe.kv_cache} KV cache" if recipe.kv_cache else scheme
+
+
+def _native_gpu(recipe: Recipe) -> str:
+    return recipe.scheme.native_gpu if recipe.scheme else "sm_89"
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.2f} MB"

@@ -1,0 +1,53 @@
+"""The on-disk formats of quantized checkpoints, one file each: detect from headers and configs, read tensors to a QuantizedWeight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qtool.checkpoint import Checkpoint
+from qtool.errors import CheckpointRefused, RecipeRefused
+from qtool.formats import awq, compressed_tensors, gptq, modelopt
+from qtool.formats.layout import Layout, QuantizedModule, modules_of, refused
+from qtool.formats.values import check_values
+
+if TYPE_CHECKING:
+    from qtool.weight import QuantizedWeight
+
+__all__ = ["Layout", "QuantizedModule", "check_values", "detect", "read"]
+
+FORMATS = {  # in the order of trust: what names itself first
+    "compressed-tensors": compressed_tensors,
+    "modelopt": modelopt,
+    "awq": awq,
+    "gptq": gptq,
+}
+PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"})
+
+
+def detect(checkpoint: Checkpoint) -> Layout | None:
+    """Return how ``checkpoint`` is quantized, from headers and configs alone; None for a plain model.
+
+    Raises: CheckpointRefused, when the format is not one qtool reads, or config and tensors contradict each other.
+    """
+    config = checkpoint.quantization_config
+    if config is None:
+        for parts in modules_of(checkpoint):
+            if "qweight" in parts or "weight_packed" in parts or ("weight" in parts and parts["weight"].dtype in PACKED_DTYPES):
+                message = f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says how"
+                raise refused("E_NO_QUANT_CONFIG", message, "config.json has lost its `quantization_config`: take it from the original")
+        return None
+    for format in FORMATS.values():
+        if format.claims(config):
+            try:
+                layout: Layout = format.detect(checkpoint, config)
+                return layout
+            except RecipeRefused as error:  # the scheme the config describes is none
+                raise CheckpointRefused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", hint=error.hint) from error
+    method = config.get("quant_method", "unnamed")
+    raise refused("E_FORMAT", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
+
+
+def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
+    """Read the module ``name`` of a checkpoint that `detect` described as ``layout``."""
+    weight: QuantizedWeight = FORMATS[layout.format].read(checkpoint, layout.modules[name])
+    return weight

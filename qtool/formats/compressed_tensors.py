@@ -1,0 +1,240 @@
+"""The compressed-tensors format of LLM Compressor: float, int, packed int, NVFP4, MXFP4 and MXFP8, in one or several groups.
+
+Source: compressed-tensors 0.19, `quantization/quant_args.py`, `compressors/`, `utils/match.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.reader import FLOAT_DTYPES
+from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, group_size, modules_of, refused
+from qtool.scheme import Activations, Scheme, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtool.weight import QuantizedWeight
+
+FLOATS = tuple(sorted(FLOAT_DTYPES))
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` is of this format."""
+    return config.get("quant_method") in ("compressed-tensors", "compressed_tensors") or ("config_groups" in config and "quant_method" not in config)
+
+
+def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+    """Return the layout that ``config`` and the tensors of ``checkpoint`` describe together."""
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense" or config.get("format") in ("marlin-24", "sparse-24-bitmask", "sparse-bitmask"):
+        raise refused("E_FORMAT", f"{checkpoint.path}: sparse compressed-tensors ({sparsity}, {config.get('format')}) is not read")
+    groups = _weight_groups(config)
+    ignore = list(config.get("ignore") or [])
+    modules: dict[str, QuantizedModule] = {}
+    warnings: list[str] = []
+    for parts in modules_of(checkpoint):
+        group = _group_of(parts.name, groups)
+        ignored = any(_matches(parts.name, entry) for entry in ignore)
+        if _is_quantized(parts):
+            if ignored:
+                warnings.append(f"`{parts.name}` is quantized and the config ignores it")
+            if group is None and len(groups) != 1:
+                raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config targets it")
+            if group is None:
+                warnings.append(f"`{parts.name}` is quantized and the config does not target it")
+            modules[parts.name] = _module(checkpoint, parts, group or next(iter(groups.values())))
+        elif "weight_scale" in parts:
+            warnings.append(f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its quantization is only simulated")
+        elif group and not ignored and "embed" not in parts.name and len(getattr(parts.tensors.get("weight"), "shape", ())) == 2:
+            warnings.append(f"`{parts.name}` is a target of the config and is stored as {parts['weight'].dtype}")
+    if _online_transforms(config):
+        warnings.append("the config holds online rotations (QuIP, SpinQuant R3/R4): weights as read are still rotated")
+    kv_cache = _kv_cache(config)
+    has_scales = any(name.endswith(("self_attn.k_scale", "self_attn.k_proj.output_scale")) for name in checkpoint.tensors)
+    if has_scales != (kv_cache is not None):
+        warnings.append(
+            "KV-cache scales are stored and the config has no kv_cache_scheme" if has_scales else "the KV cache is quantized and has no scales"
+        )
+    return Layout("compressed-tensors", modules, kv_cache, tuple(warnings))
+
+
+def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
+    """Read ``module`` into the common form."""
+    import torch
+
+    from qtool.formats.packing import load, pack_pairs, permutation, signed, unpack_bits
+    from qtool.weight import QuantizedWeight
+
+    weights, (rows, columns) = module.scheme.weights, module.shape
+    tensors = load(checkpoint, module)
+    scale, scale2 = tensors["weight_scale"], None
+    zero = None if weights.symmetric else tensors["weight_zero_point"]
+    if weights.format == "fp4":
+        data = tensors["weight_packed"]
+    elif "weight_packed" in tensors:
+        data = signed(unpack_bits(tensors["weight_packed"], weights.bits, columns), weights.bits)
+        if zero is not None:  # packed along N
+            zero = signed(unpack_bits(zero.T.contiguous(), weights.bits, rows), weights.bits).T.contiguous()
+    else:
+        data = tensors["weight"]
+    if weights.format == "int4":
+        data = pack_pairs((data + 8).view(torch.uint8))
+    if weights.scale == "e8m0":
+        scale = scale.view(torch.float8_e8m0fnu)
+    if weights.scale == "e4m3":  # the file keeps the reciprocal of this scale
+        scale2 = (1 / tensors["weight_global_scale"].float()).expand(rows).contiguous()
+    if weights.granularity in ("tensor", "channel"):
+        scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
+        zero = None if zero is None else zero.reshape(-1, 1).expand(rows, 1).contiguous()
+    g_idx = tensors.get("weight_g_idx")
+    perm = None if g_idx is None else permutation(g_idx, scale.shape[1])
+    return QuantizedWeight(data, scale, scale2, zero, perm, None, _activation(module.scheme.activations, tensors))
+
+
+def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    groups = {}
+    for name, group in (config.get("config_groups") or {}).items():
+        if isinstance(group, list):
+            raise refused("E_QUANT_CONFIG", f"config group `{name}` is a preset's name: the checkpoint was not written by compressed-tensors")
+        if group.get("weights"):
+            groups[name] = group
+    return groups
+
+
+def _group_of(name: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the group that targets ``name``: by exact name, then by the smallest pattern, then by class, as compressed-tensors does."""
+    targets = sorted((_rank(target), target, key) for key, group in groups.items() for target in group.get("targets") or [])
+    return next((groups[key] for _, target, key in targets if _matches(name, target) or target == "Linear"), None)
+
+
+def _rank(target: str) -> int:
+    return 2 if target == "Linear" else 1 if target.startswith("re:") else 0
+
+
+def _matches(name: str, entry: str) -> bool:
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+
+
+def _is_quantized(parts: Parts) -> bool:
+    if "weight_packed" in parts or "weight_global_scale" in parts:
+        return True
+    if "weight" in parts:
+        return parts["weight"].dtype not in FLOATS
+    return "weight_scale" in parts  # a quantized module that has lost its weight
+
+
+def _module(checkpoint: Checkpoint, parts: Parts, group: Mapping[str, Any]) -> QuantizedModule:
+    args = group["weights"]
+    bits, is_float = int(args.get("num_bits", 8)), args.get("type", "int") == "float"
+    if is_float and bits == 4:
+        rows, half = parts.matrix("weight_packed", "U8")
+        shape = rows, 2 * half
+    elif "weight_packed" in parts:
+        shape = _packed_shape(checkpoint, parts, bits)
+    else:
+        shape = parts.matrix("weight", "F8_E4M3" if is_float else "I8")
+    weights = _weights(parts, args, shape)
+    activations = _activations(parts, group.get("input_activations"))
+    return QuantizedModule(parts.name, Scheme(weights, activations), shape, parts.tensors)
+
+
+def _packed_shape(checkpoint: Checkpoint, parts: Parts, bits: int) -> tuple[int, int]:
+    """Return (N, K) of an integer matrix packed along K; 16 bytes of ``weight_shape`` are read only where the header leaves K open."""
+    rows, words = parts.matrix("weight_packed", "I32")
+    scale = parts["weight_scale"]
+    columns = words * 32 // bits
+    if 32 % bits == 0 and len(scale.shape) == 2 and scale.shape[1] > 1 and columns % scale.shape[1] == 0:
+        return rows, columns
+    data = checkpoint.read(parts["weight_shape"].name)
+    shape = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
+    dense, padded = math.ceil(shape[1] * bits / 32), math.ceil(shape[1] / (32 // bits))
+    if shape[0] != rows or words not in (dense, padded):
+        raise parts.misfit("weight_packed", f"[{shape[0]}, {dense}] for {bits}-bit weights of `weight_shape` {list(shape)}")
+    return shape
+
+
+def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> Weights:
+    rows, columns = shape
+    scale, strategy = parts["weight_scale"], _strategy(args)
+    bits, is_float, symmetric = int(args.get("num_bits", 8)), args.get("type", "int") == "float", bool(args.get("symmetric", True))
+    format: Any = f"{'fp' if is_float else 'int'}{bits}"
+    if not symmetric:
+        parts["weight_zero_point"]
+    if strategy in ("tensor", "channel"):
+        if scale.dtype not in FLOATS or scale.count != (1 if strategy == "tensor" else rows):
+            raise parts.misfit("weight_scale", f"one scale {'in all' if strategy == 'tensor' else f'for each of {rows} rows'}, as the config says")
+        return Weights(format, "tensor" if strategy == "tensor" else "channel", symmetric=symmetric)
+    if strategy == "block":
+        count = parts.matrix("weight_scale", *FLOATS)
+        block = _block(args) or (block_size(rows, count[0]), block_size(columns, count[1]))
+        if count != (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
+            raise parts.misfit("weight_scale", f"one scale for each block of {block[0]} x {block[1]} of {rows} x {columns}")
+        return Weights(format, "block", block=block, symmetric=symmetric)
+    if strategy not in ("group", "tensor_group"):
+        raise refused("E_QUANT_CONFIG", f"`{parts.name}`: weights of strategy `{strategy}` are not read")
+    nvfp4 = format == "fp4" and (strategy == "tensor_group" or scale.dtype == "F8_E4M3")
+    if nvfp4:
+        parts["weight_global_scale"]
+    mx = is_float and not nvfp4
+    _, groups = parts.matrix("weight_scale", *(("F8_E4M3",) if nvfp4 else ("U8", "F8_E8M0") if mx else FLOATS))
+    size = group_size(columns, groups, args.get("group_size"))
+    if scale.shape[0] != rows or math.ceil(columns / size) != groups:
+        raise parts.misfit("weight_scale", f"one scale for each group of {size} of {rows} x {columns}")
+    return Weights(format, "group", size, symmetric=symmetric, scale="e4m3" if nvfp4 else "e8m0" if mx else "float")
+
+
+def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | None:
+    if not args:
+        return None
+    strategy, is_float, dynamic = _strategy(args), args.get("type", "int") == "float", bool(args.get("dynamic", False))
+    format: Any = f"{'fp' if is_float else 'int'}{args.get('num_bits', 8)}"
+    if strategy == "tensor_group":
+        parts["input_global_scale"]
+        return Activations(format, "group", args.get("group_size") or 16, scale="e4m3")
+    if not dynamic:
+        parts["input_scale"]
+    if strategy == "group":
+        size = args.get("group_size")
+        is_mx = is_float and size == 32
+        return Activations(format, "group", size, dynamic, bool(args.get("symmetric", True)), "e8m0" if is_mx else "float")
+    return Activations(format, strategy, None, dynamic, bool(args.get("symmetric", True)))  # type: ignore[arg-type]
+
+
+def _strategy(args: Mapping[str, Any]) -> str:
+    size = args.get("group_size")
+    return str(args.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel"))
+
+
+def _block(args: Mapping[str, Any]) -> tuple[int, int] | None:
+    block = args.get("block_structure")
+    if isinstance(block, str):
+        block = block.split("x")
+    return (int(block[0]), int(block[1])) if block else None
+
+
+def _kv_cache(config: Mapping[str, Any]) -> str | None:
+    args = config.get("kv_cache_scheme")
+    if not args:
+        return None
+    return f"{'fp' if args.get('type', 'int') == 'float' else 'int'}{args.get('num_bits', 8)}"
+
+
+def _online_transforms(config: Mapping[str, Any]) -> bool:
+    groups = (config.get("transform_config") or {}).get("config_groups") or {}
+    return any(not str(apply.get("location", "")).startswith("weight_") for group in groups.values() for apply in group.get("apply") or [])
+
+
+def _activation(activations: Activations | None, tensors: Mapping[str, Tensor]) -> Any:
+    from qtool.weight import Activation
+
+    if activations is None:
+        return None
+    if activations.scale == "e4m3":  # the file keeps the reciprocal of this scale
+        return Activation(activations, 1 / tensors["input_global_scale"].float().reshape(()))
+    scale, zero = (tensors.get(name) for name in ("input_scale", "input_zero_point"))
+    return Activation(activations, None if scale is None else scale.float().reshape(()), None if zero is None else zero.float().reshape(()))

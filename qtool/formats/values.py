@@ -1,0 +1,155 @@
+"""The deep check of a checkpoint: no NaN, no infinity, no zero or negative scale, no group out of range. numpy on raw bytes, at memory speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import local
+from typing import Any
+
+import numpy as np
+
+from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.formats.layout import Layout
+
+PIECE_BYTES = 64 << 20  # what one thread takes at a time
+BLOCK_BYTES = 1 << 20  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+SCALES = ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale", "scales", "pre_quant_scale", *CACHE_SCALES)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A float format as its bit pattern: words of ``word``; under ``mask`` a NaN or infinity is at least ``limit``."""
+
+    word: type
+    mask: int
+    limit: int
+    sign: int
+
+    def has_not_finite(self, words: Any, scratch: Any) -> bool:
+        """Whether one of ``words`` is NaN or infinite."""
+        masked = np.bitwise_and(words, self.word(self.mask), out=scratch[: len(words)])
+        return bool(masked.max() >= self.limit)
+
+
+FLOATS: Mapping[str, Bits] = {
+    "F64": Bits(np.uint64, 0x7FF0 << 48, 0x7FF0 << 48, 1 << 63),
+    "F32": Bits(np.uint32, 0x7F800000, 0x7F800000, 1 << 31),
+    "BF16": Bits(np.uint16, 0x7F80, 0x7F80, 1 << 15),
+    "F16": Bits(np.uint16, 0x7C00, 0x7C00, 1 << 15),
+    "F8_E4M3": Bits(np.uint8, 0x7F, 0x7F, 1 << 7),
+    "F8_E5M2": Bits(np.uint8, 0x7C, 0x7C, 1 << 7),
+}
+E8M0 = Bits(np.uint8, 0xFF, 0xFF, 0x100)  # 255 is NaN; there is no zero and no sign
+
+
+def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
+    """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming file, tensor and value; empty when all is well.
+
+    A zero scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once,
+    in blocks of 1 MB a thread; packed integers hold no wrong value and are not read.
+    """
+    with _Files() as files:
+        pieces = [piece for tensor in checkpoint.tensors.values() for piece in _pieces(tensor, _check_for(tensor, layout))]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = pool.map(lambda piece: piece.problem(files), pieces, chunksize=16)
+            problems = {piece.tensor.name: problem for piece, problem in zip(pieces, found, strict=True) if problem}
+    return [f"{checkpoint.tensors[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
+
+
+Check = Callable[[Any, Any], str | None]  # words, scratch -> what is wrong
+
+
+@dataclass(frozen=True)
+class _Piece:
+    tensor: TensorInfo
+    start: int
+    size: int
+    word: type
+    check: Check
+
+    def problem(self, files: _Files) -> str | None:
+        for offset in range(self.start, self.start + self.size, BLOCK_BYTES):
+            count = min(BLOCK_BYTES, self.start + self.size - offset)
+            block, scratch = files.read(self.tensor.file, self.tensor.offset + offset, count)
+            if block is None:
+                return "cannot be read: the file ends inside it"
+            problem = self.check(block.view(self.word), scratch.view(self.word))
+            if problem:
+                return problem
+        return None
+
+
+class _Files:
+    """Open files, read at offsets by several threads, each into its own block."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._blocks = local()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def read(self, path: Path, offset: int, size: int) -> tuple[Any, Any]:
+        if not hasattr(self._blocks, "pair"):
+            self._blocks.pair = np.empty(BLOCK_BYTES, np.uint8), np.empty(BLOCK_BYTES, np.uint8)
+        block, scratch = self._blocks.pair
+        done = 0
+        while done < size:
+            count = os.preadv(self._descriptor(path), [memoryview(block)[done:size]], offset + done)
+            if not count:
+                return None, None
+            done += count
+        return block[:size], scratch
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            descriptor = os.open(path, os.O_RDONLY)
+            if self._descriptors.setdefault(path, descriptor) != descriptor:  # another thread was first
+                os.close(descriptor)
+        return self._descriptors[path]
+
+
+def _pieces(tensor: TensorInfo, word_and_check: tuple[type, Check] | None) -> Iterator[_Piece]:
+    if word_and_check:
+        for start in range(0, tensor.size_bytes, PIECE_BYTES):
+            yield _Piece(tensor, start, min(PIECE_BYTES, tensor.size_bytes - start), *word_and_check)
+
+
+def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] | None:
+    """Return the word that ``tensor`` is read as and what is looked for in it; None when it can hold nothing wrong."""
+    owner, _, suffix = tensor.name.rpartition(".")
+    module = layout.modules.get(owner) if layout else None
+    if tensor.dtype == "F8_E8M0" or (suffix == "weight_scale" and tensor.dtype == "U8" and module and module.scheme.weights.scale == "e8m0"):
+        return E8M0.word, lambda words, scratch: "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
+    if suffix in ("g_idx", "weight_g_idx") and module and tensor.dtype == "I32":
+        groups = module.scheme.weights.scale_count(1, module.shape[1])
+        return np.int32, lambda words, _: _group_problem(words, groups)
+    if tensor.dtype not in FLOATS:
+        return None
+    bits = FLOATS[tensor.dtype]
+    is_scale = suffix in SCALES and (module is not None or suffix in CACHE_SCALES)
+    return bits.word, lambda words, scratch: _float_problem(words, scratch, bits, is_scale, zero_allowed=tensor.dtype == "F8_E4M3")
+
+
+def _float_problem(words: Any, scratch: Any, bits: Bits, is_scale: bool, *, zero_allowed: bool) -> str | None:
+    if bits.has_not_finite(words, scratch):
+        return "holds NaN or infinity"
+    if is_scale and words.max() >= bits.sign:
+        return "holds a negative scale"
+    if is_scale and not zero_allowed and not words.min():
+        return "holds a zero scale"
+    return None
+
+
+def _group_problem(words: Any, groups: int) -> str | None:
+    low, high = int(words.min()), int(words.max())
+    return f"names the groups {low}..{high} and there are {groups}" if low < 0 or high >= groups else None

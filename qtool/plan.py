@@ -1,0 +1,194 @@
+"""A plan says, for every linear module of a checkpoint, what will be done to it or why not, and what it costs. Made from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qtool.checkpoint.reader import FLOAT_DTYPES, Checkpoint, TensorInfo
+from qtool.errors import CheckpointRefused, RecipeRefused
+from qtool.recipe import Auto, Recipe, check_pattern, matches
+from qtool.scheme import Scheme, Weights
+
+HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
+EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias")
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
+OTHER_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "mtp", "speech_encoder"})
+TRANSPOSED = frozenset({"gpt2", "gpt_bigcode", "imagegpt"})  # their projections are Conv1D, [K, N]
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One linear module [N, K]: the scheme it gets, or with ``scheme`` None, the ``reason`` it is left alone."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a checkpoint."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    modules: tuple[PlannedModule, ...]
+
+    @property
+    def quantized(self) -> tuple[PlannedModule, ...]:
+        """The modules that change."""
+        return tuple(module for module in self.modules if module.scheme is not None)
+
+    @property
+    def left_alone(self) -> tuple[PlannedModule, ...]:
+        """The linear modules that stay in 16 bits."""
+        return tuple(module for module in self.modules if module.scheme is None)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors of the source."""
+        return self.checkpoint.size_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Estimated bytes of all tensors of the result."""
+        return self.bytes_before + sum(module.bytes_after - module.bytes_before for module in self.modules)
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer."""
+        layers: Counter[str] = Counter()
+        for name, tensor in self.checkpoint.tensors.items():
+            layers[_layer_of(name)] += tensor.size_bytes
+        layers.pop("", None)
+        return max(layers.values(), default=self.bytes_before)
+
+    @property
+    def layer_count(self) -> int:
+        """Decoder layers, as the config counts them."""
+        return int(self.checkpoint.text_config.get("num_hidden_layers", 0))
+
+    def peak_memory(self, num_samples: int, seq_len: int) -> tuple[int, int]:
+        """Estimate (whole model in memory, layer by layer): peak bytes of weights, activations and workspace."""
+        hidden = int(self.checkpoint.text_config.get("hidden_size", 4096))
+        activations = 2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0  # in and out of a layer, 16 bits
+        workspace = 3 * self.layer_bytes  # a layer in float32 and its result
+        return self.bytes_before + workspace + activations, workspace + activations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan for ``--json``."""
+        return {
+            "source": str(self.checkpoint.path),
+            "recipe": self.recipe.to_dict(),
+            "modules": [
+                {"name": module.name, "shape": module.shape, "scheme": module.scheme.name if module.scheme else None, "reason": module.reason}
+                for module in self.modules
+            ],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Decide for every linear module of ``checkpoint`` what ``recipe`` does to it.
+
+    Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern that matches nothing, a group size that
+    does not divide, or a plan that would change nothing.
+    """
+    config = checkpoint.quantization_config
+    if config is not None:
+        method = config.get("quant_method") or config.get("producer", {}).get("name") or "an unnamed method"
+        message = f"{checkpoint.path} is quantized already (quant_method `{method}`)"
+        raise CheckpointRefused("E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of")
+    linears = {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if _is_matrix(tensor)}
+    for pattern in (*recipe.ignore, *(rule.modules for rule in recipe.rules)):
+        check_pattern(pattern, linears)
+    plan = Plan(checkpoint, recipe, tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items()))
+    if not plan.quantized and recipe.kv_cache is None:
+        reasons = Counter(module.reason for module in plan.modules)
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "no linear module was found"
+        raise RecipeRefused("E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}")
+    _check_groups(plan)
+    return plan
+
+
+def _is_matrix(tensor: TensorInfo) -> bool:
+    return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOAT_DTYPES and not _is_embedding(tensor.name)
+
+
+def _is_embedding(name: str) -> bool:
+    return any(name.split(".")[-2].startswith(embedding) for embedding in EMBEDDINGS)
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo) -> PlannedModule:
+    rows, columns = tensor.shape
+    scheme, reason = _decision(checkpoint, recipe, name)
+    stored = stored_weights(scheme, recipe.backend) if scheme else None
+    return PlannedModule(name, (rows, columns), scheme, reason, tensor.size_bytes, stored.size_bytes(rows, columns) if stored else tensor.size_bytes)
+
+
+def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
+    parts = name.split(".")
+    if any(matches(pattern, name) for pattern in recipe.ignore):
+        return None, "ignored by the recipe"
+    for rule in recipe.rules:
+        if matches(rule.modules, name):
+            return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
+    if parts[-1] in HEADS:
+        if checkpoint.tied_embeddings:
+            return None, "tied to the embeddings"
+        return (recipe.scheme, "") if recipe.lm_head else (None, "output head (`lm_head: true` quantizes it)")
+    if parts[-1] in ROUTERS:
+        return None, "router of experts"
+    if OTHER_TOWERS & set(parts):
+        return None, "not part of the language model"
+    if checkpoint.config.get("model_type") in TRANSPOSED:
+        return None, "Conv1D, not Linear"
+    return recipe.scheme, "" if recipe.scheme else "the recipe has no weight scheme"
+
+
+def stored_weights(scheme: Scheme, backend: str) -> Weights:
+    """Return how ``backend`` puts the weights of ``scheme`` on disk.
+
+    LLM Compressor stores integer weights that come with activations as one int8 each, whatever their bits (compressed-tensors 0.18 and up).
+    """
+    weights = scheme.weights
+    if backend == "llmcompressor" and scheme.activations and weights.format.startswith("int") and weights.bits < 8:
+        return Weights("int8", weights.granularity, weights.group_size, weights.block, weights.symmetric)
+    return weights
+
+
+def _check_groups(plan: Plan) -> None:
+    for module in plan.quantized:
+        schemes = plan.recipe.schemes if plan.recipe.steps(Auto) else [module.scheme]
+        for scheme in schemes:
+            group_size = scheme.weights.group_size if scheme else None
+            if group_size and module.shape[1] % group_size:
+                fits = [size for size in (128, 64, 32, 16) if all(each.shape[1] % size == 0 for each in plan.quantized)]
+                hint = f"use --group-size {fits[0]}, or leave the module out with --ignore" if fits else "leave the module out with --ignore"
+                message = f"group_size {group_size} does not divide the {module.shape[1]} inputs of `{module.name}`"
+                raise RecipeRefused("E_GROUP_SIZE", message, hint=hint)
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return ""
+
+
+def sizes_by_kind(plan: Plan) -> Mapping[tuple[str, str], tuple[int, int, int]]:
+    """Return (last name part, scheme or reason) -> (modules, bytes before, bytes after), for a table."""
+    table: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for module in plan.modules:
+        key = (module.name.rpartition(".")[2], module.scheme.name if module.scheme else f"16 bit: {module.reason}")
+        count, before, after = table.get(key, (0, 0, 0))
+        table[key] = (count + 1, before + module.bytes_before, after + module.bytes_after)
+    return table

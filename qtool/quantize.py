@@ -1,0 +1,391 @@
+"""From a model and a method to a checked checkpoint: `prepare` decides everything, `run` has one worker do it and publishes what was verified."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from qtool.backends import Job, check_backend, load_backend, version_of
+from qtool.backends.modelopt_state import check_state, state_recipe
+from qtool.backends.worker import Event, run_job
+from qtool.calibration import CalibrationSpec, check_source
+from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, stage_output
+from qtool.errors import BackendFailed, InputRefused, OutputTaken, QtoolError, UsageError
+from qtool.formats import check_values, detect
+from qtool.plan import Plan, make_plan
+from qtool.recipe import Auto, Recipe, load_recipe
+
+MANIFEST = "qtool-manifest.json"
+MANIFEST_VERSION = 1
+CARRIED = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "quantize_config.json", "hf_quant_config.json")
+VERSIONS = ("torch", "transformers", "safetensors")
+OnEvent = Callable[[Event], None]
+
+
+def ignore_event(event: Event) -> None:
+    """The default for ``on_event``: do nothing."""
+    return None
+
+
+class Options(TypedDict, total=False):
+    """Everything a run can be told beside the model; what is left out is the recipe's own value, or the default named here.
+
+    method: what to do, by name. ``recipe`` is a recipe's file or name instead, or a `Recipe`.
+    backend: another library than the recipe's own.
+    output: the folder to write, ``./<model>-<method>``; ``overwrite`` (False) replaces one that exists, at the very end.
+    calibration: a local file or a Hub data set ``name[:config][:split]``; with ``text_column``, ``num_samples``, ``seq_len``,
+        ``batch_size``, ``pack``, and ``seed``.
+    device: ``auto`` (the default), ``cpu``, ``cuda`` or ``cuda:<n>``.
+    group_size, kv_cache, lm_head, ignore: change the recipe; ``fast`` (False) rounds to nearest instead of the recipe's algorithm.
+    revision: of a Hub model. ``trust_remote_code`` (False) lets code in the model folder run.
+    checkpoint_save_path: keep ModelOpt's calibrated state here; ``checkpoint_restore_path`` takes it from there and skips calibration;
+        ``trust_pickle`` (False) accepts a file of ``mto.save``.
+    backend_python: an interpreter whose environment has the library, when it is not this one.
+    """
+
+    method: str | None
+    recipe: str | Recipe | None
+    backend: str | None
+    output: str | os.PathLike[str] | None
+    overwrite: bool
+    calibration: str | None
+    text_column: str | None
+    num_samples: int | None
+    seq_len: int | None
+    batch_size: int | None
+    pack: bool | None
+    seed: int | None
+    device: str
+    group_size: int | None
+    kv_cache: str | None
+    lm_head: bool | None
+    ignore: Sequence[str]
+    fast: bool
+    revision: str | None
+    trust_remote_code: bool
+    checkpoint_save_path: str | os.PathLike[str] | None
+    checkpoint_restore_path: str | os.PathLike[str] | None
+    trust_pickle: bool
+    backend_python: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has been written."""
+
+    plan: Plan
+    output: Path
+    device: str
+    calibration: CalibrationSpec | None
+    overwrite: bool
+    trust_remote_code: bool
+    state_save: Path | None
+    state_restore: Path | None
+    backend_python: str
+
+    @property
+    def log(self) -> Path:
+        """The file beside the output that takes what the library prints."""
+        return self.output.with_name(f"{self.output.name}.log")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan and where it would go, for ``--json``."""
+        return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run wrote: ``output`` is complete, checked, and described by its manifest."""
+
+    output: Path
+    log: Path
+    method: str
+    backend: str
+    quantized_modules: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    calibration: Mapping[str, Any] | None
+
+    def summary(self) -> str:
+        """Return the result in a few lines."""
+        lines = [
+            f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules quantized in {self.seconds:.1f} s",
+            f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB ({self.bytes_after / self.bytes_before:.0%})",
+        ]
+        if self.calibration:
+            data = self.calibration
+            lines.append(f"calibration: {data['used']} samples, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for ``--json``."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+
+def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: Unpack[Options]) -> QuantizeResult:
+    """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
+
+    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``calibration`` or ``done``.
+
+    Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
+    """
+    return run(prepare(model_path, **options), on_event=on_event)
+
+
+def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]) -> Request:
+    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and imports no torch.
+
+    Without ``need_data``, calibration data may be missing, as for a dry run.
+    """
+    recipe = _recipe(options)
+    trust_remote_code = options.get("trust_remote_code", False)
+    source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
+    plan = make_plan(open_checkpoint(source), recipe)
+    check_backend(plan)
+    save, restore = options.get("checkpoint_save_path"), options.get("checkpoint_restore_path")
+    if (save or restore) and recipe.backend != "modelopt":
+        message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
+        raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
+    if restore:
+        check_state(os.fspath(restore), plan.checkpoint, trust_pickle=options.get("trust_pickle", False))
+    output = options.get("output")
+    return Request(
+        plan=plan,
+        output=Path(output if output is not None else f"{plan.checkpoint.name}-{recipe.name}").absolute(),
+        device=_device(options.get("device", "auto")),
+        calibration=_calibration(recipe) if recipe.needs_data and not restore and (need_data or recipe.calibration.source) else None,
+        overwrite=options.get("overwrite", False),
+        trust_remote_code=trust_remote_code,
+        state_save=Path(save).absolute() if save else None,
+        state_restore=Path(restore).absolute() if restore else None,
+        backend_python=options.get("backend_python") or sys.executable,
+    )
+
+
+def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult:
+    """Run a prepared request in a worker, verify what it wrote, and put it in its place."""
+    start = time.monotonic()
+    plan = request.plan
+    source = plan.checkpoint.path
+    scratch_bytes = plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0
+    with ExitStack() as stack, _kept_log(request.log):
+        staging = stack.enter_context(
+            stage_output(request.output, source=source, overwrite=request.overwrite, need_bytes=int(plan.bytes_after * 1.05) + scratch_bytes)
+        )
+        state = None
+        if request.state_save:
+            state = stack.enter_context(stage_output(request.state_save, source=source, overwrite=request.overwrite, need_bytes=plan.bytes_before))
+        hasher = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        source_digests = hasher.submit(digest_files, plan.checkpoint.weight_files)  # while the worker is busy
+        calibration: dict[str, Any] | None = None
+
+        def handle(event: Event) -> None:
+            nonlocal calibration
+            if event["event"] == "calibration":
+                calibration = event["report"]
+            if event["event"] == "state_saved" and state is not None:
+                state.publish()  # at once: what follows may fail, and calibration was the long part
+            on_event(event)
+
+        job = Job(
+            model=str(source.resolve()),
+            recipe=plan.recipe.to_dict(),
+            output=str(staging.checkpoint),
+            scratch=str(staging.scratch),
+            device=request.device,
+            calibration=request.calibration,
+            trust_remote_code=request.trust_remote_code,
+            state_save=str(state.checkpoint) if state else None,
+            state_restore=str(request.state_restore) if request.state_restore else None,
+        )
+        run_job(job, plan, log=request.log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
+        on_event({"event": "stage", "what": "checking the result"})
+        _finish_files(source, staging)
+        written = _verify(plan, staging)
+        manifest = _manifest(plan, calibration, source_digests.result(), digest_files(_files(staging.checkpoint)))
+        (staging.checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        staging.publish()
+    return QuantizeResult(
+        output=request.output,
+        log=request.log,
+        method=plan.recipe.name,
+        backend=version_of(load_backend(plan.recipe.backend)),
+        quantized_modules=len(plan.quantized),
+        bytes_before=plan.bytes_before,
+        bytes_after=written.size_bytes,
+        seconds=time.monotonic() - start,
+        calibration=calibration,
+    )
+
+
+def _recipe(options: Options) -> Recipe:
+    """Return the recipe that method, recipe or state name, with the changes that the options ask for."""
+    method, given, restore = options.get("method"), options.get("recipe"), options.get("checkpoint_restore_path")
+    if method and given:
+        raise UsageError("E_METHOD_TWICE", "give a method or a recipe, not both")
+    found = given if isinstance(given, Recipe) else load_recipe(given or method or "") if given or method else None
+    if found is None and restore:
+        found = state_recipe(os.fspath(restore), trust_pickle=options.get("trust_pickle", False))
+    if found is None:
+        raise UsageError("E_NO_METHOD", "which method? None was given", hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8")
+    data_options = {
+        "source": options.get("calibration"),
+        **{key: options.get(key) for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")},
+    }
+    group_size = options.get("group_size")
+    if group_size is not None and found.scheme is None:
+        raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights, so it has no group_size")
+    return found.changed(
+        backend=options.get("backend"),
+        kv_cache=options.get("kv_cache"),
+        lm_head=options.get("lm_head"),
+        seed=options.get("seed"),
+        ignore=[*found.ignore, *options["ignore"]] if options.get("ignore") else None,
+        scheme=found.scheme.with_group_size(group_size).to_dict() if found.scheme and group_size is not None else None,
+        algorithm=["rtn"] if options.get("fast") else None,
+        calibration={**found.calibration.model_dump(), **{key: value for key, value in data_options.items() if value is not None}},
+    )
+
+
+def _calibration(recipe: Recipe) -> CalibrationSpec:
+    values = recipe.calibration
+    if values.source is None:
+        hint = "--calibration FILE.jsonl with your own texts, or a Hub data set such as HuggingFaceH4/ultrachat_200k::train_sft"
+        raise UsageError("E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint)
+    local = Path(values.source)
+    spec = CalibrationSpec(
+        source=str(local.absolute()) if local.exists() else values.source,
+        text_column=values.text_column,
+        num_samples=values.num_samples,
+        seq_len=values.seq_len,
+        seed=recipe.seed,
+        pack=values.pack,
+        batch_size=values.batch_size,
+    )
+    check_source(spec)
+    return spec
+
+
+def _device(device: str) -> str:
+    index = device.removeprefix("cuda:")
+    if device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdecimal()):
+        return device
+    raise UsageError("E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>")
+
+
+class _kept_log:  # noqa: N801 - a context manager used like a function
+    """Keep the log of a run that ended well or whose library failed; remove it when the run was refused or interrupted."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        refused = isinstance(error, InputRefused | OutputTaken | UsageError) or (error is not None and not isinstance(error, QtoolError))
+        if refused:
+            self._log.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]
+
+
+def _finish_files(source: Path, staging: Staging) -> None:
+    """Leave only a checkpoint's own files: what the library wrote of them, without this machine's paths, and the source's sidecars untouched."""
+    folder = staging.checkpoint
+    for path in folder.iterdir():
+        if not any(path.match(pattern) for pattern in WRITTEN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("config.json", "quantize_config.json", "hf_quant_config.json"):
+        if (folder / name).exists():
+            (folder / name).write_text(json.dumps(_without_paths(read_json(folder / name)), indent=2) + "\n")
+    for path in source.iterdir():
+        if path.is_file() and any(path.match(pattern) for pattern in CARRIED) and not any(path.match(pattern) for pattern in WRITTEN):
+            shutil.copyfile(path, folder / path.name)
+    mode = 0o666 & ~_umask()
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _without_paths(value: Any) -> Any:
+    """Drop every entry of a config that is an absolute path: temporary folders and user names have no place in a checkpoint."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items() if not (isinstance(item, str) and item.startswith(("/", "~")))}
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def _verify(plan: Plan, staging: Staging) -> Checkpoint:
+    """Open what was written and hold it against the plan. Raises: BackendFailed, when a module or a value is not what it must be."""
+    try:
+        written = open_checkpoint(staging.checkpoint)
+        layout = detect(written)
+        found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
+        problems = [*_differences(plan, found), *check_values(written, layout)]
+        if plan.recipe.kv_cache and (layout is None or layout.kv_cache != plan.recipe.kv_cache):
+            problems.append(f"the KV cache is {layout.kv_cache if layout else None}, not {plan.recipe.kv_cache}")
+    except InputRefused as error:
+        problems = [error.message]
+    if problems:
+        first = problems[0].replace(str(staging.checkpoint), "output")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        message = f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what was asked for: {first}{more}"
+        raise BackendFailed("E_VERIFY", message, hint="nothing was published; try another --backend")
+    return written
+
+
+def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
+    searched = plan.recipe.steps(Auto)
+    for module in plan.quantized:
+        scheme = found.get(module.name)
+        if searched and scheme in (None, *searched[0].candidates):
+            continue
+        if scheme is None:
+            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and was left in 16 bits"
+        elif scheme != module.scheme:
+            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and is {scheme.name}"
+    for module in plan.left_alone:
+        if module.name in found:
+            yield f"`{module.name}` was to be left alone ({module.reason}) and is {found[module.name].name}"
+    planned = {module.name for module in plan.modules}
+    for name in found:
+        if name not in planned:
+            yield f"`{name}` is {found[name].name} and is no linear module of the source"
+
+
+def _manifest(plan: Plan, calibration: dict[str, Any] | None, source: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no time."""
+    backend = load_backend(plan.recipe.backend)
+    versions = {name: importlib.metadata.version(name) for name in (*VERSIONS, backend.distribution)}
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "model": plan.checkpoint.name,
+        "recipe": {key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"},
+        "calibration": calibration and {**calibration, "source": Path(str(calibration["source"])).name},
+        "versions": {"python": platform.python_version(), **versions},
+        "source_files": source,
+        "files": files,
+    }
