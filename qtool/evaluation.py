@@ -27,7 +27,9 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     Raises: CheckpointRefused, when the tensors do not fit the model, or its rotations are applied at run time.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its bar ignores whether there is a terminal
     layout = formats.detect(checkpoint)
     quantized = layout.modules if layout else {}
     if layout and any("rotation" in warning for warning in layout.warnings):

@@ -14,10 +14,10 @@ from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights
 
 HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
-EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias")
+EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})  # and what has `embed` in its name
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
 OTHER_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "mtp", "speech_encoder"})
-TRANSPOSED = frozenset({"gpt2", "gpt_bigcode", "imagegpt"})  # their projections are Conv1D, [K, N]
+TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D, [K, N]
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Plan:
     @property
     def layer_count(self) -> int:
         """Decoder layers, as the config counts them."""
-        return int(self.checkpoint.text_config.get("num_hidden_layers", 0))
+        return _count(self.checkpoint, "num_hidden_layers", 0)
 
     def peak_memory(self, num_samples: int, seq_len: int) -> tuple[int, int]:
         """Estimate (whole model in memory, layer by layer): peak bytes of weights, activations and workspace."""
-        hidden = int(self.checkpoint.text_config.get("hidden_size", 4096))
+        hidden = _count(self.checkpoint, "hidden_size", 4096)
         activations = 2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0  # in and out of a layer, 16 bits
         workspace = 3 * self.layer_bytes  # a layer in float32 and its result
         return self.bytes_before + workspace + activations, workspace + activations
@@ -98,22 +98,29 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Decide for every linear module of ``checkpoint`` what ``recipe`` does to it.
 
-    Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern that matches nothing, a group size that
-    does not divide, or a plan that would change nothing.
+    Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern that matches nothing, an output head that
+    cannot be quantized apart from the embeddings, a group size that does not divide, or a plan that would change nothing.
     """
     config = checkpoint.quantization_config
     if config is not None:
-        method = config.get("quant_method") or config.get("producer", {}).get("name") or "an unnamed method"
-        message = f"{checkpoint.path} is quantized already (quant_method `{method}`)"
+        producer = config.get("producer")
+        method = config.get("quant_method") or (producer.get("name") if isinstance(producer, Mapping) else producer)
+        message = f"{checkpoint.path} is quantized already ({f'by `{method}`' if method else 'its config says so'})"
         raise CheckpointRefused("E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of")
     linears = {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if _is_matrix(tensor)}
-    for pattern in (*recipe.ignore, *(rule.modules for rule in recipe.rules)):
-        check_pattern(pattern, linears)
+    for pattern in recipe.ignore:
+        check_pattern(pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])])  # a module, though it has no tensor of its own
+    for rule in recipe.rules:
+        check_pattern(rule.modules, linears)
+    if recipe.lm_head and checkpoint.tied_embeddings:
+        message = f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, which stays in 16 bits"
+        raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
     plan = Plan(checkpoint, recipe, tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items()))
     if not plan.quantized and recipe.kv_cache is None:
         reasons = Counter(module.reason for module in plan.modules)
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "no linear module was found"
-        raise RecipeRefused("E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}")
+        hint = "ignore fewer modules, or check that this is a language model with linear layers"
+        raise RecipeRefused("E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}", hint=hint)
     _check_groups(plan)
     return plan
 
@@ -123,7 +130,8 @@ def _is_matrix(tensor: TensorInfo) -> bool:
 
 
 def _is_embedding(name: str) -> bool:
-    return any(name.split(".")[-2].startswith(embedding) for embedding in EMBEDDINGS)
+    part = name.split(".")[-2]
+    return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo) -> PlannedModule:
@@ -137,12 +145,12 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
     parts = name.split(".")
     if any(matches(pattern, name) for pattern in recipe.ignore):
         return None, "ignored by the recipe"
+    if parts[-1] in HEADS and checkpoint.tied_embeddings:
+        return None, "tied to the embeddings"
     for rule in recipe.rules:
         if matches(rule.modules, name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
     if parts[-1] in HEADS:
-        if checkpoint.tied_embeddings:
-            return None, "tied to the embeddings"
         return (recipe.scheme, "") if recipe.lm_head else (None, "output head (`lm_head: true` quantizes it)")
     if parts[-1] in ROUTERS:
         return None, "router of experts"
@@ -169,11 +177,17 @@ def _check_groups(plan: Plan) -> None:
         schemes = plan.recipe.schemes if plan.recipe.steps(Auto) else [module.scheme]
         for scheme in schemes:
             group_size = scheme.weights.group_size if scheme else None
-            if group_size and module.shape[1] % group_size:
-                fits = [size for size in (128, 64, 32, 16) if all(each.shape[1] % size == 0 for each in plan.quantized)]
+            if scheme and group_size and module.shape[1] % group_size:
+                sizes = (128, 64, 32, 16) if scheme == plan.recipe.scheme and scheme.weights.format.startswith("int") else ()
+                fits = [size for size in sizes if all(each.shape[1] % size == 0 for each in plan.quantized)]
                 hint = f"use --group-size {fits[0]}, or leave the module out with --ignore" if fits else "leave the module out with --ignore"
                 message = f"group_size {group_size} does not divide the {module.shape[1]} inputs of `{module.name}`"
                 raise RecipeRefused("E_GROUP_SIZE", message, hint=hint)
+
+
+def _count(checkpoint: Checkpoint, key: str, default: int) -> int:
+    value = checkpoint.text_config.get(key)
+    return value if isinstance(value, int) else default
 
 
 def _layer_of(name: str) -> str:

@@ -191,8 +191,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         state = None
         if request.state_save:
             state = stack.enter_context(stage_output(request.state_save, source=source, overwrite=request.overwrite, need_bytes=plan.bytes_before))
-        hasher = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-        source_digests = hasher.submit(digest_files, plan.checkpoint.weight_files)  # while the worker is busy
+        helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files)  # while the worker is busy
         calibration: dict[str, Any] | None = None
 
         def handle(event: Event) -> None:
@@ -217,8 +217,10 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         run_job(job, plan, log=request.log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
         on_event({"event": "stage", "what": "checking the result"})
         _finish_files(source, staging)
-        written = _verify(plan, staging)
-        manifest = _manifest(plan, calibration, source_digests.result(), digest_files(_files(staging.checkpoint)))
+        digests = helpers.submit(digest_files, _files(staging.checkpoint))  # hashing, writing out and checking share the time
+        helpers.submit(staging.flush)
+        written = verify(plan, staging.checkpoint)
+        manifest = _manifest(plan, calibration, source_digests.result(), digests.result())
         (staging.checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         staging.publish()
     return QuantizeResult(
@@ -338,10 +340,13 @@ def _without_paths(value: Any) -> Any:
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
-def _verify(plan: Plan, staging: Staging) -> Checkpoint:
-    """Open what was written and hold it against the plan. Raises: BackendFailed, when a module or a value is not what it must be."""
+def verify(plan: Plan, folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder`` and hold it against the plan.
+
+    Raises: BackendFailed, when a module has not the planned scheme, one was changed that should not be, or a value is NaN or an impossible scale.
+    """
     try:
-        written = open_checkpoint(staging.checkpoint)
+        written = open_checkpoint(folder)
         layout = detect(written)
         found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
         problems = [*_differences(plan, found), *check_values(written, layout)]
@@ -350,7 +355,7 @@ def _verify(plan: Plan, staging: Staging) -> Checkpoint:
     except InputRefused as error:
         problems = [error.message]
     if problems:
-        first = problems[0].replace(str(staging.checkpoint), "output")
+        first = problems[0].replace(str(folder), "output")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         message = f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what was asked for: {first}{more}"
         raise BackendFailed("E_VERIFY", message, hint="nothing was published; try another --backend")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from qtool.scheme import Scheme, scheme_from
 
 BACKEND_NAMES = ("llmcompressor", "gptqmodel", "modelopt", "torchao")
 MAX_RECIPE_BYTES = 1 << 20
+YAML_ERRORS = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # PyYAML raises all of them
+EXAMPLES_HINT = "recipes/ in the source holds examples"
 _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()), _PACKAGE / "recipes")
 
@@ -84,13 +87,6 @@ class SpinQuant(Step):
     needs_data: ClassVar[bool] = False
 
 
-class SvdQuant(Step):
-    """SVDQuant: a low-rank 16-bit part takes the outliers. Li et al. 2024, arXiv:2411.05007."""
-
-    name: ClassVar[str] = "svdquant"
-    rank: int = Field(default=32, ge=1)
-
-
 SchemeField = Annotated[
     Scheme, BeforeValidator(lambda value: value if isinstance(value, Scheme) else scheme_from(value)), PlainSerializer(Scheme.to_dict)
 ]
@@ -105,7 +101,7 @@ class Auto(Step):
     score: Literal["gradient", "kl_div"] = "gradient"
 
 
-STEPS: Mapping[str, type[Step]] = {step.name: step for step in (Rtn, Mse, Gptq, Awq, SmoothQuant, AutoRound, SpinQuant, SvdQuant, Auto)}
+STEPS: Mapping[str, type[Step]] = {step.name: step for step in (Rtn, Mse, Gptq, Awq, SmoothQuant, AutoRound, SpinQuant, Auto)}
 
 
 def _step_from(value: Any) -> Step:
@@ -114,6 +110,10 @@ def _step_from(value: Any) -> Step:
     name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
     if not isinstance(name, str) or name not in STEPS:
         raise RecipeRefused("E_RECIPE", f"unknown algorithm step {value!r}", hint=nearest(str(name), STEPS) or f"known: {', '.join(STEPS)}")
+    if not isinstance(options, dict | None):
+        raise RecipeRefused(
+            "E_RECIPE", f"algorithm step `{name}`: its options are a mapping, found {options!r}", hint=f"write `{name}` alone, without any"
+        )
     try:
         return STEPS[name](**(options or {}))
     except ValidationError as error:
@@ -252,8 +252,9 @@ def check_pattern(pattern: str, modules: Iterable[str]) -> None:
 def _regex(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
-    except re.error as error:
-        raise RecipeRefused("E_PATTERN", f"`re:{expression}` is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        hint = "leave out `re:` for a name or a glob; a regular expression looks like `re:.*mlp.*down_proj$`"
+        raise RecipeRefused("E_PATTERN", f"`re:{expression}` is not a regular expression: {error}", hint=hint) from None
 
 
 def _plain(name: str) -> str:
@@ -261,7 +262,13 @@ def _plain(name: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which otherwise keeps the last of two equal keys in silence."""
+    """PyYAML's safe loader, which otherwise keeps the last of two equal keys in silence, and knows aliases, a few of which make gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "`*` makes an alias, which no recipe needs: quote a pattern, write a value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -273,30 +280,39 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read(path: Path) -> Recipe:
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeRefused("E_RECIPE", f"{path}: {path.stat().st_size:,} bytes is too large for a recipe")
-        data = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        size = path.stat().st_size
+        text = path.read_bytes() if size <= MAX_RECIPE_BYTES else b""
+    except OSError as error:
+        raise RecipeRefused("E_RECIPE", f"{path} cannot be read: {error.strerror}", hint="check the path and its permissions") from None
+    if size > MAX_RECIPE_BYTES:
+        raise RecipeRefused("E_RECIPE", f"{path}: {size:,} bytes is too large for a recipe", hint=EXAMPLES_HINT)
+    try:
+        data = yaml.load(text.decode(), Loader=_StrictLoader)
+    except YAML_ERRORS as error:
+        hint = f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs quotes"
+        raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {' '.join(str(error).split())[:300]}", hint=hint) from None
     if not isinstance(data, dict):
-        raise RecipeRefused("E_RECIPE", f"{path}: a recipe is a mapping, found {type(data).__name__}")
-    return _validated({"name": _plain(path.stem)} | data, str(path))
+        raise RecipeRefused("E_RECIPE", f"{path}: a recipe is a mapping, found {type(data).__name__}", hint=EXAMPLES_HINT)
+    return _validated({"name": re.sub("[^a-z0-9_]+", "_", _plain(path.stem))} | data, str(path))
 
 
 def _validated(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key is why another one is missing
         field = ".".join(map(str, first["loc"])) or "recipe"
         if first["type"] == "extra_forbidden":
             known = _known_keys(first["loc"])
-            raise RecipeRefused("E_RECIPE", f"{where}: unknown key `{field}`", hint=nearest(str(first["loc"][-1]), known)) from None
-        raise RecipeRefused("E_RECIPE", f"{where}: `{field}`: {first['msg']}, found {first['input']!r}"[:400]) from None
+            hint = nearest(str(first["loc"][-1]), known) or f"known: {', '.join(known)}"
+            raise RecipeRefused("E_RECIPE", f"{where}: unknown key `{field}`", hint=hint) from None
+        values = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
+        hint = nearest(str(first["input"]), values) or EXAMPLES_HINT
+        raise RecipeRefused("E_RECIPE", f"{where}: `{field}`: {first['msg']}, found {reprlib.repr(first['input'])}", hint=hint) from None
     except RecipeRefused as error:
-        raise RecipeRefused(error.code, f"{where}: {error.message}", hint=error.hint) from None
+        raise RecipeRefused(error.code, f"{where}: {error.message}", hint=error.hint or EXAMPLES_HINT) from None
     except TypeError as error:
-        raise RecipeRefused("E_RECIPE", f"{where}: {error}") from None
+        raise RecipeRefused("E_RECIPE", f"{where}: {error}", hint=EXAMPLES_HINT) from None
 
 
 def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from types import NoneType
 from typing import Any, Literal
 
 from qtool.errors import RecipeRefused, nearest
@@ -36,6 +37,8 @@ class Weights:
         _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
         if (self.granularity == "block") != (self.block is not None):
             raise _invalid(f"weights: granularity `{self.granularity}` and block {self.block} do not go together")
+        if self.block is not None and (len(self.block) != 2 or any(type(size) is not int or size < 1 for size in self.block)):
+            raise _invalid(f"weights: block must be two positive whole numbers, rows and columns, found {list(self.block)!r}")
         if self.granularity == "token":
             raise _invalid("weights: granularity `token` is for activations; weights know `channel`")
         if not self.symmetric and self.format.startswith("fp"):
@@ -167,6 +170,8 @@ def scheme_from(value: str | Mapping[str, Any]) -> Scheme:
         if value.lower() not in by_lower:
             raise _invalid(f"unknown scheme `{value}`", hint=nearest(value, SCHEMES) or f"known: {', '.join(SCHEMES)}")
         return by_lower[value.lower()]
+    if not isinstance(value, Mapping):
+        raise _invalid(f"a scheme is a name or a mapping, found {value!r}", hint=f"known names: {', '.join(SCHEMES)}")
     _refuse_unknown_keys("scheme", value, {"weights", "activations"})
     if not isinstance(value.get("weights"), Mapping):
         raise _invalid("a scheme needs `weights`, a mapping with at least `format`")
@@ -183,10 +188,22 @@ def _dataclass_from(kind: Any, where: str, value: Any) -> Any:
     _refuse_unknown_keys(where, value, {field.name for field in fields(kind)})
     if "format" not in value:
         raise _invalid(f"{where}: `format` is missing", hint=f"one of {', '.join(FORMAT_BITS)}")
+    for key, item in value.items():
+        if type(item) not in _KINDS[key]:
+            raise _invalid(f"{where}: `{key}` cannot be {item!r}", hint=f"`{key}` is {_KINDS[key][0].__name__}, e.g. {_EXAMPLES[_KINDS[key][0]]}")
     values = dict(value)
     if values.get("block") is not None:
         values["block"] = tuple(values["block"])
     return kind(**values)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("format", "granularity", "scale"), (str,)),
+    **dict.fromkeys(("symmetric", "dynamic"), (bool,)),
+    "group_size": (int, NoneType),
+    "block": (list, tuple, NoneType),
+}
+_EXAMPLES: Mapping[type, str] = {str: "int4", bool: "true", int: "128", list: "[128, 128]"}
 
 
 def _refuse_unknown_keys(where: str, value: Mapping[str, Any], known: set[str]) -> None:
@@ -206,7 +223,7 @@ def _check_numbers(where: str, format: str, granularity: str, group_size: int | 
     if (granularity == "group") != (group_size is not None):
         raise _invalid(f"{where}: granularity `{granularity}` and group_size {group_size} do not go together")
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
-        raise _invalid(f"{where}: group_size must be a positive whole number, found {group_size!r}")
+        raise _invalid(f"{where}: group_size must be a positive whole number, found {group_size!r}", hint="usual sizes are 32, 64 and 128")
 
 
 def _invalid(message: str, *, hint: str = "") -> RecipeRefused:

@@ -1,46 +1,22 @@
 """Real quantized checkpoints of the tiny model, made by the three libraries, each in a process of its own.
 
 `python samples.py LIBRARY SOURCE OUT` writes OUT/<name>/ (a checkpoint) and OUT/<name>.reference.safetensors: the weights the library itself
-dequantizes (`weight:<module>`) and the logits it computes for `PROMPT` (`logits`), as far as the library can do that on a CPU.
+dequantizes (`weight:<module>`), the logits it computes for a prompt (`logits`), and what goes in and out of two layers on the way (`input:<module>`,
+`output:<module>`), as far as the library can do that on a CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import fcntl
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-python-llama"
 PROMPT_TOKENS = 48
-
-
-@pytest.fixture(scope="session")
-def sample(tmp_path_factory):
-    """A function: the name of a sample, e.g. `ct/W4A16`, to its folder. The first use of a library makes all its samples."""
-    root = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        root = root.parent
-    root = Path(os.environ.get("QTOOL_TEST_SAMPLES", root / "samples"))
-
-    def get(name: str) -> Path:
-        library = name.split("/")[0]
-        folder = root / library
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "done").exists():
-                run = subprocess.run([sys.executable, __file__, library, EXAMPLE, folder], cwd=folder, capture_output=True, text=True)
-                assert run.returncode == 0, run.stderr[-3000:]
-                (folder / "done").touch()
-        return root / name
-
-    return get
+WATCHED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 
 def texts(name: str, count: int) -> list[str]:
@@ -59,7 +35,7 @@ def load(source, **options):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.bfloat16, **options}).eval()
 
 
 def keep_reference(out: Path, *, model=None, weights=None) -> None:
@@ -68,6 +44,12 @@ def keep_reference(out: Path, *, model=None, weights=None) -> None:
 
     tensors = {f"weight:{name}": weight.contiguous() for name, weight in (weights or {}).items()}
     if model is not None:
+        for name in WATCHED:
+
+            def keep(module, args, result, name=name):
+                tensors[f"input:{name}"], tensors[f"output:{name}"] = args[0].clone(), result.clone()
+
+            model.get_submodule(name).register_forward_hook(keep)
         with torch.no_grad():
             tensors["logits"] = model(torch.tensor(token_sequences("evaluation.jsonl", 1, PROMPT_TOKENS)), use_cache=False).logits.float()
     save_file(tensors, out.with_name(f"{out.name}.reference.safetensors"))
@@ -121,11 +103,12 @@ def make_ct(source: Path, out: Path) -> None:
         options = {"dataset": data, "num_calibration_samples": 4, "max_seq_length": 64, "shuffle_calibration_samples": False, "pipeline": "basic"}
         oneshot(model=model, recipe=[QuantizationModifier(ignore=["lm_head"], **recipe)], **(options if needs_data else {}))
         model.save_pretrained(out / name)
-        loaded = load(out / name)
-        keep_logits = {"model": loaded}
-        loaded(torch.tensor([[1, 2, 3]]))  # the first forward decompresses
+        loaded = load(out / name, dtype=torch.float32)  # so that its roundings can be compared exactly
+        with contextlib.suppress(RuntimeError):  # the first forward decompresses, NVFP4 to bf16 whatever it is asked for
+            loaded(torch.tensor([[1, 2, 3]]))
+        torch.nn.Module.float(loaded)  # transformers' own refuses
         weights = {module_name: module.weight.data for module_name, module in loaded.named_modules() if module_name.endswith("_proj")}
-        keep_reference(out / name, weights=weights, **keep_logits)
+        keep_reference(out / name, model=loaded, weights=weights)
 
 
 def make_gptq(source: Path, out: Path) -> None:
@@ -202,11 +185,17 @@ def make_modelopt(source: Path, out: Path) -> None:
     no_forward = ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8", "MIXED")
     for name, config in configs.items():
         model = mtq.quantize(load(source), config, forward_loop)
-        keep_reference(out / name, model=None if name in no_forward else model)
+        keep_reference(out / name, model=None if name in no_forward else copy.deepcopy(model).float())
         export_hf_checkpoint(model, export_dir=out / name)
 
 
 if __name__ == "__main__":
-    os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "GPTQMODEL_CPU_WORKERS": "2",
+        "GPTQMODEL_DISABLE_PACK_EXT": "1",
+        "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
+        "TQDM_DISABLE": "1",
+    }
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     {"ct": make_ct, "gptq": make_gptq, "modelopt": make_modelopt}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -23,7 +23,7 @@ BACKENDS: Mapping[str, str] = {  # name in a recipe -> class, imported when firs
     "modelopt": "qtool.backends.modelopt:ModelOptBackend",
     "torchao": "qtool.backends.torchao:TorchAOBackend",
 }
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_SIZE = "2GB"  # several files are hashed, checked and loaded at once
 
 
 @dataclass(frozen=True)

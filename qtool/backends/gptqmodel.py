@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qtool.backends import Work, groups_of, step_refusals
+from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.models import check_planned
 from qtool.plan import Plan
 from qtool.recipe import Gptq
@@ -89,7 +89,7 @@ class GPTQModelBackend:
         samples = [{"input_ids": list(sample), "attention_mask": [1] * len(sample)} for sample in work.samples]
         model.quantize(samples or None, batch_size=work.batch_size, calibration_sort=None, **options)
         work.report.stage("saving")
-        model.save(str(work.output))
+        model.save(str(work.output), max_shard_size=MAX_SHARD_SIZE)
 
 
 def _config(work: Work, linears: list[str]) -> Any:

@@ -91,7 +91,6 @@ def _clear_actorder(config_file: Path) -> None:
 
 
 def _modifiers(work: Work, linears: list[str]) -> list[Any]:
-    from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier, SpinQuantModifier
@@ -125,6 +124,8 @@ def _modifiers(work: Work, linears: list[str]) -> list[Any]:
         dampening = {"dampening_frac": rounder.dampening} if rounder.dampening else {}
         modifiers.append(GPTQModifier(**dampening, **options))
     elif isinstance(rounder, AutoRound):
+        from llmcompressor.modifiers.autoround import AutoRoundModifier  # a library of its own, slow to import
+
         modifiers.append(AutoRoundModifier(iters=rounder.iterations, enable_torch_compile=work.device != "cpu", **options))
     else:
         modifiers.append(QuantizationModifier(**options))

@@ -13,7 +13,7 @@ from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import batch_tensors, check_planned, linear_names, load_model
 from qtool.plan import Plan
-from qtool.recipe import Auto, Awq, Mse, Recipe, Rtn, SmoothQuant, SvdQuant
+from qtool.recipe import Auto, Awq, Mse, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
 
 PRESETS = {  # scheme -> the library's configuration with these numbers
@@ -43,7 +43,7 @@ class ModelOptBackend:
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""
         recipe = plan.recipe
-        reasons = step_refusals(plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "svdquant", "auto")})
+        reasons = step_refusals(plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "auto")})
         if recipe.checkpoint_format:
             reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
         if recipe.scheme is None:
@@ -160,8 +160,6 @@ def _algorithm(recipe: Recipe, mtq: Any) -> Any:
         return {"method": f"awq_{step.search}"}
     if isinstance(step, SmoothQuant):
         return {"method": "smoothquant", "alpha": step.strength}
-    if isinstance(step, SvdQuant):
-        return {"method": "svdquant", "lowrank": step.rank}
     return {"method": "mse" if isinstance(step, Mse) else "gptq"}
 
 

@@ -47,7 +47,9 @@ class TorchAOBackend:
 
         scheme = work.plan.recipe.scheme
         assert scheme is not None
-        options: dict[str, Any] = {"group_size": scheme.weights.group_size} if scheme.weights.group_size else {}
+        options: dict[str, Any] = {}
+        if scheme.weights.group_size:  # tinygemm's tiles; the plain layout needs a library that is not on the package index
+            options = {"group_size": scheme.weights.group_size, "int4_packing_format": "tile_packed_to_4d"}
         config = getattr(torchao.quantization, CONFIGS[scheme])(**options)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(

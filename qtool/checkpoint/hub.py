@@ -8,7 +8,7 @@ from pathlib import Path
 from qtool.errors import CheckpointRefused, ResourceError
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "original/*", "consolidated*")
+UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*/*.safetensors", "original/*", "consolidated*")
 CODE = ("*.py",)
 CONNECT_TIMEOUT_S = 5.0
 
@@ -20,12 +20,20 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
 
     Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when the Hub cannot be reached.
     """
-    if Path(model_path).exists() or not _may_be_hub_name(model_path):
+    if not _may_be_hub_name(model_path) or Path(model_path).exists():
         return Path(model_path)
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    check_hub_is_reachable(model_path)
     try:
         folder = snapshot_download(
             model_path,
@@ -33,30 +41,42 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
             allow_patterns=[*WANTED, *(CODE if with_code else ())],
             ignore_patterns=[pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
             etag_timeout=CONNECT_TIMEOUT_S,
+            local_files_only=not _hub_is_reachable(),  # the cache may have it all
         )
     except GatedRepoError as error:
         hint = "accept its terms on its page, then log in with `hf auth login`"
         raise CheckpointRefused("E_HUB_ACCESS", f"Hub model `{model_path}` is gated and this account has no access", hint=hint) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision `{revision}`" if revision else ""
         hint = "check the name; a private model needs `hf auth login`"
         raise CheckpointRefused("E_NO_MODEL", f"no folder and no Hub model `{model_path}`{at}", hint=hint) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(model_path) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        message = f"Hub model `{model_path}` cannot be downloaded: {' '.join(str(error).split())[:300]}"
+        raise ResourceError("E_DOWNLOAD", message, hint="try again: what is complete is kept; check the disk of HF_HOME too") from error
     return Path(folder)
 
 
 def check_hub_is_reachable(name: str) -> None:
     """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer; do nothing when offline mode is set."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not _hub_is_reachable():  # offline, the cache answers, or the download call refuses at once
+        raise _unreachable(name)
+
+
+def _hub_is_reachable() -> bool:
     import httpx
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return  # the cache answers, or the download call refuses at once
+        return False
     try:
         httpx.head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
-    except httpx.HTTPError as error:
-        raise _unreachable(name) from error
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+    return True
 
 
 def _may_be_hub_name(name: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 MAX_JSON_BYTES = 32 << 20  # the largest header and index of a public model are below 15 MB
+MAX_DIMENSIONS = 16
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -73,8 +75,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The folder's name, as default outputs use it."""
-        return self.path.resolve().name
+        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the repository's."""
+        folder = self.path.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.rpartition("--")[2]
+        return folder.name
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
@@ -124,15 +130,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises: CheckpointRefused, naming the file, the tensor and the numbers that do not fit.
     """
-    if not path.exists():
-        raise _refused("E_NO_MODEL", f"{path}: no such folder", "give a checkpoint folder or a Hub name such as `org/model`")
-    if not path.is_dir():
-        raise _refused("E_NOT_A_MODEL", f"{path} is a file, not a model folder", "give the folder that holds config.json")
-    config_file = path / "config.json"
-    if not config_file.exists():
-        raise _refused("E_NOT_A_MODEL", f"{path}: no config.json, so this is not a model folder", "give the folder that holds config.json")
-    config = read_json(config_file)
-    return Checkpoint(path, config, _read_tensors(path))
+    try:
+        if not path.exists():
+            raise _refused("E_NO_MODEL", f"{path}: no such folder", "give a checkpoint folder or a Hub name such as `org/model`")
+        if not path.is_dir():
+            raise _refused("E_NOT_A_MODEL", f"{path} is a file, not a model folder", "give the folder that holds config.json")
+        config_file = path / "config.json"
+        if not config_file.exists():
+            raise _refused("E_NOT_A_MODEL", f"{path}: no config.json, so this is not a model folder", "give the folder that holds config.json")
+        return Checkpoint(path, read_json(config_file), _read_tensors(path))
+    except OSError as error:
+        raise _refused(
+            "E_UNREADABLE", f"{error.filename or path} cannot be read: {error.strerror}", "check its name, its permissions and the disk"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
         if pickles:
             message = f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never opens"
             raise _refused("E_PICKLE", message, "convert them to safetensors first, or take a revision that has them")
-        raise _refused("E_NO_WEIGHTS", f"{path}: no safetensors file", "is the download complete?")
+        raise _refused("E_NO_WEIGHTS", f"{path}: no safetensors file", "is the download complete? Pickle files are never taken, and never downloaded")
     if len(files) > 1 and (path / "model.safetensors").exists():
         files = [path / "model.safetensors"]  # others beside it are not part of the model (e.g. consolidated.safetensors)
     return _merge({file: read_header(file) for file in files})
@@ -183,7 +193,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     shards: dict[str, dict[str, TensorInfo]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            message = f"{index_file}: tensor `{tensor}` is said to be in {shard!r}, which is not a safetensors file of this folder"
+            message = f"{index_file}: tensor `{tensor}` is said to be in {reprlib.repr(shard)}, which is not a safetensors file of this folder"
             raise _refused("E_INDEX", message)
         if shard not in shards:
             if not (path / shard).exists():
@@ -214,12 +224,12 @@ def _check_regular(path: Path) -> None:
 
 
 def _check_looks_like_safetensors(path: Path, start: bytes, size: int) -> None:
-    if start.startswith(b"version "):
-        raise _refused("E_LFS_POINTER", f"{path} is a Git LFS pointer, not the weights", "run `git lfs pull` in the folder, or download again")
-    if start.lstrip()[:1] == b"<":
-        raise _refused("E_NOT_SAFETENSORS", f"{path} is an HTML page, not a safetensors file", "the download failed: fetch it again")
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length < 2 or 8 + length > size:
+    if len(start) < 8 or length < 2 or 8 + length > size:  # only then can it be text: letters make a length beyond any file
+        if start.startswith(b"version "):
+            raise _refused("E_LFS_POINTER", f"{path} is a Git LFS pointer, not the weights", "run `git lfs pull` in the folder, or download again")
+        if start.lstrip()[:1] == b"<":
+            raise _refused("E_NOT_SAFETENSORS", f"{path} is an HTML page, not a safetensors file", "the download failed: fetch it again")
         message = f"{path}: a header of {length:,} bytes is declared in a file of {size:,} bytes"
         raise _refused("E_HEADER", message, "the file is truncated or is not safetensors: download it again")
     if length > MAX_JSON_BYTES:
@@ -227,17 +237,19 @@ def _check_looks_like_safetensors(path: Path, start: bytes, size: int) -> None:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: int) -> TensorInfo:
+    if not name.isprintable():
+        raise _refused("E_HEADER", f"{path}: a tensor is called {reprlib.repr(name)}")
     if not isinstance(entry, dict):
-        raise _refused("E_HEADER", f"{path}: tensor `{name}` is described by {entry!r}")
+        raise _refused("E_HEADER", f"{path}: tensor `{name}` is described by {reprlib.repr(entry)}")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
-        raise _refused("E_HEADER", f"{path}: tensor `{name}` has the unknown dtype {dtype!r}")
-    if not _all_counts(shape):
-        raise _refused("E_HEADER", f"{path}: tensor `{name}` has the shape {shape!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _refused("E_HEADER", f"{path}: tensor `{name}` has the unknown dtype {reprlib.repr(dtype)}")
+    if not _all_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _refused("E_HEADER", f"{path}: tensor `{name}` has the shape {reprlib.repr(shape)}")
     if not _all_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-        raise _refused("E_HEADER", f"{path}: tensor `{name}` is said to lie at {offsets!r} in {data_size:,} bytes of data")
+        raise _refused("E_HEADER", f"{path}: tensor `{name}` is said to lie at {reprlib.repr(offsets)} in {data_size:,} bytes of data")
     size_bytes = offsets[1] - offsets[0]
     expected = math.ceil(math.prod(shape) * DTYPE_BITS[dtype] / 8)
     if size_bytes != expected:
@@ -270,7 +282,7 @@ def _parse_object(data: bytes, where: str) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(data, object_pairs_hook=no_duplicates)
+        value = json.loads(data.decode(), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise _refused("E_JSON", f"{where}: not JSON ({reason})") from None
@@ -279,5 +291,5 @@ def _parse_object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _refused(code: str, message: str, hint: str = "") -> CheckpointRefused:
+def _refused(code: str, message: str, hint: str = "the file is damaged or was changed: download or copy it again") -> CheckpointRefused:
     return CheckpointRefused(code, message, hint=hint)

@@ -18,7 +18,7 @@ from pathlib import Path
 from qtool.errors import OutputTaken, ResourceError, UsageError
 
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
-CHUNK_BYTES = 8 << 20
+REPLACEABLE = ("config.json", "qtool-manifest.json", "qtool-state.json")  # what has one of these may be overwritten
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 
@@ -29,6 +29,7 @@ class Staging:
     output: Path
     root: Path
     lock_fd: int
+    overwrite: bool
 
     @property
     def checkpoint(self) -> Path:
@@ -40,13 +41,19 @@ class Staging:
         """Where a library may put what it likes."""
         return self.root / "scratch"
 
-    def publish(self) -> None:
-        """Make every byte durable, then put the checkpoint in its place in one step, replacing a former output if there is one."""
+    def flush(self) -> None:
+        """Make what is in ``checkpoint`` so far durable; costs little for what already is."""
         for path in self.checkpoint.iterdir():
             _fsync(path)
         _fsync(self.checkpoint)
-        if self.output.exists():
+
+    def publish(self) -> None:
+        """Make every byte durable, then put the checkpoint in its place in one step, replacing a former output if that was asked for."""
+        self.flush()
+        if self.overwrite and self.output.exists():
             _exchange(self.checkpoint, self.output, aside=self.root / "previous")
+        elif os.path.lexists(self.output):
+            raise OutputTaken("E_OUTPUT_EXISTS", f"{self.output} appeared meanwhile", hint="choose another --output, or replace it with --overwrite")
         else:
             self.checkpoint.rename(self.output)
         _fsync(self.output.parent)
@@ -56,8 +63,8 @@ class Staging:
 def stage_output(output: Path, *, source: Path, overwrite: bool, need_bytes: int) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
-    Raises: UsageError, when ``output`` is the source, inside it, or around it; OutputTaken, when it exists (without ``overwrite``)
-    or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place cannot be written.
+    Raises: UsageError, when ``output`` is the source, inside it, or around it; OutputTaken, when it exists (without ``overwrite``), is no
+    checkpoint, or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place cannot be written.
     """
     output, inside = output.absolute(), output.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents or inside in source.resolve().parents:
@@ -69,8 +76,11 @@ def stage_output(output: Path, *, source: Path, overwrite: bool, need_bytes: int
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another --output, or replace it with --overwrite")
         if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists and is not a folder", hint="choose another --output")
+        if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in REPLACEABLE):
+            hint = "choose another --output, or empty the folder yourself"
+            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} holds files and is no checkpoint, so --overwrite does not replace it", hint=hint)
         check_disk(root, need_bytes)
-        staging = Staging(output, root, lock_fd)
+        staging = Staging(output, root, lock_fd, overwrite)
         staging.checkpoint.mkdir()
         staging.scratch.mkdir()
         yield staging
@@ -100,12 +110,21 @@ def _sha256(path: Path) -> str:
 @contextlib.contextmanager
 def _locked(root: Path, output: Path) -> Iterator[int]:
     """Hold ``root``'s lock, and leave no ``root`` behind. The lock file goes with its holder, so a waiter checks that it still has the real one."""
-    lock_fd = _acquire(root, output)
+    made = [parent for parent in root.parents if not parent.exists()]  # innermost first
     try:
-        yield lock_fd
+        lock_fd = _acquire(root, output)
+        try:
+            yield lock_fd
+        finally:
+            with contextlib.suppress(OSError):
+                _recover(root, output)
+                (root / "lock").unlink()  # last: from here on the next run may begin
+                root.rmdir()
+            os.close(lock_fd)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
-        os.close(lock_fd)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # fails, and ends this, where something was written
 
 
 def _acquire(root: Path, output: Path) -> int:
@@ -115,6 +134,8 @@ def _acquire(root: Path, output: Path) -> int:
             root.mkdir(parents=True, exist_ok=True)
             lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and time.monotonic() < deadline:
+                continue  # another run just ended and took the folder away
             raise ResourceError("E_OUTPUT_PLACE", f"{root.parent}: cannot write there ({error.strerror})", hint="choose another --output") from error
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,8 +155,10 @@ def _recover(root: Path, output: Path) -> None:
     if previous.exists() and not output.exists():
         previous.rename(output)
     for path in root.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink()
 
 
 def _exchange(new: Path, old: Path, *, aside: Path) -> None:

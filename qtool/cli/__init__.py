@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, UsageError
 
+CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a click of its own and shows it nowhere
 app = typer.Typer(
     name="qtool",
     help="Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints that load.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -88,7 +90,6 @@ def quantize(
     """Quantize a model by METHOD and write the checkpoint to OUTPUT."""
     from qtool.cli import tables
     from qtool.cli.progress import progress
-    from qtool.errors import UsageError
     from qtool.quantize import Options, prepare, run
 
     if list_methods:
@@ -184,21 +185,38 @@ def inspect(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no box characters is no reason to fail
     try:
-        app(args=arguments, prog_name="qtool")
+        exit_code = app(args=arguments, prog_name="qtool", standalone_mode=False)
     except QtoolError as error:
-        if "--debug" in arguments:
-            raise
-        if "--json" in arguments:
-            print(json.dumps({"error": error.to_dict()}))
-        hint = f"\nhint: {error.hint}" if error.hint else ""
-        typer.echo(f"error[{error.code}]: {error.message}{hint}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        _fail(error, arguments)
+    except CLICK_USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "qtool"
+        _fail(UsageError("E_USAGE", error.format_message(), hint=f"`{command} --help` shows the options"), arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        exit_code = 130
+    if exit_code == 130:
         typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
+    sys.exit(exit_code)
+
+
+def _fail(error: QtoolError, arguments: Sequence[str]) -> NoReturn:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    if "--json" in arguments:
+        print(json.dumps({"error": error.to_dict()}))
+    hint = f"\nhint: {_one_line(error.hint)}" if error.hint else ""
+    typer.echo(f"error[{error.code}]: {_one_line(error.message)}{hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _one_line(text: str) -> str:
+    """Return ``text``, which may quote names from hostile files, without line breaks and terminal commands."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, RecipeRefused
-from qtool.formats import awq, compressed_tensors, gptq, modelopt
+from qtool.formats import awq, compressed_tensors, gptq, modelopt, torchao
 from qtool.formats.layout import Layout, QuantizedModule, modules_of, refused
 from qtool.formats.values import check_values
 
@@ -20,6 +21,7 @@ FORMATS = {  # in the order of trust: what names itself first
     "modelopt": modelopt,
     "awq": awq,
     "gptq": gptq,
+    "torchao": torchao,
 }
 PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"})
 
@@ -43,6 +45,9 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 return layout
             except RecipeRefused as error:  # the scheme the config describes is none
                 raise CheckpointRefused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", hint=error.hint) from error
+            except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, re.error) as error:  # it comes from outside, in any shape
+                message = f"{checkpoint.path}: its quantization config cannot be understood ({type(error).__name__}: {error})"
+                raise CheckpointRefused("E_QUANT_CONFIG", message) from error
     method = config.get("quant_method", "unnamed")
     raise refused("E_FORMAT", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
 

@@ -134,8 +134,8 @@ def _module(checkpoint: Checkpoint, parts: Parts, group: Mapping[str, Any]) -> Q
     if is_float and bits == 4:
         rows, half = parts.matrix("weight_packed", "U8")
         shape = rows, 2 * half
-    elif "weight_packed" in parts:
-        shape = _packed_shape(checkpoint, parts, bits)
+    elif "weight_packed" in parts or "weight_shape" in parts:
+        shape = _packed_shape(checkpoint, parts, bits, args.get("group_size"))
     else:
         shape = parts.matrix("weight", "F8_E4M3" if is_float else "I8")
     weights = _weights(parts, args, shape)
@@ -143,12 +143,12 @@ def _module(checkpoint: Checkpoint, parts: Parts, group: Mapping[str, Any]) -> Q
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, parts.tensors)
 
 
-def _packed_shape(checkpoint: Checkpoint, parts: Parts, bits: int) -> tuple[int, int]:
+def _packed_shape(checkpoint: Checkpoint, parts: Parts, bits: int, group: int | None) -> tuple[int, int]:
     """Return (N, K) of an integer matrix packed along K; 16 bytes of ``weight_shape`` are read only where the header leaves K open."""
     rows, words = parts.matrix("weight_packed", "I32")
     scale = parts["weight_scale"]
     columns = words * 32 // bits
-    if 32 % bits == 0 and len(scale.shape) == 2 and scale.shape[1] > 1 and columns % scale.shape[1] == 0:
+    if 32 % bits == 0 and group and len(scale.shape) == 2 and columns == scale.shape[1] * group:
         return rows, columns
     data = checkpoint.read(parts["weight_shape"].name)
     shape = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")

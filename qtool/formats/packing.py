@@ -55,11 +55,11 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """Return the ``count`` codes that each row of ``words``, int32 [R, W], holds, lowest bits first, as uint8 [R, count].
 
     The row is one string of bits (dense), or each word holds 32 // bits whole codes (padded: compressed-tensors before 0.18, for 3, 5, 6 and
-    7 bits); the width tells which.
+    7 bits); the width tells which, and dense wins where a short row leaves it open.
     """
     rows, width = words.shape
     if width == -(-count * bits // 32):
-        data = words.contiguous().view(torch.uint8)
+        data = words.flatten().view(torch.uint8).reshape(rows, -1)
         data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).reshape(rows, -1, bits)  # eight codes in `bits` bytes
         codes = [data[..., i * bits // 8] >> (i * bits % 8) for i in range(8)]
         for i in range(8):

@@ -40,21 +40,26 @@ def commands(method: str, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return the environment of both sides: this checkout's qtool, no network and, on CPU, what GPTQModel needs there."""
+    """Return the environment of both sides: this checkout's qtool, no network and, on CPU, what GPTQModel needs there.
+
+    Threads wait passively on CPU: spinning ones cost up to ten times the time, at random, on a machine that others use too.
+    """
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     added = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
-        added |= {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
+        added |= {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "OMP_WAIT_POLICY": "passive"}
     return {**os.environ, **added}
 
 
 def run_seconds(command: list[str], device: str, scratch: Path | None) -> float | None:
     """Run ``command`` into a fresh folder and return its wall time; None, and its last words on stderr, when it failed."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        command = [*command, str(Path(folder) / "out")]
         start = time.perf_counter()
-        done = subprocess.run([*command, str(Path(folder) / "out")], cwd=folder, env=environment(device), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment(device), capture_output=True, text=True)
         seconds = time.perf_counter() - start
     if done.returncode == 0:
+        print(*(line for line in done.stderr.splitlines() if line.startswith("[") and " s] " in line), sep="\n", file=sys.stderr)
         return seconds
     print(f"exit code {done.returncode}: {' '.join(command)}\n{done.stderr[-3000:]}", file=sys.stderr)
     return None

@@ -1,0 +1,32 @@
+# make demo: an environment in .venv, then a real model quantized and shown. make test: the environment, then the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := examples/tiny-python-llama
+DEMO := $(VENV)/demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/qtool quantize --model-path $(MODEL) --method modelopt_fp8 --calibration $(MODEL)/calibration.jsonl \
+		--num-samples 64 --seq-len 512 --output $(DEMO)/tiny-python-llama-fp8
+	$(BIN)/qtool inspect --model-path $(DEMO)/tiny-python-llama-fp8
+
+test: $(VENV)/ready
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict qtool
+
+# torch comes first and alone: the tested build then satisfies everything else
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

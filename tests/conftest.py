@@ -1,0 +1,88 @@
+"""What tests share: the bundled model, a copy to break, models made of headers alone, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
+
+
+@dataclass(frozen=True)
+class CliResult:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    return ROOT / "examples" / "tiny-python-llama"
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tiny_model) -> Path:
+    return tiny_model / "calibration.jsonl"
+
+
+@pytest.fixture
+def tiny_copy(tmp_path, tiny_model) -> Path:
+    """A copy of the tiny model that a test may break."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """A function that runs qtool in ``tmp_path`` as a process of its own, without the caller's Hugging Face variables."""
+
+    def run(*arguments, env: Mapping[str, str] | None = None, timeout: float = 120) -> CliResult:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+        command = [sys.executable, "-m", "qtool.cli", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env={**environment, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+        return CliResult(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """A function that runs code in a fresh interpreter and returns what it prints."""
+
+    def run(code: str) -> str:
+        return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    """A function that writes a model folder whose tensors, name -> shape, are all holes: any size costs no disk."""
+
+    def make(tensors: Mapping[str, tuple[int, ...]], *, folder: str = "model", dtype: str = "BF16", **config) -> Path:
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            size = BYTES[dtype]
+            for length in shape:
+                size *= length
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        with (path / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        return path
+
+    return make

@@ -1,0 +1,74 @@
+"""The reading order is the import order, and what should answer at once imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "qtool"
+ORDER = (
+    *("errors", "scheme", "checkpoint", "recipe", "plan", "weight", "formats", "calibration", "backends", "quantize", "export", "inspection"),
+    *("runtime", "evaluation", "serve", "cli"),
+)
+FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+HEAVY = {"torch", "transformers", "datasets", "gptqmodel", "llmcompressor", "modelopt", "compressed_tensors", "torchao", "triton"}
+
+
+def layer_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of qtool that a file imports, wherever in it, as layers."""
+    found = set()
+    inside = ("qtool", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join([*inside[: len(inside) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "qtool" else {module}
+    return {name.split(".")[1] for name in found if name.startswith("qtool.")}
+
+
+def test_every_file_belongs_to_a_layer():
+    assert {layer_of(file) for file in FILES} <= set(ORDER)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_module_imports_only_from_its_left(file):
+    layer = layer_of(file)
+    allowed = {layer, *ORDER[: ORDER.index(layer)]}
+    if layer in ("runtime", "serve"):
+        allowed -= {"backends", "quantize", "export"}  # a server needs no quantization library
+    assert imports_of(FILES[file]) <= allowed
+
+
+def test_an_import_inside_a_function_is_seen(tmp_path):
+    file = PACKAGE / "formats" / "__init__.py"
+    assert "weight" in imports_of(file)  # it is imported in functions and for types only
+
+
+COMMANDS = {
+    "help": ["--help"],
+    "help of quantize": ["quantize", "--help"],
+    "list": ["quantize", "--list", "--all"],
+    "dry run": ["quantize", "--model-path", "MODEL", "--method", "modelopt_fp8", "--dry-run"],
+    "refusal": ["quantize", "--model-path", "MODEL", "--method", "modelopt_fp9"],
+    "inspect": ["inspect", "--model-path", "MODEL"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_reads_headers_imports_no_library(name, tiny_model, tmp_path):
+    arguments = [str(tiny_model) if argument == "MODEL" else argument for argument in COMMANDS[name]]
+    command = [sys.executable, "-X", "importtime", "-m", "qtool.cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (2 if name == "refusal" else 0), done.stderr[-500:]
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "qtool" in imported
+    assert not imported & HEAVY
