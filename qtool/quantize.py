@@ -8,10 +8,11 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -21,7 +22,7 @@ from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.backends.worker import Event, run_job
 from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, stage_output
-from qtool.errors import BackendFailed, InputRefused, OutputTaken, QtoolError, UsageError
+from qtool.errors import BackendFailed, InputRefused, ResourceError, UsageError
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
@@ -184,15 +185,18 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     plan = request.plan
     source = plan.checkpoint.path
     scratch_bytes = plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0
-    with ExitStack() as stack, _kept_log(request.log):
+    with ExitStack() as stack:
         staging = stack.enter_context(
             stage_output(request.output, source=source, overwrite=request.overwrite, need_bytes=int(plan.bytes_after * 1.05) + scratch_bytes)
         )
         state = None
         if request.state_save:
             state = stack.enter_context(stage_output(request.state_save, source=source, overwrite=request.overwrite, need_bytes=plan.bytes_before))
+        log = stack.enter_context(_kept_log(staging, request.log))
         helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
-        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files)  # while the worker is busy
+        stop = threading.Event()
+        stack.callback(stop.set)  # a run that ends early does not wait for its digests
+        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files, stop=stop)  # while the worker is busy
         calibration: dict[str, Any] | None = None
 
         def handle(event: Event) -> None:
@@ -214,7 +218,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             state_save=str(state.checkpoint) if state else None,
             state_restore=str(request.state_restore) if request.state_restore else None,
         )
-        run_job(job, plan, log=request.log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
+        run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
         on_event({"event": "stage", "what": "checking the result"})
         _finish_files(source, staging)
         digests = helpers.submit(digest_files, _files(staging.checkpoint))  # hashing, writing out and checking share the time
@@ -291,19 +295,18 @@ def _device(device: str) -> str:
     raise UsageError("E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>")
 
 
-class _kept_log:  # noqa: N801 - a context manager used like a function
-    """Keep the log of a run that ended well or whose library failed; remove it when the run was refused or interrupted."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        refused = isinstance(error, InputRefused | OutputTaken | UsageError) or (error is not None and not isinstance(error, QtoolError))
-        if refused:
-            self._log.unlink(missing_ok=True)
+@contextmanager
+def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
+    """Give the run's log; it goes to ``place`` when the run ended well or a library failed, and away when it was refused or interrupted."""
+    log = staging.root / "log"
+    try:
+        yield log
+    except (BackendFailed, ResourceError) as error:
+        if log.exists():
+            error.hint = error.hint or f"what the library said is in {place}"
+            log.replace(place)
+        raise
+    log.replace(place)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -125,11 +125,10 @@ def make_gptq(source: Path, out: Path) -> None:
     configs = {
         "rtn4": RTNConfig(bits=4, group_size=128),
         "rtn_gemm": RTNConfig(bits=4, group_size=128, format="gemm"),
-        "gptq2": GPTQConfig(bits=2, group_size=64, **quick),
         "gptq3": GPTQConfig(bits=3, group_size=128, **quick),
         "asym_v1": GPTQConfig(bits=4, group_size=32, sym=False, **quick),
         "asym_v2": GPTQConfig(bits=4, group_size=32, sym=False, format="gptq_v2", **quick),
-        "channel": GPTQConfig(bits=4, group_size=-1, act_group_aware=False, **quick),
+        "channel2": GPTQConfig(bits=2, group_size=-1, act_group_aware=False, **quick),
         "desc_act": GPTQConfig(bits=4, group_size=64, desc_act=True, act_group_aware=False),
         "dynamic": GPTQConfig(bits=4, group_size=128, dynamic=dynamic, **quick),
     }
@@ -192,6 +191,7 @@ def make_modelopt(source: Path, out: Path) -> None:
 if __name__ == "__main__":
     os.environ |= {
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # GPTQModel compiles its dequantization again for every layer
         "GPTQMODEL_CPU_WORKERS": "2",
         "GPTQMODEL_DISABLE_PACK_EXT": "1",
         "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",

@@ -767,7 +767,7 @@ def test_offline_mode_asks_nobody(resolve, hub):
     assert hub.requested == []
 
 
-@pytest.mark.parametrize("name", ["org--x/model", "org/model.git", "-org/model", "org/model-", "a" * 97, "x..y"])
+@pytest.mark.parametrize("name", ["org--x/model", "org/model.git", "-org/model", "org/model-", "a" * 97, "a" * 300, "x..y"])
 def test_a_name_that_no_repository_can_have_is_refused(resolve, name):
     answer = resolve(name, env={"HF_HUB_OFFLINE": "1"})
     assert (answer["code"], answer["exit_code"]) == ("E_NO_MODEL", 3)

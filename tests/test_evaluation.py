@@ -12,20 +12,13 @@ from qtool.errors import DataRefused
 from qtool.evaluation import load_dequantized, perplexity
 
 pytest_plugins = ["sample_plugin"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = token_sequences("evaluation.jsonl", 3, 160)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def plain():
+def plain(one_thread):
     return perplexity(load_dequantized(open_checkpoint(EXAMPLE), dtype=torch.float32), TEXTS)
 
 

@@ -15,6 +15,7 @@ from qtool.scheme import SCHEMES, Activations
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, mx_scale, pack_pairs, to_fp4, unpack_pairs
 
 pytest_plugins = ["sample_plugin"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELOPT_DECIBELS = {
     **{"FP8": 31, "FP8_KV": 31, "FP8_PC_PT": 31, "FP8_PB_WO": 31, "MXFP8": 31, "INT8": 42, "INT8_WO": 42, "INT8_SQ": 34, "INT4": 18, "MIXED": 21},

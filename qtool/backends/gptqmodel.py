@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
-from qtool.backends.models import check_planned
 from qtool.plan import Plan
 from qtool.recipe import Gptq
 from qtool.scheme import Scheme
@@ -74,7 +73,6 @@ class GPTQModelBackend:
         config = _config(work, linears)
         work.report.stage("loading the model")
         model = GPTQModel.load(work.job.model, config, trust_remote_code=work.job.trust_remote_code)
-        check_planned(work, linears)
         layers = work.plan.layer_count
 
         def on_layer(layer_idx: int, submodule_finalized: bool) -> None:

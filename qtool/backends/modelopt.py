@@ -6,12 +6,13 @@ Source: nvidia-modelopt 0.47.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
-from qtool.backends.models import batch_tensors, check_planned, linear_names, load_model
+from qtool.backends.models import batch_tensors, check_planned, fused_experts, is_expert, load_model
+from qtool.errors import RecipeRefused
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Mse, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
@@ -63,8 +64,7 @@ class ModelOptBackend:
         from modelopt.torch.export import export_hf_checkpoint
 
         model = _load(work)
-        linears = linear_names(model)
-        check_planned(work, linears)
+        linears = check_planned(work, model)
         if work.job.state_restore:
             work.report.stage("restoring the state")
             restore_state(model, work.job.state_restore, work.plan)
@@ -72,7 +72,7 @@ class ModelOptBackend:
             _auto_quantize(model, work, linears)
         else:
             recipe = work.plan.recipe
-            config = {"quant_cfg": _quantizers(work, mtq, linears), "algorithm": _algorithm(recipe, mtq)}
+            config = {"quant_cfg": _quantizers(work, mtq, linears, fused_experts(model)), "algorithm": _algorithm(recipe, mtq)}
             work.report.stage("quantizing")
             mtq.quantize(model, config, _forward_loop(work) if work.samples else None)
         if work.job.state_save:
@@ -123,14 +123,23 @@ def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
     return copy.deepcopy(getattr(mtq, names[_fixed_groups(scheme)]))
 
 
-def _quantizers(work: Work, mtq: Any, linears: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the ordered list that switches everything off and then on what the plan names."""
+def _quantizers(work: Work, mtq: Any, linears: Iterable[str], fused: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the ordered list that switches everything off and then on what the plan names.
+
+    Modules of ``fused``, which hold all experts of a layer, have a quantizer for each tensor and expert and get one scheme.
+    """
     recipe = work.plan.recipe
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    expert_schemes = {module.scheme for module in work.plan.modules if is_expert(module.name)} if fused else set()
+    if len(expert_schemes) > 1:
+        message = "ModelOpt gives all experts one scheme, and the recipe gives them several"
+        raise RecipeRefused("E_EXPERTS", message, hint="let the rules name all experts, or use --backend llmcompressor")
     for group in groups_of(work.plan, linears):
         if group.scheme is not None:
-            preset = _preset(group.scheme, recipe, mtq)["quant_cfg"]
-            entries += [_for_module(entry, name, group.scheme) for name in group.names for entry in preset if _is_linear_entry(entry)]
+            preset = [entry for entry in _preset(group.scheme, recipe, mtq)["quant_cfg"] if _is_linear_entry(entry)]
+            names = [f"{name}." for name in group.names if not (fused and is_expert(name))]
+            names += [f"{name}.*" for name in fused if group.scheme in expert_schemes]
+            entries += [_for_module(entry, name, group.scheme) for name in names for entry in preset]
     if recipe.kv_cache:
         entries += copy.deepcopy(getattr(mtq, f"{recipe.kv_cache.upper()}_KV_CFG")["quant_cfg"])
     return entries
@@ -140,10 +149,12 @@ def _is_linear_entry(entry: dict[str, Any]) -> bool:
     return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get("enable", True)
 
 
-def _for_module(entry: dict[str, Any], module: str, scheme: Scheme) -> dict[str, Any]:
+def _for_module(entry: dict[str, Any], prefix: str, scheme: Scheme) -> dict[str, Any]:
+    """Return the preset's ``entry`` for the module that ``prefix`` names, with the scheme's own group size."""
     entry = copy.deepcopy(entry)
-    entry["quantizer_name"] = f"{module}.{entry['quantizer_name'].removeprefix('*')}"
-    if scheme.weights.format == "int4" and entry["quantizer_name"].endswith("weight_quantizer"):
+    is_weight = entry["quantizer_name"] == "*weight_quantizer"
+    entry["quantizer_name"] = prefix + entry["quantizer_name"].removeprefix("*") + ("*" if is_weight else "")
+    if scheme.weights.format == "int4" and is_weight:
         for part in entry["cfg"] if isinstance(entry["cfg"], list) else [entry["cfg"]]:
             if "block_sizes" in part:
                 part["block_sizes"][-1] = scheme.weights.group_size
@@ -187,6 +198,4 @@ def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
     except ValueError as error:
         if "effective_bits" not in str(error):
             raise
-        from qtool.errors import RecipeRefused
-
         raise RecipeRefused("E_EFFECTIVE_BITS", " ".join(str(error).split()), hint="raise `effective_bits`, or add a smaller candidate") from error

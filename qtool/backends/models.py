@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from qtool.backends import Work
@@ -20,19 +21,40 @@ def load_model(work: Work, **options: Any) -> Any:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Return the dotted names of the model's ``nn.Linear`` modules, after checking nothing."""
+    """Return the dotted names of the model's ``nn.Linear`` modules."""
     import torch
 
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
-def check_planned(work: Work, linears: list[str]) -> None:
-    """Raise BackendFailed when the loaded model lacks a module that the plan, made from the files, wants to change."""
-    found = set(linears)
+def fused_experts(model: Any) -> list[str]:
+    """Return the names of modules that hold all experts of a layer in tensors [E, ...]; on disk the experts are linear modules of their own."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.endswith("experts") and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def is_expert(name: str) -> bool:
+    """Whether ``name``, as it is on disk, is a linear module of one expert."""
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
+def check_planned(work: Work, model: Any) -> list[str]:
+    """Return the linear modules of the loaded model, those inside fused experts under their names on disk.
+
+    Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants to change.
+    """
+    linears = linear_names(model)
+    found, fused = set(linears), fused_experts(model)
     missing = [module.name for module in work.plan.quantized if module.name not in found]
-    if missing:
-        message = f"{len(missing)} planned modules are not linear modules of the loaded model, the first is `{missing[0]}`"
+    experts = [name for name in missing if fused and is_expert(name)]
+    if len(experts) < len(missing):
+        first = next(name for name in missing if name not in set(experts))
+        message = f"{len(missing) - len(experts)} planned modules are not linear modules of the loaded model, the first is `{first}`"
         raise BackendFailed("E_PLAN_MISMATCH", message, hint="leave them out with --ignore, or try another --backend")
+    return linears + experts
 
 
 def batch_tensors(work: Work) -> list[Tensor]:

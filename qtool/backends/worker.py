@@ -29,6 +29,7 @@ from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 
 Event = Mapping[str, Any]
+QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}  # threads that spin while they wait starve whoever shares the cores
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -36,7 +37,7 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
     """Run ``job`` in a worker and pass its events to ``on_event``; return when it is done.
 
     Args:
-        log: takes everything the library prints.
+        log: the file to write everything to that the library prints.
         python: the interpreter to run in; its environment needs the library, not qtool.
         keep_open: a descriptor the worker inherits; it holds the output's lock until the last of both ends.
     Raises: whatever QtoolError the worker sent; ResourceError when it was killed, as the system does when memory runs out;
@@ -46,8 +47,8 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
     package_parent = str(Path(__file__).resolve().parents[2])
     code = f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import main; main({write_fd})"
     backend = load_backend(plan.recipe.backend)
-    environment = {**os.environ, **_device_environment(job.device), "TMPDIR": job.scratch, **backend.environment(plan, job.device)}
-    with log.open("ab") as log_file, os.fdopen(read_fd, "rb") as events:
+    environment = {**QUIET_WAITING, **os.environ, **_device_environment(job.device), "TMPDIR": job.scratch, **backend.environment(plan, job.device)}
+    with log.open("wb") as log_file, os.fdopen(read_fd, "rb") as events:
         try:
             worker = subprocess.Popen(
                 [python, "-P", "-c", code],
@@ -65,18 +66,17 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
             os.close(write_fd)
         try:
             assert worker.stdin is not None
-            worker.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-            worker.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it died at once; what follows says how
+                worker.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+                worker.stdin.flush()
             finished = False
             for event in _events(worker, events):
                 if event["event"] == "error":
-                    failure = from_wire(event["error"])
-                    failure.hint = failure.hint or (f"what the library said is in {log}" if isinstance(failure, BackendFailed) else "")
-                    raise failure
+                    raise from_wire(event["error"])
                 finished = event["event"] == "done"
                 on_event(event)
             if not finished:
-                raise _died(worker.wait(), plan, job, version_of(backend), log)
+                raise _died(worker.wait(), plan, job, version_of(backend))
         finally:
             _kill(worker)
 
@@ -110,7 +110,7 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
             worker.stdin.close()
 
 
-def _died(status: int, plan: Plan, job: Job, library: str, log: Path) -> QtoolError:
+def _died(status: int, plan: Plan, job: Job, library: str) -> QtoolError:
     if status == -signal.SIGKILL:
         spec = job.calibration
         needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
@@ -118,7 +118,7 @@ def _died(status: int, plan: Plan, job: Job, library: str, log: Path) -> QtoolEr
         message = f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were needed, this machine has {have / 1e9:.1f} GB"
         return ResourceError("E_OUT_OF_MEMORY", message, hint="lower --num-samples or --seq-len, or use a machine with more memory")
     how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
-    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result", hint=f"its last words are in {log}")
+    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
 
 
 def _device_environment(device: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
 
     Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when the Hub cannot be reached.
     """
-    if not _may_be_hub_name(model_path) or Path(model_path).exists():
+    if not _may_be_hub_name(model_path) or os.path.exists(model_path):
         return Path(model_path)
     import httpx
     from huggingface_hub import snapshot_download

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from qtool.errors import OutputTaken, ResourceError, UsageError
 
+CHUNK_BYTES = 4 << 20
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
 REPLACEABLE = ("config.json", "qtool-manifest.json", "qtool-state.json")  # what has one of these may be overwritten
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
@@ -94,17 +96,20 @@ def check_disk(folder: Path, need_bytes: int) -> None:
         raise ResourceError("E_DISK", message, hint="free some space, or write to another disk with --output")
 
 
-def digest_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel."""
+def digest_files(files: Iterable[Path], *, stop: threading.Event | None = None) -> dict[str, dict[str, object]]:
+    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once ``stop`` is set, of as much as was read."""
     ordered = sorted(files)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(_sha256, ordered)
+        digests = pool.map(lambda file: _sha256(file, stop or threading.Event()), ordered)
         return {file.name: {"sha256": digest, "size_bytes": file.stat().st_size} for file, digest in zip(ordered, digests, strict=True)}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, stop: threading.Event) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(buffer)) and not stop.is_set():
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -134,7 +139,8 @@ def _acquire(root: Path, output: Path) -> int:
             root.mkdir(parents=True, exist_ok=True)
             lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and time.monotonic() < deadline:
+            if isinstance(error, FileNotFoundError | FileExistsError) and time.monotonic() < deadline:
+                time.sleep(0.01)
                 continue  # another run just ended and took the folder away
             raise ResourceError("E_OUTPUT_PLACE", f"{root.parent}: cannot write there ({error.strerror})", hint="choose another --output") from error
         try:
