@@ -102,7 +102,7 @@ class Request:
     @property
     def log(self) -> Path:
         """The file beside the output that takes what the library prints."""
-        return self.output.with_name(f"{self.output.name}.log")
+        return self.output.with_name(f"{self.output.name}.qtool.log")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan and where it would go, for ``--json``."""
@@ -244,7 +244,7 @@ def _recipe(options: Options) -> Recipe:
     """Return the recipe that method, recipe or state name, with the changes that the options ask for."""
     method, given, restore = options.get("method"), options.get("recipe"), options.get("checkpoint_restore_path")
     if method and given:
-        raise UsageError("E_METHOD_TWICE", "give a method or a recipe, not both")
+        raise UsageError("E_METHOD_TWICE", "a method and a recipe were given", hint="give one; a recipe's file is named by --recipe")
     found = given if isinstance(given, Recipe) else load_recipe(given or method or "") if given or method else None
     if found is None and restore:
         found = state_recipe(os.fspath(restore), trust_pickle=options.get("trust_pickle", False))
@@ -256,7 +256,7 @@ def _recipe(options: Options) -> Recipe:
     }
     group_size = options.get("group_size")
     if group_size is not None and found.scheme is None:
-        raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights, so it has no group_size")
+        raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out")
     return found.changed(
         backend=options.get("backend"),
         kv_cache=options.get("kv_cache"),

@@ -59,7 +59,7 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         left = sorted(path.name for path in Path(folder).iterdir())
         print(f"the next run works: output {state(output)}, the folder holds {left}; {complete} of {arguments.times} kills came after the end")
-        sys.exit(state(output) != "complete" or left != ["out", "out.log"])
+        sys.exit(state(output) != "complete" or left != ["out", "out.qtool.log"])
 
 
 def state(output: Path) -> str:

@@ -185,8 +185,8 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
         qtool.quantize(tmp_path / "model", method="gptq_int4", output=tmp_path / "out", **options)
     assert caught.value.exit_code == 5
     assert re.search(r"gptqmodel 7\.\d+\.\d+ failed while", caught.value.message)
-    assert str(tmp_path / "out.log") in caught.value.hint
-    assert (tmp_path / "out.log").stat().st_size
+    assert str(tmp_path / "out.qtool.log") in caught.value.hint
+    assert (tmp_path / "out.qtool.log").stat().st_size
     assert not (tmp_path / "out").exists()
 
 

@@ -187,7 +187,7 @@ def _run(job: Job, report: _PipeReporter) -> None:
     samples: tuple[tuple[int, ...], ...] = ()
     if job.calibration is not None:
         report.stage("reading calibration data")
-        calibration = load_calibration(job.calibration, _tokenizer(job), int(plan.checkpoint.text_config["vocab_size"]))
+        calibration = load_calibration(job.calibration, _tokenizer(job), int(plan.checkpoint.text_config.get("vocab_size", 1 << 31)))
         samples = calibration.samples
         report.send("calibration", report=asdict(calibration.report))
     report.stage(f"importing {load_backend(recipe.backend).distribution}")

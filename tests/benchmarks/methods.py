@@ -73,7 +73,7 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]
         done = subprocess.run([*command, "--device", arguments.device, *data, "-q"], capture_output=True, text=True)
         seconds = time.monotonic() - start
         if done.returncode:
-            log = output.with_name("out.log")
+            log = output.with_name("out.qtool.log")
             return {"error": done.stderr.strip(), "log": log.read_text()[-3000:] if log.exists() else ""}
         checkpoint = open_checkpoint(output)
         layout = detect(checkpoint)
