@@ -176,7 +176,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 def test_a_library_error_names_library_place_and_log(tmp_path):
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    config = FalconMambaConfig(hidden_size=64, state_size=16, num_hidden_layers=1, vocab_size=4096, intermediate_size=128)
+    config = FalconMambaConfig(hidden_size=128, state_size=16, time_step_rank=32, num_hidden_layers=1, vocab_size=4096, intermediate_size=128)
     FalconMambaForCausalLM(config).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((MODEL / name).read_bytes())
@@ -192,6 +192,7 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
 
 def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
     (tmp_path / "out" / "old").write_text("precious")
     with pytest.raises(qtool.QtoolError) as caught:
         qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
