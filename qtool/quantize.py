@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import errno
 import json
 import os
-import platform
 import shutil
 import sys
 import threading
@@ -21,20 +20,20 @@ from qtool.backends import Job, check_backend, load_backend, version_of
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.backends.worker import Event, run_job
 from qtool.calibration import CalibrationSpec, check_source
-from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, stage_output
-from qtool.errors import BackendFailed, InputRefused, ResourceError, UsageError
+from qtool.checkpoint import PICKLE_SUFFIXES, Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, stage_output
+from qtool.errors import BackendFailed, InputRefused, OutputTaken, ResourceError, UsageError, nearest
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
 
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
+CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "quantize_config.json", "hf_quant_config.json")
-VERSIONS = ("torch", "transformers", "safetensors")
 OnEvent = Callable[[Event], None]
 
 
@@ -142,7 +141,7 @@ class QuantizeResult:
 def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: Unpack[Options]) -> QuantizeResult:
     """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
 
-    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``calibration`` or ``done``.
+    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``calibration``, ``state_saved`` or ``done``.
 
     Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
     """
@@ -154,28 +153,35 @@ def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **opt
 
     Without ``need_data``, calibration data may be missing, as for a dry run.
     """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise UsageError("E_UNKNOWN_OPTION", f"unknown option `{name}`", hint=nearest(name, Options.__annotations__))
     recipe = _recipe(options)
-    trust_remote_code = options.get("trust_remote_code", False)
-    source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
-    plan = make_plan(open_checkpoint(source), recipe)
-    check_backend(plan)
     save, restore = options.get("checkpoint_save_path"), options.get("checkpoint_restore_path")
     if (save or restore) and recipe.backend != "modelopt":
         message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
         raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
+    device = _device(options.get("device", "auto"))
+    read_data = recipe.needs_data and not restore and (need_data or recipe.calibration.source)
+    calibration = _calibration(recipe) if read_data else None
+    trust_remote_code = options.get("trust_remote_code", False)
+    source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
+    plan = make_plan(open_checkpoint(source), recipe)
+    check_backend(plan)
     if restore:
-        check_state(os.fspath(restore), plan.checkpoint, trust_pickle=options.get("trust_pickle", False))
+        check_state(os.fspath(restore), plan, trust_pickle=options.get("trust_pickle", False))
     output = options.get("output")
+    python = options.get("backend_python") or sys.executable
     return Request(
         plan=plan,
         output=Path(output if output is not None else f"{plan.checkpoint.name}-{recipe.name}").absolute(),
-        device=_device(options.get("device", "auto")),
-        calibration=_calibration(recipe) if recipe.needs_data and not restore and (need_data or recipe.calibration.source) else None,
+        device=device,
+        calibration=calibration,
         overwrite=options.get("overwrite", False),
         trust_remote_code=trust_remote_code,
         state_save=Path(save).absolute() if save else None,
         state_restore=Path(restore).absolute() if restore else None,
-        backend_python=options.get("backend_python") or sys.executable,
+        backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100 - a link in an environment must stay a link
     )
 
 
@@ -184,14 +190,15 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     start = time.monotonic()
     plan = request.plan
     source = plan.checkpoint.path
-    scratch_bytes = plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0
+    need_bytes = int(plan.bytes_after * 1.05) + (plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0)
     with ExitStack() as stack:
-        staging = stack.enter_context(
-            stage_output(request.output, source=source, overwrite=request.overwrite, need_bytes=int(plan.bytes_after * 1.05) + scratch_bytes)
-        )
+        stack.enter_context(_disk_errors())
+        inputs = [source, *_paths(request.state_restore, Path(request.calibration.source) if request.calibration else None)]
+        others = [*inputs, *_paths(request.state_save)]
+        staging = stack.enter_context(stage_output(request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes))
         state = None
         if request.state_save:
-            state = stack.enter_context(stage_output(request.state_save, source=source, overwrite=request.overwrite, need_bytes=plan.bytes_before))
+            state = stack.enter_context(stage_output(request.state_save, inputs=inputs, overwrite=request.overwrite, need_bytes=plan.bytes_before))
         log = stack.enter_context(_kept_log(staging, request.log))
         helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         stop = threading.Event()
@@ -218,20 +225,21 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             state_save=str(state.checkpoint) if state else None,
             state_restore=str(request.state_restore) if request.state_restore else None,
         )
-        run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
+        versions = run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
         on_event({"event": "stage", "what": "checking the result"})
         _finish_files(source, staging)
         digests = helpers.submit(digest_files, _files(staging.checkpoint))  # hashing, writing out and checking share the time
         helpers.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
-        manifest = _manifest(plan, calibration, source_digests.result(), digests.result())
+        manifest = _manifest(plan, calibration, versions, source_digests.result(), digests.result())
         (staging.checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         staging.publish()
+    library = load_backend(plan.recipe.backend).distribution
     return QuantizeResult(
         output=request.output,
         log=request.log,
         method=plan.recipe.name,
-        backend=version_of(load_backend(plan.recipe.backend)),
+        backend=f"{library} {versions[library]}",
         quantized_modules=len(plan.quantized),
         bytes_before=plan.bytes_before,
         bytes_after=written.size_bytes,
@@ -301,12 +309,30 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
     log = staging.root / "log"
     try:
         yield log
-    except (BackendFailed, ResourceError) as error:
+    except (InputRefused, UsageError, OutputTaken):
+        raise
+    except Exception as error:
         if log.exists():
-            error.hint = error.hint or f"what the library said is in {place}"
             log.replace(place)
+            if isinstance(error, BackendFailed | ResourceError):
+                error.hint = "; ".join(filter(None, (error.hint, f"what the library said is in {place}")))
         raise
     log.replace(place)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn a full disk, wherever it shows, into the error it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError("E_DISK", f"the disk is full: {error.filename or error}", hint="free some space, or write to another disk") from error
+
+
+def _paths(*paths: Path | None) -> list[Path]:
+    return [path for path in paths if path is not None]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -323,11 +349,19 @@ def _finish_files(source: Path, staging: Staging) -> None:
         if (folder / name).exists():
             (folder / name).write_text(json.dumps(_without_paths(read_json(folder / name)), indent=2) + "\n")
     for path in source.iterdir():
-        if path.is_file() and any(path.match(pattern) for pattern in CARRIED) and not any(path.match(pattern) for pattern in WRITTEN):
+        if _is_carried(path, source) and not any(path.match(pattern) for pattern in WRITTEN):
             shutil.copyfile(path, folder / path.name)
     mode = 0o666 & ~_umask()
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def _is_carried(path: Path, source: Path) -> bool:
+    """Whether ``path`` is a sidecar. A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs to."""
+    if path.suffix in CODE_OR_PICKLE or not path.is_file() or not any(path.match(pattern) for pattern in CARRIED):
+        return False
+    target = path.resolve()
+    return target.is_relative_to(source.resolve()) or target.is_relative_to(source.resolve().parent.parent / "blobs")
 
 
 def _umask() -> int:
@@ -384,16 +418,16 @@ def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"`{name}` is {found[name].name} and is no linear module of the source"
 
 
-def _manifest(plan: Plan, calibration: dict[str, Any] | None, source: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, calibration: dict[str, Any] | None, versions: dict[str, str], source: dict[str, Any], files: dict[str, Any]
+) -> dict[str, Any]:
     """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no time."""
-    backend = load_backend(plan.recipe.backend)
-    versions = {name: importlib.metadata.version(name) for name in (*VERSIONS, backend.distribution)}
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": plan.checkpoint.name,
         "recipe": {key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"},
         "calibration": calibration and {**calibration, "source": Path(str(calibration["source"])).name},
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "source_files": source,
         "files": files,
     }

@@ -218,6 +218,8 @@ def _check_numbers(where: str, format: str, granularity: str, group_size: int | 
         raise _invalid(f"{where}: unknown format `{format}`", hint=nearest(format, FORMAT_BITS) or f"one of {', '.join(FORMAT_BITS)}")
     if granularity not in Granularity.__args__:  # type: ignore[attr-defined]
         raise _invalid(f"{where}: unknown granularity `{granularity}`", hint=nearest(granularity, Granularity.__args__))  # type: ignore[attr-defined]
+    if scale in ("e4m3", "e8m0") and format.startswith("int"):
+        raise _invalid(f"{where}: {format} has float scales, not {scale}")
     if scale not in SCALE_BITS:
         raise _invalid(f"{where}: unknown scale `{scale}`", hint=f"one of {', '.join(SCALE_BITS)}")
     if (granularity == "group") != (group_size is not None):

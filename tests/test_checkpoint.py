@@ -254,7 +254,8 @@ def test_a_bad_folder_is_refused(folder, case):
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_what_is_no_regular_file_is_refused_at_once(folder, name, kind):
     path = folder({"model.safetensors": safetensors(GOOD, bytes(16))})
-    (path / name).unlink(missing_ok=True)
+    for taken in (name, "model.safetensors") if name.endswith("index.json") else (name,):
+        (path / taken).unlink(missing_ok=True)
     os.mkfifo(path / name) if kind == "fifo" else (path / name).mkdir()
     error = refusal(path)
     assert error.code == "E_NOT_A_FILE"
@@ -367,11 +368,11 @@ def source(tmp_path):
     """A source folder, and its bytes: they must not change."""
     path = tmp_path / "source"
     path.mkdir()
-    (path / "config.json").write_text("{}")
-    before = (path.stat().st_mtime_ns, (path / "config.json").stat().st_mtime_ns)
+    (path / "qtool-manifest.json").write_text("{}")
+    before = (path.stat().st_mtime_ns, (path / "qtool-manifest.json").stat().st_mtime_ns)
     yield path
-    assert files_below(path) == {"config.json"}
-    assert (path.stat().st_mtime_ns, (path / "config.json").stat().st_mtime_ns) == before
+    assert files_below(path) == {"qtool-manifest.json"}
+    assert (path.stat().st_mtime_ns, (path / "qtool-manifest.json").stat().st_mtime_ns) == before
 
 
 @pytest.fixture
@@ -379,8 +380,8 @@ def publish(source):
     """A function that writes one file to an output through a staging folder."""
 
     def publish(output: Path, content: str = "new", *, overwrite: bool = False, need_bytes: int = 0) -> None:
-        with stage_output(output, source=source, overwrite=overwrite, need_bytes=need_bytes) as staging:
-            (staging.checkpoint / "config.json").write_text(content)
+        with stage_output(output, inputs=[source], overwrite=overwrite, need_bytes=need_bytes) as staging:
+            (staging.checkpoint / "qtool-manifest.json").write_text(content)
             (staging.scratch / "left").mkdir()
             (staging.scratch / "left" / "over").write_text("x")
             staging.publish()
@@ -393,33 +394,33 @@ def former(tmp_path):
     """An output that exists already."""
     path = tmp_path / "out"
     path.mkdir()
-    (path / "config.json").write_text("old")
+    (path / "qtool-manifest.json").write_text("old")
     (path / "extra").write_text("old")
     return path
 
 
 def test_the_output_appears_at_once_and_nothing_else_stays(tmp_path, source):
     output = tmp_path / "out"
-    with stage_output(output, source=source, overwrite=False, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("new")
+    with stage_output(output, inputs=[source], overwrite=False, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("new")
         assert not output.exists()
         assert staging.root.parent == output.parent  # a rename must not cross file systems
         staging.publish()
-        assert (output / "config.json").read_text() == "new"
-    assert files_below(tmp_path) == {"source", "source/config.json", "out", "out/config.json"}
+        assert (output / "qtool-manifest.json").read_text() == "new"
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "out", "out/qtool-manifest.json"}
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(tmp_path, source, failure):
-    with pytest.raises(failure), stage_output(tmp_path / "new" / "deep" / "out", source=source, overwrite=False, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("new")
+    with pytest.raises(failure), stage_output(tmp_path / "new" / "deep" / "out", inputs=[source], overwrite=False, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("new")
         raise failure
-    assert files_below(tmp_path) == {"source", "source/config.json"}
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json"}
 
 
 def test_missing_parents_are_made(tmp_path, publish):
     publish(tmp_path / "new" / "deep" / "out")
-    assert {"new/deep/out/config.json"} <= files_below(tmp_path)
+    assert {"new/deep/out/qtool-manifest.json"} <= files_below(tmp_path)
     assert not [name for name in files_below(tmp_path) if name.endswith(".qtool")]
 
 
@@ -428,41 +429,41 @@ def test_an_output_that_exists_is_refused_and_kept(former, publish, tmp_path):
         publish(former)
     assert caught.value.code == "E_OUTPUT_EXISTS"
     assert "--overwrite" in caught.value.hint
-    assert (former / "config.json").read_text() == "old"
+    assert (former / "qtool-manifest.json").read_text() == "old"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_overwrite_keeps_the_former_output_until_the_new_one_is_there(former, source, tmp_path):
-    with stage_output(former, source=source, overwrite=True, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("new")
-        assert (former / "config.json").read_text() == "old"
+    with stage_output(former, inputs=[source], overwrite=True, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("new")
+        assert (former / "qtool-manifest.json").read_text() == "old"
         staging.publish()
-        assert (former / "config.json").read_text() == "new"
-    assert files_below(former) == {"config.json"}
+        assert (former / "qtool-manifest.json").read_text() == "new"
+    assert files_below(former) == {"qtool-manifest.json"}
     assert not list(tmp_path.glob(".*"))
 
 
 def test_overwrite_that_fails_keeps_the_former_output(former, source, tmp_path):
-    with pytest.raises(ValueError), stage_output(former, source=source, overwrite=True, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("new")
+    with pytest.raises(ValueError), stage_output(former, inputs=[source], overwrite=True, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("new")
         raise ValueError
-    assert (former / "config.json").read_text() == "old"
-    assert files_below(former) == {"config.json", "extra"}
+    assert (former / "qtool-manifest.json").read_text() == "old"
+    assert files_below(former) == {"qtool-manifest.json", "extra"}
     assert not list(tmp_path.glob(".*"))
 
 
 def test_overwrite_works_where_folders_cannot_be_exchanged_in_one_step(former, publish, monkeypatch):
     monkeypatch.setattr(writer, "_RENAME_EXCHANGE", 1 << 20)  # a flag that no kernel knows: EINVAL, as on file systems without it
     publish(former, overwrite=True)
-    assert files_below(former) == {"config.json"}
-    assert (former / "config.json").read_text() == "new"
+    assert files_below(former) == {"qtool-manifest.json"}
+    assert (former / "qtool-manifest.json").read_text() == "new"
 
 
 def test_a_stop_between_the_two_steps_brings_the_former_output_back(former, source, monkeypatch):
     monkeypatch.setattr(writer, "_RENAME_EXCHANGE", 1 << 20)
     rename = Path.rename
-    with pytest.raises(KeyboardInterrupt), stage_output(former, source=source, overwrite=True, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("new")
+    with pytest.raises(KeyboardInterrupt), stage_output(former, inputs=[source], overwrite=True, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("new")
 
         def stop(path, target):
             if path == staging.checkpoint:
@@ -471,7 +472,7 @@ def test_a_stop_between_the_two_steps_brings_the_former_output_back(former, sour
 
         monkeypatch.setattr(Path, "rename", stop)
         staging.publish()
-    assert files_below(former) == {"config.json", "extra"}
+    assert files_below(former) == {"qtool-manifest.json", "extra"}
 
 
 def test_an_empty_folder_may_be_overwritten_but_not_one_of_other_files(tmp_path, publish):
@@ -486,7 +487,7 @@ def test_an_empty_folder_may_be_overwritten_but_not_one_of_other_files(tmp_path,
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path, source):
     output = tmp_path / "out"
-    with pytest.raises(OutputTaken, match="meanwhile"), stage_output(output, source=source, overwrite=False, need_bytes=0) as staging:
+    with pytest.raises(OutputTaken, match="meanwhile"), stage_output(output, inputs=[source], overwrite=False, need_bytes=0) as staging:
         output.mkdir()
         (output / "mine").write_text("x")
         staging.publish()
@@ -512,7 +513,7 @@ def test_source_and_output_in_one_another_are_refused(tmp_path, publish, place):
     with pytest.raises(UsageError) as caught:
         publish(tmp_path / place, overwrite=True)
     assert caught.value.code == "E_OUTPUT_PLACE"
-    assert files_below(tmp_path) == {"source", "source/config.json", "link"}
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "link"}
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, publish):
@@ -521,7 +522,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, publish):
         with pytest.raises(ResourceError) as caught:
             publish(output)
         assert (caught.value.code, bool(caught.value.hint)) == ("E_OUTPUT_PLACE", True)
-    assert files_below(tmp_path) == {"source", "source/config.json", "file"}
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "file"}
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, publish, monkeypatch):
@@ -531,7 +532,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(ResourceError, match=r"1\.50 GB are needed .* 1\.00 GB are free") as caught:
         publish(tmp_path / "new" / "large", need_bytes=1_500_000_000)
     assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 4)
-    assert files_below(tmp_path) == {"source", "source/config.json", "small", "small/config.json"}
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "small", "small/qtool-manifest.json"}
 
 
 HOLDER = """
@@ -539,8 +540,8 @@ HOLDER = """
     from pathlib import Path
     from qtool.checkpoint import stage_output
     output, source = map(Path, sys.argv[1:3])
-    with stage_output(output, source=source, overwrite=True, need_bytes=0) as staging:
-        (staging.checkpoint / "config.json").write_text("half")
+    with stage_output(output, inputs=[source], overwrite=True, need_bytes=0) as staging:
+        (staging.checkpoint / "qtool-manifest.json").write_text("half")
         (staging.scratch / "layer-7").mkdir()
         if len(sys.argv) > 3:
             output.rename(staging.root / "previous")
@@ -582,7 +583,7 @@ def test_a_writer_that_ends_in_time_lets_the_next_one_in(tmp_path, publish, hold
     first = holder(tmp_path / "out")
     os.kill(first.pid, signal.SIGKILL)
     publish(tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert (tmp_path / "out" / "qtool-manifest.json").read_text() == "new"
 
 
 def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path, publish, holder):
@@ -592,7 +593,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next(tmp_path, publish, hol
     assert any("layer-7" in name for name in files_below(tmp_path))
     assert not (tmp_path / "out").exists()
     publish(tmp_path / "out")
-    assert files_below(tmp_path) == {"source", "source/config.json", "out", "out/config.json"}
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "out", "out/qtool-manifest.json"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -603,11 +604,11 @@ def test_an_output_that_a_killed_run_had_put_aside_comes_back(former, publish, h
     assert not former.exists()
     if overwrite:
         publish(former, overwrite=True)
-        assert (former / "config.json").read_text() == "new"
+        assert (former / "qtool-manifest.json").read_text() == "new"
     else:
         with pytest.raises(OutputTaken):
             publish(former)
-        assert files_below(former) == {"config.json", "extra"}
+        assert files_below(former) == {"qtool-manifest.json", "extra"}
 
 
 def test_many_writers_of_one_output_take_turns(tmp_path, source):
@@ -617,18 +618,18 @@ def test_many_writers_of_one_output_take_turns(tmp_path, source):
         from qtool.checkpoint import stage_output
         output, source, me = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
         for _ in range(20):
-            with stage_output(output, source=source, overwrite=True, need_bytes=0) as staging:
-                for name in ("config.json", "weights"):
+            with stage_output(output, inputs=[source], overwrite=True, need_bytes=0) as staging:
+                for name in ("qtool-manifest.json", "weights"):
                     (staging.checkpoint / name).write_text(me)
-                assert sorted(path.name for path in staging.checkpoint.iterdir()) == ["config.json", "weights"]
+                assert sorted(path.name for path in staging.checkpoint.iterdir()) == ["qtool-manifest.json", "weights"]
                 staging.publish()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out"), str(source)]
     writers = [subprocess.Popen([*command, str(number)], stderr=subprocess.PIPE, text=True) for number in range(3)]
     errors = [process.communicate(timeout=60)[1] for process in writers]
     assert errors == [""] * 3
-    assert len({(tmp_path / "out" / name).read_text() for name in ("config.json", "weights")}) == 1
-    assert files_below(tmp_path) == {"source", "source/config.json", "out", "out/config.json", "out/weights"}
+    assert len({(tmp_path / "out" / name).read_text() for name in ("qtool-manifest.json", "weights")}) == 1
+    assert files_below(tmp_path) == {"source", "source/qtool-manifest.json", "out", "out/qtool-manifest.json", "out/weights"}
 
 
 def test_digests_are_sha256_and_size(tmp_path):

@@ -16,6 +16,10 @@ def groups(granularity):
     return st.integers(1, 4096) if granularity == "group" else st.none()
 
 
+def scales(format):
+    return st.sampled_from(("float", "e4m3", "e8m0") if format.startswith("fp") else ("float",))
+
+
 @st.composite
 def weights(draw):
     granularity = draw(st.sampled_from(("tensor", "channel", "group", "block")))
@@ -26,15 +30,15 @@ def weights(draw):
         draw(groups(granularity)),
         draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
         format.startswith("fp") or draw(st.booleans()),
-        draw(st.sampled_from(("float", "e4m3", "e8m0"))),
+        draw(scales(format)),
     )
 
 
 @st.composite
 def activations(draw):
     granularity = draw(st.sampled_from(("tensor", "token", "group")))
-    options = [draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(("float", "e4m3", "e8m0")))]
-    return Activations(draw(st.sampled_from(sorted(FORMAT_BITS))), granularity, draw(groups(granularity)), *options)
+    format = draw(st.sampled_from(sorted(FORMAT_BITS)))
+    return Activations(format, granularity, draw(groups(granularity)), draw(st.booleans()), draw(st.booleans()), draw(scales(format)))
 
 
 schemes = st.builds(Scheme, weights(), st.none() | activations())

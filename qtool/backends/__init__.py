@@ -23,12 +23,12 @@ BACKENDS: Mapping[str, str] = {  # name in a recipe -> class, imported when firs
     "modelopt": "qtool.backends.modelopt:ModelOptBackend",
     "torchao": "qtool.backends.torchao:TorchAOBackend",
 }
-MAX_SHARD_SIZE = "2GB"  # several files are hashed, checked and loaded at once
+MAX_SHARD_SIZE = "1GB"  # several files are hashed, checked and loaded at once
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it travels to a worker: plain data, every path absolute. ``output`` and ``scratch`` are empty folders."""
+    """One run as it travels to a worker, as JSON: every path is absolute, ``output`` and ``scratch`` are empty folders."""
 
     model: str
     recipe: Mapping[str, Any]
@@ -110,8 +110,11 @@ def load_backend(name: str) -> Backend:
 
 
 def version_of(backend: Backend) -> str:
-    """Return the library's name and installed version, without importing it."""
-    return f"{backend.distribution} {importlib.metadata.version(backend.distribution)}"
+    """Return the library's name and installed version, without importing it; the name alone when it is not installed here."""
+    try:
+        return f"{backend.distribution} {importlib.metadata.version(backend.distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return backend.distribution
 
 
 def check_backend(plan: Plan) -> None:

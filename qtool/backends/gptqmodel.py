@@ -6,13 +6,14 @@ Source: gptqmodel 7.6. It marks the process it runs in (environment, root logger
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
-from qtool.plan import Plan
-from qtool.recipe import Gptq
+from qtool.plan import HEADS, Plan
+from qtool.recipe import Awq, Gptq
 from qtool.scheme import Scheme
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
@@ -29,6 +30,10 @@ class GPTQModelBackend:
         reasons = step_refusals(plan, {("rtn",), ("gptq",), ("awq",)})
         if recipe.kv_cache:
             reasons.append("it has no KV cache scales")
+        if any(step.search != "lite" for step in recipe.steps(Awq)):
+            reasons.append("its AWQ has one search, `lite`")
+        if recipe.checkpoint_format and not recipe.steps(Gptq):
+            reasons.append("`checkpoint_format` is for its GPTQ")
         if recipe.scheme is None:
             return [*reasons, "it needs a scheme of its own, not rules alone"]
         awq = [step.name for step in recipe.algorithm] == ["awq"]
@@ -100,17 +105,20 @@ def _config(work: Work, linears: list[str]) -> Any:
     dynamic: dict[str, dict[str, Any]] = {}
     for group in groups:
         if group.scheme is None:
-            dynamic |= {f"-:{pattern}": {} for pattern in group.patterns if not pattern.startswith(r"(?:.*\.)?(lm_head")}
+            left_alone = [name for name in group.names if name.rpartition(".")[2] not in HEADS]  # it leaves heads alone unasked
+            dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
         elif group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
     options: dict[str, Any] = {
         **_numbers(base),
-        "dynamic": dynamic or None,
         "offload_to_disk_path": str(work.scratch / "offload"),
         "device": work.device,
     }
-    if recipe.lm_head:
-        options["lm_head"] = True
+    for module in work.plan.quantized:
+        if module.name.rpartition(".")[2] in HEADS and module.scheme:
+            options["lm_head"] = True
+            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)  # without an entry a head gets 8 bits in groups of 32
+    options["dynamic"] = dynamic or None
     step = recipe.algorithm[-1]
     if isinstance(step, Gptq):
         options |= {"desc_act": step.act_order, "act_group_aware": not step.act_order, "format": recipe.checkpoint_format or "gptq"}

@@ -47,6 +47,8 @@ class LLMCompressorBackend:
             reasons.append("AutoRound is driven here for integer and FP8 weights")
         for scheme in recipe.schemes:
             activations = scheme.activations
+            if activations and activations.format not in ("int4", "int8", "fp4", "fp8"):
+                reasons.append(f"it has no activations in {activations.format}")
             if scheme.weights.scale == "e4m3" and (scheme.weights.group_size != 16 or (activations and activations.format != "fp4")):
                 reasons.append(f"it has no scheme `{scheme.name}`")
         return reasons

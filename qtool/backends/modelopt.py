@@ -12,9 +12,9 @@ from typing import Any
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import batch_tensors, check_planned, fused_experts, is_expert, load_model
-from qtool.errors import RecipeRefused
+from qtool.errors import RecipeRefused, ResourceError
 from qtool.plan import Plan
-from qtool.recipe import Auto, Awq, Mse, Recipe, Rtn, SmoothQuant
+from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
 
 PRESETS = {  # scheme -> the library's configuration with these numbers
@@ -47,6 +47,10 @@ class ModelOptBackend:
         reasons = step_refusals(plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "auto")})
         if recipe.checkpoint_format:
             reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
+        if any(step.act_order for step in recipe.steps(Gptq)):
+            reasons.append("its GPTQ has no `act_order`")
+        if recipe.steps(Auto) and (recipe.kv_cache or any(rule.scheme for rule in recipe.rules)):
+            reasons.append("`auto` chooses every scheme itself, without rules and without a KV cache")
         if recipe.scheme is None:
             reasons.append("it needs a scheme for the weights")
         for scheme in recipe.schemes:
@@ -91,6 +95,9 @@ def _load(work: Work) -> Any:
         return load_model(work)
     free, _ = torch.cuda.mem_get_info(work.device)
     fits = work.plan.bytes_before < free * GPU_FRACTION
+    if not fits and work.job.state_save:
+        message = f"a state is kept only of a model that fits the GPU: {work.plan.bytes_before / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise ResourceError("E_GPU_MEMORY", message, hint="leave --checkpoint-save-path out, or use --device cpu")
     return load_model(work, device_map=work.device if fits else "auto", offload_folder=str(work.scratch / "offload"))
 
 
@@ -171,7 +178,9 @@ def _algorithm(recipe: Recipe, mtq: Any) -> Any:
         return {"method": f"awq_{step.search}"}
     if isinstance(step, SmoothQuant):
         return {"method": "smoothquant", "alpha": step.strength}
-    return {"method": "mse" if isinstance(step, Mse) else "gptq"}
+    if isinstance(step, Gptq):
+        return {"method": "gptq"} | ({"perc_damp": step.dampening} if step.dampening else {})
+    return {"method": step.name}
 
 
 def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
@@ -191,7 +200,7 @@ def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
             loss_func=(lambda output, batch: output.loss) if step.score == "gradient" else None,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
-            disabled_layers=[f"*{name}*" for name in linears if name not in planned] or None,
+            disabled_layers=[pattern for name in linears if name not in planned for pattern in (name, f"{name}.*")] or None,
             method=step.score,
             verbose=True,
         )

@@ -22,6 +22,9 @@ from qtool.recipe import Recipe, recipe_from
 
 STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
+STATE_KEYS = {"state_version", "modelopt_version", "model", "recipe", "tied", "modelopt_state"}
+SAMPLE_BYTES = 4096
+WHAT_COUNTS = {"scheme", "algorithm", "kv_cache", "lm_head", "rules", "ignore"}  # of a recipe; a state is of one choice of these
 
 
 def save_state(model: Any, folder: str, plan: Plan) -> None:
@@ -83,12 +86,16 @@ def state_recipe(path: str, *, trust_pickle: bool) -> Recipe:
     return recipe_from(_read(path)["recipe"])
 
 
-def check_state(path: str, checkpoint: Checkpoint, *, trust_pickle: bool) -> None:
-    """Refuse, before any work, a state that is missing, a pickle that is not trusted, of another model or of another ModelOpt."""
+def check_state(path: str, plan: Plan, *, trust_pickle: bool) -> None:
+    """Refuse, before any work, a state that is missing, a pickle that is not trusted, of another model, recipe or ModelOpt."""
     if Path(path).is_file():
         _check_pickle(path, trust_pickle=trust_pickle)
-    else:
-        read_state(path, checkpoint)
+        return
+    made, asked = read_state(path, plan.checkpoint)["recipe"], plan.recipe.to_dict()
+    for key in sorted(WHAT_COUNTS):
+        if made.get(key) != asked[key]:
+            message = f"{path} was calibrated for `{made.get('name')}`, and `{plan.recipe.name}` as asked for differs from it in `{key}`"
+            raise StateRefused("E_STATE_RECIPE", message, hint="leave --method and its options out: the state knows its own")
 
 
 def _check_pickle(path: str, *, trust_pickle: bool) -> None:
@@ -122,16 +129,22 @@ def _read(path: str) -> dict[str, Any]:
         read_header(folder / WEIGHTS_FILE)
     except CheckpointRefused as error:
         raise StateRefused("E_STATE", error.message, hint="calibrate again with --checkpoint-save-path") from error
-    if state.get("state_version") != STATE_VERSION:
+    if not state.keys() >= STATE_KEYS:
+        raise StateRefused("E_STATE", f"{path}: {STATE_FILE} lacks {', '.join(sorted(STATE_KEYS - state.keys()))}", hint="calibrate again")
+    if state["state_version"] != STATE_VERSION:
         raise StateRefused("E_STATE_VERSION", f"{path}: state version {state.get('state_version')!r} is not {STATE_VERSION}")
     return state
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a digest of what defines the model: its tensors' names, dtypes and shapes, and the bytes of one norm."""
-    facts = sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values())
-    smallest = min(checkpoint.tensors.values(), key=lambda tensor: (tensor.size_bytes, tensor.name))
-    return hashlib.sha256(json.dumps(facts).encode() + checkpoint.read(smallest.name)).hexdigest()
+    """Return a digest of what defines the model: its tensors' names, dtypes and shapes, and 4 KB of the middle of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset + max(0, tensor.size_bytes - SAMPLE_BYTES) // 2)
+            digest.update(file.read(min(tensor.size_bytes, SAMPLE_BYTES)))
+    return digest.hexdigest()
 
 
 def _to_json(value: Any) -> Any:

@@ -17,7 +17,8 @@ def load_model(work: Work, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     work.report.stage("loading the model")
-    return AutoModelForCausalLM.from_pretrained(work.job.model, dtype="auto", trust_remote_code=work.job.trust_remote_code, **options)
+    options |= {"dtype": "auto", "use_safetensors": True, "trust_remote_code": work.job.trust_remote_code}
+    return AutoModelForCausalLM.from_pretrained(work.job.model, **options)
 
 
 def linear_names(model: Any) -> list[str]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import importlib.metadata
 import json
 import os
+import platform
 import random
 import select
 import signal
@@ -30,15 +33,16 @@ from qtool.recipe import recipe_from
 
 Event = Mapping[str, Any]
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}  # threads that spin while they wait starve whoever shares the cores
+VERSIONS = ("torch", "transformers", "safetensors")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None], python: str = sys.executable, keep_open: int) -> None:
-    """Run ``job`` in a worker and pass its events to ``on_event``; return when it is done.
+def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None], python: str = sys.executable, keep_open: int) -> dict[str, str]:
+    """Run ``job`` in a worker and pass its events to ``on_event``; return the versions it ran with when it is done.
 
     Args:
         log: the file to write everything to that the library prints.
-        python: the interpreter to run in; its environment needs the library, not qtool.
+        python: the interpreter to run in; its environment needs the library, pydantic and PyYAML, not qtool.
         keep_open: a descriptor the worker inherits; it holds the output's lock until the last of both ends.
     Raises: whatever QtoolError the worker sent; ResourceError when it was killed, as the system does when memory runs out;
         BackendFailed when it ended in any other way.
@@ -69,14 +73,13 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
             with contextlib.suppress(BrokenPipeError):  # it died at once; what follows says how
                 worker.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
                 worker.stdin.flush()
-            finished = False
             for event in _events(worker, events):
                 if event["event"] == "error":
                     raise from_wire(event["error"])
-                finished = event["event"] == "done"
                 on_event(event)
-            if not finished:
-                raise _died(worker.wait(), plan, job, version_of(backend))
+                if event["event"] == "done":
+                    return dict(event["versions"])
+            raise _died(worker.wait(), plan, job, version_of(backend))
         finally:
             _kill(worker)
 
@@ -97,8 +100,6 @@ def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
         for line in lines:
             event = json.loads(line)
             yield event
-            if event["event"] == "done":
-                return
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:
@@ -128,8 +129,13 @@ def _device_environment(device: str) -> dict[str, str]:
     if device.startswith("cuda:"):
         index = int(device.removeprefix("cuda:"))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        listed = visible.split(",") if visible else []
-        return {"CUDA_VISIBLE_DEVICES": listed[index] if index < len(listed) else str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if visible is None:
+            return {"CUDA_VISIBLE_DEVICES": str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        listed = [entry for entry in visible.split(",") if entry]
+        if index >= len(listed):
+            message = f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} devices"
+            raise ResourceError("E_NO_DEVICE", message, hint="devices are counted from 0 among those that are visible")
+        return {"CUDA_VISIBLE_DEVICES": listed[index]}
     return {}
 
 
@@ -175,10 +181,20 @@ def main(write_fd: int) -> None:
         traceback.print_exc()
         report.send("error", error=to_wire(_as_qtool_error(error, Job(**data), report.where)))
     else:
-        report.send("done")
+        _flush()
+        report.send("done", versions=_versions(str(data["recipe"]["backend"])))
+    _flush()
+    os._exit(0)  # libraries leave threads and exit hooks that can take seconds or hang
+
+
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # libraries leave threads and exit hooks that can take seconds or hang
+
+
+def _versions(backend: str) -> dict[str, str]:
+    libraries = (*VERSIONS, load_backend(backend).distribution)
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _run(job: Job, report: _PipeReporter) -> None:
@@ -204,7 +220,7 @@ def _tokenizer(job: Job) -> Any:
         return AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
     except Exception as error:
         message = f"{job.model}: the tokenizer cannot be loaded: {_one_line(error)}"
-        raise CheckpointRefused("E_TOKENIZER", message, hint="is tokenizer.json there? Data with `input_ids` needs no tokenizer") from error
+        raise CheckpointRefused("E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?") from error
 
 
 def _find_device(device: str, plan: Plan) -> str:
@@ -247,8 +263,11 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
         return ResourceError("E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {_one_line(error)}", hint=hint)
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in (*BACKENDS, "modelopt", "torch", "transformers"):
-        return ResourceError("E_NOT_INSTALLED", f"{library} needs the package `{error.name}`", hint=f"pip install {error.name}")
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in (*BACKENDS, "torch", "transformers"):
+        distribution = load_backend(error.name).distribution if error.name in BACKENDS else error.name
+        return ResourceError("E_NOT_INSTALLED", f"{library} needs the package `{error.name}`", hint=f"pip install {distribution}")
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(error):
+        return ResourceError("E_DISK", f"the disk is full {where}", hint="free some space, or write to another disk with --output")
     return BackendFailed("E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {_one_line(error)}")
 
 

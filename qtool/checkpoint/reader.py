@@ -102,8 +102,9 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether ``lm_head`` is the embedding matrix."""
-        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+        """Whether ``lm_head`` is the embedding matrix: as the config says, else when there is no tensor of its own (some classes tie by default)."""
+        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        return bool(said) if said is not None else "lm_head.weight" not in self.tensors
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
@@ -171,7 +172,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
-    index_file = path / "model.safetensors.index.json"
+    single, index_file = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():  # transformers takes it first; others beside it are not part of the model (e.g. consolidated.safetensors)
+        return _merge({single: read_header(single)})
     if index_file.exists():
         return _read_indexed(path, index_file)
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
@@ -181,8 +184,6 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             message = f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never opens"
             raise _refused("E_PICKLE", message, "convert them to safetensors first, or take a revision that has them")
         raise _refused("E_NO_WEIGHTS", f"{path}: no safetensors file", "is the download complete? Pickle files are never taken, and never downloaded")
-    if len(files) > 1 and (path / "model.safetensors").exists():
-        files = [path / "model.safetensors"]  # others beside it are not part of the model (e.g. consolidated.safetensors)
     return _merge({file: read_header(file) for file in files})
 
 

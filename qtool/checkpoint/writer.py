@@ -20,7 +20,7 @@ from qtool.errors import OutputTaken, ResourceError, UsageError
 
 CHUNK_BYTES = 4 << 20
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
-REPLACEABLE = ("config.json", "qtool-manifest.json", "qtool-state.json")  # what has one of these may be overwritten
+MARKS = ("qtool-manifest.json", "qtool-state.json", "model.safetensors", "model.safetensors.index.json")  # what has one may be overwritten
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 
@@ -62,15 +62,18 @@ class Staging:
 
 
 @contextlib.contextmanager
-def stage_output(output: Path, *, source: Path, overwrite: bool, need_bytes: int) -> Iterator[Staging]:
+def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_bytes: int) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
-    Raises: UsageError, when ``output`` is the source, inside it, or around it; OutputTaken, when it exists (without ``overwrite``), is no
-    checkpoint, or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place cannot be written.
+    Raises: UsageError, when ``output`` is one of the run's ``inputs``, inside one, or around one; OutputTaken, when it exists (without
+    ``overwrite``), is no checkpoint, or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place
+    cannot be written.
     """
     output, inside = output.absolute(), output.resolve()
-    if inside == source.resolve() or source.resolve() in inside.parents or inside in source.resolve().parents:
-        raise UsageError("E_OUTPUT_PLACE", f"the output {output} and the source {source} are one inside the other", hint="write beside the source")
+    for path in inputs:
+        place = path.resolve()
+        if inside == place or place in inside.parents or inside in place.parents:
+            raise UsageError("E_OUTPUT_PLACE", f"the output {output} and {path} are one inside the other", hint="write to a folder of its own")
     root = output.parent / f".{output.name}.qtool"
     with _locked(root, output) as lock_fd:
         _recover(root, output)
@@ -78,7 +81,7 @@ def stage_output(output: Path, *, source: Path, overwrite: bool, need_bytes: int
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another --output, or replace it with --overwrite")
         if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists and is not a folder", hint="choose another --output")
-        if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in REPLACEABLE):
+        if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in MARKS):
             hint = "choose another --output, or empty the folder yourself"
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} holds files and is no checkpoint, so --overwrite does not replace it", hint=hint)
         check_disk(root, need_bytes)

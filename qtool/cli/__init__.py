@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         exit_code = 130
     if exit_code == 130:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted; no output was written", err=True)
     sys.exit(exit_code)
 
 

@@ -41,8 +41,10 @@ def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         task = bar.add_task("starting", total=None)
 
         def show(event: Mapping[str, Any]) -> None:
+            nonlocal task
             if event["event"] == "stage":
-                bar.reset(task, description=event["what"], total=None)
+                bar.remove_task(task)  # a task that had a total keeps it
+                task = bar.add_task(event["what"], total=None)
             elif event["event"] == "progress":
                 bar.update(task, description=event["what"], completed=event["done"], total=event["total"])
 

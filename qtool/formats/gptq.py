@@ -60,7 +60,7 @@ def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
     config = checkpoint.quantization_config or {}
     weights, (rows, columns) = module.scheme.weights, module.shape
     bits = weights.bits
-    if bits not in READ_BITS:
+    if bits not in READ_BITS or (_variant(config) == "gptq_p" and bits == 3):
         raise refused("E_FORMAT", f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {READ_BITS} are")
     tensors = load(checkpoint, module)
     codes = unpack_bits(tensors["qweight"].T.contiguous(), bits, columns)

@@ -139,7 +139,7 @@ def _weights(parts: Parts) -> tuple[Weights, tuple[int, int]]:
         raise parts.misfit("weight_scale", f"{' or '.join(PLAIN_DTYPES)} scales of a {weight.dtype} weight")
     if scale.count == 1:
         return Weights(format, "tensor"), (rows, columns)
-    if scale.count == rows:
+    if scale.shape in ((rows,), (rows, 1)):
         return Weights(format, "channel"), (rows, columns)
     blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     if len(blocks) != 2 or scale.count != math.prod(blocks):

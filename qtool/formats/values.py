@@ -18,7 +18,17 @@ from qtool.formats.layout import Layout
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
 BLOCK_BYTES = 1 << 20  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
-SCALES = ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale", "scales", "pre_quant_scale", *CACHE_SCALES)
+SCALES = (
+    "weight_scale",
+    "_weight_scale",
+    "weight_scale_2",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+    "scales",
+    "pre_quant_scale",
+    *CACHE_SCALES,
+)
 
 
 @dataclass(frozen=True)
