@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtool.export import export
     from qtool.quantize import QuantizeResult, quantize
 
+__version__ = "0.1.0"
 __all__ = ["QtoolError", "QuantizeResult", "export", "quantize"]
 
 _HOMES = {"QtoolError": "errors", "QuantizeResult": "quantize", "export": "export", "quantize": "quantize"}  # imported when first used

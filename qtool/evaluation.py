@@ -32,7 +32,7 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     logging.disable_progress_bar()  # its bar ignores whether there is a terminal
     layout = formats.detect(checkpoint)
     quantized = layout.modules if layout else {}
-    if layout and any("rotation" in warning for warning in layout.warnings):
+    if layout and layout.rotates_inputs:
         raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not simulate")
     config = AutoConfig.from_pretrained(checkpoint.path)
     if hasattr(config, "quantization_config"):

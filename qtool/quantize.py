@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from qtool import __version__
 from qtool.backends import Job, check_backend, load_backend, version_of
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.backends.worker import Event, run_job
@@ -74,7 +75,7 @@ class Options(TypedDict, total=False):
     group_size: int | None
     kv_cache: str | None
     lm_head: bool | None
-    ignore: Sequence[str]
+    ignore: str | Sequence[str]
     fast: bool
     revision: str | None
     trust_remote_code: bool
@@ -97,6 +98,7 @@ class Request:
     state_save: Path | None
     state_restore: Path | None
     backend_python: str
+    notes: tuple[str, ...] = ()
 
     @property
     def log(self) -> Path:
@@ -124,13 +126,17 @@ class QuantizeResult:
 
     def summary(self) -> str:
         """Return the result in a few lines."""
+        asked = self.calibration and self.calibration["asked"]
         lines = [
             f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules quantized in {self.seconds:.1f} s",
             f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB ({self.bytes_after / self.bytes_before:.0%})",
         ]
         if self.calibration:
             data = self.calibration
-            lines.append(f"calibration: {data['used']} samples, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped")
+            of = f" of {asked} asked for" if asked != data["used"] else ""
+            lines.append(
+                f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +147,8 @@ class QuantizeResult:
 def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: Unpack[Options]) -> QuantizeResult:
     """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
 
-    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``calibration``, ``state_saved`` or ``done``.
+    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``note``, ``calibration``,
+    ``state_saved`` or ``done``.
 
     Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
     """
@@ -168,6 +175,11 @@ def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **opt
     source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
+    context = plan.checkpoint.text_config.get("max_position_embeddings")
+    notes = []
+    if calibration and isinstance(context, int) and 0 < context < calibration.seq_len:
+        notes.append(f"samples are cut at {context} tokens, the model's context, not at {calibration.seq_len}")
+        calibration = replace(calibration, seq_len=context)
     if restore:
         check_state(os.fspath(restore), plan, trust_pickle=options.get("trust_pickle", False))
     output = options.get("output")
@@ -181,6 +193,7 @@ def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **opt
         trust_remote_code=trust_remote_code,
         state_save=Path(save).absolute() if save else None,
         state_restore=Path(restore).absolute() if restore else None,
+        notes=tuple(notes),
         backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100 - a link in an environment must stay a link
     )
 
@@ -209,11 +222,13 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         def handle(event: Event) -> None:
             nonlocal calibration
             if event["event"] == "calibration":
-                calibration = event["report"]
+                calibration = {**event["report"], "asked": request.calibration.num_samples if request.calibration else 0}
             if event["event"] == "state_saved" and state is not None:
                 state.publish()  # at once: what follows may fail, and calibration was the long part
             on_event(event)
 
+        for note in request.notes:
+            on_event({"event": "note", "text": note})
         job = Job(
             model=str(source.resolve()),
             recipe=plan.recipe.to_dict(),
@@ -262,7 +277,7 @@ def _recipe(options: Options) -> Recipe:
         "source": options.get("calibration"),
         **{key: options.get(key) for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")},
     }
-    group_size = options.get("group_size")
+    group_size, ignore = options.get("group_size"), options.get("ignore")
     if group_size is not None and found.scheme is None:
         raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out")
     return found.changed(
@@ -270,7 +285,7 @@ def _recipe(options: Options) -> Recipe:
         kv_cache=options.get("kv_cache"),
         lm_head=options.get("lm_head"),
         seed=options.get("seed"),
-        ignore=[*found.ignore, *options["ignore"]] if options.get("ignore") else None,
+        ignore=[*found.ignore, *([ignore] if isinstance(ignore, str) else ignore)] if ignore else None,
         scheme=found.scheme.with_group_size(group_size).to_dict() if found.scheme and group_size is not None else None,
         algorithm=["rtn"] if options.get("fast") else None,
         calibration={**found.calibration.model_dump(), **{key: value for key, value in data_options.items() if value is not None}},
@@ -427,7 +442,7 @@ def _manifest(
         "model": plan.checkpoint.name,
         "recipe": {key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"},
         "calibration": calibration and {**calibration, "source": Path(str(calibration["source"])).name},
-        "versions": versions,
+        "versions": {"qtool": __version__, **versions},
         "source_files": source,
         "files": files,
     }

@@ -32,7 +32,7 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = ".".join([*inside[: len(inside) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
             found |= {f"{module}.{alias.name}" for alias in node.names} if module == "qtool" else {module}
-    return {name.split(".")[1] for name in found if name.startswith("qtool.")}
+    return {name.split(".")[1] for name in found if name.startswith("qtool.")} - {"__version__"}
 
 
 def test_every_file_belongs_to_a_layer():

@@ -99,5 +99,12 @@ def test_a_state_of_another_version_is_refused(saved, tmp_path, change):
     assert refusal(checkpoint_restore_path=tmp_path / "state", output=tmp_path / "out").code == "E_STATE_VERSION"
 
 
+@pytest.mark.parametrize("change", [{"method": "modelopt_fp4"}, {"method": "modelopt_fp8", "kv_cache": "fp8"}])
+def test_a_state_made_by_another_recipe_is_refused_before_any_work(saved, tmp_path, change):
+    with pytest.raises(qtool.QtoolError) as caught:
+        qtool.quantize(MODEL, output=tmp_path / "out", checkpoint_restore_path=saved / "state", device="cpu", **change)
+    assert (caught.value.code, caught.value.exit_code) == ("E_STATE_RECIPE", 3)
+
+
 def test_a_missing_state_is_refused(tmp_path):
     assert refusal(checkpoint_restore_path=tmp_path / "none", output=tmp_path / "out").code == "E_STATE"

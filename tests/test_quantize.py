@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
 
 def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "qtool-manifest.json").write_text("{}")
     (tmp_path / "out" / "old").write_text("precious")
     with pytest.raises(qtool.QtoolError) as caught:
         qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
@@ -201,3 +202,72 @@ def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path
     qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
     assert detect(open_checkpoint(tmp_path / "out")).format == "compressed-tensors"
+
+
+def refusal(**options) -> qtool.QtoolError:
+    with pytest.raises(qtool.QtoolError) as caught:
+        qtool.quantize(MODEL, **{"device": "cpu", **options})
+    return caught.value
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest_name(tmp_path):
+    error = refusal(method="fp8_dynamic", output=tmp_path / "out", overwite=True)
+    assert (error.code, error.exit_code) == ("E_UNKNOWN_OPTION", 2)
+    assert "`overwrite`" in error.hint
+
+
+@pytest.mark.parametrize("state", ["out", "out/state", "."])
+def test_a_state_and_an_output_inside_each_other_are_refused_before_any_work(state, tmp_path):
+    error = refusal(method="modelopt_fp8", output=tmp_path / "out", checkpoint_save_path=tmp_path / state, **{**DATA, "num_samples": 1})
+    assert (error.code, error.exit_code) == ("E_OUTPUT_PLACE", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
+    data = tmp_path / "out" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_bytes((MODEL / "calibration.jsonl").read_bytes())
+    assert refusal(method="modelopt_fp8", output=tmp_path / "out", calibration=str(data), overwrite=True).code == "E_OUTPUT_PLACE"
+    assert data.exists()
+
+
+def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    for name in ("tokenizer.py", "vocab.pkl"):
+        (model / name).write_text("x")
+    (tmp_path / "secret").write_text("x")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    (model / "NOTICE").write_text("kept")
+    output = qtool.quantize(model, method="fp8_dynamic", output=tmp_path / "out", device="cpu").output
+    names = {path.name for path in output.iterdir()}
+    assert "NOTICE" in names
+    assert not names & {"tokenizer.py", "vocab.pkl", "LICENSE", "corpus.py", "train.py"}
+
+
+@pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel", "modelopt"])
+def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 4096}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / "model" / name)
+    options = {**DATA, "num_samples": 2, "seq_len": 64}
+    output = qtool.quantize(tmp_path / "model", method="gptq_int4", backend=backend, lm_head=True, output=tmp_path / "out", **options).output
+    assert detect(open_checkpoint(output)).modules["lm_head"].scheme.name == "W4A16"
+
+
+def test_experts_are_quantized_and_their_router_is_not(tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = Qwen3MoeConfig(**sizes, vocab_size=4096, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / "model" / name)
+    options = {**DATA, "num_samples": 4, "seq_len": 64}
+    for method in ("fp8_static", "modelopt_fp8"):
+        layout = detect(open_checkpoint(qtool.quantize(tmp_path / "model", method=method, output=tmp_path / method, **options).output))
+        assert len([name for name in layout.modules if ".experts." in name]) == 12
+        assert not [name for name in layout.modules if name.endswith("mlp.gate")]

@@ -78,7 +78,7 @@ def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_
     with _locked(root, output) as lock_fd:
         _recover(root, output)
         if os.path.lexists(output) and not overwrite:
-            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another --output, or replace it with --overwrite")
+            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another place, or replace it with --overwrite")
         if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists and is not a folder", hint="choose another --output")
         if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in MARKS):

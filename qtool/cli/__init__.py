@@ -14,16 +14,23 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from qtool import __version__
 from qtool.errors import QtoolError, UsageError
 
 CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a click of its own and shows it nowhere
 app = typer.Typer(
     name="qtool",
-    help="Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints that load.",
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
 
 ModelPath = Annotated[str, typer.Option("--model-path", "--model", help="Checkpoint folder or Hub name.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -37,6 +44,13 @@ TrustPickle = Annotated[bool, typer.Option(help="Accept a state file of mto.save
 RestorePath = Annotated[
     str | None, typer.Option("--checkpoint-restore-path", help="ModelOpt: skip calibration, take the state kept here.", show_default=False)
 ]
+
+
+@app.callback()
+def qtool(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints that load."""
 
 
 @app.command()
@@ -81,8 +95,8 @@ def quantize(
     overwrite: Overwrite = False,
     backend_python: Annotated[str | None, typer.Option(help="Interpreter whose environment has the library.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and what it costs; write nothing.")] = False,
-    list_methods: Annotated[bool, typer.Option("--list", help="Show the methods; with --all the experimental ones too.")] = False,
-    all_methods: Annotated[bool, typer.Option("--all", hidden=True)] = False,
+    list_methods: Annotated[bool, typer.Option("--list", help="Show the methods.")] = False,
+    all_methods: Annotated[bool, typer.Option("--all", help="With --list: the experimental methods too.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

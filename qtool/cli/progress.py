@@ -45,6 +45,8 @@ def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             if event["event"] == "stage":
                 bar.remove_task(task)  # a task that had a total keeps it
                 task = bar.add_task(event["what"], total=None)
+            elif event["event"] == "note":
+                bar.print(f"note: {event['text']}")
             elif event["event"] == "progress":
                 bar.update(task, description=event["what"], completed=event["done"], total=event["total"])
 
@@ -60,6 +62,8 @@ class _Lines:
         now = time.monotonic() - self._start
         if event["event"] == "stage":
             print(f"[{now:6.1f} s] {event['what']}", file=sys.stderr, flush=True)
+        elif event["event"] == "note":
+            print(f"note: {event['text']}", file=sys.stderr, flush=True)
         elif event["event"] == "progress" and (event["done"] == event["total"] or now - self._last > PLAIN_INTERVAL_S):
             self._last = now
             print(f"[{now:6.1f} s] {event['what']}: {event['done']} of {event['total']}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qtool.plan import sizes_by_kind
-from qtool.recipe import Recipe, catalogue
+from qtool.recipe import Auto, Recipe, catalogue
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,7 +44,7 @@ def methods(with_experimental: bool) -> RenderableType:
         table.add_column(heading, no_wrap=heading != "summary")
     for entry in methods_dict(with_experimental):
         table.add_row(
-            entry["method"],
+            ", ".join([entry["method"], *entry["aliases"]]),
             entry["backend"],
             entry["scheme"],
             f"{entry['bits_per_weight']:.2f}" if entry["bits_per_weight"] else "-",
@@ -72,12 +72,18 @@ def plan(request: Request) -> RenderableType:
     table.add_row("embeddings, norms", "16 bit", "", _size(rest), _size(rest))
     table.add_row("all", "", "", _size(plan.bytes_before), _size(plan.bytes_after), style="bold")
     whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
+    kv_cache = f", {recipe.kv_cache} scales for the KV cache" if recipe.kv_cache else ""
+    missing = " (--calibration is still missing)" if recipe.needs_data and request.calibration is None else ""
     data = f"{recipe.calibration.num_samples} samples of up to {recipe.calibration.seq_len} tokens" if recipe.needs_data else "no calibration data"
     memory = f"about {_size(by_layer)} (layer by layer)" if recipe.backend == "gptqmodel" else f"about {_size(whole)}"
     gpu = f", on the GPU about {_size(by_layer)}" if recipe.backend == "llmcompressor" and recipe.needs_data else ""
     return Group(
         f"{recipe.name}: {recipe.summary}",
-        f"backend {recipe.backend}, algorithm {' + '.join(step.name for step in recipe.algorithm)}, {data}",
+        f"backend {recipe.backend}, algorithm {' + '.join(step.name for step in recipe.algorithm)}, {data}{missing}{kv_cache}",
+        *(
+            f"sizes are those of {recipe.schemes[0].name} everywhere; the search chooses within {step.effective_bits:g} bits"
+            for step in recipe.steps(Auto)
+        ),
         table,
         f"memory: {memory}{gpu}; runs native from {_native_gpu(recipe)}",
         f"output: {request.output}" + (" (exists)" if request.output.exists() else ""),
@@ -90,7 +96,8 @@ def _scheme(recipe: Recipe) -> str:
 
 
 def _native_gpu(recipe: Recipe) -> str:
-    return recipe.scheme.native_gpu if recipe.scheme else "sm_89"
+    natives = [scheme.native_gpu for scheme in recipe.schemes] + (["sm_89"] if recipe.kv_cache else [])
+    return max(natives, key=lambda native: int(native.removeprefix("sm_")))
 
 
 def _size(size_bytes: float) -> str:

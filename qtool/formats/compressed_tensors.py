@@ -60,7 +60,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         warnings.append(
             "KV-cache scales are stored and the config has no kv_cache_scheme" if has_scales else "the KV cache is quantized and has no scales"
         )
-    return Layout("compressed-tensors", modules, kv_cache, tuple(warnings))
+    return Layout("compressed-tensors", modules, kv_cache, tuple(warnings), _online_transforms(config))
 
 
 def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:

@@ -34,6 +34,7 @@ class Layout:
     modules: Mapping[str, QuantizedModule]
     kv_cache: str | None
     warnings: tuple[str, ...]
+    rotates_inputs: bool = False  # at run time (QuIP, SpinQuant R3/R4): the weights alone are not the model
 
 
 @dataclass(frozen=True)
