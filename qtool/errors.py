@@ -18,6 +18,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 300
+
 
 class QtoolError(Exception):
     """A failure the user can act on: a stable ``code``, what happened, and in ``hint`` what to try next."""
@@ -114,6 +116,11 @@ def from_wire(data: dict[str, object]) -> QtoolError:
     """Rebuild an error that a worker sent with `to_wire`."""
     kind = _BY_NAME[str(data["type"])]
     return kind(str(data["code"]), str(data["message"]), hint=str(data["hint"]))
+
+
+def one_line(error: BaseException) -> str:
+    """Return what ``error`` says, without the line breaks that libraries like, and no more of it than a person reads."""
+    return " ".join(str(error).split())[:MAX_MESSAGE]
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:

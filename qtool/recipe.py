@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from qtool.errors import RecipeRefused, UsageError, nearest
+from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.scheme import Scheme, scheme_from
 
 BACKEND_NAMES = ("llmcompressor", "gptqmodel", "modelopt", "torchao")
@@ -290,7 +290,7 @@ def _read(path: Path) -> Recipe:
         data = yaml.load(text.decode(), Loader=_StrictLoader)
     except YAML_ERRORS as error:
         hint = f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs quotes"
-        raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {' '.join(str(error).split())[:300]}", hint=hint) from None
+        raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {one_line(error)}", hint=hint) from None
     if not isinstance(data, dict):
         raise RecipeRefused("E_RECIPE", f"{path}: a recipe is a mapping, found {type(data).__name__}", hint=EXAMPLES_HINT)
     return _validated({"name": re.sub("[^a-z0-9_]+", "_", _plain(path.stem))} | data, str(path))

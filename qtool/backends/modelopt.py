@@ -12,7 +12,7 @@ from typing import Any
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import batch_tensors, check_planned, fused_experts, is_expert, load_model
-from qtool.errors import RecipeRefused, ResourceError
+from qtool.errors import RecipeRefused, ResourceError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
@@ -207,4 +207,4 @@ def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
     except ValueError as error:
         if "effective_bits" not in str(error):
             raise
-        raise RecipeRefused("E_EFFECTIVE_BITS", " ".join(str(error).split()), hint="raise `effective_bits`, or add a smaller candidate") from error
+        raise RecipeRefused("E_EFFECTIVE_BITS", one_line(error), hint="raise `effective_bits`, or add a smaller candidate") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.reader import read_header
-from qtool.errors import CheckpointRefused, StateRefused, UsageError
+from qtool.errors import CheckpointRefused, StateRefused, UsageError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Recipe, recipe_from
 
@@ -62,7 +62,7 @@ def restore_state(model: Any, path: str, plan: Plan) -> None:
         try:
             mto.restore(model, path)
         except Exception as error:
-            raise StateRefused("E_STATE", f"{path}: ModelOpt cannot restore it: {' '.join(str(error).split())[:300]}") from error
+            raise StateRefused("E_STATE", f"{path}: ModelOpt cannot restore it: {one_line(error)}") from error
         return
     from safetensors.torch import load_file
 
@@ -73,7 +73,7 @@ def restore_state(model: Any, path: str, plan: Plan) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        message = f"{path}: its tensors do not fit the model: {' '.join(str(error).split())[:300]}"
+        message = f"{path}: its tensors do not fit the model: {one_line(error)}"
         raise StateRefused("E_STATE", message, hint="restore it onto the model it was made of") from error
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
 from qtool.calibration import CalibrationSpec, load_calibration
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, from_wire, to_wire
+from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, from_wire, one_line, to_wire
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 
@@ -219,7 +219,7 @@ def _tokenizer(job: Job) -> Any:
     try:
         return AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
     except Exception as error:
-        message = f"{job.model}: the tokenizer cannot be loaded: {_one_line(error)}"
+        message = f"{job.model}: the tokenizer cannot be loaded: {one_line(error)}"
         raise CheckpointRefused("E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?") from error
 
 
@@ -262,17 +262,13 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     library = version_of(load_backend(str(job.recipe["backend"])))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
-        return ResourceError("E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {_one_line(error)}", hint=hint)
+        return ResourceError("E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {one_line(error)}", hint=hint)
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in (*BACKENDS, "torch", "transformers"):
         distribution = load_backend(error.name).distribution if error.name in BACKENDS else error.name
         return ResourceError("E_NOT_INSTALLED", f"{library} needs the package `{error.name}`", hint=f"pip install {distribution}")
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(error):
         return ResourceError("E_DISK", f"the disk is full {where}", hint="free some space, or write to another disk with --output")
-    return BackendFailed("E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return BackendFailed("E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}")
 
 
 def _die_with_parent() -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtool.calibration.records import Record, records
-from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec, one_line
-from qtool.errors import DataRefused
+from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec
+from qtool.errors import DataRefused, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

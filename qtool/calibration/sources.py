@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.hub import check_hub_is_reachable
-from qtool.errors import DataRefused, ResourceError, UsageError, nearest
+from qtool.errors import DataRefused, ResourceError, UsageError, nearest, one_line
 
 MIN_TOKENS = 11  # GPTQModel 7.6 drops rows of 10 tokens and fewer; one rule for every backend
 FIELDS = ("input_ids", "messages", "prompt", "completion", "text")  # what a record is searched for, besides --text-column
@@ -72,11 +72,6 @@ def bad_line(where: str, what: str) -> DataRefused:
     """Return the refusal of what is no JSON object."""
     hint = 'a record looks like {"text": "..."}; in JSON Lines each stands on a line of its own'
     return DataRefused("E_DATA_LINE", f"{where}: expected a JSON object; {what}", hint=hint)
-
-
-def one_line(error: Exception) -> str:
-    """Return what ``error`` says, without the line breaks that libraries like."""
-    return " ".join(str(error).split())
 
 
 def _reader_of(path: Path) -> Callable[[Path, CalibrationSpec], Rows]:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from qtool.errors import CheckpointRefused, ResourceError
+from qtool.errors import CheckpointRefused, ResourceError, one_line
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*/*.safetensors", "original/*", "consolidated*")
@@ -54,7 +54,7 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(model_path) from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        message = f"Hub model `{model_path}` cannot be downloaded: {' '.join(str(error).split())[:300]}"
+        message = f"Hub model `{model_path}` cannot be downloaded: {one_line(error)}"
         raise ResourceError("E_DOWNLOAD", message, hint="try again: what is complete is kept; check the disk of HF_HOME too") from error
     return Path(folder)
 

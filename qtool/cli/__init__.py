@@ -223,12 +223,12 @@ def _fail(error: QtoolError, arguments: Sequence[str]) -> NoReturn:
         traceback.print_exc()
     if "--json" in arguments:
         print(json.dumps({"error": error.to_dict()}))
-    hint = f"\nhint: {_one_line(error.hint)}" if error.hint else ""
-    typer.echo(f"error[{error.code}]: {_one_line(error.message)}{hint}", err=True)
+    hint = f"\nhint: {_printable(error.hint)}" if error.hint else ""
+    typer.echo(f"error[{error.code}]: {_printable(error.message)}{hint}", err=True)
     sys.exit(error.exit_code)
 
 
-def _one_line(text: str) -> str:
+def _printable(text: str) -> str:
     """Return ``text``, which may quote names from hostile files, without line breaks and terminal commands."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
