@@ -60,7 +60,7 @@ E8M0 = Bits(np.uint8, 0xFF, 0xFF, 0x100)  # 255 is NaN; there is no zero and no 
 def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming file, tensor and value; empty when all is well.
 
-    A zero scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once,
+    A negative scale is wrong but of integer weights, where AutoRound writes some. A zero scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once,
     in blocks of 1 MB a thread; packed integers hold no wrong value and are not read.
     """
     with _Files() as files:
@@ -147,13 +147,15 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] 
         return None
     bits = FLOATS[tensor.dtype]
     is_scale = suffix in SCALES and (module is not None or suffix in CACHE_SCALES)
-    return bits.word, lambda words, scratch: _float_problem(words, scratch, bits, is_scale, zero_allowed=tensor.dtype == "F8_E4M3")
+    zero_allowed = tensor.dtype == "F8_E4M3"
+    negative_allowed = bool(module and module.scheme.weights.format.startswith("int"))  # AutoRound flips a group to reach the code -8
+    return bits.word, lambda words, scratch: _float_problem(words, scratch, bits, is_scale, zero_allowed, negative_allowed)
 
 
-def _float_problem(words: Any, scratch: Any, bits: Bits, is_scale: bool, *, zero_allowed: bool) -> str | None:
+def _float_problem(words: Any, scratch: Any, bits: Bits, is_scale: bool, zero_allowed: bool, negative_allowed: bool) -> str | None:
     if bits.has_not_finite(words, scratch):
         return "holds NaN or infinity"
-    if is_scale and words.max() >= bits.sign:
+    if is_scale and not negative_allowed and words.max() >= bits.sign:
         return "holds a negative scale"
     if is_scale and not zero_allowed and not words.min():
         return "holds a zero scale"
