@@ -60,8 +60,9 @@ E8M0 = Bits(np.uint8, 0xFF, 0xFF, 0x100)  # 255 is NaN; there is no zero and no 
 def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming file, tensor and value; empty when all is well.
 
-    A negative scale is wrong but of integer weights, where AutoRound writes some. A zero scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once,
-    in blocks of 1 MB a thread; packed integers hold no wrong value and are not read.
+    A negative scale is wrong, except one of integer weights, of which AutoRound writes some. A zero scale is wrong, except an e4m3 block scale
+    (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no
+    wrong value and are not read.
     """
     with _Files() as files:
         pieces = [piece for tensor in checkpoint.tensors.values() for piece in _pieces(tensor, _check_for(tensor, layout))]

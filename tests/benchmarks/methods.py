@@ -81,6 +81,7 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]
         weights = sum(module.shape[0] * module.shape[1] for module in modules)
         bits = sum(module.size_bytes for module in modules) * 8 / weights if weights else 16.0
         return {
+            "device": arguments.device,
             "seconds": round(seconds, 1),
             "bits": round(bits, 3),
             "format": layout.format if layout else "-",
@@ -107,12 +108,11 @@ def write_table(readme: Path, results: dict[str, Any]) -> None:
         name = f"`{recipe.name}`" + (" (experimental)" if recipe.experimental else "")
         scheme = (recipe.scheme.name if recipe.scheme else "") + (f" + {recipe.kv_cache} KV" if recipe.kv_cache else "")
         if found is None or "error" in found:
-            rows.append(f"| {name} | {recipe.backend} | {scheme} | | needs a GPU | | |")
+            rows.append(f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | | |")
             continue
+        seconds = f"{found['seconds']:.0f}" + ("" if found.get("device", "cpu") == "cpu" else " (GPU)")
         ratio = found["perplexity"] / base
-        rows.append(
-            f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {found['seconds']:.0f} | {found['perplexity']:.3f} | {ratio:.3f} |"
-        )
+        rows.append(f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | {found['perplexity']:.3f} | {ratio:.3f} |")
     before, _, rest = readme.read_text().partition(START)
     readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + END + rest.partition(END)[2])
 
