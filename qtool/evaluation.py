@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from qtool import formats
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, DataRefused
+from qtool.formats.layout import CACHE_SUFFIXES
 from qtool.formats.packing import read_tensor
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input
-
-CACHE_SUFFIXES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias")
 
 
 def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -10,11 +10,12 @@ from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import FLOAT_DTYPES
 from qtool.formats import QuantizedModule
+from qtool.formats.layout import CACHE_SUFFIXES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCALE_SUFFIXES = ("k_scale", "v_scale", "q_scale", "k_bias", "v_bias", "output_scale")  # of the KV cache, on modules that hold other things
+SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")  # the last is what old compressed-tensors wrote for the KV cache
 
 
 @dataclass(frozen=True)

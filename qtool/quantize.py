@@ -126,14 +126,13 @@ class QuantizeResult:
 
     def summary(self) -> str:
         """Return the result in a few lines."""
-        asked = self.calibration and self.calibration["asked"]
         lines = [
             f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules quantized in {self.seconds:.1f} s",
             f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB ({self.bytes_after / self.bytes_before:.0%})",
         ]
         if self.calibration:
             data = self.calibration
-            of = f" of {asked} asked for" if asked != data["used"] else ""
+            of = f" of {data['asked']} asked for" if data["asked"] != data["used"] else ""
             lines.append(
                 f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped"
             )

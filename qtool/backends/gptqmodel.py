@@ -74,8 +74,7 @@ class GPTQModelBackend:
         LogBar.shared().setLevel("ERROR")
         logger._suppress_live_renderables = lambda: True
         recipe = work.plan.recipe
-        linears = [module.name for module in work.plan.modules]
-        config = _config(work, linears)
+        config = _config(work)
         work.report.stage("loading the model")
         model = GPTQModel.load(work.job.model, config, trust_remote_code=work.job.trust_remote_code)
         layers = work.plan.layer_count
@@ -95,15 +94,14 @@ class GPTQModelBackend:
         model.save(str(work.output), max_shard_size=MAX_SHARD_SIZE)
 
 
-def _config(work: Work, linears: list[str]) -> Any:
+def _config(work: Work) -> Any:
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig
 
     recipe = work.plan.recipe
-    groups = groups_of(work.plan, linears)
     base = recipe.scheme
     assert base is not None
     dynamic: dict[str, dict[str, Any]] = {}
-    for group in groups:
+    for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
         if group.scheme is None:
             left_alone = [name for name in group.names if name.rpartition(".")[2] not in HEADS]  # it leaves heads alone unasked
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}

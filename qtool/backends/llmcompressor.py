@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qtool.backends import MAX_SHARD_SIZE, Reporter, Work, groups_of, step_refusals
-from qtool.backends.models import batch_tensors, check_planned, load_model
+from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.plan import Plan
 from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant
 from qtool.scheme import Activations, Scheme, Weights
@@ -67,7 +67,7 @@ class LLMCompressorBackend:
         if work.device == "cpu":
             IntermediatesCache.pin_memory = lambda self, *args, **options: None  # it pins without asking whether there is a GPU
         model = load_model(work)
-        linears = check_planned(work, model)
+        linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
         oneshot(
             model=model,

@@ -11,7 +11,7 @@ from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
-from qtool.backends.models import batch_tensors, check_planned, fused_experts, is_expert, load_model
+from qtool.backends.models import batch_tensors, fused_experts, is_expert, load_model, loaded_linears
 from qtool.errors import RecipeRefused, ResourceError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
@@ -68,7 +68,7 @@ class ModelOptBackend:
         from modelopt.torch.export import export_hf_checkpoint
 
         model = _load(work)
-        linears = check_planned(work, model)
+        linears = loaded_linears(work, model)
         if work.job.state_restore:
             work.report.stage("restoring the state")
             restore_state(model, work.job.state_restore, work.plan)

@@ -42,7 +42,7 @@ def is_expert(name: str) -> bool:
     return re.search(r"\.experts\.\d+\.", name) is not None
 
 
-def check_planned(work: Work, model: Any) -> list[str]:
+def loaded_linears(work: Work, model: Any) -> list[str]:
     """Return the linear modules of the loaded model, those inside fused experts under their names on disk.
 
     Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants to change.

@@ -97,9 +97,7 @@ def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
         if not chunk:
             return
         *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
-            event = json.loads(line)
-            yield event
+        yield from map(json.loads, lines)
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:

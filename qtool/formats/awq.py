@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.gptq import FLOATS, grouped
-from qtool.formats.layout import Layout, Parts, QuantizedModule, modules_of, refused
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -64,11 +63,11 @@ def _version(config: Mapping[str, Any]) -> str:
 
 def _module(parts: Parts, config: Mapping[str, Any]) -> QuantizedModule:
     columns, words = parts.matrix("qweight", "I32")
-    groups, rows = parts.matrix("scales", *FLOATS)
+    groups, rows = parts.matrix("scales", *SCALE_DTYPES)
     if words * 8 != rows:
         raise parts.misfit("qweight", f"[{columns}, {rows // 8}], 4-bit codes of {rows} outputs in `gemm` order")
     symmetric = bool(config["sym"]) if "sym" in config else not config.get("zero_point", True)
     if not symmetric and parts.matrix("qzeros", "I32") != (groups, words):
         raise parts.misfit("qzeros", f"[{groups}, {words}]")
     size = config.get("group_size", config.get("q_group_size"))
-    return QuantizedModule(parts.name, Scheme(grouped(4, columns, groups, size, symmetric=symmetric)), (rows, columns), parts.tensors)
+    return QuantizedModule(parts.name, Scheme(grouped_integers(4, columns, groups, size, symmetric=symmetric)), (rows, columns), parts.tensors)

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import Layout, Parts, QuantizedModule, group_size, modules_of, refused
-from qtool.scheme import Scheme, Weights
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused
+from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
-FLOATS = ("F16", "BF16", "F32")
 READ_BITS = (2, 3, 4, 8)
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
@@ -96,7 +95,7 @@ def _options(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def _module(parts: Parts, options: Mapping[str, Any]) -> QuantizedModule:
     word_rows, rows = parts.matrix("qweight", "I32")
-    groups, _ = parts.matrix("scales", *FLOATS)
+    groups, _ = parts.matrix("scales", *SCALE_DTYPES)
     zero_groups, zero_words = parts.matrix("qzeros", "I32")
     bits = zero_words * 32 // rows if rows else 0
     if not 2 <= bits <= 8 or math.ceil(rows * bits / 32) != zero_words:
@@ -106,14 +105,7 @@ def _module(parts: Parts, options: Mapping[str, Any]) -> QuantizedModule:
         raise parts.misfit("qweight", f"{math.ceil(columns * bits / 32)} rows for {columns} inputs of {bits} bits")
     if parts["scales"].shape != (groups, rows) or zero_groups != groups:
         raise parts.misfit("scales", f"[{zero_groups}, {rows}], as `qzeros` and `qweight` have it")
-    weights = grouped(bits, columns, groups, options.get("group_size"), symmetric=bool(options.get("sym", not options.get("zero_point", False))))
+    weights = grouped_integers(
+        bits, columns, groups, options.get("group_size"), symmetric=bool(options.get("sym", not options.get("zero_point", False)))
+    )
     return QuantizedModule(parts.name, Scheme(weights), (rows, columns), parts.tensors)
-
-
-def grouped(bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool) -> Weights:
-    """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a channel's, unless the config promised that group."""
-    size = group_size(columns, groups, promised)
-    format: Any = f"int{bits}"
-    if groups == 1 and promised != size:
-        return Weights(format, "channel", symmetric=symmetric)
-    return Weights(format, "group", size, symmetric=symmetric)

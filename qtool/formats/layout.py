@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
-from qtool.scheme import Scheme
+from qtool.scheme import Scheme, Weights
+
+SCALE_DTYPES = ("F16", "BF16", "F32")
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")  # of the KV cache, on modules that hold other things
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,15 @@ def group_size(columns: int, groups: int, promised: int | None = None) -> int:
     if promised and promised > 0 and math.ceil(columns / promised) == groups:
         return promised
     return math.ceil(columns / groups)
+
+
+def grouped_integers(bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool) -> Weights:
+    """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a channel's, unless the config promised that group."""
+    size = group_size(columns, groups, promised)
+    format: Any = f"int{bits}"
+    if groups == 1 and promised != size:
+        return Weights(format, "channel", symmetric=symmetric)
+    return Weights(format, "group", size, symmetric=symmetric)
 
 
 def block_size(size: int, blocks: int) -> int:

@@ -11,13 +11,12 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint, read_json
-from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, group_size, modules_of, refused
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, block_size, group_size, modules_of, refused
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
-PLAIN_DTYPES = ("F16", "BF16", "F32")
 KEPT_SUFFIXES = ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
     "FP8": SCHEMES["FP8"].activations,
@@ -106,7 +105,7 @@ def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, A
 
 def _is_quantized(parts: Parts) -> bool:
     if "weight" in parts:
-        return parts["weight"].dtype not in PLAIN_DTYPES
+        return parts["weight"].dtype not in SCALE_DTYPES
     return "weight_scale" in parts  # a quantized module that has lost its weight
 
 
@@ -124,7 +123,7 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
 def _weights(parts: Parts) -> tuple[Weights, tuple[int, int]]:
     weight, scale = parts["weight"], parts["weight_scale"]
     rows, columns = parts.matrix("weight", "U8", "I8", "F8_E4M3")
-    if weight.dtype == "U8" and scale.dtype in PLAIN_DTYPES:
+    if weight.dtype == "U8" and scale.dtype in SCALE_DTYPES:
         rows *= 2  # int4 is packed along the outputs
         return Weights("int4", "group", _grouped(parts, rows, columns)), (rows, columns)
     if weight.dtype == "U8":
@@ -135,8 +134,8 @@ def _weights(parts: Parts) -> tuple[Weights, tuple[int, int]]:
     format: Any = "int8" if weight.dtype == "I8" else "fp8"
     if scale.dtype in ("U8", "F8_E8M0"):
         return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0"), (rows, columns)
-    if scale.dtype not in PLAIN_DTYPES:
-        raise parts.misfit("weight_scale", f"{' or '.join(PLAIN_DTYPES)} scales of a {weight.dtype} weight")
+    if scale.dtype not in SCALE_DTYPES:
+        raise parts.misfit("weight_scale", f"{' or '.join(SCALE_DTYPES)} scales of a {weight.dtype} weight")
     if scale.count == 1:
         return Weights(format, "tensor"), (rows, columns)
     if scale.shape in ((rows,), (rows, 1)):

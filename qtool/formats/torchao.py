@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import Layout, Parts, QuantizedModule, modules_of, refused
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, modules_of, refused
 from qtool.scheme import SCHEMES, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
 def _module(checkpoint: Checkpoint, parts: Parts, kind: str) -> QuantizedModule:
     if kind in ROW_SCHEMES:
         rows, columns = parts.matrix(DATA, "I8", "F8_E4M3")
-        if parts.matrix(SCALE, "F32", "BF16", "F16") != (rows, 1):
+        if parts.matrix(SCALE, *SCALE_DTYPES) != (rows, 1):
             raise parts.misfit(SCALE, f"[{rows}, 1]")
         return QuantizedModule(parts.name, ROW_SCHEMES[kind], (rows, columns), parts.tensors)
     if kind == "Int4WeightOnlyConfig" and TILES in parts and len(parts[DATA].shape) == 4:

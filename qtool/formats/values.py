@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.formats.layout import Layout
+from qtool.formats.layout import CACHE_SCALES, Layout
 
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
 BLOCK_BYTES = 1 << 20  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 SCALES = (
     "weight_scale",
     "_weight_scale",
