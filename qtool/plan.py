@@ -107,7 +107,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         method = config.get("quant_method") or (producer.get("name") if isinstance(producer, Mapping) else producer)
         message = f"{checkpoint.path} is quantized already ({f'by `{method}`' if method else 'its config says so'})"
         raise CheckpointRefused("E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of")
-    linears = {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if _is_matrix(tensor)}
+    linears = {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if is_linear(tensor)}
     for pattern in recipe.ignore:
         check_pattern(pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])])  # a module, though it has no tensor of its own
     for rule in recipe.rules:
@@ -125,13 +125,26 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return plan
 
 
-def _is_matrix(tensor: TensorInfo) -> bool:
+def is_linear(tensor: TensorInfo) -> bool:
+    """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape tell."""
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOAT_DTYPES and not _is_embedding(tensor.name)
 
 
 def _is_embedding(name: str) -> bool:
     part = name.split(".")[-2]
     return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
+
+
+def why_plain(checkpoint: Checkpoint, name: str) -> str:
+    """Return why the linear layer ``name`` usually stays in 16 bits; empty when nothing about it says so."""
+    parts = name.split(".")
+    if parts[-1] in HEADS:
+        return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
+    if parts[-1] in ROUTERS:
+        return "router of experts"
+    if OTHER_TOWERS & set(parts):
+        return "not part of the language model"
+    return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo) -> PlannedModule:
@@ -152,12 +165,8 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
     if parts[-1] in HEADS:
         return (recipe.scheme, "") if recipe.lm_head else (None, "output head (`lm_head: true` quantizes it)")
-    if parts[-1] in ROUTERS:
-        return None, "router of experts"
-    if OTHER_TOWERS & set(parts):
-        return None, "not part of the language model"
-    if checkpoint.config.get("model_type") in TRANSPOSED:
-        return None, "Conv1D, not Linear"
+    if reason := why_plain(checkpoint, name):
+        return None, reason
     return recipe.scheme, "" if recipe.scheme else "the recipe has no weight scheme"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,10 @@ from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import FLOAT_DTYPES
 from qtool.formats import QuantizedModule
 from qtool.formats.layout import CACHE_SUFFIXES
+from qtool.inspection.comparison import Comparison
+from qtool.inspection.deep import DeepReport
+from qtool.inspection.engines import EngineReport
+from qtool.plan import is_linear, why_plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,19 +39,46 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Module:
+    """One linear layer of N outputs and K inputs: its scheme, or None and the ``reason`` it is left in 16 bits."""
+
+    name: str
+    kind: str
+    layer: int | None
+    scheme: str | None
+    reason: str
+    shape: tuple[int, int]
+    parameters: int
+    size_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of one parameter, with its share of scales and zero points."""
+        return self.size_bytes * 8 / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in numbers; ``quantized`` and ``plain`` are sorted by bytes, the largest first."""
+    """A checkpoint in numbers; ``quantized`` and ``plain`` are sorted by bytes, the largest first, ``modules`` as the headers have them.
+
+    ``plain_bytes`` is the size that the same parameters have in 16 bits. ``deep``, ``against`` and ``engine`` are there when they were asked for.
+    """
 
     name: str
     architecture: str
     format: str | None
     parameters: int
     size_bytes: int
+    plain_bytes: int
     quantized: tuple[Row, ...]
     plain: tuple[Row, ...]
+    modules: tuple[Module, ...]
     kv_cache: str | None
     tied_embeddings: bool
     warnings: tuple[str, ...]
+    deep: DeepReport | None = None
+    against: Comparison | None = None
+    engine: EngineReport | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,7 +89,7 @@ class Inspection:
         """Return everything as plain data, for ``--json``."""
         rows = {
             kind: [{**asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in getattr(self, kind)]
-            for kind in ("quantized", "plain")
+            for kind in ("quantized", "plain", "modules")
         }
         return {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4), **rows, "warnings": list(self.warnings)}
 
@@ -69,20 +100,23 @@ def inspect(checkpoint: Checkpoint, *, deep: bool = False) -> Inspection:
     Raises: CheckpointRefused, when config and tensors contradict each other or the format is unknown.
     """
     layout = formats.detect(checkpoint)
-    modules = layout.modules if layout else {}
+    modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
     quantized = _rows((_kind(module.name), module.scheme.name, *_size(module)) for module in modules.values())
     plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name.rpartition(".")[0] not in modules)
     warnings = list(layout.warnings) if layout else []
     if deep:
         warnings += formats.check_values(checkpoint, layout)
+    parameters = sum(row.parameters for row in (*quantized, *plain))
     return Inspection(
         name=checkpoint.name,
         architecture=", ".join(checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type", "unknown"))]),
         format=layout.format if layout else None,
-        parameters=sum(row.parameters for row in (*quantized, *plain)),
+        parameters=parameters,
         size_bytes=checkpoint.size_bytes,
+        plain_bytes=2 * parameters,
         quantized=quantized,
         plain=plain,
+        modules=tuple(_modules(checkpoint, modules)),
         kv_cache=layout.kv_cache if layout else None,
         tied_embeddings=checkpoint.tied_embeddings,
         warnings=tuple(warnings),
@@ -116,6 +150,27 @@ def render(inspection: Inspection) -> RenderableType:
     parts += [table(title, rows) for title, rows in (("quantized", inspection.quantized), ("not quantized", inspection.plain)) if rows]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in inspection.warnings]
     return Group(*parts)
+
+
+def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -> Iterator[Module]:
+    """Yield every linear layer in the order of the headers, quantized or not."""
+    seen: set[str] = set()
+    for tensor in checkpoint.tensors.values():
+        owner = tensor.name.rpartition(".")[0]
+        module = quantized.get(owner)
+        if owner in seen:
+            continue
+        if module:
+            seen.add(owner)
+            yield Module(owner, _kind(owner), _layer(owner), module.scheme.name, "", module.shape, *_size(module))
+        elif is_linear(tensor):
+            seen.add(owner)
+            rows, columns = tensor.shape
+            yield Module(owner, _kind(owner), _layer(owner), None, why_plain(checkpoint, owner), (rows, columns), tensor.count, tensor.size_bytes)
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _kind(name: str) -> str:

@@ -1,0 +1,5 @@
+"""What is inside a checkpoint, and whether to trust it: its headers, its numbers, another checkpoint beside it, the engine that is to load it."""
+
+from qtool.inspection.report import Inspection, Module, Row, inspect, render
+
+__all__ = ["Inspection", "Module", "Row", "inspect", "render"]
