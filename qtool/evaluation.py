@@ -36,11 +36,12 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     config = AutoConfig.from_pretrained(checkpoint.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    state = {name: read_tensor(checkpoint, name) for name in checkpoint.tensors if _is_plain(name, quantized)}
+    owned = layout.owned if layout else frozenset()
+    state = {name: read_tensor(checkpoint, name) for name in checkpoint.tensors if _is_plain(name, owned)}
     inputs: dict[str, QuantizedWeight] = {}
     for name in quantized:
         weight = formats.read(checkpoint, layout, name)  # type: ignore[arg-type]
-        state[f"{name}.weight"] = dequantize(weight).to(dtype)
+        state[f"{name}.weight"] = dequantize(weight, dtype)
         if weight.activation or weight.pre_scale is not None:
             inputs[name] = weight
     with torch.device("meta"):
@@ -93,6 +94,6 @@ class _InputRounding:
         return (x, *rest)
 
 
-def _is_plain(name: str, quantized: Any) -> bool:
-    owner, _, suffix = name.rpartition(".")
-    return (owner not in quantized or suffix == "bias") and suffix not in CACHE_SUFFIXES
+def _is_plain(name: str, owned: frozenset[str]) -> bool:
+    suffix = name.rpartition(".")[2]
+    return (name not in owned or suffix == "bias") and suffix not in CACHE_SUFFIXES

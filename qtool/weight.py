@@ -1,20 +1,23 @@
-"""The one in-memory form of a quantized linear weight, and what it means: `dequantize` and `fake_quantize_input` are the definitions."""
+"""The one in-memory form of a quantized linear weight: `dequantize` and `fake_quantize_input` define what it means, `quantize` makes one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qtool.errors import UsageError
-from qtool.scheme import Activations
+from qtool.scheme import Activations, Scheme, Weights
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
+NVFP4_RANGE = FP8_MAX * FP4_MAX
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring magnitudes; a tie goes to the even code
+PIECE = 1 << 24  # weights in f32 at a time: 64 MB and a few copies, whatever the size of the matrix
 FP4_SCALES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # uint8 data with such scales is fp4, with others int4
 
 
@@ -37,7 +40,8 @@ class QuantizedWeight:
     ``data``: 8 bits: int8 (also for 2, 3, 5, 6, 7 bit codes) or float8_e4m3fn [N, K]; 4 bits: uint8 [N, K/2], the low nibble is the even input,
     int4 as value + 8, fp4 as its E2M1 code. ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0 MX.
     ``scale2``: f32 [N], NVFP4's second-level multiplier. ``zero``: int8 [N, K/g], subtracted from the signed value. ``perm``: int32 [K], column j
-    holds input ``perm[j]``. ``pre_scale``: [K], multiplies the input. ``activation``: how the input is rounded.
+    holds input ``perm[j]``. ``pre_scale``: [K], multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs, inputs)
+    under one scale, only where they do not divide N and K, so that the last block is short.
     """
 
     data: Tensor
@@ -47,6 +51,7 @@ class QuantizedWeight:
     perm: Tensor | None = None
     pre_scale: Tensor | None = None
     activation: Activation | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,28 +59,121 @@ class QuantizedWeight:
         rows, columns = self.data.shape
         return rows, columns * 2 if self.data.dtype == torch.uint8 else columns
 
+    @property
+    def tile(self) -> tuple[int, int]:
+        """How many outputs and inputs one scale covers."""
+        (rows, columns), (row_tiles, column_tiles) = self.shape, self.scale.shape
+        return self.block or (-(-rows // row_tiles), -(-columns // column_tiles))
 
-def dequantize(weight: QuantizedWeight) -> Tensor:
-    """Return the weight that ``weight`` stands for, f32 [N, K], its columns in the order of the inputs: ``(value - zero) * scale * scale2``.
 
-    ``pre_scale`` is the input's affair and is not applied. Source: compressed-tensors 0.19 and ModelOpt 0.47, compared in the tests.
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight that ``weight`` stands for, [N, K], its columns in the order of the inputs: ``(value - zero) * scale * scale2``.
+
+    Computed in f32, some rows at a time, then rounded to ``dtype``. ``pre_scale`` is the input's affair and is not applied.
+    Source: compressed-tensors 0.19 and ModelOpt 0.47, compared in the tests.
     """
-    rows, columns = weight.shape
-    values = codes_to_values(weight.data, weight.scale.dtype)
-    scale = weight.scale.float()
+    values = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
+    for start, piece in _pieces(weight):
+        values[start : start + piece.shape[0]] = _dequantized(piece)
+    return values if weight.perm is None else torch.empty_like(values).index_copy_(1, weight.perm.long(), values)
+
+
+def _dequantized(weight: QuantizedWeight) -> Tensor:
+    (rows, columns), (height, width) = weight.shape, weight.tile
+    values, scale = codes_to_values(weight.data, weight.scale.dtype), weight.scale.float()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[:, None]
-    if scale.shape[0] != rows:  # blocks
-        scale = spread(scale, rows, dim=0, short_last=True)
-        scale = spread(scale, columns, dim=1, short_last=True)
-    else:
-        scale = spread(scale, columns, dim=1)
     if weight.zero is not None:
-        values = values - spread(weight.zero.float(), columns, dim=1)
-    values = values * scale
-    if weight.perm is None:
-        return values
-    return torch.empty_like(values).index_copy_(1, weight.perm.long(), values)
+        values -= spread(weight.zero.float(), columns, width, dim=1)
+    return values.mul_(spread(spread(scale, columns, width, dim=1), rows, height, dim=0))
+
+
+def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
+    """Yield (first row, rows from there) that cover ``weight``, each of about `PIECE` weights and cut between two scales."""
+    (rows, columns), (height, width) = weight.shape, weight.tile
+    for start, stop in _row_ranges(rows, columns, height):
+        zero, scale2 = (None if part is None else part[start:stop] for part in (weight.zero, weight.scale2))
+        scale = weight.scale[start // height : -(-stop // height)]
+        yield start, QuantizedWeight(weight.data[start:stop], scale, scale2, zero, block=(height, width))
+
+
+def _row_ranges(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
+    step = max(1, PIECE // max(1, columns * height)) * height
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round ``tensor`` [N, K], a float of any width, to nearest in ``scheme``: the inverse of `dequantize`.
+
+    Scales take the dtype of ``tensor``, f32 for wider ones, and codes are rounded to the scale as it is stored. Integers spread over the whole
+    range, 2 * amax / (2^bits - 1) or (max - min) / (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 over amax / 6 of each
+    group; MX scales are `mx_scale`. Half goes to even. Static activations get no scale: that takes data. Works on any device, some rows at a time.
+
+    Raises: UsageError, when a 4-bit weight has an odd number of inputs.
+    Source: compressed-tensors 0.19, `quantization/utils/helpers.py`.
+    """
+    weights, (rows, columns) = scheme.weights, tensor.shape
+    height, width = weights.block or (1, weights.group_size or columns)
+    amax, scale2 = None, None
+    if weights.granularity == "tensor" or weights.scale == "e4m3":
+        low, high = torch.aminmax(tensor)
+        amax = torch.maximum(low.float().abs(), high.float().abs())
+    if weights.scale == "e4m3" and amax is not None:
+        scale2 = torch.where(amax > 0, to_16_bits(amax) / NVFP4_RANGE, 1.0)
+    dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    pieces = [_rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype) for start, stop in _row_ranges(rows, columns, height)]
+    zeros = [zero for _, _, zero in pieces if zero is not None]
+    return QuantizedWeight(
+        torch.cat([data for data, _, _ in pieces]),
+        torch.cat([scale for _, scale, _ in pieces]),
+        None if scale2 is None else scale2.expand(rows).contiguous(),
+        torch.cat(zeros) if zeros else None,
+        activation=Activation(scheme.activations) if scheme.activations else None,
+        block=uneven_block(weights, (rows, columns)),
+    )
+
+
+def uneven_block(weights: Weights, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the (outputs, inputs) under one scale of a weight [N, K] where they do not divide it, else None: `QuantizedWeight.block`."""
+    height, width = weights.block or (1, weights.group_size or shape[1])
+    return (height, width) if shape[0] % height or shape[1] % width else None
+
+
+def _rounded(
+    x: Tensor, weights: Weights, height: int, width: int, amax: Tensor | None, scale2: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``; ``amax`` and ``scale2`` are those of the whole weight."""
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
+    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    top, zero = 2 ** (weights.bits - 1), None  # integers run from -top to top - 1
+    if weights.symmetric:
+        largest_here = amax.expand(rows, 1) if weights.granularity == "tensor" and amax is not None else tiles.abs().amax((1, 3))
+    else:
+        low, high = tiles.amin((1, 3)).clamp(max=0), tiles.amax((1, 3)).clamp(min=0)
+        largest_here = high - low
+    limit = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (2 if weights.symmetric else 1)
+    if scale2 is not None:
+        scale = to_fp8((largest_here / limit / scale2).clamp(min=2**-9))
+        step = scale.float() * scale2
+    elif weights.scale == "e8m0":
+        step = mx_scale(largest_here, limit)
+        scale = step.to(torch.float8_e8m0fnu)
+    else:
+        scale = torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+        step = scale.float()
+    ratio = tiles / step[:, None, :, None]
+    if weights.format.startswith("int"):
+        if not weights.symmetric:
+            zero = (-top - low / step).round().clamp(-top, top - 1)
+            ratio = ratio.round_().add_(zero[:, None, :, None])
+        codes = ratio.round_().clamp_(-top, top - 1).to(torch.int8)
+    else:
+        codes = to_fp8(ratio) if weights.format == "fp8" else to_fp4(ratio)
+    data = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    if weights.bits == 4:
+        data = pack_pairs(data if weights.format == "fp4" else (data + 8).view(torch.uint8))
+    return data, scale, None if zero is None else zero.to(torch.int8)
 
 
 def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor | None = None, static_zero: Tensor | None = None) -> Tensor:
@@ -91,7 +189,7 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
     amax = groups.abs().amax(over, keepdim=True)
     if activation.scale == "e4m3":
-        scale2 = static_scale if static_scale is not None else x.float().abs().amax() / (FP8_MAX * FP4_MAX)
+        scale2 = static_scale if static_scale is not None else x.float().abs().amax() / NVFP4_RANGE
         scale = to_fp8(amax / (FP4_MAX * scale2)).float() * scale2
     elif activation.scale == "e8m0":
         scale = mx_scale(amax, FP4_MAX if activation.format == "fp4" else FP8_MAX)
@@ -133,6 +231,11 @@ def to_fp4(x: Tensor) -> Tensor:
     return code | (x.signbit().to(torch.uint8) << 3)
 
 
+def to_16_bits(x: Tensor) -> Tensor:
+    """Round f32 ``x`` to 12 significant bits, which hold every float16 and bfloat16."""
+    return ((x.contiguous().view(torch.int32) + 0x800) & ~0xFFF).view(torch.float32)
+
+
 def mx_scale(amax: Tensor, largest: float) -> Tensor:
     """Return the power of two that compressed-tensors scales a group of ``amax`` by, for elements up to ``largest`` (6 or 448), f32."""
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
@@ -162,10 +265,8 @@ def unpack_pairs(data: Tensor) -> Tensor:
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
-def spread(scale: Tensor, size: int, *, dim: int, short_last: bool = False) -> Tensor:
-    """Repeat each of the entries of ``scale`` along ``dim`` so that they cover ``size``; with ``short_last`` the last may cover less."""
-    count = scale.shape[dim]
-    step = -(-size // count)
-    if short_last or size % count:  # engines and libraries cut by powers of two
-        step = next((2**bits for bits in range(size.bit_length() + 1) if -(-size // 2**bits) == count), step)
-    return scale if count == size else scale.repeat_interleave(step, dim=dim).narrow(dim, 0, size)
+def spread(entries: Tensor, size: int, step: int, *, dim: int) -> Tensor:
+    """Repeat each of the entries along ``dim`` ``step`` times, to ``size`` in all; the last one may cover less."""
+    if entries.shape[dim] in (1, size):
+        return entries
+    return entries.repeat_interleave(step, dim=dim).narrow(dim, 0, size)

@@ -1,28 +1,31 @@
-"""The on-disk formats of quantized checkpoints, one file each: detect from headers and configs, read tensors to a QuantizedWeight."""
+"""The on-disk formats of quantized checkpoints, one file each: detect from headers and configs, read tensors to a QuantizedWeight, write them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, RecipeRefused
-from qtool.formats import awq, compressed_tensors, gptq, modelopt, torchao
-from qtool.formats.layout import Layout, QuantizedModule, modules_of, refused
+from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
+from qtool.formats.layout import Detector, Format, Layout, QuantizedModule, modules_of, refused
 from qtool.formats.values import check_values
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
-__all__ = ["Layout", "QuantizedModule", "check_values", "detect", "read"]
+__all__ = ["WRITABLE", "Format", "Layout", "QuantizedModule", "check_values", "detect", "read", "tensor_name"]
 
-FORMATS = {  # in the order of trust: what names itself first
+WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
     "compressed-tensors": compressed_tensors,
     "modelopt": modelopt,
     "awq": awq,
     "gptq": gptq,
-    "torchao": torchao,
+    "fp8_block": fp8_block,
+    "mxfp4": mxfp4,
 }
+FORMATS: Mapping[str, Detector] = {**WRITABLE, "torchao": torchao}
 PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"})
 
 
@@ -41,8 +44,7 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     for format in FORMATS.values():
         if format.claims(config):
             try:
-                layout: Layout = format.detect(checkpoint, config)
-                return layout
+                return format.detect(checkpoint, config)
             except RecipeRefused as error:  # the scheme the config describes is none
                 raise CheckpointRefused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", hint=error.hint) from error
             except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, re.error) as error:  # it comes from outside, in any shape
@@ -54,5 +56,12 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
     """Read the module ``name`` of a checkpoint that `detect` described as ``layout``."""
-    weight: QuantizedWeight = FORMATS[layout.format].read(checkpoint, layout.modules[name])
-    return weight
+    from qtool.formats.packing import load
+
+    module = layout.modules[name]
+    return FORMATS[layout.format].read(module, load(checkpoint, module))
+
+
+def tensor_name(module: QuantizedModule, suffix: str) -> str:
+    """Return the name of the tensor ``suffix`` of ``module``: a part of its own, but for stacked experts, ``gate_up_proj_blocks``."""
+    return f"{module.name}{suffix}" if suffix in (mxfp4.BLOCKS, mxfp4.SCALES) else f"{module.name}.{suffix}"

@@ -5,14 +5,16 @@ Source: AutoAWQ, `awq/utils/packing_utils.py`; gptqmodel 7.6, `nn_modules/qlinea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtool.weight import QuantizedWeight
 
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds this one of its eight columns
@@ -41,20 +43,79 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     return Layout("awq", modules, None, tuple(warnings))
 
 
-def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
-    """Read ``module`` into the common form."""
-    from qtool.formats.packing import load, pack_pairs, signed, unpack_bits
-    from qtool.weight import QuantizedWeight
+def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the common form of ``tensors``."""
+    from qtool.formats.packing import signed, unpack_bits
+    from qtool.weight import QuantizedWeight, pack_pairs
 
     rows, _ = module.shape
-    tensors = load(checkpoint, module)
 
-    def codes(name: str) -> Any:
-        in_order = unpack_bits(tensors[name], 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
+    def codes(words: Tensor) -> Tensor:
+        in_order = unpack_bits(words, 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
         return in_order.flatten(1).T.contiguous()
 
-    zero = None if module.scheme.weights.symmetric else signed(codes("qzeros"), 4)
-    return QuantizedWeight(pack_pairs(codes("qweight")), tensors["scales"].T.contiguous(), None, zero, None, None, None)
+    zero = None if module.scheme.weights.symmetric else signed(codes(tensors["qzeros"]), 4)
+    return QuantizedWeight(pack_pairs(codes(tensors["qweight"])), tensors["scales"].T.contiguous(), None, zero)
+
+
+def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    """Return the constraint that keeps AWQ from holding ``weight``."""
+    scheme, (rows, columns) = module.scheme, module.shape
+    weights = scheme.weights
+    if weights.format != "int4":
+        return f"bits: the weights are {weights.format}, and AWQ holds int4"
+    if weights.granularity not in ("channel", "group"):
+        return f"granularity: one scale for each {weights.granularity}, and AWQ has one for each group or row"
+    if scheme.activations:
+        return f"activations: inputs are rounded to {scheme.activations}, and AWQ leaves them in 16 bits"
+    if rows % 8 or columns % (weights.group_size or columns):
+        return f"shape: AWQ needs outputs in eights and inputs in whole groups, found {rows} x {columns} in groups of {weights.group_size or columns}"
+    return shared_objection(module, weight)
+
+
+def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return ``qweight`` [K, N / 8], ``qzeros`` [G, N / 8] and ``scales`` [G, N]; symmetric weights get zeros of 8, which engines ask for."""
+    import torch
+
+    from qtool.formats.packing import offset_binary, pack_bits
+    from qtool.weight import unpack_pairs
+
+    rows, _ = module.shape
+
+    def words(codes: Tensor) -> Tensor:
+        interleaved = codes.T.reshape(-1, rows // 8, 8)[:, :, list(COLUMN_OF_NIBBLE)]
+        return pack_bits(interleaved.flatten(1), 4)
+
+    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
+    return {"qweight": words(unpack_pairs(weight.data)), "qzeros": words(offset_binary(zero, 4)), "scales": weight.scale.T.contiguous()}
+
+
+def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+    """Return the config; ``sym`` is GPTQModel's key, and tells that the zeros are all 8.
+
+    Raises: CheckpointRefused, when the layers have different groups, or engines, which look for names inside names, would skip a quantized layer.
+    """
+    groups = {module.promised_group for module in modules}
+    if len(groups) > 1:
+        raise refused("E_CANNOT_HOLD", f"group_size: AWQ has one for the whole checkpoint, found {sorted(groups)}", "convert to gptq instead")
+    for name in plain:
+        if hidden := next((module.name for module in modules if name in module.name), None):
+            raise refused("E_CANNOT_HOLD", f"ignore list: `{name}` stays in 16 bits, and engines would skip `{hidden}` with it", "convert to gptq")
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": groups.pop(),
+        "zero_point": True,
+        "sym": all(module.scheme.weights.symmetric for module in modules),
+        "version": "gemm",
+        "modules_to_not_convert": list(plain) or None,
+    }
+    return {"config.json": {"quantization_config": config}}
+
+
+def fallbacks() -> tuple[str, ...]:
+    """Return the schemes that weights can be rounded to for AWQ."""
+    return ("W4A16_ASYM",)
 
 
 def _version(config: Mapping[str, Any]) -> str:

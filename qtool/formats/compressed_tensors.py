@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.reader import FLOAT_DTYPES
-from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, group_size, modules_of, refused
-from qtool.scheme import Activations, Scheme, Weights
+from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, by_scheme, group_size, modules_of, refused, shared_objection
+from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
+VERSION = "0.19.0"  # from 0.18 on, codes of 3, 5, 6 and 7 bits are packed densely
+SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
 def claims(config: Mapping[str, Any]) -> bool:
@@ -63,37 +65,158 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     return Layout("compressed-tensors", modules, kv_cache, tuple(warnings), _online_transforms(config))
 
 
-def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
-    """Read ``module`` into the common form."""
+def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the common form of ``tensors``."""
     import torch
 
-    from qtool.formats.packing import load, pack_pairs, permutation, signed, unpack_bits
-    from qtool.weight import QuantizedWeight
+    from qtool.formats.packing import data_from_words, from_divisor, permutation, reorder, signed, unpack_bits
+    from qtool.weight import QuantizedWeight, pack_pairs, uneven_block
 
     weights, (rows, columns) = module.scheme.weights, module.shape
-    tensors = load(checkpoint, module)
     scale, scale2 = tensors["weight_scale"], None
     zero = None if weights.symmetric else tensors["weight_zero_point"]
     if weights.format == "fp4":
         data = tensors["weight_packed"]
     elif "weight_packed" in tensors:
-        data = signed(unpack_bits(tensors["weight_packed"], weights.bits, columns), weights.bits)
+        data = data_from_words(tensors["weight_packed"], weights.bits, columns)
         if zero is not None:  # packed along N
             zero = signed(unpack_bits(zero.T.contiguous(), weights.bits, rows), weights.bits).T.contiguous()
     else:
         data = tensors["weight"]
-    if weights.format == "int4":
-        data = pack_pairs((data + 8).view(torch.uint8))
+        if weights.format == "int4":
+            data = pack_pairs((data + 8).view(torch.uint8))
     if weights.scale == "e8m0":
         scale = scale.view(torch.float8_e8m0fnu)
     if weights.scale == "e4m3":  # the file keeps the reciprocal of this scale
-        scale2 = (1 / tensors["weight_global_scale"].float()).expand(rows).contiguous()
+        scale2 = from_divisor(tensors["weight_global_scale"].float()).expand(rows).contiguous()
     if weights.granularity in ("tensor", "channel"):
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
         zero = None if zero is None else zero.reshape(-1, 1).expand(rows, 1).contiguous()
     g_idx = tensors.get("weight_g_idx")
-    perm = None if g_idx is None else permutation(g_idx, scale.shape[1])
-    return QuantizedWeight(data, scale, scale2, zero, perm, None, _activation(module.scheme.activations, tensors))
+    perm = None if g_idx is None else permutation(g_idx, scale.shape[1], weights.group_size or columns)
+    if perm is not None:
+        data = reorder(data, perm)
+    activation = _activation(module.scheme.activations, tensors)
+    return QuantizedWeight(data, scale, scale2, zero, perm, None, activation, uneven_block(weights, module.shape))
+
+
+def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    """Return the constraint that keeps compressed-tensors from holding ``weight``."""
+    weights, activations = module.scheme.weights, module.scheme.activations
+    if weights.scale == "e4m3" and weights.group_size != 16:
+        return f"group_size: fp4 with e4m3 scales comes in groups of 16 here, found {weights.group_size}"
+    if weights.scale == "e4m3" and activations and activations != SCHEMES["NVFP4"].activations:
+        return f"activations: NVFP4 weights go with NVFP4 inputs here, found {activations}"
+    if weights.scale == "e8m0" and activations and (activations.format, activations.scale) != (weights.format, "e8m0"):
+        return f"activations: mx{weights.format} weights go with mx{weights.format} inputs here, found {activations}"
+    if weight.perm is not None and weights.format.startswith("fp"):
+        return "act-order: only packed integers have a g_idx here"
+    return shared_objection(module, weight, act_order=True)
+
+
+def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors that `_format_of` the scheme has; ``weight_scale`` keeps its dtype."""
+    import torch
+
+    from qtool.formats.packing import groups_of_inputs, offset_binary, pack_bits, reorder, to_divisor, words_from_data
+    from qtool.weight import unpack_pairs
+
+    weights, activations, (rows, columns) = module.scheme.weights, module.scheme.activations, module.shape
+    format, data, activation = _format_of(module.scheme), weight.data, weight.activation
+    tensors: dict[str, Tensor] = {}
+    if weight.perm is not None:
+        data = reorder(data, torch.argsort(weight.perm))
+        tensors["weight_g_idx"] = groups_of_inputs(columns, weights.group_size or columns, weight.perm)
+    zero = weight.zero
+    if format == "pack-quantized":
+        tensors["weight_packed"] = words_from_data(data, weights.bits)
+        tensors["weight_shape"] = torch.tensor([rows, columns])
+        if zero is not None:
+            zero = pack_bits(offset_binary(zero.T.contiguous(), weights.bits), weights.bits).T.contiguous()
+    elif weights.format == "fp4":
+        tensors["weight_packed"] = data
+    else:
+        tensors["weight"] = unpack_pairs(data).view(torch.int8) - 8 if weights.format == "int4" else data
+    per_tensor = weights.granularity == "tensor"
+    tensors["weight_scale"] = weight.scale[0] if per_tensor else weight.scale.view(torch.uint8) if weights.scale == "e8m0" else weight.scale
+    if zero is not None:
+        tensors["weight_zero_point"] = zero[0] if per_tensor else zero
+    if weight.scale2 is not None:
+        tensors["weight_global_scale"] = to_divisor(weight.scale2[:1])
+    if activation and activation.scale is not None:
+        if activations and activations.scale == "e4m3":
+            tensors["input_global_scale"] = to_divisor(activation.scale.reshape(1))
+        else:
+            tensors["input_scale"] = activation.scale.reshape(1)
+    if activation and activation.zero is not None:
+        tensors["input_zero_point"] = activation.zero.to(torch.int8).reshape(1)
+    return tensors
+
+
+def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+    """Return the config: one group for each scheme, by class where there is one, else by name."""
+    schemes = by_scheme(modules)
+    groups = {}
+    for index, (scheme, members) in enumerate(schemes.items()):
+        names = [module.name for module in members]
+        heads = [name for name in names if name.rpartition(".")[2] == "lm_head"]  # SGLang takes it for a target only by name
+        groups[f"group_{index}"] = {
+            "targets": ["Linear", *heads] if len(schemes) == 1 else names,
+            "weights": _arguments(scheme.weights, act_order=any(module.act_order for module in members)),
+            "input_activations": _arguments(scheme.activations) if scheme.activations else None,
+            "output_activations": None,
+            "format": _format_of(scheme),
+        }
+    formats = {group["format"] for group in groups.values()}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(plain),
+        "kv_cache_scheme": _arguments(KV_CACHE) if kv_cache else None,
+        "global_compression_ratio": None,
+        "version": VERSION,
+    }
+    return {"config.json": {"quantization_config": config}}
+
+
+def fallbacks() -> tuple[str, ...]:
+    """Return the schemes that weights can be rounded to for compressed-tensors."""
+    return "W2A16", "W3A16", "W4A16", "W8A16"
+
+
+KV_CACHE = Activations("fp8", "tensor", dynamic=False)
+
+
+def _format_of(scheme: Scheme) -> str:
+    """Return the name of the tensors' layout, by the rules of compressed-tensors 0.18 and up."""
+    weights = scheme.weights
+    if weights.scale == "e8m0":
+        return "mxfp4-pack-quantized" if weights.format == "fp4" else "mxfp8-quantized"
+    if weights.format == "fp4":
+        return "nvfp4-pack-quantized"
+    if weights.format.startswith("int"):
+        return "int-quantized" if scheme.activations else "pack-quantized"
+    return "float-quantized" if scheme.activations else "naive-quantized"
+
+
+def _arguments(numbers: Weights | Activations, *, act_order: bool = False) -> dict[str, Any]:
+    """Return the `QuantizationArgs` that stand for ``numbers``."""
+    dynamic = isinstance(numbers, Activations) and numbers.dynamic
+    block = numbers.block if isinstance(numbers, Weights) else None
+    return {
+        "num_bits": FORMAT_BITS[numbers.format],
+        "type": "float" if numbers.format.startswith("fp") else "int",
+        "symmetric": numbers.symmetric,
+        "strategy": "tensor_group" if numbers.scale == "e4m3" else numbers.granularity,
+        "group_size": numbers.group_size,
+        "block_structure": list(block) if block else None,
+        "dynamic": "local" if dynamic and numbers.scale == "e4m3" else dynamic,
+        "actorder": "group" if act_order else None,
+        "scale_dtype": SCALE_DTYPE.get(numbers.scale),
+        "zp_dtype": None if numbers.symmetric else "torch.int8",
+    }
 
 
 def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -180,7 +303,7 @@ def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> W
     nvfp4 = format == "fp4" and (strategy == "tensor_group" or scale.dtype == "F8_E4M3")
     if nvfp4:
         parts["weight_global_scale"]
-    mx = is_float and not nvfp4
+    mx = is_float and not nvfp4 and (bits == 4 or scale.dtype not in FLOATS)
     _, groups = parts.matrix("weight_scale", *(("F8_E4M3",) if nvfp4 else ("U8", "F8_E8M0") if mx else FLOATS))
     size = group_size(columns, groups, args.get("group_size"))
     if scale.shape[0] != rows or math.ceil(columns / size) != groups:
@@ -200,7 +323,7 @@ def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | 
         parts["input_scale"]
     if strategy == "group":
         size = args.get("group_size")
-        is_mx = is_float and size == 32
+        is_mx = is_float and size == 32 and args.get("scale_dtype", SCALE_DTYPE["e8m0"]) == SCALE_DTYPE["e8m0"]  # old files do not say
         return Activations(format, "group", size, dynamic, bool(args.get("symmetric", True)), "e8m0" if is_mx else "float")
     return Activations(format, strategy, None, dynamic, bool(args.get("symmetric", True)))  # type: ignore[arg-type]
 
@@ -230,11 +353,12 @@ def _online_transforms(config: Mapping[str, Any]) -> bool:
 
 
 def _activation(activations: Activations | None, tensors: Mapping[str, Tensor]) -> Any:
+    from qtool.formats.packing import from_divisor
     from qtool.weight import Activation
 
     if activations is None:
         return None
     if activations.scale == "e4m3":  # the file keeps the reciprocal of this scale
-        return Activation(activations, 1 / tensors["input_global_scale"].float().reshape(()))
+        return Activation(activations, from_divisor(tensors["input_global_scale"].float().reshape(())))
     scale, zero = (tensors.get(name) for name in ("input_scale", "input_zero_point"))
     return Activation(activations, None if scale is None else scale.float().reshape(()), None if zero is None else zero.float().reshape(()))

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtool.weight import QuantizedWeight
 
-READ_BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 8)
+FUSED = (("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj")  # engines match `dynamic` with the fused name
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -41,7 +45,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         if not parts.tensors.keys() & {"qweight", "qzeros", "scales", "g_idx"}:
             continue
         options = _options(config, parts.name)
-        modules[parts.name] = module = _module(parts, {} if options is None else options)
+        modules[parts.name] = module = _module(parts, {} if options is None else options, variant)
         if options is None:
             warnings.append(f"`{parts.name}` is quantized and `dynamic` leaves it out")
         elif options.get("bits", module.scheme.weights.bits) != module.scheme.weights.bits:
@@ -49,35 +53,126 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     return Layout("gptq", modules, None, tuple(warnings))
 
 
-def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
-    """Read ``module`` into the common form, the inputs sorted by group when act-order has scattered them."""
+def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the common form of ``tensors``, the inputs sorted by group when act-order has scattered them."""
     import torch
 
-    from qtool.formats.packing import load, pack_pairs, permutation, signed, unpack_bits
-    from qtool.weight import QuantizedWeight
+    from qtool.formats.packing import data_from_words, permutation, reorder, signed, unpack_bits
+    from qtool.weight import QuantizedWeight, uneven_block
 
-    config = checkpoint.quantization_config or {}
     weights, (rows, columns) = module.scheme.weights, module.shape
     bits = weights.bits
-    if bits not in READ_BITS or (_variant(config) == "gptq_p" and bits == 3):
-        raise refused("E_FORMAT", f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {READ_BITS} are")
-    tensors = load(checkpoint, module)
-    codes = unpack_bits(tensors["qweight"].T.contiguous(), bits, columns)
+    if bits not in BITS or (module.variant == "gptq_p" and bits == 3):
+        raise refused("E_FORMAT", f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {BITS} are")
+    data = data_from_words(tensors["qweight"].T.contiguous(), bits, columns)
     scale = tensors["scales"].T.contiguous()
     zero = None
     if not weights.symmetric:
         words = tensors["qzeros"]
-        if _variant(config) == "gptq" and bits != 3:  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
+        if module.variant == "gptq" and bits != 3:  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
             words = ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
         zero = unpack_bits(words, bits, rows)
-        if _variant(config) == "gptq" and bits == 3:
+        if module.variant == "gptq" and bits == 3:
             zero = (zero + 1) % 8
         zero = signed(zero, bits).T.contiguous()
-    perm = permutation(tensors["g_idx"], scale.shape[1]) if "g_idx" in tensors else None
+    perm = permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns) if "g_idx" in tensors else None
     if perm is not None:
-        codes = codes[:, perm.long()]
-    data = pack_pairs(codes) if bits == 4 else signed(codes, bits)
-    return QuantizedWeight(data, scale, None, zero, perm, None, None)
+        data = reorder(data, perm)
+    return QuantizedWeight(data, scale, None, zero, perm, block=uneven_block(weights, module.shape))
+
+
+def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    """Return the constraint that keeps GPTQ from holding ``weight``."""
+    scheme, (rows, columns) = module.scheme, module.shape
+    weights = scheme.weights
+    if not weights.format.startswith("int") or weights.bits not in BITS:
+        return f"format: the weights are {weights.format}, and GPTQ holds integers of {', '.join(map(str, BITS))} bits"
+    if weights.granularity not in ("channel", "group"):
+        return f"granularity: one scale for each {weights.granularity}, and GPTQ has one for each group or row"
+    if scheme.activations:
+        return f"activations: inputs are rounded to {scheme.activations}, and GPTQ leaves them in 16 bits"
+    if rows * weights.bits % 32 or columns * weights.bits % 32:
+        return f"shape: {rows} x {columns} codes of {weights.bits} bits do not fill words of 32 bits"
+    return shared_objection(module, weight, act_order=True)
+
+
+def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return ``qweight`` [K * bits / 32, N], ``qzeros``, ``scales`` [G, N] and ``g_idx`` [K]; the version of the zeros is ``module.variant``."""
+    import torch
+
+    from qtool.formats.packing import groups_of_inputs, offset_binary, pack_bits, reorder, words_from_data
+
+    bits, columns = module.scheme.weights.bits, module.shape[1]
+    data = weight.data if weight.perm is None else reorder(weight.data, torch.argsort(weight.perm))
+    zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
+    codes = offset_binary(zero.T.contiguous(), bits)
+    if module.variant == "gptq" and bits == 3:
+        codes = (codes + 7) % 8
+    words = pack_bits(codes, bits)
+    if module.variant == "gptq" and bits != 3:
+        words = ((words.long() - ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+    return {
+        "qweight": words_from_data(data, bits).T.contiguous(),
+        "qzeros": words,
+        "scales": weight.scale.T.contiguous(),
+        "g_idx": groups_of_inputs(columns, module.scheme.weights.group_size or columns, weight.perm),
+    }
+
+
+def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+    """Return the config, which also stands in a file of its own; layers that differ from most are in ``dynamic``."""
+    options = {module.name: (module.scheme.weights, module.act_order) for module in modules}
+    (weights, act_order), _ = Counter(options.values()).most_common(1)[0]
+    group_size = weights.group_size or -1
+    differing = {
+        name: {"bits": own.bits, "group_size": own.group_size or -1, "sym": own.symmetric, "desc_act": own_order}
+        for name, (own, own_order) in options.items()
+        if (own, own_order) != (weights, act_order)
+    }
+    skipped: dict[str, dict[str, Any]] = {name: {} for name in plain if name.rpartition(".")[2] != "lm_head"}
+    dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *plain])}
+    dynamic |= {f"+:{pattern}": own for pattern, own in _patterns(differing, [*options, *plain])}
+    config = {
+        "quant_method": "gptq",
+        "bits": weights.bits,
+        "group_size": group_size,
+        "desc_act": act_order,
+        "sym": weights.symmetric,
+        "checkpoint_format": modules[0].variant,
+        "pack_dtype": "int32",
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in options),
+        **({"dynamic": dynamic} if dynamic else {}),
+    }
+    return {"config.json": {"quantization_config": config}, "quantize_config.json": config}
+
+
+def fallbacks() -> tuple[str, ...]:
+    """Return the schemes that weights can be rounded to for GPTQ."""
+    return "W2A16", "W3A16", "W4A16", "W8A16"
+
+
+def _patterns(wanted: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield regexes that match the names in ``wanted`` and no other of ``names``: one for a kind where all layers agree, else one for each."""
+    everywhere: dict[str, list[str]] = {}
+    for name in names:
+        everywhere.setdefault(_without_numbers(name), []).append(name)
+    agreed: dict[str, dict[str, Any]] = {}
+    for kind, members in everywhere.items():
+        found = [wanted.get(name) for name in members]
+        if found[0] is not None and all(options == found[0] for options in found):
+            agreed[kind] = found[0]
+        else:
+            yield from ((re.escape(name) + "$", wanted[name]) for name in members if name in wanted)
+    for kind, options in agreed.items():
+        yield kind + "$", options
+        for shards, fused in FUSED:
+            parent, _, last = kind.rpartition(r"\.")
+            if last == shards[-1] and all(agreed.get(rf"{parent}\.{shard}") == options for shard in shards):
+                yield rf"{parent}\.{fused}$", options
+
+
+def _without_numbers(name: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
 
 
 def _variant(config: Mapping[str, Any]) -> str:
@@ -93,7 +188,7 @@ def _options(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return config
 
 
-def _module(parts: Parts, options: Mapping[str, Any]) -> QuantizedModule:
+def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> QuantizedModule:
     word_rows, rows = parts.matrix("qweight", "I32")
     groups, _ = parts.matrix("scales", *SCALE_DTYPES)
     zero_groups, zero_words = parts.matrix("qzeros", "I32")
@@ -108,4 +203,4 @@ def _module(parts: Parts, options: Mapping[str, Any]) -> QuantizedModule:
     weights = grouped_integers(
         bits, columns, groups, options.get("group_size"), symmetric=bool(options.get("sym", not options.get("zero_point", False)))
     )
-    return QuantizedModule(parts.name, Scheme(weights), (rows, columns), parts.tensors)
+    return QuantizedModule(parts.name, Scheme(weights), (rows, columns), parts.tensors, variant)

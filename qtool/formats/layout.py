@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
 from qtool.scheme import Scheme, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtool.weight import QuantizedWeight
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
@@ -18,17 +25,29 @@ CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")  # of the KV cache, on modu
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by suffix, e.g. ``weight_packed``."""
+    """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by suffix, e.g. ``weight_packed``.
+
+    ``variant`` tells layouts of one format apart, e.g. GPTQ's versions. ``experts``: how many matrices of N / experts outputs lie stacked in it.
+    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves it False and `conversion` finds it.
+    """
 
     name: str
     scheme: Scheme
     shape: tuple[int, int]
     tensors: Mapping[str, TensorInfo]
+    variant: str = ""
+    experts: int = 1
+    act_order: bool = False
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all its tensors, the bias included."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def promised_group(self) -> int:
+        """The group size as configs say it: -1 for one scale a row."""
+        return self.scheme.weights.group_size or -1
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,40 @@ class Layout:
     kv_cache: str | None
     warnings: tuple[str, ...]
     rotates_inputs: bool = False  # at run time (QuIP, SpinQuant R3/R4): the weights alone are not the model
+
+    @cached_property
+    def owned(self) -> frozenset[str]:
+        """The names of all tensors that belong to a quantized layer, biases included."""
+        return frozenset(tensor.name for module in self.modules.values() for tensor in module.tensors.values())
+
+
+class Detector(Protocol):
+    """An on-disk format that is read: a module of this package with these functions. Tensors go by suffix, without the name of their layer."""
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether the quantization ``config`` of a checkpoint is of this format."""
+
+    def detect(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+        """Return the layout that config and tensors describe together, and where they disagree."""
+
+    def read(self, module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """Return the common form of ``tensors``."""
+
+
+class Format(Detector, Protocol):
+    """An on-disk format that is read and written."""
+
+    def objection(self, module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+        """Return which constraint keeps this format from holding ``weight`` as it is, by name; None when it can."""
+
+    def write(self, module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Return the tensors that hold ``weight``: the inverse of `read`."""
+
+    def settings(self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+        """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers ``plain``: file name -> keys to set."""
+
+    def fallbacks(self) -> tuple[str, ...]:
+        """Return the names of the schemes, fewest bits first, that weights are rounded to when this format cannot hold theirs."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +156,23 @@ def block_size(size: int, blocks: int) -> int:
     """Return the length of blocks that cut ``size`` into ``blocks``; the last may be short, so a power of two is preferred."""
     candidates = [128, *(2**bits for bits in range(size.bit_length() + 1))]
     return next((length for length in candidates if math.ceil(size / length) == blocks), math.ceil(size / blocks))
+
+
+def by_scheme(modules: Sequence[QuantizedModule]) -> dict[Scheme, list[QuantizedModule]]:
+    """Return the modules of each scheme, the most common scheme first."""
+    counts = Counter(module.scheme for module in modules)
+    return {scheme: [module for module in modules if module.scheme == scheme] for scheme, _ in counts.most_common()}
+
+
+def shared_objection(module: QuantizedModule, weight: QuantizedWeight, *, act_order: bool = False, pre_scale: bool = False) -> str | None:
+    """Return the constraint that a format without stacked experts and, unless told otherwise, act-order and input factors, does not meet."""
+    if module.experts > 1:
+        return f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer has tensors of its own here"
+    if weight.perm is not None and not act_order:
+        return "act-order: groups are scattered over the inputs (g_idx), and here they lie in order"
+    if weight.pre_scale is not None and not pre_scale:
+        return "pre_quant_scale: the input is multiplied by a stored factor, and there is no place for one here"
+    return None
 
 
 def refused(code: str, message: str, hint: str = "") -> CheckpointRefused:

@@ -6,15 +6,28 @@ Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unifi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint, read_json
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, block_size, group_size, modules_of, refused
-from qtool.scheme import SCHEMES, Activations, Scheme, Weights
+from qtool.formats.layout import (
+    SCALE_DTYPES,
+    Layout,
+    Parts,
+    QuantizedModule,
+    block_size,
+    by_scheme,
+    group_size,
+    modules_of,
+    refused,
+    shared_objection,
+)
+from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtool.weight import QuantizedWeight
 
 KEPT_SUFFIXES = ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
@@ -35,6 +48,26 @@ INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
     "W8A8_SQ_PER_CHANNEL": SCHEMES["W8A8_STATIC"].activations,
     "W8A16": None,
 }
+ALGORITHM_OF_SCHEME: Mapping[str, str] = {  # spelled as ModelOpt spells them
+    "FP8": "FP8",
+    "FP8_DYNAMIC": "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_BLOCK_W8A16": "fp8_pb_wo",
+    "FP8_BLOCK": "FP8_BLOCK_SCALES",  # TensorRT-LLM's name; ModelOpt's own blocks leave inputs in 16 bits
+    "NVFP4": "NVFP4",
+    "NVFP4A16": "W4A16_NVFP4",
+    "NVFP4AFP8": "W4A8_NVFP4_FP8",
+    "MXFP4": "mxfp4",
+    "MXFP4AFP8": "W4A8_MXFP4_FP8",
+    "MXFP8": "MXFP8",
+    "W4A16": "W4A16_AWQ",
+    "W4AFP8_STATIC": "W4A8_AWQ",
+    "W8A8_STATIC": "W8A8_SQ_PER_CHANNEL",
+    "W8A16_CHANNEL": "W8A16",
+}
+BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")
+WITH_INPUT_FACTORS = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4")
+WITH_GROUPS_IN_CONFIG = ("FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def claims(config: Mapping[str, Any]) -> bool:
@@ -71,15 +104,13 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     return Layout("modelopt", modules, kv_cache, tuple(warnings))
 
 
-def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
-    """Read ``module`` into the common form."""
+def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the common form of ``tensors``."""
     import torch
 
-    from qtool.formats.packing import load, pack_pairs
-    from qtool.weight import Activation, QuantizedWeight
+    from qtool.weight import Activation, QuantizedWeight, pack_pairs, uneven_block
 
     weights, activations, (rows, _) = module.scheme.weights, module.scheme.activations, module.shape
-    tensors = load(checkpoint, module)
     data, scale, scale2 = tensors["weight"], tensors["weight_scale"], None
     if weights.format == "int4":  # two rows in a byte, the even one low, in two's complement
         data = pack_pairs(torch.stack((data & 15, data >> 4), dim=1).flatten(0, 1) ^ 8)
@@ -93,7 +124,112 @@ def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     input_scale = tensors.get("input_scale")
     activation = Activation(activations, None if input_scale is None else input_scale.float().reshape(())) if activations else None
-    return QuantizedWeight(data, scale, scale2, None, None, tensors.get("pre_quant_scale"), activation)
+    block = uneven_block(weights, module.shape)
+    return QuantizedWeight(data, scale, scale2, pre_scale=tensors.get("pre_quant_scale"), activation=activation, block=block)
+
+
+def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    """Return the constraint that keeps ModelOpt from holding ``weight``."""
+    scheme, (rows, columns) = module.scheme, module.shape
+    algorithm = _algorithm(module)
+    if algorithm is None:
+        return f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has {', '.join(ALGORITHM_OF_SCHEME)}"
+    if weight.zero is not None:
+        return "zero point: ModelOpt's integers are symmetric"
+    if scheme.weights.format == "int4" and (rows % 2 or columns % (scheme.weights.group_size or columns)):
+        return f"shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found {rows} x {columns}"
+    return shared_objection(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
+
+
+def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return ``weight``, its scales and what its input needs, in the shapes of `torch/export/quant_utils.py`; scales keep their dtype."""
+    import torch
+
+    from qtool.weight import FP8_MAX, unpack_pairs
+
+    weights, data, scale = module.scheme.weights, weight.data, weight.scale
+    tensors: dict[str, Tensor] = {}
+    if weights.format == "int4":
+        codes = unpack_pairs(data) ^ 8
+        data = codes[::2] | (codes[1::2] << 4)
+    if weights.granularity == "tensor":
+        scale = scale[0, 0]
+    elif weights.granularity == "channel":
+        scale = scale.flatten()
+    elif weights.granularity == "block" and _algorithm(module) == "fp8_pb_wo":
+        scale = scale[:, None, :, None]
+    elif weights.scale == "e8m0":
+        scale = scale.view(torch.uint8)
+    tensors |= {"weight": data, "weight_scale": scale}
+    if weight.scale2 is not None:
+        tensors["weight_scale_2"] = weight.scale2[0]
+    elif _algorithm(module) == "W4A8_AWQ":
+        tensors["weight_scale_2"] = weight.scale.float().amax() * 7 / FP8_MAX
+    if weight.activation and weight.activation.scale is not None:
+        tensors["input_scale"] = weight.activation.scale
+    if weight.pre_scale is not None:
+        tensors["pre_quant_scale"] = weight.pre_scale
+    return tensors
+
+
+def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+    """Return the flat config and the nested sidecar, which says more.
+
+    Raises: CheckpointRefused, when layers of one algorithm have different groups.
+    """
+    layers = {module.name: {"quant_algo": _name(module), **_group(module)} for module in modules}
+    kinds = {tuple(layer.items()) for layer in layers.values()}
+    algorithms = {_name(module) for module in modules}
+    if len(kinds) > len(algorithms):
+        raise refused("E_CANNOT_HOLD", f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}", "convert to gptq")
+    algorithm = algorithms.pop() if len(algorithms) == 1 else "MIXED_PRECISION"
+    shared: dict[str, Any] = {"quantized_layers": layers} if algorithm == "MIXED_PRECISION" else dict(next(iter(layers.values())))
+    shared["quant_algo"] = algorithm
+    if algorithm in WITH_INPUT_FACTORS and algorithm != "NVFP4":
+        shared |= {"has_zero_point": False, "pre_quant_scale": any("pre_quant_scale" in module.tensors for module in modules)}
+    nested = {**shared, "kv_cache_quant_algo": "FP8" if kv_cache else None, "exclude_modules": list(plain)}
+    flat: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": list(plain), "producer": PRODUCER}
+    if algorithm == "MIXED_PRECISION":
+        flat["quantized_layers"] = layers
+    if algorithm in WITH_GROUPS_IN_CONFIG:
+        flat["config_groups"] = {
+            f"group_{index}": {
+                "weights": _arguments(scheme.weights),
+                "input_activations": _arguments(scheme.activations) if scheme.activations else None,
+                "targets": ["Linear"] if algorithm != "MIXED_PRECISION" else [module.name for module in members],
+            }
+            for index, (scheme, members) in enumerate(by_scheme(modules).items())
+        }
+    if kv_cache:
+        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return {"config.json": {"quantization_config": flat}, "hf_quant_config.json": {"producer": PRODUCER, "quantization": nested}}
+
+
+def fallbacks() -> tuple[str, ...]:
+    """Return the schemes that weights can be rounded to for ModelOpt without data."""
+    return "W4A16", "W8A16_CHANNEL"
+
+
+def _algorithm(module: QuantizedModule) -> str | None:
+    scheme = module.scheme
+    if scheme.weights.format == "int4" and scheme.weights.granularity == "group":
+        scheme = scheme.with_group_size(128)  # the algorithms are named for any group size
+    return ALGORITHM_OF_SCHEME.get(scheme.name)
+
+
+def _name(module: QuantizedModule) -> str:
+    name = _algorithm(module) or ""
+    return "NVFP4_AWQ" if name == "NVFP4" and "pre_quant_scale" in module.tensors else name
+
+
+def _group(module: QuantizedModule) -> dict[str, int]:
+    size = module.scheme.weights.group_size
+    return {"group_size": size} if size and _name(module) != "mxfp4" else {}
+
+
+def _arguments(numbers: Weights | Activations) -> dict[str, Any]:
+    size = {"group_size": numbers.group_size} if numbers.group_size else {}
+    return {"dynamic": False, "num_bits": FORMAT_BITS[numbers.format], "type": "float" if numbers.format.startswith("fp") else "int", **size}
 
 
 def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,7 +248,7 @@ def _is_quantized(parts: Parts) -> bool:
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:
     if algorithm not in INPUT_OF_ALGORITHM:
         raise refused("E_FORMAT", f"`{parts.name}`: ModelOpt's `{algorithm}` is not read", f"read are {', '.join(INPUT_OF_ALGORITHM)}")
-    weights, shape = _weights(parts)
+    weights, shape = _weights(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
     activations = INPUT_OF_ALGORITHM[algorithm]
     if activations and activations.needs_data:
         parts["input_scale"]
@@ -120,7 +256,7 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, tensors)
 
 
-def _weights(parts: Parts) -> tuple[Weights, tuple[int, int]]:
+def _weights(parts: Parts, *, in_blocks: bool) -> tuple[Weights, tuple[int, int]]:
     weight, scale = parts["weight"], parts["weight_scale"]
     rows, columns = parts.matrix("weight", "U8", "I8", "F8_E4M3")
     if weight.dtype == "U8" and scale.dtype in SCALE_DTYPES:
@@ -136,9 +272,9 @@ def _weights(parts: Parts) -> tuple[Weights, tuple[int, int]]:
         return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0"), (rows, columns)
     if scale.dtype not in SCALE_DTYPES:
         raise parts.misfit("weight_scale", f"{' or '.join(SCALE_DTYPES)} scales of a {weight.dtype} weight")
-    if scale.count == 1:
+    if scale.count == 1 and not in_blocks:
         return Weights(format, "tensor"), (rows, columns)
-    if scale.shape in ((rows,), (rows, 1)):
+    if not in_blocks and scale.shape in ((rows,), (rows, 1)):
         return Weights(format, "channel"), (rows, columns)
     blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     if len(blocks) != 2 or scale.count != math.prod(blocks):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.formats.layout import QuantizedModule, refused
-from qtool.weight import pack_pairs
-
-if TYPE_CHECKING:
-    from qtool.checkpoint import Checkpoint
-
-__all__ = ["load", "pack_pairs", "permutation", "read_tensor", "signed", "unpack_bits"]
+from qtool.weight import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -36,19 +30,86 @@ TORCH_DTYPES = {
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """Return the tensor ``name``. Raises: CheckpointRefused, when torch has no such dtype or the file is shorter than it was."""
     info = checkpoint.tensors[name]
-    if info.dtype not in TORCH_DTYPES:
-        raise refused("E_DTYPE", f"`{name}` is {info.dtype}, which qtool does not read")
+    dtype = torch_dtype(info)
     data = torch.empty(info.size_bytes, dtype=torch.uint8)
-    with info.file.open("rb") as file:
+    with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
-        if file.readinto(data.numpy().data) != info.size_bytes:
-            raise refused("E_TRUNCATED", f"{info.file} ends inside `{name}`")
-    return data.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        view, done = memoryview(data.numpy().data), 0
+        while done < info.size_bytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise refused("E_TRUNCATED", f"{info.file} ends inside `{name}`")
+            done += count
+    return data.view(dtype).reshape(info.shape)
+
+
+def torch_dtype(info: TensorInfo) -> torch.dtype:
+    """Return torch's name of the dtype; CheckpointRefused when it has none."""
+    if info.dtype not in TORCH_DTYPES:
+        raise refused("E_DTYPE", f"`{info.name}` is {info.dtype}, which qtool does not read")
+    return TORCH_DTYPES[info.dtype]
 
 
 def load(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
     """Return all tensors of ``module`` but its bias, by suffix."""
     return {suffix: read_tensor(checkpoint, tensor.name) for suffix, tensor in module.tensors.items() if suffix != "bias"}
+
+
+def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
+    """Return what `load` does, on the meta device: shapes and dtypes without data, but for ``g_idx``, on whose data shapes depend."""
+    return {
+        suffix: read_tensor(checkpoint, tensor.name)
+        if suffix in ("g_idx", "weight_g_idx")
+        else torch.empty(tensor.shape, dtype=torch_dtype(tensor), device="meta")
+        for suffix, tensor in module.tensors.items()
+        if suffix != "bias"
+    }
+
+
+def from_divisor(divisor: Tensor) -> Tensor:
+    """Return the multiplier that does what ``divisor``, NVFP4's global scale in compressed-tensors, does, f32.
+
+    The one is 2688 / amax and the other amax / 2688 of a 16-bit amax. Where such an amax is found the multiplier is made of it, as ModelOpt makes
+    it; a reciprocal of a reciprocal would be another number. Else it is the reciprocal.
+    """
+    amax = to_16_bits(NVFP4_RANGE / divisor)
+    return torch.where(NVFP4_RANGE / amax == divisor, amax / NVFP4_RANGE, 1 / divisor)
+
+
+def to_divisor(multiplier: Tensor) -> Tensor:
+    """Return the divisor that `from_divisor` makes ``multiplier`` of."""
+    amax = to_16_bits(multiplier * NVFP4_RANGE)
+    return torch.where(amax / NVFP4_RANGE == multiplier, NVFP4_RANGE / amax, 1 / multiplier)
+
+
+def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return the ``data`` of a `QuantizedWeight` for rows of packed offset-binary codes, int32 [R, W]; see `unpack_bits`."""
+    if bits == 4 and count % 2 == 0:
+        return words.view(torch.uint8)[:, : count // 2].contiguous()  # the same order of nibbles
+    return signed(unpack_bits(words, bits, count), bits)
+
+
+def words_from_data(data: Tensor, bits: int) -> Tensor:
+    """Return ``data`` of a `QuantizedWeight` as rows of packed offset-binary codes, int32: the inverse of `data_from_words`."""
+    return _as_words(data) if bits == 4 else pack_bits(offset_binary(data, bits), bits)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``codes``, uint8 [R, C], lowest bits first and without gaps, into int32 [R, C * bits / 32]."""
+    rows, count = codes.shape
+    eights = torch.nn.functional.pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
+    if 8 % bits == 0:
+        for width in (bits << i for i in range(3) if bits << i < 8):
+            eights = eights[..., ::2] | (eights[..., 1::2] << width)
+    else:
+        shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
+        words = torch.sum(eights.long() << shifts, dim=-1, keepdim=True)
+        eights = words.view(torch.uint8)[..., :bits]
+    return _as_words(eights.reshape(rows, -1)[:, : -(-count * bits // 8)])
+
+
+def _as_words(data: Tensor) -> Tensor:
+    return torch.nn.functional.pad(data, (0, -data.shape[1] % 4)).contiguous().view(torch.int32)
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -77,10 +138,29 @@ def signed(codes: Tensor, bits: int) -> Tensor:
     return codes.sub(2 ** (bits - 1)).view(torch.int8)
 
 
-def permutation(g_idx: Tensor, groups: int) -> Tensor | None:
-    """Return the order that sorts inputs by group, int32 [K]; None when they are in order already. ``g_idx`` [K] is each input's group."""
+def offset_binary(codes: Tensor, bits: int) -> Tensor:
+    """Return signed int8 ``codes`` as the uint8 that `signed` makes them of."""
+    return codes.view(torch.uint8) + 2 ** (bits - 1)
+
+
+def reorder(data: Tensor, order: Tensor) -> Tensor:
+    """Return ``data`` of a `QuantizedWeight`, column j taken from column ``order[j]``."""
+    order = order.long().to(data.device)
+    return pack_pairs(unpack_pairs(data)[:, order]) if data.dtype == torch.uint8 else data[:, order]
+
+
+def groups_of_inputs(columns: int, size: int, perm: Tensor | None) -> Tensor:
+    """Return g_idx, int32 [K]: the group of each input, in order or as ``perm`` scatters them; the inverse of `permutation`."""
+    in_order = torch.arange(columns, dtype=torch.int32) // size
+    return in_order if perm is None else torch.empty_like(in_order).index_copy_(0, perm.long(), in_order)
+
+
+def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
+    """Return the order that sorts inputs by group, int32 [K]; None when they are in order already.
+
+    ``g_idx`` [K] is the group of each input, one of ``groups``, each of ``size``. Raises: CheckpointRefused, when it is something else.
+    """
     columns = g_idx.numel()
-    size = -(-columns // groups)
     if groups == 1 or torch.equal(g_idx.long(), torch.arange(columns) // size):
         return None
     in_range = bool(((g_idx >= 0) & (g_idx < groups)).all())

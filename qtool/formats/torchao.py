@@ -13,6 +13,8 @@ from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, m
 from qtool.scheme import SCHEMES, Scheme, Weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qtool.weight import QuantizedWeight
 
 DATA, SCALE, TILES = "_weight_qdata", "_weight_scale", "_weight_scale_and_zero"
@@ -36,14 +38,12 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     return Layout("torchao", modules, None, ())
 
 
-def read(checkpoint: Checkpoint, module: QuantizedModule) -> QuantizedWeight:
-    """Read ``module`` into the common form."""
-    from qtool.formats.packing import load
+def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Return the common form of ``tensors``."""
     from qtool.weight import Activation, QuantizedWeight
 
     if module.scheme.weights.bits == 4:
         raise refused("E_FORMAT", f"`{module.name}`: torchao's int4 tensors are described and not read yet")
-    tensors = load(checkpoint, module)
     activation = Activation(module.scheme.activations) if module.scheme.activations else None
     return QuantizedWeight(tensors[DATA], tensors[SCALE], activation=activation)
 

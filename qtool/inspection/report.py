@@ -102,7 +102,8 @@ def inspect(checkpoint: Checkpoint, *, deep: bool = False) -> Inspection:
     layout = formats.detect(checkpoint)
     modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
     quantized = _rows((_kind(module.name), module.scheme.name, *_size(module)) for module in modules.values())
-    plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name.rpartition(".")[0] not in modules)
+    owned = layout.owned if layout else frozenset()
+    plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned)
     warnings = list(layout.warnings) if layout else []
     if deep:
         warnings += formats.check_values(checkpoint, layout)
