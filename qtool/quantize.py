@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -21,20 +18,13 @@ from qtool.backends import Job, check_backend, load_backend, version_of
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.backends.worker import Event, run_job
 from qtool.calibration import CalibrationSpec, check_source
-from qtool.checkpoint import PICKLE_SUFFIXES, Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, stage_output
+from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, resolve_model, stage_output
+from qtool.checkpoint.sidecars import MANIFEST, MANIFEST_VERSION, finish_files, write_json
 from qtool.errors import BackendFailed, InputRefused, OutputTaken, ResourceError, UsageError, nearest
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
 
-MANIFEST = "qtool-manifest.json"
-MANIFEST_VERSION = 1
-CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
-CARRIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
-WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "quantize_config.json", "hf_quant_config.json")
 OnEvent = Callable[[Event], None]
 
 
@@ -204,7 +194,6 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     source = plan.checkpoint.path
     need_bytes = int(plan.bytes_after * 1.05) + (plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0)
     with ExitStack() as stack:
-        stack.enter_context(_disk_errors())
         inputs = [source, *_paths(request.state_restore, Path(request.calibration.source) if request.calibration else None)]
         others = [*inputs, *_paths(request.state_save)]
         staging = stack.enter_context(stage_output(request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes))
@@ -241,12 +230,12 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         )
         versions = run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
         on_event({"event": "stage", "what": "checking the result"})
-        _finish_files(source, staging)
-        digests = helpers.submit(digest_files, _files(staging.checkpoint))  # hashing, writing out and checking share the time
+        finish_files(source, staging.checkpoint)
+        digests = helpers.submit(digest_files, staging.files())  # hashing, writing out and checking share the time
         helpers.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         manifest = _manifest(plan, calibration, versions, source_digests.result(), digests.result())
-        (staging.checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(staging.checkpoint / MANIFEST, manifest)
         staging.publish()
     library = load_backend(plan.recipe.backend).distribution
     return QuantizeResult(
@@ -334,61 +323,8 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
     log.replace(place)
 
 
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn a full disk, wherever it shows, into the error it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError("E_DISK", f"the disk is full: {error.filename or error}", hint="free some space, or write to another disk") from error
-
-
 def _paths(*paths: Path | None) -> list[Path]:
     return [path for path in paths if path is not None]
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()]
-
-
-def _finish_files(source: Path, staging: Staging) -> None:
-    """Leave only a checkpoint's own files: what the library wrote of them, without this machine's paths, and the source's sidecars untouched."""
-    folder = staging.checkpoint
-    for path in folder.iterdir():
-        if not any(path.match(pattern) for pattern in WRITTEN):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in ("config.json", "quantize_config.json", "hf_quant_config.json"):
-        if (folder / name).exists():
-            (folder / name).write_text(json.dumps(_without_paths(read_json(folder / name)), indent=2) + "\n")
-    for path in source.iterdir():
-        if _is_carried(path, source) and not any(path.match(pattern) for pattern in WRITTEN):
-            shutil.copyfile(path, folder / path.name)
-    mode = 0o666 & ~_umask()
-    for path in folder.iterdir():
-        path.chmod(mode)  # safetensors writes files that only their owner can read
-
-
-def _is_carried(path: Path, source: Path) -> bool:
-    """Whether ``path`` is a sidecar. A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs to."""
-    if path.suffix in CODE_OR_PICKLE or not path.is_file() or not any(path.match(pattern) for pattern in CARRIED):
-        return False
-    target = path.resolve()
-    return target.is_relative_to(source.resolve()) or target.is_relative_to(source.resolve().parent.parent / "blobs")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _without_paths(value: Any) -> Any:
-    """Drop every entry of a config that is an absolute path: temporary folders and user names have no place in a checkpoint."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items() if not (isinstance(item, str) and item.startswith(("/", "~")))}
-    return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def verify(plan: Plan, folder: Path) -> Checkpoint:

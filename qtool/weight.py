@@ -23,7 +23,7 @@ FP4_SCALES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # uint8 data with such
 
 @dataclass(frozen=True)
 class Activation:
-    """How the input is rounded: its format, and for static ones the scale (f32 scalar, a multiplier) and, if asymmetric, the zero point.
+    """How the input is rounded: its format, and for static ones the scale (a scalar, a multiplier) and, if asymmetric, the zero point.
 
     For NVFP4 ``scale`` is the global one, amax / 2688; the scale of each group of 16 is found at run time.
     """
@@ -75,7 +75,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     values = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
     for start, piece in _pieces(weight):
         values[start : start + piece.shape[0]] = _dequantized(piece)
-    return values if weight.perm is None else torch.empty_like(values).index_copy_(1, weight.perm.long(), values)
+    return values if weight.perm is None else torch.empty_like(values).index_copy_(1, weight.perm.long().to(values.device), values)
 
 
 def _dequantized(weight: QuantizedWeight) -> Tensor:

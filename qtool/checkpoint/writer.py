@@ -43,6 +43,10 @@ class Staging:
         """Where a library may put what it likes."""
         return self.root / "scratch"
 
+    def files(self) -> list[Path]:
+        """Return the files in ``checkpoint`` so far."""
+        return [path for path in self.checkpoint.iterdir() if path.is_file()]
+
     def flush(self) -> None:
         """Make what is in ``checkpoint`` so far durable; costs little for what already is."""
         for path in self.checkpoint.iterdir():
@@ -75,7 +79,7 @@ def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_
         if inside == place or place in inside.parents or inside in place.parents:
             raise UsageError("E_OUTPUT_PLACE", f"the output {output} and {path} are one inside the other", hint="write to a folder of its own")
     root = output.parent / f".{output.name}.qtool"
-    with _locked(root, output) as lock_fd:
+    with _disk_errors(), _locked(root, output) as lock_fd:
         _recover(root, output)
         if os.path.lexists(output) and not overwrite:
             raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another place, or replace it with --overwrite")
@@ -89,6 +93,17 @@ def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_
         staging.checkpoint.mkdir()
         staging.scratch.mkdir()
         yield staging
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn a full disk, wherever it shows, into the error it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError("E_DISK", f"the disk is full: {error.filename or error}", hint="free some space, or write to another disk") from error
 
 
 def check_disk(folder: Path, need_bytes: int) -> None:

@@ -147,8 +147,15 @@ def quantize(
 @app.command()
 def export(
     model_path: ModelPath,
-    checkpoint_restore_path: Annotated[str, typer.Option(help="The ModelOpt state that `quantize --checkpoint-save-path` kept.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "--export-dir", "-o", help="Folder to write.", show_default=False)],
+    to: Annotated[
+        str | None,
+        typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16 or f16.", show_default=False),
+    ] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Round again what the format cannot hold as it is.")] = False,
+    scheme: Annotated[str | None, typer.Option(help="What --requantize rounds to, e.g. W4A16. [the nearest]", show_default=False)] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Begin a new file before this size.")] = "5GB",
+    checkpoint_restore_path: RestorePath = None,
     method: Annotated[
         str | None, typer.Option("--method", "--quantization-method", "-m", help="How a file of mto.save was made.", show_default=False)
     ] = None,
@@ -161,15 +168,19 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint from a saved ModelOpt state, without calibrating."""
+    """Write a quantized checkpoint in another format, or export a saved ModelOpt state; never calibrates."""
     from qtool.cli.progress import progress
     from qtool.export import export as run
 
     with progress(quiet=quiet) as on_event:
         result = run(
             model_path,
-            checkpoint_restore_path=checkpoint_restore_path,
             output=output,
+            to=to,
+            requantize=requantize,
+            scheme=scheme,
+            max_shard_size=max_shard_size,
+            checkpoint_restore_path=checkpoint_restore_path,
             method=method,
             device=device,
             overwrite=overwrite,

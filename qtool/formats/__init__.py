@@ -15,7 +15,7 @@ from qtool.formats.values import check_values
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
-__all__ = ["WRITABLE", "Format", "Layout", "QuantizedModule", "check_values", "detect", "read", "tensor_name"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "Layout", "QuantizedModule", "check_values", "detect", "read", "tensor_name"]
 
 WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
     "compressed-tensors": compressed_tensors,

@@ -113,6 +113,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     return {"config.json": {"quantization_config": config}}
 
 
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return None
+
+
 def fallbacks() -> tuple[str, ...]:
     """Return the schemes that weights can be rounded to for AWQ."""
     return ("W4A16_ASYM",)

@@ -181,6 +181,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     return {"config.json": {"quantization_config": config}}
 
 
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return f"{attention}.{which}_scale", (count,) if count == 1 else (count, 1, 1)
+
+
 def fallbacks() -> tuple[str, ...]:
     """Return the schemes that weights can be rounded to for compressed-tensors."""
     return "W2A16", "W3A16", "W4A16", "W8A16"
@@ -361,4 +366,4 @@ def _activation(activations: Activations | None, tensors: Mapping[str, Tensor]) 
     if activations.scale == "e4m3":  # the file keeps the reciprocal of this scale
         return Activation(activations, from_divisor(tensors["input_global_scale"].float().reshape(())))
     scale, zero = (tensors.get(name) for name in ("input_scale", "input_zero_point"))
-    return Activation(activations, None if scale is None else scale.float().reshape(()), None if zero is None else zero.float().reshape(()))
+    return Activation(activations, None if scale is None else scale.reshape(()), None if zero is None else zero.float().reshape(()))

@@ -57,7 +57,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     if module.scheme.weights.granularity != "block":
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     activations = module.scheme.activations
-    static = next((tensors[name].float().reshape(()) for name in INPUT_SCALE_NAMES if name in tensors), None)
+    static = next((tensors[name].reshape(()) for name in INPUT_SCALE_NAMES if name in tensors), None)
     activation = Activation(activations, static) if activations else None
     return QuantizedWeight(tensors["weight"], scale, activation=activation, block=uneven_block(module.scheme.weights, module.shape))
 
@@ -99,6 +99,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
         "modules_to_not_convert": list(plain),
     }
     return {"config.json": {"quantization_config": config}}
+
+
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return (f"{attention}.{which}_scale", ()) if count == 1 else None
 
 
 def fallbacks() -> tuple[str, ...]:

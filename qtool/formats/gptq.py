@@ -146,6 +146,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     return {"config.json": {"quantization_config": config}, "quantize_config.json": config}
 
 
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return None
+
+
 def fallbacks() -> tuple[str, ...]:
     """Return the schemes that weights can be rounded to for GPTQ."""
     return "W2A16", "W3A16", "W4A16", "W8A16"

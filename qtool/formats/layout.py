@@ -91,6 +91,9 @@ class Format(Detector, Protocol):
     def settings(self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
         """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers ``plain``: file name -> keys to set."""
 
+    def cache_scale(self, attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+        """Return name and shape of the KV-cache scale ``which`` (k, v or q) of an attention module; None when it has no place."""
+
     def fallbacks(self) -> tuple[str, ...]:
         """Return the names of the schemes, fewest bits first, that weights are rounded to when this format cannot hold theirs."""
 

@@ -123,7 +123,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     elif weights.granularity in ("tensor", "channel"):
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     input_scale = tensors.get("input_scale")
-    activation = Activation(activations, None if input_scale is None else input_scale.float().reshape(())) if activations else None
+    activation = Activation(activations, None if input_scale is None else input_scale.reshape(())) if activations else None
     block = uneven_block(weights, module.shape)
     return QuantizedWeight(data, scale, scale2, pre_scale=tensors.get("pre_quant_scale"), activation=activation, block=block)
 
@@ -203,6 +203,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     if kv_cache:
         flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return {"config.json": {"quantization_config": flat}, "hf_quant_config.json": {"producer": PRODUCER, "quantization": nested}}
+
+
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return (f"{attention}.{which}_proj.{which}_scale", ()) if count == 1 else None
 
 
 def fallbacks() -> tuple[str, ...]:

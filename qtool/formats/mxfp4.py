@@ -72,6 +72,11 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     return {"config.json": {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(plain)}}}
 
 
+def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    return None
+
+
 def fallbacks() -> tuple[str, ...]:
     """Return the scheme that weights can be rounded to for this format."""
     return ("MXFP4A16",)

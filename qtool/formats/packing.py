@@ -25,6 +25,7 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -69,17 +70,18 @@ def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor
 def from_divisor(divisor: Tensor) -> Tensor:
     """Return the multiplier that does what ``divisor``, NVFP4's global scale in compressed-tensors, does, f32.
 
-    The one is 2688 / amax and the other amax / 2688 of a 16-bit amax. Where such an amax is found the multiplier is made of it, as ModelOpt makes
-    it; a reciprocal of a reciprocal would be another number. Else it is the reciprocal.
+    A reciprocal of a reciprocal is often another number, so the numbers that libraries write are told by their form: the divisor is 2688 / amax
+    of a 16-bit amax, and then ModelOpt's multiplier is amax / 2688; or it was itself rounded to 16 bits, and then the multiplier is its reciprocal.
     """
     amax = to_16_bits(NVFP4_RANGE / divisor)
     return torch.where(NVFP4_RANGE / amax == divisor, amax / NVFP4_RANGE, 1 / divisor)
 
 
 def to_divisor(multiplier: Tensor) -> Tensor:
-    """Return the divisor that `from_divisor` makes ``multiplier`` of."""
-    amax = to_16_bits(multiplier * NVFP4_RANGE)
-    return torch.where(amax / NVFP4_RANGE == multiplier, NVFP4_RANGE / amax, 1 / multiplier)
+    """Return the divisor that `from_divisor` makes ``multiplier`` of; where there is none, the one that comes within the last bit of f32."""
+    amax, short = to_16_bits(multiplier * NVFP4_RANGE), to_16_bits(1 / multiplier)
+    of_short = torch.where(1 / short == multiplier, short, 1 / multiplier)
+    return torch.where(amax / NVFP4_RANGE == multiplier, NVFP4_RANGE / amax, of_short)
 
 
 def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
@@ -140,7 +142,7 @@ def signed(codes: Tensor, bits: int) -> Tensor:
 
 def offset_binary(codes: Tensor, bits: int) -> Tensor:
     """Return signed int8 ``codes`` as the uint8 that `signed` makes them of."""
-    return codes.view(torch.uint8) + 2 ** (bits - 1)
+    return codes.view(torch.uint8).add(2 ** (bits - 1))
 
 
 def reorder(data: Tensor, order: Tensor) -> Tensor:

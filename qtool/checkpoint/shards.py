@@ -1,0 +1,129 @@
+"""Write safetensors files whose contents are known beforehand: headers first, then each tensor at its place, in any order, from several threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.checkpoint.reader import DTYPE_BITS
+from qtool.errors import UsageError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+MIN_SHARD_BYTES = 1 << 20
+COPY_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written: its name, its safetensors dtype and its shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data."""
+        bits = DTYPE_BITS[self.dtype]
+        for size in self.shape:
+            bits *= size
+        return -(-bits // 8)
+
+
+class Shards:
+    """Files of a checkpoint folder, open for writing; a file is complete when each of its tensors was written once."""
+
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int) -> None:
+        groups = _grouped(list(specs), max_shard_bytes)
+        names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))] if len(groups) > 1 else ["model.safetensors"]
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._left: dict[Path, int] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        for name, group in zip(names, groups, strict=True):
+            self._begin(folder / name, group)
+        if len(groups) > 1:
+            _write_index(folder, {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}, self._places)
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def write(self, name: str, data: Any) -> Path | None:
+        """Write the bytes of the tensor ``name``; return its file when that was the last one of it, else None."""
+        path, offset, size = self._places[name]
+        view = memoryview(data).cast("B") if size else memoryview(b"")
+        if len(view) != size:
+            raise ValueError(f"{name}: {len(view)} bytes for a place of {size}")
+        done = 0
+        while done < size:
+            done += os.pwrite(self._descriptors[path], view[done:], offset + done)
+        return self._done(path)
+
+    def copy(self, name: str, source: int, start: int) -> Path | None:
+        """Write the tensor ``name`` from the open file ``source``, where its bytes begin at ``start``; else as `write`."""
+        path, offset, size = self._places[name]
+        done = 0
+        while done < size:
+            block = os.pread(source, min(COPY_BYTES, size - done), start + done)
+            if not block:
+                raise EOFError(name)
+            done += os.pwrite(self._descriptors[path], block, offset + done)
+        return self._done(path)
+
+    def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for spec in sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype]):  # the widest first: each then lies at a multiple of its width
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end := end + spec.size_bytes]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._descriptors[path] = descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.truncate(descriptor, 8 + len(text) + end)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        self._left[path] = len(specs)
+        for spec in specs:
+            start, stop = header[spec.name]["data_offsets"]
+            self._places[spec.name] = path, 8 + len(text) + start, stop - start
+
+    def _done(self, path: Path) -> Path | None:
+        with self._lock:
+            self._left[path] -= 1
+            return path if self._left[path] == 0 else None
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``text``, e.g. ``5GB`` or ``500 MiB``, stands for. Raises: UsageError, also for less than 1 MiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS:
+        raise UsageError("E_SIZE", f"`{text}` is no size", hint="for example 5GB, 500MB or 2GiB")
+    size = int(float(found[1]) * UNITS[found[2].upper()])
+    if size < MIN_SHARD_BYTES:
+        raise UsageError("E_SIZE", f"a shard of {size:,} bytes is too small", hint="1MiB at least; usual is 5GB")
+    return size
+
+
+def _grouped(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + spec.size_bytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.size_bytes
+    return groups
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], places: dict[str, tuple[Path, int, int]]) -> None:
+    index = {"metadata": {"total_size": sum(size for _, _, size in places.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,221 @@
+"""From one format to another: what was decided is streamed through, layer by layer, checked, and published with a manifest."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import __version__
+from qtool.checkpoint import Checkpoint, Staging, TensorInfo, digest_files, open_checkpoint, read_json, resolve_model, stage_output
+from qtool.checkpoint.shards import Shards, TensorSpec, parse_size
+from qtool.checkpoint.sidecars import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.errors import CheckpointRefused, QtoolError, UsageError, nearest
+from qtool.export.decision import PLAIN, TARGETS, Conversion, decide
+from qtool.export.layers import Layer, read_value, written_tensors
+from qtool.formats import check_values, detect
+from qtool.formats.packing import TORCH_DTYPES, read_tensor
+from qtool.quantize import OnEvent
+from qtool.scheme import scheme_from
+
+MAX_SHARD_SIZE = "5GB"
+ALIASES = {
+    "fp16": "f16",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "fp8": "fp8_block",
+    "fp8-block": "fp8_block",
+    "compressed_tensors": "compressed-tensors",
+}
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion wrote: ``output`` is complete, checked, and described by its manifest."""
+
+    output: Path
+    source_format: str
+    format: str
+    layers: int
+    rounded_layers: int
+    files: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Return the result in a few lines."""
+        kept = "dequantized" if self.format in PLAIN else "codes and scales unchanged"
+        how = f"{self.rounded_layers} of them rounded to nearest" if self.rounded_layers else kept
+        return "\n".join(
+            [
+                f"{self.output}: {self.source_format} -> {self.format}, {self.layers} layers, {how}, {self.seconds:.1f} s",
+                f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB in {self.files} file{'s' if self.files > 1 else ''}",
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for ``--json``."""
+        return {**vars(self), "output": str(self.output), "notes": list(self.notes)}
+
+
+def convert(
+    model_path: str | os.PathLike[str],
+    *,
+    to: str,
+    output: Path,
+    requantize: bool,
+    scheme: str | None,
+    max_shard_size: str,
+    overwrite: bool,
+    revision: str | None,
+    on_event: OnEvent,
+) -> ConversionResult:
+    """Write the checkpoint in ``model_path`` to ``output`` in the format ``to``; `qtool.export.export` tells the rest."""
+    start = time.monotonic()
+    to = ALIASES.get(to.lower(), to.lower())
+    if to not in TARGETS:
+        raise UsageError("E_UNKNOWN_FORMAT", f"unknown format `{to}`", hint=nearest(to, TARGETS) or f"one of {', '.join(TARGETS)}")
+    if scheme and not requantize:
+        raise UsageError("E_SCHEME_UNUSED", f"--scheme {scheme} is what --requantize rounds to", hint="add --requantize")
+    shard_bytes = parse_size(max_shard_size)
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
+    decided = decide(checkpoint, to, requantize=requantize, scheme=scheme_from(scheme) if scheme else None)
+    specs = list(decided.specs())
+    for note in decided.notes:
+        on_event({"event": "note", "text": note})
+    need_bytes = sum(spec.size_bytes for spec in specs) + (16 << 20)
+    with stage_output(output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes) as staging:
+        digests = _stream(decided, specs, staging, shard_bytes, on_event)
+        for name, content in decided.files.items():
+            write_json(staging.checkpoint / name, content)
+        finish_files(checkpoint.path, staging.checkpoint)
+        on_event({"event": "stage", "what": "checking the result"})
+        written = _verified(decided, staging)
+        digests |= digest_files(path for path in staging.files() if path.name not in digests)
+        write_json(staging.checkpoint / MANIFEST, _manifest(decided, digests))
+        staging.publish()
+    return ConversionResult(
+        output=output.absolute(),
+        source_format=decided.layout.format if decided.layout else "16 bit",
+        format=to,
+        layers=len(decided.layers),
+        rounded_layers=sum(layer.rounded for layer in decided.layers),
+        files=len(written.weight_files),
+        bytes_before=checkpoint.size_bytes,
+        bytes_after=written.size_bytes,
+        seconds=time.monotonic() - start,
+        notes=decided.notes,
+    )
+
+
+def _stream(decided: Conversion, specs: list[TensorSpec], staging: Staging, shard_bytes: int, on_event: OnEvent) -> dict[str, Any]:
+    """Write all tensors, a few layers in memory at a time, and return the digests of the files, each hashed when its last tensor is there."""
+    total = sum(spec.size_bytes for spec in specs) >> 20
+    done = 0
+    hashes: list[Future[dict[str, Any]]] = []
+    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(2) as hashers, _layer_threads() as pool:
+        for paths, size in _bounded(pool, _tasks(decided, shards)):
+            hashes += [hashers.submit(digest_files, [path]) for path in paths]
+            done += size
+            on_event({"event": "progress", "what": "converting (MB)", "done": done >> 20, "total": total})
+    return {name: digest for future in hashes for name, digest in future.result().items()}
+
+
+@contextmanager
+def _layer_threads() -> Iterator[ThreadPoolExecutor]:
+    """Give threads for layers, each with one of torch's own: layers are many, and small matrices do not share well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+Written = tuple[list[Path], int]  # files that are complete, bytes written
+
+
+def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written]]:
+    """Yield what is to be done, in the order of the source's files."""
+
+    def convert_layer(layer: Layer) -> Written:
+        value = read_value(decided.checkpoint, decided.layout, layer.source)
+        tensors = written_tensors(layer, value, decided.to, decided.dtype)
+        return [path for name, tensor in tensors.items() if (path := shards.write(name, _bytes(tensor)))], sum(t.nbytes for t in tensors.values())
+
+    def copy_tensor(tensor: TensorInfo, spec: TensorSpec) -> Written:
+        if spec.dtype == tensor.dtype:
+            with tensor.file.open("rb", buffering=0) as file:
+                path = shards.copy(spec.name, file.fileno(), tensor.offset)
+        else:
+            path = shards.write(spec.name, _bytes(read_tensor(decided.checkpoint, tensor.name).to(TORCH_DTYPES[spec.dtype])))
+        return [path] if path else [], spec.size_bytes
+
+    yield from (lambda tensor=tensor, spec=spec: copy_tensor(tensor, spec) for tensor, spec in decided.copied)
+    yield from (lambda layer=layer: convert_layer(layer) for layer in decided.layers)
+
+
+def _bounded(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]]) -> Iterator[Written]:
+    """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has threads."""
+    running: set[Future[Written]] = set()
+    for task in tasks:
+        running.add(pool.submit(task))
+        if len(running) >= WORKERS:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    yield from (future.result() for future in running)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
+    """Open what was written; it must have the schemes that were decided, and every number must be finite.
+
+    Raises: CheckpointRefused, when a number is not; the source holds it too, or it does not fit the new dtype.
+    """
+    written = open_checkpoint(staging.checkpoint)
+    layout = detect(written)
+    found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
+    expected = {layer.target.name: layer.target.scheme for layer in decided.layers if layer.target}
+    if found != expected:
+        name = next(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+        message = f"`{name}` was to become {expected.get(name)} and reads back as {found.get(name)}"
+        raise QtoolError("E_VERIFY", message, hint="nothing was published; this is a bug in qtool, please report it")
+    if problems := check_values(written, layout):
+        raise CheckpointRefused(
+            "E_VALUES", problems[0], hint=f"nothing was published; {decided.checkpoint.path} holds it too, or it does not fit {decided.to}"
+        )
+    return written
+
+
+def _manifest(decided: Conversion, files: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader needs to trust the checkpoint; what the source's own manifest says of how it was made is kept."""
+    source = decided.checkpoint.path / MANIFEST
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "model": decided.checkpoint.name,
+        "conversion": {
+            "from": decided.layout.format if decided.layout else None,
+            "to": decided.to,
+            "rounded": {layer.target.name: str(layer.target.scheme) for layer in decided.layers if layer.target and layer.rounded},
+            "notes": list(decided.notes),
+        },
+        "versions": {"qtool": __version__},
+        "source_files": digest_files(decided.checkpoint.weight_files),
+        "source_manifest": {key: value for key, value in read_json(source).items() if key != "files"} if source.is_file() else None,
+        "files": files,
+    }

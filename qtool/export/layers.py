@@ -1,0 +1,73 @@
+"""What one layer becomes: its weight read, kept or rounded again, and written in another format; on the meta device, only shapes and dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.formats import FORMATS, WRITABLE, Format, Layout, QuantizedModule, tensor_name
+from qtool.formats.packing import TORCH_DTYPES, load, outline, read_tensor, torch_dtype
+from qtool.weight import QuantizedWeight, dequantize, quantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = QuantizedWeight | torch.Tensor  # of a layer of the source, quantized or plain
+GPTQ_V2 = "gptq_v2"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the source, quantized or plain, and the ``target`` it becomes, None for a plain weight; ``rounded``: its codes are new."""
+
+    source: QuantizedModule | TensorInfo
+    target: QuantizedModule | None
+    rounded: bool
+
+
+def format_of(to: str) -> Format:
+    """Return the format that writes ``to``, the name of a format or of a version of one."""
+    return WRITABLE["gptq" if to == GPTQ_V2 else to]
+
+
+def read_value(checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo, *, meta: bool = False) -> Value:
+    """Return what ``source`` holds; with ``meta`` without its data, of which only ``g_idx`` is read."""
+    if isinstance(source, TensorInfo):
+        return torch.empty(source.shape, dtype=torch_dtype(source), device="meta") if meta else read_tensor(checkpoint, source.name)
+    assert layout is not None
+    return FORMATS[layout.format].read(source, (outline if meta else load)(checkpoint, source))
+
+
+def dense(value: Value, dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K] that ``value`` stands for, the factor of its input multiplied in."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    if value.pre_scale is None:
+        return dequantize(value, dtype)
+    return (dequantize(value) * value.pre_scale.float()).to(dtype)
+
+
+def new_weight(target: QuantizedModule, value: Value, *, rounded: bool, dtype: torch.dtype) -> QuantizedWeight:
+    """Return the weight of ``target``: ``value`` itself, or rounded to nearest in its scheme by way of ``dtype``; with the inputs of its scheme."""
+    activation = value.activation if isinstance(value, QuantizedWeight) else None
+    if activation and activation.format != target.scheme.activations:
+        activation = None
+    if isinstance(value, QuantizedWeight) and not rounded:
+        return replace(value, activation=activation)
+    weight = quantize(dense(value, dtype), target.scheme)
+    return replace(weight, activation=activation) if activation else weight
+
+
+def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors that ``layer`` becomes in ``to``, by name; ``dtype`` is that of plain weights."""
+    if layer.target is not None:
+        weight = new_weight(layer.target, value, rounded=layer.rounded, dtype=TORCH_DTYPES[dtype])
+        written = format_of(to).write(layer.target, weight)
+        return {tensor_name(layer.target, suffix): tensor for suffix, tensor in written.items()}
+    values, source = dense(value, TORCH_DTYPES[dtype]), layer.source
+    if isinstance(source, QuantizedModule) and source.experts > 1:  # transformers keeps [E, K, N]
+        return {source.name: values.view(source.experts, -1, values.shape[1]).transpose(1, 2).contiguous()}
+    return {f"{source.name}.weight": values}

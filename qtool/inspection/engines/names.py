@@ -1,0 +1,94 @@
+"""What engines read out of module names: lists of what to skip, each compared in its own way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import translate
+from typing import Literal
+
+Matcher = Literal["exact", "regex", "suffix", "ending", "substring", "component", "glob", "part_glob", "start"]
+WILDCARDS = frozenset("*?[")
+NOTHING = re.compile(r"(?!)")
+
+
+def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function that says whether one of ``entries`` matches a name in one of the ways ``kinds``."""
+    entries = [entry for entry in entries if entry]
+    tests = [MATCHERS[kind](entries) for kind in kinds] if entries else []
+    return lambda name: any(test(name) for test in tests)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Return the regex ``pattern``; one that cannot be read matches nothing."""
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return NOTHING
+
+
+def _exact(entries: list[str]) -> Callable[[str], bool]:
+    return frozenset(entries).__contains__
+
+
+def _regex(entries: list[str]) -> Callable[[str], bool]:
+    return _start([entry[3:] for entry in entries if entry.startswith("re:")])
+
+
+def _suffix(entries: list[str]) -> Callable[[str], bool]:
+    return _search(rf"(?:^|\.)(?:{_either(entries)})\Z")
+
+
+def _ending(entries: list[str]) -> Callable[[str], bool]:
+    endings = tuple(entries)
+    return lambda name: name.endswith(endings)
+
+
+def _substring(entries: list[str]) -> Callable[[str], bool]:
+    return _search(_either(entries))
+
+
+def _component(entries: list[str]) -> Callable[[str], bool]:
+    return _search(rf"(?:^|\.)(?:{_either(entry.rstrip('.') for entry in entries)})(?:\.|\Z)")
+
+
+def _glob(entries: list[str]) -> Callable[[str], bool]:
+    plain, wild = frozenset(entry for entry in entries if WILDCARDS.isdisjoint(entry)), _translated(entries)
+    return lambda name: name in plain or bool(wild and wild.match(name))
+
+
+def _part_glob(entries: list[str]) -> Callable[[str], bool]:
+    glob = _glob([entry for entry in entries if "." not in entry])
+    return lambda name: any(glob(part) for part in name.split("."))
+
+
+def _start(entries: list[str]) -> Callable[[str], bool]:
+    patterns = [compiled(entry) for entry in entries]
+    return lambda name: any(pattern.match(name) for pattern in patterns)
+
+
+def _translated(entries: list[str]) -> re.Pattern[str] | None:
+    wild = [translate(entry) for entry in entries if not WILDCARDS.isdisjoint(entry)]
+    return re.compile("|".join(wild)) if wild else None
+
+
+def _either(entries: Iterable[str]) -> str:
+    return "|".join(map(re.escape, entries))
+
+
+def _search(pattern: str) -> Callable[[str], bool]:
+    search = re.compile(pattern).search
+    return lambda name: search(name) is not None
+
+
+MATCHERS: Mapping[Matcher, Callable[[list[str]], Callable[[str], bool]]] = {
+    "exact": _exact,
+    "regex": _regex,  # entries that begin with `re:`, from the start of the name
+    "suffix": _suffix,  # whole dotted parts
+    "ending": _ending,
+    "substring": _substring,
+    "component": _component,  # whole dotted parts, anywhere
+    "glob": _glob,
+    "part_glob": _part_glob,  # one dotted part
+    "start": _start,  # a regex, from the start of the name
+}
