@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qtool import __version__
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import QtoolError, ResourceError, UsageError
 
 CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a click of its own and shows it nowhere
 app = typer.Typer(
@@ -195,17 +195,46 @@ def export(
 @app.command()
 def inspect(
     model_path: ModelPath,
+    modules: Annotated[bool, typer.Option("--modules", help="Show every linear layer, as a tree.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all data: bad values, saturation, dead channels, scales, digests.")] = False,
+    against: Annotated[str | None, typer.Option(help="Compare each layer with this checkpoint's, worst first.", show_default=False)] = None,
+    engine: Annotated[str | None, typer.Option(help="Will it load there? vllm, sglang, tensorrt-llm or transformers.", show_default=False)] = None,
+    engine_version: Annotated[str | None, typer.Option(help="The engine's version. [that of the rules]", show_default=False)] = None,
+    gpu: Annotated[str | None, typer.Option(help="Architecture or card, e.g. sm_90 or h100.", show_default=False)] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel", help="GPUs that share each layer.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file, one page.", show_default=False)] = None,
     revision: Revision = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show format, schemes and sizes of a checkpoint, from its headers alone."""
+    """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit code 3 when it will not."""
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
-    from qtool.inspection import render
+    from qtool.inspection import render, render_page
 
-    inspection = run(open_checkpoint(resolve_model(model_path, revision=revision)))
-    _print(inspection.to_dict(), render(inspection), as_json)
+    if engine is None and (engine_version or gpu or tensor_parallel != 1):
+        raise UsageError("E_NO_ENGINE", "--engine-version, --gpu and --tp are questions to an engine", hint="add --engine vllm")
+    found = run(
+        open_checkpoint(resolve_model(model_path, revision=revision)),
+        deep=deep,
+        against=open_checkpoint(resolve_model(against)) if against else None,
+        engine=engine,
+        engine_version=engine_version,
+        gpu=gpu,
+        tensor_parallel=tensor_parallel,
+    )
+    if html:
+        _write(html, render_page(found))
+    _print(found.to_dict(), render(found, modules=modules), as_json)
+    if found.engine and not found.engine.loads:
+        raise typer.Exit(3)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError("E_OUTPUT_PLACE", f"{path}: cannot write there ({error.strerror})", hint="choose another file") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.errors import CheckpointRefused
+from qtool.formats import Layout, QuantizedModule, detect
+from qtool.plan import is_linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESCALED_BELOW_DB = 15.0  # an error that large is looked at again
+RESCALED_GAIN_DB = 6.0  # factors of rows and columns, fitted to mere noise, gain less
 
 
 @dataclass(frozen=True)
@@ -32,3 +45,71 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison for ``--json``."""
         return asdict(self)
+
+
+def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
+    """Return how far the linear layers of ``checkpoint`` are from those of ``base``, each plain or quantized in any format, one layer at a time.
+
+    Raises: CheckpointRefused, when they have no layer in common, or a layer has another shape there.
+    """
+    layout, base_layout = detect(checkpoint), detect(base)
+    here, there = _linears(checkpoint, layout), _linears(base, base_layout)
+    common = [name for name in here if name in there]
+    if not common:
+        message = f"{checkpoint.path} and {base.path} have no linear layer in common"
+        raise CheckpointRefused("E_NOT_COMPARABLE", message, hint="give the model that this one was made of")
+    differences = [_difference(name, _values(checkpoint, layout, here[name]), _values(base, base_layout, there[name])) for name in common]
+    return Comparison(
+        base=base.name,
+        modules=tuple(sorted(differences, key=lambda found: math.inf if found.sqnr_db is None else found.sqnr_db)),
+        only_here=tuple(name for name in here if name not in there),
+        only_there=tuple(name for name in there if name not in here),
+    )
+
+
+def _linears(checkpoint: Checkpoint, layout: Layout | None) -> Mapping[str, QuantizedModule | TensorInfo]:
+    """Return every linear layer by name; stacked experts in 16 bits, [E, K, N], are there for those that MXFP4 packs."""
+    quantized = layout.modules if layout else {}
+    owned = layout.owned if layout else frozenset()
+    plain = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in checkpoint.tensors.values()
+        if tensor.name not in owned and (is_linear(tensor) or (len(tensor.shape) == 3 and ".experts." in tensor.name))
+    }
+    return {**quantized, **plain}
+
+
+def _values(checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo) -> Tensor:
+    import torch
+
+    from qtool.export.layers import dense, read_value
+
+    values = dense(read_value(checkpoint, layout, source), torch.float32)
+    return values.transpose(1, 2).flatten(0, 1) if values.dim() == 3 else values
+
+
+def _difference(name: str, here: Tensor, there: Tensor) -> Difference:
+    import torch
+
+    if here.shape != there.shape:
+        message = f"`{name}` is {list(here.shape)} here and {list(there.shape)} in the base"
+        raise CheckpointRefused("E_NOT_COMPARABLE", message, hint="give the model that this one was made of")
+    if torch.equal(here, there):
+        return Difference(name, None, 0.0)
+    decibels, rescaled = _sqnr_db(here, there), False
+    if decibels < RESCALED_BELOW_DB:
+        fitted = here * _fit(here, there, dim=0)
+        fitted *= _fit(fitted, there, dim=1)
+        if _sqnr_db(fitted, there) > decibels + RESCALED_GAIN_DB:
+            here, decibels, rescaled = fitted, _sqnr_db(fitted, there), True
+    return Difference(name, decibels, float((here - there).abs().max()), rescaled)
+
+
+def _sqnr_db(here: Tensor, there: Tensor) -> float:
+    signal, noise = float(there.square().sum()), float((there - here).square().sum())
+    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
+
+
+def _fit(here: Tensor, there: Tensor, *, dim: int) -> Tensor:
+    """Return the factors, one for each column (``dim`` 0) or row (1), that bring ``here`` nearest to ``there``."""
+    return (here * there).sum(dim, keepdim=True) / here.square().sum(dim, keepdim=True).clamp(min=1e-30)

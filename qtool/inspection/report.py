@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import FLOAT_DTYPES
 from qtool.formats import QuantizedModule
 from qtool.formats.layout import CACHE_SUFFIXES
-from qtool.inspection.comparison import Comparison
-from qtool.inspection.deep import DeepReport
-from qtool.inspection.engines import EngineReport
+from qtool.inspection.comparison import Comparison, compare
+from qtool.inspection.deep import DeepReport, measure
+from qtool.inspection.engines import EngineReport, check_engine
 from qtool.plan import is_linear, why_plain
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")  # the last is what old compressed-tensors wrote for the KV cache
 
@@ -94,8 +91,20 @@ class Inspection:
         return {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4), **rows, "warnings": list(self.warnings)}
 
 
-def inspect(checkpoint: Checkpoint, *, deep: bool = False) -> Inspection:
-    """Return what ``checkpoint`` holds; with ``deep`` also read every float value and warn of what is NaN, infinite or a bad scale.
+def inspect(
+    checkpoint: Checkpoint,
+    *,
+    deep: bool = False,
+    against: Checkpoint | None = None,
+    engine: str | None = None,
+    engine_version: str | None = None,
+    gpu: str | None = None,
+    tensor_parallel: int = 1,
+) -> Inspection:
+    """Return what ``checkpoint`` holds, from its headers alone, and what else is asked for.
+
+    ``deep`` reads all data and warns of what is NaN, infinite, a bad scale, or another file than the manifest has; ``against`` compares each linear
+    layer with that checkpoint's; ``engine`` tells whether it will load there, on ``gpu`` and cut in ``tensor_parallel`` parts.
 
     Raises: CheckpointRefused, when config and tensors contradict each other or the format is unknown.
     """
@@ -105,8 +114,11 @@ def inspect(checkpoint: Checkpoint, *, deep: bool = False) -> Inspection:
     owned = layout.owned if layout else frozenset()
     plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned)
     warnings = list(layout.warnings) if layout else []
+    measured = None
     if deep:
         warnings += formats.check_values(checkpoint, layout)
+        measured = measure(checkpoint, layout)
+        warnings += [f"{name} is not the file that the manifest describes" for name in measured.changed]
     parameters = sum(row.parameters for row in (*quantized, *plain))
     return Inspection(
         name=checkpoint.name,
@@ -121,36 +133,10 @@ def inspect(checkpoint: Checkpoint, *, deep: bool = False) -> Inspection:
         kv_cache=layout.kv_cache if layout else None,
         tied_embeddings=checkpoint.tied_embeddings,
         warnings=tuple(warnings),
+        deep=measured,
+        against=compare(checkpoint, against) if against else None,
+        engine=check_engine(checkpoint, layout, engine, version=engine_version, gpu=gpu, tensor_parallel=tensor_parallel) if engine else None,
     )
-
-
-def render(inspection: Inspection) -> RenderableType:
-    """Return ``inspection`` as tables and lines that rich prints."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    def table(title: str, rows: Iterable[Row]) -> Table:
-        result = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-        result.add_column("modules")
-        result.add_column("stored as")
-        for column in ("count", "bits per weight", "MB"):
-            result.add_column(column, justify="right")
-        for row in rows:
-            result.add_row(escape(row.kind), escape(row.scheme), f"{row.count:,}", f"{row.bits_per_weight:.2f}", f"{row.size_bytes / 1e6:,.2f}")
-        return result
-
-    facts = [
-        f"{inspection.name}: {inspection.architecture}, {inspection.parameters / 1e6:,.2f} M parameters",
-        f"format {inspection.format or 'none (not quantized)'}, KV cache {inspection.kv_cache or 'not quantized'}, "
-        f"embeddings {'tied' if inspection.tied_embeddings else 'not tied'}",
-        f"{inspection.size_bytes / 1e6:,.2f} MB, {inspection.bits_per_weight:.2f} bits per weight",
-    ]
-    parts: list[RenderableType] = [Text("\n".join(facts))]
-    parts += [table(title, rows) for title, rows in (("quantized", inspection.quantized), ("not quantized", inspection.plain)) if rows]
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in inspection.warnings]
-    return Group(*parts)
 
 
 def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -> Iterator[Module]:
