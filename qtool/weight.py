@@ -106,8 +106,9 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round ``tensor`` [N, K], a float of any width, to nearest in ``scheme``: the inverse of `dequantize`.
 
     Scales take the dtype of ``tensor``, f32 for wider ones, and codes are rounded to the scale as it is stored. Integers spread over the whole
-    range, 2 * amax / (2^bits - 1) or (max - min) / (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 over amax / 6 of each
-    group; MX scales are `mx_scale`. Half goes to even. Static activations get no scale: that takes data. Works on any device, some rows at a time.
+    range, 2 * amax / (2^bits - 1) or (max - min) / (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 (with fp8 inputs
+    amax / 448) and amax / 6 of each group over that; MX scales are `mx_scale`. Half goes to even. Static activations get no scale: that takes
+    data. Works on any device, some rows at a time.
 
     Raises: UsageError, when a 4-bit weight has an odd number of inputs.
     Source: compressed-tensors 0.19, `quantization/utils/helpers.py`.
@@ -119,7 +120,8 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         low, high = torch.aminmax(tensor)
         amax = torch.maximum(low.float().abs(), high.float().abs())
     if weights.scale == "e4m3" and amax is not None:
-        scale2 = torch.where(amax > 0, to_16_bits(amax) / NVFP4_RANGE, 1.0)
+        over_fp8 = scheme.activations and scheme.activations.format == "fp8"  # kernels then unpack fp4 to fp8, so scale * code stays below 448
+        scale2 = torch.where(amax > 0, to_16_bits(amax) / (FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0)
     dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
     pieces = [_rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype) for start, stop in _row_ranges(rows, columns, height)]
     zeros = [zero for _, _, zero in pieces if zero is not None]
@@ -154,13 +156,14 @@ def _rounded(
         largest_here = high - low
     limit = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (2 if weights.symmetric else 1)
     if scale2 is not None:
-        scale = to_fp8((largest_here / limit / scale2).clamp(min=2**-9))
+        scale = to_fp8((largest_here / (limit * scale2)).clamp(min=2**-9))
         step = scale.float() * scale2
     elif weights.scale == "e8m0":
         step = mx_scale(largest_here, limit)
         scale = step.to(torch.float8_e8m0fnu)
     else:
-        scale = torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        scale = torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=smallest)
         step = scale.float()
     ratio = tiles / step[:, None, :, None]
     if weights.format.startswith("int"):

@@ -14,29 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_folders import GOOD, HTML, LFS, entry, safetensors
 from hub_server import COMMIT, HubServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qtool.checkpoint import digest_files, open_checkpoint, read_json, resolve_model, stage_output, writer
-from qtool.checkpoint.reader import DTYPE_BITS, MAX_JSON_BYTES, read_header
+from qtool.checkpoint.reader import DTYPE_BITS, read_header
+from qtool.checkpoint.strict_json import MAX_JSON_BYTES
 from qtool.errors import CheckpointRefused, OutputTaken, ResourceError, UsageError
 
 # Reading
-
-
-def safetensors(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """The bytes of a file with any header, true or not."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def entry(dtype: object, shape: object, start: object, end: object) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-GOOD = {"a.weight": entry("BF16", [2, 3], 0, 12), "b.weight": entry("F32", [1], 12, 16)}
 
 
 @pytest.fixture
@@ -133,7 +122,7 @@ def test_a_folder_of_the_hub_cache_is_named_after_its_repository(tmp_path, tiny_
 
 def test_no_folder_a_file_and_a_folder_without_config_are_told_apart(tmp_path, calibration_file):
     found = {refusal(path).code: refusal(path).message for path in (tmp_path / "none", calibration_file, tmp_path)}
-    assert set(found) == {"E_NO_MODEL", "E_NOT_A_MODEL"}
+    assert set(found) == {"E_NO_MODEL", "E_NOT_A_FOLDER", "E_NOT_A_MODEL"}
     assert refusal(tmp_path / ("x" * 5000)).code == "E_UNREADABLE"
 
 
@@ -149,51 +138,57 @@ def test_a_file_without_permission_is_named(folder):
     assert "model.safetensors" in refusal(path).message
 
 
-HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 BAD_FILES = {  # one file, model.safetensors -> code, part of the message
-    "truncated data": (safetensors(GOOD, bytes(15)), "E_HEADER", "b.weight"),
-    "truncated header": (safetensors(GOOD)[:40], "E_HEADER", "header of"),
-    "seven bytes": (bytes(7), "E_HEADER", "7 bytes"),
-    "nothing": (b"", "E_HEADER", "0 bytes"),
-    "overlap": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)), "E_LAYOUT", "`b` at byte"),
-    "same place": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)}, bytes(4)), "E_LAYOUT", "overlaps `a`"),
-    "hole": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 5, 9)}, bytes(9)), "E_LAYOUT", "leaves a hole after `a`"),
-    "hole in front": (safetensors({"a": entry("U8", [4], 1, 5)}, bytes(5)), "E_LAYOUT", "leaves a hole after the header"),
-    "bytes behind": (safetensors(GOOD, bytes(17)), "E_LAYOUT", "1 bytes behind"),
-    "wrong size": (safetensors({"a": entry("F32", [2], 0, 4)}, bytes(4)), "E_HEADER", "needs 8 bytes and is given 4"),
-    "unknown dtype": (safetensors({"a": entry("F128", [1], 0, 16)}, bytes(16)), "E_HEADER", "'F128'"),
-    "dtype that is a list": (safetensors({"a": entry(["F32"], [1], 0, 4)}, bytes(4)), "E_HEADER", "dtype"),
-    "dtype that is missing": (safetensors({"a": {"shape": [], "data_offsets": [0, 4]}}, bytes(4)), "E_HEADER", "None"),
-    "negative shape": (safetensors({"a": entry("U8", [-1, -4], 0, 4)}, bytes(4)), "E_HEADER", "[-1, -4]"),
-    "shape of true": (safetensors({"a": entry("U8", [True], 0, 1)}, bytes(1)), "E_HEADER", "[True]"),
-    "shape of fractions": (safetensors({"a": entry("U8", [1.0], 0, 1)}, bytes(1)), "E_HEADER", "[1.0]"),
-    "shape of many dimensions": (safetensors({"a": entry("U8", [1 << 61] * 100_000, 0, 1)}, bytes(1)), "E_HEADER", "shape"),
-    "shape beyond 64 bits": (safetensors({"a": entry("U8", [1 << 61] * 4, 0, 1)}, bytes(1)), "E_HEADER", "needs"),
-    "shape of a huge number": (safetensors(b'{"a":{"dtype":"U8","shape":[1%s],"data_offsets":[0,1]}}' % (b"0" * 5000), bytes(1)), "E_JSON", ""),
-    "negative offset": (safetensors({"a": entry("U8", [4], -4, 0)}, bytes(4)), "E_HEADER", "[-4, 0]"),
-    "backward offsets": (safetensors({"a": entry("U8", [4], 4, 0)}, bytes(4)), "E_HEADER", "[4, 0]"),
-    "offsets beyond the file": (safetensors({"a": entry("U8", [1 << 50], 0, 1 << 50)}, bytes(4)), "E_HEADER", "4 bytes of data"),
-    "three offsets": (safetensors({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 2, 4]}}, bytes(4)), "E_HEADER", "[0, 2, 4]"),
-    "name with a terminal command": (safetensors({"a\x1b[31m": entry("U8", [1], 0, 1)}, bytes(1)), "E_HEADER", "'a\\x1b[31m'"),
-    "name of half a character": (safetensors({"\ud800": entry("U8", [1], 0, 1)}, bytes(1)), "E_HEADER", "'\\ud800'"),
-    "entry that is a list": (safetensors({"a": ["F32", [1], 0, 4]}, bytes(4)), "E_HEADER", "described by"),
-    "entry that is long": (safetensors({"a": ["x" * 100_000] * 9}, bytes(4)), "E_HEADER", "described by"),
-    "duplicate key": (safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}', bytes(1)), "E_JSON", "`a` appears twice"),
-    "duplicate inner key": (safetensors(b'{"a":{"dtype":"U8","dtype":"I8","shape":[1]}}', bytes(1)), "E_JSON", "`dtype` appears twice"),
-    "header that is a list": (safetensors([1]), "E_JSON", "found list"),
-    "header that is no JSON": (safetensors(b"{]"), "E_JSON", "not JSON"),
-    "header in UTF-16": (safetensors(json.dumps(GOOD).encode("utf-16"), bytes(16)), "E_JSON", "not JSON"),
-    "header in Latin-1": (safetensors(b'{"caf\xe9":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', bytes(1)), "E_JSON", "not JSON"),
-    "header nested deeply": (safetensors(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "E_JSON", "nested too deeply"),
-    "header beyond the file": (safetensors(GOOD, bytes(16), length=1 << 40), "E_HEADER", "1,099,511,627,776"),
-    "header of nothing": (safetensors(b""), "E_HEADER", "header of 0 bytes"),
-    "no tensor": (safetensors({"__metadata__": {"format": "pt"}}), "E_NO_WEIGHTS", "no tensor inside"),
+    "truncated data": (safetensors(GOOD, bytes(15)), "E_TRUNCATED", "b.weight"),
+    "truncated header": (safetensors(GOOD)[:40], "E_HEADER_LENGTH", "header of"),
+    "seven bytes": (bytes(7), "E_HEADER_SHORT", "7 bytes"),
+    "nothing": (b"", "E_HEADER_SHORT", "0 bytes"),
+    "overlap": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)), "E_OVERLAP", "`b` at byte"),
+    "same place": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 0, 4)}, bytes(4)), "E_OVERLAP", "overlaps `a`"),
+    "hole": (safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 5, 9)}, bytes(9)), "E_HOLE", "leaves a hole after `a`"),
+    "hole in front": (safetensors({"a": entry("U8", [4], 1, 5)}, bytes(5)), "E_HOLE", "leaves a hole after the header"),
+    "bytes behind": (safetensors(GOOD, bytes(17)), "E_TRAILING_BYTES", "1 bytes behind"),
+    "wrong size": (safetensors({"a": entry("F32", [2], 0, 4)}, bytes(4)), "E_HEADER_SIZE", "needs 8 bytes and is given 4"),
+    "unknown dtype": (safetensors({"a": entry("F128", [1], 0, 16)}, bytes(16)), "E_HEADER_DTYPE", "'F128'"),
+    "dtype that is a list": (safetensors({"a": entry(["F32"], [1], 0, 4)}, bytes(4)), "E_HEADER_DTYPE", "dtype"),
+    "dtype that is missing": (safetensors({"a": {"shape": [], "data_offsets": [0, 4]}}, bytes(4)), "E_HEADER_FIELDS", "data_offsets"),
+    "negative shape": (safetensors({"a": entry("U8", [-1, -4], 0, 4)}, bytes(4)), "E_HEADER_SHAPE", "[-1, -4]"),
+    "shape of true": (safetensors({"a": entry("U8", [True], 0, 1)}, bytes(1)), "E_HEADER_SHAPE", "[True]"),
+    "shape of fractions": (safetensors({"a": entry("U8", [1.0], 0, 1)}, bytes(1)), "E_HEADER_SHAPE", "[1.0]"),
+    "shape of many dimensions": (safetensors({"a": entry("U8", [1 << 61] * 100_000, 0, 1)}, bytes(1)), "E_HEADER_SHAPE", "shape"),
+    "shape beyond 64 bits": (safetensors({"a": entry("U8", [1 << 61] * 4, 0, 1)}, bytes(1)), "E_HEADER_SIZE", "needs"),
+    "shape of a huge number": (
+        safetensors(b'{"a":{"dtype":"U8","shape":[1%s],"data_offsets":[0,1]}}' % (b"0" * 5000), bytes(1)),
+        "E_JSON_NUMBER",
+        "",
+    ),
+    "negative offset": (safetensors({"a": entry("U8", [4], -4, 0)}, bytes(4)), "E_HEADER_OFFSETS", "[-4, 0]"),
+    "backward offsets": (safetensors({"a": entry("U8", [4], 4, 0)}, bytes(4)), "E_HEADER_OFFSETS", "[4, 0]"),
+    "offsets beyond the file": (safetensors({"a": entry("U8", [1 << 50], 0, 1 << 50)}, bytes(4)), "E_TRUNCATED", "4 bytes of data"),
+    "three offsets": (safetensors({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 2, 4]}}, bytes(4)), "E_HEADER_OFFSETS", "[0, 2, 4]"),
+    "name with a terminal command": (safetensors({"a\x1b[31m": entry("U8", [1], 0, 1)}, bytes(1)), "E_HEADER_NAME", "'a\\x1b[31m'"),
+    "name of half a character": (safetensors({"\ud800": entry("U8", [1], 0, 1)}, bytes(1)), "E_JSON_SURROGATE", "U+D800"),
+    "entry that is a list": (safetensors({"a": ["F32", [1], 0, 4]}, bytes(4)), "E_HEADER_ENTRY", "described by"),
+    "entry that is long": (safetensors({"a": ["x" * 100_000] * 9}, bytes(4)), "E_HEADER_ENTRY", "described by"),
+    "duplicate key": (
+        safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}', bytes(1)),
+        "E_JSON_DUPLICATE",
+        "`a` appears twice",
+    ),
+    "duplicate inner key": (safetensors(b'{"a":{"dtype":"U8","dtype":"I8","shape":[1]}}', bytes(1)), "E_JSON_DUPLICATE", "`dtype` appears twice"),
+    "header that is a list": (safetensors([1]), "E_HEADER_START", "opening brace"),
+    "header that is no JSON": (safetensors(b"{]"), "E_JSON_SYNTAX", "not JSON"),
+    "header in UTF-16": (safetensors(json.dumps(GOOD).encode("utf-16"), bytes(16)), "E_HEADER_START", "opening brace"),
+    "header in Latin-1": (safetensors(b'{"caf\xe9":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', bytes(1)), "E_JSON_ENCODING", "not JSON"),
+    "header nested deeply": (safetensors(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "E_JSON_DEEP", "nested too deeply"),
+    "header beyond the file": (safetensors(GOOD, bytes(16), length=1 << 40), "E_HEADER_LENGTH", "1,099,511,627,776"),
+    "header of nothing": (safetensors(b""), "E_HEADER_EMPTY", "header of 0 bytes"),
+    "no tensor": (safetensors({"__metadata__": {"format": "pt"}}), "E_NO_TENSORS", "no tensor inside"),
     "LFS pointer": (LFS, "E_LFS_POINTER", "Git LFS pointer"),
     "HTML": (HTML, "E_NOT_SAFETENSORS", "HTML page"),
     "HTML with space in front": (b"\r\n  " + HTML, "E_NOT_SAFETENSORS", "HTML page"),
-    "zip": (b"PK\x03\x04" + bytes(100), "E_HEADER", "header of"),
-    "pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s." * 9, "E_HEADER", "header of"),
+    "zip": (b"PK\x03\x04" + bytes(100), "E_PICKLE", "104 bytes"),
+    "pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s." * 9, "E_PICKLE", "a pickle"),
 }
 
 
@@ -211,7 +206,7 @@ def test_a_huge_header_is_refused_without_reading_it(folder):
         file.write((1 << 38).to_bytes(8, "little"))
         file.truncate(1 << 39)  # a hole: half a terabyte that takes no space
     error = refusal(path)
-    assert error.code == "E_HEADER"
+    assert error.code == "E_JSON_SIZE"
     assert f"{MAX_JSON_BYTES:,}" in error.message
 
 
@@ -219,26 +214,26 @@ BAD_FOLDERS = {  # files -> code, part of the message
     "empty": ({}, "E_NO_WEIGHTS", "no safetensors file"),
     "only pickles": ({"pytorch_model.bin": b"\x80", "tokenizer.json": {}}, "E_PICKLE", "pytorch_model.bin"),
     "hidden file": ({".model.safetensors": safetensors(GOOD, bytes(16))}, "E_NO_WEIGHTS", "no safetensors file"),
-    "index without map": ({"model.safetensors.index.json": {"metadata": {}}}, "E_INDEX", "`weight_map`"),
-    "index with an empty map": ({"model.safetensors.index.json": {"weight_map": {}}}, "E_INDEX", "`weight_map`"),
-    "index with a list": ({"model.safetensors.index.json": {"weight_map": ["a"]}}, "E_INDEX", "`weight_map`"),
-    "index to the parent": ({"model.safetensors.index.json": {"weight_map": {"a": "../other.safetensors"}}}, "E_INDEX", "of this folder"),
-    "index to the root": ({"model.safetensors.index.json": {"weight_map": {"a": "/etc/x.safetensors"}}}, "E_INDEX", "of this folder"),
-    "index to a subfolder": ({"model.safetensors.index.json": {"weight_map": {"a": "sub/x.safetensors"}}}, "E_INDEX", "of this folder"),
-    "index to a pickle": ({"model.safetensors.index.json": {"weight_map": {"a": "pytorch_model.bin"}}}, "E_INDEX", "of this folder"),
-    "index to a number": ({"model.safetensors.index.json": {"weight_map": {"a": 1}}}, "E_INDEX", "of this folder"),
-    "index to a long name": ({"model.safetensors.index.json": {"weight_map": {"a": "x" * 4000 + ".safetensors"}}}, "E_UNREADABLE", "too long"),
-    "index to no name": ({"model.safetensors.index.json": {"weight_map": {"a": "\0.safetensors"}}}, "E_MISSING_SHARD", ""),
+    "index without map": ({"model.safetensors.index.json": {"metadata": {}}}, "E_INDEX_MAP", "`weight_map`"),
+    "index with an empty map": ({"model.safetensors.index.json": {"weight_map": {}}}, "E_INDEX_MAP", "`weight_map`"),
+    "index with a list": ({"model.safetensors.index.json": {"weight_map": ["a"]}}, "E_INDEX_MAP", "`weight_map`"),
+    "index to the parent": ({"model.safetensors.index.json": {"weight_map": {"a": "../other.safetensors"}}}, "E_INDEX_PATH", "of this folder"),
+    "index to the root": ({"model.safetensors.index.json": {"weight_map": {"a": "/etc/x.safetensors"}}}, "E_INDEX_PATH", "of this folder"),
+    "index to a subfolder": ({"model.safetensors.index.json": {"weight_map": {"a": "sub/x.safetensors"}}}, "E_INDEX_PATH", "of this folder"),
+    "index to a pickle": ({"model.safetensors.index.json": {"weight_map": {"a": "pytorch_model.bin"}}}, "E_INDEX_SUFFIX", "not a safetensors file"),
+    "index to a number": ({"model.safetensors.index.json": {"weight_map": {"a": 1}}}, "E_INDEX_TYPE", "no file name"),
+    "index to a long name": ({"model.safetensors.index.json": {"weight_map": {"a": "x" * 4000 + ".safetensors"}}}, "E_INDEX_PATH", "xxx"),
+    "index to no name": ({"model.safetensors.index.json": {"weight_map": {"a": "\0.safetensors"}}}, "E_INDEX_PATH", ""),
     "missing shard": ({"model.safetensors.index.json": {"weight_map": {"a": "x.safetensors"}}}, "E_MISSING_SHARD", "x.safetensors"),
     "index of another tensor": (
         {"model.safetensors.index.json": {"weight_map": {"c.weight": "x.safetensors"}}, "x.safetensors": safetensors(GOOD, bytes(16))},
-        "E_INDEX",
+        "E_INDEX_TENSOR",
         "`c.weight` is not in x.safetensors",
     ),
     "tensor in two shards": (
         {"x-1.safetensors": safetensors(GOOD, bytes(16)), "x-2.safetensors": safetensors(GOOD, bytes(16))},
         "E_DUPLICATE",
-        "`a.weight` is in x-1.safetensors and in x-2.safetensors",
+        "x-1.safetensors and in x-2.safetensors",
     ),
 }
 
@@ -263,12 +258,23 @@ def test_what_is_no_regular_file_is_refused_at_once(folder, name, kind):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [b"", b"[]", b"{", b"null", b'{"a": 1, "a": 2}', b"\xef\xbb\xbf{}", b"\xff", HTML, LFS, b'{"a":' * 100_000 + b"1" + b"}" * 100_000],
+    ("config", "code"),
+    [
+        (b"", "E_JSON_EMPTY"),
+        (b"[]", "E_JSON_TYPE"),
+        (b"{", "E_JSON_SYNTAX"),
+        (b"null", "E_JSON_TYPE"),
+        (b'{"a": 1, "a": 2}', "E_JSON_DUPLICATE"),
+        (b"\xef\xbb\xbf{}", "E_JSON_SYNTAX"),
+        (b"\xff", "E_JSON_ENCODING"),
+        (HTML, "E_JSON_HTML"),
+        (LFS, "E_LFS_POINTER"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "E_JSON_DEEP"),
+    ],
 )
-def test_a_config_that_is_no_json_object_is_refused(folder, config):
+def test_a_config_that_is_no_json_object_is_refused(folder, config, code):
     error = refusal(folder({"model.safetensors": safetensors(GOOD, bytes(16))}, config=config))
-    assert error.code == "E_JSON"
+    assert error.code == code
     assert "config.json" in error.message
 
 
@@ -276,7 +282,7 @@ def test_a_config_of_gigabytes_is_refused_without_reading_it(folder):
     path = folder({})
     with (path / "config.json").open("wb") as file:
         file.truncate(1 << 40)
-    assert refusal(path).code == "E_JSON"
+    assert refusal(path).code == "E_JSON_SIZE"
     with pytest.raises(CheckpointRefused, match="is missing"):
         read_json(path / "none.json")
 

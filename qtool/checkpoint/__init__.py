@@ -2,6 +2,17 @@
 
 from qtool.checkpoint.hub import resolve_model
 from qtool.checkpoint.reader import PICKLE_SUFFIXES, Checkpoint, TensorInfo, open_checkpoint, read_json
-from qtool.checkpoint.writer import Staging, digest_files, stage_output
+from qtool.checkpoint.writer import Staging, digest_files, sample_files, stage_output
 
-__all__ = ["PICKLE_SUFFIXES", "Checkpoint", "Staging", "TensorInfo", "digest_files", "open_checkpoint", "read_json", "resolve_model", "stage_output"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "Checkpoint",
+    "Staging",
+    "TensorInfo",
+    "digest_files",
+    "open_checkpoint",
+    "read_json",
+    "resolve_model",
+    "sample_files",
+    "stage_output",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import DTYPE_BITS
-from qtool.errors import UsageError
+from qtool.checkpoint.reader import DTYPE_BITS, TensorInfo
+from qtool.errors import CheckpointRefused, UsageError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 MIN_SHARD_BYTES = 1 << 20
@@ -46,6 +47,7 @@ class Shards:
         self._left: dict[Path, int] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # two writers of one file only spin on its lock in the kernel
         for name, group in zip(names, groups, strict=True):
             self._begin(folder / name, group)
         if len(groups) > 1:
@@ -65,19 +67,21 @@ class Shards:
         if len(view) != size:
             raise ValueError(f"{name}: {len(view)} bytes for a place of {size}")
         done = 0
-        while done < size:
-            done += os.pwrite(self._descriptors[path], view[done:], offset + done)
+        with self._writing:
+            while done < size:
+                done += os.pwrite(self._descriptors[path], view[done:], offset + done)
         return self._done(path)
 
-    def copy(self, name: str, source: int, start: int) -> Path | None:
-        """Write the tensor ``name`` from the open file ``source``, where its bytes begin at ``start``; else as `write`."""
+    def copy(self, name: str, source: TensorInfo) -> Path | None:
+        """Write the bytes of ``source`` as the tensor ``name``, inside the kernel where that can; else as `write`."""
         path, offset, size = self._places[name]
         done = 0
-        while done < size:
-            block = os.pread(source, min(COPY_BYTES, size - done), start + done)
-            if not block:
-                raise EOFError(name)
-            done += os.pwrite(self._descriptors[path], block, offset + done)
+        with source.file.open("rb", buffering=0) as file, self._writing:
+            while done < size:
+                count = _copy_range(file.fileno(), self._descriptors[path], size - done, source.offset + done, offset + done)
+                if not count:
+                    raise CheckpointRefused("E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint="it was changed meanwhile: start again")
+                done += count
         return self._done(path)
 
     def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -99,6 +103,17 @@ class Shards:
         with self._lock:
             self._left[path] -= 1
             return path if self._left[path] == 0 else None
+
+
+def _copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
+    """Copy up to ``size`` bytes from one open file to another and return how many; 0 at the end of the source."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, min(size, 1 << 30), source_offset, target_offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    return os.pwrite(target, os.pread(source, min(size, COPY_BYTES), source_offset), target_offset)
 
 
 def parse_size(text: str) -> int:

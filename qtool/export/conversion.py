@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qtool import __version__
-from qtool.checkpoint import Checkpoint, Staging, TensorInfo, digest_files, open_checkpoint, read_json, resolve_model, stage_output
-from qtool.checkpoint.shards import Shards, TensorSpec, parse_size
+from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, sample_files, stage_output
+from qtool.checkpoint.reader import read_header
+from qtool.checkpoint.shards import Shards, parse_size
 from qtool.checkpoint.sidecars import MANIFEST, MANIFEST_VERSION, finish_files, write_json
 from qtool.errors import CheckpointRefused, QtoolError, UsageError, nearest
 from qtool.export.decision import PLAIN, TARGETS, Conversion, decide
-from qtool.export.layers import Layer, read_value, written_tensors
-from qtool.formats import check_values, detect
+from qtool.export.layers import Layer, Write, computed_tensors
+from qtool.formats import Layout, check_tensors, detect
 from qtool.formats.packing import TORCH_DTYPES, read_tensor
 from qtool.quantize import OnEvent
 from qtool.scheme import scheme_from
@@ -91,16 +93,17 @@ def convert(
     shard_bytes = parse_size(max_shard_size)
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
     decided = decide(checkpoint, to, requantize=requantize, scheme=scheme_from(scheme) if scheme else None)
-    specs = list(decided.specs())
     for note in decided.notes:
         on_event({"event": "note", "text": note})
-    need_bytes = sum(spec.size_bytes for spec in specs) + (16 << 20)
+    need_bytes = sum(spec.size_bytes for spec in decided.specs) + (16 << 20)
     with stage_output(output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes) as staging:
-        digests = _stream(decided, specs, staging, shard_bytes, on_event)
+        digests, problems = _stream(decided, staging, shard_bytes, on_event)
+        if problems:
+            hint = f"nothing was published; {checkpoint.path} holds it too, or it does not fit {to}"
+            raise CheckpointRefused("E_VALUES", problems[0], hint=hint)
         for name, content in decided.files.items():
             write_json(staging.checkpoint / name, content)
         finish_files(checkpoint.path, staging.checkpoint)
-        on_event({"event": "stage", "what": "checking the result"})
         written = _verified(decided, staging)
         digests |= digest_files(path for path in staging.files() if path.name not in digests)
         write_json(staging.checkpoint / MANIFEST, _manifest(decided, digests))
@@ -119,17 +122,28 @@ def convert(
     )
 
 
-def _stream(decided: Conversion, specs: list[TensorSpec], staging: Staging, shard_bytes: int, on_event: OnEvent) -> dict[str, Any]:
-    """Write all tensors, a few layers in memory at a time, and return the digests of the files, each hashed when its last tensor is there."""
+def _stream(decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent) -> tuple[dict[str, Any], list[str]]:
+    """Write all tensors, a few layers in memory at a time; return the digests of the files and what is wrong with their numbers.
+
+    A file is hashed and checked as soon as its last tensor is there, beside the writing of the next.
+    """
+    specs = list(decided.specs)
     total = sum(spec.size_bytes for spec in specs) >> 20
-    done = 0
-    hashes: list[Future[dict[str, Any]]] = []
-    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(2) as hashers, _layer_threads() as pool:
+    layout = Layout(decided.to, {layer.target.name: layer.target for layer in decided.layers if layer.target}, None, ())
+    done, digests, problems = 0, [], []
+    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(2) as checkers, _layer_threads() as pool:
         for paths, size in _bounded(pool, _tasks(decided, shards)):
-            hashes += [hashers.submit(digest_files, [path]) for path in paths]
+            for path in paths:
+                digests.append(checkers.submit(digest_files, [path]))
+                problems.append(checkers.submit(_problems, path, layout))
             done += size
             on_event({"event": "progress", "what": "converting (MB)", "done": done >> 20, "total": total})
-    return {name: digest for future in hashes for name, digest in future.result().items()}
+        on_event({"event": "stage", "what": "checking the result"})
+    return {name: found for future in digests for name, found in future.result().items()}, [text for future in problems for text in future.result()]
+
+
+def _problems(path: Path, layout: Layout) -> list[str]:
+    return check_tensors(read_header(path).values(), layout)
 
 
 @contextmanager
@@ -150,21 +164,18 @@ Written = tuple[list[Path], int]  # files that are complete, bytes written
 def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written]]:
     """Yield what is to be done, in the order of the source's files."""
 
-    def convert_layer(layer: Layer) -> Written:
-        value = read_value(decided.checkpoint, decided.layout, layer.source)
-        tensors = written_tensors(layer, value, decided.to, decided.dtype)
-        return [path for name, tensor in tensors.items() if (path := shards.write(name, _bytes(tensor)))], sum(t.nbytes for t in tensors.values())
+    def run(layer: Layer | None, writes: Sequence[Write]) -> Written:
+        paths = [shards.copy(write.spec.name, write.copied) for write in writes if write.copied and write.copied.dtype == write.spec.dtype]
+        for write in writes:
+            if write.copied and write.copied.dtype != write.spec.dtype:
+                cast = read_tensor(decided.checkpoint, write.copied.name).to(TORCH_DTYPES[write.spec.dtype])
+                paths.append(shards.write(write.spec.name, _bytes(cast)))
+        if layer and any(write.copied is None for write in writes):
+            computed = computed_tensors(decided.checkpoint, decided.layout, layer, writes, decided.to, decided.dtype)
+            paths += [shards.write(name, _bytes(tensor)) for name, tensor in computed.items()]
+        return [path for path in paths if path], sum(write.spec.size_bytes for write in writes)
 
-    def copy_tensor(tensor: TensorInfo, spec: TensorSpec) -> Written:
-        if spec.dtype == tensor.dtype:
-            with tensor.file.open("rb", buffering=0) as file:
-                path = shards.copy(spec.name, file.fileno(), tensor.offset)
-        else:
-            path = shards.write(spec.name, _bytes(read_tensor(decided.checkpoint, tensor.name).to(TORCH_DTYPES[spec.dtype])))
-        return [path] if path else [], spec.size_bytes
-
-    yield from (lambda tensor=tensor, spec=spec: copy_tensor(tensor, spec) for tensor, spec in decided.copied)
-    yield from (lambda layer=layer: convert_layer(layer) for layer in decided.layers)
+    return (partial(run, layer, writes) for layer, writes in decided.steps)
 
 
 def _bounded(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]]) -> Iterator[Written]:
@@ -183,10 +194,7 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 
 def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
-    """Open what was written; it must have the schemes that were decided, and every number must be finite.
-
-    Raises: CheckpointRefused, when a number is not; the source holds it too, or it does not fit the new dtype.
-    """
+    """Open what was written, and hold its schemes against what was decided."""
     written = open_checkpoint(staging.checkpoint)
     layout = detect(written)
     found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
@@ -195,10 +203,6 @@ def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
         name = next(name for name in {**found, **expected} if found.get(name) != expected.get(name))
         message = f"`{name}` was to become {expected.get(name)} and reads back as {found.get(name)}"
         raise QtoolError("E_VERIFY", message, hint="nothing was published; this is a bug in qtool, please report it")
-    if problems := check_values(written, layout):
-        raise CheckpointRefused(
-            "E_VALUES", problems[0], hint=f"nothing was published; {decided.checkpoint.path} holds it too, or it does not fit {decided.to}"
-        )
     return written
 
 
@@ -215,7 +219,7 @@ def _manifest(decided: Conversion, files: dict[str, Any]) -> dict[str, Any]:
             "notes": list(decided.notes),
         },
         "versions": {"qtool": __version__},
-        "source_files": digest_files(decided.checkpoint.weight_files),
+        "source_files": sample_files(decided.checkpoint.weight_files),
         "source_manifest": {key: value for key, value in read_json(source).items() if key != "files"} if source.is_file() else None,
         "files": files,
     }

@@ -6,14 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
 from qtool.errors import CheckpointRefused, UsageError
-from qtool.export.layers import GPTQ_V2, Layer, format_of, new_weight, read_value, written_tensors
+from qtool.export.layers import GPTQ_V2, Layer, Write, format_of, new_weight, read_value, writes_of
 from qtool.formats import WRITABLE, Format, Layout, QuantizedModule, detect
-from qtool.formats.packing import DTYPE_NAMES, TORCH_DTYPES
+from qtool.formats.packing import TORCH_DTYPES
 from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Scheme
 from qtool.weight import QuantizedWeight
@@ -29,33 +30,41 @@ DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
 class Conversion:
     """All that is decided before anything is written.
 
-    ``copied``: (tensor of the source, what it becomes). ``dtype``: of plain weights. ``files``: JSON files by name.
+    ``copies``: the tensors that are no part of a layer. ``dtype``: of plain weights. ``files``: JSON files by name.
     """
 
     checkpoint: Checkpoint
     layout: Layout | None
     to: str
     layers: tuple[Layer, ...]
-    copied: tuple[tuple[TensorInfo, TensorSpec], ...]
+    copies: tuple[Write, ...]
     files: Mapping[str, Mapping[str, Any]]
     dtype: str
     notes: tuple[str, ...]
 
-    def specs(self) -> Iterator[TensorSpec]:
-        """Yield every tensor of the result in the order of the source."""
+    @cached_property
+    def steps(self) -> tuple[tuple[Layer | None, tuple[Write, ...]], ...]:
+        """What is done, in the order of the source: a layer and all it writes, or no layer and what is copied or cast."""
         layers = {name: layer for layer in self.layers for name in _tensor_names(layer.source)}
-        copies: dict[str, list[TensorSpec]] = {}
-        for tensor, spec in self.copied:
-            copies.setdefault(tensor.name, []).append(spec)
+        copies: dict[str, list[Write]] = {}
+        for write in self.copies:
+            if write.copied:
+                copies.setdefault(write.copied.name, []).append(write)
+        steps: list[tuple[Layer | None, tuple[Write, ...]]] = []
         begun: set[str] = set()
         for name in self.checkpoint.tensors:
             layer = layers.get(name)
             if layer and layer.source.name not in begun:
                 begun.add(layer.source.name)
-                value = read_value(self.checkpoint, self.layout, layer.source, meta=True)
-                outlines = written_tensors(layer, value, self.to, self.dtype)
-                yield from (TensorSpec(new_name, DTYPE_NAMES[outline.dtype], tuple(outline.shape)) for new_name, outline in outlines.items())
-            yield from copies.get(name, [])
+                steps.append((layer, writes_of(self.checkpoint, self.layout, layer, self.to, self.dtype)))
+            if name in copies:
+                steps.append((None, tuple(copies[name])))
+        return tuple(steps)
+
+    @property
+    def specs(self) -> Iterator[TensorSpec]:
+        """Every tensor of the result."""
+        return (write.spec for _, writes in self.steps for write in writes)
 
 
 def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None) -> Conversion:
@@ -75,18 +84,20 @@ def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme 
     if layout is None and to not in PLAIN:
         sources = [tensor for name, tensor in linears.items() if not why_plain(checkpoint, name)]
         layers = [_decided(checkpoint, layout, to, source, scheme, requantize, dtype) for source in sources]
-    copied, dropped = _copied(checkpoint, layout, to, layers, requantize)
+    copies, dropped = _copies(checkpoint, layout, to, layers, requantize)
     notes = [f"{dropped} scales of the KV cache are left out: there is no place for them in {to}"] if dropped else []
     targets = [layer.target for layer in layers if layer.target]
     if rounded := Counter(layer.target.scheme.name for layer in layers if layer.target and layer.rounded):
         notes.append(f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}")
+    if to == "compressed-tensors" and any(module.act_order for module in targets):
+        notes.append("act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all")
     config = {key: value for key, value in checkpoint.config.items() if key not in DROPPED_IN_CONFIG}
     for key in ("text_config", "llm_config"):
         if isinstance(config.get(key), Mapping):
             config[key] = {inner: value for inner, value in config[key].items() if inner not in DROPPED_IN_CONFIG}
     if to in PLAIN:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = CONFIG_DTYPES[dtype]
-        return Conversion(checkpoint, layout, to, tuple(layers), tuple(copied), {"config.json": config}, dtype, tuple(notes))
+        return Conversion(checkpoint, layout, to, tuple(layers), tuple(copies), {"config.json": config}, dtype, tuple(notes))
     names = {module.name for module in targets}
     left = [name for name in linears if name not in names]
     if all(name.rpartition(".")[2] != "lm_head" for name in (*left, *names)):
@@ -94,7 +105,7 @@ def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme 
     kv_cache = layout.kv_cache if layout and not dropped else None
     files = format_of(to).settings(targets, left, kv_cache)
     files["config.json"] = {**config, **files["config.json"]}
-    return Conversion(checkpoint, layout, to, tuple(layers), tuple(copied), files, dtype, tuple(notes))
+    return Conversion(checkpoint, layout, to, tuple(layers), tuple(copies), files, dtype, tuple(notes))
 
 
 def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
@@ -119,7 +130,7 @@ def _decided(
     for candidate, rounded in _candidates(format, source, scheme, requantize):
         target = _target(source, candidate, to, value, rounded=rounded)
         weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[dtype])
-        objection = (_uneven(target) if rounded else None) or format.objection(target, weight)
+        objection = (_no_rounding(target) if rounded else None) or format.objection(target, weight)
         if objection is None:
             return Layer(source, target, rounded)
         objections.append(objection)
@@ -137,18 +148,15 @@ def _candidates(format: Format, source: QuantizedModule | TensorInfo, scheme: Sc
         yield own, False
     if not requantize:
         return
-    if scheme:
-        if own and own.weights == scheme.weights and not (scheme.activations and scheme.activations.needs_data):
-            yield scheme, False
-        yield scheme, True
-        return
-    if own and weights_only:
+    if own and weights_only and not scheme:
         yield weights_only, False
         yield (own if not (own.activations and own.activations.needs_data) else weights_only), True
     bits, group_size = (own.weights.bits, own.weights.group_size) if own else (16, None)
-    for name in sorted(format.fallbacks(), key=lambda name: (SCHEMES[name].weights.bits < bits, abs(SCHEMES[name].weights.bits - bits))):
-        fallback = SCHEMES[name]
-        if group_size and fallback.weights.group_size and fallback.weights.scale == "float":
+    fallbacks = [scheme] if scheme else [SCHEMES[name] for name in format.fallbacks()]
+    for fallback in sorted(fallbacks, key=lambda each: (each.weights.bits < bits, abs(each.weights.bits - bits))):
+        if own and own.weights == fallback.weights:
+            yield fallback, False
+        if group_size and not scheme and fallback.weights.group_size and fallback.weights.scale == "float":
             yield fallback.with_group_size(group_size), True
         yield fallback, True
 
@@ -163,17 +171,20 @@ def _target(source: QuantizedModule | TensorInfo, scheme: Scheme, to: str, value
     return replace(source, scheme=scheme, tensors=tensors, variant=variant, act_order=act_order)
 
 
-def _uneven(module: QuantizedModule) -> str | None:
-    size, columns = module.scheme.weights.group_size, module.shape[1]
-    return f"group_size: {size} does not divide {columns} inputs" if size and columns % size else None
+def _no_rounding(module: QuantizedModule) -> str | None:
+    """Return why the weights of ``module`` are not rounded to its scheme here; None when they are."""
+    weights, columns = module.scheme.weights, module.shape[1]
+    if weights.group_size and columns % weights.group_size:
+        return f"group_size: {weights.group_size} does not divide {columns} inputs"
+    if weights.scale == "e4m3":
+        return "scale: layers that engines fuse must share NVFP4's second scale; `qtool quantize` with `nvfp4a16` sees to that"
+    return None
 
 
-def _copied(
-    checkpoint: Checkpoint, layout: Layout | None, to: str, layers: list[Layer], may_drop: bool
-) -> tuple[list[tuple[TensorInfo, TensorSpec]], int]:
+def _copies(checkpoint: Checkpoint, layout: Layout | None, to: str, layers: list[Layer], may_drop: bool) -> tuple[list[Write], int]:
     """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in ``to``."""
     changed = {name for layer in layers for name in _tensor_names(layer.source) if not name.endswith(".bias")}
-    copied: list[tuple[TensorInfo, TensorSpec]] = []
+    copies: list[Write] = []
     dropped = 0
     for name, tensor in checkpoint.tensors.items():
         if cache := CACHE_SCALE.fullmatch(name):
@@ -183,13 +194,13 @@ def _copied(
                 hint = "--requantize leaves them out"
                 raise cannot_hold(to, f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the KV cache", hint)
             dropped += None in places
-            copied += [(tensor, TensorSpec(place[0], tensor.dtype, place[1])) for place in places if place]
+            copies += [Write(TensorSpec(place[0], tensor.dtype, place[1]), tensor) for place in places if place]
         elif name not in changed:
             is_cast = to in PLAIN and tensor.dtype in PLAIN.values()
-            copied.append((tensor, TensorSpec(name, PLAIN[to] if is_cast else tensor.dtype, tensor.shape)))
+            copies.append(Write(TensorSpec(name, PLAIN[to] if is_cast else tensor.dtype, tensor.shape), tensor))
     if layout and layout.kv_cache not in (None, "fp8") and not dropped:
         raise cannot_hold(to, f"kv-cache: its scales are for {layout.kv_cache}, and only those for fp8 are converted", "quantize the original again")
-    return copied, dropped
+    return copies, dropped
 
 
 def _tensor_names(source: QuantizedModule | TensorInfo) -> list[str]:

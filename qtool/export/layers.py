@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.shards import TensorSpec
 from qtool.formats import FORMATS, WRITABLE, Format, Layout, QuantizedModule, tensor_name
-from qtool.formats.packing import TORCH_DTYPES, load, outline, read_tensor, torch_dtype
+from qtool.formats.packing import DTYPE_NAMES, TORCH_DTYPES, load, outline, read_tensor, torch_dtype
 from qtool.weight import QuantizedWeight, dequantize, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Value = QuantizedWeight | torch.Tensor  # of a layer of the source, quantized or plain
+CODES = (".weight", ".weight_packed")  # no format makes anything else of them
 GPTQ_V2 = "gptq_v2"
 
 
@@ -26,6 +29,14 @@ class Layer:
     source: QuantizedModule | TensorInfo
     target: QuantizedModule | None
     rounded: bool
+
+
+@dataclass(frozen=True)
+class Write:
+    """A tensor to be written; ``copied`` is the source's tensor whose bytes it has, None when it is computed."""
+
+    spec: TensorSpec
+    copied: TensorInfo | None
 
 
 def format_of(to: str) -> Format:
@@ -71,3 +82,31 @@ def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str
     if isinstance(source, QuantizedModule) and source.experts > 1:  # transformers keeps [E, K, N]
         return {source.name: values.view(source.experts, -1, values.shape[1]).transpose(1, 2).contiguous()}
     return {f"{source.name}.weight": values}
+
+
+def writes_of(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: str, dtype: str) -> tuple[Write, ...]:
+    """Return what ``layer`` writes, found by converting it without data: what comes out as the object that went in is a copy."""
+    source, passed = layer.source, {}
+    if isinstance(source, QuantizedModule) and layout is not None:
+        tensors = outline(checkpoint, source)
+        passed = {id(tensor): source.tensors[suffix] for suffix, tensor in tensors.items()}
+        value: Value = FORMATS[layout.format].read(source, tensors)
+    else:
+        value = read_value(checkpoint, layout, source, meta=True)
+    written = written_tensors(layer, value, to, dtype)
+    return tuple(Write(TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), passed.get(id(tensor))) for name, tensor in written.items())
+
+
+def computed_tensors(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, writes: Iterable[Write], to: str, dtype: str) -> dict[str, Tensor]:
+    """Return the tensors of ``writes`` that are no copies, by name; codes that are only copied are not read."""
+    source, copied = layer.source, {write.copied.name for write in writes if write.copied and write.copied.name.endswith(CODES)}
+    if isinstance(source, QuantizedModule) and layout is not None and copied:
+        tensors = outline(checkpoint, source)
+        tensors |= {
+            suffix: read_tensor(checkpoint, info.name) for suffix, info in source.tensors.items() if suffix in tensors and info.name not in copied
+        }
+        value: Value = FORMATS[layout.format].read(source, tensors)
+    else:
+        value = read_value(checkpoint, layout, source)
+    wanted = {write.spec.name for write in writes if not write.copied}
+    return {name: tensor for name, tensor in written_tensors(layer, value, to, dtype).items() if name in wanted}

@@ -10,12 +10,12 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
 from qtool.formats.layout import Detector, Format, Layout, QuantizedModule, modules_of, refused
-from qtool.formats.values import check_values
+from qtool.formats.values import check_tensors, check_values
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
-__all__ = ["FORMATS", "WRITABLE", "Format", "Layout", "QuantizedModule", "check_values", "detect", "read", "tensor_name"]
+__all__ = ["FORMATS", "WRITABLE", "Format", "Layout", "QuantizedModule", "check_tensors", "check_values", "detect", "read", "tensor_name"]
 
 WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
     "compressed-tensors": compressed_tensors,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
+from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, check_skipped, grouped_integers, modules_of, refused, shared_objection
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     groups = {module.promised_group for module in modules}
     if len(groups) > 1:
         raise refused("E_CANNOT_HOLD", f"group_size: AWQ has one for the whole checkpoint, found {sorted(groups)}", "convert to gptq instead")
-    for name in plain:
-        if hidden := next((module.name for module in modules if name in module.name), None):
-            raise refused("E_CANNOT_HOLD", f"ignore list: `{name}` stays in 16 bits, and engines would skip `{hidden}` with it", "convert to gptq")
+    check_skipped(plain, modules)
     config = {
         "quant_method": "awq",
         "bits": 4,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
 VERSION = "0.19.0"  # from 0.18 on, codes of 3, 5, 6 and 7 bits are packed densely
+ACT_ORDER_VERSION = "0.18.0"  # the last that takes a g_idx
 SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
@@ -103,6 +104,8 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
 def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps compressed-tensors from holding ``weight``."""
     weights, activations = module.scheme.weights, module.scheme.activations
+    if weights.group_size and module.shape[1] % weights.group_size:
+        return f"group_size: {weights.group_size} does not divide {module.shape[1]} inputs, and compressed-tensors takes whole groups"
     if weights.scale == "e4m3" and weights.group_size != 16:
         return f"group_size: fp4 with e4m3 scales comes in groups of 16 here, found {weights.group_size}"
     if weights.scale == "e4m3" and activations and activations != SCHEMES["NVFP4"].activations:
@@ -176,7 +179,7 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
         "ignore": list(plain),
         "kv_cache_scheme": _arguments(KV_CACHE) if kv_cache else None,
         "global_compression_ratio": None,
-        "version": VERSION,
+        "version": ACT_ORDER_VERSION if any(module.act_order for module in modules) else VERSION,
     }
     return {"config.json": {"quantization_config": config}}
 

@@ -175,7 +175,18 @@ def shared_objection(module: QuantizedModule, weight: QuantizedWeight, *, act_or
         return "act-order: groups are scattered over the inputs (g_idx), and here they lie in order"
     if weight.pre_scale is not None and not pre_scale:
         return "pre_quant_scale: the input is multiplied by a stored factor, and there is no place for one here"
+    activations = module.scheme.activations
+    if activations and activations.needs_data and (weight.activation is None or weight.activation.scale is None):
+        return f"input_scale: {activations} inputs need a scale that calibration finds, and there is none"
     return None
+
+
+def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> None:
+    """Raise CheckpointRefused when an engine that looks for the names in ``plain`` inside names would skip one of ``modules`` with them."""
+    for name in plain:
+        if hidden := next((module.name for module in modules if name in module.name), None):
+            message = f"ignore list: `{name}` stays in 16 bits, and engines, which look for names inside names, would skip `{hidden}` with it"
+            raise refused("E_CANNOT_HOLD", message, "convert to compressed-tensors, which has whole names")
 
 
 def refused(code: str, message: str, hint: str = "") -> CheckpointRefused:

@@ -18,6 +18,7 @@ from qtool.formats.layout import (
     QuantizedModule,
     block_size,
     by_scheme,
+    check_skipped,
     group_size,
     modules_of,
     refused,
@@ -175,13 +176,14 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
     """Return the flat config and the nested sidecar, which says more.
 
-    Raises: CheckpointRefused, when layers of one algorithm have different groups.
+    Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would skip a quantized layer.
     """
     layers = {module.name: {"quant_algo": _name(module), **_group(module)} for module in modules}
     kinds = {tuple(layer.items()) for layer in layers.values()}
     algorithms = {_name(module) for module in modules}
     if len(kinds) > len(algorithms):
         raise refused("E_CANNOT_HOLD", f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}", "convert to gptq")
+    check_skipped(plain, modules)
     algorithm = algorithms.pop() if len(algorithms) == 1 else "MIXED_PRECISION"
     shared: dict[str, Any] = {"quantized_layers": layers} if algorithm == "MIXED_PRECISION" else dict(next(iter(layers.values())))
     shared["quant_algo"] = algorithm

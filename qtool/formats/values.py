@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,18 @@ def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no
     wrong value and are not read.
     """
+    return check_tensors(checkpoint.tensors.values(), layout)
+
+
+def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[str]:
+    """Do what `check_values` does for some of the tensors of a checkpoint of ``layout``."""
+    by_name = {tensor.name: tensor for tensor in tensors}
     with _Files() as files:
-        pieces = [piece for tensor in checkpoint.tensors.values() for piece in _pieces(tensor, _check_for(tensor, layout))]
+        pieces = [piece for tensor in by_name.values() for piece in _pieces(tensor, _check_for(tensor, layout))]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(lambda piece: piece.problem(files), pieces, chunksize=16)
             problems = {piece.tensor.name: problem for piece, problem in zip(pieces, found, strict=True) if problem}
-    return [f"{checkpoint.tensors[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
+    return [f"{by_name[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
 
 
 Check = Callable[[Any, Any], str | None]  # words, scratch -> what is wrong
