@@ -76,12 +76,15 @@ class Shards:
         """Write the bytes of ``source`` as the tensor ``name``, inside the kernel where that can; else as `write`."""
         path, offset, size = self._places[name]
         done = 0
-        with source.file.open("rb", buffering=0) as file, self._writing:
-            while done < size:
-                count = _copy_range(file.fileno(), self._descriptors[path], size - done, source.offset + done, offset + done)
-                if not count:
-                    raise CheckpointRefused("E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint="it was changed meanwhile: start again")
-                done += count
+        with source.file.open("rb", buffering=0) as file:
+            read_ahead(file.fileno(), source.offset, size)
+            with self._writing:
+                while done < size:
+                    count = _copy_range(file.fileno(), self._descriptors[path], size - done, source.offset + done, offset + done)
+                    if not count:
+                        hint = "it was changed meanwhile: start again"
+                        raise CheckpointRefused("E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint=hint)
+                    done += count
         return self._done(path)
 
     def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -103,6 +106,12 @@ class Shards:
         with self._lock:
             self._left[path] -= 1
             return path if self._left[path] == 0 else None
+
+
+def read_ahead(source: int, start: int, size: int) -> None:
+    """Let the system read from the disk while others write."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(source, start, size, os.POSIX_FADV_WILLNEED)
 
 
 def _copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:

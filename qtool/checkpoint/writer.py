@@ -51,8 +51,8 @@ class Staging:
     def flush(self) -> None:
         """Make what is in ``checkpoint`` so far durable; costs little for what already is."""
         for path in self.checkpoint.iterdir():
-            _fsync(path)
-        _fsync(self.checkpoint)
+            make_durable(path)
+        make_durable(self.checkpoint)
 
     def publish(self) -> None:
         """Make every byte durable, then put the checkpoint in its place in one step, replacing a former output if that was asked for."""
@@ -63,7 +63,7 @@ class Staging:
             raise OutputTaken("E_OUTPUT_EXISTS", f"{self.output} appeared meanwhile", hint="choose another --output, or replace it with --overwrite")
         else:
             self.checkpoint.rename(self.output)
-        _fsync(self.output.parent)
+        make_durable(self.output.parent)
 
 
 @contextlib.contextmanager
@@ -220,7 +220,8 @@ def _exchange(new: Path, old: Path, *, aside: Path) -> None:
     new.rename(old)
 
 
-def _fsync(path: Path) -> None:
+def make_durable(path: Path) -> None:
+    """Wait until ``path``, a file or a folder, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

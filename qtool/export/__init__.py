@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qtool.errors import UsageError
 from qtool.export.conversion import MAX_SHARD_SIZE, ConversionResult, convert
-from qtool.export.decision import TARGETS
+from qtool.export.targets import TARGETS
 from qtool.quantize import OnEvent, Options, QuantizeResult, ignore_event, quantize
 
 __all__ = ["TARGETS", "ConversionResult", "export"]

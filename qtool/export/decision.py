@@ -12,15 +12,14 @@ from typing import Any
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
 from qtool.errors import CheckpointRefused, UsageError
-from qtool.export.layers import GPTQ_V2, Layer, Write, format_of, new_weight, read_value, writes_of
-from qtool.formats import WRITABLE, Format, Layout, QuantizedModule, detect
+from qtool.export.layers import Layer, Write, format_of, new_weight, read_value, writes_of
+from qtool.export.targets import PLAIN
+from qtool.formats import Format, Layout, QuantizedModule, detect
 from qtool.formats.packing import TORCH_DTYPES
 from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Scheme
 from qtool.weight import QuantizedWeight
 
-PLAIN = {"bf16": "BF16", "f16": "F16"}
-TARGETS = (*WRITABLE, GPTQ_V2, *PLAIN)
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 CACHE_SCALE = re.compile(r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)")
 DROPPED_IN_CONFIG = ("quantization_config", "compression_config")

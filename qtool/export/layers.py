@@ -10,6 +10,7 @@ import torch
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
+from qtool.export.targets import GPTQ_V2
 from qtool.formats import FORMATS, WRITABLE, Format, Layout, QuantizedModule, tensor_name
 from qtool.formats.packing import DTYPE_NAMES, TORCH_DTYPES, load, outline, read_tensor, torch_dtype
 from qtool.weight import QuantizedWeight, dequantize, quantize
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 Value = QuantizedWeight | torch.Tensor  # of a layer of the source, quantized or plain
 CODES = (".weight", ".weight_packed")  # no format makes anything else of them
-GPTQ_V2 = "gptq_v2"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How fast `qtool export` converts, beside `cp` of the same checkpoint on the same disk, and in how much memory.
 
-`python conversion.py FOLDER --source modelopt --scheme FP8 --to compressed-tensors --gigabytes 8` makes a random checkpoint of Llama-3.1-8B's shape in
-FOLDER, as many layers as fit, then copies and converts it in turn, each into a folder that did not exist, the source in the page cache.
+`python conversion.py FOLDER --source modelopt --scheme FP8 --to compressed-tensors --gigabytes 8` makes a random checkpoint with layers of
+Llama-3.1-8B's shape in FOLDER, then copies and converts it in turn, each into a folder that did not exist. The source lies in the page cache, or
+with `--cold` on the disk alone. `cp` leaves its copy to the page cache; a conversion is on the disk, hashed and checked when it ends.
 """
 
 from __future__ import annotations
@@ -80,9 +81,12 @@ def make(folder: Path, source: str, scheme_name: str, gigabytes: float, shard_by
         (folder / name).write_text(json.dumps(content))
 
 
-def timed(command: list[str], output: Path) -> float:
+def timed(command: list[str], source: Path, output: Path, *, cold: bool) -> float:
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
+    for path in source.iterdir() if cold else ():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - start
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--to", default="compressed-tensors")
     parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--shard-bytes", type=int, default=2_000_000_000)
+    parser.add_argument("--cold", action="store_true", help="read the source from the disk")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     source, output = options.folder / "source", options.folder / "output"
@@ -106,16 +111,20 @@ def main() -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     export = [sys.executable, "-m", "qtool.cli", "export", "--model-path", str(source), "--to", options.to, "--output", str(output), "-q"]
     export += ["--max-shard-size", str(options.shard_bytes)]
-    copies, exports = [], []
-    timed(["cp", "-r", str(source), str(output)], output)  # the source comes into the page cache
+    copies, durable, exports = [], [], []
+    copy_command = ["cp", "-r", str(source), str(output)]
+    durable_command = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), str(output)]
+    timed(copy_command, source, output, cold=False)  # the source comes into the page cache
     for _ in range(options.runs):
-        copies.append(timed(["cp", "-r", str(source), str(output)], output))
-        exports.append(timed(export, output))
+        copies.append(timed(copy_command, source, output, cold=options.cold))
+        durable.append(timed(durable_command, source, output, cold=options.cold))
+        exports.append(timed(export, source, output, cold=options.cold))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    copy, convert = statistics.median(copies), statistics.median(exports)
     print(f"{options.source} {options.scheme} -> {options.to}, {size / 1e9:.2f} GB in shards of {options.shard_bytes / 1e9:.1f} GB")
-    print(f"cp {copy:.2f} s ({min(copies):.2f}-{max(copies):.2f}), export {convert:.2f} s ({min(exports):.2f}-{max(exports):.2f})")
-    print(f"speed {copy / convert:.2f} of cp; peak memory {peak / 1e9:.2f} GB")
+    for name, seconds in (("cp", copies), ("cp && sync", durable), ("export", exports)):
+        print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})")
+    speeds = [statistics.median(seconds) / statistics.median(exports) for seconds in (copies, durable)]
+    print(f"speed {speeds[0]:.2f} of cp, {speeds[1]:.2f} of cp && sync; peak memory {peak / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""What a checkpoint can be converted to, by name. Imports no torch, so that a wrong name is answered at once."""
+
+from __future__ import annotations
+
+from qtool.errors import UsageError, nearest
+from qtool.formats import WRITABLE
+
+PLAIN = {"bf16": "BF16", "f16": "F16"}
+GPTQ_V2 = "gptq_v2"
+TARGETS = (*WRITABLE, GPTQ_V2, *PLAIN)
+ALIASES = {
+    "fp16": "f16",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "fp8": "fp8_block",
+    "fp8-block": "fp8_block",
+    "compressed_tensors": "compressed-tensors",
+    "gptq-v2": GPTQ_V2,
+}
+
+
+def target_named(name: str) -> str:
+    """Return the target that ``name`` means. Raises: UsageError, with the nearest name."""
+    target = ALIASES.get(name.lower(), name.lower())
+    if target not in TARGETS:
+        raise UsageError("E_UNKNOWN_FORMAT", f"unknown format `{name}`", hint=nearest(name, TARGETS) or f"one of {', '.join(TARGETS)}")
+    return target
