@@ -142,7 +142,7 @@ def why_plain(checkpoint: Checkpoint, name: str) -> str:
         return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
     if parts[-1] in ROUTERS:
         return "router of experts"
-    if OTHER_TOWERS & set(parts):
+    if not OTHER_TOWERS.isdisjoint(parts):
         return "not part of the language model"
     return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""
 

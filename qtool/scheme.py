@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from types import NoneType
 from typing import Any, Literal
 
@@ -113,10 +114,7 @@ class Scheme:
     @property
     def name(self) -> str:
         """The field's name of this scheme, e.g. ``W4A16``, or a description where it has none."""
-        for name, scheme in SCHEMES.items():
-            if scheme == self:
-                return name
-        return str(self)
+        return _name_of(self)
 
     @property
     def bits_per_weight(self) -> float:
@@ -158,6 +156,11 @@ class Scheme:
 
     def __str__(self) -> str:
         return f"{self.weights}, activations {self.activations}" if self.activations else str(self.weights)
+
+
+@lru_cache(maxsize=1024)
+def _name_of(scheme: Scheme) -> str:
+    return next((name for name, known in SCHEMES.items() if known == scheme), str(scheme))
 
 
 def scheme_from(value: str | Mapping[str, Any]) -> Scheme:

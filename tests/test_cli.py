@@ -78,7 +78,7 @@ def test_a_model_of_pickles_is_refused(refused, tiny_copy):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11547040\n", "E_LFS_POINTER"),
         (b"<html><body>403 Forbidden</body></html>", "E_NOT_SAFETENSORS"),
-        (b"", "E_HEADER"),
+        (b"", "E_HEADER_SHORT"),
     ],
 )
 def test_weights_that_are_something_else_are_refused(refused, tiny_copy, content, code):
@@ -92,7 +92,7 @@ def test_a_truncated_model_is_refused_with_the_tensor(refused, tiny_copy):
     file = tiny_copy / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
-    assert (exit_code, code) == (3, "E_HEADER")
+    assert (exit_code, code) == (3, "E_TRUNCATED")
     assert "tensor `model.norm.weight`" in message
 
 
@@ -348,4 +348,4 @@ def test_inspect_shows_a_model_from_its_headers(run_cli, refused, make_model):
     assert "up_proj" in run_cli("inspect", "--model-path", path).stdout
     assert json.loads(run_cli("inspect", "--model-path", path, "--json").stdout)["architecture"] == "LlamaForCausalLM"
     (path / "model.safetensors").write_bytes(b"")
-    assert refused("inspect", "--model-path", path)[:2] == (3, "E_HEADER")
+    assert refused("inspect", "--model-path", path)[:2] == (3, "E_HEADER_SHORT")

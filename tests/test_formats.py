@@ -113,7 +113,7 @@ def test_a_plain_model_has_no_layout():
 def test_detection_and_inspection_never_import_torch(sample):
     code = """if True:
         import sys; from pathlib import Path; from qtool.checkpoint import open_checkpoint; from qtool.inspection import inspect, render
-        for path in sys.argv[1:]: render(inspect(open_checkpoint(Path(path)), deep=True))
+        for path in sys.argv[1:]: render(inspect(open_checkpoint(Path(path))))
         assert "torch" not in sys.modules"""
     folders = [sample(name) for name in ("ct/NVFP4", "ct/W3A16", "gptq/rtn4", "gptq/rtn_gemm", "modelopt/NVFP4")]
     result = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
@@ -131,7 +131,7 @@ def test_quantized_tensors_without_a_config_are_refused(sample, tmp_path):
 def test_an_unknown_method_is_refused_and_named(edited):
     with pytest.raises(CheckpointRefused, match="aqlm") as error:
         detect(edited("ct/FP8_DYNAMIC", config=lambda config: (config.clear(), config.update(quant_method="aqlm"))))
-    assert error.value.code == "E_FORMAT"
+    assert error.value.code == "E_QUANT_METHOD"
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_scales_of_another_shape_are_refused(edited, name):
 
     with pytest.raises(CheckpointRefused, match=r"down_proj") as error:
         detect(edited(name, cut))
-    assert error.value.code == "E_TENSOR_SHAPE"
+    assert error.value.code == "E_SCALE_SHAPE"
 
 
 def test_a_wrong_number_of_bits_in_the_config_is_refused_by_its_shapes(edited):
     with pytest.raises(CheckpointRefused) as error:
         detect(edited("ct/W4A16", config=lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=8)))
-    assert error.value.code == "E_TENSOR_SHAPE"
+    assert error.value.code == "E_WEIGHT_SHAPE"
 
 
 def test_a_gptq_config_that_lies_about_bits_is_reported_and_the_tensors_decide(edited):
@@ -201,7 +201,7 @@ def test_a_target_that_stayed_plain_is_reported(edited):
 def test_a_layer_that_no_group_targets_is_refused(edited):
     with pytest.raises(CheckpointRefused, match="no group") as error:
         detect(edited("ct/mixed", config=lambda config: [group.update(targets=["re:.*up_proj"]) for group in config["config_groups"].values()]))
-    assert error.value.code == "E_QUANT_CONFIG"
+    assert error.value.code == "E_QUANT_TARGET"
 
 
 def test_between_two_patterns_the_smaller_string_wins(edited):
@@ -212,6 +212,17 @@ def test_between_two_patterns_the_smaller_string_wins(edited):
 
     layout = detect(edited("ct/W4A16", config=add))
     assert {module.scheme.name for module in layout.modules.values()} == {"W4A16"}
+
+
+def test_a_pattern_that_is_none_or_takes_too_long_is_refused(edited, monkeypatch):
+    def detected(pattern):
+        with pytest.raises(CheckpointRefused, match="pattern") as error:
+            detect(edited("ct/W4A16", config=lambda config: config["ignore"].append(pattern)))
+        return error.value.code
+
+    assert detected("re:(") == "E_QUANT_PATTERN"
+    monkeypatch.setattr("qtool.formats.patterns.BUDGET_S", 1e-6)
+    assert detected("re:.*nothing") == "E_QUANT_PATTERN"
 
 
 def test_kv_scales_that_the_config_does_not_mention_are_reported(edited):
@@ -250,7 +261,7 @@ def test_a_broken_config_or_header_is_refused_or_read_and_never_a_crash(sample, 
             break_one(random, config["quantization_config"])
         for tensor in random.sample(list(tensors.values()), random.randint(0, 2)):
             shape = random.choice([(), (0,), (3, 0), (1, 1), (7,), tensor.shape[::-1], (2, 3, 4)])
-            tensors[tensor.name] = replace(tensor, shape=shape, dtype=random.choice([tensor.dtype, "U8", "I32", "F32"]))
+            tensors[tensor.name] = tensor._replace(shape=shape, dtype=random.choice([tensor.dtype, "U8", "I32", "F32"]))
         try:
             detect(replace(checkpoint, config=config, tensors=tensors))
         except CheckpointRefused:

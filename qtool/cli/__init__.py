@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -107,7 +108,7 @@ def quantize(
     from qtool.quantize import Options, prepare, run
 
     if list_methods:
-        return _print(tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
+        return _print(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
     if not model_path:
         raise UsageError("E_NO_MODEL", "which model? --model-path is missing", hint="a checkpoint folder or a Hub name such as `org/model`")
     options: Options = {
@@ -138,10 +139,10 @@ def quantize(
     }
     request = prepare(model_path, need_data=not dry_run, **options)
     if dry_run:
-        return _print(request.to_dict(), tables.plan(request), as_json)
+        return _print(request.to_dict, tables.plan(request), as_json)
     with progress(quiet=quiet) as on_event:
         result = run(request, on_event=on_event)
-    _print(result.to_dict(), result.summary(), as_json)
+    _print(result.to_dict, result.summary(), as_json)
 
 
 @app.command()
@@ -189,7 +190,7 @@ def export(
             revision=revision,
             on_event=on_event,
         )
-    _print(result.to_dict(), result.summary(), as_json)
+    _print(result.to_dict, result.summary(), as_json)
 
 
 @app.command()
@@ -212,6 +213,7 @@ def inspect(
     from qtool.inspection import inspect as run
     from qtool.inspection import render, render_page
 
+    gc.disable()  # the objects of a large checkpoint are many, none is garbage, and the process ends soon
     if engine is None and (engine_version or gpu or tensor_parallel != 1):
         raise UsageError("E_NO_ENGINE", "--engine-version, --gpu and --tp are questions to an engine", hint="add --engine vllm")
     found = run(
@@ -225,7 +227,7 @@ def inspect(
     )
     if html:
         _write(html, render_page(found))
-    _print(found.to_dict(), render(found, modules=modules), as_json)
+    _print(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
 
@@ -277,10 +279,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(143)
 
 
-def _print(data: Any, shown: Any, as_json: bool) -> None:
-    """Print the result: ``data`` as JSON, or ``shown``, a text or something rich can draw."""
+def _print(data: Callable[[], Any], shown: Any, as_json: bool) -> None:
+    """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can draw."""
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data(), indent=2))
     elif isinstance(shown, str):
         print(shown)
     else:

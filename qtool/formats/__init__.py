@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
-from qtool.errors import CheckpointRefused, RecipeRefused
+from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
 from qtool.formats.layout import Detector, Format, Layout, QuantizedModule, modules_of, refused
 from qtool.formats.values import check_tensors, check_values
@@ -46,12 +45,12 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
             try:
                 return format.detect(checkpoint, config)
             except RecipeRefused as error:  # the scheme the config describes is none
-                raise CheckpointRefused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", hint=error.hint) from error
-            except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, re.error) as error:  # it comes from outside, in any shape
+                raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", error.hint or "take config.json from the original") from error
+            except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # it comes from outside, in any shape
                 message = f"{checkpoint.path}: its quantization config cannot be understood ({type(error).__name__}: {error})"
-                raise CheckpointRefused("E_QUANT_CONFIG", message) from error
+                raise refused("E_QUANT_CONFIG_TYPE", message, "take config.json from the original") from error
     method = config.get("quant_method", "unnamed")
-    raise refused("E_FORMAT", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
+    raise refused("E_QUANT_METHOD", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
 
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:

@@ -29,7 +29,8 @@ def claims(config: Mapping[str, Any]) -> bool:
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """Return the layout: a module is quantized when it has a ``qweight``; the config tells whether zeros are used."""
     if _version(config) != "gemm":
-        raise refused("E_FORMAT", f"{checkpoint.path}: AWQ in the layout `{_version(config)}` is a kernel's own and is not read; `gemm` is")
+        message = f"{checkpoint.path}: AWQ in the layout `{_version(config)}` is a kernel's own and is not read; `gemm` is"
+        raise refused("E_KERNEL_LAYOUT", message, "quantize the original again")
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     if config.get("quant_method") == "gptq":

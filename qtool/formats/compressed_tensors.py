@@ -6,13 +6,13 @@ Source: compressed-tensors 0.19, `quantization/quant_args.py`, `compressors/`, `
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.reader import FLOAT_DTYPES
 from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, by_scheme, group_size, modules_of, refused, shared_objection
+from qtool.formats.patterns import Names
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
 VERSION = "0.19.0"  # from 0.18 on, codes of 3, 5, 6 and 7 bits are packed densely
+CLASS = "Linear"  # a target that means every linear layer
 ACT_ORDER_VERSION = "0.18.0"  # the last that takes a g_idx
 SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
@@ -35,25 +36,27 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """Return the layout that ``config`` and the tensors of ``checkpoint`` describe together."""
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense" or config.get("format") in ("marlin-24", "sparse-24-bitmask", "sparse-bitmask"):
-        raise refused("E_FORMAT", f"{checkpoint.path}: sparse compressed-tensors ({sparsity}, {config.get('format')}) is not read")
+        hint = "quantize the original again, without sparsity"
+        raise refused("E_SPARSE", f"{checkpoint.path}: sparse compressed-tensors ({sparsity}, {config.get('format')}) is not read", hint)
     groups = _weight_groups(config)
-    ignore = list(config.get("ignore") or [])
+    ignored = Names(config.get("ignore") or [])
+    targets = _targets(groups)
+    by_class = next((group for group in groups.values() if CLASS in (group.get("targets") or [])), None)
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
-        group = _group_of(parts.name, groups)
-        ignored = any(_matches(parts.name, entry) for entry in ignore)
+        group = next((group for names, group in targets if parts.name in names), by_class)
         if _is_quantized(parts):
-            if ignored:
+            if parts.name in ignored:
                 warnings.append(f"`{parts.name}` is quantized and the config ignores it")
             if group is None and len(groups) != 1:
-                raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config targets it")
+                raise refused("E_QUANT_TARGET", f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config targets it")
             if group is None:
                 warnings.append(f"`{parts.name}` is quantized and the config does not target it")
             modules[parts.name] = _module(checkpoint, parts, group or next(iter(groups.values())))
         elif "weight_scale" in parts:
             warnings.append(f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its quantization is only simulated")
-        elif group and not ignored and "embed" not in parts.name and len(getattr(parts.tensors.get("weight"), "shape", ())) == 2:
+        elif group and parts.name not in ignored and "embed" not in parts.name and len(getattr(parts.tensors.get("weight"), "shape", ())) == 2:
             warnings.append(f"`{parts.name}` is a target of the config and is stored as {parts['weight'].dtype}")
     if _online_transforms(config):
         warnings.append("the config holds online rotations (QuIP, SpinQuant R3/R4): weights as read are still rotated")
@@ -164,7 +167,7 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
         names = [module.name for module in members]
         heads = [name for name in names if name.rpartition(".")[2] == "lm_head"]  # SGLang takes it for a target only by name
         groups[f"group_{index}"] = {
-            "targets": ["Linear", *heads] if len(schemes) == 1 else names,
+            "targets": [CLASS, *heads] if len(schemes) == 1 else names,
             "weights": _arguments(scheme.weights, act_order=any(module.act_order for module in members)),
             "input_activations": _arguments(scheme.activations) if scheme.activations else None,
             "output_activations": None,
@@ -231,24 +234,19 @@ def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     groups = {}
     for name, group in (config.get("config_groups") or {}).items():
         if isinstance(group, list):
-            raise refused("E_QUANT_CONFIG", f"config group `{name}` is a preset's name: the checkpoint was not written by compressed-tensors")
+            hint = "write the group out, with `targets` and `weights`"
+            raise refused("E_QUANT_PRESET", f"config group `{name}` is only a preset's name, which compressed-tensors reads and never writes", hint)
         if group.get("weights"):
             groups[name] = group
     return groups
 
 
-def _group_of(name: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the group that targets ``name``: by exact name, then by the smallest pattern, then by class, as compressed-tensors does."""
-    targets = sorted((_rank(target), target, key) for key, group in groups.items() for target in group.get("targets") or [])
-    return next((groups[key] for _, target, key in targets if _matches(name, target) or target == "Linear"), None)
-
-
-def _rank(target: str) -> int:
-    return 2 if target == "Linear" else 1 if target.startswith("re:") else 0
-
-
-def _matches(name: str, entry: str) -> bool:
-    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+def _targets(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[Names, Mapping[str, Any]]]:
+    """Return what each group targets by name: exact names first, then patterns, the smallest string first, as compressed-tensors takes them."""
+    entries = [(entry.startswith("re:"), entry, key) for key, group in groups.items() for entry in group.get("targets") or [] if entry != CLASS]
+    exact = {key: [entry for is_pattern, entry, owner in entries if owner == key and not is_pattern] for key in groups}
+    patterns = sorted((entry, key) for is_pattern, entry, key in entries if is_pattern)
+    return [(Names(names), groups[key]) for key, names in exact.items()] + [(Names([entry]), groups[key]) for entry, key in patterns]
 
 
 def _is_quantized(parts: Parts) -> bool:
@@ -285,7 +283,7 @@ def _packed_shape(checkpoint: Checkpoint, parts: Parts, bits: int, group: int | 
     shape = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
     dense, padded = math.ceil(shape[1] * bits / 32), math.ceil(shape[1] / (32 // bits))
     if shape[0] != rows or words not in (dense, padded):
-        raise parts.misfit("weight_packed", f"[{shape[0]}, {dense}] for {bits}-bit weights of `weight_shape` {list(shape)}")
+        raise parts.misfit("weight_packed", f"[{shape[0]}, {dense}] for {bits}-bit weights of `weight_shape` {list(shape)}", code="E_WEIGHT_SHAPE")
     return shape
 
 
@@ -307,7 +305,7 @@ def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> W
             raise parts.misfit("weight_scale", f"one scale for each block of {block[0]} x {block[1]} of {rows} x {columns}")
         return Weights(format, "block", block=block, symmetric=symmetric)
     if strategy not in ("group", "tensor_group"):
-        raise refused("E_QUANT_CONFIG", f"`{parts.name}`: weights of strategy `{strategy}` are not read")
+        raise refused("E_QUANT_STRATEGY", f"`{parts.name}`: weights of strategy `{strategy}` are not read", "tensor, channel, group and block are")
     nvfp4 = format == "fp4" and (strategy == "tensor_group" or scale.dtype == "F8_E4M3")
     if nvfp4:
         parts["weight_global_scale"]

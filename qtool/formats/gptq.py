@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
+from qtool.formats.patterns import Pattern
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     variant = _variant(config)
     if variant not in ("gptq", "gptq_v2", "gptq_p") or config.get("is_marlin_format"):
         raise refused(
-            "E_FORMAT", f"{checkpoint.path}: GPTQ in the layout `{variant}` is a kernel's own and is not read", "quantize the original again"
+            "E_KERNEL_LAYOUT", f"{checkpoint.path}: GPTQ in the layout `{variant}` is a kernel's own and is not read", "quantize the original again"
         )
     if config.get("pack_dtype", "int32") != "int32":
-        raise refused("E_FORMAT", f"{checkpoint.path}: GPTQ packed in {config['pack_dtype']} is not read; int32 is")
+        raise refused(
+            "E_PACK_DTYPE", f"{checkpoint.path}: GPTQ packed in {config['pack_dtype']} is not read; int32 is", "quantize the original again"
+        )
+    dynamic = _Dynamic(config)
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         if not parts.tensors.keys() & {"qweight", "qzeros", "scales", "g_idx"}:
             continue
-        options = _options(config, parts.name)
+        options = dynamic.options(parts.name)
         modules[parts.name] = module = _module(parts, {} if options is None else options, variant)
         if options is None:
             warnings.append(f"`{parts.name}` is quantized and `dynamic` leaves it out")
@@ -184,13 +188,20 @@ def _variant(config: Mapping[str, Any]) -> str:
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
-def _options(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """Return the config as it holds for the module ``name``; None when ``dynamic`` leaves the module out. Skips come first, as in GPTQModel."""
-    dynamic = config.get("dynamic") or {}
-    for pattern, override in sorted(dynamic.items(), key=lambda item: not item[0].startswith("-:")):
-        if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
-            return None if pattern.startswith("-:") or override is False else {**config, **(override or {})}
-    return config
+class _Dynamic:
+    """The config's ``dynamic``: what holds for single layers. Skips come first, as in GPTQModel."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        rules = sorted((config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:"))
+        self._rules = [(Pattern(key.removeprefix("-:").removeprefix("+:")), key.startswith("-:"), options) for key, options in rules]
+
+    def options(self, name: str) -> Mapping[str, Any] | None:
+        """Return the config as it holds for the layer ``name``; None when it is left out."""
+        for pattern, is_skip, override in self._rules:
+            if pattern.match(name):
+                return None if is_skip or override is False else {**self._config, **(override or {})}
+        return self._config
 
 
 def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> QuantizedModule:
@@ -200,8 +211,13 @@ def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> Quantized
     bits = zero_words * 32 // rows if rows else 0
     if not 2 <= bits <= 8 or math.ceil(rows * bits / 32) != zero_words:
         raise parts.misfit("qzeros", f"{rows} zeros of 2 to 8 bits in each of {groups} rows")
+    if not groups or not rows:
+        raise parts.misfit("scales", "at least one scale for each output", code="E_NO_GROUPS")
     columns = parts["g_idx"].count if "g_idx" in parts else word_rows * 32 // bits
     if math.ceil(columns * bits / 32) != word_rows:
+        if "g_idx" in parts:
+            expected = f"{word_rows * 32 // bits}, a group for each input that `qweight` {list(parts['qweight'].shape)} holds in {bits} bits"
+            raise parts.misfit("g_idx", expected, code="E_G_IDX_LENGTH")
         raise parts.misfit("qweight", f"{math.ceil(columns * bits / 32)} rows for {columns} inputs of {bits} bits")
     if parts["scales"].shape != (groups, rows) or zero_groups != groups:
         raise parts.misfit("scales", f"[{zero_groups}, {rows}], as `qzeros` and `qweight` have it")

@@ -119,14 +119,17 @@ class Parts:
     def matrix(self, suffix: str, *dtypes: str) -> tuple[int, int]:
         """Return the shape of the tensor ``suffix``, which must have two dimensions and one of ``dtypes``."""
         tensor = self[suffix]
-        if len(tensor.shape) != 2 or tensor.dtype not in dtypes:
-            raise self.misfit(suffix, f"a matrix of {' or '.join(dtypes)}")
+        if tensor.dtype not in dtypes:
+            raise self.misfit(suffix, f"a matrix of {' or '.join(dtypes)}", code="E_TENSOR_DTYPE")
+        if len(tensor.shape) != 2:
+            raise self.misfit(suffix, "a matrix")
         return tensor.shape[0], tensor.shape[1]
 
-    def misfit(self, suffix: str, expected: str) -> CheckpointRefused:
+    def misfit(self, suffix: str, expected: str, *, code: str = "") -> CheckpointRefused:
         """Return the error that says that the tensor ``suffix`` is not what was ``expected``."""
         tensor = self[suffix]
-        return refused("E_TENSOR_SHAPE", f"`{tensor.name}` is {tensor.dtype} {list(tensor.shape)}; expected {expected}")
+        code = code or ("E_SCALE_SHAPE" if "scale" in suffix else "E_ZERO_SHAPE" if "zero" in suffix else "E_TENSOR_SHAPE")
+        return refused(code, f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; expected {expected}")
 
 
 def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
@@ -189,6 +192,6 @@ def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> N
             raise refused("E_CANNOT_HOLD", message, "convert to compressed-tensors, which has whole names")
 
 
-def refused(code: str, message: str, hint: str = "") -> CheckpointRefused:
+def refused(code: str, message: str, hint: str = "config and tensors are not of one export: download or export it again") -> CheckpointRefused:
     """Return the error for a checkpoint whose parts do not fit together."""
     return CheckpointRefused(code, message, hint=hint)

@@ -90,7 +90,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         own = per_layer.get(parts.name)
         if _is_quantized(parts):
             if own is None and algorithm == "MIXED_PRECISION":
-                raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it")
+                raise refused("E_QUANT_TARGET", f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it")
             if any(fnmatchcase(parts.name, pattern) for pattern in excluded):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
             modules[parts.name] = _module(parts, str(own["quant_algo"]).upper() if own else algorithm)
@@ -254,7 +254,7 @@ def _is_quantized(parts: Parts) -> bool:
 
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:
     if algorithm not in INPUT_OF_ALGORITHM:
-        raise refused("E_FORMAT", f"`{parts.name}`: ModelOpt's `{algorithm}` is not read", f"read are {', '.join(INPUT_OF_ALGORITHM)}")
+        raise refused("E_QUANT_ALGORITHM", f"`{parts.name}`: ModelOpt's `{algorithm}` is not read", f"read are {', '.join(INPUT_OF_ALGORITHM)}")
     weights, shape = _weights(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
     activations = INPUT_OF_ALGORITHM[algorithm]
     if activations and activations.needs_data:

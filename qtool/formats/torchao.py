@@ -59,4 +59,4 @@ def _module(checkpoint: Checkpoint, parts: Parts, kind: str) -> QuantizedModule:
         rows, columns = row_tiles * 8, column_tiles * 8 * 16  # tiles of tinygemm, padded: the layer itself may be smaller
         group_size = columns // parts[TILES].shape[0]
         return QuantizedModule(parts.name, Scheme(Weights("int4", "group", group_size, symmetric=False)), (rows, columns), parts.tensors)
-    raise refused("E_FORMAT", f"{checkpoint.path}: torchao's `{kind}` is not read", f"{', '.join([*ROW_SCHEMES, 'Int4WeightOnlyConfig'])} are")
+    raise refused("E_QUANT_CLASS", f"{checkpoint.path}: torchao's `{kind}` is not read", f"{', '.join([*ROW_SCHEMES, 'Int4WeightOnlyConfig'])} are")

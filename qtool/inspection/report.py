@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qtool import formats
@@ -16,6 +17,7 @@ from qtool.inspection.deep import DeepReport, measure
 from qtool.inspection.engines import EngineReport, check_engine
 from qtool.plan import is_linear, why_plain
 
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")  # the last is what old compressed-tensors wrote for the KV cache
 
 
@@ -84,11 +86,12 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, for ``--json``."""
+        parts = {name: part.to_dict() if part else None for name, part in (("deep", self.deep), ("against", self.against), ("engine", self.engine))}
         rows = {
-            kind: [{**asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in getattr(self, kind)]
+            kind: [{**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in getattr(self, kind)]
             for kind in ("quantized", "plain", "modules")
         }
-        return {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4), **rows, "warnings": list(self.warnings)}
+        return {**vars(self), "bits_per_weight": round(self.bits_per_weight, 4), **rows, **parts, "warnings": list(self.warnings)}
 
 
 def inspect(
@@ -110,7 +113,8 @@ def inspect(
     """
     layout = formats.detect(checkpoint)
     modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
-    quantized = _rows((_kind(module.name), module.scheme.name, *_size(module)) for module in modules.values())
+    linears = tuple(_modules(checkpoint, modules))
+    quantized = _rows((module.kind, module.scheme, module.parameters, module.size_bytes) for module in linears if module.scheme)
     owned = layout.owned if layout else frozenset()
     plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned)
     warnings = list(layout.warnings) if layout else []
@@ -129,7 +133,7 @@ def inspect(
         plain_bytes=2 * parameters,
         quantized=quantized,
         plain=plain,
-        modules=tuple(_modules(checkpoint, modules)),
+        modules=linears,
         kv_cache=layout.kv_cache if layout else None,
         tied_embeddings=checkpoint.tied_embeddings,
         warnings=tuple(warnings),
@@ -141,23 +145,20 @@ def inspect(
 
 def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -> Iterator[Module]:
     """Yield every linear layer in the order of the headers, quantized or not."""
-    seen: set[str] = set()
-    for tensor in checkpoint.tensors.values():
-        owner = tensor.name.rpartition(".")[0]
-        module = quantized.get(owner)
-        if owner in seen:
-            continue
-        if module:
-            seen.add(owner)
-            yield Module(owner, _kind(owner), _layer(owner), module.scheme.name, "", module.shape, *_size(module))
-        elif is_linear(tensor):
-            seen.add(owner)
-            rows, columns = tensor.shape
-            yield Module(owner, _kind(owner), _layer(owner), None, why_plain(checkpoint, owner), (rows, columns), tensor.count, tensor.size_bytes)
+    by_tensor = {next(iter(module.tensors.values())).name: module for module in quantized.values()}
+    for name, tensor in checkpoint.tensors.items():
+        if module := by_tensor.get(name):
+            yield Module(module.name, _kind(module.name), _layer(name), module.scheme.name, "", module.shape, *_size(module))
+        elif name.endswith(".weight") and is_linear(tensor):
+            owner = name.removesuffix(".weight")
+            if owner not in quantized:
+                rows, columns = tensor.shape
+                yield Module(owner, _kind(owner), _layer(name), None, why_plain(checkpoint, owner), (rows, columns), tensor.count, tensor.size_bytes)
 
 
 def _layer(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    found = LAYER_NUMBER.search(name)
+    return int(found[1]) if found else None
 
 
 def _kind(name: str) -> str:
@@ -177,8 +178,11 @@ def _plain(tensor: TensorInfo) -> tuple[str, str, int, int]:
 
 
 def _rows(items: Iterable[tuple[str, str, int, int]]) -> tuple[Row, ...]:
-    found: dict[tuple[str, str], Row] = {}
+    sums: dict[tuple[str, str], list[int]] = {}
     for kind, scheme, parameters, size_bytes in items:
-        row = found.get((kind, scheme), Row(kind, scheme, 0, 0, 0))
-        found[kind, scheme] = Row(kind, scheme, row.count + 1, row.parameters + parameters, row.size_bytes + size_bytes)
-    return tuple(sorted(found.values(), key=lambda row: (-row.size_bytes, row.kind, row.scheme)))
+        row = sums.setdefault((kind, scheme), [0, 0, 0])
+        row[0] += 1
+        row[1] += parameters
+        row[2] += size_bytes
+    rows = (Row(kind, scheme, *numbers) for (kind, scheme), numbers in sums.items())
+    return tuple(sorted(rows, key=lambda row: (-row.size_bytes, row.kind, row.scheme)))

@@ -77,8 +77,8 @@ def _by_overrides(dynamic: Mapping[str, Any], config: Mapping[str, Any]) -> Conc
 
     def conclude(linear: Linear) -> Conclusion:
         bits, size = base
-        for negative, pattern, value in patterns:
-            if pattern.match(linear.runs_in):
+        for negative, matches, value in patterns:
+            if matches(linear.runs_in):
                 if negative:
                     return Conclusion("plain")
                 if isinstance(value, Mapping):

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from typing import Literal
 
+from qtool.errors import CheckpointRefused
+from qtool.formats.patterns import Pattern
+
 Matcher = Literal["exact", "regex", "suffix", "ending", "substring", "component", "glob", "part_glob", "start"]
 WILDCARDS = frozenset("*?[")
-NOTHING = re.compile(r"(?!)")
 
 
 def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str], bool]:
@@ -19,12 +21,12 @@ def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str],
     return lambda name: any(test(name) for test in tests)
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Return the regex ``pattern``; one that cannot be read matches nothing."""
+def compiled(pattern: str) -> Callable[[str], bool]:
+    """Return a function that says whether the regex ``pattern`` matches the start of a name; one that cannot be read matches nothing."""
     try:
-        return re.compile(pattern)
-    except re.error:
-        return NOTHING
+        return Pattern(pattern).match
+    except CheckpointRefused:
+        return lambda name: False
 
 
 def _exact(entries: list[str]) -> Callable[[str], bool]:
@@ -64,7 +66,7 @@ def _part_glob(entries: list[str]) -> Callable[[str], bool]:
 
 def _start(entries: list[str]) -> Callable[[str], bool]:
     patterns = [compiled(entry) for entry in entries]
-    return lambda name: any(pattern.match(name) for pattern in patterns)
+    return lambda name: any(matches(name) for matches in patterns)
 
 
 def _translated(entries: list[str]) -> re.Pattern[str] | None:
