@@ -121,7 +121,7 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         amax = torch.maximum(low.float().abs(), high.float().abs())
     if weights.scale == "e4m3" and amax is not None:
         over_fp8 = scheme.activations and scheme.activations.format == "fp8"  # kernels then unpack fp4 to fp8, so scale * code stays below 448
-        scale2 = torch.where(amax > 0, to_16_bits(amax) / (FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0)
+        scale2 = torch.where(amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0)
     dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
     pieces = [_rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype) for start, stop in _row_ranges(rows, columns, height)]
     zeros = [zero for _, _, zero in pieces if zero is not None]
@@ -154,12 +154,13 @@ def _rounded(
     else:
         low, high = tiles.amin((1, 3)).clamp(max=0), tiles.amax((1, 3)).clamp(min=0)
         largest_here = high - low
-    limit = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (2 if weights.symmetric else 1)
+    largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (2 if weights.symmetric else 1)
+    limit = x.new_tensor(largest_code)  # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
     if scale2 is not None:
         scale = to_fp8((largest_here / (limit * scale2)).clamp(min=2**-9))
         step = scale.float() * scale2
     elif weights.scale == "e8m0":
-        step = mx_scale(largest_here, limit)
+        step = mx_scale(largest_here, largest_code)
         scale = step.to(torch.float8_e8m0fnu)
     else:
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

@@ -103,6 +103,8 @@ def travel(source: Checkpoint, to: str, scratch: Path, measured) -> Trip:
         qtool.export(there, to=GPTQ_V2 if is_v2 else layout.format, output=again, max_shard_size="2MiB")
     except QtoolError as error:
         return Trip(to, None, None, (), f"{error.code} {error.message}")
+    except Exception as error:  # a bug, to be seen in the table and not at its end
+        return Trip(to, None, None, (), f"CRASH {error!r}")
     return Trip(to, between, measured(again), tuple(differing(source, open_checkpoint(again))))
 
 
