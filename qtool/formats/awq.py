@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds this one of its eight columns
 NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+LOW = 0x0F0F0F0F  # the even nibbles of a word
+HIGH = ~LOW
 
 
 def claims(config: Mapping[str, Any]) -> bool:
@@ -46,17 +48,22 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """Return the common form of ``tensors``."""
+    import torch
+
     from qtool.formats.packing import signed, unpack_bits
-    from qtool.weight import QuantizedWeight, pack_pairs
+    from qtool.weight import QuantizedWeight
 
-    rows, _ = module.shape
-
-    def codes(words: Tensor) -> Tensor:
-        in_order = unpack_bits(words, 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
-        return in_order.flatten(1).T.contiguous()
-
-    zero = None if module.scheme.weights.symmetric else signed(codes(tensors["qzeros"]), 4)
-    return QuantizedWeight(pack_pairs(codes(tensors["qweight"])), tensors["scales"].T.contiguous(), None, zero)
+    rows, columns = module.shape
+    words = tensors["qweight"].T.contiguous()
+    even, odd = words[:, ::2], words[:, 1::2]  # two inputs, which share a byte of `data`
+    halves = ((even & LOW) | ((odd & LOW) << 4), ((even >> 4) & LOW) | (odd & HIGH))  # the byte j of half h is nibble 2 j + h of both inputs
+    bytes_of = [half.view(torch.uint8).reshape(rows // 8, columns // 2, 4) for half in halves]
+    data = torch.stack([bytes_of[nibble % 2][..., nibble // 2] for nibble in NIBBLE_OF_COLUMN], dim=1).reshape(rows, columns // 2)
+    zero = None
+    if not module.scheme.weights.symmetric:
+        codes = unpack_bits(tensors["qzeros"], 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
+        zero = signed(codes.flatten(1).T.contiguous(), 4)
+    return QuantizedWeight(data, tensors["scales"].T.contiguous(), None, zero)
 
 
 def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -79,16 +86,18 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     import torch
 
     from qtool.formats.packing import offset_binary, pack_bits
-    from qtool.weight import unpack_pairs
 
-    rows, _ = module.shape
-
-    def words(codes: Tensor) -> Tensor:
-        interleaved = codes.T.reshape(-1, rows // 8, 8)[:, :, list(COLUMN_OF_NIBBLE)]
-        return pack_bits(interleaved.flatten(1), 4)
-
+    rows, columns = module.shape
+    by_column = weight.data.reshape(rows // 8, 8, columns // 2)
+    low, high = (torch.stack([by_column[:, column] for column in COLUMN_OF_NIBBLE[half::2]], dim=-1).view(torch.int32)[..., 0] for half in (0, 1))
+    words = torch.stack(((low & LOW) | ((high & LOW) << 4), ((low >> 4) & LOW) | (high & HIGH)), dim=-1)  # the inverse of `read`
     zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
-    return {"qweight": words(unpack_pairs(weight.data)), "qzeros": words(offset_binary(zero, 4)), "scales": weight.scale.T.contiguous()}
+    zeros = offset_binary(zero, 4).T.reshape(-1, rows // 8, 8)[:, :, list(COLUMN_OF_NIBBLE)]
+    return {
+        "qweight": words.reshape(rows // 8, columns).T.contiguous(),
+        "qzeros": pack_bits(zeros.flatten(1), 4),
+        "scales": weight.scale.T.contiguous(),
+    }
 
 
 def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
@@ -132,6 +141,8 @@ def _module(parts: Parts, config: Mapping[str, Any]) -> QuantizedModule:
     if words * 8 != rows:
         raise parts.misfit("qweight", f"[{columns}, {rows // 8}], 4-bit codes of {rows} outputs in `gemm` order")
     symmetric = bool(config["sym"]) if "sym" in config else not config.get("zero_point", True)
+    if columns % 2:
+        raise parts.misfit("qweight", "an even number of inputs")
     if not symmetric and parts.matrix("qzeros", "I32") != (groups, words):
         raise parts.misfit("qzeros", f"[{groups}, {words}]")
     size = config.get("group_size", config.get("q_group_size"))

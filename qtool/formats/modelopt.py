@@ -109,12 +109,13 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     """Return the common form of ``tensors``."""
     import torch
 
-    from qtool.weight import Activation, QuantizedWeight, pack_pairs, uneven_block
+    from qtool.weight import Activation, QuantizedWeight, uneven_block
 
     weights, activations, (rows, _) = module.scheme.weights, module.scheme.activations, module.shape
     data, scale, scale2 = tensors["weight"], tensors["weight_scale"], None
     if weights.format == "int4":  # two rows in a byte, the even one low, in two's complement
-        data = pack_pairs(torch.stack((data & 15, data >> 4), dim=1).flatten(0, 1) ^ 8)
+        even, odd = data[:, ::2], data[:, 1::2]
+        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=1).flatten(0, 1) ^ 0x88
     if weights.scale == "e8m0":
         scale = scale.view(torch.float8_e8m0fnu)
     elif weights.scale == "e4m3":
@@ -146,13 +147,13 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     """Return ``weight``, its scales and what its input needs, in the shapes of `torch/export/quant_utils.py`; scales keep their dtype."""
     import torch
 
-    from qtool.weight import FP8_MAX, unpack_pairs
+    from qtool.weight import FP8_MAX
 
     weights, data, scale = module.scheme.weights, weight.data, weight.scale
     tensors: dict[str, Tensor] = {}
     if weights.format == "int4":
-        codes = unpack_pairs(data) ^ 8
-        data = codes[::2] | (codes[1::2] << 4)
+        even, odd = (data ^ 0x88).reshape(data.shape[0] // 2, 2, -1).unbind(1)
+        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
     if weights.granularity == "tensor":
         scale = scale[0, 0]
     elif weights.granularity == "channel":

@@ -88,6 +88,8 @@ def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Return the ``data`` of a `QuantizedWeight` for rows of packed offset-binary codes, int32 [R, W]; see `unpack_bits`."""
     if bits == 4 and count % 2 == 0:
         return words.view(torch.uint8)[:, : count // 2].contiguous()  # the same order of nibbles
+    if bits == 8:
+        return signed(words.view(torch.uint8)[:, :count].contiguous(), bits)
     return signed(unpack_bits(words, bits, count), bits)
 
 
@@ -98,20 +100,22 @@ def words_from_data(data: Tensor, bits: int) -> Tensor:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack ``codes``, uint8 [R, C], lowest bits first and without gaps, into int32 [R, C * bits / 32]."""
+    if bits == 8:
+        return _as_words(codes)
     rows, count = codes.shape
     eights = torch.nn.functional.pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
-    if 8 % bits == 0:
-        for width in (bits << i for i in range(3) if bits << i < 8):
-            eights = eights[..., ::2] | (eights[..., 1::2] << width)
-    else:
-        shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-        words = torch.sum(eights.long() << shifts, dim=-1, keepdim=True)
-        eights = words.view(torch.uint8)[..., :bits]
-    return _as_words(eights.reshape(rows, -1)[:, : -(-count * bits // 8)])
+    packed = [torch.zeros_like(eights[..., 0]) for _ in range(bits)]  # eight codes in `bits` bytes
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        packed[byte] |= eights[..., i] << shift
+        if shift + bits > 8:
+            packed[byte + 1] |= eights[..., i] >> (8 - shift)
+    return _as_words(torch.stack(packed, dim=-1).reshape(rows, -1)[:, : -(-count * bits // 8)])
 
 
 def _as_words(data: Tensor) -> Tensor:
-    return torch.nn.functional.pad(data, (0, -data.shape[1] % 4)).contiguous().view(torch.int32)
+    padded = torch.nn.functional.pad(data, (0, -data.shape[1] % 4))
+    return padded.reshape(-1).view(torch.int32).reshape(data.shape[0], -1)
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
