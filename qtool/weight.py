@@ -187,9 +187,10 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
     ones scale by amax / 127, as engines do (compressed-tensors simulates amax / 127.5). MX scales follow compressed-tensors: a group whose
     amax has a mantissa of 1.75 or more takes the next power of two.
     """
-    groups = x.float()
+    groups, columns = x.float(), x.shape[-1]
     if activation.granularity == "group":
-        groups = groups.reshape(*x.shape[:-1], -1, activation.group_size or x.shape[-1])
+        size = activation.group_size or columns
+        groups = torch.nn.functional.pad(groups, (0, -columns % size)).reshape(*x.shape[:-1], -1, size)  # the last group may be short
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
     amax = groups.abs().amax(over, keepdim=True)
     if activation.scale == "e4m3":
@@ -213,7 +214,7 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
             scale = ((high - low) / (2 * top + 1)).clamp(min=torch.finfo(torch.float32).tiny)
             zero = (-top - 1 - low / scale).round()
         rounded = ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
-    return rounded.reshape(x.shape).to(x.dtype)
+    return rounded.reshape(*x.shape[:-1], -1)[..., :columns].to(x.dtype)
 
 
 def largest(activation: Activations) -> float:

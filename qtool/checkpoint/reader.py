@@ -81,6 +81,12 @@ class TensorInfo(NamedTuple):  # made faster than a dataclass, and there may be 
         """Number of elements."""
         return math.prod(self.shape)
 
+    def read(self) -> bytes:
+        """Return its bytes as they lie in the file, little-endian, row-major."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -137,10 +143,7 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of tensor ``name`` as they lie in the file, little-endian, row-major."""
-        tensor = self.tensors[name]
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.offset)
-            return file.read(tensor.size_bytes)
+        return self.tensors[name].read()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

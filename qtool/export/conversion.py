@@ -42,7 +42,7 @@ class ConversionResult:
 
     def summary(self) -> str:
         """Return the result in a few lines."""
-        kept = "dequantized" if self.format in PLAIN else "codes and scales unchanged"
+        kept = "codes and scales unchanged" if self.format not in PLAIN else "dequantized" if self.layers else "copied"
         how = f"{self.rounded_layers} of them rounded to nearest" if self.rounded_layers else kept
         return "\n".join(
             [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,16 +12,16 @@ from typing import Any
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
 from qtool.errors import CheckpointRefused, UsageError
-from qtool.export.layers import Layer, Write, format_of, new_weight, read_value, writes_of
+from qtool.export.layers import Layer, Write, format_of, likeness, new_weight, read_value, writes_like, writes_of
 from qtool.export.targets import PLAIN
 from qtool.formats import Format, Layout, QuantizedModule, detect
-from qtool.formats.packing import TORCH_DTYPES
+from qtool.formats.packing import TORCH_DTYPES, permutation, read_tensor
 from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Scheme
-from qtool.weight import QuantizedWeight
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 CACHE_SCALE = re.compile(r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)")
+HOLD_A_CACHE_ALONE = ("compressed-tensors", "modelopt")  # with no layer quantized
 DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
 
 
@@ -51,11 +51,15 @@ class Conversion:
                 copies.setdefault(write.copied.name, []).append(write)
         steps: list[tuple[Layer | None, tuple[Write, ...]]] = []
         begun: set[str] = set()
+        known: dict[Hashable, tuple[Layer, tuple[Write, ...]]] = {}
         for name in self.checkpoint.tensors:
             layer = layers.get(name)
             if layer and layer.source.name not in begun:
                 begun.add(layer.source.name)
-                steps.append((layer, writes_of(self.checkpoint, self.layout, layer, self.to, self.dtype)))
+                kind = likeness(layer.source, layer.target.act_order if layer.target else _is_scattered(self.checkpoint, layer.source))
+                if kind not in known:
+                    known[kind] = layer, writes_of(self.checkpoint, self.layout, layer, self.to, self.dtype)
+                steps.append((layer, writes_like(*known[kind], layer)))
             if name in copies:
                 steps.append((None, tuple(copies[name])))
         return tuple(steps)
@@ -64,6 +68,18 @@ class Conversion:
     def specs(self) -> Iterator[TensorSpec]:
         """Every tensor of the result."""
         return (write.spec for _, writes in self.steps for write in writes)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for: the format, and whether layers may be rounded, to ``scheme`` if given. ``dtype``: of plain weights."""
+
+    checkpoint: Checkpoint
+    layout: Layout | None
+    to: str
+    scheme: Scheme | None
+    requantize: bool
+    dtype: str
 
 
 def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None) -> Conversion:
@@ -77,34 +93,60 @@ def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme 
     if layout is None and to not in PLAIN and not scheme:
         hint = "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has better methods"
         raise UsageError("E_NOT_QUANTIZED", f"{checkpoint.path} is not quantized, so there is nothing to convert", hint=hint)
-    dtype = PLAIN.get(to) or _model_dtype(checkpoint)
+    wish = Wish(checkpoint, layout, to, scheme, requantize, PLAIN.get(to) or _model_dtype(checkpoint))
     linears = _plain_linears(checkpoint, layout)
-    layers = [_decided(checkpoint, layout, to, source, scheme, requantize, dtype) for source in (layout.modules.values() if layout else ())]
-    if layout is None and to not in PLAIN:
-        sources = [tensor for name, tensor in linears.items() if not why_plain(checkpoint, name)]
-        layers = [_decided(checkpoint, layout, to, source, scheme, requantize, dtype) for source in sources]
-    copies, dropped = _copies(checkpoint, layout, to, layers, requantize)
-    notes = [f"{dropped} scales of the KV cache are left out: there is no place for them in {to}"] if dropped else []
+    layers = _layers(wish, linears)
+    copies, dropped = _copies(wish, layers)
     targets = [layer.target for layer in layers if layer.target]
-    if rounded := Counter(layer.target.scheme.name for layer in layers if layer.target and layer.rounded):
-        notes.append(f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}")
-    if to == "compressed-tensors" and any(module.act_order for module in targets):
-        notes.append("act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all")
+    if not targets and to not in (*PLAIN, *HOLD_A_CACHE_ALONE):
+        raise cannot_hold(to, "layers: no layer is quantized, only the KV cache", f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that")
     config = {key: value for key, value in checkpoint.config.items() if key not in DROPPED_IN_CONFIG}
     for key in ("text_config", "llm_config"):
         if isinstance(config.get(key), Mapping):
             config[key] = {inner: value for inner, value in config[key].items() if inner not in DROPPED_IN_CONFIG}
     if to in PLAIN:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = CONFIG_DTYPES[dtype]
-        return Conversion(checkpoint, layout, to, tuple(layers), tuple(copies), {"config.json": config}, dtype, tuple(notes))
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = CONFIG_DTYPES[wish.dtype]
+        files = {"config.json": config}
+    else:
+        kv_cache = layout.kv_cache if layout and not dropped else None
+        files = format_of(to).settings(targets, _left_plain(linears, targets), kv_cache)
+        files["config.json"] = {**config, **files["config.json"]}
+    return Conversion(checkpoint, layout, to, layers, copies, files, wish.dtype, tuple(_notes(wish, layers, dropped)))
+
+
+def _layers(wish: Wish, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
+    """Decide about every quantized layer, or of a plain model every linear one; layers that are alike share one decision."""
+    sources: Iterable[QuantizedModule | TensorInfo] = ()
+    if wish.layout:
+        sources = wish.layout.modules.values()
+    elif wish.to not in PLAIN:
+        sources = [tensor for name, tensor in linears.items() if not why_plain(wish.checkpoint, name)]
+    known: dict[Hashable, Layer] = {}
+    layers = []
+    for source in sources:
+        act_order = _is_scattered(wish.checkpoint, source)
+        kind = likeness(source, act_order)
+        if kind not in known:
+            known[kind] = _decided(wish, source, act_order)
+        like = known[kind]
+        layers.append(Layer(source, like.target and _target(source, like.target.scheme, wish.to, act_order, rounded=like.rounded), like.rounded))
+    return tuple(layers)
+
+
+def _left_plain(linears: Iterable[str], targets: Iterable[QuantizedModule]) -> list[str]:
+    """Return the linear layers that are not quantized, and the output head also where it is the embedding matrix: engines see a layer there."""
     names = {module.name for module in targets}
     left = [name for name in linears if name not in names]
-    if all(name.rpartition(".")[2] != "lm_head" for name in (*left, *names)):
-        left.append("lm_head")  # tied to the embeddings, and a linear layer to every engine
-    kv_cache = layout.kv_cache if layout and not dropped else None
-    files = format_of(to).settings(targets, left, kv_cache)
-    files["config.json"] = {**config, **files["config.json"]}
-    return Conversion(checkpoint, layout, to, tuple(layers), tuple(copies), files, dtype, tuple(notes))
+    return left if any(name.rpartition(".")[2] == "lm_head" for name in (*left, *names)) else [*left, "lm_head"]
+
+
+def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
+    if dropped:
+        yield f"{dropped} scales of the KV cache are left out: there is no place for them in {wish.to}"
+    if rounded := Counter(layer.target.scheme.name for layer in layers if layer.target and layer.rounded):
+        yield f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}"
+    if wish.to == "compressed-tensors" and any(layer.target.act_order for layer in layers if layer.target):
+        yield "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all"
 
 
 def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
@@ -112,40 +154,33 @@ def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
     return CheckpointRefused("E_CANNOT_HOLD", f"{to} cannot hold this checkpoint: {constraint}", hint=hint)
 
 
-def _decided(
-    checkpoint: Checkpoint,
-    layout: Layout | None,
-    to: str,
-    source: QuantizedModule | TensorInfo,
-    scheme: Scheme | None,
-    requantize: bool,
-    dtype: str,
-) -> Layer:
+def _decided(wish: Wish, source: QuantizedModule | TensorInfo, act_order: bool) -> Layer:
     """Return what ``source`` becomes: itself where the format holds it, else the first that the format holds of what it may be rounded to."""
-    if to in PLAIN:
+    if wish.to in PLAIN:
         return Layer(source, None, rounded=False)
-    format, value = format_of(to), read_value(checkpoint, layout, source, meta=True)
+    format, value = format_of(wish.to), read_value(wish.checkpoint, wish.layout, source, meta=True)
     objections = []
-    for candidate, rounded in _candidates(format, source, scheme, requantize):
-        target = _target(source, candidate, to, value, rounded=rounded)
-        weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[dtype])
+    for candidate, rounded in _candidates(format, source, wish):
+        target = _target(source, candidate, wish.to, act_order, rounded=rounded)
+        weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[wish.dtype])
         objection = (_no_rounding(target) if rounded else None) or format.objection(target, weight)
         if objection is None:
             return Layer(source, target, rounded)
         objections.append(objection)
-    hint = (
-        "choose another --scheme" if scheme else "" if requantize else "--requantize rounds such layers to the nearest scheme that the format holds"
-    )
-    raise cannot_hold(to, f"`{source.name}`: {objections[0]}", hint)
+    hint = "--requantize rounds such layers to the nearest scheme that the format holds"
+    if wish.requantize:
+        hint = "choose another --scheme" if wish.scheme else "convert to another format"
+    raise cannot_hold(wish.to, f"`{source.name.removesuffix('.weight')}`: {objections[0]}", hint)
 
 
-def _candidates(format: Format, source: QuantizedModule | TensorInfo, scheme: Scheme | None, requantize: bool) -> Iterator[tuple[Scheme, bool]]:
+def _candidates(format: Format, source: QuantizedModule | TensorInfo, wish: Wish) -> Iterator[tuple[Scheme, bool]]:
     """Yield (scheme, whether weights are rounded for it), the most faithful first."""
+    scheme = wish.scheme
     own = source.scheme if isinstance(source, QuantizedModule) else None
     weights_only = Scheme(own.weights) if own else None
     if own and (scheme is None or scheme == own):
         yield own, False
-    if not requantize:
+    if not wish.requantize:
         return
     if own and weights_only and not scheme:
         yield weights_only, False
@@ -160,14 +195,25 @@ def _candidates(format: Format, source: QuantizedModule | TensorInfo, scheme: Sc
         yield fallback, True
 
 
-def _target(source: QuantizedModule | TensorInfo, scheme: Scheme, to: str, value: Any, *, rounded: bool) -> QuantizedModule:
+def _target(source: QuantizedModule | TensorInfo, scheme: Scheme, to: str, act_order: bool, *, rounded: bool) -> QuantizedModule:
     variant = to if to.startswith("gptq") else ""
     if isinstance(source, TensorInfo):
         rows, columns = source.shape
         return QuantizedModule(source.name.removesuffix(".weight"), scheme, (rows, columns), {}, variant)
     tensors = {suffix: tensor for suffix, tensor in source.tensors.items() if not (rounded and suffix == "pre_quant_scale")}
-    act_order = not rounded and isinstance(value, QuantizedWeight) and value.perm is not None
-    return replace(source, scheme=scheme, tensors=tensors, variant=variant, act_order=act_order)
+    return replace(source, scheme=scheme, tensors=tensors, variant=variant, act_order=act_order and not rounded)
+
+
+def _is_scattered(checkpoint: Checkpoint, source: QuantizedModule | TensorInfo) -> bool:
+    """Whether act-order has scattered the groups of ``source`` over its inputs: flags lie, so ``g_idx`` is read."""
+    if isinstance(source, TensorInfo):
+        return False
+    g_idx = next((tensor for suffix, tensor in source.tensors.items() if suffix in ("g_idx", "weight_g_idx")), None)
+    weights, columns = source.scheme.weights, source.shape[1]
+    return (
+        g_idx is not None
+        and permutation(read_tensor(checkpoint, g_idx.name), weights.scale_count(1, columns), weights.group_size or columns) is not None
+    )
 
 
 def _no_rounding(module: QuantizedModule) -> str | None:
@@ -180,16 +226,17 @@ def _no_rounding(module: QuantizedModule) -> str | None:
     return None
 
 
-def _copies(checkpoint: Checkpoint, layout: Layout | None, to: str, layers: list[Layer], may_drop: bool) -> tuple[list[Write], int]:
-    """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in ``to``."""
+def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int]:
+    """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in the format."""
+    to, layout = wish.to, wish.layout
     changed = {name for layer in layers for name in _tensor_names(layer.source) if not name.endswith(".bias")}
     copies: list[Write] = []
     dropped = 0
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in wish.checkpoint.tensors.items():
         if cache := CACHE_SCALE.fullmatch(name):
             attention, which = cache[1], cache[2] or cache[3] or "kv"
             places = [None if to in PLAIN else format_of(to).cache_scale(attention, letter, tensor.count) for letter in which]
-            if None in places and to not in PLAIN and not may_drop:
+            if None in places and to not in PLAIN and not wish.requantize:
                 hint = "--requantize leaves them out"
                 raise cannot_hold(to, f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the KV cache", hint)
             dropped += None in places
@@ -199,7 +246,7 @@ def _copies(checkpoint: Checkpoint, layout: Layout | None, to: str, layers: list
             copies.append(Write(TensorSpec(name, PLAIN[to] if is_cast else tensor.dtype, tensor.shape), tensor))
     if layout and layout.kv_cache not in (None, "fp8") and not dropped:
         raise cannot_hold(to, f"kv-cache: its scales are for {layout.kv_cache}, and only those for fp8 are converted", "quantize the original again")
-    return copies, dropped
+    return tuple(copies), dropped
 
 
 def _tensor_names(source: QuantizedModule | TensorInfo) -> list[str]:

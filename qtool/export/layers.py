@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,30 @@ def writes_of(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: s
         value = read_value(checkpoint, layout, source, meta=True)
     written = written_tensors(layer, value, to, dtype)
     return tuple(Write(TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), passed.get(id(tensor))) for name, tensor in written.items())
+
+
+def likeness(source: QuantizedModule | TensorInfo, act_order: bool) -> Hashable:
+    """Return what is equal for layers that convert alike: all but their names and numbers."""
+    if isinstance(source, TensorInfo):
+        return source.dtype, source.shape
+    tensors = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in source.tensors.items())
+    return source.scheme, source.shape, source.variant, source.experts, act_order, tensors
+
+
+def writes_like(known: Layer, writes: tuple[Write, ...], layer: Layer) -> tuple[Write, ...]:
+    """Return what ``layer`` writes, from the ``writes`` of one that is like it."""
+    if known is layer:
+        return writes
+    old, new = (each.source.name.removesuffix(".weight") for each in (known, layer))
+    there = _tensors(known.source)
+    here, suffixes = _tensors(layer.source), {tensor.name: suffix for suffix, tensor in there.items()}
+    return tuple(
+        Write(replace(write.spec, name=new + write.spec.name[len(old) :]), write.copied and here[suffixes[write.copied.name]]) for write in writes
+    )
+
+
+def _tensors(source: QuantizedModule | TensorInfo) -> Mapping[str, TensorInfo]:
+    return {"weight": source} if isinstance(source, TensorInfo) else source.tensors
 
 
 def computed_tensors(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, writes: Iterable[Write], to: str, dtype: str) -> dict[str, Tensor]:

@@ -136,8 +136,8 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     algorithm = _algorithm(module)
     if algorithm is None:
         return f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has {', '.join(ALGORITHM_OF_SCHEME)}"
-    if weight.zero is not None:
-        return "zero point: ModelOpt's integers are symmetric"
+    if algorithm == "W4A8_AWQ" and "weight_scale_2" not in module.tensors:
+        return "weight_scale_2: layers that engines fuse share a second scale, and only ModelOpt finds it"
     if scheme.weights.format == "int4" and (rows % 2 or columns % (scheme.weights.group_size or columns)):
         return f"shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found {rows} x {columns}"
     return shared_objection(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
@@ -146,8 +146,6 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return ``weight``, its scales and what its input needs, in the shapes of `torch/export/quant_utils.py`; scales keep their dtype."""
     import torch
-
-    from qtool.weight import FP8_MAX
 
     weights, data, scale = module.scheme.weights, weight.data, weight.scale
     tensors: dict[str, Tensor] = {}
@@ -165,8 +163,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     tensors |= {"weight": data, "weight_scale": scale}
     if weight.scale2 is not None:
         tensors["weight_scale_2"] = weight.scale2[0]
-    elif _algorithm(module) == "W4A8_AWQ":
-        tensors["weight_scale_2"] = weight.scale.float().amax() * 7 / FP8_MAX
+    elif _algorithm(module) == "W4A8_AWQ":  # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
+        tensors["weight_scale_2"] = torch.frombuffer(bytearray(module.tensors["weight_scale_2"].read()), dtype=torch.float32)[0]
     if weight.activation and weight.activation.scale is not None:
         tensors["input_scale"] = weight.activation.scale
     if weight.pre_scale is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from qtool.plan import is_linear
 if TYPE_CHECKING:
     from torch import Tensor
 
+WORST_DB = -300.0  # and what a NaN is given, so that it comes first
 RESCALED_BELOW_DB = 15.0  # an error that large is looked at again
 RESCALED_GAIN_DB = 6.0  # factors of rows and columns, fitted to mere noise, gain less
 
@@ -97,19 +98,23 @@ def _difference(name: str, here: Tensor, there: Tensor) -> Difference:
     if torch.equal(here, there):
         return Difference(name, None, 0.0)
     decibels, rescaled = _sqnr_db(here, there), False
-    if decibels < RESCALED_BELOW_DB:
-        fitted = here * _fit(here, there, dim=0)
-        fitted *= _fit(fitted, there, dim=1)
+    if WORST_DB < decibels < RESCALED_BELOW_DB:
+        fitted = max((_rescaled(here, there, dims) for dims in ((0, 1), (1, 0))), key=lambda each: _sqnr_db(each, there))
         if _sqnr_db(fitted, there) > decibels + RESCALED_GAIN_DB:
             here, decibels, rescaled = fitted, _sqnr_db(fitted, there), True
-    return Difference(name, decibels, float((here - there).abs().max()), rescaled)
+    largest = (here - there).abs().max().nan_to_num(nan=torch.finfo(torch.float32).max)
+    return Difference(name, decibels, float(largest), rescaled)
 
 
 def _sqnr_db(here: Tensor, there: Tensor) -> float:
     signal, noise = float(there.square().sum()), float((there - here).square().sum())
-    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
+    if not math.isfinite(noise + signal):
+        return WORST_DB
+    return max(WORST_DB, 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)))
 
 
-def _fit(here: Tensor, there: Tensor, *, dim: int) -> Tensor:
-    """Return the factors, one for each column (``dim`` 0) or row (1), that bring ``here`` nearest to ``there``."""
-    return (here * there).sum(dim, keepdim=True) / here.square().sum(dim, keepdim=True).clamp(min=1e-30)
+def _rescaled(here: Tensor, there: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return ``here`` with the factors that bring it nearest to ``there``: one for each column (0) or row (1), in the order of ``dims``, twice."""
+    for dim in (*dims, *dims):
+        here = here * ((here * there).sum(dim, keepdim=True) / here.square().sum(dim, keepdim=True).clamp(min=1e-30))
+    return here

@@ -24,6 +24,7 @@ class ModuleNumbers:
 
     ``saturated``: share of the codes at either end of the format's range. ``dead_rows`` and ``dead_columns``: outputs and inputs whose weights are
     all zero. ``scale_histogram``: (exponent e, count of scales in [2^e, 2^(e+1))), in order; of the effective scale, both levels of NVFP4 together.
+    Scales that are NaN or infinite are left out of all three.
     """
 
     name: str
@@ -71,17 +72,19 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
     assert layout is not None
     weight, bits = read(checkpoint, layout, name), layout.modules[name].scheme.weights.bits
     saturated, zero = _marks(weight, bits)
-    scale = weight.scale.float().abs()
+    stored = slice(None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None)  # a common one stands in every row
+    scale = weight.scale[stored].float().abs()
     if weight.scale2 is not None:
-        scale = scale * weight.scale2.abs()[:, None]
+        scale = scale * weight.scale2[stored].abs()[:, None]
+    scale = scale[scale.isfinite()]  # others are among the warnings
     exponents, counts = torch.unique(scale[scale > 0].log2().floor().int(), return_counts=True)
     return ModuleNumbers(
         name=name,
         saturated=float(saturated.float().mean()),
         dead_rows=int(zero.all(dim=1).sum()),
         dead_columns=int(zero.all(dim=0).sum()),
-        scale_min=float(scale.min()),
-        scale_max=float(scale.max()),
+        scale_min=float(scale.min()) if scale.numel() else 0.0,
+        scale_max=float(scale.max()) if scale.numel() else 0.0,
         scale_histogram=tuple(zip(exponents.tolist(), counts.tolist(), strict=True)),
     )
 

@@ -139,7 +139,10 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
         for found in differing[:WORST]
     )
     title = f"furthest from {against.base}; {len(against.modules) - len(differing)} of {len(against.modules)} are equal"
-    yield _table(title, ("layer",), ("SQNR, dB", "largest error"), cells)
+    if differing:
+        yield _table(title, ("layer",), ("SQNR, dB", "largest error"), cells)
+    else:
+        yield Text(f"all {len(against.modules)} layers equal those of {against.base}")
     for only, names in (("here", against.only_here), ("in the base", against.only_there)):
         if names:
             yield Text(f"only {only}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
