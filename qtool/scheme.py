@@ -42,6 +42,8 @@ class Weights:
             raise _invalid(f"weights: block must be two positive whole numbers, rows and columns, found {list(self.block)!r}")
         if self.granularity == "token":
             raise _invalid("weights: granularity `token` is for activations; weights know `channel`")
+        if not self.symmetric and self.granularity == "block":
+            raise _invalid("weights: blocks have no zero points; `symmetric` must stay true")
         if not self.symmetric and self.format.startswith("fp"):
             raise _invalid(f"weights: {self.format} has no zero point; `symmetric` must stay true")
 

@@ -291,7 +291,7 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
     "no input scale": (quantized("modelopt", input_scale=None), "E_MISSING_TENSOR", (f"{LAYER}.input_scale",)),
     "g_idx of another length": (quantized("gptq", g_idx=("I32", (300,))), "E_G_IDX_LENGTH", (f"{LAYER}.g_idx", "[300]")),
     "zeros of another width": (quantized("gptq", qzeros=("I32", (2, 90))), "E_ZERO_SHAPE", (f"{LAYER}.qzeros", "[2, 90]")),
-    "no groups": (quantized("gptq", qzeros=("I32", (0, 16)), scales=("F16", (0, 128))), "E_NO_GROUPS", ("",)),
+    "no groups": (quantized("gptq", qzeros=("I32", (0, 16)), scales=("F16", (0, 128))), "E_SCALE_SHAPE", ("[0, 128]",)),
     "AWQ scales too wide": (quantized("awq", scales=("F16", (2, 256))), "E_TENSOR_SHAPE", (f"{LAYER}.qweight", "256 outputs")),
     "AWQ zeros of one group": (quantized("awq", qzeros=("I32", (1, 16))), "E_ZERO_SHAPE", (f"{LAYER}.qzeros", "[1, 16]")),
     "scales of too few rows": (quantized("int4", weight_scale=("BF16", (64, 2))), "E_SCALE_SHAPE", (f"{LAYER}.weight_scale", "[64, 2]")),

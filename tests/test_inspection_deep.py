@@ -334,7 +334,7 @@ def test_the_page_is_written_beside_what_is_printed(run_cli, sample, tmp_path):
 def test_a_place_that_cannot_be_written_is_an_error_and_no_traceback(run_cli, sample):
     result = run_cli("inspect", "--model-path", sample("ct/W4A16"), "--html", "no/such/folder/report.html")
     assert result.exit_code == 4
-    assert re.match(r"error\[E_OUTPUT_PLACE\]: no/such/folder/report\.html: cannot write there \(No such file or directory\)", result.stderr)
+    assert re.match(r"error\[E_OUTPUT_PLACE\]: no/such/folder/report\.html: cannot write there", result.stderr)
 
 
 def test_a_base_of_another_shape_is_refused_by_the_command(run_cli, sample, tmp_path):

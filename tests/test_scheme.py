@@ -29,7 +29,7 @@ def weights(draw):
         granularity,
         draw(groups(granularity)),
         draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
-        format.startswith("fp") or draw(st.booleans()),
+        format.startswith("fp") or granularity == "block" or draw(st.booleans()),
         draw(scales(format)),
     )
 

@@ -68,8 +68,9 @@ class Shards:
             raise ValueError(f"{name}: {len(view)} bytes for a place of {size}")
         done = 0
         with self._writing:
+            target = self._open(path)
             while done < size:
-                done += os.pwrite(self._descriptors[path], view[done:], offset + done)
+                done += os.pwrite(target, view[done:], offset + done)
         return self._done(path)
 
     def copy(self, name: str, source: TensorInfo) -> Path | None:
@@ -79,8 +80,9 @@ class Shards:
         with source.file.open("rb", buffering=0) as file:
             read_ahead(file.fileno(), source.offset, size)
             with self._writing:
+                target = self._open(path)
                 while done < size:
-                    count = _copy_range(file.fileno(), self._descriptors[path], size - done, source.offset + done, offset + done)
+                    count = _copy_range(file.fileno(), target, size - done, source.offset + done, offset + done)
                     if not count:
                         hint = "it was changed meanwhile: start again"
                         raise CheckpointRefused("E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint=hint)
@@ -94,18 +96,28 @@ class Shards:
             header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end := end + spec.size_bytes]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._descriptors[path] = descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.truncate(descriptor, 8 + len(text) + end)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
         self._left[path] = len(specs)
         for spec in specs:
             start, stop = header[spec.name]["data_offsets"]
             self._places[spec.name] = path, 8 + len(text) + start, stop - start
 
+    def _open(self, path: Path) -> int:
+        """Return the descriptor of ``path``, open from its first write to its last: a checkpoint may have more files than a process may open."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDWR)
+        return self._descriptors[path]
+
     def _done(self, path: Path) -> Path | None:
         with self._lock:
             self._left[path] -= 1
-            return path if self._left[path] == 0 else None
+            if self._left[path]:
+                return None
+            if path in self._descriptors:
+                os.close(self._descriptors.pop(path))
+            return path
 
 
 def read_ahead(source: int, start: int, size: int) -> None:
@@ -118,7 +130,8 @@ def _copy_range(source: int, target: int, size: int, source_offset: int, target_
     """Copy up to ``size`` bytes from one open file to another and return how many; 0 at the end of the source."""
     if hasattr(os, "copy_file_range"):
         try:
-            return os.copy_file_range(source, target, min(size, 1 << 30), source_offset, target_offset)
+            if count := os.copy_file_range(source, target, min(size, 1 << 30), source_offset, target_offset):
+                return count  # some file systems answer 0 for what they cannot do
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise

@@ -15,7 +15,7 @@ MANIFEST_VERSION = 1
 CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("tekken.json", "generation_config.json", "*preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
 WRITTEN = ("*.safetensors", "model.safetensors.index.json", *CONFIGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 import traceback
@@ -216,6 +217,10 @@ def inspect(
     gc.disable()  # the objects of a large checkpoint are many, none is garbage, and the process ends soon
     if engine is None and (engine_version or gpu or tensor_parallel != 1):
         raise UsageError("E_NO_ENGINE", "--engine-version, --gpu and --tp are questions to an engine", hint="add --engine vllm")
+    if html:
+        place = html if html.exists() else html.parent
+        if html.is_dir() or not os.access(place, os.W_OK):
+            raise ResourceError("E_OUTPUT_PLACE", f"{html}: cannot write there", hint="choose another file")
     found = run(
         open_checkpoint(resolve_model(model_path, revision=revision)),
         deep=deep,
@@ -226,17 +231,10 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        _write(html, render_page(found))
+        html.write_text(render_page(found), encoding="utf-8")
     _print(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError("E_OUTPUT_PLACE", f"{path}: cannot write there ({error.strerror})", hint="choose another file") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

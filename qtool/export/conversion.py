@@ -85,6 +85,7 @@ def convert(
     decided = decide(checkpoint, to, requantize=requantize, scheme=target_scheme)
     for note in decided.notes:
         on_event({"event": "note", "text": note})
+    source_manifest = read_json(checkpoint.path / MANIFEST) if (checkpoint.path / MANIFEST).is_file() else None
     need_bytes = sum(spec.size_bytes for spec in decided.specs) + (16 << 20)
     with stage_output(output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes) as staging:
         digests, problems = stream(decided, staging, shard_bytes, on_event)
@@ -96,7 +97,7 @@ def convert(
         finish_files(checkpoint.path, staging.checkpoint)
         written = _verified(decided, staging)
         digests |= digest_files(path for path in staging.files() if path.name not in digests)
-        write_json(staging.checkpoint / MANIFEST, _manifest(decided, digests))
+        write_json(staging.checkpoint / MANIFEST, _manifest(decided, digests, source_manifest))
         staging.publish()
     return ConversionResult(
         output=output.absolute(),
@@ -118,6 +119,10 @@ def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
     layout = detect(written)
     found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
     expected = {layer.target.name: layer.target.scheme for layer in decided.layers if layer.target}
+    wanted = decided.files["config.json"].get("quantization_config", {}).get("kv_cache_scheme") and "fp8"
+    if wanted and (layout is None or layout.kv_cache != wanted):
+        message = f"the KV cache was to be {wanted} and reads back as {layout and layout.kv_cache}"
+        raise QtoolError("E_VERIFY", message, hint="nothing was published; this is a bug in qtool, please report it")
     if found != expected:
         name = next(name for name in {**found, **expected} if found.get(name) != expected.get(name))
         message = f"`{name}` was to become {expected.get(name)} and reads back as {found.get(name)}"
@@ -125,9 +130,8 @@ def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
     return written
 
 
-def _manifest(decided: Conversion, files: dict[str, Any]) -> dict[str, Any]:
+def _manifest(decided: Conversion, files: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
     """Return what a reader needs to trust the checkpoint; what the source's own manifest says of how it was made is kept."""
-    source = decided.checkpoint.path / MANIFEST
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": decided.checkpoint.name,
@@ -139,6 +143,6 @@ def _manifest(decided: Conversion, files: dict[str, Any]) -> dict[str, Any]:
         },
         "versions": {"qtool": __version__},
         "source_files": sample_files(decided.checkpoint.weight_files),
-        "source_manifest": {key: value for key, value in read_json(source).items() if key != "files"} if source.is_file() else None,
+        "source_manifest": source and {key: value for key, value in source.items() if key != "files"},
         "files": files,
     }

@@ -14,7 +14,8 @@ from qtool.checkpoint.shards import TensorSpec
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.export.layers import Layer, Write, format_of, likeness, new_weight, read_value, writes_like, writes_of
 from qtool.export.targets import PLAIN
-from qtool.formats import Format, Layout, QuantizedModule, detect
+from qtool.formats import PACKED_DTYPES, Format, Layout, QuantizedModule, detect
+from qtool.formats.layout import PER_HEAD
 from qtool.formats.packing import TORCH_DTYPES, permutation, read_tensor
 from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Scheme
@@ -22,6 +23,7 @@ from qtool.scheme import SCHEMES, Scheme
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 CACHE_SCALE = re.compile(r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)")
 HOLD_A_CACHE_ALONE = ("compressed-tensors", "modelopt")  # with no layer quantized
+SCALE_ENDINGS = ("_scale_inv", "_scales", "_blocks", ".weight_scale", ".scales")
 DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
 
 
@@ -100,18 +102,27 @@ def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme 
     targets = [layer.target for layer in layers if layer.target]
     if not targets and to not in (*PLAIN, *HOLD_A_CACHE_ALONE):
         raise cannot_hold(to, "layers: no layer is quantized, only the KV cache", f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that")
-    config = {key: value for key, value in checkpoint.config.items() if key not in DROPPED_IN_CONFIG}
-    for key in ("text_config", "llm_config"):
-        if isinstance(config.get(key), Mapping):
-            config[key] = {inner: value for inner, value in config[key].items() if inner not in DROPPED_IN_CONFIG}
+    config = _plain_config(checkpoint.config, CONFIG_DTYPES[wish.dtype] if to in PLAIN else None)
     if to in PLAIN:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = CONFIG_DTYPES[wish.dtype]
-        files = {"config.json": config}
+        files = {"config.json": {"dtype": CONFIG_DTYPES[wish.dtype], **config} if "torch_dtype" not in config else config}
     else:
         kv_cache = layout.kv_cache if layout and not dropped else None
+        if kv_cache and any(CACHE_SCALE.fullmatch(write.spec.name) and len(write.spec.shape) == 3 for write in copies):
+            kv_cache += PER_HEAD
         files = format_of(to).settings(targets, _left_plain(linears, targets), kv_cache)
         files["config.json"] = {**config, **files["config.json"]}
     return Conversion(checkpoint, layout, to, layers, copies, files, wish.dtype, tuple(_notes(wish, layers, dropped)))
+
+
+def _plain_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Return ``config`` without a word of quantization, also where it is nested, and with ``dtype`` wherever one is named."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("text_config", "llm_config") and isinstance(value, Mapping):
+            plain[key] = _plain_config(value, dtype)
+        elif key not in DROPPED_IN_CONFIG:
+            plain[key] = dtype if dtype and key in ("dtype", "torch_dtype") else value
+    return plain
 
 
 def _layers(wish: Wish, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
@@ -141,10 +152,20 @@ def _left_plain(linears: Iterable[str], targets: Iterable[QuantizedModule]) -> l
 
 
 def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
+    if wish.layout and wish.layout.kv_cache and wish.to not in (*HOLD_A_CACHE_ALONE, "fp8_block") and not dropped:
+        yield f"the KV cache was to be {wish.layout.kv_cache}, without scales, and {wish.to} does not say so"
     if dropped:
         yield f"{dropped} scales of the KV cache are left out: there is no place for them in {wish.to}"
     if rounded := Counter(layer.target.scheme.name for layer in layers if layer.target and layer.rounded):
         yield f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}"
+    inputs = Counter(
+        (layer.source.scheme.activations, layer.target and layer.target.scheme.activations)
+        for layer in layers
+        if isinstance(layer.source, QuantizedModule)
+    )
+    for (before, after), count in inputs.items():
+        if before != after:
+            yield f"inputs of {count} layers: {before or '16 bits'} -> {after or '16 bits'}"
     if wish.to == "compressed-tensors" and any(layer.target.act_order for layer in layers if layer.target):
         yield "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all"
 
@@ -232,6 +253,7 @@ def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int
     changed = {name for layer in layers for name in _tensor_names(layer.source) if not name.endswith(".bias")}
     copies: list[Write] = []
     dropped = 0
+    cast_dtypes = {*PLAIN.values(), _model_dtype(wish.checkpoint)} if to in PLAIN else set()
     for name, tensor in wish.checkpoint.tensors.items():
         if cache := CACHE_SCALE.fullmatch(name):
             attention, which = cache[1], cache[2] or cache[3] or "kv"
@@ -242,8 +264,10 @@ def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int
             dropped += None in places
             copies += [Write(TensorSpec(place[0], tensor.dtype, place[1]), tensor) for place in places if place]
         elif name not in changed:
-            is_cast = to in PLAIN and tensor.dtype in PLAIN.values()
-            copies.append(Write(TensorSpec(name, PLAIN[to] if is_cast else tensor.dtype, tensor.shape), tensor))
+            if tensor.dtype in PACKED_DTYPES or name.endswith(SCALE_ENDINGS):
+                message = f"layout: `{name}` holds {tensor.dtype} codes or scales of no layer that qtool reads"
+                raise cannot_hold(to, message, "`qtool inspect` lists what was read; quantize the original again")
+            copies.append(Write(TensorSpec(name, PLAIN[to] if tensor.dtype in cast_dtypes else tensor.dtype, tensor.shape), tensor))
     if layout and layout.kv_cache not in (None, "fp8") and not dropped:
         raise cannot_hold(to, f"kv-cache: its scales are for {layout.kv_cache}, and only those for fp8 are converted", "quantize the original again")
     return tuple(copies), dropped
@@ -259,7 +283,7 @@ def _plain_linears(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, T
 
 
 def _model_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most plain tensors, F16 or BF16 when there are any of these."""
+    """Return the dtype of most plain tensors; small ones count for BF16 and F16 alone, as routers and norms may be F32 in any model."""
     counts = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F16", "F32") and len(tensor.shape) == 2)
     counts += Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F16"))
     return counts.most_common(1)[0][0] if counts else "BF16"

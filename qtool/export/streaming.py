@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,6 +24,8 @@ from qtool.formats.packing import TORCH_DTYPES, read_tensor
 from qtool.quantize import OnEvent
 
 WORKERS = min(8, os.cpu_count() or 1)
+MEMORY_BYTES = 8 << 30  # of layers at work together; one layer is always worked on
+BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
 
 
 def stream(decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent) -> tuple[dict[str, Any], list[str]]:
@@ -33,16 +36,18 @@ def stream(decided: Conversion, staging: Staging, shard_bytes: int, on_event: On
     specs = list(decided.specs)
     total = sum(spec.size_bytes for spec in specs) >> 20
     layout = Layout(decided.to, {layer.target.name: layer.target for layer in decided.layers if layer.target}, None, ())
-    done, digests, problems = 0, [], []
-    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(3) as checkers, _layer_threads() as pool:
-        for paths, size in _bounded(pool, _tasks(decided, shards)):
+    done, durable, digests, problems = 0, [], [], []
+    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(3) as checkers, _layer_threads(_workers(decided)) as pool:
+        for paths, size in _bounded(pool, _tasks(decided, shards), _workers(decided)):
             for path in paths:
-                checkers.submit(make_durable, path)
+                durable.append(checkers.submit(make_durable, path))
                 digests.append(checkers.submit(digest_files, [path]))
                 problems.append(checkers.submit(_problems, path, layout))
             done += size
             on_event({"event": "progress", "what": "converting (MB)", "done": done >> 20, "total": total})
         on_event({"event": "stage", "what": "checking the result"})
+    for future in durable:
+        future.result()  # the system tells of a write that failed once
     return {name: found for future in digests for name, found in future.result().items()}, [text for future in problems for text in future.result()]
 
 
@@ -51,12 +56,12 @@ def _problems(path: Path, layout: Layout) -> list[str]:
 
 
 @contextmanager
-def _layer_threads() -> Iterator[ThreadPoolExecutor]:
+def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """Give threads for layers, each with one of torch's own: layers are many, and small matrices do not share well."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(count) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
@@ -82,12 +87,18 @@ def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written
     return (partial(run, layer, writes) for layer, writes in decided.steps)
 
 
-def _bounded(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]]) -> Iterator[Written]:
+def _workers(decided: Conversion) -> int:
+    """Return how many layers are converted at a time, fewer where they are large, as stacked experts are."""
+    largest = max((math.prod(layer.source.shape) for layer in decided.layers), default=1)
+    return max(1, min(WORKERS, MEMORY_BYTES // (largest * BYTES_A_WEIGHT)))
+
+
+def _bounded(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]], count: int) -> Iterator[Written]:
     """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has threads."""
     running: set[Future[Written]] = set()
     for task in tasks:
         running.add(pool.submit(task))
-        if len(running) >= WORKERS:
+        if len(running) >= count:
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in finished)
     yield from (future.result() for future in running)

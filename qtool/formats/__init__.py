@@ -46,7 +46,14 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 return format.detect(checkpoint, config)
             except RecipeRefused as error:  # the scheme the config describes is none
                 raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", error.hint or "take config.json from the original") from error
-            except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # it comes from outside, in any shape
+            except (
+                TypeError,
+                ValueError,
+                LookupError,
+                AttributeError,
+                ArithmeticError,
+                RecursionError,
+            ) as error:  # it comes from outside, in any shape
                 message = f"{checkpoint.path}: its quantization config cannot be understood ({type(error).__name__}: {error})"
                 raise refused("E_QUANT_CONFIG_TYPE", message, "take config.json from the original") from error
     method = config.get("quant_method", "unnamed")

@@ -50,7 +50,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     """Return the common form of ``tensors``."""
     import torch
 
-    from qtool.formats.packing import signed, unpack_bits
+    from qtool.formats.packing import check_constant, signed, unpack_bits
     from qtool.weight import QuantizedWeight
 
     rows, columns = module.shape
@@ -60,7 +60,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     bytes_of = [half.view(torch.uint8).reshape(rows // 8, columns // 2, 4) for half in halves]
     data = torch.stack([bytes_of[nibble % 2][..., nibble // 2] for nibble in NIBBLE_OF_COLUMN], dim=1).reshape(rows, columns // 2)
     zero = None
-    if not module.scheme.weights.symmetric:
+    if module.scheme.weights.symmetric:
+        if "qzeros" in tensors:
+            check_constant(module, tensors["qzeros"], 4, rows, {8})
+    else:
         codes = unpack_bits(tensors["qzeros"], 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
         zero = signed(codes.flatten(1).T.contiguous(), 4)
     return QuantizedWeight(data, tensors["scales"].T.contiguous(), None, zero)

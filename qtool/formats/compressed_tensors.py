@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.reader import FLOAT_DTYPES
-from qtool.formats.layout import Layout, Parts, QuantizedModule, block_size, by_scheme, group_size, modules_of, refused, shared_objection
+from qtool.formats.layout import PER_HEAD, Layout, Parts, QuantizedModule, block_size, by_scheme, group_size, modules_of, refused, shared_objection
 from qtool.formats.patterns import Names
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
@@ -180,7 +180,7 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(plain),
-        "kv_cache_scheme": _arguments(KV_CACHE) if kv_cache else None,
+        "kv_cache_scheme": {**_arguments(KV_CACHE), **({"strategy": "attn_head"} if kv_cache.endswith(PER_HEAD) else {})} if kv_cache else None,
         "global_compression_ratio": None,
         "version": ACT_ORDER_VERSION if any(module.act_order for module in modules) else VERSION,
     }

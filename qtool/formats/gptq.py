@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
-from qtool.formats.patterns import Pattern
+from qtool.formats.patterns import patterns_of
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     """Return the common form of ``tensors``, the inputs sorted by group when act-order has scattered them."""
     import torch
 
-    from qtool.formats.packing import data_from_words, permutation, reorder, signed, unpack_bits
+    from qtool.formats.packing import check_constant, data_from_words, permutation, reorder, signed, unpack_bits
     from qtool.weight import QuantizedWeight, uneven_block
 
     weights, (rows, columns) = module.scheme.weights, module.shape
@@ -71,7 +71,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     data = data_from_words(tensors["qweight"].T.contiguous(), bits, columns)
     scale = tensors["scales"].T.contiguous()
     zero = None
-    if not weights.symmetric:
+    if weights.symmetric:
+        middle = 2 ** (bits - 1)
+        check_constant(module, tensors["qzeros"], bits, rows, {middle - 1, middle})  # either version: who reads symmetric weights does not look
+    else:
         words = tensors["qzeros"]
         if module.variant == "gptq" and bits != 3:  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
             words = ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
@@ -194,7 +197,8 @@ class _Dynamic:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         rules = sorted((config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:"))
-        self._rules = [(Pattern(key.removeprefix("-:").removeprefix("+:")), key.startswith("-:"), options) for key, options in rules]
+        patterns = patterns_of([key.removeprefix("-:").removeprefix("+:") for key, _ in rules])
+        self._rules = [(pattern, key.startswith("-:"), options) for pattern, (key, options) in zip(patterns, rules, strict=True)]
 
     def options(self, name: str) -> Mapping[str, Any] | None:
         """Return the config as it holds for the layer ``name``; None when it is left out."""
@@ -211,8 +215,6 @@ def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> Quantized
     bits = zero_words * 32 // rows if rows else 0
     if not 2 <= bits <= 8 or math.ceil(rows * bits / 32) != zero_words:
         raise parts.misfit("qzeros", f"{rows} zeros of 2 to 8 bits in each of {groups} rows")
-    if not groups or not rows:
-        raise parts.misfit("scales", "at least one scale for each output", code="E_NO_GROUPS")
     columns = parts["g_idx"].count if "g_idx" in parts else word_rows * 32 // bits
     if math.ceil(columns * bits / 32) != word_rows:
         if "g_idx" in parts:

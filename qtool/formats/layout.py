@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one for each head
 CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")  # of the KV cache, on modules that hold other things
 
 
@@ -28,7 +29,7 @@ class QuantizedModule:
     """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by suffix, e.g. ``weight_packed``.
 
     ``variant`` tells layouts of one format apart, e.g. GPTQ's versions. ``experts``: how many matrices of N / experts outputs lie stacked in it.
-    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves it False and `conversion` finds it.
+    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves it False and `export` finds it.
     """
 
     name: str
@@ -121,8 +122,8 @@ class Parts:
         tensor = self[suffix]
         if tensor.dtype not in dtypes:
             raise self.misfit(suffix, f"a matrix of {' or '.join(dtypes)}", code="E_TENSOR_DTYPE")
-        if len(tensor.shape) != 2:
-            raise self.misfit(suffix, "a matrix")
+        if len(tensor.shape) != 2 or not tensor.count:
+            raise self.misfit(suffix, "a matrix that is not empty")
         return tensor.shape[0], tensor.shape[1]
 
     def misfit(self, suffix: str, expected: str, *, code: str = "") -> CheckpointRefused:

@@ -6,11 +6,12 @@ Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unifi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import translate
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint import Checkpoint, read_json
+from qtool.checkpoint import Checkpoint, TensorInfo, read_json
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -68,6 +69,7 @@ ALGORITHM_OF_SCHEME: Mapping[str, str] = {  # spelled as ModelOpt spells them
 BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")
 WITH_INPUT_FACTORS = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4")
 WITH_GROUPS_IN_CONFIG = ("FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
+WILDCARDS = frozenset("*?[")
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
@@ -83,7 +85,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     config = _merged(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
     per_layer = config.get("quantized_layers") or {}
-    excluded = list(config.get("exclude_modules") or config.get("ignore") or [])
+    excluded = _names(config.get("exclude_modules") or config.get("ignore") or [])
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
@@ -91,7 +93,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         if _is_quantized(parts):
             if own is None and algorithm == "MIXED_PRECISION":
                 raise refused("E_QUANT_TARGET", f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it")
-            if any(fnmatchcase(parts.name, pattern) for pattern in excluded):
+            if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
             modules[parts.name] = _module(parts, str(own["quant_algo"]).upper() if own else algorithm)
         elif own:
@@ -164,7 +166,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     if weight.scale2 is not None:
         tensors["weight_scale_2"] = weight.scale2[0]
     elif _algorithm(module) == "W4A8_AWQ":  # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
-        tensors["weight_scale_2"] = torch.frombuffer(bytearray(module.tensors["weight_scale_2"].read()), dtype=torch.float32)[0]
+        tensors["weight_scale_2"] = _as_found(module.tensors["weight_scale_2"])
     if weight.activation and weight.activation.scale is not None:
         tensors["input_scale"] = weight.activation.scale
     if weight.pre_scale is not None:
@@ -183,8 +185,10 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     if len(kinds) > len(algorithms):
         raise refused("E_CANNOT_HOLD", f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}", "convert to gptq")
     check_skipped(plain, modules)
-    algorithm = algorithms.pop() if len(algorithms) == 1 else "MIXED_PRECISION"
-    shared: dict[str, Any] = {"quantized_layers": layers} if algorithm == "MIXED_PRECISION" else dict(next(iter(layers.values())))
+    algorithm = "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None  # of the KV cache alone
+    shared: dict[str, Any] = (
+        {} if algorithm is None else {"quantized_layers": layers} if algorithm == "MIXED_PRECISION" else dict(next(iter(layers.values())))
+    )
     shared["quant_algo"] = algorithm
     if algorithm in WITH_INPUT_FACTORS and algorithm != "NVFP4":
         shared |= {"has_zero_point": False, "pre_quant_scale": any("pre_quant_scale" in module.tensors for module in modules)}
@@ -216,6 +220,14 @@ def fallbacks() -> tuple[str, ...]:
     return "W4A16", "W8A16_CHANNEL"
 
 
+def _as_found(tensor: TensorInfo) -> Tensor:
+    import torch
+
+    from qtool.formats.packing import torch_dtype
+
+    return torch.frombuffer(bytearray(tensor.read()), dtype=torch_dtype(tensor)).reshape(tensor.shape)
+
+
 def _algorithm(module: QuantizedModule) -> str | None:
     scheme = module.scheme
     if scheme.weights.format == "int4" and scheme.weights.granularity == "group":
@@ -236,6 +248,13 @@ def _group(module: QuantizedModule) -> dict[str, int]:
 def _arguments(numbers: Weights | Activations) -> dict[str, Any]:
     size = {"group_size": numbers.group_size} if numbers.group_size else {}
     return {"dynamic": False, "num_bits": FORMAT_BITS[numbers.format], "type": "float" if numbers.format.startswith("fp") else "int", **size}
+
+
+def _names(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that says whether a name is one of ``patterns``, names and globs."""
+    exact = frozenset(pattern for pattern in patterns if WILDCARDS.isdisjoint(pattern))
+    globs = re.compile("|".join(translate(pattern) for pattern in patterns if pattern not in exact) or "(?!)")
+    return lambda name: name in exact or globs.match(name) is not None
 
 
 def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:

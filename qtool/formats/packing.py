@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -137,6 +139,17 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     else:
         raise refused("E_TENSOR_SHAPE", f"{width} words hold no {count} codes of {bits} bits")
     return torch.stack(codes, dim=-1).reshape(rows, -1)[:, :count].bitwise_and(2**bits - 1).contiguous()
+
+
+def check_constant(module: QuantizedModule, words: Tensor, bits: int, count: int, values: Container[int]) -> None:
+    """Raise CheckpointRefused when the zero points ``words`` of a layer that its config calls symmetric are not all one of ``values``."""
+    if words.is_meta:
+        return
+    zeros = torch.unique(unpack_bits(words, bits, count))
+    if zeros.numel() > 1 or int(zeros[0]) not in values:
+        found = ", ".join(map(str, zeros[:4].tolist()))
+        message = f"`{module.name}` is symmetric, as the config says, and its zero points are {found} and not {2 ** (bits - 1)}"
+        raise refused("E_ZERO_POINT", message, "set `sym` to false in the quantization config if the weights are asymmetric")
 
 
 def signed(codes: Tensor, bits: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qtool.formats.layout import refused
 
 BUDGET_S = 2.0
+MAX_PATTERN = 2_000
+MAX_PATTERNS = 200
 
 
 class Pattern:
@@ -17,9 +19,12 @@ class Pattern:
     def __init__(self, pattern: str) -> None:
         import regex
 
+        if len(pattern) > MAX_PATTERN:
+            message = f"a pattern of the config has {len(pattern):,} characters; the limit is {MAX_PATTERN:,}"
+            raise refused("E_QUANT_PATTERN", message, "list the names instead")
         try:
             self._compiled: Any = regex.compile(pattern)
-        except regex.error as error:
+        except (regex.error, RecursionError) as error:
             raise refused("E_QUANT_PATTERN", f"the config's pattern `{pattern[:200]}` is no regular expression: {error}") from error
         self._pattern, self._left = pattern, BUDGET_S
 
@@ -37,13 +42,20 @@ class Pattern:
         return found
 
 
+def patterns_of(texts: Sequence[str]) -> list[Pattern]:
+    """Return the patterns of a list. Raises: CheckpointRefused, when one is none, or there are more of them than any recipe needs."""
+    if len(texts) > MAX_PATTERNS:
+        raise refused("E_QUANT_PATTERN", f"the config has {len(texts):,} patterns; the limit is {MAX_PATTERNS}", "list the names instead")
+    return [Pattern(text) for text in texts]
+
+
 class Names:
     """A list of names in which ``re:`` begins a regex, as compressed-tensors writes it."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         entries = list(entries)
         self._exact = frozenset(entry for entry in entries if not entry.startswith("re:"))
-        self._patterns = [Pattern(entry[3:]) for entry in entries if entry.startswith("re:")]
+        self._patterns = patterns_of([entry[3:] for entry in entries if entry.startswith("re:")])
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact or any(pattern.match(name) for pattern in self._patterns)

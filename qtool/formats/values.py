@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.formats import mxfp4
 from qtool.formats.layout import CACHE_SCALES, Layout
 
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
@@ -22,6 +23,8 @@ SCALES = (
     "_weight_scale",
     "weight_scale_2",
     "weight_global_scale",
+    "weight_scale_inv",
+    "activation_scale",
     "input_scale",
     "input_global_scale",
     "scales",
@@ -144,6 +147,9 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] 
     """Return the word that ``tensor`` is read as and what is looked for in it; None when it can hold nothing wrong."""
     owner, _, suffix = tensor.name.rpartition(".")
     module = layout.modules.get(owner) if layout else None
+    if layout and tensor.name.endswith(mxfp4.SCALES):
+        module = layout.modules.get(tensor.name.removesuffix(mxfp4.SCALES))
+        suffix = "weight_scale" if module else suffix
     if tensor.dtype == "F8_E8M0" or (suffix == "weight_scale" and tensor.dtype == "U8" and module and module.scheme.weights.scale == "e8m0"):
         return E8M0.word, lambda words, scratch: "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
     if suffix in ("g_idx", "weight_g_idx") and module and tensor.dtype == "I32":

@@ -80,7 +80,7 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
     exponents, counts = torch.unique(scale[scale > 0].log2().floor().int(), return_counts=True)
     return ModuleNumbers(
         name=name,
-        saturated=float(saturated.float().mean()),
+        saturated=int(torch.count_nonzero(saturated)) / saturated.numel(),
         dead_rows=int(zero.all(dim=1).sum()),
         dead_columns=int(zero.all(dim=0).sum()),
         scale_min=float(scale.min()) if scale.numel() else 0.0,

@@ -10,6 +10,7 @@ from typing import Any
 from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import FLOAT_DTYPES
+from qtool.errors import CheckpointRefused
 from qtool.formats import QuantizedModule
 from qtool.formats.layout import CACHE_SUFFIXES
 from qtool.inspection.comparison import Comparison, compare
@@ -111,13 +112,20 @@ def inspect(
 
     Raises: CheckpointRefused, when config and tensors contradict each other or the format is unknown.
     """
-    layout = formats.detect(checkpoint)
+    warnings: list[str] = []
+    try:
+        layout = formats.detect(checkpoint)
+    except CheckpointRefused as error:
+        if error.code != "E_QUANT_METHOD" or not engine:
+            raise
+        layout = None  # the engine may know what qtool does not
+        warnings.append(error.message)
     modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
     linears = tuple(_modules(checkpoint, modules))
     quantized = _rows((module.kind, module.scheme, module.parameters, module.size_bytes) for module in linears if module.scheme)
     owned = layout.owned if layout else frozenset()
     plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned)
-    warnings = list(layout.warnings) if layout else []
+    warnings += layout.warnings if layout else []
     measured = None
     if deep:
         warnings += formats.check_values(checkpoint, layout)

@@ -62,7 +62,7 @@ class EngineReport:
 def check_engine(
     checkpoint: Checkpoint, layout: Layout | None, engine: str, *, version: str | None = None, gpu: str | None = None, tensor_parallel: int = 1
 ) -> EngineReport:
-    """Return what ``engine`` will do with ``checkpoint``, from headers and configs alone.
+    """Return what ``engine`` will do with ``checkpoint``, from headers, configs and a few scales.
 
     Args:
         layout: what `formats.detect` returned; None for a plain model, or for a format that qtool does not read.
