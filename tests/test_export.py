@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -284,6 +286,9 @@ def test_a_scale_for_each_head_of_the_kv_cache_stays_in_compressed_tensors(copy,
 
     source = edit(copy("ct/kv_fp8"), add_heads, lambda config: config["quantization_config"]["kv_cache_scheme"].update(strategy="attn_head"))
     assert "the 2 scale(s) of the KV cache" in refusal(source, tmp_path, MODELOPT).message
+    kept = open_checkpoint(export(source, to=CT, output=tmp_path / "kept").output)
+    assert kept.quantization_config["kv_cache_scheme"]["strategy"] == "attn_head"
+    assert content(kept) == content(open_checkpoint(source))
 
 
 def test_layers_in_unlike_groups_have_no_config_in_formats_with_one_group_size(tmp_path):
@@ -675,6 +680,61 @@ def test_numbers_that_are_none_are_never_published(copy, tmp_path, to, spoiled, 
         export(source, to=to, output=tmp_path / "out")
     assert caught.value.code == "E_VALUES"
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+
+
+def test_codes_that_belong_to_no_layer_are_not_passed_off_as_weights(copy, tmp_path):
+    """Stacked FP8 experts, which no format here reads: copied, they would be garbage under a config that says nothing of them."""
+    experts = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 64, 32, dtype=torch.float8_e4m3fn)}
+    source = edit(copy("ct/FP8_BLOCK"), lambda tensors: tensors.update(experts))
+    for to in ("bf16", CT, FP8):
+        assert "layout: `model.layers.0.mlp.experts.gate_up_proj` holds F8_E4M3" in refusal(source, tmp_path, to).message
+
+
+@pytest.mark.parametrize("name", ["gptq/rtn4", "gptq/rtn_gemm"])
+def test_zero_points_that_deny_symmetry_are_not_dropped(copy, tmp_path, name):
+    zeros = "model.layers.1.mlp.up_proj.qzeros"
+    source = edit(copy(name), lambda tensors: tensors[zeros].fill_(0x33333333))
+    with pytest.raises(CheckpointRefused, match="zero points are 3") as caught:
+        export(source, to=CT, output=tmp_path / "out")
+    assert caught.value.code == "E_ZERO_POINT"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_nan_among_the_scales_of_stacked_experts_is_found(gpt_oss, tmp_path):
+    scales = "model.layers.0.mlp.experts.down_proj_scales"
+    edit(gpt_oss, lambda tensors: tensors[scales].view(-1)[-1:].fill_(255))
+    with pytest.raises(CheckpointRefused, match=rf"`{scales}` holds a NaN scale") as caught:
+        export(gpt_oss, to="mxfp4", output=tmp_path / "out")
+    assert caught.value.code == "E_VALUES"
+
+
+def test_a_write_that_fails_on_its_way_to_the_disk_is_no_success(sample, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(importlib.import_module("qtool.export.streaming"), "make_durable", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        export(sample("ct/W4A16"), to=GPTQ, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_files_than_a_process_may_open_are_written(sample, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    layers = {f"model.layers.{layer}.mlp.up_proj": (random_weight(1024, 1024), SCHEMES["FP8_DYNAMIC"]) for layer in range(40)}
+    source = write_layers(tmp_path / "source", layers)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 25, hard))
+    try:
+        assert export(source, to=MODELOPT, output=tmp_path / "out", max_shard_size="1MiB").files >= 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_options_of_the_other_way_to_export_are_mistakes(sample, tmp_path):
+    for options in ({"to": GPTQ, "method": "modelopt_fp8"}, {"checkpoint_restore_path": "state", "requantize": True}):
+        with pytest.raises(UsageError) as caught:
+            export(sample("ct/W4A16"), output=tmp_path / "out", **options)
+        assert caught.value.code == "E_EXPORT_UNUSED"
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(sample, tmp_path, monkeypatch):
