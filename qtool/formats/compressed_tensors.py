@@ -350,7 +350,7 @@ def _kv_cache(config: Mapping[str, Any]) -> str | None:
     args = config.get("kv_cache_scheme")
     if not args:
         return None
-    return f"{'fp' if args.get('type', 'int') == 'float' else 'int'}{args.get('num_bits', 8)}"
+    return f"{'fp' if args.get('type', 'int') == 'float' else 'int'}{int(args.get('num_bits', 8))}"
 
 
 def _online_transforms(config: Mapping[str, Any]) -> bool:

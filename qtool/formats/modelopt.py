@@ -319,4 +319,5 @@ def _kv_cache(config: Mapping[str, Any]) -> str | None:
     name, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
     if name is None and isinstance(scheme, Mapping):
         name = f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', 8)}"
-    return str(name or scheme).lower() if name or scheme else None
+    said = str(name or scheme or "").lower()
+    return (said if said.isalnum() else "unknown") if said else None
