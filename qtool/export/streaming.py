@@ -33,18 +33,19 @@ def stream(decided: Conversion, staging: Staging, shard_bytes: int, on_event: On
 
     A file is written out, hashed and checked as soon as its last tensor is there, beside the writing of the next.
     """
-    specs = list(decided.specs)
-    total = sum(spec.size_bytes for spec in specs) >> 20
     layout = Layout(decided.to, {layer.target.name: layer.target for layer in decided.layers if layer.target}, None, ())
-    done, durable, digests, problems = 0, [], [], []
-    with Shards(staging.checkpoint, specs, shard_bytes) as shards, ThreadPoolExecutor(3) as checkers, _layer_threads(_workers(decided)) as pool:
-        for paths, size in _bounded(pool, _tasks(decided, shards), _workers(decided)):
+    durable, digests, problems = [], [], []
+    with (
+        Shards(staging.checkpoint, decided.specs, shard_bytes) as shards,
+        ThreadPoolExecutor(3) as checkers,
+        _layer_threads(_workers(decided)) as pool,
+    ):
+        for done, paths in enumerate(_bounded(pool, _tasks(decided, shards), _workers(decided)), start=1):
             for path in paths:
                 durable.append(checkers.submit(make_durable, path))
                 digests.append(checkers.submit(digest_files, [path]))
                 problems.append(checkers.submit(_problems, path, layout))
-            done += size
-            on_event({"event": "progress", "what": "converting (MB)", "done": done >> 20, "total": total})
+            on_event({"event": "progress", "what": "converting", "done": done, "total": len(decided.steps)})
         on_event({"event": "stage", "what": "checking the result"})
     for future in durable:
         future.result()  # the system tells of a write that failed once
@@ -67,7 +68,7 @@ def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-Written = tuple[list[Path], int]  # files that are complete, bytes written
+Written = list[Path]  # files that are complete
 
 
 def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written]]:
@@ -82,7 +83,7 @@ def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written
         if layer and any(write.copied is None for write in writes):
             computed = computed_tensors(decided.checkpoint, decided.layout, layer, writes, decided.to, decided.dtype)
             paths += [shards.write(name, _bytes(tensor)) for name, tensor in computed.items()]
-        return [path for path in paths if path], sum(write.spec.size_bytes for write in writes)
+        return [path for path in paths if path]
 
     return (partial(run, layer, writes) for layer, writes in decided.steps)
 

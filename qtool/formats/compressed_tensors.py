@@ -6,7 +6,7 @@ Source: compressed-tensors 0.19, `quantization/quant_args.py`, `compressors/`, `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     targets = _targets(groups)
     by_class = next((group for group in groups.values() if CLASS in (group.get("targets") or [])), None)
     modules: dict[str, QuantizedModule] = {}
+    known: dict[Hashable, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         group = next((group for names, group in targets if parts.name in names), by_class)
@@ -53,7 +54,12 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
                 raise refused("E_QUANT_TARGET", f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config targets it")
             if group is None:
                 warnings.append(f"`{parts.name}` is quantized and the config does not target it")
-            modules[parts.name] = _module(checkpoint, parts, group or next(iter(groups.values())))
+            group = group or next(iter(groups.values()))
+            alike = id(group), *((suffix, tensor.dtype, tensor.shape) for suffix, tensor in parts.tensors.items())
+            like = known.get(alike)
+            if like is None or "weight_shape" in parts:  # whose data may say more than its header
+                like = known[alike] = _module(checkpoint, parts, group)
+            modules[parts.name] = QuantizedModule(parts.name, like.scheme, like.shape, parts.tensors)
         elif "weight_scale" in parts:
             warnings.append(f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its quantization is only simulated")
         elif group and parts.name not in ignored and "embed" not in parts.name and len(getattr(parts.tensors.get("weight"), "shape", ())) == 2:
