@@ -232,8 +232,9 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         on_event({"event": "stage", "what": "checking the result"})
         finish_files(source, staging.checkpoint)
         digests = helpers.submit(digest_files, staging.files())  # hashing, writing out and checking share the time
-        helpers.submit(staging.flush)
+        flushed = helpers.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
+        flushed.result()  # the system tells of a write that failed once
         manifest = _manifest(plan, calibration, versions, source_digests.result(), digests.result())
         write_json(staging.checkpoint / MANIFEST, manifest)
         staging.publish()
