@@ -799,7 +799,7 @@ def test_the_command_converts_and_says_what_it_did(run_cli, sample, tmp_path):
         rf"{tmp_path}/out: compressed-tensors -> gptq, 42 layers, codes and scales unchanged, [\d.]+ s\nsize: [\d.]+ MB -> [\d.]+ MB in 1 file\n",
         result.stdout,
     )
-    assert "converting (MB)" in result.stderr
+    assert "converting" in result.stderr
     again = run_cli("export", "--model", "out", "--to", "bf16", "-o", "plain", "--json", "--quiet", "--max-shard-size", "4MB")
     data = json.loads(again.stdout)
     wanted = {"source_format": GPTQ, "format": "bf16", "layers": 42, "rounded_layers": 0, "files": 3, "output": str(tmp_path / "plain")}
