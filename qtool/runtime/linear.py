@@ -17,6 +17,10 @@ class QuantizedLinear(nn.Module):
     What the weight asks of its input comes first: ``x[:, perm]`` for act-order, then ``x * pre_scale``; rounding it is the kernel's affair.
     """
 
+    perm: Tensor | None
+    pre_scale: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, spec: LinearSpec, choice: Choice, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.spec, self.choice = spec, choice
@@ -42,7 +46,7 @@ class QuantizedLinear(nn.Module):
             rows = rows.index_select(1, self.perm)
         if self.pre_scale is not None:
             rows = rows * self.pre_scale
-        packed = [self._buffers[name] for name in self._names]
+        packed = [self.get_buffer(name) for name in self._names]
         y: Tensor = torch.ops.qtool.linear(rows.contiguous(), packed, self.bias, self._call)
         return y.reshape(*x.shape[:-1], self.out_features)
 

@@ -124,5 +124,5 @@ def _fake_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call:
     return x.new_empty(x.shape[0], _CALLS[call].spec.shape[0])
 
 
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("qtool::linear", _fake_linear)

@@ -1,4 +1,4 @@
-"""The definition, run as it stands: round the input, dequantize the weight, multiply. Takes everything, and every other kernel is tested against it."""
+"""The definition as it stands: round the input, dequantize the weight, multiply. It takes everything; the others are tested against it."""
 
 from __future__ import annotations
 
