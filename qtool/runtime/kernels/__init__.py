@@ -111,8 +111,8 @@ def number_of(call: Call) -> int:
     return _CALLS.index(call)
 
 
-_LIBRARY = torch.library.Library("qtool", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call) -> Tensor")
+_LIBRARY = torch.library.Library("qtool", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:
