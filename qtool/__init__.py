@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from qtool.errors import QtoolError
     from qtool.export import export
     from qtool.quantize import QuantizeResult, quantize
+    from qtool.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["QtoolError", "QuantizeResult", "export", "quantize"]
+__all__ = ["QtoolError", "QuantizeResult", "export", "load", "quantize"]
 
-_HOMES = {"QtoolError": "errors", "QuantizeResult": "quantize", "export": "export", "quantize": "quantize"}  # imported when first used
+_HOMES = {  # imported when first used
+    "QtoolError": "errors",
+    "QuantizeResult": "quantize",
+    "export": "export",
+    "load": "runtime.load",
+    "quantize": "quantize",
+}
 
 
 class _Package(ModuleType):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from qtool import formats
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, DataRefused
-from qtool.formats.layout import CACHE_SUFFIXES
 from qtool.formats.packing import read_tensor
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input
 
@@ -36,8 +35,8 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     config = AutoConfig.from_pretrained(checkpoint.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    owned = layout.owned if layout else frozenset()
-    state = {name: read_tensor(checkpoint, name) for name in checkpoint.tensors if _is_plain(name, owned)}
+    biases = [bias.name for module in quantized.values() if (bias := module.tensors.get("bias"))]
+    state = {name: read_tensor(checkpoint, name) for name in [*formats.plain_tensors(checkpoint, layout), *biases]}
     inputs: dict[str, QuantizedWeight] = {}
     for name in quantized:
         weight = formats.read(checkpoint, layout, name)  # type: ignore[arg-type]
@@ -92,8 +91,3 @@ class _InputRounding:
         if self.activation:
             x = fake_quantize_input(x, self.activation.format, self.activation.scale, self.activation.zero)
         return (x, *rest)
-
-
-def _is_plain(name: str, owned: frozenset[str]) -> bool:
-    suffix = name.rpartition(".")[2]
-    return (name not in owned or suffix == "bias") and suffix not in CACHE_SUFFIXES

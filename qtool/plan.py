@@ -140,7 +140,7 @@ def why_plain(checkpoint: Checkpoint, name: str) -> str:
     parts = name.split(".")
     if parts[-1] in HEADS:
         return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
-    if parts[-1] in ROUTERS:
+    if not ROUTERS.isdisjoint(parts):
         return "router of experts"
     if not OTHER_TOWERS.isdisjoint(parts):
         return "not part of the language model"

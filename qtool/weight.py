@@ -17,7 +17,7 @@ FP4_MAX = 6.0
 NVFP4_RANGE = FP8_MAX * FP4_MAX
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring magnitudes; a tie goes to the even code
-PIECE = 1 << 24  # weights in f32 at a time: 64 MB and a few copies, whatever the size of the matrix
+PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
 FP4_SCALES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # uint8 data with such scales is fp4, with others int4
 
 
@@ -123,13 +123,23 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         over_fp8 = scheme.activations and scheme.activations.format == "fp8"  # kernels then unpack fp4 to fp8, so scale * code stays below 448
         scale2 = torch.where(amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0)
     dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    pieces = [_rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype) for start, stop in _row_ranges(rows, columns, height)]
-    zeros = [zero for _, _, zero in pieces if zero is not None]
+    whole: list[Tensor | None] = []  # data, scale, zero
+    for start, stop in _row_ranges(rows, columns, height):
+        parts = _rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype)
+        if not whole:
+            tiles = -(-rows // height)
+            whole = [None if part is None else part.new_empty(rows if i == 0 else tiles, part.shape[1]) for i, part in enumerate(parts)]
+        for i, (target, part) in enumerate(zip(whole, parts, strict=True)):
+            if target is not None and part is not None:
+                first = start if i == 0 else start // height
+                target[first : first + part.shape[0]] = part
+    data, scale, zero = whole
+    assert data is not None and scale is not None
     return QuantizedWeight(
-        torch.cat([data for data, _, _ in pieces]),
-        torch.cat([scale for _, scale, _ in pieces]),
+        data,
+        scale,
         None if scale2 is None else scale2.expand(rows).contiguous(),
-        torch.cat(zeros) if zeros else None,
+        zero,
         activation=Activation(scheme.activations) if scheme.activations else None,
         block=uneven_block(weights, (rows, columns)),
     )

@@ -237,6 +237,37 @@ def inspect(
         raise typer.Exit(3)
 
 
+@app.command()
+def serve(
+    model_path: ModelPath,
+    quantization: Annotated[
+        str | None, typer.Option(help="Quantize a plain model while it loads, e.g. fp8 or int4wo-128.", show_default=False)
+    ] = None,
+    torchao_config: Annotated[str | None, typer.Option(help="The same by torchao's names, e.g. int4wo-128.", show_default=False)] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which kernel multiplies each layer, and why not another; serve nothing.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show with --dry-run how a checkpoint would be served. The server itself is not built yet."""
+    if not dry_run:
+        raise UsageError(
+            "E_NO_SERVER", "this version has no server yet", hint="--dry-run shows how the layers would run; `qtool.load` runs them in Python"
+        )
+    from qtool.checkpoint import open_checkpoint, resolve_model
+    from qtool.cli.tables import kernels
+    from qtool.runtime.load import device_named, plan_load
+    from qtool.runtime.online import flag_named
+
+    quantization = flag_named(quantization, torchao_config)
+    checkpoint = open_checkpoint(resolve_model(model_path, revision=revision))
+    plan = plan_load(checkpoint, device_named(None if device == "auto" else device), quantization)
+    for warning in plan.warnings:
+        typer.echo(f"warning: {_printable(warning)}", err=True)
+    _print(plan.to_dict, kernels(plan), as_json)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.plan import sizes_by_kind
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qtool.quantize import Request
+    from qtool.runtime.load import LoadPlan
 
 
 def methods_dict(with_experimental: bool) -> list[dict[str, Any]]:
@@ -102,3 +105,30 @@ def _native_gpu(recipe: Recipe) -> str:
 
 def _size(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.2f} MB"
+
+
+def kernels(plan: LoadPlan) -> RenderableType:
+    """Return what ``serve --dry-run`` shows: a line for each kind of layer and the kernel that takes it."""
+    from rich import box
+    from rich.table import Table
+
+    counts = Counter(
+        (_kind(group["layers"]), *(str(group[key]) for key in ("scheme", "kernel")), _reasons(group)) for group in plan.to_dict()["groups"]
+    )
+    title = f"{plan.checkpoint.name} on {plan.to_dict()['device']}"
+    table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
+    for heading in ("layers", "fused", "scheme", "kernel", "not taken by"):
+        table.add_column(heading, no_wrap=heading != "not taken by")
+    for (kind, scheme, kernel, reasons), count in counts.items():
+        table.add_row(str(count), kind, scheme, kernel, reasons)
+    if not counts:
+        table.caption = "no quantized layers: all run in 16 bits"
+    return table
+
+
+def _kind(names: Sequence[str]) -> str:
+    return " | ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _reasons(group: Mapping[str, Any]) -> str:
+    return "\n".join(f"{kernel}: {reason}" for kernel, reason in group["refused"].items())

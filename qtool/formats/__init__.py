@@ -8,13 +8,27 @@ from typing import TYPE_CHECKING
 from qtool.checkpoint import Checkpoint
 from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
-from qtool.formats.layout import Detector, Format, Layout, QuantizedModule, modules_of, refused
+from qtool.formats.layout import CACHE_SUFFIXES, Detector, Format, Layout, QuantizedModule, modules_of, refused
 from qtool.formats.values import check_tensors, check_values
 
 if TYPE_CHECKING:
+    import torch
+
     from qtool.weight import QuantizedWeight
 
-__all__ = ["FORMATS", "WRITABLE", "Format", "Layout", "QuantizedModule", "check_tensors", "check_values", "detect", "read", "tensor_name"]
+__all__ = [
+    "FORMATS",
+    "WRITABLE",
+    "Format",
+    "Layout",
+    "QuantizedModule",
+    "check_tensors",
+    "check_values",
+    "detect",
+    "plain_tensors",
+    "read",
+    "tensor_name",
+]
 
 WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
     "compressed-tensors": compressed_tensors,
@@ -60,12 +74,18 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     raise refused("E_QUANT_METHOD", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
 
 
-def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
-    """Read the module ``name`` of a checkpoint that `detect` described as ``layout``."""
+def read(checkpoint: Checkpoint, layout: Layout, name: str, device: torch.device | str = "cpu") -> QuantizedWeight:
+    """Read the module ``name`` of a checkpoint that `detect` described as ``layout`` to ``device``."""
     from qtool.formats.packing import load
 
     module = layout.modules[name]
-    return FORMATS[layout.format].read(module, load(checkpoint, module))
+    return FORMATS[layout.format].read(module, {suffix: tensor.to(device) for suffix, tensor in load(checkpoint, module).items()})
+
+
+def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
+    """Return the names of the tensors that belong to no quantized layer, without the scales of KV caches."""
+    owned = layout.owned if layout else frozenset()
+    return [name for name in checkpoint.tensors if name not in owned and name.rpartition(".")[2] not in CACHE_SUFFIXES]
 
 
 def tensor_name(module: QuantizedModule, suffix: str) -> str:

@@ -1,8 +1,10 @@
-"""One quantized linear layer: packed tensors and the kernel that multiplies with them."""
+"""One quantized linear layer: packed tensors and the kernel that multiplies with them; several that share an input; a stack of experts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from qtool.weight import QuantizedWeight
 class QuantizedLinear(nn.Module):
     """``y = x W^T + bias`` with ``W`` as some kernel keeps it.
 
-    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, then ``x * pre_scale``; rounding it is the kernel's affair.
+    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``. Rounding the input is the kernel's affair.
     """
 
     perm: Tensor | None
@@ -53,3 +55,74 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Show shape, scheme and kernel in the printed model."""
         return f"{self.in_features} -> {self.out_features}, {self.spec.scheme.name}, {self.choice.kernel}"
+
+
+class SharedInput:
+    """Layers that multiply one input, fused: the first that is called computes for all, and each takes its part of the outputs."""
+
+    def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
+        self.whole, self.sizes = whole, tuple(sizes)
+        self._input: Tensor | None = None
+        self._parts: tuple[Tensor | None, ...] = ()
+
+    def take(self, x: Tensor, index: int) -> Tensor:
+        """Return what layer ``index`` makes of ``x``."""
+        part = self._parts[index] if self._input is x else None
+        if part is None:
+            self._input, self._parts = x, self.whole(x).split(self.sizes, dim=-1)
+            part = self._parts[index]
+            assert part is not None
+        self._parts = tuple(None if i == index else other for i, other in enumerate(self._parts))
+        if not any(other is not None for other in self._parts):
+            self._input, self._parts = None, ()  # nothing outlives its last use
+        return part
+
+
+class FusedLinear(nn.Module):
+    """One of the layers that share a `QuantizedLinear`; the first of them owns it."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared, self._index = shared, index
+        self.in_features, self.out_features = shared.whole.in_features, shared.sizes[index]
+        if index == 0:
+            self.whole = shared.whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., K]; the result is [..., N]."""
+        return self._shared.take(x, self._index)
+
+
+class ExpertStack(nn.Module):
+    """Stands where transformers keeps the weights of all experts in one tensor: ``stack[e]`` is what ``linear`` and ``@`` multiply with.
+
+    ``experts``: for each the layers whose outputs, side by side, are those of its weight.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[nn.Module]]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
+
+    def __getitem__(self, index: int | Tensor) -> ExpertWeight:
+        return ExpertWeight(list(self.experts[int(index)].children()))
+
+
+class ExpertWeight:
+    """The weight of one expert, for ``torch.nn.functional.linear(x, weight)`` and ``x @ weight``."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Multiply, when that is what torch was asked for."""
+        if function not in _PRODUCTS or not isinstance(args[1], cls):
+            return NotImplemented
+        x, weight, *rest = args
+        outputs = [part(x) for part in weight._parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        bias = rest[0] if rest else (kwargs or {}).get("bias")
+        return y if bias is None else y + bias
+
+
+_PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)

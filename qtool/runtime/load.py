@@ -1,0 +1,335 @@
+"""A checkpoint as a model that runs: each linear layer read straight into the form its kernel wants, layers that share an input fused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool import formats
+from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from qtool.errors import CheckpointRefused, ResourceError, UsageError
+from qtool.formats import Layout
+from qtool.formats.packing import read_tensor
+from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
+from qtool.runtime.linear import ExpertStack, FusedLinear, QuantizedLinear, SharedInput
+from qtool.runtime.online import left_plain, schemes_to_run
+from qtool.runtime.skeleton import Place, Skeleton
+from qtool.scheme import Scheme
+from qtool.weight import Activation, QuantizedWeight, quantize
+
+OnProgress = Callable[[int, int], None]  # layers done, layers in all
+READERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A linear layer of the checkpoint: its name there, where it goes, N outputs and K inputs, and the scheme it runs in, None for a plain one.
+
+    ``experts``: how many matrices of N / experts outputs are stacked in it.
+    """
+
+    name: str
+    place: Place
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that become one: they share an input and a scheme."""
+
+    sources: tuple[Source, ...]
+    spec: LinearSpec
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What each quantized layer of a checkpoint becomes on a device, decided from headers."""
+
+    checkpoint: Checkpoint
+    layout: Layout | None
+    skeleton: Skeleton
+    device: torch.device
+    groups: tuple[Group, ...]
+    beside: tuple[Source, ...]  # plain layers of experts others of which are quantized
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan for ``--json``."""
+        rows = [
+            {
+                "layers": [source.name for source in group.sources],
+                "shape": group.spec.shape,
+                "scheme": group.spec.scheme.name,
+                "kernel": group.choice.kernel,
+                "refused": dict(group.choice.refused),
+            }
+            for group in self.groups
+        ]
+        return {"model": str(self.checkpoint.path), "device": str(device_of(self.device)), "groups": rows, "warnings": list(self.warnings)}
+
+
+def load(
+    model_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Any:
+    """Return the transformers model of a checkpoint, its quantized layers multiplied by the best kernel of ``device``.
+
+    Args:
+        model_path: a folder, or a name on the Hub.
+        device: ``cuda``, ``cuda:1``, ``cpu``; the first GPU, where there is one.
+        quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`); a quantized one needs none.
+        on_progress: is called with the number of layers that are ready, and of all.
+    Returns: the model in evaluation mode; ``generate`` works on it. On a CPU it computes in bfloat16.
+    Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a device that is not there.
+    """
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
+    return materialize(plan_load(checkpoint, device_named(device), quantization), on_progress=on_progress)
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Return the device ``name``, or the best there is. Raises: UsageError for no name of a device, ResourceError for one that is missing."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError("E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError("E_DEVICE", f"there are no kernels for `{device.type}`", hint="cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError("E_NO_DEVICE", f"`{name}` is not there: torch sees {torch.cuda.device_count()} CUDA devices", hint="use --device cpu")
+    return device
+
+
+def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | None = None) -> LoadPlan:
+    """Decide what each quantized layer of ``checkpoint`` becomes on ``device``. Reads no weights."""
+    layout = formats.detect(checkpoint)
+    if layout and layout.rotates_inputs:
+        raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do")
+    schemes = schemes_to_run(checkpoint, layout, quantization)
+    skeleton = Skeleton(checkpoint, _dtype(checkpoint, device))
+    sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items()]
+    groups = [_group(members, skeleton.dtype, device) for members in _fusible(skeleton, sources)]
+    stacks = {(source.place.module, source.place.parameter) for source in sources if source.place.parameter}
+    beside = [
+        Source(name, place, _matrix(checkpoint.tensors[f"{name}.weight"].shape), None)
+        for name in _plain_experts(checkpoint, schemes)
+        if stacks and (place := skeleton.place(name)) and (place.module, place.parameter) in stacks
+    ]
+    warned = (*left_plain(checkpoint, layout, quantization), *_dequantized(groups, device))
+    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), tuple(beside), warned)
+
+
+def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
+    """Yield what there is to say of the groups that no kernel but the plain one takes."""
+    slow = Counter((group.spec.scheme.name, tuple(group.choice.refused.items())) for group in groups if group.choice.kernel == "plain")
+    for (scheme, refused), count in slow.items():
+        reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
+        yield f"{count} layers of {scheme} are dequantized at every step, for no kernel of {device_of(device)} takes them ({reasons})"
+
+
+def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    named = str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype") or checkpoint.config.get("dtype"))
+    return torch.float16 if device.type == "cuda" and named.removeprefix("torch.") == "float16" else torch.bfloat16
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    rows, columns = shape
+    return rows, columns
+
+
+def _source(skeleton: Skeleton, layout: Layout | None, name: str, scheme: Scheme) -> Source:
+    module = layout.modules.get(name) if layout else None
+    shape = module.shape if module else _matrix(skeleton.checkpoint.tensors[f"{name}.weight"].shape)
+    return Source(name, skeleton.place(name), shape, scheme, module.experts if module else 1)
+
+
+def _plain_experts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
+    names = (name.removesuffix(".weight") for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
+    return [name for name in names if ".experts." in name and name not in schemes]
+
+
+def _fusible(skeleton: Skeleton, sources: Sequence[Source]) -> Iterator[list[Source]]:
+    """Yield the sources in groups of one scheme that share an input, in the order of the checkpoint."""
+    together = {name: number for number, names in enumerate(skeleton.sharing()) for name in names}
+    groups: dict[tuple[object, ...], list[Source]] = {}
+    for source in sources:
+        place = source.place
+        shared = (place.module, place.parameter, place.expert) if place.parameter else together.get(place.module, place.module)
+        groups.setdefault((shared, source.scheme, source.shape[1]), []).append(source)
+    for members in groups.values():
+        members.sort(key=lambda source: source.place.part)
+        block = members[0].scheme.weights.block if members[0].scheme else None
+        if block and any(source.shape[0] % block[0] for source in members):  # a block would reach over two layers
+            yield from ([source] for source in members)
+        else:
+            yield members
+
+
+def _group(sources: Sequence[Source], dtype: torch.dtype, device: torch.device) -> Group:
+    scheme = sources[0].scheme
+    assert scheme is not None
+    rows = sum(source.shape[0] // source.experts for source in sources)
+    activations = scheme.activations
+    static = activations is not None and activations.needs_data
+    spec = LinearSpec(scheme, (rows, sources[0].shape[1]), dtype, static)
+    return Group(tuple(sources), spec, _choose(spec, device_of(device)))
+
+
+_choose = lru_cache(maxsize=None)(choose)
+
+
+def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any:
+    """Load the weights of ``plan`` and return the model. Holds beside it one group at a time."""
+    for warning in plan.warnings:
+        warnings.warn(warning, RuntimeWarning, stacklevel=3)
+    checkpoint, skeleton = plan.checkpoint, plan.skeleton
+    sources = [source for group in plan.groups for source in group.sources]
+    rounded = {f"{source.name}.{suffix}" for source in [*sources, *plan.beside] for suffix in ("weight", "bias")}
+    with ThreadPoolExecutor(READERS) as pool:
+        names = [name for name in formats.plain_tensors(checkpoint, plan.layout) if name not in rounded]
+        state = dict(zip(names, pool.map(lambda name: read_tensor(checkpoint, name), names), strict=True))
+        model = skeleton.materialize({source.place for source in [*sources, *plan.beside]}, state, plan.device)
+        del state
+        stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
+        for done, (group, weights) in enumerate(_read_ahead(plan, pool), 1):
+            for place, module in _built(plan, group, weights):
+                if place.parameter:
+                    stacks.setdefault((place.module, place.parameter), {}).setdefault(place.expert or 0, []).append((place.part, module))
+                else:
+                    model.set_submodule(place.module, module)
+            if on_progress:
+                on_progress(done, len(plan.groups))
+        for source in plan.beside:
+            linear = _plain_linear(plan, source)
+            stacks[source.place.module, source.place.parameter].setdefault(source.place.expert or 0, []).append((source.place.part, linear))
+    for (holder, parameter), experts in stacks.items():
+        parts = [[module for _, module in sorted(experts[number], key=lambda part: part[0])] for number in sorted(experts)]
+        setattr(model.get_submodule(holder), parameter, ExpertStack(parts))
+    return model
+
+
+def _read_ahead(plan: LoadPlan, pool: ThreadPoolExecutor) -> Iterator[tuple[Group, list[tuple[QuantizedWeight, Tensor | None]]]]:
+    """Yield each group and the weights of its layers while the next are read: on a CPU one group, else one for each reader."""
+    waiting: list[tuple[Group, list[Future[tuple[QuantizedWeight, Tensor | None]]]]] = []
+    depth = READERS if plan.device.type == "cuda" else 1
+    groups = iter(plan.groups)
+    for group in itertools.islice(groups, depth):
+        waiting.append((group, [pool.submit(_read, plan, source) for source in group.sources]))
+    while waiting:
+        group, futures = waiting.pop(0)
+        weights = [future.result() for future in futures]
+        if (following := next(groups, None)) is not None:
+            waiting.append((following, [pool.submit(_read, plan, source) for source in following.sources]))
+        del futures
+        yield group, weights
+
+
+def _read(plan: LoadPlan, source: Source) -> tuple[QuantizedWeight, Tensor | None]:
+    """Return the weight of a layer and its bias, on the device."""
+    checkpoint, layout, scheme = plan.checkpoint, plan.layout, source.scheme
+    assert scheme is not None
+    bias = f"{source.name}.bias"
+    if layout and source.name in layout.modules:
+        weight = formats.read(checkpoint, layout, source.name, plan.device)
+        if scheme.activations != layout.modules[source.name].scheme.activations:
+            weight = replace(weight, activation=Activation(scheme.activations) if scheme.activations else None)
+    else:
+        weight = quantize(read_tensor(checkpoint, f"{source.name}.weight").to(plan.device), scheme)
+    return weight, read_tensor(checkpoint, bias).to(plan.device) if bias in checkpoint.tensors else None
+
+
+def _built(plan: LoadPlan, group: Group, weights: Sequence[tuple[QuantizedWeight, Tensor | None]]) -> Iterator[tuple[Place, nn.Module]]:
+    """Yield the modules that the layers of ``group`` become: one for all where what they ask of their input is the same."""
+    if group.sources[0].experts > 1:
+        (source,), ((weight, _),) = group.sources, weights
+        rows = source.shape[0] // source.experts
+        for expert in range(source.experts):
+            piece = _rows(weight, expert * rows, (expert + 1) * rows)
+            yield replace(source.place, expert=expert), QuantizedLinear(group.spec, group.choice, piece)
+        return
+    members = list(zip(group.sources, weights, strict=True))
+    while members:
+        first = members[0][1][0]
+        alike = [member for member in members if _same_input(first, member[1][0])]
+        members = [member for member in members if all(member is not other for other in alike)]
+        yield from _fused(plan, [source for source, _ in alike], [weight for _, weight in alike])
+
+
+def _fused(plan: LoadPlan, sources: Sequence[Source], weights: Sequence[tuple[QuantizedWeight, Tensor | None]]) -> Iterator[tuple[Place, nn.Module]]:
+    group = _group(sources, plan.skeleton.dtype, plan.device)
+    weight, bias = _stacked([weight for weight, _ in weights]), _stacked_bias([bias for _, bias in weights], sources)
+    spec, choice = group.spec, group.choice
+    if spec.scheme.weights.granularity == "tensor" and bool((weight.scale != weight.scale[0]).any()):
+        spec = replace(spec, scheme=replace(spec.scheme, weights=replace(spec.scheme.weights, granularity="channel")))
+        choice = _choose(spec, device_of(plan.device))
+    whole = QuantizedLinear(spec, choice, weight, bias)
+    if len(sources) == 1 or sources[0].place.parameter:
+        yield sources[0].place, whole
+        return
+    shared = SharedInput(whole, [source.shape[0] for source in sources])
+    for index, source in enumerate(sources):
+        yield source.place, FusedLinear(shared, index)
+
+
+def _same_input(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    pairs = zip(_asked_of_input(one), _asked_of_input(other), strict=True)
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _asked_of_input(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
+    activation = weight.activation
+    static = (activation.scale, activation.zero) if activation else (None, None)
+    return weight.perm, weight.pre_scale, *static
+
+
+def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return ``weights``, which ask the same of their input, as one of all their outputs."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    dtype = first.scale.dtype if len({weight.scale.dtype for weight in weights}) == 1 else torch.float32
+
+    def joined(name: str) -> Tensor | None:
+        parts = [part for weight in weights if (part := getattr(weight, name)) is not None]
+        return torch.cat(parts) if parts else None
+
+    scale = torch.cat([weight.scale.to(dtype) for weight in weights])
+    return replace(first, data=torch.cat([weight.data for weight in weights]), scale=scale, scale2=joined("scale2"), zero=joined("zero"))
+
+
+def _stacked_bias(biases: Sequence[Tensor | None], sources: Sequence[Source]) -> Tensor | None:
+    present = next((bias for bias in biases if bias is not None), None)
+    if present is None:
+        return None
+    return torch.cat([present.new_zeros(source.shape[0]) if bias is None else bias for bias, source in zip(biases, sources, strict=True)])
+
+
+def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Return the outputs ``start`` to ``stop`` of ``weight``, whose scales cover one row each."""
+    parts = {name: part[start:stop] for name in ("data", "scale", "scale2", "zero") if (part := getattr(weight, name)) is not None}
+    return replace(weight, **parts)
+
+
+def _plain_linear(plan: LoadPlan, source: Source) -> nn.Linear:
+    weight = read_tensor(plan.checkpoint, f"{source.name}.weight").to(plan.device, plan.skeleton.dtype)
+    linear = nn.Linear(source.shape[1], source.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
