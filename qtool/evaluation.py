@@ -89,5 +89,6 @@ class _InputRounding:
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x)
         if self.activation:
-            x = fake_quantize_input(x, self.activation.format, self.activation.scale, self.activation.zero)
+            static = (None if part is None else part.to(x.device) for part in (self.activation.scale, self.activation.zero))
+            x = fake_quantize_input(x, self.activation.format, *static)
         return (x, *rest)

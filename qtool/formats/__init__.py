@@ -12,8 +12,6 @@ from qtool.formats.layout import CACHE_SUFFIXES, Detector, Format, Layout, Quant
 from qtool.formats.values import check_tensors, check_values
 
 if TYPE_CHECKING:
-    import torch
-
     from qtool.weight import QuantizedWeight
 
 __all__ = [
@@ -74,12 +72,12 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     raise refused("E_QUANT_METHOD", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
 
 
-def read(checkpoint: Checkpoint, layout: Layout, name: str, device: torch.device | str = "cpu") -> QuantizedWeight:
-    """Read the module ``name`` of a checkpoint that `detect` described as ``layout`` to ``device``."""
+def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
+    """Read the module ``name`` of a checkpoint that `detect` described as ``layout``."""
     from qtool.formats.packing import load
 
     module = layout.modules[name]
-    return FORMATS[layout.format].read(module, {suffix: tensor.to(device) for suffix, tensor in load(checkpoint, module).items()})
+    return FORMATS[layout.format].read(module, load(checkpoint, module))
 
 
 def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from qtool.scheme import Scheme
 from qtool.weight import Activation, QuantizedWeight, quantize
 
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
+RawTensors = dict[str, Tensor]
 READERS = min(8, os.cpu_count() or 1)
 
 
@@ -209,8 +209,8 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
         model = skeleton.materialize({source.place for source in [*sources, *plan.beside]}, state, plan.device)
         del state
         stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
-        for done, (group, weights) in enumerate(_read_ahead(plan, pool), 1):
-            for place, module in _built(plan, group, weights):
+        for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
+            for place, module in _built(plan, group, raw):
                 if place.parameter:
                     stacks.setdefault((place.module, place.parameter), {}).setdefault(place.expert or 0, []).append((place.part, module))
                 else:
@@ -226,38 +226,48 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
     return model
 
 
-def _read_ahead(plan: LoadPlan, pool: ThreadPoolExecutor) -> Iterator[tuple[Group, list[tuple[QuantizedWeight, Tensor | None]]]]:
-    """Yield each group and the weights of its layers while the next are read: on a CPU one group, else one for each reader."""
-    waiting: list[tuple[Group, list[Future[tuple[QuantizedWeight, Tensor | None]]]]] = []
-    depth = READERS if plan.device.type == "cuda" else 1
-    groups = iter(plan.groups)
-    for group in itertools.islice(groups, depth):
+def _read_ahead(plan: LoadPlan, pool: ThreadPoolExecutor) -> Iterator[tuple[Group, list[RawTensors]]]:
+    """Yield each group and the tensors of its layers, in host memory, while the next are read: one group on a CPU, else one for each reader."""
+    waiting: deque[tuple[Group, list[Future[RawTensors]]]] = deque()
+    for group in plan.groups:
         waiting.append((group, [pool.submit(_read, plan, source) for source in group.sources]))
+        if len(waiting) > (READERS if plan.device.type == "cuda" else 1):
+            yield _ready(*waiting.popleft())
     while waiting:
-        group, futures = waiting.pop(0)
-        weights = [future.result() for future in futures]
-        if (following := next(groups, None)) is not None:
-            waiting.append((following, [pool.submit(_read, plan, source) for source in following.sources]))
-        del futures
-        yield group, weights
+        yield _ready(*waiting.popleft())
 
 
-def _read(plan: LoadPlan, source: Source) -> tuple[QuantizedWeight, Tensor | None]:
-    """Return the weight of a layer and its bias, on the device."""
-    checkpoint, layout, scheme = plan.checkpoint, plan.layout, source.scheme
+def _ready(group: Group, reading: Sequence[Future[RawTensors]]) -> tuple[Group, list[RawTensors]]:
+    return group, [tensors.result() for tensors in reading]
+
+
+def _read(plan: LoadPlan, source: Source) -> RawTensors:
+    """Return the tensors of a layer by suffix, as they are in the file."""
+    module = plan.layout.modules.get(source.name) if plan.layout else None
+    names = {"weight": f"{source.name}.weight"} if module is None else {suffix: tensor.name for suffix, tensor in module.tensors.items()}
+    if (bias := f"{source.name}.bias") in plan.checkpoint.tensors:
+        names["bias"] = bias
+    return {suffix: read_tensor(plan.checkpoint, name) for suffix, name in names.items()}
+
+
+def _weight(plan: LoadPlan, source: Source, tensors: RawTensors) -> tuple[QuantizedWeight, Tensor | None]:
+    """Return the weight that ``tensors``, which are taken, stand for, and its bias, on the device."""
+    moved = {suffix: tensors.pop(suffix).to(plan.device) for suffix in list(tensors)}
+    bias = moved.pop("bias", None)
+    scheme = source.scheme
     assert scheme is not None
-    bias = f"{source.name}.bias"
-    if layout and source.name in layout.modules:
-        weight = formats.read(checkpoint, layout, source.name, plan.device)
-        if scheme.activations != layout.modules[source.name].scheme.activations:
-            weight = replace(weight, activation=Activation(scheme.activations) if scheme.activations else None)
-    else:
-        weight = quantize(read_tensor(checkpoint, f"{source.name}.weight").to(plan.device), scheme)
-    return weight, read_tensor(checkpoint, bias).to(plan.device) if bias in checkpoint.tensors else None
+    if plan.layout is None or source.name not in plan.layout.modules:
+        return quantize(moved["weight"], scheme), bias
+    module = plan.layout.modules[source.name]
+    weight = formats.FORMATS[plan.layout.format].read(module, moved)
+    if scheme.activations != module.scheme.activations:
+        weight = replace(weight, activation=Activation(scheme.activations) if scheme.activations else None)
+    return weight, bias
 
 
-def _built(plan: LoadPlan, group: Group, weights: Sequence[tuple[QuantizedWeight, Tensor | None]]) -> Iterator[tuple[Place, nn.Module]]:
+def _built(plan: LoadPlan, group: Group, raw: Sequence[RawTensors]) -> Iterator[tuple[Place, nn.Module]]:
     """Yield the modules that the layers of ``group`` become: one for all where what they ask of their input is the same."""
+    weights = [_weight(plan, source, tensors) for source, tensors in zip(group.sources, raw, strict=True)]
     if group.sources[0].experts > 1:
         (source,), ((weight, _),) = group.sources, weights
         rows = source.shape[0] // source.experts
