@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -264,8 +265,14 @@ def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = Tr
         return data.float()
     codes = unpack_pairs(data) if packed else data
     if scale_dtype in FP4_SCALES:
-        return torch.tensor(FP4_VALUES, device=data.device)[codes.int()]
+        return _fp4_values(data.device)[codes.int()]
     return codes.float() - 8
+
+
+@lru_cache
+def _fp4_values(device: torch.device) -> Tensor:
+    """Return what each E2M1 code stands for; kept, since CUDA graphs cannot hold the copy to a GPU."""
+    return torch.tensor(FP4_VALUES, device=device)
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
     ``g_idx`` [K] is the group of each input, one of ``groups``, each of ``size``. Raises: CheckpointRefused, when it is something else.
     """
     columns = g_idx.numel()
-    if groups == 1 or torch.equal(g_idx.long(), torch.arange(columns) // size):
+    if groups == 1 or torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // size):
         return None
     in_range = bool(((g_idx >= 0) & (g_idx < groups)).all())
     if not in_range or not bool((torch.bincount(g_idx.long(), minlength=groups) == size).all()):

@@ -18,8 +18,8 @@ from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
 KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `plain` takes everything
-    "cpu": ("plain",),
-    "cuda": ("plain",),
+    "cpu": ("int4pack", "onednn", "int8pack", "plain"),
+    "cuda": ("scaled_mm", "humming", "triton_weight_only", "triton_w8a8", "plain"),
 }
 
 

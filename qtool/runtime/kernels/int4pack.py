@@ -1,0 +1,80 @@
+"""Weights of at most 4 bits through ATen's int4 multiplication; for many tokens, and with AMX, dequantized in cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qtool.runtime.kernels import Device, LinearSpec
+from qtool.weight import QuantizedWeight, unpack_pairs
+
+MANY = 80  # tokens
+BLOCK = 64  # outputs that the operator packs together for AVX512, the second half in the high nibbles
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+def objection(spec: LinearSpec, device: Device) -> str | None:
+    """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the operator knows, with bfloat16 inputs."""
+    weights = spec.scheme.weights
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs a CPU with AVX2 or AVX512"
+    if spec.dtype != torch.bfloat16:
+        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    if spec.scheme.activations:
+        return f"inputs {spec.scheme.activations}: takes 16 bits only"
+    if weights.format not in ("int2", "int3", "int4") or weights.granularity == "block":
+        return f"weights {weights}: takes int2, int3 and int4 by group, channel or tensor"
+    if weights.group_size not in (None, *GROUP_SIZES):
+        return f"needs groups of 32, 64, 128 or 256, found {weights.group_size}"
+    return None
+
+
+def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the operator's blocks of ``codes`` and, interleaved as [G, N, 2], the scale and what code 0 stands for; N and K filled up."""
+    outputs, width = spec.shape[0], _width(spec)
+    codes = unpack_pairs(weight.data) if weight.data.dtype == torch.uint8 else weight.data + 8
+    codes = pad(codes, (0, -codes.shape[1] % width, 0, -outputs % BLOCK))
+    scale = weight.scale.float().expand(outputs, codes.shape[1] // width)
+    zero = torch.zeros_like(scale) if weight.zero is None else weight.zero * -scale
+    tables = pad(torch.stack((scale, zero)), (0, 0, 0, codes.shape[0] - outputs))
+    parts = torch.split(codes, 1024)  # the operator asks for int32
+    return {
+        "codes": torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts]),
+        "scale_and_zero": tables.permute(2, 1, 0).to(torch.bfloat16, memory_format=torch.contiguous_format),
+    }
+
+
+def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply with 4-bit codes."""
+    outputs, width = spec.shape[0], _width(spec)
+    if x.shape[1] % width:
+        x = pad(x, (0, -x.shape[1] % width))
+    if x.shape[0] >= MANY and torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        y = _by_blocks(x, packed["codes"], packed["scale_and_zero"])
+    else:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed["codes"], width, packed["scale_and_zero"])
+    y = y[:, :outputs].contiguous()
+    return y if bias is None else y + bias
+
+
+def _width(spec: LinearSpec) -> int:
+    """Return the group size; one scale a row serves groups of any size, the largest that divides K."""
+    return spec.scheme.weights.group_size or max(32, math.gcd(spec.shape[1], 256))
+
+
+def _by_blocks(x: Tensor, codes: Tensor, scale_and_zero: Tensor) -> Tensor:
+    """Return ``x`` times the weight, [M, N], of which some blocks of outputs are dequantized at a time."""
+    (groups, outputs, _), inputs, step = scale_and_zero.shape, x.shape[1], 4 * BLOCK
+    y = x.new_empty(x.shape[0], outputs)
+    starts, blocks = range(0, outputs, step), torch.split(codes.view(-1, inputs, BLOCK // 2), 4)
+    for start, block in zip(starts, blocks, strict=True):
+        pairs = block.transpose(0, 1).contiguous()
+        values = torch.stack((pairs & 15, pairs >> 4), dim=2).view(torch.int8).sub_(8).to(x.dtype)
+        scale, zero = scale_and_zero[:, None, start : start + step].permute(3, 0, 1, 2).contiguous()
+        weight = torch.addcmul(zero, values.view(groups, inputs // groups, -1), scale)
+        torch.mm(x, weight.view(inputs, -1), out=y[:, start : start + step])
+    return y

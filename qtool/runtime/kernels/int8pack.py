@@ -1,0 +1,45 @@
+"""Weight-only int8, one scale a row, through ATen's int8 multiplication: for CPUs on which `onednn` cannot multiply integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qtool.runtime.kernels import Device, LinearSpec
+from qtool.weight import QuantizedWeight
+
+STEP = 16  # the operator reads as many inputs at a time, beyond the last one if need be, and faults where they are not aligned
+
+
+def objection(spec: LinearSpec, device: Device) -> str | None:
+    """Take weight-only integers of 5 to 8 bits by channel or tensor, with bfloat16 inputs."""
+    weights = spec.scheme.weights
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs a CPU with AVX2 or AVX512"
+    if spec.dtype != torch.bfloat16:
+        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    if spec.scheme.activations:
+        return f"inputs {spec.scheme.activations}: takes 16 bits only"
+    if weights.format not in ("int5", "int6", "int7", "int8") or weights.granularity not in ("channel", "tensor") or not weights.symmetric:
+        return f"weights {weights}: takes int5 to int8 by channel or tensor, without zero points"
+    return None
+
+
+def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return ``codes``, int8 with K filled up, and ``scale``, bfloat16 [N]."""
+    return {"codes": _steps(weight.data), "scale": weight.scale[:, 0].expand(spec.shape[0]).to(torch.bfloat16, memory_format=torch.contiguous_format)}
+
+
+def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply with int8 codes."""
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(_steps(x), packed["codes"], packed["scale"])
+    return y if bias is None else y + bias
+
+
+def _steps(x: Tensor) -> Tensor:
+    """Return ``x`` [R, K] with K filled up to whole steps, aligned."""
+    missing = -x.shape[1] % STEP
+    return pad(x, (0, missing)) if missing else x.clone() if x.data_ptr() % 32 else x

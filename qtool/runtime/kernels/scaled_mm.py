@@ -1,0 +1,106 @@
+"""PyTorch's own matmuls of codes, for weights and inputs of one format: `torch._scaled_mm` for fp8, `torch._int_mm` for int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qtool.runtime.kernels import Device, LinearSpec, device_of
+from qtool.scheme import Activations
+from qtool.weight import QuantizedWeight, largest, to_fp8
+
+# cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the sums and scaling them afterwards costs more.
+MANY_TOKENS = 512
+FEWEST_INT8 = 32  # `torch._int_mm` wants more than 16 tokens
+
+
+def objection(spec: LinearSpec, device: Device) -> str | None:
+    """Take fp8 weights with fp8 inputs and int8 weights with int8 inputs, one scale for each output and each token or for all of them."""
+    weights, inputs, (rows, columns) = spec.scheme.weights, spec.scheme.activations, spec.shape
+    if inputs is None:
+        return "inputs stay in 16 bits"
+    if weights.format not in ("fp8", "int8") or weights.format != inputs.format:
+        return f"weights are {weights.format} and inputs {inputs.format}"
+    if weights.granularity not in ("tensor", "channel") or inputs.granularity not in ("tensor", "token"):
+        return f"weights have a scale for each {weights.granularity}, inputs for each {inputs.granularity}"
+    if not (weights.symmetric and inputs.symmetric):
+        return "zero points"
+    oldest, multiple = (89, 16) if weights.format == "fp8" else (75, 8)
+    if device.capability < oldest:
+        return f"{device} is older than sm_{oldest}, the first with {weights.format} matmuls"
+    if rows % multiple or columns % multiple:
+        return f"{rows} outputs of {columns} inputs are not multiples of {multiple}"
+    return None
+
+
+def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Keep codes and scales; rows that all have one scale keep one, if the input has one too."""
+    inputs, scale = spec.scheme.activations, weight.scale.float().expand(spec.shape[0], 1).flatten()
+    if inputs and inputs.granularity == "tensor" and inputs.format == "fp8" and bool((scale == scale[0]).all()):
+        scale = scale[:1].clone()
+    packed = {"data": weight.data, "scale": scale, "one": torch.ones((), device=scale.device)}
+    if weight.activation is not None and weight.activation.scale is not None:
+        packed["input_scale"] = weight.activation.scale.float().reshape(())
+    return packed
+
+
+def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Round the input to codes, multiply them, and scale the sums."""
+    inputs, scale, one, weight = spec.scheme.activations, packed["scale"], packed["one"], packed["data"].T
+    assert inputs is not None
+    scale_of_input = packed.get("input_scale")
+    if inputs.granularity == "tensor" and scale_of_input is None:
+        scale_of_input = scale_of_all(x, inputs)
+    codes, row_scale = rounded_rows(x, inputs, scale_of_input)
+    if inputs.format == "int8":
+        return rescaled(_int8_sums(codes, weight), row_scale, scale, bias, x.dtype)
+    if scale.numel() == 1:
+        assert scale_of_input is not None
+        return _fp8_sums(codes, weight, scale_of_input, scale, bias, x.dtype)
+    if x.shape[0] > MANY_TOKENS and x.dtype == torch.bfloat16 and device_of(x.device).capability >= 90:
+        return _fp8_sums(codes, weight, row_scale, scale[None], bias, x.dtype)
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # float16 ends at 65504, and sums of codes do not
+    return rescaled(_fp8_sums(codes, weight, one, one, None, wide), row_scale, scale, bias, x.dtype)
+
+
+def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
+    """Return the scale, a scalar, that rounds all of ``x`` to ``inputs``."""
+    return x.abs().amax().float() / largest(inputs)
+
+
+def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as `fake_quantize_input` finds them: ``scale`` or one a row."""
+    if x.is_cuda:
+        from qtool.runtime.kernels.row_quantize import quantize_rows
+
+        return quantize_rows(x, "fp8" if inputs.format == "fp8" else "int8", None if scale is None else scale.float())
+    wide = x.float()
+    if scale is None:
+        scale = wide.abs().amax(1, keepdim=True) / largest(inputs)
+    scale = torch.where(scale > 0, scale, 1.0).expand(x.shape[0], 1).contiguous()
+    ratio = wide / scale
+    return to_fp8(ratio) if inputs.format == "fp8" else ratio.round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+def rescaled(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns`` [N]."""
+    if sums.is_cuda:
+        from qtool.runtime.kernels.rescale import rescale
+
+        return rescale(sums, rows, columns, bias, dtype)
+    y = sums.float() * rows * columns
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _fp8_sums(codes: Tensor, weight: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch._scaled_mm(codes, weight, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def _int8_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    tokens = codes.shape[0]
+    if tokens > 16:
+        return torch._int_mm(codes, weight)
+    return torch._int_mm(functional.pad(codes, (0, 0, 0, FEWEST_INT8 - tokens)), weight)[:tokens]

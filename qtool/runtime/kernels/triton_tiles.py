@@ -1,0 +1,114 @@
+"""What our Triton matmuls share: how the work is cut, and how the parts of one output tile become the output.
+
+All compute ``W x^T``, tiles [TILE_N, TILE_M]: the weight is then the operand of 64 rows that the tensor cores of Hopper want, however few tokens
+there are. Where the tiles are too few to fill the machine, K is cut too. Each part then goes to a workspace, and the last program of a tile to
+arrive adds them in their order, so that results never depend on timing.
+"""
+
+# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+COUNTERS = 8192  # tiles that may be cut along K
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a matmul is cut: the outputs, tokens and inputs of a step, about how many programs, and Triton's warps and stages.
+
+    ``inline``: the input is rounded in the kernel itself, not by a launch before it. ``pdl``: the kernel starts while the one before it ends.
+    """
+
+    n: int
+    m: int
+    k: int
+    programs: int = 0
+    warps: int = 4
+    stages: int = 4
+    inline: bool = False
+    pdl: bool = False
+
+    def split(self, n: int, m: int, steps: int) -> int:
+        """Return in how many parts to cut ``steps`` steps along K, each of at least two, for an output of ``m`` tokens and ``n`` outputs."""
+        tiles = triton.cdiv(n, self.n) * triton.cdiv(m, self.m)
+        parts = max(1, min(self.programs // tiles, steps // 2)) if tiles <= COUNTERS else 1
+        return int(triton.cdiv(steps, triton.cdiv(steps, parts)))  # no part is empty
+
+
+Table = Mapping[tuple[int, str], Tile]  # (most tokens, class of the shape or "any") -> Tile; 0 tokens: any number
+
+
+def pick(table: Table, tokens: int, n: int, k: int) -> Tile:
+    """Return the entry of ``table`` for ``tokens`` tokens and a weight [n, k]."""
+    most = next((most for most in sorted({most for most, _ in table}) if tokens <= most), 0)
+    return table.get((most, shape_class(n, k))) or table[most, "any"]
+
+
+def shape_class(n: int, k: int) -> str:
+    """Say what limits a weight [n, k]: `wide` ones have tiles for the whole machine, `deep` ones few tiles with long sums, `small` ones neither."""
+    if n >= 16384:
+        return "wide"
+    return "deep" if k >= 2 * n else "small"
+
+
+def counters(device: torch.device) -> Tensor:
+    """Return the counters of a layer's tiles, which every launch leaves at zero."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def workspace(x: Tensor, parts: int, n: int) -> Tensor:
+    """Return where ``parts`` parts of an output of the tokens ``x`` go."""
+    return x.new_empty((parts, x.shape[0], n) if parts > 1 else 1, dtype=torch.float32)
+
+
+@triton.jit
+def tile_position(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return which tile (of outputs, of tokens) this program computes: neighbours share weights, 16 tiles of tokens at a time."""
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    band = tl.program_id(0) // (16 * tiles_n)
+    rest = tl.program_id(0) % (16 * tiles_n)
+    height = tl.minimum(tiles_m - band * 16, 16)
+    return rest // height, band * 16 + rest % height
+
+
+@triton.jit
+def start_early(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Let the next kernel start, and wait until the one before has written its output."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):  # type: ignore[no-untyped-def]
+    """Bring the 128 bytes around each of ``pointers`` to the L2 cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write ``acc`` [TILE_N, TILE_M], f32, to ``y`` [M, N], plus ``bias``; with several parts only the last to arrive does, after adding all."""
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if SPLIT:
+        parts = tl.num_programs(1)
+        size = tl.cast(M, tl.int64) * N
+        tl.store(partial + tl.program_id(1) * size + place, acc, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") != parts - 1:
+            return
+        tl.store(arrived + tl.program_id(0), 0)
+        acc = tl.zeros_like(acc)
+        for part in range(parts):
+            acc += tl.load(partial + part * size + place, mask=inside, other=0.0, cache_modifier=".cg")
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,372 @@
+"""Weights of 4 or 8 bits times 16-bit inputs, in Triton: int4, int8, fp8, NVFP4 and MXFP4.
+
+The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a nibble or a byte) of each of the ``codes`` runs
+of ``width`` inputs of a block, so that a shift and a mask of a tile of words give a tile of codes: no permutation, and two codes per instruction.
+The words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer [K/block, N], each for some of the runs.
+"""
+
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.runtime.kernels import Device, LinearSpec
+from qtool.runtime.kernels.triton_tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.scheme import Weights
+from qtool.weight import QuantizedWeight, unpack_pairs
+
+ROWS = 256  # N is padded to a multiple of this
+INPUTS = 512  # and K of this
+
+_TILES: Table = {
+    (8, "any"): Tile(64, 8, 256, 528, 4, 4),
+    (16, "any"): Tile(64, 16, 256, 528, 4, 4),
+    (64, "any"): Tile(128, 64, 256, 264, 8, 3),
+    (256, "any"): Tile(128, 128, 256, 132, 8, 2),
+    (0, "any"): Tile(256, 128, 256, 0, 8, 2),
+}
+TILES: Mapping[str, Table] = {
+    "int4": _TILES,
+    "int8": {
+        **_TILES,
+        (64, "any"): Tile(128, 64, 128, 264, 8, 4),
+        (256, "any"): Tile(128, 128, 128, 132, 8, 3),
+        (0, "any"): Tile(128, 256, 128, 0, 8, 2),
+    },
+    "fp4": {**_TILES, (8, "any"): Tile(32, 8, 256, 528, 2, 4), (16, "any"): Tile(32, 16, 256, 528, 4, 4)},
+    "fp8": {
+        **_TILES,
+        (64, "any"): Tile(128, 64, 128, 264, 8, 4),
+        (256, "any"): Tile(128, 128, 128, 132, 8, 3),
+        (0, "any"): Tile(128, 256, 128, 0, 8, 2),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales a block and row (0: one scale a row)."""
+
+    codes: int
+    width: int
+    fields: int
+
+    @property
+    def block(self) -> int:
+        """How many inputs a block has."""
+        return self.codes * self.width
+
+    def field(self, code: int) -> int:
+        """Return which field is the scale of the run ``code``."""
+        return code * self.fields // self.codes
+
+
+def objection(spec: LinearSpec, device: Device) -> str | None:
+    """Take weight-only schemes of 4 and 8 bits with a scale for each output, or for groups of a multiple of 16 inputs."""
+    weights = spec.scheme.weights
+    if device.type == "cuda" and device.capability < 90:
+        return f"it is written for sm_90, not {device}"
+    if spec.scheme.activations:
+        return "it does not round inputs"
+    if weights.format not in TILES:
+        return f"it unpacks {', '.join(TILES)}, not {weights.format}"
+    if weights.granularity == "block" or (weights.group_size or 16) % 16:
+        return f"it has no scales per {weights}"
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies in 16 bits, not {spec.dtype}"
+    return None
+
+
+@lru_cache
+def layout_of(weights: Weights) -> Layout:
+    """Return how ``weights`` are packed."""
+    group, four = weights.group_size, weights.bits == 4
+    if group is None:
+        return Layout(4 if four else 2, 64, 0)
+    if not four:
+        return Layout(2, _run(group, 64), 2)
+    if weights.format == "fp4" or group % 64:
+        return Layout(4, _run(group, 32), 4)
+    return Layout(4, _run(group, 128) // 2, 2)
+
+
+def _run(group: int, most: int) -> int:
+    """Return the largest power of two up to ``most`` that divides ``group``."""
+    return min(group & -group, most)
+
+
+def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Interleave the codes as words, and gather the scales of a block in one integer."""
+    layout, (rows, columns) = layout_of(spec.scheme.weights), spec.shape
+    padded = (-(-rows // ROWS) * ROWS, -(-columns // INPUTS) * INPUTS)
+    packed = {"words": _words(weight.data, layout, padded), "counters": counters(weight.data.device)}
+    if not layout.fields:
+        scale = weight.scale.float().expand(rows, -1)[:, 0]
+        packed["row_scale"] = scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
+        if weight.zero is not None:
+            offset = weight.zero.to(spec.dtype).expand(rows, -1) + _base(spec)
+            packed["offsets"] = torch.nn.functional.pad(offset[:, 0], (0, padded[0] - rows))
+        return packed
+    group, scale = spec.scheme.weights.group_size or columns, weight.scale
+    if scale.dtype == torch.float8_e8m0fnu and spec.scheme.weights.format == "fp8":
+        scale = scale.to(spec.dtype)
+    scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale.to(spec.dtype).view(torch.int16)
+    packed["scales"] = _fields(scale, layout, group, padded)
+    if weight.zero is not None:
+        packed["offsets"] = _fields((weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16), layout, group, padded)
+    if weight.scale2 is not None:
+        packed["row_scale"] = weight.scale2
+    return packed
+
+
+def _base(spec: LinearSpec) -> float:
+    """Return what the decoded number of an integer code exceeds it by."""
+    return _DECODE[spec.scheme.weights.format, spec.dtype].base
+
+
+def _words(data: Tensor, layout: Layout, padded: tuple[int, int]) -> Tensor:
+    bits = 16 // layout.codes
+    codes = unpack_pairs(data) if data.dtype == torch.uint8 else data.view(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0]))
+    runs = codes.reshape(padded[0], -1, layout.codes, layout.width)
+    words = torch.zeros(runs[:, :, 0].shape, dtype=torch.int32, device=data.device)
+    for code in range(layout.codes):
+        words |= runs[:, :, code].int() << (bits * code)
+    return words.transpose(0, 1).to(torch.int16).contiguous()
+
+
+def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int]) -> Tensor:
+    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64 [K/block, N]."""
+    bits, share = values.element_size() * 8, layout.block // layout.fields
+    each = values.repeat_interleave(group // share, dim=1)[:, : padded[1] // share]
+    each = torch.nn.functional.pad(each, (0, padded[1] // share - each.shape[1], 0, padded[0] - values.shape[0]))
+    fields = each.reshape(padded[0], -1, layout.fields).long() & ((1 << bits) - 1)
+    whole = sum(fields[..., field] << (bits * field) for field in range(layout.fields))
+    assert isinstance(whole, Tensor)
+    return whole.t().to(torch.int32 if bits * layout.fields == 32 else torch.int64).contiguous()
+
+
+def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply, cut as `TILES` says."""
+    return multiply(spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape))
+
+
+def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile) -> Tensor:
+    """Multiply, cut as ``tile`` says."""
+    (tokens, columns), rows, layout = x.shape, spec.shape[0], layout_of(spec.scheme.weights)
+    words = packed["words"]
+    unroll = max(1, tile.k // layout.block)
+    steps = triton.cdiv(triton.cdiv(columns, layout.block), unroll)
+    parts = tile.split(rows, tokens, steps)
+    y = x.new_empty(tokens, rows)
+    decode = _DECODE[spec.scheme.weights.format, x.dtype]
+    grid = (triton.cdiv(rows, tile.n) * triton.cdiv(tokens, tile.m), parts)
+    _multiply[grid](
+        x,
+        words,
+        packed.get("scales"),
+        packed.get("offsets"),
+        packed.get("row_scale"),
+        bias,
+        y,
+        workspace(x, parts, rows),
+        packed["counters"],
+        tokens,
+        rows,
+        columns,
+        words.shape[1],
+        triton.cdiv(steps, parts),
+        steps,
+        ASM=_assembly(decode.bits),
+        SUBTRACT=_assembly(decode.subtract),
+        SCALE_BY=decode.scale_by,
+        BASE=decode.base,
+        E4M3=spec.scheme.weights.scale == "e4m3",
+        CODES=layout.codes,
+        FIELDS=layout.fields,
+        WIDTH=layout.width,
+        UNROLL=unroll,
+        SCALE_SUMS=tile.m <= 32,  # then scaling what a group sums to is less work than scaling its weights
+        EVEN=columns % (unroll * layout.block) == 0,
+        TILE_N=tile.n,
+        TILE_M=tile.m,
+        SPLIT=parts > 1,
+        STAGES=tile.stages,
+        PDL=tile.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **({"launch_pdl": True} if tile.pdl else {}),
+    )
+    return y
+
+
+Bits = tuple[tuple[tuple[int, int], ...], int]  # of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How the codes of a word become numbers: the bits of each, and where needed of one to subtract, then ``- base`` and ``* scale_by``."""
+
+    bits: tuple[Bits, ...]
+    subtract: tuple[Bits, ...] = ()
+    base: float = 0.0
+    scale_by: float = 1.0
+
+
+@lru_cache
+def _assembly(codes: tuple[Bits, ...]) -> tuple[str, ...] | None:
+    """Return PTX that makes two words in one register two numbers, for each code: Triton itself would take the words one by one."""
+    return tuple(_instructions(*bits) for bits in codes) or None
+
+
+def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
+    lines, so_far = [], f"{constant * 0x10001:#x}"
+    for index, (shift, mask) in enumerate(parts, start=1):
+        target = "$0" if index == len(parts) else f"u{index}"
+        lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
+        lines.append(f"lop3.b32 {target}, t{index}, {mask * 0x10001:#x}, {so_far}, 0x6A;")  # (t & mask) ^ so_far
+        so_far = target
+    return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
+
+
+def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int = 0) -> Decode:
+    """Decode ``count`` integers a word, or'ed into the low bits of a number of bits ``constant``; ``sign`` likewise into one to subtract."""
+    shifts = [16 // count * code for code in range(count)]
+    subtract = tuple((((shift, sign),), constant) for shift in shifts) if sign else ()
+    return Decode(tuple((((shift, mask),), constant) for shift in shifts), subtract, base)
+
+
+def _float(count: int, exponent: int, mantissa: int, target_exponent: int, target_mantissa: int) -> Decode:
+    """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the difference of the biases is multiplied in."""
+    size, up = exponent + mantissa, target_mantissa - mantissa
+    places = ((((shift - up, ((1 << size) - 1) << up), (shift + size - 15, 0x8000)), 0) for shift in range(0, 16, 16 // count))
+    return Decode(tuple(places), scale_by=2.0 ** (2 ** (target_exponent - 1) - 2 ** (exponent - 1)))
+
+
+# An integer or'ed into the low bits of 128.0 (bfloat16) or 1024.0 (float16) is added to it. bfloat16 has 7 such bits, so the sign of an int8 is
+# or'ed into another 128.0, which makes it 256.0, and that is subtracted.
+_DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
+    ("int4", torch.bfloat16): _integer(4, 0x0F, 0x4300, base=136.0),
+    ("int4", torch.float16): _integer(4, 0x0F, 0x6400, base=1032.0),
+    ("int8", torch.bfloat16): _integer(2, 0x7F, 0x4300, sign=0x80),
+    ("int8", torch.float16): _integer(2, 0xFF, 0x6480, base=1152.0),
+    ("fp4", torch.bfloat16): _float(4, 2, 1, 8, 7),
+    ("fp4", torch.float16): _float(4, 2, 1, 5, 10),
+    ("fp8", torch.bfloat16): _float(2, 4, 3, 8, 7),
+    ("fp8", torch.float16): _float(2, 4, 3, 5, 10),
+}
+
+
+@triton.jit
+def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a time."""
+    return tl.inline_asm_elementwise(ASM[CODE], "=r,r", [words], tl.int16, is_pure=True, pack=2).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _field(fields, INDEX: tl.constexpr, FIELDS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or 8, of an E4M3 or E8M0 number, then f32."""
+    BITS: tl.constexpr = fields.dtype.primitive_bitwidth // FIELDS
+    field = (fields >> (BITS * INDEX)).to(tl.int32) & ((1 << BITS) - 1)
+    if BITS == 16:
+        return field.to(tl.int16).to(dtype, bitcast=True)
+    elif E4M3:
+        return (field << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    else:
+        return (field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["M", "steps_each", "steps"])
+def _multiply(  # type: ignore[no-untyped-def]
+    x,
+    words,
+    scales,
+    offsets,
+    row_scale,
+    bias,
+    y,
+    partial,
+    arrived,
+    M,
+    N,
+    K,
+    N_PADDED,
+    steps_each,
+    steps,
+    ASM: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    SCALE_BY: tl.constexpr,
+    BASE: tl.constexpr,
+    E4M3: tl.constexpr,
+    CODES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    dtype: tl.constexpr = x.dtype.element_ty
+    tile_n, tile_m = tile_position(M, N, TILE_M, TILE_N)
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    i = tl.arange(0, WIDTH)
+    inputs = x + m.to(tl.int64)[:, None] * K + i[None, :]
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    first = tl.program_id(1) * steps_each
+    if PDL:
+        for ahead in tl.static_range(UNROLL * 2):
+            start = tl.minimum(first * UNROLL + ahead, steps * UNROLL - 1) * N_PADDED + tile_n * TILE_N
+            prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
+    start_early(PDL)
+    for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):  # said here, it also fetches the scales ahead
+        for u in tl.static_range(UNROLL):
+            block = step * UNROLL + u
+            row = block * N_PADDED + n
+            tile = tl.load(words + row[:, None] * WIDTH + i[None, :])
+            if FIELDS > 0:
+                scale = tl.load(scales + row)
+                if offsets is not None:
+                    offset = tl.load(offsets + row)
+            for code in tl.static_range(CODES):
+                weight = _number(tile, ASM, code, dtype)
+                if SUBTRACT is not None:
+                    weight -= _number(tile, SUBTRACT, code, dtype)
+                if offsets is not None:
+                    if FIELDS > 0:
+                        weight -= _field(offset, code * FIELDS // CODES, FIELDS, False, dtype)[:, None]
+                    else:
+                        weight -= tl.load(offsets + n)[:, None]
+                elif BASE != 0:
+                    weight -= BASE
+                if SCALE_BY != 1:
+                    weight *= SCALE_BY
+                if FIELDS > 0 and not SCALE_SUMS:
+                    weight *= _field(scale, code * FIELDS // CODES, FIELDS, E4M3, dtype).to(dtype)[:, None]
+                k = (block * CODES + code) * WIDTH
+                if EVEN:
+                    columns = tl.load(inputs + k, mask=m[:, None] < M, other=0.0)
+                else:
+                    columns = tl.load(inputs + k, mask=(m[:, None] < M) & (k + i[None, :] < K), other=0.0)
+                if FIELDS > 0 and SCALE_SUMS:
+                    if code * FIELDS % CODES == 0:
+                        group_sum = tl.zeros_like(acc)
+                    group_sum = tl.dot(weight, tl.trans(columns), group_sum)
+                    if (code + 1) * FIELDS % CODES == 0:
+                        acc += group_sum * _field(scale, code * FIELDS // CODES, FIELDS, E4M3, dtype).to(tl.float32)[:, None]
+                else:
+                    acc = tl.dot(weight, tl.trans(columns), acc)
+    if row_scale is not None:
+        acc *= tl.load(row_scale + n, mask=n < N, other=0.0)[:, None]
+    store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT)
