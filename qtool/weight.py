@@ -205,14 +205,14 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
     amax = groups.abs().amax(over, keepdim=True)
     if activation.scale == "e4m3":
-        scale2 = static_scale if static_scale is not None else x.float().abs().amax() / NVFP4_RANGE
+        scale2 = static_scale if static_scale is not None else divided(x.float().abs().amax(), NVFP4_RANGE)
         scale = to_fp8(amax / (FP4_MAX * scale2)).float() * scale2
     elif activation.scale == "e8m0":
         scale = mx_scale(amax, FP4_MAX if activation.format == "fp4" else FP8_MAX)
     elif static_scale is not None:
         scale = static_scale
     else:
-        scale = amax / largest(activation)
+        scale = divided(amax, largest(activation))
     scale = torch.where(scale > 0, scale, 1.0)
     if activation.format == "fp8":
         rounded = to_fp8(groups / scale).float() * scale
@@ -226,6 +226,11 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
             zero = (-top - 1 - low / scale).round()
         rounded = ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
     return rounded.reshape(*x.shape[:-1], -1)[..., :columns].to(x.dtype)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """Return ``x / number``, rounded once: by a Python number CUDA multiplies with the reciprocal, and codes between two others then differ."""
+    return x / torch.full_like(x, number)
 
 
 def largest(activation: Activations) -> float:

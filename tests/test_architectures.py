@@ -20,10 +20,13 @@ SIZES = {
     **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
     **{"vocab_size": 320, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
+USUAL = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "granite", "starcoder2"),
+    *("stablelm", "cohere", "cohere2", "glm", "glm4", "smollm3", "exaone4", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense", "nemotron"),
+    *("helium", "apertus", "gpt_neox"),
+)
 DENSE: dict[str, dict[str, object]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "granite"), {}),
-    **dict.fromkeys(("starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4", "smollm3", "exaone4", "ernie4_5", "seed_oss", "arcee"), {}),
-    **dict.fromkeys(("hunyuan_v1_dense", "nemotron", "helium", "apertus", "gpt_neox"), {}),
+    **{model_type: {} for model_type in USUAL},
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "falcon": {"head_dim": None},
     "bloom": {"n_head": 4},

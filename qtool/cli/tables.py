@@ -112,9 +112,8 @@ def kernels(plan: LoadPlan) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    counts = Counter(
-        (_kind(group["layers"]), *(str(group[key]) for key in ("scheme", "kernel")), _reasons(group)) for group in plan.to_dict()["groups"]
-    )
+    groups = plan.to_dict()["groups"]
+    counts = Counter((_kind(group["layers"]), group["scheme"], _kernels(group), _reasons(group)) for group in groups)
     title = f"{plan.checkpoint.name} on {plan.to_dict()['device']}"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
     for heading in ("layers", "fused", "scheme", "kernel", "not taken by"):
@@ -128,6 +127,11 @@ def kernels(plan: LoadPlan) -> RenderableType:
 
 def _kind(names: Sequence[str]) -> str:
     return " | ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _kernels(group: Mapping[str, Any]) -> str:
+    few = group["few_tokens"]
+    return f"{few['kernel']} to {few['most']} tokens,\nthen {group['kernel']}" if few else str(group["kernel"])
 
 
 def _reasons(group: Mapping[str, Any]) -> str:

@@ -27,17 +27,21 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.spec, self.choice = spec, choice
         self.out_features, self.in_features = spec.shape
-        packed = load_kernel(choice.kernel).pack(spec, replace(weight, perm=None, pre_scale=None))
-        self._names = tuple(packed)
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor, persistent=False)
+        kernels = [(choice.few.kernel, choice.few.most)] if choice.few else []
+        parts: list[tuple[str, int | None, tuple[str, ...]]] = []
+        for kernel, most in [*kernels, (choice.kernel, None)]:
+            packed = load_kernel(kernel).pack(spec, replace(weight, perm=None, pre_scale=None))
+            parts.append((kernel, most, tuple(packed)))
+            for name, tensor in packed.items():
+                self.register_buffer(f"{kernel}_{name}", tensor, persistent=False)
+        self._names = [f"{kernel}_{name}" for kernel, _, names in parts for name in names]
         pre_scale = None if weight.pre_scale is None else weight.pre_scale.to(spec.dtype)
         if pre_scale is not None and weight.perm is not None:
             pre_scale = pre_scale[weight.perm.long()]
         self.register_buffer("perm", weight.perm, persistent=False)
         self.register_buffer("pre_scale", pre_scale, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(spec.dtype), persistent=False)
-        self._call = number_of(Call(choice.kernel, spec, self._names))
+        self._call = number_of(Call(spec, tuple(parts)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
@@ -54,7 +58,7 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Show shape, scheme and kernel in the printed model."""
-        return f"{self.in_features} -> {self.out_features}, {self.spec.scheme.name}, {self.choice.kernel}"
+        return f"{self.in_features} -> {self.out_features}, {self.spec.scheme.name}, {self.choice}"
 
 
 class SharedInput:

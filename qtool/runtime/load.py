@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections import Counter, deque
@@ -28,6 +29,7 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 RawTensors = dict[str, Tensor]
+SECOND_COPY_SHARE = 1 / 8
 READERS = min(8, os.cpu_count() or 1)
 
 
@@ -63,6 +65,7 @@ class LoadPlan:
     skeleton: Skeleton
     device: torch.device
     groups: tuple[Group, ...]
+    second_copy: bool  # whether kernels for few tokens may have one
     beside: tuple[Source, ...]  # plain layers of experts others of which are quantized
     warnings: tuple[str, ...]
 
@@ -74,6 +77,7 @@ class LoadPlan:
                 "shape": group.spec.shape,
                 "scheme": group.spec.scheme.name,
                 "kernel": group.choice.kernel,
+                "few_tokens": group.choice.few and {"kernel": group.choice.few.kernel, "most": group.choice.few.most},
                 "refused": dict(group.choice.refused),
             }
             for group in self.groups
@@ -126,7 +130,10 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
     schemes = schemes_to_run(checkpoint, layout, quantization)
     skeleton = Skeleton(checkpoint, _dtype(checkpoint, device))
     sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items()]
-    groups = [_group(members, skeleton.dtype, device) for members in _fusible(skeleton, sources)]
+    members = list(_fusible(skeleton, sources))
+    groups = [_group(together, skeleton.dtype, device, second_copy=True) for together in members]
+    if not (second_copy := _has_room(groups, device)):
+        groups = [_group(together, skeleton.dtype, device, second_copy=False) for together in members]
     stacks = {(source.place.module, source.place.parameter) for source in sources if source.place.parameter}
     beside = [
         Source(name, place, _matrix(checkpoint.tensors[f"{name}.weight"].shape), None)
@@ -134,7 +141,7 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
         if stacks and (place := skeleton.place(name)) and (place.module, place.parameter) in stacks
     ]
     warned = (*left_plain(checkpoint, layout, quantization), *_dequantized(groups, device))
-    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), tuple(beside), warned)
+    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), second_copy, tuple(beside), warned)
 
 
 def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
@@ -183,14 +190,21 @@ def _fusible(skeleton: Skeleton, sources: Sequence[Source]) -> Iterator[list[Sou
             yield members
 
 
-def _group(sources: Sequence[Source], dtype: torch.dtype, device: torch.device) -> Group:
+def _has_room(groups: Sequence[Group], device: torch.device) -> bool:
+    """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of the device: the KV cache lives there too."""
+    repacked = [source for group in groups if group.choice.few and group.choice.few.repacks for source in group.sources]
+    size = sum(source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme)
+    return not size or size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
+
+
+def _group(sources: Sequence[Source], dtype: torch.dtype, device: torch.device, *, second_copy: bool) -> Group:
     scheme = sources[0].scheme
     assert scheme is not None
     rows = sum(source.shape[0] // source.experts for source in sources)
     activations = scheme.activations
     static = activations is not None and activations.needs_data
     spec = LinearSpec(scheme, (rows, sources[0].shape[1]), dtype, static)
-    return Group(tuple(sources), spec, _choose(spec, device_of(device)))
+    return Group(tuple(sources), spec, _choose(spec, device_of(device), second_copy=second_copy))
 
 
 _choose = lru_cache(maxsize=None)(choose)
@@ -215,6 +229,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
                     stacks.setdefault((place.module, place.parameter), {}).setdefault(place.expert or 0, []).append((place.part, module))
                 else:
                     model.set_submodule(place.module, module)
+            _give_back()
             if on_progress:
                 on_progress(done, len(plan.groups))
         for source in plan.beside:
@@ -224,6 +239,12 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
         parts = [[module for _, module in sorted(experts[number], key=lambda part: part[0])] for number in sorted(experts)]
         setattr(model.get_submodule(holder), parameter, ExpertStack(parts))
     return model
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what each reader had, and that adds up."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
+        trim(0)
 
 
 def _read_ahead(plan: LoadPlan, pool: ThreadPoolExecutor) -> Iterator[tuple[Group, list[RawTensors]]]:
@@ -276,20 +297,23 @@ def _built(plan: LoadPlan, group: Group, raw: Sequence[RawTensors]) -> Iterator[
             yield replace(source.place, expert=expert), QuantizedLinear(group.spec, group.choice, piece)
         return
     members = list(zip(group.sources, weights, strict=True))
+    del weights
     while members:
-        first = members[0][1][0]
-        alike = [member for member in members if _same_input(first, member[1][0])]
+        alike = [member for member in members if _same_input(members[0][1][0], member[1][0])]
         members = [member for member in members if all(member is not other for other in alike)]
-        yield from _fused(plan, [source for source, _ in alike], [weight for _, weight in alike])
+        yield from _fused(plan, alike)
 
 
-def _fused(plan: LoadPlan, sources: Sequence[Source], weights: Sequence[tuple[QuantizedWeight, Tensor | None]]) -> Iterator[tuple[Place, nn.Module]]:
-    group = _group(sources, plan.skeleton.dtype, plan.device)
-    weight, bias = _stacked([weight for weight, _ in weights]), _stacked_bias([bias for _, bias in weights], sources)
+def _fused(plan: LoadPlan, members: list[tuple[Source, tuple[QuantizedWeight, Tensor | None]]]) -> Iterator[tuple[Place, nn.Module]]:
+    """Yield the modules of layers that become one matrix; ``members`` are taken, so that their weights need not outlive it."""
+    sources = [source for source, _ in members]
+    weight, bias = _stacked([weight for _, (weight, _) in members]), _stacked_bias([bias for _, (_, bias) in members], sources)
+    members.clear()
+    group = _group(sources, plan.skeleton.dtype, plan.device, second_copy=plan.second_copy)
     spec, choice = group.spec, group.choice
     if spec.scheme.weights.granularity == "tensor" and bool((weight.scale != weight.scale[0]).any()):
         spec = replace(spec, scheme=replace(spec.scheme, weights=replace(spec.scheme.weights, granularity="channel")))
-        choice = _choose(spec, device_of(plan.device))
+        choice = _choose(spec, device_of(plan.device), second_copy=plan.second_copy)
     whole = QuantizedLinear(spec, choice, weight, bias)
     if len(sources) == 1 or sources[0].place.parameter:
         yield sources[0].place, whole

@@ -19,7 +19,22 @@ from qtool.weight import QuantizedWeight
 
 KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `plain` takes everything
     "cpu": ("int4pack", "onednn", "int8pack", "plain"),
-    "cuda": ("scaled_mm", "humming", "triton_weight_only", "triton_w8a8", "plain"),
+    "cuda": ("scaled_mm", "triton_w8a8", "humming", "triton_weight_only", "plain"),
+}
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens; ``repacks``: it needs a copy of the weight of its own."""
+
+    kernel: str
+    most: int
+    repacks: bool
+
+
+FEW_TOKENS: Mapping[tuple[str, str], FewTokens] = {  # device type and format of the weights -> measured on an H200, see the README
+    ("cuda", "int4"): FewTokens("triton_weight_only", 16, repacks=True),
+    ("cuda", "fp8"): FewTokens("triton_w8a8", 64, repacks=False),
 }
 
 
@@ -62,21 +77,31 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that takes a layer, and of those before it, why they do not."""
+    """The kernel that takes a layer, and of those before it, why they do not; for a few tokens perhaps another, ``few``."""
 
     kernel: str
     refused: Mapping[str, str]
+    few: FewTokens | None = None
+
+    def __str__(self) -> str:
+        return f"{self.few.kernel} to {self.few.most} tokens, then {self.kernel}" if self.few else self.kernel
 
 
-def choose(spec: LinearSpec, device: Device) -> Choice:
-    """Return the first kernel for ``device`` that takes ``spec``, and the objections of those before it."""
+def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Choice:
+    """Return the first kernel for ``device`` that takes ``spec``, and the objections of those before it.
+
+    ``second_copy``: whether there is memory for another packed copy, for the sake of few tokens.
+    """
     refused: dict[str, str] = {}
     for name in KERNELS[device.type]:
         objection = load_kernel(name).objection(spec, device)
         if objection is None:
-            return Choice(name, refused)
+            break
         refused[name] = objection
-    raise AssertionError("the plain kernel takes everything")
+    few = FEW_TOKENS.get((device.type, spec.scheme.weights.format))
+    if few and (few.kernel == name or (few.repacks and not second_copy) or load_kernel(few.kernel).objection(spec, device)):
+        few = None
+    return Choice(name, refused, few)
 
 
 def load_kernel(name: str) -> Kernel:
@@ -94,11 +119,10 @@ def device_of(device: torch.device) -> Device:
 
 @dataclass(frozen=True)
 class Call:
-    """What the operator calls for one kind of layer: a kernel, the layer's spec and the names of its tensors."""
+    """What the operator calls for one kind of layer: (kernel, most tokens, the names of its tensors) in order; None stands for any number."""
 
-    kernel: str
     spec: LinearSpec
-    names: tuple[str, ...]
+    kernels: tuple[tuple[str, int | None, tuple[str, ...]], ...]
 
 
 _CALLS: list[Call] = []
@@ -116,8 +140,13 @@ _LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call) -> Te
 
 
 def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:
-    entry = _CALLS[call]
-    return load_kernel(entry.kernel).apply(entry.spec, x, dict(zip(entry.names, packed, strict=True)), bias)
+    start = 0
+    for kernel, most, names in _CALLS[call].kernels:
+        if most is None or x.shape[0] <= most:
+            tensors = dict(zip(names, packed[start : start + len(names)], strict=True))
+            return load_kernel(kernel).apply(_CALLS[call].spec, x, tensors, bias)
+        start += len(names)
+    raise AssertionError("the last kernel takes any number of tokens")
 
 
 def _fake_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:

@@ -15,6 +15,7 @@ from qtool.weight import QuantizedWeight, unpack_pairs
 MANY = 80  # tokens
 BLOCK = 64  # outputs that the operator packs together for AVX512, the second half in the high nibbles
 GROUP_SIZES = (32, 64, 128, 256)
+ROWS = 4 * BLOCK  # packed at a time
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
@@ -35,17 +36,18 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the operator's blocks of ``codes`` and, interleaved as [G, N, 2], the scale and what code 0 stands for; N and K filled up."""
-    outputs, width = spec.shape[0], _width(spec)
-    codes = unpack_pairs(weight.data) if weight.data.dtype == torch.uint8 else weight.data + 8
-    codes = pad(codes, (0, -codes.shape[1] % width, 0, -outputs % BLOCK))
-    scale = weight.scale.float().expand(outputs, codes.shape[1] // width)
+    (outputs, inputs), width = spec.shape, _width(spec)
+    fill, short = -inputs % width, -outputs % BLOCK
+    packed = torch.empty(outputs + short, (inputs + fill) // 2, dtype=torch.uint8)
+    for start in range(0, outputs, ROWS):  # the operator asks for int32, eight times as large
+        rows = weight.data[start : start + ROWS]
+        codes = unpack_pairs(rows) if rows.dtype == torch.uint8 else rows + 8
+        codes = pad(codes, (0, fill, 0, -rows.shape[0] % BLOCK)).int()
+        packed[start : start + codes.shape[0]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scale = weight.scale.float().expand(outputs, (inputs + fill) // width)
     zero = torch.zeros_like(scale) if weight.zero is None else weight.zero * -scale
-    tables = pad(torch.stack((scale, zero)), (0, 0, 0, codes.shape[0] - outputs))
-    parts = torch.split(codes, 1024)  # the operator asks for int32
-    return {
-        "codes": torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts]),
-        "scale_and_zero": tables.permute(2, 1, 0).to(torch.bfloat16, memory_format=torch.contiguous_format),
-    }
+    tables = pad(torch.stack((scale, zero)), (0, 0, 0, short))
+    return {"codes": packed, "scale_and_zero": tables.permute(2, 1, 0).to(torch.bfloat16, memory_format=torch.contiguous_format)}
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

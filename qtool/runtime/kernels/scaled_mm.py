@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from qtool.runtime.kernels import Device, LinearSpec, device_of
 from qtool.scheme import Activations
-from qtool.weight import QuantizedWeight, largest, to_fp8
+from qtool.weight import QuantizedWeight, divided, largest, to_fp8
 
 # cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the sums and scaling them afterwards costs more.
 MANY_TOKENS = 512
@@ -28,6 +28,8 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         return f"weights have a scale for each {weights.granularity}, inputs for each {inputs.granularity}"
     if not (weights.symmetric and inputs.symmetric):
         return "zero points"
+    if weights.format == "int8" and device.capability >= 90:
+        return "`triton_w8a8` is faster with int8"
     oldest, multiple = (89, 16) if weights.format == "fp8" else (75, 8)
     if device.capability < oldest:
         return f"{device} is older than sm_{oldest}, the first with {weights.format} matmuls"
@@ -68,7 +70,7 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 
 def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
     """Return the scale, a scalar, that rounds all of ``x`` to ``inputs``."""
-    return x.abs().amax().float() / largest(inputs)
+    return divided(x.abs().amax().float(), largest(inputs))
 
 
 def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,7 @@ def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) ->
         return quantize_rows(x, "fp8" if inputs.format == "fp8" else "int8", None if scale is None else scale.float())
     wide = x.float()
     if scale is None:
-        scale = wide.abs().amax(1, keepdim=True) / largest(inputs)
+        scale = divided(wide.abs().amax(1, keepdim=True), largest(inputs))
     scale = torch.where(scale > 0, scale, 1.0).expand(x.shape[0], 1).contiguous()
     ratio = wide / scale
     return to_fp8(ratio) if inputs.format == "fp8" else ratio.round_().clamp_(-128, 127).to(torch.int8), scale

@@ -15,16 +15,22 @@ from qtool.runtime.kernels.row_quantize import codes_of, quantize_rows, scale_of
 from qtool.runtime.kernels.triton_tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
 from qtool.weight import QuantizedWeight
 
-_TILES: Table = {
-    (1, "any"): Tile(64, 16, 256, 396, 4, 4, inline=True),
-    (16, "any"): Tile(64, 16, 256, 396, 4, 4),
-    (64, "any"): Tile(64, 64, 256, 264, 4, 3),
-    (64, "wide"): Tile(128, 64, 256, 264, 8, 4),
-    (256, "any"): Tile(128, 128, 128, 132, 8, 5),
-    (256, "wide"): Tile(128, 256, 128, 0, 8, 4),
+_FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py
+    (16, "any"): Tile(64, 16, 256, 264, 4, 5, pdl=True),
+    (16, "wide"): Tile(64, 16, 256, 396, 4, 4, pdl=True),
+    (64, "any"): Tile(64, 64, 256, 132, 4, 5, pdl=True),
+    (64, "wide"): Tile(64, 64, 128, 264, 4, 6, pdl=True),
+    (256, "any"): Tile(128, 128, 128, 132, 8, 5, pdl=True),
+    (256, "wide"): Tile(128, 256, 128, 132, 8, 4),
     (0, "any"): Tile(128, 256, 128, 0, 8, 4),
 }
-TILES: Mapping[str, Table] = {"int8": _TILES, "fp8": _TILES}
+_INT8: Table = {
+    **_FP8,
+    (256, "any"): Tile(64, 128, 128, 132, 4, 4),
+    (256, "deep"): Tile(128, 64, 128, 264, 4, 4),
+    (256, "wide"): Tile(128, 128, 128, 264, 8, 3),
+}
+TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:

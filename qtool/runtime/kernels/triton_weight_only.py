@@ -25,29 +25,36 @@ from qtool.weight import QuantizedWeight, unpack_pairs
 ROWS = 256  # N is padded to a multiple of this
 INPUTS = 512  # and K of this
 
-_TILES: Table = {
-    (8, "any"): Tile(64, 8, 256, 528, 4, 4),
-    (16, "any"): Tile(64, 16, 256, 528, 4, 4),
-    (64, "any"): Tile(128, 64, 256, 264, 8, 3),
-    (256, "any"): Tile(128, 128, 256, 132, 8, 2),
+_INT4: Table = {  # found on an H200 with tests/benchmarks/sweep.py
+    (8, "any"): Tile(32, 8, 256, 1056, 2, 4, pdl=True),
+    (8, "wide"): Tile(64, 8, 256, 528, 2, 4),
+    (16, "small"): Tile(32, 16, 256, 528, 2, 4),
+    (16, "deep"): Tile(64, 16, 256, 528, 4, 3),
+    (16, "wide"): Tile(64, 16, 256, 528, 2, 4),
+    (64, "any"): Tile(128, 32, 256, 264, 4, 3),
+    (64, "wide"): Tile(256, 64, 256, 132, 8, 3),
+    (256, "small"): Tile(256, 64, 256, 132, 8, 3),
+    (256, "deep"): Tile(128, 64, 256, 132, 8, 3),
+    (256, "wide"): Tile(256, 128, 256, 132, 8, 2),
     (0, "any"): Tile(256, 128, 256, 0, 8, 2),
 }
-TILES: Mapping[str, Table] = {
-    "int4": _TILES,
-    "int8": {
-        **_TILES,
-        (64, "any"): Tile(128, 64, 128, 264, 8, 4),
-        (256, "any"): Tile(128, 128, 128, 132, 8, 3),
-        (0, "any"): Tile(128, 256, 128, 0, 8, 2),
-    },
-    "fp4": {**_TILES, (8, "any"): Tile(32, 8, 256, 528, 2, 4), (16, "any"): Tile(32, 16, 256, 528, 4, 4)},
-    "fp8": {
-        **_TILES,
-        (64, "any"): Tile(128, 64, 128, 264, 8, 4),
-        (256, "any"): Tile(128, 128, 128, 132, 8, 3),
-        (0, "any"): Tile(128, 256, 128, 0, 8, 2),
-    },
+_FP4: Table = {
+    **_INT4,
+    (8, "any"): Tile(32, 8, 256, 2112, 2, 3),
+    (8, "deep"): Tile(64, 8, 256, 528, 2, 4),
+    (8, "wide"): Tile(32, 8, 256, 2112, 2, 3),
+    (16, "small"): Tile(128, 16, 256, 528, 4, 3),
+    (16, "deep"): Tile(128, 16, 256, 264, 4, 4),
+    (16, "wide"): Tile(128, 16, 256, 264, 4, 4),
 }
+_BYTES: Table = {  # not swept yet
+    (8, "any"): Tile(64, 8, 256, 528, 4, 4),
+    (16, "any"): Tile(64, 16, 256, 528, 4, 4),
+    (64, "any"): Tile(128, 64, 128, 264, 8, 4),
+    (256, "any"): Tile(128, 128, 128, 132, 8, 3),
+    (0, "any"): Tile(128, 256, 128, 0, 8, 2),
+}
+TILES: Mapping[str, Table] = {"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8": _BYTES}
 
 
 @dataclass(frozen=True)
