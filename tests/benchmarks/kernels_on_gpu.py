@@ -169,7 +169,7 @@ def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.d
     for seed in (1, 2):
         x.copy_(inputs_of(case, tokens, seed, device))
         graph.replay()
-        if not (error := distance(y, layer(x).double())) <= 3e-3:  # sums of several blocks may be added in another order
+        if not (error := distance(y, layer(x).double())) <= LIMIT:  # humming adds the sums of several blocks in bf16, in any order
             case.failures.append(f"M={tokens}: a replayed graph differs by {error:.2g}")
 
 
