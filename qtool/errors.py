@@ -31,6 +31,7 @@ class QtoolError(Exception):
         self.code = code
         self.message = message
         self.hint = hint
+        self.add_note(f"{code}; {hint}" if hint else code)  # Python shows it below the message
 
     def to_dict(self) -> dict[str, object]:
         """Return the error as it crosses a pipe or appears under ``--json``."""

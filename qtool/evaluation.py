@@ -32,7 +32,7 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     quantized = layout.modules if layout else {}
     if layout and layout.rotates_inputs:
         raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not simulate")
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     biases = [bias.name for module in quantized.values() if (bias := module.tensors.get("bias"))]

@@ -1,13 +1,16 @@
 """Every architecture of transformers' causal language models that stands on `nn.Linear`: a tiny random one, quantized, loaded, compared."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qtool
 from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointRefused
 from qtool.evaluation import load_dequantized
-from qtool.runtime.kernels import Device, LinearSpec, choose
+from qtool.runtime.kernels import KERNELS, Choice, LinearSpec
 from qtool.runtime.linear import ExpertStack, QuantizedLinear
 from qtool.runtime.load import load
 from qtool.scheme import SCHEMES
@@ -68,20 +71,41 @@ def distance(model, reference) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
+@contextlib.contextmanager
+def only_plain():
+    """Let the plain kernel multiply, which is exact: another order of a sum moves a code of the next input, or sends a token to another expert."""
+    from qtool.runtime import load as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KERNELS, "cpu", ("plain",))
+        module._choose.cache_clear()
+        yield
+    module._choose.cache_clear()
+
+
+@pytest.fixture
+def plain_kernel():
+    with only_plain():
+        yield
+
+
 @pytest.mark.parametrize("model_type", DENSE)
 def test_dense_models_equal_their_dequantized_form(tmp_path, model_type):
     plain = make(tmp_path, model_type, DENSE[model_type])
     for format, scheme in (("compressed-tensors", "FP8_DYNAMIC"), ("gptq", "W4A16")):
         qtool.export(plain, output=tmp_path / scheme, to=format, requantize=True, scheme=scheme)
-        model, reference = load(tmp_path / scheme, device="cpu"), load_dequantized(open_checkpoint(tmp_path / scheme))
-        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) >= 2 * 2
-        assert distance(model, reference) < 0.02
+        reference = load_dequantized(open_checkpoint(tmp_path / scheme))
+        with only_plain():
+            model = load(tmp_path / scheme, device="cpu")
+        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 4  # q|k|v, o, gate|up, down
+        assert distance(model, reference) < 1e-3
         assert distance(reference, load(plain, device="cpu")) > 0.02  # which sees whether anything was quantized
+    assert distance(load(tmp_path / "W4A16", device="cpu"), reference) < 0.02
 
 
 @pytest.mark.parametrize("model_type", EXPERTS)
+@pytest.mark.usefixtures("plain_kernel")
 def test_mixtures_of_experts_equal_their_dequantized_form(tmp_path, model_type):
-    """With weights that the plain kernel multiplies exactly: another rounding can send a token to another expert."""
     plain = make(tmp_path, model_type, EXPERTS[model_type])
     for format, scheme in (("compressed-tensors", "FP8_W8A16"), ("gptq", "W8A16")):
         qtool.export(plain, output=tmp_path / scheme, to=format, requantize=True, scheme=scheme)
@@ -98,6 +122,7 @@ def test_a_mixture_of_experts_is_quantized_while_it_loads(tmp_path):
     assert distance(online, load(tmp_path / "out", device="cpu")) == 0
 
 
+@pytest.mark.usefixtures("plain_kernel")
 def test_experts_of_which_some_are_plain_are_right(tmp_path):
     """Of each expert w1 is quantized, w3, whose outputs lie beside those of w1, is not."""
     from safetensors.torch import load_file, save_file
@@ -113,6 +138,61 @@ def test_experts_of_which_some_are_plain_are_right(tmp_path):
     assert distance(load(tmp_path / "out", device="cpu"), load_dequantized(open_checkpoint(tmp_path / "out"))) < 0.02
 
 
+@pytest.mark.parametrize("missing", ["experts.3.", "experts.7.", "experts.3.w3"])
+def test_an_expert_that_is_missing_is_missed(tmp_path, missing):
+    from safetensors.torch import load_file, save_file
+
+    plain = make(tmp_path, "mixtral", EXPERTS["mixtral"])
+    qtool.export(plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not ("layers.0." in name and missing in name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(CheckpointRefused) as error:
+        load(tmp_path / "out", device="cpu")
+    assert error.value.code == "E_TENSORS"
+    assert f"expert {missing.split('.')[1]}" in error.value.message
+
+
+@pytest.mark.usefixtures("plain_kernel")
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    plain = make(tmp_path, "deepseek_v3", EXPERTS["deepseek_v3"])
+    expected = load(plain, device="cpu", quantization="fp8wo")
+    tensors = load_file(plain / "model.safetensors")
+    more = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in tensors.items() if "layers.1." in name}
+    save_file(tensors | more, plain / "model.safetensors")
+    with pytest.warns(RuntimeWarning, match="multi-token prediction"):
+        model = load(plain, device="cpu", quantization="fp8wo")
+    assert distance(model, expected) == 0
+
+
+def test_layers_whose_weights_the_model_multiplies_with_itself_stay_plain(tmp_path):
+    plain = make(tmp_path, "mamba", {"state_size": 8, "time_step_rank": 8, "expand": 2, "head_dim": None})
+    with pytest.warns(RuntimeWarning, match="the model itself multiplies with"):
+        model = load(plain, device="cpu", quantization="int8wo")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert distance(model, load(plain, device="cpu")) < 0.1
+
+
+def test_a_model_that_needs_data_to_run_is_not_fused(tmp_path, monkeypatch):
+    from qtool.runtime.skeleton import Skeleton
+
+    plain = make(tmp_path, "llama", {})
+    expected = load(plain, device="cpu", quantization="fp8wo")
+
+    def trace(self):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(Skeleton, "trace", trace)
+    with pytest.warns(RuntimeWarning, match="not fused"):
+        model = load(plain, device="cpu", quantization="fp8wo")
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 7
+    assert distance(model, expected) < 0.01
+
+
+@pytest.mark.usefixtures("plain_kernel")
 def test_stacked_mxfp4_experts_are_right(tmp_path):
     """gpt-oss: transposed in the model, with biases, all experts of a layer in one tensor of the file."""
     from safetensors.torch import load_file, save_file
@@ -141,7 +221,7 @@ def test_an_expert_rounds_its_input_as_its_scheme_says():
     scheme, weight = SCHEMES["FP8_DYNAMIC"], torch.randn(64, 96, dtype=torch.bfloat16)
     rounded = quantize(weight, scheme)
     spec = LinearSpec(scheme, (64, 96), torch.bfloat16)
-    stack = ExpertStack([[QuantizedLinear(spec, choose(spec, Device("cpu")), rounded)]])
+    stack = ExpertStack([[QuantizedLinear(spec, Choice("plain", {}), rounded)]])
     x, bias = torch.randn(5, 96, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
     expected = torch.nn.functional.linear(fake_quantize_input(x, scheme.activations), dequantize(rounded, torch.bfloat16))
     assert torch.equal(torch.nn.functional.linear(x, stack[0]), expected)

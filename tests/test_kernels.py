@@ -94,7 +94,10 @@ def test_layers_that_share_an_input_take_their_parts_of_one_product():
     assert torch.equal(shared.take(other, 2), expected_other[2])  # another input in between is no trouble
     assert torch.equal(shared.take(one, 1), expected[1])
     assert torch.equal(shared.take(one, 1), expected[1])  # nor is asking twice
+    shared.take(one, 0)
+    one.zero_()
+    assert not shared.take(one, 2).any()  # the same tensor with other content is another input
     shared = SharedInput(whole, (128, 64, 64))
     for index in range(3):
         shared.take(one, index)
-    assert shared._input is None  # nothing is kept that nobody needs any more
+    assert shared._waiting is None  # nothing is kept that nobody needs any more

@@ -1,5 +1,6 @@
 """Checkpoints as models that run: what is fused, what kernels get, what memory it takes, and that the numbers are those of the dequantized model."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import qtool
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.evaluation import load_dequantized, perplexity
+from qtool.runtime.kernels import KERNELS
 from qtool.runtime.linear import FusedLinear, QuantizedLinear
-from qtool.runtime.load import load, plan_load
+from qtool.runtime.load import _choose, load, plan_load
+from qtool.scheme import SCHEMES
+from qtool.weight import quantize
 
 pytest_plugins = ["sample_plugin"]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*are dequantized at every step")]
 
-TEXTS = token_sequences("evaluation.jsonl", 2, 160)
+TEXTS = token_sequences("evaluation.jsonl", 4, 384)
 IDS = torch.tensor([TEXTS[0][:48]])
 CPU = torch.device("cpu")
 
@@ -104,11 +108,14 @@ def test_the_model_compiles_whole(sample):
         assert torch.equal(decoder(x), model.model.layers[0].mlp(x))
 
 
-def test_a_layer_that_no_kernel_takes_is_told_of_once(sample):
+def test_a_layer_that_no_kernel_takes_is_told_of_once(sample, monkeypatch):
+    monkeypatch.setitem(KERNELS, "cpu", ("int4pack", "plain"))
+    _choose.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load(sample("ct/MXFP4"), device="cpu")
     mine = [str(warning.message) for warning in said if "dequantized at every step" in str(warning.message)]
+    _choose.cache_clear()
     assert len(mine) == 1
     assert "MXFP4" in mine[0]
 
@@ -116,17 +123,22 @@ def test_a_layer_that_no_kernel_takes_is_told_of_once(sample):
 def test_layers_keep_their_bias_and_one_without_gets_zeros(tmp_path, sample):
     """q_proj gets a bias; k_proj and v_proj, fused with it, have none."""
     source = sample("ct/W8A16")
-    folder = tmp_path / "biased"
-    folder.mkdir()
     tensors = load_file(source / "model.safetensors")
     config = json.loads((source / "config.json").read_text()) | {"attention_bias": True}
-    for name in [name.removesuffix(".weight_packed") for name in list(tensors) if "self_attn" in name and name.endswith("weight_packed")]:
-        rows = int(tensors[f"{name}.weight_shape"][0])
-        tensors[f"{name}.bias"] = torch.randn(rows, dtype=torch.bfloat16) * (0.5 if "q_proj" in name else 0)
+    layers = [name.removesuffix(".weight_packed") for name in tensors if "self_attn" in name and name.endswith("weight_packed")]
+    zeros = {f"{name}.bias": torch.zeros(int(tensors[f"{name}.weight_shape"][0]), dtype=torch.bfloat16) for name in layers}
+    biases = {name: torch.randn_like(zero) * 0.5 for name, zero in zeros.items() if "q_proj" in name}
+    expected = distance_from(tmp_path / "all", tensors | zeros | biases, config, source)
+    assert expected > 0.01
+    assert distance_from(tmp_path / "some", tensors | biases, config, source) == pytest.approx(expected)
+
+
+def distance_from(folder, tensors, config, other) -> float:
+    """Write a checkpoint, and return how far its logits are from those of another."""
+    folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    assert distance(load(folder, device="cpu"), load_dequantized(open_checkpoint(folder))) < 0.01
-    assert distance(load(folder, device="cpu"), load(source, device="cpu")) > 0.01
+    return distance(load(folder, device="cpu"), load(other, device="cpu"))
 
 
 def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path, sample):
@@ -148,6 +160,73 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(tiny_copy):
     with pytest.raises(CheckpointRefused) as error:
         load(tiny_copy, device="cpu")
     assert error.value.code == "E_ARCHITECTURE"
+
+
+def test_gradients_may_be_on(sample):
+    """As they are when nobody thinks of turning them off."""
+    model = load(sample("ct/W8A8"), device="cpu")
+    assert not model(input_ids=IDS).logits.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["ct/NVFP4A16", "ct/W8A8", "ct/FP8", "ct/W4A16"])
+def test_casts_leave_quantized_layers_as_they_are(sample, name):
+    model = load(sample(name), device="cpu")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    x = torch.randn(3, layers[0].in_features, dtype=torch.bfloat16)
+    expected = layers[0](x)
+    for cast in (lambda: model.to(torch.bfloat16), lambda: model.to("cpu"), model.half, model.float):
+        cast()
+        assert torch.equal(layers[0](x), expected)
+    assert torch.equal(copy.deepcopy(layers[0])(x), expected)
+    assert layers[0](x.float()).dtype == torch.float32
+    assert distance(model, load(sample(name), device="cpu")) < 0.05
+
+
+def test_a_packed_model_cannot_be_saved_or_moved_to_another_kind_of_device(sample, tmp_path):
+    model = load(sample("ct/W4A16"), device="cpu")
+    for action in (lambda: model.save_pretrained(tmp_path / "saved"), lambda: model.to("meta")):
+        with pytest.raises(UsageError) as error:
+            action()
+        assert error.value.code == "E_PACKED"
+        assert error.value.hint
+
+
+def test_generation_settings_come_along(tiny_copy):
+    (tiny_copy / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.3, "do_sample": true}')
+    settings = load(tiny_copy, device="cpu").generation_config
+    assert (settings.eos_token_id, settings.temperature, settings.do_sample) == ([5, 6], 0.3, True)
+
+
+def test_code_of_the_checkpoint_is_not_run(tiny_copy, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = json.loads((tiny_copy / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tiny_copy / "config.json").write_text(json.dumps(config))
+    (tiny_copy / "own.py").write_text("raise SystemExit('the code ran')")
+    with pytest.raises(CheckpointRefused) as error:
+        load(tiny_copy, device="cpu")
+    assert error.value.code == "E_ARCHITECTURE"
+
+
+def test_scales_of_a_kv_cache_are_said_not_to_be_used(sample):
+    with pytest.warns(RuntimeWarning, match="KV cache"):
+        load(sample("modelopt/FP8_KV"), device="cpu")
+
+
+def test_a_quantized_head_of_tied_embeddings_is_a_head_of_its_own(tmp_path):
+    qtool.export(EXAMPLE, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    head = quantize(embedding, SCHEMES["FP8_W8A16"])
+    tensors |= {"lm_head.weight": head.data, "lm_head.weight_scale": head.scale}
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = []
+    for tied in (True, False):
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+        model = load(tmp_path / "out", device="cpu")
+        assert isinstance(model.lm_head, QuantizedLinear)
+        assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
 MEMORY = """
@@ -198,7 +277,7 @@ def test_loading_holds_the_model_a_tenth_more_and_one_group(tmp_path, sample, sc
 
 
 def test_serve_shows_the_kernel_of_each_layer_and_who_refused_it(run_cli, sample):
-    result = run_cli("serve", "--model-path", sample("ct/MXFP4"), "--dry-run", "--device", "cpu", "--json")
+    result = run_cli("serve", "--model-path", sample("ct/MXFP4"), "--dry-run", "--device", "cpu", "--json", env={"CC": "false"})
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["device"] == "cpu"

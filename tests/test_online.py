@@ -11,7 +11,7 @@ from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
 from qtool.formats.packing import read_tensor
 from qtool.plan import is_linear
-from qtool.runtime.online import METHODS, ONLINE, TORCHAO, flag_named, left_plain, schemes_to_run
+from qtool.runtime.online import ONLINE, TORCHAO, flag_named, left_plain, schemes_to_run
 from qtool.weight import dequantize, fake_quantize_input, quantize, unpack_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +138,7 @@ def test_capitals_do_not_matter(tiny):
     assert schemes_to_run(tiny, None, "FP8dq-Per_Row") == schemes_to_run(tiny, None, "fp8dq-per_row")
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("int4wo-100", "int4wo-128"), ("w8a8-fp8", "w8a8_fp8"), ("gptq_marlim", "gptq_marlin")])
+@pytest.mark.parametrize(("wrong", "right"), [("int4wo-100", "int4wo-128"), ("w8a8-fp8", "w8a8_fp8")])
 def test_an_unknown_name_is_answered_with_the_nearest(tiny, wrong, right):
     with pytest.raises(UsageError, match=f"unknown quantization `{wrong}`") as raised:
         schemes_to_run(tiny, None, wrong)
@@ -149,7 +149,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(tiny, wrong, right):
 def test_a_name_like_no_other_is_answered_with_all(tiny):
     with pytest.raises(UsageError) as raised:
         schemes_to_run(tiny, None, "zzz")
-    assert all(name in raised.value.hint for name in [*ONLINE, *METHODS])
+    assert all(name in raised.value.hint for name in ONLINE)
+    assert "gptq" not in raised.value.hint  # which is for checkpoints that say so themselves
 
 
 @pytest.mark.parametrize(("flags", "name"), [((None, None), None), (("fp8", None), "fp8"), (("gptq", ""), "gptq"), ((None, "INT8wo"), "int8wo")])
@@ -207,7 +208,7 @@ AGREEING = [
     ("modelopt/MIXED", "modelopt_mixed"),
 ]
 CONTRADICTING = [
-    ("ct/FP8_DYNAMIC", "fp8", "compressed-tensors"),
+    ("ct/FP8", "fp8", "compressed-tensors"),
     ("ct/FP8_DYNAMIC", "w8a8_int8", "compressed-tensors"),
     ("ct/FP8_BLOCK", "w8a8_fp8", "compressed-tensors"),
     ("ct/W8A16", "w8a8_int8", "compressed-tensors"),
@@ -249,9 +250,15 @@ def test_another_method_is_an_error_that_names_the_one_found(of_sample, name, fl
 
 
 def test_an_unknown_name_is_unknown_on_a_quantized_checkpoint_too(of_sample):
-    with pytest.raises(UsageError, match="unknown quantization `compressed`") as raised:
-        of_sample("ct/W4A16", "compressed")
-    assert "`compressed-tensors`" in raised.value.hint
+    for wrong, right in (("compressed", "compressed-tensors"), ("gptq_marlim", "gptq_marlin")):
+        with pytest.raises(UsageError, match=f"unknown quantization `{wrong}`") as raised:
+            of_sample("ct/W4A16", wrong)
+        assert f"`{right}`" in raised.value.hint
+
+
+def test_a_name_that_says_what_is_there_is_no_contradiction(of_sample):
+    for name, flag in (("ct/FP8_DYNAMIC", "fp8"), ("ct/W8A8", "int8dq"), ("ct/FP8_BLOCK", "fp8_block")):
+        assert of_sample(name, flag) == of_sample(name, None)
 
 
 @pytest.mark.parametrize("flag", [None, "fp8", "fp8_block"])

@@ -262,7 +262,7 @@ def serve(
 
     quantization = flag_named(quantization, torchao_config)
     checkpoint = open_checkpoint(resolve_model(model_path, revision=revision))
-    plan = plan_load(checkpoint, device_named(None if device == "auto" else device), quantization)
+    plan = plan_load(checkpoint, device_named(device), quantization)
     for warning in plan.warnings:
         typer.echo(f"warning: {_printable(warning)}", err=True)
     _print(plan.to_dict, kernels(plan), as_json)

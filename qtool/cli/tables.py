@@ -112,9 +112,9 @@ def kernels(plan: LoadPlan) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    groups = plan.to_dict()["groups"]
-    counts = Counter((_kind(group["layers"]), group["scheme"], _kernels(group), _reasons(group)) for group in groups)
-    title = f"{plan.checkpoint.name} on {plan.to_dict()['device']}"
+    shown = plan.to_dict()
+    counts = Counter((_kind(group["layers"]), group["scheme"], _kernels(group), _reasons(group)) for group in shown["groups"])
+    title = f"{plan.checkpoint.name} on {shown['device']}"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
     for heading in ("layers", "fused", "scheme", "kernel", "not taken by"):
         table.add_column(heading, no_wrap=heading != "not taken by")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtool.errors import UsageError
 from qtool.runtime.kernels import Call, Choice, LinearSpec, load_kernel, number_of
 from qtool.weight import QuantizedWeight
 
@@ -45,7 +47,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).to(self.spec.dtype)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], self.out_features)
         if self.perm is not None:
@@ -54,7 +56,28 @@ class QuantizedLinear(nn.Module):
             rows = rows * self.pre_scale
         packed = [self.get_buffer(name) for name in self._names]
         y: Tensor = torch.ops.qtool.linear(rows.contiguous(), packed, self.bias, self._call)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Follow to another device of the kind; no dtype changes, since codes and scales are no numbers to be cast."""
+        for name, tensor in self.named_buffers(recurse=False):
+            device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
+            if device.type != tensor.device.type:
+                hint = f"load it with device=`{device}`"
+                raise UsageError("E_PACKED", f"the weights are packed for {tensor.device.type}, and cannot move to {device}", hint=hint)
+            if device != tensor.device:
+                self._buffers[name] = tensor.to(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLinear:
+        """Share the weights, which nothing changes."""
+        twin = copy.copy(self)
+        twin._buffers = dict(self._buffers)
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        hint = "`qtool export` converts the checkpoint it was loaded from"
+        raise UsageError("E_PACKED", "the weights are packed for a kernel, and a model of them cannot be saved", hint=hint)
 
     def extra_repr(self) -> str:
         """Show shape, scheme and kernel in the printed model."""
@@ -62,23 +85,26 @@ class QuantizedLinear(nn.Module):
 
 
 class SharedInput:
-    """Layers that multiply one input, fused: the first that is called computes for all, and each takes its part of the outputs."""
+    """Layers that multiply one input, fused: the first that is called computes for all, and each takes its part of the outputs.
+
+    What waits to be taken is one object that is replaced and never changed, so that threads cannot get each other's outputs.
+    """
 
     def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
         self.whole, self.sizes = whole, tuple(sizes)
-        self._input: Tensor | None = None
-        self._parts: tuple[Tensor | None, ...] = ()
+        self._waiting: tuple[Tensor, int, tuple[Tensor | None, ...]] | None = None  # the input, how often it was written to, the outputs
 
     def take(self, x: Tensor, index: int) -> Tensor:
         """Return what layer ``index`` makes of ``x``."""
-        part = self._parts[index] if self._input is x else None
-        if part is None:
-            self._input, self._parts = x, self.whole(x).split(self.sizes, dim=-1)
-            part = self._parts[index]
-            assert part is not None
-        self._parts = tuple(None if i == index else other for i, other in enumerate(self._parts))
-        if not any(other is not None for other in self._parts):
-            self._input, self._parts = None, ()  # nothing outlives its last use
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        waiting = self._waiting
+        parts = waiting[2] if waiting and waiting[0] is x and waiting[1] == version else None
+        if parts is None or parts[index] is None:
+            parts = self.whole(x).split(self.sizes, dim=-1)
+        part = parts[index]
+        assert part is not None
+        left = tuple(None if i == index else other for i, other in enumerate(parts))
+        self._waiting = (x, version, left) if any(other is not None for other in left) else None  # nothing outlives its last use
         return part
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from qtool.errors import CheckpointRefused, ResourceError, UsageError
+from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
 from qtool.formats import Layout
 from qtool.formats.packing import read_tensor
-from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
+from qtool.runtime.kernels import Choice, LinearSpec, choose, current, device_of
 from qtool.runtime.linear import ExpertStack, FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.online import left_plain, schemes_to_run
 from qtool.runtime.skeleton import Place, Skeleton
@@ -97,7 +98,7 @@ def load(
 
     Args:
         model_path: a folder, or a name on the Hub.
-        device: ``cuda``, ``cuda:1``, ``cpu``; the first GPU, where there is one.
+        device: ``cuda``, ``cuda:1``, ``cpu`` or ``auto``: the first GPU, where there is one.
         quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`); a quantized one needs none.
         on_progress: is called with the number of layers that are ready, and of all.
     Returns: the model in evaluation mode; ``generate`` works on it. On a CPU it computes in bfloat16.
@@ -109,10 +110,10 @@ def load(
 
 def device_named(name: str | torch.device | None) -> torch.device:
     """Return the device ``name``, or the best there is. Raises: UsageError for no name of a device, ResourceError for one that is missing."""
-    if name is None:
+    if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(str(name).lower())
     except RuntimeError as error:
         raise UsageError("E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1") from error
     if device.type not in ("cpu", "cuda"):
@@ -129,8 +130,21 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
         raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do")
     schemes = schemes_to_run(checkpoint, layout, quantization)
     skeleton = Skeleton(checkpoint, _dtype(checkpoint, device))
-    sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items()]
-    members = list(_fusible(skeleton, sources))
+    warned = [*left_plain(checkpoint, layout, quantization)]
+    if layout and layout.kv_cache:
+        warned.append(f"the scales of the KV cache ({layout.kv_cache}) are not used: keys and values stay in 16 bits")
+    if any(skeleton.beyond(name) for name in checkpoint.tensors):
+        warned.append("layers after the last, for multi-token prediction, are left out")
+    sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items() if not skeleton.beyond(name)]
+    sharing: list[list[str]] = []
+    if sources:
+        try:
+            called, sharing = skeleton.trace()
+        except Exception as error:  # the code of any architecture
+            warned.append(f"layers are not fused: the model does not run without data ({one_line(error)})")
+        else:
+            sources = _called(checkpoint, layout, sources, called, warned)
+    members = list(_fusible(sharing, sources))
     groups = [_group(together, skeleton.dtype, device, second_copy=True) for together in members]
     if not (second_copy := _has_room(groups, device)):
         groups = [_group(together, skeleton.dtype, device, second_copy=False) for together in members]
@@ -140,8 +154,11 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
         for name in _plain_experts(checkpoint, schemes)
         if stacks and (place := skeleton.place(name)) and (place.module, place.parameter) in stacks
     ]
-    warned = (*left_plain(checkpoint, layout, quantization), *_dequantized(groups, device))
-    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), second_copy, tuple(beside), warned)
+    if missing := skeleton.missing_experts([source.place for source in [*sources, *beside]]):
+        message = f"{checkpoint.path} has no weights for {len(missing)} experts or parts of them, e.g. {missing[0]}"
+        raise CheckpointRefused("E_TENSORS", message, hint="download or export the checkpoint again")
+    warned += _dequantized(groups, device)
+    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), second_copy, tuple(beside), tuple(warned))
 
 
 def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
@@ -153,7 +170,8 @@ def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]
 
 
 def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    named = str(checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype") or checkpoint.config.get("dtype"))
+    configs = (checkpoint.text_config, checkpoint.config)
+    named = next((str(name) for config in configs for key in ("dtype", "torch_dtype") if (name := config.get(key))), "")
     return torch.float16 if device.type == "cuda" and named.removeprefix("torch.") == "float16" else torch.bfloat16
 
 
@@ -173,9 +191,20 @@ def _plain_experts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> lis
     return [name for name in names if ".experts." in name and name not in schemes]
 
 
-def _fusible(skeleton: Skeleton, sources: Sequence[Source]) -> Iterator[list[Source]]:
+def _called(checkpoint: Checkpoint, layout: Layout | None, sources: Sequence[Source], called: set[str], warned: list[str]) -> list[Source]:
+    """Return the sources whose modules are called; the weight of the others is read by their parents, so they must be plain."""
+    read = [source.name for source in sources if not source.place.parameter and source.place.module not in called]
+    if read and layout:
+        message = f"{checkpoint.path}: `{read[0]}` is quantized, and the model multiplies with its weight by itself"
+        raise CheckpointRefused("E_NO_LINEAR", message, hint="quantize the model again and leave such layers out")
+    if read:
+        warned.append(f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, e.g. `{read[0]}`")
+    return [source for source in sources if source.name not in read]
+
+
+def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Iterator[list[Source]]:
     """Yield the sources in groups of one scheme that share an input, in the order of the checkpoint."""
-    together = {name: number for number, names in enumerate(skeleton.sharing()) for name in names}
+    together = {name: number for number, names in enumerate(sharing) for name in names}
     groups: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
         place = source.place
@@ -217,8 +246,8 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
     checkpoint, skeleton = plan.checkpoint, plan.skeleton
     sources = [source for group in plan.groups for source in group.sources]
     rounded = {f"{source.name}.{suffix}" for source in [*sources, *plan.beside] for suffix in ("weight", "bias")}
-    with ThreadPoolExecutor(READERS) as pool:
-        names = [name for name in formats.plain_tensors(checkpoint, plan.layout) if name not in rounded]
+    with ThreadPoolExecutor(READERS) as pool, current(plan.device):
+        names = [name for name in formats.plain_tensors(checkpoint, plan.layout) if name not in rounded and not skeleton.beyond(name)]
         state = dict(zip(names, pool.map(lambda name: read_tensor(checkpoint, name), names), strict=True))
         model = skeleton.materialize({source.place for source in [*sources, *plan.beside]}, state, plan.device)
         del state
@@ -243,7 +272,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
 
 def _give_back() -> None:
     """Return freed memory to the system: glibc keeps what each reader had, and that adds up."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc alone has it
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)
 
 
@@ -364,6 +393,9 @@ def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
 
 def _plain_linear(plan: LoadPlan, source: Source) -> nn.Linear:
     weight = read_tensor(plan.checkpoint, f"{source.name}.weight").to(plan.device, plan.skeleton.dtype)
-    linear = nn.Linear(source.shape[1], source.shape[0], bias=False, device="meta")
+    bias = f"{source.name}.bias"
+    linear = nn.Linear(source.shape[1], source.shape[0], bias=bias in plan.checkpoint.tensors, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(read_tensor(plan.checkpoint, bias).to(plan.device, plan.skeleton.dtype), requires_grad=False)
     return linear

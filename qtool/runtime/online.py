@@ -54,12 +54,13 @@ def schemes_to_run(checkpoint: Checkpoint, layout: Layout | None, quantization: 
 
     Args:
         layout: how ``checkpoint`` is quantized; None for a plain one.
-        quantization: for a plain model a name in `ONLINE`. A quantized one needs none; it may name the method that is there, or one of `OVERRIDES`
-            where all weights are 8 bits with one scale a row or matrix, whose inputs are then rounded per token.
+        quantization: for a plain model a name in `ONLINE`. A quantized one needs none; it may name the method or the scheme that is there, or one
+            of `OVERRIDES` where all weights are 8 bits with one scale a row or matrix, whose inputs are then rounded per token.
     Raises: UsageError, for an unknown name or one that contradicts the checkpoint; CheckpointRefused, when no layer can be quantized.
     """
-    name = None if quantization is None else _known(quantization, [*ONLINE, *METHODS])
-    if layout is not None:
+    quantized = layout is not None and bool(layout.modules)  # without any, the KV cache alone is quantized
+    name = None if quantization is None else _known(quantization, [*ONLINE, *METHODS], suggested=[*METHODS, *OVERRIDES] if quantized else ONLINE)
+    if layout is not None and quantized:
         return _of_quantized(checkpoint, layout, name)
     if name is None:
         return {}
@@ -76,7 +77,7 @@ def schemes_to_run(checkpoint: Checkpoint, layout: Layout | None, quantization: 
 
 def left_plain(checkpoint: Checkpoint, layout: Layout | None, quantization: str | None) -> tuple[str, ...]:
     """Return one line for each reason why layers stay in 16 bits that ``quantization`` is for; empty for a quantized checkpoint."""
-    if layout is not None or quantization is None:
+    if (layout is not None and layout.modules) or quantization is None:
         return ()
     left: dict[str, list[str]] = {}
     for layer, objection in _candidates(checkpoint, ONLINE[_known(quantization, ONLINE)]):
@@ -98,10 +99,10 @@ def flag_named(quantization: str | None, torchao_config: str | None) -> str | No
     return _known(torchao_config, TORCHAO, "torchao config")
 
 
-def _known(name: str, known: Iterable[str], kind: str = "quantization") -> str:
-    names = list(dict.fromkeys(known))
-    if name.lower() not in names:
-        raise UsageError("E_QUANTIZATION", f"unknown {kind} `{name}`", hint=nearest(name, names) or f"one of {', '.join(names)}")
+def _known(name: str, known: Iterable[str], kind: str = "quantization", suggested: Iterable[str] | None = None) -> str:
+    if str(name).lower() not in (known := list(known)):
+        names = list(suggested or known)
+        raise UsageError("E_QUANTIZATION", f"unknown {kind} `{name}`", hint=nearest(str(name), names) or f"one of {', '.join(names)}")
     return name.lower()
 
 
@@ -135,6 +136,8 @@ def _of_quantized(checkpoint: Checkpoint, layout: Layout, name: str | None) -> d
     said = (checkpoint.quantization_config or {}).get("quant_method")
     found = said.lower() if isinstance(said, str) else layout.format
     if name is None or name == found or METHODS.get(name) in ((layout.format, ""), (layout.format, kind)):
+        return schemes
+    if name in ONLINE and all(scheme == ONLINE[name] for scheme in schemes.values()):
         return schemes
     if name in OVERRIDES and all(_per_channel(scheme.weights) == ONLINE[name].weights for scheme in schemes.values()):
         return {layer: replace(scheme, activations=ONLINE[name].activations) for layer, scheme in schemes.items()}

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from qtool.runtime.kernels import Choice, Device, LinearSpec, choose
+from qtool.runtime.kernels import KERNELS, Choice, Device, LinearSpec, choose, load_kernel
 from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES
 from qtool.weight import quantize
 
-NAMES = ("W8A8", "W4A16", "W8A16_CHANNEL", "W8A16")
+NAMES = ("W8A8", "W4A16", "NVFP4A16", "FP8_W8A16", "W8A16_CHANNEL", "W8A16")
 
 
 def measure(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--all", action="store_true", help="measure each kernel that takes a layer, not only the first")
     parser.add_argument("--plain", action="store_true", help="measure the plain kernel too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -59,7 +60,10 @@ def main() -> None:
     layers, sizes = {}, {"bf16": dense.nbytes}
     for name in NAMES:
         spec = LinearSpec(SCHEMES[name], shape, torch.bfloat16)
-        for choice in (choose(spec, Device("cpu")), *([Choice("plain", {})] if arguments.plain else [])):
+        device, first = Device("cpu"), choose(spec, Device("cpu"))
+        later = KERNELS["cpu"][len(first.refused) + 1 : -1] if arguments.all else ()
+        others = [kernel for kernel in later if load_kernel(kernel).objection(spec, device) is None] + ["plain"] * arguments.plain
+        for choice in (first, *(Choice(kernel, {}) for kernel in others)):
             label = f"{name}, {choice.kernel}"
             layers[label] = QuantizedLinear(spec, choice, quantize(dense, spec.scheme))
             sizes[label] = SCHEMES[name].weights.size_bytes(*shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -18,7 +19,7 @@ from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
 KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `plain` takes everything
-    "cpu": ("int4pack", "onednn", "int8pack", "plain"),
+    "cpu": ("native", "int4pack", "onednn", "int8pack", "plain"),
     "cuda": ("scaled_mm", "triton_w8a8", "humming", "triton_weight_only", "plain"),
 }
 
@@ -94,14 +95,21 @@ def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Cho
     """
     refused: dict[str, str] = {}
     for name in KERNELS[device.type]:
-        objection = load_kernel(name).objection(spec, device)
+        objection = _objection(name, spec, device)
         if objection is None:
             break
         refused[name] = objection
     few = FEW_TOKENS.get((device.type, spec.scheme.weights.format))
-    if few and (few.kernel == name or (few.repacks and not second_copy) or load_kernel(few.kernel).objection(spec, device)):
+    if few and (few.kernel == name or (few.repacks and not second_copy) or _objection(few.kernel, spec, device)):
         few = None
     return Choice(name, refused, few)
+
+
+def _objection(name: str, spec: LinearSpec, device: Device) -> str | None:
+    try:
+        return load_kernel(name).objection(spec, device)
+    except ModuleNotFoundError as error:
+        return f"needs the package `{error.name}`"
 
 
 def load_kernel(name: str) -> Kernel:
@@ -117,6 +125,11 @@ def device_of(device: torch.device) -> Device:
     return Device("cuda", major * 10 + minor)
 
 
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the one that Triton and humming launch on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @dataclass(frozen=True)
 class Call:
     """What the operator calls for one kind of layer: (kernel, most tokens, the names of its tensors) in order; None stands for any number."""
@@ -126,25 +139,29 @@ class Call:
 
 
 _CALLS: list[Call] = []
+_NUMBERS: dict[Call, int] = {}
 
 
 def number_of(call: Call) -> int:
     """Return the number by which the operator knows ``call``."""
-    if call not in _CALLS:
+    if call not in _NUMBERS:
+        _NUMBERS[call] = len(_CALLS)
         _CALLS.append(call)
-    return _CALLS.index(call)
+    return _NUMBERS[call]
 
 
 _LIBRARY = torch.library.Library("qtool", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call) -> Tensor")  # type: ignore[no-untyped-call]
 
 
+@torch.no_grad()
 def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:
     start = 0
     for kernel, most, names in _CALLS[call].kernels:
         if most is None or x.shape[0] <= most:
             tensors = dict(zip(names, packed[start : start + len(names)], strict=True))
-            return load_kernel(kernel).apply(_CALLS[call].spec, x, tensors, bias)
+            with current(x.device):
+                return load_kernel(kernel).apply(_CALLS[call].spec, x, tensors, bias)
         start += len(names)
     raise AssertionError("the last kernel takes any number of tokens")
 

@@ -46,7 +46,7 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     ratio = x * inverse
     ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)  # with this step of Newton's it is x / scale, correctly rounded
     if FP8:
-        return tl.clamp(ratio, -448.0, 448.0).to(tl.float8e4nv)
+        return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
         magic = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
         return ((tl.clamp(ratio, -128.0, 127.0) + magic) - magic).to(tl.int8)
@@ -64,6 +64,7 @@ def _quantize(x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.co
         scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
     else:
         scale = tl.load(static_scale + tl.zeros((1, 1), tl.int32))
+        scale = tl.where(scale > 1e-36, scale, 1.0)
     tl.store(scales + tl.program_id(0) + tl.zeros((1, 1), tl.int32), scale)
     for start in range(0, K, PIECE):
         piece = tl.load(x + row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
