@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import hashlib
+import itertools
 import math
 import os
 import shlex
@@ -30,7 +31,7 @@ from qtool.weight import FP4_SCALES, FP4_VALUES, QuantizedWeight, fake_quantize_
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-shared", "-fPIC")
 STRIP, CHUNK = 32, 128  # outputs and inputs that native.c takes at a time
-PIECE = 32 * STRIP  # outputs that are packed at a time
+PIECE = 8 * STRIP  # outputs that are packed at a time
 CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # `enum codes`
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}  # `enum scales`
 
@@ -55,23 +56,23 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     ``input_scale`` and ``input_zero`` come along where they are static. Codes of NaN are not looked for: fp8 has 480 there.
     """
-    outputs = spec.shape[0]
-    data = weight.data
-    if data.dtype == torch.int8 and spec.scheme.weights.bits < 5:
-        data = (data + 8).view(torch.uint8)
-    elif data.dtype == torch.uint8:
-        data = unpack_pairs(data)
-    filling = 8 if data.dtype == torch.uint8 and weight.scale.dtype not in FP4_SCALES else 0
-    packed = {"codes": torch.cat([_codes(piece, filling) for piece in torch.split(data, PIECE)])}
+    outputs, nibbles, is_fp4 = spec.shape[0], spec.scheme.weights.bits < 5, weight.scale.dtype in FP4_SCALES
+    parts = (_codes(piece, nibbles, 0 if is_fp4 else 8) for piece in torch.split(weight.data, PIECE))
+    first = next(parts)
+    codes = first.new_empty(-(-outputs // STRIP), *first.shape[1:])
+    for index, part in enumerate(itertools.chain((first,), parts)):
+        start = index * PIECE // STRIP
+        codes[start : start + part.shape[0]] = part
+    packed = {"codes": codes}
     scale = spread(weight.scale.view(_bits(weight.scale)), outputs, weight.tile[0], dim=0).view(weight.scale.dtype).expand(outputs, -1)
     row_scale = torch.ones(outputs) if weight.scale2 is None else weight.scale2.float()
     if scale.shape[1] == 1:
         row_scale = row_scale * scale[:, 0].float()
     else:
         packed["scale"] = _by_strips(spec, scale if scale.dtype in SCALES else scale.float())
-    if data.dtype == torch.uint8:
-        values = torch.tensor(FP4_VALUES) if weight.scale.dtype in FP4_SCALES else torch.arange(-8.0, 8.0)
-        if "scale" in packed and weight.scale.dtype in FP4_SCALES:
+    if nibbles:
+        values = torch.tensor(FP4_VALUES) if is_fp4 else torch.arange(-8.0, 8.0)
+        if "scale" in packed and is_fp4:
             every_scale = torch.arange(256, dtype=torch.uint8).view(weight.scale.dtype).float()
             values = torch.outer(every_scale, values).to(spec.dtype)
         packed["table"] = values
@@ -144,15 +145,16 @@ def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
     return bits.view(-1, STRIP, count).transpose(1, 2).contiguous().view(entries.dtype)
 
 
-def _codes(data: Tensor, filling: int) -> Tensor:
-    """Return ``data``, one code a byte [N, K], in the order that native.c says: [S, C, 32, 64 or 128]."""
-    bits = pad(data.view(torch.uint8), (0, -data.shape[1] % CHUNK, 0, -data.shape[0] % STRIP), value=filling)
+def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
+    """Return ``data`` [R, K] in the order that native.c says: [R/32, C, 32, 64 or 128]; ``zero`` is the nibble that stands for 0."""
+    if nibbles:
+        data = unpack_pairs(data) if data.dtype == torch.uint8 else (data + 8).view(torch.uint8)
+    bits = pad(data.view(torch.uint8), (0, -data.shape[1] % CHUNK, 0, -data.shape[0] % STRIP), value=zero if nibbles else 0)
     parts = {torch.uint8: (4, 32), torch.int8: (2, 4, 16), torch.float8_e4m3fn: (2, 2, 32)}[data.dtype]  # of the 128 codes of a row
     rows = bits.view(-1, STRIP, bits.shape[1] // CHUNK, *parts).transpose(1, 2)
-    if data.dtype == torch.uint8:
+    if nibbles:
         rows = rows[..., ::2, :] | rows[..., 1::2, :] << 4
-    rows = rows.transpose(-1, -2)
-    return rows.flatten(3).contiguous().view(data.dtype)
+    return rows.transpose(-1, -2).flatten(3).contiguous().view(data.dtype)
 
 
 class _Job(ctypes.Structure):
