@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, device_of, load_kernel
+from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, choose, device_of, load_kernel
 from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES, Scheme
 from qtool.weight import FP8_MAX, Activation, QuantizedWeight, quantize
@@ -68,10 +68,16 @@ def spec_of(scheme: Scheme, rows: int, columns: int) -> LinearSpec:
 
 
 def ours(names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[int, int], Layer]]]:
-    """Yield (row, bits a weight, maker of a layer) for each scheme and each kernel that takes it; ``plain`` only where no other does."""
+    """Yield (row, bits a weight, maker of a layer) for each scheme: as a model gets it, then each kernel that takes it, ``plain`` only alone."""
     device = device_of(torch.device("cuda"))
     for name in names:
         scheme = SCHEMES[name]
+
+        def chosen(rows: int, columns: int, scheme: Scheme = scheme) -> Layer:
+            spec = spec_of(scheme, rows, columns)
+            return QuantizedLinear(spec, choose(spec, device), weight_of(scheme, rows, columns))
+
+        yield f"{name} as chosen", scheme.bits_per_weight, chosen
         takers = []
         for kernel in KERNELS["cuda"]:
             try:
