@@ -184,6 +184,7 @@ def test_without_a_compiler_that_works_another_kernel_takes_the_layer(fresh, mon
 
 
 def test_source_that_does_not_compile_is_an_objection(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "broken.c"
     source.write_text("int main(void) { return nothing; }")
     monkeypatch.setattr(native, "SOURCE", source)

@@ -55,8 +55,11 @@ SAMPLES = {
 @pytest.mark.parametrize("name", [f"{library}/{name}" for library, names in SAMPLES.items() for name in names])
 def test_real_checkpoints_have_the_perplexity_of_their_dequantized_form(sample, name):
     folder = sample(name)
-    expected = perplexity(load_dequantized(open_checkpoint(folder)), TEXTS)
-    assert perplexity(load(folder, device="cpu"), TEXTS) == pytest.approx(expected, rel=5e-3)
+    checkpoint = open_checkpoint(folder)
+    expected = perplexity(load_dequantized(checkpoint), TEXTS)
+    rounds_inputs = any(group.spec.scheme.activations for group in plan_load(checkpoint, CPU).groups)
+    tolerance = 0.01 if rounds_inputs else 2e-3  # where a sum is rounded another way, codes of the next input fall to the other side
+    assert perplexity(load(folder, device="cpu"), TEXTS) == pytest.approx(expected, rel=tolerance)
 
 
 def test_layers_that_share_an_input_are_one_matrix(sample):
