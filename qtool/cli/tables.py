@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.plan import sizes_by_kind
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qtool.quantize import Request
-    from qtool.runtime.load import LoadPlan
+    from qtool.runtime.load import Group, LoadPlan
 
 
 def methods_dict(with_experimental: bool) -> list[dict[str, Any]]:
@@ -112,9 +112,12 @@ def kernels(plan: LoadPlan) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    shown = plan.to_dict()
-    counts = Counter((_kind(group["layers"]), group["scheme"], _kernels(group), _reasons(group)) for group in shown["groups"])
-    title = f"{plan.checkpoint.name} on {shown['device']}"
+    from qtool.runtime.kernels import device_of
+
+    counts = Counter(
+        (_kind([source.name for source in group.sources]), group.spec.scheme.name, _kernels(group), _reasons(group)) for group in plan.groups
+    )
+    title = f"{plan.checkpoint.name} on {device_of(plan.device)}"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")
     for heading in ("layers", "fused", "scheme", "kernel", "not taken by"):
         table.add_column(heading, no_wrap=heading != "not taken by")
@@ -129,10 +132,9 @@ def _kind(names: Sequence[str]) -> str:
     return " | ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _kernels(group: Mapping[str, Any]) -> str:
-    few = group["few_tokens"]
-    return f"{few['kernel']} to {few['most']} tokens,\nthen {group['kernel']}" if few else str(group["kernel"])
+def _kernels(group: Group) -> str:
+    return str(group.choice).replace(", ", ",\n")
 
 
-def _reasons(group: Mapping[str, Any]) -> str:
-    return "\n".join(f"{kernel}: {reason}" for kernel, reason in group["refused"].items())
+def _reasons(group: Group) -> str:
+    return "\n".join(f"{kernel}: {reason}" for kernel, reason in group.choice.refused.items())

@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
             rows = rows.index_select(1, self.perm)
         if self.pre_scale is not None:
             rows = rows * self.pre_scale
-        packed = [self.get_buffer(name) for name in self._names]
+        packed = [self._buffers[name] for name in self._names]  # `get_buffer` looks for submodules first, at every step
         y: Tensor = torch.ops.qtool.linear(rows.contiguous(), packed, self.bias, self._call)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 

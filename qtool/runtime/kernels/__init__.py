@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -112,6 +113,21 @@ def _objection(name: str, spec: LinearSpec, device: Device) -> str | None:
         return f"needs the package `{error.name}`"
 
 
+def not_bfloat16(spec: LinearSpec) -> str | None:
+    """Return the objection of kernels that compute in bfloat16 alone, as all on a CPU do."""
+    return None if spec.dtype == torch.bfloat16 else f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+
+
+def no_aten_product(spec: LinearSpec) -> str | None:
+    """Return why ATen's weight-only products do not run here, or not with such inputs."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs a CPU with AVX2 or AVX512"
+    if reason := not_bfloat16(spec):
+        return reason
+    return f"inputs {spec.scheme.activations}: takes 16 bits only" if spec.scheme.activations else None
+
+
+@cache
 def load_kernel(name: str) -> Kernel:
     """Import and return the kernel ``name``."""
     return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qtool.runtime.kernels import Device, LinearSpec
+from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight, unpack_pairs
 
 MANY = 80  # tokens
@@ -21,12 +21,8 @@ ROWS = 4 * BLOCK  # packed at a time
 def objection(spec: LinearSpec, device: Device) -> str | None:
     """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the operator knows, with bfloat16 inputs."""
     weights = spec.scheme.weights
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "needs a CPU with AVX2 or AVX512"
-    if spec.dtype != torch.bfloat16:
-        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
-    if spec.scheme.activations:
-        return f"inputs {spec.scheme.activations}: takes 16 bits only"
+    if reason := no_aten_product(spec):
+        return reason
     if weights.format not in ("int2", "int3", "int4") or weights.granularity == "block":
         return f"weights {weights}: takes int2, int3 and int4 by group, channel or tensor"
     if weights.group_size not in (None, *GROUP_SIZES):

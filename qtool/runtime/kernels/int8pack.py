@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qtool.runtime.kernels import Device, LinearSpec
+from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight
 
 STEP = 16  # the operator reads as many inputs at a time, beyond the last one if need be, and faults where they are not aligned
@@ -17,12 +17,8 @@ STEP = 16  # the operator reads as many inputs at a time, beyond the last one if
 def objection(spec: LinearSpec, device: Device) -> str | None:
     """Take weight-only integers of 5 to 8 bits by channel or tensor, with bfloat16 inputs."""
     weights = spec.scheme.weights
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "needs a CPU with AVX2 or AVX512"
-    if spec.dtype != torch.bfloat16:
-        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
-    if spec.scheme.activations:
-        return f"inputs {spec.scheme.activations}: takes 16 bits only"
+    if reason := no_aten_product(spec):
+        return reason
     if weights.format not in ("int5", "int6", "int7", "int8") or weights.granularity not in ("channel", "tensor") or not weights.symmetric:
         return f"weights {weights}: takes int5 to int8 by channel or tensor, without zero points"
     return None

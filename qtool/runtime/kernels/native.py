@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qtool.runtime.kernels import Device, LinearSpec, onednn
+from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn
 from qtool.weight import FP4_SCALES, FP4_VALUES, QuantizedWeight, fake_quantize_input, spread, unpack_pairs
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -40,8 +40,8 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
     """Take weights of every format, with bfloat16 inputs that are rounded or not, except integers with integers, which oneDNN multiplies."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "needs a CPU with AVX512_BF16"
-    if spec.dtype != torch.bfloat16:
-        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    if reason := not_bfloat16(spec):
+        return reason
     width = _width(spec)
     if width < spec.shape[1] and width % 16:
         return f"weights {spec.scheme.weights}: takes groups of a multiple of 16 inputs"

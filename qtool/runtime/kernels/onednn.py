@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qtool.runtime.kernels import Device, LinearSpec
+from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16
 from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight, dequantize, largest, unpack_pairs
 
@@ -25,8 +25,8 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
     weights, activations = spec.scheme.weights, spec.scheme.activations
     if not torch.cpu._is_vnni_supported():  # without it, pairs of products saturate at 16 bits
         return "needs a CPU with AVX512 VNNI"
-    if spec.dtype != torch.bfloat16:
-        return f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    if reason := not_bfloat16(spec):
+        return reason
     if not weights.format.startswith("int") or weights.granularity == "block":
         return f"weights {weights}: takes integers by group, channel or tensor"
     if activations and not (activations.format.startswith("int") and activations.granularity in ("token", "tensor")):
