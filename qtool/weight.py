@@ -222,7 +222,7 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
         top, zero = int(largest(activation)), 0.0 if static_zero is None else static_zero
         if not activation.symmetric and static_zero is None:
             low, high = groups.amin(over, keepdim=True).clamp(max=0), groups.amax(over, keepdim=True).clamp(min=0)
-            scale = ((high - low) / (2 * top + 1)).clamp(min=torch.finfo(torch.float32).tiny)
+            scale = divided(high - low, 2 * top + 1).clamp(min=torch.finfo(torch.float32).tiny)
             zero = (-top - 1 - low / scale).round()
         rounded = ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
     return rounded.reshape(*x.shape[:-1], -1)[..., :columns].to(x.dtype)
