@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from qtool.errors import QtoolError
     from qtool.export import export
     from qtool.quantize import QuantizeResult, quantize
+    from qtool.runtime.engine import Engine
     from qtool.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["QtoolError", "QuantizeResult", "export", "load", "quantize"]
+__all__ = ["Engine", "QtoolError", "QuantizeResult", "export", "load", "quantize"]
 
 _HOMES = {  # imported when first used
+    "Engine": "runtime.engine",
     "QtoolError": "errors",
     "QuantizeResult": "quantize",
     "export": "export",

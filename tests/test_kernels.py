@@ -8,7 +8,7 @@ import torch
 from qtool.runtime import kernels
 from qtool.runtime.kernels import KERNELS, Choice, Device, FewTokens, LinearSpec, choose, load_kernel, plain
 from qtool.runtime.linear import QuantizedLinear, SharedInput
-from qtool.scheme import SCHEMES
+from qtool.scheme import SCHEMES, Activations
 from qtool.weight import quantize
 
 H200 = Device("cuda", 90)
@@ -31,15 +31,22 @@ def test_the_plain_kernel_comes_last_and_takes_everything(device):
 
 def test_few_tokens_get_a_kernel_of_their_own_where_one_was_measured_to_be_faster(with_humming):
     assert str(choose(spec_of("W4A16"), H200)) == "triton_weight_only to 16 tokens, then humming"
-    assert str(choose(spec_of("FP8_DYNAMIC"), H200)) == "triton_w8a8 to 64 tokens, then scaled_mm"
-    assert str(choose(spec_of("W8A8"), H200)) == "triton_w8a8"
-    assert str(choose(spec_of("NVFP4A16"), H200)) == "humming"
+    for name in ("NVFP4A16", "MXFP4A16"):
+        assert str(choose(spec_of(name), H200)) == "triton_weight_only to 16 tokens, then humming"
     assert str(choose(spec_of("W4A16"), Device("cuda", 80))) == "humming"
+
+
+@pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "W8A8", "W8A8_STATIC"])
+def test_codes_are_multiplied_by_triton_on_hopper_and_by_torch_elsewhere(name):
+    assert str(choose(spec_of(name), H200)) == "triton_w8a8"
+    elsewhere = choose(spec_of(name), Device("cuda", 100))
+    assert str(elsewhere) == "scaled_mm" and "sm_90" in elsewhere.refused["triton_w8a8"]
+    for_all = replace(SCHEMES[name], activations=Activations(SCHEMES[name].weights.format, "tensor"))
+    assert str(choose(LinearSpec(for_all, (256, 512), torch.bfloat16), H200)) == "scaled_mm"  # one scale for all tokens, found at run time
 
 
 def test_a_second_copy_of_the_weight_is_made_only_where_there_is_room(with_humming):
     assert choose(spec_of("W4A16"), H200, second_copy=False).few is None
-    assert choose(spec_of("FP8_DYNAMIC"), H200, second_copy=False).few  # both kernels read the same tensor
 
 
 def test_without_humming_triton_serves_all_tokens(monkeypatch):
@@ -64,7 +71,7 @@ def test_the_operator_calls_the_kernel_for_the_number_of_tokens(monkeypatch):
     monkeypatch.setattr("qtool.runtime.linear.load_kernel", Recorder)
     spec = spec_of("W4A16")
     weight = quantize(torch.randn(spec.shape, dtype=torch.bfloat16), spec.scheme)
-    layer = QuantizedLinear(spec, Choice("many", {}, FewTokens("few", 3, repacks=False)), weight)
+    layer = QuantizedLinear(spec, Choice("many", {}, FewTokens("few", 3)), weight)
     expected = QuantizedLinear(spec, Choice("plain", {}), weight)
     for tokens in (1, 3, 4, 9):
         x = torch.randn(tokens, 512, dtype=torch.bfloat16)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +80,68 @@ def test_humming_names_what_it_cannot_hold(spec, device, reason, with_humming):
 def test_humming_multiplies_codes_only_where_both_sides_have_them(name, capability, expected):
     assert humming.multiplies_codes(spec_of(name), capability) == expected
     assert not humming.multiplies_codes(spec_of(name, (64, 136)), capability)
+
+
+TILES = {"block_shape": [64, 256, 64], "warp_shape": [64, 32, 64], "num_stages": 5}
+
+
+@pytest.fixture
+def measured_schedule(tmp_path, monkeypatch):
+    """A table with one schedule, for wide W4A16 layers and 33 to 64 tokens, measured on an H200."""
+    pytest.importorskip("triton")
+    entry = {"weights": "int4 g128", "kind": "wide", "above": 32, "up_to": 64, "us": 20.0, "schedule": TILES}
+    table = tmp_path / "schedules.json"
+    table.write_text(json.dumps({"device": "sm_90", "multiprocessors": 132, "gpu": "NVIDIA H200", "schedules": [entry]}))
+    monkeypatch.setattr(humming, "MEASURED", table)
+    humming.measured.cache_clear()
+    yield
+    humming.measured.cache_clear()
+
+
+def test_a_measured_schedule_is_for_the_gpu_weights_shape_and_tokens_it_was_measured_with(measured_schedule):
+    (found,) = humming.measured("sm_90", 132)
+    assert humming.measured("sm_90", 78) == humming.measured("sm_80", 132) == ()
+    assert found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 64)
+    assert not found.takes(SCHEMES["W4A16_ASYM"].weights, (28672, 4096), 64)
+    assert not found.takes(SCHEMES["W4A16"].weights, (4096, 4096), 64)
+    assert not found.takes(SCHEMES["W4A16"].weights, (28672 + 128, 4096), 64)  # its tile of 256 rows
+    assert not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 32) and not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 96)
+
+
+def test_humming_is_told_the_measured_schedule_and_chooses_the_others(measured_schedule, monkeypatch):
+    layer = SimpleNamespace(a_dtype=SimpleNamespace(num_bits=16))
+    modules = {
+        "humming": SimpleNamespace(),
+        "humming.schema": SimpleNamespace(HummingInputSchema=SimpleNamespace, HummingWeightSchema=SimpleNamespace),
+        "humming.transform": SimpleNamespace(prepare_layer_config=lambda *sizes, **options: layer),
+        "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m, device: {"chosen for": shape_m}),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(humming, "device_of", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    early = {"use_pdl": True}
+    for spec, expected in ((spec_of("W4A16", (28672, 4096)), TILES), (spec_of("W4A16", (4096, 4096)), {"chosen for": 64})):
+        config, schedules = humming._config.__wrapped__(spec, torch.device("cuda", 0), False)
+        found = {high: schedule for _, high, schedule in json.loads(schedules)}
+        assert config is layer and found[64] == expected | early
+        assert [found[tokens] for tokens in (16, 32, 1024, 2048)] == [
+            {"chosen for": 16},
+            {"chosen for": 32} | early,
+            {"chosen for": 1024} | early,
+            {"chosen for": 2048},
+        ]
+    choice = {"tile": [1, 2]}
+    modules["humming.tune"].get_heuristics_config = lambda config, shape_m, device: {"tile": (1, 2)}
+    steps = json.loads(humming._config.__wrapped__(spec_of("W4A16", (4096, 4096)), torch.device("cuda", 0), False)[1])
+    assert steps == [[0, 16, choice], [16, 1024, choice | early], [1024, 1 << 30, choice]]  # equal neighbours are one
+    layer.a_dtype.num_bits = 8
+    assert json.loads(humming._config.__wrapped__(spec_of("W4A8"), torch.device("cuda", 0), False)[1]) == [[0, 1 << 30, choice]]
+
+
+def test_the_table_of_measured_schedules_can_be_read():
+    table = json.loads(humming.MEASURED.read_text())
+    assert all(isinstance(found, humming.Measured) for found in humming.measured(table["device"], table["multiprocessors"]))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -169,7 +233,6 @@ def test_rounded_rows_are_the_fake_quantized_input(name):
         (spec_of(Scheme(Weights("int8"), Activations("int8", symmetric=False))), H200, "zero points"),
         (spec_of("FP8"), Device("cuda", 80), "sm_89"),
         (spec_of("FP8", (72, 128)), H200, "multiples of 16"),
-        (spec_of("W8A8"), H200, "triton_w8a8"),
         (spec_of("W8A8", (68, 128)), Device("cuda", 80), "multiples of 8"),
     ],
 )

@@ -38,7 +38,7 @@ def interpret() -> None:
     from qtool.runtime.kernels import Device, LinearSpec, load_kernel, plain, row_quantize
     from qtool.runtime.kernels.triton_tiles import Tile
     from qtool.scheme import SCHEMES, Activations, Scheme, Weights
-    from qtool.weight import Activation, fake_quantize_input, quantize
+    from qtool.weight import Activation, QuantizedWeight, fake_quantize_input, pack_pairs, quantize
 
     triton_cpu.repair()
     torch.manual_seed(0)
@@ -73,6 +73,24 @@ def interpret() -> None:
     def group(size: int | None, **options: object) -> Scheme:
         return Scheme(Weights("int4", "group" if size else "channel", size, **options))  # type: ignore[arg-type]
 
+    def check_fp4(name: str, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+        scheme, kernel = SCHEMES[name], load_kernel("triton_weight_only")
+        columns = scheme.weights.group_size * len(scales)
+        codes = (torch.arange(columns) + torch.arange(40)[:, None]) % 16
+        scale = torch.stack([torch.tensor(scales).roll(row) for row in range(40)])
+        e4m3 = scheme.weights.scale == "e4m3"
+        stored = scale.to(torch.float8_e4m3fn if e4m3 else torch.float8_e8m0fnu)
+        weight = QuantizedWeight(pack_pairs(codes.to(torch.uint8)), stored, torch.ones(40) if e4m3 else None)
+        spec = LinearSpec(scheme, (40, columns), dtype, False)
+        result = kernel.multiply(spec, torch.eye(columns, dtype=dtype), kernel.pack(spec, weight), None, Tile(32, 16, 256))
+        assert torch.equal(result.t().float(), plain.dequantize(weight).float()), f"{name}, {dtype}, scales {scales}: a weight is not exact"
+
+    for dtype in (torch.bfloat16, torch.float16):
+        check_fp4("NVFP4A16", dtype, (0.0, 2**-9, 7 * 2**-9, 2**-6, 15 * 2**-9, 0.875, 1.0, 240.0, 416.0, 448.0))
+        check_fp4("MXFP4A16", dtype, (2**-14, 2**-10, 1.0, 2**9))
+    check_fp4("MXFP4A16", torch.bfloat16, (2**-127, 2**-64, 1.0))
+    check_fp4("MXFP4A16", torch.bfloat16, (2**-3, 2**100, 2**120))
+
     whole, cut = Tile(64, 64, 256), Tile(32, 8, 128, programs=32)
     weight_only = [
         *(SCHEMES[name] for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A16_CHANNEL", "FP8_W8A16", "NVFP4A16", "MXFP4A16", "MXFP8A16")),
@@ -93,10 +111,10 @@ def interpret() -> None:
             count += 1
     for name in ("FP8", "FP8_DYNAMIC", "W8A8", "W8A8_STATIC"):
         for shape, tokens, tile, dtype in (
-            ((100, 337), 1, replace(cut, inline=True), torch.bfloat16),
+            ((100, 337), 1, cut, torch.bfloat16),
             ((100, 337), 1, whole, torch.float16),
-            ((72, 592), 5, replace(cut, inline=True, pdl=True), torch.float16),
-            ((200, 336), 33, replace(whole, inline=True), torch.bfloat16),
+            ((72, 592), 5, replace(cut, pdl=True), torch.float16),
+            ((200, 336), 33, whole, torch.bfloat16),
             ((136, 208), 70, cut, torch.bfloat16),
         ):
             compare("triton_w8a8", SCHEMES[name], shape, tokens, tile, dtype)
@@ -124,6 +142,8 @@ def compile_all() -> None:
             scheme = SCHEMES[name]
             spec = LinearSpec(scheme, (4096, 4096), torch.bfloat16, bool(scheme.activations and not scheme.activations.dynamic))
             packed = triton_cpu.empty_packed(module, spec)
+            size = sum(tensor.nbytes for tensor in packed.values()) / scheme.weights.size_bytes(*spec.shape)
+            assert 1 <= size < 1.03, f"{name}: {size} times the size that `load` makes room for"
             for tokens in (1, 64, 2048):
                 tile = triton_tiles.pick(kernel.TILES[scheme.weights.format], tokens, *spec.shape)
                 kernel.multiply(spec, torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta"), packed, None, tile)

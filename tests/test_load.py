@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def fused(model) -> Counter[int]:
     """How many quantized matrices serve how many layers each."""
-    owners = Counter(id(module._shared.whole) for module in model.modules() if isinstance(module, FusedLinear))
+    owners = Counter(id(module.shared.whole) for module in model.modules() if isinstance(module, FusedLinear))
     alone = sum(isinstance(module, QuantizedLinear) for module in model.modules()) - len(owners)
     return Counter(owners.values()) + Counter({1: alone})
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import UsageError
-from qtool.runtime.kernels import Call, Choice, LinearSpec, load_kernel, number_of
+from qtool.runtime.kernels import Call, Choice, LinearSpec, codes_taken, load_kernel, number_of
 from qtool.weight import QuantizedWeight
 
 
 class QuantizedLinear(nn.Module):
     """``y = x W^T + bias`` with ``W`` as some kernel keeps it.
 
-    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``. Rounding the input is the kernel's affair.
+    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``. Rounding the input is the kernel's affair,
+    unless it ``takes_codes`` that the layer before has rounded to.
     """
 
     perm: Tensor | None
@@ -43,6 +44,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("perm", weight.perm, persistent=False)
         self.register_buffer("pre_scale", pre_scale, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(spec.dtype), persistent=False)
+        self.takes_codes = codes_taken(spec, choice) if weight.perm is None and weight.pre_scale is None else None
         self._call = number_of(Call(spec, tuple(parts)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,9 +56,16 @@ class QuantizedLinear(nn.Module):
             rows = rows.index_select(1, self.perm)
         if self.pre_scale is not None:
             rows = rows * self.pre_scale
-        packed = [self._buffers[name] for name in self._names]  # `get_buffer` looks for submodules first, at every step
-        y: Tensor = torch.ops.qtool.linear(rows.contiguous(), packed, self.bias, self._call)
+        y: Tensor = torch.ops.qtool.linear(rows.contiguous(), self._packed(), self.bias, self._call)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def multiply_codes(self, codes: Tensor, row_scale: Tensor) -> Tensor:
+        """Multiply what is rounded to ``takes_codes`` already, ``codes`` [T, K] with ``row_scale``, f32 [T, 1]; the result is [T, N]."""
+        y: Tensor = torch.ops.qtool.linear(codes, self._packed(), self.bias, self._call, row_scale)
+        return y
+
+    def _packed(self) -> list[Tensor | None]:
+        return [self._buffers[name] for name in self._names]  # `get_buffer` looks for submodules first, at every step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Follow to another device of the kind; no dtype changes, since codes and scales are no numbers to be cast."""
@@ -113,14 +122,14 @@ class FusedLinear(nn.Module):
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self._shared, self._index = shared, index
+        self.shared, self.index = shared, index
         self.in_features, self.out_features = shared.whole.in_features, shared.sizes[index]
         if index == 0:
             self.whole = shared.whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N]."""
-        return self._shared.take(x, self._index)
+        return self.shared.take(x, self.index)
 
 
 class ExpertStack(nn.Module):

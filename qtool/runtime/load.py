@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import warnings
 from collections import Counter, deque
@@ -31,6 +32,11 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 RawTensors = dict[str, Tensor]
 SECOND_COPY_SHARE = 1 / 8
+_CACHE_SCALE = re.compile(r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$")  # of every format that has them
+DTYPES = {
+    **{"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"half": torch.float16, "float": torch.float32},
+}
 READERS = min(8, os.cpu_count() or 1)
 
 
@@ -90,6 +96,7 @@ def load(
     model_path: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
@@ -99,13 +106,14 @@ def load(
     Args:
         model_path: a folder, or a name on the Hub.
         device: ``cuda``, ``cuda:1``, ``cpu`` or ``auto``: the first GPU, where there is one.
+        dtype: what is not quantized is computed in: ``bfloat16``, ``float16``, ``float32`` or ``auto``, that of the checkpoint, or bfloat16 on a CPU.
         quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`); a quantized one needs none.
         on_progress: is called with the number of layers that are ready, and of all.
-    Returns: the model in evaluation mode; ``generate`` works on it. On a CPU it computes in bfloat16.
+    Returns: the model in evaluation mode; ``generate`` works on it.
     Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a device that is not there.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
-    return materialize(plan_load(checkpoint, device_named(device), quantization), on_progress=on_progress)
+    return materialize(plan_load(checkpoint, device_named(device), quantization, dtype), on_progress=on_progress)
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
@@ -123,13 +131,21 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | None = None) -> LoadPlan:
+def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype ``name``, None for ``auto``. Raises: UsageError for one that models are not computed in."""
+    plain = str(name or "auto").removeprefix("torch.").lower()
+    if plain not in DTYPES:
+        raise UsageError("E_DTYPE", f"`{name}` is no dtype to compute in", hint=", ".join(DTYPES))
+    return DTYPES[plain]
+
+
+def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | None = None, dtype: str | torch.dtype | None = None) -> LoadPlan:
     """Decide what each quantized layer of ``checkpoint`` becomes on ``device``. Reads no weights."""
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
         raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do")
     schemes = schemes_to_run(checkpoint, layout, quantization)
-    skeleton = Skeleton(checkpoint, _dtype(checkpoint, device))
+    skeleton = Skeleton(checkpoint, dtype_named(dtype) or _dtype(checkpoint, device))
     warned = [*left_plain(checkpoint, layout, quantization)]
     if layout and layout.kv_cache:
         warned.append(f"the scales of the KV cache ({layout.kv_cache}) are not used: keys and values stay in 16 bits")
@@ -173,6 +189,16 @@ def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     configs = (checkpoint.text_config, checkpoint.config)
     named = next((str(name) for config in configs for key in ("dtype", "torch_dtype") if (name := config.get(key))), "")
     return torch.float16 if device.type == "cuda" and named.removeprefix("torch.") == "float16" else torch.bfloat16
+
+
+def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
+    """Return by layer what keys and values in an 8-bit cache are multiplied with, where ``checkpoint`` has one number for each."""
+    found: dict[int, dict[str, float]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if (match := _CACHE_SCALE.search(name)) and not any(size != 1 for size in tensor.shape):
+            value = float(read_tensor(checkpoint, name).float().reshape(()))
+            found.setdefault(int(match[1]), {}).update(dict.fromkeys(match[2], value))
+    return {layer: (scales.get("k", 1.0), scales.get("v", 1.0)) for layer, scales in found.items()}
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -221,7 +247,7 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Ite
 
 def _has_room(groups: Sequence[Group], device: torch.device) -> bool:
     """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of the device: the KV cache lives there too."""
-    repacked = [source for group in groups if group.choice.few and group.choice.few.repacks for source in group.sources]
+    repacked = [source for group in groups if group.choice.few for source in group.sources]
     size = sum(source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme)
     return not size or size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
 

@@ -1,24 +1,28 @@
 """Are the kernels right? Every kernel of a device, every scheme it takes, against float64; in CUDA graphs and under torch.compile too.
 
-    python tests/benchmarks/kernels_on_gpu.py [--kernels humming,scaled_mm] [--schemes W4A16,FP8] [--seconds 150] [--device cpu]
+    OUT=dir python tests/benchmarks/kernels_on_gpu.py [--processes 12] [--kernels humming,scaled_mm] [--schemes W4A16,FP8] [--device cpu]
 
-Prints a table, kernel by scheme, and what failed; exits 1 if anything did. ``$OUT/kernels_on_gpu.json`` keeps the numbers. Two phases: layers
-are packed by some threads, because humming compiles for seconds as it packs; then one thread multiplies.
+Several processes share the GPU, because most of the time goes to compiling, and because a kernel that breaks its CUDA context then fails alone.
+Prints a table, kernel by scheme, and what failed; exits 1 if anything did. ``$OUT`` gets kernels_on_gpu.json, with the numbers, and
+kernels_on_gpu.md, to be kept in results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import platform
+import shlex
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib import metadata
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -39,8 +43,7 @@ GRAPH_SHAPES = SHAPES[:3]
 FEW_SHAPES = SHAPES[:2]
 ALL_SHAPES_OF_HUMMING = ("W4A16", "FP8_DYNAMIC", "NVFP4A16")
 STEPS_OF_HUMMING = (8, 1024)
-THREADS = 12  # each compiles its schedules in parallel
-LOCKS: dict[str, threading.Lock] = {}  # by description of a layer: humming cannot compile one from two threads
+GRACE = 60  # seconds that a case begun in time may take after the end
 CALIBRATED = 5.0  # largest input that calibration is said to have seen
 
 VARIANTS = {
@@ -58,16 +61,16 @@ ALL = {**SCHEMES, **VARIANTS}
 
 @dataclass
 class Case:
-    """One kernel with one layer: what is multiplied, and what came out."""
+    """One kernel with one layer: what is multiplied, and what came out. ``compiled``: whether torch.compile is tried too."""
 
     kernel: str
     name: str
     spec: LinearSpec
     has_bias: bool
-    layer: QuantizedLinear | None = None
-    weight: QuantizedWeight | None = None
+    compiled: bool
     worst: float = 0.0
     runs: int = 0
+    seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -77,7 +80,8 @@ class Case:
 
 def cases(device: torch.device, kernels: list[str], schemes: list[str]) -> tuple[list[Case], dict[tuple[str, str], str]]:
     """Return what can be tried, small first, and why a kernel takes no layer of a scheme at all."""
-    found, refused = [], {}
+    found: list[Case] = []
+    refused = {}
     for i, shape in enumerate(SHAPES):
         for name in schemes:
             scheme = ALL[name]
@@ -88,7 +92,8 @@ def cases(device: torch.device, kernels: list[str], schemes: list[str]) -> tuple
                     continue
                 objection = load_kernel(kernel).objection(spec, device_of(device))
                 if objection is None:
-                    found.append(Case(kernel, name, spec, has_bias=i % 2 == 1))
+                    first = all(case.kernel != kernel for case in found)
+                    found.append(Case(kernel, name, spec, has_bias=i % 2 == 1, compiled=first))
                 else:
                     refused[kernel, name] = objection
     taken = {(case.kernel, case.name) for case in found}
@@ -114,35 +119,104 @@ def make_weight(spec: LinearSpec, device: torch.device) -> QuantizedWeight:
     return weight
 
 
-def make_layer(case: Case, device: torch.device) -> None:
-    """Pack ``case``; an exception is its failure."""
-    try:
-        case.weight = make_weight(case.spec, device)
-        bias = torch.randn(case.spec.shape[0], device=device) if case.has_bias else None
-        copy = replace(case.weight, **{name: getattr(case.weight, name).clone() for name in ("data", "scale")})  # pack may reuse them
-        with lock_of(case, device):
-            case.layer = QuantizedLinear(case.spec, Choice(case.kernel, {}), copy, bias)
-    except Exception as error:
-        fail(case, "pack", error)
+def check_all(found: list[Case], device: torch.device, processes: int, seconds: float) -> list[Case]:
+    """Return ``found`` checked, by processes of their own. A process that ends fails its case, and another takes its place."""
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+    waiting, checked = list(range(len(found))), list(found)
+    workers: dict[Connection, tuple[BaseProcess, int | None]] = {}  # and the number of the case at work
+
+    def start() -> None:
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(there, device, processes), daemon=True)
+        process.start()
+        there.close()
+        workers[here] = process, None
+
+    for _ in range(min(processes, len(found))):
+        start()
+    while workers:
+        ready = wait(list(workers), timeout=max(0.0, began + seconds + GRACE - time.monotonic()))
+        if not ready:
+            for process, case in workers.values():
+                process.kill()
+                if case is not None:
+                    checked[case].failures.append(f"did not end in {seconds + GRACE:.0f} s")
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            process, case = workers.pop(pipe)
+            try:
+                result, usable = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                process.join()
+                if case is None:
+                    print(f"a process did not start, exit code {process.exitcode}", flush=True)
+                    continue
+                result, usable = replace(found[case], failures=[f"the process ended, exit code {process.exitcode}"]), False
+            if case is not None:
+                checked[case] = result
+                for failure in result.failures:
+                    print(f"FAILED {result}: {failure}", flush=True)
+            late = time.monotonic() - began > seconds
+            if usable and waiting and not late:
+                case = take(found, waiting, workers)
+                workers[pipe] = process, case
+                pipe.send(found[case])
+            else:
+                pipe.close()
+                if waiting and not late:
+                    start()
+    return checked
 
 
-def lock_of(case: Case, device: torch.device) -> AbstractContextManager[object]:
-    if case.kernel != "humming":
-        return nullcontext()
-    config, _ = load_kernel("humming")._config(case.spec, device, case.spec.scheme.weights.scale == "e4m3")
-    return LOCKS.setdefault(config.to_str(), threading.Lock())
+def take(found: list[Case], waiting: list[int], workers: dict[Connection, tuple[BaseProcess, int | None]]) -> int:
+    """Remove and return the next case: if possible of a kernel and scheme that no other process compiles for just now."""
+    busy = {(found[case].kernel, found[case].name) for _, case in workers.values() if case is not None}
+    free = (i for i, case in enumerate(waiting) if (found[case].kernel, found[case].name) not in busy)
+    return waiting.pop(next(free, 0))
+
+
+def work(pipe: Connection, device: torch.device, processes: int) -> None:
+    """Check the cases that come through ``pipe`` until it closes, or until a kernel has broken the CUDA context of this process."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        load_kernel("humming").STEPS = STEPS_OF_HUMMING  # type: ignore[attr-defined]
+    usable = True
+    pipe.send((None, usable))
+    while usable:
+        try:
+            case: Case = pipe.recv()
+        except EOFError:
+            return
+        began = time.monotonic()
+        with torch.inference_mode():
+            check(case, device)
+        case.seconds = round(time.monotonic() - began, 1)
+        try:
+            torch.zeros((), device=device).item()
+        except Exception as error:
+            usable = False
+            fail(case, "the GPU afterwards", error)
+        pipe.send((case, usable))
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Multiply inputs of some sizes, and capture some of that."""
-    layer, weight = case.layer, case.weight
-    assert layer is not None and weight is not None
+    """Pack a layer, multiply inputs of some sizes, and capture or compile some of that. An exception is a failure."""
+    try:
+        weight = make_weight(case.spec, device)
+        bias = torch.randn(case.spec.shape[0], device=device) if case.has_bias else None
+        copy = replace(weight, **{name: getattr(weight, name).clone() for name in ("data", "scale")})  # pack may reuse them
+        layer = QuantizedLinear(case.spec, Choice(case.kernel, {}), copy, bias)
+    except Exception as error:
+        return fail(case, "pack", error)
     exact = dequantize(weight).double()
     for tokens in TOKENS if device.type == "cuda" else (1, 7, 33):
         try:
             x = inputs_of(case, tokens, 0, device)
             y = layer(x)
-            error = distance(y, reference(case, x, exact))
+            error = distance(y, reference(layer, weight, x, exact))
             case.worst, case.runs = max(case.worst, error), case.runs + 1
             if not error <= LIMIT:
                 case.failures.append(f"M={tokens}: error {error:.2g}")
@@ -152,6 +226,8 @@ def check(case: Case, device: torch.device) -> None:
                 check_graph(case, layer, tokens, device)
         except Exception as error:
             fail(case, f"M={tokens}", error)
+    if case.compiled:
+        check_compile(case, layer, device)
 
 
 def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.device) -> None:
@@ -173,14 +249,12 @@ def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.d
             case.failures.append(f"M={tokens}: a replayed graph differs by {error:.2g}")
 
 
-def check_compile(case: Case, device: torch.device) -> None:
-    """Trace ``case`` with torch.compile, without Inductor, which would see the same operator."""
-    assert case.layer is not None
+def check_compile(case: Case, layer: QuantizedLinear, device: torch.device) -> None:
+    """Trace ``layer`` with torch.compile, without Inductor, which would see the same operator."""
     try:
         x = inputs_of(case, 16, 0, device)
-        expected = case.layer(x)
-        torch._dynamo.reset()
-        error = distance(torch.compile(case.layer, fullgraph=True, backend="aot_eager")(x), expected.double())
+        expected = layer(x)
+        error = distance(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected.double())
         if not error <= 3e-3:
             case.failures.append(f"torch.compile: differs by {error:.2g}")
     except Exception as error:
@@ -193,13 +267,12 @@ def inputs_of(case: Case, tokens: int, seed: int, device: torch.device) -> Tenso
     return x.clamp(-CALIBRATED, CALIBRATED).to(case.spec.dtype)
 
 
-def reference(case: Case, x: Tensor, weight: Tensor) -> Tensor:
-    assert case.layer is not None and case.weight is not None
-    static = case.weight.activation
-    if case.spec.scheme.activations is not None:
-        x = fake_quantize_input(x.float(), case.spec.scheme.activations, static.scale if static else None)
-    y = x.double() @ weight.T
-    return y if case.layer.bias is None else y + case.layer.bias.double()
+def reference(layer: QuantizedLinear, weight: QuantizedWeight, x: Tensor, exact: Tensor) -> Tensor:
+    inputs = layer.spec.scheme.activations
+    if inputs is not None:
+        x = fake_quantize_input(x.float(), inputs, weight.activation.scale if weight.activation else None)
+    y = x.double() @ exact.T
+    return y if layer.bias is None else y + layer.bias.double()
 
 
 def distance(y: Tensor, expected: Tensor) -> float:
@@ -226,54 +299,53 @@ def rows_of_table(kernels: list[str], schemes: list[str], tried: list[Case], ref
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def versions(device: torch.device) -> Iterator[str]:
+    """Yield what the result depends on."""
+    yield torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    for package in ("torch", "triton", "humming-kernels"):
+        try:
+            yield f"{package} {metadata.version(package)}"
+        except metadata.PackageNotFoundError:
+            yield f"no {package}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", default="", help="names, with commas; all of the device by default")
     parser.add_argument("--schemes", default="", help="names, with commas; all by default")
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=150, help="no case is begun after this long")
     options = parser.parse_args()
     start = time.perf_counter()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     kernels = options.kernels.split(",") if options.kernels else list(KERNELS[device.type])
     schemes = options.schemes.split(",") if options.schemes else list(ALL)
-    if device.type == "cuda":
-        torch.zeros((), device=device)  # a context, before there are threads
-    tried, refused = cases(device, kernels, schemes)
-    if any(case.kernel == "humming" for case in tried):
-        load_kernel("humming").STEPS = STEPS_OF_HUMMING
+    found, refused = cases(device, kernels, schemes)
+    tried = check_all(found, device, options.processes, options.seconds)
 
-    with ThreadPoolExecutor(THREADS if device.type == "cuda" else 1) as pool:
-        futures = [pool.submit(make_layer, case, device) for case in tried]
-        wait(futures, timeout=options.seconds * 0.7)
-        pool.shutdown(cancel_futures=True)  # what is being compiled ends first
-    packed = time.perf_counter() - start
-    compiled = set()
-    with torch.inference_mode():
-        for case in tried:
-            if case.layer is None or time.perf_counter() - start > options.seconds:
-                continue
-            check(case, device)
-            if case.kernel not in compiled:
-                compiled.add(case.kernel)
-                check_compile(case, device)
-            case.layer = case.weight = None
-
-    print("\n".join(rows_of_table(kernels, schemes, tried, refused)))
-    print("\nEach cell: the worst relative error, and how many multiplications.")
-    print("".join(f"- {kernel} refuses {name}: {objection}\n" for (kernel, name), objection in refused.items()))
     failures = [f"{case}: {failure}" for case in tried for failure in case.failures]
-    print(f"\n{len(failures)} failures" + "".join(f"\n- {failure}" for failure in failures))
     skipped = sum(not case.runs and not case.failures for case in tried)
-    print(f"\n{len(tried)} layers, {skipped} of them not run for lack of time; packed in {packed:.0f} s, {time.perf_counter() - start:.0f} s in all")
+    seconds = time.perf_counter() - start
+    title = f"{', '.join(versions(device))}: `{shlex.join(['python', *sys.argv])}`"
+    report = [
+        *rows_of_table(kernels, schemes, tried, refused),
+        "\nEach cell: the worst relative error against float64, and how many multiplications.\n",
+        *(f"- {kernel} refuses {name}: {objection}" for (kernel, name), objection in refused.items()),
+        f"\n{len(failures)} failures",
+        *(f"- {failure}" for failure in failures),
+        f"\n{len(tried)} layers in {seconds:.0f} s, {skipped} of them not run for lack of time",
+    ]
+    print("\n".join(report))
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - start, 1),
-        "cases": [{"case": str(case), "worst": case.worst, "runs": case.runs, "failures": case.failures} for case in tried],
+        "versions": list(versions(device)),
+        "seconds": round(seconds, 1),
+        "cases": [{"case": str(case), "worst": case.worst, "runs": case.runs, "s": case.seconds, "failures": case.failures} for case in tried],
         "refused": {f"{kernel} {name}": objection for (kernel, name), objection in refused.items()},
     }
-    Path(os.environ.get("OUT", "."), "kernels_on_gpu.json").write_text(json.dumps(result, indent=1))
+    folder = Path(os.environ.get("OUT", "."))
+    (folder / "kernels_on_gpu.json").write_text(json.dumps(result, indent=1))
+    (folder / "kernels_on_gpu.md").write_text("\n".join(["# Are the kernels right?\n", f"{title}\n", *report]) + "\n")
     return 1 if failures else 0
 
 

@@ -4,51 +4,11 @@ python tests/benchmarks/load_time.py [--layers 32] [--device cuda] [--folder /tm
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
-SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
-LINEARS = {
-    **{"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096)},
-    **{"mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336)},
-}
-
-
-def write_checkpoint(folder: Path, layers: int, device: str) -> None:
-    """Write a compressed-tensors W4A16 checkpoint (groups of 128) of Llama-3.1-8B's shape, four layers a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False}
-    quantization = {
-        **{"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]},
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
-    }
-    config = {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "num_hidden_layers": layers, **SIZES},
-        **{"max_position_embeddings": 4096, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
-        "quantization_config": quantization,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    embedding = torch.randn(SIZES["vocab_size"], 4096, device=device, dtype=torch.bfloat16)
-    ends = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding * 0.02, "model.norm.weight": torch.ones(4096, dtype=torch.bfloat16)}
-    files["model-ends.safetensors"] = {name: tensor.cpu() for name, tensor in ends.items()}
-    for layer in range(layers):
-        tensors = files.setdefault(f"model-{layer // 4:05d}.safetensors", {})
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
-        for name, (rows, columns) in LINEARS.items():
-            module = f"model.layers.{layer}.{name}"
-            tensors[f"{module}.weight_packed"] = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32, device=device).cpu()
-            tensors[f"{module}.weight_scale"] = (torch.rand(rows, columns // 128, device=device) * 0.005).to(torch.bfloat16).cpu()
-            tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
-    index = {name: file for file, tensors in files.items() for name in tensors}
-    for file, tensors in files.items():
-        save_file(tensors, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+from model_8b import write_checkpoint
 
 
 def main() -> None:
@@ -59,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.folder / "model.safetensors.index.json").exists():
         start = time.perf_counter()
-        write_checkpoint(options.folder, options.layers, options.device)
+        write_checkpoint(options.folder, "w4a16", layers=options.layers, device=options.device)
         print(f"written in {time.perf_counter() - start:.1f} s", flush=True)
 
     from transformers import AutoModelForCausalLM  # noqa: F401  # imports are not counted

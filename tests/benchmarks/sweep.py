@@ -56,6 +56,9 @@ def candidates(module: str, tokens: int) -> list[Tile]:
                 *(Tile(64, 8, 256, programs, 2, stages) for programs, stages in ((528, 4), (1056, 4))),
                 *(Tile(128, 8, 256, programs, 4, stages) for programs, stages in ((264, 5), (528, 3))),
                 Tile(64, 8, 512, 528, 4, 3),
+                Tile(64, 8, 512, 528, 2, 3),
+                Tile(64, 8, 256, 1056, 2, 3),
+                Tile(128, 8, 256, 264, 4, 4),
                 Tile(16, 8, 512, 2112, 1, 4),
                 Tile(64, 16, 256, 528, 4, 4),
                 *(replace(tile, pdl=True) for tile in (Tile(64, 8, 256, 528, 4, 4), Tile(32, 8, 256, 1056, 2, 4), Tile(64, 8, 256, 1056, 4, 4))),
@@ -66,6 +69,8 @@ def candidates(module: str, tokens: int) -> list[Tile]:
                 *(Tile(64, 16, 256, programs, 2, stages) for programs, stages in ((528, 4), (1056, 3))),
                 *(Tile(128, 16, 256, programs, 4, stages) for programs, stages in ((264, 4), (528, 3))),
                 Tile(128, 16, 256, 264, 8, 4),
+                Tile(128, 16, 512, 264, 4, 3),
+                Tile(64, 16, 512, 528, 2, 3),
                 Tile(32, 16, 256, 528, 4, 4),
                 *(replace(tile, pdl=True) for tile in (Tile(64, 16, 256, 528, 4, 4), Tile(32, 16, 256, 1056, 2, 4))),
             ],
@@ -120,21 +125,22 @@ def candidates(module: str, tokens: int) -> list[Tile]:
                 *(Tile(128, 256, 128, programs, 8, 4) for programs in (0, 132)),
                 *(Tile(64, 256, 128, programs, 4, 4) for programs in (0, 132)),
                 Tile(128, 64, 128, 264, 4, 4),
+                *(Tile(128, 128, 128, 132, 8, stages, bulk=True) for stages in (6, 4)),
+                Tile(256, 128, 128, 132, 8, 4, bulk=True),
+                Tile(128, 256, 128, 132, 8, 4, bulk=True),
             ],
             2048: [
+                *(Tile(256, 128, 128, 132, 8, stages, bulk=True) for stages in (4, 3)),
+                *(Tile(128, 256, 128, 132, 8, stages, bulk=True) for stages in (4, 3)),
+                *(Tile(256, 128, 64, 132, 8, stages, bulk=True) for stages in (8, 6)),
+                Tile(128, 256, 64, 132, 8, 8, bulk=True),
+                *(Tile(128, 128, 128, 132, 8, stages, bulk=True) for stages in (6, 5)),
                 *(Tile(128, 256, 128, 0, 8, stages) for stages in (3, 4)),
-                *(Tile(128, 128, 128, 0, warps, stages) for warps, stages in ((4, 3), (8, 3), (8, 5))),
-                Tile(128, 256, 64, 0, 8, 5),
-                Tile(256, 128, 128, 0, 8, 4),
-                Tile(64, 256, 128, 0, 4, 3),
+                Tile(128, 128, 128, 0, 8, 5),
             ],
         }[tokens]
-        if tokens == 1:
-            found = [replace(tile, inline=True) for tile in found] + [replace(tile, pdl=True) for tile in found[:6]]
-        elif tokens == 16:
-            found = [*found, *(replace(tile, pdl=True) for tile in found), *(replace(tile, inline=True) for tile in found[:4])]
-        else:
-            found = [*found, *(replace(tile, pdl=True) for tile in found[:4])]
+        most = len(found) if tokens <= 16 else 4
+        found = [*found, *(replace(tile, pdl=True) for tile in found[:most] if not tile.bulk)]
     return list(dict.fromkeys(found))
 
 

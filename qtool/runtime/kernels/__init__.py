@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,22 +21,21 @@ from qtool.weight import QuantizedWeight
 
 KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `plain` takes everything
     "cpu": ("native", "int4pack", "onednn", "int8pack", "plain"),
-    "cuda": ("scaled_mm", "triton_w8a8", "humming", "triton_weight_only", "plain"),
+    "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "plain"),
 }
 
 
 @dataclass(frozen=True)
 class FewTokens:
-    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens; ``repacks``: it needs a copy of the weight of its own."""
+    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens, with a copy of the weight of its own."""
 
     kernel: str
     most: int
-    repacks: bool
 
 
 FEW_TOKENS: Mapping[tuple[str, str], FewTokens] = {  # device type and format of the weights -> measured on an H200, see the README
-    ("cuda", "int4"): FewTokens("triton_weight_only", 16, repacks=True),
-    ("cuda", "fp8"): FewTokens("triton_w8a8", 64, repacks=False),
+    ("cuda", "int4"): FewTokens("triton_weight_only", 16),
+    ("cuda", "fp4"): FewTokens("triton_weight_only", 16),
 }
 
 
@@ -77,6 +76,13 @@ class Kernel(Protocol):
         """Return ``x`` [M, K] times the weight, plus ``bias`` [N]: [M, N] of the dtype of ``x``, which is contiguous. M is at least 1."""
 
 
+class CodesKernel(Kernel, Protocol):
+    """One that rounds its input to 8 bits by itself, a scale for each token, and also takes what is rounded already, as `row_quantize` does it."""
+
+    def apply_codes(self, spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+        """Return what `apply` does, in the dtype of ``spec``, from ``codes`` [M, K] and their scales, f32 [M, 1]."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The kernel that takes a layer, and of those before it, why they do not; for a few tokens perhaps another, ``few``."""
@@ -101,7 +107,7 @@ def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Cho
             break
         refused[name] = objection
     few = FEW_TOKENS.get((device.type, spec.scheme.weights.format))
-    if few and (few.kernel == name or (few.repacks and not second_copy) or _objection(few.kernel, spec, device)):
+    if few and (few.kernel == name or not second_copy or _objection(few.kernel, spec, device)):
         few = None
     return Choice(name, refused, few)
 
@@ -125,6 +131,15 @@ def no_aten_product(spec: LinearSpec) -> str | None:
     if reason := not_bfloat16(spec):
         return reason
     return f"inputs {spec.scheme.activations}: takes 16 bits only" if spec.scheme.activations else None
+
+
+def codes_taken(spec: LinearSpec, choice: Choice) -> Literal["fp8", "int8"] | None:
+    """Return what every kernel of ``choice`` rounds the input of ``spec`` to, if all are a `CodesKernel` and a token's scale is its own."""
+    inputs = spec.scheme.activations
+    kernels = [choice.kernel, *([choice.few.kernel] if choice.few else [])]
+    if inputs is None or inputs.granularity != "token" or spec.static_input or not all(hasattr(load_kernel(name), "apply_codes") for name in kernels):
+        return None
+    return "fp8" if inputs.format == "fp8" else "int8"
 
 
 @cache
@@ -167,23 +182,26 @@ def number_of(call: Call) -> int:
 
 
 _LIBRARY = torch.library.Library("qtool", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call, Tensor? row_scale=None) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:
+def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int, row_scale: Tensor | None = None) -> Tensor:
     start = 0
     for kernel, most, names in _CALLS[call].kernels:
         if most is None or x.shape[0] <= most:
             tensors = dict(zip(names, packed[start : start + len(names)], strict=True))
             with current(x.device):
+                if row_scale is not None:
+                    return cast(CodesKernel, load_kernel(kernel)).apply_codes(_CALLS[call].spec, x, row_scale, tensors, bias)
                 return load_kernel(kernel).apply(_CALLS[call].spec, x, tensors, bias)
         start += len(names)
     raise AssertionError("the last kernel takes any number of tokens")
 
 
-def _fake_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int) -> Tensor:
-    return x.new_empty(x.shape[0], _CALLS[call].spec.shape[0])
+def _fake_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int, row_scale: Tensor | None = None) -> Tensor:
+    spec = _CALLS[call].spec
+    return x.new_empty(x.shape[0], spec.shape[0], dtype=x.dtype if row_scale is None else spec.dtype)
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,14 @@ from torch.nn import functional
 from qtool.formats.packing import offset_binary, pack_bits, words_from_data
 from qtool.runtime.kernels import Device, LinearSpec, device_of
 from qtool.runtime.kernels.scaled_mm import rounded_rows, scale_of_all
+from qtool.scheme import Weights
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
 TILE = 128  # N and K are padded to it; the tiles of every schedule divide it or come in multiples that humming fits itself
 GROUP_SIZES = (16, 32, 64, 128)
 NAMES = {"fp8": "float8e4m3", "fp4": "float4e2m1", "e4m3": "float8e4m3", "e8m0": "float8e8m0", "int8": "int8"}  # as humming calls them
 STEPS = (8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)  # tokens: one schedule to each, where humming by itself would compile 33
+MEASURED = Path(__file__).with_name("humming_schedules.json")  # what tests/benchmarks/sweep_humming.py found; it names the GPU
 LOCKS = 2048  # as many as its own layers have; each layer needs its own, since two GEMMs in a row may overlap
 
 
@@ -75,6 +79,15 @@ def multiplies_codes(spec: LinearSpec, capability: int) -> bool:
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Lay the weight out as humming reads it, and compile a kernel for each of `STEPS`, or find it in humming's cache on disk."""
     from humming.kernel.humming import HummingKernel
+
+    packed = lay_out(spec, weight)
+    config, schedules = _config(spec, weight.data.device, "weight_scale_2" in packed)
+    HummingKernel.prepare_kernels(config.to_str(), tuning_config=schedules, device=weight.data.device)
+    return packed
+
+
+def lay_out(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the tensors of `apply`: what `humming_forward` takes by name, and what is left to us."""
     from humming.transform import prepare_fp16_e8m0_scale, transform_humming_tensors
 
     device = weight.data.device
@@ -83,9 +96,7 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.activation is not None:
         extra |= {"static_scale": weight.activation.scale, "static_zero": weight.activation.zero}
     _, tensors = prepare_fp16_e8m0_scale(_config(spec, device, "weight_scale_2" in tensors)[0], tensors)  # it may add a second scale
-    config, schedules = _config(spec, device, "weight_scale_2" in tensors)
-    packed: dict[str, Tensor] = transform_humming_tensors(config, tensors, already_padded=True)
-    HummingKernel.prepare_kernels(config.to_str(), tuning_config=schedules, device=device)
+    packed: dict[str, Tensor] = transform_humming_tensors(_config(spec, device, "weight_scale_2" in tensors)[0], tensors, already_padded=True)
     return packed | {name: tensor for name, tensor in extra.items() if tensor is not None}
 
 
@@ -142,9 +153,56 @@ def _config(spec: LinearSpec, device: torch.device, two_scales: bool) -> tuple[A
     if inputs and multiplies_codes(spec, device_of(device).capability):
         rounded = HummingInputSchema(a_dtype=NAMES[inputs.format], input_scale_group_size=inputs.group_size or 0)
     config = prepare_layer_config(*spec.shape, stored, rounded, pad_n_to_multiple=TILE, pad_k_to_multiple=TILE, torch_dtype=spec.dtype, device=device)
-    schedules = [[low, high, get_heuristics_config(config, shape_m=high, device=device)] for low, high in pairwise((0, *STEPS))]
+    found = measured(str(device_of(device)), torch.cuda.get_device_properties(device).multi_processor_count) if config.a_dtype.num_bits == 16 else ()
+    options = partial(launch_options, input_bits=config.a_dtype.num_bits, capability=device_of(device).capability)
+    schedules: list[list[Any]] = []
+    for low, high in pairwise((0, *STEPS)):
+        schedule = next((entry.schedule for entry in found if entry.takes(weights, spec.shape, high)), None)
+        schedule = {**(schedule or get_heuristics_config(config, shape_m=high, device=device)), **options(high)}
+        schedule = json.loads(json.dumps(schedule))  # humming has tuples where the table has lists
+        if schedules and schedules[-1][2] == schedule:
+            schedules[-1][1] = high  # humming must not compile one kernel in two threads
+        else:
+            schedules.append([low, high, schedule])
     schedules[-1][1] = 1 << 30
     return config, json.dumps(schedules)
+
+
+def launch_options(tokens: int, *, input_bits: int, capability: int) -> dict[str, bool]:
+    """Return what to add to a schedule: where that gained time, about 2 us on an H200, a launch starts while the kernel before it ends.
+
+    Before humming has waited for that one, it reads only weights; with 8-bit inputs and one scale for all, also that scale, too early.
+    """
+    return {"use_pdl": True} if 16 < tokens <= 1024 and input_bits == 16 and capability >= 90 else {}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A schedule that was faster than the one humming would choose, with 16-bit inputs. ``kind`` of shape: see `shape_class`."""
+
+    weights: str
+    kind: str
+    above: int
+    up_to: int  # tokens
+    schedule: Mapping[str, Any]
+
+    def takes(self, weights: Weights, shape: tuple[int, int], tokens: int) -> bool:
+        """Return whether it is for up to ``tokens`` and such a layer, whose sides its tiles must divide."""
+        from qtool.runtime.kernels.triton_tiles import shape_class  # Triton comes with every torch for CUDA
+
+        rows, columns = (size + -size % TILE for size in shape)
+        _, tile_rows, tile_columns = self.schedule["block_shape"]
+        fits = not rows % (tile_rows * self.schedule.get("multi_cast_size_a", 1)) and not columns % tile_columns
+        return fits and (str(weights), shape_class(rows, columns)) == (self.weights, self.kind) and self.above < tokens <= self.up_to
+
+
+@cache
+def measured(device: str, multiprocessors: int) -> tuple[Measured, ...]:
+    """Return what was measured on such a GPU."""
+    table = json.loads(MEASURED.read_text())
+    if (table["device"], table["multiprocessors"]) != (device, multiprocessors):
+        return ()
+    return tuple(Measured(*(entry[name] for name in ("weights", "kind", "above", "up_to", "schedule"))) for entry in table["schedules"])
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

@@ -28,8 +28,6 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         return f"weights have a scale for each {weights.granularity}, inputs for each {inputs.granularity}"
     if not (weights.symmetric and inputs.symmetric):
         return "zero points"
-    if weights.format == "int8" and device.capability >= 90:
-        return "`triton_w8a8` is faster with int8"
     oldest, multiple = (89, 16) if weights.format == "fp8" else (75, 8)
     if device.capability < oldest:
         return f"{device} is older than sm_{oldest}, the first with {weights.format} matmuls"
@@ -51,21 +49,27 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Round the input to codes, multiply them, and scale the sums."""
-    inputs, scale, one, weight = spec.scheme.activations, packed["scale"], packed["one"], packed["data"].T
+    inputs = spec.scheme.activations
     assert inputs is not None
     scale_of_input = packed.get("input_scale")
     if inputs.granularity == "tensor" and scale_of_input is None:
         scale_of_input = scale_of_all(x, inputs)
     codes, row_scale = rounded_rows(x, inputs, scale_of_input)
-    if inputs.format == "int8":
-        return rescaled(_int8_sums(codes, weight), row_scale, scale, bias, x.dtype)
-    if scale.numel() == 1:
+    if packed["scale"].numel() == 1:
         assert scale_of_input is not None
-        return _fp8_sums(codes, weight, scale_of_input, scale, bias, x.dtype)
-    if x.shape[0] > MANY_TOKENS and x.dtype == torch.bfloat16 and device_of(x.device).capability >= 90:
-        return _fp8_sums(codes, weight, row_scale, scale[None], bias, x.dtype)
-    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # float16 ends at 65504, and sums of codes do not
-    return rescaled(_fp8_sums(codes, weight, one, one, None, wide), row_scale, scale, bias, x.dtype)
+        return _fp8_sums(codes, packed["data"].T, scale_of_input, packed["scale"], bias, x.dtype)
+    return apply_codes(spec, codes, row_scale, packed, bias)
+
+
+def apply_codes(spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply the codes, and scale the sums."""
+    scale, one, weight, dtype = packed["scale"], packed["one"], packed["data"].T, spec.dtype
+    if codes.dtype == torch.int8:
+        return rescaled(_int8_sums(codes, weight), row_scale, scale, bias, dtype)
+    if codes.shape[0] > MANY_TOKENS and dtype == torch.bfloat16 and device_of(codes.device).capability >= 90:
+        return _fp8_sums(codes, weight, row_scale, scale[None], bias, dtype)
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 ends at 65504, and sums of codes do not
+    return rescaled(_fp8_sums(codes, weight, one, one, None, wide), row_scale, scale, bias, dtype)
 
 
 def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:

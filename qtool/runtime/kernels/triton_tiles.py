@@ -18,13 +18,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 COUNTERS = 8192  # tiles that may be cut along K
+BAND = 16  # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
 
 
 @dataclass(frozen=True)
 class Tile:
     """How a matmul is cut: the outputs, tokens and inputs of a step, about how many programs, and Triton's warps and stages.
 
-    ``inline``: the input is rounded in the kernel itself, not by a launch before it. ``pdl``: the kernel starts while the one before it ends.
+    ``pdl``: the kernel starts while the one before it ends. ``bulk``: a warp that does nothing else loads whole tiles, by TMA (`gluon_w8a8`).
     """
 
     n: int
@@ -33,8 +34,8 @@ class Tile:
     programs: int = 0
     warps: int = 4
     stages: int = 4
-    inline: bool = False
     pdl: bool = False
+    bulk: bool = False
 
     def split(self, n: int, m: int, steps: int) -> int:
         """Return in how many parts to cut ``steps`` steps along K, each of at least two, for an output of ``m`` tokens and ``n`` outputs."""

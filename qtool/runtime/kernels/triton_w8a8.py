@@ -1,6 +1,6 @@
 """Weights of 8 bits times inputs rounded to 8 bits, in Triton: int8, or fp8 E4M3, one scale for each output and for each token, or fewer."""
 
-# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
-from qtool.runtime.kernels.row_quantize import codes_of, quantize_rows, scale_of
+from qtool.runtime.kernels.row_quantize import quantize_rows
 from qtool.runtime.kernels.triton_tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
 from qtool.weight import QuantizedWeight
 
@@ -20,23 +20,24 @@ _FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py
     (16, "wide"): Tile(64, 16, 256, 396, 4, 4, pdl=True),
     (64, "any"): Tile(64, 64, 256, 132, 4, 5, pdl=True),
     (64, "wide"): Tile(64, 64, 128, 264, 4, 6, pdl=True),
-    (256, "any"): Tile(128, 128, 128, 132, 8, 5, pdl=True),
-    (256, "wide"): Tile(128, 256, 128, 132, 8, 4),
-    (0, "any"): Tile(128, 256, 128, 0, 8, 4),
+    (256, "small"): Tile(128, 128, 128, 132, 8, 6, bulk=True),
+    (256, "deep"): Tile(128, 128, 128, 132, 8, 5, pdl=True),
+    (256, "wide"): Tile(256, 128, 128, 132, 8, 4, bulk=True),
+    (0, "any"): Tile(256, 128, 128, 132, 8, 4, bulk=True),
 }
 _INT8: Table = {
     **_FP8,
-    (256, "any"): Tile(64, 128, 128, 132, 4, 4),
     (256, "deep"): Tile(128, 64, 128, 264, 4, 4),
-    (256, "wide"): Tile(128, 128, 128, 264, 8, 3),
+    (256, "wide"): Tile(128, 128, 128, 132, 8, 6, bulk=True),
 }
 TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
+GLUON = triton.__version__.startswith("3.6.")  # Gluon is experimental: with a Triton that `gluon_w8a8` was not seen to work with, pointers do
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
     """Take int8 or fp8 weights with a scale for each output or one, and inputs of the same format with a scale for each token, or a static one."""
     weights, inputs = spec.scheme.weights, spec.scheme.activations
-    if device.type == "cuda" and device.capability < 90:
+    if device.capability != 90:
         return f"it is written for sm_90, not {device}"
     if weights.format not in TILES or weights.granularity not in ("channel", "tensor") or not weights.symmetric:
         return f"it takes int8 or fp8 weights with a scale a row, not {weights}"
@@ -68,39 +69,43 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     return multiply(spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape))
 
 
-def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile) -> Tensor:
-    """Multiply, cut as ``tile`` says."""
+def apply_codes(spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply what is rounded already."""
+    return multiply(spec, codes, packed, bias, pick(TILES[spec.scheme.weights.format], codes.shape[0], *spec.shape), row_scale)
+
+
+def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile, row_scale: Tensor | None = None) -> Tensor:
+    """Multiply, cut as ``tile`` says; with ``row_scale``, ``x`` is rounded to codes already."""
     (tokens, columns), rows = x.shape, spec.shape[0]
-    static = packed.get("input_scale") if spec.static_input else None
+    if row_scale is None:
+        static = packed.get("input_scale") if spec.static_input else None
+        x, row_scale = quantize_rows(x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=tile.pdl)
+    if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:  # rows of whole 16 bytes, as TMA wants them
+        from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
+
+        return multiply_codes(x, row_scale, packed["data"], packed["scale"], bias, spec.dtype, tile)
     steps = triton.cdiv(columns, tile.k)
     parts = tile.split(rows, tokens, steps)
-    y = x.new_empty(tokens, rows)
-    part_sums = workspace(x, parts, rows)
-    format, input_scale = spec.scheme.weights.format, static
-    if not tile.inline:
-        x, input_scale = quantize_rows(x, "fp8" if format == "fp8" else "int8", static, pdl=tile.pdl)
+    y = x.new_empty(tokens, rows, dtype=spec.dtype)
     grid = (triton.cdiv(rows, tile.n) * triton.cdiv(tokens, tile.m), parts)
     _multiply[grid](
         x,
-        input_scale,
+        row_scale,
         packed["data"],
         packed["scale"],
         bias,
         y,
-        part_sums,
+        workspace(x, parts, rows),
         packed["counters"],
         tokens,
         rows,
         columns,
         triton.cdiv(steps, parts),
-        FP8=format == "fp8",
-        ROUNDED=not tile.inline,
-        ONE=tokens == 1,
+        FP8=x.dtype == torch.float8_e4m3fn,
         EVEN=columns % tile.k == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
         TILE_K=tile.k,
-        PIECE=min(triton.next_power_of_2(columns), 16384 if tokens == 1 else 8192 // tile.m),
         SPLIT=parts > 1,
         PDL=tile.pdl,
         num_warps=tile.warps,
@@ -110,21 +115,10 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
     return y
 
 
-@triton.jit
-def _row_scale(x, m, M, K, FP8: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the scales, [ROWS, 1], of the rows ``m`` of ``x``."""
-    k = tl.arange(0, PIECE)
-    amax = tl.zeros((ROWS, PIECE), tl.float32)
-    for start in range(0, K, PIECE):
-        piece = tl.load(x + m.to(tl.int64)[:, None] * K + start + k[None, :], mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0)
-        amax = tl.maximum(amax, tl.abs(piece.to(tl.float32)))
-    return scale_of(tl.max(amax, 1, keep_dims=True), FP8)
-
-
 @triton.jit(do_not_specialize=["M", "steps_each"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,
-    input_scale,
+    row_scale,
     data,
     scale,
     bias,
@@ -136,46 +130,32 @@ def _multiply(  # type: ignore[no-untyped-def]
     K,
     steps_each,
     FP8: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    ONE: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_K: tl.constexpr,
-    PIECE: tl.constexpr,
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tile_n, tile_m = tile_position(M, N, TILE_M, TILE_N)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
-    ROWS: tl.constexpr = 1 if ONE and not ROUNDED else TILE_M  # one token is rounded once and repeated
-    rows = tile_m * TILE_M + tl.arange(0, ROWS)
     k = tl.arange(0, TILE_K)
     weights = data + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    inputs = x + rows.to(tl.int64)[:, None] * K + k[None, :]
+    inputs = x + m.to(tl.int64)[:, None] * K + k[None, :]
     first = tl.program_id(1) * steps_each * TILE_K
-    if PDL or not ROUNDED:  # the first weights come while the input is awaited, or its scale found
+    if PDL:  # the first weights come while the input is awaited
         lines = tl.minimum(first + tl.arange(0, TILE_K // 32) * 128, K - 1)  # of four steps
         prefetch(data + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + lines[None, :])
     start_early(PDL)
-    if ROUNDED:
-        row_scale = tl.load(input_scale + m, mask=m < M, other=0.0)[:, None]
-    elif input_scale is not None:
-        row_scale = tl.broadcast_to(tl.load(input_scale), (ROWS, 1))
-    else:
-        row_scale = _row_scale(x, rows, M, K, FP8, ROWS, PIECE)
     acc = tl.zeros((TILE_N, TILE_M), tl.float32 if FP8 else tl.int32)
     for start in range(first, tl.minimum(first + steps_each * TILE_K, K), TILE_K):
         if EVEN:
             weight = tl.load(weights + start)
-            columns = tl.load(inputs + start, mask=rows[:, None] < M, other=0.0)
+            columns = tl.load(inputs + start, mask=m[:, None] < M, other=0.0)
         else:
             weight = tl.load(weights + start, mask=start + k[None, :] < K, other=0.0)
-            columns = tl.load(inputs + start, mask=(rows[:, None] < M) & (start + k[None, :] < K), other=0.0)
-        if not ROUNDED:
-            columns = codes_of(columns.to(tl.float32), row_scale, FP8)
-            columns = tl.broadcast_to(columns, (TILE_M, TILE_K))
+            columns = tl.load(inputs + start, mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0)
         acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
-    total = acc.to(tl.float32) * tl.load(scale + n, mask=n < N, other=0.0)[:, None] * tl.trans(tl.broadcast_to(row_scale, (TILE_M, 1)))
+    total = acc.to(tl.float32) * tl.load(scale + n, mask=n < N, other=0.0)[:, None] * tl.load(row_scale + m, mask=m < M, other=0.0)[None, :]
     store_tile(total, n, m, y, partial, arrived, bias, M, N, SPLIT)

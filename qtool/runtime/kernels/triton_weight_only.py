@@ -3,13 +3,15 @@
 The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a nibble or a byte) of each of the ``codes`` runs
 of ``width`` inputs of a block, so that a shift and a mask of a tile of words give a tile of codes: no permutation, and two codes per instruction.
 The words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer [K/block, N], each for some of the runs.
+In fp4 a run has several scales, [K/block, N, groups]. Its weights are multiplied by them in 16 bits, which is exact: 2 bits times 4, in range.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -40,12 +42,10 @@ _INT4: Table = {  # found on an H200 with tests/benchmarks/sweep.py
 }
 _FP4: Table = {
     **_INT4,
-    (8, "any"): Tile(32, 8, 256, 2112, 2, 3),
-    (8, "deep"): Tile(64, 8, 256, 528, 2, 4),
-    (8, "wide"): Tile(32, 8, 256, 2112, 2, 3),
-    (16, "small"): Tile(128, 16, 256, 528, 4, 3),
-    (16, "deep"): Tile(128, 16, 256, 264, 4, 4),
-    (16, "wide"): Tile(128, 16, 256, 264, 4, 4),
+    (16, "small"): Tile(64, 16, 256, 528, 4, 3),
+    (16, "wide"): Tile(64, 16, 256, 1056, 4, 3),
+    (256, "wide"): Tile(256, 64, 256, 132, 8, 3),
+    (0, "any"): Tile(128, 128, 256, 0, 8, 2),
 }
 _BYTES: Table = {  # not swept yet
     (8, "any"): Tile(64, 8, 256, 528, 4, 4),
@@ -59,11 +59,15 @@ TILES: Mapping[str, Table] = {"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8":
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales a block and row (0: one scale a row)."""
+    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales an integer (0: one scale a row).
+
+    A block and row has ``groups`` such integers, each for its share of all runs.
+    """
 
     codes: int
     width: int
     fields: int
+    groups: int = 1
 
     @property
     def block(self) -> int:
@@ -86,6 +90,8 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         return f"it unpacks {', '.join(TILES)}, not {weights.format}"
     if weights.granularity == "block" or (weights.group_size or 16) % 16:
         return f"it has no scales per {weights}"
+    if weights.format == "fp4" and (weights.scale == "float" or weights.granularity != "group"):
+        return f"its fp4 is NVFP4 or MXFP4, not {weights}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies in 16 bits, not {spec.dtype}"
     return None
@@ -99,7 +105,9 @@ def layout_of(weights: Weights) -> Layout:
         return Layout(4 if four else 2, 64, 0)
     if not four:
         return Layout(2, _run(group, 64), 2)
-    if weights.format == "fp4" or group % 64:
+    if weights.format == "fp4":
+        return Layout(4, 64, 4, 64 // _run(group, 64))
+    if group % 64:
         return Layout(4, _run(group, 32), 4)
     return Layout(4, _run(group, 128) // 2, 2)
 
@@ -112,8 +120,11 @@ def _run(group: int, most: int) -> int:
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Interleave the codes as words, and gather the scales of a block in one integer."""
     layout, (rows, columns) = layout_of(spec.scheme.weights), spec.shape
+    if spec.scheme.weights.format == "fp4":
+        weight = _without_zero_scales(weight, spec.scheme.weights.group_size or columns)
     padded = (-(-rows // ROWS) * ROWS, -(-columns // INPUTS) * INPUTS)
-    packed = {"words": _words(weight.data, layout, padded), "counters": counters(weight.data.device)}
+    words = _words(weight.data, layout, _DECODE[spec.scheme.weights.format, spec.dtype], padded)
+    packed = {"words": words, "counters": counters(words.device)}
     if not layout.fields:
         scale = weight.scale.float().expand(rows, -1)[:, 0]
         packed["row_scale"] = scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
@@ -122,15 +133,35 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
             packed["offsets"] = torch.nn.functional.pad(offset[:, 0], (0, padded[0] - rows))
         return packed
     group, scale = spec.scheme.weights.group_size or columns, weight.scale
+    if spec.scheme.weights.format == "fp4":
+        fields, row_scale = _fp4_scales(spec, weight)
+        return {**packed, "scales": _fields(fields, layout, group, padded), "row_scale": row_scale}
     if scale.dtype == torch.float8_e8m0fnu and spec.scheme.weights.format == "fp8":
         scale = scale.to(spec.dtype)
     scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale.to(spec.dtype).view(torch.int16)
     packed["scales"] = _fields(scale, layout, group, padded)
     if weight.zero is not None:
         packed["offsets"] = _fields((weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16), layout, group, padded)
-    if weight.scale2 is not None:
-        packed["row_scale"] = weight.scale2
     return packed
+
+
+def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight:
+    """Return ``weight`` with codes of zero wherever its scale is zero, for which a field has no bits."""
+    used = (weight.scale.float() != 0).repeat_interleave(group // 2, dim=1)[:, : weight.data.shape[1]]
+    return replace(weight, data=weight.data * used)
+
+
+def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Return the scales as fields of 8 bits, and what is left for each row.
+
+    The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the exponents that the decoded codes lack.
+    """
+    ((((shift, _),), base), _), scale = _SCALES[spec.scheme.weights.scale, spec.dtype], weight.scale.float()
+    most = torch.full_like(scale[:, :1], 2.0**8) if spec.scheme.weights.scale == "e4m3" else scale.amax(dim=1, keepdim=True)
+    largest = 2.0 ** (math.frexp(torch.finfo(spec.dtype).max)[1] - 1)
+    bits = (scale / most * largest).to(spec.dtype).view(torch.int16).int()
+    row_scale = most[:, 0] * (_DECODE["fp4", spec.dtype].scale_by / largest)
+    return ((bits - base) >> -shift).clamp(min=0).to(torch.uint8), row_scale if weight.scale2 is None else row_scale * weight.scale2
 
 
 def _base(spec: LinearSpec) -> float:
@@ -138,26 +169,28 @@ def _base(spec: LinearSpec) -> float:
     return _DECODE[spec.scheme.weights.format, spec.dtype].base
 
 
-def _words(data: Tensor, layout: Layout, padded: tuple[int, int]) -> Tensor:
-    bits = 16 // layout.codes
+def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]) -> Tensor:
+    """Put the bits of each number where ``decode`` takes them from."""
     codes = unpack_pairs(data) if data.dtype == torch.uint8 else data.view(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0]))
-    runs = codes.reshape(padded[0], -1, layout.codes, layout.width)
+    runs = decode.place(codes.int()).reshape(padded[0], -1, layout.codes, layout.width)
     words = torch.zeros(runs[:, :, 0].shape, dtype=torch.int32, device=data.device)
     for code in range(layout.codes):
-        words |= runs[:, :, code].int() << (bits * code)
+        for shift, mask in decode.parts(code):
+            bits = runs[:, :, code] & mask
+            words |= bits << shift if shift > 0 else bits >> -shift
     return words.transpose(0, 1).to(torch.int16).contiguous()
 
 
 def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int]) -> Tensor:
-    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64 [K/block, N]."""
-    bits, share = values.element_size() * 8, layout.block // layout.fields
+    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64 [K/block, N, groups]."""
+    bits, share = values.element_size() * 8, layout.block // (layout.fields * layout.groups)
     each = values.repeat_interleave(group // share, dim=1)[:, : padded[1] // share]
     each = torch.nn.functional.pad(each, (0, padded[1] // share - each.shape[1], 0, padded[0] - values.shape[0]))
-    fields = each.reshape(padded[0], -1, layout.fields).long() & ((1 << bits) - 1)
-    whole = sum(fields[..., field] << (bits * field) for field in range(layout.fields))
+    fields = each.reshape(padded[0], -1, layout.fields, layout.groups).long() & ((1 << bits) - 1)
+    whole = sum(fields[:, :, field] << (bits * field) for field in range(layout.fields))
     assert isinstance(whole, Tensor)
-    return whole.t().to(torch.int32 if bits * layout.fields == 32 else torch.int64).contiguous()
+    return whole.transpose(0, 1).to(torch.int32 if bits * layout.fields == 32 else torch.int64).contiguous()
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -174,6 +207,7 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
     parts = tile.split(rows, tokens, steps)
     y = x.new_empty(tokens, rows)
     decode = _DECODE[spec.scheme.weights.format, x.dtype]
+    scale_bits = _SCALES[spec.scheme.weights.scale, x.dtype] if spec.scheme.weights.format == "fp4" else ()
     grid = (triton.cdiv(rows, tile.n) * triton.cdiv(tokens, tile.m), parts)
     _multiply[grid](
         x,
@@ -193,14 +227,15 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
         steps,
         ASM=_assembly(decode.bits),
         SUBTRACT=_assembly(decode.subtract),
-        SCALE_BY=decode.scale_by,
+        SCALE_BY=1.0 if scale_bits else decode.scale_by,
         BASE=decode.base,
-        E4M3=spec.scheme.weights.scale == "e4m3",
+        SCALE_ASM=_assembly(scale_bits),
         CODES=layout.codes,
         FIELDS=layout.fields,
         WIDTH=layout.width,
+        GROUPS=layout.groups,
         UNROLL=unroll,
-        SCALE_SUMS=tile.m <= 32,  # then scaling what a group sums to is less work than scaling its weights
+        SCALE_SUMS=tile.m <= 32 and not scale_bits,  # then scaling what a group sums to is less work than scaling its weights
         EVEN=columns % (unroll * layout.block) == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -225,6 +260,18 @@ class Decode:
     subtract: tuple[Bits, ...] = ()
     base: float = 0.0
     scale_by: float = 1.0
+    size: int = 0  # of a float: the bits of its magnitude, and how far up these go
+    up: int = 0
+
+    def place(self, codes: Tensor) -> Tensor:
+        """Return the codes with their bits where those of the numbers are."""
+        if not self.size:
+            return codes
+        return ((codes << (15 - self.size)) & 0x8000) | ((codes & ((1 << self.size) - 1)) << self.up)
+
+    def parts(self, code: int) -> tuple[tuple[int, int], ...]:
+        """Return from where the bits of the number ``code`` of a word come, as pairs of a shift and a mask."""
+        return (*self.bits[code][0], *(self.subtract[code][0] if self.subtract else ()))
 
 
 @lru_cache
@@ -237,8 +284,9 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
     lines, so_far = [], f"{constant * 0x10001:#x}"
     for index, (shift, mask) in enumerate(parts, start=1):
         target = "$0" if index == len(parts) else f"u{index}"
-        lines.append(f"sh{'r' if shift >= 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
-        lines.append(f"lop3.b32 {target}, t{index}, {mask * 0x10001:#x}, {so_far}, 0x6A;")  # (t & mask) ^ so_far
+        if shift:
+            lines.append(f"sh{'r' if shift > 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
+        lines.append(f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, 0x6A;")  # (t & mask) ^ so_far
         so_far = target
     return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
 
@@ -254,7 +302,12 @@ def _float(count: int, exponent: int, mantissa: int, target_exponent: int, targe
     """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the difference of the biases is multiplied in."""
     size, up = exponent + mantissa, target_mantissa - mantissa
     places = ((((shift - up, ((1 << size) - 1) << up), (shift + size - 15, 0x8000)), 0) for shift in range(0, 16, 16 // count))
-    return Decode(tuple(places), scale_by=2.0 ** (2 ** (target_exponent - 1) - 2 ** (exponent - 1)))
+    return Decode(tuple(places), scale_by=2.0 ** (2 ** (target_exponent - 1) - 2 ** (exponent - 1)), size=size, up=up)
+
+
+def _fp4(places: tuple[tuple[tuple[int, int], ...], ...], up: int, scale_by: float) -> Decode:
+    """Decode four fp4 a word, whose bits are so arranged that few shifts bring all to their places."""
+    return Decode(tuple((parts, 0) for parts in places), scale_by=scale_by, size=3, up=up)
 
 
 # An integer or'ed into the low bits of 128.0 (bfloat16) or 1024.0 (float16) is added to it. bfloat16 has 7 such bits, so the sign of an int8 is
@@ -264,10 +317,23 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
     ("int4", torch.float16): _integer(4, 0x0F, 0x6400, base=1032.0),
     ("int8", torch.bfloat16): _integer(2, 0x7F, 0x4300, sign=0x80),
     ("int8", torch.float16): _integer(2, 0xFF, 0x6480, base=1152.0),
-    ("fp4", torch.bfloat16): _float(4, 2, 1, 8, 7),
-    ("fp4", torch.float16): _float(4, 2, 1, 5, 10),
+    ("fp4", torch.bfloat16): _fp4((((-6, 0x81C0),), ((-12, 0x8000), (4, 0x01C0)), ((-2, 0x81C0),), ((0, 0x8180), (8, 0x0040))), 6, 2.0**126),
+    ("fp4", torch.float16): _fp4((((-9, 0x8E00),), ((-6, 0x8E00),), ((0, 0x8C00), (-2, 0x0200)), ((-2, 0x8400), (3, 0x0A00))), 9, 2.0**14),
     ("fp8", torch.bfloat16): _float(2, 4, 3, 8, 7),
     ("fp8", torch.float16): _float(2, 4, 3, 5, 10),
+}
+
+
+def _scale(shift: int, base: int = 0) -> tuple[Bits, ...]:
+    """Decode two scales a word: the 8 bits of each lie ``shift`` bits up in its number, over those of ``base``, which never change."""
+    return tuple((((place - shift, 0xFF << shift),), base) for place in (0, 8))
+
+
+_SCALES: Mapping[tuple[str, torch.dtype], tuple[Bits, ...]] = {  # of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
+    ("e4m3", torch.bfloat16): _scale(4, 0x7000),
+    ("e4m3", torch.float16): _scale(7),
+    ("e8m0", torch.bfloat16): _scale(7),
+    ("e8m0", torch.float16): _scale(7),
 }
 
 
@@ -278,14 +344,12 @@ def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr): 
 
 
 @triton.jit
-def _field(fields, INDEX: tl.constexpr, FIELDS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or 8, of an E4M3 or E8M0 number, then f32."""
+def _field(fields, INDEX: tl.constexpr, FIELDS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or 8, of an E8M0 number, then f32."""
     BITS: tl.constexpr = fields.dtype.primitive_bitwidth // FIELDS
     field = (fields >> (BITS * INDEX)).to(tl.int32) & ((1 << BITS) - 1)
     if BITS == 16:
         return field.to(tl.int16).to(dtype, bitcast=True)
-    elif E4M3:
-        return (field << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     else:
         return (field << 23).to(tl.float32, bitcast=True)
 
@@ -311,10 +375,11 @@ def _multiply(  # type: ignore[no-untyped-def]
     SUBTRACT: tl.constexpr,
     SCALE_BY: tl.constexpr,
     BASE: tl.constexpr,
-    E4M3: tl.constexpr,
+    SCALE_ASM: tl.constexpr,
     CODES: tl.constexpr,
     FIELDS: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     UNROLL: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -343,7 +408,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             row = block * N_PADDED + n
             tile = tl.load(words + row[:, None] * WIDTH + i[None, :])
             if FIELDS > 0:
-                scale = tl.load(scales + row)
+                scale = tl.load(scales + row if SCALE_ASM is None else scales + row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])
                 if offsets is not None:
                     offset = tl.load(offsets + row)
             for code in tl.static_range(CODES):
@@ -352,15 +417,18 @@ def _multiply(  # type: ignore[no-untyped-def]
                     weight -= _number(tile, SUBTRACT, code, dtype)
                 if offsets is not None:
                     if FIELDS > 0:
-                        weight -= _field(offset, code * FIELDS // CODES, FIELDS, False, dtype)[:, None]
+                        weight -= _field(offset, code * FIELDS // CODES, FIELDS, dtype)[:, None]
                     else:
                         weight -= tl.load(offsets + n)[:, None]
                 elif BASE != 0:
                     weight -= BASE
                 if SCALE_BY != 1:
                     weight *= SCALE_BY
-                if FIELDS > 0 and not SCALE_SUMS:
-                    weight *= _field(scale, code * FIELDS // CODES, FIELDS, E4M3, dtype).to(dtype)[:, None]
+                if SCALE_ASM is not None:
+                    pair = (scale >> (16 * (code // 2))).to(tl.int16)[:, :, None].broadcast_to(TILE_N, GROUPS, WIDTH // GROUPS)
+                    weight *= _number(pair.reshape(TILE_N, WIDTH), SCALE_ASM, code % 2, dtype)
+                elif FIELDS > 0 and not SCALE_SUMS:
+                    weight *= _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(dtype)[:, None]
                 k = (block * CODES + code) * WIDTH
                 if EVEN:
                     columns = tl.load(inputs + k, mask=m[:, None] < M, other=0.0)
@@ -371,7 +439,7 @@ def _multiply(  # type: ignore[no-untyped-def]
                         group_sum = tl.zeros_like(acc)
                     group_sum = tl.dot(weight, tl.trans(columns), group_sum)
                     if (code + 1) * FIELDS % CODES == 0:
-                        acc += group_sum * _field(scale, code * FIELDS // CODES, FIELDS, E4M3, dtype).to(tl.float32)[:, None]
+                        acc += group_sum * _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(tl.float32)[:, None]
                 else:
                     acc = tl.dot(weight, tl.trans(columns), acc)
     if row_scale is not None:

@@ -1,0 +1,372 @@
+"""The model on its device: the KV cache, one step launched at a time, decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.errors import CheckpointRefused, ResourceError, one_line
+from qtool.runtime.attention import NAME, PAGE, KVPages, LayerGeometry, Packed, new_counters, recording, running
+from qtool.runtime.fused import fuse
+from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, SamplingParams, greedy, logprobs_of
+from qtool.runtime.scheduler import Chunk, Step
+
+LOG = logging.getLogger("qtool.engine")
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)  # decode batches that have a CUDA graph
+FLYING = 3  # steps whose arrays may be in use: one is filled while two are on their way
+CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once: sequences, tokens a step, tokens of one sequence."""
+
+    max_running: int
+    token_budget: int
+    context_length: int
+
+
+@dataclass
+class Launched:
+    """A step on its way: what it will say once `wait` has returned."""
+
+    step: Step
+    tokens: Tensor  # int32, on the host: one for each chunk that samples, -1 where the logits were not finite
+    done: torch.cuda.Event | None
+    logprobs: Logprobs | None = None  # on the host, of `logprob_rows`
+    logprob_rows: tuple[int, ...] = ()
+    prompts: dict[int, Logprobs] = field(default_factory=dict)  # those of the tokens after each of a chunk's, by the position of the chunk
+
+    def wait(self) -> list[int]:
+        """Wait until the device has done the step; return its tokens."""
+        if self.done is not None:
+            self.done.synchronize()
+        return [int(token) for token in self.tokens]
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    tokens: Tensor
+
+
+class Runner:
+    """Runs the steps of a scheduler on a model.
+
+    Args:
+        model: a causal language model of transformers, on ``device``, whose attention is `qtool.runtime.attention`'s.
+        static_share: of the device's memory, for weights and KV cache together; without meaning on a CPU.
+        max_tokens: the size of the KV cache, instead of what memory allows.
+        cache_scales: for keys and values of each layer; with them the cache has 8 bits.
+    Raises: ResourceError, when the device has no memory for a KV cache.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        limits: Limits,
+        *,
+        static_share: float,
+        max_tokens: int | None = None,
+        cache_scales: Mapping[int, tuple[float, float]] | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.model, self.device, self.limits = model, device, limits
+        self.vocab_size = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else model.config.vocab_size
+        self.sampler = Sampler(self.vocab_size, device)
+        self._dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
+        self._scales = cache_scales or {}
+        self._columns = -(-limits.context_length // PAGE)
+        width = limits.token_budget * 3 + (limits.max_running + 1) * (2 + 2 * self._columns)
+        self._host = [torch.zeros(width, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
+        self._answers = [torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
+        self._turns = itertools.cycle(range(FLYING))
+        with torch.inference_mode(), self.on_device():
+            self._inputs = torch.zeros(width, dtype=torch.int32, device=device)
+            self.table = torch.zeros(limits.max_running + 1, self._columns, dtype=torch.int32, device=device)  # the last row is for padding
+            self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)  # the token that each row sampled last
+            said = _Stopwatch()
+            self.geometry = self._record()
+            fuse(model)
+            said("layers fused")
+            heads = max(layer.kv_heads for layer in self.geometry)
+            self._counters = new_counters(limits.max_running, heads, device)
+            self.layers: dict[int, KVPages] = self._pages(0)
+            peak = self._peak()
+            said("largest step tried")
+            self.page_count = self._affordable(static_share, max_tokens, peak)
+            self.layers = self._pages(self.page_count)
+            self.graphs: dict[int, _Graph] = {}
+            if cuda_graphs and device.type == "cuda":
+                self._capture()
+                said(f"{len(self.graphs)} CUDA graphs captured")
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of tokens, in all layers."""
+        sizes = (layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in self.geometry)
+        return sum(sizes) * PAGE * self._dtype.itemsize
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Make the runner's device the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _record(self) -> list[LayerGeometry]:
+        """Return what the attention of each layer is, found by a dry pass."""
+        self.model.set_attn_implementation(NAME)
+        with recording() as found:
+            self.model(input_ids=self._inputs[None, :1].long(), position_ids=self._inputs[None, :1].long(), use_cache=False)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if len(found.layers) != layers:
+            message = f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys and values"
+            raise CheckpointRefused("E_ATTENTION", message, hint="`--engine vllm` hands the checkpoint to vLLM")
+        return found.layers
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.graphs, self.layers, self.model = {}, {}, None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _pages(self, count: int) -> dict[int, KVPages]:
+        """Return the cache of ``count`` pages and one that nobody reads, page 0, in which padding writes."""
+        pages = {}
+        for layer in self.geometry:
+            k_scale, v_scale = self._scales.get(layer.layer_idx, (1.0, 1.0))
+            shape = (count + 1, layer.kv_heads, PAGE)
+            k = torch.zeros(*shape, layer.head_dim, dtype=self._dtype, device=self.device)
+            v = torch.zeros(*shape, layer.v_head_dim, dtype=self._dtype, device=self.device)
+            pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
+        return pages
+
+    def _peak(self) -> int:
+        """Return the bytes that the largest step needs beside weights and cache, found by running it: prefill of new prompts on scratch pages."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
+        longest = self.limits.context_length
+        for tokens in (self.limits.token_budget, 300, 40, 12, 5, 1):  # the small ones only make the kernels compile before they are wanted
+            tokens = min(tokens, self.limits.token_budget)
+            starts = torch.tensor([*range(0, tokens, longest), tokens], dtype=torch.int32, device=self.device)
+            positions = torch.arange(tokens, dtype=torch.int32, device=self.device) % longest
+            rows = torch.full_like(positions, self.limits.max_running)
+            packed = Packed(self.table, rows, positions, 0, starts, longest=min(tokens, longest), counters=self._counters)
+            kept = torch.zeros(min(self.limits.max_running, tokens), dtype=torch.long, device=self.device)
+            self.sampler.sample(self._logits(packed, torch.zeros_like(positions), kept), [RowRequest(params, 0, 0, History([0]))] * len(kept))
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    def _affordable(self, static_share: float, max_tokens: int | None, peak: int) -> int:
+        """Return the number of pages of the cache."""
+        most = (self.limits.max_running * self._columns) if max_tokens is None else -(-max_tokens // PAGE)
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            room = int(total * static_share) - (total - free)
+            if free - room < peak:
+                lowered = free - peak
+                needed = f"a step of {self.limits.token_budget} tokens needs the rest"
+                message = f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: {needed}"
+                warnings.warn(message, stacklevel=2)
+                room = lowered
+        else:
+            room = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+        count = min(most, room // self.page_bytes)
+        if count < 1 or (max_tokens is not None and count < most):
+            message = f"{max(room, 0) / 1e9:.1f} GB are left for the KV cache, which is {max(room, 0) // self.page_bytes * PAGE} tokens"
+            raise ResourceError("E_KV_CACHE", message, hint="raise --mem-fraction-static, or lower --max-total-tokens, --chunked-prefill-size")
+        return count
+
+    def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
+        """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T]; 0: after all."""
+        with running(packed, self.layers):
+            output = self.model(input_ids=ids[None], position_ids=packed.positions[None], logits_to_keep=kept, use_cache=False)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def launch(self, step: Step, requests: Sequence[RowRequest], prompts: Sequence[tuple[int, int]] = ()) -> Launched:
+        """Start ``step``. Does not wait for the device.
+
+        Args:
+            requests: how to sample, for each chunk that samples.
+            prompts: (position of a chunk, how many alternatives) where the log probabilities of a prompt are wanted.
+        """
+        turn = next(self._turns)
+        chunks = step.chunks
+        size = next((bucket for bucket in self.graphs if bucket >= step.decodes), 0) if step.decodes == len(chunks) and not prompts else 0
+        if size and len(step.updates) <= size:
+            logits, tokens = self._replay(turn, step, size)
+        else:
+            logits, tokens = self._run(turn, step, [position for position, _ in prompts]), None
+        asked = self._prompt_logprobs(step, logits, prompts)
+        if prompts:
+            logits = logits[self._last_of_each(step, [position for position, _ in prompts])]
+        launched = Launched(step, self._answers[turn][: len(requests)], None)
+        if requests and (tokens is None or not all(_is_plain(request) for request in requests)):
+            samples = self.sampler.sample(logits, requests)
+            tokens = samples.tokens.int()
+            rows = torch.tensor([chunk.sequence.row for chunk in chunks if chunk.samples])
+            self._last.index_put_((rows.to(self.device, non_blocking=True),), tokens)
+            if samples.logprobs is not None:
+                launched.logprobs, launched.logprob_rows = _on_host(samples.logprobs), samples.logprob_rows
+        if tokens is not None:
+            launched.tokens.copy_(tokens, non_blocking=True)
+        launched.prompts = {position: _on_host(logprobs) for position, logprobs in asked.items()}
+        if self.device.type == "cuda":
+            launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            launched.done.record()
+        return launched
+
+    def _replay(self, turn: int, step: Step, size: int) -> tuple[Tensor, Tensor]:
+        """Run a step of decode chunks as the CUDA graph of ``size``."""
+        count, padding = len(step.chunks), self.limits.max_running
+        array = self._host[turn].numpy()[: 5 * size].reshape(5, size)
+        array[:3, :count] = self._token_arrays(step.chunks)
+        array[:2, count:], array[2, count:] = 0, padding
+        array[3, :], array[4, :] = padding * self._columns, 0
+        for i, (row, column, page) in enumerate(step.updates):
+            array[3, i], array[4, i] = row * self._columns + column, page
+        self._inputs[: 5 * size].copy_(self._host[turn][: 5 * size], non_blocking=True)
+        graph = self.graphs[size]
+        graph.graph.replay()
+        return graph.logits[:count], graph.tokens[:count]
+
+    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return logits and tokens of ``size`` sequences, from `_inputs`: token, position and row of each, and changes of the table."""
+        ids, positions, rows, places, pages = self._inputs[: 5 * size].view(5, size).unbind()
+        self.table.view(-1).index_put_((places,), pages)
+        logits = self._logits(Packed(self.table, rows, positions, size, counters=self._counters), torch.where(ids < 0, self._last[rows], ids), 0)
+        tokens = greedy(logits).int()
+        self._last.index_put_((rows,), tokens)
+        return logits, tokens
+
+    def _run(self, turn: int, step: Step, whole: Sequence[int]) -> Tensor:
+        """Run any step, launch by launch, and return its logits; ``whole``: the positions of chunks all of whose logits are wanted."""
+        chunks, updates, decodes = step.chunks, step.updates, step.decodes
+        starts = np.cumsum([0, *(chunk.count for chunk in chunks)])
+        tokens = int(starts[-1])
+        array = self._host[turn].numpy()
+        array[: 3 * tokens].reshape(3, tokens)[:] = self._token_arrays(chunks)
+        kept = [
+            place
+            for i, chunk in enumerate(chunks)
+            for place in (range(starts[i], starts[i + 1]) if i in whole else [starts[i + 1] - 1] if chunk.samples else [])
+        ]
+        parts: list[Any] = [
+            starts[decodes:] - decodes,
+            kept,
+            [row * self._columns + column for row, column, _ in updates],
+            [page for *_, page in updates],
+        ]
+        offsets = np.cumsum([3 * tokens, *(len(part) for part in parts)])
+        for part, offset in zip(parts, offsets, strict=False):
+            array[offset : offset + len(part)] = part
+        self._inputs[: offsets[-1]].copy_(self._host[turn][: offsets[-1]], non_blocking=True)
+        ids, positions, rows = self._inputs[: 3 * tokens].view(3, tokens).unbind()
+        bounds, wanted, places, pages = (self._inputs[start:stop] for start, stop in itertools.pairwise(offsets))
+        if updates:
+            self.table.view(-1).index_put_((places,), pages)
+        packed = Packed(self.table, rows, positions, decodes, bounds if decodes < len(chunks) else None, counters=self._counters)
+        packed.longest = max((chunk.count for chunk in chunks[decodes:]), default=0)
+        return self._logits(packed, torch.where(ids < 0, self._last[rows], ids), wanted.long())
+
+    @staticmethod
+    def _token_arrays(chunks: Sequence[Chunk]) -> tuple[list[int], list[int], list[int]]:
+        """Return token (-1 where the host does not know it yet), position and row of each token of ``chunks``."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            sequence, stop = chunk.sequence, chunk.start + chunk.count
+            assert sequence.row is not None
+            tokens = sequence.tokens[chunk.start : stop]
+            ids += tokens
+            ids += [-1] * (chunk.count - len(tokens))
+            positions += range(chunk.start, stop)
+            rows += [sequence.row] * chunk.count
+        return ids, positions, rows
+
+    def _prompt_logprobs(self, step: Step, logits: Tensor, prompts: Sequence[tuple[int, int]]) -> dict[int, Logprobs]:
+        """Return the log probabilities of the prompt's token after each token of some chunks."""
+        alternatives, first = dict(prompts), 0
+        found: dict[int, Logprobs] = {}
+        for position, chunk in enumerate(step.chunks):
+            if position in alternatives:
+                following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+                targets = torch.tensor(following, dtype=torch.long).to(self.device)
+                found[position] = logprobs_of(logits[first : first + len(following)], targets, alternatives[position])
+                first += chunk.count
+            elif chunk.samples:
+                first += 1
+        return found
+
+    def _last_of_each(self, step: Step, whole: Sequence[int]) -> Tensor:
+        """Return which rows of the logits sample, where some chunks have logits for all of their tokens."""
+        kept, first = [], 0
+        for position, chunk in enumerate(step.chunks):
+            first += chunk.count if position in whole else chunk.samples
+            if chunk.samples:
+                kept.append(first - 1)
+        return torch.tensor(kept, dtype=torch.long).to(self.device)
+
+    def _capture(self) -> None:
+        """Capture the decode step of each bucket; without graphs, and a warning, where the model's code does not allow it."""
+        pool = torch.cuda.graph_pool_handle()
+        sizes = [bucket for bucket in BUCKETS if bucket < self.limits.max_running]
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        graphs: dict[int, _Graph] = {}
+        try:
+            for size in [self.limits.max_running, *reversed(sizes)] if self.limits.max_running <= BUCKETS[-1] else [*reversed(BUCKETS)]:
+                self._inputs.zero_()
+                self._inputs[: 5 * size].view(5, size)[2:4] = torch.tensor([[self.limits.max_running], [self.limits.max_running * self._columns]])
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._decode(size)  # what compiles at first use does so now
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    logits, tokens = self._decode(size)
+                graphs[size] = _Graph(graph, logits, tokens)
+        except (RuntimeError, ValueError) as error:
+            warnings.warn(f"decode runs without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
+            return
+        self.graphs = dict(sorted(graphs.items()))
+
+
+class _Stopwatch:
+    """Logs how long each part of a start took."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        now = time.monotonic()
+        LOG.info("%s in %.1f s", what, now - self._last)
+        self._last = now
+
+
+def _is_plain(request: RowRequest) -> bool:
+    """Whether the largest logit is all that is wanted."""
+    return request.params.greedy and not request.changes_logits and not request.logprobs
+
+
+def _on_host(logprobs: Logprobs) -> Logprobs:
+    return Logprobs(*(part.to("cpu", non_blocking=True) for part in (logprobs.chosen, logprobs.top, logprobs.top_ids)))

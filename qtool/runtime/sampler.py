@@ -1,0 +1,512 @@
+"""From logits to tokens: what a request may ask for, checked once, and one draw for all rows of a step.
+
+Temperature first, then top_k, then top_p over what is left, renormalised; min_p is relative to the largest probability. Penalties and logit_bias
+change the logits before all of that. A draw is the largest of ``p / E`` with ``E`` exponentially distributed (the Gumbel-max trick), where ``E`` is a
+hash of seed, position and token: it knows neither the batch nor the row. Every sum that decides something is one of integers, so the order in which a
+device adds does not show either.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qtool.errors import UsageError, nearest
+
+GREEDY_BELOW = 1e-6  # temperatures below this are 0
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_IDS = 64, 1024, 1024
+LARGEST = 2**31 - 1
+ROWS_AT_ONCE = 64  # of more rows the draw is made in parts, so that its temporaries stay small
+NARROW = 1024  # a top_k up to this takes the largest logits instead of sorting all
+SORTED_AT_ONCE = 16  # rows
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, LARGEST),
+    "min_new_tokens": (0, LARGEST),
+    "n": (1, 128),
+    "sampling_seed": (-(2**63), 2**64 - 1),
+    "top_k": (-1, LARGEST),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "repetition_penalty": (0, 2),
+}
+_ABOVE_ZERO = {"top_p", "repetition_penalty"}
+_WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
+_FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one request asks of the sampler and of the text, under SGLang's names; checked when it is made.
+
+    max_new_tokens: None is to the end of the context. temperature: 0 is greedy. top_k: -1 is all. stop_token_ids end the text even with ignore_eos.
+    """
+
+    max_new_tokens: int | None = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int | str, float] | None = None
+    sampling_seed: int | None = None
+    n: int = 1
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _RANGES:
+            value = getattr(self, name)
+            if value is not None or name not in ("max_new_tokens", "sampling_seed"):
+                object.__setattr__(self, name, _checked(name, value))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise _refusal(name, getattr(self, name), "true or false")
+        if self.top_k == 0:
+            raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise _refusal("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Return the parameters that ``values`` name; ``seed`` is another name of ``sampling_seed``.
+
+        Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise UsageError("E_SAMPLING", "sampling_params is no dictionary", hint="give names and values, such as temperature: 0.8")
+        given = dict(values)
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in (*known, "seed"):
+                hint = nearest(str(name)[:100], known) or f"known are {', '.join(known)}"
+                raise UsageError("E_SAMPLING", f"there is no sampling parameter `{str(name)[:100]}`", hint=hint)
+        seed = given.pop("seed", None)
+        if seed is not None and given.setdefault("sampling_seed", seed) not in (seed, None):
+            raise UsageError("E_SAMPLING", "seed and sampling_seed differ", hint="they are one parameter: give one of them")
+        if seed is not None:
+            given["sampling_seed"] = seed
+        return cls(**given)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids the model does not have."""
+        for name, ids in (("logit_bias", self.biases), ("stop_token_ids", self.stop_ids)):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise _refusal(name, token_id, f"token ids from 0 to {vocab_size - 1}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the largest logit is taken."""
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the logits depend on the tokens so far, which must then be known before the next step."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings; none is empty."""
+        return cast(tuple[str, ...], self.stop)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token ids that end the text besides the model's own."""
+        return cast(tuple[int, ...], self.stop_token_ids)
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to the logits, by token id."""
+        return cast(dict[int, float], self.logit_bias)
+
+    def row_seed(self, index: int = 0) -> int:
+        """Return a seed for the ``index``-th of the n texts: made from the request's, or a random one."""
+        if self.sampling_seed is None:
+            return secrets.randbits(64)
+        return (self.sampling_seed + index * 0x9E3779B97F4A7C15) % 2**64  # the first of n is the one alone
+
+
+def _refusal(name: str, value: object, allowed: str) -> UsageError:
+    return UsageError("E_SAMPLING", f"`{name}` cannot be {repr(value)[:60]}", hint=f"`{name}` takes {allowed}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked(name: str, value: object) -> int | float:
+    low, high = _RANGES[name]
+    allowed = f"{'a whole number' if name in _WHOLE else 'a number'} {'above' if name in _ABOVE_ZERO else 'from'} {low} to {high}"
+    if not (_is_whole(value) or (isinstance(value, float) and name not in _WHOLE)):
+        raise _refusal(name, value, allowed)
+    number = cast(float, value)
+    if not low <= number <= high or (number == 0 and name in _ABOVE_ZERO):  # NaN is in no range
+        raise _refusal(name, value, allowed)
+    return number if name in _WHOLE else float(number)
+
+
+def _biases(value: object) -> dict[int, float]:
+    allowed = f"at most {MAX_IDS} token ids, each with a number from -100 to 100"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or len(value) > MAX_IDS:
+        raise _refusal("logit_bias", value, allowed)
+    biases = {}
+    for key, bias in value.items():
+        number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key
+        if not _is_whole(number) or not 0 <= number <= LARGEST:
+            raise _refusal("logit_bias", {key: bias}, allowed)
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise _refusal("logit_bias", {key: bias}, allowed)
+        biases[number] = float(bias)
+    return biases
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    allowed = f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} characters"
+    if value is None:
+        return ()
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
+        raise _refusal("stop", value, allowed)
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_LENGTH:
+            raise _refusal("stop", stop, allowed)
+    return tuple(stops)
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    allowed = f"a list of at most {MAX_IDS} token ids"
+    if not isinstance(value, list | tuple) or len(value) > MAX_IDS:
+        raise _refusal("stop_token_ids", value, allowed)
+    for token_id in value:
+        if not _is_whole(token_id) or not 0 <= token_id <= LARGEST:
+            raise _refusal("stop_token_ids", token_id, allowed)
+    return tuple(value)
+
+
+class History:
+    """The distinct tokens of one sequence, and how often each of them was generated: what penalties go by."""
+
+    def __init__(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
+        distinct = np.unique(np.asarray(prompt_ids, np.int64))
+        self._size = len(distinct)
+        self._ids: NDArray[np.int64] = np.concatenate([distinct, np.zeros(256, np.int64)])
+        self._counts: NDArray[np.float32] = np.zeros(len(self._ids), np.float32)
+        self._places = {token: place for place, token in enumerate(distinct.tolist())}
+        for token in output_ids:
+            self.append(token)
+
+    @classmethod
+    def of(cls, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> History | None:
+        """Return the history that ``params`` need, None when they penalize nothing; only repetition_penalty counts the prompt."""
+        return cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids) if params.penalizes else None
+
+    def append(self, token: int) -> None:
+        """Count one generated token."""
+        place = self._places.setdefault(token, self._size)
+        if place == self._size:
+            if place == len(self._ids):
+                self._ids, self._counts = (np.concatenate([old, np.zeros_like(old)]) for old in (self._ids, self._counts))
+            self._ids[place] = token
+            self._size += 1
+        self._counts[place] += 1
+
+    def counts(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the distinct tokens that the model can predict, and how often each was generated (0: only in the prompt)."""
+        ids, counts = self._ids[: self._size], self._counts[: self._size]
+        inside = (ids >= 0) & (ids < vocab_size)  # placeholders of images lie outside
+        return ids[inside], counts[inside]
+
+
+@dataclass(slots=True)
+class RowRequest:
+    """What one row of a step asks for.
+
+    seed: from `SamplingParams.row_seed`, the same for all steps of a sequence. position: tokens generated before this one; it decides the noise, with
+    the seed. history: from `History.of`. end_ids: what must not come while position < min_new_tokens. top_logprobs counts only with logprobs.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    history: History | None = None
+    end_ids: Sequence[int] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits are edited before the draw."""
+        return self.history is not None or bool(self.params.logit_bias) or (self.position < self.params.min_new_tokens and bool(self.end_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of softmax(logits): of the chosen tokens [T], and of the most probable ones with their ids [T, top], largest first."""
+
+    chosen: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One token for each row, int64 [R] on the device, -1 where the logits are not finite; ``logprobs`` of ``logprob_rows``, in their order."""
+
+    tokens: Tensor
+    logprobs: Logprobs | None = None
+    logprob_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The settings of up to ROWS_AT_ONCE rows, by name on the device; empty when all are greedy as they are. ``widths``: of the filters in it."""
+
+    rows: slice
+    tensors: dict[str, Tensor]
+    widths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The settings of a step's rows, on the device."""
+
+    parts: tuple[_Part, ...]
+    logprob_rows: tuple[int, ...]
+    logprob_index: Tensor | None  # None: all rows
+    top: int
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """Return the place of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN or +inf, or with nothing but -inf."""
+    largest, tokens = logits.max(dim=-1)
+    return tokens.masked_fill_(largest - largest != 0, -1)
+
+
+def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
+    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T] (negative ones count as 0) and of the ``top`` most probable tokens."""
+    parts = []
+    for start in range(0, max(1, logits.shape[0]), ROWS_AT_ONCE):
+        some = logits[start : start + ROWS_AT_ONCE].float()
+        total = some.logsumexp(-1, keepdim=True)
+        chosen = some.gather(1, targets[start : start + ROWS_AT_ONCE, None].long().clamp(min=0)) - total
+        best = some.topk(min(top, logits.shape[1]), dim=-1)
+        parts.append((chosen[:, 0], best.values - total, best.indices))
+    return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a hash of each number. Source: SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def row_keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.int32]:
+    """Return two random numbers for each pair of seed and position, [2, R]; the second is odd."""
+    seed = np.array([number % 2**64 for number in seeds], np.uint64)
+    mixed = _mix(_mix(seed) ^ _mix(np.array(positions, np.uint64)))
+    return np.stack([mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32) | np.uint64(1)]).astype(np.uint32).view(np.int32)
+
+
+def token_keys(vocab_size: int) -> NDArray[np.int32]:
+    """Return a number for each token id, [V]: random above the id's 20 bits, so that no two are the same or differ in their highest bits alone."""
+    ids = np.arange(vocab_size, dtype=np.uint64)
+    return ((ids ^ (_mix(ids) << np.uint64(20))) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+
+
+def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
+    """Return a hash of row and token, int32 [R, V] from [2, R] and [V]: numbers from 0 to 2^31 - 1, all as likely."""
+    x = token_keys ^ row_keys[0, :, None]
+    x *= row_keys[1, :, None]  # int32 products wrap around, on every device
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)  # a shift that fills with zeros
+    x *= 0x2C1B3C6D
+    return x.bitwise_and_(0x7FFFFFFF)
+
+
+def _largest_kept(logits: Tensor, width: int, top_k: Tensor, top_p: Tensor, inverse: Tensor) -> Tensor:
+    """Return the smallest logit of each row that top_k and top_p keep, float32 [F, 1]; equal logits are kept together.
+
+    Args: logits [F, V]; width: so many of the largest are looked at, top_k or more; top_k int64, top_p float64, 1 / temperature float32, all [F, 1].
+    """
+    narrow = width < logits.shape[1]
+    largest = (logits.topk(width, dim=-1).values if narrow else logits.sort(dim=-1, descending=True).values).float()
+    weights = (largest - largest[:, :1]).mul_(inverse).exp_().mul_(2.0**40).long()  # integers add up to the same in any order
+    weights.masked_fill_(torch.arange(width, device=logits.device) >= top_k, 0)
+    sums = weights.cumsum(1)
+    limit = (sums[:, -1:] * top_p).ceil_().long().masked_fill_(top_p >= 1, 2**62)
+    kept = (sums.sub_(weights) < limit).sum(1, keepdim=True)
+    return largest.gather(1, torch.minimum(kept, top_k).clamp_(1, width) - 1)
+
+
+class Sampler:
+    """Draws one token for each row of a step. Nothing in it waits for the device."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self._token_keys = torch.from_numpy(token_keys(vocab_size)).to(self.device)
+        self._half = torch.full((), -(2.0**-32), dtype=torch.float32, device=self.device)
+
+    def sample(self, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
+        """Draw a token for each row of ``logits`` [R, V], any float dtype, as ``requests`` [R] ask; ``logits`` stay as they are."""
+        return self.draw(logits, self.prepare(requests))
+
+    def prepare(self, requests: Sequence[RowRequest]) -> Prepared:
+        """Bring the settings to the device, in one copy; none when all rows are greedy and no logits change."""
+        starts = range(0, len(requests), ROWS_AT_ONCE)
+        settings = [self._settings(requests[start : start + ROWS_AT_ONCE]) for start in starts]
+        rows = tuple(row for row, request in enumerate(requests) if request.logprobs)
+        index = {"rows": np.array(rows, np.int64)} if 0 < len(rows) < len(requests) else {}
+        *on_device, ship_index = self._ship([*(arrays for arrays, _ in settings), index])
+        parts = (
+            _Part(slice(start, start + ROWS_AT_ONCE), tensors, widths)
+            for start, tensors, (_, widths) in zip(starts, on_device, settings, strict=True)
+        )
+        top = max((requests[row].top_logprobs for row in rows), default=0)
+        return Prepared(tuple(parts), rows, ship_index.get("rows"), top)
+
+    def draw(self, logits: Tensor, prepared: Prepared) -> Samples:
+        """Draw a token for each row of ``logits`` [R, V] with settings that are on the device already."""
+        if logits.shape[1] != self.vocab_size:
+            raise ValueError(f"{logits.shape[1]} logits a row for a vocabulary of {self.vocab_size}")
+        if any(part.tensors for part in prepared.parts):
+            drawn = [self._draw(logits[part.rows], part) if part.tensors else greedy(logits[part.rows]) for part in prepared.parts]
+            tokens = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+        else:
+            tokens = greedy(logits)
+        if not prepared.logprob_rows:
+            return Samples(tokens)
+        some, chosen = logits, tokens
+        if prepared.logprob_index is not None:
+            some, chosen = logits.index_select(0, prepared.logprob_index), tokens.index_select(0, prepared.logprob_index)
+        return Samples(tokens, logprobs_of(some, chosen, prepared.top), prepared.logprob_rows)
+
+    def _draw(self, logits: Tensor, part: _Part) -> Tensor:
+        """Draw for up to ROWS_AT_ONCE rows, [R, V] -> [R]."""
+        given = part.tensors
+        logits = self._edited(logits, given)
+        best, best_tokens = logits.max(dim=-1)
+        tokens = best_tokens
+        if "keys" in given:
+            p = (logits - best[:, None].float()).mul_(given["inverse"][:, None])  # float32, 0 for the best
+            if part.widths:
+                p.masked_fill_(logits < self._smallest_kept(logits, part), -torch.inf)
+            p.exp_()
+            if "min_p" in given:
+                p.masked_fill_(p < given["min_p"][:, None], 0)
+            # u = -(h + 1/2) / 2^31, exact near 0, where draws are decided, and never -1; log1p(u) = -E
+            u = torch.add(self._half, uniforms(given["keys"], self._token_keys), alpha=-(2.0**-31) * (1 - 2.0**-20))
+            tokens = p.div_(u.log1p_()).argmin(-1)
+            if "greedy" in given:
+                tokens = torch.where(given["greedy"], best_tokens, tokens)
+        return tokens.masked_fill(best - best != 0, -1)
+
+    def _edited(self, logits: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits with penalties, then biases: repetition over prompt and output, frequency and presence over output."""
+        if "penalty_places" not in given and "bias_places" not in given:
+            return logits
+        logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        flat = logits.view(-1)
+        if "penalty_places" in given:
+            old, repetition = flat[given["penalty_places"]], given["repetition"]
+            flat[given["penalty_places"]] = torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
+        if "bias_places" in given:
+            flat.index_add_(0, given["bias_places"], given["bias"])
+        return logits
+
+    def _smallest_kept(self, logits: Tensor, part: _Part) -> Tensor:
+        """Return the smallest logit of each row that top_k and top_p keep, float32 [R, 1]; -inf for rows without."""
+        smallest = torch.full((logits.shape[0], 1), -torch.inf, dtype=torch.float32, device=logits.device)
+        for number, width in enumerate(part.widths):
+            rows, top_k, top_p = (part.tensors[f"{name}{number}"] for name in ("rows", "top_k", "top_p"))
+            inverse = part.tensors["inverse"].index_select(0, rows)[:, None]
+            smallest.index_copy_(0, rows, _largest_kept(logits.index_select(0, rows), width, top_k[:, None], top_p[:, None], inverse))
+        return smallest
+
+    def _settings(self, requests: Sequence[RowRequest]) -> tuple[dict[str, NDArray[Any]], tuple[int, ...]]:
+        """Return the settings of some rows as arrays by name, and the width of each of their filters."""
+        arrays: dict[str, NDArray[Any]] = {}
+        if any(request.changes_logits for request in requests):
+            arrays |= self._edits(requests)
+        params = [request.params for request in requests]
+        is_greedy = np.array([param.greedy for param in params])
+        if is_greedy.all():
+            return arrays, ()
+        arrays["keys"] = row_keys([request.seed for request in requests], [request.position for request in requests])
+        arrays["inverse"] = np.array([1.0 if param.greedy else 1 / param.temperature for param in params], np.float32)
+        if is_greedy.any():
+            arrays["greedy"] = is_greedy
+        if any(param.min_p > 0 for param in params):
+            arrays["min_p"] = np.array([param.min_p for param in params], np.float32)
+        top_k = np.array([param.top_k if 0 < param.top_k < self.vocab_size else self.vocab_size for param in params], np.int64)
+        top_p = np.array([param.top_p for param in params], np.float64)
+        filtered = ((top_k < self.vocab_size) | (top_p < 1)) & ~is_greedy
+        narrow, wide = ((filtered & some).nonzero()[0].astype(np.int64) for some in (top_k <= NARROW, top_k > NARROW))
+        groups = [(rows, int(top_k[rows].max())) for rows in (narrow,) if len(rows)]
+        groups += [(wide[start : start + SORTED_AT_ONCE], self.vocab_size) for start in range(0, len(wide), SORTED_AT_ONCE)]
+        for number, (rows, _) in enumerate(groups):
+            arrays |= {f"rows{number}": rows, f"top_k{number}": top_k[rows], f"top_p{number}": top_p[rows]}
+        return arrays, tuple(width for _, width in groups)
+
+    def _edits(self, requests: Iterable[RowRequest]) -> dict[str, NDArray[Any]]:
+        """Return which logits of the flat [R * V] change, and how."""
+        penalties: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
+        places: list[int] = []
+        biases: list[float] = []
+        for row, request in enumerate(requests):
+            params, first = request.params, row * self.vocab_size
+            if request.history is not None:
+                ids, counts = request.history.counts(self.vocab_size)
+                penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+                penalties.append((ids + first, np.full(len(ids), params.repetition_penalty, np.float32), penalty.astype(np.float32)))
+            added = list(params.biases.items())
+            if request.position < params.min_new_tokens:
+                added += [(token, -np.inf) for token in request.end_ids]
+            inside = [(token + first, bias) for token, bias in added if 0 <= token < self.vocab_size]
+            places += [place for place, _ in inside]
+            biases += [bias for _, bias in inside]
+        arrays: dict[str, NDArray[Any]] = {}
+        if penalties:
+            arrays |= dict(zip(("penalty_places", "repetition", "penalty"), map(np.concatenate, zip(*penalties, strict=True)), strict=True))
+        if places:
+            arrays |= {"bias_places": np.array(places, np.int64), "bias": np.array(biases, np.float32)}
+        return arrays
+
+    def _ship(self, groups: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Tensor]]:
+        """Return the arrays as tensors on the device, by one copy from pinned memory."""
+        arrays = [array for group in groups for array in group.values()]
+        sizes = [-(-array.nbytes // 8) * 8 for array in arrays]  # each begins at a multiple of 8 bytes
+        if not sizes:
+            return [{} for _ in groups]
+        staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")  # torch reuses it once the copy is done
+        for array, room in zip(arrays, torch.split(staging, sizes), strict=True):
+            room.numpy()[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        pieces = iter(torch.split(staging.to(self.device, non_blocking=True), sizes))
+        dtypes = {array.dtype: torch.from_numpy(array[:0]).dtype for array in arrays}
+        return [{name: next(pieces)[: array.nbytes].view(dtypes[array.dtype]).view(array.shape) for name, array in group.items()} for group in groups]

@@ -1,0 +1,118 @@
+"""Our engine's side of what `vllm_bench.py` measures of vLLM: decode at batch 1, 16 and 64, throughput, prefill; an 8B shape, random weights.
+
+    OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--quick] [--profile] [--set max_running_requests=64 ...]
+
+``--profile``: also the kernels of one decode step at batch 1, by time, with the gaps between them. ``--quick``: without throughput and prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 2)]
+BEGAN = time.perf_counter()
+
+from model_8b import QUANTIZED, write_checkpoint  # noqa: E402
+
+from qtool.runtime.engine import Engine  # noqa: E402
+
+IMPORTED = time.perf_counter()
+
+
+def prompts(count: int, size: int) -> list[list[int]]:
+    return [[random.randrange(5, 128000) for _ in range(size)] for _ in range(count)]
+
+
+def seconds(engine: Engine, asked: list[list[int]], tokens: int) -> float:
+    """Return how long ``tokens`` greedy tokens after each of ``asked`` take."""
+    start = time.perf_counter()
+    results = engine.generate(input_ids=asked, sampling_params={"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True})
+    took = time.perf_counter() - start
+    assert all(len(result["output_ids"]) == tokens for result in results)
+    return took
+
+
+def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for batch, tokens in ((1, 256), (16, 128), (64, 128)):
+        seconds(engine, prompts(batch, 128), 4)
+        short = seconds(engine, prompts(batch, 128), 16)
+        found[f"decode_ms_batch_{batch}"] = round((seconds(engine, prompts(batch, 128), 16 + tokens) - short) / tokens * 1e3, 3)
+    if not quick:
+        found["output_tokens_s_512x(512+256)"] = round(512 * 256 / seconds(engine, prompts(512, 512), 256))
+        found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(engine, prompts(64, 2048), 1))
+    return found
+
+
+def profile(engine: Engine, batch: int) -> list[str]:
+    """Return where the time of a decode step goes: kernels by name, per step, and what lies between them."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    steps = 40
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        seconds(engine, prompts(batch, 64), steps + 1)
+        torch.cuda.synchronize()
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in recorded.events() if e.device_type.name == "CUDA")
+    steady = events[len(events) // 3 :]
+    busy, end, times, counts = 0.0, steady[0][0], Counter(), Counter()
+    for start, stop, name in steady:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+        times[name[:70]] += stop - start
+        counts[name[:70]] += 1
+    whole = end - steady[0][0]
+    lines = [f"batch {batch}: {whole / 1e3:.1f} ms recorded, busy {busy / whole:.1%}, {sum(counts.values())} kernels; by kernel:"]
+    lines += [f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}" for name, time in times.most_common(24)]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="+", choices=list(QUANTIZED))
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/8b"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    chosen: dict[str, Any] = {name: json.loads(value) for name, value in (item.split("=") for item in options.set)}
+    print(f"imports {IMPORTED - BEGAN:.1f} s", flush=True)
+    results = {}
+    for kind in options.kinds:
+        folder = options.folder / f"{kind}-{options.layers}"
+        if not (folder / "model.safetensors.index.json").exists():
+            start = time.perf_counter()
+            write_checkpoint(folder, kind, layers=options.layers)
+            torch.cuda.empty_cache()
+            print(f"{kind}: written in {time.perf_counter() - start:.1f} s", flush=True)
+        random.seed(0)
+        start = time.perf_counter()
+        with Engine(folder, skip_tokenizer_init=True, disable_radix_cache=True, context_length=4096, **chosen) as engine:
+            ready = time.perf_counter()
+            seconds(engine, prompts(1, 64), 1)
+            found = {"start_s": round(ready - start, 1), "first_token_s": round(time.perf_counter() - start, 1)}
+            found["cache_tokens"] = engine.loop.runner.page_count * 16
+            print(f"{kind}: {found}", flush=True)
+            found |= measure(engine, quick=options.quick)
+            results[kind] = found
+            print(f"RESULT qtool {kind} {json.dumps(found)}", flush=True)
+            if options.profile:
+                print("\n".join(line for batch in (1, 64) for line in profile(engine, batch)), flush=True)
+        Path(os.environ.get("OUT", "."), "engine.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Is the engine right on this GPU, and does it keep to its memory?
+
+    python tests/benchmarks/engine_on_gpu.py [--requests 10000]
+
+The greedy tokens of the tiny model and of tiny random ones, in bf16, against transformers' `generate`, one by one and together, with prefix hits,
+chunked prefill and preemption: equal, or different from a place on where transformers' own logits are nearly a tie. Then the size of the KV cache
+against arithmetic, and the memory after many requests. Exits 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
+from test_engine import ARCHITECTURES, EXAMPLE, GREEDY, SIZES, prompts_of  # noqa: E402
+
+from qtool.runtime.engine import Engine  # noqa: E402
+
+TIE = 0.05  # of the spread of the logits
+
+
+def reference(model, prompt: list[int], tokens: int) -> list[int]:
+    ids = torch.tensor([prompt], device="cuda")
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return output[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def differs(model, prompt: list[int], got: list[int], wanted: list[int]) -> str | None:
+    """Return how far from a tie the first difference is, None for equal tokens."""
+    place = next((i for i, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None)
+    if place is None:
+        return None if len(got) == len(wanted) else f"{len(got)} tokens instead of {len(wanted)}"
+    logits = model(torch.tensor([prompt + wanted[:place]], device="cuda")).logits[0, -1].float()
+    gap = float((logits[wanted[place]] - logits[got[place]]) / logits.std())
+    return "tie" if gap <= TIE else f"token {place}: {got[place]} instead of {wanted[place]}, {gap:.3f} of the spread below"
+
+
+def compare(name: str, folder: Path | str, model) -> int:
+    """Print how many of the engine's texts are transformers', and how many part at a tie; return how many are wrong."""
+    vocab_size = model.config.vocab_size
+    prompts, short = prompts_of(33, vocab_size), prompts_of(20, vocab_size, longest=20)
+    wanted, wanted_short = [reference(model, prompt, 20) for prompt in prompts], [reference(model, prompt, 40) for prompt in short]
+    pairs: list[tuple[str, list[int], list[int], list[int]]] = []
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "mem_fraction_static": 0.5}
+    with Engine(folder, **options, max_total_tokens=16 * 1024, max_running_requests=40) as engine:
+        for _ in range(2):
+            got = [engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"] for prompt in prompts[:4]]
+            pairs += [("alone", *rest) for rest in zip(prompts[:4], got, wanted, strict=False)]
+            got = [result["output_ids"] for result in engine.generate(input_ids=prompts, sampling_params=GREEDY)]
+            pairs += [("together", *rest) for rest in zip(prompts, got, wanted, strict=True)]
+        graphs, hits = len(engine.loop.runner.graphs), engine.loop.scheduler.prefix_hits
+    with Engine(folder, **options, max_total_tokens=240, chunked_prefill_size=24, max_running_requests=20) as engine:
+        got = [result["output_ids"] for result in engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})]
+        pairs += [("preempted", *rest) for rest in zip(short, got, wanted_short, strict=True)]
+        preemptions = engine.loop.scheduler.preemptions
+    found = [(how, differs(model, prompt, one, other)) for how, prompt, one, other in pairs]
+    wrong = [f"{how}: {what}" for how, what in found if what not in (None, "tie")]
+    ties = sum(what == "tie" for _, what in found)
+    print(
+        f"{name:12s} {len(found)} texts, {ties} part at a tie, {len(wrong)} WRONG {wrong[:3]}; {graphs} graphs, {hits} hits, {preemptions} preempted",
+        flush=True,
+    )
+    return len(wrong) + (not preemptions) + (not hits)
+
+
+def many(requests: int) -> int:
+    """Print the size of the cache against arithmetic, and the memory before and after ``requests`` requests."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    with Engine(EXAMPLE, skip_tokenizer_init=True, mem_fraction_static=0.3, max_running_requests=256) as engine:
+        runner = engine.loop.runner
+        weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in runner.model.state_dict().values()}.values())
+        expected = (total * 0.3 - (total - free) - weights) / (runner.page_bytes / 16)
+        most = runner.limits.max_running * runner.limits.context_length
+        expected = min(expected, most)
+        print(f"cache: {runner.page_count * 16} tokens, {expected:.0f} by arithmetic: {runner.page_count * 16 / expected:.4f}", flush=True)
+        prompts = prompts_of(500, 2000, longest=60)
+        before = None
+        start = time.perf_counter()
+        for first in range(0, requests, 500):
+            engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9})
+            gc.collect()
+            used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            if first == 1000:
+                before = used
+        assert before is not None
+        print(
+            f"{requests} requests in {time.perf_counter() - start:.1f} s; free, allocated, host MB: {before} after 1500, {used} at the end",
+            flush=True,
+        )
+        return int(before[:2] != used[:2] or used[2] > before[2] + 50)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16).cuda()
+    wrong = compare("the example", EXAMPLE, model)
+    for model_type, sizes in ARCHITECTURES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | sizes), dtype=torch.float32).eval()
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    torch.nn.init.normal_(parameter, 0, 0.2)
+            model = model.bfloat16()
+            model.save_pretrained(folder)
+            wrong += compare(model_type, folder, model.cuda())
+    return 1 if wrong + many(options.requests) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
