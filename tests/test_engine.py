@@ -84,14 +84,20 @@ def becomes(condition, seconds: float = 10) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_tokens_are_those_of_transformers(tmp_path, model_type):
+def random_model(model_type: str, folder):
+    """Write a tiny random model to ``folder``, and return it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | ARCHITECTURES[model_type]), dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.2)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_tokens_are_those_of_transformers(tmp_path, model_type):
+    model = random_model(model_type, tmp_path)
     prompts = prompts_of(33, 320)
     wanted = expected(model, prompts)
     assert len({token for tokens in wanted for token in tokens}) > 20  # not one token over and over
@@ -108,6 +114,13 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert ids_of(engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})) == expected(model, short, 40)
         assert engine.loop.scheduler.preemptions > 0
         assert becomes(lambda: idle(engine))
+
+
+@pytest.mark.parametrize("which", ["decode", "all"])
+def test_layers_that_are_not_fused_may_be_compiled(tmp_path, which):
+    model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)
+    with Engine(tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile=which) as engine:
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == expected(model, prompts)
 
 
 def test_text_of_the_example(example, reference):

@@ -239,6 +239,7 @@ _HARMLESS = {
 }
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     module: nn.Module,
     query: Tensor,

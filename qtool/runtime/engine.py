@@ -16,7 +16,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,6 +34,7 @@ LOG = logging.getLogger("qtool.engine")
 Result = dict[str, Any]
 Deliver = Callable[[Result | Exception, bool], None]  # what there is to say of a request, and whether it is the last
 Answer = tuple[int, Result | Exception, bool]  # the same, after the index of the request among those of a call
+COMPILE = ("off", "decode", "all")
 KV_DTYPES = ("auto", "fp8_e4m3")
 PROMPT_CHUNK = 256  # tokens a step of a prompt whose log probabilities are wanted: each takes a row of logits
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
@@ -282,6 +283,7 @@ class Engine:
         max_total_tokens: the size of the KV cache, if not as much as fits.
         chunked_prefill_size: tokens of a step; longer prompts are computed in parts.
         disable_cuda_graph, disable_radix_cache, disable_overlap_schedule: do without CUDA graphs, reuse of common prefixes, a step ahead.
+        compile: run decoder layers that are not fused by qtool's own kernels through `torch.compile`, in decode steps or in all; starts take longer.
         random_seed: makes requests without a seed of their own repeat from one engine to the next.
     Raises: CheckpointRefused, UsageError, ResourceError.
     """
@@ -304,11 +306,14 @@ class Engine:
         disable_cuda_graph: bool = False,
         disable_radix_cache: bool = False,
         disable_overlap_schedule: bool = False,
+        compile: Literal["off", "decode", "all"] = "off",
         random_seed: int | None = None,
         revision: str | None = None,
     ) -> None:
         if not 0 < mem_fraction_static < 1:
             raise UsageError("E_FRACTION", f"mem_fraction_static is {mem_fraction_static}", hint="a number between 0 and 1")
+        if compile not in COMPILE:
+            raise UsageError("E_COMPILE", f"compile is `{compile}`", hint=f"one of {', '.join(COMPILE)}")
         where = device_named(device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
         plan = plan_load(checkpoint, where, quantization, dtype)
@@ -330,6 +335,7 @@ class Engine:
             max_tokens=max_total_tokens,
             cache_scales=scales,
             cuda_graphs=not disable_cuda_graph,
+            compiled=compile,
         )
         self.loop = Loop(runner, overlap=where.type == "cuda" and not disable_overlap_schedule)
         atexit.register(self.shutdown)

@@ -113,7 +113,11 @@ def load(
     Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a device that is not there.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
-    return materialize(plan_load(checkpoint, device_named(device), quantization, dtype), on_progress=on_progress)
+    plan = plan_load(checkpoint, device_named(device), quantization, dtype)
+    if plan.layout and plan.layout.kv_cache:
+        message = f"the scales of the KV cache ({plan.layout.kv_cache}) are used by `qtool.Engine` alone: here keys and values stay in 16 bits"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return materialize(plan, on_progress=on_progress)
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
@@ -147,8 +151,6 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
     schemes = schemes_to_run(checkpoint, layout, quantization)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _dtype(checkpoint, device))
     warned = [*left_plain(checkpoint, layout, quantization)]
-    if layout and layout.kv_cache:
-        warned.append(f"the scales of the KV cache ({layout.kv_cache}) are not used: keys and values stay in 16 bits")
     if any(skeleton.beyond(name) for name in checkpoint.tensors):
         warned.append("layers after the last, for multi-token prediction, are left out")
     sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items() if not skeleton.beyond(name)]

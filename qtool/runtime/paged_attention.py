@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 # What a kernel should not be compiled anew for.
 _ANY = {
     "do_not_specialize": ["width", "window", "least", "decodes"],
-    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "partial", "sums", "arrived"],
+    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "arrived"],
 }
 
 
@@ -134,8 +134,7 @@ def decode(
         DV_PADDED=max(16, dv_padded),
         PAGE=PAGE,
         KEYS=tile.keys,
-        PARTS=tile.parts,
-        TOGETHER=max(1, min(triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded))),
+        TOGETHER=max(1, min(32, 1024 * tile.warps // (shared_padded * dv_padded))),
         STAGES=tile.stages,
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
@@ -395,14 +394,13 @@ def _decode(  # type: ignore[no-untyped-def]
     DV_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start_early(PDL)
     head, part, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(0)
+    heads, most_parts = tl.num_programs(0), tl.num_programs(1)
     last = tl.load(positions + token)
     table_row = table + tl.load(rows + token) * width
     low = 0
@@ -410,7 +408,7 @@ def _decode(  # type: ignore[no-untyped-def]
         low = tl.maximum(last - window + 1, 0)
     first = low // KEYS
     tiles = last // KEYS + 1 - first
-    each = tl.maximum(tl.cdiv(tiles, PARTS), least)
+    each = tl.maximum(tl.cdiv(tiles, most_parts), least)
     parts = tl.cdiv(tiles, each)
     if part >= parts:
         return
@@ -453,16 +451,16 @@ def _decode(  # type: ignore[no-untyped-def]
     if parts == 1:
         result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
-    elif PARTS > 1:
-        mine = (place * PARTS + part) * SHARED + row
-        tops = sums + tl.num_programs(2).to(tl.int64) * heads * PARTS * SHARED
+    else:
+        mine = (place * most_parts + part) * SHARED + row
+        tops = sums + tl.num_programs(2).to(tl.int64) * heads * most_parts * SHARED
         tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
         tl.store(sums + mine, total, mask=row < SHARED)
         tl.store(tops + mine, top, mask=row < SHARED)
         tl.debug_barrier()
         if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived + place, 0)
-            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, PARTS, TOGETHER)
+            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, TOGETHER)
 
 
 @triton.jit
@@ -478,7 +476,6 @@ def _add_parts(  # type: ignore[no-untyped-def]
     SHARED_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the same order, ``TOGETHER`` at a time."""
@@ -488,7 +485,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     top = tl.where(member < SHARED, float("-inf"), 0.0)
     for begin in range(0, parts, TOGETHER):
         index = begin + tl.arange(0, TOGETHER)
-        there = (place * PARTS + index)[:, None] * SHARED + member[None, :]
+        there = (place * tl.num_programs(1) + index)[:, None] * SHARED + member[None, :]
         valid = (index < parts)[:, None] & (member < SHARED)[None, :]
         some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
         some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class Runner:
         static_share: of the device's memory, for weights and KV cache together; without meaning on a CPU.
         max_tokens: the size of the KV cache, instead of what memory allows.
         cache_scales: for keys and values of each layer; with them the cache has 8 bits.
+        compiled: in which steps decoder layers that cannot be fused run through `torch.compile`.
     Raises: ResourceError, when the device has no memory for a KV cache.
     """
 
@@ -83,6 +84,7 @@ class Runner:
         max_tokens: int | None = None,
         cache_scales: Mapping[int, tuple[float, float]] | None = None,
         cuda_graphs: bool = True,
+        compiled: Literal["off", "decode", "all"] = "off",
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
         self.vocab_size = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else model.config.vocab_size
@@ -100,7 +102,10 @@ class Runner:
             self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)  # the token that each row sampled last
             said = _Stopwatch()
             self.geometry = self._record()
-            fuse(model)
+            self._eager_prefill = compiled == "decode"
+            if not fuse(model) and compiled != "off":
+                for layer in model.get_decoder().layers:
+                    layer.compile(dynamic=True)
             said("layers fused")
             heads = max(layer.kv_heads for layer in self.geometry)
             self._counters = new_counters(limits.max_running, heads, device)
@@ -197,7 +202,8 @@ class Runner:
 
     def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
         """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T]; 0: after all."""
-        with running(packed, self.layers):
+        eager = self._eager_prefill and packed.starts is not None
+        with running(packed, self.layers), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             output = self.model(input_ids=ids[None], position_ids=packed.positions[None], logits_to_keep=kept, use_cache=False)
         logits: Tensor = output.logits[0]
         return logits

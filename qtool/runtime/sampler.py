@@ -8,6 +8,7 @@ device adds does not show either.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -304,8 +305,19 @@ class Prepared:
 
 def greedy(logits: Tensor) -> Tensor:
     """Return the place of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN or +inf, or with nothing but -inf."""
-    largest, tokens = logits.max(dim=-1)
+    largest, tokens = _largest(logits)
     return tokens.masked_fill_(largest - largest != 0, -1)
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logit of each row, NaN above all, and its first place, [R] each; on a GPU many blocks share a row."""
+    rows, size = logits.shape
+    parts = math.gcd(size, 256) if logits.is_cuda else 1
+    if parts < 16:
+        return logits.max(dim=-1)
+    largest, places = logits.view(rows, parts, -1).max(dim=-1)
+    best, part = largest.max(dim=-1)
+    return best, part * (size // parts) + places.gather(1, part[:, None])[:, 0]
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
@@ -411,7 +423,7 @@ class Sampler:
         """Draw for up to ROWS_AT_ONCE rows, [R, V] -> [R]."""
         given = part.tensors
         logits = self._edited(logits, given)
-        best, best_tokens = logits.max(dim=-1)
+        best, best_tokens = _largest(logits)
         tokens = best_tokens
         if "keys" in given:
             p = (logits - best[:, None].float()).mul_(given["inverse"][:, None])  # float32, 0 for the best
