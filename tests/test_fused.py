@@ -329,16 +329,19 @@ def compile_all() -> None:
             elementwise.add_norm(empty(8, width), empty(8, width), empty(width), 1e-5, plus_one=False, late=False, codes=codes)
             elementwise.gated(empty(8, 2 * inner), (0, inner), inner, "silu", codes)
         for dtype, norms in ((torch.bfloat16, None), (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False))):
-            elementwise.rotate_and_write(
-                empty(8, (heads + 2 * kv_heads) * head_dim),
-                (0, heads * head_dim, (heads + kv_heads) * head_dim),
-                heads,
-                norms,
-                (empty(8, head_dim), empty(8, head_dim)),
-                *(empty(9, kv_heads, PAGE, head_dim, dtype=dtype) for _ in range(2)),
-                (1.0, 1.0),
-                *(empty(*shape, dtype=torch.int32) for shape in ((4, 64), (8,), (8,))),
-            )
+            for start in (0, 1):  # of 16 bytes, or not
+                elementwise.rotate_and_write(
+                    empty(8, (heads + 2 * kv_heads) * head_dim),
+                    (0, heads * head_dim, (heads + kv_heads) * head_dim),
+                    heads,
+                    norms,
+                    (empty(8, head_dim), empty(8, head_dim)),
+                    *(empty(9, kv_heads, PAGE, head_dim, dtype=dtype) for _ in range(2)),
+                    (1.0, 1.0),
+                    empty(4, 64, dtype=torch.int32),
+                    *(empty(9, dtype=torch.int32)[start : start + 8] for _ in range(2)),
+                )
+            assert compiled[-1] is compiled[-2], "rotate_and_write is compiled anew for other numbers of tokens"
         for kernel in compiled:
             used = triton_cpu.resources(kernel)
             assert used["stack"] == 0, f"{kernel.metadata.name} spills registers: {used}"

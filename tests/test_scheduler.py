@@ -120,7 +120,7 @@ class Loop:
         for number, chunk in enumerate(chunks):
             sequence, (length, computed, state, pending) = chunk.sequence, before[chunk.sequence]
             assert sequence.state == "running"
-            assert 1 <= chunk.count <= max(sequence.max_chunk, 1)
+            assert chunk.count >= 1
             assert chunk.start == (computed if state == "running" else chunk.start // PAGE * PAGE)
             assert chunk.samples == (chunk.start + chunk.count == length)
             assert (sequence.computed, sequence.pending) == (chunk.start + chunk.count, pending + chunk.samples)
@@ -247,13 +247,13 @@ class Engine(RuleBasedStateMachine):
         new=st.integers(0, 60),
         waits=st.booleans(),
         use_prefix=st.sampled_from([True, True, False]),
-        chunk=st.sampled_from([999, 7]),
+        needs_logits=st.booleans(),
         times=st.integers(1, 4),
     )
-    def arrive(self, prompt, new, waits, use_prefix, chunk, times):
+    def arrive(self, prompt, new, waits, use_prefix, needs_logits, times):
         scheduler = self.loop.scheduler
         for _ in range(times):
-            sequence = Sequence(prompt, new, waits_for_tokens=waits, use_prefix=use_prefix, max_chunk=chunk)
+            sequence = Sequence(prompt, new, waits_for_tokens=waits, use_prefix=use_prefix, needs_logits=needs_logits)
             stored = len(prompt) + max(min(new, scheduler.context_length - len(prompt)), 1) - 1
             if not 0 < len(prompt) < scheduler.context_length or stored > scheduler.pages.count * PAGE:
                 with pytest.raises(UsageError):
@@ -510,9 +510,13 @@ def test_a_page_is_registered_when_its_last_token_is_read(loop):
     assert known == [1, 2]  # with 31 and 32 tokens
 
 
-def test_a_sequence_may_ask_for_small_chunks(loop):
-    loop.add(Sequence([1] * 50, 9, max_chunk=20))
-    assert [[(chunk.start, chunk.count) for chunk in loop.schedule().chunks] for _ in range(3)] == [[(0, 20)], [(20, 20)], [(40, 10)]]
+def test_prompts_whose_logits_are_wanted_share_a_small_budget(loop, monkeypatch):
+    monkeypatch.setattr("qtool.runtime.scheduler.PROMPT_LOGITS", 20)
+    first, second = Sequence([1] * 30, 9, needs_logits=True, use_prefix=False), Sequence([2] * 25, 9, needs_logits=True, use_prefix=False)
+    loop.add(first)
+    loop.add(second)
+    steps = [[(chunk.sequence is first, chunk.start, chunk.count) for chunk in loop.schedule().chunks if not chunk.start >= 30] for _ in range(3)]
+    assert steps == [[(True, 0, 20)], [(True, 20, 10), (False, 0, 10)], [(False, 10, 15)]]
 
 
 def test_no_more_run_than_the_budget_has_tokens():

@@ -20,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
+from qtool.runtime.skeleton import quiet_imports
+
+with quiet_imports():
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
 
 PAGE = 16  # tokens of a page
 NAME = "qtool"  # what `attn_implementation` says to have this

@@ -112,7 +112,7 @@ class TextStream:
         self.tokens = 0  # pushed, the one that ended the text among them
         self._most = params.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._least = params.min_new_tokens
-        self._end_ids = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
+        self.end_ids = frozenset({*params.stop_ids, *(() if params.ignore_eos else eos_ids)})
         self._stops, self._keep_stop = params.stop_strings, params.no_stop_trim
         self._first = "".join({stop[0] for stop in self._stops})
         self._detokenizer = None
@@ -134,7 +134,7 @@ class TextStream:
             return self.reason
         self.tokens += 1
         may_end = self.tokens > self._least
-        if may_end and token_id in self._end_ids:
+        if may_end and token_id in self.end_ids:
             if self._keep_stop:
                 self._add(token_id, may_end)
             self._end({"type": "stop", "matched": token_id}, may_end)

@@ -20,10 +20,12 @@ from qtool.runtime.attention import PAGE, KVPages, Packed
 from qtool.runtime.kernels.triton_tiles import start_early
 
 LOG2_E = 1.4426950408889634
+# Gluon is experimental: with a Triton that `gluon_attention` was not seen to work with, `_prefill` does.
+GLUON = triton.__version__.startswith("3.6.")
 # What a kernel should not be compiled anew for.
 _ANY = {
     "do_not_specialize": ["width", "window", "least", "decodes"],
-    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "arrived"],
+    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "partial", "sums", "arrived"],
 }
 
 
@@ -46,8 +48,8 @@ class Tile:
 def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
     """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``: bytes of a number in the queries."""
     keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
-    if programs < 512:  # few: cut until the machine is full
-        parts, least = min(512 // programs, 32), 1
+    if programs < 512:  # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+        parts, least = 16 if programs <= 64 else 512 // programs, 1
     else:  # cut only long sequences, for the sake of balance
         parts, least = 4, 4096 // keys
     return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
@@ -134,7 +136,8 @@ def decode(
         DV_PADDED=max(16, dv_padded),
         PAGE=PAGE,
         KEYS=tile.keys,
-        TOGETHER=max(1, min(32, 1024 * tile.warps // (shared_padded * dv_padded))),
+        PARTS=tile.parts,
+        TOGETHER=max(1, min(triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded))),
         STAGES=tile.stages,
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
@@ -147,6 +150,13 @@ def prefill(
     assert packed.starts is not None
     q, kv_heads = _inner_contiguous(q), kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
+    if tile is None and GLUON and _hopper(q.device):
+        from qtool.runtime import gluon_attention
+
+        if gluon_attention.applies(q, kv, out, window, softcap):
+            factor, _, v_scale = _factors(kv, scaling, softcap)
+            gluon_attention.prefill(q, kv, packed, out, factor, v_scale, _launch(4, 1, True, q))
+            return
     tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
@@ -204,6 +214,12 @@ def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
 def _old(device: torch.device) -> bool:
     """Return whether ``device`` is a GPU before Hopper, which cannot start a kernel before the last one ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a GPU, are."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 @triton.jit(**_ANY)
@@ -394,13 +410,14 @@ def _decode(  # type: ignore[no-untyped-def]
     DV_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     start_early(PDL)
     head, part, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads, most_parts = tl.num_programs(0), tl.num_programs(1)
+    heads = tl.num_programs(0)
     last = tl.load(positions + token)
     table_row = table + tl.load(rows + token) * width
     low = 0
@@ -408,7 +425,7 @@ def _decode(  # type: ignore[no-untyped-def]
         low = tl.maximum(last - window + 1, 0)
     first = low // KEYS
     tiles = last // KEYS + 1 - first
-    each = tl.maximum(tl.cdiv(tiles, most_parts), least)
+    each = tl.maximum(tl.cdiv(tiles, PARTS), least)
     parts = tl.cdiv(tiles, each)
     if part >= parts:
         return
@@ -451,16 +468,16 @@ def _decode(  # type: ignore[no-untyped-def]
     if parts == 1:
         result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
-    else:
-        mine = (place * most_parts + part) * SHARED + row
-        tops = sums + tl.num_programs(2).to(tl.int64) * heads * most_parts * SHARED
+    elif PARTS > 1:
+        mine = (place * PARTS + part) * SHARED + row
+        tops = sums + tl.num_programs(2).to(tl.int64) * heads * PARTS * SHARED
         tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
         tl.store(sums + mine, total, mask=row < SHARED)
         tl.store(tops + mine, top, mask=row < SHARED)
         tl.debug_barrier()
         if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived + place, 0)
-            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, TOGETHER)
+            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, PARTS, TOGETHER)
 
 
 @triton.jit
@@ -476,6 +493,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     SHARED_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the same order, ``TOGETHER`` at a time."""
@@ -485,7 +503,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     top = tl.where(member < SHARED, float("-inf"), 0.0)
     for begin in range(0, parts, TOGETHER):
         index = begin + tl.arange(0, TOGETHER)
-        there = (place * tl.num_programs(1) + index)[:, None] * SHARED + member[None, :]
+        there = (place * PARTS + index)[:, None] * SHARED + member[None, :]
         valid = (index < parts)[:, None] & (member < SHARED)[None, :]
         some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
         some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")

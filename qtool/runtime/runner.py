@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -20,11 +20,11 @@ from qtool.errors import CheckpointRefused, ResourceError, one_line
 from qtool.runtime.attention import NAME, PAGE, KVPages, LayerGeometry, Packed, new_counters, recording, running
 from qtool.runtime.fused import fuse
 from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, SamplingParams, greedy, logprobs_of
-from qtool.runtime.scheduler import Chunk, Step
+from qtool.runtime.scheduler import PROMPT_LOGITS, Chunk, Step
 
 LOG = logging.getLogger("qtool.engine")
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)  # decode batches that have a CUDA graph
-FLYING = 3  # steps whose arrays may be in use: one is filled while two are on their way
+FLYING = 2  # steps whose arrays may be in use: one is filled while the one before it is on its way
 CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
 
 
@@ -52,7 +52,7 @@ class Launched:
         """Wait until the device has done the step; return its tokens."""
         if self.done is not None:
             self.done.synchronize()
-        return [int(token) for token in self.tokens]
+        return cast(list[int], self.tokens.tolist())
 
 
 @dataclass
@@ -87,12 +87,14 @@ class Runner:
         compiled: Literal["off", "decode", "all"] = "off",
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
-        self.vocab_size = model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else model.config.vocab_size
+        self.vocab_size: int = model.get_output_embeddings().out_features
         self.sampler = Sampler(self.vocab_size, device)
         self._dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
         self._scales = cache_scales or {}
+        self._wants_graphs = cuda_graphs and device.type == "cuda"
+        self._buckets = [*(bucket for bucket in BUCKETS if bucket < limits.max_running), min(limits.max_running, BUCKETS[-1])]
         self._columns = -(-limits.context_length // PAGE)
-        width = limits.token_budget * 3 + (limits.max_running + 1) * (2 + 2 * self._columns)
+        width = limits.token_budget * 3 + PROMPT_LOGITS + (limits.max_running + 1) * (3 + 2 * self._columns)
         self._host = [torch.zeros(width, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._answers = [torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._turns = itertools.cycle(range(FLYING))
@@ -101,6 +103,7 @@ class Runner:
             self.table = torch.zeros(limits.max_running + 1, self._columns, dtype=torch.int32, device=device)  # the last row is for padding
             self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)  # the token that each row sampled last
             said = _Stopwatch()
+            _freeze_rotary(model, limits.context_length)
             self.geometry = self._record()
             self._eager_prefill = compiled == "decode"
             if not fuse(model) and compiled != "off":
@@ -115,7 +118,7 @@ class Runner:
             self.page_count = self._affordable(static_share, max_tokens, peak)
             self.layers = self._pages(self.page_count)
             self.graphs: dict[int, _Graph] = {}
-            if cuda_graphs and device.type == "cuda":
+            if self._wants_graphs:
                 self._capture()
                 said(f"{len(self.graphs)} CUDA graphs captured")
 
@@ -143,6 +146,7 @@ class Runner:
     def close(self) -> None:
         """Give the memory back."""
         self.graphs, self.layers, self.model = {}, {}, None
+        self.table = self._inputs = self._last = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -186,6 +190,8 @@ class Runner:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             room = int(total * static_share) - (total - free)
+            if self._wants_graphs:  # each keeps its logits
+                peak += sum(self._buckets) * self.vocab_size * self.model.dtype.itemsize
             if free - room < peak:
                 lowered = free - peak
                 needed = f"a step of {self.limits.token_budget} tokens needs the rest"
@@ -193,11 +199,14 @@ class Runner:
                 warnings.warn(message, stacklevel=2)
                 room = lowered
         else:
-            room = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+            room = int(psutil.virtual_memory().available * CPU_SHARE)
         count = min(most, room // self.page_bytes)
         if count < 1 or (max_tokens is not None and count < most):
             message = f"{max(room, 0) / 1e9:.1f} GB are left for the KV cache, which is {max(room, 0) // self.page_bytes * PAGE} tokens"
-            raise ResourceError("E_KV_CACHE", message, hint="raise --mem-fraction-static, or lower --max-total-tokens, --chunked-prefill-size")
+            hint = (
+                "raise mem_fraction_static or lower chunked_prefill_size" if self.device.type == "cuda" else "a quarter of the free memory is taken"
+            )
+            raise ResourceError("E_KV_CACHE", message, hint=f"{hint}; or lower max_total_tokens")
         return count
 
     def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
@@ -229,8 +238,8 @@ class Runner:
         if requests and (tokens is None or not all(_is_plain(request) for request in requests)):
             samples = self.sampler.sample(logits, requests)
             tokens = samples.tokens.int()
-            rows = torch.tensor([chunk.sequence.row for chunk in chunks if chunk.samples])
-            self._last.index_put_((rows.to(self.device, non_blocking=True),), tokens)
+            rows = self._shipped([chunk.sequence.row for chunk in chunks if chunk.samples])
+            self._last.index_put_((rows,), tokens.clamp(min=0))  # of logits that are not finite the next step gets some token, until they are read
             if samples.logprobs is not None:
                 launched.logprobs, launched.logprob_rows = _on_host(samples.logprobs), samples.logprob_rows
         if tokens is not None:
@@ -261,7 +270,7 @@ class Runner:
         self.table.view(-1).index_put_((places,), pages)
         logits = self._logits(Packed(self.table, rows, positions, size, counters=self._counters), torch.where(ids < 0, self._last[rows], ids), 0)
         tokens = greedy(logits).int()
-        self._last.index_put_((rows,), tokens)
+        self._last.index_put_((rows,), tokens.clamp(min=0))
         return logits, tokens
 
     def _run(self, turn: int, step: Step, whole: Sequence[int]) -> Tensor:
@@ -317,7 +326,7 @@ class Runner:
         for position, chunk in enumerate(step.chunks):
             if position in alternatives:
                 following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-                targets = torch.tensor(following, dtype=torch.long).to(self.device)
+                targets = self._shipped(following)
                 found[position] = logprobs_of(logits[first : first + len(following)], targets, alternatives[position])
                 first += chunk.count
             elif chunk.samples:
@@ -331,30 +340,51 @@ class Runner:
             first += chunk.count if position in whole else chunk.samples
             if chunk.samples:
                 kept.append(first - 1)
-        return torch.tensor(kept, dtype=torch.long).to(self.device)
+        return self._shipped(kept)
+
+    def _shipped(self, numbers: Sequence[int | None]) -> Tensor:
+        """Return ``numbers`` on the device, int64, without waiting for it."""
+        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def _capture(self) -> None:
-        """Capture the decode step of each bucket; without graphs, and a warning, where the model's code does not allow it."""
+        """Capture the decode step of each bucket, the largest first; none, and a warning, where the model's code does not allow it."""
         pool = torch.cuda.graph_pool_handle()
-        sizes = [bucket for bucket in BUCKETS if bucket < self.limits.max_running]
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        padding = torch.tensor([[self.limits.max_running], [self.limits.max_running * self._columns]])
         graphs: dict[int, _Graph] = {}
         try:
-            for size in [self.limits.max_running, *reversed(sizes)] if self.limits.max_running <= BUCKETS[-1] else [*reversed(BUCKETS)]:
+            for size in reversed(self._buckets):
                 self._inputs.zero_()
-                self._inputs[: 5 * size].view(5, size)[2:4] = torch.tensor([[self.limits.max_running], [self.limits.max_running * self._columns]])
+                self._inputs[: 5 * size].view(5, size)[2:4] = padding
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     self._decode(size)  # what compiles at first use does so now
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # another engine may run
                     logits, tokens = self._decode(size)
                 graphs[size] = _Graph(graph, logits, tokens)
+        except torch.OutOfMemoryError:
+            warnings.warn(f"there is memory for {len(graphs)} of {len(self._buckets)} CUDA graphs; lower mem_fraction_static", stacklevel=2)
         except (RuntimeError, ValueError) as error:
             warnings.warn(f"decode runs without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
             return
         self.graphs = dict(sorted(graphs.items()))
+
+
+def _freeze_rotary(model: Any, context_length: int) -> None:
+    """Settle rotary embeddings that change with the longest position of a pass (longrope, dynamic) for the whole context, as vLLM does.
+
+    Sequences of any length share a pass here, and keys that were rotated once stay in the cache.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds is None or "inv_freq" not in " ".join(name for name, _ in module.named_buffers()):
+            continue
+        last = torch.tensor([[context_length - 1]], device=model.device)
+        for layer_type in kinds if isinstance(kinds, dict) else [None]:
+            module(torch.zeros(1, dtype=model.dtype, device=model.device), last, *([layer_type] if layer_type else []))
+        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 class _Stopwatch:

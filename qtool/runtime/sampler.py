@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -256,7 +256,7 @@ class RowRequest:
     seed: int
     position: int
     history: History | None = None
-    end_ids: Sequence[int] = ()
+    end_ids: Collection[int] = ()
     logprobs: bool = False
     top_logprobs: int = 0
 

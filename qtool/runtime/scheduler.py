@@ -11,7 +11,6 @@ fail by themselves.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from typing import Any, Literal
 from qtool.errors import UsageError
 from qtool.runtime.attention import PAGE
 from qtool.runtime.cache import Pages, page_digest
+
+PROMPT_LOGITS = 256  # tokens of prompts a step whose logits are wanted
 
 
 @dataclass(eq=False, slots=True)
@@ -30,7 +31,7 @@ class Sequence:
     max_new_tokens: int
     waits_for_tokens: bool = False  # each token must be read before the next is scheduled (penalties count tokens)
     use_prefix: bool = True  # False: every token of the prompt is computed (logprobs of the prompt)
-    max_chunk: int = sys.maxsize  # tokens of the prompt a step (logprobs of the prompt take memory)
+    needs_logits: bool = False  # for all tokens of the prompt, which is then computed in small parts: they take memory
     owner: Any = None  # whatever the caller wants to find here again
     state: Literal["waiting", "running", "finished"] = "waiting"
     tokens: list[int] = field(init=False)  # prompt and outputs read back
@@ -89,6 +90,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0  # tokens of admitted prompts that might have been in the cache
         self.prefix_hits = 0  # those that were
+        self._logits_left = PROMPT_LOGITS
         self._rows = list(range(self.max_running - 1, -1, -1))
 
     @property
@@ -122,6 +124,7 @@ class Scheduler:
 
         The caller must launch the step, or `fail` the sequences in it.
         """
+        self._logits_left = PROMPT_LOGITS
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
@@ -186,7 +189,8 @@ class Scheduler:
         """Add the next chunk of a prompt, of at most ``budget`` tokens, and return its size."""
         start = sequence.computed
         left = len(sequence.tokens) - start
-        count = min(left, budget, sequence.max_chunk)
+        count = min(left, budget, self._logits_left) if sequence.needs_logits else min(left, budget)
+        self._logits_left -= count if sequence.needs_logits else 0
         if count:
             chunk = Chunk(sequence, start, count, count == left)
             (decodes if chunk.samples and count == 1 and start else prefills).append(chunk)

@@ -33,7 +33,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Keep torchao, which comes with transformers, from telling which of its libraries do not fit this machine."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
@@ -50,7 +50,7 @@ class Skeleton:
     """The transformers model of a checkpoint, without data."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        with _quiet_imports():
+        with quiet_imports():
             from transformers import AutoConfig, AutoModelForCausalLM
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -61,7 +61,7 @@ class Skeleton:
             self.config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
             if hasattr(self.config, "quantization_config"):
                 del self.config.quantization_config
-            with _quiet_imports(), self._no_data:
+            with quiet_imports(), self._no_data:
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         except Exception as error:  # a config comes from outside, and transformers finds many ways to fail on one
             message = f"{checkpoint.path}: transformers makes no language model of its config ({one_line(error)})"

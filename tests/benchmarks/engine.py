@@ -2,7 +2,7 @@
 
     OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--quick] [--profile] [--set max_running_requests=64 ...]
 
-``--profile``: also the kernels of one decode step at batch 1, by time, with the gaps between them. ``--quick``: without throughput and prefill.
+``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without throughput and prefill.
 """
 
 from __future__ import annotations
@@ -55,27 +55,30 @@ def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
     return found
 
 
-def profile(engine: Engine, batch: int) -> list[str]:
-    """Return where the time of a decode step goes: kernels by name, per step, and what lies between them."""
+def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
+    """Return where the time of ``batch`` requests goes, of ``size`` tokens and as many new ones: kernels by name, and how long the device is busy.
+
+    Kernels that start early (PDL) count the time that they wait for the one before: durations overlap.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    steps = 40
+    asked = prompts(batch, size)
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        seconds(engine, prompts(batch, 64), steps + 1)
+        seconds(engine, asked, tokens)
         torch.cuda.synchronize()
-    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in recorded.events() if e.device_type.name == "CUDA")
-    steady = events[len(events) // 3 :]
-    busy, end, times, counts = 0.0, steady[0][0], Counter(), Counter()
-    for start, stop, name in steady:
+    events = sorted((event.time_range.start, event.time_range.end, event.name) for event in recorded.events() if event.device_type.name == "CUDA")
+    busy, end = 0.0, events[0][0]
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for start, stop, name in events:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-        times[name[:70]] += stop - start
-        counts[name[:70]] += 1
-    whole = end - steady[0][0]
-    lines = [f"batch {batch}: {whole / 1e3:.1f} ms recorded, busy {busy / whole:.1%}, {sum(counts.values())} kernels; by kernel:"]
-    lines += [f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}" for name, time in times.most_common(24)]
-    return lines
+        times[name[:80]] += stop - start
+        counts[name[:80]] += 1
+    whole = end - events[0][0]
+    lines = [f"{batch} x ({size} + {tokens}): {whole / 1e3:.1f} ms, busy {busy / whole:.1%}, {counts.total()} kernels"]
+    return lines + [f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}" for name, time in times.most_common(20)]
 
 
 def main() -> None:
@@ -110,7 +113,8 @@ def main() -> None:
             results[kind] = found
             print(f"RESULT qtool {kind} {json.dumps(found)}", flush=True)
             if options.profile:
-                print("\n".join(line for batch in (1, 64) for line in profile(engine, batch)), flush=True)
+                for shape in ((1, 64, 41), (16, 128, 41), (8, 2048, 1)):
+                    print("\n".join(profile(engine, *shape)), flush=True)
         Path(os.environ.get("OUT", "."), "engine.json").write_text(json.dumps(results, indent=1))
 
 

@@ -3,7 +3,7 @@
 Each computes in f32 and rounds where the model's own code rounds, so that both say the same; codes are those `row_quantize` finds.
 """
 
-# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
 from functools import cache
@@ -114,7 +114,6 @@ def rotate_and_write(
         FP8=k_pages.dtype == torch.float8_e4m3fn,
         PAGE=page,
         TOGETHER=together,
-        BLOCK=block,
         **_launch(qkv.device, together * block),
     )
     return q
@@ -211,48 +210,79 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotated(  # type: ignore[no-untyped-def]
+def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store ``value``, f32, in units of ``scale`` for fp8."""
+    if FP8:
+        inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
+        ratio = tl.clamp(value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)  # not infinite, which the next line would make NaN
+        ratio = tl.fma(tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio)  # value / scale, correctly rounded, as in `codes_of`
+        value = tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(value, cos, other, sin, angle: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``value * cos + other * sin``, f32, each rounded."""
+    return ((value * cos).to(angle).to(tl.float32) + (other * sin).to(angle).to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _put_heads(  # type: ignore[no-untyped-def]
     x,
+    out,
+    inside,
     weight,
     cos,
     sin,
-    inside,
-    d,
     eps,
+    scale,
     D: tl.constexpr,
     ROTATED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
+    FP8: tl.constexpr,
 ):
-    """Return the heads at ``x + d``, f32 [H, D], normed, and rotated by the angles of their token. Channel d turns with the one half of them away."""
+    """Norm the heads at ``x`` [H, 1], rotate them by the angles of their token, and store them at ``out`` [H, 1], those ``inside``.
+
+    Of the channels that are rotated, one of the first half turns with one of the second. All loads have the shape [H, ...], those of the angles too:
+    of another shape they would have another layout, and go through shared memory.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
-    value = tl.load(x + d, mask=inside, other=0.0).to(tl.float32)
-    if ROTATED:
-        other_d = tl.where(d < ROTATED, (d + ROTATED // 2) % ROTATED, d)
-        other = tl.load(x + other_d, mask=inside, other=0.0).to(tl.float32)
-    if weight is not None:
-        mean = tl.sum(value * value, 1, keep_dims=True) / D
-        value = _normed(value, tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32), mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
-        if ROTATED:
-            other_weight = tl.load(weight + other_d, mask=d < D, other=0.0).to(tl.float32)
-            other = _normed(other, other_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
-    if ROTATED:
+    HALF: tl.constexpr = ROTATED // 2
+    REST: tl.constexpr = D - ROTATED
+    squares = tl.zeros(x.shape, tl.float32)
+    if HALF:
+        i = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+        turning = inside & (i < HALF)
+        first = tl.load(x + i, mask=turning, other=0.0).to(tl.float32)
+        second = tl.load(x + HALF + i, mask=turning, other=0.0).to(tl.float32)
+        if weight is not None:
+            squares += tl.sum(first * first + second * second, 1, keep_dims=True)
+    if REST:
+        j = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(REST))[None, :]
+        resting = inside & (j < REST)
+        rest = tl.load(x + ROTATED + j, mask=resting, other=0.0).to(tl.float32)
+        if weight is not None:
+            squares += tl.sum(rest * rest, 1, keep_dims=True)
+    if HALF:
+        if weight is not None:
+            first_weight = tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)
+            second_weight = tl.load(weight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+            first = _normed(first, first_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+            second = _normed(second, second_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
         angle: tl.constexpr = cos.dtype.element_ty
-        along = (value * tl.load(cos + d, mask=d < ROTATED, other=1.0).to(tl.float32)).to(angle).to(tl.float32)
-        across = (tl.where(d < ROTATED // 2, -other, other) * tl.load(sin + d, mask=d < ROTATED, other=0.0).to(tl.float32)).to(angle).to(tl.float32)
-        value = (along + across).to(dtype).to(tl.float32)
-    return value
+        first_cos, first_sin = tl.load(cos + i, mask=i < HALF).to(tl.float32), tl.load(sin + i, mask=i < HALF).to(tl.float32)
+        second_cos, second_sin = tl.load(cos + HALF + i, mask=i < HALF).to(tl.float32), tl.load(sin + HALF + i, mask=i < HALF).to(tl.float32)
+        _put(_turned(first, first_cos, -second, first_sin, angle, dtype), out + i, turning, scale, FP8)
+        _put(_turned(second, second_cos, first, second_sin, angle, dtype), out + HALF + i, turning, scale, FP8)
+    if REST:
+        if weight is not None:
+            rest_weight = tl.load(weight + ROTATED + j, mask=j < REST, other=0.0).to(tl.float32)
+            rest = _normed(rest, rest_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+        _put(rest, out + ROTATED + j, resting, scale, FP8)
 
 
-@triton.jit
-def _stored(value, scale, pages, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what pages hold for ``value``."""
-    if FP8:
-        value = tl.clamp(tl.div_rn(value, tl.zeros_like(value) + scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    return value.to(pages.dtype.element_ty)
-
-
-@triton.jit(do_not_specialize=["k_scale", "v_scale", "eps"])
+@triton.jit(do_not_specialize=["k_scale", "v_scale", "eps"], do_not_specialize_on_alignment=["table", "rows", "positions"])
 def _rotate_and_write(  # type: ignore[no-untyped-def]
     qkv,
     q_weight,
@@ -284,13 +314,11 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     FP8: tl.constexpr,
     PAGE: tl.constexpr,
     TOGETHER: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_blocks: tl.constexpr = (HEADS + TOGETHER - 1) // TOGETHER
     kv_blocks: tl.constexpr = (KV_HEADS + TOGETHER - 1) // TOGETHER
-    d = tl.arange(0, BLOCK)[None, :]
     start_early(PDL)
     x = qkv + t * stride
     if ROTATED:
@@ -298,21 +326,18 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         sin += t * ROTATED
     if block < q_blocks:
         head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-        inside = (head < HEADS) & (d < D)
-        value = _rotated(x + Q_AT + head * D, q_weight, cos, sin, inside, d, eps, D, ROTATED, PLUS_ONE, LATE)
-        tl.store(q + (t * HEADS + head) * D + d, value.to(q.dtype.element_ty), mask=inside)
+        _put_heads(x + Q_AT + head * D, q + (t * HEADS + head) * D, head < HEADS, q_weight, cos, sin, eps, 1.0, D, ROTATED, PLUS_ONE, LATE, False)
     else:
         position = tl.load(positions + t)
         page = tl.load(table + tl.load(rows + t).to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
         head = ((block - q_blocks) % kv_blocks * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-        inside = (head < KV_HEADS) & (d < D)
-        slot = (head * PAGE + position % PAGE) * D + d
+        slot = (head * PAGE + position % PAGE) * D
         if block < q_blocks + kv_blocks:
-            value = _rotated(x + K_AT + head * D, k_weight, cos, sin, inside, d, eps, D, ROTATED, PLUS_ONE, LATE)
-            tl.store(k_pages + page * k_stride + slot, _stored(value, k_scale, k_pages, FP8), mask=inside)
+            out = k_pages + page * k_stride + slot
+            _put_heads(x + K_AT + head * D, out, head < KV_HEADS, k_weight, cos, sin, eps, k_scale, D, ROTATED, PLUS_ONE, LATE, FP8)
         else:
-            value = tl.load(x + V_AT + head * D + d, mask=inside, other=0.0).to(tl.float32)
-            tl.store(v_pages + page * v_stride + slot, _stored(value, v_scale, v_pages, FP8), mask=inside)
+            out = v_pages + page * v_stride + slot
+            _put_heads(x + V_AT + head * D, out, head < KV_HEADS, None, None, None, eps, v_scale, D, 0, PLUS_ONE, LATE, FP8)
 
 
 @triton.jit

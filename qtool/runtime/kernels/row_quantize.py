@@ -18,7 +18,7 @@ PIECE = 16384  # inputs of a row at a time
 def quantize_rows(x: Tensor, format: Literal["fp8", "int8"], static_scale: Tensor | None = None, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """Return the codes [M, K] of ``x`` [M, K], contiguous, and their scales, f32 [M, 1]; ``static_scale``, a scalar, is that of every row.
 
-    ``pdl``: the next kernel may start early, and waits for this one by itself.
+    ``pdl``: on sm_90, start while the kernel before ends; the next one may do so too, if it waits for this one by itself.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
@@ -49,10 +49,10 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
         magic = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
-        return ((tl.clamp(ratio, -128.0, 127.0) + magic) - magic).to(tl.int8)
+        return (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)  # the lowest bits of a code stand last
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["static_scale"])
 def _quantize(x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]

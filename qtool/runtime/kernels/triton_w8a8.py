@@ -79,7 +79,7 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
     (tokens, columns), rows = x.shape, spec.shape[0]
     if row_scale is None:
         static = packed.get("input_scale") if spec.static_input else None
-        x, row_scale = quantize_rows(x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=tile.pdl)
+        x, row_scale = quantize_rows(x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True)
     if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:  # rows of whole 16 bytes, as TMA wants them
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
 
