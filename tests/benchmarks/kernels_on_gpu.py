@@ -255,7 +255,7 @@ def check_compile(case: Case, layer: QuantizedLinear, device: torch.device) -> N
         x = inputs_of(case, 16, 0, device)
         expected = layer(x)
         error = distance(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected.double())
-        if not error <= 3e-3:
+        if not error <= LIMIT:  # humming adds the sums of several blocks in bf16, in any order
             case.failures.append(f"torch.compile: differs by {error:.2g}")
     except Exception as error:
         fail(case, "torch.compile", error)
