@@ -32,6 +32,11 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "phi3": {},
     "olmo2": {},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+        **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+    },
 }
 GREEDY = {"temperature": 0, "max_new_tokens": 20}
 
@@ -227,7 +232,7 @@ def test_logprobs_are_the_models(example, reference):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("start", [0, 1, 23, 24, 25, 255, 256, 257, 298, 299])
+@pytest.mark.parametrize("start", [0, 24, 25, 256, 299])
 def test_logprobs_of_a_prompt_that_is_computed_in_parts(reference, start, overlap):
     prompt = prompts_of(1, 2000, longest=2)[0] + list(range(100, 399))
     prompt = prompt[:300]

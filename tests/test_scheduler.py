@@ -18,6 +18,7 @@ from qtool.runtime.scheduler import Chunk, Scheduler, Sequence, Step
 VOCABULARY = 50
 NAN = -1  # a token sampled from logits that are not finite
 BAD = None  # what a page holds where keys and values are not finite
+TORN = (-2,)  # and where a step that broke off left some layers unwritten: nobody may read it
 BASES = [[base * 7 + i % 5 for i in range(150)] for base in range(3)]  # prompts start as one of these
 
 
@@ -77,6 +78,12 @@ class Device:
                 sampled.append(tokens[-1])
         return sampled
 
+    def tear(self, step: Step) -> None:
+        """Break off within ``step``: no tokens, and keys and values of some layers only."""
+        self.table.update(((row, column), page) for row, column, page in step.updates)
+        for chunk in step.chunks:
+            self.slots.update((self.place(chunk, position), TORN) for position in range(chunk.start, chunk.start + chunk.count))
+
     def place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         assert chunk.sequence.row is not None
         page = self.table[chunk.sequence.row, position // PAGE]
@@ -110,7 +117,7 @@ class Loop:
         runs, advances = list(scheduler.running), False
         if oldest is not None and oldest.length < oldest.longest:
             advances = not (oldest.pending and (oldest.waits_for_tokens or oldest not in runs))
-        before = {s: (s.length, s.computed, s.state, s.pending) for s in self.live}
+        before = {s: (s.length, s.computed, (s.state, s.preemptions), s.pending) for s in self.live}
         step = scheduler.schedule()
         chunks = step.chunks if step else []
         assert not advances or oldest in [chunk.sequence for chunk in chunks], "the oldest does not advance"
@@ -121,7 +128,8 @@ class Loop:
             sequence, (length, computed, state, pending) = chunk.sequence, before[chunk.sequence]
             assert sequence.state == "running"
             assert chunk.count >= 1
-            assert chunk.start == (computed if state == "running" else chunk.start // PAGE * PAGE)
+            ran_on = state == ("running", sequence.preemptions)  # else it was admitted, perhaps again: a page that it gave up was enough
+            assert chunk.start == (computed if ran_on else chunk.start // PAGE * PAGE)
             assert chunk.samples == (chunk.start + chunk.count == length)
             assert (sequence.computed, sequence.pending) == (chunk.start + chunk.count, pending + chunk.samples)
             assert sequence.length <= sequence.longest
@@ -129,6 +137,8 @@ class Loop:
             is_decode = chunk.count == 1 and chunk.samples and chunk.start > 0
             assert is_decode == (number < step.decodes)
             assert is_decode or chunk.start + chunk.count <= len(sequence.tokens)
+        # Whoever was admitted or got pages is in the step, so no other loses changes of the table, or shares its pages, when it fails.
+        assert step is None or {row for row, *_ in step.updates} <= {chunk.sequence.row for chunk in chunks}
         return step
 
     def launch(self, bad: Sequence | None = None) -> bool:
@@ -142,6 +152,22 @@ class Loop:
         if step:
             self.device.run(step, broken=True)
             self.fail(step)
+
+    def launch_lacks_memory(self, *, torn: bool) -> Sequence | None:
+        """Return who failed. ``torn``: some of the step ran before memory was short."""
+        step, newest = self.schedule(), None
+        if step:
+            if torn:
+                self.device.tear(step)
+            sequences = [chunk.sequence for chunk in step.chunks]
+            before = {chunk.sequence: chunk.sequence.pending - chunk.samples for chunk in step.chunks}
+            newest = self.scheduler.undo(step)
+            assert newest is max(sequences, key=self.live.index)
+            assert all((s.state, s.pending) == ("waiting", before[s]) for s in sequences)
+            self.check()
+            self.end(newest)
+            self.scheduler.fail(newest)
+        return newest
 
     def read(self, stop: int | None = None) -> None:
         step, tokens = self.flying.popleft()
@@ -238,22 +264,24 @@ class Engine(RuleBasedStateMachine):
         max_running=st.integers(1, 6),
         budget=st.sampled_from([1, 2, 5, 16, 33, 64, 400]),
         context=st.sampled_from([40, 200]),
+        logits=st.sampled_from([3, 20, 256]),
     )
-    def begin(self, pages, max_running, budget, context):
+    def begin(self, pages, max_running, budget, context, logits):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("qtool.runtime.scheduler.PROMPT_LOGITS", logits)
         self.loop = Loop(pages, max_running, budget, context)
 
     @rule(
         prompt=prompts,
         new=st.integers(0, 60),
-        waits=st.booleans(),
+        waits=st.lists(st.booleans(), min_size=1, max_size=4),  # one sequence each
         use_prefix=st.sampled_from([True, True, False]),
         needs_logits=st.booleans(),
-        times=st.integers(1, 4),
     )
-    def arrive(self, prompt, new, waits, use_prefix, needs_logits, times):
+    def arrive(self, prompt, new, waits, use_prefix, needs_logits):
         scheduler = self.loop.scheduler
-        for _ in range(times):
-            sequence = Sequence(prompt, new, waits_for_tokens=waits, use_prefix=use_prefix, needs_logits=needs_logits)
+        for waits_for_tokens in waits:
+            sequence = Sequence(prompt, new, waits_for_tokens=waits_for_tokens, use_prefix=use_prefix, needs_logits=needs_logits)
             stored = len(prompt) + max(min(new, scheduler.context_length - len(prompt)), 1) - 1
             if not 0 < len(prompt) < scheduler.context_length or stored > scheduler.pages.count * PAGE:
                 with pytest.raises(UsageError):
@@ -295,6 +323,13 @@ class Engine(RuleBasedStateMachine):
     def launch_raises(self):
         self.loop.launch_raises()
 
+    @precondition(lambda self: self.loop.live)
+    @rule(flying=st.integers(0, 2), torn=st.booleans())
+    def launch_lacks_memory(self, flying, torn):
+        while len(self.loop.flying) < flying and self.loop.launch():
+            pass
+        self.loop.launch_lacks_memory(torn=torn)
+
     @precondition(lambda self: self.loop.flying)
     @rule()
     def read_raises(self):
@@ -308,7 +343,13 @@ class Engine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "loop"):
             return
-        loop = self.loop
+        try:
+            self.end(self.loop)
+        finally:
+            self.patch.undo()
+
+    @staticmethod
+    def end(loop):
         loop.drain()
         assert loop.scheduler.pages.free == loop.scheduler.pages.count
         assert len(loop.scheduler._rows) == loop.scheduler.max_running
@@ -460,6 +501,86 @@ def test_a_step_that_fails_late_takes_its_pages_from_the_cache(how):
     loop.scheduler.fail(second)
     assert digest not in loop.scheduler.pages._by_digest
     assert digests_of(first.prompt)[0] in loop.scheduler.pages._by_digest
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop, torn):
+    loop.add(old := Sequence(BASES[0][:40], 9))
+    loop.launch()
+    loop.launch()
+    for prompt in (BASES[1][:50], BASES[1][:60]):
+        loop.add(Sequence(prompt, 9))
+    _, middle, new = loop.live
+    pages = loop.scheduler.pages
+    known = digests_of(middle.prompt)[0]
+    step = loop.schedule()
+    assert new.pages[:3] == middle.pages[:3]
+    assert known in pages._by_digest
+    loop.device.tear(step) if torn else None
+    assert loop.scheduler.undo(step) is new
+    loop.check()
+    assert list(loop.scheduler.waiting) == [old, middle, new]
+    assert [s.pending for s in (old, middle, new)] == [2, 0, 0]  # the tokens that are on their way to `old` will be read
+    assert known not in pages._by_digest  # nobody wrote it
+    assert pages.free == pages.count
+    loop.end(new)
+    loop.scheduler.fail(new)
+    loop.drain()
+    assert [s.tokens for s in (old, middle)] == [answer(s.prompt, 9) for s in (old, middle)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_sequences_while_memory_is_short_again_and_again(seed, monkeypatch):
+    chance = random.Random(seed)
+    monkeypatch.setattr("qtool.runtime.scheduler.PROMPT_LOGITS", chance.choice([3, 20, 256]))
+    loop = Loop(pages=chance.choice([8, 16, 40]), max_running=chance.choice([3, 8]), token_budget=chance.choice([5, 33, 200]))
+    sequences, failed = [], []
+    for _ in range(40):
+        prompt = [*BASES[chance.randrange(3)][: chance.randrange(60)], chance.randrange(4)]
+        waits, logits = chance.random() < 0.3, chance.random() < 0.3
+        sequences.append(Sequence(prompt, chance.randrange(1, 40), waits_for_tokens=waits, needs_logits=logits))
+        loop.add(sequences[-1])
+        for _ in range(chance.randrange(5)):
+            loop.turn()
+        if chance.random() < 0.4:
+            failed.append(loop.launch_lacks_memory(torn=chance.random() < 0.5))
+            loop.check()
+    loop.drain()
+    assert any(failed)
+    served = [sequence for sequence in sequences if sequence not in failed]
+    assert [s.tokens for s in served] == [answer(s.prompt, s.max_new_tokens) for s in served]
+
+
+def test_those_that_came_after_a_step_without_memory_wait_behind_it(loop):
+    for i in range(3):
+        loop.add(Sequence([i] * 20, 9, waits_for_tokens=i == 1))
+    old, middle, new = loop.live
+    loop.launch()
+    loop.add(last := Sequence([3] * 20, 9))
+    step = loop.schedule()
+    assert [chunk.sequence for chunk in step.chunks] == [old, new, last]
+    assert loop.scheduler.undo(step) is last
+    loop.check()
+    assert list(loop.scheduler.waiting) == [old, middle, new, last]
+    assert middle.pending == 1
+    known = digests_of(middle.prompt)
+    assert loop.scheduler.pages.match(known)  # it was computed before
+    loop.scheduler.pages.release(loop.scheduler.pages.match(known) * 2)
+    loop.drain()
+    assert [s.tokens for s in (old, middle, new, last)] == [answer(s.prompt, 9) for s in (old, middle, new, last)]
+
+
+def test_none_is_admitted_without_a_part_in_the_step(loop, monkeypatch):
+    monkeypatch.setattr("qtool.runtime.scheduler.PROMPT_LOGITS", 20)
+    for _ in range(2):
+        loop.add(Sequence(BASES[0][:40], 3, needs_logits=True))
+    first, second = loop.live
+    step = loop.schedule()
+    assert [chunk.sequence for chunk in step.chunks] == [first]
+    assert second.state == "waiting"  # else it shared a page of `first` and were not taken back with it
+    assert loop.scheduler.undo(step) is first
+    loop.drain()
+    assert [s.tokens for s in (first, second)] == [answer(s.prompt, 3) for s in (first, second)]
 
 
 def test_the_newest_gives_way_and_its_pending_token_is_kept():

@@ -19,6 +19,7 @@ from torch import Tensor
 from qtool.errors import CheckpointRefused, ResourceError, one_line
 from qtool.runtime.attention import NAME, PAGE, KVPages, LayerGeometry, Packed, new_counters, recording, running
 from qtool.runtime.fused import fuse
+from qtool.runtime.linear import ExpertStack
 from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, SamplingParams, greedy, logprobs_of
 from qtool.runtime.scheduler import PROMPT_LOGITS, Chunk, Step
 
@@ -91,7 +92,8 @@ class Runner:
         self.sampler = Sampler(self.vocab_size, device)
         self._dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
         self._scales = cache_scales or {}
-        self._wants_graphs = cuda_graphs and device.type == "cuda"
+        experts = any(isinstance(module, ExpertStack) for module in model.modules())  # they ask the device which of them have tokens
+        self._wants_graphs = cuda_graphs and device.type == "cuda" and not experts
         self._buckets = [*(bucket for bucket in BUCKETS if bucket < limits.max_running), min(limits.max_running, BUCKETS[-1])]
         self._columns = -(-limits.context_length // PAGE)
         width = limits.token_budget * 3 + PROMPT_LOGITS + (limits.max_running + 1) * (3 + 2 * self._columns)

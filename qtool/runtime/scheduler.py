@@ -166,19 +166,19 @@ class Scheduler:
         sequence.state = "finished"
 
     def undo(self, step: Step) -> Sequence:
-        """Take ``step`` back, which could not be launched: its sequences wait to be computed again, before all that wait. Return the newest."""
+        """Take ``step`` back, which `schedule` just returned and could not be launched; return the newest of its sequences.
+
+        They wait to be computed again, before all that wait. So do those that came after the first of them, though not in the step.
+        """
         chunks = {chunk.sequence: chunk for chunk in step.chunks}
-        undone = [sequence for sequence in self.running if sequence in chunks]
-        for sequence in reversed(undone):
-            self.running.remove(sequence)
-            self._vacate(sequence)
-            self.pages.forget(sequence.digests)  # pages that the step was to write are known already
-            sequence.pending -= chunks[sequence].samples
-            sequence.state = "waiting"
-            sequence.preemptions += 1
-            self.preemptions += 1
-            self.waiting.appendleft(sequence)
-        return undone[-1]
+        first = next(number for number, sequence in enumerate(self.running) if sequence in chunks)
+        newest = next(sequence for sequence in reversed(self.running) if sequence in chunks)
+        while len(self.running) > first:
+            sequence = self._preempt()
+            if sequence in chunks:
+                self.pages.forget(sequence.digests)  # pages that the step was to write are known already
+                sequence.pending -= chunks[sequence].samples
+        return newest
 
     def fail(self, sequence: Sequence) -> None:
         """End ``sequence``, also after `finish`, and let nobody match pages with its tokens: what they hold may be wrong."""
@@ -201,6 +201,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
+        if sequence.needs_logits and not self._logits_left:  # who is admitted is in the step: it may share the step's pages, and must fail with it
+            return False
         reserve = len(self.running)  # a page for each that runs: they go on for some steps before one is preempted
         if sequence.pending or sequence.length >= sequence.longest or self.pages.free <= reserve:
             return False
@@ -229,18 +231,22 @@ class Scheduler:
     def _grow(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
         """Give a running sequence one more page, if need be that of a newer one; False when it is the newest and was preempted itself."""
         while not (page := self.pages.allocate(1)):
-            newest = self.running.pop()
-            self._vacate(newest)
-            newest.state = "waiting"
-            newest.preemptions += 1
-            self.preemptions += 1
-            self.waiting.appendleft(newest)
-            if newest is sequence:
+            if self._preempt() is sequence:
                 return False
         assert sequence.row is not None
         updates.append((sequence.row, len(sequence.pages), page[0]))
         sequence.pages += page
         return True
+
+    def _preempt(self) -> Sequence:
+        """Let the newest that runs wait, before all that wait, to be computed again."""
+        newest = self.running.pop()
+        self._vacate(newest)
+        newest.state = "waiting"
+        newest.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(newest)
+        return newest
 
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.row is not None
