@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
 from qtool.runtime.skeleton import quiet_imports
+from qtool.weight import to_fp8
 
 with quiet_imports():
     from transformers.masking_utils import AttentionMaskInterface
@@ -32,7 +33,6 @@ with quiet_imports():
 PAGE = 16  # tokens of a page
 NAME = "qtool"  # what `attn_implementation` says to have this
 MAX_HEAD_DIM = 256
-FP8_MAX = 448.0  # of float8_e4m3fn
 
 
 @dataclass
@@ -88,7 +88,7 @@ def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
     pages, slots = packed.table[rows, positions // PAGE].long(), positions % PAGE
     for cached, new, scale in ((kv.k, k, kv.k_scale), (kv.v, v, kv.v_scale)):
         if cached.dtype == torch.float8_e4m3fn:
-            new = (new.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+            new = to_fp8(new.float() / scale)
         cached[pages, :, slots] = new.to(cached.dtype)
 
 

@@ -17,6 +17,7 @@ from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime import scheduler
 from qtool.runtime.cache import Pages
 from qtool.runtime.detokenizer import FinishReason, TextStream
+from qtool.runtime.kernels import current
 from qtool.runtime.runner import Launched, Runner
 from qtool.runtime.sampler import History, Logprobs, RowRequest, SamplingParams
 
@@ -136,7 +137,7 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode(), self.runner.on_device():
+            with torch.inference_mode(), current(self.runner.device):
                 while not self._stopping:
                     try:
                         self._turn()

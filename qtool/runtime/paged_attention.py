@@ -17,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.attention import PAGE, KVPages, Packed
-from qtool.runtime.kernels.triton_tiles import start_early
+from qtool.runtime.kernels.triton_tiles import GLUON, start_early
 
 LOG2_E = 1.4426950408889634
-# Gluon is experimental: with a Triton that `gluon_attention` was not seen to work with, `_prefill` does.
-GLUON = triton.__version__.startswith("3.6.")
 # What a kernel should not be compiled anew for.
 _ANY = {
     "do_not_specialize": ["width", "window", "least", "decodes"],

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from qtool.errors import CheckpointRefused, ResourceError, one_line
 from qtool.runtime.attention import NAME, PAGE, KVPages, LayerGeometry, Packed, new_counters, recording, running
 from qtool.runtime.fused import fuse
+from qtool.runtime.kernels import current
 from qtool.runtime.linear import ExpertStack
 from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, SamplingParams, greedy, logprobs_of
 from qtool.runtime.scheduler import PROMPT_LOGITS, Chunk, Step
@@ -100,7 +101,7 @@ class Runner:
         self._host = [torch.zeros(width, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._answers = [torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._turns = itertools.cycle(range(FLYING))
-        with torch.inference_mode(), self.on_device():
+        with torch.inference_mode(), current(device):
             self._inputs = torch.zeros(width, dtype=torch.int32, device=device)
             self.table = torch.zeros(limits.max_running + 1, self._columns, dtype=torch.int32, device=device)  # the last row is for padding
             self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)  # the token that each row sampled last
@@ -129,10 +130,6 @@ class Runner:
         """Bytes of a page of tokens, in all layers."""
         sizes = (layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in self.geometry)
         return sum(sizes) * PAGE * self._dtype.itemsize
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Make the runner's device the current one."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _record(self) -> list[LayerGeometry]:
         """Return what the attention of each layer is, found by a dry pass."""
@@ -212,7 +209,8 @@ class Runner:
         return count
 
     def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
-        """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T]; 0: after all."""
+        """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T], -1 for what its row sampled last; 0: after all."""
+        ids = torch.where(ids < 0, self._last[packed.rows], ids)
         eager = self._eager_prefill and packed.starts is not None
         with running(packed, self.layers), torch.compiler.set_stance("force_eager") if eager else nullcontext():
             output = self.model(input_ids=ids[None], position_ids=packed.positions[None], logits_to_keep=kept, use_cache=False)
@@ -233,9 +231,11 @@ class Runner:
             logits, tokens = self._replay(turn, step, size)
         else:
             logits, tokens = self._run(turn, step, [position for position, _ in prompts]), None
-        asked = self._prompt_logprobs(step, logits, prompts)
+        asked: dict[int, Logprobs] = {}
         if prompts:
-            logits = logits[self._last_of_each(step, [position for position, _ in prompts])]
+            rows_of = _rows_of_logits(step, [position for position, _ in prompts])
+            asked = self._prompt_logprobs(step, logits, prompts, rows_of)
+            logits = logits[self._shipped([rows[-1] for chunk, rows in zip(chunks, rows_of, strict=True) if chunk.samples])]
         launched = Launched(step, self._answers[turn][: len(requests)], None)
         if requests and (tokens is None or not all(_is_plain(request) for request in requests)):
             samples = self.sampler.sample(logits, requests)
@@ -270,7 +270,7 @@ class Runner:
         """Return logits and tokens of ``size`` sequences, from `_inputs`: token, position and row of each, and changes of the table."""
         ids, positions, rows, places, pages = self._inputs[: 5 * size].view(5, size).unbind()
         self.table.view(-1).index_put_((places,), pages)
-        logits = self._logits(Packed(self.table, rows, positions, size, counters=self._counters), torch.where(ids < 0, self._last[rows], ids), 0)
+        logits = self._logits(Packed(self.table, rows, positions, size, counters=self._counters), ids, 0)
         tokens = greedy(logits).int()
         self._last.index_put_((rows,), tokens.clamp(min=0))
         return logits, tokens
@@ -303,7 +303,7 @@ class Runner:
             self.table.view(-1).index_put_((places,), pages)
         packed = Packed(self.table, rows, positions, decodes, bounds if decodes < len(chunks) else None, counters=self._counters)
         packed.longest = max((chunk.count for chunk in chunks[decodes:]), default=0)
-        return self._logits(packed, torch.where(ids < 0, self._last[rows], ids), wanted.long())
+        return self._logits(packed, ids, wanted.long())
 
     @staticmethod
     def _token_arrays(chunks: Sequence[Chunk]) -> tuple[list[int], list[int], list[int]]:
@@ -321,28 +321,14 @@ class Runner:
             rows += [sequence.row] * chunk.count
         return ids, positions, rows
 
-    def _prompt_logprobs(self, step: Step, logits: Tensor, prompts: Sequence[tuple[int, int]]) -> dict[int, Logprobs]:
+    def _prompt_logprobs(self, step: Step, logits: Tensor, prompts: Sequence[tuple[int, int]], rows_of: Sequence[range]) -> dict[int, Logprobs]:
         """Return the log probabilities of the prompt's token after each token of some chunks."""
-        alternatives, first = dict(prompts), 0
         found: dict[int, Logprobs] = {}
-        for position, chunk in enumerate(step.chunks):
-            if position in alternatives:
-                following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-                targets = self._shipped(following)
-                found[position] = logprobs_of(logits[first : first + len(following)], targets, alternatives[position])
-                first += chunk.count
-            elif chunk.samples:
-                first += 1
+        for position, alternatives in prompts:
+            chunk, first = step.chunks[position], rows_of[position].start
+            following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+            found[position] = logprobs_of(logits[first : first + len(following)], self._shipped(following), alternatives)
         return found
-
-    def _last_of_each(self, step: Step, whole: Sequence[int]) -> Tensor:
-        """Return which rows of the logits sample, where some chunks have logits for all of their tokens."""
-        kept, first = [], 0
-        for position, chunk in enumerate(step.chunks):
-            first += chunk.count if position in whole else chunk.samples
-            if chunk.samples:
-                kept.append(first - 1)
-        return self._shipped(kept)
 
     def _shipped(self, numbers: Sequence[int | None]) -> Tensor:
         """Return ``numbers`` on the device, int64, without waiting for it."""
@@ -372,6 +358,12 @@ class Runner:
             warnings.warn(f"decode runs without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
             return
         self.graphs = dict(sorted(graphs.items()))
+
+
+def _rows_of_logits(step: Step, whole: Sequence[int]) -> list[range]:
+    """Return which rows of the logits each chunk has: one for each token where it is in ``whole``, else one if it samples."""
+    sizes = [chunk.count if position in whole else int(chunk.samples) for position, chunk in enumerate(step.chunks)]
+    return [range(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
 def _freeze_rotary(model: Any, context_length: int) -> None:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+GLUON = triton.__version__.startswith("3.6.")  # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
 COUNTERS = 8192  # tiles that may be cut along K
 BAND = 16  # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels.row_quantize import quantize_rows
-from qtool.runtime.kernels.triton_tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.runtime.kernels.triton_tiles import GLUON, Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
 from qtool.weight import QuantizedWeight
 
 _FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py
@@ -31,7 +31,6 @@ _INT8: Table = {
     (256, "wide"): Tile(128, 128, 128, 132, 8, 6, bulk=True),
 }
 TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
-GLUON = triton.__version__.startswith("3.6.")  # Gluon is experimental: with a Triton that `gluon_w8a8` was not seen to work with, pointers do
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
