@@ -89,3 +89,17 @@ def make_model(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def run_here(request):
+    """A function that runs the test's own file as a script, ``what`` its argument, and returns what it printed: Triton is set up once a process."""
+    pytest.importorskip("triton", reason="triton is for Linux only")
+
+    def run(what: str) -> str:
+        environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
+        done = subprocess.run([sys.executable, request.path, what], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run

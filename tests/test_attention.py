@@ -6,8 +6,6 @@ The last two need a process of their own (`python tests/test_attention.py interp
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,19 +267,11 @@ def test_no_masks_are_made_while_running():
     assert "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS  # transformers would look at the positions, which waits for the GPU
 
 
-def run_here(what: str) -> str:
-    pytest.importorskip("triton", reason="triton is for Linux only")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_kernels_for_cuda_attend_as_float64_does():
+def test_the_kernels_for_cuda_attend_as_float64_does(run_here):
     assert "compared" in run_here("interpret")
 
 
-def test_the_kernels_for_cuda_compile_for_hopper_without_spills():
+def test_the_kernels_for_cuda_compile_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 

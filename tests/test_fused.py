@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -204,19 +202,11 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
 # Triton
 
 
-def run_here(what: str) -> str:
-    pytest.importorskip("triton", reason="triton is for Linux only")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_kernels_compute_what_torch_does_and_round_as_row_quantize():
+def test_the_kernels_compute_what_torch_does_and_round_as_row_quantize(run_here):
     assert "compared" in run_here("interpret")
 
 
-def test_the_kernels_compile_for_hopper_without_spills():
+def test_the_kernels_compile_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -37,18 +36,12 @@ MEASURED = ([(0, 2048)] * 4, [(1024, 1024)] * 8, [(0, 8192)], [(500, 100)] * 8, 
 VARIANTS = ((128, 2, True), (128, 2, False), (64, 4, True), (64, 4, False))  # keys of a step, stages, turns
 
 
-def run_here(what: str) -> str:
-    done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_kernel_compiles_for_hopper_without_spills():
+def test_the_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
-def test_the_kernel_attends_right_on_a_gpu():
+def test_the_kernel_attends_right_on_a_gpu(run_here):
     assert "compared" in run_here("compare")
 
 

@@ -6,7 +6,6 @@ Each in a process of its own (`python tests/test_kernels_gluon.py compile|compar
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -19,18 +18,12 @@ SHAPES = ((1, 72, 144), (100, 264, 400), (300, 520, 272), (129, 256, 128))  # to
 SCHEMES = ("W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8")
 
 
-def run_here(what: str) -> str:
-    done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_kernel_compiles_for_hopper_without_spills():
+def test_the_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
-def test_the_kernel_multiplies_right_on_a_gpu():
+def test_the_kernel_multiplies_right_on_a_gpu(run_here):
     assert "compared" in run_here("compare")
 
 

@@ -5,8 +5,6 @@ Both need a process of their own (`python tests/test_kernels_triton.py interpret
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -16,18 +14,11 @@ if __name__ != "__main__":
     pytest.importorskip("triton", reason="triton is for Linux only")
 
 
-def run_here(what: str) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_every_triton_kernel_multiplies_as_the_plain_one_does():
+def test_every_triton_kernel_multiplies_as_the_plain_one_does(run_here):
     assert "compared" in run_here("interpret")
 
 
-def test_every_triton_kernel_compiles_for_hopper_without_spills():
+def test_every_triton_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 
