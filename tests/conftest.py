@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from server import Server, start_server
 
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
 settings.load_profile("qtool")
@@ -103,3 +104,21 @@ def run_here(request):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quantized_model(tmp_path_factory, tiny_model) -> Path:
+    """The tiny model in FP8, with a scale for each row, as LLM Compressor's FP8_DYNAMIC has it."""
+    from qtool import export
+
+    output = tmp_path_factory.mktemp("quantized") / "tiny-fp8"
+    export(tiny_model, to="compressed-tensors", requantize=True, scheme="FP8_DYNAMIC", output=output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory, quantized_model) -> Iterator[Server]:
+    """A server of the quantized tiny model, called `tiny`, that all tests share: leave it as it was."""
+    server = start_server(tmp_path_factory.mktemp("served"), quantized_model, "--served-model-name", "tiny", "--log-level", "debug")
+    yield server
+    assert server.end() == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qtool.runtime.detokenizer import HALF, MOST_HELD, Detokenizer, TextStream
-from qtool.runtime.sampler import SamplingParams
+from qtool.runtime.sampling_params import SamplingParams
 from tests.conftest import ROOT
 
 TINY = Tokenizer.from_file(str(ROOT / "examples" / "tiny-python-llama" / "tokenizer.json"))

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import queue
 import threading
 import time
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import qtool
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.runtime.detokenizer import TextStream
-from qtool.runtime.engine import Engine
+from qtool.runtime.engine import Ask, Engine, Told
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["sample_plugin"]
@@ -375,22 +376,11 @@ def test_without_memory_the_newest_fails_and_the_others_are_computed_again(examp
         return launch(step, *rest)
 
     monkeypatch.setattr(example.loop.runner, "launch", failing)
-    results: list[object] = [None] * 4
-
-    def run(number: int) -> None:
-        try:
-            results[number] = example.generate(input_ids=prompts[number], sampling_params=GREEDY)["output_ids"]
-        except ResourceError as error:
-            results[number] = error.code
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    failed = [number for number, result in enumerate(results) if result == "E_OUT_OF_MEMORY"]
-    assert len(failed) == 1
-    assert all(result == wanted[number] for number, result in enumerate(results) if number not in failed)
+    told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    example.submit(Ask(None, GREEDY, prompts, stream=False), told.put)
+    results = dict(told.get(timeout=60)[:2] for _ in prompts)
+    [failed] = [number for number, result in results.items() if isinstance(result, ResourceError) and result.code == "E_OUT_OF_MEMORY"]
+    assert all(result.result()["output_ids"] == wanted[number] for number, result in results.items() if number != failed)
     assert becomes(lambda: idle(example))
 
 
@@ -407,6 +397,21 @@ def test_async(example):
 
     asyncio.run(run())
     assert becomes(lambda: idle(example))
+
+
+def test_what_is_submitted_is_told_until_it_is_abandoned(example):
+    told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    requests = example.submit(Ask(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False), told.put)
+    answers = {index: answer for index, answer, last in (told.get(timeout=60) for _ in requests) if last}
+    assert sorted(answers) == [0, 1]
+    assert all(0 < answer.first_token_s <= answer.seconds and answer.request.done for answer in answers.values())
+    requests = example.submit(Ask("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True), told.put)
+    told.get(timeout=60)
+    example.abandon(requests)
+    assert becomes(lambda: idle(example))
+    with pytest.raises(UsageError):
+        example.submit(Ask("def f(", {"regex": "("}, None, stream=False), told.put)
+    assert idle(example)
 
 
 def test_nobody_waits_for_an_engine_that_was_shut_down():
@@ -575,5 +580,10 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
         engine.loop.overlap = True
         assert ids_of(engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 40})) == wanted
         assert {2, 8} <= set(replayed)
-        mixed = [{**GREEDY, "max_new_tokens": 40}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 40}] * 2
-        assert engine.generate(input_ids=prompts[:4], sampling_params=mixed)[2]["output_ids"] == wanted[2]
+        greedy, drawn = {**GREEDY, "max_new_tokens": 40}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 40}
+        held = {**greedy, "regex": "[0-9 ]{30,60}"}  # a token of the graph would not be one
+        results = engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])
+        assert results[2]["output_ids"] == wanted[2]
+        runner.graphs = {}
+        assert ids_of(engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])) == ids_of(results)
+        assert not results[3]["text"].strip("0123456789 ")

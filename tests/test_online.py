@@ -202,6 +202,8 @@ AGREEING = [
     ("gptq/rtn4", "GPTQ_Marlin"),
     ("gptq/rtn_gemm", "gptq"),  # what its config says
     ("gptq/rtn_gemm", "awq_marlin"),  # what its tensors are
+    ("gptq/rtn4", "marlin"),  # a kernel that takes both
+    ("gptq/rtn_gemm", "marlin"),
     ("modelopt/FP8", "modelopt"),
     ("modelopt/FP8", "modelopt_fp8"),
     ("modelopt/NVFP4", "modelopt_fp4"),
@@ -215,6 +217,7 @@ CONTRADICTING = [
     ("ct/mixed", "w8a8_fp8", "compressed-tensors"),
     ("gptq/rtn4", "awq", "gptq"),
     ("gptq/rtn4", "int4wo-128", "gptq"),
+    ("ct/W4A16", "marlin", "compressed-tensors"),
     ("modelopt/NVFP4", "modelopt_fp8", "modelopt"),
     ("modelopt/MIXED", "modelopt_fp4", "modelopt"),
 ]

@@ -1,4 +1,4 @@
-"""What a request may ask for, and draws against a slow float64 reference, row by row."""
+"""Draws against a slow float64 reference, row by row."""
 
 from __future__ import annotations
 
@@ -10,88 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.errors import UsageError
 from qtool.runtime import sampler as module
-from qtool.runtime.sampler import History, RowRequest, Sampler, SamplingParams, greedy, logprobs_of, row_keys, token_keys, uniforms
+from qtool.runtime.sampler import History, RowRequest, Sampler, greedy, logprobs_of, row_keys, token_keys, uniforms
+from qtool.runtime.sampling_params import SamplingParams
 
 
-def request(seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0, **params):
-    return RowRequest(SamplingParams(**params), seed, position, history, end_ids, logprobs, top)
-
-
-# what may be asked for
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        *({"temperature": value} for value in (-0.1, 101, math.nan, math.inf, 10**400, "1", True, None)),
-        *({"top_p": value} for value in (0, 1.01, math.nan)),
-        *({"top_k": value} for value in (0, -2, 1.0, True)),
-        *({"min_p": value} for value in (-0.1, 1.1)),
-        *({"frequency_penalty": value} for value in (-2.1, 2.1)),
-        *({"presence_penalty": value} for value in (-2.1, 2.1)),
-        *({"repetition_penalty": value} for value in (0, 2.1)),
-        *({"max_new_tokens": value} for value in (0, -1, 2**31, 1.5)),
-        *({"min_new_tokens": value} for value in (-1, 129)),
-        *({"n": value} for value in (0, 129, None)),
-        *({"seed": value} for value in (2**64, 1.0, False)),
-        *({"stop": value} for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1})),
-        *({"stop_token_ids": value} for value in ([-1], [True], [1.0], "12", 3, [1] * 1025)),
-        *(
-            {"logit_bias": value}
-            for value in ([1], {"a": 1}, {-1: 1}, {"-1": 1}, {1: 101}, {1: math.nan}, {1: True}, {1: "1"}, {"1" * 11: 1}, {1.0: 1})
-        ),
-        *({"logit_bias": dict.fromkeys(range(1025), 1)}, {"ignore_eos": 1}, {"no_stop_trim": None}),
-    ],
-    ids=repr,
-)
-def test_a_wrong_value_is_refused_by_name(values):
-    name = next(iter(values)).replace("seed", "sampling_seed")
-    with pytest.raises(UsageError) as refusal:
-        SamplingParams.from_dict(values)
-    assert refusal.value.code == "E_SAMPLING"
-    assert f"`{name}`" in refusal.value.message
-    assert f"`{name}` takes " in refusal.value.hint
-    assert len(refusal.value.message) < 200
-
-
-def test_an_unknown_name_is_answered_with_the_right_one():
-    with pytest.raises(UsageError) as refusal:
-        SamplingParams.from_dict({"temprature": 1})
-    assert "`temperature`" in refusal.value.hint
-    with pytest.raises(UsageError, match="no dictionary"):
-        SamplingParams.from_dict([("temperature", 1)])
-
-
-def test_values_at_the_bounds_are_taken():
-    low = SamplingParams.from_dict({"temperature": 0, "top_p": 1e-9, "top_k": 1, "min_p": 0, "repetition_penalty": 0.01, "max_new_tokens": 1})
-    assert low.greedy and low.temperature == 0.0 and isinstance(low.temperature, float)
-    high = SamplingParams.from_dict(
-        {"temperature": 100, "top_k": 2**31 - 1, "logit_bias": {"7": -100, 8: 100}, "stop": "x" * 1024, "stop_token_ids": [5], "max_new_tokens": None}
-    )
-    assert high.biases == {7: -100.0, 8: 100.0}
-    assert high.stop_strings == ("x" * 1024,) and high.stop_ids == (5,) and high.max_new_tokens is None
-
-
-def test_seed_is_another_name_of_sampling_seed():
-    assert SamplingParams.from_dict({"seed": 5}) == SamplingParams(sampling_seed=5) == SamplingParams.from_dict({"seed": 5, "sampling_seed": 5})
-    assert SamplingParams.from_dict({"seed": None}).sampling_seed is None
-    with pytest.raises(UsageError, match="differ"):
-        SamplingParams.from_dict({"seed": 5, "sampling_seed": 6})
-
-
-def test_token_ids_the_model_lacks_are_refused():
-    SamplingParams(logit_bias={9: 1}, stop_token_ids=[9]).check_vocabulary(10)
-    for name, value in (("logit_bias", {10: 1}), ("stop_token_ids", [10])):
-        with pytest.raises(UsageError, match=name):
-            SamplingParams(**{name: value}).check_vocabulary(10)
-
-
-def test_row_seeds_repeat_with_a_seed_and_never_without():
-    fixed = SamplingParams(sampling_seed=-3)
-    assert [fixed.row_seed(i) for i in range(4)] == [fixed.row_seed(i) for i in range(4)]
-    assert len({fixed.row_seed(i) for i in range(100)} | {SamplingParams().row_seed() for _ in range(100)}) == 200
+def request(seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0, mask=None, **params):
+    return RowRequest(SamplingParams(**params), seed, position, history, end_ids, logprobs, top, mask)
 
 
 # greedy rows, and rows that are no numbers
@@ -456,3 +381,38 @@ def test_the_default_dtype_changes_no_draw():
         assert torch.equal(Sampler(100, "cpu").sample(logits, rows).tokens, expected)
     finally:
         torch.set_default_dtype(before)
+
+
+# masks
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_mask_leaves_what_it_names_and_other_rows_alone(data):
+    vocab_size, rows = data.draw(st.integers(1, 100)), data.draw(st.sampled_from([1, 2, 5, module.ROWS_AT_ONCE + 1]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    logits = torch.randn(rows, vocab_size, generator=generator).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    before, left = logits.clone(), logits.clone()
+    masked, plain = [], []
+    for row in range(rows):
+        params = data.draw(st.sampled_from([{"temperature": 0}, {}, {"top_k": 3, "temperature": 5}, {"logit_bias": {0: 90}}, {"min_new_tokens": 9}]))
+        allowed = data.draw(st.none() | st.sets(st.integers(0, vocab_size - 1), min_size=1))
+        plain.append(request(seed=row, **params))
+        masked.append(plain[-1])
+        if allowed is not None:
+            flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+            flags[list(allowed)] = 1
+            mask = np.packbits(flags, bitorder="little").view(np.int32)
+            masked[-1] = request(seed=row, mask=mask, end_ids=range(vocab_size), **params)  # of which the mask knows
+            left[row, torch.from_numpy(flags[:vocab_size] == 0)] = -math.inf
+    sampler = Sampler(vocab_size, "cpu")
+    assert sampler.sample(logits, masked).tokens.tolist() == sampler.sample(left, plain).tokens.tolist()
+    assert torch.equal(logits, before)
+
+
+def test_logprobs_are_those_before_the_mask():
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    samples = Sampler(3, "cpu").sample(logits, [request(mask=np.array([1], np.int32), logprobs=True, top=1)])
+    assert samples.tokens.tolist() == [0]
+    assert samples.logprobs.chosen.tolist() == pytest.approx([float(logits.log_softmax(-1)[0, 0])])
+    assert samples.logprobs.top_ids.tolist() == [[2]]

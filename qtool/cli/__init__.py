@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qtool import __version__
+from qtool.cli.options import (
+    Debug,
+    Device,
+    Json,
+    ModelPath,
+    Overwrite,
+    Quiet,
+    RestorePath,
+    Revision,
+    TrustPickle,
+    TrustRemoteCode,
+)
+from qtool.cli.output import printable, show
+from qtool.cli.serve import serve
 from qtool.errors import QtoolError, ResourceError, UsageError
 
 CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has a click of its own and shows it nowhere
@@ -32,20 +46,6 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"qtool {__version__}")
         raise typer.Exit
-
-
-ModelPath = Annotated[str, typer.Option("--model-path", "--model", help="Checkpoint folder or Hub name.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists, at the very end.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
-TrustPickle = Annotated[bool, typer.Option(help="Accept a state file of mto.save; ModelOpt loads it with weights-only loading.")]
-RestorePath = Annotated[
-    str | None, typer.Option("--checkpoint-restore-path", help="ModelOpt: skip calibration, take the state kept here.", show_default=False)
-]
 
 
 @app.callback()
@@ -109,7 +109,7 @@ def quantize(
     from qtool.quantize import Options, prepare, run
 
     if list_methods:
-        return _print(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
+        return show(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
     if not model_path:
         raise UsageError("E_NO_MODEL", "which model? --model-path is missing", hint="a checkpoint folder or a Hub name such as `org/model`")
     options: Options = {
@@ -140,10 +140,10 @@ def quantize(
     }
     request = prepare(model_path, need_data=not dry_run, **options)
     if dry_run:
-        return _print(request.to_dict, tables.plan(request), as_json)
+        return show(request.to_dict, tables.plan(request), as_json)
     with progress(quiet=quiet) as on_event:
         result = run(request, on_event=on_event)
-    _print(result.to_dict, result.summary(), as_json)
+    show(result.to_dict, result.summary(), as_json)
 
 
 @app.command()
@@ -191,7 +191,7 @@ def export(
             revision=revision,
             on_event=on_event,
         )
-    _print(result.to_dict, result.summary(), as_json)
+    show(result.to_dict, result.summary(), as_json)
 
 
 @app.command()
@@ -232,40 +232,12 @@ def inspect(
     )
     if html:
         html.write_text(render_page(found), encoding="utf-8")
-    _print(found.to_dict, render(found, modules=modules), as_json)
+    show(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
 
 
-@app.command()
-def serve(
-    model_path: ModelPath,
-    quantization: Annotated[
-        str | None, typer.Option(help="Quantize a plain model while it loads, e.g. fp8 or int4wo-128.", show_default=False)
-    ] = None,
-    torchao_config: Annotated[str | None, typer.Option(help="The same by torchao's names, e.g. int4wo-128.", show_default=False)] = None,
-    device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which kernel multiplies each layer, and why not another; serve nothing.")] = False,
-    revision: Revision = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show with --dry-run how a checkpoint would be served. The server itself is not built yet."""
-    if not dry_run:
-        raise UsageError(
-            "E_NO_SERVER", "this version has no server yet", hint="--dry-run shows how the layers would run; `qtool.load` runs them in Python"
-        )
-    from qtool.checkpoint import open_checkpoint, resolve_model
-    from qtool.cli.tables import kernels
-    from qtool.runtime.load import device_named, plan_load
-    from qtool.runtime.online import flag_named
-
-    quantization = flag_named(quantization, torchao_config)
-    checkpoint = open_checkpoint(resolve_model(model_path, revision=revision))
-    plan = plan_load(checkpoint, device_named(device), quantization)
-    for warning in plan.warnings:
-        typer.echo(f"warning: {_printable(warning)}", err=True)
-    _print(plan.to_dict, kernels(plan), as_json)
+app.command(context_settings={"allow_extra_args": True})(serve)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -294,27 +266,10 @@ def _fail(error: QtoolError, arguments: Sequence[str]) -> NoReturn:
         traceback.print_exc()
     if "--json" in arguments:
         print(json.dumps({"error": error.to_dict()}))
-    hint = f"\nhint: {_printable(error.hint)}" if error.hint else ""
-    typer.echo(f"error[{error.code}]: {_printable(error.message)}{hint}", err=True)
+    hint = f"\nhint: {printable(error.hint)}" if error.hint else ""
+    typer.echo(f"error[{error.code}]: {printable(error.message)}{hint}", err=True)
     sys.exit(error.exit_code)
-
-
-def _printable(text: str) -> str:
-    """Return ``text``, which may quote names from hostile files, without line breaks and terminal commands."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(143)
-
-
-def _print(data: Callable[[], Any], shown: Any, as_json: bool) -> None:
-    """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can draw."""
-    if as_json:
-        print(json.dumps(data(), indent=2))
-    elif isinstance(shown, str):
-        print(shown)
-    else:
-        from rich.console import Console
-
-        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160).print(shown)

@@ -9,14 +9,14 @@ from typing import Literal, NotRequired, TypedDict
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from qtool.runtime.sampler import SamplingParams
+from qtool.runtime.sampling_params import SamplingParams
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
 MOST_HELD = 16  # tokens that decode to no whole character before some of them are given out as they are
 
 
 class FinishReason(TypedDict):
-    """Why a text ended, as SGLang tells it: ``matched`` of "stop", ``length`` of "length", ``message`` of "abort"."""
+    """Why a text ended, as SGLang tells it: ``matched`` of "stop" (none where a grammar is complete), ``length``, and ``message`` of "abort"."""
 
     type: Literal["stop", "length", "abort"]
     matched: NotRequired[int | str]
@@ -25,7 +25,8 @@ class FinishReason(TypedDict):
 
 
 @functools.lru_cache(maxsize=8)
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that skip_special_tokens leaves out of a text."""
     return frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
@@ -37,7 +38,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skipped: Collection[int] = _special_ids(tokenizer) if skip_special_tokens else ()
+        self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
         self._before = [token_id for token_id in context if token_id not in self._skipped]  # given out already, decoded with what follows
         if self._decode(self._before).endswith(HALF):
             self._before = []  # nothing to continue

@@ -22,10 +22,12 @@ from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.runtime.attention import PAGE
 from qtool.runtime.detokenizer import TextStream
+from qtool.runtime.grammar import Compiler, Constraint
 from qtool.runtime.load import cache_scales, device_named, materialize, plan_load
 from qtool.runtime.loop import Answer, Loop, Request
 from qtool.runtime.runner import Limits, Runner
-from qtool.runtime.sampler import MAX_TOP_LOGPROBS, History, SamplingParams
+from qtool.runtime.sampler import History
+from qtool.runtime.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from qtool.runtime.scheduler import Sequence as Tokens
 
 LOG = logging.getLogger("qtool.engine")
@@ -105,7 +107,7 @@ class Engine:
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
         self._use_prefix = not disable_radix_cache
-        self._eos_ids = _eos_ids(model, self.tokenizer)
+        self.eos_ids = _eos_ids(model, self.tokenizer)
         self.context_length, self.model_path = limits.context_length, checkpoint.path
         self._draw = None if random_seed is None else random.Random(random_seed)
         runner = Runner(
@@ -118,6 +120,7 @@ class Engine:
             cuda_graphs=not disable_cuda_graph,
             compiled=compile,
         )
+        self.compiler = None if self.tokenizer is None else Compiler(self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids)  # of grammars
         self.loop = Loop(runner, overlap=where.type == "cuda" and not disable_overlap_schedule)
         self._end = weakref.finalize(self, _close, self.loop)  # also when nobody has it any more, and when the interpreter ends
 
@@ -146,10 +149,10 @@ class Engine:
             return self._stream(requests, single)
         told: queue.SimpleQueue[Told] = queue.SimpleQueue()
         try:
-            self._submit(requests, told.put)
+            self._start(requests, told.put)
             results = _in_order(told.get() for _ in requests)
         finally:
-            self._abandon(requests)
+            self.abandon(requests)
         return results[0] if single else results
 
     async def async_generate(
@@ -168,11 +171,26 @@ class Engine:
             return self._async_stream(requests, single)
         told: asyncio.Queue[Told] = asyncio.Queue()
         try:
-            self._submit(requests, lambda one: loop.call_soon_threadsafe(told.put_nowait, one))
+            self._start(requests, lambda one: loop.call_soon_threadsafe(told.put_nowait, one))
             results = _in_order([await told.get() for _ in requests])
         finally:
-            self._abandon(requests)
+            self.abandon(requests)
         return results[0] if single else results
+
+    def submit(self, ask: Ask, tell: Callable[[Told], object]) -> list[Request]:
+        """Start what ``ask`` means, and return its requests; the loop's thread calls ``tell`` with all there is to say of them.
+
+        Raises: UsageError for what cannot be asked; nothing has been started then.
+        """
+        requests, _ = self._requests(ask)
+        self._start(requests, tell)
+        return requests
+
+    def abandon(self, requests: Sequence[Request]) -> None:
+        """End those of ``requests`` that run, for nobody waits for them any more: their memory is free before the next step."""
+        for request in requests:
+            if not request.done:
+                self.loop.abandon(request)
 
     def abort(self, rid: str) -> None:
         """End the requests of the call with that ``rid``: their results say so, and their memory is free before the next step."""
@@ -192,26 +210,26 @@ class Engine:
         told: queue.SimpleQueue[Told] = queue.SimpleQueue()
         left = len(requests)
         try:
-            self._submit(requests, told.put)
+            self._start(requests, told.put)
             while left:
                 index, answer, last = told.get()
                 left -= last
                 yield _result(answer, None if single else index)
         finally:
-            self._abandon(requests)
+            self.abandon(requests)
 
     async def _async_stream(self, requests: Sequence[Request], single: bool) -> AsyncIterator[Result]:
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
         left = len(requests)
         try:
-            self._submit(requests, lambda one: loop.call_soon_threadsafe(told.put_nowait, one))
+            self._start(requests, lambda one: loop.call_soon_threadsafe(told.put_nowait, one))
             while left:
                 index, answer, last = await told.get()
                 left -= last
                 yield _result(answer, None if single else index)
         finally:
-            self._abandon(requests)
+            self.abandon(requests)
 
     def _requests(self, ask: Ask) -> tuple[list[Request], bool]:
         """Return the requests that ``ask`` means, and whether its result is not a list."""
@@ -247,18 +265,24 @@ class Engine:
         most = max(1, room if params.max_new_tokens is None else min(params.max_new_tokens, room))
         first = ask.logprob_start_len if ask.return_logprob and 0 <= ask.logprob_start_len < len(tokens) else None
         sequence = Tokens(
-            tokens, most, waits_for_tokens=params.penalizes, use_prefix=self._use_prefix and first is None, needs_logits=first is not None
+            tokens,
+            most,
+            waits_for_tokens=params.waits_for_tokens,
+            use_prefix=self._use_prefix and first is None,
+            needs_logits=first is not None,
         )
         tokenizer = self.tokenizer and self.tokenizer.backend_tokenizer
+        text = TextStream(tokenizer, params, self.eos_ids, max_new_tokens=most, context=tokens[-CONTEXT:])
         return Request(
             id=id,
             group=group,
             sequence=sequence,
             params=params,
             seed=params.row_seed(number),
-            text=TextStream(tokenizer, params, self._eos_ids, max_new_tokens=most, context=tokens[-CONTEXT:]),
+            text=text,
             stream=ask.stream,
             history=History.of(params, tokens),
+            constraint=Constraint.of(params, self.compiler, text.end_ids),
             top_logprobs=ask.top_logprobs_num if ask.return_logprob else None,
             prompt_logprobs_from=first,
         )
@@ -291,16 +315,10 @@ class Engine:
                 raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {vocab_size - 1}")
         return [list(ids) for ids in prompts], single
 
-    def _submit(self, requests: Sequence[Request], put: Callable[[Told], object]) -> None:
+    def _start(self, requests: Sequence[Request], tell: Callable[[Told], object]) -> None:
         for index, request in enumerate(requests):
-            request.deliver = lambda answer, last, index=index: put((index, answer, last))  # type: ignore[misc]
+            request.deliver = lambda answer, last, index=index: tell((index, answer, last))  # type: ignore[misc]
             self.loop.submit(request)
-
-    def _abandon(self, requests: Sequence[Request]) -> None:
-        """Abort what nobody waits for any more."""
-        for request in requests:
-            if not request.done:
-                self.loop.abandon(request)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime import scheduler
 from qtool.runtime.cache import Pages
 from qtool.runtime.detokenizer import FinishReason, TextStream
+from qtool.runtime.grammar import Constraint
 from qtool.runtime.kernels import current
 from qtool.runtime.runner import Launched, Runner
-from qtool.runtime.sampler import History, Logprobs, RowRequest, SamplingParams
+from qtool.runtime.sampler import History, Logprobs, RowRequest
+from qtool.runtime.sampling_params import SamplingParams
 
 LOG = logging.getLogger("qtool.engine")
 PATIENCE = 30.0  # seconds for the loop to end
@@ -38,11 +40,13 @@ class Request:
     text: TextStream
     stream: bool
     history: History | None  # what penalties count
+    constraint: Constraint | None  # the grammar of the text
     top_logprobs: int | None  # alternatives; None: no log probabilities
     prompt_logprobs_from: int | None  # the first token of the prompt whose log probability is wanted
     deliver: Callable[[Answer | Exception, bool], object] = lambda answer, last: None
     done: bool = False
     began: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None  # since it began, until its first token was read
     written: str = ""  # the text so far
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_top: list[list[TokenLogprob]] = field(default_factory=list)
@@ -62,18 +66,23 @@ class Request:
     def answer(self, reason: FinishReason | None) -> Answer:
         """Say how far it is."""
         self.written += self.text.take()
-        return Answer(self, len(self.sequence.tokens) - len(self.sequence.prompt), self.written, reason, time.monotonic() - self.began)
+        tokens = len(self.sequence.tokens) - len(self.sequence.prompt)
+        return Answer(self, tokens, self.written, reason, time.monotonic() - self.began, self.first_token_s)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """How far a request was at some moment: lists of the request only grow, so `result` may be made in any thread, later."""
+    """How far a request was at some moment: lists of the request only grow, so `result` may be made in any thread, later.
+
+    seconds: since the request was made. first_token_s: from then to its first token, None when there is none.
+    """
 
     request: Request
     tokens: int
     text: str
     reason: FinishReason | None
     seconds: float
+    first_token_s: float | None
 
     def result(self) -> dict[str, Any]:
         """Return the dictionary that SGLang returns for a request."""
@@ -242,14 +251,21 @@ class Loop:
                 request.output_top.append(top)
             try:
                 self._hand_over(request, token)
+            except QtoolError as error:
+                self._fail(request, error)
             except Exception as error:  # of a tokenizer, say
                 LOG.exception("the text of a request failed")
                 self._fail(request, error)
 
     def _hand_over(self, request: Request, token: int) -> None:
+        if request.first_token_s is None:
+            request.first_token_s = time.monotonic() - request.began
         if request.history is not None:
             request.history.append(token)
+        complete = request.constraint is not None and request.constraint.accept(token)
         reason = request.text.push(token)
+        if complete and (reason is None or reason["type"] == "length"):
+            reason = {"type": "stop"}
         if reason is not None:
             self._end(request, reason)
         elif request.stream:
@@ -290,7 +306,8 @@ def _row(request: Request, chunk: scheduler.Chunk) -> RowRequest:
     """Return how to sample after ``chunk``."""
     position = chunk.start + chunk.count - len(chunk.sequence.prompt)
     wanted = request.top_logprobs is not None
-    return RowRequest(request.params, request.seed, position, request.history, request.text.end_ids, wanted, request.top_logprobs or 0)
+    mask = request.constraint.mask if request.constraint is not None else None
+    return RowRequest(request.params, request.seed, position, request.history, request.text.end_ids, wanted, request.top_logprobs or 0, mask)
 
 
 def _note_prompt(chunk: scheduler.Chunk, logprobs: Logprobs) -> None:

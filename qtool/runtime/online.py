@@ -22,30 +22,35 @@ TORCHAO: Mapping[str, Scheme] = {
     "fp8dq-per_tensor": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor")),
     "fp8dq-per_row": SCHEMES["FP8_DYNAMIC"],
 }
-ONLINE: Mapping[str, Scheme] = {  # what a plain model is quantized to; the first three as SGLang 0.5.23 `layers/quantization/` says, on CUDA
+# What a plain model is quantized to: by the first two as by SGLang 0.5.23 on CUDA (`layers/quantization/fp8.py`, `w8a8_fp8.py`).
+ONLINE: Mapping[str, Scheme] = {
     "fp8": SCHEMES["FP8_DYNAMIC"],
     "w8a8_fp8": SCHEMES["FP8_DYNAMIC"],
-    "w8a8_int8": SCHEMES["W8A8"],
+    "w8a8_int8": SCHEMES["W8A8"],  # what SGLang's `w8a8_int8.py` loads; it wants weights that are int8 already
     "fp8_block": SCHEMES["FP8_BLOCK"],
     "nvfp4": SCHEMES["NVFP4A16"],  # inputs stay in 16 bits: their global scale takes calibration
     "mxfp4": SCHEMES["MXFP4A16"],
     **TORCHAO,
 }
 OVERRIDES = ("w8a8_fp8", "w8a8_int8")  # on such weights, whatever the checkpoint says of the inputs
-METHODS: Mapping[str, tuple[str, str]] = {  # an engine's name for a quantized checkpoint -> its format, and where that leaves a choice, its weights
-    "compressed-tensors": ("compressed-tensors", ""),
-    "gptq": ("gptq", ""),
-    "gptq_marlin": ("gptq", ""),
-    "awq": ("awq", ""),
-    "awq_marlin": ("awq", ""),
-    "modelopt": ("modelopt", ""),
-    "modelopt_fp8": ("modelopt", "fp8"),
-    "modelopt_fp4": ("modelopt", "fp4"),
-    "modelopt_mixed": ("modelopt", "mixed"),
-    "fp8": ("fp8_block", ""),
-    "fp8_block": ("fp8_block", ""),
-    "mxfp4": ("mxfp4", ""),
-    "torchao": ("torchao", ""),
+# An engine's name for a quantized checkpoint -> the formats it may be in, and where that leaves a choice, its weights. `marlin` is a kernel, not
+# a format: by that name SGLang and vLLM run GPTQ and AWQ checkpoints with it (SGLang 0.5.23 `gptq/gptq.py`, `awq/awq.py`:
+# `override_quantization_method`). GPTQ that was saved in the kernel's own layout is no format that is read.
+METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "compressed-tensors": (("compressed-tensors",), ""),
+    "gptq": (("gptq",), ""),
+    "gptq_marlin": (("gptq",), ""),
+    "awq": (("awq",), ""),
+    "awq_marlin": (("awq",), ""),
+    "marlin": (("gptq", "awq"), ""),
+    "modelopt": (("modelopt",), ""),
+    "modelopt_fp8": (("modelopt",), "fp8"),
+    "modelopt_fp4": (("modelopt",), "fp4"),
+    "modelopt_mixed": (("modelopt",), "mixed"),
+    "fp8": (("fp8_block",), ""),
+    "fp8_block": (("fp8_block",), ""),
+    "mxfp4": (("mxfp4",), ""),
+    "torchao": (("torchao",), ""),
 }
 
 
@@ -135,7 +140,10 @@ def _of_quantized(checkpoint: Checkpoint, layout: Layout, name: str | None) -> d
     kind = "mixed" if len(formats) > 1 else "".join(formats)
     said = (checkpoint.quantization_config or {}).get("quant_method")
     found = said.lower() if isinstance(said, str) else layout.format
-    if name is None or name == found or METHODS.get(name) in ((layout.format, ""), (layout.format, kind)):
+    if name is None or name == found:
+        return schemes
+    meant, weights = METHODS.get(name, ((), ""))
+    if layout.format in meant and weights in ("", kind):
         return schemes
     if name in ONLINE and all(scheme == ONLINE[name] for scheme in schemes.values()):
         return schemes

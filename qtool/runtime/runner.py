@@ -21,7 +21,8 @@ from qtool.runtime.attention import NAME, PAGE, KVPages, LayerGeometry, Packed, 
 from qtool.runtime.fused import fuse
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import ExpertStack
-from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, SamplingParams, greedy, logprobs_of
+from qtool.runtime.sampler import History, Logprobs, RowRequest, Sampler, greedy, logprobs_of
+from qtool.runtime.sampling_params import SamplingParams
 from qtool.runtime.scheduler import PROMPT_LOGITS, Chunk, Step
 
 LOG = logging.getLogger("qtool.engine")
@@ -169,6 +170,7 @@ class Runner:
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
+        row = RowRequest(params, 0, 0, History([0]), mask=np.full(-(-self.vocab_size // 32), -1, np.int32))
         longest = self.limits.context_length
         for tokens in (self.limits.token_budget, 300, 40, 12, 5, 1):  # the small ones only make the kernels compile before they are wanted
             tokens = min(tokens, self.limits.token_budget)
@@ -177,7 +179,7 @@ class Runner:
             rows = torch.full_like(positions, self.limits.max_running)
             packed = Packed(self.table, rows, positions, 0, starts, longest=min(tokens, longest), counters=self._counters)
             kept = torch.zeros(min(self.limits.max_running, tokens), dtype=torch.long, device=self.device)
-            self.sampler.sample(self._logits(packed, torch.zeros_like(positions), kept), [RowRequest(params, 0, 0, History([0]))] * len(kept))
+            self.sampler.sample(self._logits(packed, torch.zeros_like(positions), kept), [row] * len(kept))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()

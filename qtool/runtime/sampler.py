@@ -1,4 +1,4 @@
-"""From logits to tokens: what a request may ask for, checked once, and one draw for all rows of a step.
+"""From logits to tokens: one draw for all rows of a step.
 
 Temperature first, then top_k, then top_p over what is left, renormalised; min_p is relative to the largest probability. Penalties and logit_bias
 change the logits before all of that. A draw is the largest of ``p / E`` with ``E`` exponentially distributed (the Gumbel-max trick), where ``E`` is a
@@ -9,205 +9,20 @@ device adds does not show either.
 from __future__ import annotations
 
 import math
-import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qtool.errors import UsageError, nearest
+from qtool.runtime.sampling_params import SamplingParams
 
-GREEDY_BELOW = 1e-6  # temperatures below this are 0
-MAX_TOP_LOGPROBS = 20
-MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_IDS = 64, 1024, 1024
-LARGEST = 2**31 - 1
 ROWS_AT_ONCE = 64  # of more rows the draw is made in parts, so that its temporaries stay small
 NARROW = 1024  # a top_k up to this takes the largest logits instead of sorting all
 SORTED_AT_ONCE = 16  # rows
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, LARGEST),
-    "min_new_tokens": (0, LARGEST),
-    "n": (1, 128),
-    "sampling_seed": (-(2**63), 2**64 - 1),
-    "top_k": (-1, LARGEST),
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "frequency_penalty": (-2, 2),
-    "presence_penalty": (-2, 2),
-    "repetition_penalty": (0, 2),
-}
-_ABOVE_ZERO = {"top_p", "repetition_penalty"}
-_WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
-_FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """What one request asks of the sampler and of the text, under SGLang's names; checked when it is made.
-
-    max_new_tokens: None is to the end of the context. temperature: 0 is greedy. top_k: -1 is all. stop_token_ids end the text even with ignore_eos.
-    """
-
-    max_new_tokens: int | None = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int | str, float] | None = None
-    sampling_seed: int | None = None
-    n: int = 1
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    min_new_tokens: int = 0
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    no_stop_trim: bool = False
-
-    def __post_init__(self) -> None:
-        for name in _RANGES:
-            value = getattr(self, name)
-            if value is not None or name not in ("max_new_tokens", "sampling_seed"):
-                object.__setattr__(self, name, _checked(name, value))
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, getattr(self, name), "true or false")
-        if self.top_k == 0:
-            raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise _refusal("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-        object.__setattr__(self, "stop", _stops(self.stop))
-        object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Return the parameters that ``values`` name; ``seed`` is another name of ``sampling_seed``.
-
-        Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of range.
-        """
-        if not isinstance(values, Mapping):
-            raise UsageError("E_SAMPLING", "sampling_params is no dictionary", hint="give names and values, such as temperature: 0.8")
-        given = dict(values)
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in (*known, "seed"):
-                hint = nearest(str(name)[:100], known) or f"known are {', '.join(known)}"
-                raise UsageError("E_SAMPLING", f"there is no sampling parameter `{str(name)[:100]}`", hint=hint)
-        seed = given.pop("seed", None)
-        if seed is not None and given.setdefault("sampling_seed", seed) not in (seed, None):
-            raise UsageError("E_SAMPLING", "seed and sampling_seed differ", hint="they are one parameter: give one of them")
-        if seed is not None:
-            given["sampling_seed"] = seed
-        return cls(**given)
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse token ids the model does not have."""
-        for name, ids in (("logit_bias", self.biases), ("stop_token_ids", self.stop_ids)):
-            for token_id in ids:
-                if token_id >= vocab_size:
-                    raise _refusal(name, token_id, f"token ids from 0 to {vocab_size - 1}")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the largest logit is taken."""
-        return self.temperature < GREEDY_BELOW or self.top_k == 1
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether the logits depend on the tokens so far, which must then be known before the next step."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings; none is empty."""
-        return cast(tuple[str, ...], self.stop)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The token ids that end the text besides the model's own."""
-        return cast(tuple[int, ...], self.stop_token_ids)
-
-    @property
-    def biases(self) -> dict[int, float]:
-        """What is added to the logits, by token id."""
-        return cast(dict[int, float], self.logit_bias)
-
-    def row_seed(self, index: int = 0) -> int:
-        """Return a seed for the ``index``-th of the n texts: made from the request's, or a random one."""
-        if self.sampling_seed is None:
-            return secrets.randbits(64)
-        return (self.sampling_seed + index * 0x9E3779B97F4A7C15) % 2**64  # the first of n is the one alone
-
-
-def _refusal(name: str, value: object, allowed: str) -> UsageError:
-    return UsageError("E_SAMPLING", f"`{name}` cannot be {repr(value)[:60]}", hint=f"`{name}` takes {allowed}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _checked(name: str, value: object) -> int | float:
-    low, high = _RANGES[name]
-    allowed = f"{'a whole number' if name in _WHOLE else 'a number'} {'above' if name in _ABOVE_ZERO else 'from'} {low} to {high}"
-    if not (_is_whole(value) or (isinstance(value, float) and name not in _WHOLE)):
-        raise _refusal(name, value, allowed)
-    number = cast(float, value)
-    if not low <= number <= high or (number == 0 and name in _ABOVE_ZERO):  # NaN is in no range
-        raise _refusal(name, value, allowed)
-    return number if name in _WHOLE else float(number)
-
-
-def _biases(value: object) -> dict[int, float]:
-    allowed = f"at most {MAX_IDS} token ids, each with a number from -100 to 100"
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or len(value) > MAX_IDS:
-        raise _refusal("logit_bias", value, allowed)
-    biases = {}
-    for key, bias in value.items():
-        number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key
-        if not _is_whole(number) or not 0 <= number <= LARGEST:
-            raise _refusal("logit_bias", {key: bias}, allowed)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise _refusal("logit_bias", {key: bias}, allowed)
-        biases[number] = float(bias)
-    return biases
-
-
-def _stops(value: object) -> tuple[str, ...]:
-    allowed = f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} characters"
-    if value is None:
-        return ()
-    stops = (value,) if isinstance(value, str) else value
-    if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
-        raise _refusal("stop", value, allowed)
-    for stop in stops:
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise _refusal("stop", stop, allowed)
-    return tuple(stops)
-
-
-def _ids(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    allowed = f"a list of at most {MAX_IDS} token ids"
-    if not isinstance(value, list | tuple) or len(value) > MAX_IDS:
-        raise _refusal("stop_token_ids", value, allowed)
-    for token_id in value:
-        if not _is_whole(token_id) or not 0 <= token_id <= LARGEST:
-            raise _refusal("stop_token_ids", token_id, allowed)
-    return tuple(value)
 
 
 class History:
@@ -250,6 +65,7 @@ class RowRequest:
 
     seed: from `SamplingParams.row_seed`, the same for all steps of a sequence. position: tokens generated before this one; it decides the noise, with
     the seed. history: from `History.of`. end_ids: what must not come while position < min_new_tokens. top_logprobs counts only with logprobs.
+    mask: the tokens that may come, from `Constraint.mask`, which knows of min_new_tokens.
     """
 
     params: SamplingParams
@@ -259,11 +75,17 @@ class RowRequest:
     end_ids: Collection[int] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    mask: NDArray[np.int32] | None = None
 
     @property
     def changes_logits(self) -> bool:
         """Whether the logits are edited before the draw."""
-        return self.history is not None or bool(self.params.logit_bias) or (self.position < self.params.min_new_tokens and bool(self.end_ids))
+        return self.history is not None or bool(self.params.logit_bias) or self.mask is not None or self.forbids_ends
+
+    @property
+    def forbids_ends(self) -> bool:
+        """Whether end_ids must not come now."""
+        return self.mask is None and self.position < self.params.min_new_tokens and bool(self.end_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +205,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self._token_keys = torch.from_numpy(token_keys(vocab_size)).to(self.device)
+        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=self.device)
         self._half = torch.full((), -(2.0**-32), dtype=torch.float32, device=self.device)
 
     def sample(self, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
@@ -440,8 +263,8 @@ class Sampler:
         return tokens.masked_fill(best - best != 0, -1)
 
     def _edited(self, logits: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits with penalties, then biases: repetition over prompt and output, frequency and presence over output."""
-        if "penalty_places" not in given and "bias_places" not in given:
+        """Return the logits with penalties, biases, then masks: repetition over prompt and output, frequency and presence over output."""
+        if not given.keys() & {"penalty_places", "bias_places", "masks"}:
             return logits
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         flat = logits.view(-1)
@@ -450,6 +273,10 @@ class Sampler:
             flat[given["penalty_places"]] = torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
         if "bias_places" in given:
             flat.index_add_(0, given["bias_places"], given["bias"])
+        if "masks" in given:
+            rows = given["masked_rows"]
+            forbidden = (given["masks"].view(torch.uint8)[:, :, None] & self._bits == 0).flatten(1)[:, : self.vocab_size]
+            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
         return logits
 
     def _smallest_kept(self, logits: Tensor, part: _Part) -> Tensor:
@@ -486,8 +313,8 @@ class Sampler:
             arrays |= {f"rows{number}": rows, f"top_k{number}": top_k[rows], f"top_p{number}": top_p[rows]}
         return arrays, tuple(width for _, width in groups)
 
-    def _edits(self, requests: Iterable[RowRequest]) -> dict[str, NDArray[Any]]:
-        """Return which logits of the flat [R * V] change, and how."""
+    def _edits(self, requests: Sequence[RowRequest]) -> dict[str, NDArray[Any]]:
+        """Return which logits of the flat [R * V] change, and how, and the masks of the rows that have one."""
         penalties: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
         places: list[int] = []
         biases: list[float] = []
@@ -498,7 +325,7 @@ class Sampler:
                 penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
                 penalties.append((ids + first, np.full(len(ids), params.repetition_penalty, np.float32), penalty.astype(np.float32)))
             added = list(params.biases.items())
-            if request.position < params.min_new_tokens:
+            if request.forbids_ends:
                 added += [(token, -np.inf) for token in request.end_ids]
             inside = [(token + first, bias) for token, bias in added if 0 <= token < self.vocab_size]
             places += [place for place, _ in inside]
@@ -508,6 +335,9 @@ class Sampler:
             arrays |= dict(zip(("penalty_places", "repetition", "penalty"), map(np.concatenate, zip(*penalties, strict=True)), strict=True))
         if places:
             arrays |= {"bias_places": np.array(places, np.int64), "bias": np.array(biases, np.float32)}
+        masks = {row: request.mask for row, request in enumerate(requests) if request.mask is not None}
+        if masks:
+            arrays |= {"masked_rows": np.array(list(masks), np.int64), "masks": np.stack(list(masks.values()))}
         return arrays
 
     def _ship(self, groups: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Tensor]]:

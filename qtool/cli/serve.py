@@ -1,0 +1,109 @@
+"""`qtool serve`: its options, and which of three things they ask for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import Debug, Device, Json, ModelPath, Revision, TrustRemoteCode
+from qtool.cli.output import printable, show
+from qtool.errors import UsageError
+
+
+def serve(
+    context: typer.Context,
+    model_path: ModelPath,
+    tokenizer_path: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.", show_default=False)] = None,
+    skip_tokenizer_init: Annotated[bool, typer.Option("--skip-tokenizer-init", help="No text: /generate takes and gives tokens.")] = False,
+    served_model_name: Annotated[str | None, typer.Option(help="The model's name for clients. [--model-path]", show_default=False)] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 30000,
+    api_key: Annotated[str | None, typer.Option(envvar="QTOOL_API_KEY", help="What clients must send as Bearer token.", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help="builtin, vllm or sglang.")] = "builtin",
+    quantization: Annotated[
+        str | None, typer.Option(help="Quantize a plain model while it loads, e.g. fp8; of a quantized one, what it must be.", show_default=False)
+    ] = None,
+    torchao_config: Annotated[str | None, typer.Option(help="The same by torchao's names, e.g. int4wo-128.", show_default=False)] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="What stays plain: auto, bfloat16, float16 or float32.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8_e4m3.")] = "auto",
+    context_length: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer. [the model's]", show_default=False)] = None,
+    mem_fraction_static: Annotated[
+        float | None, typer.Option(help="Share of the GPU's memory for weights and KV cache. [0.85]", show_default=False)
+    ] = None,
+    max_running_requests: Annotated[int | None, typer.Option(min=1, help="Computed at once. [256; 32 on a CPU]", show_default=False)] = None,
+    max_queued_requests: Annotated[int | None, typer.Option(min=0, help="Waiting at most; others get 429. [512]", show_default=False)] = None,
+    max_total_tokens: Annotated[int | None, typer.Option(min=1, help="Size of the KV cache. [what fits]", show_default=False)] = None,
+    chunked_prefill_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a step. [8192; 2048 on a CPU]", show_default=False)] = None,
+    disable_cuda_graph: Annotated[bool, typer.Option("--disable-cuda-graph", help="Launch every kernel by itself.")] = False,
+    disable_radix_cache: Annotated[bool, typer.Option("--disable-radix-cache", help="Compute every prompt anew.")] = False,
+    disable_overlap_schedule: Annotated[bool, typer.Option("--disable-overlap-schedule", help="Launch no step ahead.")] = False,
+    enable_torch_compile: Annotated[
+        bool, typer.Option("--enable-torch-compile", help="Compile decoder layers that qtool has no kernels for; starts take longer.")
+    ] = False,
+    random_seed: Annotated[int | None, typer.Option(min=0, help="Makes requests without a seed repeat.", show_default=False)] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja file in place of the model's template.", show_default=False)] = None,
+    tool_call_parser: Annotated[str | None, typer.Option(help="hermes or llama3_json. [as the template shows]", show_default=False)] = None,
+    sampling_defaults: Annotated[str, typer.Option(help="model: those of generation_config.json; openai: OpenAI's.")] = "model",
+    tp: Annotated[
+        int | None, typer.Option("--tp", "--tp-size", "--tensor-parallel-size", min=1, help="GPUs that share each layer.*", show_default=False)
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option("--pp", "--pp-size", "--pipeline-parallel-size", min=1, help="GPUs that share the layers out.*", show_default=False)
+    ] = None,
+    dp: Annotated[
+        int | None, typer.Option("--dp", "--dp-size", "--data-parallel-size", min=1, help="Copies of the model.*", show_default=False)
+    ] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Machines.*", show_default=False)] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this one is.*", show_default=False)] = None,
+    dist_init_addr: Annotated[str | None, typer.Option(help="HOST:PORT of the first.*", show_default=False)] = None,
+    drain_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for requests to end after SIGTERM. [30]", show_default=False)] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts to the log; else it has none.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which kernel multiplies each layer, and why not another; serve nothing.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a checkpoint over HTTP, as OpenAI and SGLang do; with --dry-run show how it would run.
+
+    Options with a * are for --engine vllm and sglang, which this process is handed to; what follows `--` is theirs.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("context", "engine", "dry_run", "as_json", "debug")}
+    if engine != "builtin":
+        return _hand_over(engine, options, context.args, dry_run=dry_run, as_json=as_json)
+    if context.args:
+        raise UsageError("E_USAGE", f"unexpected arguments: {' '.join(context.args)}", hint="--engine vllm and sglang take more, after `--`")
+    if dry_run:
+        return _show_kernels(model_path, revision, device, quantization, torchao_config, as_json=as_json)
+    from qtool.serve import serve as run
+    from qtool.serve.settings import make_settings
+
+    run(make_settings(options), on_ready=lambda text: print(text, flush=True))
+
+
+def _hand_over(engine: str, options: dict[str, object], extra: list[str], *, dry_run: bool, as_json: bool) -> None:
+    from qtool.serve.handover import hand_over, prepare
+
+    command = prepare(engine, options, extra, dry_run=dry_run)
+    for warning in command.warnings:
+        typer.echo(f"warning: {printable(warning)}", err=True)
+    if dry_run:
+        return show(command.to_dict, str(command), as_json)
+    typer.echo(str(command), err=True)
+    hand_over(command)
+
+
+def _show_kernels(model_path: str, revision: str | None, device: str, quantization: str | None, torchao_config: str | None, *, as_json: bool) -> None:
+    from qtool.checkpoint import open_checkpoint, resolve_model
+    from qtool.cli.tables import kernels
+    from qtool.runtime.load import device_named, plan_load
+    from qtool.runtime.online import flag_named
+
+    named = flag_named(quantization, torchao_config)
+    plan = plan_load(open_checkpoint(resolve_model(model_path, revision=revision)), device_named(device), named)
+    for warning in plan.warnings:
+        typer.echo(f"warning: {printable(warning)}", err=True)
+    show(plan.to_dict, kernels(plan), as_json)

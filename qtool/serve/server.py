@@ -1,0 +1,186 @@
+"""A server from its start to its end: the address first, then the model, then requests; at a signal no more of them, and at last the processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from socket import socket
+from types import FrameType
+
+import uvicorn
+
+from qtool.errors import QtoolError
+from qtool.serve.app import make_app
+from qtool.serve.guard import Bounds, Guard, bounded_connection
+from qtool.serve.service import Service
+from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, Settings, bind
+
+LOG = logging.getLogger("qtool.serve")
+ENGINE_S = 3.0  # for the engine to end what it was told to end: a step of its may be long
+LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
+OWN_FILES = 256  # open files beside connections
+
+
+def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> None:
+    """Serve until a signal ends it. ``on_ready`` is given what a person may want to type next.
+
+    Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises for a model that cannot be served.
+    """
+    address = bind(settings)
+    bounds = Bounds()
+    bounds = replace(bounds, connections=min(bounds.connections, _file_limit() - OWN_FILES))
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
+    logging.getLogger("qtool").setLevel(settings.log_level.upper())
+    if not settings.is_local and not settings.api_key:
+        LOG.warning(
+            "anybody who can reach port %d of %s can use the model: --api-key asks for a key, --host 127.0.0.1 stays on this machine",
+            settings.port,
+            "any address of this machine" if settings.host in ("", "0.0.0.0", "::") else settings.host,
+        )
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        runner.run(_serve(settings, bounds, address, on_ready))
+
+
+async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[str], None]) -> None:
+    service = Service(settings)
+    config = uvicorn.Config(
+        Guard(make_app(service), settings, bounds),
+        http=bounded_connection(bounds),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # what clients do wrong is their affair
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=BACKLOG,
+    )
+    server = _Server(config, service)
+    with server.signals_taken():
+        starting = asyncio.create_task(_start(service, server, on_ready))
+        watching = asyncio.create_task(_watch(service, server))
+        try:
+            await server.serve(sockets=[address])
+        finally:
+            for task in (starting, watching):
+                task.cancel()
+            await asyncio.gather(starting, watching, return_exceptions=True)
+            await service.close()
+    if service.failure is not None and not server.was_asked_to_end:
+        raise service.failure
+
+
+async def _start(service: Service, server: uvicorn.Server, on_ready: Callable[[str], None]) -> None:
+    try:
+        await service.start()
+    except QtoolError as error:
+        service.failure = service.failure or error
+        server.should_exit = True
+    except Exception as error:
+        service.failure = QtoolError("E_BUG", f"the server did not start: {type(error).__name__}: {error}")
+        LOG.exception("the server did not start")
+        server.should_exit = True
+    else:
+        on_ready(ready_text(service))
+
+
+async def _watch(service: Service, server: uvicorn.Server) -> None:
+    await service.failed.wait()
+    server.should_exit = True
+
+
+def ready_text(service: Service) -> str:
+    """Return what is served, where, and a command to try it."""
+    settings, facts = service.settings, service.facts
+    what = f"{facts.quantization or facts.dtype}, {facts.weights_bytes / 1e9:.2f} GB on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
+    key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""
+    if service.templates.text is None:
+        path, body = "/v1/completions", {"model": settings.name, "prompt": "Hello", "max_tokens": 32}
+    else:
+        path, body = "/v1/chat/completions", {"model": settings.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+    return (
+        f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
+        f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d '{_quoted(body)}'\n"
+    )
+
+
+def _quoted(body: object) -> str:
+    return json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends as ours does: requests that run get their time, then each is told that it was ended."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._signals = 0
+        self._hurry = asyncio.Event()
+
+    @property
+    def was_asked_to_end(self) -> bool:
+        """Whether a signal came."""
+        return self._signals > 0
+
+    @contextlib.contextmanager
+    def signals_taken(self) -> Iterator[None]:
+        """Take signals until the very end, and then leave them to whoever had them: a server that was asked to end has done its work."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """Leave them to `signals_taken`, which lasts longer."""
+        return contextlib.nullcontext()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; at the second end what runs; at the third leave."""
+        self._signals += 1
+        self.should_exit = True
+        self.force_exit = self._signals > 2
+        if self._signals > 1:
+            asyncio.get_running_loop().call_soon_threadsafe(self._hurry.set)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Stop taking requests, wait for those that run, and after the drain's time end them."""
+        self._service.drain()
+        ending = asyncio.create_task(self._end_what_runs())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_what_runs(self) -> None:
+        """After the drain's time tell the engine, then whoever waits for it, then whoever does anything else, and at last hang up."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self._service.settings.drain_timeout_s)
+        self._service.abort_all()
+        await asyncio.sleep(ENGINE_S)
+        self._service.give_up()
+        await asyncio.sleep(LAST_WORDS_S / 2)
+        for task in self.server_state.tasks:
+            task.cancel()
+        await asyncio.sleep(LAST_WORDS_S / 2)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def _file_limit() -> int:
+    """Return how many files the process may have open, after asking for as many as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return wanted if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,236 @@
+"""What stands behind the routes: the engine, the tokenizer, the chat template, who may come in, and whether the server is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qtool.errors import QtoolError, ResourceError, UsageError
+from qtool.runtime.sampling_params import SamplingParams
+from qtool.serve import tools
+from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, joined
+from qtool.serve.metrics import Metrics
+from qtool.serve.sandbox import CallRaised, LimitExceeded, Sandbox, SandboxError, TooManyWaiting
+from qtool.serve.settings import RETRY_AFTER_S, Settings
+from qtool.serve.templates import Templates
+from qtool.serve.vocabulary import Vocabulary
+
+LOG = logging.getLogger("qtool.serve")
+WARM_UP_TOKENS = 2
+GRAMMAR_TIMEOUT_S, GRAMMAR_BYTES = 10.0, 1 << 30
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")  # of generation_config.json
+
+
+class Busy(Exception):
+    """The server cannot take the request now; the client may come again."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after_s = status, code, message, RETRY_AFTER_S
+
+
+class Ticket:
+    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends."""
+
+    def __init__(self, service: Service, choices: int) -> None:
+        self._service, self._choices, self._open = service, choices, True
+        self.answers: Answers | None = None
+        service.places_taken += choices
+
+    def close(self) -> None:
+        """Give the place back, once."""
+        if self._open:
+            self._open = False
+            self._service.places_taken -= self._choices
+            if self.answers is not None:
+                self._service.engine.abandon(self.answers)
+
+
+class Service:
+    """One served model. ``state`` goes from loading to ready, then draining; ``failure`` says why it must end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.state: Literal["loading", "ready", "draining"] = "loading"
+        self.failure: QtoolError | None = None
+        self.failed = asyncio.Event()
+        self.started = int(time.time())
+        self.places_taken = 0
+        self._aborted = False
+        self.engine = EngineProcess(self._ended)
+        self.metrics = Metrics(settings.name)
+        self.defaults: dict[str, Any] = {}
+        self._grammars: Sandbox | None = None
+
+    facts: Facts
+    vocabulary: Vocabulary
+    templates: Templates
+    tool_style: str | None
+
+    async def start(self) -> None:
+        """Load everything, and let the model answer once. Raises: QtoolError."""
+        settings = self.settings
+        options = {**settings.engine, "model_path": settings.model_path, "revision": settings.revision, "log_level": settings.log_level.upper()}
+        engine = asyncio.create_task(self.engine.start(options))
+        folder = Path(settings.engine.get("tokenizer_path") or settings.model_path)
+        try:
+            if not folder.is_dir():  # a name on the Hub: the engine's process finds it, and may be ended while it does
+                folder = Path((await engine).tokenizer_path)
+            self.templates = await Templates.open(folder, settings.chat_template)
+            self.facts = await engine
+        finally:
+            engine.cancel()
+        self.tool_style = tools.style_named(settings.tool_call_parser) if settings.tool_call_parser else tools.detect(self.templates.text)
+        self.vocabulary = Vocabulary(self.facts.tokenizer, self.facts.context_length)
+        if settings.sampling_defaults == "model":
+            self.defaults = await asyncio.to_thread(_generation_config, Path(self.facts.model_path))
+        await self.warm_up()
+        if self.state == "loading":
+            self.state = "ready"
+
+    async def close(self) -> None:
+        """End the engine and every other process."""
+        await self.engine.close()
+        if hasattr(self, "templates"):
+            await self.templates.close()
+        if self._grammars is not None:
+            await self._grammars.close()
+        if hasattr(self, "vocabulary"):
+            self.vocabulary.close()
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self.state = "draining"
+
+    def abort_all(self) -> None:
+        """End every request with what it has, and let no other begin."""
+        self._aborted = True
+        if hasattr(self, "facts"):
+            self.engine.abort()
+
+    def give_up(self) -> None:
+        """End every request that the engine has not ended."""
+        self.engine.give_up(ResourceError("E_DRAINING", "the server ended before the answer was complete", hint="ask again"))
+
+    def check_ready(self) -> None:
+        """Raise: Busy, unless requests are taken."""
+        if self.state == "loading":
+            raise Busy(503, "loading", "the model is still loading")
+        if self.state == "draining" or self.failure is not None:
+            raise Busy(503, "draining", "the server is ending")
+
+    def admit(self, choices: int) -> Ticket:
+        """Return a place for ``choices`` completions. Raises: Busy, when the queue is full; UsageError, when they never fit."""
+        most = self.facts.max_running + self.settings.max_queued_requests
+        if choices > most:
+            raise UsageError(
+                "E_TOO_MANY", f"{choices} completions in one request; the server takes {most} at a time", hint="send fewer prompts or a lower n"
+            )
+        if self.places_taken + choices > most:
+            self.metrics.refused()
+            raise Busy(429, "queue_full", f"{self.places_taken} requests run or wait, which is what the server takes")
+        return Ticket(self, choices)
+
+    async def submit(self, ticket: Ticket, submission: Submission) -> Answers:
+        """Let the engine work on ``submission``. Raises: UsageError for a prompt or a grammar that cannot be; Busy, when all are ended."""
+        if self._aborted:
+            raise Busy(503, "draining", "the server is ending")
+        for prompt in submission.prompts:
+            self._check_prompt(prompt, submission.params.max_new_tokens)
+        submission.params.check_vocabulary(self.facts.vocab_size)
+        ticket.answers = self.engine.submit(submission)
+        return ticket.answers
+
+    async def compiled(self, params: SamplingParams) -> tuple[str, str, str] | None:
+        """Return the grammar of ``params``, compiled where it can do no harm; None when there is none."""
+        if params.constraint is None:
+            return None
+        if not self.facts.tokenizer or importlib.util.find_spec("xgrammar") is None:
+            raise UsageError("E_NO_XGRAMMAR", "this server cannot constrain answers", hint="it needs a tokenizer, and `pip install 'qtool[grammar]'`")
+        if self._grammars is None:
+            init = ("qtool.runtime.grammar:load", self.facts.tokenizer, self.facts.vocab_size, list(self.facts.eos_ids))
+            self._grammars = Sandbox("qtool.runtime.grammar:compile_to_json", init=init, timeout_s=GRAMMAR_TIMEOUT_S, memory_bytes=GRAMMAR_BYTES)
+        kind, text = params.constraint
+        try:
+            return kind, text, await self._grammars.call(kind, text)
+        except CallRaised as error:
+            raise UsageError("E_GRAMMAR", error.message, hint="xgrammar's documentation says what a grammar may have") from None
+        except LimitExceeded as error:
+            raise UsageError("E_GRAMMAR", f"the grammar cannot be compiled: {error}", hint="make it smaller") from None
+        except TooManyWaiting as error:
+            raise Busy(429, "queue_full", f"too many grammars wait to be compiled: {error}") from None
+        except SandboxError as error:
+            raise ResourceError("E_GRAMMAR_PROCESS", f"compiling the grammar failed: {error}", hint="try again") from None
+
+    def new_id(self, kind: str) -> str:
+        """Return a name for a request, such as ``chatcmpl-0123...``."""
+        return f"{kind}-{uuid.uuid4().hex}"
+
+    def check_model(self, name: str | None) -> None:
+        """Raise: LookupError, when ``name`` is not the served model."""
+        if name not in (None, "", "default", self.settings.name, self.settings.model_path, Path(self.settings.model_path).name):
+            raise LookupError(f"there is no model `{name[:200]}` here; `{self.settings.name}` is served")
+
+    def _check_prompt(self, prompt: Sequence[int], max_new_tokens: int | None) -> None:
+        context, asked = self.facts.context_length, max_new_tokens or 1
+        if not prompt:
+            raise UsageError("E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least")
+        if len(prompt) + asked > context:
+            message = f"the context holds {context} tokens; the prompt has {len(prompt)}, and {asked} are asked for"
+            raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
+        if max(prompt) >= self.facts.vocab_size:
+            message = f"the prompt has a token {max(prompt)}, and the model knows {self.facts.vocab_size}"
+            raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {self.facts.vocab_size - 1}")
+
+    async def warm_up(self) -> None:
+        """Let the model answer once. Raises: QtoolError, when its logits are not finite or the engine is gone."""
+        prompt = [self.facts.eos_ids[0] if self.facts.eos_ids else 0]
+        params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+        answers = self.engine.submit(Submission([prompt], params, stream=False, rid=self.new_id("warm-up")))
+        try:
+            async for _ in answers:
+                pass
+        finally:
+            self.engine.abandon(answers)
+
+    def _ended(self, error: QtoolError) -> None:
+        self.failure = error
+        self.failed.set()
+
+
+async def collected(answers: Answers) -> list[Piece]:
+    """Wait for all choices, and return each as one piece, in order."""
+    whole: dict[int, Piece] = {}
+    async for pieces in answers:
+        for piece in pieces:
+            whole[piece.choice] = joined(whole[piece.choice], piece) if piece.choice in whole else piece
+    return [whole[index] for index in sorted(whole)]
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """Return the model's own sampling defaults; what is not usable is left out, with a warning."""
+    file = path / "generation_config.json"
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError):
+        config = {}
+    found = {}
+    for name in DEFAULTS:
+        value = config.get(name) if isinstance(config, Mapping) else None
+        value = -1 if name == "top_k" and value == 0 else value
+        if value is None:
+            continue
+        try:
+            SamplingParams.from_dict({name: value})
+        except QtoolError as error:
+            LOG.warning("generation_config.json: %s; it is left out", error.message)
+        else:
+            found[name] = value
+    return found

@@ -1,0 +1,115 @@
+"""The model's tokenizer as the server uses it: text to tokens off the event loop, and the text and bytes of single tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+
+from qtool.errors import UsageError
+
+THREADS = 4
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+
+
+class Vocabulary:
+    """Args: ``text``: a tokenizer.json; empty when there is no tokenizer."""
+
+    def __init__(self, text: str, context_length: int) -> None:
+        self._tokenizer = Tokenizer.from_str(text) if text else None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="qtool-tokenizer")
+        self._characters: dict[str, int] = _byte_level_characters() if '"ByteLevel"' in text else {}
+        self._added: set[int] = set()
+        self._special: set[int] = set()
+        self._most_characters = 0
+        if self._tokenizer is not None:
+            added = self._tokenizer.get_added_tokens_decoder()
+            self._added, self._special = set(added), {token for token, one in added.items() if one.special}
+            longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+            self._most_characters = longest * context_length  # fewer tokens than the context has cannot hold more
+        self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of ``text``. Raises: UsageError, when there is no tokenizer or no context could hold the text."""
+        tokenizer = self._needed()
+        if len(text) > self._most_characters:
+            raise UsageError("E_TOO_LONG", f"the prompt has {len(text):,} characters, more than the context can hold", hint="shorten the prompt")
+        if len(text) < 256:
+            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        loop = asyncio.get_running_loop()
+        # `encode` keeps the interpreter to itself, `encode_batch_fast` lets other threads run
+        whole = await loop.run_in_executor(self._threads, lambda: tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens))
+        return list(whole[0].ids)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``tokens``."""
+        return str(self._needed().decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def text_of(self, token: int) -> str:
+        """Return ``token`` as text, with replacement characters for parts of characters."""
+        return self.bytes_of(token).decode(errors="replace")
+
+    def label_of(self, token: int) -> str:
+        """Return ``token`` as text, or ``bytes:\\xe2\\x80`` when it is parts of characters: as OpenAI's completions name tokens."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def is_special(self, token: int) -> bool:
+        """Whether `skip_special_tokens` leaves ``token`` out of a text."""
+        return token in self._special
+
+    def _bytes_of(self, token: int) -> bytes:
+        """Return what ``token`` stands for; it may be part of a character. Without a tokenizer nothing is known of it."""
+        name = self._tokenizer.id_to_token(token) if self._tokenizer else None
+        if name is None:
+            return b""
+        if token in self._added:
+            return name.encode()
+        if self._characters and all(letter in self._characters for letter in name):
+            return bytes(self._characters[letter] for letter in name)
+        if found := BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(found[1])
+        return name.replace(SPACE, " ").encode()
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _needed(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise UsageError("E_NO_TOKENIZER", "the server runs without a tokenizer", hint="send tokens to /generate, as input_ids")
+        return self._tokenizer
+
+
+class Offsets:
+    """Where in a text its tokens begin, one after the other, in characters; a token that begins inside of a character begins where that does.
+
+    ``start``: where the first begins; below 0, it and perhaps others are in front of the text, as what a tokenizer adds to a prompt is.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, start: int) -> None:
+        self._vocabulary, self._next = vocabulary, start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int, *, skip_special_tokens: bool = False) -> int:
+        """Return where ``token`` begins."""
+        here = max(self._next, 0)
+        if not (skip_special_tokens and self._vocabulary.is_special(token)):
+            self._next += len(self._decoder.decode(self._vocabulary.bytes_of(token)))
+        return here
+
+
+def _byte_level_characters() -> dict[str, int]:
+    """Return the byte for each character of a byte-level vocabulary. Source: Radford et al. 2019, GPT-2's `encoder.py`."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
