@@ -587,3 +587,30 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
         runner.graphs = {}
         assert ids_of(engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])) == ids_of(results)
         assert not results[3]["text"].strip("0123456789 ")
+
+
+def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, monkeypatch):
+    """As above for steps that have pieces of prompts: several, later chunks, beside sequences that decode, more than a shape holds."""
+    prompts = prompts_of(23, 2000, longest=90)
+    wanted = expected(reference, prompts, 12)
+    options = {"max_total_tokens": 4096, "max_running_requests": 12, "chunked_prefill_size": 160}
+    with Engine(EXAMPLE, dtype="float32", **options) as engine:
+        runner = engine.loop.runner
+        with torch.inference_mode():
+            runner._kept_logits = torch.empty(20, runner.vocab_size)
+            for shape in ((0, 64), (12, 64), (0, 128), (12, 128)):
+                runner._pad(shape)
+                runner._keep_logits(shape)
+                runner.prompt_graphs[shape] = type("Graph", (), {"replay": lambda self, shape=shape: runner._keep_logits(shape)})()
+        replayed = []
+        replay = runner._replay_prompts
+        monkeypatch.setattr(runner, "_replay_prompts", lambda *arguments: replayed.append(arguments[2]) or replay(*arguments))
+        engine.loop.overlap = True
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 12})) == wanted
+        for prompt, tokens in zip(prompts[:3], wanted[:3], strict=True):
+            assert engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 12})["output_ids"] == tokens
+        assert {(0, 64), (12, 64)} <= set(replayed)
+        drawn = {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}
+        results = engine.generate(input_ids=prompts[:6], sampling_params=drawn, return_logprob=True, logprob_start_len=0)
+        runner.prompt_graphs = {}
+        assert ids_of(engine.generate(input_ids=prompts[:6], sampling_params=drawn)) == ids_of(results)

@@ -1,4 +1,4 @@
-"""The model on its device: the KV cache, one step launched at a time, decode steps as CUDA graphs."""
+"""The model on its device: the KV cache, one step launched at a time; steps that only decode, and small ones with prompts, as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,6 +28,9 @@ from qtool.runtime.scheduler import PROMPT_LOGITS, Chunk, Step
 
 LOG = logging.getLogger("qtool.engine")
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)  # decode batches that have a CUDA graph
+PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)  # tokens of prompts of steps that have a CUDA graph: more keep the device busy by themselves
+BESIDE = (0, 64, 256)  # sequences that decode in such a step
+CHUNKS = 8  # pieces of prompts in it, at most
 FLYING = 2  # steps whose arrays may be in use: one is filled while the one before it is on its way
 CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
 
@@ -65,6 +69,9 @@ class _Graph:
     tokens: Tensor
 
 
+Shape = tuple[int, int]  # of a step with prompts that has a CUDA graph: sequences that decode, tokens of prompts
+
+
 class Runner:
     """Runs the steps of a scheduler on a model.
 
@@ -98,7 +105,10 @@ class Runner:
         self._wants_graphs = cuda_graphs and device.type == "cuda" and not experts
         self._buckets = [*(bucket for bucket in BUCKETS if bucket < limits.max_running), min(limits.max_running, BUCKETS[-1])]
         self._columns = -(-limits.context_length // PAGE)
-        width = limits.token_budget * 3 + PROMPT_LOGITS + (limits.max_running + 1) * (3 + 2 * self._columns)
+        most = min(limits.token_budget, limits.context_length)
+        beside = sorted({min(count, limits.max_running) for count in BESIDE})
+        self._shapes = [(decodes, tokens) for tokens in PREFILL_BUCKETS if tokens <= most for decodes in beside]
+        width = (limits.token_budget + limits.max_running) * 3 + PROMPT_LOGITS + (limits.max_running + 1) * (3 + 2 * self._columns)
         self._host = [torch.zeros(width, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._answers = [torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(FLYING)]
         self._turns = itertools.cycle(range(FLYING))
@@ -122,9 +132,11 @@ class Runner:
             self.page_count = self._affordable(static_share, max_tokens, peak)
             self.layers = self._pages(self.page_count)
             self.graphs: dict[int, _Graph] = {}
+            self.prompt_graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+            self._kept_logits = torch.empty(0)  # what all of those leave their logits in
             if self._wants_graphs:
                 self._capture()
-                said(f"{len(self.graphs)} CUDA graphs captured")
+                said(f"{len(self.graphs)} CUDA graphs captured for decoding, {len(self.prompt_graphs)} for prompts")
 
     @property
     def page_bytes(self) -> int:
@@ -145,8 +157,8 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.graphs, self.layers, self.model = {}, {}, None
-        self.table = self._inputs = self._last = torch.empty(0)
+        self.graphs, self.prompt_graphs, self.layers, self.model = {}, {}, {}, None
+        self.table = self._inputs = self._last = self._kept_logits = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -191,8 +203,10 @@ class Runner:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             room = int(total * static_share) - (total - free)
-            if self._wants_graphs:  # each keeps its logits
-                peak += sum(self._buckets) * self.vocab_size * self.model.dtype.itemsize
+            if self._wants_graphs:  # each keeps its logits, or they share those of the largest, and a step's memory
+                rows = sum(self._buckets) + max((decodes for decodes, _ in self._shapes), default=0) + CHUNKS
+                peak += rows * self.vocab_size * self.model.dtype.itemsize
+                peak += peak * max((sum(shape) for shape in self._shapes), default=0) // self.limits.token_budget
             if free - room < peak:
                 lowered = free - peak
                 needed = f"a step of {self.limits.token_budget} tokens needs the rest"
@@ -229,8 +243,11 @@ class Runner:
         turn = next(self._turns)
         chunks = step.chunks
         size = next((bucket for bucket in self.graphs if bucket >= step.decodes), 0) if step.decodes == len(chunks) and not prompts else 0
+        shape = self._shape_for(step) if not prompts else None
         if size and len(step.updates) <= size:
             logits, tokens = self._replay(turn, step, size)
+        elif shape:
+            logits, tokens = self._replay_prompts(turn, step, shape), None
         else:
             logits, tokens = self._run(turn, step, [position for position, _ in prompts]), None
         asked: dict[int, Logprobs] = {}
@@ -276,6 +293,48 @@ class Runner:
         tokens = greedy(logits).int()
         self._last.index_put_((rows,), tokens.clamp(min=0))
         return logits, tokens
+
+    def _shape_for(self, step: Step) -> Shape | None:
+        """Return the smallest shape of a CUDA graph that holds ``step``, pieces of prompts and what decodes beside them."""
+        prefills = step.chunks[step.decodes :]
+        if not 0 < len(prefills) <= CHUNKS:
+            return None
+        tokens = sum(chunk.count for chunk in prefills)
+        return next((shape for shape in self.prompt_graphs if shape[0] >= step.decodes and shape[1] >= tokens), None)
+
+    def _replay_prompts(self, turn: int, step: Step, shape: Shape) -> Tensor:
+        """Run a step as the CUDA graph of ``shape``, and return its logits. What is too much decodes, or is a prompt, on the row for padding."""
+        decodes, size = shape
+        whole, prefills = decodes + size, step.chunks[step.decodes :]
+        ends = list(itertools.accumulate(chunk.count for chunk in prefills))
+        used, fixed = ends[-1], 3 * whole + CHUNKS + 2 + decodes + CHUNKS
+        array = self._host[turn].numpy()
+        tokens = array[: 3 * whole].reshape(3, whole)
+        tokens[:2], tokens[2] = 0, self.limits.max_running
+        tokens[:, : step.decodes] = self._token_arrays(step.chunks[: step.decodes])
+        tokens[:, decodes : decodes + used] = self._token_arrays(prefills)
+        tokens[1, decodes + used :] = np.arange(size - used)
+        bounds, kept = array[3 * whole : 3 * whole + CHUNKS + 2], array[fixed - decodes - CHUNKS : fixed]
+        bounds[:], kept[:] = size, 0
+        bounds[: len(prefills) + 1] = [0, *ends]
+        kept[:decodes], kept[decodes : decodes + len(prefills)] = np.arange(decodes), np.array(ends) + decodes - 1
+        stop = fixed + 2 * len(step.updates)
+        array[fixed:stop] = [*(row * self._columns + column for row, column, _ in step.updates), *(page for *_, page in step.updates)]
+        self._inputs[:stop].copy_(self._host[turn][:stop], non_blocking=True)
+        if step.updates:
+            places, pages = self._inputs[fixed:stop].view(2, -1).unbind()
+            self.table.view(-1).index_put_((places,), pages)
+        self.prompt_graphs[shape].replay()
+        rows = [*range(step.decodes), *(decodes + i for i, chunk in enumerate(prefills) if chunk.samples)]
+        return self._kept_logits.index_select(0, self._shipped(rows))
+
+    def _prompts(self, shape: Shape) -> Tensor:
+        """Return the logits of a step of ``shape``, one row for each that decodes and for each of `CHUNKS`, from `_inputs`."""
+        decodes, size = shape
+        whole = decodes + size
+        ids, positions, rows = self._inputs[: 3 * whole].view(3, whole).unbind()
+        bounds, kept = self._inputs[3 * whole :][: CHUNKS + 2], self._inputs[3 * whole + CHUNKS + 2 :][: decodes + CHUNKS]
+        return self._logits(Packed(self.table, rows, positions, decodes, bounds, longest=size, counters=self._counters), ids, kept.long())
 
     def _run(self, turn: int, step: Step, whole: Sequence[int]) -> Tensor:
         """Run any step, launch by launch, and return its logits; ``whole``: the positions of chunks all of whose logits are wanted."""
@@ -337,29 +396,56 @@ class Runner:
         return torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def _capture(self) -> None:
-        """Capture the decode step of each bucket, the largest first; none, and a warning, where the model's code does not allow it."""
+        """Capture the steps that have graphs, the largest first; none, and a warning, where the model's code does not allow it."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        padding = torch.tensor([[self.limits.max_running], [self.limits.max_running * self._columns]])
+
+        def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # what compiles at first use does so now
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # another engine may run
+                result = run()
+            return graph, result
+
         graphs: dict[int, _Graph] = {}
+        prompts: dict[Shape, torch.cuda.CUDAGraph] = {}
+        padding = torch.tensor([[self.limits.max_running], [self.limits.max_running * self._columns]])
         try:
             for size in reversed(self._buckets):
                 self._inputs.zero_()
                 self._inputs[: 5 * size].view(5, size)[2:4] = padding
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._decode(size)  # what compiles at first use does so now
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # another engine may run
-                    logits, tokens = self._decode(size)
+                graph, (logits, tokens) = captured(partial(self._decode, size))
                 graphs[size] = _Graph(graph, logits, tokens)
+            rows = max((decodes for decodes, _ in self._shapes), default=0) + CHUNKS
+            self._kept_logits = logits.new_empty(rows, self.vocab_size)
+            for shape in sorted(self._shapes, key=sum, reverse=True):
+                self._pad(shape)
+                prompts[shape], _ = captured(partial(self._keep_logits, shape))
         except torch.OutOfMemoryError:
-            warnings.warn(f"there is memory for {len(graphs)} of {len(self._buckets)} CUDA graphs; lower mem_fraction_static", stacklevel=2)
+            asked, made = len(self._buckets) + len(self._shapes), len(graphs) + len(prompts)
+            warnings.warn(f"there is memory for {made} of {asked} CUDA graphs; lower mem_fraction_static", stacklevel=2)
         except (RuntimeError, ValueError) as error:
-            warnings.warn(f"decode runs without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
-            return
+            what = "prompts run" if graphs else "decode runs"
+            warnings.warn(f"{what} without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
+            prompts = {}
+            graphs = graphs if len(graphs) == len(self._buckets) else {}
         self.graphs = dict(sorted(graphs.items()))
+        self.prompt_graphs = dict(sorted(prompts.items(), key=lambda item: sum(item[0])))
+
+    def _pad(self, shape: Shape) -> None:
+        """Fill `_inputs` with a step of ``shape`` that is nothing but padding."""
+        decodes, size = shape
+        whole = decodes + size
+        self._inputs.zero_()
+        self._inputs[: 3 * whole].view(3, whole)[2] = self.limits.max_running
+        self._inputs[whole + decodes : 2 * whole] = torch.arange(size)
+        self._inputs[3 * whole + 1 : 3 * whole + CHUNKS + 2] = size
+
+    def _keep_logits(self, shape: Shape) -> None:
+        self._kept_logits[: shape[0] + CHUNKS].copy_(self._prompts(shape))
 
 
 def _rows_of_logits(step: Step, whole: Sequence[int]) -> list[range]:

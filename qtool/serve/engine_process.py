@@ -21,6 +21,7 @@ from qtool.errors import QtoolError, one_line, to_wire
 from qtool.serve.engine_client import LENGTH, Ending, Facts, Load, Piece, Submission
 
 LOG = logging.getLogger("qtool.serve")
+NOTHING: tuple[str, Sequence[Any]] = ("", ())
 
 
 class _Desk:
@@ -30,7 +31,7 @@ class _Desk:
         self._connection = connection
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._requests: dict[int, Sequence[Any]] = {}  # of each submission
+        self._requests: dict[int, tuple[str, Sequence[Any]]] = {}  # the rid of each submission, and the engine's requests for it
         for name, run in (("qtool-inbox", self._receive), ("qtool-outbox", self._send)):
             threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -49,11 +50,11 @@ class _Desk:
             if kind == "submit":
                 self._submit(engine, *said)
             elif kind == "abandon":
-                engine.abandon(self._requests.pop(said[0], ()))
+                engine.abandon(self._requests.pop(said[0], NOTHING)[1])
             elif kind == "abort":
-                groups = {request.group for requests in list(self._requests.values()) for request in requests}
-                for group in groups if said[0] is None else groups & {said[0]}:
-                    engine.abort(group)
+                for rid, requests in list(self._requests.values()):
+                    if said[0] in (None, rid):
+                        engine.abandon(requests)
             elif kind == "load":
                 self.say("load", (said[0], _load(engine)))
 
@@ -83,15 +84,15 @@ class _Desk:
                 return_logprob=submission.top_logprobs is not None,
                 top_logprobs_num=submission.top_logprobs or 0,
                 logprob_start_len=submission.prompt_logprobs_from,
-                rid=[submission.rid] * len(submission.prompts),
+                rid=[f"{key}-{number}" for number in range(len(submission.prompts))],  # two clients may send one rid
             )
-            self._requests[key] = engine.submit(ask, tell)
+            self._requests[key] = submission.rid, engine.submit(ask, tell)
             self._forget(key)  # it may have ended already
         except Exception as error:
             self.say("told", (key, _wire(error)))
 
     def _forget(self, key: int) -> None:
-        if all(request.done for request in self._requests.get(key, ())):
+        if all(request.done for request in self._requests.get(key, NOTHING)[1]):
             self._requests.pop(key, None)
 
     def _receive(self) -> None:
