@@ -1,4 +1,4 @@
-# make demo: an environment in .venv, then a real model quantized and shown. make test: the environment, then the tests.
+# make demo: an environment in .venv, then a real model quantized, shown, and asked one thing over HTTP. make test: the environment, then the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/qtool quantize --model-path $(MODEL) --method modelopt_fp8 --calibration $(MODEL)/calibration.jsonl \
 		--num-samples 64 --seq-len 512 --output $(DEMO)/tiny-python-llama-fp8
 	$(BIN)/qtool inspect --model-path $(DEMO)/tiny-python-llama-fp8
+	$(BIN)/python examples/serve.py $(DEMO)/tiny-python-llama-fp8
 
 test: $(VENV)/ready
 	$(BIN)/pytest -n 2 --dist loadgroup

@@ -13,3 +13,7 @@ def test_a_served_model_answers_a_chat(served):
     answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+def test_the_server_itself_needs_no_torch(run_python):
+    assert run_python("import sys, qtool.serve; print(sorted({'torch', 'transformers', 'xgrammar'} & set(sys.modules)))") == "[]"

@@ -97,10 +97,10 @@ def no_child_is_left(monkeypatch):
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request):
-    """Run a coroutine in the loop of this test."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if request.param == "uvloop" else None) as runner:
+@pytest.fixture
+def run():
+    """Run a coroutine in a loop of the server's kind."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         yield runner.run
 
 

@@ -7,13 +7,15 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
+from functools import partial
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
@@ -37,9 +39,13 @@ from qtool.serve.protocol import (
 )
 from qtool.serve.replies import error_reply, gone, json_reply
 from qtool.serve.schemas import (
+    CHUNKS,
+    ChatChunk,
     ChatCompletion,
     Completion,
+    CompletionChunk,
     Generation,
+    GenerationChunk,
     Model,
     ModelInfo,
     Models,
@@ -68,6 +74,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     )
 }
 LOOKS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 503)}  # of what has no body
+SCHEMAS = "#/components/schemas/{model}"
 MAX_CHARACTERS = 1 << 20  # of several prompts to be tokenized
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -79,11 +86,27 @@ def make_app(service: Service) -> FastAPI:
     """Return the application that serves ``service``."""
     app = FastAPI(title="qtool", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = _Route
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
     _add_text_routes(app, service)
     _add_token_routes(app, service)
     _add_facts(app, service)
     return app
+
+
+def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of ``app`` with those of events, and without FastAPI's 422: what it would be for is a 400 here."""
+    if app.openapi_schema is None:
+        schema = make()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        schemas = schema["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        _, events = models_json_schema([(chunk, "validation") for chunk in CHUNKS], ref_template=SCHEMAS)
+        schemas.update({name: schemas.get(name, one) for name, one in events["$defs"].items()})
+    return cast(dict[str, Any], app.openapi_schema)
 
 
 class _Route(APIRoute):
@@ -126,17 +149,17 @@ JSON = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _add_text_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=_whole_or_streamed(ChatCompletion), tags=["OpenAI"])
+    @app.post("/v1/chat/completions", responses=_whole_or_streamed(ChatCompletion, ChatChunk), tags=["OpenAI"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await _while_connected(service, request, chat(service, body))
 
-    @app.post("/v1/completions", responses=_whole_or_streamed(Completion), tags=["OpenAI"])
+    @app.post("/v1/completions", responses=_whole_or_streamed(Completion, CompletionChunk), tags=["OpenAI"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         return await _while_connected(service, request, complete(service, body))
 
-    @app.post("/generate", responses=_whole_or_streamed(Generation | list[Generation]), tags=["SGLang"])
+    @app.post("/generate", responses=_whole_or_streamed(Generation | list[Generation], GenerationChunk), tags=["SGLang"])
     async def generate_text(body: GenerateRequest, request: Request) -> Response:
         """Continue one or several prompts, as SGLang's native route does."""
         return await _while_connected(service, request, generate(service, body))
@@ -149,10 +172,12 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
         return Success(success=True)
 
 
-def _whole_or_streamed(kind: Any) -> dict[int | str, dict[str, Any]]:
-    stream = {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}
+def _whole_or_streamed(whole: Any, chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    parts = [{"contentMediaType": "application/json", "contentSchema": {"$ref": SCHEMAS.format(model=kind.__name__)}} for kind in (chunk, ErrorReply)]
+    data = {"type": "string", "anyOf": [*parts, {"const": "[DONE]"}]}
+    stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     description = "The whole answer; with `stream`, events, each with a part of it."
-    return {**ERRORS, 200: {"model": kind, "description": description, "content": {"text/event-stream": stream}}}
+    return {**ERRORS, 200: {"model": whole, "description": description, "content": {"text/event-stream": stream}}}
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:

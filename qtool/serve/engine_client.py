@@ -23,7 +23,8 @@ from qtool.errors import QtoolError, ResourceError, from_wire
 from qtool.runtime.sampling_params import SamplingParams
 
 LENGTH = struct.Struct("!I")
-PATIENCE = 15.0  # seconds for the engine to end by itself
+PATIENCE_S = 15.0  # for the engine to say what it is doing: a step of its may be long
+END_S = 5.0  # for it to end by itself
 Logprob = tuple[float | None, int, None]  # the natural logarithm, the token; SGLang's third place is empty
 
 
@@ -216,7 +217,7 @@ class EngineProcess:
         future = self._loads[key] = asyncio.get_running_loop().create_future()
         try:
             self._send(("load", key))
-            return await asyncio.wait_for(future, PATIENCE)
+            return await asyncio.wait_for(future, PATIENCE_S)
         finally:
             del self._loads[key]
 
@@ -229,7 +230,7 @@ class EngineProcess:
         if hasattr(self, "_writer"):
             self._writer.close()  # the engine takes the end of the socket for its own
         try:
-            await asyncio.to_thread(process.wait, PATIENCE)
+            await asyncio.to_thread(process.wait, END_S)
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)

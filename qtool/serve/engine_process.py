@@ -167,8 +167,13 @@ def _facts(engine: Any) -> Facts:
         dtype=str(runner.model.dtype).removeprefix("torch."),
         quantization=_schemes(runner.model),
         kv_cache_dtype=str(pages.k.dtype).removeprefix("torch."),
-        weights_bytes=sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values()),
+        weights_bytes=sum({_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values()),
     )
+
+
+def _place(tensor: Any) -> int:
+    """Return what tells tensors with memory of their own apart; oneDNN's do not say where theirs is."""
+    return id(tensor) if tensor.is_mkldnn else int(tensor.data_ptr())
 
 
 def _schemes(model: Any) -> str:
@@ -176,7 +181,7 @@ def _schemes(model: Any) -> str:
     from qtool.runtime.linear import QuantizedLinear
 
     names = Counter(module.spec.scheme.name for module in model.modules() if isinstance(module, QuantizedLinear))
-    return ", ".join(name for name, _ in names.most_common())
+    return "; ".join(name for name, _ in names.most_common())
 
 
 def _device_name(device: Any) -> str:

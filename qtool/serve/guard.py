@@ -94,12 +94,17 @@ class Guard:
 
             await self._app(scope, replay, answer)
         except Refused as error:
+            self._release(chunks)
             await self._refuse(error, None if complete else receive, send)
         except asyncio.CancelledError:  # the server's end waits no longer
             if not answering:
                 await self._refuse(Refused(503, "draining", "the server is ending"), None, send)
         finally:
-            self._held -= sum(map(len, chunks))
+            self._release(chunks)
+
+    def _release(self, chunks: list[bytes]) -> None:
+        self._held -= sum(map(len, chunks))
+        chunks.clear()
 
     def _check_client(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
@@ -205,6 +210,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._in_head = True
+        self._is_used = self._is_last = False  # a request came; the server ends
         self._head_bytes = self._framing_bytes = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -242,6 +248,9 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._head_bytes, self._framing_bytes = False, 0, 0
         self._cancel("_head_timer")
         super().on_headers_complete()
+        self._is_used = True
+        if self._is_last:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """A part of the body came."""
@@ -262,6 +271,14 @@ class Connection(HttpToolsProtocol):
         """Close a connection that nothing came on."""
         super().timeout_keep_alive_handler()
         self._watch_reader_if_closing()
+
+    def shutdown(self) -> None:
+        """Close the connection after its answer; one that is new has a moment for its request, which may be under way, to be told the same."""
+        self._is_last = True
+        if self._is_used:
+            super().shutdown()
+        else:
+            self.loop.call_later(self._bounds.linger_s, super().shutdown)
 
     def pause_writing(self) -> None:
         """The reader is behind: it gets some time."""

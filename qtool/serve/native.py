@@ -21,8 +21,6 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     if (body.text is None) == (body.input_ids is None):
         raise UsageError("E_PROMPT", "give either text or input_ids", hint="one of them, and not both")
     given: Any = body.text if body.input_ids is None else body.input_ids
-    if body.input_ids is not None and (isinstance(given, str) or isinstance(given[0], str)):
-        raise UsageError("E_PROMPT", "input_ids is text", hint="give it as text")
     single = isinstance(given, str) or isinstance(given[0], int)
     prompts: list[Any] = [given] if single else given
     values = {} if body.sampling_params is None else body.sampling_params.model_dump(exclude_none=True)

@@ -36,30 +36,20 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 def _prompt(value: Any) -> Any:
     """Accept text, texts, tokens or lists of tokens; found out by hand, for a union would report on each of a million tokens."""
     if isinstance(value, str):
-        return _unicode(value)
+        return value
     if not isinstance(value, list) or not value:
         raise ValueError("a prompt is a text, a list of texts, a list of tokens, or a list of lists of tokens, and not empty")
     if _tokens(value):
         return value
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts")
-    if all(type(one) is str for one in value):
-        return [_unicode(one) for one in value]
-    if not all(isinstance(one, list) and one and _tokens(one) for one in value):
+    if not (all(type(one) is str for one in value) or all(isinstance(one, list) and one and _tokens(one) for one in value)):
         raise ValueError("prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; none is empty")
     return value
 
 
 def _tokens(value: list[Any]) -> bool:
     return all(type(one) is int and 0 <= one <= LARGEST for one in value)
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text has half of a surrogate pair") from None
-    return text
 
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST}, "minItems": 1}
@@ -76,6 +66,19 @@ Prompt = Annotated[
             ]
         }
     ),
+]
+
+
+def _ids(value: Any) -> Any:
+    """Accept tokens or lists of them."""
+    value = _prompt(value)
+    if isinstance(value, str) or isinstance(value[0], str):
+        raise ValueError("tokens are whole numbers and no text, in a list or in lists")
+    return value
+
+
+Ids = Annotated[
+    Any, BeforeValidator(_ids), WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS}]})
 ]
 
 
@@ -152,7 +155,7 @@ class Sampling(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=2)] | None = None
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -331,7 +334,7 @@ class NativeSampling(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=2)] | None = None
     logit_bias: LogitBias | None = None
     sampling_seed: Seed | None = None
     seed: Seed | None = None
@@ -352,7 +355,7 @@ class GenerateRequest(Body):
     """``POST /generate``, SGLang's native request."""
 
     text: Annotated[str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)], Field()] | None = None
-    input_ids: Prompt | None = None
+    input_ids: Ids | None = None
     sampling_params: NativeSampling | None = None
     rid: RequestId | None = None
     stream: bool | None = None
@@ -385,7 +388,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: Prompt
+    tokens: Ids
     skip_special_tokens: bool | None = None
 
 
@@ -409,9 +412,6 @@ def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Erro
 
     Of several errors it tells the innermost: those of a union's other members are further out.
     """
-    if errors[0]["type"] == "json_invalid":
-        message = f"the body is no JSON: {one_line(Exception(errors[0]['ctx']['error']))}"
-        return ErrorDetail(message=message, type="invalid_request_error", code="invalid_json")
     placed = [(*_place(error, model), error) for error in errors[:MAX_ERRORS]]
     path, known, error = max(placed, key=lambda one: (len(one[0]), one[2]["type"] == "extra_forbidden"))
     kind = str(error["type"])
@@ -424,9 +424,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Erro
     else:
         same = dict.fromkeys(_said(other) for place, _, other in placed if place == path)
         message = f"`{field}`: {', or '.join(same)}" if field else ", or ".join(same)
-    return ErrorDetail(
-        message=message.encode(errors="replace").decode(), type="invalid_request_error", param=field or None, code=CODES.get(kind, kind)
-    )
+    return ErrorDetail(message=message, type="invalid_request_error", param=field or None, code=CODES.get(kind, kind))
 
 
 def _place(error: Mapping[str, Any], model: type[BaseModel]) -> tuple[list[str | int], Iterable[str]]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qtool.serve.protocol import Reply
+from qtool.serve.protocol import ErrorReply, Reply
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 NativeLogprob = tuple[float | None, int, str | None]  # the natural logarithm, the token, its text if that was asked for
@@ -93,6 +93,51 @@ class ChatCompletion(Reply):
     usage: Usage
 
 
+class CalledPart(Reply):
+    """What has come of a call: the name is there once, the arguments in pieces."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallPart(Reply):
+    """A piece of the call number ``index``."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledPart
+
+
+class Delta(Reply):
+    """What a message has got since the event before."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[CallPart] | None = None
+
+
+class ChatChunkChoice(Reply):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    matched_stop: str | int | None = None
+
+
+class ChatChunk(Reply):
+    """An event of a chat that is streamed; the last one may have the usage, and no choice."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
 class CompletionLogprobs(Reply):
     """Log probabilities of a completion: one entry for each token."""
 
@@ -123,6 +168,27 @@ class Completion(Reply):
     usage: Usage
 
 
+class CompletionChunkChoice(Reply):
+    """A piece of one text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    matched_stop: str | int | None = None
+
+
+class CompletionChunk(Reply):
+    """An event of a completion that is streamed; the last one may have the usage, and no choice."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
+
+
 class GenerationFacts(Reply):
     """SGLang's ``meta_info``. ``finish_reason``: its ``type``, and what matched."""
 
@@ -144,6 +210,12 @@ class Generation(Reply):
     text: str
     output_ids: list[int]
     meta_info: GenerationFacts
+
+
+class GenerationChunk(Generation):
+    """An event of a generation that is streamed: all there is so far, and which of several it is."""
+
+    index: int | None = None
 
 
 class Success(Reply):
@@ -215,3 +287,6 @@ class ServerInfo(Reply):
     status: str
     max_total_num_tokens: int
     internal_states: list[dict[str, Any]]
+
+
+CHUNKS = (ChatChunk, CompletionChunk, GenerationChunk, ErrorReply)

@@ -23,6 +23,7 @@ from qtool.serve.service import Service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, Settings, bind
 
 LOG = logging.getLogger("qtool.serve")
+ACCEPT_S = 0.3  # for who has just connected to be told that the server ends
 ENGINE_S = 3.0  # for the engine to end what it was told to end: a step of its may be long
 LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
 OWN_FILES = 256  # open files beside connections
@@ -156,6 +157,7 @@ class _Server(uvicorn.Server):
         self._service.drain()
         ending = asyncio.create_task(self._end_what_runs())
         try:
+            await asyncio.sleep(ACCEPT_S)
             await super().shutdown(sockets)
         finally:
             ending.cancel()

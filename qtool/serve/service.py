@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import logging
 import time
@@ -16,15 +15,16 @@ from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.runtime.sampling_params import SamplingParams
 from qtool.serve import tools
 from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, joined
+from qtool.serve.grammars import Grammars
 from qtool.serve.metrics import Metrics
-from qtool.serve.sandbox import CallRaised, LimitExceeded, Sandbox, SandboxError, TooManyWaiting
+from qtool.serve.sandbox import TooManyWaiting
 from qtool.serve.settings import RETRY_AFTER_S, Settings
 from qtool.serve.templates import Templates
 from qtool.serve.vocabulary import Vocabulary
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
-GRAMMAR_TIMEOUT_S, GRAMMAR_BYTES = 10.0, 1 << 30
+MAX_LOGPROBS, MAX_LOGPROBS_HELD = 1 << 22, 1 << 24  # of a request, of all: each is some 150 bytes, here and in the engine
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")  # of generation_config.json
 
 
@@ -37,11 +37,12 @@ class Busy(Exception):
 
 
 class Ticket:
-    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends."""
+    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends. ``logprobs``: that it may hold."""
 
     def __init__(self, service: Service, choices: int) -> None:
         self._service, self._choices, self._open = service, choices, True
         self.answers: Answers | None = None
+        self.logprobs = 0
         service.places_taken += choices
 
     def close(self) -> None:
@@ -49,6 +50,7 @@ class Ticket:
         if self._open:
             self._open = False
             self._service.places_taken -= self._choices
+            self._service.logprobs_held -= self.logprobs
             if self.answers is not None:
                 self._service.engine.abandon(self.answers)
 
@@ -62,16 +64,16 @@ class Service:
         self.failure: QtoolError | None = None
         self.failed = asyncio.Event()
         self.started = int(time.time())
-        self.places_taken = 0
+        self.places_taken = self.logprobs_held = 0
         self._aborted = False
         self.engine = EngineProcess(self._ended)
         self.metrics = Metrics(settings.name)
         self.defaults: dict[str, Any] = {}
-        self._grammars: Sandbox | None = None
 
     facts: Facts
     vocabulary: Vocabulary
     templates: Templates
+    grammars: Grammars
     tool_style: str | None
 
     async def start(self) -> None:
@@ -88,6 +90,7 @@ class Service:
         finally:
             engine.cancel()
         self.tool_style = tools.style_named(settings.tool_call_parser) if settings.tool_call_parser else tools.detect(self.templates.text)
+        self.grammars = Grammars(self.facts)
         self.vocabulary = Vocabulary(self.facts.tokenizer, self.facts.context_length)
         if settings.sampling_defaults == "model":
             self.defaults = await asyncio.to_thread(_generation_config, Path(self.facts.model_path))
@@ -100,8 +103,8 @@ class Service:
         await self.engine.close()
         if hasattr(self, "templates"):
             await self.templates.close()
-        if self._grammars is not None:
-            await self._grammars.close()
+        if hasattr(self, "grammars"):
+            await self.grammars.close()
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
 
@@ -145,6 +148,7 @@ class Service:
         for prompt in submission.prompts:
             self._check_prompt(prompt, submission.params.max_new_tokens)
         submission.params.check_vocabulary(self.facts.vocab_size)
+        self._hold_logprobs(ticket, submission)
         ticket.answers = self.engine.submit(submission)
         return ticket.answers
 
@@ -152,22 +156,11 @@ class Service:
         """Return the grammar of ``params``, compiled where it can do no harm; None when there is none."""
         if params.constraint is None:
             return None
-        if not self.facts.tokenizer or importlib.util.find_spec("xgrammar") is None:
-            raise UsageError("E_NO_XGRAMMAR", "this server cannot constrain answers", hint="it needs a tokenizer, and `pip install 'qtool[grammar]'`")
-        if self._grammars is None:
-            init = ("qtool.runtime.grammar:load", self.facts.tokenizer, self.facts.vocab_size, list(self.facts.eos_ids))
-            self._grammars = Sandbox("qtool.runtime.grammar:compile_to_json", init=init, timeout_s=GRAMMAR_TIMEOUT_S, memory_bytes=GRAMMAR_BYTES)
         kind, text = params.constraint
         try:
-            return kind, text, await self._grammars.call(kind, text)
-        except CallRaised as error:
-            raise UsageError("E_GRAMMAR", error.message, hint="xgrammar's documentation says what a grammar may have") from None
-        except LimitExceeded as error:
-            raise UsageError("E_GRAMMAR", f"the grammar cannot be compiled: {error}", hint="make it smaller") from None
+            return kind, text, await self.grammars.compiled(kind, text)
         except TooManyWaiting as error:
             raise Busy(429, "queue_full", f"too many grammars wait to be compiled: {error}") from None
-        except SandboxError as error:
-            raise ResourceError("E_GRAMMAR_PROCESS", f"compiling the grammar failed: {error}", hint="try again") from None
 
     def new_id(self, kind: str) -> str:
         """Return a name for a request, such as ``chatcmpl-0123...``."""
@@ -188,6 +181,25 @@ class Service:
         if max(prompt) >= self.facts.vocab_size:
             message = f"the prompt has a token {max(prompt)}, and the model knows {self.facts.vocab_size}"
             raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {self.facts.vocab_size - 1}")
+
+    def _hold_logprobs(self, ticket: Ticket, submission: Submission) -> None:
+        """Count what ``submission`` may make of them: kept until it is read, they are the largest part of an answer. Raises: UsageError, Busy."""
+        if submission.top_logprobs is None:
+            return
+        tokens = 0
+        for prompt in submission.prompts:
+            room = self.facts.context_length - len(prompt)
+            most = room if submission.params.max_new_tokens is None else submission.params.max_new_tokens
+            tokens += (most + (len(prompt) if submission.prompt_logprobs_from >= 0 else 0)) * submission.params.n
+        logprobs = tokens * (1 + submission.top_logprobs)
+        if logprobs > MAX_LOGPROBS:
+            message = f"{logprobs:,} log probabilities in one request; the server gives {MAX_LOGPROBS:,}"
+            raise UsageError("E_TOO_MANY", message, hint="lower n, max_tokens or the number of log probabilities")
+        if self.logprobs_held + logprobs > MAX_LOGPROBS_HELD:
+            self.metrics.refused()
+            raise Busy(429, "queue_full", "other requests hold as many log probabilities as the server keeps")
+        ticket.logprobs = logprobs
+        self.logprobs_held += logprobs
 
     async def warm_up(self) -> None:
         """Let the model answer once. Raises: QtoolError, when its logits are not finite or the engine is gone."""
