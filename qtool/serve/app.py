@@ -256,7 +256,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> Model:
         """Return the model, if it is of that name."""
         service.check_ready()
-        service.check_model(name)
+        service.find_model(name)
         return _model(service)
 
     @app.get("/get_model_info", responses=LOOKS, tags=["SGLang"])
@@ -275,11 +275,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         engine = {name: value for name, value in service.settings.engine.items() if value is not None}
         load = await _load(service)
         flags = {**engine, **settings, **facts, "served_model_name": service.settings.name, "status": service.state}
-        online = service.settings.engine.get("quantization")
         return json_reply(
             {
                 **flags,
-                "quantization": facts["quantization"] + (f" (quantized online: {online})" if online and facts["quantization"] else ""),
                 "version": __version__,
                 "max_total_num_tokens": service.facts.max_total_tokens,
                 "internal_states": [{"places_taken": service.places_taken, **(asdict(load) if load else {})}],

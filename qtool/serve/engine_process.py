@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import logging
 import operator
@@ -190,6 +191,12 @@ def _device_name(device: Any) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+def _prepare_grammars(engine: Any) -> None:
+    """Import what constrained answers need, so that the first of them does not hold up what comes behind it."""
+    if engine.compiler is not None and importlib.util.find_spec("xgrammar"):
+        engine.compiler.compile("regex", "a")
+
+
 def main(descriptor: int) -> None:
     """Run the engine at the other end of ``descriptor``, a socket."""
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a whole group: the server decides when the end has come
@@ -213,6 +220,7 @@ def main(descriptor: int) -> None:
         desk.say("failed", to_wire(QtoolError("E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}")))
     else:
         desk.say("ready", facts)
+        threading.Thread(target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True).start()
         desk.serve(engine)
     desk.next()  # nothing comes but the end of the connection
 

@@ -11,12 +11,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from socket import socket
 from types import FrameType
 
 import uvicorn
 
+from qtool import formats
+from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError
+from qtool.runtime.online import flag_named, schemes_to_run
 from qtool.serve.app import make_app
 from qtool.serve.guard import Bounds, Guard, bounded_connection
 from qtool.serve.service import Service
@@ -34,6 +38,7 @@ def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> Non
 
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises for a model that cannot be served.
     """
+    _check_quantization(settings)
     address = bind(settings)
     bounds = Bounds()
     bounds = replace(bounds, connections=min(bounds.connections, _file_limit() - OWN_FILES))
@@ -47,6 +52,16 @@ def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> Non
         )
     with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
         runner.run(_serve(settings, bounds, address, on_ready))
+
+
+def _check_quantization(settings: Settings) -> None:
+    """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict the checkpoint in a folder."""
+    folder, (quantization, torchao_config) = Path(settings.model_path), (settings.engine.get(name) for name in ("quantization", "torchao_config"))
+    if quantization or torchao_config:
+        name = flag_named(quantization, torchao_config)
+        if folder.is_dir():
+            checkpoint = open_checkpoint(folder)
+            schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
 async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[str], None]) -> None:
@@ -100,7 +115,8 @@ async def _watch(service: Service, server: uvicorn.Server) -> None:
 def ready_text(service: Service) -> str:
     """Return what is served, where, and a command to try it."""
     settings, facts = service.settings, service.facts
-    what = f"{facts.quantization or facts.dtype}, {facts.weights_bytes / 1e9:.2f} GB on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
+    size = f"{facts.weights_bytes / 1e9:.2f} GB" if facts.weights_bytes >= 1e8 else f"{facts.weights_bytes / 1e6:.1f} MB"
+    what = f"{facts.quantization or facts.dtype}, {size} on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
     key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""
     if service.templates.text is None:
         path, body = "/v1/completions", {"model": settings.name, "prompt": "Hello", "max_tokens": 32}

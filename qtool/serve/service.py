@@ -167,6 +167,11 @@ class Service:
         return f"{kind}-{uuid.uuid4().hex}"
 
     def check_model(self, name: str | None) -> None:
+        """Raise: LookupError, when ``name`` is not the served model, which was given a name; without one any will do, as in SGLang."""
+        if self.settings.served_model_name is not None:
+            self.find_model(name)
+
+    def find_model(self, name: str | None) -> None:
         """Raise: LookupError, when ``name`` is not the served model."""
         if name not in (None, "", "default", self.settings.name, self.settings.model_path, Path(self.settings.model_path).name):
             raise LookupError(f"there is no model `{name[:200]}` here; `{self.settings.name}` is served")
