@@ -58,7 +58,7 @@ def serve(
     nnodes: Annotated[int | None, typer.Option(min=1, help="Machines.*", show_default=False)] = None,
     node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this one is.*", show_default=False)] = None,
     dist_init_addr: Annotated[str | None, typer.Option(help="HOST:PORT of the first.*", show_default=False)] = None,
-    drain_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for requests to end after SIGTERM. [30]", show_default=False)] = None,
+    drain_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for requests to end after SIGTERM. [20]", show_default=False)] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts to the log; else it has none.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     trust_remote_code: TrustRemoteCode = False,
@@ -78,7 +78,7 @@ def serve(
         raise UsageError("E_USAGE", f"unexpected arguments: {' '.join(context.args)}", hint="--engine vllm and sglang take more, after `--`")
     if dry_run:
         return _show_kernels(model_path, revision, device, quantization, torchao_config, as_json=as_json)
-    from qtool.serve import serve as run
+    from qtool.serve.server import serve as run
     from qtool.serve.settings import make_settings
 
     run(make_settings(options), on_ready=lambda text: print(text, flush=True))

@@ -428,10 +428,9 @@ class Runner:
             asked, made = len(self._buckets) + len(self._shapes), len(graphs) + len(prompts)
             warnings.warn(f"there is memory for {made} of {asked} CUDA graphs; lower mem_fraction_static", stacklevel=2)
         except (RuntimeError, ValueError) as error:
+            prompts, graphs = {}, graphs if len(graphs) == len(self._buckets) else {}
             what = "prompts run" if graphs else "decode runs"
             warnings.warn(f"{what} without CUDA graphs, which this model does not allow: {one_line(error)}", stacklevel=2)
-            prompts = {}
-            graphs = graphs if len(graphs) == len(self._buckets) else {}
         self.graphs = dict(sorted(graphs.items()))
         self.prompt_graphs = dict(sorted(prompts.items(), key=lambda item: sum(item[0])))
 

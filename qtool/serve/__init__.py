@@ -1,6 +1,1 @@
 """A model over HTTP, for OpenAI's clients and SGLang's; or handed to vLLM or SGLang, where one GPU is not enough."""
-
-from qtool.serve.server import serve
-from qtool.serve.settings import Settings
-
-__all__ = ["Settings", "serve"]

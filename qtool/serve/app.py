@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from qtool import __version__
 from qtool.errors import QtoolError, UsageError, one_line
+from qtool.serve.answering import error_reply, gone, json_reply
 from qtool.serve.chat import chat, prompt_of, tool_dicts
 from qtool.serve.completions import complete
 from qtool.serve.engine_client import Load
@@ -37,7 +38,7 @@ from qtool.serve.protocol import (
     TokenizeRequest,
     refusal,
 )
-from qtool.serve.replies import error_reply, gone, json_reply
+from qtool.serve.sandbox import TooManyWaiting
 from qtool.serve.schemas import (
     CHUNKS,
     ChatChunk,
@@ -56,7 +57,8 @@ from qtool.serve.schemas import (
     Tokens,
     Version,
 )
-from qtool.serve.service import Busy, Service
+from qtool.serve.service import Busy, ModelNotFound, Service
+from qtool.serve.settings import RETRY_AFTER_S
 
 LOG = logging.getLogger("qtool.serve")
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -333,7 +335,7 @@ async def _while_connected(service: Service, request: Request, answer: Awaitable
 def _add_error_handlers(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> Response:
         status, reply = error_reply(error)
-        headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Busy) else {"retry-after": "5"} if status == 503 else None
+        headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
         return json_reply(reply.model_dump(), status=status, headers=headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
@@ -353,7 +355,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         detail = ErrorDetail(message=f"a bug in qtool: {type(error).__name__}", type="server_error", code="bug")
         return JSONResponse(ErrorReply(error=detail).model_dump(), status_code=500)
 
-    for kind in (QtoolError, Busy, LookupError):
+    for kind in (QtoolError, Busy, ModelNotFound, TooManyWaiting):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

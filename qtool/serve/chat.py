@@ -12,14 +12,16 @@ from starlette.responses import Response
 
 from qtool.errors import UsageError
 from qtool.serve import tools
+from qtool.serve.answering import DONE, answer, event
 from qtool.serve.engine_client import Answers, Piece, Submission
 from qtool.serve.protocol import ChatRequest, Message, TokenizeRequest, Tool
-from qtool.serve.replies import DONE, Account, EventStream, chat_logprobs, event, finish_reason, json_reply, log_request, sampling_params
-from qtool.serve.service import Service, collected
+from qtool.serve.replies import Account, chat_logprobs, finish_reason, log_request
+from qtool.serve.sampling import sampling_params
+from qtool.serve.service import Service
 
 
 async def chat(service: Service, body: ChatRequest) -> Response:
-    """Answer ``body``. Raises: UsageError, LookupError, Busy."""
+    """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     account = Account("chat", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -28,8 +30,7 @@ async def chat(service: Service, body: ChatRequest) -> Response:
     forced = tools.schema_for(choice, parallel=body.parallel_tool_calls is not False)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = sampling_params(body, service.defaults, wanted, forced)
-    ticket = service.admit(params.n)
-    try:
+    with service.admit(params.n) as ticket:
         text, prompt = await prompt_of(service, body.messages, choice.tools, body)
         log_request(text, params, service.settings)
         submission = Submission(
@@ -41,16 +42,7 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             grammar=await service.compiled(params),
         )
         reply = _Chat(service, body, submission.rid, account, choice)
-        answers = await service.submit(ticket, submission)
-        if body.stream:
-            return await EventStream.started(reply.events(answers), ticket)
-        return json_reply(reply.whole(await collected(answers)))
-    except BaseException:
-        ticket.close()
-        raise
-    finally:
-        if not body.stream:
-            ticket.close()
+        return await answer(service, ticket, submission, reply, wanted)
 
 
 def tool_dicts(given: Sequence[Tool] | None) -> list[dict[str, Any]]:
@@ -106,8 +98,11 @@ class _Chat:
             logprobs = chat_logprobs(piece, self._service.vocabulary) if self._body.logprobs else None
             matched = piece.ending.reason.get("matched")
             choices.append({"index": piece.choice, "message": message, "logprobs": logprobs, "finish_reason": reason, "matched_stop": matched})
-        self._account.close(self._id)
         return self._head("chat.completion") | {"choices": choices, "usage": self._account.usage()}
+
+    def close(self) -> None:
+        """Write down what the request used."""
+        self._account.close(self._id)
 
     async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: the role of each choice, what it gets, why it ends, and at last the usage."""
@@ -118,40 +113,37 @@ class _Chat:
         parsers: dict[int, tools.ToolParser | None] = {}
         encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         n = self._body.n or 1
-        try:
-            async for pieces in answers:
-                lines = []
-                for piece in pieces:
-                    self._account.note(piece, n)
-                    index, ending = piece.choice, piece.ending
-                    start = f'data: {head},"choices":[{{"index":{index},"delta":'
-                    if index not in parsers:
-                        parsers[index] = tools.parser_for(self._choice, self._service.tool_style)
-                        lines.append(f'{start}{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]{tail}')
-                    parser = parsers[index]
-                    deltas: list[dict[str, Any]] = []
-                    if parser is None:
-                        deltas = [{"content": piece.text}] if piece.text or (logprobs and piece.logprobs) else []
-                    else:
-                        deltas = _deltas(parser.push(piece.text)) + (_deltas(parser.finish()) if ending else [])
-                        if not deltas and logprobs and piece.logprobs:
-                            deltas = [{}]
-                    for number, delta in enumerate(deltas):
-                        shown = encode(chat_logprobs(piece, vocabulary)) if logprobs and number == 0 else "null"
-                        lines.append(f'{start}{encode(delta)},"logprobs":{shown},"finish_reason":null}}]{tail}')
-                    if ending is not None:
-                        reason = finish_reason(ending)
-                        if parser is not None and parser.called and reason == "stop":
-                            reason = "tool_calls"
-                        matched = encode(ending.reason.get("matched"))
-                        lines.append(f'{start}{{}},"logprobs":null,"finish_reason":"{reason}","matched_stop":{matched}}}]{tail}')
-                if lines:
-                    yield "".join(lines).encode()
-            if with_usage:
-                yield event(self._head("chat.completion.chunk") | {"choices": [], "usage": self._account.usage()})
-            yield DONE
-        finally:
-            self._account.close(self._id)
+        async for pieces in answers:
+            lines = []
+            for piece in pieces:
+                self._account.note(piece, n)
+                index, ending = piece.choice, piece.ending
+                start = f'data: {head},"choices":[{{"index":{index},"delta":'
+                if index not in parsers:
+                    parsers[index] = tools.parser_for(self._choice, self._service.tool_style)
+                    lines.append(f'{start}{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]{tail}')
+                parser = parsers[index]
+                deltas: list[dict[str, Any]] = []
+                if parser is None:
+                    deltas = [{"content": piece.text}] if piece.text or (logprobs and piece.logprobs) else []
+                else:
+                    deltas = _deltas(parser.push(piece.text)) + (_deltas(parser.finish()) if ending else [])
+                    if not deltas and logprobs and piece.logprobs:
+                        deltas = [{}]
+                for number, delta in enumerate(deltas):
+                    shown = encode(chat_logprobs(piece, vocabulary)) if logprobs and number == 0 else "null"
+                    lines.append(f'{start}{encode(delta)},"logprobs":{shown},"finish_reason":null}}]{tail}')
+                if ending is not None:
+                    reason = finish_reason(ending)
+                    if parser is not None and parser.called and reason == "stop":
+                        reason = "tool_calls"
+                    matched = encode(ending.reason.get("matched"))
+                    lines.append(f'{start}{{}},"logprobs":null,"finish_reason":"{reason}","matched_stop":{matched}}}]{tail}')
+            if lines:
+                yield "".join(lines).encode()
+        if with_usage:
+            yield event(self._head("chat.completion.chunk") | {"choices": [], "usage": self._account.usage()})
+        yield DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

@@ -10,29 +10,19 @@ from typing import Any
 from starlette.responses import Response
 
 from qtool.errors import UsageError
+from qtool.serve.answering import DONE, answer, event
 from qtool.serve.engine_client import Answers, Piece, Submission
 from qtool.serve.protocol import CompletionRequest
-from qtool.serve.replies import (
-    DONE,
-    Account,
-    EventStream,
-    completion_logprobs,
-    event,
-    finish_reason,
-    json_reply,
-    log_request,
-    prompt_offsets,
-    sampling_params,
-    without_answer,
-)
-from qtool.serve.service import Service, collected
+from qtool.serve.replies import Account, completion_logprobs, finish_reason, log_request, prompt_offsets, without_answer
+from qtool.serve.sampling import sampling_params
+from qtool.serve.service import Service
 from qtool.serve.vocabulary import Offsets
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 async def complete(service: Service, body: CompletionRequest) -> Response:
-    """Answer ``body``. Raises: UsageError, LookupError, Busy."""
+    """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     account = Account("completion", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -42,8 +32,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
     asked = body.max_tokens if body.max_tokens is not None else service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
     params = sampling_params(body, service.defaults, max(asked, 1))
     prompts: list[Any] = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
-    ticket = service.admit(len(prompts) * params.n)
-    try:
+    with service.admit(len(prompts) * params.n) as ticket:
         special = body.add_special_tokens is not False
         tokens = [await service.vocabulary.encode(one, add_special_tokens=special) if isinstance(one, str) else one for one in prompts]
         log_request(prompts, params, service.settings)
@@ -58,16 +47,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
         )
         echoed = [one if isinstance(one, str) else service.vocabulary.decode(one) for one in prompts] if body.echo else [""] * len(prompts)
         reply = _Completion(service, body, submission, account, echoed, nothing=asked == 0)
-        answers = await service.submit(ticket, submission)
-        if body.stream:
-            return await EventStream.started(reply.events(answers), ticket)
-        return json_reply(reply.whole(await collected(answers)))
-    except BaseException:
-        ticket.close()
-        raise
-    finally:
-        if not body.stream:
-            ticket.close()
+        return await answer(service, ticket, submission, reply, body.max_tokens)
 
 
 class _Completion:
@@ -96,8 +76,11 @@ class _Completion:
                     "matched_stop": piece.ending.reason.get("matched"),
                 }
             )
-        self._account.close(self._submission.rid)
         return self._head() | {"choices": choices, "usage": self._account.usage()}
+
+    def close(self) -> None:
+        """Write down what the request used."""
+        self._account.close(self._submission.rid)
 
     async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: what each choice gets, why it ends, and at last the usage."""
@@ -108,31 +91,28 @@ class _Completion:
         encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         offsets: dict[int, Offsets] = {}
         skip = self._submission.params.skip_special_tokens
-        try:
-            async for pieces in answers:
-                lines = []
-                for piece in pieces:
-                    piece = without_answer(piece) if self._nothing else piece
-                    self._account.note(piece, self._each)
-                    index, text, ending = piece.choice, piece.text, piece.ending
-                    if index not in offsets:
-                        text, offsets[index] = self._echoed[index // self._each] + text, Offsets(vocabulary, 0)
-                    logprobs = "null"
-                    if body.logprobs is not None and piece.logprobs:
-                        begins = [offsets[index].add(token, skip_special_tokens=skip) for token in piece.tokens]
-                        logprobs = encode(completion_logprobs(piece.logprobs, piece.top, vocabulary, begins))
-                    if not (text or ending or logprobs != "null"):
-                        continue
-                    reason = f'"{finish_reason(ending)}","matched_stop":{encode(ending.reason.get("matched"))}' if ending else "null"
-                    choice = f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
-                    lines.append(f'data: {head},"choices":[{choice}]{tail}')
-                if lines:
-                    yield "".join(lines).encode()
-            if with_usage:
-                yield event(self._head() | {"choices": [], "usage": self._account.usage()})
-            yield DONE
-        finally:
-            self._account.close(self._submission.rid)
+        async for pieces in answers:
+            lines = []
+            for piece in pieces:
+                piece = without_answer(piece) if self._nothing else piece
+                self._account.note(piece, self._each)
+                index, text, ending = piece.choice, piece.text, piece.ending
+                if index not in offsets:
+                    text, offsets[index] = self._echoed[index // self._each] + text, Offsets(vocabulary, 0)
+                logprobs = "null"
+                if body.logprobs is not None and piece.logprobs:
+                    begins = [offsets[index].add(token, skip_special_tokens=skip) for token in piece.tokens]
+                    logprobs = encode(completion_logprobs(piece.logprobs, piece.top, vocabulary, begins))
+                if not (text or ending or logprobs != "null"):
+                    continue
+                reason = f'"{finish_reason(ending)}","matched_stop":{encode(ending.reason.get("matched"))}' if ending else "null"
+                choice = f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
+                lines.append(f'data: {head},"choices":[{choice}]{tail}')
+            if lines:
+                yield "".join(lines).encode()
+        if with_usage:
+            yield event(self._head() | {"choices": [], "usage": self._account.usage()})
+        yield DONE
 
     def _head(self) -> dict[str, Any]:
         return {"id": self._submission.rid, "object": "text_completion", "created": self._created, "model": self._model}

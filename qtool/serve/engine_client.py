@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import pickle
 import signal
 import socket
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from qtool.errors import QtoolError, ResourceError, from_wire
 from qtool.runtime.sampling_params import SamplingParams
 
+LOG = logging.getLogger("qtool.serve")
 LENGTH = struct.Struct("!I")
 PATIENCE_S = 15.0  # for the engine to say what it is doing: a step of its may be long
 END_S = 5.0  # for it to end by itself
@@ -251,8 +253,11 @@ class EngineProcess:
                 for key, piece in said:
                     if answers := self._answers.get(key):
                         answers.take(from_wire(piece) if isinstance(piece, dict) else piece)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except Exception as error:  # of the connection, or a message that is none
             if not self._closing:
+                if not isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
+                    LOG.exception("the engine says what cannot be understood")
+                    self._process.kill()
                 self.give_up(ResourceError("E_ENGINE_DIED", "the engine's process ended", hint="the server ends, too"))
                 self._on_end(await self._death())
 

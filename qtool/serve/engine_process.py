@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import itertools
 import logging
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qtool.errors import QtoolError, one_line, to_wire
+from qtool.errors import QtoolError, ResourceError, one_line, to_wire
 from qtool.serve.engine_client import LENGTH, Ending, Facts, Load, Piece, Submission
 
 LOG = logging.getLogger("qtool.serve")
@@ -60,12 +61,17 @@ class _Desk:
                 self.say("load", (said[0], _load(engine)))
 
     def _submit(self, engine: Any, key: int, submission: Submission) -> None:
+        import torch
+
         from qtool.runtime.engine import Ask
 
         told: dict[int, tuple[int, int]] = {}  # tokens and characters of each choice that the server knows
 
         def tell(news: tuple[int, Any, bool]) -> None:  # in the thread of the engine's loop
             index, answer, last = news
+            if isinstance(answer, torch.AcceleratorError):  # the device does nothing more for this process
+                LOG.error("the device failed: %s", one_line(answer))
+                os._exit(1)
             if isinstance(answer, Exception):
                 self.say("told", (key, _wire(answer)))
             else:
@@ -97,25 +103,31 @@ class _Desk:
             self._requests.pop(key, None)
 
     def _receive(self) -> None:
-        with self._connection.makefile("rb") as file:
-            while len(head := file.read(LENGTH.size)) == LENGTH.size:
-                self._inbox.put(pickle.loads(file.read(LENGTH.unpack(head)[0])))
-        os._exit(0)  # the server is gone, or wants this: the device's memory goes back with the process
+        try:
+            with self._connection.makefile("rb") as file:
+                while len(head := file.read(LENGTH.size)) == LENGTH.size:
+                    self._inbox.put(pickle.loads(file.read(LENGTH.unpack(head)[0])))
+        finally:
+            os._exit(0)  # the server is gone, or wants this: the device's memory goes back with the process
 
     def _send(self) -> None:
-        while True:
-            messages = [self._outbox.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    messages.append(self._outbox.get_nowait())
-            for kind, group in itertools.groupby(messages, key=operator.itemgetter(0)):
-                said = [said for _, said in group]
-                for one in [said] if kind == "told" else said:  # what one step told is one message
-                    data = pickle.dumps((kind, one), pickle.HIGHEST_PROTOCOL)
-                    try:
+        try:
+            while True:
+                messages = [self._outbox.get()]
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        messages.append(self._outbox.get_nowait())
+                for kind, group in itertools.groupby(messages, key=operator.itemgetter(0)):
+                    said = [said for _, said in group]
+                    for one in [said] if kind == "told" else said:  # what one step told is one message
+                        data = pickle.dumps((kind, one), pickle.HIGHEST_PROTOCOL)
                         self._connection.sendall(LENGTH.pack(len(data)) + data)
-                    except OSError:
-                        os._exit(0)
+        except OSError:
+            pass  # the server is gone
+        except Exception:
+            LOG.exception("the engine cannot tell what it made")
+        finally:
+            os._exit(1)
 
 
 def _piece(choice: int, answer: Any, tokens: int, characters: int) -> Piece:
@@ -193,8 +205,26 @@ def _device_name(device: Any) -> str:
 
 def _prepare_grammars(engine: Any) -> None:
     """Import what constrained answers need, so that the first of them does not hold up what comes behind it."""
-    if engine.compiler is not None and importlib.util.find_spec("xgrammar"):
+    if engine.compiler is None or importlib.util.find_spec("xgrammar") is None:
+        return
+    gc.disable()
+    try:
         engine.compiler.compile("regex", "a")
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def _with_more_gpus(options: dict[str, Any]) -> str:
+    """Return what to type instead where the model does not fit one GPU."""
+    import torch
+
+    from qtool.checkpoint import open_checkpoint, resolve_model
+    from qtool.serve.handover import suggestion
+
+    size = open_checkpoint(resolve_model(options["model_path"], revision=options.get("revision"))).size_bytes
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    return suggestion({"model_path": options["model_path"]}, size_bytes=size, gpu_bytes=memory)
 
 
 def main(descriptor: int) -> None:
@@ -208,17 +238,23 @@ def main(descriptor: int) -> None:
     logging.captureWarnings(True)
     try:
         from qtool.runtime.engine import Engine
-        from qtool.runtime.online import flag_named
 
-        options["quantization"] = flag_named(options.get("quantization"), options.pop("torchao_config", None))
         engine = Engine(**options)
         facts = _facts(engine)
     except QtoolError as error:
+        if error.code == "E_KV_CACHE":
+            error.hint += f"; or {_with_more_gpus(options)}"
         desk.say("failed", to_wire(error))
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            message = f"the device has no memory for the weights: {one_line(error)}"
+            desk.say("failed", to_wire(ResourceError("E_DOES_NOT_FIT", message, hint=f"quantize it, or {_with_more_gpus(options)}")))
+            desk.next()
         LOG.exception("the engine did not start")
         desk.say("failed", to_wire(QtoolError("E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}")))
     else:
+        gc.collect()
+        gc.freeze()  # what lives as long as the process is not looked at again: a collection would stop all requests for a while
         desk.say("ready", facts)
         threading.Thread(target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True).start()
         desk.serve(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections import OrderedDict
 
@@ -22,6 +23,7 @@ class Grammars:
         self._sandbox: Sandbox | None = None
         self._kept: OrderedDict[tuple[str, str], str | UsageError] = OrderedDict()  # the one used last at the end
         self._kept_bytes = 0
+        self._compiling: dict[tuple[str, str], asyncio.Task[str | UsageError]] = {}
 
     async def compiled(self, kind: str, text: str) -> str:
         """Return what `Compiler.take` reads. Raises: UsageError for what cannot be compiled; ResourceError; TooManyWaiting."""
@@ -29,8 +31,11 @@ class Grammars:
             raise UsageError("E_NO_XGRAMMAR", "this server cannot constrain answers", hint="it needs a tokenizer, and `pip install 'qtool[grammar]'`")
         found = self._kept.get((kind, text))
         if found is None:
-            found = await self._compile(kind, text)
-            self._keep(kind, text, found)
+            compiling = self._compiling.get((kind, text))
+            if compiling is None:
+                compiling = self._compiling[kind, text] = asyncio.create_task(self._compile(kind, text))
+                compiling.add_done_callback(lambda task: self._done(kind, text, task))
+            found = await asyncio.shield(compiling)  # others may wait for the same
         else:
             self._kept.move_to_end((kind, text))
         if isinstance(found, UsageError):
@@ -58,6 +63,11 @@ class Grammars:
             raise
         except SandboxError as error:
             raise ResourceError("E_GRAMMAR_PROCESS", f"compiling the grammar failed: {error}", hint="try again") from None
+
+    def _done(self, kind: str, text: str, task: asyncio.Task[str | UsageError]) -> None:
+        del self._compiling[kind, text]
+        if not task.cancelled() and task.exception() is None:
+            self._keep(kind, text, task.result())
 
     def _keep(self, kind: str, text: str, found: str | UsageError) -> None:
         self._kept_bytes += _size(text, found) - _size(text, self._kept.pop((kind, text), None))

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from qtool.errors import UsageError
 from qtool.runtime.sampling_params import SamplingParams
+from qtool.serve.answering import DONE, answer, event
 from qtool.serve.engine_client import Answers, Logprob, Piece, Submission, joined
 from qtool.serve.protocol import GenerateRequest
-from qtool.serve.replies import DONE, Account, EventStream, event, finite, json_reply, log_request, without_answer
-from qtool.serve.service import Service, collected
+from qtool.serve.replies import Account, finite, log_request, without_answer
+from qtool.serve.service import Service
 
 
 async def generate(service: Service, body: GenerateRequest) -> Response:
@@ -26,8 +27,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     values = {} if body.sampling_params is None else body.sampling_params.model_dump(exclude_none=True)
     nothing = values.get("max_new_tokens") == 0
     params = SamplingParams.from_dict({**service.defaults, **values} | ({"max_new_tokens": 1} if nothing else {}))
-    ticket = service.admit(len(prompts) * params.n)
-    try:
+    with service.admit(len(prompts) * params.n) as ticket:
         tokens = [await service.vocabulary.encode(one) if isinstance(one, str) else one for one in prompts]
         log_request(prompts, params, service.settings)
         submission = Submission(
@@ -40,17 +40,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
             grammar=await service.compiled(params),
         )
         reply = _Generation(service, body, submission, account, alone=single and params.n == 1, nothing=nothing)
-        answers = await service.submit(ticket, submission)
-        if body.stream:
-            return await EventStream.started(reply.events(answers), ticket)
-        results = reply.whole(await collected(answers))
-        return json_reply(results[0] if reply.alone else results)
-    except BaseException:
-        ticket.close()
-        raise
-    finally:
-        if not body.stream:
-            ticket.close()
+        return await answer(service, ticket, submission, reply, values.get("max_new_tokens"))
 
 
 class _Generation:
@@ -60,15 +50,14 @@ class _Generation:
         self._service, self._body, self._submission, self._account = service, body, submission, account
         self.alone, self._nothing = alone, nothing
 
-    def whole(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        """Return the dictionary of each choice."""
+    def whole(self, pieces: list[Piece]) -> object:
+        """Return the dictionary of the choice, or of each."""
         results = []
         for piece in pieces:
             piece = without_answer(piece) if self._nothing else piece
             self._account.note(piece, self._submission.params.n)
             results.append(self.result(piece))
-        self._account.close(self._submission.rid)
-        return results
+        return results[0] if self.alone else results
 
     def result(self, piece: Piece) -> dict[str, Any]:
         """Return the dictionary for a choice, of which ``piece`` is all there is so far."""
@@ -92,20 +81,21 @@ class _Generation:
                     meta["input_top_logprobs"] = [None if one is None else self._shown(one) for one in ending.input_top]
         return {"text": piece.text, "output_ids": piece.tokens, "meta_info": meta}
 
+    def close(self) -> None:
+        """Write down what the request used."""
+        self._account.close(self._submission.rid)
+
     async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """Yield each choice with all it has so far, whenever it gets more."""
         whole: dict[int, Piece] = {}
-        try:
-            async for pieces in answers:
-                for piece in pieces:
-                    piece = without_answer(piece) if self._nothing else piece
-                    self._account.note(piece, self._submission.params.n)
-                    known = whole[piece.choice] = joined(whole[piece.choice], piece) if piece.choice in whole else piece
-                    result = self.result(known)
-                    yield event(result if self.alone else {**result, "index": piece.choice})
-            yield DONE
-        finally:
-            self._account.close(self._submission.rid)
+        async for pieces in answers:
+            for piece in pieces:
+                piece = without_answer(piece) if self._nothing else piece
+                self._account.note(piece, self._submission.params.n)
+                known = whole[piece.choice] = joined(whole[piece.choice], piece) if piece.choice in whole else piece
+                result = self.result(known)
+                yield event(result if self.alone else {**result, "index": piece.choice})
+        yield DONE
 
     def _shown(self, logprobs: list[Logprob]) -> list[tuple[float | None, int, str | None]]:
         text_of = self._service.vocabulary.text_of

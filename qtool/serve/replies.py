@@ -1,94 +1,21 @@
-"""What the routes for text share: sampling parameters from a request, log probabilities as OpenAI shows them, streams of events, the log."""
+"""What replies are made of: log probabilities as OpenAI shows them, counts of tokens, and what is written down of each request."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
-
-from qtool.errors import QtoolError, ResourceError, UsageError
-from qtool.runtime.sampling_params import ANY_JSON_OBJECT, SamplingParams
+from qtool.runtime.sampling_params import SamplingParams
 from qtool.serve.engine_client import Ending, Logprob, Piece
 from qtool.serve.metrics import Metrics
-from qtool.serve.protocol import ErrorDetail, ErrorReply, Sampling
-from qtool.serve.service import Busy, Ticket
 from qtool.serve.settings import Settings
 from qtool.serve.vocabulary import Offsets, Vocabulary
 
 LOG = logging.getLogger("qtool.serve")
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-SAME_NAME = (  # fields of a request that SamplingParams knows by the same name
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "n",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-)
-DONE = b"data: [DONE]\n\n"
-
-
-def sampling_params(request: Sampling, defaults: Mapping[str, Any], max_new_tokens: int | None, forced_schema: Any = None) -> SamplingParams:
-    """Return what ``request`` asks of the sampler: its own fields, then the model's defaults, then OpenAI's.
-
-    ``forced_schema``: a JSON schema that the answer must satisfy because of its tools. Raises: UsageError.
-    """
-    values: dict[str, Any] = {"max_new_tokens": None, **defaults}
-    given = {name: getattr(request, name) for name in SAME_NAME}
-    given |= {"sampling_seed": request.seed, "min_new_tokens": request.min_tokens, "max_new_tokens": max_new_tokens}
-    given["no_stop_trim"] = request.no_stop_trim or request.include_stop_str_in_output
-    given |= _constraint(request, forced_schema)
-    if given["top_k"] == 0:
-        given["top_k"] = -1  # what vLLM means by it
-    values |= {name: value for name, value in given.items() if value is not None}
-    return SamplingParams.from_dict(values)
-
-
-def _constraint(request: Sampling, forced_schema: Any) -> dict[str, str]:
-    """Return the constraint that ``request`` names, under the name of SamplingParams."""
-    found: list[tuple[str, str]] = [(name, value) for name in ("regex", "ebnf", "json_schema") if (value := getattr(request, name)) is not None]
-    if form := request.response_format:
-        if form.type == "json_object":
-            found.append(("json_schema", ANY_JSON_OBJECT))
-        elif form.type == "json_schema":
-            if form.json_schema is None or form.json_schema.schema_ is None:
-                raise UsageError("E_GRAMMAR", "response_format says json_schema and has none", hint="give json_schema: {name, schema}")
-            found.append(("json_schema", json.dumps(form.json_schema.schema_)))
-        elif form.type == "structural_tag":
-            found.append(("structural_tag", form.model_dump_json(exclude_none=True)))
-    if others := request.structured_outputs:
-        if others.json_ is not None:
-            found.append(("json_schema", others.json_ if isinstance(others.json_, str) else json.dumps(others.json_)))
-        if others.choice is not None:
-            found.append(("ebnf", "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in others.choice)))
-        if others.json_object:
-            found.append(("json_schema", ANY_JSON_OBJECT))
-        found += [
-            (theirs, value)
-            for theirs, value in (("regex", others.regex), ("ebnf", others.grammar), ("structural_tag", others.structural_tag))
-            if value
-        ]
-    if forced_schema is not None:
-        found.append(("json_schema", json.dumps(forced_schema)))
-    if len(found) > 1:
-        names = ", ".join(name for name, _ in found)
-        raise UsageError("E_GRAMMAR", f"the answer is constrained {len(found)} times ({names})", hint="one of them: tool_choice counts too")
-    return dict(found)
 
 
 def chat_logprobs(piece: Piece, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -215,90 +142,3 @@ def log_request(prompts: object, params: SamplingParams, settings: Settings) -> 
     """Write what is asked for to the log, if the server is to show it."""
     if settings.log_requests:
         LOG.info("request: %s, %s", json.dumps(prompts, ensure_ascii=False), params)
-
-
-def event(data: object) -> bytes:
-    """Return ``data`` as a server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-class EventStream(Response):
-    """A response of server-sent events. Whatever ends it, ``ticket`` is given back: a client that leaves frees its pages."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None], ticket: Ticket) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._ticket = events, ticket
-
-    @classmethod
-    async def started(cls, events: AsyncGenerator[bytes, None], ticket: Ticket) -> EventStream:
-        """Return the stream once its first event is there, so that an error before it has a status of its own."""
-        first = await anext(events)
-
-        async def whole() -> AsyncGenerator[bytes, None]:
-            try:
-                yield first
-                async for more in events:
-                    yield more
-            except (QtoolError, Busy) as error:
-                yield event(error_reply(error)[1].model_dump())
-                yield DONE
-            finally:
-                await events.aclose()
-
-        return cls(whole(), ticket)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the client is gone."""
-        sending = asyncio.create_task(self._send(send))
-        watching = asyncio.create_task(gone(receive))
-        try:
-            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            for task in (sending, watching):
-                task.cancel()
-            await asyncio.gather(sending, watching, return_exceptions=True)
-            with contextlib.suppress(RuntimeError):
-                await self._events.aclose()
-            self._ticket.close()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for some in self._events:
-            await send({"type": "http.response.body", "body": some, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def gone(receive: Receive) -> None:
-    """Return when the client is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """Return status and body for ``error``, in OpenAI's shape."""
-    if isinstance(error, Busy):
-        kind = "rate_limit_error" if error.status == 429 else "service_unavailable_error"
-        return error.status, ErrorReply(error=ErrorDetail(message=error.message, type=kind, code=error.code))
-    if isinstance(error, LookupError):
-        return 404, ErrorReply(error=ErrorDetail(message=str(error.args[0]), type="invalid_request_error", param="model", code="model_not_found"))
-    assert isinstance(error, QtoolError)
-    message = f"{error.message}; {error.hint}" if error.hint else error.message
-    if isinstance(error, ResourceError):
-        return 503, ErrorReply(error=ErrorDetail(message=message, type="service_unavailable_error", code=_code(error)))
-    if error.exit_code in (2, 3):
-        return 400, ErrorReply(error=ErrorDetail(message=message, type="invalid_request_error", code=_code(error)))
-    return 500, ErrorReply(error=ErrorDetail(message=message, type="server_error", code=_code(error)))
-
-
-def _code(error: QtoolError) -> str:
-    return {"E_TOO_LONG": "context_length_exceeded"}.get(error.code, error.code.removeprefix("E_").lower())
-
-
-def json_reply(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return a response of JSON."""
-    return JSONResponse(content, status_code=status, headers=dict(headers) if headers else None)

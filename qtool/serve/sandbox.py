@@ -24,7 +24,7 @@ from typing import Any
 
 from qtool.errors import one_line
 
-MAX_WAITING = 256
+MAX_WAITING = 4096
 OUTPUT_BYTES = 16 << 20
 START_TIMEOUT_S = 60.0  # imports from a cold disk
 MAX_NAME = 100
@@ -156,9 +156,9 @@ class Sandbox:
         self._child = await _Child.start(self._output_bytes)
         try:
             await self._child.ask(self._setup, self._start_timeout_s)
-        except SandboxError:
+        except SandboxError as error:
             await self._end_child()
-            raise
+            raise ChildDied(f"the process did not start: {error}") from error
         return self._child
 
     async def _end_child(self) -> None:

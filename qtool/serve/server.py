@@ -20,7 +20,7 @@ import uvicorn
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError
-from qtool.runtime.online import flag_named, schemes_to_run
+from qtool.runtime.online import schemes_to_run
 from qtool.serve.app import make_app
 from qtool.serve.guard import Bounds, Guard, bounded_connection
 from qtool.serve.service import Service
@@ -41,7 +41,7 @@ def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> Non
     _check_quantization(settings)
     address = bind(settings)
     bounds = Bounds()
-    bounds = replace(bounds, connections=min(bounds.connections, _file_limit() - OWN_FILES))
+    bounds = replace(bounds, connections=min(bounds.connections, max(_file_limit() - OWN_FILES, OWN_FILES // 4)))
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
     logging.getLogger("qtool").setLevel(settings.log_level.upper())
     if not settings.is_local and not settings.api_key:
@@ -56,12 +56,10 @@ def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> Non
 
 def _check_quantization(settings: Settings) -> None:
     """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict the checkpoint in a folder."""
-    folder, (quantization, torchao_config) = Path(settings.model_path), (settings.engine.get(name) for name in ("quantization", "torchao_config"))
-    if quantization or torchao_config:
-        name = flag_named(quantization, torchao_config)
-        if folder.is_dir():
-            checkpoint = open_checkpoint(folder)
-            schemes_to_run(checkpoint, formats.detect(checkpoint), name)
+    folder, name = Path(settings.model_path), settings.engine.get("quantization")
+    if name is not None and folder.is_dir():
+        checkpoint = open_checkpoint(folder)
+        schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
 async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[str], None]) -> None:

@@ -17,15 +17,18 @@ from qtool.serve import tools
 from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, joined
 from qtool.serve.grammars import Grammars
 from qtool.serve.metrics import Metrics
-from qtool.serve.sandbox import TooManyWaiting
-from qtool.serve.settings import RETRY_AFTER_S, Settings
+from qtool.serve.settings import Settings
 from qtool.serve.templates import Templates
 from qtool.serve.vocabulary import Vocabulary
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
-MAX_LOGPROBS, MAX_LOGPROBS_HELD = 1 << 22, 1 << 24  # of a request, of all: each is some 150 bytes, here and in the engine
+MAX_LOGPROBS, MAX_LOGPROBS_HELD = 1 << 19, 1 << 24  # of a request, of all: each is some 150 bytes, here and in the engine
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")  # of generation_config.json
+
+
+class ModelNotFound(Exception):
+    """The request names a model that is not served."""
 
 
 class Busy(Exception):
@@ -33,17 +36,28 @@ class Busy(Exception):
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, RETRY_AFTER_S
+        self.status, self.code, self.message = status, code, message
 
 
 class Ticket:
-    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends. ``logprobs``: that it may hold."""
+    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends.
+
+    As a context it does so at the end, unless it ``belongs_to_stream``, which goes on. ``logprobs``: that the request may hold.
+    """
 
     def __init__(self, service: Service, choices: int) -> None:
         self._service, self._choices, self._open = service, choices, True
         self.answers: Answers | None = None
         self.logprobs = 0
+        self.belongs_to_stream = False
         service.places_taken += choices
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.belongs_to_stream:
+            self.close()
 
     def close(self) -> None:
         """Give the place back, once."""
@@ -141,12 +155,15 @@ class Service:
             raise Busy(429, "queue_full", f"{self.places_taken} requests run or wait, which is what the server takes")
         return Ticket(self, choices)
 
-    async def submit(self, ticket: Ticket, submission: Submission) -> Answers:
-        """Let the engine work on ``submission``. Raises: UsageError for a prompt or a grammar that cannot be; Busy, when all are ended."""
+    def submit(self, ticket: Ticket, submission: Submission, asked: int | None) -> Answers:
+        """Let the engine work on ``submission``; ``asked``: tokens that must fit beside the prompt, and not only as many as there is room for.
+
+        Raises: UsageError, for a prompt that cannot be; Busy, when all are ended.
+        """
         if self._aborted:
             raise Busy(503, "draining", "the server is ending")
         for prompt in submission.prompts:
-            self._check_prompt(prompt, submission.params.max_new_tokens)
+            self._check_prompt(prompt, asked or 1)
         submission.params.check_vocabulary(self.facts.vocab_size)
         self._hold_logprobs(ticket, submission)
         ticket.answers = self.engine.submit(submission)
@@ -157,27 +174,24 @@ class Service:
         if params.constraint is None:
             return None
         kind, text = params.constraint
-        try:
-            return kind, text, await self.grammars.compiled(kind, text)
-        except TooManyWaiting as error:
-            raise Busy(429, "queue_full", f"too many grammars wait to be compiled: {error}") from None
+        return kind, text, await self.grammars.compiled(kind, text)
 
     def new_id(self, kind: str) -> str:
         """Return a name for a request, such as ``chatcmpl-0123...``."""
         return f"{kind}-{uuid.uuid4().hex}"
 
     def check_model(self, name: str | None) -> None:
-        """Raise: LookupError, when ``name`` is not the served model, which was given a name; without one any will do, as in SGLang."""
+        """Raise: ModelNotFound, when ``name`` is not the served model, which was given a name; without one any will do, as in SGLang."""
         if self.settings.served_model_name is not None:
             self.find_model(name)
 
     def find_model(self, name: str | None) -> None:
-        """Raise: LookupError, when ``name`` is not the served model."""
+        """Raise: ModelNotFound, when ``name`` is not the served model."""
         if name not in (None, "", "default", self.settings.name, self.settings.model_path, Path(self.settings.model_path).name):
-            raise LookupError(f"there is no model `{name[:200]}` here; `{self.settings.name}` is served")
+            raise ModelNotFound(f"there is no model `{name[:200]}` here; `{self.settings.name}` is served")
 
-    def _check_prompt(self, prompt: Sequence[int], max_new_tokens: int | None) -> None:
-        context, asked = self.facts.context_length, max_new_tokens or 1
+    def _check_prompt(self, prompt: Sequence[int], asked: int) -> None:
+        context = self.facts.context_length
         if not prompt:
             raise UsageError("E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least")
         if len(prompt) + asked > context:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from typing import Any
 
 from qtool.errors import ResourceError, UsageError
+from qtool.runtime.online import flag_named
+from qtool.serve.tools import style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
 BACKLOG = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FOR_SEVERAL = ("tp", "pp", "dp", "nnodes")
-ENGINE = (  # options that are arguments of `qtool.Engine`, and torchao_config, which is another way to say its quantization
+ENGINE = (  # options that are arguments of `qtool.Engine`
     "tokenizer_path",
     "skip_tokenizer_init",
     "device",
     "dtype",
-    "quantization",
-    "torchao_config",
     "kv_cache_dtype",
     "mem_fraction_static",
     "context_length",
@@ -32,20 +33,6 @@ ENGINE = (  # options that are arguments of `qtool.Engine`, and torchao_config, 
     "disable_radix_cache",
     "disable_overlap_schedule",
     "random_seed",
-)
-OWN = (  # those that are fields of `Settings`
-    "model_path",
-    "revision",
-    "served_model_name",
-    "host",
-    "port",
-    "api_key",
-    "chat_template",
-    "tool_call_parser",
-    "sampling_defaults",
-    "max_queued_requests",
-    "log_requests",
-    "log_level",
 )
 
 
@@ -67,18 +54,20 @@ class Settings:
     served_model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = 30000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     chat_template: str | None = None
     tool_call_parser: str | None = None
     sampling_defaults: str = "model"
     max_queued_requests: int = 512
     log_requests: bool = False
     log_level: str = "info"
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: float = 20.0  # with what comes after it less than the 30 that Kubernetes gives
 
     def __post_init__(self) -> None:
         if self.sampling_defaults not in ("model", "openai"):
             raise UsageError("E_SAMPLING_DEFAULTS", f"--sampling-defaults is `{self.sampling_defaults}`", hint="`model` or `openai`")
+        if self.tool_call_parser is not None:
+            style_named(self.tool_call_parser)
         if self.log_level.lower() not in LOG_LEVELS:
             raise UsageError("E_LOG_LEVEL", f"--log-level is `{self.log_level}`", hint=f"one of {', '.join(LOG_LEVELS)}")
 
@@ -114,8 +103,9 @@ def make_settings(options: Mapping[str, Any]) -> Settings:
         raise UsageError("E_ONE_GPU", "the builtin engine runs on one GPU", hint=suggestion(options))
     given = {name: value for name, value in options.items() if value is not None}
     engine = {name: given[name] for name in ENGINE if name in given}
+    engine["quantization"] = flag_named(given.get("quantization"), given.get("torchao_config"))
     engine["compile"] = "decode" if given.get("enable_torch_compile") else "off"
-    own = {name: given[name] for name in OWN if name in given}
+    own = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
     if "drain_timeout" in given:
         own["drain_timeout_s"] = given["drain_timeout"]
     return Settings(**own, engine=engine)
@@ -131,7 +121,11 @@ def bind(settings: Settings) -> socket.socket:
         taken.bind(address)
         taken.listen(BACKLOG)  # from now on nobody else can
     except (OSError, OverflowError, UnicodeError) as error:
-        hint = "choose another --port, or end what listens there" if getattr(error, "errno", None) == 98 else "--host is an address of this machine"
+        hint = (
+            "choose another --port, or end what listens there"
+            if getattr(error, "errno", None) == errno.EADDRINUSE
+            else "--host is an address of this machine"
+        )
         reason = getattr(error, "strerror", None) or error
         raise ResourceError("E_PORT", f"cannot listen on {settings.host}:{settings.port}: {reason}", hint=hint) from error
     return taken

@@ -96,7 +96,7 @@ class Templates:
             add_generation_prompt: end with the start of an answer. continue_final_message: end inside the last message; not both.
             kwargs: further variables for the template.
         Raises: UsageError, when there is no template, it does not take these messages, or takes too long or too much memory for them;
-            ResourceError, when too many wait.
+            TooManyWaiting; ResourceError, when the process cannot start.
         """
         if self.template is None:
             hint = "send a prompt to /v1/completions, or serve with --chat-template"
@@ -118,8 +118,8 @@ class Templates:
         except LimitExceeded as error:
             message = f"the chat template cannot render these messages: {error}"
             raise UsageError("E_CHAT_TEMPLATE_LIMIT", message, hint="send fewer or shorter messages, or no chat_template_kwargs") from None
-        except TooManyWaiting as error:
-            raise ResourceError("E_BUSY", f"too many conversations wait to be rendered: {error}", hint="try again in a moment") from None
+        except TooManyWaiting:
+            raise
         except SandboxError as error:
             raise ResourceError("E_CHAT_TEMPLATE_PROCESS", f"rendering the chat template failed: {error}", hint="try again") from None
         return str(rendered[0])
