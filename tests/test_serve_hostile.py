@@ -482,6 +482,8 @@ def test_a_large_body_stops_nobody(served, big):
 
     watcher = threading.Thread(target=look)
     watcher.start()
+    while not gaps:
+        time.sleep(0.01)
     send(served, COMPLETION, body)
     done.set()
     watcher.join()
