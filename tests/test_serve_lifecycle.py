@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -351,3 +352,23 @@ def test_a_key_is_asked_for_and_never_shown_and_prompts_are_if_asked_for(started
     assert server.end() == 0
     assert "s3cret" not in info + server.said() + server.out.read_text()
     assert server.said().count(MARKER) == 3
+
+
+def test_a_log_that_nobody_reads_stops_nobody(quantized_model, tmp_path):
+    command = [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(quantized_model), "--port", str(port := free_port()), "--log-requests"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        body = {"prompt": "def " * 1500, "max_tokens": 1}
+        for _ in range(40):  # more than a pipe holds
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        process.terminate()
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert log.count("request: ") == 40

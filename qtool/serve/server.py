@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import queue
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from socket import socket
 from types import FrameType
@@ -27,6 +29,7 @@ from qtool.serve.service import Service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, Settings, bind
 
 LOG = logging.getLogger("qtool.serve")
+MAX_LINES = 10_000  # of the log that wait to be written
 ACCEPT_S = 0.3  # for who has just connected to be told that the server ends
 ENGINE_S = 3.0  # for the engine to end what it was told to end: a step of its may be long
 LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
@@ -42,16 +45,45 @@ def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> Non
     address = bind(settings)
     bounds = Bounds()
     bounds = replace(bounds, connections=min(bounds.connections, max(_file_limit() - OWN_FILES, OWN_FILES // 4)))
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
-    logging.getLogger("qtool").setLevel(settings.log_level.upper())
+    with _log_on_the_side(settings.log_level):
+        _warn_of_strangers(settings)
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+            runner.run(_serve(settings, bounds, address, on_ready))
+
+
+@contextlib.contextmanager
+def _log_on_the_side(level: str) -> Iterator[None]:
+    """Write the log in a thread: a full disk or a pipe that nobody reads holds up no request, and costs lines at most."""
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    listener = QueueListener(lines, stream)
+    logging.getLogger().addHandler(handler := _Dropping(lines))
+    logging.getLogger("qtool").setLevel(level.upper())
+    listener.start()
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        listener.stop()
+
+
+class _Dropping(QueueHandler):
+    """Leaves out what there is no room for."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Put ``record`` into the queue, if there is room."""
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+def _warn_of_strangers(settings: Settings) -> None:
     if not settings.is_local and not settings.api_key:
         LOG.warning(
             "anybody who can reach port %d of %s can use the model: --api-key asks for a key, --host 127.0.0.1 stays on this machine",
             settings.port,
             "any address of this machine" if settings.host in ("", "0.0.0.0", "::") else settings.host,
         )
-    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-        runner.run(_serve(settings, bounds, address, on_ready))
 
 
 def _check_quantization(settings: Settings) -> None:
