@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -122,3 +123,16 @@ def served(tmp_path_factory, quantized_model) -> Iterator[Server]:
     server = start_server(tmp_path_factory.mktemp("served"), quantized_model, "--served-model-name", "tiny", "--log-level", "debug")
     yield server
     assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, through playwright."""
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -289,9 +289,3 @@ def test_serve_shows_the_kernel_of_each_layer_and_who_refused_it(run_cli, sample
     assert "dequantized at every step" in result.stderr
     table = run_cli("serve", "--model-path", sample("ct/W4A16"), "--dry-run", "--device", "cpu")
     assert "gate_proj | up_proj" in table.stdout
-
-
-def test_serve_without_dry_run_says_that_there_is_no_server_yet(run_cli):
-    result = run_cli("serve", "--model-path", EXAMPLE)
-    assert result.exit_code == 2
-    assert "error[E_NO_SERVER]" in result.stderr

@@ -394,7 +394,8 @@ from qtool.serve.handover import prepare
 print("\\n".join(prepare("sglang", {"model_path": "org/tiny", "revision": "v1.0"}, dry_run=True).arguments))
 """
     with HubServer({"org/tiny": files}) as server:
-        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}  # a library of another test may have set some
+        environment = {**clean, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()

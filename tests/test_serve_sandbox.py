@@ -90,10 +90,11 @@ DEEDS = {
 
 
 @pytest.fixture(autouse=True)
-def no_child_is_left(monkeypatch):
+def children(monkeypatch):
+    """A function that returns the processes that the test has started; none is left at its end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     before = set(psutil.Process().children(recursive=True))
-    yield
+    yield lambda: set(psutil.Process().children(recursive=True)) - before
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
@@ -290,7 +291,7 @@ def test_only_so_many_wait_and_who_leaves_makes_room(run, make):
     run(scenario())
 
 
-def test_close_ends_what_runs_and_what_waits(run, make):
+def test_close_ends_what_runs_and_what_waits(run, make, children):
     sandbox = make()
 
     async def scenario():
@@ -300,13 +301,13 @@ def test_close_ends_what_runs_and_what_waits(run, make):
         return await asyncio.gather(*calls, return_exceptions=True)
 
     assert [type(error) for error in run(scenario())] == [ChildDied, ChildDied]
-    assert not psutil.Process().children(recursive=True)
+    assert not children()
     with pytest.raises(ChildDied, match="closed"):
         run(sandbox.call("echo", 1))
 
 
 @pytest.mark.parametrize("delay_s", [0, 0.01, 0.05, 0.1, 0.3])
-def test_close_ends_a_child_that_is_being_started(run, make, delay_s):
+def test_close_ends_a_child_that_is_being_started(run, make, children, delay_s):
     sandbox = make()
 
     async def scenario():
@@ -317,7 +318,7 @@ def test_close_ends_a_child_that_is_being_started(run, make, delay_s):
         return call.exception()
 
     assert isinstance(run(scenario()), ChildDied | None)
-    assert not psutil.Process().children(recursive=True)
+    assert not children()
 
 
 def test_a_child_that_does_not_start_is_told_to_every_caller(run, make):

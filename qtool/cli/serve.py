@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtool.cli.options import Debug, Device, Json, ModelPath, Revision, TrustRemoteCode
+from qtool.cli.options import Debug, Device, Json, ModelPath, Revision
 from qtool.cli.output import printable, show
 from qtool.errors import UsageError
 
@@ -61,7 +61,9 @@ def serve(
     drain_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds for requests to end after SIGTERM. [20]", show_default=False)] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Write prompts to the log; else it has none.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint; the builtin engine never does.*")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show which kernel multiplies each layer, and why not another; serve nothing.")] = False,
     revision: Revision = None,
     as_json: Json = False,

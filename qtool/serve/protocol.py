@@ -1,4 +1,4 @@
-"""What requests and responses hold: OpenAI's fields, those that vLLM and SGLang both add, and SGLang's native ones. Unknown fields are refused.
+"""What requests hold, and errors: OpenAI's fields, those that vLLM and SGLang both add, and SGLang's native ones. Unknown fields are refused.
 
 Bounds stand here so that nothing large is tokenized first; what depends on the model is checked by `SamplingParams` and the engine.
 Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/`; SGLang 0.5.23 `srt/entrypoints/openai/protocol.py`, `srt/managers/io_struct.py`.
@@ -145,10 +145,9 @@ class StructuredOutputs(Body):
     structural_tag: str | None = None
 
 
-class Sampling(Body):
-    """The fields that chats and completions share."""
+class Draw(Body):
+    """What OpenAI's routes and SGLang's ask of the sampler under the same names."""
 
-    model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
@@ -161,19 +160,25 @@ class Sampling(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_IDS, fail_fast=True)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None  # SGLang's name
-    include_stop_str_in_output: bool | None = None  # vLLM's name of the same
+    spaces_between_special_tokens: bool | None = None  # taken, and without effect
+    no_stop_trim: bool | None = None  # SGLang's name, everywhere
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | None = None
+
+
+class Sampling(Draw):
+    """The fields that chats and completions share."""
+
+    model: str | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    include_stop_str_in_output: bool | None = None  # vLLM's name of no_stop_trim
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None  # vLLM's
-    regex: str | None = None  # SGLang's
-    ebnf: str | None = None  # SGLang's
-    json_schema: str | None = None  # SGLang's
     rid: RequestId | None = None
     user: str | None = None  # from here on: taken, and without effect
     metadata: dict[str, Any] | None = None
@@ -323,31 +328,12 @@ class CompletionRequest(Sampling):
     add_special_tokens: bool | None = None
 
 
-class NativeSampling(Body):
+class NativeSampling(Draw):
     """SGLang's ``sampling_params``."""
 
     max_new_tokens: Annotated[int, Field(ge=0)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.001, le=2)] | None = None
-    logit_bias: LogitBias | None = None
     sampling_seed: Seed | None = None
-    seed: Seed | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_IDS, fail_fast=True)] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
     structural_tag: str | None = None
 
 
