@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -84,6 +85,8 @@ def serve(
     from qtool.serve.settings import make_settings
 
     run(make_settings(options), on_ready=lambda text: print(text, flush=True))
+    for number in (signal.SIGINT, signal.SIGTERM):  # everything has ended; one more signal does not make a failure of it
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _hand_over(engine: str, options: dict[str, object], extra: list[str], *, dry_run: bool, as_json: bool) -> None:
