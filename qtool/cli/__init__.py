@@ -63,27 +63,29 @@ def quantize(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe file instead of a method.", show_default=False)] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "--export-dir", "-o", help="Folder to write. [default: ./MODEL-METHOD]", show_default=False)
+        Path | None, typer.Option("--output", "--export-dir", "-o", help="Folder to write. \\[default: ./MODEL-METHOD]", show_default=False)
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="File (.jsonl .json .txt .parquet) or Hub data set NAME[:CONFIG][:SPLIT].", show_default=False)
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples. [recipe: 512]", show_default=False)] = None,
-    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens of a sample, at most. [recipe: 2048]", show_default=False)] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples. \\[recipe: 512]", show_default=False)] = None,
+    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens of a sample, at most. \\[recipe: 2048]", show_default=False)] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples in one forward pass; only equal lengths share one. [recipe: 1]", show_default=False)
+        int | None, typer.Option(min=1, help="Samples in one forward pass; only equal lengths share one. \\[recipe: 1]", show_default=False)
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="The field that holds the text.", show_default=False)] = None,
     pack: Annotated[
         bool | None, typer.Option("--pack/--truncate", help="Join texts and cut them at SEQ_LEN, or cut each text.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="For shuffling and the library. [recipe: 0]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="For shuffling and the library. \\[recipe: 0]", show_default=False)] = None,
     device: Device = "auto",
-    backend: Annotated[str | None, typer.Option(help="llmcompressor, gptqmodel, modelopt or torchao. [recipe]", show_default=False)] = None,
-    group_size: Annotated[int | None, typer.Option(min=-1, help="Inputs that share a scale; -1 for one a row. [recipe]", show_default=False)] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="KV cache scales: fp8 or nvfp4. [recipe]", show_default=False)] = None,
+    backend: Annotated[str | None, typer.Option(help="llmcompressor, gptqmodel, modelopt or torchao. \\[recipe]", show_default=False)] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=-1, help="Inputs that share a scale; -1 for one a row. \\[recipe]", show_default=False)
+    ] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="KV cache scales: fp8 or nvfp4. \\[recipe]", show_default=False)] = None,
     lm_head: Annotated[
-        bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head too. [recipe: no]", show_default=False)
+        bool | None, typer.Option("--lm-head/--no-lm-head", help="Quantize the output head too. \\[recipe: no]", show_default=False)
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave modules in 16 bits: name, glob or re:REGEX. May repeat.", show_default=False)
@@ -155,7 +157,7 @@ def export(
         typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16 or f16.", show_default=False),
     ] = None,
     requantize: Annotated[bool, typer.Option("--requantize", help="Round again what the format cannot hold as it is.")] = False,
-    scheme: Annotated[str | None, typer.Option(help="What --requantize rounds to, e.g. W4A16. [the nearest]", show_default=False)] = None,
+    scheme: Annotated[str | None, typer.Option(help="What --requantize rounds to, e.g. W4A16. \\[the nearest]", show_default=False)] = None,
     max_shard_size: Annotated[str, typer.Option(help="Begin a new file before this size.")] = "5GB",
     checkpoint_restore_path: RestorePath = None,
     method: Annotated[
@@ -201,7 +203,7 @@ def inspect(
     deep: Annotated[bool, typer.Option("--deep", help="Read all data: bad values, saturation, dead channels, scales, digests.")] = False,
     against: Annotated[str | None, typer.Option(help="Compare each layer with this checkpoint's, worst first.", show_default=False)] = None,
     engine: Annotated[str | None, typer.Option(help="Will it load there? vllm, sglang, tensorrt-llm or transformers.", show_default=False)] = None,
-    engine_version: Annotated[str | None, typer.Option(help="The engine's version. [that of the rules]", show_default=False)] = None,
+    engine_version: Annotated[str | None, typer.Option(help="The engine's version. \\[that of the rules]", show_default=False)] = None,
     gpu: Annotated[str | None, typer.Option(help="Architecture or card, e.g. sm_90 or h100.", show_default=False)] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel", help="GPUs that share each layer.")] = 1,
     html: Annotated[Path | None, typer.Option(help="Write the report to this file, one page.", show_default=False)] = None,

@@ -91,7 +91,7 @@ class _Chat:
             if parser := tools.parser_for(self._choice, self._service.tool_style):
                 deltas = [parser.push(piece.text), parser.finish()]
                 content, calls = tools.fold(deltas)
-                message["content"] = content
+                message["content"] = None if self._choice.mode == "required" else content  # what a limit cut off is no answer
                 if calls:
                     message["tool_calls"] = calls
                     reason = "tool_calls" if reason == "stop" else reason
@@ -127,7 +127,7 @@ class _Chat:
                 if parser is None:
                     deltas = [{"content": piece.text}] if piece.text or (logprobs and piece.logprobs) else []
                 else:
-                    deltas = _deltas(parser.push(piece.text)) + (_deltas(parser.finish()) if ending else [])
+                    deltas = self._deltas(parser.push(piece.text)) + (self._deltas(parser.finish()) if ending else [])
                     if not deltas and logprobs and piece.logprobs:
                         deltas = [{}]
                 for number, delta in enumerate(deltas):
@@ -148,11 +148,10 @@ class _Chat:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-
-def _deltas(delta: tools.Delta) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{"content": delta.content}] if delta.content else []
-    for call in delta.calls:
-        begun = {"id": call.id, "type": "function"} if call.id else {}
-        function = {"name": call.name, "arguments": call.arguments} if call.name else {"arguments": call.arguments}
-        found.append({"tool_calls": [{"index": call.index, **begun, "function": function}]})
-    return found
+    def _deltas(self, delta: tools.Delta) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [{"content": delta.content}] if delta.content and self._choice.mode != "required" else []
+        for call in delta.calls:
+            begun = {"id": call.id, "type": "function"} if call.id else {}
+            function = {"name": call.name, "arguments": call.arguments} if call.name else {"arguments": call.arguments}
+            found.append({"tool_calls": [{"index": call.index, **begun, "function": function}]})
+        return found

@@ -134,7 +134,7 @@ class Account:
             used["prompt_tokens_details"]["cached_tokens"],
             used["completion_tokens"],
             seconds,
-            "+".join(sorted(set(self._reasons.values()))) or "left",
+            "+".join(sorted(set(self._reasons.values()))) or "unanswered",
         )
 
 

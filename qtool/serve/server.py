@@ -11,11 +11,12 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from socket import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -36,8 +37,8 @@ LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
 OWN_FILES = 256  # open files beside connections
 
 
-def serve(settings: Settings, *, on_ready: Callable[[str], None] = print) -> None:
-    """Serve until a signal ends it. ``on_ready`` is given what a person may want to type next.
+def serve(settings: Settings, *, on_ready: Callable[[Service], None]) -> None:
+    """Serve until a signal ends it. ``on_ready`` is called once the model has answered.
 
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises for a model that cannot be served.
     """
@@ -94,7 +95,7 @@ def _check_quantization(settings: Settings) -> None:
         schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
-async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[str], None]) -> None:
+async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]) -> None:
     service = Service(settings)
     config = uvicorn.Config(
         Guard(make_app(service), settings, bounds),
@@ -123,7 +124,7 @@ async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: 
         raise service.failure
 
 
-async def _start(service: Service, server: uvicorn.Server, on_ready: Callable[[str], None]) -> None:
+async def _start(service: Service, server: uvicorn.Server, on_ready: Callable[[Service], None]) -> None:
     try:
         await service.start()
     except QtoolError as error:
@@ -134,7 +135,7 @@ async def _start(service: Service, server: uvicorn.Server, on_ready: Callable[[s
         LOG.exception("the server did not start")
         server.should_exit = True
     else:
-        on_ready(ready_text(service))
+        on_ready(service)
 
 
 async def _watch(service: Service, server: uvicorn.Server) -> None:
@@ -147,7 +148,7 @@ def ready_text(service: Service) -> str:
     settings, facts = service.settings, service.facts
     size = f"{facts.weights_bytes / 1e9:.2f} GB" if facts.weights_bytes >= 1e8 else f"{facts.weights_bytes / 1e6:.1f} MB"
     what = f"{facts.quantization or facts.dtype}, {size} on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
-    key = ' -H "Authorization: Bearer $API_KEY"' if settings.api_key else ""
+    key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
     if service.templates.text is None:
         path, body = "/v1/completions", {"model": settings.name, "prompt": "Hello", "max_tokens": 32}
     else:
@@ -156,6 +157,12 @@ def ready_text(service: Service) -> str:
         f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
         f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d '{_quoted(body)}'\n"
     )
+
+
+def ready_dict(service: Service) -> dict[str, Any]:
+    """Return what is served, and where, as plain data."""
+    facts = {name: value for name, value in asdict(service.facts).items() if name not in ("tokenizer", "eos_ids")}
+    return {"url": service.settings.url, "model": service.settings.name, **facts}
 
 
 def _quoted(body: object) -> str:
@@ -194,6 +201,9 @@ class _Server(uvicorn.Server):
         """Drain at the first signal; at the second end what runs; at the third leave."""
         self._signals += 1
         self.should_exit = True
+        if self._signals == 1 and self._service.places_taken:
+            limit = self._service.settings.drain_timeout_s
+            LOG.warning("ending: %d answers are on their way and have %g s; another signal ends them now", self._service.places_taken, limit)
         self.force_exit = self._signals > 2
         if self._signals > 1:
             asyncio.get_running_loop().call_soon_threadsafe(self._hurry.set)

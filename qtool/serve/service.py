@@ -104,6 +104,8 @@ class Service:
         finally:
             engine.cancel()
         self.tool_style = tools.style_named(settings.tool_call_parser) if settings.tool_call_parser else tools.detect(self.templates.text)
+        if self.templates.template is not None and not self.templates.template.accepts_tools:
+            LOG.info("the chat template does not show tools to the model: it calls them only if it must")
         self.grammars = Grammars(self.facts)
         self.vocabulary = Vocabulary(self.facts.tokenizer, self.facts.context_length)
         if settings.sampling_defaults == "model":
