@@ -288,11 +288,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 
 async def _answer_once(service: Service) -> Response:
-    ticket = service.admit(1)
-    try:
+    with service.admit(1):
         await service.warm_up()
-    finally:
-        ticket.close()
     return json_reply({"status": "ok"})
 
 

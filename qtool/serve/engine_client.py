@@ -137,16 +137,18 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     if len(pieces) == 1:
         return pieces
     merged: dict[int, Piece] = {}
-    for new in pieces:
-        old = merged.get(new.choice)
-        merged[new.choice] = new if old is None else joined(old, new)
+    for piece in pieces:
+        add(merged, piece)
     return list(merged.values())
 
 
-def joined(old: Piece, new: Piece) -> Piece:
-    """Return what two pieces of one choice are together."""
-    logprobs, top = old.logprobs + new.logprobs, old.top + new.top
-    return Piece(new.choice, old.text + new.text, old.tokens + new.tokens, logprobs, top, new.ending)
+def add(whole: dict[int, Piece], new: Piece) -> Piece:
+    """Add ``new`` to what is known of its choice, and return all that is known of it."""
+    if old := whole.get(new.choice):
+        logprobs, top = old.logprobs + new.logprobs, old.top + new.top
+        new = Piece(new.choice, old.text + new.text, old.tokens + new.tokens, logprobs, top, new.ending)
+    whole[new.choice] = new
+    return new
 
 
 class EngineProcess:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from qtool.errors import UsageError
 from qtool.runtime.sampling_params import SamplingParams
 from qtool.serve.answering import DONE, answer, event
-from qtool.serve.engine_client import Answers, Logprob, Piece, Submission, joined
+from qtool.serve.engine_client import Answers, Logprob, Piece, Submission, add
 from qtool.serve.protocol import GenerateRequest
 from qtool.serve.replies import Account, finite, log_request, without_answer
 from qtool.serve.service import Service
@@ -92,8 +92,7 @@ class _Generation:
             for piece in pieces:
                 piece = without_answer(piece) if self._nothing else piece
                 self._account.note(piece, self._submission.params.n)
-                known = whole[piece.choice] = joined(whole[piece.choice], piece) if piece.choice in whole else piece
-                result = self.result(known)
+                result = self.result(add(whole, piece))
                 yield event(result if self.alone else {**result, "index": piece.choice})
         yield DONE
 

@@ -96,13 +96,10 @@ class Account:
         count = len(piece.tokens)
         if count:
             last = self._last.get(piece.choice)
-            if last is None and self._streamed:
+            if self._streamed and last is None:
                 self._metrics.first_token(now - self._began)
-                count_after, last = count - 1, now
-            else:
-                count_after = count
-            if self._streamed and count_after and last is not None and last < now:
-                self._metrics.tokens(count_after, now - last)
+            elif self._streamed and last is not None and last < now:
+                self._metrics.tokens(count, now - last)
             self._last[piece.choice] = now
             self._tokens[piece.choice] = self._tokens.get(piece.choice, 0) + count
         if piece.ending is not None:

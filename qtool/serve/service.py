@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.runtime.sampling_params import SamplingParams
 from qtool.serve import tools
-from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, joined
+from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, add
 from qtool.serve.grammars import Grammars
 from qtool.serve.metrics import Metrics
 from qtool.serve.settings import Settings
@@ -243,7 +243,7 @@ async def collected(answers: Answers) -> list[Piece]:
     whole: dict[int, Piece] = {}
     async for pieces in answers:
         for piece in pieces:
-            whole[piece.choice] = joined(whole[piece.choice], piece) if piece.choice in whole else piece
+            add(whole, piece)
     return [whole[index] for index in sorted(whole)]
 
 
