@@ -14,6 +14,7 @@ from qtool.errors import UsageError
 
 if TYPE_CHECKING:
     from qtool.serve.service import Service
+    from qtool.serve.settings import Settings
 
 
 def serve(
@@ -89,7 +90,7 @@ def serve(
 
     settings = make_settings(options)
     if dry_run:
-        return _show_kernels(model_path, revision, device, quantization, torchao_config, as_json=as_json)
+        return _show_kernels(settings, as_json=as_json)
     from qtool.serve.server import ready_dict, ready_text
     from qtool.serve.server import serve as run
 
@@ -114,16 +115,13 @@ def _hand_over(engine: str, options: dict[str, object], extra: list[str], *, dry
     hand_over(command)
 
 
-def _show_kernels(
-    model_path: str, revision: str | None, device: str | None, quantization: str | None, torchao_config: str | None, *, as_json: bool
-) -> None:
+def _show_kernels(settings: Settings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
     from qtool.runtime.load import device_named, plan_load
-    from qtool.runtime.online import flag_named
 
-    named = flag_named(quantization, torchao_config)
-    plan = plan_load(open_checkpoint(resolve_model(model_path, revision=revision)), device_named(device), named)
+    checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
+    plan = plan_load(checkpoint, device_named(settings.engine.get("device")), settings.engine["quantization"])
     for warning in plan.warnings:
         typer.echo(f"warning: {printable(warning)}", err=True)
     show(plan.to_dict, kernels(plan), as_json)

@@ -8,24 +8,7 @@ from typing import Any
 
 from qtool.errors import UsageError
 from qtool.runtime.sampling_params import ANY_JSON_OBJECT, SamplingParams
-from qtool.serve.protocol import Sampling
-
-SAME_NAME = (  # fields of a request that SamplingParams knows by the same name
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "n",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-)
+from qtool.serve.protocol import Draw, Sampling
 
 
 def sampling_params(request: Sampling, defaults: Mapping[str, Any], max_new_tokens: int | None, forced_schema: Any = None) -> SamplingParams:
@@ -34,8 +17,8 @@ def sampling_params(request: Sampling, defaults: Mapping[str, Any], max_new_toke
     ``forced_schema``: a JSON schema that the answer must satisfy because of its tools. Raises: UsageError.
     """
     values: dict[str, Any] = {"max_new_tokens": None, **defaults}
-    given = {name: getattr(request, name) for name in SAME_NAME}
-    given |= {"sampling_seed": request.seed, "min_new_tokens": request.min_tokens, "max_new_tokens": max_new_tokens}
+    given = {name: getattr(request, name) for name in Draw.model_fields}
+    given |= {"min_new_tokens": request.min_tokens, "max_new_tokens": max_new_tokens}
     given["no_stop_trim"] = request.no_stop_trim or request.include_stop_str_in_output
     given |= _constraint(request, forced_schema)
     if given["top_k"] == 0:
