@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from server import Server, start_server
+from support import EXAMPLE, TESTS
+from support.server import Server, start_server
 
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
 settings.load_profile("qtool")
-ROOT = Path(__file__).resolve().parents[1]
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
 
 
@@ -32,7 +32,7 @@ class CliResult:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
-    return ROOT / "examples" / "tiny-python-llama"
+    return EXAMPLE
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,8 @@ def run_here(request):
     pytest.importorskip("triton", reason="triton is for Linux only")
 
     def run(what: str) -> str:
-        environment = {**os.environ, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
+        path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
+        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
         done = subprocess.run([sys.executable, request.path, what], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout

@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qtool"
 ORDER = (
-    *("errors", "scheme", "checkpoint", "recipe", "plan", "weight", "formats", "calibration", "backends", "quantize", "export", "inspection"),
-    *("runtime", "evaluation", "serve", "cli"),
+    *("errors", "events", "scheme", "checkpoint", "modules", "recipe", "plan", "weight", "formats", "calibration", "backends", "quantization"),
+    *("conversion", "inspection", "runtime", "engine", "evaluation", "serve", "cli"),
 )
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
 HEAVY = {"torch", "transformers", "datasets", "gptqmodel", "llmcompressor", "modelopt", "compressed_tensors", "torchao", "triton"}
@@ -43,8 +43,8 @@ def test_every_file_belongs_to_a_layer():
 def test_a_module_imports_only_from_its_left(file):
     layer = layer_of(file)
     allowed = {layer, *ORDER[: ORDER.index(layer)]}
-    if layer in ("runtime", "serve"):
-        allowed -= {"backends", "quantize", "export"}  # a server needs no quantization library
+    if layer in ("runtime", "engine", "serve"):
+        allowed -= {"backends", "quantization", "conversion"}  # a server needs no quantization library
     assert imports_of(FILES[file]) <= allowed
 
 

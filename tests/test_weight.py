@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import EXAMPLE, WATCHED
+from support import EXAMPLE
+from support.samples import WATCHED
 from test_formats import ALL
 
 from qtool.checkpoint import open_checkpoint
@@ -14,7 +15,7 @@ from qtool.formats.packing import permutation, unpack_bits
 from qtool.scheme import SCHEMES, Activations
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, mx_scale, pack_pairs, to_fp4, unpack_pairs
 
-pytest_plugins = ["sample_plugin"]
+pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELOPT_DECIBELS = {

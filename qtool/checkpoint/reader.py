@@ -19,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qtool.checkpoint.promises import check_promises
+from qtool.checkpoint.config_check import check_promises
 from qtool.checkpoint.strict_json import DAMAGED, check_json_size, parse_object, refused
 from qtool.errors import CheckpointRefused
 

@@ -108,7 +108,7 @@ def quantize(
     """Quantize a model by METHOD and write the checkpoint to OUTPUT."""
     from qtool.cli import tables
     from qtool.cli.progress import progress
-    from qtool.quantize import Options, prepare, run
+    from qtool.quantization import Options, prepare, run
 
     if list_methods:
         return show(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
@@ -174,7 +174,7 @@ def export(
 ) -> None:
     """Write a quantized checkpoint in another format, or export a saved ModelOpt state; never calibrates."""
     from qtool.cli.progress import progress
-    from qtool.export import export as run
+    from qtool.conversion import export as run
 
     with progress(quiet=quiet) as on_event:
         result = run(

@@ -12,7 +12,7 @@ from qtool.recipe import Auto, Recipe, catalogue
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qtool.quantize import Request
+    from qtool.quantization import Request
     from qtool.runtime.load import Group, LoadPlan
 
 

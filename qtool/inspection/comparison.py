@@ -83,7 +83,7 @@ def _linears(checkpoint: Checkpoint, layout: Layout | None) -> Mapping[str, Quan
 def _values(checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo) -> Tensor:
     import torch
 
-    from qtool.export.layers import dense, read_value
+    from qtool.conversion.layers import dense, read_value
 
     values = dense(read_value(checkpoint, layout, source), torch.float32)
     return values.transpose(1, 2).flatten(0, 1) if values.dim() == 3 else values

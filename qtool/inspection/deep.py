@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint, digest_files, read_json
-from qtool.checkpoint.sidecars import MANIFEST
+from qtool.checkpoint.aux_files import MANIFEST
 from qtool.formats import Layout, read
 
 if TYPE_CHECKING:

@@ -181,7 +181,7 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
 
 def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
     """Yield what there is to say of the groups that no kernel but the plain one takes."""
-    slow = Counter((group.spec.scheme.name, tuple(group.choice.refused.items())) for group in groups if group.choice.kernel == "plain")
+    slow = Counter((group.spec.scheme.name, tuple(group.choice.refused.items())) for group in groups if group.choice.kernel == "reference")
     for (scheme, refused), count in slow.items():
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
         yield f"{count} layers of {scheme} are dequantized at every step, for no kernel of {device_of(device)} takes them ({reasons})"

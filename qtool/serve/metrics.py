@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qtool import __version__
-from qtool.serve.engine_client import Load
+from qtool.serve.backend.engine_client import Load
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST  # of what `Metrics.render` returns
 FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)

@@ -24,8 +24,8 @@ from qtool import formats
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError
 from qtool.runtime.online import schemes_to_run
-from qtool.serve.app import make_app
-from qtool.serve.guard import Bounds, Guard, bounded_connection
+from qtool.serve.http.app import make_app
+from qtool.serve.http.limits import Bounds, Guard, bounded_connection
 from qtool.serve.service import Service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, Settings, bind
 

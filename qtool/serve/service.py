@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
-from qtool.runtime.sampling_params import SamplingParams
-from qtool.serve import tools
-from qtool.serve.engine_client import Answers, EngineProcess, Facts, Piece, Submission, add
-from qtool.serve.grammars import Grammars
+from qtool.serve.api import tools
+from qtool.serve.backend.engine_client import Answers, EngineProcess, Facts, Piece, Submission, add
 from qtool.serve.metrics import Metrics
+from qtool.serve.prompts.grammars import Grammars
+from qtool.serve.prompts.templates import Templates
+from qtool.serve.prompts.vocabulary import Vocabulary
 from qtool.serve.settings import Settings
-from qtool.serve.templates import Templates
-from qtool.serve.vocabulary import Vocabulary
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from gemm import microseconds  # noqa: E402
 from test_attention import FP8, Batch  # noqa: E402
 
+from qtool.engine.attention.interface import PAGE, KVPages, Packed, new_counters  # noqa: E402
+from qtool.engine.attention.triton_paged import Tile  # noqa: E402
 from qtool.runtime import attention, paged_attention  # noqa: E402
-from qtool.runtime.attention import PAGE, KVPages, Packed, new_counters  # noqa: E402
-from qtool.runtime.paged_attention import Tile  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 32, 8, 128, 128**-0.5
 BF16 = torch.bfloat16

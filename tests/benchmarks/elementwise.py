@@ -2,7 +2,7 @@
 
     python tests/benchmarks/elementwise.py [--tokens 1,16,64,256,8192] [--warps 512,1024]
 
-Each is compared with the plain functions of `qtool.runtime.fused`, then timed in a CUDA graph, as a chain of launches. Prints microseconds a
+Each is compared with the plain functions of `qtool.engine.decoder_layers`, then timed in a CUDA graph, as a chain of launches. Prints microseconds a
 launch and, for many tokens, terabytes a second; exits 1 if a result is wrong. ``$OUT/elementwise.json`` keeps the numbers. ``--warps``: how many
 numbers each warp takes.
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qtool.runtime import fused
-from qtool.runtime.attention import PAGE, KVPages, Packed
-from qtool.runtime.kernels import elementwise, row_quantize
+from qtool.engine import decoder_layers as fused
+from qtool.engine import elementwise
+from qtool.engine.attention.interface import PAGE, KVPages, Packed
+from qtool.runtime.triton import row_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 AT = (0, HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM)

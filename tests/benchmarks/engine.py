@@ -25,7 +25,7 @@ BEGAN = time.perf_counter()
 
 from model_8b import QUANTIZED, write_checkpoint  # noqa: E402
 
-from qtool.runtime.engine import Engine  # noqa: E402
+from qtool.engine.engine import Engine  # noqa: E402
 
 IMPORTED = time.perf_counter()
 

@@ -23,9 +23,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from test_engine import ARCHITECTURES, EXAMPLE, GREEDY, prompts_of, random_model  # noqa: E402
 
-from qtool.runtime.engine import Engine  # noqa: E402
+from qtool.engine.engine import Engine  # noqa: E402
 
 TIE = 2.0  # times what rounding to bf16 changes in transformers' own logits there
 

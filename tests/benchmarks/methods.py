@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint import Checkpoint, open_checkpoint
-from qtool.evaluation import load_dequantized, perplexity
+from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.formats import detect
 from qtool.recipe import Recipe, catalogue
 

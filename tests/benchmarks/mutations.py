@@ -28,7 +28,7 @@ from qtool.errors import CheckpointRefused
 from qtool.inspection import inspect, render
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bad_folders import LAYERS, LLAMA, llama, llama_tensors, quantized, true_file
+from support.bad_folders import LAYERS, LLAMA, llama, llama_tensors, quantized, true_file
 
 SLOW_S = 2.0
 NASTY: tuple[Any, ...] = (

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qtool.checkpoint import open_checkpoint
-from qtool.evaluation import load_dequantized, perplexity
+from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.runtime.linear import QuantizedLinear
 from qtool.runtime.load import materialize, plan_load
 

@@ -20,10 +20,10 @@ from methods import held_out
 
 import qtool
 from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.conversion import TARGETS
+from qtool.conversion.targets import GPTQ_V2, PLAIN
 from qtool.errors import QtoolError
-from qtool.evaluation import load_dequantized, perplexity
-from qtool.export import TARGETS
-from qtool.export.targets import GPTQ_V2, PLAIN
+from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.formats import WRITABLE, detect
 
 

@@ -130,7 +130,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def engine(options: argparse.Namespace) -> None:
-    from qtool.runtime.engine import Engine
+    from qtool.engine.engine import Engine
 
     with Engine(options.folder, max_running_requests=options.clients, context_length=4096) as one:
         draw = random.Random(options.seed)

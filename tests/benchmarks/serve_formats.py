@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
 
-from server import Server, start_server  # noqa: E402
+from support.server import Server, start_server  # noqa: E402
 from test_serve_formats import CHAT, GENERATE, shell  # noqa: E402
 
 import qtool  # noqa: E402

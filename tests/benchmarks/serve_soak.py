@@ -26,7 +26,8 @@ import httpx
 import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
-from server import Server, free_port, start_server  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
+from support.server import Server, free_port, start_server  # noqa: E402
 from test_serve_lifecycle import LONG, are_gone, ask, doing, family, is_idle, leave_early, request_bytes, serve_command, wait_until  # noqa: E402
 
 DRAIN_S = 2.0
@@ -90,7 +91,7 @@ def end(folder: Path, model: str, moments: int) -> None:
             time.sleep(draw.random() * 2)
             children = family(server)
             if what == "a long step":
-                next(child for child in children if "qtool.serve.engine_process" in child.cmdline()).suspend()
+                next(child for child in children if "qtool.serve.backend.engine_process" in child.cmdline()).suspend()
             number, to_all, twice = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT]), draw.random() < 0.5, draw.random() < 0.3
             began = time.monotonic()
             told.append(began)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1,
 from gemm import SHAPES, microseconds, spec_of, weight_of  # noqa: E402
 
 from qtool.runtime.kernels import load_kernel  # noqa: E402
-from qtool.runtime.kernels.triton_tiles import Tile, shape_class  # noqa: E402
+from qtool.runtime.triton.tiles import Tile, shape_class  # noqa: E402
 from qtool.scheme import SCHEMES  # noqa: E402
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input  # noqa: E402
 

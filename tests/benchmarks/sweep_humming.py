@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 2)
 from gemm import SHAPES, microseconds, spec_of, weight_of  # noqa: E402
 
 from qtool.runtime.kernels import LinearSpec, device_of, humming  # noqa: E402
-from qtool.runtime.kernels.triton_tiles import shape_class  # noqa: E402
+from qtool.runtime.triton.tiles import shape_class  # noqa: E402
 from qtool.scheme import SCHEMES  # noqa: E402
 
 TURNOVER = 200e6  # bytes of weights between two uses of one, well past the L2 cache

@@ -13,11 +13,11 @@ from typing import Any
 from qtool.checkpoint import Checkpoint
 from qtool.errors import UsageError, nearest
 from qtool.formats import Layout
-from qtool.inspection.engines.conclusions import conclusions
-from qtool.inspection.engines.facts import CheckpointFacts, GroupFacts, ModuleFacts, as_dict
+from qtool.inspection.engines.collect import cache_head_count, survey_checkpoint, survey_groups, survey_modules
 from qtool.inspection.engines.layers import linear_layers
+from qtool.inspection.engines.name_matching import conclusions
+from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, ModuleFacts, as_dict
 from qtool.inspection.engines.rules import Rule, Ruleset, Severity, engines, load_rules, numbers, read_yaml
-from qtool.inspection.engines.survey import cache_head_count, survey_checkpoint, survey_groups, survey_modules
 
 __all__ = ["EngineReport", "Finding", "Severity", "check_engine", "engines"]
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
-from qtool.inspection.engines.facts import Stored
+from qtool.inspection.engines.rule_inputs import Stored
 from qtool.inspection.engines.rules import read_yaml
 from qtool.plan import HEADS, OTHER_TOWERS, ROUTERS, is_linear
 

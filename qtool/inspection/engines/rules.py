@@ -18,8 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qtool.errors import UsageError, nearest
-from qtool.inspection.engines.facts import FACTS, Scope
 from qtool.inspection.engines.names import Matcher
+from qtool.inspection.engines.rule_inputs import FACTS, Scope
 
 Severity = Literal["refused", "warning", "note"]
 Test = Callable[[Mapping[str, Any]], bool]

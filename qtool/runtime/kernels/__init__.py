@@ -19,9 +19,9 @@ from torch import Tensor
 from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
-KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `plain` takes everything
-    "cpu": ("native", "int4pack", "onednn", "int8pack", "plain"),
-    "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "plain"),
+KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `reference` takes everything
+    "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
+    "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qtool.runtime.kernels.triton_tiles import BAND, Tile
+from qtool.runtime.triton.tiles import BAND, Tile
 
 TYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 STORED = 8192  # outputs that a group stores at once: there is room for 16 KiB each beside four stages of loads

@@ -188,7 +188,7 @@ class Measured:
 
     def takes(self, weights: Weights, shape: tuple[int, int], tokens: int) -> bool:
         """Return whether it is for up to ``tokens`` and such a layer, whose sides its tiles must divide."""
-        from qtool.runtime.kernels.triton_tiles import shape_class  # Triton comes with every torch for CUDA
+        from qtool.runtime.triton.tiles import shape_class  # Triton comes with every torch for CUDA
 
         rows, columns = (size + -size % TILE for size in shape)
         _, tile_rows, tile_columns = self.schedule["block_shape"]

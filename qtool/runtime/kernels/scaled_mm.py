@@ -80,7 +80,7 @@ def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
 def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as `fake_quantize_input` finds them: ``scale`` or one a row."""
     if x.is_cuda:
-        from qtool.runtime.kernels.row_quantize import quantize_rows
+        from qtool.runtime.triton.row_quantize import quantize_rows
 
         return quantize_rows(x, "fp8" if inputs.format == "fp8" else "int8", None if scale is None else scale.float())
     wide = x.float()
@@ -94,7 +94,7 @@ def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) ->
 def rescaled(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns`` [N]."""
     if sums.is_cuda:
-        from qtool.runtime.kernels.rescale import rescale
+        from qtool.runtime.triton.rescale import rescale
 
         return rescale(sums, rows, columns, bias, dtype)
     y = sums.float() * rows * columns

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
-from qtool.runtime.kernels.row_quantize import quantize_rows
-from qtool.runtime.kernels.triton_tiles import GLUON, Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.runtime.triton.row_quantize import quantize_rows
+from qtool.runtime.triton.tiles import GLUON, Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
 from qtool.weight import QuantizedWeight
 
 _FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
-from qtool.runtime.kernels.triton_tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.runtime.triton.tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
 from qtool.scheme import Weights
 from qtool.weight import QuantizedWeight, unpack_pairs
 

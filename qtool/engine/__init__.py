@@ -1,0 +1,1 @@
+"""Requests in, tokens out: paged KV cache, continuous batching, CUDA graphs, sampling for each request."""

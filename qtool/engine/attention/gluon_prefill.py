@@ -1,0 +1,456 @@
+"""Attention from chunks in Gluon for sm_90: one warp loads pages, two groups of four warps attend, 64 rows each.
+
+A group's next logits are computed while it is busy with the exponentials of the present ones, after FlashAttention-3 (Shah et al. 2024,
+arXiv:2407.08608). Programs stay and draw blocks of queries from a counter, so that the loads of the next block begin before one is done.
+"""
+
+# ruff: noqa: N803, N806, RUF005 (constants of a kernel are written in capitals; Gluon has no stars in lists)
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qtool.engine.attention.interface import PAGE, KVPages, Packed
+
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+ROWS = 64  # of a group: queries, times the heads that are computed with one another
+KEYS = 128  # of a step
+STAGES = 2
+WIDE = 64  # numbers of a row that lie together in shared memory: 128 bytes, swizzled
+TURNS = True  # the groups issue products in turns, so that one multiplies while the other takes exponentials
+
+
+def applies(q: Tensor, kv: KVPages, out: Tensor, window: int | None, softcap: float | None) -> bool:
+    """Return whether `prefill` can do this."""
+    head_dim = q.shape[2]
+    return (
+        q.dtype == kv.k.dtype == kv.v.dtype == out.dtype
+        and q.dtype in TYPES
+        and head_dim == out.shape[2]
+        and head_dim in (64, 128)
+        and window is None
+        and not softcap
+        and kv.k.is_contiguous()
+        and kv.v.is_contiguous()
+        and out.is_contiguous()
+        and all(stride % 8 == 0 for stride in q.stride()[:2])  # whole 16 bytes, as TMA wants them
+        and q.data_ptr() % 16 == 0
+    )
+
+
+def prefill(q: Tensor, kv: KVPages, packed: Packed, out: Tensor, factor: float, v_scale: float, launch: dict[str, Any]) -> None:
+    """Fill ``out`` for the tokens of chunks where `applies`; ``factor`` makes logits in units of log2. See `triton_paged.prefill`."""
+    assert packed.starts is not None
+    (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1
+    shared = heads // kv_heads
+    together = min(shared & -shared, 16)  # heads of a block: the largest power of two that divides
+    counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
+    blocks = heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
+    half = TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
+    pages = (TensorDescriptor.from_tensor(part.view(-1, head_dim), [PAGE, WIDE], _layout(part, 2)) for part in (kv.k, kv.v))
+    _prefill[(min(_processors(q.device), blocks),)](
+        half,
+        *pages,
+        packed.table,
+        packed.rows,
+        packed.positions,
+        packed.starts,
+        counter,
+        out,
+        packed.decodes,
+        chunks,
+        packed.table.shape[1],
+        kv_heads,
+        factor,
+        v_scale,
+        HEADS=heads // together,
+        SHARE=shared // together,
+        D=head_dim,
+        KEYS=KEYS,
+        STAGES=STAGES,
+        TURNS=TURNS,
+        **launch,
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=rank)
+
+
+@gluon.jit(
+    do_not_specialize=["decodes", "chunks", "width"],
+    do_not_specialize_on_alignment=["table", "rows", "positions", "starts", "counter"],
+)
+def _prefill(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    table,
+    rows,
+    positions,
+    starts,
+    counter,
+    out,
+    decodes,
+    chunks,
+    width,
+    kv_heads,
+    factor,
+    v_scale,
+    HEADS: gl.constexpr,
+    SHARE: gl.constexpr,
+    D: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Attend with blocks of tokens times ``HEADS``; ``SHARE`` of these read the same KV head."""
+    PARTS: gl.constexpr = D // q.block_type.shape[2]
+    PAGES: gl.constexpr = KEYS // k.block_type.shape[0]
+    TOGETHER: gl.constexpr = q.block_type.shape[1]
+    if PDL:
+        gdc_launch_dependents()
+    queries = gl.allocate_shared_memory(q.dtype, [2 * PARTS] + q.block_type.shape, q.layout)
+    keys = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS * PAGES] + k.block_type.shape, k.layout)
+    values = gl.allocate_shared_memory(v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout)
+    mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # When queries (and mail), keys and values are there, when both groups are done with them, and whose turn it is.
+    queries_in, queries_out, first_turn, second_turn = _barriers(1, 1), _barriers(1, 2), _barriers(1, 1), _barriers(1, 1)
+    keys_in, keys_out, values_in, values_out = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2)
+    filled, emptied = (queries_in.index(0), keys_in, values_in), (queries_out.index(0), keys_out, values_out)
+    turns = (first_turn.index(0), second_turn.index(0))
+    gl.warp_specialize(
+        [
+            (_attend, (0, queries, keys, values, mail, filled, emptied, turns, out, factor, v_scale, TOGETHER, HEADS, D, KEYS, STAGES, TURNS)),
+            (_attend, (1, queries, keys, values, mail, filled, emptied, turns, out, factor, v_scale, TOGETHER, HEADS, D, KEYS, STAGES, TURNS)),
+            (
+                _load,
+                (
+                    q,
+                    k,
+                    v,
+                    queries,
+                    keys,
+                    values,
+                    mail,
+                    filled,
+                    emptied,
+                    table,
+                    rows,
+                    positions,
+                    starts,
+                    counter,
+                    decodes,
+                    chunks,
+                    width,
+                    kv_heads,
+                    HEADS,
+                    SHARE,
+                    D,
+                    KEYS,
+                    STAGES,
+                    PDL,
+                ),
+            ),
+        ],
+        [4, 1],
+        [224, 56],  # registers; the first group also gets 224
+    )
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):  # type: ignore[no-untyped-def]
+    made = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(made.index(stage), count=COUNT)
+    return made
+
+
+@gluon.jit
+def _sum(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@gluon.jit
+def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the chunk starts that has block ``index``, its tokens, the number of the block in it, -1 if none has; and how many there are.
+
+    The last block of a chunk, which sees most keys, is the first.
+    """
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    start, count, block, total = 0, 0, -1, 0
+    for base in range(0, chunks, 32):
+        inside = base + lane < chunks
+        begin = gl.load(starts + base + lane, mask=inside, other=0)
+        size = gl.load(starts + base + lane + 1, mask=inside, other=0) - begin
+        blocks = (size + TOKENS - 1) // TOKENS
+        upto = total + gl.associative_scan(blocks, 0, _sum)
+        here = (upto > index) & (upto - blocks <= index)
+        start += gl.sum(gl.where(here, begin, 0), 0)
+        count += gl.sum(gl.where(here, size, 0), 0)
+        block += gl.sum(gl.where(here, upto - index, 0), 0)
+        total += gl.sum(blocks, 0)
+    return start, count, block, total
+
+
+@gluon.jit
+def _work(item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if none, its position and its row of the table."""
+    start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
+    there = block >= 0
+    position = gl.load(positions + decodes + start, mask=there, other=0)
+    row = gl.load(rows + decodes + start, mask=there, other=0)
+    left = gl.where(there, count - block * TOKENS, 0)
+    return decodes + start + block * TOKENS, left, position + block * TOKENS, row, total * HEADS
+
+
+@gluon.jit
+def _load(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    v,
+    queries,
+    keys,
+    values,
+    mail,
+    filled,
+    emptied,
+    table,
+    rows,
+    positions,
+    starts,
+    counter,
+    decodes,
+    chunks,
+    width,
+    kv_heads,
+    HEADS: gl.constexpr,
+    SHARE: gl.constexpr,
+    D: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Draw blocks of queries, tell the groups, and load what they need, each as soon as both are done with its place."""
+    HALF: gl.constexpr = q.block_type.shape[0]
+    TOGETHER: gl.constexpr = q.block_type.shape[1]
+    WIDE: gl.constexpr = q.block_type.shape[2]
+    PAGE: gl.constexpr = k.block_type.shape[0]
+    PARTS: gl.constexpr = D // WIDE
+    PAGES: gl.constexpr = KEYS // PAGE
+    queries_in, keys_in, values_in = filled
+    queries_out, keys_out, values_out = emptied
+    LETTER: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if PDL:
+        gdc_wait()  # the groups do nothing before the first letter
+    item = gl.program_id(0)
+    token, left, position, row, total = _work(item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF)
+    number, step = 0, 0
+    while left > 0:
+        head = item % HEADS
+        mbarrier.wait(queries_out, (number + 1) % 2)  # at first nothing is waited for
+        mail.index(0).store(gl.full([1], token, gl.int32, LETTER))
+        mail.index(1).store(gl.full([1], left, gl.int32, LETTER))
+        mail.index(2).store(gl.full([1], position, gl.int32, LETTER))
+        mail.index(3).store(gl.full([1], head, gl.int32, LETTER))
+        gl.thread_barrier()
+        mbarrier.expect(queries_in, 2 * PARTS * q.block_type.nbytes)
+        for i in gl.static_range(2 * PARTS):
+            place = [token + i // PARTS * HALF, head * TOGETHER, i % PARTS * WIDE]
+            tma.async_copy_global_to_shared(q, place, queries_in, queries.index(i))
+        last = position + gl.minimum(left, 2 * HALF) - 1
+        tiles = last // KEYS + 1
+        next_item = item
+        next_token, next_left, next_position, next_row = token, left, position, row
+        for tile in range(tiles):
+            stage = step % STAGES
+            phase = (step // STAGES + 1) % 2
+            first = tile * PAGES
+            pages = ()
+            for i in gl.static_range(PAGES):
+                inside = (first + i) * PAGE <= last
+                page = gl.load(table + row.to(gl.int64) * width + first + i, mask=inside, other=0)
+                # What lies outside becomes zeros: what a page held before might be NaN.
+                pages = pages + (gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),)  # type: ignore[assignment]
+            loaded = keys_in.index(stage)
+            mbarrier.wait(keys_out.index(stage), phase)
+            mbarrier.expect(loaded, PARTS * PAGES * k.block_type.nbytes)
+            for i in gl.static_range(PARTS * PAGES):
+                tma.async_copy_global_to_shared(k, [pages[i % PAGES], i // PAGES * WIDE], loaded, keys.index(stage * PARTS * PAGES + i))
+            loaded = values_in.index(stage)
+            mbarrier.wait(values_out.index(stage), phase)
+            mbarrier.expect(loaded, PARTS * PAGES * v.block_type.nbytes)
+            for i in gl.static_range(PARTS * PAGES):
+                tma.async_copy_global_to_shared(v, [pages[i % PAGES], i // PAGES * WIDE], loaded, values.index(stage * PARTS * PAGES + i))
+            step += 1
+            if tile == gl.minimum(tiles, STAGES) - 1:  # while all places are taken
+                drawn = gl.atomic_add(counter, 1)
+                if drawn == total - 1:  # nobody will draw again
+                    gl.store(counter, 0)
+                next_item = gl.num_programs(0) + drawn
+                next_token, next_left, next_position, next_row, _ = _work(next_item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF)
+        item = next_item
+        token, left, position, row = next_token, next_left, next_position, next_row
+        number += 1
+    mbarrier.wait(queries_out, (number + 1) % 2)
+    mail.index(1).store(gl.full([1], 0, gl.int32, LETTER))
+    gl.thread_barrier()
+    mbarrier.arrive(queries_in)
+
+
+@gluon.jit
+def _read(mail, I: gl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
+    return gl.max(mail.index(I).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _soften(logits, top, total, factor, own, keys, MASKED: gl.constexpr, dtype: gl.constexpr, OPERAND: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each row, and what is kept of earlier sums."""
+    if MASKED:
+        logits = gl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
+    new_top = gl.maximum(top, gl.max(logits, 1))
+    base = new_top * factor
+    weights = gl.exp2(logits * factor - base[:, None])
+    kept = gl.exp2(top * factor - base)
+    return gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True), new_top, total * kept + gl.sum(weights, 1), kept
+
+
+@gluon.jit
+def _attend(  # type: ignore[no-untyped-def]
+    GROUP: gl.constexpr,
+    queries,
+    keys,
+    values,
+    mail,
+    filled,
+    emptied,
+    turns,
+    out,
+    factor,
+    v_scale,
+    TOGETHER: gl.constexpr,
+    HEADS: gl.constexpr,
+    D: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+):
+    """Compute half the rows of all blocks, the first or the second by ``GROUP``."""
+    ROWS: gl.constexpr = queries.shape[1] * TOGETHER
+    TOKENS: gl.constexpr = 2 * queries.shape[1]
+    PAGE: gl.constexpr = keys.shape[1]
+    WIDE: gl.constexpr = keys.shape[2]
+    PARTS: gl.constexpr = D // WIDE
+    PAGES: gl.constexpr = KEYS // PAGE
+    dtype: gl.constexpr = keys.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    STORED: gl.constexpr = gl.BlockedLayout([8, 8], [2, 16] if D == 128 else [4, 8], [4, 1], [1, 0])
+    CLEANED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    queries_in, keys_in, values_in = filled
+    queries_out, keys_out, values_out = emptied
+    my_queries = queries._reinterpret(dtype, [2, ROWS, D], keys.layout).index(GROUP)
+    all_keys = keys._reinterpret(dtype, [STAGES, KEYS, D], keys.layout)
+    all_values = values._reinterpret(dtype, [STAGES, KEYS, D], values.layout)
+    none = gl.zeros((ROWS, KEYS), gl.float32, S)
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
+    mine = (GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S))) // TOGETHER  # the token of a row
+    number, step, turn = 0, 0, 1 - GROUP
+    mbarrier.wait(queries_in, 0)
+    left = _read(mail, 1)
+    while left > 0:
+        token, position, head = _read(mail, 0), _read(mail, 2), _read(mail, 3)
+        last = position + gl.minimum(left, TOKENS) - 1
+        own = gl.minimum(position + mine, last)
+        tiles = last // KEYS + 1
+        whole = gl.maximum((position + 1) // KEYS, 1)  # tiles from here on are not seen by every row
+        # The first tile.
+        stage = step % STAGES
+        mbarrier.wait(keys_in.index(stage), step // STAGES % 2)
+        if TURNS:
+            mbarrier.wait(turns[GROUP], turn)
+        logits = warpgroup_mma(my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        if TURNS:
+            gl.thread_barrier()
+            mbarrier.arrive(turns[1 - GROUP])
+            turn ^= 1
+        logits = warpgroup_mma_wait(0, deps=[logits])
+        gl.thread_barrier()  # in all four warps
+        mbarrier.arrive(keys_out.index(stage))
+        top = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
+        weights, top, total, _ = _soften(logits, top, total, factor, own, key, True, dtype, OPERAND)
+        acc = gl.zeros((ROWS, D), gl.float32, O)
+        mbarrier.wait(keys_in.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=tiles > 1)
+        for masked in gl.static_range(2):
+            for tile in range(whole if masked == 1 else 1, tiles if masked == 1 else whole):
+                previous = step % STAGES
+                phase = step // STAGES % 2
+                step += 1
+                stage = step % STAGES
+                if TURNS:
+                    mbarrier.wait(turns[GROUP], turn)
+                logits = warpgroup_mma(my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+                mbarrier.wait(values_in.index(previous), phase)
+                acc = warpgroup_mma(weights, all_values.index(previous), acc, is_async=True)
+                if TURNS:
+                    gl.thread_barrier()
+                    mbarrier.arrive(turns[1 - GROUP])
+                    turn ^= 1
+                logits = warpgroup_mma_wait(1, deps=[logits])
+                new_weights, top, total, kept = _soften(logits, top, total, factor, own, tile * KEYS + key, masked == 1, dtype, OPERAND)
+                # A loop, however short, that the compiler does not move the next wait across: it would come before the exponentials.
+                mbarrier.wait(keys_in.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=tile + 1 < tiles)
+                acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+                gl.thread_barrier()
+                mbarrier.arrive(keys_out.index(stage))
+                mbarrier.arrive(values_out.index(previous))
+                acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+                weights = new_weights
+        mbarrier.arrive(queries_out)
+        # The values of the last tile.
+        stage = step % STAGES
+        mbarrier.wait(values_in.index(stage), step // STAGES % 2)
+        slot = gl.arange(0, PAGE, gl.SliceLayout(1, CLEANED))
+        for part in gl.static_range(PARTS):  # in the last page, what it held before might be NaN. The other group may do the same meanwhile.
+            page = values.index((stage * PARTS + part) * PAGES + last // PAGE % PAGES)
+            page.store(gl.where((slot <= last % PAGE)[:, None], page.load(CLEANED), 0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+        acc = warpgroup_mma(weights, all_values.index(stage), acc, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        gl.thread_barrier()
+        mbarrier.arrive(values_out.index(stage))
+        step += 1
+        number += 1
+        result = acc * gl.convert_layout(v_scale / total, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+        result = gl.convert_layout(result.to(dtype), STORED)
+        row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
+        place = (row // TOGETHER * HEADS + head) * TOGETHER + row % TOGETHER
+        d = gl.arange(0, D, gl.SliceLayout(0, STORED))
+        pointers = out + token.to(gl.int64) * (HEADS * TOGETHER * D) + place[:, None] * D + d[None, :]
+        gl.store(pointers, result, mask=(row // TOGETHER < left)[:, None])
+        mbarrier.wait(queries_in, number % 2)
+        left = _read(mail, 1)

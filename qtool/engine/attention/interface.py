@@ -1,0 +1,323 @@
+"""Causal attention over keys and values kept in pages: `write` stores those of new tokens, `attend` reads what each token may see.
+
+Token ``t`` of a forward pass belongs to row ``rows[t]`` of the page table and sees the positions ``max(0, p - window + 1) .. p`` of that
+sequence, ``p = positions[t]``: its own key and value must have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot
+``p % PAGE``. What else a page holds, of earlier owners, never reaches a result, not even as NaN.
+
+On CUDA the kernels of `triton_paged` do the work; on a CPU the tokens that count are gathered for
+`torch.nn.functional.scaled_dot_product_attention`. transformers' models come here by its attention interface, as ``"qtool"``: inside `running`
+they compute, and inside `recording` one dry pass tells what their layers need, or is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import CheckpointRefused
+from qtool.runtime.kernels import current
+from qtool.runtime.skeleton import quiet_imports
+from qtool.weight import to_fp8
+
+with quiet_imports():
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+PAGE = 16  # tokens of a page
+NAME = "qtool"  # what `attn_implementation` says to have this
+MAX_HEAD_DIM = 256
+
+
+@dataclass
+class KVPages:
+    """The keys and values of one layer; page 0 belongs to nobody. 8-bit pages hold ``value / scale``.
+
+    k: [pages, kv_heads, PAGE, head_dim], bf16, f16, f32 or float8_e4m3fn; v: [pages, kv_heads, PAGE, v_head_dim], the same dtype.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+
+@dataclass
+class Packed:
+    """The tokens of one forward pass, sequences side by side; T tokens of S + ``decodes`` sequences. A captured graph reads the same tensors again.
+
+    Padding tokens stand among the decodes, at position 0 of a row whose pages are page 0; what they get is of no use.
+    """
+
+    table: Tensor
+    """int32 [rows, max_pages], contiguous: the pages of each running sequence, by its row; only those up to its position are ever read."""
+    rows: Tensor
+    """int32 [T]: the row of each token."""
+    positions: Tensor
+    """int32 [T]; they are consecutive within a chunk."""
+    decodes: int
+    """The first tokens of the pass, each the one new token of its sequence."""
+    starts: Tensor | None = None
+    """int32 [S + 1]: where each of the chunks that follow begins, counted from ``decodes``, and where the last ends; None without chunks."""
+    longest: int = 0
+    """Tokens of the longest chunk, or any number above."""
+    most: int = 0
+    """No position of a decode reaches this number, now and in replays of the graph; 0: the width of the table says. A tight bound helps a little."""
+    counters: Tensor | None = None
+    """From `new_counters`: what split decodes count arrivals with. One for each stream that runs at the same time; None allocates in each call."""
+
+
+def new_counters(rows: int, heads: int, device: torch.device) -> Tensor:
+    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads; every launch leaves them at zero."""
+    return torch.zeros(rows * heads, dtype=torch.int32, device=device)
+
+
+def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
+    """Store ``k`` [T, kv_heads, head_dim] and ``v`` [T, kv_heads, v_head_dim] of the new tokens."""
+    if k.is_cuda:
+        with current(k.device):
+            _kernels().write(kv, k, v, packed)
+        return
+    rows, positions = packed.rows.long(), packed.positions.long()
+    pages, slots = packed.table[rows, positions // PAGE].long(), positions % PAGE
+    for cached, new, scale in ((kv.k, k, kv.k_scale), (kv.v, v, kv.v_scale)):
+        if cached.dtype == torch.float8_e4m3fn:
+            new = to_fp8(new.float() / scale)
+        cached[pages, :, slots] = new.to(cached.dtype)
+
+
+def attend(
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the attention of ``q`` [T, heads, head_dim]: [T, heads, v_head_dim], of its dtype.
+
+    scaling: what the logits are multiplied with. softcap: then they become ``softcap * tanh(logits / softcap)``.
+    """
+    if not q.is_cuda:
+        return _attend_on_cpu(q, kv, packed, scaling, window, softcap)
+    out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
+    with current(q.device):
+        if packed.decodes:
+            _kernels().decode(q, kv, packed, out, scaling, window, softcap)
+        if packed.starts is not None and packed.longest:
+            _kernels().prefill(q, kv, packed, out, scaling, window, softcap)
+    return out
+
+
+def _kernels() -> Any:
+    from qtool.engine.attention import triton_paged  # needs triton
+
+    return triton_paged
+
+
+def _attend_on_cpu(q: Tensor, kv: KVPages, packed: Packed, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+    out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
+    starts = [0] if packed.starts is None else packed.starts.tolist()
+    bounds = [*range(packed.decodes), *(packed.decodes + start for start in starts)]
+    rows, positions = packed.rows.tolist(), packed.positions.tolist()
+    for begin, end in pairwise(bounds):
+        if begin == end:
+            continue
+        first, last = positions[begin], positions[end - 1]
+        low = 0 if window is None else max(0, first - window + 1)
+        pages = packed.table[rows[begin], low // PAGE : last // PAGE + 1].long()
+        k, v = (_gather(part, pages, scale, low, last, q.dtype) for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
+        out[begin:end] = _attend_one(q[begin:end], k, v, first, low, scaling, window, softcap)
+    return out
+
+
+def _gather(cached: Tensor, pages: Tensor, scale: float, low: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return positions ``low`` to ``last`` of a sequence as [kv_heads, positions, head_dim]."""
+    heads, head_dim = cached.shape[1], cached.shape[3]
+    found = cached[pages].transpose(0, 1).reshape(heads, -1, head_dim)
+    begin = low % PAGE
+    found = found[:, begin : begin + last - low + 1].to(dtype)
+    return found if scale == 1 else found * scale
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, first: int, low: int, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+    """Attend from ``q`` [n, heads, head_dim], at positions from ``first`` on, to ``k`` and ``v`` [kv_heads, positions, ...], from ``low`` on."""
+    tokens, heads, _ = q.shape
+    mask = None
+    plain = first == 0 and (window is None or window >= tokens)
+    if tokens > 1 and (softcap or not plain):
+        own, seen = torch.arange(first, first + tokens)[:, None], torch.arange(low, low + k.shape[1])[None, :]
+        mask = seen <= own
+        if window is not None:
+            mask &= seen > own - window
+    if not softcap:
+        causal = plain and tokens > 1
+        return nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+        )[0].transpose(0, 1)
+    k, v = (part.float().repeat_interleave(heads // part.shape[0], dim=0) for part in (k, v))
+    logits = torch.matmul(q.transpose(0, 1).float(), k.transpose(1, 2)) * scaling
+    logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits.masked_fill_(~mask, float("-inf"))
+    return torch.matmul(torch.softmax(logits, dim=-1), v).transpose(0, 1).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What one layer's attention is: the engine sizes the cache by it."""
+
+    layer_idx: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int | None
+    softcap: float | None
+    scaling: float
+
+
+@dataclass
+class Recording:
+    """What a dry pass found: the layers in the order of their calls, and the windows of the masks that the model made, None for a causal one."""
+
+    layers: list[LayerGeometry] = field(default_factory=list)
+    windows: set[int | None] = field(default_factory=set)
+
+
+RUNNING: ContextVar[tuple[Packed, Mapping[int, KVPages]]] = ContextVar("running")
+RECORDING: ContextVar[Recording] = ContextVar("recording")
+
+
+@contextmanager
+def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
+    """Let the model's attention be over ``packed``, with the pages that ``layers`` has for each ``layer_idx``.
+
+    Call the model with ``input_ids`` and ``position_ids`` [1, T] and ``use_cache=False``, without a mask.
+    """
+    token = RUNNING.set((packed, layers))
+    try:
+        yield
+    finally:
+        RUNNING.reset(token)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Let the model's attention return zeros and note each layer's geometry.
+
+    Call the model with ``input_ids`` [1, T] of one sequence, ``use_cache=False``, not on the meta device: transformers looks at the positions.
+    Raises: CheckpointRefused, from the pass or at its end, when the model needs what is not computed here.
+    """
+    found = Recording()
+    token = RECORDING.set(found)
+    # Only while recording, since transformers looks at the positions for each mask, which waits for the GPU; without this it makes no masks.
+    AttentionMaskInterface.register(NAME, _record_mask)
+    try:
+        yield found
+    finally:
+        RECORDING.reset(token)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)
+    for layer in found.layers:
+        if found.windows and layer.window not in found.windows:
+            raise _refused(f"layer {layer.layer_idx} has the window {layer.window}, and the model's masks have {found.windows}")
+
+
+def _refused(reason: str) -> CheckpointRefused:
+    return CheckpointRefused("E_ATTENTION", f"the model's attention cannot be run: {reason}", hint="`--engine vllm` hands the checkpoint to vLLM")
+
+
+# Arguments that models pass through to every attention and that say nothing here, or nothing that `Packed` does not say.
+_HARMLESS = {
+    *("position_ids", "cache_position", "past_key_value", "past_key_values", "use_cache", "seq_idx", "deterministic"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend for a model of transformers: ``query`` [1, heads, T, head_dim], the others likewise; the result is [1, T, heads, v_head_dim]."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    found = RECORDING.get(None)
+    if found is not None:
+        if reason := _objection(module, query, key, value, attention_mask, others):
+            raise _refused(reason)
+        (_, heads, tokens, head_dim), kv_heads, v_head_dim = query.shape, key.shape[1], value.shape[-1]
+        found.layers.append(LayerGeometry(layer_idx, heads, kv_heads, head_dim, v_head_dim, sliding_window or None, softcap or None, float(scaling)))
+        return query.new_zeros(1, tokens, heads, v_head_dim), None
+    packed, layers = RUNNING.get()
+    kv = layers[layer_idx]
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    write(kv, k, v, packed)
+    return attend(q, kv, packed, scaling=scaling, window=sliding_window or None, softcap=softcap or None)[None], None
+
+
+def _objection(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, others: Mapping[str, Any]) -> str | None:
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        return f"{type(module).__name__} does not say which layer it is"
+    if others.get("s_aux") is not None:
+        return "it has attention sinks"
+    is_causal = others.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return "it is bidirectional"
+    if getattr(module, "is_cross_attention", False) or query.shape[2] != key.shape[2] or query.shape[0] != 1:
+        return "it attends to other tokens than its own sequence's"
+    if attention_mask is not None:
+        return "it makes a mask of its own"
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS | {"is_causal", "s_aux"}]
+    if unknown:
+        return f"it asks for `{unknown[0]}`"
+    if query.shape[1] % key.shape[1] or value.shape[1] != key.shape[1] or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"query, key and value heads of shape {', '.join(str(list(part.shape[1::2])) for part in (query, key, value))}"
+    return None
+
+
+def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", **_: Any) -> None:
+    """Note the window of the mask that a model makes during `recording`; it must see an unbroken range of positions up to its own."""
+    found = RECORDING.get(None)
+    if found is None:  # another thread, with a model of its own
+        return
+    windows = []
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    for own in (1000, 150_001, 262_142):
+        seen = torch.arange(own + 2, device=device)
+        try:
+            mask = mask_function(zero, zero, torch.full_like(seen, own), seen).expand(own + 2).cpu()
+        except IndexError:
+            raise _refused("its mask depends on the input") from None
+        if not bool(mask.any()):  # of a window of 0, which a model makes that has no layer with a window
+            return
+        first = int(mask.int().argmax())
+        if not bool(mask[first : own + 1].all()) or bool(mask[own + 1]):
+            raise _refused("its mask is not causal")
+        windows.append(own + 1 - first)
+    last = windows[-1]
+    if windows == [1001, 150_002, 262_143]:
+        found.windows.add(None)
+    elif windows == [min(last, 1001), min(last, 150_002), last]:
+        found.windows.add(last)
+    else:
+        raise _refused("its mask sees chunks of the sequence")
+
+
+AttentionInterface.register(NAME, _forward)

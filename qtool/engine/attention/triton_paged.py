@@ -1,0 +1,650 @@
+"""The Triton kernels of `attention`, for CUDA: store keys and values in pages, attend from one token a sequence, attend from chunks.
+
+Both attentions take the query heads that share a KV head as rows of one tile, so that keys and values are read once for all of them. Everything a
+launch depends on is known to the host without asking the device; programs that find no work end at once. Logits are kept in units of log2.
+"""
+
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.engine.attention.interface import PAGE, KVPages, Packed
+from qtool.runtime.triton.tiles import GLUON, start_early
+
+LOG2_E = 1.4426950408889634
+# What a kernel should not be compiled anew for.
+_ANY = {
+    "do_not_specialize": ["width", "window", "least", "decodes"],
+    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "partial", "sums", "arrived"],
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How attention is cut: query rows of a program (of chunks only), keys of a step, and Triton's warps and stages.
+
+    parts: into how many a decode's keys are cut at most, each of at least ``least`` steps. pdl: start while the kernel before ends.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    rows: int = 16
+    parts: int = 1
+    least: int = 1
+    pdl: bool = True
+
+
+def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
+    """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``: bytes of a number in the queries."""
+    keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
+    if programs < 512:  # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+        parts, least = 16 if programs <= 64 else 512 // programs, 1
+    else:  # cut only long sequences, for the sake of balance
+        parts, least = 4, 4096 // keys
+    return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
+
+
+def prefill_tile(head_dim: int, itemsize: int) -> Tile:
+    """Choose for chunks."""
+    if itemsize == 4:
+        return Tile(16, 4, 2, rows=32)
+    return Tile(64, 8, 3, rows=128) if head_dim <= 128 else Tile(32, 8, 2, rows=128)
+
+
+def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
+    """Store the keys and values of new tokens, see `attention.write`."""
+    k, v = _inner_contiguous(k), _inner_contiguous(v)
+    if not k.shape[0]:
+        return
+    tokens, heads, head_dim = k.shape
+    _write[(tokens,)](
+        k,
+        v,
+        kv.k,
+        kv.v,
+        packed.table,
+        packed.rows,
+        packed.positions,
+        packed.table.shape[1],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *_page_strides(kv),
+        1 / kv.k_scale,
+        1 / kv.v_scale,
+        HEADS=heads,
+        D=head_dim,
+        DV=v.shape[2],
+        PAGE=PAGE,
+        FP8=kv.k.dtype == torch.float8_e4m3fn,
+        SIZE=triton.next_power_of_2(heads * max(head_dim, v.shape[2])),
+        **_launch(4, 1, True, k),
+    )
+
+
+def decode(
+    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, window: int | None, softcap: float | None, tile: Tile | None = None
+) -> None:
+    """Fill ``out`` [T, heads, v_head_dim] for the tokens that are one of a sequence, see `attention.attend`."""
+    q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
+    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    most = packed.most or packed.table.shape[1] * PAGE
+    tile = tile or decode_tile(tokens * kv_heads, most, max(head_dim, v_head_dim), q.element_size())
+    shared = q.shape[1] // kv_heads
+    split = tile.parts > 1
+    partial = q.new_empty((tokens, kv_heads, tile.parts, shared, v_head_dim) if split else 1, dtype=torch.float32)
+    sums = q.new_empty((2, tokens, kv_heads, tile.parts, shared) if split else 1, dtype=torch.float32)
+    counters = packed.counters
+    if counters is None or counters.numel() < tokens * kv_heads:
+        counters = q.new_zeros(tokens * kv_heads if split else 1, dtype=torch.int32)
+    shared_padded, dv_padded = triton.next_power_of_2(shared), triton.next_power_of_2(v_head_dim)
+    _decode[(kv_heads, tile.parts, tokens)](
+        q,
+        kv.k,
+        kv.v,
+        packed.table,
+        packed.rows,
+        packed.positions,
+        out,
+        partial,
+        sums,
+        counters,
+        packed.table.shape[1],
+        *q.stride()[:2],
+        *_page_strides(kv),
+        *_factors(kv, scaling, softcap),
+        window or 0,
+        tile.least,
+        WINDOWED=window is not None,
+        SOFTCAP=bool(softcap),
+        SHARED=shared,
+        SHARED_PADDED=shared_padded,
+        ROWS=max(16, shared_padded),
+        D=head_dim,
+        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        DV=v_head_dim,
+        DV_PADDED=max(16, dv_padded),
+        PAGE=PAGE,
+        KEYS=tile.keys,
+        PARTS=tile.parts,
+        TOGETHER=max(1, min(triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded))),
+        STAGES=tile.stages,
+        **_launch(tile.warps, tile.stages, tile.pdl, q),
+    )
+
+
+def prefill(
+    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, window: int | None, softcap: float | None, tile: Tile | None = None
+) -> None:
+    """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `attention.attend`."""
+    assert packed.starts is not None
+    q, kv_heads = _inner_contiguous(q), kv.k.shape[1]
+    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    if tile is None and GLUON and _hopper(q.device):
+        from qtool.engine.attention import gluon_prefill
+
+        if gluon_prefill.applies(q, kv, out, window, softcap):
+            factor, _, v_scale = _factors(kv, scaling, softcap)
+            gluon_prefill.prefill(q, kv, packed, out, factor, v_scale, _launch(4, 1, True, q))
+            return
+    tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
+    shared = q.shape[1] // kv_heads
+    rows = max(tile.rows, triton.next_power_of_2(shared))
+    _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
+        q,
+        kv.k,
+        kv.v,
+        packed.table,
+        packed.rows,
+        packed.positions,
+        packed.starts,
+        out,
+        packed.decodes,
+        packed.table.shape[1],
+        *q.stride()[:2],
+        *_page_strides(kv),
+        *_factors(kv, scaling, softcap),
+        window or 0,
+        WINDOWED=window is not None,
+        SOFTCAP=bool(softcap),
+        SHARED=shared,
+        ROWS=rows,
+        D=head_dim,
+        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        DV=v_head_dim,
+        DV_PADDED=max(16, triton.next_power_of_2(v_head_dim)),
+        PAGE=PAGE,
+        KEYS=tile.keys,
+        STAGES=tile.stages,
+        **_launch(tile.warps, tile.stages, tile.pdl, q),
+    )
+
+
+def _inner_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _page_strides(kv: KVPages) -> tuple[int, int, int, int]:
+    """Return how far apart pages are, and heads of a page, of keys and of values."""
+    return kv.k.stride(0), kv.k.stride(1), kv.v.stride(0), kv.v.stride(1)
+
+
+def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
+    """Return what to multiply the logits with, then what limits them, both in units of log2, and what to multiply the result with."""
+    scale = scaling * kv.k_scale
+    return (scale / softcap, softcap * LOG2_E, kv.v_scale) if softcap else (scale * LOG2_E, 0.0, kv.v_scale)
+
+
+def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
+    early = pdl and not _old(x.device)
+    return {"num_warps": warps, "num_stages": stages, "PDL": early, **({"launch_pdl": True} if early else {})}
+
+
+@cache
+def _old(device: torch.device) -> bool:
+    """Return whether ``device`` is a GPU before Hopper, which cannot start a kernel before the last one ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a GPU, are."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9)
+
+
+@triton.jit(**_ANY)
+def _write(  # type: ignore[no-untyped-def]
+    k,
+    v,
+    k_pages,
+    v_pages,
+    table,
+    rows,
+    positions,
+    width,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    k_page,
+    k_page_head,
+    v_page,
+    v_page_head,
+    k_factor,
+    v_factor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    FP8: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_early(PDL)
+    token = tl.program_id(0)
+    position = tl.load(positions + token)
+    page = tl.load(table + tl.load(rows + token) * width + position // PAGE).to(tl.int64)
+    i = tl.arange(0, SIZE)
+    _store_heads(
+        k + token.to(tl.int64) * k_token, k_head, k_pages + page * k_page + position % PAGE * D, k_page_head, k_factor, i // D, i % D, HEADS, D, FP8
+    )
+    _store_heads(
+        v + token.to(tl.int64) * v_token,
+        v_head,
+        v_pages + page * v_page + position % PAGE * DV,
+        v_page_head,
+        v_factor,
+        i // DV,
+        i % DV,
+        HEADS,
+        DV,
+        FP8,
+    )
+
+
+@triton.jit
+def _store_heads(source, source_head, target, target_head, factor, head, d, HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+    inside = head < HEADS
+    x = tl.load(source + head * source_head + d, mask=inside, other=0.0)
+    if FP8:
+        x = tl.clamp(x.to(tl.float32) * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(target + head * target_head + d, x.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load(pages, place, keys, visible, MASKED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return keys or values [KEYS, D_PADDED] of ``place``, zeros where nothing is visible."""
+    d = tl.arange(0, D_PADDED)
+    pointers = pages + place[:, None] + (keys % PAGE)[:, None] * D + d[None, :]
+    if MASKED and D != D_PADDED:
+        return tl.load(pointers, mask=visible[:, None] & (d < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=visible[:, None], other=0.0)
+    elif D != D_PADDED:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _half(q, factor, pages):  # type: ignore[no-untyped-def]
+    """Return ``q`` [ROWS, head_dim] in the dtype to compute in, and what to multiply the logits with: fp8 becomes f16 at once, bf16 by a detour."""
+    if pages.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1, keep_dims=True)
+        largest = tl.where(largest > 1e-30, largest, 1.0)  # f16 has no number above 65504
+        return (q.to(tl.float32) / largest).to(tl.float16), factor * largest
+    else:
+        return q, factor
+
+
+@triton.jit
+def _numbers(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return keys or values from pages in ``dtype``."""
+    if x.dtype == tl.float8e4nv and dtype == tl.float16:
+        # Assembly that is not pure stays before the change of layout: Triton would read single bytes in the layout of the dot, then convert those.
+        convert: tl.constexpr = "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}"
+        return tl.inline_asm_elementwise(convert, "=r,=r,r", [x], tl.float16, is_pure=False, pack=4)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _attend_tiles(  # type: ignore[no-untyped-def]
+    q,
+    acc,
+    total,
+    top,
+    own,
+    begin,
+    end,
+    low,
+    last,
+    table_row,
+    k_pages,
+    v_pages,
+    k_page,
+    v_page,
+    factor,
+    limit,
+    window,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Add tiles ``begin`` to ``end`` - 1 of keys to ``acc`` [ROWS, v_head_dim], ``total`` and ``top`` [ROWS]: the sums, and the largest logit.
+
+    own: the position of each row [ROWS]. q and factor: from `_half`. low, last: what lies outside of these positions is not even read.
+    """
+    keys = begin * KEYS + tl.arange(0, KEYS)
+    page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        visible = (keys >= low) & (keys <= last)
+        next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)  # a step ahead: loads wait for none in their step
+        k = _load(k_pages, page.to(tl.int64) * k_page, keys, visible, MASKED, D, q.shape[1], PAGE)
+        logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee") * factor
+        if SOFTCAP:
+            logits = limit - 2 * limit / (tl.exp2(logits * 2.885390081777927) + 1)  # limit * tanh, by e^2x = 2^(2.88 x)
+        if MASKED:
+            seen = keys[None, :] <= own[:, None]
+            if WINDOWED:
+                seen &= keys[None, :] > own[:, None] - window
+            logits = tl.where(seen, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED and WINDOWED else new_top  # a row's window may begin later
+        p = tl.exp2(logits - base[:, None])
+        kept = tl.exp2(top - base)
+        total = total * kept + tl.sum(p, 1)
+        v = _load(v_pages, page.to(tl.int64) * v_page, keys, visible, MASKED, DV, acc.shape[1], PAGE)
+        acc = tl.dot(p.to(q.dtype), _numbers(v, q.dtype), acc * kept[:, None], input_precision="ieee")
+        top, page, keys = new_top, next_page, keys + KEYS
+    return acc, total, top
+
+
+@triton.jit(**_ANY)
+def _decode(  # type: ignore[no-untyped-def]
+    q,
+    k_pages,
+    v_pages,
+    table,
+    rows,
+    positions,
+    out,
+    partial,
+    sums,
+    arrived,
+    width,
+    q_token,
+    q_head,
+    k_page,
+    k_head,
+    v_page,
+    v_head,
+    factor,
+    limit,
+    v_scale,
+    window,
+    least,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARED_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_early(PDL)
+    head, part, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(0)
+    last = tl.load(positions + token)
+    table_row = table + tl.load(rows + token) * width
+    low = 0
+    if WINDOWED:
+        low = tl.maximum(last - window + 1, 0)
+    first = low // KEYS
+    tiles = last // KEYS + 1 - first
+    each = tl.maximum(tl.cdiv(tiles, PARTS), least)
+    parts = tl.cdiv(tiles, each)
+    if part >= parts:
+        return
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, D_PADDED)
+    inside = (row < SHARED)[:, None] & (d < D)[None, :]
+    queries = tl.load(q + token.to(tl.int64) * q_token + (head * SHARED + row)[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    queries, factor = _half(queries, factor, k_pages)
+    begin = first + part * each
+    acc, total, top = _attend_tiles(
+        queries,
+        tl.zeros((ROWS, DV_PADDED), tl.float32),
+        tl.zeros((ROWS,), tl.float32),
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.zeros((ROWS,), tl.int32) + last,
+        begin,
+        tl.minimum(begin + each, first + tiles),
+        low,
+        last,
+        table_row,
+        k_pages + head * k_head,
+        v_pages + head * v_head,
+        k_page,
+        v_page,
+        factor,
+        limit,
+        window,
+        WINDOWED,
+        SOFTCAP,
+        True,
+        D,
+        DV,
+        PAGE,
+        KEYS,
+        STAGES,
+    )
+    place = token.to(tl.int64) * heads + head
+    dv = tl.arange(0, DV_PADDED)
+    inside = (row < SHARED)[:, None] & (dv < DV)[None, :]
+    if parts == 1:
+        result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
+    elif PARTS > 1:
+        mine = (place * PARTS + part) * SHARED + row
+        tops = sums + tl.num_programs(2).to(tl.int64) * heads * PARTS * SHARED
+        tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
+        tl.store(sums + mine, total, mask=row < SHARED)
+        tl.store(tops + mine, top, mask=row < SHARED)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived + place, 0)
+            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, PARTS, TOGETHER)
+
+
+@triton.jit
+def _add_parts(  # type: ignore[no-untyped-def]
+    partial,
+    sums,
+    tops,
+    out,
+    place,
+    parts,
+    v_scale,
+    SHARED: tl.constexpr,
+    SHARED_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the same order, ``TOGETHER`` at a time."""
+    member, dv = tl.arange(0, SHARED_PADDED), tl.arange(0, DV_PADDED)
+    acc = tl.zeros((SHARED_PADDED, DV_PADDED), tl.float32)
+    total = tl.zeros((SHARED_PADDED,), tl.float32)
+    top = tl.where(member < SHARED, float("-inf"), 0.0)
+    for begin in range(0, parts, TOGETHER):
+        index = begin + tl.arange(0, TOGETHER)
+        there = (place * PARTS + index)[:, None] * SHARED + member[None, :]
+        valid = (index < parts)[:, None] & (member < SHARED)[None, :]
+        some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")
+        inside = valid[:, :, None] & (dv < DV)[None, None, :]
+        some = tl.load(partial + there[:, :, None] * DV + dv[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(some_tops, 0))
+        weight, kept = tl.exp2(some_tops - new_top[None, :]), tl.exp2(top - new_top)
+        acc = acc * kept[:, None] + tl.sum(some * weight[:, :, None], 0)
+        total = total * kept + tl.sum(some_sums * weight, 0)
+        top = new_top
+    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (place * SHARED + member[:, None]) * DV + dv[None, :], result, mask=(member < SHARED)[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit(**_ANY)
+def _prefill(  # type: ignore[no-untyped-def]
+    q,
+    k_pages,
+    v_pages,
+    table,
+    rows,
+    positions,
+    starts,
+    out,
+    decodes,
+    width,
+    q_token,
+    q_head,
+    k_page,
+    k_head,
+    v_page,
+    v_head,
+    factor,
+    limit,
+    v_scale,
+    window,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // SHARED
+    start_early(PDL)
+    head, chunk = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    start = tl.load(starts + chunk)
+    count = tl.load(starts + chunk + 1) - start
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    if block * TOKENS >= count:
+        return
+    start += decodes
+    first = tl.load(positions + start)
+    member = tl.arange(0, ROWS)
+    token = block * TOKENS + member // SHARED
+    valid = (token < count) & (member < TOKENS * SHARED)
+    lowest = first + block * TOKENS
+    last = first + tl.minimum(block * TOKENS + TOKENS, count) - 1
+    own = tl.minimum(first + token, last)
+    query_head = head * SHARED + member % SHARED
+    d = tl.arange(0, D_PADDED)
+    pointers = q + (start + token).to(tl.int64)[:, None] * q_token + query_head[:, None] * q_head + d[None, :]
+    queries = tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    queries, factor = _half(queries, factor, k_pages)
+    acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    table_row = table + tl.load(rows + start) * width
+    k_pages += head * k_head
+    v_pages += head * v_head
+    end = last // KEYS + 1
+    low = 0
+    begin = 0
+    whole = 0  # tiles from here to `partly` are seen by every row
+    if WINDOWED:
+        low = tl.maximum(lowest - window + 1, 0)
+        begin = low // KEYS
+        whole = tl.minimum(tl.cdiv(tl.maximum(last - window + 1, 0), KEYS), end)
+    partly = tl.maximum(whole, (lowest + 1) // KEYS)
+    if WINDOWED:
+        acc, total, top = _attend_tiles(
+            queries,
+            acc,
+            total,
+            top,
+            own,
+            begin,
+            whole,
+            low,
+            last,
+            table_row,
+            k_pages,
+            v_pages,
+            k_page,
+            v_page,
+            factor,
+            limit,
+            window,
+            WINDOWED,
+            SOFTCAP,
+            True,
+            D,
+            DV,
+            PAGE,
+            KEYS,
+            STAGES,
+        )
+    for masked in tl.static_range(2):
+        acc, total, top = _attend_tiles(
+            queries,
+            acc,
+            total,
+            top,
+            own,
+            whole if masked == 0 else partly,
+            partly if masked == 0 else end,
+            low,
+            last,
+            table_row,
+            k_pages,
+            v_pages,
+            k_page,
+            v_page,
+            factor,
+            limit,
+            window,
+            WINDOWED,
+            SOFTCAP,
+            masked == 1,
+            D,
+            DV,
+            PAGE,
+            KEYS,
+            STAGES,
+        )
+    dv = tl.arange(0, DV_PADDED)
+    place = (start + token).to(tl.int64) * (heads * SHARED) + query_head
+    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * DV + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :])

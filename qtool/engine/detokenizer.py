@@ -1,0 +1,197 @@
+"""From tokens to text, as they come: no half character and no beginning of a stop string is ever given out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import Literal, NotRequired, TypedDict
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from qtool.engine.sampling_params import SamplingParams
+
+HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
+MOST_HELD = 16  # tokens that decode to no whole character before some of them are given out as they are
+
+
+class FinishReason(TypedDict):
+    """Why a text ended, as SGLang tells it: ``matched`` of "stop" (none where a grammar is complete), ``length``, and ``message`` of "abort"."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: NotRequired[int | str]
+    length: NotRequired[int]
+    message: NotRequired[str]
+
+
+@functools.lru_cache(maxsize=8)
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that skip_special_tokens leaves out of a text."""
+    return frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+class Detokenizer:
+    """The tokens of one text into characters; what comes out, put together, is what the tokenizer decodes all of them to.
+
+    ``context`` are tokens before the text, such as the end of the prompt: a tokenizer that drops a leading space then keeps the text's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
+        self._before = [token_id for token_id in context if token_id not in self._skipped]  # given out already, decoded with what follows
+        if self._decode(self._before).endswith(HALF):
+            self._before = []  # nothing to continue
+        self._held: list[int] = []  # not given out yet
+        self._stream = self._new_stream()
+
+    def push(self, token_id: int) -> str:
+        """Return the characters that ``token_id`` completes."""
+        if token_id in self._skipped:
+            return ""  # a stream would decode them again and again
+        self._held.append(token_id)
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token_id)
+        except Exception:  # the tokenizer sees what was given out differently now: some do, for bytes that turn out to be no character
+            self._before = []
+            self._stream = self._new_stream()
+            text = self._stream.step(self._tokenizer, self._held)
+        if text is not None:
+            self._before, self._held = self._held, []
+            return text
+        return self._release() if len(self._held) >= MOST_HELD else ""
+
+    def flush(self) -> str:
+        """Return what is left, half characters as replacement characters."""
+        text, self._held = self._after(self._held), []
+        return text
+
+    def _new_stream(self) -> DecodeStream:
+        return DecodeStream(ids=self._before, skip_special_tokens=False)  # the special ones to skip never reach it
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _after(self, ids: list[int]) -> str:
+        """Return what ``ids`` add to the text."""
+        before, both = self._decode(self._before), self._decode(self._before + ids)
+        return both[len(before) :] if both.startswith(before) else self._decode(ids)
+
+    def _release(self) -> str:
+        """Give out all but the last few of the held tokens, cut where no character lies across; a character has at most four bytes."""
+        cuts = range(len(self._held) - 4, len(self._held) - 8, -1)
+        whole = self._decode(self._held)
+        cut = next((cut for cut in cuts if self._decode(self._held[:cut]) + self._decode(self._held[cut:]) == whole), cuts[0])
+        text = self._after(self._held[:cut])
+        self._before, self._held = [] if text else self._before, self._held[cut:]
+        self._stream = self._new_stream()
+        self._stream.step(self._tokenizer, self._held)
+        return text
+
+
+class TextStream:
+    """The text of one request, and when it ends.
+
+    Args:
+        tokenizer: the tokenizers library's (``backend_tokenizer`` of transformers' fast ones); None gives no text, and stop strings never match.
+        eos_ids: the model's end tokens, which do not count under ignore_eos; ``params.stop_ids`` always do.
+        max_new_tokens: in place of the parameters', where the context is shorter.
+        context: the last tokens of the prompt, if the text is to continue it (a space in front of the first word is kept).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        eos_ids: Collection[int] = (),
+        *,
+        max_new_tokens: int | None = None,
+        context: Sequence[int] = (),
+    ) -> None:
+        self.reason: FinishReason | None = None
+        self.tokens = 0  # pushed, the one that ended the text among them
+        self._most = params.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self._least = params.min_new_tokens
+        self.end_ids = frozenset({*params.stop_ids, *(() if params.ignore_eos else eos_ids)})
+        self._stops, self._keep_stop = params.stop_strings, params.no_stop_trim
+        self._first = "".join({stop[0] for stop in self._stops})
+        self._detokenizer = None
+        if tokenizer is not None:
+            self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, context=context)
+        self._taken = ""  # given out
+        self._safe: list[str] = []  # to be given out
+        self._held = ""  # may be the beginning of a stop string
+        self._exempt = 0  # so many of the held characters came before min_new_tokens: a stop string must end after them
+
+    @property
+    def text(self) -> str:
+        """All text that is safe to give out, whether taken or not."""
+        return self._taken + "".join(self._safe)
+
+    def push(self, token_id: int) -> FinishReason | None:
+        """Add the next token; return why the text ends with it, or None. Once it has ended, further tokens change nothing."""
+        if self.reason is not None:
+            return self.reason
+        self.tokens += 1
+        may_end = self.tokens > self._least
+        if may_end and token_id in self.end_ids:
+            if self._keep_stop:
+                self._add(token_id, may_end)
+            self._end({"type": "stop", "matched": token_id}, may_end)
+            return self.reason
+        self._add(token_id, may_end)
+        if self.reason is None and self._most is not None and self.tokens >= self._most:
+            self._end({"type": "length", "length": self.tokens}, may_end)
+        return self.reason
+
+    def take(self) -> str:
+        """Return the text that became safe since the last take."""
+        new = "".join(self._safe)
+        self._taken += new
+        self._safe.clear()
+        return new
+
+    def finish(self, reason: FinishReason | None = None) -> str:
+        """End the text, for ``reason`` if nothing else ended it before; return what is left to take."""
+        if self.reason is None:
+            self._end(reason or {"type": "abort", "message": "Aborted"}, self.tokens > self._least)
+        return self.take()
+
+    def _end(self, reason: FinishReason, may_stop: bool) -> None:
+        if self._detokenizer is not None and self.reason is None:
+            self._grow(self._detokenizer.flush(), may_stop)  # may end in a stop string
+        if self.reason is None:
+            self._safe.append(self._held)
+            self._held, self.reason = "", reason
+
+    def _add(self, token_id: int, may_stop: bool) -> None:
+        if self._detokenizer is not None:
+            self._grow(self._detokenizer.push(token_id), may_stop)
+
+    def _grow(self, new: str, may_stop: bool) -> None:
+        """Add characters, up to the first stop string that is complete; hold back what may be the beginning of one."""
+        if not new:
+            return
+        if not self._stops:
+            self._safe.append(new)
+            return
+        text = self._held + new
+        if not may_stop:
+            self._exempt = len(text)
+        else:
+            found = [(place + len(stop), -len(stop), stop) for stop in self._stops if (place := self._find(text, stop)) >= 0]
+            if found:
+                end, minus_length, stop = min(found)  # complete first; of those that are so together, the longest
+                self._safe.append(text[: end if self._keep_stop else end + minus_length])
+                self._held, self.reason = "", {"type": "stop", "matched": stop}
+                return
+        start = next((i for i, first in enumerate(text) if first in self._first and self._begins(text[i:])), len(text))
+        self._safe.append(text[:start])
+        self._held, self._exempt = text[start:], max(0, self._exempt - start)
+
+    def _find(self, text: str, stop: str) -> int:
+        return text.find(stop, max(0, self._exempt - len(stop) + 1))
+
+    def _begins(self, tail: str) -> bool:
+        return any(len(stop) > len(tail) and stop.startswith(tail) for stop in self._stops)

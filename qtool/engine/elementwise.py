@@ -1,0 +1,397 @@
+"""What a decoder layer does between its matmuls and attention, in Triton, a launch each: norms, rotary embedding and KV cache, gated activations.
+
+Each computes in f32 and rounds where the model's own code rounds, so that both say the same; codes are those `row_quantize` finds.
+"""
+
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.runtime.kernels import device_of
+from qtool.runtime.triton.row_quantize import codes_of, scale_of
+from qtool.runtime.triton.tiles import start_early
+
+Codes = Literal["fp8", "int8"]
+TILE = 1024  # numbers a program takes at least, where it does not need a whole row
+WARP = 512  # numbers of each warp
+PIECE = 16384  # the most numbers of a row that a program keeps
+
+
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, plus_one: bool, late: bool, codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the RMSNorm of ``x + residual`` [T, K], contiguous, or its codes; their scales, f32 [T, 1]; and the sum.
+
+    ``plus_one``: the weight is what is added to 1. ``late``: the norm is rounded after it is multiplied by the weight, and not before too.
+    """
+    tokens, width = x.shape
+    total = x if residual is None else torch.empty_like(x)
+    out, scale = _outputs(x, width, codes)
+    block = triton.next_power_of_2(width)
+    rows = max(1, TILE // block)
+    _add_norm[(triton.cdiv(tokens, rows),)](
+        x,
+        residual,
+        weight,
+        total,
+        out,
+        scale,
+        tokens,
+        width,
+        eps,
+        PLUS_ONE=plus_one,
+        LATE=late,
+        FP8=codes == "fp8",
+        ROWS=rows,
+        BLOCK=block,
+        **_launch(x.device, rows * block),
+    )
+    return out, scale, total
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    at: tuple[int, int, int],
+    heads: int,
+    norms: tuple[Tensor, Tensor, float, bool, bool] | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    scales: tuple[float, float],
+    table: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Return the queries of ``qkv`` [T, ...], normed and rotated, [T, heads, D]; write keys and values to their pages.
+
+    Args:
+        at: where the queries, keys and values of a token begin.
+        norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and ``late``.
+        rotary: cosines and sines, [T, at most D].
+        k_pages, v_pages: [pages, KV heads, page, D]; ``scales``: what their numbers are in units of, for fp8.
+        table, rows, positions: as in `qtool.engine.attention.interface.Packed`.
+    """
+    tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
+    q = qkv.new_empty(tokens, heads, width)
+    q_weight, k_weight, eps, plus_one, late = norms or (None, None, 0.0, False, False)
+    cos, sin = rotary or (None, None)
+    block = triton.next_power_of_2(width)
+    together = max(1, TILE // block)
+    _rotate_and_write[(tokens, triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together))](
+        qkv,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        q,
+        k_pages,
+        v_pages,
+        table,
+        rows,
+        positions,
+        qkv.stride(0),
+        table.stride(0),
+        k_pages.stride(0),
+        v_pages.stride(0),
+        *scales,
+        eps,
+        Q_AT=at[0],
+        K_AT=at[1],
+        V_AT=at[2],
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=width,
+        ROTATED=0 if cos is None else cos.shape[-1],
+        PLUS_ONE=plus_one,
+        LATE=late,
+        FP8=k_pages.dtype == torch.float8_e4m3fn,
+        PAGE=page,
+        TOGETHER=together,
+        **_launch(qkv.device, together * block),
+    )
+    return q
+
+
+def gated(
+    x: Tensor, at: tuple[int, int], width: int, activation: Literal["silu", "gelu_tanh"], codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``activation(gate) * up`` [T, width], or its codes, and their scales; ``at``: where gate and up begin in the rows of ``x``."""
+    tokens = x.shape[0]
+    out, scale = _outputs(x, width, codes)
+    piece = min(triton.next_power_of_2(width), PIECE if codes else TILE)
+    _gated[(tokens, 1 if codes else triton.cdiv(width, piece))](
+        x,
+        out,
+        scale,
+        x.stride(0),
+        width,
+        GATE_AT=at[0],
+        UP_AT=at[1],
+        SILU=activation == "silu",
+        FP8=codes == "fp8",
+        ONE=width <= piece,
+        PIECE=piece,
+        **_launch(x.device, piece),
+    )
+    return out, scale
+
+
+def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
+    """Return where [T, width] numbers or codes, and their scales, go."""
+    dtype = {None: x.dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[codes]
+    return x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32) if codes else None
+
+
+def _launch(device: torch.device, size: int) -> dict[str, Any]:
+    """Return how to launch programs of ``size`` numbers: on Hopper while the launch before them still runs."""
+    early = _starts_early(device)
+    return {"PDL": early, "num_warps": min(32, max(1, size // WARP)), **({"launch_pdl": True} if early else {})}
+
+
+@cache
+def _starts_early(device: torch.device) -> bool:
+    return device_of(device).capability >= 90
+
+
+@triton.jit
+def _normed(x, weight, mean_of_squares, eps, dtype: tl.constexpr, PLUS_ONE: tl.constexpr, LATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the RMSNorm of ``x``, f32 as ``weight``, rounded to ``dtype``."""
+    x = x * tl.rsqrt(mean_of_squares + eps)
+    if not LATE:
+        x = x.to(dtype).to(tl.float32)
+    if PLUS_ONE:
+        weight += 1.0
+    return (x * weight).to(dtype)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _add_norm(  # type: ignore[no-untyped-def]
+    x,
+    residual,
+    weight,
+    total,
+    out,
+    scales,
+    T,
+    K,
+    eps,
+    PLUS_ONE: tl.constexpr,
+    LATE: tl.constexpr,
+    FP8: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    k = tl.arange(0, BLOCK)[None, :]
+    place, inside = row.to(tl.int64) * K + k, (row < T) & (k < K)
+    weights = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    start_early(PDL)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        added = (value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + place, added, mask=inside)
+        value = added.to(tl.float32)
+    mean = tl.sum(value * value, 1, keep_dims=True) / K
+    normed = _normed(value, weights, mean, eps, x.dtype.element_ty, PLUS_ONE, LATE)
+    if scales is not None:
+        value = normed.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(value), 1, keep_dims=True), FP8)
+        tl.store(scales + row, scale, mask=row < T)
+        normed = codes_of(value, scale, FP8)
+    tl.store(out + place, normed, mask=inside)
+
+
+@triton.jit
+def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store ``value``, f32, in units of ``scale`` for fp8."""
+    if FP8:
+        inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
+        ratio = tl.clamp(value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)  # not infinite, which the next line would make NaN
+        ratio = tl.fma(tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio)  # value / scale, correctly rounded, as in `codes_of`
+        value = tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(value, cos, other, sin, angle: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``value * cos + other * sin``, f32, each rounded."""
+    return ((value * cos).to(angle).to(tl.float32) + (other * sin).to(angle).to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _put_heads(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    inside,
+    weight,
+    cos,
+    sin,
+    eps,
+    scale,
+    D: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    LATE: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """Norm the heads at ``x`` [H, 1], rotate them by the angles of their token, and store them at ``out`` [H, 1], those ``inside``.
+
+    Of the channels that are rotated, one of the first half turns with one of the second. All loads have the shape [H, ...], those of the angles too:
+    of another shape they would have another layout, and go through shared memory.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    HALF: tl.constexpr = ROTATED // 2
+    REST: tl.constexpr = D - ROTATED
+    squares = tl.zeros(x.shape, tl.float32)
+    if HALF:
+        i = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+        turning = inside & (i < HALF)
+        first = tl.load(x + i, mask=turning, other=0.0).to(tl.float32)
+        second = tl.load(x + HALF + i, mask=turning, other=0.0).to(tl.float32)
+        if weight is not None:
+            squares += tl.sum(first * first + second * second, 1, keep_dims=True)
+    if REST:
+        j = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(REST))[None, :]
+        resting = inside & (j < REST)
+        rest = tl.load(x + ROTATED + j, mask=resting, other=0.0).to(tl.float32)
+        if weight is not None:
+            squares += tl.sum(rest * rest, 1, keep_dims=True)
+    if HALF:
+        if weight is not None:
+            first_weight = tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)
+            second_weight = tl.load(weight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
+            first = _normed(first, first_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+            second = _normed(second, second_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+        angle: tl.constexpr = cos.dtype.element_ty
+        first_cos, first_sin = tl.load(cos + i, mask=i < HALF).to(tl.float32), tl.load(sin + i, mask=i < HALF).to(tl.float32)
+        second_cos, second_sin = tl.load(cos + HALF + i, mask=i < HALF).to(tl.float32), tl.load(sin + HALF + i, mask=i < HALF).to(tl.float32)
+        _put(_turned(first, first_cos, -second, first_sin, angle, dtype), out + i, turning, scale, FP8)
+        _put(_turned(second, second_cos, first, second_sin, angle, dtype), out + HALF + i, turning, scale, FP8)
+    if REST:
+        if weight is not None:
+            rest_weight = tl.load(weight + ROTATED + j, mask=j < REST, other=0.0).to(tl.float32)
+            rest = _normed(rest, rest_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+        _put(rest, out + ROTATED + j, resting, scale, FP8)
+
+
+@triton.jit(do_not_specialize=["k_scale", "v_scale", "eps"], do_not_specialize_on_alignment=["table", "rows", "positions"])
+def _rotate_and_write(  # type: ignore[no-untyped-def]
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    q,
+    k_pages,
+    v_pages,
+    table,
+    rows,
+    positions,
+    stride,
+    table_stride,
+    k_stride,
+    v_stride,
+    k_scale,
+    v_scale,
+    eps,
+    Q_AT: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    LATE: tl.constexpr,
+    FP8: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q_blocks: tl.constexpr = (HEADS + TOGETHER - 1) // TOGETHER
+    kv_blocks: tl.constexpr = (KV_HEADS + TOGETHER - 1) // TOGETHER
+    start_early(PDL)
+    x = qkv + t * stride
+    if ROTATED:
+        cos += t * ROTATED
+        sin += t * ROTATED
+    if block < q_blocks:
+        head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
+        _put_heads(x + Q_AT + head * D, q + (t * HEADS + head) * D, head < HEADS, q_weight, cos, sin, eps, 1.0, D, ROTATED, PLUS_ONE, LATE, False)
+    else:
+        position = tl.load(positions + t)
+        page = tl.load(table + tl.load(rows + t).to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
+        head = ((block - q_blocks) % kv_blocks * TOGETHER + tl.arange(0, TOGETHER))[:, None]
+        slot = (head * PAGE + position % PAGE) * D
+        if block < q_blocks + kv_blocks:
+            out = k_pages + page * k_stride + slot
+            _put_heads(x + K_AT + head * D, out, head < KV_HEADS, k_weight, cos, sin, eps, k_scale, D, ROTATED, PLUS_ONE, LATE, FP8)
+        else:
+            out = v_pages + page * v_stride + slot
+            _put_heads(x + V_AT + head * D, out, head < KV_HEADS, None, None, None, eps, v_scale, D, 0, PLUS_ONE, LATE, FP8)
+
+
+@triton.jit
+def _share(x):  # type: ignore[no-untyped-def]
+    """Return ``1 / (1 + 2^x)``, f32, in three instructions: `tl.exp2` and division handle subnormal numbers, with more work than all the rest is."""
+    share: tl.constexpr = "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 $0, y;}"
+    return tl.inline_asm_elementwise(share, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _gate_times_up(gate, up, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the activation of the numbers at ``gate``, rounded, times those at ``up``, rounded."""
+    dtype: tl.constexpr = gate.dtype.element_ty
+    x = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+    slope = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)  # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
+    active = x * _share(slope * -1.4426950408889634)  # in units of log2
+    return (active.to(dtype).to(tl.float32) * tl.load(up, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _gated(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    scales,
+    stride,
+    K,
+    GATE_AT: tl.constexpr,
+    UP_AT: tl.constexpr,
+    SILU: tl.constexpr,
+    FP8: tl.constexpr,
+    ONE: tl.constexpr,
+    PIECE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    gate, up, out = x + row * stride + GATE_AT, x + row * stride + UP_AT, out + row * K
+    k = tl.arange(0, PIECE)[None, :]
+    start_early(PDL)
+    if scales is None:
+        k += tl.program_id(1) * PIECE
+        tl.store(out + k, _gate_times_up(gate + k, up + k, k < K, SILU), mask=k < K)
+    elif ONE:
+        value = _gate_times_up(gate + k, up + k, k < K, SILU)
+        scale = scale_of(tl.max(tl.abs(value.to(tl.float32)), 1, keep_dims=True), FP8)
+        tl.store(scales + row + tl.zeros((1, 1), tl.int32), scale)
+        tl.store(out + k, codes_of(value.to(tl.float32), scale, FP8), mask=k < K)
+    else:
+        amax = tl.zeros((1, PIECE), tl.float32)
+        for start in range(0, K, PIECE):
+            inside = start + k < K
+            amax = tl.maximum(amax, tl.abs(_gate_times_up(gate + start + k, up + start + k, inside, SILU).to(tl.float32)))
+        scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
+        tl.store(scales + row + tl.zeros((1, 1), tl.int32), scale)
+        for start in range(0, K, PIECE):
+            inside = start + k < K
+            value = _gate_times_up(gate + start + k, up + start + k, inside, SILU)
+            tl.store(out + start + k, codes_of(value.to(tl.float32), scale, FP8), mask=inside)

@@ -1,0 +1,1 @@
+"""Whether a quantized checkpoint is still good."""

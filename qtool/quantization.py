@@ -1,0 +1,384 @@
+"""From a model and a method to a checked checkpoint: `prepare` decides everything, `run` has one worker do it and publishes what was verified."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from qtool import __version__
+from qtool.backends import Job, check_backend, load_backend, version_of
+from qtool.backends.modelopt_state import check_state, state_recipe
+from qtool.backends.worker import Event, run_job
+from qtool.calibration import CalibrationSpec, check_source
+from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, resolve_model, stage_output
+from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.errors import BackendFailed, InputRefused, OutputTaken, ResourceError, UsageError, nearest
+from qtool.formats import check_values, detect
+from qtool.plan import Plan, make_plan
+from qtool.recipe import Auto, Recipe, load_recipe
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore_event(event: Event) -> None:
+    """The default for ``on_event``: do nothing."""
+    return None
+
+
+class Options(TypedDict, total=False):
+    """Everything a run can be told beside the model; what is left out is the recipe's own value, or the default named here.
+
+    method: what to do, by name. ``recipe`` is a recipe's file or name instead, or a `Recipe`.
+    backend: another library than the recipe's own.
+    output: the folder to write, ``./<model>-<method>``; ``overwrite`` (False) replaces one that exists, at the very end.
+    calibration: a local file or a Hub data set ``name[:config][:split]``; with ``text_column``, ``num_samples``, ``seq_len``,
+        ``batch_size``, ``pack``, and ``seed``.
+    device: ``auto`` (the default), ``cpu``, ``cuda`` or ``cuda:<n>``.
+    group_size, kv_cache, lm_head, ignore: change the recipe; ``fast`` (False) rounds to nearest instead of the recipe's algorithm.
+    revision: of a Hub model. ``trust_remote_code`` (False) lets code in the model folder run.
+    checkpoint_save_path: keep ModelOpt's calibrated state here; ``checkpoint_restore_path`` takes it from there and skips calibration;
+        ``trust_pickle`` (False) accepts a file of ``mto.save``.
+    backend_python: an interpreter whose environment has the library, when it is not this one.
+    """
+
+    method: str | None
+    recipe: str | Recipe | None
+    backend: str | None
+    output: str | os.PathLike[str] | None
+    overwrite: bool
+    calibration: str | None
+    text_column: str | None
+    num_samples: int | None
+    seq_len: int | None
+    batch_size: int | None
+    pack: bool | None
+    seed: int | None
+    device: str
+    group_size: int | None
+    kv_cache: str | None
+    lm_head: bool | None
+    ignore: str | Sequence[str]
+    fast: bool
+    revision: str | None
+    trust_remote_code: bool
+    checkpoint_save_path: str | os.PathLike[str] | None
+    checkpoint_restore_path: str | os.PathLike[str] | None
+    trust_pickle: bool
+    backend_python: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has been written."""
+
+    plan: Plan
+    output: Path
+    device: str
+    calibration: CalibrationSpec | None
+    overwrite: bool
+    trust_remote_code: bool
+    state_save: Path | None
+    state_restore: Path | None
+    backend_python: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The file beside the output that takes what the library prints."""
+        return self.output.with_name(f"{self.output.name}.qtool.log")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan and where it would go, for ``--json``."""
+        return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run wrote: ``output`` is complete, checked, and described by its manifest."""
+
+    output: Path
+    log: Path
+    method: str
+    backend: str
+    quantized_modules: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    calibration: Mapping[str, Any] | None
+
+    def summary(self) -> str:
+        """Return the result in a few lines."""
+        lines = [
+            f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules quantized in {self.seconds:.1f} s",
+            f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB ({self.bytes_after / self.bytes_before:.0%})",
+        ]
+        if self.calibration:
+            data = self.calibration
+            of = f" of {data['asked']} asked for" if data["asked"] != data["used"] else ""
+            lines.append(
+                f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for ``--json``."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+
+def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: Unpack[Options]) -> QuantizeResult:
+    """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
+
+    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``note``, ``calibration``,
+    ``state_saved`` or ``done``.
+
+    Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
+    """
+    return run(prepare(model_path, **options), on_event=on_event)
+
+
+def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]) -> Request:
+    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and imports no torch.
+
+    Without ``need_data``, calibration data may be missing, as for a dry run.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise UsageError("E_UNKNOWN_OPTION", f"unknown option `{name}`", hint=nearest(name, Options.__annotations__))
+    recipe = _recipe(options)
+    save, restore = options.get("checkpoint_save_path"), options.get("checkpoint_restore_path")
+    if (save or restore) and recipe.backend != "modelopt":
+        message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
+        raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
+    device = _device(options.get("device", "auto"))
+    read_data = recipe.needs_data and not restore and (need_data or recipe.calibration.source)
+    calibration = _calibration(recipe) if read_data else None
+    trust_remote_code = options.get("trust_remote_code", False)
+    source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
+    plan = make_plan(open_checkpoint(source), recipe)
+    check_backend(plan)
+    context = plan.checkpoint.text_config.get("max_position_embeddings")
+    notes = []
+    if calibration and isinstance(context, int) and 0 < context < calibration.seq_len:
+        notes.append(f"samples are cut at {context} tokens, the model's context, not at {calibration.seq_len}")
+        calibration = replace(calibration, seq_len=context)
+    if restore:
+        check_state(os.fspath(restore), plan, trust_pickle=options.get("trust_pickle", False))
+    output = options.get("output")
+    python = options.get("backend_python") or sys.executable
+    return Request(
+        plan=plan,
+        output=Path(output if output is not None else f"{plan.checkpoint.name}-{recipe.name}").absolute(),
+        device=device,
+        calibration=calibration,
+        overwrite=options.get("overwrite", False),
+        trust_remote_code=trust_remote_code,
+        state_save=Path(save).absolute() if save else None,
+        state_restore=Path(restore).absolute() if restore else None,
+        notes=tuple(notes),
+        backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100 - a link in an environment must stay a link
+    )
+
+
+def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult:
+    """Run a prepared request in a worker, verify what it wrote, and put it in its place."""
+    start = time.monotonic()
+    plan = request.plan
+    source = plan.checkpoint.path
+    need_bytes = int(plan.bytes_after * 1.05) + (plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0)
+    with ExitStack() as stack:
+        inputs = [source, *_paths(request.state_restore, Path(request.calibration.source) if request.calibration else None)]
+        others = [*inputs, *_paths(request.state_save)]
+        staging = stack.enter_context(stage_output(request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes))
+        state = None
+        if request.state_save:
+            state = stack.enter_context(stage_output(request.state_save, inputs=inputs, overwrite=request.overwrite, need_bytes=plan.bytes_before))
+        log = stack.enter_context(_kept_log(staging, request.log))
+        helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        stop = threading.Event()
+        stack.callback(stop.set)  # a run that ends early does not wait for its digests
+        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files, stop=stop)  # while the worker is busy
+        calibration: dict[str, Any] | None = None
+
+        def handle(event: Event) -> None:
+            nonlocal calibration
+            if event["event"] == "calibration":
+                calibration = {**event["report"], "asked": request.calibration.num_samples if request.calibration else 0}
+            if event["event"] == "state_saved" and state is not None:
+                state.publish()  # at once: what follows may fail, and calibration was the long part
+            on_event(event)
+
+        for note in request.notes:
+            on_event({"event": "note", "text": note})
+        job = Job(
+            model=str(source.resolve()),
+            recipe=plan.recipe.to_dict(),
+            output=str(staging.checkpoint),
+            scratch=str(staging.scratch),
+            device=request.device,
+            calibration=request.calibration,
+            trust_remote_code=request.trust_remote_code,
+            state_save=str(state.checkpoint) if state else None,
+            state_restore=str(request.state_restore) if request.state_restore else None,
+        )
+        versions = run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
+        on_event({"event": "stage", "what": "checking the result"})
+        finish_files(source, staging.checkpoint)
+        digests = helpers.submit(digest_files, staging.files())  # hashing, writing out and checking share the time
+        flushed = helpers.submit(staging.flush)
+        written = verify(plan, staging.checkpoint)
+        flushed.result()  # the system tells of a write that failed once
+        manifest = _manifest(plan, calibration, versions, source_digests.result(), digests.result())
+        write_json(staging.checkpoint / MANIFEST, manifest)
+        staging.publish()
+    library = load_backend(plan.recipe.backend).distribution
+    return QuantizeResult(
+        output=request.output,
+        log=request.log,
+        method=plan.recipe.name,
+        backend=f"{library} {versions[library]}",
+        quantized_modules=len(plan.quantized),
+        bytes_before=plan.bytes_before,
+        bytes_after=written.size_bytes,
+        seconds=time.monotonic() - start,
+        calibration=calibration,
+    )
+
+
+def _recipe(options: Options) -> Recipe:
+    """Return the recipe that method, recipe or state name, with the changes that the options ask for."""
+    method, given, restore = options.get("method"), options.get("recipe"), options.get("checkpoint_restore_path")
+    if method and given:
+        raise UsageError("E_METHOD_TWICE", "a method and a recipe were given", hint="give one; a recipe's file is named by --recipe")
+    found = given if isinstance(given, Recipe) else load_recipe(given or method or "") if given or method else None
+    if found is None and restore:
+        found = state_recipe(os.fspath(restore), trust_pickle=options.get("trust_pickle", False))
+    if found is None:
+        raise UsageError("E_NO_METHOD", "which method? None was given", hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8")
+    data_options = {
+        "source": options.get("calibration"),
+        **{key: options.get(key) for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")},
+    }
+    group_size, ignore = options.get("group_size"), options.get("ignore")
+    if group_size is not None and found.scheme is None:
+        raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out")
+    return found.changed(
+        backend=options.get("backend"),
+        kv_cache=options.get("kv_cache"),
+        lm_head=options.get("lm_head"),
+        seed=options.get("seed"),
+        ignore=[*found.ignore, *([ignore] if isinstance(ignore, str) else ignore)] if ignore else None,
+        scheme=found.scheme.with_group_size(group_size).to_dict() if found.scheme and group_size is not None else None,
+        algorithm=["rtn"] if options.get("fast") else None,
+        calibration={**found.calibration.model_dump(), **{key: value for key, value in data_options.items() if value is not None}},
+    )
+
+
+def _calibration(recipe: Recipe) -> CalibrationSpec:
+    values = recipe.calibration
+    if values.source is None:
+        hint = "--calibration FILE.jsonl with your own texts, or a Hub data set such as HuggingFaceH4/ultrachat_200k::train_sft"
+        raise UsageError("E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint)
+    local = Path(values.source)
+    spec = CalibrationSpec(
+        source=str(local.absolute()) if local.exists() else values.source,
+        text_column=values.text_column,
+        num_samples=values.num_samples,
+        seq_len=values.seq_len,
+        seed=recipe.seed,
+        pack=values.pack,
+        batch_size=values.batch_size,
+    )
+    check_source(spec)
+    return spec
+
+
+def _device(device: str) -> str:
+    index = device.removeprefix("cuda:")
+    if device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdecimal()):
+        return device
+    raise UsageError("E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>")
+
+
+@contextmanager
+def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
+    """Give the run's log; it goes to ``place`` when the run ended well or a library failed, and away when it was refused or interrupted."""
+    log = staging.root / "log"
+    try:
+        yield log
+    except (InputRefused, UsageError, OutputTaken):
+        raise
+    except Exception as error:
+        if log.exists():
+            log.replace(place)
+            if isinstance(error, BackendFailed | ResourceError):
+                error.hint = "; ".join(filter(None, (error.hint, f"what the library said is in {place}")))
+        raise
+    log.replace(place)
+
+
+def _paths(*paths: Path | None) -> list[Path]:
+    return [path for path in paths if path is not None]
+
+
+def verify(plan: Plan, folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder`` and hold it against the plan.
+
+    Raises: BackendFailed, when a module has not the planned scheme, one was changed that should not be, or a value is NaN or an impossible scale.
+    """
+    try:
+        written = open_checkpoint(folder)
+        layout = detect(written)
+        found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
+        problems = [*_differences(plan, found), *check_values(written, layout)]
+        if plan.recipe.kv_cache and (layout is None or layout.kv_cache != plan.recipe.kv_cache):
+            problems.append(f"the KV cache is {layout.kv_cache if layout else None}, not {plan.recipe.kv_cache}")
+    except InputRefused as error:
+        problems = [error.message]
+    if problems:
+        first = problems[0].replace(str(folder), "output")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        message = f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what was asked for: {first}{more}"
+        raise BackendFailed("E_VERIFY", message, hint="nothing was published; try another --backend")
+    return written
+
+
+def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
+    searched = plan.recipe.steps(Auto)
+    for module in plan.quantized:
+        scheme = found.get(module.name)
+        if searched and scheme in (None, *searched[0].candidates):
+            continue
+        if scheme is None:
+            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and was left in 16 bits"
+        elif scheme != module.scheme:
+            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and is {scheme.name}"
+    for module in plan.left_alone:
+        if module.name in found:
+            yield f"`{module.name}` was to be left alone ({module.reason}) and is {found[module.name].name}"
+    planned = {module.name for module in plan.modules}
+    for name in found:
+        if name not in planned:
+            yield f"`{name}` is {found[name].name} and is no linear module of the source"
+
+
+def _manifest(
+    plan: Plan, calibration: dict[str, Any] | None, versions: dict[str, str], source: dict[str, Any], files: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no time."""
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "model": plan.checkpoint.name,
+        "recipe": {key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"},
+        "calibration": calibration and {**calibration, "source": Path(str(calibration["source"])).name},
+        "versions": {"qtool": __version__, **versions},
+        "source_files": source,
+        "files": files,
+    }

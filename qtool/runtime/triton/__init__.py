@@ -1,0 +1,1 @@
+"""What our Triton kernels share."""

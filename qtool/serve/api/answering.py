@@ -1,0 +1,134 @@
+"""How an answer leaves: whole or as events, or as an error in OpenAI's shape; whatever ends it, its place in the server is free again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from qtool.errors import QtoolError, ResourceError
+from qtool.serve.api.protocol import ErrorDetail, ErrorReply
+from qtool.serve.backend.engine_client import Answers, Piece, Submission
+from qtool.serve.prompts.sandbox import TooManyWaiting
+from qtool.serve.service import Busy, ModelNotFound, Service, Ticket, collected
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Reply(Protocol):
+    """What one route makes of the engine's pieces."""
+
+    def whole(self, pieces: list[Piece]) -> object:
+        """Return the reply to a request that is not streamed; a piece for each choice, in order."""
+
+    def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+        """Yield the reply to one that is."""
+
+    def close(self) -> None:
+        """Write down what the request used; called at its end, however it ends."""
+
+
+async def answer(service: Service, ticket: Ticket, submission: Submission, reply: Reply, asked: int | None) -> Response:
+    """Let the engine work on ``submission``, and return what ``reply`` makes of it. ``asked``: tokens that the request itself named.
+
+    Raises: UsageError, for what cannot be asked; Busy, when the server ends; what went wrong in the engine before anything was answered.
+    """
+    answers = service.submit(ticket, submission, asked)
+    if submission.stream:
+        return await EventStream.started(reply, answers, ticket)
+    try:
+        return json_reply(reply.whole(await collected(answers)))
+    finally:
+        reply.close()
+
+
+def event(data: object) -> bytes:
+    """Return ``data`` as a server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """A response of server-sent events. Whatever ends it, ``ticket`` is given back: a client that leaves frees its pages."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, ticket: Ticket) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._events, self._reply, self._ticket = first, events, reply, ticket
+
+    @classmethod
+    async def started(cls, reply: Reply, answers: Answers, ticket: Ticket) -> EventStream:
+        """Return the stream once its first event is there, so that an error before it has a status of its own."""
+        events = reply.events(answers)
+        try:
+            first = await anext(events)
+        except BaseException:
+            reply.close()
+            raise
+        ticket.belongs_to_stream = True
+        return cls(first, events, reply, ticket)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client is gone."""
+        sending = asyncio.create_task(self._send(send))
+        watching = asyncio.create_task(gone(receive))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, watching):
+                task.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+            await self._events.aclose()
+            self._reply.close()
+            self._ticket.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        try:
+            async for some in self._events:
+                await send({"type": "http.response.body", "body": some, "more_body": True})
+        except (QtoolError, Busy) as error:
+            last = event(error_reply(error)[1].model_dump()) + DONE
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_reply(error: Exception) -> tuple[int, ErrorReply]:
+    """Return status and body for ``error``, in OpenAI's shape."""
+    if isinstance(error, TooManyWaiting):
+        return 429, ErrorReply(error=ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="queue_full"))
+    if isinstance(error, Busy):
+        kind = "rate_limit_error" if error.status == 429 else "service_unavailable_error"
+        return error.status, ErrorReply(error=ErrorDetail(message=error.message, type=kind, code=error.code))
+    if isinstance(error, ModelNotFound):
+        return 404, ErrorReply(error=ErrorDetail(message=str(error.args[0]), type="invalid_request_error", param="model", code="model_not_found"))
+    assert isinstance(error, QtoolError)
+    message = f"{error.message}; {error.hint}" if error.hint else error.message
+    if isinstance(error, ResourceError):
+        return 503, ErrorReply(error=ErrorDetail(message=message, type="service_unavailable_error", code=_code(error)))
+    if error.exit_code in (2, 3):
+        return 400, ErrorReply(error=ErrorDetail(message=message, type="invalid_request_error", code=_code(error)))
+    return 500, ErrorReply(error=ErrorDetail(message=message, type="server_error", code=_code(error)))
+
+
+def _code(error: QtoolError) -> str:
+    return {"E_TOO_LONG": "context_length_exceeded"}.get(error.code, error.code.removeprefix("E_").lower())
+
+
+def json_reply(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return a response of JSON."""
+    return JSONResponse(content, status_code=status, headers=dict(headers) if headers else None)

@@ -1,0 +1,1 @@
+"""HTTP: the routes, and the limits on whoever sends and reads."""

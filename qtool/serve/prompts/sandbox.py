@@ -1,0 +1,328 @@
+"""Run one function on text that nobody vouches for, in a child process that can be stopped: `Sandbox` is the server's end, `main` the child's.
+
+The two ends talk over a socket pair, a line of JSON each way: what a child sends is never unpickled. The child bounds time, memory and output. It
+keeps no secrets, for its environment has none, but it is no jail: code that breaks out of the function has the rights of the user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import one_line
+
+MAX_WAITING = 4096
+OUTPUT_BYTES = 16 << 20
+START_TIMEOUT_S = 60.0  # imports from a cold disk
+MAX_NAME = 100
+KEPT = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+ADDED = {
+    **{"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},  # it needs neither a device nor the network
+    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # each thread and arena reserves memory it may never use
+}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class SandboxError(Exception):
+    """A call came to nothing."""
+
+
+class LimitExceeded(SandboxError):
+    """The call took too much of what ``limit`` names: ``time``, ``memory`` or ``output``."""
+
+    def __init__(self, limit: str, message: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class CallRaised(SandboxError):
+    """The function raised an exception: its class's ``name`` and its ``message``, one line."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name, self.message = name, message
+
+
+class ChildDied(SandboxError):
+    """The child ended during the call, cannot be started, or was closed."""
+
+
+class TooManyWaiting(SandboxError):
+    """As many calls wait as may wait."""
+
+
+class Sandbox:
+    """One function in one child process, which starts at the first call, serves calls in order, and is replaced when it ends or goes too far.
+
+    Args:
+        function: ``module:function``, imported in the child. It takes and returns what JSON holds.
+        init: another such name and its arguments, called once in each child before the first call; neither limit applies to it.
+        timeout_s: seconds for one call, from when the child starts on it.
+        memory_bytes: what the child may take beyond what it has after ``init``. It limits address space, the only thing a system refuses
+            at once and to any library; Linux only.
+        output_bytes: of a result, as JSON.
+        start_timeout_s: seconds for imports and ``init``.
+        max_waiting: calls that may wait while one runs.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        init: Sequence[Any] = (),
+        timeout_s: float,
+        memory_bytes: int,
+        output_bytes: int = OUTPUT_BYTES,
+        start_timeout_s: float = START_TIMEOUT_S,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._setup = _line({"function": function, "init": list(init), "memory_bytes": memory_bytes, "output_bytes": output_bytes})
+        self._timeout_s, self._output_bytes, self._start_timeout_s, self._max_waiting = timeout_s, output_bytes, start_timeout_s, max_waiting
+        self._waiting: deque[_Call] = deque()
+        self._arrived = asyncio.Event()
+        self._child: _Child | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def call(self, *args: Any) -> Any:
+        """Return what the function returns for ``args``. Whoever stops waiting for it disturbs no other call.
+
+        Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
+        """
+        if self._closed:
+            raise ChildDied("the sandbox is closed")
+        if len(self._waiting) >= self._max_waiting:
+            raise TooManyWaiting(f"{len(self._waiting)} calls are waiting")
+        try:
+            line = _line(args)
+        except RecursionError:
+            raise CallRaised("RecursionError", "the arguments are nested too deeply") from None
+        call = _Call(line, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        self._arrived.set()
+        if self._serving is None:
+            self._serving = asyncio.create_task(self._serve())
+        try:
+            return await call.answer
+        finally:
+            with contextlib.suppress(ValueError):  # it is no longer waiting
+                self._waiting.remove(call)
+
+    async def close(self) -> None:
+        """End the child, and every call with ChildDied."""
+        self._closed = True
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving])
+        for call in self._waiting:
+            call.fail(ChildDied("the sandbox was closed"))
+        await self._end_child()
+
+    async def _serve(self) -> None:
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            call = self._waiting.popleft()
+            try:
+                child = self._child if self._child is not None and self._child.is_alive() else await self._start_child()
+                result = await child.ask(call.line, self._timeout_s)
+            except CallRaised as error:
+                call.fail(error)
+            except Exception as error:
+                call.fail(error)
+                with contextlib.suppress(Exception):  # the next call tries again, and is told why it fails
+                    await self._start_child()
+            else:
+                call.succeed(result)
+            finally:
+                call.fail(ChildDied("the sandbox was closed"))  # unless it has its answer
+
+    async def _start_child(self) -> _Child:
+        await self._end_child()
+        self._child = await _Child.start(self._output_bytes)
+        try:
+            await self._child.ask(self._setup, self._start_timeout_s)
+        except SandboxError as error:
+            await self._end_child()
+            raise ChildDied(f"the process did not start: {error}") from error
+        return self._child
+
+    async def _end_child(self) -> None:
+        if self._child is not None:
+            await self._child.end()
+            self._child = None
+
+
+class _Call:
+    """The arguments of one call, and where its answer goes."""
+
+    def __init__(self, line: bytes, answer: asyncio.Future[Any]) -> None:
+        self.line, self.answer = line, answer
+
+    def succeed(self, result: Any) -> None:
+        if not self.answer.done():
+            self.answer.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class _Child:
+    """A child process and our end of its connection."""
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+
+    @classmethod
+    async def start(cls, output_bytes: int) -> _Child:
+        """Start a process; its function is not loaded yet. Raises: ChildDied."""
+        package_parent = str(Path(__file__).resolve().parents[3])
+        code = f"import sys; sys.path.append({package_parent!r}); from qtool.serve.prompts.sandbox import main; main()"
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ADDED
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                reader, writer = await asyncio.open_unix_connection(sock=ours, limit=output_bytes)
+                try:
+                    process = subprocess.Popen(
+                        [sys.executable, "-P", "-c", code],
+                        stdin=theirs.fileno(),
+                        stdout=subprocess.DEVNULL,  # libraries print prompts, too
+                        stderr=subprocess.DEVNULL,
+                        env=environment,
+                        start_new_session=True,  # what a terminal sends to a group is for the server
+                    )
+                except BaseException:
+                    writer.close()
+                    raise
+        except OSError as error:
+            raise ChildDied(f"the child process cannot be started: {error}") from error
+        return cls(process, reader, writer)
+
+    def is_alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
+    async def ask(self, line: bytes, timeout_s: float) -> Any:
+        """Send ``line`` and return the result. The child is of no more use after any error but CallRaised."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._writer.write(line)
+                await self._writer.drain()
+                answer = await self._reader.readline()
+        except TimeoutError:
+            raise LimitExceeded("time", f"it took more than {timeout_s:g} s") from None
+        except ValueError:  # from a child that does not keep to the limit itself
+            raise LimitExceeded("output", "its result is too long") from None
+        except OSError:
+            answer = b""
+        if not answer.endswith(b"\n"):
+            await self.end()
+            raise ChildDied(f"the child process {_how_it_ended(self._process.returncode)}")
+        match _parsed(answer):
+            case {"result": result}:
+                return result
+            case {"raised": [str(name), str(message)]}:
+                raise CallRaised(name, message)
+            case {"limit": [str(limit), str(message)]}:
+                raise LimitExceeded(limit, message)
+        raise ChildDied("the child process sent something that is no answer")
+
+    async def end(self) -> None:
+        """Kill the process and wait until it is gone."""
+        self._process.kill()
+        self._writer.transport.abort()
+        await asyncio.to_thread(self._process.wait)
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _parsed(answer: bytes) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(answer)
+
+
+def _how_it_ended(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "was killed, most likely for memory"
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+
+
+def main() -> None:
+    """Be the child: load the function that the first line names, then answer each line that follows, until the other end is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a supervisor, to every process of the server: the server may still need this one
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # not Linux: it ends after the call that runs
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = socket.socket(fileno=os.dup(0))
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    lines = connection.makefile("rb")
+    if first := lines.readline():
+        setup = json.loads(first)
+        connection.sendall(_answer(_load, setup, output_bytes=setup["output_bytes"]))
+        for line in lines:
+            connection.sendall(_answer(_call, setup["function"], line, output_bytes=setup["output_bytes"]))
+
+
+def _load(setup: Mapping[str, Any]) -> None:
+    _imported(setup["function"])
+    if setup["init"]:
+        name, *args = setup["init"]
+        _imported(name)(*args)
+    _limit_memory(setup["memory_bytes"])
+
+
+def _call(name: str, line: bytes) -> Any:
+    return _imported(name)(*json.loads(line))
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _limit_memory(extra_bytes: int) -> None:
+    with contextlib.suppress(FileNotFoundError):  # not Linux, where nothing enforces the limit either
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + extra_bytes
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _answer(function: Callable[..., Any], *args: Any, output_bytes: int) -> bytes:
+    """Return the line that says what came of ``function(*args)``."""
+    try:
+        try:
+            line = _line({"result": function(*args)})
+        except MemoryError:
+            raise
+        except BaseException as error:
+            message = one_line(error)
+            if "bad_alloc" in message:  # C++ libraries report it so
+                raise MemoryError from None
+            line = _line({"raised": [type(error).__name__[:MAX_NAME], message]})
+    except MemoryError:
+        line = b'{"limit": ["memory", "it took too much memory"]}\n'
+    if len(line) > output_bytes:
+        line = b'{"limit": ["output", "its result is too long"]}\n'
+    return line

@@ -1,0 +1,174 @@
+"""One contract for all backends, and one test for each silent trap of the libraries that would otherwise reach the user."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import EXAMPLE
+
+import qtool
+from qtool.backends import BACKENDS, Job, Work, groups_of, load_backend, step_refusals
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import BackendFailed, RecipeRefused, UsageError
+from qtool.plan import make_plan
+from qtool.quantization import prepare, verify
+from qtool.recipe import catalogue, load_recipe
+
+MODEL = EXAMPLE
+DATA = str(MODEL / "calibration.jsonl")
+
+
+def plan_for(method: str, **changes):
+    return make_plan(open_checkpoint(MODEL), load_recipe(method).changed(**changes))
+
+
+@pytest.mark.parametrize("method", catalogue())
+def test_every_shipped_recipe_is_accepted_by_its_backend(method):
+    plan = plan_for(method)
+    assert load_backend(plan.recipe.backend).refusals(plan) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_says_no_without_importing_its_library(backend, run_python):
+    code = f"""
+        import sys
+        from qtool.backends import load_backend
+        from qtool.checkpoint import open_checkpoint
+        from qtool.plan import make_plan
+        from qtool.recipe import load_recipe
+        from pathlib import Path
+        plan = make_plan(open_checkpoint(Path({str(MODEL)!r})), load_recipe("w8a8_int8"))
+        print(load_backend({backend!r}).refusals(plan))
+        print({{"torch", "transformers", {backend!r}}} & set(sys.modules))
+    """
+    reasons, imported = run_python(code).splitlines()
+    assert imported == "set()"
+    assert (reasons == "[]") == (backend == "llmcompressor")
+
+
+def test_a_refusal_names_a_backend_that_can():
+    with pytest.raises(RecipeRefused) as caught:
+        prepare(MODEL, method="fp8_dynamic", backend="gptqmodel")
+    assert caught.value.code == "E_BACKEND_REFUSES"
+    assert "--backend llmcompressor can run it" in caught.value.hint
+
+
+def test_a_chain_of_steps_no_backend_knows_is_refused():
+    assert step_refusals(plan_for("gptq_int4", algorithm=["gptq", "awq"]), {("gptq",)}) == ["it has no algorithm `gptq + awq`"]
+
+
+def test_groups_name_whole_kinds_and_the_fused_layers_of_engines():
+    plan = plan_for("w4a16_gptq", ignore=["q_proj", "k_proj", "v_proj", "model.layers.2.mlp.up_proj"])
+    groups = {group.scheme: group for group in groups_of(plan, [module.name for module in plan.modules])}
+    assert groups[None].patterns == (r"(?:.*\.)?(k_proj|q_proj|v_proj|qkv_proj)$", r"model\.layers\.2\.mlp\.up_proj$")
+    assert r"model\.layers\.0\.mlp\.up_proj$" in groups[plan.recipe.scheme].patterns
+
+
+def test_batches_never_mix_lengths():
+    work = Work(Job("", {}, "", "", "cpu", None), plan_for("fp8_static"), [[1, 2], [3], [4, 5]], "cpu", report=None)
+    assert [{len(sample) for sample in batch} for batch in work.batches()] == [{2}, {2}, {1}]
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    """A good FP8 checkpoint, to be spoilt in copies."""
+    return qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path_factory.mktemp("fp8") / "out", device="cpu").output
+
+
+@pytest.fixture
+def spoilt(fp8, tmp_path):
+    """Copy the good checkpoint and change its tensors."""
+
+    def change(edit) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.copytree(fp8, folder)
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return change
+
+
+def problem(folder: Path, method: str = "fp8_dynamic", **changes) -> str:
+    with pytest.raises(BackendFailed) as caught:
+        verify(plan_for(method, **changes), folder)
+    assert caught.value.code == "E_VERIFY"
+    return caught.value.message
+
+
+def test_a_good_checkpoint_passes(fp8):
+    verify(plan_for("fp8_dynamic"), fp8)
+
+
+def test_trap_nothing_was_quantized_without_an_error(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "plain")
+    assert "was left in 16 bits" in problem(tmp_path / "plain")
+
+
+def test_trap_embeddings_were_quantized_too(spoilt):
+    def quantize_embeddings(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+        tensors["model.embed_tokens.weight_scale"] = torch.ones(4096, 1, dtype=torch.bfloat16)
+
+    assert "`model.embed_tokens`" in problem(spoilt(quantize_embeddings))
+
+
+def test_trap_an_ignored_module_was_quantized_all_the_same(fp8):
+    assert "was to be left alone (ignored by the recipe)" in problem(fp8, ignore=["model.layers.3.mlp.up_proj"])
+
+
+def test_trap_another_scheme_was_written(fp8):
+    assert "was to become FP8_BLOCK and is FP8_DYNAMIC" in problem(fp8, method="fp8_block")
+
+
+def test_trap_static_scales_are_missing_when_no_data_was_seen(fp8):
+    assert "was to become FP8 and is" in problem(fp8, method="fp8_static")
+
+
+def test_trap_a_scale_is_zero_nan_or_negative(spoilt):
+    for value in (0.0, float("nan"), -1.0):
+
+        def spoil(tensors, value=value):
+            tensors["model.layers.1.mlp.up_proj.weight_scale"][5] = value
+
+        folder = spoilt(spoil)
+        assert "`model.layers.1.mlp.up_proj.weight_scale`" in problem(folder)
+        shutil.rmtree(folder)
+
+
+def test_trap_kv_cache_scales_are_missing(fp8):
+    assert "the KV cache is None, not fp8" in problem(fp8, kv_cache="fp8")
+
+
+@pytest.mark.parametrize("method", [recipe.name for recipe in catalogue().values() if recipe.needs_data])
+def test_trap_a_method_that_needs_data_never_runs_without(method):
+    with pytest.raises(UsageError) as caught:
+        prepare(MODEL, method=method)
+    assert caught.value.code == "E_NEEDS_DATA"
+
+
+def test_trap_w4a8_of_llm_compressor_is_stored_at_eight_bits():
+    plan, packed = plan_for("w4a8_int8"), plan_for("w4a16_gptq")
+    eight = plan_for("w8a16_int8")
+    assert plan.bytes_after == pytest.approx(eight.bytes_after, rel=0.001)
+    assert plan.bytes_after > 1.4 * packed.bytes_after
+
+
+def test_trap_actorder_without_groups_is_not_written(tmp_path):
+    options = {"calibration": DATA, "num_samples": 2, "seq_len": 64, "device": "cpu"}
+    output = qtool.quantize(MODEL, method="w8a8_int8", output=tmp_path / "out", **options).output
+    for group in json.loads((output / "config.json").read_text())["quantization_config"]["config_groups"].values():
+        assert group["weights"]["actorder"] is None
+
+
+def test_gptqmodel_gets_two_workers_on_any_machine():
+    environment = load_backend("gptqmodel").environment(plan_for("gptq_int4"), "cpu")
+    assert int(environment["GPTQMODEL_CPU_WORKERS"]) >= 2
+    assert environment["GPTQMODEL_DISABLE_PACK_EXT"] == "1"
+    assert "HF_HOME" in environment

@@ -1,0 +1,688 @@
+"""Each rule of each engine fires on a checkpoint made for it, and the real samples get the verdicts of the compatibility matrix."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from pydantic import ValidationError
+
+from qtool.checkpoint.reader import open_checkpoint
+from qtool.errors import CheckpointRefused, UsageError
+from qtool.formats import detect
+from qtool.inspection.engines import check_engine, engines
+from qtool.inspection.engines.names import matcher
+from qtool.inspection.engines.rules import FOLDER, SHARED, Rule, Ruleset, load_rules
+
+pytest_plugins = ["support.sample_plugin"]
+ENGINES = ("sglang", "tensorrt-llm", "transformers", "vllm")
+BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "F8_E4M3": 8}
+ATTENTION = {"q_proj": (256, 256), "k_proj": (256, 256), "v_proj": (256, 256), "o_proj": (256, 256)}
+MLP = {"gate_proj": (512, 256), "up_proj": (512, 256), "down_proj": (256, 512)}
+LAYER = {f"self_attn.{kind}": shape for kind, shape in ATTENTION.items()} | {f"mlp.{kind}": shape for kind, shape in MLP.items()}
+MODEL = {f"model.layers.0.{kind}": shape for kind, shape in LAYER.items()}
+EXPERTS = {f"model.layers.0.mlp.experts.{expert}.{kind}": shape for expert in range(2) for kind, shape in MLP.items()}
+HEAD = {"lm_head": (512, 256)}
+
+
+def write(folder, tensors, **config):
+    """A checkpoint of ``tensors``, name -> (dtype, shape) or (dtype, shape, bytes), else zeros that cost no disk."""
+    header, end, data = {}, 0, {}
+    for name, (dtype, shape, *content) in tensors.items():
+        size = BITS[dtype] // 8
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        data[end] = content[0] if content else b""
+        end += size
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(defaults | config))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for offset, content in data.items():
+            file.seek(8 + len(text) + offset)
+            file.write(content)
+    return open_checkpoint(folder)
+
+
+def plain(name, shape):
+    return {f"{name}.weight": ("BF16", shape)}
+
+
+def scalar(value):
+    return "F32", (1,), struct.pack("<f", value)
+
+
+class Ct:
+    """Compressed-tensors, one group for all modules unless ``groups`` says otherwise."""
+
+    def __init__(self, weights, inputs=None, *, suffixes, targets=("Linear",), **config):
+        self.suffixes = suffixes
+        base = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
+        group = {"targets": list(targets), "weights": base | weights, "input_activations": inputs and (base | inputs)}
+        self.config = {"quant_method": "compressed-tensors", "config_groups": {"g": group}, "ignore": ["lm_head"]} | config
+
+    def module(self, name, shape):
+        return {f"{name}.{suffix}": tensor for suffix, tensor in self.suffixes(name, *shape).items()}
+
+
+def packed(bits=4, group=128, *, symmetric=True, inputs=None, padded=False, **config):
+    def suffixes(name, rows, columns):
+        words = -(-columns // (32 // bits)) if padded else -(-columns * bits // 32)
+        groups = -(-columns // group)
+        shape = (rows.to_bytes(8, "little") + columns.to_bytes(8, "little"),)
+        found = {"weight_packed": ("I32", (rows, words)), "weight_scale": ("BF16", (rows, groups)), "weight_shape": ("I64", (2,), *shape)}
+        return found if symmetric else found | {"weight_zero_point": ("I32", (-(-rows * bits // 32), groups))}
+
+    return Ct({"num_bits": bits, "strategy": "group", "group_size": group, "symmetric": symmetric}, inputs, suffixes=suffixes, **config)
+
+
+TOKEN8 = {"strategy": "token", "dynamic": True}
+TOKEN_FP8 = TOKEN8 | {"type": "float"}
+
+
+def int8(bits=8, inputs=TOKEN8, *, symmetric=True, group=None, **config):
+    def suffixes(name, rows, columns):
+        scale = ("BF16", (rows, columns // group if group else 1))
+        found = {"weight": ("I8", (rows, columns)), "weight_scale": scale}
+        if not symmetric:
+            found["weight_zero_point"] = ("I8", scale[1])
+        if inputs and not inputs["dynamic"]:
+            found["input_scale"] = ("BF16", (1,))
+        return found
+
+    weights = {"num_bits": bits, "symmetric": symmetric} | ({"strategy": "group", "group_size": group} if group else {})
+    return Ct(weights, inputs, suffixes=suffixes, **config)
+
+
+def fp8(strategy="channel", inputs=TOKEN_FP8, *, scale=lambda name: 1.0, block=128, **config):
+    def suffixes(name, rows, columns):
+        scales = {"channel": ("BF16", (rows, 1)), "tensor": scalar(scale(name)), "block": ("BF16", (-(-rows // block), -(-columns // block)))}
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": scales[strategy]}
+
+    weights = {"type": "float", "strategy": strategy} | ({"block_structure": [block, block]} if strategy == "block" else {})
+    return Ct(weights, inputs, suffixes=suffixes, **config)
+
+
+def fp8_group(**config):
+    def suffixes(name, rows, columns):
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("U8", (rows, columns // 32))}
+
+    group = {"type": "float", "strategy": "group", "group_size": 32}
+    return Ct(group, group | {"dynamic": True}, suffixes=suffixes, **config)
+
+
+def mxfp4(inputs=None, **config):
+    def suffixes(name, rows, columns):
+        return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // 32))}
+
+    group = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    return Ct(group, inputs and group | {"dynamic": True}, suffixes=suffixes, **config)
+
+
+def nvfp4(scale=lambda name: 1.0, *, inputs=True, **config):
+    def suffixes(name, rows, columns):
+        found = {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("F8_E4M3", (rows, columns // 16))}
+        return found | {"weight_global_scale": scalar(scale(name))} | ({"input_global_scale": scalar(1.0)} if inputs else {})
+
+    group = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    return Ct(group, group | {"dynamic": "local"} if inputs else None, suffixes=suffixes, **config)
+
+
+class Gptq:
+    def __init__(self, bits=4, group=128, order=lambda name: 0, **config):
+        self.bits, self.group, self.order = bits, group, order
+        self.config = {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": group,
+            "desc_act": False,
+            "sym": True,
+            "checkpoint_format": "gptq",
+        } | config
+
+    def module(self, name, shape):
+        rows, columns = shape
+        groups = columns // self.group
+        return {
+            f"{name}.qweight": ("I32", (columns * self.bits // 32, rows)),
+            f"{name}.qzeros": ("I32", (groups, rows * self.bits // 32)),
+            f"{name}.scales": ("F16", (groups, rows)),
+            f"{name}.g_idx": ("I32", (columns,), self.order(name).to_bytes(4, "little")),
+        }
+
+
+class Awq:
+    def __init__(self, group=128, **config):
+        self.group = group
+        self.config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"} | config
+
+    def module(self, name, shape):
+        rows, columns = shape
+        found = {"qweight": (columns, rows // 8), "qzeros": (columns // self.group, rows // 8)}
+        words = {f"{name}.{suffix}": ("I32", size) for suffix, size in found.items()}
+        return words | {f"{name}.scales": ("F16", (columns // self.group, rows))}
+
+
+class Fp8:
+    """The `fp8` method, one scale for each matrix."""
+
+    def __init__(self, **config):
+        self.config = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]} | config
+
+    def module(self, name, shape):
+        return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.weight_scale": scalar(1.0)}
+
+
+class ModelOpt:
+    def __init__(self, algorithm, scale=lambda name: 1.0, **config):
+        self.algorithm, self.scale = algorithm, scale
+        base = {"quant_method": "modelopt", "quant_algo": algorithm, "producer": {"name": "modelopt"}, "ignore": ["lm_head"]}
+        self.config = base | config
+
+    def module(self, name, shape):
+        rows, columns = shape
+        fp8, half = ("F8_E4M3", shape), ("U8", (rows, columns // 2))
+        tensors = {
+            "FP8": {"weight": fp8, "weight_scale": scalar(self.scale(name)), "input_scale": scalar(1.0)},
+            "FP8_PER_CHANNEL_PER_TOKEN": {"weight": fp8, "weight_scale": ("F32", (rows,))},
+            "FP8_PB_WO": {"weight": fp8, "weight_scale": ("F32", (rows // 64, 1, columns // 64, 1))},
+            "MXFP8": {"weight": fp8, "weight_scale": ("U8", (rows, columns // 32))},
+            "MXFP4": {"weight": half, "weight_scale": ("U8", (rows, columns // 32))},
+            "W4A16_NVFP4": {"weight": half, "weight_scale": ("F8_E4M3", (rows, columns // 16)), "weight_scale_2": scalar(self.scale(name))},
+            "W4A16_AWQ": {"weight": ("U8", (rows // 2, columns)), "weight_scale": ("F32", (rows, columns // 128))},
+        }[self.algorithm]
+        return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def build(folder, format, *, shapes=MODEL, but=(), others=None, tensors=None, model=None, sidecar=False):
+    """A checkpoint of ``shapes`` in ``format``; modules ``but`` stay in 16 bits, those in ``others`` have formats of their own."""
+    found = {"model.embed_tokens.weight": ("BF16", (512, 256)), "model.norm.weight": ("BF16", (256,))}
+    for name, shape in shapes.items():
+        if any(part in name for part in but):
+            found |= plain(name, shape)
+        else:
+            other = next((other for part, other in (others or {}).items() if part in name), format)
+            found |= other.module(name, shape)
+    config = {} if sidecar else {"quantization_config": format.config}
+    folder.mkdir(parents=True, exist_ok=True)
+    if sidecar:
+        (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": format.config}))
+    return write(folder, found | (tensors or {}), **config, **(model or {}))
+
+
+def only_config(**config):
+    """A checkpoint of a method that qtool does not read."""
+    return lambda folder: write(folder, plain("model.layers.0.mlp.up_proj", (64, 64)), quantization_config=config)
+
+
+def of(format, **options):
+    return lambda folder: build(folder, format, **options)
+
+
+def check(checkpoint, engine, **options):
+    try:
+        layout = detect(checkpoint)
+    except CheckpointRefused:
+        layout = None
+    return check_engine(checkpoint, layout, engine, **options)
+
+
+def by_name(value, **others):
+    return lambda name: next((other for part, other in others.items() if part in name), value)
+
+
+TRANSFORMS = lambda location: {"config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}}}  # noqa: E731
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+INT8_CACHE = FP8_CACHE | {"type": "int"}
+ORDERED = by_name(0, q_proj=1)
+SCALED = by_name(1.0, q_proj=2.0)
+
+FIRES = {  # code, or engine and code -> the checkpoint that fires it, and options of the check
+    "E_ENGINE_METHOD": (only_config(quant_method="nothing_known"), {}),
+    "N_ENGINE_NOT_READ": (only_config(quant_method="quark"), {}),
+    "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
+    "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
+    "E_ENGINE_SPARSE": (only_config(quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}), {}),
+    "E_ENGINE_GPTQ_KEYS": (lambda folder: build(folder, without(Gptq(), "desc_act")), {}),
+    "E_ENGINE_GPTQ_TENSORS": (of(Awq(quant_method="gptq", checkpoint_format="gemm", sym=False)), {}),
+    "E_ENGINE_GPTQ_ORDER": (of(Gptq(desc_act=True)), {}),
+    "E_ENGINE_GPTQ_BITS": (of(Gptq(sym=False)), {}),
+    "E_ENGINE_GPTQ_GROUP": (of(Gptq(group=16)), {}),
+    "E_ENGINE_AWQ_KEYS": (lambda folder: build(folder, without(Awq(), "zero_point")), {}),
+    "W_ENGINE_AWQ_GROUP": (of(Awq(16)), {}),
+    "E_ENGINE_MODELOPT_ALGORITHM": (of(ModelOpt("MXFP4")), {}),
+    "E_ENGINE_MODELOPT_SIDECAR": (of(ModelOpt("MXFP8"), sidecar=True), {}),
+    "E_ENGINE_SCHEME": (of(int8(inputs=None)), {}),
+    "E_ENGINE_INT8_AS_FP8": (of(int8()), {}),
+    "E_ENGINE_W4A8_CPU": (of(int8(4, group=128)), {}),
+    "E_ENGINE_W4AFP8": (of(packed(inputs=TOKEN_FP8)), {"gpu": "b200"}),
+    "E_ENGINE_PADDED": (of(packed(5, padded=True)), {}),
+    "W_ENGINE_HUMMING": (of(packed(3)), {}),
+    "E_ENGINE_BITS": (of(packed(3)), {}),
+    "E_ENGINE_GROUP": (of(packed(group=16)), {}),
+    "E_ENGINE_EXPERTS_INT8": (of(int8(), shapes=EXPERTS), {}),
+    "W_ENGINE_STATIC_INT8": (of(int8(inputs={"strategy": "tensor", "dynamic": False})), {}),
+    "E_ENGINE_TRANSFORMS": (of(packed(transform_config=TRANSFORMS("q_attn"))), {}),
+    "N_ENGINE_TRANSFORMS": (of(packed(transform_config=TRANSFORMS("input"))), {}),
+    "E_ENGINE_GPU": (of(packed()), {"gpu": "v100"}),
+    "tensorrt-llm E_ENGINE_GPU": (of(fp8()), {"gpu": "l4"}),
+    "W_ENGINE_WEIGHT_ONLY": (of(nvfp4()), {"gpu": "h100"}),
+    "W_ENGINE_GPU_TOO_NEW": (of(ModelOpt("FP8_PER_CHANNEL_PER_TOKEN")), {"gpu": "b200"}),
+    "tensorrt-llm N_ENGINE_DEQUANTIZED": (of(ModelOpt("W4A16_NVFP4")), {}),
+    "N_ENGINE_DEQUANTIZED": (of(fp8()), {}),
+    "E_ENGINE_GROUPS_CUT": (of(packed()), {"tensor_parallel": 8}),
+    "tensorrt-llm E_ENGINE_GROUPS_CUT": (of(nvfp4(), shapes={"model.layers.0.mlp.down_proj": (256, 320)}), {"tensor_parallel": 8}),
+    "E_ENGINE_BLOCKS_CUT": (of(fp8("block", {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True})), {"tensor_parallel": 4}),
+    "E_ENGINE_BLOCK_SIZE": (of(ModelOpt("FP8_PB_WO")), {}),
+    "N_ENGINE_PADDING": (of(packed(group=32)), {"tensor_parallel": 8}),
+    "E_ENGINE_SHAPE": (of(packed(group=32)), {"tensor_parallel": 8}),
+    "E_ENGINE_HEAD_BLOCKS": (of(fp8("block", targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD), {}),
+    "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
+    "tensorrt-llm E_ENGINE_SKIPS": (of(ModelOpt("FP8", ignore=["*mlp*"])), {}),
+    "E_ENGINE_EXPECTS": (of(packed(), but=["down_proj"]), {}),
+    "transformers E_ENGINE_EXPECTS": (of(Awq(), but=["down_proj"]), {}),
+    "tensorrt-llm E_ENGINE_EXPECTS": (of(ModelOpt("FP8"), but=["down_proj"]), {}),
+    "W_ENGINE_MAY_EXPECT": (of(packed(), tensors=plain("model.layers.0.memory_proj", (256, 256))), {}),
+    "tensorrt-llm W_ENGINE_MAY_EXPECT": (of(ModelOpt("FP8"), tensors=plain("model.layers.0.memory_proj", (256, 256))), {}),
+    "E_ENGINE_OTHER_WEIGHTS": (of(Gptq(dynamic={r".*\.q_proj": {"bits": 8}}), others={"q_proj": Gptq(8)}), {}),
+    "E_ENGINE_CACHE": (of(packed(kv_cache_scheme=INT8_CACHE)), {}),
+    "W_ENGINE_CACHE_IGNORED": (of(ModelOpt("FP8", kv_cache_scheme="INT8")), {}),
+    "N_ENGINE_CACHE_SCALES": (of(packed(kv_cache_scheme=FP8_CACHE)), {}),
+    "N_ENGINE_PACKAGE": (of(Gptq()), {}),
+    "E_ENGINE_RAW_CODES": (of(ModelOpt("FP8")), {}),
+    "E_ENGINE_RAW_SHAPE": (of(ModelOpt("W4A16_AWQ")), {}),
+    "E_ENGINE_SHARD_LEFT_OUT": (of(packed(), but=["v_proj"]), {}),
+    "E_ENGINE_SHARD_SCHEMES": (of(Gptq(), others={"v_proj": Gptq(8)}), {}),
+    "E_ENGINE_EXPERT_SCHEMES": (of(Gptq(), shapes=EXPERTS, others={"experts.1": Gptq(8)}), {}),
+    "E_ENGINE_SHARD_ORDERS": (of(Gptq(desc_act=True, order=ORDERED)), {}),
+    "N_ENGINE_SHARD_SCALES": (of(ModelOpt("FP8", scale=SCALED)), {}),
+    "W_ENGINE_SHARD_GLOBAL_SCALES": (of(nvfp4(SCALED)), {}),
+    "E_ENGINE_INVERSE_SCALES": (of(Fp8(weight_scale_semantics="inverse")), {}),
+    "E_ENGINE_FP8_KEYS": (lambda folder: build(folder, without(Fp8(), "activation_scheme")), {}),
+    "E_ENGINE_FP8_AS_BLOCKS": (of(Fp8()), {}),
+    "E_ENGINE_HEADS": (of(packed()), {"tensor_parallel": 3}),
+    "E_ENGINE_CACHE_HEADS": (of(packed(), model={"num_key_value_heads": 6}), {"tensor_parallel": 4}),
+    "E_ENGINE_UNEVEN": (of(packed()), {"tensor_parallel": 3}),
+    "E_ENGINE_TIED_HEAD": (of(packed(targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD, model={"tie_word_embeddings": True}), {}),
+}
+
+
+def without(format, key):
+    format.config = {name: value for name, value in format.config.items() if name != key}
+    return format
+
+
+def with_weights(format, **keys):
+    """``format`` with more keys in the arguments of its weights."""
+    group = format.config["config_groups"]["g"]
+    format.config = format.config | {"config_groups": {"g": group | {"weights": group["weights"] | keys}}}
+    return format
+
+
+FIRES["E_ENGINE_CONFIG_KEYS"] = (of(with_weights(packed(), new_key=1)), {})
+FIRES["E_ENGINE_ORDER"] = (of(with_weights(packed(), actorder="group")), {})
+FIRES["N_ENGINE_ORDER_WITHOUT_GROUPS"] = (of(with_weights(int8(), actorder="static")), {})
+two_groups = fp8()
+two_groups.config["config_groups"]["h"] = packed(targets=["re:.*nothing"]).config["config_groups"]["g"]
+FIRES["E_ENGINE_CLASS_TARGETS"] = (of(two_groups), {})
+
+RULES = [(engine, rule.code) for engine in ENGINES for rule in load_rules(engine).rules]
+
+
+@pytest.mark.parametrize(("engine", "code"), RULES, ids=[f"{engine}-{code}" for engine, code in RULES])
+def test_every_rule_can_fire(engine, code, tmp_path):
+    make, options = FIRES.get(f"{engine} {code}") or FIRES[code]
+    report = check(make(tmp_path / "model"), engine, **options)
+    found = next((finding for finding in report.findings if finding.code == code), None)
+    assert found, [finding.code for finding in report.findings]
+    assert report.loads == all(finding.severity != "refused" for finding in report.findings)
+    if found.severity == "refused":
+        assert not report.loads and not report.native
+    rule = next(rule for rule in load_rules(engine).rules if rule.code == code)
+    assert (found.count > 0) == (rule.about != "checkpoint")
+    assert len(found.modules) == min(found.count, 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rule_says_where_it_comes_from(engine):
+    assert engines() == ENGINES
+    for rule in load_rules(engine).rules:
+        assert len(rule.source) > 5 and rule.message[-1] != "."
+        assert rule.severity != "refused" or rule.hint or "GPU" in rule.code, rule.code
+
+
+RULE = {"code": "E_ENGINE_X", "severity": "refused", "when": {"ranks": 2}, "message": "no", "source": "here"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"when": {"rank": 2}}, "did you mean `ranks`"),
+        ({"when": {"ranks": {"under": 2}}}, "unknown operator `under`"),
+        ({"when": {"format": "gtpq"}}, "`format` is never 'gtpq'"),
+        ({"when": {"group_size": 128}}, "unknown fact `group_size`"),
+        ({"when": {"ranks": {"has": [2]}}}, "does not fit `ranks`"),
+        ({"when": {"order": "group"}}, "does not fit `order`"),
+        ({"when": {}}, "an empty condition"),
+        ({"when": []}, "an empty condition"),
+        ({"message": "{rank} ranks"}, "unknown fact `rank`"),
+        ({"severity": "note"}, "begins with another letter"),
+        ({"code": "E_OTHER"}, "should match pattern"),
+        ({"source": ""}, "at least 1 character"),
+        ({"hints": "x"}, "Extra inputs are not permitted"),
+        ({"tests": ()}, "made from the conditions"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused(change, complaint):
+    Rule.model_validate(RULE)
+    with pytest.raises(ValidationError, match=complaint):
+        Rule.model_validate(RULE | change)
+
+
+def test_a_code_stands_for_one_rule():
+    with pytest.raises(ValidationError, match="E_ENGINE_X is there twice"):
+        Ruleset.model_validate({"engine": "x", "version": "1", "rules": [RULE, RULE]})
+
+
+def test_a_rule_holds_since_one_version_and_until_another():
+    rule = Rule.model_validate(RULE | {"since": "0.9", "until": "0.33"})
+    assert [rule.is_of(version) for version in ((0, 8), (0, 9), (0, 32, 1), (0, 33), None)] == [False, True, True, False, True]
+
+
+def test_no_yaml_file_is_left_unread():
+    read = {name for engine in ENGINES for name in (engine, *load_rules(engine).include)} | {"gpus", "layers"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == read == {*ENGINES, *SHARED}
+
+
+# --- what a report says
+
+
+def codes(report):
+    return {finding.code for finding in report.findings}
+
+
+def test_a_plain_checkpoint_loads_everywhere(tiny_model):
+    for engine in ENGINES:
+        report = check(open_checkpoint(tiny_model), engine)
+        assert report.loads and report.native and report.findings == ()
+
+
+def test_a_report_crosses_json(tmp_path):
+    report = check(build(tmp_path, packed(3)), "sglang", gpu="H100", tensor_parallel=2)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["engine"], data["version"], data["gpu"], data["tensor_parallel"]) == ("sglang", "0.5.23", "sm_90", 2)
+    assert data["findings"][0]["count"] == 7 and len(data["findings"][0]["modules"]) == 3
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "90", "9.0", "sm_90a", "h100", "H200", "NVIDIA H100"])
+def test_a_gpu_has_many_names(gpu, tmp_path):
+    assert check(build(tmp_path, packed()), "vllm", gpu=gpu).gpu == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "hint"),
+    [
+        ("vlm", {}, "did you mean `vllm`"),
+        ("fusion", {}, ""),
+        ("vllm", {"gpu": "h10"}, "h100"),
+        ("vllm", {"gpu": "sm_9"}, ""),
+        ("vllm", {"gpu": ""}, "sm_90"),
+        ("vllm", {"version": "latest"}, "0.33.0"),
+        ("vllm", {"tensor_parallel": 0}, ""),
+    ],
+)
+def test_what_does_not_exist_is_a_usage_error(engine, options, hint, tmp_path):
+    with pytest.raises(UsageError) as error:
+        check(build(tmp_path, packed()), engine, **options)
+    assert hint in error.value.hint
+
+
+def test_another_version_is_noted_and_its_rules_apply(tmp_path):
+    checkpoint = build(tmp_path, Gptq(desc_act=True))
+    assert codes(check(checkpoint, "vllm")) == codes(check(checkpoint, "vllm", version="0.33.0")) == {"E_ENGINE_GPTQ_ORDER"}
+    assert codes(check(checkpoint, "vllm", version="0.20.0")) == {"N_ENGINE_VERSION"}
+
+
+@pytest.mark.parametrize(("gpu", "native"), [(None, True), ("b200", True), ("h100", False), ("a100", False)])
+def test_nvfp4_is_native_on_blackwell_alone(gpu, native, tmp_path):
+    for engine in ("vllm", "sglang"):
+        report = check(build(tmp_path / engine, nvfp4()), engine, gpu=gpu)
+        assert (report.loads, report.native) == (True, native)
+
+
+def test_an_engine_that_dequantizes_is_not_native(tmp_path):
+    report = check(build(tmp_path, fp8()), "transformers")
+    assert report.loads and not report.native
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "name", "matches"),
+    [
+        ("exact", "a.b", "a.b", True),
+        ("exact", "b", "a.b", False),
+        ("regex", "re:.*b", "a.bc", True),
+        ("regex", ".*b", "a.b", False),
+        ("regex", "re:(", "a.b", False),
+        ("suffix", "b.c", "a.b.c", True),
+        ("suffix", "b.c", "a.xb.c", False),
+        ("ending", "c1", "a.fc1", True),
+        ("substring", "gate", "mlp.gate_proj", True),
+        ("component", "mlp.gate", "a.mlp.gate.b", True),
+        ("component", "mlp.gate", "a.mlp.gate_up_proj", False),
+        ("glob", "a.b*", "a.bc.d", True),
+        ("glob", "a.b", "a.b.c", False),
+        ("part_glob", "mtp*", "a.mtp_layers.b", True),
+        ("start", "a", "ab", True),
+        ("start", "b", "ab", False),
+    ],
+)
+def test_engines_compare_names_in_their_own_ways(kind, entry, name, matches):
+    assert matcher([kind], [entry])(name) is matches
+
+
+def test_gate_hides_gate_proj_where_awq_compares_substrings(tmp_path):
+    checkpoint = build(tmp_path, Awq(modules_to_not_convert=["gate"]))
+    for engine in ("vllm", "sglang"):
+        assert "E_ENGINE_SKIPS" in codes(check(checkpoint, engine))
+    assert check(checkpoint, "transformers").loads
+
+
+def test_a_dynamic_pattern_for_q_proj_never_meets_the_fused_layer(tmp_path):
+    eight = Gptq(8)
+    others = dict.fromkeys(("q_proj", "k_proj", "v_proj"), eight)
+    apart = build(tmp_path / "apart", Gptq(dynamic={r".*\.(q|k|v)_proj": {"bits": 8}}), others=others)
+    fused = build(tmp_path / "fused", Gptq(dynamic={r".*\.(q|k|v|qkv)_proj": {"bits": 8}}), others=others)
+    for engine in ("vllm", "sglang"):
+        assert codes(check(apart, engine)) == {"E_ENGINE_OTHER_WEIGHTS"}
+        assert check(fused, engine).loads
+
+
+def test_gptq_layers_left_in_16_bits_are_seen_by_vllm_and_not_by_sglang(tmp_path):
+    checkpoint = build(tmp_path, Gptq(), but=["o_proj"])
+    assert check(checkpoint, "vllm").loads
+    assert codes(check(checkpoint, "sglang")) == {"E_ENGINE_EXPECTS"}
+
+
+def test_a_quantized_head_must_be_named_by_a_target(tmp_path):
+    by_class = build(tmp_path / "class", packed(ignore=[]), shapes=MODEL | HEAD)
+    by_name = build(tmp_path / "name", packed(ignore=[], targets=["Linear", "re:.*lm_head"]), shapes=MODEL | HEAD)
+    for engine in ("vllm", "sglang"):
+        assert codes(check(by_class, engine)) == {"E_ENGINE_SKIPS"}
+        assert check(by_name, engine).loads
+
+
+def test_the_first_target_in_order_wins_in_engines_and_the_smallest_regex_in_the_library(tmp_path):
+    eight, four = packed(8, targets=["re:.*self_attn.*"]), packed(4, targets=["re:.*attn.*", "re:.*mlp.*"])
+    groups = {"a": eight.config["config_groups"]["g"], "b": four.config["config_groups"]["g"]}
+    four.config["config_groups"] = groups
+    report = check(build(tmp_path / "overlapping", four), "vllm")
+    assert codes(report) == {"E_ENGINE_OTHER_WEIGHTS"} and report.findings[0].count == 1  # for each kind of layer
+    four.config["config_groups"] = {"b": groups["b"], "a": groups["a"]}
+    assert check(build(tmp_path / "in_order", four), "vllm").loads
+
+
+def test_a_short_name_is_skipped_by_sglang_and_not_by_vllm(tmp_path):
+    checkpoint = build(tmp_path, Fp8(modules_to_not_convert=["self_attn.o_proj"]), but=["o_proj"])
+    assert codes(check(checkpoint, "vllm")) == {"E_ENGINE_EXPECTS"}
+    for engine in ("sglang", "transformers"):
+        assert check(checkpoint, engine).loads
+
+
+# --- shapes and scales
+
+
+def test_the_last_of_merged_layers_may_end_in_part_of_a_block(tmp_path):
+    inputs = {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    last = {"model.layers.0.mlp.gate_proj": (512, 256), "model.layers.0.mlp.up_proj": (448, 256)}
+    first = {"model.layers.0.mlp.gate_proj": (448, 256), "model.layers.0.mlp.up_proj": (512, 256)}
+    assert check(build(tmp_path / "last", fp8("block", inputs), shapes=last), "vllm").loads
+    assert codes(check(build(tmp_path / "first", fp8("block", inputs), shapes=first), "vllm")) == {"E_ENGINE_BLOCKS_CUT"}
+
+
+def test_key_value_heads_are_repeated_for_more_ranks_than_heads(tmp_path):
+    shapes = MODEL | {"model.layers.0.self_attn.k_proj": (64, 256), "model.layers.0.self_attn.v_proj": (64, 256)}
+    checkpoint = build(tmp_path, fp8(), shapes=shapes, model={"num_key_value_heads": 2})
+    assert check(checkpoint, "vllm", tensor_parallel=8).loads
+
+
+def test_equal_global_scales_are_not_warned_of(tmp_path):
+    assert check(build(tmp_path, nvfp4()), "vllm").findings == ()
+
+
+def test_experts_of_one_scheme_load_with_their_router_in_16_bits(tmp_path):
+    router = plain("model.layers.0.mlp.gate", (2, 256))
+    for engine in ("vllm", "sglang"):
+        assert check(build(tmp_path / engine, Gptq(), shapes=EXPERTS, tensors=router), engine).loads
+
+
+# --- the compatibility matrix
+
+
+VERDICTS = {  # sample -> which of sglang, tensorrt-llm, transformers, vllm load it: formats.md, section 16
+    "ct/W4A16": "s-tv",
+    "ct/W8A16": "s-tv",
+    "ct/W2A16": "--tv",
+    "ct/W3A16": "--tv",
+    "ct/W5A16_ASYM": "--tv",
+    "ct/W7A16": "--tv",
+    "ct/FP8": "s-tv",
+    "ct/FP8_DYNAMIC": "sTtv",
+    "ct/FP8_BLOCK": "sTtv",
+    "ct/fp8_weight_only": "s-tv",
+    "ct/W8A8": "s-tv",
+    "ct/W8A8_STATIC_ASYM": "s-tv",
+    "ct/W4A8": "--t-",
+    "ct/W4AFP8": "--t-",
+    "ct/NVFP4": "sTtv",
+    "ct/NVFP4A16": "s-tv",
+    "ct/MXFP4": "--tv",
+    "ct/MXFP4A16": "-Ttv",
+    "ct/MXFP8": "--tv",
+    "ct/mixed": "s-tv",
+    "ct/kv_fp8": "sTtv",
+    "gptq/rtn4": "s-tv",
+    "gptq/desc_act": "s-t-",
+    "gptq/dynamic": "s-tv",
+    "gptq/gptq3": "--t-",
+    "gptq/channel2": "--t-",
+    "gptq/asym_v1": "--t-",
+    "gptq/asym_v2": "--t-",
+    "gptq/rtn_gemm": "--t-",
+    "modelopt/FP8": "sT-v",
+    "modelopt/FP8_KV": "sT-v",
+    "modelopt/FP8_PC_PT": "-T-v",
+    "modelopt/FP8_PB_WO": "-T-v",
+    "modelopt/NVFP4": "sT-v",
+    "modelopt/W4A16_NVFP4": "sT-v",
+    "modelopt/MXFP8": "sT-v",
+    "modelopt/MXFP4": "----",
+    "modelopt/INT4_AWQ": "-T--",
+    "modelopt/W4A8_AWQ": "-T--",
+    "modelopt/INT8_SQ": "----",
+    "modelopt/MIXED": "sT-v",
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_real_checkpoints_get_the_verdicts_of_the_matrix(name, sample):
+    checkpoint = open_checkpoint(sample(name))
+    loads = "".join(letter if check(checkpoint, engine).loads else "-" for engine, letter in zip(ENGINES, "sTtv", strict=True))
+    assert loads == VERDICTS[name]
+
+
+MINIMUM_GPU = {  # sample -> the first architecture for sglang and vllm
+    "ct/W4A16": (80, 75),
+    "ct/FP8_DYNAMIC": (80, 75),
+    "ct/W8A8": (80, 75),
+    "ct/NVFP4": (80, 75),
+    "ct/MXFP4A16": (None, 80),
+    "gptq/rtn4": (80, 75),
+    "modelopt/FP8": (89, 80),
+    "modelopt/NVFP4": (80, 75),
+    "modelopt/MXFP8": (100, 80),
+}
+
+
+@pytest.mark.parametrize("name", MINIMUM_GPU)
+def test_the_first_gpu_is_that_of_the_matrix(name, sample):
+    checkpoint = open_checkpoint(sample(name))
+    for engine, minimum in zip(("sglang", "vllm"), MINIMUM_GPU[name], strict=True):
+        loading = [gpu for gpu in (70, 75, 80, 86, 89, 90, 100, 120) if check(checkpoint, engine, gpu=str(gpu)).loads]
+        assert (loading[0] if loading else None) == minimum
+
+
+# --- speed
+
+
+def test_checking_and_loading_need_no_torch(tiny_model):
+    code = f"""
+        import sys
+        from pathlib import Path
+        from qtool.checkpoint import open_checkpoint
+        from qtool.inspection.engines import check_engine
+        check_engine(open_checkpoint(Path({str(tiny_model)!r})), None, "vllm")
+        print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_twelve_thousand_layers_get_one_verdict(tmp_path):
+    shapes = {f"model.layers.{layer}.mlp.experts.{expert}.{kind}": (64, 64) for layer in range(32) for expert in range(125) for kind in MLP}
+    checkpoint = build(tmp_path, nvfp4(ignore=[f"model.layers.{layer}.mlp.gate" for layer in range(32)]), shapes=shapes)
+    layout = detect(checkpoint)
+    assert len(layout.modules) == 12_000
+    assert check_engine(checkpoint, layout, "vllm", gpu="b200").loads
+
+
+NONSENSE = [None, True, 7, "x\x1b[2J", [], [7], [[]], {}, {"x": 7}, {"x": {"weights": 7, "targets": 7, "apply": 7}}]
+KEYS = ("quant_method", "quant_algo", "config_groups", "ignore", "kv_cache_scheme", "transform_config", "sparsity_config", "quantization", "dynamic")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", NONSENSE, ids=repr)
+def test_a_config_of_any_shape_gets_a_report(key, value, tmp_path):
+    for format in (packed(), Gptq(), ModelOpt("FP8"), Awq(), Fp8()):
+        checkpoint = build(tmp_path / type(format).__name__, format)
+        nonsense = {"quantization_config": {**format.config, key: value}, "num_attention_heads": value, "tie_word_embeddings": value}
+        broken = replace(checkpoint, config=nonsense)
+        layouts = [detect(checkpoint)]
+        with suppress(CheckpointRefused):
+            layouts.append(detect(broken))
+        for engine, layout in product(ENGINES, layouts):
+            report = check_engine(broken, layout, engine, tensor_parallel=2)
+            assert "\x1b" not in "".join(finding.message for finding in report.findings)

@@ -1,0 +1,368 @@
+"""The page of an inspection: what it shows, that it loads nothing, and that no name from a file becomes markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from qtool.checkpoint import open_checkpoint
+from qtool.inspection import Inspection, Module, Row, inspect
+from qtool.inspection.comparison import Comparison, Difference
+from qtool.inspection.deep import DeepReport, ModuleNumbers
+from qtool.inspection.engines import EngineReport, Finding
+from qtool.inspection.html_report import render_page
+
+SHAPES = {
+    **{"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096)},
+    **{"mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336)},
+}
+HOSTILE = "a</script><img src=x onerror=alert(1)>\"'&amp;\u2028\u202e{{ 7*1337 }}ÄÖ漢\ud800"
+
+
+def linear(name: str, shape: tuple[int, int], scheme: str | None, *, layer: int | None = None, reason: str = "") -> Module:
+    bits = {None: 16, "FP8": 8, "NVFP4": 4.5}.get(scheme, 4.125)
+    count = shape[0] * shape[1]
+    return Module(name, name.rpartition(".")[2], layer, scheme, reason, shape, count, int(count * bits / 8))
+
+
+def rows_of(modules: list[Module], *, quantized: bool) -> tuple[Row, ...]:
+    found: dict[tuple[str, str], Row] = {}
+    for module in modules:
+        if (module.scheme is not None) == quantized:
+            key = (module.kind, module.scheme or "BF16")
+            row = found.get(key, Row(*key, 0, 0, 0))
+            found[key] = Row(*key, row.count + 1, row.parameters + module.parameters, row.size_bytes + module.size_bytes)
+    return tuple(sorted(found.values(), key=lambda row: -row.size_bytes))
+
+
+def report(modules: list[Module], **parts: Any) -> Inspection:
+    quantized, plain = rows_of(modules, quantized=True), rows_of(modules, quantized=False)
+    embeddings = Row("embed_tokens", "BF16", 1, 525_336_576, 1_050_673_152)
+    parameters = sum(row.parameters for row in (*quantized, *plain, embeddings))
+    size = sum(row.size_bytes for row in (*quantized, *plain, embeddings)) + 100_000
+    facts = {"name": "Llama-3.1-8B-W4A16", "architecture": "LlamaForCausalLM", "format": "compressed-tensors", "kv_cache": "fp8"}
+    sums = {"parameters": parameters, "size_bytes": size, "plain_bytes": 2 * parameters}
+    rest = {"quantized": quantized, "plain": (embeddings, *plain), "modules": tuple(modules), "tied_embeddings": False, "warnings": ()}
+    return Inspection(**{**facts, **sums, **rest, **parts})
+
+
+def llama(layers: int = 32) -> list[Module]:
+    modules = []
+    for layer in range(layers):
+        for name, shape in SHAPES.items():
+            scheme = "FP8" if name.endswith("down_proj") and layer in (0, 1, layers - 1) else "W4A16"
+            modules.append(linear(f"model.layers.{layer}.{name}", shape, scheme, layer=layer))
+    return [*modules, linear("lm_head", (128256, 4096), None, reason="output head")]
+
+
+def experts(layers: int = 46, each: int = 87) -> list[Module]:
+    """12 006 experts of a mixture, and what else such a model has."""
+    modules = []
+    for layer in range(layers):
+        modules += [linear(f"model.layers.{layer}.{name}", shape, "FP8", layer=layer) for name, shape in SHAPES.items() if "attn" in name]
+        modules.append(linear(f"model.layers.{layer}.mlp.gate", (each, 4096), None, layer=layer, reason="router of experts"))
+        for expert in range(each):
+            for kind in ("gate_proj", "up_proj", "down_proj"):
+                modules.append(linear(f"model.layers.{layer}.mlp.experts.{expert}.{kind}", (1408, 4096), "NVFP4", layer=layer))
+    return modules
+
+
+def differences(modules: list[Module]) -> Comparison:
+    chance = random.Random(0)
+    found = [
+        Difference(
+            module.name, None if module.scheme is None else chance.gauss(22 + (module.layer or 0) / 10, 2), chance.random() / 30, index % 9 == 0
+        )
+        for index, module in enumerate(modules)
+    ]
+    found.sort(key=lambda one: math.inf if one.sqnr_db is None else one.sqnr_db)
+    return Comparison("meta-llama/Llama-3.1-8B", tuple(found), ("model.extra",), ("model.rotary_emb.inv_freq", "lm_head.bias"))
+
+
+def numbers(modules: list[Module]) -> DeepReport:
+    chance = random.Random(1)
+    found = []
+    for module in modules:
+        if module.scheme:
+            histogram = tuple((exponent, int(1e5 * math.exp(-((exponent + 9 - chance.random()) ** 2) / 3)) + 1) for exponent in range(-14, -3))
+            dead = 3 if module.name.endswith("layers.2.self_attn.q_proj") else 0
+            found.append(ModuleNumbers(module.name, chance.random() / 60, dead, 0, 2**-14 * 1.3, 2**-3 * 0.7, histogram))
+    return DeepReport(tuple(found), "4 files match the manifest")
+
+
+def verdict(*, loads: bool = True, native: bool = True) -> EngineReport:
+    findings = (
+        Finding(
+            "V_TP",
+            "refused",
+            "down_proj cannot be split over 8 ranks",
+            "use 4 ranks",
+            "vllm/linear.py, https://example.org/x",
+            ("model.layers.0",),
+            32,
+        ),
+        Finding("V_EMULATED", "warning", "W4A16 runs through Marlin on sm_75", "prefer W8A8 there", "vLLM 0.33, marlin.py"),
+        Finding("V_KV", "note", "the KV cache is read as fp8", "", "vLLM documentation"),
+    )
+    return EngineReport("vLLM", "0.33", "sm_90", 8, loads, native, findings if not loads else findings[1:])
+
+
+@pytest.fixture(scope="module")
+def full() -> Inspection:
+    modules = llama()
+    warnings = ("model.layers.3.mlp.up_proj: 12 scales are zero", "config says group_size 128, the tensors have 64")
+    return report(modules, deep=numbers(modules), against=differences(modules), engine=verdict(), warnings=warnings)
+
+
+class Reader(HTMLParser):
+    """What a page consists of; fails on an element left open."""
+
+    VOID = {"meta", "link", "br", "input", "col", "use", "path", "circle", "rect", "line"}
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.data = ""
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["script"]:
+            self.data = self.data or data
+        elif self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def broken() -> Inspection:
+    """Numbers that are no numbers, sizes of nothing, names that are code."""
+    modules = [linear(f"{HOSTILE}.layers.{layer}.{HOSTILE}", (4, 4), HOSTILE if layer else None, layer=layer, reason=HOSTILE) for layer in range(3)]
+    modules.append(Module("", "", None, "W4A16", "", (0, 0), 0, 0))
+    names = [module.name for module in modules]
+    against = [Difference(name, value, math.nan) for name, value in zip(names, (math.nan, -math.inf, math.inf, None), strict=True)]
+    deep = [ModuleNumbers(name, math.nan, 1, 1, math.nan, math.inf, ((-1074, 1), (1023, 2))) for name in names]
+    engine = EngineReport(HOSTILE, HOSTILE, HOSTILE, 1, False, False, (Finding(HOSTILE, "refused", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), 1),))
+    extra = {"name": HOSTILE, "architecture": HOSTILE, "format": HOSTILE, "kv_cache": HOSTILE, "warnings": (HOSTILE,)}
+    compared = Comparison(HOSTILE, tuple(against), (HOSTILE,), (HOSTILE,))
+    return report(modules, deep=DeepReport(tuple(deep), HOSTILE), against=compared, engine=engine, **extra)
+
+
+def empty() -> Inspection:
+    return Inspection("empty", "unknown", None, 0, 0, 0, (), (), (), None, False, ())
+
+
+def without_layers() -> Inspection:
+    return report([linear(f"encoder.{kind}", (64, 64), "FP8") for kind in ("query", "key", "value")])
+
+
+CASES = {
+    **{"plain": lambda: report([replace(module, scheme=None) for module in llama(4)], format=None, kv_cache=None)},
+    **{"one layer": lambda: report(llama(1)), "126 layers": lambda: report(llama(126)), "without layers": without_layers},
+    **{"empty": empty, "broken": broken, "deep without quantized": lambda: replace(empty(), deep=DeepReport((), "no manifest"))},
+    **{"nothing in common": lambda: report(llama(2), against=Comparison("base", (), ("a",), ()))},
+    **{"all equal": lambda: report(llama(2), against=Comparison("base", tuple(Difference(one.name, None, 0.0) for one in llama(2)), (), ()))},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_report_becomes_a_well_formed_page(case):
+    found = CASES[case]()
+    page = render_page(found)
+    reader = Reader(page)
+    assert page.encode("utf-8")
+    assert len(json.loads(reader.data)["rows"]) == len(found.modules)
+
+
+def test_the_page_says_what_the_report_holds(full):
+    reader = Reader(render_page(full))
+    for text in (full.name, full.architecture, "compressed-tensors", "224 of 225 linear layers", "fp8", "not tied", *full.warnings):
+        assert text in reader.text
+    for text in (
+        "vLLM 0.33 on sm_90, 8 ranks: loads",
+        "V_EMULATED",
+        "prefer W8A8 there",
+        "meta-llama/Llama-3.1-8B",
+        "output head",
+        "match the manifest",
+    ):
+        assert text in reader.text
+    assert sum(tag == "figure" and "data-map" in attributes for tag, attributes in reader.tags) == 3
+
+
+@pytest.mark.parametrize(("loads", "native", "text"), [(True, True, "loads"), (True, False, "loads, emulated"), (False, False, "refused")])
+def test_the_verdict_is_one_of_three(loads, native, text):
+    reader = Reader(render_page(report(llama(1), engine=verdict(loads=loads, native=native))))
+    assert f"8 ranks: {text}" in reader.text
+
+
+def test_what_was_not_asked_for_is_not_there():
+    reader = Reader(render_page(report(llama(2))))
+    assert [attributes["data-map"] for tag, attributes in reader.tags if "data-map" in attributes] == ["Bits per weight"]
+    assert not any(text in reader.text for text in ("Furthest from", "Codes and scales", "vLLM", "warning"))
+
+
+def test_nothing_is_loaded_from_anywhere(full):
+    page = render_page(full)
+    for _, attributes in Reader(page).tags:
+        for key in ("src", "href", "srcset", "action", "poster", "xlink:href"):
+            assert re.match(r"#|data:,|$", attributes.get(key) or ""), attributes
+    assert not re.search(r"url\(|@import|\bimport\(|\bfetch\(|XMLHttpRequest", page)
+    policy = next(attributes["content"] for _, attributes in Reader(page).tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def test_hostile_names_stay_text():
+    page = render_page(broken())
+    reader = Reader(page)
+    assert "<img" not in page and "onerror" not in {key for _, attributes in reader.tags for key in attributes}
+    assert "9359" not in page
+    assert sum(tag == "script" for tag, _ in reader.tags) == 2
+    assert json.loads(reader.data)["rows"][0][0].startswith("a</script><img src=x onerror=alert(1)>\"'&amp;")
+
+
+def test_twelve_thousand_modules_make_a_small_page():
+    modules = experts()
+    page = render_page(report(modules, deep=numbers(modules), against=differences(modules)))
+    assert len(modules) > 12_000
+    assert len(page.encode()) < 3e6
+    assert "87 modules" in page
+
+
+def test_names_made_to_blow_up_the_page_do_not():
+    modules = [linear(f"layers.{index}.k{index}", (8, 8), "W4A16", layer=index) for index in range(12_000)]
+    assert len(render_page(report(modules)).encode()) < 4.5e6
+
+
+def test_the_bundled_model_has_a_page(tiny_model):
+    reader = Reader(render_page(inspect(open_checkpoint(tiny_model))))
+    assert "None of its 42 linear layers is quantized" in reader.text
+    assert "not quantized" in reader.text and "embed_tokens" in reader.text
+
+
+# From here on in a browser.
+
+
+@pytest.fixture
+def load(browser, tmp_path) -> Iterator[Any]:
+    """A function that opens a report's page; whatever the browser complains of or asks for beyond the file fails the test."""
+    complaints: list[str] = []
+
+    def open_page(inspection: Inspection, **context: Any) -> Any:
+        file = tmp_path / "page.html"
+        file.write_text(render_page(inspection), encoding="utf-8")
+        page = browser.new_context(**context).new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
+        page.on("request", lambda request: request.url in (file.as_uri(), "data:,") or complaints.append(f"request: {request.url}"))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in browser.contexts:
+        context.close()
+    assert complaints == []
+
+
+def first_column(page: Any) -> list[str]:
+    return page.locator("#modules tbody td:first-child").all_inner_texts()
+
+
+def test_a_browser_shows_it_without_complaint(load, full):
+    page = load(full)
+    for text in (full.name, "Layer by layer", "Furthest from meta-llama/Llama-3.1-8B", "config says group_size 128"):
+        assert page.get_by_text(text).first.is_visible()
+    assert page.locator("[data-map='Bits per weight'] td").first.is_visible()
+
+
+def test_pointing_and_tabbing_show_a_tooltip(load, full):
+    page = load(full)
+    tip = page.get_by_role("tooltip")
+    page.locator("[data-map='Error'] tbody td").nth(5).hover()
+    assert "model.layers.5.self_attn.q_proj" in tip.inner_text() and "W4A16, 4,096 × 4,096" in tip.inner_text() and "SQNR" in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    page.locator("[data-map='Error'] td[tabindex='0']").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert "model.layers.1.self_attn.k_proj" in tip.inner_text()
+
+
+def test_the_list_filters_and_sorts(load, full):
+    page = load(full)
+    page.locator("#all summary").click()
+    assert len(first_column(page)) == 200
+    page.locator("#more").click()
+    assert len(first_column(page)) == 225
+    page.locator("#filter").fill(".12. PROJ")
+    assert len(first_column(page)) == 7
+    page.get_by_role("button", name="bytes").click()
+    assert first_column(page)[0].endswith(("k_proj", "v_proj"))
+    page.get_by_role("button", name="bytes").click()
+    assert first_column(page)[0].endswith(("gate_proj", "up_proj", "down_proj"))
+    assert page.locator("th[aria-sort='descending']").inner_text().startswith("bytes")
+    page.locator("#filter").fill("")
+    page.get_by_role("button", name="SQNR, dB").click()
+    assert first_column(page)[0] == full.against.modules[0].name
+    page.locator("#filter").fill("no such thing")
+    assert first_column(page) == [] and page.locator("#matches").inner_text() == "0 of 225"
+
+
+def test_a_field_of_the_map_opens_its_modules(load):
+    page = load(report(experts(4, 8)))
+    page.locator("tr", has=page.get_by_role("rowheader", name="experts gate_proj")).locator("td").nth(3).click()
+    assert first_column(page) == [f"model.layers.3.mlp.experts.{expert}.gate_proj" for expert in range(8)]
+
+
+@pytest.mark.parametrize("width", [400, 800, 1600])
+@pytest.mark.parametrize("case", ["full", "experts", "broken", "126 layers"])
+def test_the_page_is_never_wider_than_the_window(load, full, width, case):
+    found = full if case == "full" else report(experts(46, 2)) if case == "experts" else CASES[case]()
+    page = load(found, viewport={"width": width, "height": 900})
+    if found.modules:
+        page.locator("#all summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_without_scripts_the_numbers_are_there(load, full):
+    page = load(full, java_script_enabled=False)
+    assert page.locator("[data-map='Error'] tbody td").nth(5).is_visible()
+    page.locator("#all summary").click()
+    assert page.locator("noscript p").is_visible()
+    assert not page.locator("#filter").is_visible()
+
+
+def test_hostile_names_do_nothing_in_a_browser(load):
+    page = load(broken())
+    page.locator("#all summary").click()
+    for cell in page.locator("table.heat td[data-tip]").all():
+        cell.hover()
+    assert page.locator("img").count() == 0
+    assert "onerror" in page.locator("#modules").inner_text()

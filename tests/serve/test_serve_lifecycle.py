@@ -1,0 +1,373 @@
+"""Starting, clients that leave or press, and the end: whatever happens, places and pages come back, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from support.server import Server, free_port, start_server
+
+pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+MARKER = "xyzzy plugh"
+LONG = {"prompt": "def add(a, b):\n", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+DRAIN_S = 1.5
+END_S = DRAIN_S + 15.0  # the drain, the engine's and the readers' time, and a busy machine
+
+
+def doing(server: Server) -> dict[str, float]:
+    """Return what the server says that it does."""
+    state: dict[str, float] = httpx.get(f"{server.url}/get_server_info", timeout=30).json()["internal_states"][0]
+    return state
+
+
+def is_idle(server: Server) -> bool:
+    state = doing(server)
+    return not (state["running"] or state["waiting"] or state["places_taken"] or state["kv_usage"])
+
+
+def wait_until(true, timeout_s: float) -> float:
+    """Wait for ``true()``, and return the seconds it took."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < timeout_s, "it took too long"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def request_bytes(path: str, body: dict[str, object]) -> bytes:
+    data = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def leave_early(port: int, draw: random.Random) -> None:
+    """Begin some request, and hang up at some moment: politely, or with a reset."""
+    chat = {"messages": [{"role": "user", "content": "word " * draw.choice([1, 200, 1500])}]}
+    path, body = draw.choice([("/v1/completions", LONG), ("/v1/chat/completions", {**chat, "max_tokens": 300}), ("/generate", {"text": "a " * 500})])
+    body = {**body, "stream": draw.random() < 0.6} | ({"n": draw.choice([1, 1, 4])} if path != "/generate" else {})
+    data = request_bytes(path, body)
+    moment = draw.choice(["in the head", "in the body", "at once", "later", "while it reads"])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        if draw.random() < 0.5:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if moment == "in the head":
+            connection.sendall(data[: draw.randrange(40)])
+        elif moment == "in the body":
+            connection.sendall(data[: -draw.randrange(1, 20)])
+        else:
+            connection.sendall(data)
+        if moment == "later":
+            time.sleep(draw.random())
+        if moment == "while it reads" and body["stream"]:
+            for _ in range(draw.randrange(1, 20)):
+                if not connection.recv(1000):
+                    break
+
+
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
+    wait_until(lambda: is_idle(served), 20)
+    draw = random.Random(0)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda seed: leave_early(served.port, random.Random(seed)), [draw.random() for _ in range(60)]))
+    wait_until(lambda: is_idle(served), 10)  # 2 s on a machine that has nothing else to do
+    assert "Traceback" not in served.said()
+    assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30).status_code == 200
+
+
+def test_one_bad_choice_takes_the_others_of_its_request_along(served):
+    """What the client was told is an error: nothing of the request goes on."""
+    body = {"prompt": "a", "n": 4, "max_tokens": 1500, "ignore_eos": True, "rid": "all-of-it"}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{served.url}/v1/completions", json=body, timeout=60)
+        wait_until(lambda: doing(served)["running"] == 4, 10)
+        assert httpx.post(f"{served.url}/abort_request", json={"rid": "all-of-it"}).json() == {"success": True}
+        assert {choice["finish_reason"] for choice in answer.result().json()["choices"]} == {"abort"}
+    wait_until(lambda: is_idle(served), 10)
+
+
+def test_a_reader_that_takes_nothing_disturbs_nobody_and_is_let_go_when_it_leaves(served):
+    body = {**LONG, "stream": True, "logprobs": 20, "n": 4}
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(request_bytes("/v1/completions", body))
+        wait_until(lambda: doing(served)["running"] == 4, 10)
+        assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30).status_code == 200
+    wait_until(lambda: is_idle(served), 10)
+
+
+@pytest.fixture
+def started(tmp_path, quantized_model) -> Iterator:
+    """A function that starts a server of its own; all of them are ended."""
+    servers: list[Server] = []
+
+    def start(*arguments: object, model: object = quantized_model, ready: bool = True) -> Server:
+        servers.append(start_server(tmp_path, model, "--served-model-name", "tiny", "--drain-timeout", DRAIN_S, *arguments, ready=ready))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def family(server: Server) -> list[psutil.Process]:
+    """Return the server's children, and theirs."""
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def ask(url: str, body: dict[str, object]) -> str:
+    """Return how a request ended, in a word; anything that is no proper end is an error."""
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            text = answer.read().decode()
+    except httpx.ConnectError:
+        return "not taken"
+    if answer.status_code != 200:
+        assert answer.status_code in (429, 503), text
+        assert json.loads(text)["error"]["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+        return str(answer.status_code)
+    if not body.get("stream"):
+        return str(json.loads(text)["choices"][0]["finish_reason"])
+    *events, last = (line.removeprefix("data: ") for line in text.split("\n\n") if line)
+    assert last == "[DONE]"
+    found = [json.loads(event) for event in events]
+    reasons = [choice["finish_reason"] for event in found if "choices" in event for choice in event["choices"] if choice["finish_reason"]]
+    return reasons[-1] if reasons else "error: " + found[-1]["error"]["code"]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["TERM", "INT twice"])
+def test_at_a_signal_every_request_gets_an_end(started, signals):
+    server = started("--max-running-requests", 16)
+    with ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(ask, server.url, {**LONG, "stream": number % 3 > 0}) for number in range(36)]
+        asked.append(pool.submit(ask, server.url, {**LONG, "regex": "(a|b){2000}"}))
+        wait_until(lambda: doing(server)["places_taken"] == 37, 20)
+        children = family(server)
+        assert len(children) >= 2
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(0.3)
+        assert server.process.wait(END_S) == 0
+        ends = [request.result(10) for request in asked]
+    assert set(ends) <= {"abort", "length", "stop", "503", "not taken"}, ends
+    assert ends.count("abort") >= 10, ends
+    assert are_gone(children)
+    assert "Traceback" not in server.said()
+
+
+def test_a_signal_while_it_loads_ends_it(started):
+    server = started(ready=False)
+    children = family(server)
+    os.kill(server.process.pid, signal.SIGTERM)
+    assert server.process.wait(END_S) == 0
+    assert are_gone(children)
+    assert "Traceback" not in server.said()
+
+
+def test_a_signal_when_nothing_runs_ends_it_at_once(started):
+    server = started()
+    children = family(server)
+    with httpx.Client() as idle, socket.create_connection(("127.0.0.1", server.port)) as silent:
+        assert idle.get(f"{server.url}/health").status_code == 200
+        began = time.monotonic()
+        assert server.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 10
+        assert silent.recv(10) == b""
+    assert are_gone(children)
+
+
+def test_without_its_server_nothing_goes_on(started):
+    server = started()
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 2, "regex": "a+"}, timeout=60).status_code == 200
+    children = family(server)
+    assert len(children) == 3  # the engine, the template, the grammars
+    threading.Thread(target=lambda: _ignore(ask, server.url, {**LONG, "stream": True}), daemon=True).start()
+    wait_until(lambda: doing(server)["running"] == 1, 10)
+    server.process.kill()
+    wait_until(lambda: are_gone(children), 10)
+
+
+def _ignore(function, *arguments) -> None:
+    try:
+        function(*arguments)
+    except Exception:
+        return
+
+
+def test_without_its_engine_a_server_says_so_and_ends(started):
+    server = started()
+    engine = next(child for child in family(server) if "qtool.serve.backend.engine_process" in child.cmdline())
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, server.url, {**LONG, "stream": number % 2 == 0}) for number in range(8)]
+        wait_until(lambda: doing(server)["running"] == 8, 10)
+        engine.kill()
+        ends = [request.result(20) for request in asked]
+    assert set(ends) == {"503", "error: engine_died"}
+    assert server.process.wait(20) == 4
+    assert "error[E_ENGINE_DIED]" in server.said()
+    assert "it was killed" in server.said()
+
+
+def test_more_than_it_takes_is_told_to_come_back(started):
+    server = started("--max-running-requests", 4, "--max-queued-requests", 4)
+    process = psutil.Process(server.process.pid)
+    ask(server.url, LONG | {"max_tokens": 8})
+    before = sum(one.memory_info().rss for one in [process, *family(server)])
+    ends: list[str] = []
+    deadline = time.monotonic() + 5  # a minute of it is in benchmarks/serve_soak.py
+
+    def press(number: int) -> None:
+        while time.monotonic() < deadline:
+            ends.append(ask(server.url, {**LONG, "max_tokens": 64, "stream": number % 2 == 0}))
+            if ends[-1] == "429":
+                time.sleep(0.05)  # a second is what they were asked for
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(press, range(32)))
+    assert set(ends) == {"length", "429"}
+    assert wait_until(lambda: is_idle(server), 5) < 5
+    assert ask(server.url, LONG | {"max_tokens": 8}) == "length"
+    assert sum(one.memory_info().rss for one in [process, *family(server)]) - before < 128 << 20
+    assert server.end() == 0
+
+
+def serve_command(model: object, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(model), *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--host", "192.0.2.1"], 4, "E_PORT"),
+        (["--host", "no.such.host.invalid"], 4, "E_PORT"),
+    ],
+)
+def test_what_cannot_start_ends_with_its_code(tiny_model, arguments, code, words):
+    done = subprocess.run(serve_command(tiny_model, "--port", free_port(), *arguments), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
+    began = time.monotonic()
+    done = subprocess.run(serve_command(tiny_model, "--port", served.port), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4
+    assert "E_PORT" in done.stderr
+    assert "weights loaded" not in done.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_a_model_that_cannot_be_read_ends_with_3(tmp_path, tiny_model):
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = subprocess.run(serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "error[" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "nan", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+    weights = next(broken.glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, weights, {"format": "pt"})
+    done = subprocess.run(serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4, done.stderr
+    assert "E_NOT_FINITE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def talk_about(server: Server, word: str, **headers: str) -> None:
+    """Send ``word`` to every route that takes text, in requests that are right and in some that are wrong."""
+    bodies = {
+        "/v1/completions": {"prompt": word, "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": word}], "max_tokens": 2},
+        "/generate": {"text": word, "sampling_params": {"max_new_tokens": 2}},
+        "/tokenize": {"prompt": word},
+    }
+    for path, body in bodies.items():
+        assert httpx.post(server.url + path, json=body, headers=headers, timeout=60).status_code == 200
+        for wrong in ({**body, "n": 10**6}, {**body, word: 1}):
+            assert httpx.post(server.url + path, json=wrong, headers=headers, timeout=60).status_code == 400
+    broken = httpx.post(
+        f"{server.url}/v1/completions", content=json.dumps({"prompt": word})[:-1], headers={"content-type": "application/json", **headers}
+    )
+    assert broken.status_code == 400
+
+
+def test_an_open_server_warns_and_its_log_has_no_prompts(started):
+    server = started("--host", "0.0.0.0", "--log-level", "debug")
+    assert "WARNING: anybody who can reach port" in server.said()
+    assert httpx.get(f"{server.url}/v1/models", headers={"host": "somewhere.example"}).status_code == 200
+    talk_about(server, MARKER)
+    assert server.end() == 0
+    assert MARKER not in server.said() + server.out.read_text()
+
+
+def test_a_key_is_asked_for_and_never_shown_and_prompts_are_if_asked_for(started):
+    server = started("--api-key", "s3cret", "--log-level", "debug", "--log-requests")
+    keys = {
+        "none": {},
+        "wrong": {"authorization": "Bearer wrong"},
+        "basic": {"authorization": "Basic s3cret"},
+        "right": {"authorization": "bearer s3cret"},
+    }
+    answers = {name: httpx.get(f"{server.url}/v1/models", headers=headers) for name, headers in keys.items()}
+    assert {name: answer.status_code for name, answer in answers.items()} == {"none": 401, "wrong": 401, "basic": 401, "right": 200}
+    assert answers["none"].headers["www-authenticate"] == "Bearer"
+    assert answers["none"].json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{server.url}/openapi.json").status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    info = httpx.get(f"{server.url}/get_server_info", headers=keys["right"]).text
+    talk_about(server, MARKER, **keys["right"])
+    assert server.end() == 0
+    assert "s3cret" not in info + server.said() + server.out.read_text()
+    assert server.said().count(MARKER) == 3
+
+
+def test_a_log_that_nobody_reads_stops_nobody(quantized_model, tmp_path):
+    command = [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(quantized_model), "--port", str(port := free_port()), "--log-requests"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        body = {"prompt": "def " * 1500, "max_tokens": 1}
+        for _ in range(40):  # more than a pipe holds
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        process.terminate()
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert log.count("request: ") == 40

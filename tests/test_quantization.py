@@ -1,0 +1,273 @@
+"""Whole runs on the tiny model: what is written, that it is good, that it is the same twice, and what happens when a run is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+import qtool
+from qtool.checkpoint import open_checkpoint
+from qtool.evaluation.perplexity import load_dequantized, perplexity
+from qtool.formats import detect
+
+MODEL = ROOT / "examples" / "tiny-python-llama"
+DATA = {"calibration": str(MODEL / "calibration.jsonl"), "num_samples": 48, "seq_len": 512, "pack": True, "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory):
+    """Run a method once, whoever asks; returns its folder."""
+    done: dict[str, Path] = {}
+
+    def run(method: str, **options) -> Path:
+        if method not in done:
+            folder = tmp_path_factory.mktemp(method)
+            qtool.quantize(MODEL, method=method, output=folder / "out", **{**DATA, **options})
+            done[method] = folder / "out"
+        return done[method]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    return [tokenizer(json.loads(line)["text"])["input_ids"] for line in (MODEL / "evaluation.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def plain_perplexity(held_out):
+    return perplexity(load_dequantized(open_checkpoint(MODEL)), held_out)
+
+
+BOUNDS = {"modelopt_fp8": 1.02, "w4a16_gptq": 1.05, "gptq_int4": 1.05}
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_each_backend_keeps_one_method_to_its_bound(method, quantized, held_out, plain_perplexity):
+    found = perplexity(load_dequantized(open_checkpoint(quantized(method))), held_out)
+    assert found <= BOUNDS[method] * plain_perplexity
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_the_output_is_complete_and_its_manifest_is_true(method, quantized):
+    output = quantized(method)
+    manifest = json.loads((output / "qtool-manifest.json").read_text())
+    names = {path.name for path in output.iterdir()} - {"qtool-manifest.json"}
+    assert set(manifest["files"]) == names
+    for name, facts in manifest["files"].items():
+        digest = subprocess.run(["sha256sum", output / name], capture_output=True, text=True, check=True).stdout.split()[0]
+        assert (facts["sha256"], facts["size_bytes"]) == (digest, (output / name).stat().st_size)
+    assert manifest["recipe"]["name"] == method
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")], "a temporary folder stayed"
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_tokenizer_template_and_generation_config_are_those_of_the_source(method, quantized):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (quantized(method) / name).read_bytes() == (MODEL / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_no_written_config_names_a_path_of_this_machine(method, quantized):
+    for path in quantized(method).glob("*.json"):
+        if not path.name.startswith("tokenizer"):
+            assert not re.search(r'"[/~][^"]*/', path.read_text()), path.name
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
+    again = qtool.quantize(MODEL, method=method, output=tmp_path / "again", **DATA).output
+    assert (again / "model.safetensors").read_bytes() == (quantized(method) / "model.safetensors").read_bytes()
+
+
+def test_a_gptq_checkpoint_has_the_group_size_and_the_modules_that_were_asked_for(tmp_path):
+    options = {**DATA, "num_samples": 8, "group_size": 64, "ignore": ["down_proj"]}
+    layout = detect(open_checkpoint(qtool.quantize(MODEL, method="gptq_int4", output=tmp_path / "out", **options).output))
+    assert len(layout.modules) == 36
+    assert not [name for name in layout.modules if name.endswith("down_proj")]
+    assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g64"}
+
+
+def test_rules_give_modules_other_schemes(tmp_path):
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(
+        "summary: FP8 attention, INT4 elsewhere\nbackend: llmcompressor\nscheme: W4A16\n"
+        "rules:\n  - {modules: 're:.*self_attn', scheme: FP8_DYNAMIC}\n  - {modules: model.layers.0.mlp.down_proj, scheme: null}\n"
+    )
+    layout = detect(open_checkpoint(qtool.quantize(MODEL, recipe=str(recipe), output=tmp_path / "out", device="cpu").output))
+    assert layout.modules["model.layers.3.self_attn.k_proj"].scheme.name == "FP8_DYNAMIC"
+    assert layout.modules["model.layers.1.mlp.down_proj"].scheme.name == "W4A16"
+    assert "model.layers.0.mlp.down_proj" not in layout.modules
+
+
+@pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel"])
+def test_awq_runs_without_a_gpu(backend, tmp_path):
+    options = {**DATA, "num_samples": 4, "seq_len": 128}
+    output = qtool.quantize(MODEL, method="awq_int4", backend=backend, output=tmp_path / "out", **options).output
+    layout = detect(open_checkpoint(output))
+    assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g128 asym"}
+    assert layout.format == {"llmcompressor": "compressed-tensors", "gptqmodel": "awq"}[backend]
+
+
+def test_kv_cache_scales_can_be_all_that_is_added(tmp_path):
+    output = qtool.quantize(MODEL, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}).output
+    checkpoint = open_checkpoint(output)
+    assert detect(checkpoint).kv_cache == "fp8"
+    assert sum(name.endswith("k_scale") for name in checkpoint.tensors) == 6
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qtool.cli", "quantize", "--model-path", str(MODEL), "--device", "cpu", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_worker(run: subprocess.Popen) -> int:
+    """Return the process id of the run's worker as soon as it says what it is doing."""
+    for line in run.stderr:
+        if "] " in line:
+            return int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[0])
+    raise AssertionError("the run ended before its worker began")
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(number, exit_code, tmp_path):
+    run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
+    worker = wait_for_worker(run)
+    time.sleep(1)
+    run.send_signal(number)
+    assert run.wait(20) == exit_code
+    assert list(tmp_path.iterdir()) == []
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_worker_killed_for_memory_says_what_was_needed(tmp_path):
+    run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
+    os.kill(wait_for_worker(run), signal.SIGKILL)  # as the system does when memory runs out
+    _, stderr = run.communicate(timeout=20)
+    assert run.returncode == 4
+    assert "error[E_OUT_OF_MEMORY]" in stderr
+    assert "GB were needed" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
+    worker = wait_for_worker(run)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_library_error_names_library_place_and_log(tmp_path):
+    from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+    config = FalconMambaConfig(hidden_size=128, state_size=16, time_step_rank=32, num_hidden_layers=1, vocab_size=4096, intermediate_size=128)
+    FalconMambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((MODEL / name).read_bytes())
+    options = {**DATA, "num_samples": 2, "group_size": 32}
+    with pytest.raises(qtool.QtoolError) as caught:
+        qtool.quantize(tmp_path / "model", method="gptq_int4", output=tmp_path / "out", **options)
+    assert caught.value.exit_code == 5
+    assert re.search(r"gptqmodel 7\.\d+\.\d+ failed while", caught.value.message)
+    assert str(tmp_path / "out.qtool.log") in caught.value.hint
+    assert (tmp_path / "out.qtool.log").stat().st_size
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "qtool-manifest.json").write_text("{}")
+    (tmp_path / "out" / "old").write_text("precious")
+    with pytest.raises(qtool.QtoolError) as caught:
+        qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
+    assert caught.value.exit_code == 6
+    assert (tmp_path / "out" / "old").read_text() == "precious"
+    qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert detect(open_checkpoint(tmp_path / "out")).format == "compressed-tensors"
+
+
+def refusal(**options) -> qtool.QtoolError:
+    with pytest.raises(qtool.QtoolError) as caught:
+        qtool.quantize(MODEL, **{"device": "cpu", **options})
+    return caught.value
+
+
+def test_a_misspelt_option_is_refused_with_the_nearest_name(tmp_path):
+    error = refusal(method="fp8_dynamic", output=tmp_path / "out", overwite=True)
+    assert (error.code, error.exit_code) == ("E_UNKNOWN_OPTION", 2)
+    assert "`overwrite`" in error.hint
+
+
+@pytest.mark.parametrize("state", ["out", "out/state", "."])
+def test_a_state_and_an_output_inside_each_other_are_refused_before_any_work(state, tmp_path):
+    error = refusal(method="modelopt_fp8", output=tmp_path / "out", checkpoint_save_path=tmp_path / state, **{**DATA, "num_samples": 1})
+    assert (error.code, error.exit_code) == ("E_OUTPUT_PLACE", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
+    data = tmp_path / "out" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_bytes((MODEL / "calibration.jsonl").read_bytes())
+    assert refusal(method="modelopt_fp8", output=tmp_path / "out", calibration=str(data), overwrite=True).code == "E_OUTPUT_PLACE"
+    assert data.exists()
+
+
+def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    for name in ("tokenizer.py", "vocab.pkl"):
+        (model / name).write_text("x")
+    (tmp_path / "secret").write_text("x")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    (model / "NOTICE").write_text("kept")
+    output = qtool.quantize(model, method="fp8_dynamic", output=tmp_path / "out", device="cpu").output
+    names = {path.name for path in output.iterdir()}
+    assert "NOTICE" in names
+    assert not names & {"tokenizer.py", "vocab.pkl", "LICENSE", "corpus.py", "train.py"}
+
+
+@pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel", "modelopt"])
+def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 4096}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / "model" / name)
+    options = {**DATA, "num_samples": 2, "seq_len": 64}
+    output = qtool.quantize(tmp_path / "model", method="gptq_int4", backend=backend, lm_head=True, output=tmp_path / "out", **options).output
+    assert detect(open_checkpoint(output)).modules["lm_head"].scheme.name == "W4A16"
+
+
+def test_experts_are_quantized_and_their_router_is_not(tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = Qwen3MoeConfig(**sizes, vocab_size=4096, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path / "model" / name)
+    options = {**DATA, "num_samples": 4, "seq_len": 64}
+    for method in ("fp8_static", "modelopt_fp8"):
+        layout = detect(open_checkpoint(qtool.quantize(tmp_path / "model", method=method, output=tmp_path / method, **options).output))
+        assert len([name for name in layout.modules if ".experts." in name]) == 12
+        assert not [name for name in layout.modules if name.endswith("mlp.gate")]
