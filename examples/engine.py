@@ -12,7 +12,9 @@ import qtool
 def main() -> None:
     """Generate, and print."""
     given = sys.argv[1] if len(sys.argv) > 1 else None
-    model_path, quantization = (given, None) if given else (Path(__file__).parent / "tiny-python-llama", "fp8")
+    model_path, quantization = (
+        (given, None) if given else (Path(__file__).parent / "tiny-python-llama", "fp8")
+    )
     llm = qtool.Engine(model_path=model_path, quantization=quantization)
     prompts = ["def fibonacci(n):", "import os\n", "class Stack:\n    def __init__(self"]
     sampling_params = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 40}

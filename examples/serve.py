@@ -19,7 +19,18 @@ def free_port() -> int:
 def main() -> None:
     checkpoint, prompt = sys.argv[1], (sys.argv[2:] or ["def add(a, b):\n"])[0]
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "qtool.cli", "serve", "--model-path", checkpoint, "--port", str(port), "--log-level", "warning"]
+    command = [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "serve",
+        "--model-path",
+        checkpoint,
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+    ]
     server = subprocess.Popen(command)
     try:
         while server.poll() is None:
@@ -31,7 +42,11 @@ def main() -> None:
             time.sleep(0.2)
         else:
             sys.exit(server.returncode)  # it said why on stderr
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 24, "temperature": 0}, timeout=60)
+        answer = httpx.post(
+            f"{url}/v1/completions",
+            json={"prompt": prompt, "max_tokens": 24, "temperature": 0},
+            timeout=60,
+        )
         answer.raise_for_status()
         print(f"asked over HTTP: {prompt!r}\nanswered: {answer.json()['choices'][0]['text']!r}")
     finally:

@@ -35,7 +35,12 @@ class QtoolError(Exception):
 
     def to_dict(self) -> dict[str, object]:
         """Return the error as it crosses a pipe or appears under ``--json``."""
-        return {"code": self.code, "message": self.message, "hint": self.hint, "exit_code": self.exit_code}
+        return {
+            "code": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
 
 
 class UsageError(QtoolError):

@@ -14,9 +14,21 @@ from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights
 
 HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
-EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})  # and what has `embed` in its name
+EMBEDDINGS = frozenset(
+    {"wte", "wpe", "relative_attention_bias"}
+)  # and what has `embed` in its name
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
-OTHER_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "mtp", "speech_encoder"})
+OTHER_TOWERS = frozenset(
+    {
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "audio_tower",
+        "multi_modal_projector",
+        "mtp",
+        "speech_encoder",
+    }
+)
 TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D, [K, N]
 
 
@@ -58,7 +70,9 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """Estimated bytes of all tensors of the result."""
-        return self.bytes_before + sum(module.bytes_after - module.bytes_before for module in self.modules)
+        return self.bytes_before + sum(
+            module.bytes_after - module.bytes_before for module in self.modules
+        )
 
     @cached_property
     def layer_bytes(self) -> int:
@@ -77,7 +91,9 @@ class Plan:
     def peak_memory(self, num_samples: int, seq_len: int) -> tuple[int, int]:
         """Estimate (whole model in memory, layer by layer): peak bytes of weights, activations and workspace."""
         hidden = _count(self.checkpoint, "hidden_size", 4096)
-        activations = 2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0  # in and out of a layer, 16 bits
+        activations = (
+            2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0
+        )  # in and out of a layer, 16 bits
         workspace = 3 * self.layer_bytes  # a layer in float32 and its result
         return self.bytes_before + workspace + activations, workspace + activations
 
@@ -87,7 +103,12 @@ class Plan:
             "source": str(self.checkpoint.path),
             "recipe": self.recipe.to_dict(),
             "modules": [
-                {"name": module.name, "shape": module.shape, "scheme": module.scheme.name if module.scheme else None, "reason": module.reason}
+                {
+                    "name": module.name,
+                    "shape": module.shape,
+                    "scheme": module.scheme.name if module.scheme else None,
+                    "reason": module.reason,
+                }
                 for module in self.modules
             ],
             "bytes_before": self.bytes_before,
@@ -104,30 +125,54 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     config = checkpoint.quantization_config
     if config is not None:
         producer = config.get("producer")
-        method = config.get("quant_method") or (producer.get("name") if isinstance(producer, Mapping) else producer)
+        method = config.get("quant_method") or (
+            producer.get("name") if isinstance(producer, Mapping) else producer
+        )
         message = f"{checkpoint.path} is quantized already ({f'by `{method}`' if method else 'its config says so'})"
-        raise CheckpointRefused("E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of")
-    linears = {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if is_linear(tensor)}
+        raise CheckpointRefused(
+            "E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of"
+        )
+    linears = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in checkpoint.tensors.values()
+        if is_linear(tensor)
+    }
     for pattern in recipe.ignore:
-        check_pattern(pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])])  # a module, though it has no tensor of its own
+        check_pattern(
+            pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])]
+        )  # a module, though it has no tensor of its own
     for rule in recipe.rules:
         check_pattern(rule.modules, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
         message = f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, which stays in 16 bits"
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
-    plan = Plan(checkpoint, recipe, tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items()))
+    plan = Plan(
+        checkpoint,
+        recipe,
+        tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items()),
+    )
     if not plan.quantized and recipe.kv_cache is None:
         reasons = Counter(module.reason for module in plan.modules)
-        why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "no linear module was found"
+        why = (
+            "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            or "no linear module was found"
+        )
         hint = "ignore fewer modules, or check that this is a language model with linear layers"
-        raise RecipeRefused("E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}", hint=hint)
+        raise RecipeRefused(
+            "E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}", hint=hint
+        )
     _check_groups(plan)
     return plan
 
 
 def is_linear(tensor: TensorInfo) -> bool:
     """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape tell."""
-    return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOAT_DTYPES and not _is_embedding(tensor.name)
+    return (
+        tensor.name.endswith(".weight")
+        and len(tensor.shape) == 2
+        and tensor.dtype in FLOAT_DTYPES
+        and not _is_embedding(tensor.name)
+    )
 
 
 def _is_embedding(name: str) -> bool:
@@ -147,11 +192,20 @@ def why_plain(checkpoint: Checkpoint, name: str) -> str:
     return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo) -> PlannedModule:
+def _planned(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo
+) -> PlannedModule:
     rows, columns = tensor.shape
     scheme, reason = _decision(checkpoint, recipe, name)
     stored = stored_weights(scheme, recipe.backend) if scheme else None
-    return PlannedModule(name, (rows, columns), scheme, reason, tensor.size_bytes, stored.size_bytes(rows, columns) if stored else tensor.size_bytes)
+    return PlannedModule(
+        name,
+        (rows, columns),
+        scheme,
+        reason,
+        tensor.size_bytes,
+        stored.size_bytes(rows, columns) if stored else tensor.size_bytes,
+    )
 
 
 def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
@@ -164,7 +218,11 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
         if matches(rule.modules, name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
     if parts[-1] in HEADS:
-        return (recipe.scheme, "") if recipe.lm_head else (None, "output head (`lm_head: true` quantizes it)")
+        return (
+            (recipe.scheme, "")
+            if recipe.lm_head
+            else (None, "output head (`lm_head: true` quantizes it)")
+        )
     if reason := why_plain(checkpoint, name):
         return None, reason
     return recipe.scheme, "" if recipe.scheme else "the recipe has no weight scheme"
@@ -176,8 +234,15 @@ def stored_weights(scheme: Scheme, backend: str) -> Weights:
     LLM Compressor stores integer weights that come with activations as one int8 each, whatever their bits (compressed-tensors 0.18 and up).
     """
     weights = scheme.weights
-    if backend == "llmcompressor" and scheme.activations and weights.format.startswith("int") and weights.bits < 8:
-        return Weights("int8", weights.granularity, weights.group_size, weights.block, weights.symmetric)
+    if (
+        backend == "llmcompressor"
+        and scheme.activations
+        and weights.format.startswith("int")
+        and weights.bits < 8
+    ):
+        return Weights(
+            "int8", weights.granularity, weights.group_size, weights.block, weights.symmetric
+        )
     return weights
 
 
@@ -187,9 +252,21 @@ def _check_groups(plan: Plan) -> None:
         for scheme in schemes:
             group_size = scheme.weights.group_size if scheme else None
             if scheme and group_size and module.shape[1] % group_size:
-                sizes = (128, 64, 32, 16) if scheme == plan.recipe.scheme and scheme.weights.format.startswith("int") else ()
-                fits = [size for size in sizes if all(each.shape[1] % size == 0 for each in plan.quantized)]
-                hint = f"use --group-size {fits[0]}, or leave the module out with --ignore" if fits else "leave the module out with --ignore"
+                sizes = (
+                    (128, 64, 32, 16)
+                    if scheme == plan.recipe.scheme and scheme.weights.format.startswith("int")
+                    else ()
+                )
+                fits = [
+                    size
+                    for size in sizes
+                    if all(each.shape[1] % size == 0 for each in plan.quantized)
+                ]
+                hint = (
+                    f"use --group-size {fits[0]}, or leave the module out with --ignore"
+                    if fits
+                    else "leave the module out with --ignore"
+                )
                 message = f"group_size {group_size} does not divide the {module.shape[1]} inputs of `{module.name}`"
                 raise RecipeRefused("E_GROUP_SIZE", message, hint=hint)
 
@@ -211,7 +288,10 @@ def sizes_by_kind(plan: Plan) -> Mapping[tuple[str, str], tuple[int, int, int]]:
     """Return (last name part, scheme or reason) -> (modules, bytes before, bytes after), for a table."""
     table: dict[tuple[str, str], tuple[int, int, int]] = {}
     for module in plan.modules:
-        key = (module.name.rpartition(".")[2], module.scheme.name if module.scheme else f"16 bit: {module.reason}")
+        key = (
+            module.name.rpartition(".")[2],
+            module.scheme.name if module.scheme else f"16 bit: {module.reason}",
+        )
         count, before, after = table.get(key, (0, 0, 0))
         table[key] = (count + 1, before + module.bytes_before, after + module.bytes_after)
     return table

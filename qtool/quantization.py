@@ -18,9 +18,23 @@ from qtool.backends import Job, check_backend, load_backend, version_of
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.backends.worker import Event, run_job
 from qtool.calibration import CalibrationSpec, check_source
-from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, resolve_model, stage_output
+from qtool.checkpoint import (
+    Checkpoint,
+    Staging,
+    digest_files,
+    open_checkpoint,
+    resolve_model,
+    stage_output,
+)
 from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
-from qtool.errors import BackendFailed, InputRefused, OutputTaken, ResourceError, UsageError, nearest
+from qtool.errors import (
+    BackendFailed,
+    InputRefused,
+    OutputTaken,
+    ResourceError,
+    UsageError,
+    nearest,
+)
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
@@ -130,10 +144,18 @@ class QuantizeResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for ``--json``."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(self).items()
+        }
 
 
-def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: Unpack[Options]) -> QuantizeResult:
+def quantize(
+    model_path: str | os.PathLike[str],
+    *,
+    on_event: OnEvent = ignore_event,
+    **options: Unpack[Options],
+) -> QuantizeResult:
     """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
 
     ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``note``, ``calibration``,
@@ -144,14 +166,20 @@ def quantize(model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_e
     return run(prepare(model_path, **options), on_event=on_event)
 
 
-def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]) -> Request:
+def prepare(
+    model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]
+) -> Request:
     """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and imports no torch.
 
     Without ``need_data``, calibration data may be missing, as for a dry run.
     """
     for name in options:
         if name not in Options.__annotations__:
-            raise UsageError("E_UNKNOWN_OPTION", f"unknown option `{name}`", hint=nearest(name, Options.__annotations__))
+            raise UsageError(
+                "E_UNKNOWN_OPTION",
+                f"unknown option `{name}`",
+                hint=nearest(name, Options.__annotations__),
+            )
     recipe = _recipe(options)
     save, restore = options.get("checkpoint_save_path"), options.get("checkpoint_restore_path")
     if (save or restore) and recipe.backend != "modelopt":
@@ -161,13 +189,17 @@ def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **opt
     read_data = recipe.needs_data and not restore and (need_data or recipe.calibration.source)
     calibration = _calibration(recipe) if read_data else None
     trust_remote_code = options.get("trust_remote_code", False)
-    source = resolve_model(os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code)
+    source = resolve_model(
+        os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code
+    )
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
     context = plan.checkpoint.text_config.get("max_position_embeddings")
     notes = []
     if calibration and isinstance(context, int) and 0 < context < calibration.seq_len:
-        notes.append(f"samples are cut at {context} tokens, the model's context, not at {calibration.seq_len}")
+        notes.append(
+            f"samples are cut at {context} tokens, the model's context, not at {calibration.seq_len}"
+        )
         calibration = replace(calibration, seq_len=context)
     if restore:
         check_state(os.fspath(restore), plan, trust_pickle=options.get("trust_pickle", False))
@@ -175,7 +207,9 @@ def prepare(model_path: str | os.PathLike[str], *, need_data: bool = True, **opt
     python = options.get("backend_python") or sys.executable
     return Request(
         plan=plan,
-        output=Path(output if output is not None else f"{plan.checkpoint.name}-{recipe.name}").absolute(),
+        output=Path(
+            output if output is not None else f"{plan.checkpoint.name}-{recipe.name}"
+        ).absolute(),
         device=device,
         calibration=calibration,
         overwrite=options.get("overwrite", False),
@@ -192,25 +226,49 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     start = time.monotonic()
     plan = request.plan
     source = plan.checkpoint.path
-    need_bytes = int(plan.bytes_after * 1.05) + (plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0)
+    need_bytes = int(plan.bytes_after * 1.05) + (
+        plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0
+    )
     with ExitStack() as stack:
-        inputs = [source, *_paths(request.state_restore, Path(request.calibration.source) if request.calibration else None)]
+        inputs = [
+            source,
+            *_paths(
+                request.state_restore,
+                Path(request.calibration.source) if request.calibration else None,
+            ),
+        ]
         others = [*inputs, *_paths(request.state_save)]
-        staging = stack.enter_context(stage_output(request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes))
+        staging = stack.enter_context(
+            stage_output(
+                request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes
+            )
+        )
         state = None
         if request.state_save:
-            state = stack.enter_context(stage_output(request.state_save, inputs=inputs, overwrite=request.overwrite, need_bytes=plan.bytes_before))
+            state = stack.enter_context(
+                stage_output(
+                    request.state_save,
+                    inputs=inputs,
+                    overwrite=request.overwrite,
+                    need_bytes=plan.bytes_before,
+                )
+            )
         log = stack.enter_context(_kept_log(staging, request.log))
         helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         stop = threading.Event()
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
-        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files, stop=stop)  # while the worker is busy
+        source_digests = helpers.submit(
+            digest_files, plan.checkpoint.weight_files, stop=stop
+        )  # while the worker is busy
         calibration: dict[str, Any] | None = None
 
         def handle(event: Event) -> None:
             nonlocal calibration
             if event["event"] == "calibration":
-                calibration = {**event["report"], "asked": request.calibration.num_samples if request.calibration else 0}
+                calibration = {
+                    **event["report"],
+                    "asked": request.calibration.num_samples if request.calibration else 0,
+                }
             if event["event"] == "state_saved" and state is not None:
                 state.publish()  # at once: what follows may fail, and calibration was the long part
             on_event(event)
@@ -228,10 +286,19 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             state_save=str(state.checkpoint) if state else None,
             state_restore=str(request.state_restore) if request.state_restore else None,
         )
-        versions = run_job(job, plan, log=log, on_event=handle, python=request.backend_python, keep_open=staging.lock_fd)
+        versions = run_job(
+            job,
+            plan,
+            log=log,
+            on_event=handle,
+            python=request.backend_python,
+            keep_open=staging.lock_fd,
+        )
         on_event({"event": "stage", "what": "checking the result"})
         finish_files(source, staging.checkpoint)
-        digests = helpers.submit(digest_files, staging.files())  # hashing, writing out and checking share the time
+        digests = helpers.submit(
+            digest_files, staging.files()
+        )  # hashing, writing out and checking share the time
         flushed = helpers.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system tells of a write that failed once
@@ -254,30 +321,60 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
 
 def _recipe(options: Options) -> Recipe:
     """Return the recipe that method, recipe or state name, with the changes that the options ask for."""
-    method, given, restore = options.get("method"), options.get("recipe"), options.get("checkpoint_restore_path")
+    method, given, restore = (
+        options.get("method"),
+        options.get("recipe"),
+        options.get("checkpoint_restore_path"),
+    )
     if method and given:
-        raise UsageError("E_METHOD_TWICE", "a method and a recipe were given", hint="give one; a recipe's file is named by --recipe")
-    found = given if isinstance(given, Recipe) else load_recipe(given or method or "") if given or method else None
+        raise UsageError(
+            "E_METHOD_TWICE",
+            "a method and a recipe were given",
+            hint="give one; a recipe's file is named by --recipe",
+        )
+    found = (
+        given
+        if isinstance(given, Recipe)
+        else load_recipe(given or method or "")
+        if given or method
+        else None
+    )
     if found is None and restore:
         found = state_recipe(os.fspath(restore), trust_pickle=options.get("trust_pickle", False))
     if found is None:
-        raise UsageError("E_NO_METHOD", "which method? None was given", hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8")
+        raise UsageError(
+            "E_NO_METHOD",
+            "which method? None was given",
+            hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8",
+        )
     data_options = {
         "source": options.get("calibration"),
-        **{key: options.get(key) for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")},
+        **{
+            key: options.get(key)
+            for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")
+        },
     }
     group_size, ignore = options.get("group_size"), options.get("ignore")
     if group_size is not None and found.scheme is None:
-        raise UsageError("E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out")
+        raise UsageError(
+            "E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out"
+        )
     return found.changed(
         backend=options.get("backend"),
         kv_cache=options.get("kv_cache"),
         lm_head=options.get("lm_head"),
         seed=options.get("seed"),
-        ignore=[*found.ignore, *([ignore] if isinstance(ignore, str) else ignore)] if ignore else None,
-        scheme=found.scheme.with_group_size(group_size).to_dict() if found.scheme and group_size is not None else None,
+        ignore=[*found.ignore, *([ignore] if isinstance(ignore, str) else ignore)]
+        if ignore
+        else None,
+        scheme=found.scheme.with_group_size(group_size).to_dict()
+        if found.scheme and group_size is not None
+        else None,
         algorithm=["rtn"] if options.get("fast") else None,
-        calibration={**found.calibration.model_dump(), **{key: value for key, value in data_options.items() if value is not None}},
+        calibration={
+            **found.calibration.model_dump(),
+            **{key: value for key, value in data_options.items() if value is not None},
+        },
     )
 
 
@@ -285,7 +382,9 @@ def _calibration(recipe: Recipe) -> CalibrationSpec:
     values = recipe.calibration
     if values.source is None:
         hint = "--calibration FILE.jsonl with your own texts, or a Hub data set such as HuggingFaceH4/ultrachat_200k::train_sft"
-        raise UsageError("E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint)
+        raise UsageError(
+            "E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint
+        )
     local = Path(values.source)
     spec = CalibrationSpec(
         source=str(local.absolute()) if local.exists() else values.source,
@@ -304,7 +403,9 @@ def _device(device: str) -> str:
     index = device.removeprefix("cuda:")
     if device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdecimal()):
         return device
-    raise UsageError("E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>")
+    raise UsageError(
+        "E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>"
+    )
 
 
 @contextmanager
@@ -319,7 +420,9 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
         if log.exists():
             log.replace(place)
             if isinstance(error, BackendFailed | ResourceError):
-                error.hint = "; ".join(filter(None, (error.hint, f"what the library said is in {place}")))
+                error.hint = "; ".join(
+                    filter(None, (error.hint, f"what the library said is in {place}"))
+                )
         raise
     log.replace(place)
 
@@ -339,14 +442,18 @@ def verify(plan: Plan, folder: Path) -> Checkpoint:
         found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
         problems = [*_differences(plan, found), *check_values(written, layout)]
         if plan.recipe.kv_cache and (layout is None or layout.kv_cache != plan.recipe.kv_cache):
-            problems.append(f"the KV cache is {layout.kv_cache if layout else None}, not {plan.recipe.kv_cache}")
+            problems.append(
+                f"the KV cache is {layout.kv_cache if layout else None}, not {plan.recipe.kv_cache}"
+            )
     except InputRefused as error:
         problems = [error.message]
     if problems:
         first = problems[0].replace(str(folder), "output")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         message = f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what was asked for: {first}{more}"
-        raise BackendFailed("E_VERIFY", message, hint="nothing was published; try another --backend")
+        raise BackendFailed(
+            "E_VERIFY", message, hint="nothing was published; try another --backend"
+        )
     return written
 
 
@@ -370,14 +477,21 @@ def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _manifest(
-    plan: Plan, calibration: dict[str, Any] | None, versions: dict[str, str], source: dict[str, Any], files: dict[str, Any]
+    plan: Plan,
+    calibration: dict[str, Any] | None,
+    versions: dict[str, str],
+    source: dict[str, Any],
+    files: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no time."""
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": plan.checkpoint.name,
-        "recipe": {key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"},
-        "calibration": calibration and {**calibration, "source": Path(str(calibration["source"])).name},
+        "recipe": {
+            key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"
+        },
+        "calibration": calibration
+        and {**calibration, "source": Path(str(calibration["source"])).name},
         "versions": {"qtool": __version__, **versions},
         "source_files": source,
         "files": files,

@@ -14,17 +14,36 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.scheme import Scheme, scheme_from
 
 BACKEND_NAMES = ("llmcompressor", "gptqmodel", "modelopt", "torchao")
 MAX_RECIPE_BYTES = 1 << 20
-YAML_ERRORS = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # PyYAML raises all of them
+YAML_ERRORS = (
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # PyYAML raises all of them
 EXAMPLES_HINT = "recipes/ in the source holds examples"
 _PACKAGE = Path(__file__).parent
-RECIPES_FOLDER = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()), _PACKAGE / "recipes")
+RECIPES_FOLDER = next(
+    (folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()),
+    _PACKAGE / "recipes",
+)
 
 
 class Step(BaseModel):
@@ -54,9 +73,15 @@ class Gptq(Step):
 
     name: ClassVar[str] = "gptq"
     dampening: float | None = Field(
-        default=None, gt=0, lt=1, description="share of the Hessian's mean diagonal added to it; the library's own when left out"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the Hessian's mean diagonal added to it; the library's own when left out",
     )
-    act_order: bool = Field(default=False, description="solve columns by falling activation, and store the order (`desc_act`)")
+    act_order: bool = Field(
+        default=False,
+        description="solve columns by falling activation, and store the order (`desc_act`)",
+    )
 
 
 class Awq(Step):
@@ -88,7 +113,9 @@ class SpinQuant(Step):
 
 
 SchemeField = Annotated[
-    Scheme, BeforeValidator(lambda value: value if isinstance(value, Scheme) else scheme_from(value)), PlainSerializer(Scheme.to_dict)
+    Scheme,
+    BeforeValidator(lambda value: value if isinstance(value, Scheme) else scheme_from(value)),
+    PlainSerializer(Scheme.to_dict),
 ]
 
 
@@ -101,29 +128,48 @@ class Auto(Step):
     score: Literal["gradient", "kl_div"] = "gradient"
 
 
-STEPS: Mapping[str, type[Step]] = {step.name: step for step in (Rtn, Mse, Gptq, Awq, SmoothQuant, AutoRound, SpinQuant, Auto)}
+STEPS: Mapping[str, type[Step]] = {
+    step.name: step for step in (Rtn, Mse, Gptq, Awq, SmoothQuant, AutoRound, SpinQuant, Auto)
+}
 
 
 def _step_from(value: Any) -> Step:
     if isinstance(value, Step):
         return value
-    name, options = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
+    name, options = (
+        next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
+    )
     if not isinstance(name, str) or name not in STEPS:
-        raise RecipeRefused("E_RECIPE", f"unknown algorithm step {value!r}", hint=nearest(str(name), STEPS) or f"known: {', '.join(STEPS)}")
+        raise RecipeRefused(
+            "E_RECIPE",
+            f"unknown algorithm step {value!r}",
+            hint=nearest(str(name), STEPS) or f"known: {', '.join(STEPS)}",
+        )
     if not isinstance(options, dict | None):
         raise RecipeRefused(
-            "E_RECIPE", f"algorithm step `{name}`: its options are a mapping, found {options!r}", hint=f"write `{name}` alone, without any"
+            "E_RECIPE",
+            f"algorithm step `{name}`: its options are a mapping, found {options!r}",
+            hint=f"write `{name}` alone, without any",
         )
     try:
         return STEPS[name](**(options or {}))
     except ValidationError as error:
         first = error.errors()[0]
-        hint = nearest(str(first["loc"][-1]), STEPS[name].model_fields) or f"`{name}` takes {', '.join(STEPS[name].model_fields) or 'no options'}"
-        raise RecipeRefused("E_RECIPE", f"algorithm step `{name}`: `{first['loc'][-1]}`: {first['msg']}", hint=hint) from None
+        hint = (
+            nearest(str(first["loc"][-1]), STEPS[name].model_fields)
+            or f"`{name}` takes {', '.join(STEPS[name].model_fields) or 'no options'}"
+        )
+        raise RecipeRefused(
+            "E_RECIPE", f"algorithm step `{name}`: `{first['loc'][-1]}`: {first['msg']}", hint=hint
+        ) from None
 
 
 S = TypeVar("S", bound=Step)
-StepField = Annotated[Step, BeforeValidator(_step_from), PlainSerializer(lambda step: {step.name: step.model_dump(mode="json")})]
+StepField = Annotated[
+    Step,
+    BeforeValidator(_step_from),
+    PlainSerializer(lambda step: {step.name: step.model_dump(mode="json")}),
+]
 
 
 class Rule(BaseModel):
@@ -168,21 +214,35 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _does_something(self) -> Recipe:
-        if self.scheme is None and self.kv_cache is None and not any(rule.scheme for rule in self.rules):
-            raise ValueError("neither `scheme` nor `kv_cache` nor a rule with a scheme: nothing would be quantized")
+        if (
+            self.scheme is None
+            and self.kv_cache is None
+            and not any(rule.scheme for rule in self.rules)
+        ):
+            raise ValueError(
+                "neither `scheme` nor `kv_cache` nor a rule with a scheme: nothing would be quantized"
+            )
         return self
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme the recipe may give to a module, without repeats, the main one first."""
-        found = [self.scheme, *(rule.scheme for rule in self.rules), *(candidate for auto in self.steps(Auto) for candidate in auto.candidates)]
+        found = [
+            self.scheme,
+            *(rule.scheme for rule in self.rules),
+            *(candidate for auto in self.steps(Auto) for candidate in auto.candidates),
+        ]
         return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
     @property
     def needs_data(self) -> bool:
         """Whether the job reads calibration data."""
-        static_inputs = any(scheme.activations and scheme.activations.needs_data for scheme in self.schemes)
-        return bool(static_inputs or self.kv_cache or any(step.needs_data for step in self.algorithm))
+        static_inputs = any(
+            scheme.activations and scheme.activations.needs_data for scheme in self.schemes
+        )
+        return bool(
+            static_inputs or self.kv_cache or any(step.needs_data for step in self.algorithm)
+        )
 
     def steps(self, kind: type[S]) -> list[S]:
         """Return the steps of one kind."""
@@ -190,7 +250,13 @@ class Recipe(BaseModel):
 
     def changed(self, **values: Any) -> Recipe:
         """Return the recipe with other values, checked again; a value of None changes nothing."""
-        return _validated({**self.model_dump(mode="json"), **{key: value for key, value in values.items() if value is not None}}, self.name)
+        return _validated(
+            {
+                **self.model_dump(mode="json"),
+                **{key: value for key, value in values.items() if value is not None},
+            },
+            self.name,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data that `recipe_from` reads back."""
@@ -210,21 +276,34 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeRefused("E_NO_RECIPE", f"{path}: no such recipe file", hint="`qtool quantize --list` shows the recipes that ship with qtool")
+            raise RecipeRefused(
+                "E_NO_RECIPE",
+                f"{path}: no such recipe file",
+                hint="`qtool quantize --list` shows the recipes that ship with qtool",
+            )
         return _read(path)
     known = catalogue()
     for recipe in known.values():
         if _plain(name) in map(_plain, (recipe.name, *recipe.aliases)):
             return recipe
     names = [name for recipe in known.values() for name in (recipe.name, *recipe.aliases)]
-    raise UsageError("E_UNKNOWN_METHOD", f"unknown method `{name}`", hint=nearest(name, names) or "`qtool quantize --list` shows all of them")
+    raise UsageError(
+        "E_UNKNOWN_METHOD",
+        f"unknown method `{name}`",
+        hint=nearest(name, names) or "`qtool quantize --list` shows all of them",
+    )
 
 
 @cache
 def catalogue() -> Mapping[str, Recipe]:
     """Return every shipped recipe by name, sorted by backend and name."""
     recipes = [_read(path) for path in RECIPES_FOLDER.glob("*.yaml")]
-    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: (BACKEND_NAMES.index(recipe.backend), recipe.name))}
+    return {
+        recipe.name: recipe
+        for recipe in sorted(
+            recipes, key=lambda recipe: (BACKEND_NAMES.index(recipe.backend), recipe.name)
+        )
+    }
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -244,8 +323,13 @@ def check_pattern(pattern: str, modules: Iterable[str]) -> None:
     if any(matches(pattern, module) for module in modules):
         return
     last_parts = dict.fromkeys(module.rpartition(".")[2] for module in modules)
-    hint = nearest(pattern.removeprefix("re:").strip(".*$^"), [*last_parts, *modules]) or f"modules are called {', '.join(list(last_parts)[:8])}"
-    raise RecipeRefused("E_PATTERN", f"the pattern `{pattern}` matches no linear module of this model", hint=hint)
+    hint = (
+        nearest(pattern.removeprefix("re:").strip(".*$^"), [*last_parts, *modules])
+        or f"modules are called {', '.join(list(last_parts)[:8])}"
+    )
+    raise RecipeRefused(
+        "E_PATTERN", f"the pattern `{pattern}` matches no linear module of this model", hint=hint
+    )
 
 
 @cache
@@ -254,7 +338,9 @@ def _regex(expression: str) -> re.Pattern[str]:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         hint = "leave out `re:` for a name or a glob; a regular expression looks like `re:.*mlp.*down_proj$`"
-        raise RecipeRefused("E_PATTERN", f"`re:{expression}` is not a regular expression: {error}", hint=hint) from None
+        raise RecipeRefused(
+            "E_PATTERN", f"`re:{expression}` is not a regular expression: {error}", hint=hint
+        ) from None
 
 
 def _plain(name: str) -> str:
@@ -267,14 +353,21 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "`*` makes an alias, which no recipe needs: quote a pattern, write a value out", mark)
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                "`*` makes an alias, which no recipe needs: quote a pattern, write a value out",
+                mark,
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` appears twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` appears twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -283,16 +376,26 @@ def _read(path: Path) -> Recipe:
         size = path.stat().st_size
         text = path.read_bytes() if size <= MAX_RECIPE_BYTES else b""
     except OSError as error:
-        raise RecipeRefused("E_RECIPE", f"{path} cannot be read: {error.strerror}", hint="check the path and its permissions") from None
+        raise RecipeRefused(
+            "E_RECIPE",
+            f"{path} cannot be read: {error.strerror}",
+            hint="check the path and its permissions",
+        ) from None
     if size > MAX_RECIPE_BYTES:
-        raise RecipeRefused("E_RECIPE", f"{path}: {size:,} bytes is too large for a recipe", hint=EXAMPLES_HINT)
+        raise RecipeRefused(
+            "E_RECIPE", f"{path}: {size:,} bytes is too large for a recipe", hint=EXAMPLES_HINT
+        )
     try:
         data = yaml.load(text.decode(), Loader=_StrictLoader)
     except YAML_ERRORS as error:
         hint = f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs quotes"
         raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {one_line(error)}", hint=hint) from None
     if not isinstance(data, dict):
-        raise RecipeRefused("E_RECIPE", f"{path}: a recipe is a mapping, found {type(data).__name__}", hint=EXAMPLES_HINT)
+        raise RecipeRefused(
+            "E_RECIPE",
+            f"{path}: a recipe is a mapping, found {type(data).__name__}",
+            hint=EXAMPLES_HINT,
+        )
     return _validated({"name": re.sub("[^a-z0-9_]+", "_", _plain(path.stem))} | data, str(path))
 
 
@@ -300,7 +403,9 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key is why another one is missing
+        first = min(
+            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
+        )  # a misspelt key is why another one is missing
         field = ".".join(map(str, first["loc"])) or "recipe"
         if first["type"] == "extra_forbidden":
             known = _known_keys(first["loc"])
@@ -308,9 +413,15 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
             raise RecipeRefused("E_RECIPE", f"{where}: unknown key `{field}`", hint=hint) from None
         values = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
         hint = nearest(str(first["input"]), values) or EXAMPLES_HINT
-        raise RecipeRefused("E_RECIPE", f"{where}: `{field}`: {first['msg']}, found {reprlib.repr(first['input'])}", hint=hint) from None
+        raise RecipeRefused(
+            "E_RECIPE",
+            f"{where}: `{field}`: {first['msg']}, found {reprlib.repr(first['input'])}",
+            hint=hint,
+        ) from None
     except RecipeRefused as error:
-        raise RecipeRefused(error.code, f"{where}: {error.message}", hint=error.hint or EXAMPLES_HINT) from None
+        raise RecipeRefused(
+            error.code, f"{where}: {error.message}", hint=error.hint or EXAMPLES_HINT
+        ) from None
     except TypeError as error:
         raise RecipeRefused("E_RECIPE", f"{where}: {error}", hint=EXAMPLES_HINT) from None
 

@@ -37,11 +37,19 @@ class Weights:
     def __post_init__(self) -> None:
         _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
         if (self.granularity == "block") != (self.block is not None):
-            raise _invalid(f"weights: granularity `{self.granularity}` and block {self.block} do not go together")
-        if self.block is not None and (len(self.block) != 2 or any(type(size) is not int or size < 1 for size in self.block)):
-            raise _invalid(f"weights: block must be two positive whole numbers, rows and columns, found {list(self.block)!r}")
+            raise _invalid(
+                f"weights: granularity `{self.granularity}` and block {self.block} do not go together"
+            )
+        if self.block is not None and (
+            len(self.block) != 2 or any(type(size) is not int or size < 1 for size in self.block)
+        ):
+            raise _invalid(
+                f"weights: block must be two positive whole numbers, rows and columns, found {list(self.block)!r}"
+            )
         if self.granularity == "token":
-            raise _invalid("weights: granularity `token` is for activations; weights know `channel`")
+            raise _invalid(
+                "weights: granularity `token` is for activations; weights know `channel`"
+            )
         if not self.symmetric and self.granularity == "block":
             raise _invalid("weights: blocks have no zero points; `symmetric` must stay true")
         if not self.symmetric and self.format.startswith("fp"):
@@ -140,7 +148,9 @@ class Scheme:
 
     def with_group_size(self, group_size: int) -> Scheme:
         """Return the scheme with another group size; -1 means one scale a row. RecipeRefused when it has no groups to size."""
-        if self.weights.granularity not in ("group", "channel") or self.weights.format.startswith("fp"):
+        if self.weights.granularity not in ("group", "channel") or self.weights.format.startswith(
+            "fp"
+        ):
             raise RecipeRefused(
                 "E_GROUP_SIZE",
                 f"group_size {group_size} does not fit scheme {self.name}: its scales are fixed at {self.weights}",
@@ -157,7 +167,11 @@ class Scheme:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.weights}, activations {self.activations}" if self.activations else str(self.weights)
+        return (
+            f"{self.weights}, activations {self.activations}"
+            if self.activations
+            else str(self.weights)
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -173,17 +187,25 @@ def scheme_from(value: str | Mapping[str, Any]) -> Scheme:
     if isinstance(value, str):
         by_lower = {name.lower(): scheme for name, scheme in SCHEMES.items()}
         if value.lower() not in by_lower:
-            raise _invalid(f"unknown scheme `{value}`", hint=nearest(value, SCHEMES) or f"known: {', '.join(SCHEMES)}")
+            raise _invalid(
+                f"unknown scheme `{value}`",
+                hint=nearest(value, SCHEMES) or f"known: {', '.join(SCHEMES)}",
+            )
         return by_lower[value.lower()]
     if not isinstance(value, Mapping):
-        raise _invalid(f"a scheme is a name or a mapping, found {value!r}", hint=f"known names: {', '.join(SCHEMES)}")
+        raise _invalid(
+            f"a scheme is a name or a mapping, found {value!r}",
+            hint=f"known names: {', '.join(SCHEMES)}",
+        )
     _refuse_unknown_keys("scheme", value, {"weights", "activations"})
     if not isinstance(value.get("weights"), Mapping):
         raise _invalid("a scheme needs `weights`, a mapping with at least `format`")
     activations = value.get("activations")
     return Scheme(
         _dataclass_from(Weights, "weights", value["weights"]),
-        _dataclass_from(Activations, "activations", activations) if activations is not None else None,
+        _dataclass_from(Activations, "activations", activations)
+        if activations is not None
+        else None,
     )
 
 
@@ -195,7 +217,10 @@ def _dataclass_from(kind: Any, where: str, value: Any) -> Any:
         raise _invalid(f"{where}: `format` is missing", hint=f"one of {', '.join(FORMAT_BITS)}")
     for key, item in value.items():
         if type(item) not in _KINDS[key]:
-            raise _invalid(f"{where}: `{key}` cannot be {item!r}", hint=f"`{key}` is {_KINDS[key][0].__name__}, e.g. {_EXAMPLES[_KINDS[key][0]]}")
+            raise _invalid(
+                f"{where}: `{key}` cannot be {item!r}",
+                hint=f"`{key}` is {_KINDS[key][0].__name__}, e.g. {_EXAMPLES[_KINDS[key][0]]}",
+            )
     values = dict(value)
     if values.get("block") is not None:
         values["block"] = tuple(values["block"])
@@ -218,19 +243,32 @@ def _refuse_unknown_keys(where: str, value: Mapping[str, Any], known: set[str]) 
             raise _invalid(f"{where}: unknown key `{key}`", hint=hint)
 
 
-def _check_numbers(where: str, format: str, granularity: str, group_size: int | None, scale: str) -> None:
+def _check_numbers(
+    where: str, format: str, granularity: str, group_size: int | None, scale: str
+) -> None:
     if format not in FORMAT_BITS:
-        raise _invalid(f"{where}: unknown format `{format}`", hint=nearest(format, FORMAT_BITS) or f"one of {', '.join(FORMAT_BITS)}")
+        raise _invalid(
+            f"{where}: unknown format `{format}`",
+            hint=nearest(format, FORMAT_BITS) or f"one of {', '.join(FORMAT_BITS)}",
+        )
     if granularity not in Granularity.__args__:  # type: ignore[attr-defined]
-        raise _invalid(f"{where}: unknown granularity `{granularity}`", hint=nearest(granularity, Granularity.__args__))  # type: ignore[attr-defined]
+        raise _invalid(
+            f"{where}: unknown granularity `{granularity}`",
+            hint=nearest(granularity, Granularity.__args__),
+        )  # type: ignore[attr-defined]
     if scale in ("e4m3", "e8m0") and format.startswith("int"):
         raise _invalid(f"{where}: {format} has float scales, not {scale}")
     if scale not in SCALE_BITS:
         raise _invalid(f"{where}: unknown scale `{scale}`", hint=f"one of {', '.join(SCALE_BITS)}")
     if (granularity == "group") != (group_size is not None):
-        raise _invalid(f"{where}: granularity `{granularity}` and group_size {group_size} do not go together")
+        raise _invalid(
+            f"{where}: granularity `{granularity}` and group_size {group_size} do not go together"
+        )
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
-        raise _invalid(f"{where}: group_size must be a positive whole number, found {group_size!r}", hint="usual sizes are 32, 64 and 128")
+        raise _invalid(
+            f"{where}: group_size must be a positive whole number, found {group_size!r}",
+            hint="usual sizes are 32, 64 and 128",
+        )
 
 
 def _invalid(message: str, *, hint: str = "") -> RecipeRefused:
@@ -249,7 +287,9 @@ def _int_group(bits: int, **options: Any) -> Weights:
 SCHEMES: Mapping[str, Scheme] = {
     "FP8": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor", dynamic=False)),
     "FP8_DYNAMIC": Scheme(Weights("fp8", "channel"), _FP8_TOKEN),
-    "FP8_BLOCK": Scheme(Weights("fp8", "block", block=(128, 128)), Activations("fp8", "group", 128)),
+    "FP8_BLOCK": Scheme(
+        Weights("fp8", "block", block=(128, 128)), Activations("fp8", "group", 128)
+    ),
     "FP8_W8A16": Scheme(Weights("fp8", "channel")),
     "FP8_BLOCK_W8A16": Scheme(Weights("fp8", "block", block=(128, 128))),
     "W8A8": Scheme(Weights("int8", "channel"), _INT8_TOKEN),
@@ -268,10 +308,18 @@ SCHEMES: Mapping[str, Scheme] = {
     "W4AFP8_STATIC": Scheme(_int_group(4), Activations("fp8", "tensor", dynamic=False)),
     "NVFP4": Scheme(Weights("fp4", "group", 16, scale="e4m3"), _NVFP4_INPUT),
     "NVFP4A16": Scheme(Weights("fp4", "group", 16, scale="e4m3")),
-    "NVFP4AFP8": Scheme(Weights("fp4", "group", 32, scale="e4m3"), Activations("fp8", "tensor", dynamic=False)),
-    "MXFP4": Scheme(Weights("fp4", "group", 32, scale="e8m0"), Activations("fp4", "group", 32, scale="e8m0")),
+    "NVFP4AFP8": Scheme(
+        Weights("fp4", "group", 32, scale="e4m3"), Activations("fp8", "tensor", dynamic=False)
+    ),
+    "MXFP4": Scheme(
+        Weights("fp4", "group", 32, scale="e8m0"), Activations("fp4", "group", 32, scale="e8m0")
+    ),
     "MXFP4A16": Scheme(Weights("fp4", "group", 32, scale="e8m0")),
-    "MXFP4AFP8": Scheme(Weights("fp4", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")),
-    "MXFP8": Scheme(Weights("fp8", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")),
+    "MXFP4AFP8": Scheme(
+        Weights("fp4", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")
+    ),
+    "MXFP8": Scheme(
+        Weights("fp8", "group", 32, scale="e8m0"), Activations("fp8", "group", 32, scale="e8m0")
+    ),
     "MXFP8A16": Scheme(Weights("fp8", "group", 32, scale="e8m0")),
 }

@@ -16,10 +16,38 @@ from qtool.scheme import Activations, Scheme, Weights
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 NVFP4_RANGE = FP8_MAX * FP4_MAX
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-FP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring magnitudes; a tie goes to the even code
+FP4_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
+FP4_LIMITS = (
+    0.25,
+    0.75,
+    1.25,
+    1.75,
+    2.5,
+    3.5,
+    5.0,
+)  # between neighbouring magnitudes; a tie goes to the even code
 PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
-FP4_SCALES = (torch.float8_e4m3fn, torch.float8_e8m0fnu)  # uint8 data with such scales is fp4, with others int4
+FP4_SCALES = (
+    torch.float8_e4m3fn,
+    torch.float8_e8m0fnu,
+)  # uint8 data with such scales is fp4, with others int4
 
 
 @dataclass(frozen=True)
@@ -76,7 +104,11 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     values = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
     for start, piece in _pieces(weight):
         values[start : start + piece.shape[0]] = _dequantized(piece)
-    return values if weight.perm is None else torch.empty_like(values).index_copy_(1, weight.perm.long().to(values.device), values)
+    return (
+        values
+        if weight.perm is None
+        else torch.empty_like(values).index_copy_(1, weight.perm.long().to(values.device), values)
+    )
 
 
 def _dequantized(weight: QuantizedWeight) -> Tensor:
@@ -93,9 +125,14 @@ def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
     """Yield (first row, rows from there) that cover ``weight``, each of about `PIECE` weights and cut between two scales."""
     (rows, columns), (height, width) = weight.shape, weight.tile
     for start, stop in _row_ranges(rows, columns, height):
-        zero, scale2 = (None if part is None else part[start:stop] for part in (weight.zero, weight.scale2))
+        zero, scale2 = (
+            None if part is None else part[start:stop] for part in (weight.zero, weight.scale2)
+        )
         scale = weight.scale[start // height : -(-stop // height)]
-        yield start, QuantizedWeight(weight.data[start:stop], scale, scale2, zero, block=(height, width))
+        yield (
+            start,
+            QuantizedWeight(weight.data[start:stop], scale, scale2, zero, block=(height, width)),
+        )
 
 
 def _row_ranges(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
@@ -121,15 +158,22 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         low, high = torch.aminmax(tensor)
         amax = torch.maximum(low.float().abs(), high.float().abs())
     if weights.scale == "e4m3" and amax is not None:
-        over_fp8 = scheme.activations and scheme.activations.format == "fp8"  # kernels then unpack fp4 to fp8, so scale * code stays below 448
-        scale2 = torch.where(amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0)
+        over_fp8 = (
+            scheme.activations and scheme.activations.format == "fp8"
+        )  # kernels then unpack fp4 to fp8, so scale * code stays below 448
+        scale2 = torch.where(
+            amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0
+        )
     dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
     whole: list[Tensor | None] = []  # data, scale, zero
     for start, stop in _row_ranges(rows, columns, height):
         parts = _rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype)
         if not whole:
             tiles = -(-rows // height)
-            whole = [None if part is None else part.new_empty(rows if i == 0 else tiles, part.shape[1]) for i, part in enumerate(parts)]
+            whole = [
+                None if part is None else part.new_empty(rows if i == 0 else tiles, part.shape[1])
+                for i, part in enumerate(parts)
+            ]
         for i, (target, part) in enumerate(zip(whole, parts, strict=True)):
             if target is not None and part is not None:
                 first = start if i == 0 else start // height
@@ -153,7 +197,13 @@ def uneven_block(weights: Weights, shape: tuple[int, int]) -> tuple[int, int] | 
 
 
 def _rounded(
-    x: Tensor, weights: Weights, height: int, width: int, amax: Tensor | None, scale2: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    weights: Weights,
+    height: int,
+    width: int,
+    amax: Tensor | None,
+    scale2: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``; ``amax`` and ``scale2`` are those of the whole weight."""
     rows, columns = x.shape
@@ -161,12 +211,20 @@ def _rounded(
     tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
     top, zero = 2 ** (weights.bits - 1), None  # integers run from -top to top - 1
     if weights.symmetric:
-        largest_here = amax.expand(rows, 1) if weights.granularity == "tensor" and amax is not None else tiles.abs().amax((1, 3))
+        largest_here = (
+            amax.expand(rows, 1)
+            if weights.granularity == "tensor" and amax is not None
+            else tiles.abs().amax((1, 3))
+        )
     else:
         low, high = tiles.amin((1, 3)).clamp(max=0), tiles.amax((1, 3)).clamp(min=0)
         largest_here = high - low
-    largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (2 if weights.symmetric else 1)
-    limit = x.new_tensor(largest_code)  # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
+    largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (
+        2 if weights.symmetric else 1
+    )
+    limit = x.new_tensor(
+        largest_code
+    )  # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
     if scale2 is not None:
         scale = to_fp8((largest_here / (limit * scale2)).clamp(min=2**-9))
         step = scale.float() * scale2
@@ -175,7 +233,9 @@ def _rounded(
         scale = step.to(torch.float8_e8m0fnu)
     else:
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        scale = torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=smallest)
+        scale = (
+            torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=smallest)
+        )
         step = scale.float()
     ratio = tiles / step[:, None, :, None]
     if weights.format.startswith("int"):
@@ -191,7 +251,12 @@ def _rounded(
     return data, scale, None if zero is None else zero.to(torch.int8)
 
 
-def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor | None = None, static_zero: Tensor | None = None) -> Tensor:
+def fake_quantize_input(
+    x: Tensor,
+    activation: Activations,
+    static_scale: Tensor | None = None,
+    static_zero: Tensor | None = None,
+) -> Tensor:
     """Return ``x`` [..., K] rounded to ``activation`` and back, in its own dtype.
 
     ``static_scale`` is the calibrated multiplier; a missing one is found from ``x`` over all tokens. Integers round half to even and dynamic
@@ -201,11 +266,17 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
     groups, columns = x.float(), x.shape[-1]
     if activation.granularity == "group":
         size = activation.group_size or columns
-        groups = torch.nn.functional.pad(groups, (0, -columns % size)).reshape(*x.shape[:-1], -1, size)  # the last group may be short
+        groups = torch.nn.functional.pad(groups, (0, -columns % size)).reshape(
+            *x.shape[:-1], -1, size
+        )  # the last group may be short
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
     amax = groups.abs().amax(over, keepdim=True)
     if activation.scale == "e4m3":
-        scale2 = static_scale if static_scale is not None else divided(x.float().abs().amax(), NVFP4_RANGE)
+        scale2 = (
+            static_scale
+            if static_scale is not None
+            else divided(x.float().abs().amax(), NVFP4_RANGE)
+        )
         scale = to_fp8(amax / (FP4_MAX * scale2)).float() * scale2
     elif activation.scale == "e8m0":
         scale = mx_scale(amax, FP4_MAX if activation.format == "fp4" else FP8_MAX)
@@ -221,7 +292,10 @@ def fake_quantize_input(x: Tensor, activation: Activations, static_scale: Tensor
     else:
         top, zero = int(largest(activation)), 0.0 if static_zero is None else static_zero
         if not activation.symmetric and static_zero is None:
-            low, high = groups.amin(over, keepdim=True).clamp(max=0), groups.amax(over, keepdim=True).clamp(min=0)
+            low, high = (
+                groups.amin(over, keepdim=True).clamp(max=0),
+                groups.amax(over, keepdim=True).clamp(min=0),
+            )
             scale = divided(high - low, 2 * top + 1).clamp(min=torch.finfo(torch.float32).tiny)
             zero = (-top - 1 - low / scale).round()
         rounded = ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
@@ -235,7 +309,9 @@ def divided(x: Tensor, number: float) -> Tensor:
 
 def largest(activation: Activations) -> float:
     """Return the largest number of ``activation``'s format."""
-    return {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(activation.format) or 2.0 ** (int(activation.format[3:]) - 1) - 1
+    return {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(activation.format) or 2.0 ** (
+        int(activation.format[3:]) - 1
+    ) - 1
 
 
 def to_fp8(x: Tensor) -> Tensor:
@@ -283,7 +359,9 @@ def _fp4_values(device: torch.device) -> Tensor:
 def pack_pairs(codes: Tensor) -> Tensor:
     """Pack 4-bit ``codes``, uint8 [N, K], into [N, K/2]: the low nibble is the even column. UsageError when K is odd."""
     if codes.shape[-1] % 2:
-        raise UsageError("E_SHAPE", f"4-bit weights of {codes.shape[-1]} inputs cannot be paired into bytes")
+        raise UsageError(
+            "E_SHAPE", f"4-bit weights of {codes.shape[-1]} inputs cannot be paired into bytes"
+        )
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 

@@ -43,7 +43,11 @@ def calibration_file(tiny_model) -> Path:
 @pytest.fixture
 def tiny_copy(tmp_path, tiny_model) -> Path:
     """A copy of the tiny model that a test may break."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+    return Path(
+        shutil.copytree(
+            tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.py", "*.jsonl")
+        )
+    )
 
 
 @pytest.fixture
@@ -51,9 +55,20 @@ def run_cli(tmp_path):
     """A function that runs qtool in ``tmp_path`` as a process of its own, without the caller's Hugging Face variables."""
 
     def run(*arguments, env: Mapping[str, str] | None = None, timeout: float = 120) -> CliResult:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+        }
         command = [sys.executable, "-m", "qtool.cli", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env={**environment, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         return CliResult(done.returncode, done.stdout, done.stderr)
 
     return run
@@ -64,7 +79,13 @@ def run_python(tmp_path):
     """A function that runs code in a fresh interpreter and returns what it prints."""
 
     def run(code: str) -> str:
-        return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
 
     return run
 
@@ -73,7 +94,13 @@ def run_python(tmp_path):
 def make_model(tmp_path):
     """A function that writes a model folder whose tensors, name -> shape, are all holes: any size costs no disk."""
 
-    def make(tensors: Mapping[str, tuple[int, ...]], *, folder: str = "model", dtype: str = "BF16", **config) -> Path:
+    def make(
+        tensors: Mapping[str, tuple[int, ...]],
+        *,
+        folder: str = "model",
+        dtype: str = "BF16",
+        **config,
+    ) -> Path:
         header, end = {}, 0
         for name, shape in tensors.items():
             size = BYTES[dtype]
@@ -100,8 +127,18 @@ def run_here(request):
 
     def run(what: str) -> str:
         path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if what == "interpret" else "0"}
-        done = subprocess.run([sys.executable, request.path, what], env=environment, capture_output=True, text=True, timeout=300)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "TRITON_INTERPRET": "1" if what == "interpret" else "0",
+        }
+        done = subprocess.run(
+            [sys.executable, request.path, what],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
@@ -114,14 +151,23 @@ def quantized_model(tmp_path_factory, tiny_model) -> Path:
     from qtool import export
 
     output = tmp_path_factory.mktemp("quantized") / "tiny-fp8"
-    export(tiny_model, to="compressed-tensors", requantize=True, scheme="FP8_DYNAMIC", output=output)
+    export(
+        tiny_model, to="compressed-tensors", requantize=True, scheme="FP8_DYNAMIC", output=output
+    )
     return output
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, quantized_model) -> Iterator[Server]:
     """A server of the quantized tiny model, called `tiny`, that all tests share: leave it as it was."""
-    server = start_server(tmp_path_factory.mktemp("served"), quantized_model, "--served-model-name", "tiny", "--log-level", "debug")
+    server = start_server(
+        tmp_path_factory.mktemp("served"),
+        quantized_model,
+        "--served-model-name",
+        "tiny",
+        "--log-level",
+        "debug",
+    )
     yield server
     assert server.end() == 0
 
@@ -129,7 +175,9 @@ def served(tmp_path_factory, quantized_model) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, through playwright."""
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    executable = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if executable is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -11,11 +11,38 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qtool"
 ORDER = (
-    *("errors", "events", "scheme", "checkpoint", "modules", "recipe", "plan", "weight", "formats", "calibration", "backends", "quantization"),
+    *(
+        "errors",
+        "events",
+        "scheme",
+        "checkpoint",
+        "modules",
+        "recipe",
+        "plan",
+        "weight",
+        "formats",
+        "calibration",
+        "backends",
+        "quantization",
+    ),
     *("conversion", "inspection", "runtime", "engine", "evaluation", "serve", "cli"),
 )
-FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
-HEAVY = {"torch", "transformers", "datasets", "gptqmodel", "llmcompressor", "modelopt", "compressed_tensors", "torchao", "triton"}
+FILES = {
+    str(path.relative_to(PACKAGE)): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "gptqmodel",
+    "llmcompressor",
+    "modelopt",
+    "compressed_tensors",
+    "torchao",
+    "triton",
+}
 
 
 def layer_of(file: str) -> str:
@@ -30,8 +57,21 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join([*inside[: len(inside) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "qtool" else {module}
+            module = (
+                ".".join(
+                    [
+                        *inside[: len(inside) - node.level + 1],
+                        *([node.module] if node.module else []),
+                    ]
+                )
+                if node.level
+                else node.module
+            )
+            found |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module == "qtool"
+                else {module}
+            )
     return {name.split(".")[1] for name in found if name.startswith("qtool.")} - {"__version__"}
 
 
@@ -44,7 +84,11 @@ def test_a_module_imports_only_from_its_left(file):
     layer = layer_of(file)
     allowed = {layer, *ORDER[: ORDER.index(layer)]}
     if layer in ("runtime", "engine", "serve"):
-        allowed -= {"backends", "quantization", "conversion"}  # a server needs no quantization library
+        allowed -= {
+            "backends",
+            "quantization",
+            "conversion",
+        }  # a server needs no quantization library
     assert imports_of(FILES[file]) <= allowed
 
 
@@ -65,10 +109,16 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_reads_headers_imports_no_library(name, tiny_model, tmp_path):
-    arguments = [str(tiny_model) if argument == "MODEL" else argument for argument in COMMANDS[name]]
+    arguments = [
+        str(tiny_model) if argument == "MODEL" else argument for argument in COMMANDS[name]
+    ]
     command = [sys.executable, "-X", "importtime", "-m", "qtool.cli", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == (2 if name == "refusal" else 0), done.stderr[-500:]
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert "qtool" in imported
     assert not imported & HEAVY

@@ -21,7 +21,13 @@ from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.formats import detect
 
 MODEL = ROOT / "examples" / "tiny-python-llama"
-DATA = {"calibration": str(MODEL / "calibration.jsonl"), "num_samples": 48, "seq_len": 512, "pack": True, "device": "cpu"}
+DATA = {
+    "calibration": str(MODEL / "calibration.jsonl"),
+    "num_samples": 48,
+    "seq_len": 512,
+    "pack": True,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +50,10 @@ def held_out():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [tokenizer(json.loads(line)["text"])["input_ids"] for line in (MODEL / "evaluation.jsonl").read_text().splitlines()]
+    return [
+        tokenizer(json.loads(line)["text"])["input_ids"]
+        for line in (MODEL / "evaluation.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -68,15 +77,24 @@ def test_the_output_is_complete_and_its_manifest_is_true(method, quantized):
     names = {path.name for path in output.iterdir()} - {"qtool-manifest.json"}
     assert set(manifest["files"]) == names
     for name, facts in manifest["files"].items():
-        digest = subprocess.run(["sha256sum", output / name], capture_output=True, text=True, check=True).stdout.split()[0]
+        digest = subprocess.run(
+            ["sha256sum", output / name], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
         assert (facts["sha256"], facts["size_bytes"]) == (digest, (output / name).stat().st_size)
     assert manifest["recipe"]["name"] == method
-    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")], "a temporary folder stayed"
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")], (
+        "a temporary folder stayed"
+    )
 
 
 @pytest.mark.parametrize("method", BOUNDS)
 def test_tokenizer_template_and_generation_config_are_those_of_the_source(method, quantized):
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (quantized(method) / name).read_bytes() == (MODEL / name).read_bytes(), name
 
 
@@ -90,12 +108,18 @@ def test_no_written_config_names_a_path_of_this_machine(method, quantized):
 @pytest.mark.parametrize("method", BOUNDS)
 def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
     again = qtool.quantize(MODEL, method=method, output=tmp_path / "again", **DATA).output
-    assert (again / "model.safetensors").read_bytes() == (quantized(method) / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        quantized(method) / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_gptq_checkpoint_has_the_group_size_and_the_modules_that_were_asked_for(tmp_path):
     options = {**DATA, "num_samples": 8, "group_size": 64, "ignore": ["down_proj"]}
-    layout = detect(open_checkpoint(qtool.quantize(MODEL, method="gptq_int4", output=tmp_path / "out", **options).output))
+    layout = detect(
+        open_checkpoint(
+            qtool.quantize(MODEL, method="gptq_int4", output=tmp_path / "out", **options).output
+        )
+    )
     assert len(layout.modules) == 36
     assert not [name for name in layout.modules if name.endswith("down_proj")]
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g64"}
@@ -107,7 +131,11 @@ def test_rules_give_modules_other_schemes(tmp_path):
         "summary: FP8 attention, INT4 elsewhere\nbackend: llmcompressor\nscheme: W4A16\n"
         "rules:\n  - {modules: 're:.*self_attn', scheme: FP8_DYNAMIC}\n  - {modules: model.layers.0.mlp.down_proj, scheme: null}\n"
     )
-    layout = detect(open_checkpoint(qtool.quantize(MODEL, recipe=str(recipe), output=tmp_path / "out", device="cpu").output))
+    layout = detect(
+        open_checkpoint(
+            qtool.quantize(MODEL, recipe=str(recipe), output=tmp_path / "out", device="cpu").output
+        )
+    )
     assert layout.modules["model.layers.3.self_attn.k_proj"].scheme.name == "FP8_DYNAMIC"
     assert layout.modules["model.layers.1.mlp.down_proj"].scheme.name == "W4A16"
     assert "model.layers.0.mlp.down_proj" not in layout.modules
@@ -116,21 +144,35 @@ def test_rules_give_modules_other_schemes(tmp_path):
 @pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel"])
 def test_awq_runs_without_a_gpu(backend, tmp_path):
     options = {**DATA, "num_samples": 4, "seq_len": 128}
-    output = qtool.quantize(MODEL, method="awq_int4", backend=backend, output=tmp_path / "out", **options).output
+    output = qtool.quantize(
+        MODEL, method="awq_int4", backend=backend, output=tmp_path / "out", **options
+    ).output
     layout = detect(open_checkpoint(output))
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g128 asym"}
     assert layout.format == {"llmcompressor": "compressed-tensors", "gptqmodel": "awq"}[backend]
 
 
 def test_kv_cache_scales_can_be_all_that_is_added(tmp_path):
-    output = qtool.quantize(MODEL, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}).output
+    output = qtool.quantize(
+        MODEL, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}
+    ).output
     checkpoint = open_checkpoint(output)
     assert detect(checkpoint).kv_cache == "fp8"
     assert sum(name.endswith("k_scale") for name in checkpoint.tensors) == 6
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "qtool.cli", "quantize", "--model-path", str(MODEL), "--device", "cpu", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "quantize",
+        "--model-path",
+        str(MODEL),
+        "--device",
+        "cpu",
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -177,7 +219,14 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 def test_a_library_error_names_library_place_and_log(tmp_path):
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    config = FalconMambaConfig(hidden_size=128, state_size=16, time_step_rank=32, num_hidden_layers=1, vocab_size=4096, intermediate_size=128)
+    config = FalconMambaConfig(
+        hidden_size=128,
+        state_size=16,
+        time_step_rank=32,
+        num_hidden_layers=1,
+        vocab_size=4096,
+        intermediate_size=128,
+    )
     FalconMambaForCausalLM(config).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).write_bytes((MODEL / name).read_bytes())
@@ -199,7 +248,9 @@ def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path
         qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
     assert caught.value.exit_code == 6
     assert (tmp_path / "out" / "old").read_text() == "precious"
-    qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True)
+    qtool.quantize(
+        MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True
+    )
     assert not (tmp_path / "out" / "old").exists()
     assert detect(open_checkpoint(tmp_path / "out")).format == "compressed-tensors"
 
@@ -218,7 +269,12 @@ def test_a_misspelt_option_is_refused_with_the_nearest_name(tmp_path):
 
 @pytest.mark.parametrize("state", ["out", "out/state", "."])
 def test_a_state_and_an_output_inside_each_other_are_refused_before_any_work(state, tmp_path):
-    error = refusal(method="modelopt_fp8", output=tmp_path / "out", checkpoint_save_path=tmp_path / state, **{**DATA, "num_samples": 1})
+    error = refusal(
+        method="modelopt_fp8",
+        output=tmp_path / "out",
+        checkpoint_save_path=tmp_path / state,
+        **{**DATA, "num_samples": 1},
+    )
     assert (error.code, error.exit_code) == ("E_OUTPUT_PLACE", 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +283,12 @@ def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
     data = tmp_path / "out" / "data.jsonl"
     data.parent.mkdir()
     data.write_bytes((MODEL / "calibration.jsonl").read_bytes())
-    assert refusal(method="modelopt_fp8", output=tmp_path / "out", calibration=str(data), overwrite=True).code == "E_OUTPUT_PLACE"
+    assert (
+        refusal(
+            method="modelopt_fp8", output=tmp_path / "out", calibration=str(data), overwrite=True
+        ).code
+        == "E_OUTPUT_PLACE"
+    )
     assert data.exists()
 
 
@@ -239,7 +300,9 @@ def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_p
     (tmp_path / "secret").write_text("x")
     (model / "LICENSE").symlink_to(tmp_path / "secret")
     (model / "NOTICE").write_text("kept")
-    output = qtool.quantize(model, method="fp8_dynamic", output=tmp_path / "out", device="cpu").output
+    output = qtool.quantize(
+        model, method="fp8_dynamic", output=tmp_path / "out", device="cpu"
+    ).output
     names = {path.name for path in output.iterdir()}
     assert "NOTICE" in names
     assert not names & {"tokenizer.py", "vocab.pkl", "LICENSE", "corpus.py", "train.py"}
@@ -249,25 +312,55 @@ def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_p
 def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 4096}
-    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 4096,
+    }
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, tie_word_embeddings=False)
+    ).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, tmp_path / "model" / name)
     options = {**DATA, "num_samples": 2, "seq_len": 64}
-    output = qtool.quantize(tmp_path / "model", method="gptq_int4", backend=backend, lm_head=True, output=tmp_path / "out", **options).output
+    output = qtool.quantize(
+        tmp_path / "model",
+        method="gptq_int4",
+        backend=backend,
+        lm_head=True,
+        output=tmp_path / "out",
+        **options,
+    ).output
     assert detect(open_checkpoint(output)).modules["lm_head"].scheme.name == "W4A16"
 
 
 def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = Qwen3MoeConfig(**sizes, vocab_size=4096, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    config = Qwen3MoeConfig(
+        **sizes, vocab_size=4096, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, tmp_path / "model" / name)
     options = {**DATA, "num_samples": 4, "seq_len": 64}
     for method in ("fp8_static", "modelopt_fp8"):
-        layout = detect(open_checkpoint(qtool.quantize(tmp_path / "model", method=method, output=tmp_path / method, **options).output))
+        layout = detect(
+            open_checkpoint(
+                qtool.quantize(
+                    tmp_path / "model", method=method, output=tmp_path / method, **options
+                ).output
+            )
+        )
         assert len([name for name in layout.modules if ".experts." in name]) == 12
         assert not [name for name in layout.modules if name.endswith("mlp.gate")]

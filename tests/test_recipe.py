@@ -14,11 +14,27 @@ from qtool.backends import check_backend
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError, RecipeRefused, UsageError
 from qtool.plan import make_plan
-from qtool.recipe import BACKEND_NAMES, RECIPES_FOLDER, STEPS, Gptq, Recipe, Rtn, catalogue, check_pattern, load_recipe, matches, recipe_from
+from qtool.recipe import (
+    BACKEND_NAMES,
+    RECIPES_FOLDER,
+    STEPS,
+    Gptq,
+    Recipe,
+    Rtn,
+    catalogue,
+    check_pattern,
+    load_recipe,
+    matches,
+    recipe_from,
+)
 from qtool.scheme import SCHEMES, Scheme
 
 SHIPPED = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
-MODULES = [f"model.layers.{layer}.{name}" for layer in range(11) for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")] + ["lm_head"]
+MODULES = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(11)
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+] + ["lm_head"]
 
 
 @pytest.fixture
@@ -79,7 +95,9 @@ def test_the_catalogue_holds_every_file_once_and_no_name_means_two():
 
 def test_the_catalogue_has_every_backend_and_every_algorithm():
     assert {recipe.backend for recipe in catalogue().values()} == set(BACKEND_NAMES)
-    assert {step.name for recipe in catalogue().values() for step in recipe.algorithm} == set(STEPS) - {"mse"}
+    assert {step.name for recipe in catalogue().values() for step in recipe.algorithm} == set(
+        STEPS
+    ) - {"mse"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -93,13 +111,22 @@ def test_data_is_needed_by_static_inputs_caches_and_algorithms_that_look_at_acti
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("FP8_DYNAMIC", "fp8_dynamic"), ("W4A16", "w4a16_gptq"), ("NVFP4", "nvfp4"), ("W8A8-FP8", "fp8_dynamic"), ("Modelopt-FP8", "modelopt_fp8")],
+    [
+        ("FP8_DYNAMIC", "fp8_dynamic"),
+        ("W4A16", "w4a16_gptq"),
+        ("NVFP4", "nvfp4"),
+        ("W8A8-FP8", "fp8_dynamic"),
+        ("Modelopt-FP8", "modelopt_fp8"),
+    ],
 )
 def test_names_of_the_libraries_and_engines_are_accepted_in_any_case(alias, name):
     assert load_recipe(alias).name == name
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("modelopt_fp9", "modelopt_fp8"), ("gptq_int5", "gptq_int4"), ("FP8DYNAMIC", "fp8_dynamic")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("modelopt_fp9", "modelopt_fp8"), ("gptq_int5", "gptq_int4"), ("FP8DYNAMIC", "fp8_dynamic")],
+)
 def test_a_wrong_name_is_answered_with_the_nearest(wrong, right):
     with pytest.raises(UsageError, match=f"`{wrong}`") as caught:
         load_recipe(wrong)
@@ -120,7 +147,12 @@ def test_a_small_file_is_enough_and_is_named_after_itself(read):
     assert recipe.name == "qwen3_8b_v2_1"
     assert recipe.algorithm == (Rtn(),)
     assert recipe.scheme == SCHEMES["FP8"]
-    assert (recipe.calibration.num_samples, recipe.calibration.seq_len, recipe.seed, recipe.lm_head) == (512, 2048, 0, False)
+    assert (
+        recipe.calibration.num_samples,
+        recipe.calibration.seq_len,
+        recipe.seed,
+        recipe.lm_head,
+    ) == (512, 2048, 0, False)
 
 
 def test_a_full_file_says_everything(read):
@@ -150,26 +182,66 @@ def test_a_full_file_says_everything(read):
 HEAD = "summary: mine\nbackend: modelopt\n"
 REFUSED = {
     "unknown key": (HEAD + "scheme: FP8\nschema: FP8\n", "`schema`", "`scheme`"),
-    "unknown key of calibration": (HEAD + "scheme: FP8\ncalibration: {samples: 3}\n", "`calibration.samples`", "`num_samples`"),
-    "unknown key of a rule": (HEAD + "scheme: FP8\nrules: [{module: x, scheme: FP8}]\n", "`rules.0.module`", "`modules`"),
-    "unknown key of a step": (HEAD + "scheme: W4A16\nalgorithm: [{gptq: {damping: 1}}]\n", "`damping`", "`dampening`"),
-    "unknown key of a scheme": (HEAD + "scheme: {weights: {format: int4, bits: 4}}\n", "`bits`", ""),
+    "unknown key of calibration": (
+        HEAD + "scheme: FP8\ncalibration: {samples: 3}\n",
+        "`calibration.samples`",
+        "`num_samples`",
+    ),
+    "unknown key of a rule": (
+        HEAD + "scheme: FP8\nrules: [{module: x, scheme: FP8}]\n",
+        "`rules.0.module`",
+        "`modules`",
+    ),
+    "unknown key of a step": (
+        HEAD + "scheme: W4A16\nalgorithm: [{gptq: {damping: 1}}]\n",
+        "`damping`",
+        "`dampening`",
+    ),
+    "unknown key of a scheme": (
+        HEAD + "scheme: {weights: {format: int4, bits: 4}}\n",
+        "`bits`",
+        "",
+    ),
     "unknown scheme": (HEAD + "scheme: FP88\n", "`FP88`", "`FP8`"),
-    "unknown backend": ("summary: mine\nbackend: model-opt\nscheme: FP8\n", "`backend`", "`modelopt`"),
+    "unknown backend": (
+        "summary: mine\nbackend: model-opt\nscheme: FP8\n",
+        "`backend`",
+        "`modelopt`",
+    ),
     "unknown step": (HEAD + "scheme: W4A16\nalgorithm: [gptqq]\n", "'gptqq'", "`gptq`"),
     "unknown KV cache": (HEAD + "scheme: FP8\nkv_cache: fp9\n", "`kv_cache`", "`fp8`"),
     "no backend": ("summary: mine\nscheme: FP8\n", "`backend`", ""),
     "no summary": ("backend: modelopt\nscheme: FP8\n", "`summary`", ""),
     "nothing to do": (HEAD, "nothing would be quantized", ""),
     "key twice": (HEAD + "scheme: FP8\nscheme: FP8_DYNAMIC\n", "`scheme` appears twice", ""),
-    "inner key twice": (HEAD + "scheme: {weights: {format: int4, format: int8}}\n", "`format` appears twice", ""),
-    "two steps in one": (HEAD + "scheme: W4A16\nalgorithm: [{awq: {}, gptq: {}}]\n", "unknown algorithm step", ""),
-    "step with a name for options": (HEAD + "scheme: W4A16\nalgorithm: [{gptq: fast}]\n", "gptq", ""),
+    "inner key twice": (
+        HEAD + "scheme: {weights: {format: int4, format: int8}}\n",
+        "`format` appears twice",
+        "",
+    ),
+    "two steps in one": (
+        HEAD + "scheme: W4A16\nalgorithm: [{awq: {}, gptq: {}}]\n",
+        "unknown algorithm step",
+        "",
+    ),
+    "step with a name for options": (
+        HEAD + "scheme: W4A16\nalgorithm: [{gptq: fast}]\n",
+        "gptq",
+        "",
+    ),
     "algorithm that is a word": (HEAD + "scheme: W4A16\nalgorithm: gptq\n", "`algorithm`", ""),
-    "step option out of range": (HEAD + "scheme: W4A16\nalgorithm: [{gptq: {dampening: 2}}]\n", "`dampening`", ""),
+    "step option out of range": (
+        HEAD + "scheme: W4A16\nalgorithm: [{gptq: {dampening: 2}}]\n",
+        "`dampening`",
+        "",
+    ),
     "seed that is text": (HEAD + "scheme: FP8\nseed: zero\n", "`seed`", ""),
     "seed too large": (HEAD + "scheme: FP8\nseed: 4294967296\n", "`seed`", ""),
-    "too few tokens": (HEAD + "scheme: FP8\ncalibration: {seq_len: 1}\n", "`calibration.seq_len`", ""),
+    "too few tokens": (
+        HEAD + "scheme: FP8\ncalibration: {seq_len: 1}\n",
+        "`calibration.seq_len`",
+        "",
+    ),
     "name with a slash": (HEAD + "scheme: FP8\nname: ../evil\n", "`name`", ""),
     "number for a key": (HEAD + "scheme: FP8\n1: 2\n", "mine.yaml", ""),
     "scheme that is a number": (HEAD + "scheme: 4\n", "a scheme is a name or a mapping", "W4A16"),
@@ -184,11 +256,18 @@ REFUSED = {
     "too large": ("#" * (1 << 20) + "\n", "too large", ""),
     "millions of laughs": (
         "a: &a [l, l, l, l, l, l, l, l, l, l]\n"
-        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)),
+        + "".join(
+            f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n"
+            for a, b in zip("abcdefg", "bcdefgh", strict=True)
+        ),
         "`*` makes an alias",
         "",
     ),
-    "pattern that YAML takes for an alias": (HEAD + "scheme: FP8\nignore: [*k_proj]\n", "`*` makes an alias", "quotes"),
+    "pattern that YAML takes for an alias": (
+        HEAD + "scheme: FP8\nignore: [*k_proj]\n",
+        "`*` makes an alias",
+        "quotes",
+    ),
     "day that is none": (HEAD + "scheme: FP8\ncalibration: {source: 2024-13-45}\n", "not YAML", ""),
     "number of 5000 digits": (HEAD + f"scheme: FP8\nseed: {'9' * 5000}\n", "not YAML", ""),
     "wrong tag": (HEAD + "scheme: FP8\nseed: !!bool maybe\n", "not YAML", ""),
@@ -233,12 +312,20 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
         ("", 0),
     ],
 )
-def test_a_pattern_is_a_name_a_glob_or_an_anchored_expression_for_a_whole_name_or_its_end(pattern, count):
+def test_a_pattern_is_a_name_a_glob_or_an_anchored_expression_for_a_whole_name_or_its_end(
+    pattern, count
+):
     assert sum(matches(pattern, module) for module in MODULES) == count
 
 
 @pytest.mark.parametrize(
-    ("pattern", "hint"), [("down_prj", "`down_proj`"), ("re:.*q_prj$", "`q_proj`"), ("*.experts.*", "modules are called"), ("", "called")]
+    ("pattern", "hint"),
+    [
+        ("down_prj", "`down_proj`"),
+        ("re:.*q_prj$", "`q_proj`"),
+        ("*.experts.*", "modules are called"),
+        ("", "called"),
+    ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(pattern, hint):
     with pytest.raises(RecipeRefused, match="matches no linear module") as caught:
@@ -275,7 +362,15 @@ steps = st.sampled_from(
             {"smoothquant": {"strength": 0}},
             {"autoround": {"iterations": 5}},
         ),
-        {"auto": {"effective_bits": 4.5, "candidates": ["W4A16", {"weights": {"format": "fp8", "granularity": "block", "block": [64, 32]}}]}},
+        {
+            "auto": {
+                "effective_bits": 4.5,
+                "candidates": [
+                    "W4A16",
+                    {"weights": {"format": "fp8", "granularity": "block", "block": [64, 32]}},
+                ],
+            }
+        },
     )
 )
 recipes = st.fixed_dictionaries(
@@ -285,7 +380,12 @@ recipes = st.fixed_dictionaries(
         "backend": st.sampled_from(BACKEND_NAMES),
         "scheme": schemes.map(Scheme.to_dict),
         "algorithm": st.lists(steps, max_size=3),
-        "rules": st.lists(st.fixed_dictionaries({"modules": st.text(max_size=9), "scheme": st.none() | schemes.map(Scheme.to_dict)}), max_size=2),
+        "rules": st.lists(
+            st.fixed_dictionaries(
+                {"modules": st.text(max_size=9), "scheme": st.none() | schemes.map(Scheme.to_dict)}
+            ),
+            max_size=2,
+        ),
         "ignore": st.lists(st.text(max_size=9), max_size=2),
     },
     optional={
@@ -295,7 +395,12 @@ recipes = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32 - 1),
         "runs_on": st.lists(st.sampled_from(("cpu", "cuda")), max_size=2),
         "calibration": st.fixed_dictionaries(
-            {}, optional={"num_samples": st.integers(1, 9999), "source": st.text(max_size=9), "pack": st.booleans()}
+            {},
+            optional={
+                "num_samples": st.integers(1, 9999),
+                "source": st.text(max_size=9),
+                "pack": st.booleans(),
+            },
         ),
     },
 )
@@ -323,16 +428,31 @@ def test_changes_are_checked_as_a_file_is_and_none_changes_nothing():
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(("gptq", "W4A16", "FP8", "auto", "modelopt")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(("gptq", "W4A16", "FP8", "auto", "modelopt")),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(("weights", "format", "gptq", "auto", "modules", "scheme", "candidates")) | st.text(max_size=3), inner)
+        | st.dictionaries(
+            st.sampled_from(
+                ("weights", "format", "gptq", "auto", "modules", "scheme", "candidates")
+            )
+            | st.text(max_size=3),
+            inner,
+        )
     ),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)) | st.text(max_size=4), values, max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(Recipe.model_fields)) | st.text(max_size=4), values, max_size=4
+    )
+)
 def test_any_other_data_is_a_recipe_or_refused(data):
     try:
         recipe_from({"name": "made", "summary": "", "backend": "modelopt", "scheme": "FP8", **data})

@@ -28,7 +28,9 @@ def weights(draw):
         format,
         granularity,
         draw(groups(granularity)),
-        draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
+        draw(st.tuples(st.integers(1, 512), st.integers(1, 512)))
+        if granularity == "block"
+        else None,
         format.startswith("fp") or granularity == "block" or draw(st.booleans()),
         draw(scales(format)),
     )
@@ -38,7 +40,14 @@ def weights(draw):
 def activations(draw):
     granularity = draw(st.sampled_from(("tensor", "token", "group")))
     format = draw(st.sampled_from(sorted(FORMAT_BITS)))
-    return Activations(format, granularity, draw(groups(granularity)), draw(st.booleans()), draw(st.booleans()), draw(scales(format)))
+    return Activations(
+        format,
+        granularity,
+        draw(groups(granularity)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(scales(format)),
+    )
 
 
 schemes = st.builds(Scheme, weights(), st.none() | activations())
@@ -97,12 +106,22 @@ def test_a_rest_of_a_group_or_block_has_a_scale_of_its_own():
 
 def test_native_gpu_is_the_first_that_multiplies_in_the_formats():
     names = ("W4A16", "NVFP4A16", "FP8", "W8A8", "W4AFP8", "NVFP4", "MXFP8")
-    assert [SCHEMES[name].native_gpu for name in names] == ["sm_75", "sm_75", "sm_89", "sm_75", "sm_90", "sm_100", "sm_100"]
+    assert [SCHEMES[name].native_gpu for name in names] == [
+        "sm_75",
+        "sm_75",
+        "sm_89",
+        "sm_75",
+        "sm_90",
+        "sm_100",
+        "sm_100",
+    ]
 
 
 def test_group_size_changes_groups_and_minus_one_means_one_scale_a_row():
     assert SCHEMES["W4A16"].with_group_size(32).weights == Weights("int4", "group", 32)
-    assert SCHEMES["W4A16_ASYM"].with_group_size(-1).weights == Weights("int4", "channel", symmetric=False)
+    assert SCHEMES["W4A16_ASYM"].with_group_size(-1).weights == Weights(
+        "int4", "channel", symmetric=False
+    )
     assert SCHEMES["W8A16_CHANNEL"].with_group_size(128) == SCHEMES["W8A16"]
 
 
@@ -137,19 +156,46 @@ REFUSED = {
     "unknown scale": ({"weights": {"format": "fp4", "scale": "e5m2"}}, "one of"),
     "groups without size": ({"weights": {"format": "int4", "granularity": "group"}}, ""),
     "size without groups": ({"weights": {"format": "int4", "group_size": 128}}, ""),
-    "size of zero": ({"weights": {"format": "int4", "granularity": "group", "group_size": 0}}, "usual sizes"),
-    "size that is true": ({"weights": {"format": "int4", "granularity": "group", "group_size": True}}, "int"),
-    "size that is text": ({"weights": {"format": "int4", "granularity": "group", "group_size": "128"}}, "int"),
+    "size of zero": (
+        {"weights": {"format": "int4", "granularity": "group", "group_size": 0}},
+        "usual sizes",
+    ),
+    "size that is true": (
+        {"weights": {"format": "int4", "granularity": "group", "group_size": True}},
+        "int",
+    ),
+    "size that is text": (
+        {"weights": {"format": "int4", "granularity": "group", "group_size": "128"}},
+        "int",
+    ),
     "symmetry that is text": ({"weights": {"format": "int4", "symmetric": "no"}}, "true"),
-    "dynamic that is text": ({"weights": {"format": "int8"}, "activations": {"format": "int8", "dynamic": "false"}}, "true"),
-    "block that is a number": ({"weights": {"format": "fp8", "granularity": "block", "block": 128}}, "[128, 128]"),
+    "dynamic that is text": (
+        {"weights": {"format": "int8"}, "activations": {"format": "int8", "dynamic": "false"}},
+        "true",
+    ),
+    "block that is a number": (
+        {"weights": {"format": "fp8", "granularity": "block", "block": 128}},
+        "[128, 128]",
+    ),
     "block of one": ({"weights": {"format": "fp8", "granularity": "block", "block": [128]}}, ""),
-    "block of zero": ({"weights": {"format": "fp8", "granularity": "block", "block": [128, 0]}}, ""),
-    "block of text": ({"weights": {"format": "fp8", "granularity": "block", "block": ["a", "b"]}}, ""),
+    "block of zero": (
+        {"weights": {"format": "fp8", "granularity": "block", "block": [128, 0]}},
+        "",
+    ),
+    "block of text": (
+        {"weights": {"format": "fp8", "granularity": "block", "block": ["a", "b"]}},
+        "",
+    ),
     "block without blocks": ({"weights": {"format": "fp8", "block": [128, 128]}}, ""),
     "float with zero point": ({"weights": {"format": "fp8", "symmetric": False}}, ""),
     "weights by token": ({"weights": {"format": "int8", "granularity": "token"}}, ""),
-    "activations by channel": ({"weights": {"format": "int8"}, "activations": {"format": "int8", "granularity": "channel"}}, ""),
+    "activations by channel": (
+        {
+            "weights": {"format": "int8"},
+            "activations": {"format": "int8", "granularity": "channel"},
+        },
+        "",
+    ),
     "activations by name": ({"weights": {"format": "int8"}, "activations": "int8"}, ""),
 }
 
@@ -164,10 +210,21 @@ def test_what_is_no_scheme_is_refused_with_the_nearest_right_thing(case):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(("int4", "group", "fp8", "block")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(("int4", "group", "fp8", "block")),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(("weights", "activations", "format", "granularity", "group_size", "block")) | st.text(max_size=4), inner)
+        | st.dictionaries(
+            st.sampled_from(
+                ("weights", "activations", "format", "granularity", "group_size", "block")
+            )
+            | st.text(max_size=4),
+            inner,
+        )
     ),
     max_leaves=12,
 )

@@ -13,20 +13,62 @@ from qtool.checkpoint import open_checkpoint
 from qtool.formats import detect, read
 from qtool.formats.packing import permutation, unpack_bits
 from qtool.scheme import SCHEMES, Activations
-from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, mx_scale, pack_pairs, to_fp4, unpack_pairs
+from qtool.weight import (
+    QuantizedWeight,
+    dequantize,
+    fake_quantize_input,
+    mx_scale,
+    pack_pairs,
+    to_fp4,
+    unpack_pairs,
+)
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELOPT_DECIBELS = {
-    **{"FP8": 31, "FP8_KV": 31, "FP8_PC_PT": 31, "FP8_PB_WO": 31, "MXFP8": 31, "INT8": 42, "INT8_WO": 42, "INT8_SQ": 34, "INT4": 18, "MIXED": 21},
-    **{"INT4_AWQ": 17.5, "W4A8_AWQ": 17.5, "NVFP4": 20, "W4A16_NVFP4": 20, "W4A8_NVFP4_FP8": 19, "MXFP4": 18, "W4A8_MXFP4_FP8": 18},
+    **{
+        "FP8": 31,
+        "FP8_KV": 31,
+        "FP8_PC_PT": 31,
+        "FP8_PB_WO": 31,
+        "MXFP8": 31,
+        "INT8": 42,
+        "INT8_WO": 42,
+        "INT8_SQ": 34,
+        "INT4": 18,
+        "MIXED": 21,
+    },
+    **{
+        "INT4_AWQ": 17.5,
+        "W4A8_AWQ": 17.5,
+        "NVFP4": 20,
+        "W4A16_NVFP4": 20,
+        "W4A8_NVFP4_FP8": 19,
+        "MXFP4": 18,
+        "W4A8_MXFP4_FP8": 18,
+    },
 }
 EXACT_INPUTS = (
-    *("ct/FP8", "ct/FP8_DYNAMIC", "ct/FP8_BLOCK", "ct/W4AFP8", "ct/MXFP4", "ct/MXFP8", "ct/NVFP4", "ct/W8A8_STATIC_ASYM"),
+    *(
+        "ct/FP8",
+        "ct/FP8_DYNAMIC",
+        "ct/FP8_BLOCK",
+        "ct/W4AFP8",
+        "ct/MXFP4",
+        "ct/MXFP8",
+        "ct/NVFP4",
+        "ct/W8A8_STATIC_ASYM",
+    ),
     *("modelopt/INT8", "modelopt/INT8_SQ"),
 )
-ASYMMETRIC_V1 = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq"}
+ASYMMETRIC_V1 = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": False,
+    "checkpoint_format": "gptq",
+}
 
 
 @pytest.fixture
@@ -34,7 +76,10 @@ def read_layer(tmp_path):
     """A function: tensors of one layer and a quantization config, to its QuantizedWeight, by way of a file."""
 
     def read_back(config, **tensors):
-        save_file({f"layer.{suffix}": tensor for suffix, tensor in tensors.items()}, tmp_path / "model.safetensors")
+        save_file(
+            {f"layer.{suffix}": tensor for suffix, tensor in tensors.items()},
+            tmp_path / "model.safetensors",
+        )
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
         checkpoint = open_checkpoint(tmp_path)
         return read(checkpoint, detect(checkpoint), "layer")
@@ -47,7 +92,10 @@ def words(*values):
 
 
 def group(**weights):
-    return {"quant_method": "compressed-tensors", "config_groups": {"0": {"targets": ["Linear"], "weights": weights}}}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"0": {"targets": ["Linear"], "weights": weights}},
+    }
 
 
 NVFP4 = group(num_bits=4, type="float", strategy="tensor_group", group_size=16)
@@ -56,7 +104,9 @@ NVFP4 = group(num_bits=4, type="float", strategy="tensor_group", group_size=16)
 def test_compressed_tensors_nvfp4_global_scale_divides(read_layer):
     packed = torch.full((1, 8), 0x22, dtype=torch.uint8)  # all 1.0
     scale = torch.tensor([[3.0]]).to(torch.float8_e4m3fn)
-    weight = read_layer(NVFP4, weight_packed=packed, weight_scale=scale, weight_global_scale=torch.tensor([4.0]))
+    weight = read_layer(
+        NVFP4, weight_packed=packed, weight_scale=scale, weight_global_scale=torch.tensor([4.0])
+    )
     assert torch.equal(dequantize(weight), torch.full((1, 16), 0.75))
 
 
@@ -71,16 +121,26 @@ def test_modelopt_nvfp4_global_scale_multiplies(read_layer):
 def test_fp4_keeps_the_even_input_in_the_low_nibble(read_layer):
     packed = torch.full((1, 8), 0xD2, dtype=torch.uint8)
     scale = torch.ones(1, 1).to(torch.float8_e4m3fn)
-    weight = read_layer(NVFP4, weight_packed=packed, weight_scale=scale, weight_global_scale=torch.ones(1))
+    weight = read_layer(
+        NVFP4, weight_packed=packed, weight_scale=scale, weight_global_scale=torch.ones(1)
+    )
     assert dequantize(weight)[0, :2].tolist() == [1.0, -3.0]
 
 
 def test_gptq_v1_zeros_get_one_added_to_the_whole_word(read_layer):
     zeros = [0, 0, 5, 15, 0, 8, 1, 0]
     word = sum(zero << (4 * i) for i, zero in enumerate(zeros))
-    stored = words((word - 0x11111111) % 2**32).reshape(1, 1)  # a zero of 0 has borrowed from its neighbour
+    stored = words((word - 0x11111111) % 2**32).reshape(
+        1, 1
+    )  # a zero of 0 has borrowed from its neighbour
     qweight = torch.zeros(4, 8, dtype=torch.int32)
-    weight = read_layer(ASYMMETRIC_V1, qweight=qweight, qzeros=stored, scales=torch.ones(1, 8).half(), g_idx=torch.zeros(32, dtype=torch.int32))
+    weight = read_layer(
+        ASYMMETRIC_V1,
+        qweight=qweight,
+        qzeros=stored,
+        scales=torch.ones(1, 8).half(),
+        g_idx=torch.zeros(32, dtype=torch.int32),
+    )
     assert dequantize(weight)[:, 0].tolist() == [-zero for zero in zeros]
 
 
@@ -95,29 +155,55 @@ def test_gptq_v2_zeros_are_stored_as_they_are(read_layer):
 def test_gptq_3_bit_v1_zeros_wrap_field_by_field(read_layer):
     stored = words(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF).reshape(1, 3)  # 7 + 1 = 8 = 0
     config = {**ASYMMETRIC_V1, "bits": 3}
-    weight = read_layer(config, qweight=torch.zeros(3, 32, dtype=torch.int32), qzeros=stored, scales=torch.ones(1, 32).half())
+    weight = read_layer(
+        config,
+        qweight=torch.zeros(3, 32, dtype=torch.int32),
+        qzeros=stored,
+        scales=torch.ones(1, 32).half(),
+    )
     assert dequantize(weight).abs().max() == 0
 
 
 def test_gptq_act_order_scatters_the_groups_over_the_inputs(read_layer):
     g_idx = torch.arange(64, dtype=torch.int32) % 2
     scales = torch.tensor([[1.0], [10.0]]).expand(2, 8).half().contiguous()
-    qweight, qzeros = words(*[0x99999999] * 64).reshape(8, 8), words(0x77777777, 0x77777777).reshape(2, 1)
-    weight = read_layer({**ASYMMETRIC_V1, "sym": True, "desc_act": True}, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx)
+    qweight, qzeros = (
+        words(*[0x99999999] * 64).reshape(8, 8),
+        words(0x77777777, 0x77777777).reshape(2, 1),
+    )
+    weight = read_layer(
+        {**ASYMMETRIC_V1, "sym": True, "desc_act": True},
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+    )
     assert weight.perm.tolist() == [*range(0, 64, 2), *range(1, 64, 2)]
     assert dequantize(weight)[0].tolist() == [1.0, 10.0] * 32
 
 
 def test_awq_interleaves_eight_outputs_in_a_word(read_layer):
-    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "version": "gemm",
+    }
     qweight = words(*[0x86427531] * 32).reshape(32, 1)
-    weight = read_layer(config, qweight=qweight, qzeros=words(0).reshape(1, 1), scales=torch.ones(1, 8).half())
+    weight = read_layer(
+        config, qweight=qweight, qzeros=words(0).reshape(1, 1), scales=torch.ones(1, 8).half()
+    )
     assert dequantize(weight)[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_modelopt_int4_packs_two_outputs_in_a_byte(read_layer):
     config = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
-    weight = read_layer(config, weight=torch.full((1, 128), 0xE3, dtype=torch.uint8), weight_scale=torch.tensor([[1.0], [10.0]]))
+    weight = read_layer(
+        config,
+        weight=torch.full((1, 128), 0xE3, dtype=torch.uint8),
+        weight_scale=torch.tensor([[1.0], [10.0]]),
+    )
     assert dequantize(weight)[:, 5].tolist() == [3.0, -20.0]
 
 
@@ -127,14 +213,25 @@ def test_pre_quant_scale_multiplies_the_input(sample):
     checkpoint = open_checkpoint(sample("modelopt/INT8_SQ"))
     weight = read(checkpoint, detect(checkpoint), name)
     original = load_file(EXAMPLE / "model.safetensors")[f"{name}.weight"].float()
-    assert sqnr(original, dequantize(weight) * weight.pre_scale.float()) > 30 > 15 > sqnr(original, dequantize(weight))
+    assert (
+        sqnr(original, dequantize(weight) * weight.pre_scale.float())
+        > 30
+        > 15
+        > sqnr(original, dequantize(weight))
+    )
 
 
 def test_compressed_tensors_packs_zero_points_along_the_outputs(read_layer):
     config = group(num_bits=4, type="int", strategy="group", group_size=8, symmetric=False)
     zeros = words(0x76543210, 0x88888888).reshape(1, 2)
     packed = words(*[0x88888888] * 16).reshape(8, 2)
-    weight = read_layer(config, weight_packed=packed, weight_scale=torch.ones(8, 2), weight_zero_point=zeros, weight_shape=torch.tensor([8, 16]))
+    weight = read_layer(
+        config,
+        weight_packed=packed,
+        weight_scale=torch.ones(8, 2),
+        weight_zero_point=zeros,
+        weight_shape=torch.tensor([8, 16]),
+    )
     assert dequantize(weight)[:, 0].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
     assert dequantize(weight)[:, 8:].abs().max() == 0
 
@@ -152,7 +249,9 @@ def test_compressed_tensors_packs_zero_points_along_the_outputs(read_layer):
     ids=["4", "8", "2", "3 dense", "3 padded", "5 dense"],
 )
 def test_packed_words_unpack_to_their_codes(bits, count, code, packed):
-    assert unpack_bits(words(*packed).reshape(1, -1), bits, count).tolist() == [[code(i) for i in range(count)]]
+    assert unpack_bits(words(*packed).reshape(1, -1), bits, count).tolist() == [
+        [code(i) for i in range(count)]
+    ]
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
@@ -166,7 +265,10 @@ def test_dense_and_padded_rows_of_odd_widths_unpack(bits, dense):
             number = sum(code << (i * bits) for i, code in enumerate(row))
             rows += [number >> shift & 0xFFFFFFFF for shift in range(0, 128 * bits, 32)]
         else:
-            rows += [sum(code << (i * bits) for i, code in enumerate(row[at : at + per_word])) for at in range(0, 128, per_word)]
+            rows += [
+                sum(code << (i * bits) for i, code in enumerate(row[at : at + per_word]))
+                for at in range(0, 128, per_word)
+            ]
     assert torch.equal(unpack_bits(words(*rows).reshape(5, -1), bits, 128).long(), codes)
 
 
@@ -183,7 +285,10 @@ def test_blocks_may_be_short_at_the_edges():
     data = torch.ones(300, 200).to(torch.float8_e4m3fn)
     scale = torch.arange(6.0).reshape(3, 2)
     values = dequantize(QuantizedWeight(data, scale, block=(128, 128)))
-    assert [values[row, column].item() for row, column in ((0, 0), (127, 127), (128, 128), (299, 199), (256, 0))] == [0, 0, 3, 5, 4]
+    assert [
+        values[row, column].item()
+        for row, column in ((0, 0), (127, 127), (128, 128), (299, 199), (256, 0))
+    ] == [0, 0, 3, 5, 4]
 
 
 def test_fp4_rounds_ties_to_the_even_code():
@@ -204,7 +309,9 @@ def test_weights_equal_those_that_compressed_tensors_decompresses(sample, name):
             assert torch.equal(dequantize(weight), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("gptq/") and "gemm" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if name.startswith("gptq/") and "gemm" not in name]
+)
 def test_weights_equal_those_of_gptqmodels_kernel(sample, name):
     for weight, expected in pairs(sample(name)):  # it rounds scales and results to bf16
         torch.testing.assert_close(dequantize(weight), expected, rtol=2**-7, atol=0)
@@ -223,23 +330,39 @@ def test_awq_and_gptq_layouts_of_one_rounding_hold_the_same_weights(sample):
 def test_modelopt_weights_are_the_original_ones_but_for_rounding(sample, name, decibels):
     original = load_file(EXAMPLE / "model.safetensors")
     for layer, weight in weights(sample(f"modelopt/{name}")):
-        if not (weight.pre_scale is None and "AWQ" in name):  # there it was folded into the norm before
-            restored = dequantize(weight) * (1 if weight.pre_scale is None else weight.pre_scale.float())
+        if not (
+            weight.pre_scale is None and "AWQ" in name
+        ):  # there it was folded into the norm before
+            restored = dequantize(weight) * (
+                1 if weight.pre_scale is None else weight.pre_scale.float()
+            )
             assert sqnr(original[f"{layer}.weight"].float(), restored) > decibels - 3
 
 
 @pytest.mark.parametrize("name", EXACT_INPUTS)
 def test_input_rounding_equals_that_of_the_library(sample, name):
     for weight, x, expected in watched(sample(name)):
-        rounded = fake_quantize_input(x, weight.activation.format, weight.activation.scale, weight.activation.zero)
-        assert error(rounded @ dequantize(weight).T, expected) < 2e-3 < error(x @ dequantize(weight).T, expected)
+        rounded = fake_quantize_input(
+            x, weight.activation.format, weight.activation.scale, weight.activation.zero
+        )
+        assert (
+            error(rounded @ dequantize(weight).T, expected)
+            < 2e-3
+            < error(x @ dequantize(weight).T, expected)
+        )
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A8"])
 def test_dynamic_int8_inputs_are_rounded_about_as_finely_as_by_the_library(sample, name):
-    for weight, x, expected in watched(sample(f"ct/{name}")):  # it takes amax / 127.5 where engines take amax / 127
+    for weight, x, expected in watched(
+        sample(f"ct/{name}")
+    ):  # it takes amax / 127.5 where engines take amax / 127
         rounded = fake_quantize_input(x, weight.activation.format)
-        assert error(rounded @ dequantize(weight).T, expected) < 1.5 * error(x @ dequantize(weight).T, expected) < 0.03
+        assert (
+            error(rounded @ dequantize(weight).T, expected)
+            < 1.5 * error(x @ dequantize(weight).T, expected)
+            < 0.03
+        )
 
 
 def test_asymmetric_dynamic_inputs_use_the_whole_range():
@@ -274,7 +397,11 @@ def watched(folder):
     for name, weight in weights(folder):
         if name in WATCHED:
             x = reference[f"input:{name}"].float()
-            yield weight, x if weight.pre_scale is None else x * weight.pre_scale.float(), reference[f"output:{name}"].float()
+            yield (
+                weight,
+                x if weight.pre_scale is None else x * weight.pre_scale.float(),
+                reference[f"output:{name}"].float(),
+            )
 
 
 def sqnr(expected, found):

@@ -85,7 +85,11 @@ class Work:
         for sample in self.samples:
             by_length.setdefault(len(sample), []).append(sample)
         size = self.batch_size
-        return [group[start : start + size] for group in by_length.values() for start in range(0, len(group), size)]
+        return [
+            group[start : start + size]
+            for group in by_length.values()
+            for start in range(0, len(group), size)
+        ]
 
 
 class Backend(Protocol):
@@ -124,8 +128,14 @@ def check_backend(plan: Plan) -> None:
     if not reasons:
         return
     able = [other for other in BACKENDS if other != name and not load_backend(other).refusals(plan)]
-    hint = f"--backend {able[0]} can run it" if able else "no backend can run this combination; `qtool quantize --list` shows what they run"
-    raise RecipeRefused("E_BACKEND_REFUSES", f"{name} cannot run this recipe: {'; '.join(reasons)}", hint=hint)
+    hint = (
+        f"--backend {able[0]} can run it"
+        if able
+        else "no backend can run this combination; `qtool quantize --list` shows what they run"
+    )
+    raise RecipeRefused(
+        "E_BACKEND_REFUSES", f"{name} cannot run this recipe: {'; '.join(reasons)}", hint=hint
+    )
 
 
 def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
@@ -161,9 +171,15 @@ def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
         kinds.setdefault(name.rpartition(".")[2], set()).add(scheme)
     groups = []
     for scheme, names in by_scheme.items():
-        whole = [kind for kind in dict.fromkeys(name.rpartition(".")[2] for name in names) if len(kinds[kind]) == 1]
+        whole = [
+            kind
+            for kind in dict.fromkeys(name.rpartition(".")[2] for name in names)
+            if len(kinds[kind]) == 1
+        ]
         fused = [kind for kind, parts in FUSED.items() if parts <= set(whole)]
         patterns = [rf"(?:.*\.)?({'|'.join([*whole, *fused])})$"] if whole else []
-        patterns += [name.replace(".", r"\.") + "$" for name in names if name.rpartition(".")[2] not in whole]
+        patterns += [
+            name.replace(".", r"\.") + "$" for name in names if name.rpartition(".")[2] not in whole
+        ]
         groups.append(Group(scheme, tuple(names), tuple(patterns)))
     return groups

@@ -39,12 +39,20 @@ class GPTQModelBackend:
         awq = [step.name for step in recipe.algorithm] == ["awq"]
         for scheme in recipe.schemes:
             weights = scheme.weights
-            if scheme.activations or weights.format not in {f"int{bits}" for bits in BITS} or weights.granularity not in ("group", "channel"):
-                reasons.append(f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit activations, not `{scheme.name}`")
+            if (
+                scheme.activations
+                or weights.format not in {f"int{bits}" for bits in BITS}
+                or weights.granularity not in ("group", "channel")
+            ):
+                reasons.append(
+                    f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit activations, not `{scheme.name}`"
+                )
             elif awq and weights.bits != 4:
                 reasons.append("its AWQ has 4 bits")
         for module in plan.quantized:
-            if module.scheme and any(size * module.scheme.weights.bits % 32 for size in module.shape):
+            if module.scheme and any(
+                size * module.scheme.weights.bits % 32 for size in module.shape
+            ):
                 reasons.append(f"{module.shape} of `{module.name}` does not pack into 32-bit words")
                 break
         return reasons
@@ -55,7 +63,11 @@ class GPTQModelBackend:
         Its CPU pool has (cores + 1) // 2 workers and asks for 2 of them, so a machine of two cores fails without the first one. Packing in
         Python is quicker than compiling the C++ packer for anything but large models.
         """
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qtool" / "torch_extensions"
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            / "qtool"
+            / "torch_extensions"
+        )
         variables = {
             "GPTQMODEL_CPU_WORKERS": str(max(2, min(12, (os.cpu_count() or 1) // 2))),
             "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(cache),
@@ -88,8 +100,13 @@ class GPTQModelBackend:
         if work.device == "cpu" and recipe.algorithm[-1].name == "awq":
             options["backend"] = BACKEND.AWQ_TORCH  # the only AWQ kernel without CUDA
         work.report.stage("quantizing")
-        samples = [{"input_ids": list(sample), "attention_mask": [1] * len(sample)} for sample in work.samples]
-        model.quantize(samples or None, batch_size=work.batch_size, calibration_sort=None, **options)
+        samples = [
+            {"input_ids": list(sample), "attention_mask": [1] * len(sample)}
+            for sample in work.samples
+        ]
+        model.quantize(
+            samples or None, batch_size=work.batch_size, calibration_sort=None, **options
+        )
         work.report.stage("saving")
         model.save(str(work.output), max_shard_size=MAX_SHARD_SIZE)
 
@@ -103,7 +120,9 @@ def _config(work: Work) -> Any:
     dynamic: dict[str, dict[str, Any]] = {}
     for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
         if group.scheme is None:
-            left_alone = [name for name in group.names if name.rpartition(".")[2] not in HEADS]  # it leaves heads alone unasked
+            left_alone = [
+                name for name in group.names if name.rpartition(".")[2] not in HEADS
+            ]  # it leaves heads alone unasked
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
         elif group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
@@ -115,11 +134,17 @@ def _config(work: Work) -> Any:
     for module in work.plan.quantized:
         if module.name.rpartition(".")[2] in HEADS and module.scheme:
             options["lm_head"] = True
-            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)  # without an entry a head gets 8 bits in groups of 32
+            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(
+                module.scheme
+            )  # without an entry a head gets 8 bits in groups of 32
     options["dynamic"] = dynamic or None
     step = recipe.algorithm[-1]
     if isinstance(step, Gptq):
-        options |= {"desc_act": step.act_order, "act_group_aware": not step.act_order, "format": recipe.checkpoint_format or "gptq"}
+        options |= {
+            "desc_act": step.act_order,
+            "act_group_aware": not step.act_order,
+            "format": recipe.checkpoint_format or "gptq",
+        }
         if step.dampening:
             options["damp_percent"] = step.dampening
         return GPTQConfig(**options)

@@ -40,22 +40,32 @@ class LLMCompressorBackend:
         if recipe.checkpoint_format:
             reasons.append(f"it writes compressed-tensors, not {recipe.checkpoint_format}")
         if any(step.act_order for step in recipe.steps(Gptq)):
-            reasons.append("compressed-tensors 0.19 no longer stores an activation order (`act_order`)")
+            reasons.append(
+                "compressed-tensors 0.19 no longer stores an activation order (`act_order`)"
+            )
         if any(step.search != "lite" for step in recipe.steps(Awq)):
             reasons.append("its AWQ has one search, `lite`")
-        if recipe.steps(AutoRound) and any(scheme.weights.scale != "float" for scheme in recipe.schemes):
+        if recipe.steps(AutoRound) and any(
+            scheme.weights.scale != "float" for scheme in recipe.schemes
+        ):
             reasons.append("AutoRound is driven here for integer and FP8 weights")
         for scheme in recipe.schemes:
             activations = scheme.activations
             if activations and activations.format not in ("int4", "int8", "fp4", "fp8"):
                 reasons.append(f"it has no activations in {activations.format}")
-            if scheme.weights.scale == "e4m3" and (scheme.weights.group_size != 16 or (activations and activations.format != "fp4")):
+            if scheme.weights.scale == "e4m3" and (
+                scheme.weights.group_size != 16 or (activations and activations.format != "fp4")
+            ):
                 reasons.append(f"it has no scheme `{scheme.name}`")
         return reasons
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
         """Variables for the worker; ``LLM_COMPRESSOR_LOG_DISABLED`` would break GPTQ, so it is cleared."""
-        return {"LLM_COMPRESSOR_LOG_DISABLED": "false", "LLM_COMPRESSOR_CLEAR_LOGGERS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {
+            "LLM_COMPRESSOR_LOG_DISABLED": "false",
+            "LLM_COMPRESSOR_CLEAR_LOGGERS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
 
     def quantize(self, work: Work) -> None:
         """Quantize as planned and write a complete checkpoint folder to ``work.output``."""
@@ -65,7 +75,9 @@ class LLMCompressorBackend:
 
         _report_bars(work.report)
         if work.device == "cpu":
-            IntermediatesCache.pin_memory = lambda self, *args, **options: None  # it pins without asking whether there is a GPU
+            IntermediatesCache.pin_memory = lambda self, *args, **options: (
+                None
+            )  # it pins without asking whether there is a GPU
         model = load_model(work)
         linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
@@ -94,14 +106,22 @@ def _clear_actorder(config_file: Path) -> None:
 def _modifiers(work: Work, linears: list[str]) -> list[Any]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier, SpinQuantModifier
+    from llmcompressor.modifiers.transform import (
+        AWQModifier,
+        SmoothQuantModifier,
+        SpinQuantModifier,
+    )
 
     recipe = work.plan.recipe
     groups = groups_of(work.plan, linears)
     ignore = [name for group in groups if group.scheme is None for name in group.names]
     quantized = [group for group in groups if group.scheme is not None]
     config_groups = {
-        f"group_{index}": _config_group(group.scheme, ["Linear"] if len(quantized) == 1 else [f"re:{pattern}" for pattern in group.patterns], recipe)
+        f"group_{index}": _config_group(
+            group.scheme,
+            ["Linear"] if len(quantized) == 1 else [f"re:{pattern}" for pattern in group.patterns],
+            recipe,
+        )
         for index, group in enumerate(quantized)
         if group.scheme is not None
     }
@@ -119,15 +139,23 @@ def _modifiers(work: Work, linears: list[str]) -> list[Any]:
             modifiers.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard"))
         elif isinstance(step, Awq):
             fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
-            modifiers.append(AWQModifier(duo_scaling=not fp8))  # duo scaling is not defined for FP8 weights
+            modifiers.append(
+                AWQModifier(duo_scaling=not fp8)
+            )  # duo scaling is not defined for FP8 weights
     rounder = recipe.algorithm[-1]
     if isinstance(rounder, Gptq):
         dampening = {"dampening_frac": rounder.dampening} if rounder.dampening else {}
         modifiers.append(GPTQModifier(**dampening, **options))
     elif isinstance(rounder, AutoRound):
-        from llmcompressor.modifiers.autoround import AutoRoundModifier  # a library of its own, slow to import
+        from llmcompressor.modifiers.autoround import (
+            AutoRoundModifier,
+        )  # a library of its own, slow to import
 
-        modifiers.append(AutoRoundModifier(iters=rounder.iterations, enable_torch_compile=work.device != "cpu", **options))
+        modifiers.append(
+            AutoRoundModifier(
+                iters=rounder.iterations, enable_torch_compile=work.device != "cpu", **options
+            )
+        )
     else:
         modifiers.append(QuantizationModifier(**options))
     return modifiers
@@ -192,7 +220,9 @@ def _type(format: str) -> str:
 def _kv_cache_args() -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
-    return QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+    return QuantizationArgs(
+        num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False
+    )
 
 
 class _Bar:
@@ -200,7 +230,14 @@ class _Bar:
 
     report: Reporter
 
-    def __init__(self, iterable: Iterable[Any] | None = None, *, desc: str = "", total: int | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        *,
+        desc: str = "",
+        total: int | None = None,
+        **_: Any,
+    ) -> None:
         self._iterable = iterable
         self._layer = re.match(r"\((\d+)/(\d+)\): (\w+)", desc)
         self._total = total

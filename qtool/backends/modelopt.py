@@ -11,7 +11,13 @@ from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
-from qtool.backends.models import batch_tensors, fused_experts, is_expert, load_model, loaded_linears
+from qtool.backends.models import (
+    batch_tensors,
+    fused_experts,
+    is_expert,
+    load_model,
+    loaded_linears,
+)
 from qtool.errors import RecipeRefused, ResourceError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
@@ -32,8 +38,13 @@ PRESETS = {  # scheme -> the library's configuration with these numbers
     SCHEMES["MXFP4"]: "MXFP4_DEFAULT_CFG",
 }
 AWQ_PRESETS = {SCHEMES["W4A16"]: "INT4_AWQ_CFG"}  # what changes when AWQ searches the scales
-FORWARD_PASSES = {"awq": 2, "gptq": 2}  # how often an algorithm runs the calibration loop; others once
-GPU_FRACTION = 0.8  # of the free memory of the GPU may be weights; more is left to accelerate's offloading
+FORWARD_PASSES = {
+    "awq": 2,
+    "gptq": 2,
+}  # how often an algorithm runs the calibration loop; others once
+GPU_FRACTION = (
+    0.8  # of the free memory of the GPU may be weights; more is left to accelerate's offloading
+)
 
 
 class ModelOptBackend:
@@ -44,13 +55,17 @@ class ModelOptBackend:
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""
         recipe = plan.recipe
-        reasons = step_refusals(plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "auto")})
+        reasons = step_refusals(
+            plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "auto")}
+        )
         if recipe.checkpoint_format:
             reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
         if any(step.act_order for step in recipe.steps(Gptq)):
             reasons.append("its GPTQ has no `act_order`")
         if recipe.steps(Auto) and (recipe.kv_cache or any(rule.scheme for rule in recipe.rules)):
-            reasons.append("`auto` chooses every scheme itself, without rules and without a KV cache")
+            reasons.append(
+                "`auto` chooses every scheme itself, without rules and without a KV cache"
+            )
         if recipe.scheme is None:
             reasons.append("it needs a scheme for the weights")
         for scheme in recipe.schemes:
@@ -76,7 +91,10 @@ class ModelOptBackend:
             _auto_quantize(model, work, linears)
         else:
             recipe = work.plan.recipe
-            config = {"quant_cfg": _quantizers(work, mtq, linears, fused_experts(model)), "algorithm": _algorithm(recipe, mtq)}
+            config = {
+                "quant_cfg": _quantizers(work, mtq, linears, fused_experts(model)),
+                "algorithm": _algorithm(recipe, mtq),
+            }
             work.report.stage("quantizing")
             mtq.quantize(model, config, _forward_loop(work) if work.samples else None)
         if work.job.state_save:
@@ -97,8 +115,14 @@ def _load(work: Work) -> Any:
     fits = work.plan.bytes_before < free * GPU_FRACTION
     if not fits and work.job.state_save:
         message = f"a state is kept only of a model that fits the GPU: {work.plan.bytes_before / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise ResourceError("E_GPU_MEMORY", message, hint="leave --checkpoint-save-path out, or use --device cpu")
-    return load_model(work, device_map=work.device if fits else "auto", offload_folder=str(work.scratch / "offload"))
+        raise ResourceError(
+            "E_GPU_MEMORY", message, hint="leave --checkpoint-save-path out, or use --device cpu"
+        )
+    return load_model(
+        work,
+        device_map=work.device if fits else "auto",
+        offload_folder=str(work.scratch / "offload"),
+    )
 
 
 def _forward_loop(work: Work) -> Callable[[Any], None]:
@@ -112,7 +136,9 @@ def _forward_loop(work: Work) -> Callable[[Any], None]:
         nonlocal done
         with torch.no_grad():
             for batch in batches:
-                model(input_ids=batch.to(model.device), use_cache=False)  # with a cache, layerwise calibration is silently wrong
+                model(
+                    input_ids=batch.to(model.device), use_cache=False
+                )  # with a cache, layerwise calibration is silently wrong
                 done += 1
                 work.report.progress("calibration batches", min(done, total), total)
 
@@ -122,7 +148,11 @@ def _forward_loop(work: Work) -> Callable[[Any], None]:
 def _fixed_groups(scheme: Scheme) -> Scheme:
     """Return the scheme with the group size of its preset, where the library lets the group size be chosen."""
     weights = scheme.weights
-    return scheme.with_group_size(128) if weights.format == "int4" and weights.granularity == "group" else scheme
+    return (
+        scheme.with_group_size(128)
+        if weights.format == "int4" and weights.granularity == "group"
+        else scheme
+    )
 
 
 def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
@@ -130,37 +160,57 @@ def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
     return copy.deepcopy(getattr(mtq, names[_fixed_groups(scheme)]))
 
 
-def _quantizers(work: Work, mtq: Any, linears: Iterable[str], fused: Sequence[str]) -> list[dict[str, Any]]:
+def _quantizers(
+    work: Work, mtq: Any, linears: Iterable[str], fused: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return the ordered list that switches everything off and then on what the plan names.
 
     Modules of ``fused``, which hold all experts of a layer, have a quantizer for each tensor and expert and get one scheme.
     """
     recipe = work.plan.recipe
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    expert_schemes = {module.scheme for module in work.plan.modules if is_expert(module.name)} if fused else set()
+    expert_schemes = (
+        {module.scheme for module in work.plan.modules if is_expert(module.name)}
+        if fused
+        else set()
+    )
     if len(expert_schemes) > 1:
         message = "ModelOpt gives all experts one scheme, and the recipe gives them several"
-        raise RecipeRefused("E_EXPERTS", message, hint="let the rules name all experts, or use --backend llmcompressor")
+        raise RecipeRefused(
+            "E_EXPERTS",
+            message,
+            hint="let the rules name all experts, or use --backend llmcompressor",
+        )
     for group in groups_of(work.plan, linears):
         if group.scheme is not None:
-            preset = [entry for entry in _preset(group.scheme, recipe, mtq)["quant_cfg"] if _is_linear_entry(entry)]
+            preset = [
+                entry
+                for entry in _preset(group.scheme, recipe, mtq)["quant_cfg"]
+                if _is_linear_entry(entry)
+            ]
             names = [f"{name}." for name in group.names if not (fused and is_expert(name))]
             names += [f"{name}.*" for name in fused if group.scheme in expert_schemes]
-            entries += [_for_module(entry, name, group.scheme) for name in names for entry in preset]
+            entries += [
+                _for_module(entry, name, group.scheme) for name in names for entry in preset
+            ]
     if recipe.kv_cache:
         entries += copy.deepcopy(getattr(mtq, f"{recipe.kv_cache.upper()}_KV_CFG")["quant_cfg"])
     return entries
 
 
 def _is_linear_entry(entry: dict[str, Any]) -> bool:
-    return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get("enable", True)
+    return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get(
+        "enable", True
+    )
 
 
 def _for_module(entry: dict[str, Any], prefix: str, scheme: Scheme) -> dict[str, Any]:
     """Return the preset's ``entry`` for the module that ``prefix`` names, with the scheme's own group size."""
     entry = copy.deepcopy(entry)
     is_weight = entry["quantizer_name"] == "*weight_quantizer"
-    entry["quantizer_name"] = prefix + entry["quantizer_name"].removeprefix("*") + ("*" if is_weight else "")
+    entry["quantizer_name"] = (
+        prefix + entry["quantizer_name"].removeprefix("*") + ("*" if is_weight else "")
+    )
     if scheme.weights.format == "int4" and is_weight:
         for part in entry["cfg"] if isinstance(entry["cfg"], list) else [entry["cfg"]]:
             if "block_sizes" in part:
@@ -188,23 +238,42 @@ def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
 
     step = work.plan.recipe.steps(Auto)[0]
     planned = {module.name for module in work.plan.quantized}
-    batches = [{"input_ids": batch.to(model.device), "labels": batch.to(model.device)} for batch in batch_tensors(work)]
+    batches = [
+        {"input_ids": batch.to(model.device), "labels": batch.to(model.device)}
+        for batch in batch_tensors(work)
+    ]
     work.report.stage("searching a scheme for each layer")
     try:
         mtq.auto_quantize(
             model,
             constraints={"effective_bits": step.effective_bits},
-            quantization_formats=[_preset(scheme, work.plan.recipe, mtq) for scheme in step.candidates],
+            quantization_formats=[
+                _preset(scheme, work.plan.recipe, mtq) for scheme in step.candidates
+            ],
             data_loader=batches,
-            forward_step=lambda model, batch: model(**batch, use_cache=False) if step.score == "gradient" else model(**batch, use_cache=False).logits,
+            forward_step=lambda model, batch: (
+                model(**batch, use_cache=False)
+                if step.score == "gradient"
+                else model(**batch, use_cache=False).logits
+            ),
             loss_func=(lambda output, batch: output.loss) if step.score == "gradient" else None,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
-            disabled_layers=[pattern for name in linears if name not in planned for pattern in (name, f"{name}.*")] or None,
+            disabled_layers=[
+                pattern
+                for name in linears
+                if name not in planned
+                for pattern in (name, f"{name}.*")
+            ]
+            or None,
             method=step.score,
             verbose=True,
         )
     except ValueError as error:
         if "effective_bits" not in str(error):
             raise
-        raise RecipeRefused("E_EFFECTIVE_BITS", one_line(error), hint="raise `effective_bits`, or add a smaller candidate") from error
+        raise RecipeRefused(
+            "E_EFFECTIVE_BITS",
+            one_line(error),
+            hint="raise `effective_bits`, or add a smaller candidate",
+        ) from error

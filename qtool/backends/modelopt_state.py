@@ -24,7 +24,14 @@ STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
 STATE_KEYS = {"state_version", "modelopt_version", "model", "recipe", "tied", "modelopt_state"}
 SAMPLE_BYTES = 4096
-WHAT_COUNTS = {"scheme", "algorithm", "kv_cache", "lm_head", "rules", "ignore"}  # of a recipe; a state is of one choice of these
+WHAT_COUNTS = {
+    "scheme",
+    "algorithm",
+    "kv_cache",
+    "lm_head",
+    "rules",
+    "ignore",
+}  # of a recipe; a state is of one choice of these
 
 
 def save_state(model: Any, folder: str, plan: Plan) -> None:
@@ -62,7 +69,9 @@ def restore_state(model: Any, path: str, plan: Plan) -> None:
         try:
             mto.restore(model, path)
         except Exception as error:
-            raise StateRefused("E_STATE", f"{path}: ModelOpt cannot restore it: {one_line(error)}") from error
+            raise StateRefused(
+                "E_STATE", f"{path}: ModelOpt cannot restore it: {one_line(error)}"
+            ) from error
         return
     from safetensors.torch import load_file
 
@@ -74,7 +83,9 @@ def restore_state(model: Any, path: str, plan: Plan) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         message = f"{path}: its tensors do not fit the model: {one_line(error)}"
-        raise StateRefused("E_STATE", message, hint="restore it onto the model it was made of") from error
+        raise StateRefused(
+            "E_STATE", message, hint="restore it onto the model it was made of"
+        ) from error
 
 
 def state_recipe(path: str, *, trust_pickle: bool) -> Recipe:
@@ -95,13 +106,21 @@ def check_state(path: str, plan: Plan, *, trust_pickle: bool) -> None:
     for key in sorted(WHAT_COUNTS):
         if made.get(key) != asked[key]:
             message = f"{path} was calibrated for `{made.get('name')}`, and `{plan.recipe.name}` as asked for differs from it in `{key}`"
-            raise StateRefused("E_STATE_RECIPE", message, hint="leave --method and its options out: the state knows its own")
+            raise StateRefused(
+                "E_STATE_RECIPE",
+                message,
+                hint="leave --method and its options out: the state knows its own",
+            )
 
 
 def _check_pickle(path: str, *, trust_pickle: bool) -> None:
     if not trust_pickle:
         message = f"{path} is a pickle file, not a state folder written by qtool"
-        raise StateRefused("E_STATE_PICKLE", message, hint="if you made it with mto.save yourself, add --trust-pickle")
+        raise StateRefused(
+            "E_STATE_PICKLE",
+            message,
+            hint="if you made it with mto.save yourself, add --trust-pickle",
+        )
 
 
 def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -109,11 +128,18 @@ def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
     state = _read(path)
     if state.get("model") != _fingerprint(checkpoint):
         message = f"{path} was made of another model than {checkpoint.path}"
-        raise StateRefused("E_STATE_MODEL", message, hint="give the model it was made of as --model-path")
-    made, installed = str(state.get("modelopt_version")), importlib.metadata.version("nvidia-modelopt")
+        raise StateRefused(
+            "E_STATE_MODEL", message, hint="give the model it was made of as --model-path"
+        )
+    made, installed = (
+        str(state.get("modelopt_version")),
+        importlib.metadata.version("nvidia-modelopt"),
+    )
     if made.split(".")[:2] != installed.split(".")[:2]:
         raise StateRefused(
-            "E_STATE_VERSION", f"{path} was made with ModelOpt {made}, installed is {installed}", hint="calibrate again, or install that version"
+            "E_STATE_VERSION",
+            f"{path} was made with ModelOpt {made}, installed is {installed}",
+            hint="calibrate again, or install that version",
         )
     return state
 
@@ -121,18 +147,33 @@ def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     folder = Path(path)
     if not folder.exists():
-        raise StateRefused("E_STATE", f"{path}: no such state", hint="`qtool quantize --checkpoint-save-path` writes one")
+        raise StateRefused(
+            "E_STATE",
+            f"{path}: no such state",
+            hint="`qtool quantize --checkpoint-save-path` writes one",
+        )
     if not (folder / STATE_FILE).is_file():
-        raise StateRefused("E_STATE", f"{path} has no {STATE_FILE}, so it is not a state written by qtool")
+        raise StateRefused(
+            "E_STATE", f"{path} has no {STATE_FILE}, so it is not a state written by qtool"
+        )
     try:
         state = read_json(folder / STATE_FILE)
         read_header(folder / WEIGHTS_FILE)
     except CheckpointRefused as error:
-        raise StateRefused("E_STATE", error.message, hint="calibrate again with --checkpoint-save-path") from error
+        raise StateRefused(
+            "E_STATE", error.message, hint="calibrate again with --checkpoint-save-path"
+        ) from error
     if not state.keys() >= STATE_KEYS:
-        raise StateRefused("E_STATE", f"{path}: {STATE_FILE} lacks {', '.join(sorted(STATE_KEYS - state.keys()))}", hint="calibrate again")
+        raise StateRefused(
+            "E_STATE",
+            f"{path}: {STATE_FILE} lacks {', '.join(sorted(STATE_KEYS - state.keys()))}",
+            hint="calibrate again",
+        )
     if state["state_version"] != STATE_VERSION:
-        raise StateRefused("E_STATE_VERSION", f"{path}: state version {state.get('state_version')!r} is not {STATE_VERSION}")
+        raise StateRefused(
+            "E_STATE_VERSION",
+            f"{path}: state version {state.get('state_version')!r} is not {STATE_VERSION}",
+        )
     return state
 
 
@@ -161,7 +202,9 @@ def _to_json(value: Any) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {"dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
-    raise TypeError(f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file does not know")
+    raise TypeError(
+        f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file does not know"
+    )
 
 
 def _from_json(value: Any) -> Any:

@@ -17,7 +17,11 @@ def load_model(work: Work, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     work.report.stage("loading the model")
-    options |= {"dtype": "auto", "use_safetensors": True, "trust_remote_code": work.job.trust_remote_code}
+    options |= {
+        "dtype": "auto",
+        "use_safetensors": True,
+        "trust_remote_code": work.job.trust_remote_code,
+    }
     return AutoModelForCausalLM.from_pretrained(work.job.model, **options)
 
 
@@ -33,7 +37,8 @@ def fused_experts(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name.endswith("experts") and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if name.endswith("experts")
+        and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     ]
 
 
@@ -54,7 +59,11 @@ def loaded_linears(work: Work, model: Any) -> list[str]:
     if len(experts) < len(missing):
         first = next(name for name in missing if name not in set(experts))
         message = f"{len(missing) - len(experts)} planned modules are not linear modules of the loaded model, the first is `{first}`"
-        raise BackendFailed("E_PLAN_MISMATCH", message, hint="leave them out with --ignore, or try another --backend")
+        raise BackendFailed(
+            "E_PLAN_MISMATCH",
+            message,
+            hint="leave them out with --ignore, or try another --backend",
+        )
     return linears + experts
 
 

@@ -48,15 +48,27 @@ class TorchAOBackend:
         scheme = work.plan.recipe.scheme
         assert scheme is not None
         options: dict[str, Any] = {}
-        if scheme.weights.group_size:  # tinygemm's tiles; the plain layout needs a library that is not on the package index
-            options = {"group_size": scheme.weights.group_size, "int4_packing_format": "tile_packed_to_4d"}
+        if (
+            scheme.weights.group_size
+        ):  # tinygemm's tiles; the plain layout needs a library that is not on the package index
+            options = {
+                "group_size": scheme.weights.group_size,
+                "int4_packing_format": "tile_packed_to_4d",
+            }
         config = getattr(torchao.quantization, CONFIGS[scheme])(**options)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(work.job.model, trust_remote_code=work.job.trust_remote_code), trust_remote_code=work.job.trust_remote_code
+                AutoConfig.from_pretrained(
+                    work.job.model, trust_remote_code=work.job.trust_remote_code
+                ),
+                trust_remote_code=work.job.trust_remote_code,
             )
         planned = {module.name for module in work.plan.quantized}
         skipped = [name for name in linear_names(skeleton) if name not in planned]
-        model = load_model(work, quantization_config=TorchAoConfig(config, modules_to_not_convert=skipped), device_map=work.device)
+        model = load_model(
+            work,
+            quantization_config=TorchAoConfig(config, modules_to_not_convert=skipped),
+            device_map=work.device,
+        )
         work.report.stage("saving")
         model.save_pretrained(work.output, max_shard_size=MAX_SHARD_SIZE)

@@ -27,17 +27,35 @@ from typing import Any
 from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
 from qtool.calibration import CalibrationSpec, load_calibration
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, from_wire, one_line, to_wire
+from qtool.errors import (
+    BackendFailed,
+    CheckpointRefused,
+    QtoolError,
+    ResourceError,
+    from_wire,
+    one_line,
+    to_wire,
+)
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 
 Event = Mapping[str, Any]
-QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}  # threads that spin while they wait starve whoever shares the cores
+QUIET_WAITING = {
+    "OMP_WAIT_POLICY": "passive"
+}  # threads that spin while they wait starve whoever shares the cores
 VERSIONS = ("torch", "transformers", "safetensors")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None], python: str = sys.executable, keep_open: int) -> dict[str, str]:
+def run_job(
+    job: Job,
+    plan: Plan,
+    *,
+    log: Path,
+    on_event: Callable[[Event], None],
+    python: str = sys.executable,
+    keep_open: int,
+) -> dict[str, str]:
     """Run ``job`` in a worker and pass its events to ``on_event``; return the versions it ran with when it is done.
 
     Args:
@@ -51,7 +69,13 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
     package_parent = str(Path(__file__).resolve().parents[2])
     code = f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import main; main({write_fd})"
     backend = load_backend(plan.recipe.backend)
-    environment = {**QUIET_WAITING, **os.environ, **_device_environment(job.device), "TMPDIR": job.scratch, **backend.environment(plan, job.device)}
+    environment = {
+        **QUIET_WAITING,
+        **os.environ,
+        **_device_environment(job.device),
+        "TMPDIR": job.scratch,
+        **backend.environment(plan, job.device),
+    }
     with log.open("wb") as log_file, os.fdopen(read_fd, "rb") as events:
         try:
             worker = subprocess.Popen(
@@ -65,7 +89,11 @@ def run_job(job: Job, plan: Plan, *, log: Path, on_event: Callable[[Event], None
                 start_new_session=True,
             )
         except OSError as error:
-            raise ResourceError("E_BACKEND_PYTHON", f"{python} cannot be started: {error.strerror}", hint="check --backend-python") from None
+            raise ResourceError(
+                "E_BACKEND_PYTHON",
+                f"{python} cannot be started: {error.strerror}",
+                hint="check --backend-python",
+            ) from None
         finally:
             os.close(write_fd)
         try:
@@ -115,7 +143,11 @@ def _died(status: int, plan: Plan, job: Job, library: str) -> QtoolError:
         needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         message = f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were needed, this machine has {have / 1e9:.1f} GB"
-        return ResourceError("E_OUT_OF_MEMORY", message, hint="lower --num-samples or --seq-len, or use a machine with more memory")
+        return ResourceError(
+            "E_OUT_OF_MEMORY",
+            message,
+            hint="lower --num-samples or --seq-len, or use a machine with more memory",
+        )
     how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
     return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
 
@@ -132,7 +164,11 @@ def _device_environment(device: str) -> dict[str, str]:
         listed = [entry for entry in visible.split(",") if entry]
         if index >= len(listed):
             message = f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} devices"
-            raise ResourceError("E_NO_DEVICE", message, hint="devices are counted from 0 among those that are visible")
+            raise ResourceError(
+                "E_NO_DEVICE",
+                message,
+                hint="devices are counted from 0 among those that are visible",
+            )
         return {"CUDA_VISIBLE_DEVICES": listed[index]}
     return {}
 
@@ -192,7 +228,10 @@ def _flush() -> None:
 
 def _versions(backend: str) -> dict[str, str]:
     libraries = (*VERSIONS, load_backend(backend).distribution)
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in libraries}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }
 
 
 def _run(job: Job, report: _PipeReporter) -> None:
@@ -201,7 +240,11 @@ def _run(job: Job, report: _PipeReporter) -> None:
     samples: tuple[tuple[int, ...], ...] = ()
     if job.calibration is not None:
         report.stage("reading calibration data")
-        calibration = load_calibration(job.calibration, _tokenizer(job), int(plan.checkpoint.text_config.get("vocab_size", 1 << 31)))
+        calibration = load_calibration(
+            job.calibration,
+            _tokenizer(job),
+            int(plan.checkpoint.text_config.get("vocab_size", 1 << 31)),
+        )
         samples = calibration.samples
         report.send("calibration", report=asdict(calibration.report))
     report.stage(f"importing {load_backend(recipe.backend).distribution}")
@@ -218,7 +261,9 @@ def _tokenizer(job: Job) -> Any:
         return AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
     except Exception as error:
         message = f"{job.model}: the tokenizer cannot be loaded: {one_line(error)}"
-        raise CheckpointRefused("E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?") from error
+        raise CheckpointRefused(
+            "E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?"
+        ) from error
 
 
 def _find_device(device: str, plan: Plan) -> str:
@@ -227,10 +272,16 @@ def _find_device(device: str, plan: Plan) -> str:
     found = torch.cuda.is_available()
     if device.startswith("cuda") and not found:
         raise ResourceError(
-            "E_NO_DEVICE", f"device `{device}` was asked for and torch sees no such GPU", hint="check the driver, or use --device cpu"
+            "E_NO_DEVICE",
+            f"device `{device}` was asked for and torch sees no such GPU",
+            hint="check the driver, or use --device cpu",
         )
     if not found and "cpu" not in plan.recipe.runs_on:
-        raise ResourceError("E_NEEDS_GPU", f"`{plan.recipe.name}` needs an NVIDIA GPU and torch sees none", hint="run it on a machine with one")
+        raise ResourceError(
+            "E_NEEDS_GPU",
+            f"`{plan.recipe.name}` needs an NVIDIA GPU and torch sees none",
+            hint="run it on a machine with one",
+        )
     return "cuda:0" if found else "cpu"
 
 
@@ -242,7 +293,9 @@ def _check_model_code(job: Job, plan: Plan) -> None:
     model_type = plan.checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
         message = f"{job.model}: model type `{model_type}` is defined by code in the model folder, which qtool does not run unasked"
-        raise CheckpointRefused("E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code")
+        raise CheckpointRefused(
+            "E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code"
+        )
 
 
 def _seed(seed: int) -> None:
@@ -260,13 +313,33 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     library = version_of(load_backend(str(job.recipe["backend"])))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
-        return ResourceError("E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {one_line(error)}", hint=hint)
-    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in (*BACKENDS, "torch", "transformers"):
-        distribution = load_backend(error.name).distribution if error.name in BACKENDS else error.name
-        return ResourceError("E_NOT_INSTALLED", f"{library} needs the package `{error.name}`", hint=f"pip install {distribution}")
-    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(error):
-        return ResourceError("E_DISK", f"the disk is full {where}", hint="free some space, or write to another disk with --output")
-    return BackendFailed("E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}")
+        return ResourceError(
+            "E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {one_line(error)}", hint=hint
+        )
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and error.name.partition(".")[0] in (*BACKENDS, "torch", "transformers")
+    ):
+        distribution = (
+            load_backend(error.name).distribution if error.name in BACKENDS else error.name
+        )
+        return ResourceError(
+            "E_NOT_INSTALLED",
+            f"{library} needs the package `{error.name}`",
+            hint=f"pip install {distribution}",
+        )
+    if (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    ) or "No space left on device" in str(error):
+        return ResourceError(
+            "E_DISK",
+            f"the disk is full {where}",
+            hint="free some space, or write to another disk with --output",
+        )
+    return BackendFailed(
+        "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
+    )
 
 
 def _die_with_parent() -> None:

@@ -4,7 +4,18 @@ No code that comes with data is run and no pickle is opened. Each module imports
 JSON or text runs on the standard library alone.
 """
 
-from qtool.calibration.samples import CalibrationReport, CalibrationSet, check_source, load_calibration
+from qtool.calibration.samples import (
+    CalibrationReport,
+    CalibrationSet,
+    check_source,
+    load_calibration,
+)
 from qtool.calibration.sources import CalibrationSpec
 
-__all__ = ["CalibrationReport", "CalibrationSet", "CalibrationSpec", "check_source", "load_calibration"]
+__all__ = [
+    "CalibrationReport",
+    "CalibrationSet",
+    "CalibrationSpec",
+    "check_source",
+    "load_calibration",
+]

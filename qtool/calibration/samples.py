@@ -59,7 +59,9 @@ def check_source(spec: CalibrationSpec) -> None:
         raise _useless(spec, longest)
 
 
-def load_calibration(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> CalibrationSet:
+def load_calibration(
+    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> CalibrationSet:
     """Draw, tokenize and cut the samples; the same spec and tokenizer give the same samples in the same order.
 
     Texts get the special tokens that the tokenizer adds by itself, messages those of its chat template, ``input_ids`` none. Packed, they are
@@ -73,10 +75,14 @@ def load_calibration(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, 
     def texts() -> Iterator[Sequence[int]]:
         nonlocal longest
         for record in records(spec):
-            ids = _token_ids(record, tokenizer, spec.seq_len * (spec.num_samples if spec.pack else 1))
+            ids = _token_ids(
+                record, tokenizer, spec.seq_len * (spec.num_samples if spec.pack else 1)
+            )
             if max(ids, default=0) >= vocab_size:
                 message = f"{record.where}: token id {max(ids)} is outside the model's vocabulary of {vocab_size}"
-                raise DataRefused("E_DATA_VOCAB", message, hint="tokenize with the tokenizer of this very model")
+                raise DataRefused(
+                    "E_DATA_VOCAB", message, hint="tokenize with the tokenizer of this very model"
+                )
             longest = max(longest, (len(ids), record.where))
             yield ids
 
@@ -92,11 +98,20 @@ def load_calibration(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, 
             break
     if not samples:
         raise _useless(spec, longest)
-    digest = hashlib.sha256(b"".join(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in samples)).hexdigest()
-    return CalibrationSet(tuple(samples), CalibrationReport(spec.source, len(samples), sum(map(len, samples)), dropped, truncated, digest))
+    digest = hashlib.sha256(
+        b"".join(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in samples)
+    ).hexdigest()
+    return CalibrationSet(
+        tuple(samples),
+        CalibrationReport(
+            spec.source, len(samples), sum(map(len, samples)), dropped, truncated, digest
+        ),
+    )
 
 
-def _pack(texts: Iterable[Sequence[int]], seq_len: int, separator: int | None) -> Iterator[Sequence[int]]:
+def _pack(
+    texts: Iterable[Sequence[int]], seq_len: int, separator: int | None
+) -> Iterator[Sequence[int]]:
     """Yield pieces of ``seq_len`` tokens of the joined texts, then the rest. Empty texts are passed on, to be counted."""
     rest: list[int] = []
     last = separator
@@ -123,8 +138,12 @@ def _token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -
     if not text.strip():
         return ()
     for part in (text[: limit * LONG_TOKEN], text):
-        ids: list[int] = tokenizer(part, add_special_tokens=not record.messages, verbose=False)["input_ids"]
-        if len(ids) >= 2 * limit or len(part) == len(text):  # a cut changes the last ids; the first half stays as it is
+        ids: list[int] = tokenizer(part, add_special_tokens=not record.messages, verbose=False)[
+            "input_ids"
+        ]
+        if len(ids) >= 2 * limit or len(part) == len(
+            text
+        ):  # a cut changes the last ids; the first half stays as it is
             break
     return ids
 
@@ -132,17 +151,31 @@ def _token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -
 def _rendered(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         hint = "give plain `text`, or name another field with --text-column"
-        raise DataRefused("E_DATA_TEMPLATE", f"{record.where}: messages need a chat template, and this tokenizer has none", hint=hint)
+        raise DataRefused(
+            "E_DATA_TEMPLATE",
+            f"{record.where}: messages need a chat template, and this tokenizer has none",
+            hint=hint,
+        )
     try:
         text: str = tokenizer.apply_chat_template(record.messages, tokenize=False)
         text.encode()
-    except Exception as error:  # a template is a program of the model's author: it raises what it likes
+    except (
+        Exception
+    ) as error:  # a template is a program of the model's author: it raises what it likes
         hint = "roles and their order must be those that the model's chat template knows"
-        raise DataRefused("E_DATA_TEMPLATE", f"{record.where}: the chat template refuses these messages: {one_line(error)}", hint=hint) from error
+        raise DataRefused(
+            "E_DATA_TEMPLATE",
+            f"{record.where}: the chat template refuses these messages: {one_line(error)}",
+            hint=hint,
+        ) from error
     return text
 
 
 def _useless(spec: CalibrationSpec, longest: tuple[int, str]) -> DataRefused:
     size, where = longest
     message = f"{where}: the longest record gives {size} tokens at most; {MIN_TOKENS} are the least"
-    return DataRefused("E_DATA_USELESS", message, hint="use longer texts, join short ones with --pack, or name another field with --text-column")
+    return DataRefused(
+        "E_DATA_USELESS",
+        message,
+        hint="use longer texts, join short ones with --pack, or name another field with --text-column",
+    )

@@ -17,10 +17,18 @@ from qtool.checkpoint.hub import check_hub_is_reachable
 from qtool.errors import DataRefused, ResourceError, UsageError, nearest, one_line
 
 MIN_TOKENS = 11  # GPTQModel 7.6 drops rows of 10 tokens and fewer; one rule for every backend
-FIELDS = ("input_ids", "messages", "prompt", "completion", "text")  # what a record is searched for, besides --text-column
+FIELDS = (
+    "input_ids",
+    "messages",
+    "prompt",
+    "completion",
+    "text",
+)  # what a record is searched for, besides --text-column
 
 MAX_LINE_BYTES = 64 << 20
-MAX_PARAGRAPH_BYTES = 1 << 20  # a text without blank lines is cut at the next line end, so that it still gives many samples
+MAX_PARAGRAPH_BYTES = (
+    1 << 20
+)  # a text without blank lines is cut at the next line end, so that it still gives many samples
 MAX_JSON_BYTES = 1 << 30
 SHUFFLE_BUFFER = 1000  # records of a Hub stream that are fetched before the first is drawn
 
@@ -45,8 +53,14 @@ class CalibrationSpec:
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("seq_len", MIN_TOKENS), ("batch_size", 1)):
             if getattr(self, name) < least:
-                message = f"--{name.replace('_', '-')} is {getattr(self, name)}; the least is {least}"
-                raise UsageError("E_CALIBRATION_SIZE", message, hint="the defaults are 512 samples of 2048 tokens, one at a time")
+                message = (
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; the least is {least}"
+                )
+                raise UsageError(
+                    "E_CALIBRATION_SIZE",
+                    message,
+                    hint="the defaults are 512 samples of 2048 tokens, one at a time",
+                )
 
 
 Rows = Iterator[tuple[str, Any]]  # where the record stands, for messages; the record
@@ -65,7 +79,11 @@ def rows(spec: CalibrationSpec) -> Rows:
         else:
             yield from _reader_of(path)(path, spec)
     except OSError as error:
-        raise DataRefused("E_DATA_MISSING", f"{path} cannot be read: {error}", hint="check the path, its permissions and the disk") from error
+        raise DataRefused(
+            "E_DATA_MISSING",
+            f"{path} cannot be read: {error}",
+            hint="check the path, its permissions and the disk",
+        ) from error
 
 
 def bad_line(where: str, what: str) -> DataRefused:
@@ -78,11 +96,29 @@ def _reader_of(path: Path) -> Callable[[Path, CalibrationSpec], Rows]:
     """Return the reader for ``path``, after a look at its name and first bytes."""
     known = ", ".join(READERS)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        near = nearest(path.name, (other.name for other in path.parent.iterdir())) if not path.exists() and path.parent.is_dir() else ""
-        raise DataRefused("E_DATA_MISSING", f"{path} {what}", hint=near or f"give a file ({known}) or a Hub data set, name[:config][:split]")
+        what = (
+            "is a folder"
+            if path.is_dir()
+            else "is no regular file"
+            if path.exists()
+            else "does not exist"
+        )
+        near = (
+            nearest(path.name, (other.name for other in path.parent.iterdir()))
+            if not path.exists() and path.parent.is_dir()
+            else ""
+        )
+        raise DataRefused(
+            "E_DATA_MISSING",
+            f"{path} {what}",
+            hint=near or f"give a file ({known}) or a Hub data set, name[:config][:split]",
+        )
     if path.suffix.lower() not in READERS:
-        raise DataRefused("E_DATA_FORMAT", f"{path}: unknown kind of file `{path.suffix}`", hint=f"known: {known}; unpack or convert it first")
+        raise DataRefused(
+            "E_DATA_FORMAT",
+            f"{path}: unknown kind of file `{path.suffix}`",
+            hint=f"known: {known}; unpack or convert it first",
+        )
     with path.open("rb") as file:
         head = file.read(8192)
     if b"\0" in head and path.suffix.lower() != ".parquet":
@@ -111,7 +147,9 @@ def _spans(path: Path, seed: int, *, paragraphs: bool = False) -> Iterator[tuple
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
-                raise bad_line(f"{path}, line {number}", f"this line is longer than {MAX_LINE_BYTES:,} bytes")
+                raise bad_line(
+                    f"{path}, line {number}", f"this line is longer than {MAX_LINE_BYTES:,} bytes"
+                )
             end = file.tell()
             if not line.strip():
                 joins = False
@@ -124,25 +162,43 @@ def _spans(path: Path, seed: int, *, paragraphs: bool = False) -> Iterator[tuple
             number, start, end = spans[3 * index : 3 * index + 3]
             file.seek(start)
             try:
-                yield f"{path}, line {number}", file.read(end - start).decode("utf-8-sig").rstrip("\r\n")
+                yield (
+                    f"{path}, line {number}",
+                    file.read(end - start).decode("utf-8-sig").rstrip("\r\n"),
+                )
             except UnicodeDecodeError as error:
                 what = f"byte {error.start + 1} of {'this paragraph' if paragraphs else 'this line'} is 0x{error.object[error.start]:02x}, not UTF-8"
-                raise DataRefused("E_DATA_BINARY", f"{path}, line {number}: {what}", hint="save the file as UTF-8 text") from error
+                raise DataRefused(
+                    "E_DATA_BINARY",
+                    f"{path}, line {number}: {what}",
+                    hint="save the file as UTF-8 text",
+                ) from error
 
 
 def _json(path: Path, spec: CalibrationSpec) -> Rows:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         message = f"{path}: {size:,} bytes of JSON; the limit is {MAX_JSON_BYTES:,}"
-        raise DataRefused("E_DATA_FORMAT", message, hint="write one object a line and name it .jsonl, which is streamed")
+        raise DataRefused(
+            "E_DATA_FORMAT",
+            message,
+            hint="write one object a line and name it .jsonl, which is streamed",
+        )
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        if getattr(error, "msg", "") == "Extra data":  # one value ends and the next begins: these are JSON Lines
+        if (
+            getattr(error, "msg", "") == "Extra data"
+        ):  # one value ends and the next begins: these are JSON Lines
             yield from _json_lines(path, spec)
             return
-        raise bad_line(f"{path}, line {getattr(error, 'lineno', 1)}", f"this is not JSON: {error}") from error
-    if isinstance(value, dict) and not value.keys() & {*FIELDS, spec.text_column}:  # {"data": [...]}
+        raise bad_line(
+            f"{path}, line {getattr(error, 'lineno', 1)}", f"this is not JSON: {error}"
+        ) from error
+    if isinstance(value, dict) and not value.keys() & {
+        *FIELDS,
+        spec.text_column,
+    }:  # {"data": [...]}
         value = next((part for part in value.values() if isinstance(part, list)), value)
     records = value if isinstance(value, list) else [value]
     for index in _shuffled(len(records), spec.seed):
@@ -156,7 +212,9 @@ def _parquet(path: Path, spec: CalibrationSpec) -> Rows:
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in names if name in (*FIELDS, "attention_mask", spec.text_column)]
+            columns = [
+                name for name in names if name in (*FIELDS, "attention_mask", spec.text_column)
+            ]
             if not columns or spec.text_column not in (None, *names):
                 columns = names  # it will be refused, with all of them named
             order = _shuffled(file.metadata.num_rows, spec.seed)
@@ -164,7 +222,11 @@ def _parquet(path: Path, spec: CalibrationSpec) -> Rows:
                 found = _parquet_rows(file, sorted(drawn), columns)
                 yield from ((f"{path}, row {row + 1}", found[row]) for row in drawn)
     except pyarrow.ArrowException as error:
-        raise DataRefused("E_DATA_BINARY", f"{path} cannot be read as Parquet: {one_line(error)}", hint="write it again, or as .jsonl") from error
+        raise DataRefused(
+            "E_DATA_BINARY",
+            f"{path} cannot be read as Parquet: {one_line(error)}",
+            hint="write it again, or as .jsonl",
+        ) from error
 
 
 def _parquet_rows(file: Any, numbers: list[int], columns: list[str]) -> dict[int, Any]:
@@ -176,9 +238,17 @@ def _parquet_rows(file: Any, numbers: list[int], columns: list[str]) -> dict[int
         if bisect_left(numbers, first) == bisect_left(numbers, group_end):
             continue
         for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-            here = numbers[bisect_left(numbers, first) : bisect_left(numbers, first + batch.num_rows)]
+            here = numbers[
+                bisect_left(numbers, first) : bisect_left(numbers, first + batch.num_rows)
+            ]
             if here:
-                found.update(zip(here, batch.take([number - first for number in here]).to_pylist(), strict=True))
+                found.update(
+                    zip(
+                        here,
+                        batch.take([number - first for number in here]).to_pylist(),
+                        strict=True,
+                    )
+                )
             first += batch.num_rows
     return found
 
@@ -189,17 +259,23 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
     import httpx
 
     try:
-        stream = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(seed=spec.seed, buffer_size=SHUFFLE_BUFFER)
+        stream = datasets.load_dataset(name, config, split=split, streaming=True).shuffle(
+            seed=spec.seed, buffer_size=SHUFFLE_BUFFER
+        )
         for number, record in enumerate(stream, 1):
             yield f"{spec.source}, record {number} of the shuffled stream", record
     except (ConnectionError, httpx.TransportError) as error:
         hint = "give a local file, or fill the Hub cache where there is a network; with HF_HUB_OFFLINE only that cache is read"
         raise ResourceError(
-            "E_HUB_UNREACHABLE", f"data set `{name}` is no local file, is not in the Hub cache, and: {one_line(error)}", hint=hint
+            "E_HUB_UNREACHABLE",
+            f"data set `{name}` is no local file, is not in the Hub cache, and: {one_line(error)}",
+            hint=hint,
         ) from error
     except Exception as error:  # the library raises what its readers raise: a wrong name, config or split, a broken file
         hint = "write name:config:split or name::split; a private or gated data set needs `hf auth login`"
-        message = f"Hub data set `{name}`, config {config or 'default'}, split {split}: {one_line(error)}"
+        message = (
+            f"Hub data set `{name}`, config {config or 'default'}, split {split}: {one_line(error)}"
+        )
         raise DataRefused("E_DATA_HUB", message, hint=hint) from error
 
 
@@ -217,4 +293,9 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
             moved[chosen] = here
 
 
-READERS: dict[str, Callable[[Path, CalibrationSpec], Rows]] = {".jsonl": _json_lines, ".json": _json, ".txt": _text, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path, CalibrationSpec], Rows]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".txt": _text,
+    ".parquet": _parquet,
+}

@@ -1,7 +1,13 @@
 """A checkpoint is a folder of safetensors and JSON: `reader` opens it without torch, `hub` fetches it, `writer` makes a new one."""
 
 from qtool.checkpoint.hub import resolve_model
-from qtool.checkpoint.reader import PICKLE_SUFFIXES, Checkpoint, TensorInfo, open_checkpoint, read_json
+from qtool.checkpoint.reader import (
+    PICKLE_SUFFIXES,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
 from qtool.checkpoint.writer import Staging, digest_files, sample_files, stage_output
 
 __all__ = [

@@ -14,8 +14,26 @@ MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
 CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
 CARRIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*"),
-    *("tekken.json", "generation_config.json", "*preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+        "*.jinja",
+        "chat_template*",
+    ),
+    *(
+        "tekken.json",
+        "generation_config.json",
+        "*preprocessor_config.json",
+        "processor_config.json",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ),
 )
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
 WRITTEN = ("*.safetensors", "model.safetensors.index.json", *CONFIGS)
@@ -45,16 +63,26 @@ def write_json(path: Path, value: Any) -> None:
 def without_paths(value: Any) -> Any:
     """Drop every entry of a config that is an absolute path: temporary folders and user names have no place in a checkpoint."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items() if not (isinstance(item, str) and item.startswith(("/", "~")))}
+        return {
+            key: without_paths(item)
+            for key, item in value.items()
+            if not (isinstance(item, str) and item.startswith(("/", "~")))
+        }
     return [without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_carried(path: Path, source: Path) -> bool:
     """Whether ``path`` is a sidecar. A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs to."""
-    if path.suffix in CODE_OR_PICKLE or not path.is_file() or not any(path.match(pattern) for pattern in CARRIED):
+    if (
+        path.suffix in CODE_OR_PICKLE
+        or not path.is_file()
+        or not any(path.match(pattern) for pattern in CARRIED)
+    ):
         return False
     target = path.resolve()
-    return target.is_relative_to(source.resolve()) or target.is_relative_to(source.resolve().parent.parent / "blobs")
+    return target.is_relative_to(source.resolve()) or target.is_relative_to(
+        source.resolve().parent.parent / "blobs"
+    )
 
 
 def _umask() -> int:

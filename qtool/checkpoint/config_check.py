@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 STACKS = ("model.", "model.language_model.", "language_model.model.")
 HEADS, KV_HEADS = "num_attention_heads head_dim", "num_key_value_heads head_dim"
-Rules = Mapping[str, tuple[str, ...]]  # end of a tensor's name -> code, then each dimension as a product of config fields
+Rules = Mapping[
+    str, tuple[str, ...]
+]  # end of a tensor's name -> code, then each dimension as a product of config fields
 MODEL_RULES: Rules = {
     "embed_tokens.weight": ("E_EMBEDDING_SHAPE", "vocab_size", "hidden_size"),
     "norm.weight": ("E_NORM_SHAPE", "hidden_size"),
@@ -30,10 +32,21 @@ LAYER_RULES: Rules = {
     "mlp.up_proj.weight": ("E_MLP_SHAPE", "intermediate_size", "hidden_size"),
     "mlp.down_proj.weight": ("E_MLP_SHAPE", "hidden_size", "intermediate_size"),
 }
-UNPACKED = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3"})  # one weight in each element; I8 and U8 may hold two
+UNPACKED = frozenset(
+    {"F16", "BF16", "F32", "F64", "F8_E4M3"}
+)  # one weight in each element; I8 and U8 may hold two
 UNUSUAL = {  # a config with another field of such a name (`swa_num_attention_heads`, `intermediate_size_mlp`) has layers of several kinds
-    re.compile("heads|head_dim"): ("num_attention_heads", "num_key_value_heads", "head_dim", "pruned_heads"),
-    re.compile("intermediate|wide"): ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    re.compile("heads|head_dim"): (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "pruned_heads",
+    ),
+    re.compile("intermediate|wide"): (
+        "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
     re.compile("hidden_size|embed_dim|embedding_size"): ("hidden_size",),
     re.compile("num_layers|n_layers"): ("num_hidden_layers",),
 }
@@ -46,7 +59,14 @@ def check_promises(checkpoint: Checkpoint) -> None:
 
     Raises: CheckpointRefused, when a layer is missing or a tensor has not the shape that the config's fields give it.
     """
-    stack = next((stack for stack in STACKS if any(name.startswith(f"{stack}layers.") for name in checkpoint.tensors)), None)
+    stack = next(
+        (
+            stack
+            for stack in STACKS
+            if any(name.startswith(f"{stack}layers.") for name in checkpoint.tensors)
+        ),
+        None,
+    )
     if stack is None or not _is_standard(checkpoint):
         return
     tensors, sizes = checkpoint.tensors, _sizes(checkpoint.text_config)
@@ -54,10 +74,14 @@ def check_promises(checkpoint: Checkpoint) -> None:
     count = sizes.get("num_hidden_layers", 0)
     present = sorted(layer for layer in layers if layer < count)
     if len(present) < count:
-        missing = next(expected for expected, layer in enumerate([*present, -1]) if expected != layer)
+        missing = next(
+            expected for expected, layer in enumerate([*present, -1]) if expected != layer
+        )
         message = f"num_hidden_layers is {count:,}, {len(present):,} of these layers are there and `{stack}layers.{missing}.*` is not"
         raise _broken("E_LAYER_MISSING", checkpoint, message)
-    decoder = [f"{stack}layers.{layer}." for layer in present]  # behind them may come layers that predict further tokens
+    decoder = [
+        f"{stack}layers.{layer}." for layer in present
+    ]  # behind them may come layers that predict further tokens
     sizes = {**_head_dim(tensors, decoder, sizes), **sizes}
     for prefix, rules in ((stack, MODEL_RULES), *((layer, LAYER_RULES) for layer in decoder)):
         for suffix, (code, *dimensions) in rules.items():
@@ -69,9 +93,18 @@ def _is_standard(checkpoint: Checkpoint) -> bool:
     """Whether the names mean what they mean in transformers: a generating decoder of its own classes, of layers that are all alike."""
     config = checkpoint.config
     architectures = config.get("architectures") or [""]
-    generates = all(re.fullmatch(r"(?!.*(Eagle|Medusa|MTP|Draft)).*(ForCausalLM|ForConditionalGeneration)", name) for name in architectures)
+    generates = all(
+        re.fullmatch(
+            r"(?!.*(Eagle|Medusa|MTP|Draft)).*(ForCausalLM|ForConditionalGeneration)", name
+        )
+        for name in architectures
+    )
     texts = (config, checkpoint.text_config)
-    return generates and not any(text.get(key) for text in texts for key in ("auto_map", "is_encoder_decoder", "block_configs", "per_layer_config"))
+    return generates and not any(
+        text.get(key)
+        for text in texts
+        for key in ("auto_map", "is_encoder_decoder", "block_configs", "per_layer_config")
+    )
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
@@ -79,39 +112,79 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     sizes = {key: value for key, value in config.items() if type(value) is int and value > 0}
     nested = {key for value in config.values() if isinstance(value, Mapping) for key in value}
     for pattern, usual in UNUSUAL.items():
-        if any(pattern.search(key) and key not in usual and not OTHER_TOWERS.match(key) for key in {*config, *nested}):
+        if any(
+            pattern.search(key) and key not in usual and not OTHER_TOWERS.match(key)
+            for key in {*config, *nested}
+        ):
             sizes = {key: value for key, value in sizes.items() if key not in usual}
     return sizes
 
 
 def _layer_numbers(checkpoint: Checkpoint, prefix: str) -> set[int]:
     start = len(prefix)
-    numbers = {name[start:].partition(".")[0] for name in checkpoint.tensors if name.startswith(prefix)}
+    numbers = {
+        name[start:].partition(".")[0] for name in checkpoint.tensors if name.startswith(prefix)
+    }
     for number in numbers:
         if not re.fullmatch("0|[1-9][0-9]{0,8}", number):
-            raise _broken("E_LAYER_NUMBER", checkpoint, f"`{prefix}{number[:100]}.*` is the name of no layer: 0, 1, 2 ... are")
+            raise _broken(
+                "E_LAYER_NUMBER",
+                checkpoint,
+                f"`{prefix}{number[:100]}.*` is the name of no layer: 0, 1, 2 ... are",
+            )
     return {int(number) for number in numbers}
 
 
-def _head_dim(tensors: Mapping[str, TensorInfo], decoder: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
+def _head_dim(
+    tensors: Mapping[str, TensorInfo], decoder: Iterable[str], sizes: Mapping[str, int]
+) -> dict[str, int]:
     """Return the size of a head where ``k_proj`` shows it: the config may leave it to the class, which need not take hidden_size / heads."""
     heads = sizes.get("num_key_value_heads")
-    keys = next((key for layer in decoder if (key := tensors.get(f"{layer}self_attn.k_proj.weight"))), None)
-    return {"head_dim": keys.shape[0] // heads} if heads and keys and keys.shape and keys.shape[0] % heads == 0 else {}
+    keys = next(
+        (key for layer in decoder if (key := tensors.get(f"{layer}self_attn.k_proj.weight"))), None
+    )
+    return (
+        {"head_dim": keys.shape[0] // heads}
+        if heads and keys and keys.shape and keys.shape[0] % heads == 0
+        else {}
+    )
 
 
-def _check_shape(checkpoint: Checkpoint, tensor: TensorInfo, code: str, dimensions: Iterable[str], sizes: Mapping[str, int]) -> None:
+def _check_shape(
+    checkpoint: Checkpoint,
+    tensor: TensorInfo,
+    code: str,
+    dimensions: Iterable[str],
+    sizes: Mapping[str, int],
+) -> None:
     if tensor.dtype not in UNPACKED:
         return
-    promised = [math.prod(sizes[field] for field in fields.split()) if sizes.keys() >= {*fields.split()} else None for fields in dimensions]
+    promised = [
+        math.prod(sizes[field] for field in fields.split())
+        if sizes.keys() >= {*fields.split()}
+        else None
+        for fields in dimensions
+    ]
     rows = tensor.shape[0] if tensor.shape else 0
-    if promised[0] and (rows >= promised[0] if "embed_tokens" in tensor.name else rows == 2 * promised[0] and "q_proj" in tensor.name):
+    if promised[0] and (
+        rows >= promised[0]
+        if "embed_tokens" in tensor.name
+        else rows == 2 * promised[0] and "q_proj" in tensor.name
+    ):
         promised[0] = rows  # the vocabulary may be padded, queries may come with a gate each
-    if len(promised) != len(tensor.shape) or any(want not in (None, found) for want, found in zip(promised, tensor.shape, strict=True)):
-        fields = sorted({field for fields in dimensions for field in fields.split() if field in sizes})
+    if len(promised) != len(tensor.shape) or any(
+        want not in (None, found) for want, found in zip(promised, tensor.shape, strict=True)
+    ):
+        fields = sorted(
+            {field for fields in dimensions for field in fields.split() if field in sizes}
+        )
         said = ", ".join(f"{field} {sizes[field]:,}" for field in fields)
         shape = ", ".join("?" if want is None else str(want) for want in promised)
-        raise _broken(code, checkpoint, f"{said} promise `{tensor.name}` as [{shape}] and it is {list(tensor.shape)} in {tensor.file.name}")
+        raise _broken(
+            code,
+            checkpoint,
+            f"{said} promise `{tensor.name}` as [{shape}] and it is {list(tensor.shape)} in {tensor.file.name}",
+        )
 
 
 def _broken(code: str, checkpoint: Checkpoint, message: str) -> Exception:

@@ -8,8 +8,33 @@ from pathlib import Path
 
 from qtool.errors import CheckpointRefused, ResourceError, one_line
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*/*.safetensors", "original/*", "consolidated*")
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+UNWANTED = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.py",
+    "*.gguf",
+    "*.onnx",
+    "*.msgpack",
+    "*.h5",
+    "*/*.safetensors",
+    "original/*",
+    "consolidated*",
+)
 CODE = ("*.py",)
 CONNECT_TIMEOUT_S = 5.0
 
@@ -40,22 +65,34 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
             model_path,
             revision=revision,
             allow_patterns=[*WANTED, *(CODE if with_code else ())],
-            ignore_patterns=[pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
+            ignore_patterns=[
+                pattern for pattern in UNWANTED if not (with_code and pattern in CODE)
+            ],
             etag_timeout=CONNECT_TIMEOUT_S,
             local_files_only=not _hub_is_reachable(),  # the cache may have it all
         )
     except GatedRepoError as error:
         hint = "accept its terms on its page, then log in with `hf auth login`"
-        raise CheckpointRefused("E_HUB_ACCESS", f"Hub model `{model_path}` is gated and this account has no access", hint=hint) from error
+        raise CheckpointRefused(
+            "E_HUB_ACCESS",
+            f"Hub model `{model_path}` is gated and this account has no access",
+            hint=hint,
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision `{revision}`" if revision else ""
         hint = "check the name; a private model needs `hf auth login`"
-        raise CheckpointRefused("E_NO_MODEL", f"no folder and no Hub model `{model_path}`{at}", hint=hint) from error
+        raise CheckpointRefused(
+            "E_NO_MODEL", f"no folder and no Hub model `{model_path}`{at}", hint=hint
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(model_path) from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         message = f"Hub model `{model_path}` cannot be downloaded: {one_line(error)}"
-        raise ResourceError("E_DOWNLOAD", message, hint="try again: what is complete is kept; check the disk of HF_HOME too") from error
+        raise ResourceError(
+            "E_DOWNLOAD",
+            message,
+            hint="try again: what is complete is kept; check the disk of HF_HOME too",
+        ) from error
     return Path(folder)
 
 
@@ -63,7 +100,9 @@ def check_hub_is_reachable(name: str) -> None:
     """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer; do nothing when offline mode is set."""
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE and not _hub_is_reachable():  # offline, the cache answers, or the download call refuses at once
+    if (
+        not constants.HF_HUB_OFFLINE and not _hub_is_reachable()
+    ):  # offline, the cache answers, or the download call refuses at once
         raise _unreachable(name)
 
 
@@ -87,7 +126,11 @@ def _may_be_hub_name(name: str) -> bool:
 def _unreachable(name: str) -> ResourceError:
     from huggingface_hub import constants
 
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if constants.HF_HUB_OFFLINE
+        else f"{constants.ENDPOINT} does not answer"
+    )
     return ResourceError(
         "E_HUB_UNREACHABLE",
         f"`{name}` is no local folder or file, is not in the Hub cache, and {why}",

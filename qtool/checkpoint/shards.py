@@ -15,7 +15,17 @@ from typing import Any
 from qtool.checkpoint.reader import DTYPE_BITS, TensorInfo
 from qtool.errors import CheckpointRefused, UsageError
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
 MIN_SHARD_BYTES = 1 << 20
 COPY_BYTES = 8 << 20
 
@@ -42,16 +52,30 @@ class Shards:
 
     def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int) -> None:
         groups = _grouped(list(specs), max_shard_bytes)
-        names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))] if len(groups) > 1 else ["model.safetensors"]
+        names = (
+            [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+            if len(groups) > 1
+            else ["model.safetensors"]
+        )
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._left: dict[Path, int] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._writing = threading.Lock()  # two writers of one file only spin on its lock in the kernel
+        self._writing = (
+            threading.Lock()
+        )  # two writers of one file only spin on its lock in the kernel
         for name, group in zip(names, groups, strict=True):
             self._begin(folder / name, group)
         if len(groups) > 1:
-            _write_index(folder, {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}, self._places)
+            _write_index(
+                folder,
+                {
+                    spec.name: name
+                    for name, group in zip(names, groups, strict=True)
+                    for spec in group
+                },
+                self._places,
+            )
 
     def __enter__(self) -> Shards:
         return self
@@ -82,18 +106,28 @@ class Shards:
             with self._writing:
                 target = self._open(path)
                 while done < size:
-                    count = _copy_range(file.fileno(), target, size - done, source.offset + done, offset + done)
+                    count = _copy_range(
+                        file.fileno(), target, size - done, source.offset + done, offset + done
+                    )
                     if not count:
                         hint = "it was changed meanwhile: start again"
-                        raise CheckpointRefused("E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint=hint)
+                        raise CheckpointRefused(
+                            "E_TRUNCATED", f"{source.file} ends inside `{source.name}`", hint=hint
+                        )
                     done += count
         return self._done(path)
 
     def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for spec in sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype]):  # the widest first: each then lies at a multiple of its width
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end := end + spec.size_bytes]}
+        for spec in sorted(
+            specs, key=lambda spec: -DTYPE_BITS[spec.dtype]
+        ):  # the widest first: each then lies at a multiple of its width
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [end, end := end + spec.size_bytes],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with path.open("xb") as file:
@@ -130,7 +164,9 @@ def _copy_range(source: int, target: int, size: int, source_offset: int, target_
     """Copy up to ``size`` bytes from one open file to another and return how many; 0 at the end of the source."""
     if hasattr(os, "copy_file_range"):
         try:
-            if count := os.copy_file_range(source, target, min(size, 1 << 30), source_offset, target_offset):
+            if count := os.copy_file_range(
+                source, target, min(size, 1 << 30), source_offset, target_offset
+            ):
                 return count  # some file systems answer 0 for what they cannot do
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
@@ -145,7 +181,9 @@ def parse_size(text: str) -> int:
         raise UsageError("E_SIZE", f"`{text}` is no size", hint="for example 5GB, 500MB or 2GiB")
     size = int(float(found[1]) * UNITS[found[2].upper()])
     if size < MIN_SHARD_BYTES:
-        raise UsageError("E_SIZE", f"a shard of {size:,} bytes is too small", hint="1MiB at least; usual is 5GB")
+        raise UsageError(
+            "E_SIZE", f"a shard of {size:,} bytes is too small", hint="1MiB at least; usual is 5GB"
+        )
     return size
 
 
@@ -161,6 +199,11 @@ def _grouped(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[Ten
     return groups
 
 
-def _write_index(folder: Path, weight_map: dict[str, str], places: dict[str, tuple[Path, int, int]]) -> None:
-    index = {"metadata": {"total_size": sum(size for _, _, size in places.values())}, "weight_map": dict(sorted(weight_map.items()))}
+def _write_index(
+    folder: Path, weight_map: dict[str, str], places: dict[str, tuple[Path, int, int]]
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(size for _, _, size in places.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -10,12 +10,16 @@ from typing import Any
 from qtool.errors import CheckpointRefused, one_line
 
 MAX_JSON_BYTES = 32 << 20  # the largest header and index of a public model are below 30 MB
-MAX_JSON_VALUES = 1_500_000  # 120,000 tensors in one header; each value may take 100 bytes of memory
+MAX_JSON_VALUES = (
+    1_500_000  # 120,000 tensors in one header; each value may take 100 bytes of memory
+)
 SMALL_BYTES = 1 << 20  # of values alone, this much JSON takes 40 MB of memory at most
 DAMAGED = "the file is damaged or was changed: download or copy it again"
 
 
-def parse_object(data: bytes, where: str, *, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
+def parse_object(
+    data: bytes, where: str, *, parse_int: Callable[[str], int] | None = None
+) -> dict[str, Any]:
     """Return the JSON object that ``data`` is; ``where`` names it in a refusal.
 
     Raises: CheckpointRefused, when it is no JSON object, or more of one than any model needs.
@@ -27,31 +31,58 @@ def parse_object(data: bytes, where: str, *, parse_int: Callable[[str], int] | N
             seen: set[str] = set()
             repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise refused(
-                "E_JSON_DUPLICATE", f"{where}: the key `{repeated[:200]}` appears twice", "two writers or a bad merge: take the file from its source"
+                "E_JSON_DUPLICATE",
+                f"{where}: the key `{repeated[:200]}` appears twice",
+                "two writers or a bad merge: take the file from its source",
             )
         return result
 
-    check_json_size(len(data) if data.isascii() else 4 * len(data), where)  # one wide character makes all of them wide in memory
-    if len(data) > SMALL_BYTES and (values := sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES:
-        raise refused("E_JSON_VALUES", f"{where}: {values:,} JSON values; the limit is {MAX_JSON_VALUES:,}", "split the weights into more shards")
+    check_json_size(
+        len(data) if data.isascii() else 4 * len(data), where
+    )  # one wide character makes all of them wide in memory
+    if (
+        len(data) > SMALL_BYTES
+        and (values := sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES
+    ):
+        raise refused(
+            "E_JSON_VALUES",
+            f"{where}: {values:,} JSON values; the limit is {MAX_JSON_VALUES:,}",
+            "split the weights into more shards",
+        )
     try:
         value = json.loads(data.decode(), object_pairs_hook=no_duplicates, parse_int=parse_int)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise refused("E_JSON_DEEP", f"{where}: JSON nested too deeply, in {len(data):,} bytes", "a real file is a few levels deep") from None
+        raise refused(
+            "E_JSON_DEEP",
+            f"{where}: JSON nested too deeply, in {len(data):,} bytes",
+            "a real file is a few levels deep",
+        ) from None
     except UnicodeDecodeError as error:
-        raise refused("E_JSON_ENCODING", f"{where}: not JSON in UTF-8 ({error.reason} at byte {error.start:,})", "save it again as UTF-8") from None
+        raise refused(
+            "E_JSON_ENCODING",
+            f"{where}: not JSON in UTF-8 ({error.reason} at byte {error.start:,})",
+            "save it again as UTF-8",
+        ) from None
     except UnicodeEncodeError as error:
         half = f"U+{ord(error.object[error.start]):04X}"
-        raise refused("E_JSON_SURROGATE", f"{where}: {half}, half a character, stands alone", "save it again as UTF-8") from None
+        raise refused(
+            "E_JSON_SURROGATE",
+            f"{where}: {half}, half a character, stands alone",
+            "save it again as UTF-8",
+        ) from None
     except json.JSONDecodeError as error:
         raise _not_json(data, where, error) from None
     except ValueError as error:  # an integer of thousands of digits
-        raise refused("E_JSON_NUMBER", f"{where}: a number cannot be read ({one_line(error)})") from None
+        raise refused(
+            "E_JSON_NUMBER", f"{where}: a number cannot be read ({one_line(error)})"
+        ) from None
     if not isinstance(value, dict):
         raise refused(
-            "E_JSON_TYPE", f"{where}: a JSON object is expected, found {type(value).__name__}", "it must be `{...}`: take it from its source"
+            "E_JSON_TYPE",
+            f"{where}: a JSON object is expected, found {type(value).__name__}",
+            "it must be `{...}`: take it from its source",
         )
     return value
 
@@ -59,7 +90,11 @@ def parse_object(data: bytes, where: str, *, parse_int: Callable[[str], int] | N
 def check_json_size(size: int, where: str) -> None:
     """Raise CheckpointRefused when ``size`` bytes are more JSON than any model has."""
     if size > MAX_JSON_BYTES:
-        raise refused("E_JSON_SIZE", f"{where}: {size:,} bytes of JSON; the limit is {MAX_JSON_BYTES:,}", "is it JSON at all? Look at its first line")
+        raise refused(
+            "E_JSON_SIZE",
+            f"{where}: {size:,} bytes of JSON; the limit is {MAX_JSON_BYTES:,}",
+            "is it JSON at all? Look at its first line",
+        )
 
 
 def refused(code: str, message: str, hint: str = DAMAGED) -> CheckpointRefused:
@@ -70,9 +105,21 @@ def refused(code: str, message: str, hint: str = DAMAGED) -> CheckpointRefused:
 def _not_json(data: bytes, where: str, error: json.JSONDecodeError) -> CheckpointRefused:
     start = data[:100].lstrip()
     if start.startswith(b"version https://git-lfs"):
-        return refused("E_LFS_POINTER", f"{where}: not JSON but a Git LFS pointer", "run `git lfs pull` in the folder, or download again")
+        return refused(
+            "E_LFS_POINTER",
+            f"{where}: not JSON but a Git LFS pointer",
+            "run `git lfs pull` in the folder, or download again",
+        )
     if start.startswith(b"<"):
-        return refused("E_JSON_HTML", f"{where}: not JSON but an HTML page", "the download failed: fetch it again")
+        return refused(
+            "E_JSON_HTML",
+            f"{where}: not JSON but an HTML page",
+            "the download failed: fetch it again",
+        )
     if not start:
-        return refused("E_JSON_EMPTY", f"{where}: not JSON, {len(data):,} bytes of nothing", "the download or copy was interrupted: fetch it again")
+        return refused(
+            "E_JSON_EMPTY",
+            f"{where}: not JSON, {len(data):,} bytes of nothing",
+            "the download or copy was interrupted: fetch it again",
+        )
     return refused("E_JSON_SYNTAX", f"{where}: not JSON ({error})")

@@ -21,7 +21,12 @@ from qtool.errors import OutputTaken, ResourceError, UsageError
 CHUNK_BYTES = 4 << 20
 SAMPLE_EVERY, SAMPLE_BYTES = 64 << 20, 64 << 10
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
-MARKS = ("qtool-manifest.json", "qtool-state.json", "model.safetensors", "model.safetensors.index.json")  # what has one may be overwritten
+MARKS = (
+    "qtool-manifest.json",
+    "qtool-state.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)  # what has one may be overwritten
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 
@@ -60,14 +65,20 @@ class Staging:
         if self.overwrite and self.output.exists():
             _exchange(self.checkpoint, self.output, aside=self.root / "previous")
         elif os.path.lexists(self.output):
-            raise OutputTaken("E_OUTPUT_EXISTS", f"{self.output} appeared meanwhile", hint="choose another --output, or replace it with --overwrite")
+            raise OutputTaken(
+                "E_OUTPUT_EXISTS",
+                f"{self.output} appeared meanwhile",
+                hint="choose another --output, or replace it with --overwrite",
+            )
         else:
             self.checkpoint.rename(self.output)
         make_durable(self.output.parent)
 
 
 @contextlib.contextmanager
-def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_bytes: int) -> Iterator[Staging]:
+def stage_output(
+    output: Path, *, inputs: Iterable[Path], overwrite: bool, need_bytes: int
+) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
     Raises: UsageError, when ``output`` is one of the run's ``inputs``, inside one, or around one; OutputTaken, when it exists (without
@@ -78,17 +89,37 @@ def stage_output(output: Path, *, inputs: Iterable[Path], overwrite: bool, need_
     for path in inputs:
         place = path.resolve()
         if inside == place or place in inside.parents or inside in place.parents:
-            raise UsageError("E_OUTPUT_PLACE", f"the output {output} and {path} are one inside the other", hint="write to a folder of its own")
+            raise UsageError(
+                "E_OUTPUT_PLACE",
+                f"the output {output} and {path} are one inside the other",
+                hint="write to a folder of its own",
+            )
     root = output.parent / f".{output.name}.qtool"
     with _disk_errors(), _locked(root, output) as lock_fd:
         _recover(root, output)
         if os.path.lexists(output) and not overwrite:
-            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists", hint="choose another place, or replace it with --overwrite")
+            raise OutputTaken(
+                "E_OUTPUT_EXISTS",
+                f"{output} exists",
+                hint="choose another place, or replace it with --overwrite",
+            )
         if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
-            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} exists and is not a folder", hint="choose another --output")
-        if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in MARKS):
+            raise OutputTaken(
+                "E_OUTPUT_EXISTS",
+                f"{output} exists and is not a folder",
+                hint="choose another --output",
+            )
+        if (
+            output.exists()
+            and any(output.iterdir())
+            and not any((output / name).exists() for name in MARKS)
+        ):
             hint = "choose another --output, or empty the folder yourself"
-            raise OutputTaken("E_OUTPUT_EXISTS", f"{output} holds files and is no checkpoint, so --overwrite does not replace it", hint=hint)
+            raise OutputTaken(
+                "E_OUTPUT_EXISTS",
+                f"{output} holds files and is no checkpoint, so --overwrite does not replace it",
+                hint=hint,
+            )
         check_disk(root, need_bytes)
         staging = Staging(output, root, lock_fd, overwrite)
         staging.checkpoint.mkdir()
@@ -104,7 +135,11 @@ def _disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ResourceError("E_DISK", f"the disk is full: {error.filename or error}", hint="free some space, or write to another disk") from error
+        raise ResourceError(
+            "E_DISK",
+            f"the disk is full: {error.filename or error}",
+            hint="free some space, or write to another disk",
+        ) from error
 
 
 def check_disk(folder: Path, need_bytes: int) -> None:
@@ -112,15 +147,22 @@ def check_disk(folder: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         message = f"{folder.parent}: {need_bytes / 1e9:.2f} GB are needed for the output and {free / 1e9:.2f} GB are free"
-        raise ResourceError("E_DISK", message, hint="free some space, or write to another disk with --output")
+        raise ResourceError(
+            "E_DISK", message, hint="free some space, or write to another disk with --output"
+        )
 
 
-def digest_files(files: Iterable[Path], *, stop: threading.Event | None = None) -> dict[str, dict[str, object]]:
+def digest_files(
+    files: Iterable[Path], *, stop: threading.Event | None = None
+) -> dict[str, dict[str, object]]:
     """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once ``stop`` is set, of as much as was read."""
     ordered = sorted(files)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda file: _sha256(file, stop or threading.Event()), ordered)
-        return {file.name: {"sha256": digest, "size_bytes": file.stat().st_size} for file, digest in zip(ordered, digests, strict=True)}
+        return {
+            file.name: {"sha256": digest, "size_bytes": file.stat().st_size}
+            for file, digest in zip(ordered, digests, strict=True)
+        }
 
 
 def sample_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
@@ -128,7 +170,10 @@ def sample_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
 
     Tells which file it was in a fraction of the time that all its bytes take.
     """
-    return {path.name: {"sample_sha256": _sampled(path), "size_bytes": path.stat().st_size} for path in sorted(files)}
+    return {
+        path.name: {"sample_sha256": _sampled(path), "size_bytes": path.stat().st_size}
+        for path in sorted(files)
+    }
 
 
 def _sampled(path: Path) -> str:
@@ -177,18 +222,29 @@ def _acquire(root: Path, output: Path) -> int:
             root.mkdir(parents=True, exist_ok=True)
             lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            if isinstance(error, FileNotFoundError | FileExistsError) and time.monotonic() < deadline:
+            if (
+                isinstance(error, FileNotFoundError | FileExistsError)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.01)
                 continue  # another run just ended and took the folder away
-            raise ResourceError("E_OUTPUT_PLACE", f"{root.parent}: cannot write there ({error.strerror})", hint="choose another --output") from error
+            raise ResourceError(
+                "E_OUTPUT_PLACE",
+                f"{root.parent}: cannot write there ({error.strerror})",
+                hint="choose another --output",
+            ) from error
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (root / "lock").exists() and os.path.samestat(os.fstat(lock_fd), (root / "lock").stat()):
+            if (root / "lock").exists() and os.path.samestat(
+                os.fstat(lock_fd), (root / "lock").stat()
+            ):
                 return lock_fd
         except BlockingIOError:
             if time.monotonic() > deadline:
                 hint = "wait for the other run, or choose another --output"
-                raise OutputTaken("E_OUTPUT_IN_USE", f"another run is writing {output}", hint=hint) from None
+                raise OutputTaken(
+                    "E_OUTPUT_IN_USE", f"another run is writing {output}", hint=hint
+                ) from None
         os.close(lock_fd)
         time.sleep(0.1)
 
@@ -209,7 +265,12 @@ def _exchange(new: Path, old: Path, *, aside: Path) -> None:
     """Swap two folders in one step where the system can; else in two, which `_recover` can finish."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        if (
+            libc.renameat2(
+                _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
+            )
+            == 0
+        ):
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):

@@ -26,7 +26,15 @@ def progress(*, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         SpinnerColumn(),
@@ -48,7 +56,9 @@ def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             elif event["event"] == "note":
                 bar.print(f"note: {event['text']}")
             elif event["event"] == "progress":
-                bar.update(task, description=event["what"], completed=event["done"], total=event["total"])
+                bar.update(
+                    task, description=event["what"], completed=event["done"], total=event["total"]
+                )
 
         yield show
 
@@ -64,6 +74,12 @@ class _Lines:
             print(f"[{now:6.1f} s] {event['what']}", file=sys.stderr, flush=True)
         elif event["event"] == "note":
             print(f"note: {event['text']}", file=sys.stderr, flush=True)
-        elif event["event"] == "progress" and (event["done"] == event["total"] or now - self._last > PLAIN_INTERVAL_S):
+        elif event["event"] == "progress" and (
+            event["done"] == event["total"] or now - self._last > PLAIN_INTERVAL_S
+        ):
             self._last = now
-            print(f"[{now:6.1f} s] {event['what']}: {event['done']} of {event['total']}", file=sys.stderr, flush=True)
+            print(
+                f"[{now:6.1f} s] {event['what']}: {event['done']} of {event['total']}",
+                file=sys.stderr,
+                flush=True,
+            )

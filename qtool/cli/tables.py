@@ -42,8 +42,23 @@ def methods(with_experimental: bool) -> RenderableType:
     from rich.table import Table
 
     hidden = sum(recipe.experimental for recipe in catalogue().values())
-    table = Table(box=box.SIMPLE, pad_edge=False, caption=None if with_experimental else f"{hidden} experimental methods more with --list --all")
-    for heading in ("method", "backend", "scheme", "bits", "data", "quantizes on", "native from", "summary"):
+    table = Table(
+        box=box.SIMPLE,
+        pad_edge=False,
+        caption=None
+        if with_experimental
+        else f"{hidden} experimental methods more with --list --all",
+    )
+    for heading in (
+        "method",
+        "backend",
+        "scheme",
+        "bits",
+        "data",
+        "quantizes on",
+        "native from",
+        "summary",
+    ):
         table.add_column(heading, no_wrap=heading != "summary")
     for entry in methods_dict(with_experimental):
         table.add_row(
@@ -76,10 +91,26 @@ def plan(request: Request) -> RenderableType:
     table.add_row("all", "", "", _size(plan.bytes_before), _size(plan.bytes_after), style="bold")
     whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
     kv_cache = f", {recipe.kv_cache} scales for the KV cache" if recipe.kv_cache else ""
-    missing = " (--calibration is still missing)" if recipe.needs_data and request.calibration is None else ""
-    data = f"{recipe.calibration.num_samples} samples of up to {recipe.calibration.seq_len} tokens" if recipe.needs_data else "no calibration data"
-    memory = f"about {_size(by_layer)} (layer by layer)" if recipe.backend == "gptqmodel" else f"about {_size(whole)}"
-    gpu = f", on the GPU about {_size(by_layer)}" if recipe.backend == "llmcompressor" and recipe.needs_data else ""
+    missing = (
+        " (--calibration is still missing)"
+        if recipe.needs_data and request.calibration is None
+        else ""
+    )
+    data = (
+        f"{recipe.calibration.num_samples} samples of up to {recipe.calibration.seq_len} tokens"
+        if recipe.needs_data
+        else "no calibration data"
+    )
+    memory = (
+        f"about {_size(by_layer)} (layer by layer)"
+        if recipe.backend == "gptqmodel"
+        else f"about {_size(whole)}"
+    )
+    gpu = (
+        f", on the GPU about {_size(by_layer)}"
+        if recipe.backend == "llmcompressor" and recipe.needs_data
+        else ""
+    )
     return Group(
         f"{recipe.name}: {recipe.summary}",
         f"backend {recipe.backend}, algorithm {' + '.join(step.name for step in recipe.algorithm)}, {data}{missing}{kv_cache}",
@@ -99,7 +130,9 @@ def _scheme(recipe: Recipe) -> str:
 
 
 def _native_gpu(recipe: Recipe) -> str:
-    natives = [scheme.native_gpu for scheme in recipe.schemes] + (["sm_89"] if recipe.kv_cache else [])
+    natives = [scheme.native_gpu for scheme in recipe.schemes] + (
+        ["sm_89"] if recipe.kv_cache else []
+    )
     return max(natives, key=lambda native: int(native.removeprefix("sm_")))
 
 
@@ -115,7 +148,13 @@ def kernels(plan: LoadPlan) -> RenderableType:
     from qtool.runtime.kernels import device_of
 
     counts = Counter(
-        (_kind([source.name for source in group.sources]), group.spec.scheme.name, _kernels(group), _reasons(group)) for group in plan.groups
+        (
+            _kind([source.name for source in group.sources]),
+            group.spec.scheme.name,
+            _kernels(group),
+            _reasons(group),
+        )
+        for group in plan.groups
     )
     title = f"{plan.checkpoint.name} on {device_of(plan.device)}"
     table = Table(box=box.SIMPLE, pad_edge=False, title=title, title_justify="left")

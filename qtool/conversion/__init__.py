@@ -41,14 +41,31 @@ def export(
     """
     if (to is None) == (checkpoint_restore_path is None):
         hint = f"--to {'|'.join(TARGETS)} converts a checkpoint; --checkpoint-restore-path STATE exports a ModelOpt state"
-        raise UsageError("E_EXPORT_WHAT", "give a format to convert to, or a state to export", hint=hint)
-    for_states = {"method": method, "trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code, "device": device != "auto"}
-    for_formats = {"scheme": scheme, "requantize": requantize, "max_shard_size": max_shard_size != MAX_SHARD_SIZE}
+        raise UsageError(
+            "E_EXPORT_WHAT", "give a format to convert to, or a state to export", hint=hint
+        )
+    for_states = {
+        "method": method,
+        "trust_pickle": trust_pickle,
+        "trust_remote_code": trust_remote_code,
+        "device": device != "auto",
+    }
+    for_formats = {
+        "scheme": scheme,
+        "requantize": requantize,
+        "max_shard_size": max_shard_size != MAX_SHARD_SIZE,
+    }
     for name, given in (for_states if to else for_formats).items():
         if given:
-            what = "a ModelOpt state, and a checkpoint is converted" if to else "a conversion, and a state is exported"
+            what = (
+                "a ModelOpt state, and a checkpoint is converted"
+                if to
+                else "a conversion, and a state is exported"
+            )
             raise UsageError(
-                "E_EXPORT_UNUSED", f"`{name}` is for {what}", hint=f"leave it out, or give {'--checkpoint-restore-path' if to else '--to'}"
+                "E_EXPORT_UNUSED",
+                f"`{name}` is for {what}",
+                hint=f"leave it out, or give {'--checkpoint-restore-path' if to else '--to'}",
             )
     if to is not None:
         return convert(

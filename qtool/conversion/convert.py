@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import __version__
-from qtool.checkpoint import Checkpoint, Staging, digest_files, open_checkpoint, read_json, resolve_model, sample_files, stage_output
+from qtool.checkpoint import (
+    Checkpoint,
+    Staging,
+    digest_files,
+    open_checkpoint,
+    read_json,
+    resolve_model,
+    sample_files,
+    stage_output,
+)
 from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
 from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.targets import PLAIN, target_named
@@ -42,7 +51,13 @@ class ConversionResult:
 
     def summary(self) -> str:
         """Return the result in a few lines."""
-        kept = "codes and scales unchanged" if self.format not in PLAIN else "dequantized" if self.layers else "copied"
+        kept = (
+            "codes and scales unchanged"
+            if self.format not in PLAIN
+            else "dequantized"
+            if self.layers
+            else "copied"
+        )
         how = f"{self.rounded_layers} of them rounded to nearest" if self.rounded_layers else kept
         return "\n".join(
             [
@@ -73,7 +88,11 @@ def convert(
     start = time.monotonic()
     to = target_named(to)
     if scheme and not requantize:
-        raise UsageError("E_SCHEME_UNUSED", f"--scheme {scheme} is what --requantize rounds to", hint="add --requantize")
+        raise UsageError(
+            "E_SCHEME_UNUSED",
+            f"--scheme {scheme} is what --requantize rounds to",
+            hint="add --requantize",
+        )
     shard_bytes = parse_size(max_shard_size)
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
     target_scheme = scheme_from(scheme) if scheme else None
@@ -85,9 +104,13 @@ def convert(
     decided = decide(checkpoint, to, requantize=requantize, scheme=target_scheme)
     for note in decided.notes:
         on_event({"event": "note", "text": note})
-    source_manifest = read_json(checkpoint.path / MANIFEST) if (checkpoint.path / MANIFEST).is_file() else None
+    source_manifest = (
+        read_json(checkpoint.path / MANIFEST) if (checkpoint.path / MANIFEST).is_file() else None
+    )
     need_bytes = sum(spec.size_bytes for spec in decided.specs) + (16 << 20)
-    with stage_output(output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes) as staging:
+    with stage_output(
+        output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes
+    ) as staging:
         digests, problems = stream(decided, staging, shard_bytes, on_event)
         if problems:
             hint = f"nothing was published; {checkpoint.path} holds it too, or it does not fit {to}"
@@ -119,18 +142,30 @@ def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
     layout = detect(written)
     found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
     expected = {layer.target.name: layer.target.scheme for layer in decided.layers if layer.target}
-    wanted = decided.files["config.json"].get("quantization_config", {}).get("kv_cache_scheme") and "fp8"
+    wanted = (
+        decided.files["config.json"].get("quantization_config", {}).get("kv_cache_scheme") and "fp8"
+    )
     if wanted and (layout is None or layout.kv_cache != wanted):
         message = f"the KV cache was to be {wanted} and reads back as {layout and layout.kv_cache}"
-        raise QtoolError("E_VERIFY", message, hint="nothing was published; this is a bug in qtool, please report it")
+        raise QtoolError(
+            "E_VERIFY",
+            message,
+            hint="nothing was published; this is a bug in qtool, please report it",
+        )
     if found != expected:
         name = next(name for name in {**found, **expected} if found.get(name) != expected.get(name))
         message = f"`{name}` was to become {expected.get(name)} and reads back as {found.get(name)}"
-        raise QtoolError("E_VERIFY", message, hint="nothing was published; this is a bug in qtool, please report it")
+        raise QtoolError(
+            "E_VERIFY",
+            message,
+            hint="nothing was published; this is a bug in qtool, please report it",
+        )
     return written
 
 
-def _manifest(decided: Conversion, files: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest(
+    decided: Conversion, files: dict[str, Any], source: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return what a reader needs to trust the checkpoint; what the source's own manifest says of how it was made is kept."""
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -138,11 +173,16 @@ def _manifest(decided: Conversion, files: dict[str, Any], source: dict[str, Any]
         "conversion": {
             "from": decided.layout.format if decided.layout else None,
             "to": decided.to,
-            "rounded": {layer.target.name: str(layer.target.scheme) for layer in decided.layers if layer.target and layer.rounded},
+            "rounded": {
+                layer.target.name: str(layer.target.scheme)
+                for layer in decided.layers
+                if layer.target and layer.rounded
+            },
             "notes": list(decided.notes),
         },
         "versions": {"qtool": __version__},
         "source_files": sample_files(decided.checkpoint.weight_files),
-        "source_manifest": source and {key: value for key, value in source.items() if key != "files"},
+        "source_manifest": source
+        and {key: value for key, value in source.items() if key != "files"},
         "files": files,
     }

@@ -44,10 +44,20 @@ def format_of(to: str) -> Format:
     return WRITABLE["gptq" if to == GPTQ_V2 else to]
 
 
-def read_value(checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo, *, meta: bool = False) -> Value:
+def read_value(
+    checkpoint: Checkpoint,
+    layout: Layout | None,
+    source: QuantizedModule | TensorInfo,
+    *,
+    meta: bool = False,
+) -> Value:
     """Return what ``source`` holds; with ``meta`` without its data, of which only ``g_idx`` is read."""
     if isinstance(source, TensorInfo):
-        return torch.empty(source.shape, dtype=torch_dtype(source), device="meta") if meta else read_tensor(checkpoint, source.name)
+        return (
+            torch.empty(source.shape, dtype=torch_dtype(source), device="meta")
+            if meta
+            else read_tensor(checkpoint, source.name)
+        )
     assert layout is not None
     return FORMATS[layout.format].read(source, (outline if meta else load)(checkpoint, source))
 
@@ -61,7 +71,9 @@ def dense(value: Value, dtype: torch.dtype) -> Tensor:
     return (dequantize(value) * value.pre_scale.float()).to(dtype)
 
 
-def new_weight(target: QuantizedModule, value: Value, *, rounded: bool, dtype: torch.dtype) -> QuantizedWeight:
+def new_weight(
+    target: QuantizedModule, value: Value, *, rounded: bool, dtype: torch.dtype
+) -> QuantizedWeight:
     """Return the weight of ``target``: ``value`` itself, or rounded to nearest in its scheme by way of ``dtype``; with the inputs of its scheme."""
     activation = value.activation if isinstance(value, QuantizedWeight) else None
     if activation and activation.format != target.scheme.activations:
@@ -80,11 +92,17 @@ def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str
         return {tensor_name(layer.target, suffix): tensor for suffix, tensor in written.items()}
     values, source = dense(value, TORCH_DTYPES[dtype]), layer.source
     if isinstance(source, QuantizedModule) and source.experts > 1:  # transformers keeps [E, K, N]
-        return {source.name: values.view(source.experts, -1, values.shape[1]).transpose(1, 2).contiguous()}
+        return {
+            source.name: values.view(source.experts, -1, values.shape[1])
+            .transpose(1, 2)
+            .contiguous()
+        }
     return {f"{source.name}.weight": values}
 
 
-def writes_of(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: str, dtype: str) -> tuple[Write, ...]:
+def writes_of(
+    checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: str, dtype: str
+) -> tuple[Write, ...]:
     """Return what ``layer`` writes, found by converting it without data: what comes out as the object that went in is a copy."""
     source, passed = layer.source, {}
     if isinstance(source, QuantizedModule) and layout is not None:
@@ -94,14 +112,21 @@ def writes_of(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: s
     else:
         value = read_value(checkpoint, layout, source, meta=True)
     written = written_tensors(layer, value, to, dtype)
-    return tuple(Write(TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), passed.get(id(tensor))) for name, tensor in written.items())
+    return tuple(
+        Write(
+            TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), passed.get(id(tensor))
+        )
+        for name, tensor in written.items()
+    )
 
 
 def likeness(source: QuantizedModule | TensorInfo, act_order: bool) -> Hashable:
     """Return what is equal for layers that convert alike: all but their names and numbers."""
     if isinstance(source, TensorInfo):
         return source.dtype, source.shape
-    tensors = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in source.tensors.items())
+    tensors = tuple(
+        (suffix, tensor.dtype, tensor.shape) for suffix, tensor in source.tensors.items()
+    )
     return source.scheme, source.shape, source.variant, source.experts, act_order, tensors
 
 
@@ -111,9 +136,16 @@ def writes_like(known: Layer, writes: tuple[Write, ...], layer: Layer) -> tuple[
         return writes
     old, new = (each.source.name.removesuffix(".weight") for each in (known, layer))
     there = _tensors(known.source)
-    here, suffixes = _tensors(layer.source), {tensor.name: suffix for suffix, tensor in there.items()}
+    here, suffixes = (
+        _tensors(layer.source),
+        {tensor.name: suffix for suffix, tensor in there.items()},
+    )
     return tuple(
-        Write(replace(write.spec, name=new + write.spec.name[len(old) :]), write.copied and here[suffixes[write.copied.name]]) for write in writes
+        Write(
+            replace(write.spec, name=new + write.spec.name[len(old) :]),
+            write.copied and here[suffixes[write.copied.name]],
+        )
+        for write in writes
     )
 
 
@@ -121,16 +153,36 @@ def _tensors(source: QuantizedModule | TensorInfo) -> Mapping[str, TensorInfo]:
     return {"weight": source} if isinstance(source, TensorInfo) else source.tensors
 
 
-def computed_tensors(checkpoint: Checkpoint, layout: Layout | None, layer: Layer, writes: Iterable[Write], to: str, dtype: str) -> dict[str, Tensor]:
+def computed_tensors(
+    checkpoint: Checkpoint,
+    layout: Layout | None,
+    layer: Layer,
+    writes: Iterable[Write],
+    to: str,
+    dtype: str,
+) -> dict[str, Tensor]:
     """Return the tensors of ``writes`` that are no copies, by name; codes that are only copied are not read."""
-    source, copied = layer.source, {write.copied.name for write in writes if write.copied and write.copied.name.endswith(CODES)}
+    source, copied = (
+        layer.source,
+        {
+            write.copied.name
+            for write in writes
+            if write.copied and write.copied.name.endswith(CODES)
+        },
+    )
     if isinstance(source, QuantizedModule) and layout is not None and copied:
         tensors = outline(checkpoint, source)
         tensors |= {
-            suffix: read_tensor(checkpoint, info.name) for suffix, info in source.tensors.items() if suffix in tensors and info.name not in copied
+            suffix: read_tensor(checkpoint, info.name)
+            for suffix, info in source.tensors.items()
+            if suffix in tensors and info.name not in copied
         }
         value: Value = FORMATS[layout.format].read(source, tensors)
     else:
         value = read_value(checkpoint, layout, source)
     wanted = {write.spec.name for write in writes if not write.copied}
-    return {name: tensor for name, tensor in written_tensors(layer, value, to, dtype).items() if name in wanted}
+    return {
+        name: tensor
+        for name, tensor in written_tensors(layer, value, to, dtype).items()
+        if name in wanted
+    }

@@ -11,7 +11,16 @@ from typing import Any
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
-from qtool.conversion.layers import Layer, Write, format_of, likeness, new_weight, read_value, writes_like, writes_of
+from qtool.conversion.layers import (
+    Layer,
+    Write,
+    format_of,
+    likeness,
+    new_weight,
+    read_value,
+    writes_like,
+    writes_of,
+)
 from qtool.conversion.targets import PLAIN
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import PACKED_DTYPES, Format, Layout, QuantizedModule, detect
@@ -21,7 +30,9 @@ from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Scheme
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
-CACHE_SCALE = re.compile(r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)")
+CACHE_SCALE = re.compile(
+    r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)"
+)
 HOLD_A_CACHE_ALONE = ("compressed-tensors", "modelopt")  # with no layer quantized
 SCALE_ENDINGS = ("_scale_inv", "_scales", "_blocks", ".weight_scale", ".scales")
 DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
@@ -58,9 +69,17 @@ class Conversion:
             layer = layers.get(name)
             if layer and layer.source.name not in begun:
                 begun.add(layer.source.name)
-                kind = likeness(layer.source, layer.target.act_order if layer.target else _is_scattered(self.checkpoint, layer.source))
+                kind = likeness(
+                    layer.source,
+                    layer.target.act_order
+                    if layer.target
+                    else _is_scattered(self.checkpoint, layer.source),
+                )
                 if kind not in known:
-                    known[kind] = layer, writes_of(self.checkpoint, self.layout, layer, self.to, self.dtype)
+                    known[kind] = (
+                        layer,
+                        writes_of(self.checkpoint, self.layout, layer, self.to, self.dtype),
+                    )
                 steps.append((layer, writes_like(*known[kind], layer)))
             if name in copies:
                 steps.append((None, tuple(copies[name])))
@@ -84,34 +103,66 @@ class Wish:
     dtype: str
 
 
-def decide(checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None) -> Conversion:
+def decide(
+    checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None
+) -> Conversion:
     """Decide what ``checkpoint`` becomes in the format ``to``; with ``requantize`` what that cannot hold is rounded, to ``scheme`` if given.
 
     Raises: CheckpointRefused, naming the layer and the constraint, when the format cannot hold it; UsageError, when nothing is quantized.
     """
     layout = detect(checkpoint)
     if layout and layout.rotates_inputs:
-        raise cannot_hold(to, "rotations: inputs are rotated at run time (QuIP, SpinQuant R3/R4)", "quantize the original again")
+        raise cannot_hold(
+            to,
+            "rotations: inputs are rotated at run time (QuIP, SpinQuant R3/R4)",
+            "quantize the original again",
+        )
     if layout is None and to not in PLAIN and not scheme:
         hint = "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has better methods"
-        raise UsageError("E_NOT_QUANTIZED", f"{checkpoint.path} is not quantized, so there is nothing to convert", hint=hint)
-    wish = Wish(checkpoint, layout, to, scheme, requantize, PLAIN.get(to) or _model_dtype(checkpoint))
+        raise UsageError(
+            "E_NOT_QUANTIZED",
+            f"{checkpoint.path} is not quantized, so there is nothing to convert",
+            hint=hint,
+        )
+    wish = Wish(
+        checkpoint, layout, to, scheme, requantize, PLAIN.get(to) or _model_dtype(checkpoint)
+    )
     linears = _plain_linears(checkpoint, layout)
     layers = _layers(wish, linears)
     copies, dropped = _copies(wish, layers)
     targets = [layer.target for layer in layers if layer.target]
     if not targets and to not in (*PLAIN, *HOLD_A_CACHE_ALONE):
-        raise cannot_hold(to, "layers: no layer is quantized, only the KV cache", f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that")
+        raise cannot_hold(
+            to,
+            "layers: no layer is quantized, only the KV cache",
+            f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that",
+        )
     config = _plain_config(checkpoint.config, CONFIG_DTYPES[wish.dtype] if to in PLAIN else None)
     if to in PLAIN:
-        files = {"config.json": {"dtype": CONFIG_DTYPES[wish.dtype], **config} if "torch_dtype" not in config else config}
+        files = {
+            "config.json": {"dtype": CONFIG_DTYPES[wish.dtype], **config}
+            if "torch_dtype" not in config
+            else config
+        }
     else:
         kv_cache = layout.kv_cache if layout and not dropped else None
-        if kv_cache and any(CACHE_SCALE.fullmatch(write.spec.name) and len(write.spec.shape) == 3 for write in copies):
+        if kv_cache and any(
+            CACHE_SCALE.fullmatch(write.spec.name) and len(write.spec.shape) == 3
+            for write in copies
+        ):
             kv_cache += PER_HEAD
         files = format_of(to).settings(targets, _left_plain(linears, targets), kv_cache)
         files["config.json"] = {**config, **files["config.json"]}
-    return Conversion(checkpoint, layout, to, layers, copies, files, wish.dtype, tuple(_notes(wish, layers, dropped)))
+    return Conversion(
+        checkpoint,
+        layout,
+        to,
+        layers,
+        copies,
+        files,
+        wish.dtype,
+        tuple(_notes(wish, layers, dropped)),
+    )
 
 
 def _plain_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -131,7 +182,9 @@ def _layers(wish: Wish, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
     if wish.layout:
         sources = wish.layout.modules.values()
     elif wish.to not in PLAIN:
-        sources = [tensor for name, tensor in linears.items() if not why_plain(wish.checkpoint, name)]
+        sources = [
+            tensor for name, tensor in linears.items() if not why_plain(wish.checkpoint, name)
+        ]
     known: dict[Hashable, Layer] = {}
     layers = []
     for source in sources:
@@ -140,7 +193,14 @@ def _layers(wish: Wish, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
         if kind not in known:
             known[kind] = _decided(wish, source, act_order)
         like = known[kind]
-        layers.append(Layer(source, like.target and _target(source, like.target.scheme, wish.to, act_order, rounded=like.rounded), like.rounded))
+        layers.append(
+            Layer(
+                source,
+                like.target
+                and _target(source, like.target.scheme, wish.to, act_order, rounded=like.rounded),
+                like.rounded,
+            )
+        )
     return tuple(layers)
 
 
@@ -148,15 +208,26 @@ def _left_plain(linears: Iterable[str], targets: Iterable[QuantizedModule]) -> l
     """Return the linear layers that are not quantized, and the output head also where it is the embedding matrix: engines see a layer there."""
     names = {module.name for module in targets}
     left = [name for name in linears if name not in names]
-    return left if any(name.rpartition(".")[2] == "lm_head" for name in (*left, *names)) else [*left, "lm_head"]
+    return (
+        left
+        if any(name.rpartition(".")[2] == "lm_head" for name in (*left, *names))
+        else [*left, "lm_head"]
+    )
 
 
 def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
-    if wish.layout and wish.layout.kv_cache and wish.to not in (*HOLD_A_CACHE_ALONE, "fp8_block") and not dropped:
+    if (
+        wish.layout
+        and wish.layout.kv_cache
+        and wish.to not in (*HOLD_A_CACHE_ALONE, "fp8_block")
+        and not dropped
+    ):
         yield f"the KV cache was to be {wish.layout.kv_cache}, without scales, and {wish.to} does not say so"
     if dropped:
         yield f"{dropped} scales of the KV cache are left out: there is no place for them in {wish.to}"
-    if rounded := Counter(layer.target.scheme.name for layer in layers if layer.target and layer.rounded):
+    if rounded := Counter(
+        layer.target.scheme.name for layer in layers if layer.target and layer.rounded
+    ):
         yield f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}"
     inputs = Counter(
         (layer.source.scheme.activations, layer.target and layer.target.scheme.activations)
@@ -166,13 +237,17 @@ def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
     for (before, after), count in inputs.items():
         if before != after:
             yield f"inputs of {count} layers: {before or '16 bits'} -> {after or '16 bits'}"
-    if wish.to == "compressed-tensors" and any(layer.target.act_order for layer in layers if layer.target):
+    if wish.to == "compressed-tensors" and any(
+        layer.target.act_order for layer in layers if layer.target
+    ):
         yield "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all"
 
 
 def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
     """Return the refusal of what a format has no way to say."""
-    return CheckpointRefused("E_CANNOT_HOLD", f"{to} cannot hold this checkpoint: {constraint}", hint=hint)
+    return CheckpointRefused(
+        "E_CANNOT_HOLD", f"{to} cannot hold this checkpoint: {constraint}", hint=hint
+    )
 
 
 def _decided(wish: Wish, source: QuantizedModule | TensorInfo, act_order: bool) -> Layer:
@@ -194,7 +269,9 @@ def _decided(wish: Wish, source: QuantizedModule | TensorInfo, act_order: bool) 
     raise cannot_hold(wish.to, f"`{source.name.removesuffix('.weight')}`: {objections[0]}", hint)
 
 
-def _candidates(format: Format, source: QuantizedModule | TensorInfo, wish: Wish) -> Iterator[tuple[Scheme, bool]]:
+def _candidates(
+    format: Format, source: QuantizedModule | TensorInfo, wish: Wish
+) -> Iterator[tuple[Scheme, bool]]:
     """Yield (scheme, whether weights are rounded for it), the most faithful first."""
     scheme = wish.scheme
     own = source.scheme if isinstance(source, QuantizedModule) else None
@@ -208,32 +285,61 @@ def _candidates(format: Format, source: QuantizedModule | TensorInfo, wish: Wish
         yield (own if not (own.activations and own.activations.needs_data) else weights_only), True
     bits, group_size = (own.weights.bits, own.weights.group_size) if own else (16, None)
     fallbacks = [scheme] if scheme else [SCHEMES[name] for name in format.fallbacks()]
-    for fallback in sorted(fallbacks, key=lambda each: (each.weights.bits < bits, abs(each.weights.bits - bits))):
+    for fallback in sorted(
+        fallbacks, key=lambda each: (each.weights.bits < bits, abs(each.weights.bits - bits))
+    ):
         if own and own.weights == fallback.weights:
             yield fallback, False
-        if group_size and not scheme and fallback.weights.group_size and fallback.weights.scale == "float":
+        if (
+            group_size
+            and not scheme
+            and fallback.weights.group_size
+            and fallback.weights.scale == "float"
+        ):
             yield fallback.with_group_size(group_size), True
         yield fallback, True
 
 
-def _target(source: QuantizedModule | TensorInfo, scheme: Scheme, to: str, act_order: bool, *, rounded: bool) -> QuantizedModule:
+def _target(
+    source: QuantizedModule | TensorInfo, scheme: Scheme, to: str, act_order: bool, *, rounded: bool
+) -> QuantizedModule:
     variant = to if to.startswith("gptq") else ""
     if isinstance(source, TensorInfo):
         rows, columns = source.shape
-        return QuantizedModule(source.name.removesuffix(".weight"), scheme, (rows, columns), {}, variant)
-    tensors = {suffix: tensor for suffix, tensor in source.tensors.items() if not (rounded and suffix == "pre_quant_scale")}
-    return replace(source, scheme=scheme, tensors=tensors, variant=variant, act_order=act_order and not rounded)
+        return QuantizedModule(
+            source.name.removesuffix(".weight"), scheme, (rows, columns), {}, variant
+        )
+    tensors = {
+        suffix: tensor
+        for suffix, tensor in source.tensors.items()
+        if not (rounded and suffix == "pre_quant_scale")
+    }
+    return replace(
+        source, scheme=scheme, tensors=tensors, variant=variant, act_order=act_order and not rounded
+    )
 
 
 def _is_scattered(checkpoint: Checkpoint, source: QuantizedModule | TensorInfo) -> bool:
     """Whether act-order has scattered the groups of ``source`` over its inputs: flags lie, so ``g_idx`` is read."""
     if isinstance(source, TensorInfo):
         return False
-    g_idx = next((tensor for suffix, tensor in source.tensors.items() if suffix in ("g_idx", "weight_g_idx")), None)
+    g_idx = next(
+        (
+            tensor
+            for suffix, tensor in source.tensors.items()
+            if suffix in ("g_idx", "weight_g_idx")
+        ),
+        None,
+    )
     weights, columns = source.scheme.weights, source.shape[1]
     return (
         g_idx is not None
-        and permutation(read_tensor(checkpoint, g_idx.name), weights.scale_count(1, columns), weights.group_size or columns) is not None
+        and permutation(
+            read_tensor(checkpoint, g_idx.name),
+            weights.scale_count(1, columns),
+            weights.group_size or columns,
+        )
+        is not None
     )
 
 
@@ -250,40 +356,85 @@ def _no_rounding(module: QuantizedModule) -> str | None:
 def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int]:
     """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in the format."""
     to, layout = wish.to, wish.layout
-    changed = {name for layer in layers for name in _tensor_names(layer.source) if not name.endswith(".bias")}
+    changed = {
+        name
+        for layer in layers
+        for name in _tensor_names(layer.source)
+        if not name.endswith(".bias")
+    }
     copies: list[Write] = []
     dropped = 0
     cast_dtypes = {*PLAIN.values(), _model_dtype(wish.checkpoint)} if to in PLAIN else set()
     for name, tensor in wish.checkpoint.tensors.items():
         if cache := CACHE_SCALE.fullmatch(name):
             attention, which = cache[1], cache[2] or cache[3] or "kv"
-            places = [None if to in PLAIN else format_of(to).cache_scale(attention, letter, tensor.count) for letter in which]
+            places = [
+                None if to in PLAIN else format_of(to).cache_scale(attention, letter, tensor.count)
+                for letter in which
+            ]
             if None in places and to not in PLAIN and not wish.requantize:
                 hint = "--requantize leaves them out"
-                raise cannot_hold(to, f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the KV cache", hint)
+                raise cannot_hold(
+                    to,
+                    f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the KV cache",
+                    hint,
+                )
             dropped += None in places
-            copies += [Write(TensorSpec(place[0], tensor.dtype, place[1]), tensor) for place in places if place]
+            copies += [
+                Write(TensorSpec(place[0], tensor.dtype, place[1]), tensor)
+                for place in places
+                if place
+            ]
         elif name not in changed:
             if tensor.dtype in PACKED_DTYPES or name.endswith(SCALE_ENDINGS):
                 message = f"layout: `{name}` holds {tensor.dtype} codes or scales of no layer that qtool reads"
-                raise cannot_hold(to, message, "`qtool inspect` lists what was read; quantize the original again")
-            copies.append(Write(TensorSpec(name, PLAIN[to] if tensor.dtype in cast_dtypes else tensor.dtype, tensor.shape), tensor))
+                raise cannot_hold(
+                    to, message, "`qtool inspect` lists what was read; quantize the original again"
+                )
+            copies.append(
+                Write(
+                    TensorSpec(
+                        name,
+                        PLAIN[to] if tensor.dtype in cast_dtypes else tensor.dtype,
+                        tensor.shape,
+                    ),
+                    tensor,
+                )
+            )
     if layout and layout.kv_cache not in (None, "fp8") and not dropped:
-        raise cannot_hold(to, f"kv-cache: its scales are for {layout.kv_cache}, and only those for fp8 are converted", "quantize the original again")
+        raise cannot_hold(
+            to,
+            f"kv-cache: its scales are for {layout.kv_cache}, and only those for fp8 are converted",
+            "quantize the original again",
+        )
     return tuple(copies), dropped
 
 
 def _tensor_names(source: QuantizedModule | TensorInfo) -> list[str]:
-    return [source.name] if isinstance(source, TensorInfo) else [tensor.name for tensor in source.tensors.values()]
+    return (
+        [source.name]
+        if isinstance(source, TensorInfo)
+        else [tensor.name for tensor in source.tensors.values()]
+    )
 
 
 def _plain_linears(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, TensorInfo]:
     owned = layout.owned if layout else frozenset()
-    return {tensor.name.removesuffix(".weight"): tensor for tensor in checkpoint.tensors.values() if is_linear(tensor) and tensor.name not in owned}
+    return {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in checkpoint.tensors.values()
+        if is_linear(tensor) and tensor.name not in owned
+    }
 
 
 def _model_dtype(checkpoint: Checkpoint) -> str:
     """Return the dtype of most plain tensors; small ones count for BF16 and F16 alone, as routers and norms may be F32 in any model."""
-    counts = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F16", "F32") and len(tensor.shape) == 2)
-    counts += Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F16"))
+    counts = Counter(
+        tensor.dtype
+        for tensor in checkpoint.tensors.values()
+        if tensor.dtype in ("BF16", "F16", "F32") and len(tensor.shape) == 2
+    )
+    counts += Counter(
+        tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("BF16", "F16")
+    )
     return counts.most_common(1)[0][0] if counts else "BF16"

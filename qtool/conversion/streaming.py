@@ -28,28 +28,46 @@ MEMORY_BYTES = 8 << 30  # of layers at work together; one layer is always worked
 BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
 
 
-def stream(decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent) -> tuple[dict[str, Any], list[str]]:
+def stream(
+    decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent
+) -> tuple[dict[str, Any], list[str]]:
     """Write all tensors, a few layers in memory at a time; return the digests of the files and what is wrong with their numbers.
 
     A file is written out, hashed and checked as soon as its last tensor is there, beside the writing of the next.
     """
-    layout = Layout(decided.to, {layer.target.name: layer.target for layer in decided.layers if layer.target}, None, ())
+    layout = Layout(
+        decided.to,
+        {layer.target.name: layer.target for layer in decided.layers if layer.target},
+        None,
+        (),
+    )
     durable, digests, problems = [], [], []
     with (
         Shards(staging.checkpoint, decided.specs, shard_bytes) as shards,
         ThreadPoolExecutor(3) as checkers,
         _layer_threads(_workers(decided)) as pool,
     ):
-        for done, paths in enumerate(_bounded(pool, _tasks(decided, shards), _workers(decided)), start=1):
+        for done, paths in enumerate(
+            _bounded(pool, _tasks(decided, shards), _workers(decided)), start=1
+        ):
             for path in paths:
                 durable.append(checkers.submit(make_durable, path))
                 digests.append(checkers.submit(digest_files, [path]))
                 problems.append(checkers.submit(_problems, path, layout))
-            on_event({"event": "progress", "what": "converting", "done": done, "total": len(decided.steps)})
+            on_event(
+                {
+                    "event": "progress",
+                    "what": "converting",
+                    "done": done,
+                    "total": len(decided.steps),
+                }
+            )
         on_event({"event": "stage", "what": "checking the result"})
     for future in durable:
         future.result()  # the system tells of a write that failed once
-    return {name: found for future in digests for name, found in future.result().items()}, [text for future in problems for text in future.result()]
+    return {name: found for future in digests for name, found in future.result().items()}, [
+        text for future in problems for text in future.result()
+    ]
 
 
 def _problems(path: Path, layout: Layout) -> list[str]:
@@ -75,13 +93,21 @@ def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written
     """Yield what is to be done, in the order of the source's files."""
 
     def run(layer: Layer | None, writes: Sequence[Write]) -> Written:
-        paths = [shards.copy(write.spec.name, write.copied) for write in writes if write.copied and write.copied.dtype == write.spec.dtype]
+        paths = [
+            shards.copy(write.spec.name, write.copied)
+            for write in writes
+            if write.copied and write.copied.dtype == write.spec.dtype
+        ]
         for write in writes:
             if write.copied and write.copied.dtype != write.spec.dtype:
-                cast = read_tensor(decided.checkpoint, write.copied.name).to(TORCH_DTYPES[write.spec.dtype])
+                cast = read_tensor(decided.checkpoint, write.copied.name).to(
+                    TORCH_DTYPES[write.spec.dtype]
+                )
                 paths.append(shards.write(write.spec.name, _bytes(cast)))
         if layer and any(write.copied is None for write in writes):
-            computed = computed_tensors(decided.checkpoint, decided.layout, layer, writes, decided.to, decided.dtype)
+            computed = computed_tensors(
+                decided.checkpoint, decided.layout, layer, writes, decided.to, decided.dtype
+            )
             paths += [shards.write(name, _bytes(tensor)) for name, tensor in computed.items()]
         return [path for path in paths if path]
 
@@ -94,7 +120,9 @@ def _workers(decided: Conversion) -> int:
     return max(1, min(WORKERS, MEMORY_BYTES // (largest * BYTES_A_WEIGHT)))
 
 
-def _bounded(pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]], count: int) -> Iterator[Written]:
+def _bounded(
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]], count: int
+) -> Iterator[Written]:
     """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has threads."""
     running: set[Future[Written]] = set()
     for task in tasks:

@@ -23,5 +23,9 @@ def target_named(name: str) -> str:
     """Return the target that ``name`` means. Raises: UsageError, with the nearest name."""
     target = ALIASES.get(name.lower(), name.lower())
     if target not in TARGETS:
-        raise UsageError("E_UNKNOWN_FORMAT", f"unknown format `{name}`", hint=nearest(name, TARGETS) or f"one of {', '.join(TARGETS)}")
+        raise UsageError(
+            "E_UNKNOWN_FORMAT",
+            f"unknown format `{name}`",
+            hint=nearest(name, TARGETS) or f"one of {', '.join(TARGETS)}",
+        )
     return target

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qtool.engine.attention.interface import RECORDING, RUNNING, KVPages, LayerGeometry, Packed, attend, recording, running, write
+from qtool.engine.attention.interface import (
+    RECORDING,
+    RUNNING,
+    KVPages,
+    LayerGeometry,
+    Packed,
+    attend,
+    recording,
+    running,
+    write,
+)
 from qtool.errors import one_line
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows
@@ -31,9 +41,16 @@ from qtool.scheme import Activations
 LOG = logging.getLogger("qtool.engine")
 Codes = Literal["fp8", "int8"]
 Activation = Literal["silu", "gelu_tanh"]
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 TOKENS = 6  # of the input that layers are compared with
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative to what a layer adds to its input
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-2,
+}  # relative to what a layer adds to its input
 ROUNDED_TOLERANCE = 0.1  # the same with the quantized layers themselves: where inputs are rounded, codes move at the least difference
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
@@ -53,7 +70,9 @@ def fuse(model: Any) -> bool:
     try:
         with torch.no_grad(), current(device):
             _fuse(model.get_decoder(), device)
-    except Exception as error:  # whatever the code of an architecture does with what it does not expect
+    except (
+        Exception
+    ) as error:  # whatever the code of an architecture does with what it does not expect
         reason = str(error) if isinstance(error, NotFused) else one_line(error)
         LOG.info("the layers of %s run as transformers has them: %s", type(model).__name__, reason)
         return False
@@ -80,7 +99,9 @@ def _fuse(decoder: Any, device: torch.device) -> None:
         decoder.layers, decoder.norm = nn.ModuleList(fused[:FIRST]), norm
         result, _, _ = _dry_run(decoder, device)
         if not (far := _distance(result, expected, expected)) <= WHOLE_TOLERANCE:
-            raise NotFused(f"the model does something between its layers (relative error {far:.1e})")
+            raise NotFused(
+                f"the model does something between its layers (relative error {far:.1e})"
+            )
         decoder.layers = nn.ModuleList(fused)
         _dry_run(decoder, device)
     except Exception:
@@ -115,21 +136,36 @@ class FusedLayer(nn.Module):
         _only(attention, {*q_k_v, "o_proj"}, {"q_norm", "k_norm"})
         if geometry.head_dim != geometry.v_head_dim:
             raise NotFused("values are of another size than keys")
-        sizes = [heads * geometry.head_dim for heads in (geometry.heads, geometry.kv_heads, geometry.kv_heads)]
+        sizes = [
+            heads * geometry.head_dim
+            for heads in (geometry.heads, geometry.kv_heads, geometry.kv_heads)
+        ]
         self.geometry, self.rotates = geometry, rotates
         self.input_norm, self.post_norm = (RMSNorm.of(getattr(layer, name)) for name in norms)
         self.qkv, self.at = _side_by_side([getattr(attention, name) for name in q_k_v], sizes)
         self.o_proj = attention.o_proj
-        self.q_norm, self.k_norm = (RMSNorm.of(norm) if (norm := getattr(attention, name, None)) else None for name in ("q_norm", "k_norm"))
+        self.q_norm, self.k_norm = (
+            RMSNorm.of(norm) if (norm := getattr(attention, name, None)) else None
+            for name in ("q_norm", "k_norm")
+        )
         self._check_head_norms()
         self.mlp = GatedMLP.of(layer.mlp) or layer.mlp
 
     def _check_head_norms(self) -> None:
         q, k = self.q_norm, self.k_norm
-        if (q is None) != (k is None) or (q and k and (q.kind != k.kind or not len(q.weight) == len(k.weight) == self.geometry.head_dim)):
+        if (q is None) != (k is None) or (
+            q
+            and k
+            and (q.kind != k.kind or not len(q.weight) == len(k.weight) == self.geometry.head_dim)
+        ):
             raise NotFused("the norms of queries and keys are not over one head each")
 
-    def forward(self, hidden_states: Tensor | Sum, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any) -> Sum:
+    def forward(
+        self,
+        hidden_states: Tensor | Sum,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> Sum:
         """Return what `Sum` says of [1, T, H], from as much, or from the `Sum` of the layer before."""
         x, residual = _parts(hidden_states)
         with current(x.device):
@@ -139,7 +175,9 @@ class FusedLayer(nn.Module):
             if not isinstance(mlp, GatedMLP):  # experts, say
                 x, scale, residual = self.post_norm.add(self.o_proj(attended), residual)
                 return Sum(mlp(x[None])[0], residual)
-            x, scale, residual = self.post_norm.add(self.o_proj(attended), residual, _codes_of(mlp.gate_up))
+            x, scale, residual = self.post_norm.add(
+                self.o_proj(attended), residual, _codes_of(mlp.gate_up)
+            )
             return Sum(mlp(x, scale), residual)
 
     def _attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -150,9 +188,22 @@ class FusedLayer(nn.Module):
             return qkv.new_zeros(qkv.shape[0], geometry.heads * geometry.head_dim)
         packed, layers = RUNNING.get()
         kv = layers[geometry.layer_idx]
-        rotary = (angles[0].flatten(0, -2).contiguous(), angles[1].flatten(0, -2).contiguous()) if self.rotates and angles else None
-        q = rotate_and_write(qkv, self.at, geometry.heads, self.q_norm, self.k_norm, rotary, kv, packed)
-        return attend(q, kv, packed, scaling=geometry.scaling, window=geometry.window, softcap=geometry.softcap).flatten(1)
+        rotary = (
+            (angles[0].flatten(0, -2).contiguous(), angles[1].flatten(0, -2).contiguous())
+            if self.rotates and angles
+            else None
+        )
+        q = rotate_and_write(
+            qkv, self.at, geometry.heads, self.q_norm, self.k_norm, rotary, kv, packed
+        )
+        return attend(
+            q,
+            kv,
+            packed,
+            scaling=geometry.scaling,
+            window=geometry.window,
+            softcap=geometry.softcap,
+        ).flatten(1)
 
 
 class RMSNorm(nn.Module):
@@ -173,18 +224,33 @@ class RMSNorm(nn.Module):
     @classmethod
     def of(cls, module: Any) -> RMSNorm:
         """Return ``module`` as a norm of the kind that it is seen to be. Raises: NotFused, when it is of none."""
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight, eps = (
+            getattr(module, "weight", None),
+            getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+        )
         if isinstance(module, RMSNorm):
             return module
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float) or getattr(module, "bias", None) is not None:
+        if (
+            not isinstance(weight, nn.Parameter)
+            or weight.dim() != 1
+            or not isinstance(eps, float)
+            or getattr(module, "bias", None) is not None
+        ):
             raise NotFused(f"{type(module).__name__} is no RMSNorm")
-        x = _random((4, len(weight)), weight) * torch.tensor([1e-3, 0.1, 1, 10], device=weight.device)[:, None].to(weight.dtype)
+        x = _random((4, len(weight)), weight) * torch.tensor(
+            [1e-3, 0.1, 1, 10], device=weight.device
+        )[:, None].to(weight.dtype)
         expected = module(x)
-        kinds = [cls(weight, eps, plus_one=plus_one, late=late) for plus_one, late in ((False, False), (True, True), (False, True), (True, False))]
+        kinds = [
+            cls(weight, eps, plus_one=plus_one, late=late)
+            for plus_one, late in ((False, False), (True, True), (False, True), (True, False))
+        ]
         errors = [_distance(norm._plain(x), expected, expected) for norm in kinds]
         best = min(range(len(kinds)), key=errors.__getitem__)
         if expected.dtype != x.dtype or not errors[best] <= TOLERANCE[x.dtype]:
-            raise NotFused(f"{type(module).__name__} is no RMSNorm that is known (relative error {errors[best]:.1e})")
+            raise NotFused(
+                f"{type(module).__name__} is no RMSNorm that is known (relative error {errors[best]:.1e})"
+            )
         return kinds[best]
 
     def forward(self, x: Tensor | Sum) -> Tensor:
@@ -193,12 +259,22 @@ class RMSNorm(nn.Module):
             normed, _, _ = self.add(*_parts(x))
         return normed[None]
 
-    def add(self, x: Tensor, residual: Tensor | None, codes: Codes | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def add(
+        self, x: Tensor, residual: Tensor | None, codes: Codes | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the norm of ``x + residual``, [T, H], or its codes and their scales, f32 [T, 1]; and the sum."""
         if x.is_cuda:
             from qtool.engine import elementwise
 
-            return elementwise.add_norm(x.contiguous(), residual, self.weight, self.eps, plus_one=self.plus_one, late=self.late, codes=codes)
+            return elementwise.add_norm(
+                x.contiguous(),
+                residual,
+                self.weight,
+                self.eps,
+                plus_one=self.plus_one,
+                late=self.late,
+                codes=codes,
+            )
         total = x if residual is None else residual + x
         return *_rounded(self._plain(total), codes), total
 
@@ -213,9 +289,22 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """``down(activation(gate(x)) * up(x))``, gate and up in one matmul; ``at``: where each begins among its outputs."""
 
-    def __init__(self, gate_up: nn.Module, at: Sequence[int], width: int, down: nn.Module, activation: Activation) -> None:
+    def __init__(
+        self,
+        gate_up: nn.Module,
+        at: Sequence[int],
+        width: int,
+        down: nn.Module,
+        activation: Activation,
+    ) -> None:
         super().__init__()
-        self.gate_up, self.down, self.at, self.width, self.activation = gate_up, down, (at[0], at[1]), width, activation
+        self.gate_up, self.down, self.at, self.width, self.activation = (
+            gate_up,
+            down,
+            (at[0], at[1]),
+            width,
+            activation,
+        )
 
     @classmethod
     def of(cls, mlp: Any) -> GatedMLP | None:
@@ -234,7 +323,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return the outputs [T, H] of ``x`` [T, H], or of its codes and their scales."""
-        inner, scale = gated(_multiply(self.gate_up, x, scale), self.at, self.width, self.activation, _codes_of(self.down))
+        inner, scale = gated(
+            _multiply(self.gate_up, x, scale),
+            self.at,
+            self.width,
+            self.activation,
+            _codes_of(self.down),
+        )
         return _multiply(self.down, inner, scale)
 
 
@@ -272,10 +367,17 @@ def rotate_and_write(
         norms = (q_norm.weight, k_norm.weight, *q_norm.kind) if q_norm and k_norm else None
         scales = kv.k_scale, kv.v_scale
         where = packed.table, packed.rows, packed.positions
-        return elementwise.rotate_and_write(qkv, (at[0], at[1], at[2]), heads, norms, rotary, kv.k, kv.v, scales, *where)
+        return elementwise.rotate_and_write(
+            qkv, (at[0], at[1], at[2]), heads, norms, rotary, kv.k, kv.v, scales, *where
+        )
     (tokens, _), (_, kv_heads, _, width) = qkv.shape, kv.k.shape
-    q, k, v = (qkv[:, start : start + count * width].view(tokens, count, width) for start, count in zip(at, (heads, kv_heads, kv_heads), strict=True))
-    q, k = (part if norm is None else norm._plain(part) for part, norm in ((q, q_norm), (k, k_norm)))
+    q, k, v = (
+        qkv[:, start : start + count * width].view(tokens, count, width)
+        for start, count in zip(at, (heads, kv_heads, kv_heads), strict=True)
+    )
+    q, k = (
+        part if norm is None else norm._plain(part) for part, norm in ((q, q_norm), (k, k_norm))
+    )
     if rotary:
         q, k = (_rotate(part, *rotary) for part in (q, k))
     write(kv, k, v, packed)
@@ -290,7 +392,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def gated(x: Tensor, at: tuple[int, int], width: int, activation: Activation, codes: Codes | None = None) -> tuple[Tensor, Tensor | None]:
+def gated(
+    x: Tensor, at: tuple[int, int], width: int, activation: Activation, codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return ``activation(gate) * up`` [T, width], or its codes and their scales, f32 [T, 1]; ``at``: where gate and up begin in a row of ``x``."""
     if x.is_cuda:
         from qtool.engine import elementwise
@@ -322,13 +426,19 @@ def _only(module: nn.Module, needed: set[str], allowed: set[str] = frozenset()) 
     parts = {name for name, part in module.named_children() if not isinstance(part, PASSIVE)}
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if wrong := sorted((needed - parts) | (parts - needed - allowed) | own):
-        raise NotFused(f"{type(module).__name__} has {'no' if wrong[0] in needed else 'a'} `{wrong[0]}`")
+        raise NotFused(
+            f"{type(module).__name__} has {'no' if wrong[0] in needed else 'a'} `{wrong[0]}`"
+        )
 
 
 def _activation(function: Any) -> Activation | None:
     """Return which activation ``function`` is seen to be."""
     x = torch.linspace(-8, 8, 65)
-    alike = (name for name, known in ACTIVATIONS.items() if callable(function) and torch.allclose(function(x), known(x), atol=1e-6))
+    alike = (
+        name
+        for name, known in ACTIVATIONS.items()
+        if callable(function) and torch.allclose(function(x), known(x), atol=1e-6)
+    )
     return next(alike, None)
 
 
@@ -339,19 +449,38 @@ def _side_by_side(linears: Sequence[Any], sizes: Sequence[int]) -> tuple[nn.Modu
     """
     starts = list(accumulate(sizes, initial=0))
     if sum(linear.out_features for linear in linears) != starts[-1]:
-        raise NotFused(f"{sum(linear.out_features for linear in linears)} outputs instead of {starts[-1]}")
+        raise NotFused(
+            f"{sum(linear.out_features for linear in linears)} outputs instead of {starts[-1]}"
+        )
     if len(linears) == 1:
         return linears[0], starts[:-1]
     shared = linears[0].shared if isinstance(linears[0], FusedLinear) else None
-    if shared and all(isinstance(linear, FusedLinear) and linear.shared is shared for linear in linears) and len(shared.sizes) == len(linears):
+    if (
+        shared
+        and all(isinstance(linear, FusedLinear) and linear.shared is shared for linear in linears)
+        and len(shared.sizes) == len(linears)
+    ):
         begins = list(accumulate(shared.sizes, initial=0))
         return shared.whole, [begins[linear.index] for linear in linears]
-    if not all(type(linear) is nn.Linear for linear in linears) or len({linear.weight.dtype for linear in linears}) > 1:
+    if (
+        not all(type(linear) is nn.Linear for linear in linears)
+        or len({linear.weight.dtype for linear in linears}) > 1
+    ):
         return SideBySide(linears), starts[:-1]
-    whole = nn.Linear(linears[0].in_features, starts[-1], bias=any(linear.bias is not None for linear in linears), device="meta")
-    whole.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    whole = nn.Linear(
+        linears[0].in_features,
+        starts[-1],
+        bias=any(linear.bias is not None for linear in linears),
+        device="meta",
+    )
+    whole.weight = nn.Parameter(
+        torch.cat([linear.weight for linear in linears]), requires_grad=False
+    )
     if whole.bias is not None:
-        biases = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+        biases = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            for linear in linears
+        ]
         whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     for linear, start in zip(linears, starts, strict=False):
         part = slice(start, start + linear.out_features)
@@ -361,7 +490,9 @@ def _side_by_side(linears: Sequence[Any], sizes: Sequence[int]) -> tuple[nn.Modu
     return whole, starts[:-1]
 
 
-def _dry_run(decoder: Any, device: torch.device) -> tuple[Tensor, dict[int, LayerGeometry], dict[nn.Module, dict[str, Any]]]:
+def _dry_run(
+    decoder: Any, device: torch.device
+) -> tuple[Tensor, dict[int, LayerGeometry], dict[nn.Module, dict[str, Any]]]:
     """Run ``decoder`` on a few tokens. Return its output [1, T, H], the geometry of its layers, and the arguments that each was called with."""
     arguments: dict[nn.Module, dict[str, Any]] = {}
 
@@ -372,19 +503,25 @@ def _dry_run(decoder: Any, device: torch.device) -> tuple[Tensor, dict[int, Laye
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder.layers]
     try:
         with recording() as found:
-            output: Tensor = decoder(input_ids=positions + 1, position_ids=positions, use_cache=False)[0]
+            output: Tensor = decoder(
+                input_ids=positions + 1, position_ids=positions, use_cache=False
+            )[0]
     finally:
         for handle in handles:
             handle.remove()
     return output, {layer.layer_idx: layer for layer in found.layers}, arguments
 
 
-def _proven(layer: Any, geometry: Mapping[int, LayerGeometry], arguments: dict[str, Any]) -> FusedLayer:
+def _proven(
+    layer: Any, geometry: Mapping[int, LayerGeometry], arguments: dict[str, Any]
+) -> FusedLayer:
     """Return ``layer`` fused. Raises: NotFused, unless both make the same of a random input, and write the same to the cache."""
     number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
     if number not in geometry:
         raise NotFused(f"{type(layer).__name__} has no `self_attn` that attends")
-    if "position_ids" in arguments:  # finds out a layer that looks at positions by itself, as those do that temper their attention
+    if (
+        "position_ids" in arguments
+    ):  # finds out a layer that looks at positions by itself, as those do that temper their attention
         arguments = {**arguments, "position_ids": arguments["position_ids"] + 100_000}
     if not hasattr(layer, "input_layernorm"):
         raise NotFused(f"{type(layer).__name__} has no `input_layernorm`")
@@ -399,15 +536,25 @@ def _proven(layer: Any, geometry: Mapping[int, LayerGeometry], arguments: dict[s
         error = _error(layer, geometry[number], rotates, x, arguments)
         if error <= ROUNDED_TOLERANCE:
             return FusedLayer(layer, geometry[number], rotates=rotates)
-    raise NotFused(f"{type(layer).__name__} is not what its parts seem to be (relative error {error:.1e})")
+    raise NotFused(
+        f"{type(layer).__name__} is not what its parts seem to be (relative error {error:.1e})"
+    )
 
 
-def _error(layer: Any, geometry: LayerGeometry, rotates: bool, x: Tensor, arguments: dict[str, Any]) -> float:
+def _error(
+    layer: Any, geometry: LayerGeometry, rotates: bool, x: Tensor, arguments: dict[str, Any]
+) -> float:
     """Return how far a fused ``layer`` is from itself at ``x`` [1, T, H]."""
     added = _with_scratch(layer, x, geometry, arguments)[0] - x
-    x = x * (added.norm() / x.norm()).clamp(1e-3, 1e3)  # as large as what the layer adds: neither then hides in the other's rounding
+    x = x * (added.norm() / x.norm()).clamp(
+        1e-3, 1e3
+    )  # as large as what the layer adds: neither then hides in the other's rounding
     fused = FusedLayer(layer, geometry, rotates=rotates)
-    return _difference(_with_scratch(fused, x, geometry, arguments), _with_scratch(layer, x, geometry, arguments), x)
+    return _difference(
+        _with_scratch(fused, x, geometry, arguments),
+        _with_scratch(layer, x, geometry, arguments),
+        x,
+    )
 
 
 class StandIn(nn.Module):
@@ -432,8 +579,16 @@ def _stand_ins(layer: nn.Module) -> Iterator[None]:
     for module in layer.modules():
         holders: list[Any] = [module, *([module.shared] if isinstance(module, FusedLinear) else [])]
         for holder in holders:
-            names = [name for name, _ in holder.named_children()] if isinstance(holder, nn.Module) else ["whole"]
-            taken += [(holder, name, child) for name in names if isinstance(child := getattr(holder, name), QuantizedLinear)]
+            names = (
+                [name for name, _ in holder.named_children()]
+                if isinstance(holder, nn.Module)
+                else ["whole"]
+            )
+            taken += [
+                (holder, name, child)
+                for name in names
+                if isinstance(child := getattr(holder, name), QuantizedLinear)
+            ]
     stand_ins = {linear: StandIn(linear) for *_, linear in taken}
     try:
         for holder, name, linear in taken:
@@ -450,13 +605,17 @@ def _scratch(geometry: LayerGeometry, like: Tensor) -> Iterator[KVPages]:
     ints = partial(torch.tensor, dtype=torch.int32, device=like.device)
     shape = (2, geometry.kv_heads, 16)
     k, v = (like.new_zeros(*shape, width) for width in (geometry.head_dim, geometry.v_head_dim))
-    packed = Packed(ints([[1]]), ints([0] * TOKENS), ints(range(TOKENS)), 0, ints([0, TOKENS]), longest=TOKENS)
+    packed = Packed(
+        ints([[1]]), ints([0] * TOKENS), ints(range(TOKENS)), 0, ints([0, TOKENS]), longest=TOKENS
+    )
     pages = KVPages(k, v)
     with running(packed, {geometry.layer_idx: pages}):
         yield pages
 
 
-def _with_scratch(layer: Any, x: Tensor, geometry: LayerGeometry, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _with_scratch(
+    layer: Any, x: Tensor, geometry: LayerGeometry, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what ``layer`` makes of ``x`` [1, T, H], and the keys and values it writes."""
     with _scratch(geometry, x) as pages:
         result = layer(x, **arguments)

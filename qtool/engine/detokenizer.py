@@ -12,7 +12,9 @@ from tokenizers.decoders import DecodeStream
 from qtool.engine.sampling_params import SamplingParams
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
-MOST_HELD = 16  # tokens that decode to no whole character before some of them are given out as they are
+MOST_HELD = (
+    16  # tokens that decode to no whole character before some of them are given out as they are
+)
 
 
 class FinishReason(TypedDict):
@@ -27,7 +29,11 @@ class FinishReason(TypedDict):
 @functools.lru_cache(maxsize=8)
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the tokens that skip_special_tokens leaves out of a text."""
-    return frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return frozenset(
+        token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    )
 
 
 class Detokenizer:
@@ -36,10 +42,14 @@ class Detokenizer:
     ``context`` are tokens before the text, such as the end of the prompt: a tokenizer that drops a leading space then keeps the text's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
-        self._before = [token_id for token_id in context if token_id not in self._skipped]  # given out already, decoded with what follows
+        self._before = [
+            token_id for token_id in context if token_id not in self._skipped
+        ]  # given out already, decoded with what follows
         if self._decode(self._before).endswith(HALF):
             self._before = []  # nothing to continue
         self._held: list[int] = []  # not given out yet
@@ -67,7 +77,9 @@ class Detokenizer:
         return text
 
     def _new_stream(self) -> DecodeStream:
-        return DecodeStream(ids=self._before, skip_special_tokens=False)  # the special ones to skip never reach it
+        return DecodeStream(
+            ids=self._before, skip_special_tokens=False
+        )  # the special ones to skip never reach it
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -82,7 +94,14 @@ class Detokenizer:
         """Give out all but the last few of the held tokens, cut where no character lies across; a character has at most four bytes."""
         cuts = range(len(self._held) - 4, len(self._held) - 8, -1)
         whole = self._decode(self._held)
-        cut = next((cut for cut in cuts if self._decode(self._held[:cut]) + self._decode(self._held[cut:]) == whole), cuts[0])
+        cut = next(
+            (
+                cut
+                for cut in cuts
+                if self._decode(self._held[:cut]) + self._decode(self._held[cut:]) == whole
+            ),
+            cuts[0],
+        )
         text = self._after(self._held[:cut])
         self._before, self._held = [] if text else self._before, self._held[cut:]
         self._stream = self._new_stream()
@@ -118,7 +137,9 @@ class TextStream:
         self._first = "".join({stop[0] for stop in self._stops})
         self._detokenizer = None
         if tokenizer is not None:
-            self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, context=context)
+            self._detokenizer = Detokenizer(
+                tokenizer, skip_special_tokens=params.skip_special_tokens, context=context
+            )
         self._taken = ""  # given out
         self._safe: list[str] = []  # to be given out
         self._held = ""  # may be the beginning of a stop string
@@ -180,13 +201,22 @@ class TextStream:
         if not may_stop:
             self._exempt = len(text)
         else:
-            found = [(place + len(stop), -len(stop), stop) for stop in self._stops if (place := self._find(text, stop)) >= 0]
+            found = [
+                (place + len(stop), -len(stop), stop)
+                for stop in self._stops
+                if (place := self._find(text, stop)) >= 0
+            ]
             if found:
-                end, minus_length, stop = min(found)  # complete first; of those that are so together, the longest
+                end, minus_length, stop = min(
+                    found
+                )  # complete first; of those that are so together, the longest
                 self._safe.append(text[: end if self._keep_stop else end + minus_length])
                 self._held, self.reason = "", {"type": "stop", "matched": stop}
                 return
-        start = next((i for i, first in enumerate(text) if first in self._first and self._begins(text[i:])), len(text))
+        start = next(
+            (i for i, first in enumerate(text) if first in self._first and self._begins(text[i:])),
+            len(text),
+        )
         self._safe.append(text[:start])
         self._held, self._exempt = text[start:], max(0, self._exempt - start)
 

@@ -25,7 +25,14 @@ PIECE = 16384  # the most numbers of a row that a program keeps
 
 
 def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, plus_one: bool, late: bool, codes: Codes | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    plus_one: bool,
+    late: bool,
+    codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the RMSNorm of ``x + residual`` [T, K], contiguous, or its codes; their scales, f32 [T, 1]; and the sum.
 
@@ -120,7 +127,11 @@ def rotate_and_write(
 
 
 def gated(
-    x: Tensor, at: tuple[int, int], width: int, activation: Literal["silu", "gelu_tanh"], codes: Codes | None = None
+    x: Tensor,
+    at: tuple[int, int],
+    width: int,
+    activation: Literal["silu", "gelu_tanh"],
+    codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``activation(gate) * up`` [T, width], or its codes, and their scales; ``at``: where gate and up begin in the rows of ``x``."""
     tokens = x.shape[0]
@@ -146,13 +157,19 @@ def gated(
 def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
     """Return where [T, width] numbers or codes, and their scales, go."""
     dtype = {None: x.dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[codes]
-    return x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32) if codes else None
+    return x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(
+        x.shape[0], 1, dtype=torch.float32
+    ) if codes else None
 
 
 def _launch(device: torch.device, size: int) -> dict[str, Any]:
     """Return how to launch programs of ``size`` numbers: on Hopper while the launch before them still runs."""
     early = _starts_early(device)
-    return {"PDL": early, "num_warps": min(32, max(1, size // WARP)), **({"launch_pdl": True} if early else {})}
+    return {
+        "PDL": early,
+        "num_warps": min(32, max(1, size // WARP)),
+        **({"launch_pdl": True} if early else {}),
+    }
 
 
 @cache
@@ -161,7 +178,9 @@ def _starts_early(device: torch.device) -> bool:
 
 
 @triton.jit
-def _normed(x, weight, mean_of_squares, eps, dtype: tl.constexpr, PLUS_ONE: tl.constexpr, LATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normed(
+    x, weight, mean_of_squares, eps, dtype: tl.constexpr, PLUS_ONE: tl.constexpr, LATE: tl.constexpr
+):  # type: ignore[no-untyped-def]
     """Return the RMSNorm of ``x``, f32 as ``weight``, rounded to ``dtype``."""
     x = x * tl.rsqrt(mean_of_squares + eps)
     if not LATE:
@@ -196,7 +215,9 @@ def _add_norm(  # type: ignore[no-untyped-def]
     start_early(PDL)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        added = (value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        added = (value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(
+            x.dtype.element_ty
+        )
         tl.store(total + place, added, mask=inside)
         value = added.to(tl.float32)
     mean = tl.sum(value * value, 1, keep_dims=True) / K
@@ -214,8 +235,12 @@ def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-
     """Store ``value``, f32, in units of ``scale`` for fp8."""
     if FP8:
         inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
-        ratio = tl.clamp(value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)  # not infinite, which the next line would make NaN
-        ratio = tl.fma(tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio)  # value / scale, correctly rounded, as in `codes_of`
+        ratio = tl.clamp(
+            value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL
+        )  # not infinite, which the next line would make NaN
+        ratio = tl.fma(
+            tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio
+        )  # value / scale, correctly rounded, as in `codes_of`
         value = tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
 
@@ -223,7 +248,11 @@ def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-
 @triton.jit
 def _turned(value, cos, other, sin, angle: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return ``value * cos + other * sin``, f32, each rounded."""
-    return ((value * cos).to(angle).to(tl.float32) + (other * sin).to(angle).to(tl.float32)).to(dtype).to(tl.float32)
+    return (
+        ((value * cos).to(angle).to(tl.float32) + (other * sin).to(angle).to(tl.float32))
+        .to(dtype)
+        .to(tl.float32)
+    )
 
 
 @triton.jit
@@ -268,21 +297,48 @@ def _put_heads(  # type: ignore[no-untyped-def]
         if weight is not None:
             first_weight = tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)
             second_weight = tl.load(weight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
-            first = _normed(first, first_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
-            second = _normed(second, second_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+            first = _normed(first, first_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
+                tl.float32
+            )
+            second = _normed(second, second_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
+                tl.float32
+            )
         angle: tl.constexpr = cos.dtype.element_ty
-        first_cos, first_sin = tl.load(cos + i, mask=i < HALF).to(tl.float32), tl.load(sin + i, mask=i < HALF).to(tl.float32)
-        second_cos, second_sin = tl.load(cos + HALF + i, mask=i < HALF).to(tl.float32), tl.load(sin + HALF + i, mask=i < HALF).to(tl.float32)
-        _put(_turned(first, first_cos, -second, first_sin, angle, dtype), out + i, turning, scale, FP8)
-        _put(_turned(second, second_cos, first, second_sin, angle, dtype), out + HALF + i, turning, scale, FP8)
+        first_cos, first_sin = (
+            tl.load(cos + i, mask=i < HALF).to(tl.float32),
+            tl.load(sin + i, mask=i < HALF).to(tl.float32),
+        )
+        second_cos, second_sin = (
+            tl.load(cos + HALF + i, mask=i < HALF).to(tl.float32),
+            tl.load(sin + HALF + i, mask=i < HALF).to(tl.float32),
+        )
+        _put(
+            _turned(first, first_cos, -second, first_sin, angle, dtype),
+            out + i,
+            turning,
+            scale,
+            FP8,
+        )
+        _put(
+            _turned(second, second_cos, first, second_sin, angle, dtype),
+            out + HALF + i,
+            turning,
+            scale,
+            FP8,
+        )
     if REST:
         if weight is not None:
             rest_weight = tl.load(weight + ROTATED + j, mask=j < REST, other=0.0).to(tl.float32)
-            rest = _normed(rest, rest_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+            rest = _normed(rest, rest_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
+                tl.float32
+            )
         _put(rest, out + ROTATED + j, resting, scale, FP8)
 
 
-@triton.jit(do_not_specialize=["k_scale", "v_scale", "eps"], do_not_specialize_on_alignment=["table", "rows", "positions"])
+@triton.jit(
+    do_not_specialize=["k_scale", "v_scale", "eps"],
+    do_not_specialize_on_alignment=["table", "rows", "positions"],
+)
 def _rotate_and_write(  # type: ignore[no-untyped-def]
     qkv,
     q_weight,
@@ -326,18 +382,62 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         sin += t * ROTATED
     if block < q_blocks:
         head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-        _put_heads(x + Q_AT + head * D, q + (t * HEADS + head) * D, head < HEADS, q_weight, cos, sin, eps, 1.0, D, ROTATED, PLUS_ONE, LATE, False)
+        _put_heads(
+            x + Q_AT + head * D,
+            q + (t * HEADS + head) * D,
+            head < HEADS,
+            q_weight,
+            cos,
+            sin,
+            eps,
+            1.0,
+            D,
+            ROTATED,
+            PLUS_ONE,
+            LATE,
+            False,
+        )
     else:
         position = tl.load(positions + t)
-        page = tl.load(table + tl.load(rows + t).to(tl.int64) * table_stride + position // PAGE).to(tl.int64)
+        page = tl.load(table + tl.load(rows + t).to(tl.int64) * table_stride + position // PAGE).to(
+            tl.int64
+        )
         head = ((block - q_blocks) % kv_blocks * TOGETHER + tl.arange(0, TOGETHER))[:, None]
         slot = (head * PAGE + position % PAGE) * D
         if block < q_blocks + kv_blocks:
             out = k_pages + page * k_stride + slot
-            _put_heads(x + K_AT + head * D, out, head < KV_HEADS, k_weight, cos, sin, eps, k_scale, D, ROTATED, PLUS_ONE, LATE, FP8)
+            _put_heads(
+                x + K_AT + head * D,
+                out,
+                head < KV_HEADS,
+                k_weight,
+                cos,
+                sin,
+                eps,
+                k_scale,
+                D,
+                ROTATED,
+                PLUS_ONE,
+                LATE,
+                FP8,
+            )
         else:
             out = v_pages + page * v_stride + slot
-            _put_heads(x + V_AT + head * D, out, head < KV_HEADS, None, None, None, eps, v_scale, D, 0, PLUS_ONE, LATE, FP8)
+            _put_heads(
+                x + V_AT + head * D,
+                out,
+                head < KV_HEADS,
+                None,
+                None,
+                None,
+                eps,
+                v_scale,
+                D,
+                0,
+                PLUS_ONE,
+                LATE,
+                FP8,
+            )
 
 
 @triton.jit
@@ -352,9 +452,13 @@ def _gate_times_up(gate, up, inside, SILU: tl.constexpr):  # type: ignore[no-unt
     """Return the activation of the numbers at ``gate``, rounded, times those at ``up``, rounded."""
     dtype: tl.constexpr = gate.dtype.element_ty
     x = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-    slope = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)  # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
+    slope = (
+        x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    )  # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
     active = x * _share(slope * -1.4426950408889634)  # in units of log2
-    return (active.to(dtype).to(tl.float32) * tl.load(up, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    return (
+        active.to(dtype).to(tl.float32) * tl.load(up, mask=inside, other=0.0).to(tl.float32)
+    ).to(dtype)
 
 
 @triton.jit
@@ -388,7 +492,12 @@ def _gated(  # type: ignore[no-untyped-def]
         amax = tl.zeros((1, PIECE), tl.float32)
         for start in range(0, K, PIECE):
             inside = start + k < K
-            amax = tl.maximum(amax, tl.abs(_gate_times_up(gate + start + k, up + start + k, inside, SILU).to(tl.float32)))
+            amax = tl.maximum(
+                amax,
+                tl.abs(
+                    _gate_times_up(gate + start + k, up + start + k, inside, SILU).to(tl.float32)
+                ),
+            )
         scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
         tl.store(scales + row + tl.zeros((1, 1), tl.int32), scale)
         for start in range(0, K, PIECE):

@@ -32,7 +32,9 @@ from qtool.runtime.load import cache_scales, device_named, materialize, plan_loa
 
 LOG = logging.getLogger("qtool.engine")
 Result = dict[str, Any]
-Told = tuple[int, Answer | Exception, bool]  # which request of a call, what there is to say of it, and whether it is the last
+Told = tuple[
+    int, Answer | Exception, bool
+]  # which request of a call, what there is to say of it, and whether it is the last
 KV_DTYPES = ("auto", "fp8_e4m3")
 COMPILE = ("off", "decode", "all")
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
@@ -85,24 +87,38 @@ class Engine:
         revision: str | None = None,
     ) -> None:
         if compile not in COMPILE:
-            raise UsageError("E_COMPILE", f"compile is `{compile}`", hint=f"one of {', '.join(COMPILE)}")
+            raise UsageError(
+                "E_COMPILE", f"compile is `{compile}`", hint=f"one of {', '.join(COMPILE)}"
+            )
         share = DEFAULT_SHARE if mem_fraction_static is None else mem_fraction_static
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise UsageError("E_FRACTION", f"mem_fraction_static is {share!r}", hint="a number between 0 and 1")
+            raise UsageError(
+                "E_FRACTION", f"mem_fraction_static is {share!r}", hint="a number between 0 and 1"
+            )
         for name, number, most in (
             ("context_length", context_length, MOST_TOKENS),
             ("max_running_requests", max_running_requests, MOST_RUNNING),
             ("max_total_tokens", max_total_tokens, None),
             ("chunked_prefill_size", chunked_prefill_size, MOST_TOKENS),
         ):
-            if number is not None and (type(number) is not int or number < 1 or (most and number > most)):
-                raise UsageError("E_LIMIT", f"{name} is {number!r}", hint=f"a whole number from 1{f' to {most}' if most else ' on'}")
+            if number is not None and (
+                type(number) is not int or number < 1 or (most and number > most)
+            ):
+                raise UsageError(
+                    "E_LIMIT",
+                    f"{name} is {number!r}",
+                    hint=f"a whole number from 1{f' to {most}' if most else ' on'}",
+                )
         where = device_named(device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
         plan = plan_load(checkpoint, where, quantization, dtype)
-        limits = _limits(plan.skeleton.config, where, context_length, max_running_requests, chunked_prefill_size)
+        limits = _limits(
+            plan.skeleton.config, where, context_length, max_running_requests, chunked_prefill_size
+        )
         scales = _cache_scales(checkpoint, plan.layout, kv_cache_dtype)
-        self.tokenizer = None if skip_tokenizer_init else _tokenizer(tokenizer_path or checkpoint.path)
+        self.tokenizer = (
+            None if skip_tokenizer_init else _tokenizer(tokenizer_path or checkpoint.path)
+        )
         began = time.monotonic()
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
@@ -120,9 +136,15 @@ class Engine:
             cuda_graphs=not disable_cuda_graph,
             compiled=compile,
         )
-        self.compiler = None if self.tokenizer is None else Compiler(self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids)  # of grammars
+        self.compiler = (
+            None
+            if self.tokenizer is None
+            else Compiler(self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids)
+        )  # of grammars
         self.loop = Loop(runner, overlap=where.type == "cuda" and not disable_overlap_schedule)
-        self._end = weakref.finalize(self, _close, self.loop)  # also when nobody has it any more, and when the interpreter ends
+        self._end = weakref.finalize(
+            self, _close, self.loop
+        )  # also when nobody has it any more, and when the interpreter ends
 
     def generate(
         self,
@@ -144,7 +166,9 @@ class Engine:
             options: fields of `Ask`.
         Raises: UsageError for what cannot be asked; what went wrong in a step.
         """
-        requests, single = self._requests(Ask(prompt, sampling_params, input_ids, stream, **options))
+        requests, single = self._requests(
+            Ask(prompt, sampling_params, input_ids, stream, **options)
+        )
         if stream:
             return self._stream(requests, single)
         told: queue.SimpleQueue[Told] = queue.SimpleQueue()
@@ -166,7 +190,9 @@ class Engine:
     ) -> Any:
         """Do as `generate`; with ``stream`` awaiting it gives an asynchronous iterator. Whoever cancels it, or leaves the iterator, aborts."""
         loop = asyncio.get_running_loop()
-        requests, single = await loop.run_in_executor(None, self._requests, Ask(prompt, sampling_params, input_ids, stream, **options))
+        requests, single = await loop.run_in_executor(
+            None, self._requests, Ask(prompt, sampling_params, input_ids, stream, **options)
+        )
         if stream:
             return self._async_stream(requests, single)
         told: asyncio.Queue[Told] = asyncio.Queue()
@@ -218,7 +244,9 @@ class Engine:
         finally:
             self.abandon(requests)
 
-    async def _async_stream(self, requests: Sequence[Request], single: bool) -> AsyncIterator[Result]:
+    async def _async_stream(
+        self, requests: Sequence[Request], single: bool
+    ) -> AsyncIterator[Result]:
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
         left = len(requests)
@@ -234,11 +262,17 @@ class Engine:
     def _requests(self, ask: Ask) -> tuple[list[Request], bool]:
         """Return the requests that ``ask`` means, and whether its result is not a list."""
         prompts, single = self._prompts(ask)
-        params = ask.sampling_params if isinstance(ask.sampling_params, (list, tuple)) else [ask.sampling_params or {}] * len(prompts)
+        params = (
+            ask.sampling_params
+            if isinstance(ask.sampling_params, (list, tuple))
+            else [ask.sampling_params or {}] * len(prompts)
+        )
         if isinstance(ask.rid, (list, tuple)):
             names = list(ask.rid)
         elif ask.rid is not None and len(prompts) > 1:
-            raise UsageError("E_REQUEST_ID", f"one rid for {len(prompts)} prompts", hint="give a list of them")
+            raise UsageError(
+                "E_REQUEST_ID", f"one rid for {len(prompts)} prompts", hint="give a list of them"
+            )
         else:
             names = [ask.rid or uuid.uuid4().hex for _ in prompts]
         if not len(params) == len(names) == len(prompts):
@@ -249,21 +283,39 @@ class Engine:
             one = values if isinstance(values, SamplingParams) else SamplingParams.from_dict(values)
             one.check_vocabulary(self.loop.runner.vocab_size)
             if one.stop_strings and self.tokenizer is None:
-                raise UsageError("E_SAMPLING", "stop strings need a tokenizer, and skip_tokenizer_init left it out", hint="use stop_token_ids")
+                raise UsageError(
+                    "E_SAMPLING",
+                    "stop strings need a tokenizer, and skip_tokenizer_init left it out",
+                    hint="use stop_token_ids",
+                )
             if one.sampling_seed is None and self._draw is not None:
                 one = replace(one, sampling_seed=self._draw.getrandbits(63))
             requests += [
-                self._request(f"{name}-{number}" if one.n > 1 else str(name), str(name), tokens, one, number, ask) for number in range(one.n)
+                self._request(
+                    f"{name}-{number}" if one.n > 1 else str(name),
+                    str(name),
+                    tokens,
+                    one,
+                    number,
+                    ask,
+                )
+                for number in range(one.n)
             ]
             single &= one.n == 1
         return requests, single
 
-    def _request(self, id: str, group: str, tokens: list[int], params: SamplingParams, number: int, ask: Ask) -> Request:
+    def _request(
+        self, id: str, group: str, tokens: list[int], params: SamplingParams, number: int, ask: Ask
+    ) -> Request:
         room = self.context_length - len(tokens)
         if params.max_new_tokens is None:  # to the end of what the cache holds, too
             room = min(room, self.loop.runner.page_count * PAGE - len(tokens) + 1)
         most = max(1, room if params.max_new_tokens is None else min(params.max_new_tokens, room))
-        first = ask.logprob_start_len if ask.return_logprob and 0 <= ask.logprob_start_len < len(tokens) else None
+        first = (
+            ask.logprob_start_len
+            if ask.return_logprob and 0 <= ask.logprob_start_len < len(tokens)
+            else None
+        )
         sequence = Tokens(
             tokens,
             most,
@@ -272,7 +324,9 @@ class Engine:
             needs_logits=first is not None,
         )
         tokenizer = self.tokenizer and self.tokenizer.backend_tokenizer
-        text = TextStream(tokenizer, params, self.eos_ids, max_new_tokens=most, context=tokens[-CONTEXT:])
+        text = TextStream(
+            tokenizer, params, self.eos_ids, max_new_tokens=most, context=tokens[-CONTEXT:]
+        )
         return Request(
             id=id,
             group=group,
@@ -290,29 +344,53 @@ class Engine:
     def _prompts(self, ask: Ask) -> tuple[list[list[int]], bool]:
         """Return the prompts as tokens, and whether there is one that is not in a list."""
         if (ask.prompt is None) == (ask.input_ids is None):
-            raise UsageError("E_PROMPT", "give either prompt or input_ids", hint="one of them, and not both")
+            raise UsageError(
+                "E_PROMPT", "give either prompt or input_ids", hint="one of them, and not both"
+            )
         given: Any = ask.input_ids if ask.prompt is None else ask.prompt
         given = given.tolist() if hasattr(given, "tolist") else given  # of NumPy or torch
         if not isinstance(given, (str, list, tuple)):
-            raise UsageError("E_PROMPT", f"a prompt is a {type(given).__name__}", hint="give text, or a list of texts, or tokens as input_ids")
-        single = isinstance(given, str) or (ask.prompt is None and bool(given) and isinstance(given[0], int))
+            raise UsageError(
+                "E_PROMPT",
+                f"a prompt is a {type(given).__name__}",
+                hint="give text, or a list of texts, or tokens as input_ids",
+            )
+        single = isinstance(given, str) or (
+            ask.prompt is None and bool(given) and isinstance(given[0], int)
+        )
         prompts: list[Any] = [given] if single else list(given)
         if not prompts:
             raise UsageError("E_PROMPT", "there is no prompt", hint="give one, or a list of them")
         if ask.prompt is not None:
             if self.tokenizer is None:
-                raise UsageError("E_PROMPT", "a text prompt needs a tokenizer, and skip_tokenizer_init left it out", hint="give input_ids")
+                raise UsageError(
+                    "E_PROMPT",
+                    "a text prompt needs a tokenizer, and skip_tokenizer_init left it out",
+                    hint="give input_ids",
+                )
             if not all(isinstance(prompt, str) for prompt in prompts):
-                raise UsageError("E_PROMPT", "a prompt is no text", hint="give text, or a list of texts, or tokens as input_ids")
+                raise UsageError(
+                    "E_PROMPT",
+                    "a prompt is no text",
+                    hint="give text, or a list of texts, or tokens as input_ids",
+                )
             try:
                 prompts = [self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
             except (TypeError, UnicodeError) as error:
-                raise UsageError("E_PROMPT", "a prompt is no valid Unicode", hint="it has half of a surrogate pair") from error
+                raise UsageError(
+                    "E_PROMPT",
+                    "a prompt is no valid Unicode",
+                    hint="it has half of a surrogate pair",
+                ) from error
         vocab_size = self.loop.runner.vocab_size
         for ids in prompts:
-            if not isinstance(ids, (list, tuple)) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            if not isinstance(ids, (list, tuple)) or not all(
+                type(token) is int and 0 <= token < vocab_size for token in ids
+            ):
                 message = "a prompt has something that is no token of the model"
-                raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {vocab_size - 1}")
+                raise UsageError(
+                    "E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {vocab_size - 1}"
+                )
         return [list(ids) for ids in prompts], single
 
     def _start(self, requests: Sequence[Request], tell: Callable[[Told], object]) -> None:
@@ -340,8 +418,15 @@ class Ask:
     rid: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.top_logprobs_num, int) or not 0 <= self.top_logprobs_num <= MAX_TOP_LOGPROBS:
-            raise UsageError("E_LOGPROBS", f"top_logprobs_num is {self.top_logprobs_num}", hint=f"0 to {MAX_TOP_LOGPROBS}")
+        if (
+            not isinstance(self.top_logprobs_num, int)
+            or not 0 <= self.top_logprobs_num <= MAX_TOP_LOGPROBS
+        ):
+            raise UsageError(
+                "E_LOGPROBS",
+                f"top_logprobs_num is {self.top_logprobs_num}",
+                hint=f"0 to {MAX_TOP_LOGPROBS}",
+            )
 
 
 def _close(loop: Loop) -> None:
@@ -363,22 +448,49 @@ def _result(answer: Answer | Exception, index: int | None) -> Result:
     return answer.result() if index is None else {**answer.result(), "index": index}
 
 
-def _limits(config: Any, device: torch.device, context_length: int | None, max_running: int | None, budget: int | None) -> Limits:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or context_length or DEFAULT_CONTEXT
+def _limits(
+    config: Any,
+    device: torch.device,
+    context_length: int | None,
+    max_running: int | None,
+    budget: int | None,
+) -> Limits:
+    longest = (
+        getattr(config.get_text_config(), "max_position_embeddings", None)
+        or context_length
+        or DEFAULT_CONTEXT
+    )
     if context_length is not None and not 0 < context_length <= longest:
-        raise UsageError("E_CONTEXT", f"context_length is {context_length}, and the model knows {longest} positions", hint=f"1 to {longest}")
-    return Limits(max_running or MAX_RUNNING[device.type], budget or TOKEN_BUDGET[device.type], context_length or longest)
+        raise UsageError(
+            "E_CONTEXT",
+            f"context_length is {context_length}, and the model knows {longest} positions",
+            hint=f"1 to {longest}",
+        )
+    return Limits(
+        max_running or MAX_RUNNING[device.type],
+        budget or TOKEN_BUDGET[device.type],
+        context_length or longest,
+    )
 
 
-def _cache_scales(checkpoint: Checkpoint, layout: Layout | None, kv_cache_dtype: str) -> dict[int, tuple[float, float]] | None:
+def _cache_scales(
+    checkpoint: Checkpoint, layout: Layout | None, kv_cache_dtype: str
+) -> dict[int, tuple[float, float]] | None:
     """Return the scales of the KV cache by layer where it is kept in 8 bits; layers without have 1. None: it is kept in 16 bits."""
     if kv_cache_dtype not in KV_DTYPES:
-        raise UsageError("E_KV_DTYPE", f"unknown kv_cache_dtype `{kv_cache_dtype}`", hint=f"one of {', '.join(KV_DTYPES)}")
+        raise UsageError(
+            "E_KV_DTYPE",
+            f"unknown kv_cache_dtype `{kv_cache_dtype}`",
+            hint=f"one of {', '.join(KV_DTYPES)}",
+        )
     scales = cache_scales(checkpoint) if layout and layout.kv_cache else {}
     if kv_cache_dtype == "auto" and not scales:
         return None
     if not scales:
-        warnings.warn("the checkpoint has no scales for an 8-bit KV cache: 1.0 is used, and quality may suffer", stacklevel=3)
+        warnings.warn(
+            "the checkpoint has no scales for an 8-bit KV cache: 1.0 is used, and quality may suffer",
+            stacklevel=3,
+        )
     return scales
 
 
@@ -391,13 +503,23 @@ def _tokenizer(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as error:  # whatever a file from outside makes of it
         hint = "tokenizer_path names another folder; skip_tokenizer_init takes input_ids"
-        raise CheckpointRefused("E_TOKENIZER", f"{path} has no tokenizer that loads ({type(error).__name__})", hint=hint) from error
+        raise CheckpointRefused(
+            "E_TOKENIZER", f"{path} has no tokenizer that loads ({type(error).__name__})", hint=hint
+        ) from error
     if not tokenizer.is_fast:
-        raise CheckpointRefused("E_TOKENIZER", f"{path} has no tokenizer.json", hint="save the tokenizer again with a recent transformers")
+        raise CheckpointRefused(
+            "E_TOKENIZER",
+            f"{path} has no tokenizer.json",
+            hint="save the tokenizer again with a recent transformers",
+        )
     return tokenizer
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else model.config.eos_token_id
+    configured = (
+        model.generation_config.eos_token_id
+        if model.generation_config is not None
+        else model.config.eos_token_id
+    )
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return tuple({id for id in [*ids, tokenizer and tokenizer.eos_token_id] if isinstance(id, int)})

@@ -18,10 +18,17 @@ from qtool.engine.detokenizer import special_ids
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import MAX_MESSAGE, ResourceError, UsageError
 
-MOST_WHITESPACE = 32  # characters in a row between the parts of a JSON text: a weak model would go on for ever
+MOST_WHITESPACE = (
+    32  # characters in a row between the parts of a JSON text: a weak model would go on for ever
+)
 CACHE_BYTES = 128 << 20
-GRACE_S, TOKEN_S = 0.25, 0.005  # seconds of a CPU that a text may cost, and each of its tokens beside: all others wait meanwhile
-_WHERE = re.compile(r"^\[[\d:]+\] \S+: (?:Check failed: \(.*?\) is false: )?")  # how xgrammar's messages begin
+GRACE_S, TOKEN_S = (
+    0.25,
+    0.005,
+)  # seconds of a CPU that a text may cost, and each of its tokens beside: all others wait meanwhile
+_WHERE = re.compile(
+    r"^\[[\d:]+\] \S+: (?:Check failed: \(.*?\) is false: )?"
+)  # how xgrammar's messages begin
 
 _loaded: Compiler
 
@@ -39,7 +46,9 @@ class Compiler:
         self.vocab_size = vocab_size
         self._tokenizer, self._eos_ids = tokenizer, list(eos_ids)
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()  # the one used last at the end
+        self._kept: OrderedDict[tuple[str, str], Any] = (
+            OrderedDict()
+        )  # the one used last at the end
 
     def compile(self, kind: str, text: str) -> Any:
         """Return xgrammar's ``CompiledGrammar`` of a `SamplingParams.constraint`.
@@ -53,7 +62,9 @@ class Compiler:
     def take(self, kind: str, text: str, compiled: str) -> None:
         """Keep what `compile_to_json` made of a grammar, in another process: `compile` finds it."""
         if self._found(kind, text) is None:
-            self._keep(kind, text, _xgrammar().CompiledGrammar.deserialize_json(compiled, self._vocabulary))
+            self._keep(
+                kind, text, _xgrammar().CompiledGrammar.deserialize_json(compiled, self._vocabulary)
+            )
 
     def _compiled(self, kind: str, text: str) -> Any:
         compiler = self._compiler
@@ -70,7 +81,9 @@ class Compiler:
         except RuntimeError as error:
             said = _WHERE.sub("", str(error)).partition(" The JSON string is:")[0]
             message = f"{kind}: {' '.join(said.split())}"[:MAX_MESSAGE]
-            raise UsageError("E_GRAMMAR", message, hint="xgrammar's documentation says what a grammar may have") from error
+            raise UsageError(
+                "E_GRAMMAR", message, hint="xgrammar's documentation says what a grammar may have"
+            ) from error
 
     def _found(self, kind: str, text: str) -> Any:
         with self._lock:
@@ -81,7 +94,10 @@ class Compiler:
     def _keep(self, kind: str, text: str, compiled: Any) -> Any:
         with self._lock:
             self._kept[kind, text] = compiled
-            while len(self._kept) > 1 and sum(one.memory_size_bytes for one in self._kept.values()) > CACHE_BYTES:
+            while (
+                len(self._kept) > 1
+                and sum(one.memory_size_bytes for one in self._kept.values()) > CACHE_BYTES
+            ):
                 self._kept.popitem(last=False)
         return compiled
 
@@ -90,7 +106,9 @@ class Compiler:
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self._tokenizer)
-        return _xgrammar().TokenizerInfo.from_huggingface(tokenizer, vocab_size=self.vocab_size, stop_token_ids=self._eos_ids or None)
+        return _xgrammar().TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=self.vocab_size, stop_token_ids=self._eos_ids or None
+        )
 
     @functools.cached_property
     def _compiler(self) -> Any:
@@ -99,7 +117,9 @@ class Compiler:
     @functools.cached_property
     def all_but_eos(self) -> NDArray[np.int32]:
         """The tokens that are not the model's end tokens, as a mask like a `Constraint`'s."""
-        return _mask({*range(self.vocab_size)}.difference(self._vocabulary.stop_token_ids), self.vocab_size)
+        return _mask(
+            {*range(self.vocab_size)}.difference(self._vocabulary.stop_token_ids), self.vocab_size
+        )
 
     @functools.cached_property
     def all_but_special(self) -> NDArray[np.int32]:
@@ -122,26 +142,40 @@ class Constraint:
     Raises: UsageError E_GRAMMAR, also where the grammar allows no token; ResourceError E_NO_XGRAMMAR.
     """
 
-    def __init__(self, compiler: Compiler, params: SamplingParams, end_ids: Collection[int]) -> None:
+    def __init__(
+        self, compiler: Compiler, params: SamplingParams, end_ids: Collection[int]
+    ) -> None:
         assert params.constraint is not None
         kind, text = params.constraint
         self._matcher = _xgrammar().GrammarMatcher(compiler.compile(kind, text))
         self._ends = _mask(end_ids, compiler.vocab_size)
-        self._may_be_text = compiler.all_but_eos if kind == "structural_tag" else compiler.all_but_special
+        self._may_be_text = (
+            compiler.all_but_eos if kind == "structural_tag" else compiler.all_but_special
+        )
         self._least = params.min_new_tokens
         self._tokens = 0
         self._cpu_s = 0.0
         self._filled: NDArray[np.int32] = np.empty((1, len(self._ends)), np.int32)
         if not self._look():
-            raise UsageError("E_GRAMMAR", f"{kind}: the grammar allows no text but the empty one", hint="let it allow at least one character")
+            raise UsageError(
+                "E_GRAMMAR",
+                f"{kind}: the grammar allows no text but the empty one",
+                hint="let it allow at least one character",
+            )
 
     @classmethod
-    def of(cls, params: SamplingParams, compiler: Compiler | None, end_ids: Collection[int]) -> Constraint | None:
+    def of(
+        cls, params: SamplingParams, compiler: Compiler | None, end_ids: Collection[int]
+    ) -> Constraint | None:
         """Return the constraint of ``params``, None when there is none. Raises: UsageError E_SAMPLING, when there is one and no compiler."""
         if params.constraint is None:
             return None
         if compiler is None:
-            raise UsageError("E_SAMPLING", "a grammar needs a tokenizer, and skip_tokenizer_init left it out", hint="load the tokenizer")
+            raise UsageError(
+                "E_SAMPLING",
+                "a grammar needs a tokenizer, and skip_tokenizer_init left it out",
+                hint="load the tokenizer",
+            )
         return cls(compiler, params, end_ids)
 
     def accept(self, token: int) -> bool:
@@ -153,12 +187,16 @@ class Constraint:
             return True
         began = time.thread_time()
         if not self._matcher.accept_token(token):
-            raise RuntimeError(f"the grammar's mask allowed token {token}, and the grammar does not")
+            raise RuntimeError(
+                f"the grammar's mask allowed token {token}, and the grammar does not"
+            )
         self._tokens += 1
         goes_on = self._look()
         self._cpu_s += time.thread_time() - began
         if goes_on and self._cpu_s > GRACE_S + self._tokens * TOKEN_S:
-            raise UsageError("E_GRAMMAR", "the grammar takes too long to follow", hint="make it less ambiguous")
+            raise UsageError(
+                "E_GRAMMAR", "the grammar takes too long to follow", hint="make it less ambiguous"
+            )
         return not goes_on
 
     def _look(self) -> bool:
@@ -168,7 +206,11 @@ class Constraint:
         self._text = self._filled[0] & self._may_be_text
         if not self._text.any():
             if not complete:
-                raise UsageError("E_GRAMMAR", "no token of the model continues the text as the grammar asks", hint="look for rules that never end")
+                raise UsageError(
+                    "E_GRAMMAR",
+                    "no token of the model continues the text as the grammar asks",
+                    hint="look for rules that never end",
+                )
             return False
         self.mask = self._text
         if self._tokens < self._least:
@@ -202,5 +244,9 @@ def _xgrammar() -> Any:
     try:
         import xgrammar
     except ImportError as error:
-        raise ResourceError("E_NO_XGRAMMAR", "constrained output needs the package `xgrammar`", hint="pip install 'qtool[grammar]'") from error
+        raise ResourceError(
+            "E_NO_XGRAMMAR",
+            "constrained output needs the package `xgrammar`",
+            hint="pip install 'qtool[grammar]'",
+        ) from error
     return xgrammar

@@ -25,7 +25,9 @@ from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")
 PATIENCE = 30.0  # seconds for the loop to end
-TokenLogprob = tuple[float | None, int, None]  # as SGLang has it: the natural logarithm, the token, and its text, which is left out
+TokenLogprob = tuple[
+    float | None, int, None
+]  # as SGLang has it: the natural logarithm, the token, and its text, which is left out
 
 
 @dataclass(eq=False)
@@ -42,7 +44,9 @@ class Request:
     history: History | None  # what penalties count
     constraint: Constraint | None  # the grammar of the text
     top_logprobs: int | None  # alternatives; None: no log probabilities
-    prompt_logprobs_from: int | None  # the first token of the prompt whose log probability is wanted
+    prompt_logprobs_from: (
+        int | None
+    )  # the first token of the prompt whose log probability is wanted
     deliver: Callable[[Answer | Exception, bool], object] = lambda answer, last: None
     done: bool = False
     began: float = field(default_factory=time.monotonic)
@@ -55,7 +59,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs_from is not None:  # nothing says how likely the first one was
-            self.input_logprobs.append((None, self.sequence.prompt[self.prompt_logprobs_from], None))
+            self.input_logprobs.append(
+                (None, self.sequence.prompt[self.prompt_logprobs_from], None)
+            )
             self.input_top.append(None)
 
     @property
@@ -67,7 +73,9 @@ class Request:
         """Say how far it is."""
         self.written += self.text.take()
         tokens = len(self.sequence.tokens) - len(self.sequence.prompt)
-        return Answer(self, tokens, self.written, reason, time.monotonic() - self.began, self.first_token_s)
+        return Answer(
+            self, tokens, self.written, reason, time.monotonic() - self.began, self.first_token_s
+        )
 
 
 @dataclass(frozen=True)
@@ -95,13 +103,23 @@ class Answer:
             "cached_tokens": sequence.cached_tokens,
         }
         if request.top_logprobs is not None:
-            meta |= {"input_token_logprobs": list(request.input_logprobs), "output_token_logprobs": request.output_logprobs[: self.tokens]}
+            meta |= {
+                "input_token_logprobs": list(request.input_logprobs),
+                "output_token_logprobs": request.output_logprobs[: self.tokens],
+            }
             if request.top_logprobs:
-                meta |= {"input_top_logprobs": list(request.input_top), "output_top_logprobs": request.output_top[: self.tokens]}
+                meta |= {
+                    "input_top_logprobs": list(request.input_top),
+                    "output_top_logprobs": request.output_top[: self.tokens],
+                }
         if self.reason is not None:
             meta["e2e_latency"] = self.seconds
         start = len(sequence.prompt)
-        return {"text": self.text, "output_ids": sequence.tokens[start : start + self.tokens], "meta_info": meta}
+        return {
+            "text": self.text,
+            "output_ids": sequence.tokens[start : start + self.tokens],
+            "meta_info": meta,
+        }
 
 
 class Loop:
@@ -113,13 +131,17 @@ class Loop:
     def __init__(self, runner: Runner, *, overlap: bool) -> None:
         limits = runner.limits
         self.runner, self.overlap = runner, overlap
-        self.scheduler = scheduler.Scheduler(Pages(runner.page_count), limits.max_running, limits.token_budget, limits.context_length)
+        self.scheduler = scheduler.Scheduler(
+            Pages(runner.page_count), limits.max_running, limits.token_budget, limits.context_length
+        )
         self.requests: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._flying: Launched | None = None
         self._stopping = False
         self._ended = False
-        self._ending = threading.Lock()  # between the last look into the inbox and those who put something in
+        self._ending = (
+            threading.Lock()
+        )  # between the last look into the inbox and those who put something in
         self._thread = threading.Thread(target=self._run, name="qtool-engine", daemon=True)
         self._thread.start()
 
@@ -132,7 +154,15 @@ class Loop:
 
     def abort(self, rid: str) -> None:
         """End the requests of the call ``rid``, or the one of that id, if they still run; their pages are free before the next step."""
-        self._inbox.put(lambda: self._abort([request for request in self.requests.values() if rid in (request.id, request.group)]))
+        self._inbox.put(
+            lambda: self._abort(
+                [
+                    request
+                    for request in self.requests.values()
+                    if rid in (request.id, request.group)
+                ]
+            )
+        )
 
     def abandon(self, request: Request) -> None:
         """End ``request``, for which nobody waits any more."""
@@ -141,7 +171,9 @@ class Loop:
     def stop(self) -> None:
         """End all requests and the thread."""
         self._inbox.put(self._stop)
-        if threading.current_thread() is not self._thread:  # which may collect the garbage that an engine has become
+        if (
+            threading.current_thread() is not self._thread
+        ):  # which may collect the garbage that an engine has become
             self._thread.join(PATIENCE)
 
     def _run(self) -> None:
@@ -166,7 +198,9 @@ class Loop:
 
     def _turn(self) -> None:
         """Launch a step, and read the one before it."""
-        while not self._inbox.empty() or (not self.requests and self._flying is None and not self._stopping):
+        while not self._inbox.empty() or (
+            not self.requests and self._flying is None and not self._stopping
+        ):
             self._inbox.get()()
         before, self._flying = self._flying, None
         if before is not None and not self.overlap:
@@ -183,7 +217,11 @@ class Loop:
             if self._stopping:
                 raise _stopped()
             if request.id in self.requests:
-                raise UsageError("E_REQUEST_ID", f"a request `{request.id}` is running", hint="give each request an id of its own, or none")
+                raise UsageError(
+                    "E_REQUEST_ID",
+                    f"a request `{request.id}` is running",
+                    hint="give each request an id of its own, or none",
+                )
             self.scheduler.add(request.sequence)
         except QtoolError as error:
             self._tell(request, error, last=True)
@@ -207,14 +245,21 @@ class Loop:
             if chunk.samples:
                 rows.append(_row(request, chunk))
             first = request.prompt_logprobs_from
-            if first is not None and chunk.start + chunk.count > first and chunk.start < len(chunk.sequence.prompt) - 1:
+            if (
+                first is not None
+                and chunk.start + chunk.count > first
+                and chunk.start < len(chunk.sequence.prompt) - 1
+            ):
                 prompts.append((position, request.top_logprobs or 0))
         try:
             return self.runner.launch(step, rows, prompts)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             message = f"the device has no memory for the request: {one_line(error)}"
-            self._fail(self.scheduler.undo(step).owner, ResourceError("E_OUT_OF_MEMORY", message, hint="lower mem_fraction_static"))
+            self._fail(
+                self.scheduler.undo(step).owner,
+                ResourceError("E_OUT_OF_MEMORY", message, hint="lower mem_fraction_static"),
+            )
         except Exception as error:
             LOG.exception("a step failed")
             for chunk in step.chunks:
@@ -226,7 +271,12 @@ class Loop:
         try:
             tokens = launched.wait()
         except Exception as error:  # of the device: whatever was launched since is lost too
-            lost = [chunk.sequence for one in (launched, self._flying) if one for chunk in one.step.chunks]
+            lost = [
+                chunk.sequence
+                for one in (launched, self._flying)
+                if one
+                for chunk in one.step.chunks
+            ]
             self._flying = None
             LOG.exception("a step failed on the device")
             for sequence in lost:
@@ -236,7 +286,10 @@ class Loop:
         for sequence, token in zip(sampling, tokens, strict=True):
             if token < 0:
                 hint = "`qtool inspect --deep` looks for weights that are not finite"
-                self._fail(sequence.owner, ResourceError("E_NOT_FINITE", "the model's logits are not finite", hint=hint))
+                self._fail(
+                    sequence.owner,
+                    ResourceError("E_NOT_FINITE", "the model's logits are not finite", hint=hint),
+                )
         for position, logprobs in launched.prompts.items():
             _note_prompt(launched.step.chunks[position], logprobs)
         self.scheduler.took(launched.step, tokens)
@@ -246,7 +299,9 @@ class Loop:
                 continue
             request: Request = sequence.owner
             if launched.logprobs is not None and row in found:
-                one, top = _logprobs_at(launched.logprobs, found[row], token, request.top_logprobs or 0)
+                one, top = _logprobs_at(
+                    launched.logprobs, found[row], token, request.top_logprobs or 0
+                )
                 request.output_logprobs.append(one)
                 request.output_top.append(top)
             try:
@@ -307,19 +362,37 @@ def _row(request: Request, chunk: scheduler.Chunk) -> RowRequest:
     position = chunk.start + chunk.count - len(chunk.sequence.prompt)
     wanted = request.top_logprobs is not None
     mask = request.constraint.mask if request.constraint is not None else None
-    return RowRequest(request.params, request.seed, position, request.history, request.text.end_ids, wanted, request.top_logprobs or 0, mask)
+    return RowRequest(
+        request.params,
+        request.seed,
+        position,
+        request.history,
+        request.text.end_ids,
+        wanted,
+        request.top_logprobs or 0,
+        mask,
+    )
 
 
 def _note_prompt(chunk: scheduler.Chunk, logprobs: Logprobs) -> None:
     """Keep the log probabilities of the prompt's tokens that follow those of ``chunk``; after a preemption some are known."""
     request: Request = chunk.sequence.owner
-    for place in range(request.next_prompt_place, min(chunk.start + chunk.count + 1, len(chunk.sequence.prompt))):
-        one, top = _logprobs_at(logprobs, place - chunk.start - 1, chunk.sequence.prompt[place], request.top_logprobs or 0)
+    for place in range(
+        request.next_prompt_place, min(chunk.start + chunk.count + 1, len(chunk.sequence.prompt))
+    ):
+        one, top = _logprobs_at(
+            logprobs,
+            place - chunk.start - 1,
+            chunk.sequence.prompt[place],
+            request.top_logprobs or 0,
+        )
         request.input_logprobs.append(one)
         request.input_top.append(top)
 
 
-def _logprobs_at(logprobs: Logprobs, row: int, token: int, top: int) -> tuple[TokenLogprob, list[TokenLogprob]]:
+def _logprobs_at(
+    logprobs: Logprobs, row: int, token: int, top: int
+) -> tuple[TokenLogprob, list[TokenLogprob]]:
     """Return what ``logprobs``, on the host, say of ``token`` and of the ``top`` most likely tokens of a row."""
     best = zip(logprobs.top[row, :top].tolist(), logprobs.top_ids[row, :top].tolist(), strict=True)
     return (float(logprobs.chosen[row]), token, None), [(value, id, None) for value, id in best]

@@ -38,16 +38,24 @@ class History:
             self.append(token)
 
     @classmethod
-    def of(cls, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> History | None:
+    def of(
+        cls, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
+    ) -> History | None:
         """Return the history that ``params`` need, None when they penalize nothing; only repetition_penalty counts the prompt."""
-        return cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids) if params.penalizes else None
+        return (
+            cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids)
+            if params.penalizes
+            else None
+        )
 
     def append(self, token: int) -> None:
         """Count one generated token."""
         place = self._places.setdefault(token, self._size)
         if place == self._size:
             if place == len(self._ids):
-                self._ids, self._counts = (np.concatenate([old, np.zeros_like(old)]) for old in (self._ids, self._counts))
+                self._ids, self._counts = (
+                    np.concatenate([old, np.zeros_like(old)]) for old in (self._ids, self._counts)
+                )
             self._ids[place] = token
             self._size += 1
         self._counts[place] += 1
@@ -80,12 +88,19 @@ class RowRequest:
     @property
     def changes_logits(self) -> bool:
         """Whether the logits are edited before the draw."""
-        return self.history is not None or bool(self.params.logit_bias) or self.mask is not None or self.forbids_ends
+        return (
+            self.history is not None
+            or bool(self.params.logit_bias)
+            or self.mask is not None
+            or self.forbids_ends
+        )
 
     @property
     def forbids_ends(self) -> bool:
         """Whether end_ids must not come now."""
-        return self.mask is None and self.position < self.params.min_new_tokens and bool(self.end_ids)
+        return (
+            self.mask is None and self.position < self.params.min_new_tokens and bool(self.end_ids)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +163,9 @@ def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
     for start in range(0, max(1, logits.shape[0]), ROWS_AT_ONCE):
         some = logits[start : start + ROWS_AT_ONCE].float()
         total = some.logsumexp(-1, keepdim=True)
-        chosen = some.gather(1, targets[start : start + ROWS_AT_ONCE, None].long().clamp(min=0)) - total
+        chosen = (
+            some.gather(1, targets[start : start + ROWS_AT_ONCE, None].long().clamp(min=0)) - total
+        )
         best = some.topk(min(top, logits.shape[1]), dim=-1)
         parts.append((chosen[:, 0], best.values - total, best.indices))
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -166,13 +183,21 @@ def row_keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.int32
     """Return two random numbers for each pair of seed and position, [2, R]; the second is odd."""
     seed = np.array([number % 2**64 for number in seeds], np.uint64)
     mixed = _mix(_mix(seed) ^ _mix(np.array(positions, np.uint64)))
-    return np.stack([mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32) | np.uint64(1)]).astype(np.uint32).view(np.int32)
+    return (
+        np.stack([mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32) | np.uint64(1)])
+        .astype(np.uint32)
+        .view(np.int32)
+    )
 
 
 def token_keys(vocab_size: int) -> NDArray[np.int32]:
     """Return a number for each token id, [V]: random above the id's 20 bits, so that no two are the same or differ in their highest bits alone."""
     ids = np.arange(vocab_size, dtype=np.uint64)
-    return ((ids ^ (_mix(ids) << np.uint64(20))) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+    return (
+        ((ids ^ (_mix(ids) << np.uint64(20))) & np.uint64(0xFFFFFFFF))
+        .astype(np.uint32)
+        .view(np.int32)
+    )
 
 
 def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
@@ -184,14 +209,20 @@ def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
     return x.bitwise_and_(0x7FFFFFFF)
 
 
-def _largest_kept(logits: Tensor, width: int, top_k: Tensor, top_p: Tensor, inverse: Tensor) -> Tensor:
+def _largest_kept(
+    logits: Tensor, width: int, top_k: Tensor, top_p: Tensor, inverse: Tensor
+) -> Tensor:
     """Return the smallest logit of each row that top_k and top_p keep, float32 [F, 1]; equal logits are kept together.
 
     Args: logits [F, V]; width: so many of the largest are looked at, top_k or more; top_k int64, top_p float64, 1 / temperature float32, all [F, 1].
     """
     narrow = width < logits.shape[1]
-    largest = (logits.topk(width, dim=-1).values if narrow else logits.sort(dim=-1, descending=True).values).float()
-    weights = (largest - largest[:, :1]).mul_(inverse).exp_().mul_(2.0**40).long()  # integers add up to the same in any order
+    largest = (
+        logits.topk(width, dim=-1).values if narrow else logits.sort(dim=-1, descending=True).values
+    ).float()
+    weights = (
+        (largest - largest[:, :1]).mul_(inverse).exp_().mul_(2.0**40).long()
+    )  # integers add up to the same in any order
     weights.masked_fill_(torch.arange(width, device=logits.device) >= top_k, 0)
     sums = weights.cumsum(1)
     limit = (sums[:, -1:] * top_p).ceil_().long().masked_fill_(top_p >= 1, 2**62)
@@ -205,7 +236,9 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self._token_keys = torch.from_numpy(token_keys(vocab_size)).to(self.device)
-        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=self.device)
+        self._bits = torch.tensor(
+            [1 << bit for bit in range(8)], dtype=torch.uint8, device=self.device
+        )
         self._half = torch.full((), -(2.0**-32), dtype=torch.float32, device=self.device)
 
     def sample(self, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
@@ -229,9 +262,14 @@ class Sampler:
     def draw(self, logits: Tensor, prepared: Prepared) -> Samples:
         """Draw a token for each row of ``logits`` [R, V] with settings that are on the device already."""
         if logits.shape[1] != self.vocab_size:
-            raise ValueError(f"{logits.shape[1]} logits a row for a vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"{logits.shape[1]} logits a row for a vocabulary of {self.vocab_size}"
+            )
         if any(part.tensors for part in prepared.parts):
-            drawn = [self._draw(logits[part.rows], part) if part.tensors else greedy(logits[part.rows]) for part in prepared.parts]
+            drawn = [
+                self._draw(logits[part.rows], part) if part.tensors else greedy(logits[part.rows])
+                for part in prepared.parts
+            ]
             tokens = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
         else:
             tokens = greedy(logits)
@@ -239,7 +277,10 @@ class Sampler:
             return Samples(tokens)
         some, chosen = logits, tokens
         if prepared.logprob_index is not None:
-            some, chosen = logits.index_select(0, prepared.logprob_index), tokens.index_select(0, prepared.logprob_index)
+            some, chosen = (
+                logits.index_select(0, prepared.logprob_index),
+                tokens.index_select(0, prepared.logprob_index),
+            )
         return Samples(tokens, logprobs_of(some, chosen, prepared.top), prepared.logprob_rows)
 
     def _draw(self, logits: Tensor, part: _Part) -> Tensor:
@@ -249,14 +290,20 @@ class Sampler:
         best, best_tokens = _largest(logits)
         tokens = best_tokens
         if "keys" in given:
-            p = (logits - best[:, None].float()).mul_(given["inverse"][:, None])  # float32, 0 for the best
+            p = (logits - best[:, None].float()).mul_(
+                given["inverse"][:, None]
+            )  # float32, 0 for the best
             if part.widths:
                 p.masked_fill_(logits < self._smallest_kept(logits, part), -torch.inf)
             p.exp_()
             if "min_p" in given:
                 p.masked_fill_(p < given["min_p"][:, None], 0)
             # u = -(h + 1/2) / 2^31, exact near 0, where draws are decided, and never -1; log1p(u) = -E
-            u = torch.add(self._half, uniforms(given["keys"], self._token_keys), alpha=-(2.0**-31) * (1 - 2.0**-20))
+            u = torch.add(
+                self._half,
+                uniforms(given["keys"], self._token_keys),
+                alpha=-(2.0**-31) * (1 - 2.0**-20),
+            )
             tokens = p.div_(u.log1p_()).argmin(-1)
             if "greedy" in given:
                 tokens = torch.where(given["greedy"], best_tokens, tokens)
@@ -270,25 +317,43 @@ class Sampler:
         flat = logits.view(-1)
         if "penalty_places" in given:
             old, repetition = flat[given["penalty_places"]], given["repetition"]
-            flat[given["penalty_places"]] = torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
+            flat[given["penalty_places"]] = (
+                torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
+            )
         if "bias_places" in given:
             flat.index_add_(0, given["bias_places"], given["bias"])
         if "masks" in given:
             rows = given["masked_rows"]
-            forbidden = (given["masks"].view(torch.uint8)[:, :, None] & self._bits == 0).flatten(1)[:, : self.vocab_size]
-            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
+            forbidden = (given["masks"].view(torch.uint8)[:, :, None] & self._bits == 0).flatten(1)[
+                :, : self.vocab_size
+            ]
+            logits.index_copy_(
+                0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf)
+            )
         return logits
 
     def _smallest_kept(self, logits: Tensor, part: _Part) -> Tensor:
         """Return the smallest logit of each row that top_k and top_p keep, float32 [R, 1]; -inf for rows without."""
-        smallest = torch.full((logits.shape[0], 1), -torch.inf, dtype=torch.float32, device=logits.device)
+        smallest = torch.full(
+            (logits.shape[0], 1), -torch.inf, dtype=torch.float32, device=logits.device
+        )
         for number, width in enumerate(part.widths):
-            rows, top_k, top_p = (part.tensors[f"{name}{number}"] for name in ("rows", "top_k", "top_p"))
+            rows, top_k, top_p = (
+                part.tensors[f"{name}{number}"] for name in ("rows", "top_k", "top_p")
+            )
             inverse = part.tensors["inverse"].index_select(0, rows)[:, None]
-            smallest.index_copy_(0, rows, _largest_kept(logits.index_select(0, rows), width, top_k[:, None], top_p[:, None], inverse))
+            smallest.index_copy_(
+                0,
+                rows,
+                _largest_kept(
+                    logits.index_select(0, rows), width, top_k[:, None], top_p[:, None], inverse
+                ),
+            )
         return smallest
 
-    def _settings(self, requests: Sequence[RowRequest]) -> tuple[dict[str, NDArray[Any]], tuple[int, ...]]:
+    def _settings(
+        self, requests: Sequence[RowRequest]
+    ) -> tuple[dict[str, NDArray[Any]], tuple[int, ...]]:
         """Return the settings of some rows as arrays by name, and the width of each of their filters."""
         arrays: dict[str, NDArray[Any]] = {}
         if any(request.changes_logits for request in requests):
@@ -297,20 +362,40 @@ class Sampler:
         is_greedy = np.array([param.greedy for param in params])
         if is_greedy.all():
             return arrays, ()
-        arrays["keys"] = row_keys([request.seed for request in requests], [request.position for request in requests])
-        arrays["inverse"] = np.array([1.0 if param.greedy else 1 / param.temperature for param in params], np.float32)
+        arrays["keys"] = row_keys(
+            [request.seed for request in requests], [request.position for request in requests]
+        )
+        arrays["inverse"] = np.array(
+            [1.0 if param.greedy else 1 / param.temperature for param in params], np.float32
+        )
         if is_greedy.any():
             arrays["greedy"] = is_greedy
         if any(param.min_p > 0 for param in params):
             arrays["min_p"] = np.array([param.min_p for param in params], np.float32)
-        top_k = np.array([param.top_k if 0 < param.top_k < self.vocab_size else self.vocab_size for param in params], np.int64)
+        top_k = np.array(
+            [
+                param.top_k if 0 < param.top_k < self.vocab_size else self.vocab_size
+                for param in params
+            ],
+            np.int64,
+        )
         top_p = np.array([param.top_p for param in params], np.float64)
         filtered = ((top_k < self.vocab_size) | (top_p < 1)) & ~is_greedy
-        narrow, wide = ((filtered & some).nonzero()[0].astype(np.int64) for some in (top_k <= NARROW, top_k > NARROW))
+        narrow, wide = (
+            (filtered & some).nonzero()[0].astype(np.int64)
+            for some in (top_k <= NARROW, top_k > NARROW)
+        )
         groups = [(rows, int(top_k[rows].max())) for rows in (narrow,) if len(rows)]
-        groups += [(wide[start : start + SORTED_AT_ONCE], self.vocab_size) for start in range(0, len(wide), SORTED_AT_ONCE)]
+        groups += [
+            (wide[start : start + SORTED_AT_ONCE], self.vocab_size)
+            for start in range(0, len(wide), SORTED_AT_ONCE)
+        ]
         for number, (rows, _) in enumerate(groups):
-            arrays |= {f"rows{number}": rows, f"top_k{number}": top_k[rows], f"top_p{number}": top_p[rows]}
+            arrays |= {
+                f"rows{number}": rows,
+                f"top_k{number}": top_k[rows],
+                f"top_p{number}": top_p[rows],
+            }
         return arrays, tuple(width for _, width in groups)
 
     def _edits(self, requests: Sequence[RowRequest]) -> dict[str, NDArray[Any]]:
@@ -323,32 +408,64 @@ class Sampler:
             if request.history is not None:
                 ids, counts = request.history.counts(self.vocab_size)
                 penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-                penalties.append((ids + first, np.full(len(ids), params.repetition_penalty, np.float32), penalty.astype(np.float32)))
+                penalties.append(
+                    (
+                        ids + first,
+                        np.full(len(ids), params.repetition_penalty, np.float32),
+                        penalty.astype(np.float32),
+                    )
+                )
             added = list(params.biases.items())
             if request.forbids_ends:
                 added += [(token, -np.inf) for token in request.end_ids]
-            inside = [(token + first, bias) for token, bias in added if 0 <= token < self.vocab_size]
+            inside = [
+                (token + first, bias) for token, bias in added if 0 <= token < self.vocab_size
+            ]
             places += [place for place, _ in inside]
             biases += [bias for _, bias in inside]
         arrays: dict[str, NDArray[Any]] = {}
         if penalties:
-            arrays |= dict(zip(("penalty_places", "repetition", "penalty"), map(np.concatenate, zip(*penalties, strict=True)), strict=True))
+            arrays |= dict(
+                zip(
+                    ("penalty_places", "repetition", "penalty"),
+                    map(np.concatenate, zip(*penalties, strict=True)),
+                    strict=True,
+                )
+            )
         if places:
-            arrays |= {"bias_places": np.array(places, np.int64), "bias": np.array(biases, np.float32)}
-        masks = {row: request.mask for row, request in enumerate(requests) if request.mask is not None}
+            arrays |= {
+                "bias_places": np.array(places, np.int64),
+                "bias": np.array(biases, np.float32),
+            }
+        masks = {
+            row: request.mask for row, request in enumerate(requests) if request.mask is not None
+        }
         if masks:
-            arrays |= {"masked_rows": np.array(list(masks), np.int64), "masks": np.stack(list(masks.values()))}
+            arrays |= {
+                "masked_rows": np.array(list(masks), np.int64),
+                "masks": np.stack(list(masks.values())),
+            }
         return arrays
 
     def _ship(self, groups: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Tensor]]:
         """Return the arrays as tensors on the device, by one copy from pinned memory."""
         arrays = [array for group in groups for array in group.values()]
-        sizes = [-(-array.nbytes // 8) * 8 for array in arrays]  # each begins at a multiple of 8 bytes
+        sizes = [
+            -(-array.nbytes // 8) * 8 for array in arrays
+        ]  # each begins at a multiple of 8 bytes
         if not sizes:
             return [{} for _ in groups]
-        staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")  # torch reuses it once the copy is done
+        staging = torch.empty(
+            sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )  # torch reuses it once the copy is done
         for array, room in zip(arrays, torch.split(staging, sizes), strict=True):
             room.numpy()[: array.nbytes] = array.reshape(-1).view(np.uint8)
         pieces = iter(torch.split(staging.to(self.device, non_blocking=True), sizes))
         dtypes = {array.dtype: torch.from_numpy(array[:0]).dtype for array in arrays}
-        return [{name: next(pieces)[: array.nbytes].view(dtypes[array.dtype]).view(array.shape) for name, array in group.items()} for group in groups]
+        return [
+            {
+                name: next(pieces)[: array.nbytes].view(dtypes[array.dtype]).view(array.shape)
+                for name, array in group.items()
+            }
+            for group in groups
+        ]

@@ -16,7 +16,10 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_IDS = 64, 1024, 1024
 MAX_GRAMMAR = 64 * 1024  # bytes
 LARGEST = 2**31 - 1
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
-MAPPINGS = ("json_schema", "structural_tag")  # those that are JSON may also be given as dictionaries
+MAPPINGS = (
+    "json_schema",
+    "structural_tag",
+)  # those that are JSON may also be given as dictionaries
 ANY_JSON_OBJECT = "$$ANY$$"  # a json_schema, as SGLang spells it
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -80,7 +83,11 @@ class SamplingParams:
         if self.top_k == 0:
             raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise _refusal("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
+            raise _refusal(
+                "min_new_tokens",
+                self.min_new_tokens,
+                f"at most max_new_tokens, {self.max_new_tokens}",
+            )
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
@@ -88,7 +95,11 @@ class SamplingParams:
             object.__setattr__(self, name, _grammar(name, getattr(self, name)))
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UsageError("E_SAMPLING", f"the text cannot be held to {' and '.join(given)}", hint="give one of them")
+            raise UsageError(
+                "E_SAMPLING",
+                f"the text cannot be held to {' and '.join(given)}",
+                hint="give one of them",
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -97,16 +108,26 @@ class SamplingParams:
         Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of range.
         """
         if not isinstance(values, Mapping):
-            raise UsageError("E_SAMPLING", "sampling_params is no dictionary", hint="give names and values, such as temperature: 0.8")
+            raise UsageError(
+                "E_SAMPLING",
+                "sampling_params is no dictionary",
+                hint="give names and values, such as temperature: 0.8",
+            )
         given = dict(values)
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in (*known, "seed"):
                 hint = nearest(str(name)[:100], known) or f"known are {', '.join(known)}"
-                raise UsageError("E_SAMPLING", f"there is no sampling parameter `{str(name)[:100]}`", hint=hint)
+                raise UsageError(
+                    "E_SAMPLING", f"there is no sampling parameter `{str(name)[:100]}`", hint=hint
+                )
         seed = given.pop("seed", None)
         if seed is not None and given.setdefault("sampling_seed", seed) not in (seed, None):
-            raise UsageError("E_SAMPLING", "seed and sampling_seed differ", hint="they are one parameter: give one of them")
+            raise UsageError(
+                "E_SAMPLING",
+                "seed and sampling_seed differ",
+                hint="they are one parameter: give one of them",
+            )
         if seed is not None:
             given["sampling_seed"] = seed
         return cls(**given)
@@ -126,7 +147,11 @@ class SamplingParams:
     @property
     def penalizes(self) -> bool:
         """Whether the logits depend on how often tokens came before."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
 
     @property
     def waits_for_tokens(self) -> bool:
@@ -153,17 +178,24 @@ class SamplingParams:
         """The grammar that the text must follow: its kind, one of CONSTRAINTS, and its text."""
         if self.json_schema == ANY_JSON_OBJECT:
             return "json_schema", '{"type": "object"}'
-        return next(((name, text) for name in CONSTRAINTS if (text := getattr(self, name)) is not None), None)
+        return next(
+            ((name, text) for name in CONSTRAINTS if (text := getattr(self, name)) is not None),
+            None,
+        )
 
     def row_seed(self, index: int = 0) -> int:
         """Return a seed for the ``index``-th of the n texts: made from the request's, or a random one."""
         if self.sampling_seed is None:
             return secrets.randbits(64)
-        return (self.sampling_seed + index * 0x9E3779B97F4A7C15) % 2**64  # the first of n is the one alone
+        return (
+            self.sampling_seed + index * 0x9E3779B97F4A7C15
+        ) % 2**64  # the first of n is the one alone
 
 
 def _refusal(name: str, value: object, allowed: str) -> UsageError:
-    return UsageError("E_SAMPLING", f"`{name}` cannot be {repr(value)[:60]}", hint=f"`{name}` takes {allowed}")
+    return UsageError(
+        "E_SAMPLING", f"`{name}` cannot be {repr(value)[:60]}", hint=f"`{name}` takes {allowed}"
+    )
 
 
 def _is_whole(value: object) -> bool:
@@ -189,7 +221,11 @@ def _biases(value: object) -> dict[int, float]:
         raise _refusal("logit_bias", value, allowed)
     biases = {}
     for key, bias in value.items():
-        number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else key
+        number = (
+            int(key)
+            if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
+            else key
+        )
         if not _is_whole(number) or not 0 <= number <= LARGEST:
             raise _refusal("logit_bias", {key: bias}, allowed)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
@@ -199,7 +235,9 @@ def _biases(value: object) -> dict[int, float]:
 
 
 def _stops(value: object) -> tuple[str, ...]:
-    allowed = f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} characters"
+    allowed = (
+        f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} characters"
+    )
     if value is None:
         return ()
     stops = (value,) if isinstance(value, str) else value

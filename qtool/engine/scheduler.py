@@ -29,7 +29,9 @@ class Sequence:
 
     prompt: list[int]
     max_new_tokens: int
-    waits_for_tokens: bool = False  # each token must be read before the next is scheduled (penalties count tokens)
+    waits_for_tokens: bool = (
+        False  # each token must be read before the next is scheduled (penalties count tokens)
+    )
     use_prefix: bool = True  # False: every token of the prompt is computed (logprobs of the prompt)
     needs_logits: bool = False  # for all tokens of the prompt, which is then computed in small parts: they take memory
     owner: Any = None  # whatever the caller wants to find here again
@@ -40,7 +42,9 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values the launched steps write
     pages: list[int] = field(default_factory=list)
     row: int | None = None
-    digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as needed so far
+    digests: list[bytes] = field(
+        default_factory=list
+    )  # of the full pages of `tokens`, as far as needed so far
     registered: int = 0  # of `pages`, those that are known by their digest (or whose double is)
     cached_tokens: int = 0  # of the prompt, found in the cache at first admission
     preemptions: int = 0
@@ -69,8 +73,12 @@ class Step:
     """One forward pass."""
 
     chunks: list[Chunk]
-    decodes: int  # the first so many chunks have count 1, samples, start > 0; their token may be pending
-    updates: list[tuple[int, int, int]]  # (row, column, page) to set in the page table before the step; no (row, column) twice
+    decodes: (
+        int  # the first so many chunks have count 1, samples, start > 0; their token may be pending
+    )
+    updates: list[
+        tuple[int, int, int]
+    ]  # (row, column, page) to set in the page table before the step; no (row, column) twice
 
 
 class Scheduler:
@@ -80,9 +88,13 @@ class Scheduler:
     newest running sequence gives up its pages and waits to be computed again, so the oldest always advances.
     """
 
-    def __init__(self, pages: Pages, max_running: int, token_budget: int, context_length: int) -> None:
+    def __init__(
+        self, pages: Pages, max_running: int, token_budget: int, context_length: int
+    ) -> None:
         self.pages = pages
-        self.max_running = min(max_running, token_budget)  # so that a prompt gets a token even if all others decode
+        self.max_running = min(
+            max_running, token_budget
+        )  # so that a prompt gets a token even if all others decode
         self.token_budget = token_budget
         self.context_length = context_length
         self.running: list[Sequence] = []
@@ -105,18 +117,24 @@ class Scheduler:
         """
         size = len(sequence.prompt)
         if not size:
-            raise UsageError("E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least")
+            raise UsageError(
+                "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
+            )
         if size >= self.context_length:
             message = f"the prompt has {size} tokens, the context {self.context_length}, and one must be left for the answer"
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context_length - size)
-        sequence.longest = size + max(sequence.max_new_tokens, 1)  # the prompt is computed, and sampled from, in any case
+        sequence.longest = size + max(
+            sequence.max_new_tokens, 1
+        )  # the prompt is computed, and sampled from, in any case
         stored = sequence.longest - 1  # the last token is not computed
         if -(-stored // PAGE) > self.pages.count:
-            message = (
-                f"{size} prompt tokens and {sequence.max_new_tokens} new ones do not fit the key-value cache of {self.pages.count * PAGE} tokens"
+            message = f"{size} prompt tokens and {sequence.max_new_tokens} new ones do not fit the key-value cache of {self.pages.count * PAGE} tokens"
+            raise UsageError(
+                "E_TOO_LONG",
+                message,
+                hint="lower max_new_tokens, shorten the prompt, or give the cache more memory",
             )
-            raise UsageError("E_TOO_LONG", message, hint="lower max_new_tokens, shorten the prompt, or give the cache more memory")
         self.waiting.append(sequence)
 
     def schedule(self) -> Step | None:
@@ -143,7 +161,12 @@ class Scheduler:
         left = self.token_budget - len(decodes)
         for sequence in unfinished:
             left -= self._prefill(sequence, left, decodes, prefills)
-        while left and self.waiting and len(self.running) < self.max_running and self._admit(self.waiting[0], updates):
+        while (
+            left
+            and self.waiting
+            and len(self.running) < self.max_running
+            and self._admit(self.waiting[0], updates)
+        ):
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
         return Step(decodes + prefills, len(decodes), updates) if decodes or prefills else None
 
@@ -176,7 +199,9 @@ class Scheduler:
         while len(self.running) > first:
             sequence = self._preempt()
             if sequence in chunks:
-                self.pages.forget(sequence.digests)  # pages that the step was to write are known already
+                self.pages.forget(
+                    sequence.digests
+                )  # pages that the step was to write are known already
                 sequence.pending -= chunks[sequence].samples
         return newest
 
@@ -185,7 +210,9 @@ class Scheduler:
         self.finish(sequence)
         self.pages.forget(sequence.digests)
 
-    def _prefill(self, sequence: Sequence, budget: int, decodes: list[Chunk], prefills: list[Chunk]) -> int:
+    def _prefill(
+        self, sequence: Sequence, budget: int, decodes: list[Chunk], prefills: list[Chunk]
+    ) -> int:
         """Add the next chunk of a prompt, of at most ``budget`` tokens, and return its size."""
         start = sequence.computed
         left = len(sequence.tokens) - start
@@ -201,15 +228,21 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
-        if sequence.needs_logits and not self._logits_left:  # who is admitted is in the step: it may share the step's pages, and must fail with it
+        if (
+            sequence.needs_logits and not self._logits_left
+        ):  # who is admitted is in the step: it may share the step's pages, and must fail with it
             return False
-        reserve = len(self.running)  # a page for each that runs: they go on for some steps before one is preempted
+        reserve = len(
+            self.running
+        )  # a page for each that runs: they go on for some steps before one is preempted
         if sequence.pending or sequence.length >= sequence.longest or self.pages.free <= reserve:
             return False
         size = len(sequence.tokens)
         self._digest(sequence, size // PAGE)
         # The last token is always computed: the next one is sampled from it.
-        found = self.pages.match(sequence.digests[: (size - 1) // PAGE]) if sequence.use_prefix else []
+        found = (
+            self.pages.match(sequence.digests[: (size - 1) // PAGE]) if sequence.use_prefix else []
+        )
         needed = -(-size // PAGE) - len(found)
         fresh = self.pages.allocate(needed) if self.pages.free >= needed + reserve else None
         if fresh is None:
@@ -267,4 +300,8 @@ class Scheduler:
         """Extend the digests to the first ``count`` pages."""
         digests, tokens = sequence.digests, sequence.tokens
         for number in range(len(digests), count):
-            digests.append(page_digest(digests[-1] if digests else b"", tokens[number * PAGE : (number + 1) * PAGE]))
+            digests.append(
+                page_digest(
+                    digests[-1] if digests else b"", tokens[number * PAGE : (number + 1) * PAGE]
+                )
+            )

@@ -31,12 +31,18 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     layout = formats.detect(checkpoint)
     quantized = layout.modules if layout else {}
     if layout and layout.rotates_inputs:
-        raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not simulate")
+        raise CheckpointRefused(
+            "E_TRANSFORM",
+            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not simulate",
+        )
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     biases = [bias.name for module in quantized.values() if (bias := module.tensors.get("bias"))]
-    state = {name: read_tensor(checkpoint, name) for name in [*formats.plain_tensors(checkpoint, layout), *biases]}
+    state = {
+        name: read_tensor(checkpoint, name)
+        for name in [*formats.plain_tensors(checkpoint, layout), *biases]
+    }
     inputs: dict[str, QuantizedWeight] = {}
     for name in quantized:
         weight = formats.read(checkpoint, layout, name)  # type: ignore[arg-type]
@@ -45,22 +51,33 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
             inputs[name] = weight
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))
-    model, report = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(kind)}
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    wrong = {
+        kind: sorted(map(str, report[kind]))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report.get(kind)
+    }
     if wrong:
-        raise CheckpointRefused("E_TENSORS", f"{checkpoint.path} does not fit its own config: {wrong}")
+        raise CheckpointRefused(
+            "E_TENSORS", f"{checkpoint.path} does not fit its own config: {wrong}"
+        )
     modules = dict(model.named_modules())
     for name, weight in inputs.items():
         if not isinstance(modules.get(name), nn.Linear):
             raise CheckpointRefused(
-                "E_FUSED", f"{checkpoint.path}: `{name}` is no linear layer of the transformers model, so its input is out of reach"
+                "E_FUSED",
+                f"{checkpoint.path}: `{name}` is no linear layer of the transformers model, so its input is out of reach",
             )
         modules[name].register_forward_pre_hook(_InputRounding(weight))
     return model.eval()
 
 
 @torch.inference_mode()
-def perplexity(model: Any, token_sequences: Iterable[Sequence[int]], max_tokens: int = 512) -> float:
+def perplexity(
+    model: Any, token_sequences: Iterable[Sequence[int]], max_tokens: int = 512
+) -> float:
     """Return exp of the mean negative log-likelihood of every predicted token in the first ``max_tokens`` of each sequence.
 
     Raises: DataRefused, when no sequence has two tokens.
@@ -89,6 +106,9 @@ class _InputRounding:
         if self.pre_scale is not None:
             x = x * self.pre_scale.to(x)
         if self.activation:
-            static = (None if part is None else part.to(x.device) for part in (self.activation.scale, self.activation.zero))
+            static = (
+                None if part is None else part.to(x.device)
+                for part in (self.activation.scale, self.activation.zero)
+            )
             x = fake_quantize_input(x, self.activation.format, *static)
         return (x, *rest)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from qtool.checkpoint import Checkpoint
 from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
-from qtool.formats.layout import CACHE_SUFFIXES, Detector, Format, Layout, QuantizedModule, modules_of, refused
+from qtool.formats.layout import (
+    CACHE_SUFFIXES,
+    Detector,
+    Format,
+    Layout,
+    QuantizedModule,
+    modules_of,
+    refused,
+)
 from qtool.formats.values import check_tensors, check_values
 
 if TYPE_CHECKING:
@@ -48,16 +56,28 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     config = checkpoint.quantization_config
     if config is None:
         for parts in modules_of(checkpoint):
-            if "qweight" in parts or "weight_packed" in parts or ("weight" in parts and parts["weight"].dtype in PACKED_DTYPES):
+            if (
+                "qweight" in parts
+                or "weight_packed" in parts
+                or ("weight" in parts and parts["weight"].dtype in PACKED_DTYPES)
+            ):
                 message = f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says how"
-                raise refused("E_NO_QUANT_CONFIG", message, "config.json has lost its `quantization_config`: take it from the original")
+                raise refused(
+                    "E_NO_QUANT_CONFIG",
+                    message,
+                    "config.json has lost its `quantization_config`: take it from the original",
+                )
         return None
     for format in FORMATS.values():
         if format.claims(config):
             try:
                 return format.detect(checkpoint, config)
             except RecipeRefused as error:  # the scheme the config describes is none
-                raise refused("E_QUANT_CONFIG", f"{checkpoint.path}: {error.message}", error.hint or "take config.json from the original") from error
+                raise refused(
+                    "E_QUANT_CONFIG",
+                    f"{checkpoint.path}: {error.message}",
+                    error.hint or "take config.json from the original",
+                ) from error
             except (
                 TypeError,
                 ValueError,
@@ -67,9 +87,15 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 RecursionError,
             ) as error:  # it comes from outside, in any shape
                 message = f"{checkpoint.path}: its quantization config cannot be understood ({type(error).__name__}: {error})"
-                raise refused("E_QUANT_CONFIG_TYPE", message, "take config.json from the original") from error
+                raise refused(
+                    "E_QUANT_CONFIG_TYPE", message, "take config.json from the original"
+                ) from error
     method = config.get("quant_method", "unnamed")
-    raise refused("E_QUANT_METHOD", f"{checkpoint.path}: quantization method `{method}` is not one qtool reads", f"it reads {', '.join(FORMATS)}")
+    raise refused(
+        "E_QUANT_METHOD",
+        f"{checkpoint.path}: quantization method `{method}` is not one qtool reads",
+        f"it reads {', '.join(FORMATS)}",
+    )
 
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
@@ -83,9 +109,17 @@ def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
 def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     """Return the names of the tensors that belong to no quantized layer, without the scales of KV caches."""
     owned = layout.owned if layout else frozenset()
-    return [name for name in checkpoint.tensors if name not in owned and name.rpartition(".")[2] not in CACHE_SUFFIXES]
+    return [
+        name
+        for name in checkpoint.tensors
+        if name not in owned and name.rpartition(".")[2] not in CACHE_SUFFIXES
+    ]
 
 
 def tensor_name(module: QuantizedModule, suffix: str) -> str:
     """Return the name of the tensor ``suffix`` of ``module``: a part of its own, but for stacked experts, ``gate_up_proj_blocks``."""
-    return f"{module.name}{suffix}" if suffix in (mxfp4.BLOCKS, mxfp4.SCALES) else f"{module.name}.{suffix}"
+    return (
+        f"{module.name}{suffix}"
+        if suffix in (mxfp4.BLOCKS, mxfp4.SCALES)
+        else f"{module.name}.{suffix}"
+    )

@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, check_skipped, grouped_integers, modules_of, refused, shared_objection
+from qtool.formats.layout import (
+    SCALE_DTYPES,
+    Layout,
+    Parts,
+    QuantizedModule,
+    check_skipped,
+    grouped_integers,
+    modules_of,
+    refused,
+    shared_objection,
+)
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -17,7 +27,16 @@ if TYPE_CHECKING:
 
     from qtool.weight import QuantizedWeight
 
-COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds this one of its eight columns
+COLUMN_OF_NIBBLE = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # nibble i of a word holds this one of its eight columns
 NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 LOW = 0x0F0F0F0F  # the even nibbles of a word
 HIGH = ~LOW
@@ -25,7 +44,11 @@ HIGH = ~LOW
 
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format; GPTQModel's round-to-nearest says `gptq` and means `gemm` tensors."""
-    return config.get("quant_method") == "awq" or _version(config) == "gemm" or ("w_bit" in config and "quant_method" not in config)
+    return (
+        config.get("quant_method") == "awq"
+        or _version(config) == "gemm"
+        or ("w_bit" in config and "quant_method" not in config)
+    )
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
@@ -56,15 +79,22 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     rows, columns = module.shape
     words = tensors["qweight"].T.contiguous()
     even, odd = words[:, ::2], words[:, 1::2]  # two inputs, which share a byte of `data`
-    halves = ((even & LOW) | ((odd & LOW) << 4), ((even >> 4) & LOW) | (odd & HIGH))  # the byte j of half h is nibble 2 j + h of both inputs
+    halves = (
+        (even & LOW) | ((odd & LOW) << 4),
+        ((even >> 4) & LOW) | (odd & HIGH),
+    )  # the byte j of half h is nibble 2 j + h of both inputs
     bytes_of = [half.view(torch.uint8).reshape(rows // 8, columns // 2, 4) for half in halves]
-    data = torch.stack([bytes_of[nibble % 2][..., nibble // 2] for nibble in NIBBLE_OF_COLUMN], dim=1).reshape(rows, columns // 2)
+    data = torch.stack(
+        [bytes_of[nibble % 2][..., nibble // 2] for nibble in NIBBLE_OF_COLUMN], dim=1
+    ).reshape(rows, columns // 2)
     zero = None
     if module.scheme.weights.symmetric:
         if "qzeros" in tensors:
             check_constant(module, tensors["qzeros"], 4, rows, {8})
     else:
-        codes = unpack_bits(tensors["qzeros"], 4, rows).reshape(-1, rows // 8, 8)[:, :, list(NIBBLE_OF_COLUMN)]
+        codes = unpack_bits(tensors["qzeros"], 4, rows).reshape(-1, rows // 8, 8)[
+            :, :, list(NIBBLE_OF_COLUMN)
+        ]
         zero = signed(codes.flatten(1).T.contiguous(), 4)
     return QuantizedWeight(data, tensors["scales"].T.contiguous(), None, zero)
 
@@ -92,8 +122,15 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
     rows, columns = module.shape
     by_column = weight.data.reshape(rows // 8, 8, columns // 2)
-    low, high = (torch.stack([by_column[:, column] for column in COLUMN_OF_NIBBLE[half::2]], dim=-1).view(torch.int32)[..., 0] for half in (0, 1))
-    words = torch.stack(((low & LOW) | ((high & LOW) << 4), ((low >> 4) & LOW) | (high & HIGH)), dim=-1)  # the inverse of `read`
+    low, high = (
+        torch.stack([by_column[:, column] for column in COLUMN_OF_NIBBLE[half::2]], dim=-1).view(
+            torch.int32
+        )[..., 0]
+        for half in (0, 1)
+    )
+    words = torch.stack(
+        ((low & LOW) | ((high & LOW) << 4), ((low >> 4) & LOW) | (high & HIGH)), dim=-1
+    )  # the inverse of `read`
     zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
     zeros = offset_binary(zero, 4).T.reshape(-1, rows // 8, 8)[:, :, list(COLUMN_OF_NIBBLE)]
     return {
@@ -103,14 +140,20 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     }
 
 
-def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+def settings(
+    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the config; ``sym`` is GPTQModel's key, and tells that the zeros are all 8.
 
     Raises: CheckpointRefused, when the layers have different groups, or engines, which look for names inside names, would skip a quantized layer.
     """
     groups = {module.promised_group for module in modules}
     if len(groups) > 1:
-        raise refused("E_CANNOT_HOLD", f"group_size: AWQ has one for the whole checkpoint, found {sorted(groups)}", "convert to gptq instead")
+        raise refused(
+            "E_CANNOT_HOLD",
+            f"group_size: AWQ has one for the whole checkpoint, found {sorted(groups)}",
+            "convert to gptq instead",
+        )
     check_skipped(plain, modules)
     config = {
         "quant_method": "awq",
@@ -135,18 +178,30 @@ def fallbacks() -> tuple[str, ...]:
 
 
 def _version(config: Mapping[str, Any]) -> str:
-    return str(config.get("checkpoint_format") or config.get("format") or config.get("version") or ("gemm" if "w_bit" in config else "")).lower()
+    return str(
+        config.get("checkpoint_format")
+        or config.get("format")
+        or config.get("version")
+        or ("gemm" if "w_bit" in config else "")
+    ).lower()
 
 
 def _module(parts: Parts, config: Mapping[str, Any]) -> QuantizedModule:
     columns, words = parts.matrix("qweight", "I32")
     groups, rows = parts.matrix("scales", *SCALE_DTYPES)
     if words * 8 != rows:
-        raise parts.misfit("qweight", f"[{columns}, {rows // 8}], 4-bit codes of {rows} outputs in `gemm` order")
+        raise parts.misfit(
+            "qweight", f"[{columns}, {rows // 8}], 4-bit codes of {rows} outputs in `gemm` order"
+        )
     symmetric = bool(config["sym"]) if "sym" in config else not config.get("zero_point", True)
     if columns % 2:
         raise parts.misfit("qweight", "an even number of inputs")
     if not symmetric and parts.matrix("qzeros", "I32") != (groups, words):
         raise parts.misfit("qzeros", f"[{groups}, {words}]")
     size = config.get("group_size", config.get("q_group_size"))
-    return QuantizedModule(parts.name, Scheme(grouped_integers(4, columns, groups, size, symmetric=symmetric)), (rows, columns), parts.tensors)
+    return QuantizedModule(
+        parts.name,
+        Scheme(grouped_integers(4, columns, groups, size, symmetric=symmetric)),
+        (rows, columns),
+        parts.tensors,
+    )

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, modules_of, refused, shared_objection
+from qtool.formats.layout import (
+    SCALE_DTYPES,
+    Layout,
+    Parts,
+    QuantizedModule,
+    modules_of,
+    refused,
+    shared_objection,
+)
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -41,7 +49,9 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             if parts.name in skipped:
                 warnings.append(f"`{parts.name}` is quantized and modules_to_not_convert names it")
         elif scale:
-            warnings.append(f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight")
+            warnings.append(
+                f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight"
+            )
     has_cache = any(name.endswith((".k_scale", ".kv_scale")) for name in checkpoint.tensors)
     return Layout("fp8_block", modules, "fp8" if has_cache else None, tuple(warnings))
 
@@ -57,9 +67,16 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     if module.scheme.weights.granularity != "block":
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     activations = module.scheme.activations
-    static = next((tensors[name].reshape(()) for name in INPUT_SCALE_NAMES if name in tensors), None)
+    static = next(
+        (tensors[name].reshape(()) for name in INPUT_SCALE_NAMES if name in tensors), None
+    )
     activation = Activation(activations, static) if activations else None
-    return QuantizedWeight(tensors["weight"], scale, activation=activation, block=uneven_block(module.scheme.weights, module.shape))
+    return QuantizedWeight(
+        tensors["weight"],
+        scale,
+        activation=activation,
+        block=uneven_block(module.scheme.weights, module.shape),
+    )
 
 
 def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -85,11 +102,17 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     return tensors
 
 
-def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+def settings(
+    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the config. Raises: CheckpointRefused, when layers differ: the method knows one scheme."""
     schemes = {module.scheme for module in modules}
     if len(schemes) > 1:
-        raise refused("E_CANNOT_HOLD", f"scheme: one for all layers, found {', '.join(sorted(map(str, schemes)))}", "convert to compressed-tensors")
+        raise refused(
+            "E_CANNOT_HOLD",
+            f"scheme: one for all layers, found {', '.join(sorted(map(str, schemes)))}",
+            "convert to compressed-tensors",
+        )
     block = schemes.pop().weights.block
     config = {
         "quant_method": "fp8",
@@ -124,15 +147,23 @@ def _module(parts: Parts, config: Mapping[str, Any], scale_name: str) -> Quantiz
     if block:
         height, width = (int(size) for size in block)
         if scale.shape != (math.ceil(rows / height), math.ceil(columns / width)):
-            raise parts.misfit(scale_name, f"one scale for each block of {height} x {width} of {rows} x {columns}")
+            raise parts.misfit(
+                scale_name, f"one scale for each block of {height} x {width} of {rows} x {columns}"
+            )
         scheme = Scheme(Weights("fp8", "block", block=(height, width)), _block_inputs(width))
     elif scale.count == 1:
         is_static = config.get("activation_scheme") == "static"
         if is_static and not any(name in parts for name in INPUT_SCALE_NAMES):
             parts[INPUT_SCALE_NAMES[0]]
-        scheme = SCHEMES["FP8"] if is_static else Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
+        scheme = (
+            SCHEMES["FP8"]
+            if is_static
+            else Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
+        )
     elif scale.count == rows:
         scheme = SCHEMES["FP8_W8A16" if variant else "FP8_DYNAMIC"]
     else:
-        raise parts.misfit(scale_name, f"one scale, or {rows}, or blocks that the config's weight_block_size names")
+        raise parts.misfit(
+            scale_name, f"one scale, or {rows}, or blocks that the config's weight_block_size names"
+        )
     return QuantizedModule(parts.name, scheme, (rows, columns), parts.tensors, variant)

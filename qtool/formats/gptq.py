@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, grouped_integers, modules_of, refused, shared_objection
+from qtool.formats.layout import (
+    SCALE_DTYPES,
+    Layout,
+    Parts,
+    QuantizedModule,
+    grouped_integers,
+    modules_of,
+    refused,
+    shared_objection,
+)
 from qtool.formats.patterns import patterns_of
 from qtool.scheme import Scheme
 
@@ -22,13 +31,18 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 BITS = (2, 3, 4, 8)
-FUSED = (("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj")  # engines match `dynamic` with the fused name
+FUSED = (
+    (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    (("gate_proj", "up_proj"), "gate_up_proj"),
+)  # engines match `dynamic` with the fused name
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format; an old sidecar names no method, but bits and a group size."""
-    return config.get("quant_method") == "gptq" or ("quant_method" not in config and "bits" in config and "group_size" in config)
+    return config.get("quant_method") == "gptq" or (
+        "quant_method" not in config and "bits" in config and "group_size" in config
+    )
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
@@ -36,11 +50,15 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     variant = _variant(config)
     if variant not in ("gptq", "gptq_v2", "gptq_p") or config.get("is_marlin_format"):
         raise refused(
-            "E_KERNEL_LAYOUT", f"{checkpoint.path}: GPTQ in the layout `{variant}` is a kernel's own and is not read", "quantize the original again"
+            "E_KERNEL_LAYOUT",
+            f"{checkpoint.path}: GPTQ in the layout `{variant}` is a kernel's own and is not read",
+            "quantize the original again",
         )
     if config.get("pack_dtype", "int32") != "int32":
         raise refused(
-            "E_PACK_DTYPE", f"{checkpoint.path}: GPTQ packed in {config['pack_dtype']} is not read; int32 is", "quantize the original again"
+            "E_PACK_DTYPE",
+            f"{checkpoint.path}: GPTQ packed in {config['pack_dtype']} is not read; int32 is",
+            "quantize the original again",
         )
     dynamic = _Dynamic(config)
     modules: dict[str, QuantizedModule] = {}
@@ -53,7 +71,9 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         if options is None:
             warnings.append(f"`{parts.name}` is quantized and `dynamic` leaves it out")
         elif options.get("bits", module.scheme.weights.bits) != module.scheme.weights.bits:
-            warnings.append(f"`{parts.name}` has {module.scheme.weights.bits} bits and the config says {options['bits']}")
+            warnings.append(
+                f"`{parts.name}` has {module.scheme.weights.bits} bits and the config says {options['bits']}"
+            )
     return Layout("gptq", modules, None, tuple(warnings))
 
 
@@ -61,28 +81,50 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     """Return the common form of ``tensors``, the inputs sorted by group when act-order has scattered them."""
     import torch
 
-    from qtool.formats.packing import check_constant, data_from_words, permutation, reorder, signed, unpack_bits
+    from qtool.formats.packing import (
+        check_constant,
+        data_from_words,
+        permutation,
+        reorder,
+        signed,
+        unpack_bits,
+    )
     from qtool.weight import QuantizedWeight, uneven_block
 
     weights, (rows, columns) = module.scheme.weights, module.shape
     bits = weights.bits
     if bits not in BITS or (module.variant == "gptq_p" and bits == 3):
-        raise refused("E_FORMAT", f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {BITS} are")
+        raise refused(
+            "E_FORMAT",
+            f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {BITS} are",
+        )
     data = data_from_words(tensors["qweight"].T.contiguous(), bits, columns)
     scale = tensors["scales"].T.contiguous()
     zero = None
     if weights.symmetric:
         middle = 2 ** (bits - 1)
-        check_constant(module, tensors["qzeros"], bits, rows, {middle - 1, middle})  # either version: who reads symmetric weights does not look
+        check_constant(
+            module, tensors["qzeros"], bits, rows, {middle - 1, middle}
+        )  # either version: who reads symmetric weights does not look
     else:
         words = tensors["qzeros"]
-        if module.variant == "gptq" and bits != 3:  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
-            words = ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        if (
+            module.variant == "gptq" and bits != 3
+        ):  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
+            words = (
+                ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF)
+                .to(torch.uint32)
+                .view(torch.int32)
+            )
         zero = unpack_bits(words, bits, rows)
         if module.variant == "gptq" and bits == 3:
             zero = (zero + 1) % 8
         zero = signed(zero, bits).T.contiguous()
-    perm = permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns) if "g_idx" in tensors else None
+    perm = (
+        permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns)
+        if "g_idx" in tensors
+        else None
+    )
     if perm is not None:
         data = reorder(data, perm)
     return QuantizedWeight(data, scale, None, zero, perm, block=uneven_block(weights, module.shape))
@@ -99,7 +141,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     if scheme.activations:
         return f"activations: inputs are rounded to {scheme.activations}, and GPTQ leaves them in 16 bits"
     if rows * weights.bits % 32 or columns * weights.bits % 32:
-        return f"shape: {rows} x {columns} codes of {weights.bits} bits do not fill words of 32 bits"
+        return (
+            f"shape: {rows} x {columns} codes of {weights.bits} bits do not fill words of 32 bits"
+        )
     return shared_objection(module, weight, act_order=True)
 
 
@@ -107,7 +151,13 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     """Return ``qweight`` [K * bits / 32, N], ``qzeros``, ``scales`` [G, N] and ``g_idx`` [K]; the version of the zeros is ``module.variant``."""
     import torch
 
-    from qtool.formats.packing import groups_of_inputs, offset_binary, pack_bits, reorder, words_from_data
+    from qtool.formats.packing import (
+        groups_of_inputs,
+        offset_binary,
+        pack_bits,
+        reorder,
+        words_from_data,
+    )
 
     bits, columns = module.scheme.weights.bits, module.shape[1]
     data = weight.data if weight.perm is None else reorder(weight.data, torch.argsort(weight.perm))
@@ -117,26 +167,41 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
         codes = (codes + 7) % 8
     words = pack_bits(codes, bits)
     if module.variant == "gptq" and bits != 3:
-        words = ((words.long() - ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        words = (
+            ((words.long() - ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF)
+            .to(torch.uint32)
+            .view(torch.int32)
+        )
     return {
         "qweight": words_from_data(data, bits).T.contiguous(),
         "qzeros": words,
         "scales": weight.scale.T.contiguous(),
-        "g_idx": groups_of_inputs(columns, module.scheme.weights.group_size or columns, weight.perm),
+        "g_idx": groups_of_inputs(
+            columns, module.scheme.weights.group_size or columns, weight.perm
+        ),
     }
 
 
-def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+def settings(
+    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the config, which also stands in a file of its own; layers that differ from most are in ``dynamic``."""
     options = {module.name: (module.scheme.weights, module.act_order) for module in modules}
     (weights, act_order), _ = Counter(options.values()).most_common(1)[0]
     group_size = weights.group_size or -1
     differing = {
-        name: {"bits": own.bits, "group_size": own.group_size or -1, "sym": own.symmetric, "desc_act": own_order}
+        name: {
+            "bits": own.bits,
+            "group_size": own.group_size or -1,
+            "sym": own.symmetric,
+            "desc_act": own_order,
+        }
         for name, (own, own_order) in options.items()
         if (own, own_order) != (weights, act_order)
     }
-    skipped: dict[str, dict[str, Any]] = {name: {} for name in plain if name.rpartition(".")[2] != "lm_head"}
+    skipped: dict[str, dict[str, Any]] = {
+        name: {} for name in plain if name.rpartition(".")[2] != "lm_head"
+    }
     dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *plain])}
     dynamic |= {f"+:{pattern}": own for pattern, own in _patterns(differing, [*options, *plain])}
     config = {
@@ -163,7 +228,9 @@ def fallbacks() -> tuple[str, ...]:
     return "W2A16", "W3A16", "W4A16", "W8A16"
 
 
-def _patterns(wanted: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _patterns(
+    wanted: Mapping[str, dict[str, Any]], names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield regexes that match the names in ``wanted`` and no other of ``names``: one for a kind where all layers agree, else one for each."""
     everywhere: dict[str, list[str]] = {}
     for name in names:
@@ -179,7 +246,9 @@ def _patterns(wanted: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Ite
         yield kind + "$", options
         for shards, fused in FUSED:
             parent, _, last = kind.rpartition(r"\.")
-            if last == shards[-1] and all(agreed.get(rf"{parent}\.{shard}") == options for shard in shards):
+            if last == shards[-1] and all(
+                agreed.get(rf"{parent}\.{shard}") == options for shard in shards
+            ):
                 yield rf"{parent}\.{fused}$", options
 
 
@@ -196,15 +265,22 @@ class _Dynamic:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
-        rules = sorted((config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:"))
+        rules = sorted(
+            (config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:")
+        )
         patterns = patterns_of([key.removeprefix("-:").removeprefix("+:") for key, _ in rules])
-        self._rules = [(pattern, key.startswith("-:"), options) for pattern, (key, options) in zip(patterns, rules, strict=True)]
+        self._rules = [
+            (pattern, key.startswith("-:"), options)
+            for pattern, (key, options) in zip(patterns, rules, strict=True)
+        ]
 
     def options(self, name: str) -> Mapping[str, Any] | None:
         """Return the config as it holds for the layer ``name``; None when it is left out."""
         for pattern, is_skip, override in self._rules:
             if pattern.match(name):
-                return None if is_skip or override is False else {**self._config, **(override or {})}
+                return (
+                    None if is_skip or override is False else {**self._config, **(override or {})}
+                )
         return self._config
 
 
@@ -220,10 +296,16 @@ def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> Quantized
         if "g_idx" in parts:
             expected = f"{word_rows * 32 // bits}, a group for each input that `qweight` {list(parts['qweight'].shape)} holds in {bits} bits"
             raise parts.misfit("g_idx", expected, code="E_G_IDX_LENGTH")
-        raise parts.misfit("qweight", f"{math.ceil(columns * bits / 32)} rows for {columns} inputs of {bits} bits")
+        raise parts.misfit(
+            "qweight", f"{math.ceil(columns * bits / 32)} rows for {columns} inputs of {bits} bits"
+        )
     if parts["scales"].shape != (groups, rows) or zero_groups != groups:
         raise parts.misfit("scales", f"[{zero_groups}, {rows}], as `qzeros` and `qweight` have it")
     weights = grouped_integers(
-        bits, columns, groups, options.get("group_size"), symmetric=bool(options.get("sym", not options.get("zero_point", False)))
+        bits,
+        columns,
+        groups,
+        options.get("group_size"),
+        symmetric=bool(options.get("sym", not options.get("zero_point", False))),
     )
     return QuantizedModule(parts.name, Scheme(weights), (rows, columns), parts.tensors, variant)

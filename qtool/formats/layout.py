@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 SCALE_DTYPES = ("F16", "BF16", "F32")
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one for each head
-CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")  # of the KV cache, on modules that hold other things
+CACHE_SUFFIXES = (
+    *CACHE_SCALES,
+    "k_bias",
+    "v_bias",
+)  # of the KV cache, on modules that hold other things
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,16 @@ class Layout:
     modules: Mapping[str, QuantizedModule]
     kv_cache: str | None
     warnings: tuple[str, ...]
-    rotates_inputs: bool = False  # at run time (QuIP, SpinQuant R3/R4): the weights alone are not the model
+    rotates_inputs: bool = (
+        False  # at run time (QuIP, SpinQuant R3/R4): the weights alone are not the model
+    )
 
     @cached_property
     def owned(self) -> frozenset[str]:
         """The names of all tensors that belong to a quantized layer, biases included."""
-        return frozenset(tensor.name for module in self.modules.values() for tensor in module.tensors.values())
+        return frozenset(
+            tensor.name for module in self.modules.values() for tensor in module.tensors.values()
+        )
 
 
 class Detector(Protocol):
@@ -89,10 +97,14 @@ class Format(Detector, Protocol):
     def write(self, module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors that hold ``weight``: the inverse of `read`."""
 
-    def settings(self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+    def settings(
+        self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+    ) -> dict[str, dict[str, Any]]:
         """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers ``plain``: file name -> keys to set."""
 
-    def cache_scale(self, attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
+    def cache_scale(
+        self, attention: str, which: str, count: int
+    ) -> tuple[str, tuple[int, ...]] | None:
         """Return name and shape of the KV-cache scale ``which`` (k, v or q) of an attention module; None when it has no place."""
 
     def fallbacks(self) -> tuple[str, ...]:
@@ -112,7 +124,9 @@ class Parts:
     def __getitem__(self, suffix: str) -> TensorInfo:
         """Return the tensor ``suffix``; CheckpointRefused when the module has none."""
         if suffix not in self.tensors:
-            found = ", ".join(f"{found} {tensor.dtype}" for found, tensor in sorted(self.tensors.items()))
+            found = ", ".join(
+                f"{found} {tensor.dtype}" for found, tensor in sorted(self.tensors.items())
+            )
             message = f"`{self.name}` is quantized and its tensor `{self.name}.{suffix}` is missing (found: {found})"
             raise refused("E_MISSING_TENSOR", message, "download or export the checkpoint again")
         return self.tensors[suffix]
@@ -129,8 +143,17 @@ class Parts:
     def misfit(self, suffix: str, expected: str, *, code: str = "") -> CheckpointRefused:
         """Return the error that says that the tensor ``suffix`` is not what was ``expected``."""
         tensor = self[suffix]
-        code = code or ("E_SCALE_SHAPE" if "scale" in suffix else "E_ZERO_SHAPE" if "zero" in suffix else "E_TENSOR_SHAPE")
-        return refused(code, f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; expected {expected}")
+        code = code or (
+            "E_SCALE_SHAPE"
+            if "scale" in suffix
+            else "E_ZERO_SHAPE"
+            if "zero" in suffix
+            else "E_TENSOR_SHAPE"
+        )
+        return refused(
+            code,
+            f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; expected {expected}",
+        )
 
 
 def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
@@ -150,7 +173,9 @@ def group_size(columns: int, groups: int, promised: int | None = None) -> int:
     return math.ceil(columns / groups)
 
 
-def grouped_integers(bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool) -> Weights:
+def grouped_integers(
+    bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool
+) -> Weights:
     """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a channel's, unless the config promised that group."""
     size = group_size(columns, groups, promised)
     format: Any = f"int{bits}"
@@ -162,16 +187,28 @@ def grouped_integers(bits: int, columns: int, groups: int, promised: int | None,
 def block_size(size: int, blocks: int) -> int:
     """Return the length of blocks that cut ``size`` into ``blocks``; the last may be short, so a power of two is preferred."""
     candidates = [128, *(2**bits for bits in range(size.bit_length() + 1))]
-    return next((length for length in candidates if math.ceil(size / length) == blocks), math.ceil(size / blocks))
+    return next(
+        (length for length in candidates if math.ceil(size / length) == blocks),
+        math.ceil(size / blocks),
+    )
 
 
 def by_scheme(modules: Sequence[QuantizedModule]) -> dict[Scheme, list[QuantizedModule]]:
     """Return the modules of each scheme, the most common scheme first."""
     counts = Counter(module.scheme for module in modules)
-    return {scheme: [module for module in modules if module.scheme == scheme] for scheme, _ in counts.most_common()}
+    return {
+        scheme: [module for module in modules if module.scheme == scheme]
+        for scheme, _ in counts.most_common()
+    }
 
 
-def shared_objection(module: QuantizedModule, weight: QuantizedWeight, *, act_order: bool = False, pre_scale: bool = False) -> str | None:
+def shared_objection(
+    module: QuantizedModule,
+    weight: QuantizedWeight,
+    *,
+    act_order: bool = False,
+    pre_scale: bool = False,
+) -> str | None:
     """Return the constraint that a format without stacked experts and, unless told otherwise, act-order and input factors, does not meet."""
     if module.experts > 1:
         return f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer has tensors of its own here"
@@ -180,7 +217,11 @@ def shared_objection(module: QuantizedModule, weight: QuantizedWeight, *, act_or
     if weight.pre_scale is not None and not pre_scale:
         return "pre_quant_scale: the input is multiplied by a stored factor, and there is no place for one here"
     activations = module.scheme.activations
-    if activations and activations.needs_data and (weight.activation is None or weight.activation.scale is None):
+    if (
+        activations
+        and activations.needs_data
+        and (weight.activation is None or weight.activation.scale is None)
+    ):
         return f"input_scale: {activations} inputs need a scale that calibration finds, and there is none"
     return None
 
@@ -190,9 +231,15 @@ def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> N
     for name in plain:
         if hidden := next((module.name for module in modules if name in module.name), None):
             message = f"ignore list: `{name}` stays in 16 bits, and engines, which look for names inside names, would skip `{hidden}` with it"
-            raise refused("E_CANNOT_HOLD", message, "convert to compressed-tensors, which has whole names")
+            raise refused(
+                "E_CANNOT_HOLD", message, "convert to compressed-tensors, which has whole names"
+            )
 
 
-def refused(code: str, message: str, hint: str = "config and tensors are not of one export: download or export it again") -> CheckpointRefused:
+def refused(
+    code: str,
+    message: str,
+    hint: str = "config and tensors are not of one export: download or export it again",
+) -> CheckpointRefused:
     """Return the error for a checkpoint whose parts do not fit together."""
     return CheckpointRefused(code, message, hint=hint)

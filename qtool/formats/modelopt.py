@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
     from qtool.weight import QuantizedWeight
 
-KEPT_SUFFIXES = ("weight", "bias", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+KEPT_SUFFIXES = (
+    "weight",
+    "bias",
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "pre_quant_scale",
+)
 INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
     "FP8": SCHEMES["FP8"].activations,
     "FP8_PER_CHANNEL_PER_TOKEN": SCHEMES["FP8_DYNAMIC"].activations,
@@ -92,12 +99,19 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         own = per_layer.get(parts.name)
         if _is_quantized(parts):
             if own is None and algorithm == "MIXED_PRECISION":
-                raise refused("E_QUANT_TARGET", f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it")
+                raise refused(
+                    "E_QUANT_TARGET",
+                    f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it",
+                )
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
-            modules[parts.name] = _module(parts, str(own["quant_algo"]).upper() if own else algorithm)
+            modules[parts.name] = _module(
+                parts, str(own["quant_algo"]).upper() if own else algorithm
+            )
         elif own:
-            warnings.append(f"`{parts.name}` is in `quantized_layers` and is stored as {parts['weight'].dtype}")
+            warnings.append(
+                f"`{parts.name}` is in `quantized_layers` and is stored as {parts['weight'].dtype}"
+            )
     kv_cache = _kv_cache(config)
     has_scales = any(name.endswith(".k_scale") for name in checkpoint.tensors)
     if has_scales and kv_cache is None:
@@ -117,7 +131,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     data, scale, scale2 = tensors["weight"], tensors["weight_scale"], None
     if weights.format == "int4":  # two rows in a byte, the even one low, in two's complement
         even, odd = data[:, ::2], data[:, 1::2]
-        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=1).flatten(0, 1) ^ 0x88
+        data = (
+            torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=1).flatten(0, 1)
+            ^ 0x88
+        )
     if weights.scale == "e8m0":
         scale = scale.view(torch.float8_e8m0fnu)
     elif weights.scale == "e4m3":
@@ -127,9 +144,20 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     elif weights.granularity in ("tensor", "channel"):
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     input_scale = tensors.get("input_scale")
-    activation = Activation(activations, None if input_scale is None else input_scale.reshape(())) if activations else None
+    activation = (
+        Activation(activations, None if input_scale is None else input_scale.reshape(()))
+        if activations
+        else None
+    )
     block = uneven_block(weights, module.shape)
-    return QuantizedWeight(data, scale, scale2, pre_scale=tensors.get("pre_quant_scale"), activation=activation, block=block)
+    return QuantizedWeight(
+        data,
+        scale,
+        scale2,
+        pre_scale=tensors.get("pre_quant_scale"),
+        activation=activation,
+        block=block,
+    )
 
 
 def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -140,7 +168,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
         return f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has {', '.join(ALGORITHM_OF_SCHEME)}"
     if algorithm == "W4A8_AWQ" and "weight_scale_2" not in module.tensors:
         return "weight_scale_2: layers that engines fuse share a second scale, and only ModelOpt finds it"
-    if scheme.weights.format == "int4" and (rows % 2 or columns % (scheme.weights.group_size or columns)):
+    if scheme.weights.format == "int4" and (
+        rows % 2 or columns % (scheme.weights.group_size or columns)
+    ):
         return f"shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found {rows} x {columns}"
     return shared_objection(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
 
@@ -153,7 +183,9 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     if weights.format == "int4":
         even, odd = (data ^ 0x88).reshape(data.shape[0] // 2, 2, -1).unbind(1)
-        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
+        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(
+            1
+        )
     if weights.granularity == "tensor":
         scale = scale[0, 0]
     elif weights.granularity == "channel":
@@ -165,7 +197,9 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     tensors |= {"weight": data, "weight_scale": scale}
     if weight.scale2 is not None:
         tensors["weight_scale_2"] = weight.scale2[0]
-    elif _algorithm(module) == "W4A8_AWQ":  # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
+    elif (
+        _algorithm(module) == "W4A8_AWQ"
+    ):  # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
         tensors["weight_scale_2"] = _as_found(module.tensors["weight_scale_2"])
     if weight.activation and weight.activation.scale is not None:
         tensors["input_scale"] = weight.activation.scale
@@ -174,7 +208,9 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     return tensors
 
 
-def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+def settings(
+    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the flat config and the nested sidecar, which says more.
 
     Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would skip a quantized layer.
@@ -183,17 +219,39 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
     kinds = {tuple(layer.items()) for layer in layers.values()}
     algorithms = {_name(module) for module in modules}
     if len(kinds) > len(algorithms):
-        raise refused("E_CANNOT_HOLD", f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}", "convert to gptq")
+        raise refused(
+            "E_CANNOT_HOLD",
+            f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}",
+            "convert to gptq",
+        )
     check_skipped(plain, modules)
-    algorithm = "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None  # of the KV cache alone
+    algorithm = (
+        "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None
+    )  # of the KV cache alone
     shared: dict[str, Any] = (
-        {} if algorithm is None else {"quantized_layers": layers} if algorithm == "MIXED_PRECISION" else dict(next(iter(layers.values())))
+        {}
+        if algorithm is None
+        else {"quantized_layers": layers}
+        if algorithm == "MIXED_PRECISION"
+        else dict(next(iter(layers.values())))
     )
     shared["quant_algo"] = algorithm
     if algorithm in WITH_INPUT_FACTORS and algorithm != "NVFP4":
-        shared |= {"has_zero_point": False, "pre_quant_scale": any("pre_quant_scale" in module.tensors for module in modules)}
-    nested = {**shared, "kv_cache_quant_algo": "FP8" if kv_cache else None, "exclude_modules": list(plain)}
-    flat: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": list(plain), "producer": PRODUCER}
+        shared |= {
+            "has_zero_point": False,
+            "pre_quant_scale": any("pre_quant_scale" in module.tensors for module in modules),
+        }
+    nested = {
+        **shared,
+        "kv_cache_quant_algo": "FP8" if kv_cache else None,
+        "exclude_modules": list(plain),
+    }
+    flat: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": list(plain),
+        "producer": PRODUCER,
+    }
     if algorithm == "MIXED_PRECISION":
         flat["quantized_layers"] = layers
     if algorithm in WITH_GROUPS_IN_CONFIG:
@@ -201,13 +259,18 @@ def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache:
             f"group_{index}": {
                 "weights": _arguments(scheme.weights),
                 "input_activations": _arguments(scheme.activations) if scheme.activations else None,
-                "targets": ["Linear"] if algorithm != "MIXED_PRECISION" else [module.name for module in members],
+                "targets": ["Linear"]
+                if algorithm != "MIXED_PRECISION"
+                else [module.name for module in members],
             }
             for index, (scheme, members) in enumerate(by_scheme(modules).items())
         }
     if kv_cache:
         flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    return {"config.json": {"quantization_config": flat}, "hf_quant_config.json": {"producer": PRODUCER, "quantization": nested}}
+    return {
+        "config.json": {"quantization_config": flat},
+        "hf_quant_config.json": {"producer": PRODUCER, "quantization": nested},
+    }
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
@@ -225,7 +288,9 @@ def _as_found(tensor: TensorInfo) -> Tensor:
 
     from qtool.formats.packing import torch_dtype
 
-    return torch.frombuffer(bytearray(tensor.read()), dtype=torch_dtype(tensor)).reshape(tensor.shape)
+    return torch.frombuffer(bytearray(tensor.read()), dtype=torch_dtype(tensor)).reshape(
+        tensor.shape
+    )
 
 
 def _algorithm(module: QuantizedModule) -> str | None:
@@ -247,19 +312,30 @@ def _group(module: QuantizedModule) -> dict[str, int]:
 
 def _arguments(numbers: Weights | Activations) -> dict[str, Any]:
     size = {"group_size": numbers.group_size} if numbers.group_size else {}
-    return {"dynamic": False, "num_bits": FORMAT_BITS[numbers.format], "type": "float" if numbers.format.startswith("fp") else "int", **size}
+    return {
+        "dynamic": False,
+        "num_bits": FORMAT_BITS[numbers.format],
+        "type": "float" if numbers.format.startswith("fp") else "int",
+        **size,
+    }
 
 
 def _names(patterns: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that says whether a name is one of ``patterns``, names and globs."""
     exact = frozenset(pattern for pattern in patterns if WILDCARDS.isdisjoint(pattern))
-    globs = re.compile("|".join(translate(pattern) for pattern in patterns if pattern not in exact) or "(?!)")
+    globs = re.compile(
+        "|".join(translate(pattern) for pattern in patterns if pattern not in exact) or "(?!)"
+    )
     return lambda name: name in exact or globs.match(name) is not None
 
 
 def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
     sidecar = checkpoint.path / "hf_quant_config.json"
-    nested = config.get("quantization") or (read_json(sidecar).get("quantization") if sidecar.is_file() else None) or {}
+    nested = (
+        config.get("quantization")
+        or (read_json(sidecar).get("quantization") if sidecar.is_file() else None)
+        or {}
+    )
     flat = {key: value for key, value in config.items() if value is not None}
     return {**nested, **flat}  # the embedded config wins where both speak
 
@@ -272,12 +348,18 @@ def _is_quantized(parts: Parts) -> bool:
 
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:
     if algorithm not in INPUT_OF_ALGORITHM:
-        raise refused("E_QUANT_ALGORITHM", f"`{parts.name}`: ModelOpt's `{algorithm}` is not read", f"read are {', '.join(INPUT_OF_ALGORITHM)}")
+        raise refused(
+            "E_QUANT_ALGORITHM",
+            f"`{parts.name}`: ModelOpt's `{algorithm}` is not read",
+            f"read are {', '.join(INPUT_OF_ALGORITHM)}",
+        )
     weights, shape = _weights(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
     activations = INPUT_OF_ALGORITHM[algorithm]
     if activations and activations.needs_data:
         parts["input_scale"]
-    tensors = {suffix: tensor for suffix, tensor in parts.tensors.items() if suffix in KEPT_SUFFIXES}
+    tensors = {
+        suffix: tensor for suffix, tensor in parts.tensors.items() if suffix in KEPT_SUFFIXES
+    }
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, tensors)
 
 
@@ -291,26 +373,43 @@ def _weights(parts: Parts, *, in_blocks: bool) -> tuple[Weights, tuple[int, int]
         columns *= 2
         if scale.dtype == "F8_E4M3":
             parts["weight_scale_2"]
-        return Weights("fp4", "group", _grouped(parts, rows, columns), scale="e4m3" if scale.dtype == "F8_E4M3" else "e8m0"), (rows, columns)
+        return Weights(
+            "fp4",
+            "group",
+            _grouped(parts, rows, columns),
+            scale="e4m3" if scale.dtype == "F8_E4M3" else "e8m0",
+        ), (rows, columns)
     format: Any = "int8" if weight.dtype == "I8" else "fp8"
     if scale.dtype in ("U8", "F8_E8M0"):
-        return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0"), (rows, columns)
+        return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0"), (
+            rows,
+            columns,
+        )
     if scale.dtype not in SCALE_DTYPES:
-        raise parts.misfit("weight_scale", f"{' or '.join(SCALE_DTYPES)} scales of a {weight.dtype} weight")
+        raise parts.misfit(
+            "weight_scale", f"{' or '.join(SCALE_DTYPES)} scales of a {weight.dtype} weight"
+        )
     if scale.count == 1 and not in_blocks:
         return Weights(format, "tensor"), (rows, columns)
     if not in_blocks and scale.shape in ((rows,), (rows, 1)):
         return Weights(format, "channel"), (rows, columns)
     blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     if len(blocks) != 2 or scale.count != math.prod(blocks):
-        raise parts.misfit("weight_scale", f"one scale, {rows}, or one for each block of {rows} x {columns}")
+        raise parts.misfit(
+            "weight_scale", f"one scale, {rows}, or one for each block of {rows} x {columns}"
+        )
     block = block_size(rows, blocks[0]), block_size(columns, blocks[1])
     return Weights(format, "block", block=block), (rows, columns)
 
 
 def _grouped(parts: Parts, rows: int, columns: int) -> int:
     scale = parts["weight_scale"]
-    if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
+    if (
+        len(scale.shape) != 2
+        or scale.shape[0] != rows
+        or not scale.shape[1]
+        or columns % scale.shape[1]
+    ):
         raise parts.misfit("weight_scale", f"one scale for each group of {rows} x {columns}")
     return group_size(columns, scale.shape[1])
 

@@ -34,7 +34,12 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             if suffix.endswith(BLOCKS):
                 module = _module(parts, suffix.removesuffix(BLOCKS))
                 modules[module.name] = module
-    return Layout("mxfp4", modules, None, () if modules else ("the config says mxfp4 and no tensor is quantized",))
+    return Layout(
+        "mxfp4",
+        modules,
+        None,
+        () if modules else ("the config says mxfp4 and no tensor is quantized",),
+    )
 
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -64,12 +69,23 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     rows, columns = module.shape
     groups = columns // GROUP
     blocks = weight.data.reshape(module.experts, rows // module.experts, groups, GROUP // 2)
-    return {BLOCKS: blocks, SCALES: weight.scale.view(torch.uint8).reshape(module.experts, rows // module.experts, groups)}
+    return {
+        BLOCKS: blocks,
+        SCALES: weight.scale.view(torch.uint8).reshape(
+            module.experts, rows // module.experts, groups
+        ),
+    }
 
 
-def settings(modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None) -> dict[str, dict[str, Any]]:
+def settings(
+    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the config."""
-    return {"config.json": {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(plain)}}}
+    return {
+        "config.json": {
+            "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(plain)}
+        }
+    }
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
@@ -87,8 +103,12 @@ def _module(parts: Parts, projection: str) -> QuantizedModule:
     if blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[3] != GROUP // 2:
         raise parts.misfit(projection + BLOCKS, "U8 [experts, outputs, groups, 16]")
     if scales.dtype not in ("U8", "F8_E8M0") or scales.shape != blocks.shape[:3]:
-        raise parts.misfit(projection + SCALES, f"U8 {list(blocks.shape[:3])}, a scale for each block")
+        raise parts.misfit(
+            projection + SCALES, f"U8 {list(blocks.shape[:3])}, a scale for each block"
+        )
     experts, rows, groups = scales.shape
     tensors = {BLOCKS: blocks, SCALES: scales}
     name = f"{parts.name}.{projection}"
-    return QuantizedModule(name, SCHEMES["MXFP4A16"], (experts * rows, groups * GROUP), tensors, experts=experts)
+    return QuantizedModule(
+        name, SCHEMES["MXFP4A16"], (experts * rows, groups * GROUP), tensors, experts=experts
+    )

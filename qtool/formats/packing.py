@@ -55,7 +55,11 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
 
 def load(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
     """Return all tensors of ``module`` but its bias, by suffix."""
-    return {suffix: read_tensor(checkpoint, tensor.name) for suffix, tensor in module.tensors.items() if suffix != "bias"}
+    return {
+        suffix: read_tensor(checkpoint, tensor.name)
+        for suffix, tensor in module.tensors.items()
+        if suffix != "bias"
+    }
 
 
 def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
@@ -129,7 +133,9 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     rows, width = words.shape
     if width == -(-count * bits // 32):
         data = words.flatten().view(torch.uint8).reshape(rows, -1)
-        data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).reshape(rows, -1, bits)  # eight codes in `bits` bytes
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).reshape(
+            rows, -1, bits
+        )  # eight codes in `bits` bytes
         codes = [data[..., i * bits // 8] >> (i * bits % 8) for i in range(8)]
         for i in range(8):
             if i * bits % 8 + bits > 8:
@@ -138,10 +144,17 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
         codes = [(words >> (i * bits)).to(torch.uint8) for i in range(32 // bits)]
     else:
         raise refused("E_TENSOR_SHAPE", f"{width} words hold no {count} codes of {bits} bits")
-    return torch.stack(codes, dim=-1).reshape(rows, -1)[:, :count].bitwise_and(2**bits - 1).contiguous()
+    return (
+        torch.stack(codes, dim=-1)
+        .reshape(rows, -1)[:, :count]
+        .bitwise_and(2**bits - 1)
+        .contiguous()
+    )
 
 
-def check_constant(module: QuantizedModule, words: Tensor, bits: int, count: int, values: Container[int]) -> None:
+def check_constant(
+    module: QuantizedModule, words: Tensor, bits: int, count: int, values: Container[int]
+) -> None:
     """Raise CheckpointRefused when the zero points ``words`` of a layer that its config calls symmetric are not all one of ``values``."""
     if words.is_meta:
         return
@@ -149,7 +162,11 @@ def check_constant(module: QuantizedModule, words: Tensor, bits: int, count: int
     if zeros.numel() > 1 or int(zeros[0]) not in values:
         found = ", ".join(map(str, zeros[:4].tolist()))
         message = f"`{module.name}` is symmetric, as the config says, and its zero points are {found} and not {2 ** (bits - 1)}"
-        raise refused("E_ZERO_POINT", message, "set `sym` to false in the quantization config if the weights are asymmetric")
+        raise refused(
+            "E_ZERO_POINT",
+            message,
+            "set `sym` to false in the quantization config if the weights are asymmetric",
+        )
 
 
 def signed(codes: Tensor, bits: int) -> Tensor:
@@ -171,7 +188,11 @@ def reorder(data: Tensor, order: Tensor) -> Tensor:
 def groups_of_inputs(columns: int, size: int, perm: Tensor | None) -> Tensor:
     """Return g_idx, int32 [K]: the group of each input, in order or as ``perm`` scatters them; the inverse of `permutation`."""
     in_order = torch.arange(columns, dtype=torch.int32) // size
-    return in_order if perm is None else torch.empty_like(in_order).index_copy_(0, perm.long(), in_order)
+    return (
+        in_order
+        if perm is None
+        else torch.empty_like(in_order).index_copy_(0, perm.long(), in_order)
+    )
 
 
 def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
@@ -184,5 +205,7 @@ def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
         return None
     in_range = bool(((g_idx >= 0) & (g_idx < groups)).all())
     if not in_range or not bool((torch.bincount(g_idx.long(), minlength=groups) == size).all()):
-        raise refused("E_G_IDX", f"g_idx does not put {size} of {columns} inputs into each of {groups} groups")
+        raise refused(
+            "E_G_IDX", f"g_idx does not put {size} of {columns} inputs into each of {groups} groups"
+        )
     return torch.argsort(g_idx, stable=True).to(torch.int32)

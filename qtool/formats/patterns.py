@@ -25,7 +25,10 @@ class Pattern:
         try:
             self._compiled: Any = regex.compile(pattern)
         except (regex.error, RecursionError) as error:
-            raise refused("E_QUANT_PATTERN", f"the config's pattern `{pattern[:200]}` is no regular expression: {error}") from error
+            raise refused(
+                "E_QUANT_PATTERN",
+                f"the config's pattern `{pattern[:200]}` is no regular expression: {error}",
+            ) from error
         self._pattern, self._left = pattern, BUDGET_S
 
     def match(self, name: str) -> bool:
@@ -45,7 +48,11 @@ class Pattern:
 def patterns_of(texts: Sequence[str]) -> list[Pattern]:
     """Return the patterns of a list. Raises: CheckpointRefused, when one is none, or there are more of them than any recipe needs."""
     if len(texts) > MAX_PATTERNS:
-        raise refused("E_QUANT_PATTERN", f"the config has {len(texts):,} patterns; the limit is {MAX_PATTERNS}", "list the names instead")
+        raise refused(
+            "E_QUANT_PATTERN",
+            f"the config has {len(texts):,} patterns; the limit is {MAX_PATTERNS}",
+            "list the names instead",
+        )
     return [Pattern(text) for text in texts]
 
 

@@ -34,7 +34,11 @@ def claims(config: Mapping[str, Any]) -> bool:
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """Return the layout: a module is quantized when its weight has a ``qdata`` part; the config's class says what that means."""
     kind = str(config.get("quant_type", {}).get("default", {}).get("_type"))
-    modules = {parts.name: _module(checkpoint, parts, kind) for parts in modules_of(checkpoint) if DATA in parts}
+    modules = {
+        parts.name: _module(checkpoint, parts, kind)
+        for parts in modules_of(checkpoint)
+        if DATA in parts
+    }
     return Layout("torchao", modules, None, ())
 
 
@@ -43,7 +47,9 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     from qtool.weight import Activation, QuantizedWeight
 
     if module.scheme.weights.bits == 4:
-        raise refused("E_FORMAT", f"`{module.name}`: torchao's int4 tensors are described and not read yet")
+        raise refused(
+            "E_FORMAT", f"`{module.name}`: torchao's int4 tensors are described and not read yet"
+        )
     activation = Activation(module.scheme.activations) if module.scheme.activations else None
     return QuantizedWeight(tensors[DATA], tensors[SCALE], activation=activation)
 
@@ -56,7 +62,19 @@ def _module(checkpoint: Checkpoint, parts: Parts, kind: str) -> QuantizedModule:
         return QuantizedModule(parts.name, ROW_SCHEMES[kind], (rows, columns), parts.tensors)
     if kind == "Int4WeightOnlyConfig" and TILES in parts and len(parts[DATA].shape) == 4:
         row_tiles, column_tiles, *_ = parts[DATA].shape
-        rows, columns = row_tiles * 8, column_tiles * 8 * 16  # tiles of tinygemm, padded: the layer itself may be smaller
+        rows, columns = (
+            row_tiles * 8,
+            column_tiles * 8 * 16,
+        )  # tiles of tinygemm, padded: the layer itself may be smaller
         group_size = columns // parts[TILES].shape[0]
-        return QuantizedModule(parts.name, Scheme(Weights("int4", "group", group_size, symmetric=False)), (rows, columns), parts.tensors)
-    raise refused("E_QUANT_CLASS", f"{checkpoint.path}: torchao's `{kind}` is not read", f"{', '.join([*ROW_SCHEMES, 'Int4WeightOnlyConfig'])} are")
+        return QuantizedModule(
+            parts.name,
+            Scheme(Weights("int4", "group", group_size, symmetric=False)),
+            (rows, columns),
+            parts.tensors,
+        )
+    raise refused(
+        "E_QUANT_CLASS",
+        f"{checkpoint.path}: torchao's `{kind}` is not read",
+        f"{', '.join([*ROW_SCHEMES, 'Int4WeightOnlyConfig'])} are",
+    )

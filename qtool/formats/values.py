@@ -17,7 +17,9 @@ from qtool.formats import mxfp4
 from qtool.formats.layout import CACHE_SCALES, Layout
 
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
-BLOCK_BYTES = 1 << 20  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
+BLOCK_BYTES = (
+    1 << 20
+)  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
 SCALES = (
     "weight_scale",
     "_weight_scale",
@@ -73,10 +75,18 @@ def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[
     """Do what `check_values` does for some of the tensors of a checkpoint of ``layout``."""
     by_name = {tensor.name: tensor for tensor in tensors}
     with _Files() as files:
-        pieces = [piece for tensor in by_name.values() for piece in _pieces(tensor, _check_for(tensor, layout))]
+        pieces = [
+            piece
+            for tensor in by_name.values()
+            for piece in _pieces(tensor, _check_for(tensor, layout))
+        ]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(lambda piece: piece.problem(files), pieces, chunksize=16)
-            problems = {piece.tensor.name: problem for piece, problem in zip(pieces, found, strict=True) if problem}
+            problems = {
+                piece.tensor.name: problem
+                for piece, problem in zip(pieces, found, strict=True)
+                if problem
+            }
     return [f"{by_name[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
 
 
@@ -132,7 +142,9 @@ class _Files:
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
             descriptor = os.open(path, os.O_RDONLY)
-            if self._descriptors.setdefault(path, descriptor) != descriptor:  # another thread was first
+            if (
+                self._descriptors.setdefault(path, descriptor) != descriptor
+            ):  # another thread was first
                 os.close(descriptor)
         return self._descriptors[path]
 
@@ -140,7 +152,9 @@ class _Files:
 def _pieces(tensor: TensorInfo, word_and_check: tuple[type, Check] | None) -> Iterator[_Piece]:
     if word_and_check:
         for start in range(0, tensor.size_bytes, PIECE_BYTES):
-            yield _Piece(tensor, start, min(PIECE_BYTES, tensor.size_bytes - start), *word_and_check)
+            yield _Piece(
+                tensor, start, min(PIECE_BYTES, tensor.size_bytes - start), *word_and_check
+            )
 
 
 def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] | None:
@@ -150,8 +164,18 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] 
     if layout and tensor.name.endswith(mxfp4.SCALES):
         module = layout.modules.get(tensor.name.removesuffix(mxfp4.SCALES))
         suffix = "weight_scale" if module else suffix
-    if tensor.dtype == "F8_E8M0" or (suffix == "weight_scale" and tensor.dtype == "U8" and module and module.scheme.weights.scale == "e8m0"):
-        return E8M0.word, lambda words, scratch: "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
+    if tensor.dtype == "F8_E8M0" or (
+        suffix == "weight_scale"
+        and tensor.dtype == "U8"
+        and module
+        and module.scheme.weights.scale == "e8m0"
+    ):
+        return (
+            E8M0.word,
+            lambda words, scratch: (
+                "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
+            ),
+        )
     if suffix in ("g_idx", "weight_g_idx") and module and tensor.dtype == "I32":
         groups = module.scheme.weights.scale_count(1, module.shape[1])
         return np.int32, lambda words, _: _group_problem(words, groups)
@@ -160,11 +184,17 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] 
     bits = FLOATS[tensor.dtype]
     is_scale = suffix in SCALES and (module is not None or suffix in CACHE_SCALES)
     zero_allowed = tensor.dtype == "F8_E4M3"
-    negative_allowed = bool(module and module.scheme.weights.format.startswith("int"))  # AutoRound flips a group to reach the code -8
-    return bits.word, lambda words, scratch: _float_problem(words, scratch, bits, is_scale, zero_allowed, negative_allowed)
+    negative_allowed = bool(
+        module and module.scheme.weights.format.startswith("int")
+    )  # AutoRound flips a group to reach the code -8
+    return bits.word, lambda words, scratch: _float_problem(
+        words, scratch, bits, is_scale, zero_allowed, negative_allowed
+    )
 
 
-def _float_problem(words: Any, scratch: Any, bits: Bits, is_scale: bool, zero_allowed: bool, negative_allowed: bool) -> str | None:
+def _float_problem(
+    words: Any, scratch: Any, bits: Bits, is_scale: bool, zero_allowed: bool, negative_allowed: bool
+) -> str | None:
     if bits.has_not_finite(words, scratch):
         return "holds NaN or infinity"
     if is_scale and not negative_allowed and words.max() >= bits.sign:
@@ -176,4 +206,8 @@ def _float_problem(words: Any, scratch: Any, bits: Bits, is_scale: bool, zero_al
 
 def _group_problem(words: Any, groups: int) -> str | None:
     low, high = int(words.min()), int(words.max())
-    return f"names the groups {low}..{high} and there are {groups}" if low < 0 or high >= groups else None
+    return (
+        f"names the groups {low}..{high} and there are {groups}"
+        if low < 0 or high >= groups
+        else None
+    )

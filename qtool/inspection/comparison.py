@@ -58,29 +58,45 @@ def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
     common = [name for name in here if name in there]
     if not common:
         message = f"{checkpoint.path} and {base.path} have no linear layer in common"
-        raise CheckpointRefused("E_NOT_COMPARABLE", message, hint="give the model that this one was made of")
-    differences = [_difference(name, _values(checkpoint, layout, here[name]), _values(base, base_layout, there[name])) for name in common]
+        raise CheckpointRefused(
+            "E_NOT_COMPARABLE", message, hint="give the model that this one was made of"
+        )
+    differences = [
+        _difference(
+            name, _values(checkpoint, layout, here[name]), _values(base, base_layout, there[name])
+        )
+        for name in common
+    ]
     return Comparison(
         base=base.name,
-        modules=tuple(sorted(differences, key=lambda found: math.inf if found.sqnr_db is None else found.sqnr_db)),
+        modules=tuple(
+            sorted(
+                differences, key=lambda found: math.inf if found.sqnr_db is None else found.sqnr_db
+            )
+        ),
         only_here=tuple(name for name in here if name not in there),
         only_there=tuple(name for name in there if name not in here),
     )
 
 
-def _linears(checkpoint: Checkpoint, layout: Layout | None) -> Mapping[str, QuantizedModule | TensorInfo]:
+def _linears(
+    checkpoint: Checkpoint, layout: Layout | None
+) -> Mapping[str, QuantizedModule | TensorInfo]:
     """Return every linear layer by name; stacked experts in 16 bits, [E, K, N], are there for those that MXFP4 packs."""
     quantized = layout.modules if layout else {}
     owned = layout.owned if layout else frozenset()
     plain = {
         tensor.name.removesuffix(".weight"): tensor
         for tensor in checkpoint.tensors.values()
-        if tensor.name not in owned and (is_linear(tensor) or (len(tensor.shape) == 3 and ".experts." in tensor.name))
+        if tensor.name not in owned
+        and (is_linear(tensor) or (len(tensor.shape) == 3 and ".experts." in tensor.name))
     }
     return {**quantized, **plain}
 
 
-def _values(checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo) -> Tensor:
+def _values(
+    checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo
+) -> Tensor:
     import torch
 
     from qtool.conversion.layers import dense, read_value
@@ -94,12 +110,17 @@ def _difference(name: str, here: Tensor, there: Tensor) -> Difference:
 
     if here.shape != there.shape:
         message = f"`{name}` is {list(here.shape)} here and {list(there.shape)} in the base"
-        raise CheckpointRefused("E_NOT_COMPARABLE", message, hint="give the model that this one was made of")
+        raise CheckpointRefused(
+            "E_NOT_COMPARABLE", message, hint="give the model that this one was made of"
+        )
     if torch.equal(here, there):
         return Difference(name, None, 0.0)
     decibels, rescaled = _sqnr_db(here, there), False
     if WORST_DB < decibels < RESCALED_BELOW_DB:
-        fitted = max((_rescaled(here, there, dims) for dims in ((0, 1), (1, 0))), key=lambda each: _sqnr_db(each, there))
+        fitted = max(
+            (_rescaled(here, there, dims) for dims in ((0, 1), (1, 0))),
+            key=lambda each: _sqnr_db(each, there),
+        )
         if _sqnr_db(fitted, there) > decibels + RESCALED_GAIN_DB:
             here, decibels, rescaled = fitted, _sqnr_db(fitted, there), True
     largest = (here - there).abs().max().nan_to_num(nan=torch.finfo(torch.float32).max)
@@ -116,5 +137,8 @@ def _sqnr_db(here: Tensor, there: Tensor) -> float:
 def _rescaled(here: Tensor, there: Tensor, dims: Sequence[int]) -> Tensor:
     """Return ``here`` with the factors that bring it nearest to ``there``: one for each column (0) or row (1), in the order of ``dims``, twice."""
     for dim in (*dims, *dims):
-        here = here * ((here * there).sum(dim, keepdim=True) / here.square().sum(dim, keepdim=True).clamp(min=1e-30))
+        here = here * (
+            (here * there).sum(dim, keepdim=True)
+            / here.square().sum(dim, keepdim=True).clamp(min=1e-30)
+        )
     return here

@@ -59,7 +59,11 @@ def measure(checkpoint: Checkpoint, layout: Layout | None) -> DeepReport:
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             digests = pool.submit(_compared_digests, checkpoint)
-            modules = tuple(pool.map(lambda name: _numbers(checkpoint, layout, name), layout.modules)) if layout else ()
+            modules = (
+                tuple(pool.map(lambda name: _numbers(checkpoint, layout, name), layout.modules))
+                if layout
+                else ()
+            )
             text, changed = digests.result()
     finally:
         torch.set_num_threads(before)
@@ -72,7 +76,9 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
     assert layout is not None
     weight, bits = read(checkpoint, layout, name), layout.modules[name].scheme.weights.bits
     saturated, zero = _marks(weight, bits)
-    stored = slice(None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None)  # a common one stands in every row
+    stored = slice(
+        None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None
+    )  # a common one stands in every row
     scale = weight.scale[stored].float().abs()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[stored].abs()[:, None]
@@ -101,7 +107,11 @@ def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
     if weight.data.dtype == torch.uint8 and weight.scale.dtype in FP4_SCALES:
         magnitude = unpack_pairs(weight.data) & 7
         return magnitude == 7, magnitude == 0
-    codes = unpack_pairs(weight.data).view(torch.int8) - 8 if weight.data.dtype == torch.uint8 else weight.data
+    codes = (
+        unpack_pairs(weight.data).view(torch.int8) - 8
+        if weight.data.dtype == torch.uint8
+        else weight.data
+    )
     top = 2 ** (bits - 1)
     zero = 0 if weight.zero is None else spread(weight.zero, codes.shape[1], weight.tile[1], dim=1)
     return (codes == -top) | (codes == top - 1), codes == zero
@@ -114,9 +124,15 @@ def _compared_digests(checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
     expected = read_json(path).get("files")
     if not isinstance(expected, Mapping):
         return "the manifest lists no files", ()
-    present = [checkpoint.path / name for name in expected if os.sep not in name and (checkpoint.path / name).is_file()]
+    present = [
+        checkpoint.path / name
+        for name in expected
+        if os.sep not in name and (checkpoint.path / name).is_file()
+    ]
     found = digest_files(present)
     changed = tuple(name for name, digest in expected.items() if found.get(name) != digest)
     return (
-        f"{len(changed)} of {len(expected)} files are not those of the manifest" if changed else f"all {len(expected)} files match the manifest"
+        f"{len(changed)} of {len(expected)} files are not those of the manifest"
+        if changed
+        else f"all {len(expected)} files match the manifest"
     ), changed

@@ -23,15 +23,56 @@ MAX_COLUMNS = 256  # more layers than that share columns
 MAX_ROWS = 32  # more kinds than that share a row: a page stays small whatever the names are
 MAX_LISTED = 50  # names in a list that nobody reads to its end
 WORST = 15
-HIDDEN = dict.fromkeys((*range(9), *range(11, 32), 127, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+HIDDEN = dict.fromkeys(
+    (
+        *range(9),
+        *range(11, 32),
+        127,
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    ),
+    "\ufffd",
+)
 USUAL_ORDER = (
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    *(
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "o_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+    ),
     *("gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w3", "w2", "fc1", "fc2"),
 )
 # ColorBrewer's YlGnBu, safe for colour-blind eyes since lightness alone orders it. On a dark page the order turns round: more is always further
 # from the paper.
-LIGHT_STOPS = ("#f4f8d4", "#d3eeb9", "#97d5bb", "#56bcc2", "#2c97bd", "#2469aa", "#243f8f", "#101f5c")
-DARK_STOPS = ("#16263f", "#1c3a66", "#22568f", "#2878ad", "#3a9fbd", "#6cc3bd", "#b0dfb6", "#f3f7bf")
+LIGHT_STOPS = (
+    "#f4f8d4",
+    "#d3eeb9",
+    "#97d5bb",
+    "#56bcc2",
+    "#2c97bd",
+    "#2469aa",
+    "#243f8f",
+    "#101f5c",
+)
+DARK_STOPS = (
+    "#16263f",
+    "#1c3a66",
+    "#22568f",
+    "#2878ad",
+    "#3a9fbd",
+    "#6cc3bd",
+    "#b0dfb6",
+    "#f3f7bf",
+)
 
 
 def render_page(inspection: Inspection) -> str:
@@ -40,7 +81,12 @@ def render_page(inspection: Inspection) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     environment.filters |= {
         "bytes": bytes_text,
@@ -62,13 +108,19 @@ def render_page(inspection: Inspection) -> str:
         sizes=_sizes(inspection),
         heat_maps=[_heat_map(measure, facts) for measure in _measures(inspection)],
         worst=_worst(facts),
-        dead=[numbers.name for numbers in facts.numbers.values() if numbers.dead_rows or numbers.dead_columns],
+        dead=[
+            numbers.name
+            for numbers in facts.numbers.values()
+            if numbers.dead_rows or numbers.dead_columns
+        ],
         histograms=_histograms(facts),
         left=_left_in_16_bits(inspection.modules),
         max_listed=MAX_LISTED,
         table=Markup(_embedded(_module_table(facts))),
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a name may hold half a surrogate pair, which no file can
+    return page.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # a name may hold half a surrogate pair, which no file can
 
 
 def bytes_text(size: float) -> str:
@@ -109,8 +161,14 @@ class _Facts:
 
     @classmethod
     def of(cls, inspection: Inspection) -> _Facts:
-        differences = {module.name: module for module in inspection.against.modules} if inspection.against else {}
-        numbers = {module.name: module for module in inspection.deep.modules} if inspection.deep else {}
+        differences = (
+            {module.name: module for module in inspection.against.modules}
+            if inspection.against
+            else {}
+        )
+        numbers = (
+            {module.name: module for module in inspection.deep.modules} if inspection.deep else {}
+        )
         return cls(inspection.modules, differences, numbers)
 
     def describe(self, module: Module) -> list[str]:
@@ -122,11 +180,17 @@ class _Facts:
         ]
         if difference := self.differences.get(module.name):
             undone = ", after undoing a rescaling" if difference.rescaled else ""
-            lines.append(f"SQNR {decibel_text(difference.sqnr_db)}, largest error {number_text(difference.max_error)}{undone}")
+            lines.append(
+                f"SQNR {decibel_text(difference.sqnr_db)}, largest error {number_text(difference.max_error)}{undone}"
+            )
         if numbers := self.numbers.get(module.name):
-            lines.append(f"{numbers.saturated:.2%} saturated, scales {number_text(numbers.scale_min)} to {number_text(numbers.scale_max)}")
+            lines.append(
+                f"{numbers.saturated:.2%} saturated, scales {number_text(numbers.scale_min)} to {number_text(numbers.scale_max)}"
+            )
             if numbers.dead_rows or numbers.dead_columns:
-                lines.append(f"{numbers.dead_rows:,} dead outputs, {numbers.dead_columns:,} dead inputs")
+                lines.append(
+                    f"{numbers.dead_rows:,} dead outputs, {numbers.dead_columns:,} dead inputs"
+                )
         return lines
 
 
@@ -160,7 +224,9 @@ class _Measure:
 
     def ticks(self) -> list[str]:
         """Return the labels of the legend: both ends and the middle."""
-        middle = math.sqrt(self.low * self.high) if self.scale is _log2 else (self.low + self.high) / 2
+        middle = (
+            math.sqrt(self.low * self.high) if self.scale is _log2 else (self.low + self.high) / 2
+        )
         return [self.legend(value) for value in (self.low, middle, self.high)]
 
 
@@ -169,19 +235,41 @@ def _measures(inspection: Inspection) -> Iterator[_Measure]:
         return
     bits = {module.name: module.bits_per_weight for module in inspection.modules}
     yield _Measure(
-        "Bits per weight", "Stored bits with the share of scales and zero points.", bits, 2, 16, "{:.2f}".format, "{:.1f} bits".format, _log2
+        "Bits per weight",
+        "Stored bits with the share of scales and zero points.",
+        bits,
+        2,
+        16,
+        "{:.2f}".format,
+        "{:.1f} bits".format,
+        _log2,
     )
     if inspection.against and inspection.against.modules:
-        decibels = {module.name: math.inf if module.sqnr_db is None else module.sqnr_db for module in inspection.against.modules}
+        decibels = {
+            module.name: math.inf if module.sqnr_db is None else module.sqnr_db
+            for module in inspection.against.modules
+        }
         finite = [value for value in decibels.values() if math.isfinite(value)] or [0.0]
         note = f"Signal to quantization noise against {_short(inspection.against.base)}. Lower is worse and painted stronger; = marks equal weights."
-        best = max(max(finite), min(finite) + 10)  # ten decibels at least, or noise would look like a finding
-        yield _Measure("Error", note, decibels, best, min(finite), lambda value: "=" if value == math.inf else f"{value:.1f}", "{:.0f} dB".format)
+        best = max(
+            max(finite), min(finite) + 10
+        )  # ten decibels at least, or noise would look like a finding
+        yield _Measure(
+            "Error",
+            note,
+            decibels,
+            best,
+            min(finite),
+            lambda value: "=" if value == math.inf else f"{value:.1f}",
+            "{:.0f} dB".format,
+        )
     if inspection.deep and inspection.deep.modules:
         shares = {module.name: module.saturated for module in inspection.deep.modules}
         most = max([0.01, *(value for value in shares.values() if math.isfinite(value))])
         note = "Share of the codes at either end of the format's range, in percent."
-        yield _Measure("Saturation", note, shares, 0, most, lambda value: f"{value * 100:.1f}", "{:.1%}".format)
+        yield _Measure(
+            "Saturation", note, shares, 0, most, lambda value: f"{value * 100:.1f}", "{:.1%}".format
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +291,10 @@ def _heat_map(measure: _Measure, facts: _Facts) -> dict[str, Any]:
     column_of = {layer: index // width for index, layer in enumerate(layers)}
     found: dict[str, dict[int | None, list[Module]]] = {}
     for module in modules:
-        label, column = labels[module.name], None if module.layer is None else column_of[module.layer]
+        label, column = (
+            labels[module.name],
+            None if module.layer is None else column_of[module.layer],
+        )
         found.setdefault(label, {}).setdefault(column, []).append(module)
     firsts = layers[::width]
     order = sorted(found, key=_row_rank)
@@ -212,7 +303,13 @@ def _heat_map(measure: _Measure, facts: _Facts) -> dict[str, Any]:
         members = found[label].get(column)
         if not members:
             return None
-        place = "outside the layers" if column is None else f"layer {firsts[column]}" if width == 1 else f"layers from {firsts[column]}"
+        place = (
+            "outside the layers"
+            if column is None
+            else f"layer {firsts[column]}"
+            if width == 1
+            else f"layers from {firsts[column]}"
+        )
         words = label if width > 1 else f"{_layer_part(members[0])} {label}".strip()
         return _cell(measure, facts, members, f"{label}, {place}", words)
 
@@ -220,13 +317,21 @@ def _heat_map(measure: _Measure, facts: _Facts) -> dict[str, Any]:
         "measure": measure,
         "label_rem": min(max(max(map(len, order), default=0) * 0.5 + 0.75, 6), 12),
         "columns": [str(layer) for layer in firsts],
-        "label_every": max(math.ceil(len(firsts) / 32), 1) if len(firsts) <= 32 else math.ceil(len(firsts) / 20),
-        "rows": [(label, [cell(label, column) for column in range(len(firsts))]) for label in order if set(found[label]) != {None}],
+        "label_every": max(math.ceil(len(firsts) / 32), 1)
+        if len(firsts) <= 32
+        else math.ceil(len(firsts) / 20),
+        "rows": [
+            (label, [cell(label, column) for column in range(len(firsts))])
+            for label in order
+            if set(found[label]) != {None}
+        ],
         "outside": [(label, cell(label, None)) for label in order if None in found[label]],
     }
 
 
-def _cell(measure: _Measure, facts: _Facts, members: Sequence[Module], place: str, words: str) -> _Cell:
+def _cell(
+    measure: _Measure, facts: _Facts, members: Sequence[Module], place: str, words: str
+) -> _Cell:
     values = [measure.values[module.name] for module in members]
     finite = [value for value in values if math.isfinite(value)]
     mean = sum(finite) / len(finite) if finite else values[0]
@@ -234,9 +339,19 @@ def _cell(measure: _Measure, facts: _Facts, members: Sequence[Module], place: st
     worst_text = measure.text(measure.values[worst.name])
     lines = facts.describe(worst)
     if len(members) > 1:
-        schemes = ", ".join(f"{scheme} × {count}" for scheme, count in Counter(map(_stored_as, members)).most_common(4))
+        schemes = ", ".join(
+            f"{scheme} × {count}"
+            for scheme, count in Counter(map(_stored_as, members)).most_common(4)
+        )
         together = f"{bytes_text(sum(module.size_bytes for module in members))}, mean {measure.text(mean)}, worst {worst_text}"
-        lines = [f"{place}: {len(members):,} modules", schemes, together, "", f"worst: {lines[0]}", *lines[1:]]
+        lines = [
+            f"{place}: {len(members):,} modules",
+            schemes,
+            together,
+            "",
+            f"worst: {lines[0]}",
+            *lines[1:],
+        ]
     return _Cell(measure.text(mean), measure.step(mean), "\n".join(lines), words)
 
 
@@ -273,7 +388,11 @@ def _verdict(inspection: Inspection) -> dict[str, str] | None:
     if not engine.loads:
         status, text = "bad", "refused"
     ranks = f", {engine.tensor_parallel} ranks" if engine.tensor_parallel > 1 else ""
-    return {"status": status, "text": text, "where": f"{engine.engine} {engine.version}{f' on {engine.gpu}' if engine.gpu else ''}{ranks}"}
+    return {
+        "status": status,
+        "text": text,
+        "where": f"{engine.engine} {engine.version}{f' on {engine.gpu}' if engine.gpu else ''}{ranks}",
+    }
 
 
 def _linear_share(inspection: Inspection) -> dict[str, Any]:
@@ -281,12 +400,20 @@ def _linear_share(inspection: Inspection) -> dict[str, Any]:
     quantized = [module for module in inspection.modules if module.scheme]
     weights = sum(module.parameters for module in inspection.modules)
     share = sum(module.parameters for module in quantized) / weights if weights else 0.0
-    return {"quantized": len(quantized), "all": len(inspection.modules), "share": f"{math.floor(share * 1000) / 10:.1f}%"}
+    return {
+        "quantized": len(quantized),
+        "all": len(inspection.modules),
+        "share": f"{math.floor(share * 1000) / 10:.1f}%",
+    }
 
 
 def _error(inspection: Inspection) -> dict[str, str] | None:
     """Return the median and the worst signal to noise ratio of the layers that differ."""
-    differing = [one.sqnr_db for one in inspection.against.modules if one.sqnr_db is not None] if inspection.against else []
+    differing = (
+        [one.sqnr_db for one in inspection.against.modules if one.sqnr_db is not None]
+        if inspection.against
+        else []
+    )
     finite = [value for value in differing if math.isfinite(value)]
     return {"median": f"{median(finite):.1f}", "worst": f"{min(finite):.1f}"} if finite else None
 
@@ -298,9 +425,16 @@ def _sizes(inspection: Inspection) -> dict[str, Any]:
         parts.setdefault(row.scheme, []).append(row)
     schemes = len(parts)
     for row in inspection.plain:
-        parts.setdefault(f"{row.scheme}, not quantized" if row.parameters else "scales and other tensors", []).append(row)
+        parts.setdefault(
+            f"{row.scheme}, not quantized" if row.parameters else "scales and other tensors", []
+        ).append(row)
     found = [
-        (name, sum(row.count for row in rows), 2 * sum(row.parameters for row in rows), sum(row.size_bytes for row in rows))
+        (
+            name,
+            sum(row.count for row in rows),
+            2 * sum(row.parameters for row in rows),
+            sum(row.size_bytes for row in rows),
+        )
         for name, rows in parts.items()
     ]
     found = [*found[:7], *_merged(found[7:])]
@@ -311,8 +445,19 @@ def _sizes(inspection: Inspection) -> dict[str, Any]:
     return {
         "parts": [
             {
-                **{"index": index, "name": name, "count": count, "before": before, "after": after, "bits": 16 * after / before if before else None},
-                **{"before_width": 100 * before / longest, "after_width": 100 * after / longest, "quantized": index < schemes},
+                **{
+                    "index": index,
+                    "name": name,
+                    "count": count,
+                    "before": before,
+                    "after": after,
+                    "bits": 16 * after / before if before else None,
+                },
+                **{
+                    "before_width": 100 * before / longest,
+                    "after_width": 100 * after / longest,
+                    "quantized": index < schemes,
+                },
             }
             for index, (name, count, before, after) in enumerate(found)
         ],
@@ -326,18 +471,39 @@ def _ratio(before: int, after: int) -> dict[str, str]:
     if abs(before - after) < 0.005 * before:
         return {"ratio": "same size", "ratio_unit": ""}
     smaller = before > after
-    return {"ratio": f"{before / after if smaller else after / before:.2f}", "ratio_unit": "× smaller" if smaller else "× larger"}
+    return {
+        "ratio": f"{before / after if smaller else after / before:.2f}",
+        "ratio_unit": "× smaller" if smaller else "× larger",
+    }
 
 
 def _merged(parts: Sequence[tuple[str, int, int, int]]) -> list[tuple[str, int, int, int]]:
-    return [("all others", sum(part[1] for part in parts), sum(part[2] for part in parts), sum(part[3] for part in parts))] if parts else []
+    return (
+        [
+            (
+                "all others",
+                sum(part[1] for part in parts),
+                sum(part[2] for part in parts),
+                sum(part[3] for part in parts),
+            )
+        ]
+        if parts
+        else []
+    )
 
 
 def _worst(facts: _Facts) -> list[dict[str, Any]]:
     """Return the layers furthest from the base, with a bar each: its noise as a share of the signal, on the scale of the worst."""
     modules = {module.name: module for module in facts.modules}
-    differing = [one for one in facts.differences.values() if one.sqnr_db is not None and one.sqnr_db != math.inf][:WORST]
-    noise = [1.0 if math.isnan(one.sqnr_db or 0) else min(10 ** (-(one.sqnr_db or 0) / 20), 1.0) for one in differing]
+    differing = [
+        one
+        for one in facts.differences.values()
+        if one.sqnr_db is not None and one.sqnr_db != math.inf
+    ][:WORST]
+    noise = [
+        1.0 if math.isnan(one.sqnr_db or 0) else min(10 ** (-(one.sqnr_db or 0) / 20), 1.0)
+        for one in differing
+    ]
     most = max(noise, default=0) or 1.0
     return [
         {
@@ -359,8 +525,12 @@ def _histograms(facts: _Facts) -> dict[str, Any] | None:
     for module in modules:
         numbers = facts.numbers[module.name]
         label = labels[module.name]
-        bins.setdefault(label, Counter()).update({exponent: count for exponent, count in numbers.scale_histogram if count > 0})
-        ends.setdefault(label, []).extend(value for value in (numbers.scale_min, numbers.scale_max) if math.isfinite(value))
+        bins.setdefault(label, Counter()).update(
+            {exponent: count for exponent, count in numbers.scale_histogram if count > 0}
+        )
+        ends.setdefault(label, []).extend(
+            value for value in (numbers.scale_min, numbers.scale_max) if math.isfinite(value)
+        )
     exponents = sorted({exponent for counts in bins.values() for exponent in counts})
     if not exponents:
         return None
@@ -372,7 +542,11 @@ def _histograms(facts: _Facts) -> dict[str, Any] | None:
 
     charts = []
     for label in sorted(bins, key=_row_rank):
-        counts, low, high = bins[label], min(ends[label], default=math.nan), max(ends[label], default=math.nan)
+        counts, low, high = (
+            bins[label],
+            min(ends[label], default=math.nan),
+            max(ends[label], default=math.nan),
+        )
         most = max(counts.values(), default=1)
         bars = [
             {
@@ -382,8 +556,23 @@ def _histograms(facts: _Facts) -> dict[str, Any] | None:
             }
             for exponent, count in sorted(counts.items())
         ]
-        charts.append({"label": label, "bars": bars, "total": sum(counts.values()), "low": low, "high": high, "at": (position(low), position(high))})
-    return {"charts": charts, "first": first, "middle": first + span // 2, "last": last + 1, "bar_width": 100 / span}
+        charts.append(
+            {
+                "label": label,
+                "bars": bars,
+                "total": sum(counts.values()),
+                "low": low,
+                "high": high,
+                "at": (position(low), position(high)),
+            }
+        )
+    return {
+        "charts": charts,
+        "first": first,
+        "middle": first + span // 2,
+        "last": last + 1,
+        "bar_width": 100 / span,
+    }
 
 
 def _left_in_16_bits(modules: Iterable[Module]) -> list[dict[str, Any]]:
@@ -393,7 +582,13 @@ def _left_in_16_bits(modules: Iterable[Module]) -> list[dict[str, Any]]:
         if module.scheme is None:
             groups.setdefault((_row_label(module), module.reason), []).append(module)
     found = [
-        {"kind": kind, "reason": reason, "count": len(members), "size": sum(module.size_bytes for module in members), "example": members[0].name}
+        {
+            "kind": kind,
+            "reason": reason,
+            "count": len(members),
+            "size": sum(module.size_bytes for module in members),
+            "example": members[0].name,
+        }
         for (kind, reason), members in groups.items()
     ]
     return sorted(found, key=lambda group: -int(str(group["size"])))
@@ -401,7 +596,14 @@ def _left_in_16_bits(modules: Iterable[Module]) -> list[dict[str, Any]]:
 
 def _module_table(facts: _Facts) -> dict[str, Any]:
     """Return the list of all modules: columns as [title, format], rows as plain values, None where nothing is known."""
-    columns = [["module", "text"], ["stored as", "text"], ["outputs", "count"], ["inputs", "count"], ["bytes", "bytes"], ["bits per weight", "fixed"]]
+    columns = [
+        ["module", "text"],
+        ["stored as", "text"],
+        ["outputs", "count"],
+        ["inputs", "count"],
+        ["bytes", "bytes"],
+        ["bits per weight", "fixed"],
+    ]
     if facts.differences:
         columns += [["SQNR, dB", "fixed"], ["largest error", "number"]]
     if facts.numbers:
@@ -416,7 +618,13 @@ def _module_table(facts: _Facts) -> dict[str, Any]:
 
 
 def _table_row(facts: _Facts, module: Module) -> Iterator[Any]:
-    yield from (_visible(module.name), _visible(_stored_as(module)), *module.shape, module.size_bytes, round(module.bits_per_weight, 2))
+    yield from (
+        _visible(module.name),
+        _visible(_stored_as(module)),
+        *module.shape,
+        module.size_bytes,
+        round(module.bits_per_weight, 2),
+    )
     if facts.differences:
         difference = facts.differences.get(module.name)
         equal = difference is not None and difference.sqnr_db in (None, math.inf)
@@ -426,7 +634,11 @@ def _table_row(facts: _Facts, module: Module) -> Iterator[Any]:
         )
     if facts.numbers:
         known = facts.numbers.get(module.name)
-        values = (known.saturated, known.dead_rows, known.dead_columns, known.scale_min, known.scale_max) if known else (None,) * 5
+        values = (
+            (known.saturated, known.dead_rows, known.dead_columns, known.scale_min, known.scale_max)
+            if known
+            else (None,) * 5
+        )
         yield from map(_plain_number, values)
 
 
@@ -470,6 +682,10 @@ def _palette(stops: Sequence[str]) -> list[tuple[str, str]]:
         whole, part = divmod(step * (len(stops) - 1) / (STEPS - 1), 1)
         low, high = colours[int(whole)], colours[min(int(whole) + 1, len(stops) - 1)]
         red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
-        light = 0.2126 * (red / 255) ** 2.2 + 0.7152 * (green / 255) ** 2.2 + 0.0722 * (blue / 255) ** 2.2
+        light = (
+            0.2126 * (red / 255) ** 2.2
+            + 0.7152 * (green / 255) ** 2.2
+            + 0.0722 * (blue / 255) ** 2.2
+        )
         found.append((f"#{red:02x}{green:02x}{blue:02x}", "#0b1526" if light > 0.19 else "#ffffff"))
     return found

@@ -19,7 +19,10 @@ from qtool.inspection.engines import EngineReport, check_engine
 from qtool.plan import is_linear, why_plain
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")  # the last is what old compressed-tensors wrote for the KV cache
+SCALE_SUFFIXES = (
+    *CACHE_SUFFIXES,
+    "output_scale",
+)  # the last is what old compressed-tensors wrote for the KV cache
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,28 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data, for ``--json``."""
-        parts = {name: part.to_dict() if part else None for name, part in (("deep", self.deep), ("against", self.against), ("engine", self.engine))}
+        parts = {
+            name: part.to_dict() if part else None
+            for name, part in (
+                ("deep", self.deep),
+                ("against", self.against),
+                ("engine", self.engine),
+            )
+        }
         rows = {
-            kind: [{**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in getattr(self, kind)]
+            kind: [
+                {**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)}
+                for row in getattr(self, kind)
+            ]
             for kind in ("quantized", "plain", "modules")
         }
-        return {**vars(self), "bits_per_weight": round(self.bits_per_weight, 4), **rows, **parts, "warnings": list(self.warnings)}
+        return {
+            **vars(self),
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            **rows,
+            **parts,
+            "warnings": list(self.warnings),
+        }
 
 
 def inspect(
@@ -122,19 +141,30 @@ def inspect(
         warnings.append(error.message)
     modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
     linears = tuple(_modules(checkpoint, modules))
-    quantized = _rows((module.kind, module.scheme, module.parameters, module.size_bytes) for module in linears if module.scheme)
+    quantized = _rows(
+        (module.kind, module.scheme, module.parameters, module.size_bytes)
+        for module in linears
+        if module.scheme
+    )
     owned = layout.owned if layout else frozenset()
-    plain = _rows(_plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned)
+    plain = _rows(
+        _plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned
+    )
     warnings += layout.warnings if layout else []
     measured = None
     if deep:
         warnings += formats.check_values(checkpoint, layout)
         measured = measure(checkpoint, layout)
-        warnings += [f"{name} is not the file that the manifest describes" for name in measured.changed]
+        warnings += [
+            f"{name} is not the file that the manifest describes" for name in measured.changed
+        ]
     parameters = sum(row.parameters for row in (*quantized, *plain))
     return Inspection(
         name=checkpoint.name,
-        architecture=", ".join(checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type", "unknown"))]),
+        architecture=", ".join(
+            checkpoint.config.get("architectures")
+            or [str(checkpoint.config.get("model_type", "unknown"))]
+        ),
         format=layout.format if layout else None,
         parameters=parameters,
         size_bytes=checkpoint.size_bytes,
@@ -147,7 +177,16 @@ def inspect(
         warnings=tuple(warnings),
         deep=measured,
         against=compare(checkpoint, against) if against else None,
-        engine=check_engine(checkpoint, layout, engine, version=engine_version, gpu=gpu, tensor_parallel=tensor_parallel) if engine else None,
+        engine=check_engine(
+            checkpoint,
+            layout,
+            engine,
+            version=engine_version,
+            gpu=gpu,
+            tensor_parallel=tensor_parallel,
+        )
+        if engine
+        else None,
     )
 
 
@@ -156,12 +195,29 @@ def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -
     by_tensor = {next(iter(module.tensors.values())).name: module for module in quantized.values()}
     for name, tensor in checkpoint.tensors.items():
         if module := by_tensor.get(name):
-            yield Module(module.name, _kind(module.name), _layer(name), module.scheme.name, "", module.shape, *_size(module))
+            yield Module(
+                module.name,
+                _kind(module.name),
+                _layer(name),
+                module.scheme.name,
+                "",
+                module.shape,
+                *_size(module),
+            )
         elif name.endswith(".weight") and is_linear(tensor):
             owner = name.removesuffix(".weight")
             if owner not in quantized:
                 rows, columns = tensor.shape
-                yield Module(owner, _kind(owner), _layer(name), None, why_plain(checkpoint, owner), (rows, columns), tensor.count, tensor.size_bytes)
+                yield Module(
+                    owner,
+                    _kind(owner),
+                    _layer(name),
+                    None,
+                    why_plain(checkpoint, owner),
+                    (rows, columns),
+                    tensor.count,
+                    tensor.size_bytes,
+                )
 
 
 def _layer(name: str) -> int | None:
@@ -182,7 +238,12 @@ def _size(module: QuantizedModule) -> tuple[int, int]:
 def _plain(tensor: TensorInfo) -> tuple[str, str, int, int]:
     owner, _, suffix = tensor.name.rpartition(".")
     is_parameter = tensor.dtype in FLOAT_DTYPES and suffix not in SCALE_SUFFIXES
-    return _kind(owner) if is_parameter else suffix, tensor.dtype, tensor.count if is_parameter else 0, tensor.size_bytes
+    return (
+        _kind(owner) if is_parameter else suffix,
+        tensor.dtype,
+        tensor.count if is_parameter else 0,
+        tensor.size_bytes,
+    )
 
 
 def _rows(items: Iterable[tuple[str, str, int, int]]) -> tuple[Row, ...]:

@@ -30,8 +30,19 @@ def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
         f"{inspection.size_bytes / 1e6:,.2f} MB, {inspection.bits_per_weight:.2f} bits per weight; in 16 bits {inspection.plain_bytes / 1e6:,.2f} MB",
     ]
     parts: list[RenderableType] = [Text("\n".join(facts))]
-    parts += [_rows(title, rows) for title, rows in (("quantized", inspection.quantized), ("not quantized", inspection.plain)) if rows]
-    parts += [Text(f"in 16 bits: {line}") for line in _reasons(inspection.modules)] if inspection.quantized else []
+    parts += [
+        _rows(title, rows)
+        for title, rows in (
+            ("quantized", inspection.quantized),
+            ("not quantized", inspection.plain),
+        )
+        if rows
+    ]
+    parts += (
+        [Text(f"in 16 bits: {line}") for line in _reasons(inspection.modules)]
+        if inspection.quantized
+        else []
+    )
     parts += [_tree(inspection.modules)] if modules else []
     parts += _deep(inspection.deep) if inspection.deep else []
     parts += _against(inspection.against) if inspection.against else []
@@ -40,7 +51,9 @@ def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
     return Group(*parts)
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+def _table(
+    title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]
+) -> RenderableType:
     from rich.markup import escape
     from rich.table import Table
 
@@ -55,7 +68,16 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable
 
 
 def _rows(title: str, rows: Sequence[Row]) -> RenderableType:
-    cells = ((row.kind, row.scheme, f"{row.count:,}", f"{row.bits_per_weight:.2f}", f"{row.size_bytes / 1e6:,.2f}") for row in rows)
+    cells = (
+        (
+            row.kind,
+            row.scheme,
+            f"{row.count:,}",
+            f"{row.bits_per_weight:.2f}",
+            f"{row.size_bytes / 1e6:,.2f}",
+        )
+        for row in rows
+    )
     return _table(title, ("modules", "stored as"), ("count", "bits per weight", "MB"), cells)
 
 
@@ -63,7 +85,10 @@ def _reasons(modules: Sequence[Module]) -> Iterator[str]:
     kinds: dict[tuple[str, str], int] = {}
     for module in modules:
         if module.scheme is None:
-            key = module.kind, module.reason or "no reason in its name: ignored when it was quantized"
+            key = (
+                module.kind,
+                module.reason or "no reason in its name: ignored when it was quantized",
+            )
             kinds[key] = kinds.get(key, 0) + 1
     yield from (f"{count} x {kind} ({reason})" for (kind, reason), count in kinds.items())
 
@@ -89,7 +114,12 @@ def _grow(tree: Tree, branch: dict[str, Any]) -> None:
 
     runs: list[tuple[str, str, Any]] = []  # first, last, what all of them hold
     for name, inner in branch.items():
-        if runs and name.isdigit() and runs[-1][1].isdigit() and _outline(inner) == _outline(runs[-1][2]):
+        if (
+            runs
+            and name.isdigit()
+            and runs[-1][1].isdigit()
+            and _outline(inner) == _outline(runs[-1][2])
+        ):
             runs[-1] = runs[-1][0], name, inner
         else:
             runs.append((name, name, inner))
@@ -98,7 +128,9 @@ def _grow(tree: Tree, branch: dict[str, Any]) -> None:
         if isinstance(inner, Module):
             rows, columns = inner.shape
             stored = inner.scheme or (f"16 bit ({inner.reason})" if inner.reason else "16 bit")
-            tree.add(f"{label}  [bold]{escape(stored)}[/bold]  {rows} x {columns}, {inner.bits_per_weight:.2f} bits")
+            tree.add(
+                f"{label}  [bold]{escape(stored)}[/bold]  {rows} x {columns}, {inner.bits_per_weight:.2f} bits"
+            )
         else:
             _grow(tree.add(label), inner)
 
@@ -135,7 +167,11 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
 
     differing = [found for found in against.modules if found.sqnr_db is not None]
     cells = (
-        (found.name, f"{found.sqnr_db:.1f}{' (rows or columns rescaled)' if found.rescaled else ''}", f"{found.max_error:.3g}")
+        (
+            found.name,
+            f"{found.sqnr_db:.1f}{' (rows or columns rescaled)' if found.rescaled else ''}",
+            f"{found.max_error:.3g}",
+        )
         for found in differing[:WORST]
     )
     title = f"furthest from {against.base}; {len(against.modules) - len(differing)} of {len(against.modules)} are equal"
@@ -145,16 +181,30 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
         yield Text(f"all {len(against.modules)} layers equal those of {against.base}")
     for only, names in (("here", against.only_here), ("in the base", against.only_there)):
         if names:
-            yield Text(f"only {only}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+            yield Text(
+                f"only {only}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            )
 
 
 def _engine(report: EngineReport) -> Iterator[RenderableType]:
     from rich.text import Text
 
     where = f"{report.engine} {report.version}{f' on {report.gpu}' if report.gpu else ''}, tensor parallel {report.tensor_parallel}"
-    verdict = "does not load" if not report.loads else "loads" if report.native else "loads, and not in its own formats"
+    verdict = (
+        "does not load"
+        if not report.loads
+        else "loads"
+        if report.native
+        else "loads, and not in its own formats"
+    )
     yield Text(f"{where}: {verdict}", style="bold" if report.loads else STYLES["refused"])
     for finding in report.findings:
         layers = f" ({finding.count} layers, e.g. {finding.modules[0]})" if finding.modules else ""
-        yield Text(f"  {finding.severity}[{finding.code}]: {finding.message}{layers}", style=STYLES[finding.severity])
-        yield Text(f"    hint: {finding.hint}" if finding.hint else f"    source: {finding.source}", style="dim")
+        yield Text(
+            f"  {finding.severity}[{finding.code}]: {finding.message}{layers}",
+            style=STYLES[finding.severity],
+        )
+        yield Text(
+            f"    hint: {finding.hint}" if finding.hint else f"    source: {finding.source}",
+            style="dim",
+        )

@@ -26,7 +26,9 @@ class QuantizedLinear(nn.Module):
     pre_scale: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, spec: LinearSpec, choice: Choice, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, spec: LinearSpec, choice: Choice, weight: QuantizedWeight, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.spec, self.choice = spec, choice
         self.out_features, self.in_features = spec.shape
@@ -43,8 +45,12 @@ class QuantizedLinear(nn.Module):
             pre_scale = pre_scale[weight.perm.long()]
         self.register_buffer("perm", weight.perm, persistent=False)
         self.register_buffer("pre_scale", pre_scale, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.to(spec.dtype), persistent=False)
-        self.takes_codes = codes_taken(spec, choice) if weight.perm is None and weight.pre_scale is None else None
+        self.register_buffer(
+            "bias", None if bias is None else bias.to(spec.dtype), persistent=False
+        )
+        self.takes_codes = (
+            codes_taken(spec, choice) if weight.perm is None and weight.pre_scale is None else None
+        )
         self._call = number_of(Call(spec, tuple(parts)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +71,9 @@ class QuantizedLinear(nn.Module):
         return y
 
     def _packed(self) -> list[Tensor | None]:
-        return [self._buffers[name] for name in self._names]  # `get_buffer` looks for submodules first, at every step
+        return [
+            self._buffers[name] for name in self._names
+        ]  # `get_buffer` looks for submodules first, at every step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Follow to another device of the kind; no dtype changes, since codes and scales are no numbers to be cast."""
@@ -73,7 +81,11 @@ class QuantizedLinear(nn.Module):
             device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
             if device.type != tensor.device.type:
                 hint = f"load it with device=`{device}`"
-                raise UsageError("E_PACKED", f"the weights are packed for {tensor.device.type}, and cannot move to {device}", hint=hint)
+                raise UsageError(
+                    "E_PACKED",
+                    f"the weights are packed for {tensor.device.type}, and cannot move to {device}",
+                    hint=hint,
+                )
             if device != tensor.device:
                 self._buffers[name] = tensor.to(device)
         return self
@@ -86,7 +98,11 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         hint = "`qtool export` converts the checkpoint it was loaded from"
-        raise UsageError("E_PACKED", "the weights are packed for a kernel, and a model of them cannot be saved", hint=hint)
+        raise UsageError(
+            "E_PACKED",
+            "the weights are packed for a kernel, and a model of them cannot be saved",
+            hint=hint,
+        )
 
     def extra_repr(self) -> str:
         """Show shape, scheme and kernel in the printed model."""
@@ -101,7 +117,9 @@ class SharedInput:
 
     def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
         self.whole, self.sizes = whole, tuple(sizes)
-        self._waiting: tuple[Tensor, int, tuple[Tensor | None, ...]] | None = None  # the input, how often it was written to, the outputs
+        self._waiting: tuple[Tensor, int, tuple[Tensor | None, ...]] | None = (
+            None  # the input, how often it was written to, the outputs
+        )
 
     def take(self, x: Tensor, index: int) -> Tensor:
         """Return what layer ``index`` makes of ``x``."""
@@ -113,7 +131,9 @@ class SharedInput:
         part = parts[index]
         assert part is not None
         left = tuple(None if i == index else other for i, other in enumerate(parts))
-        self._waiting = (x, version, left) if any(other is not None for other in left) else None  # nothing outlives its last use
+        self._waiting = (
+            (x, version, left) if any(other is not None for other in left) else None
+        )  # nothing outlives its last use
         return part
 
 
@@ -153,7 +173,13 @@ class ExpertWeight:
         self._parts = parts
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls,
+        function: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Multiply, when that is what torch was asked for."""
         if function not in _PRODUCTS or not isinstance(args[1], cls):
             return NotImplemented

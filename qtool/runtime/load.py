@@ -32,9 +32,16 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 RawTensors = dict[str, Tensor]
 SECOND_COPY_SHARE = 1 / 8
-_CACHE_SCALE = re.compile(r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$")  # of every format that has them
+_CACHE_SCALE = re.compile(
+    r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$"
+)  # of every format that has them
 DTYPES = {
-    **{"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{
+        "auto": None,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+    },
     **{"half": torch.float16, "float": torch.float32},
 }
 READERS = min(8, os.cpu_count() or 1)
@@ -84,12 +91,18 @@ class LoadPlan:
                 "shape": group.spec.shape,
                 "scheme": group.spec.scheme.name,
                 "kernel": group.choice.kernel,
-                "few_tokens": group.choice.few and {"kernel": group.choice.few.kernel, "most": group.choice.few.most},
+                "few_tokens": group.choice.few
+                and {"kernel": group.choice.few.kernel, "most": group.choice.few.most},
                 "refused": dict(group.choice.refused),
             }
             for group in self.groups
         ]
-        return {"model": str(self.checkpoint.path), "device": str(device_of(self.device)), "groups": rows, "warnings": list(self.warnings)}
+        return {
+            "model": str(self.checkpoint.path),
+            "device": str(device_of(self.device)),
+            "groups": rows,
+            "warnings": list(self.warnings),
+        }
 
 
 def load(
@@ -127,11 +140,19 @@ def device_named(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(str(name).lower())
     except RuntimeError as error:
-        raise UsageError("E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1") from error
+        raise UsageError(
+            "E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1"
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError("E_DEVICE", f"there are no kernels for `{device.type}`", hint="cpu, cuda or cuda:1")
+        raise UsageError(
+            "E_DEVICE", f"there are no kernels for `{device.type}`", hint="cpu, cuda or cuda:1"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ResourceError("E_NO_DEVICE", f"`{name}` is not there: torch sees {torch.cuda.device_count()} CUDA devices", hint="use --device cpu")
+        raise ResourceError(
+            "E_NO_DEVICE",
+            f"`{name}` is not there: torch sees {torch.cuda.device_count()} CUDA devices",
+            hint="use --device cpu",
+        )
     return device
 
 
@@ -143,30 +164,50 @@ def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[plain]
 
 
-def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | None = None, dtype: str | torch.dtype | None = None) -> LoadPlan:
+def plan_load(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    quantization: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> LoadPlan:
     """Decide what each quantized layer of ``checkpoint`` becomes on ``device``. Reads no weights."""
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
-        raise CheckpointRefused("E_TRANSFORM", f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do")
+        raise CheckpointRefused(
+            "E_TRANSFORM",
+            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do",
+        )
     schemes = schemes_to_run(checkpoint, layout, quantization)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _dtype(checkpoint, device))
     warned = [*left_plain(checkpoint, layout, quantization)]
     if any(skeleton.beyond(name) for name in checkpoint.tensors):
         warned.append("layers after the last, for multi-token prediction, are left out")
-    sources = [_source(skeleton, layout, name, scheme) for name, scheme in schemes.items() if not skeleton.beyond(name)]
+    sources = [
+        _source(skeleton, layout, name, scheme)
+        for name, scheme in schemes.items()
+        if not skeleton.beyond(name)
+    ]
     sharing: list[list[str]] = []
     if sources:
         try:
             called, sharing = skeleton.trace()
         except Exception as error:  # the code of any architecture
-            warned.append(f"layers are not fused: the model does not run without data ({one_line(error)})")
+            warned.append(
+                f"layers are not fused: the model does not run without data ({one_line(error)})"
+            )
         else:
             sources = _called(checkpoint, layout, sources, called, warned)
     members = list(_fusible(sharing, sources))
     groups = [_group(together, skeleton.dtype, device, second_copy=True) for together in members]
     if not (second_copy := _has_room(groups, device)):
-        groups = [_group(together, skeleton.dtype, device, second_copy=False) for together in members]
-    stacks = {(source.place.module, source.place.parameter) for source in sources if source.place.parameter}
+        groups = [
+            _group(together, skeleton.dtype, device, second_copy=False) for together in members
+        ]
+    stacks = {
+        (source.place.module, source.place.parameter)
+        for source in sources
+        if source.place.parameter
+    }
     beside = [
         Source(name, place, _matrix(checkpoint.tensors[f"{name}.weight"].shape), None)
         for name in _plain_experts(checkpoint, schemes)
@@ -174,14 +215,29 @@ def plan_load(checkpoint: Checkpoint, device: torch.device, quantization: str | 
     ]
     if missing := skeleton.missing_experts([source.place for source in [*sources, *beside]]):
         message = f"{checkpoint.path} has no weights for {len(missing)} experts or parts of them, e.g. {missing[0]}"
-        raise CheckpointRefused("E_TENSORS", message, hint="download or export the checkpoint again")
+        raise CheckpointRefused(
+            "E_TENSORS", message, hint="download or export the checkpoint again"
+        )
     warned += _dequantized(groups, device)
-    return LoadPlan(checkpoint, layout, skeleton, device, tuple(groups), second_copy, tuple(beside), tuple(warned))
+    return LoadPlan(
+        checkpoint,
+        layout,
+        skeleton,
+        device,
+        tuple(groups),
+        second_copy,
+        tuple(beside),
+        tuple(warned),
+    )
 
 
 def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
     """Yield what there is to say of the groups that no kernel but the plain one takes."""
-    slow = Counter((group.spec.scheme.name, tuple(group.choice.refused.items())) for group in groups if group.choice.kernel == "reference")
+    slow = Counter(
+        (group.spec.scheme.name, tuple(group.choice.refused.items()))
+        for group in groups
+        if group.choice.kernel == "reference"
+    )
     for (scheme, refused), count in slow.items():
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
         yield f"{count} layers of {scheme} are dequantized at every step, for no kernel of {device_of(device)} takes them ({reasons})"
@@ -189,8 +245,20 @@ def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]
 
 def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     configs = (checkpoint.text_config, checkpoint.config)
-    named = next((str(name) for config in configs for key in ("dtype", "torch_dtype") if (name := config.get(key))), "")
-    return torch.float16 if device.type == "cuda" and named.removeprefix("torch.") == "float16" else torch.bfloat16
+    named = next(
+        (
+            str(name)
+            for config in configs
+            for key in ("dtype", "torch_dtype")
+            if (name := config.get(key))
+        ),
+        "",
+    )
+    return (
+        torch.float16
+        if device.type == "cuda" and named.removeprefix("torch.") == "float16"
+        else torch.bfloat16
+    )
 
 
 def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
@@ -215,18 +283,36 @@ def _source(skeleton: Skeleton, layout: Layout | None, name: str, scheme: Scheme
 
 
 def _plain_experts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
-    names = (name.removesuffix(".weight") for name, tensor in checkpoint.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
+    names = (
+        name.removesuffix(".weight")
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    )
     return [name for name in names if ".experts." in name and name not in schemes]
 
 
-def _called(checkpoint: Checkpoint, layout: Layout | None, sources: Sequence[Source], called: set[str], warned: list[str]) -> list[Source]:
+def _called(
+    checkpoint: Checkpoint,
+    layout: Layout | None,
+    sources: Sequence[Source],
+    called: set[str],
+    warned: list[str],
+) -> list[Source]:
     """Return the sources whose modules are called; the weight of the others is read by their parents, so they must be plain."""
-    read = [source.name for source in sources if not source.place.parameter and source.place.module not in called]
+    read = [
+        source.name
+        for source in sources
+        if not source.place.parameter and source.place.module not in called
+    ]
     if read and layout:
         message = f"{checkpoint.path}: `{read[0]}` is quantized, and the model multiplies with its weight by itself"
-        raise CheckpointRefused("E_NO_LINEAR", message, hint="quantize the model again and leave such layers out")
+        raise CheckpointRefused(
+            "E_NO_LINEAR", message, hint="quantize the model again and leave such layers out"
+        )
     if read:
-        warned.append(f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, e.g. `{read[0]}`")
+        warned.append(
+            f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, e.g. `{read[0]}`"
+        )
     return [source for source in sources if source.name not in read]
 
 
@@ -236,12 +322,18 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Ite
     groups: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
         place = source.place
-        shared = (place.module, place.parameter, place.expert) if place.parameter else together.get(place.module, place.module)
+        shared = (
+            (place.module, place.parameter, place.expert)
+            if place.parameter
+            else together.get(place.module, place.module)
+        )
         groups.setdefault((shared, source.scheme, source.shape[1]), []).append(source)
     for members in groups.values():
         members.sort(key=lambda source: source.place.part)
         block = members[0].scheme.weights.block if members[0].scheme else None
-        if block and any(source.shape[0] % block[0] for source in members):  # a block would reach over two layers
+        if block and any(
+            source.shape[0] % block[0] for source in members
+        ):  # a block would reach over two layers
             yield from ([source] for source in members)
         else:
             yield members
@@ -250,11 +342,18 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Ite
 def _has_room(groups: Sequence[Group], device: torch.device) -> bool:
     """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of the device: the KV cache lives there too."""
     repacked = [source for group in groups if group.choice.few for source in group.sources]
-    size = sum(source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme)
-    return not size or size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
+    size = sum(
+        source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme
+    )
+    return (
+        not size
+        or size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
+    )
 
 
-def _group(sources: Sequence[Source], dtype: torch.dtype, device: torch.device, *, second_copy: bool) -> Group:
+def _group(
+    sources: Sequence[Source], dtype: torch.dtype, device: torch.device, *, second_copy: bool
+) -> Group:
     scheme = sources[0].scheme
     assert scheme is not None
     rows = sum(source.shape[0] // source.experts for source in sources)
@@ -273,17 +372,31 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     checkpoint, skeleton = plan.checkpoint, plan.skeleton
     sources = [source for group in plan.groups for source in group.sources]
-    rounded = {f"{source.name}.{suffix}" for source in [*sources, *plan.beside] for suffix in ("weight", "bias")}
+    rounded = {
+        f"{source.name}.{suffix}"
+        for source in [*sources, *plan.beside]
+        for suffix in ("weight", "bias")
+    }
     with ThreadPoolExecutor(READERS) as pool, current(plan.device):
-        names = [name for name in formats.plain_tensors(checkpoint, plan.layout) if name not in rounded and not skeleton.beyond(name)]
-        state = dict(zip(names, pool.map(lambda name: read_tensor(checkpoint, name), names), strict=True))
-        model = skeleton.materialize({source.place for source in [*sources, *plan.beside]}, state, plan.device)
+        names = [
+            name
+            for name in formats.plain_tensors(checkpoint, plan.layout)
+            if name not in rounded and not skeleton.beyond(name)
+        ]
+        state = dict(
+            zip(names, pool.map(lambda name: read_tensor(checkpoint, name), names), strict=True)
+        )
+        model = skeleton.materialize(
+            {source.place for source in [*sources, *plan.beside]}, state, plan.device
+        )
         del state
         stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
             for place, module in _built(plan, group, raw):
                 if place.parameter:
-                    stacks.setdefault((place.module, place.parameter), {}).setdefault(place.expert or 0, []).append((place.part, module))
+                    stacks.setdefault((place.module, place.parameter), {}).setdefault(
+                        place.expert or 0, []
+                    ).append((place.part, module))
                 else:
                     model.set_submodule(place.module, module)
             _give_back()
@@ -291,20 +404,29 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
                 on_progress(done, len(plan.groups))
         for source in plan.beside:
             linear = _plain_linear(plan, source)
-            stacks[source.place.module, source.place.parameter].setdefault(source.place.expert or 0, []).append((source.place.part, linear))
+            stacks[source.place.module, source.place.parameter].setdefault(
+                source.place.expert or 0, []
+            ).append((source.place.part, linear))
     for (holder, parameter), experts in stacks.items():
-        parts = [[module for _, module in sorted(experts[number], key=lambda part: part[0])] for number in sorted(experts)]
+        parts = [
+            [module for _, module in sorted(experts[number], key=lambda part: part[0])]
+            for number in sorted(experts)
+        ]
         setattr(model.get_submodule(holder), parameter, ExpertStack(parts))
     return model
 
 
 def _give_back() -> None:
     """Return freed memory to the system: glibc keeps what each reader had, and that adds up."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+    if sys.platform == "linux" and (
+        trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
+    ):  # musl has none
         trim(0)
 
 
-def _read_ahead(plan: LoadPlan, pool: ThreadPoolExecutor) -> Iterator[tuple[Group, list[RawTensors]]]:
+def _read_ahead(
+    plan: LoadPlan, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Group, list[RawTensors]]]:
     """Yield each group and the tensors of its layers, in host memory, while the next are read: one group on a CPU, else one for each reader."""
     waiting: deque[tuple[Group, list[Future[RawTensors]]]] = deque()
     for group in plan.groups:
@@ -322,13 +444,19 @@ def _ready(group: Group, reading: Sequence[Future[RawTensors]]) -> tuple[Group, 
 def _read(plan: LoadPlan, source: Source) -> RawTensors:
     """Return the tensors of a layer by suffix, as they are in the file."""
     module = plan.layout.modules.get(source.name) if plan.layout else None
-    names = {"weight": f"{source.name}.weight"} if module is None else {suffix: tensor.name for suffix, tensor in module.tensors.items()}
+    names = (
+        {"weight": f"{source.name}.weight"}
+        if module is None
+        else {suffix: tensor.name for suffix, tensor in module.tensors.items()}
+    )
     if (bias := f"{source.name}.bias") in plan.checkpoint.tensors:
         names["bias"] = bias
     return {suffix: read_tensor(plan.checkpoint, name) for suffix, name in names.items()}
 
 
-def _weight(plan: LoadPlan, source: Source, tensors: RawTensors) -> tuple[QuantizedWeight, Tensor | None]:
+def _weight(
+    plan: LoadPlan, source: Source, tensors: RawTensors
+) -> tuple[QuantizedWeight, Tensor | None]:
     """Return the weight that ``tensors``, which are taken, stand for, and its bias, on the device."""
     moved = {suffix: tensors.pop(suffix).to(plan.device) for suffix in list(tensors)}
     bias = moved.pop("bias", None)
@@ -339,19 +467,28 @@ def _weight(plan: LoadPlan, source: Source, tensors: RawTensors) -> tuple[Quanti
     module = plan.layout.modules[source.name]
     weight = formats.FORMATS[plan.layout.format].read(module, moved)
     if scheme.activations != module.scheme.activations:
-        weight = replace(weight, activation=Activation(scheme.activations) if scheme.activations else None)
+        weight = replace(
+            weight, activation=Activation(scheme.activations) if scheme.activations else None
+        )
     return weight, bias
 
 
-def _built(plan: LoadPlan, group: Group, raw: Sequence[RawTensors]) -> Iterator[tuple[Place, nn.Module]]:
+def _built(
+    plan: LoadPlan, group: Group, raw: Sequence[RawTensors]
+) -> Iterator[tuple[Place, nn.Module]]:
     """Yield the modules that the layers of ``group`` become: one for all where what they ask of their input is the same."""
-    weights = [_weight(plan, source, tensors) for source, tensors in zip(group.sources, raw, strict=True)]
+    weights = [
+        _weight(plan, source, tensors) for source, tensors in zip(group.sources, raw, strict=True)
+    ]
     if group.sources[0].experts > 1:
         (source,), ((weight, _),) = group.sources, weights
         rows = source.shape[0] // source.experts
         for expert in range(source.experts):
             piece = _rows(weight, expert * rows, (expert + 1) * rows)
-            yield replace(source.place, expert=expert), QuantizedLinear(group.spec, group.choice, piece)
+            yield (
+                replace(source.place, expert=expert),
+                QuantizedLinear(group.spec, group.choice, piece),
+            )
         return
     members = list(zip(group.sources, weights, strict=True))
     del weights
@@ -361,15 +498,27 @@ def _built(plan: LoadPlan, group: Group, raw: Sequence[RawTensors]) -> Iterator[
         yield from _fused(plan, alike)
 
 
-def _fused(plan: LoadPlan, members: list[tuple[Source, tuple[QuantizedWeight, Tensor | None]]]) -> Iterator[tuple[Place, nn.Module]]:
+def _fused(
+    plan: LoadPlan, members: list[tuple[Source, tuple[QuantizedWeight, Tensor | None]]]
+) -> Iterator[tuple[Place, nn.Module]]:
     """Yield the modules of layers that become one matrix; ``members`` are taken, so that their weights need not outlive it."""
     sources = [source for source, _ in members]
-    weight, bias = _stacked([weight for _, (weight, _) in members]), _stacked_bias([bias for _, (_, bias) in members], sources)
+    weight, bias = (
+        _stacked([weight for _, (weight, _) in members]),
+        _stacked_bias([bias for _, (_, bias) in members], sources),
+    )
     members.clear()
     group = _group(sources, plan.skeleton.dtype, plan.device, second_copy=plan.second_copy)
     spec, choice = group.spec, group.choice
-    if spec.scheme.weights.granularity == "tensor" and bool((weight.scale != weight.scale[0]).any()):
-        spec = replace(spec, scheme=replace(spec.scheme, weights=replace(spec.scheme.weights, granularity="channel")))
+    if spec.scheme.weights.granularity == "tensor" and bool(
+        (weight.scale != weight.scale[0]).any()
+    ):
+        spec = replace(
+            spec,
+            scheme=replace(
+                spec.scheme, weights=replace(spec.scheme.weights, granularity="channel")
+            ),
+        )
         choice = _choose(spec, device_of(plan.device), second_copy=plan.second_copy)
     whole = QuantizedLinear(spec, choice, weight, bias)
     if len(sources) == 1 or sources[0].place.parameter:
@@ -396,34 +545,58 @@ def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     first = weights[0]
     if len(weights) == 1:
         return first
-    dtype = first.scale.dtype if len({weight.scale.dtype for weight in weights}) == 1 else torch.float32
+    dtype = (
+        first.scale.dtype if len({weight.scale.dtype for weight in weights}) == 1 else torch.float32
+    )
 
     def joined(name: str) -> Tensor | None:
         parts = [part for weight in weights if (part := getattr(weight, name)) is not None]
         return torch.cat(parts) if parts else None
 
     scale = torch.cat([weight.scale.to(dtype) for weight in weights])
-    return replace(first, data=torch.cat([weight.data for weight in weights]), scale=scale, scale2=joined("scale2"), zero=joined("zero"))
+    return replace(
+        first,
+        data=torch.cat([weight.data for weight in weights]),
+        scale=scale,
+        scale2=joined("scale2"),
+        zero=joined("zero"),
+    )
 
 
 def _stacked_bias(biases: Sequence[Tensor | None], sources: Sequence[Source]) -> Tensor | None:
     present = next((bias for bias in biases if bias is not None), None)
     if present is None:
         return None
-    return torch.cat([present.new_zeros(source.shape[0]) if bias is None else bias for bias, source in zip(biases, sources, strict=True)])
+    return torch.cat(
+        [
+            present.new_zeros(source.shape[0]) if bias is None else bias
+            for bias, source in zip(biases, sources, strict=True)
+        ]
+    )
 
 
 def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     """Return the outputs ``start`` to ``stop`` of ``weight``, whose scales cover one row each."""
-    parts = {name: part[start:stop] for name in ("data", "scale", "scale2", "zero") if (part := getattr(weight, name)) is not None}
+    parts = {
+        name: part[start:stop]
+        for name in ("data", "scale", "scale2", "zero")
+        if (part := getattr(weight, name)) is not None
+    }
     return replace(weight, **parts)
 
 
 def _plain_linear(plan: LoadPlan, source: Source) -> nn.Linear:
-    weight = read_tensor(plan.checkpoint, f"{source.name}.weight").to(plan.device, plan.skeleton.dtype)
+    weight = read_tensor(plan.checkpoint, f"{source.name}.weight").to(
+        plan.device, plan.skeleton.dtype
+    )
     bias = f"{source.name}.bias"
-    linear = nn.Linear(source.shape[1], source.shape[0], bias=bias in plan.checkpoint.tensors, device="meta")
+    linear = nn.Linear(
+        source.shape[1], source.shape[0], bias=bias in plan.checkpoint.tensors, device="meta"
+    )
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:
-        linear.bias = nn.Parameter(read_tensor(plan.checkpoint, bias).to(plan.device, plan.skeleton.dtype), requires_grad=False)
+        linear.bias = nn.Parameter(
+            read_tensor(plan.checkpoint, bias).to(plan.device, plan.skeleton.dtype),
+            requires_grad=False,
+        )
     return linear

@@ -17,7 +17,9 @@ from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 TORCHAO: Mapping[str, Scheme] = {
     "int8wo": SCHEMES["W8A16_CHANNEL"],
     "int8dq": SCHEMES["W8A8"],
-    **{f"int4wo-{size}": SCHEMES["W4A16_ASYM"].with_group_size(size) for size in (32, 64, 128, 256)},
+    **{
+        f"int4wo-{size}": SCHEMES["W4A16_ASYM"].with_group_size(size) for size in (32, 64, 128, 256)
+    },
     "fp8wo": SCHEMES["FP8_W8A16"],
     "fp8dq-per_tensor": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor")),
     "fp8dq-per_row": SCHEMES["FP8_DYNAMIC"],
@@ -26,7 +28,9 @@ TORCHAO: Mapping[str, Scheme] = {
 ONLINE: Mapping[str, Scheme] = {
     "fp8": SCHEMES["FP8_DYNAMIC"],
     "w8a8_fp8": SCHEMES["FP8_DYNAMIC"],
-    "w8a8_int8": SCHEMES["W8A8"],  # what SGLang's `w8a8_int8.py` loads; it wants weights that are int8 already
+    "w8a8_int8": SCHEMES[
+        "W8A8"
+    ],  # what SGLang's `w8a8_int8.py` loads; it wants weights that are int8 already
     "fp8_block": SCHEMES["FP8_BLOCK"],
     "nvfp4": SCHEMES["NVFP4A16"],  # inputs stay in 16 bits: their global scale takes calibration
     "mxfp4": SCHEMES["MXFP4A16"],
@@ -54,7 +58,9 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def schemes_to_run(checkpoint: Checkpoint, layout: Layout | None, quantization: str | None) -> dict[str, Scheme]:
+def schemes_to_run(
+    checkpoint: Checkpoint, layout: Layout | None, quantization: str | None
+) -> dict[str, Scheme]:
     """Return the scheme of each quantized linear layer, by its name in the checkpoint, as it will run.
 
     Args:
@@ -63,24 +69,47 @@ def schemes_to_run(checkpoint: Checkpoint, layout: Layout | None, quantization: 
             of `OVERRIDES` where all weights are 8 bits with one scale a row or matrix, whose inputs are then rounded per token.
     Raises: UsageError, for an unknown name or one that contradicts the checkpoint; CheckpointRefused, when no layer can be quantized.
     """
-    quantized = layout is not None and bool(layout.modules)  # without any, the KV cache alone is quantized
-    name = None if quantization is None else _known(quantization, [*ONLINE, *METHODS], suggested=[*METHODS, *OVERRIDES] if quantized else ONLINE)
+    quantized = layout is not None and bool(
+        layout.modules
+    )  # without any, the KV cache alone is quantized
+    name = (
+        None
+        if quantization is None
+        else _known(
+            quantization,
+            [*ONLINE, *METHODS],
+            suggested=[*METHODS, *OVERRIDES] if quantized else ONLINE,
+        )
+    )
     if layout is not None and quantized:
         return _of_quantized(checkpoint, layout, name)
     if name is None:
         return {}
     if name not in ONLINE:
         hint = f"leave it out, or quantize while loading with one of {', '.join(ONLINE)}"
-        raise UsageError("E_QUANTIZATION", f"`{name}` is for checkpoints quantized with it, and {checkpoint.path} is not quantized", hint=hint)
+        raise UsageError(
+            "E_QUANTIZATION",
+            f"`{name}` is for checkpoints quantized with it, and {checkpoint.path} is not quantized",
+            hint=hint,
+        )
     scheme = ONLINE[name]
-    schemes = {layer: scheme for layer, objection in _candidates(checkpoint, scheme) if not objection}
+    schemes = {
+        layer: scheme for layer, objection in _candidates(checkpoint, scheme) if not objection
+    }
     if not schemes:
-        hint = "; ".join(left_plain(checkpoint, layout, name)) or "output heads, routers, other towers and Conv1D layers stay in 16 bits"
-        raise CheckpointRefused("E_NOTHING_TO_DO", f"{checkpoint.path} has no layer that `{name}` quantizes", hint=hint)
+        hint = (
+            "; ".join(left_plain(checkpoint, layout, name))
+            or "output heads, routers, other towers and Conv1D layers stay in 16 bits"
+        )
+        raise CheckpointRefused(
+            "E_NOTHING_TO_DO", f"{checkpoint.path} has no layer that `{name}` quantizes", hint=hint
+        )
     return schemes
 
 
-def left_plain(checkpoint: Checkpoint, layout: Layout | None, quantization: str | None) -> tuple[str, ...]:
+def left_plain(
+    checkpoint: Checkpoint, layout: Layout | None, quantization: str | None
+) -> tuple[str, ...]:
     """Return one line for each reason why layers stay in 16 bits that ``quantization`` is for; empty for a quantized checkpoint."""
     if (layout is not None and layout.modules) or quantization is None:
         return ()
@@ -88,7 +117,10 @@ def left_plain(checkpoint: Checkpoint, layout: Layout | None, quantization: str 
     for layer, objection in _candidates(checkpoint, ONLINE[_known(quantization, ONLINE)]):
         if objection:
             left.setdefault(objection, []).append(layer)
-    return tuple(f"{objection}, which stay in 16 bits: {_several(layers)}" for objection, layers in left.items())
+    return tuple(
+        f"{objection}, which stay in 16 bits: {_several(layers)}"
+        for objection, layers in left.items()
+    )
 
 
 def flag_named(quantization: str | None, torchao_config: str | None) -> str | None:
@@ -100,14 +132,27 @@ def flag_named(quantization: str | None, torchao_config: str | None) -> str | No
         return quantization
     if quantization is not None:
         message = f"--quantization {quantization} and --torchao-config {torchao_config} cannot both be meant"
-        raise UsageError("E_QUANTIZATION", message, hint="give one of them: --quantization takes torchao's names too")
+        raise UsageError(
+            "E_QUANTIZATION",
+            message,
+            hint="give one of them: --quantization takes torchao's names too",
+        )
     return _known(torchao_config, TORCHAO, "torchao config")
 
 
-def _known(name: str, known: Iterable[str], kind: str = "quantization", suggested: Iterable[str] | None = None) -> str:
+def _known(
+    name: str,
+    known: Iterable[str],
+    kind: str = "quantization",
+    suggested: Iterable[str] | None = None,
+) -> str:
     if str(name).lower() not in (known := list(known)):
         names = list(suggested or known)
-        raise UsageError("E_QUANTIZATION", f"unknown {kind} `{name}`", hint=nearest(str(name), names) or f"one of {', '.join(names)}")
+        raise UsageError(
+            "E_QUANTIZATION",
+            f"unknown {kind} `{name}`",
+            hint=nearest(str(name), names) or f"one of {', '.join(names)}",
+        )
     return name.lower()
 
 
@@ -119,13 +164,22 @@ def _candidates(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[tuple[str, s
         if why_plain(checkpoint, layer):
             continue
         if is_linear(tensor):
-            yield layer, f"groups of {group} do not divide the inputs of layers" if tensor.shape[1] % group else ""
+            yield (
+                layer,
+                f"groups of {group} do not divide the inputs of layers"
+                if tensor.shape[1] % group
+                else "",
+            )
         elif _is_stack(tensor):
             yield layer, "experts are stacked in tensors of three dimensions"
 
 
 def _is_stack(tensor: TensorInfo) -> bool:
-    return len(tensor.shape) == 3 and tensor.dtype in FLOAT_DTYPES and any("expert" in part or "moe" in part for part in tensor.name.split("."))
+    return (
+        len(tensor.shape) == 3
+        and tensor.dtype in FLOAT_DTYPES
+        and any("expert" in part or "moe" in part for part in tensor.name.split("."))
+    )
 
 
 def _several(names: list[str]) -> str:
@@ -147,11 +201,22 @@ def _of_quantized(checkpoint: Checkpoint, layout: Layout, name: str | None) -> d
         return schemes
     if name in ONLINE and all(scheme == ONLINE[name] for scheme in schemes.values()):
         return schemes
-    if name in OVERRIDES and all(_per_channel(scheme.weights) == ONLINE[name].weights for scheme in schemes.values()):
-        return {layer: replace(scheme, activations=ONLINE[name].activations) for layer, scheme in schemes.items()}
+    if name in OVERRIDES and all(
+        _per_channel(scheme.weights) == ONLINE[name].weights for scheme in schemes.values()
+    ):
+        return {
+            layer: replace(scheme, activations=ONLINE[name].activations)
+            for layer, scheme in schemes.items()
+        }
     there = ", ".join(sorted({scheme.name for scheme in schemes.values()}))
-    message = f"`{name}` does not fit {checkpoint.path}, which is quantized already: `{found}`, {there}"
-    raise UsageError("E_QUANTIZATION", message, hint="leave the flag out: how a checkpoint is quantized is read from it")
+    message = (
+        f"`{name}` does not fit {checkpoint.path}, which is quantized already: `{found}`, {there}"
+    )
+    raise UsageError(
+        "E_QUANTIZATION",
+        message,
+        hint="leave the flag out: how a checkpoint is quantized is read from it",
+    )
 
 
 def _per_channel(weights: Weights) -> Weights:

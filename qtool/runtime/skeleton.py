@@ -56,16 +56,24 @@ class Skeleton:
             from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.checkpoint, self.dtype = checkpoint, dtype
-        self._no_data = FakeTensorMode()  # and not the meta device, on whose masks transformers would look for data
+        self._no_data = (
+            FakeTensorMode()
+        )  # and not the meta device, on whose masks transformers would look for data
         try:
             self.config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
             if hasattr(self.config, "quantization_config"):
                 del self.config.quantization_config
             with quiet_imports(), self._no_data:
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
-        except Exception as error:  # a config comes from outside, and transformers finds many ways to fail on one
+        except (
+            Exception
+        ) as error:  # a config comes from outside, and transformers finds many ways to fail on one
             message = f"{checkpoint.path}: transformers makes no language model of its config ({one_line(error)})"
-            raise CheckpointRefused("E_ARCHITECTURE", message, hint="qtool runs the causal language models of transformers") from error
+            raise CheckpointRefused(
+                "E_ARCHITECTURE",
+                message,
+                hint="qtool runs the causal language models of transformers",
+            ) from error
         self.modules: Mapping[str, nn.Module] = dict(self.model.named_modules())
         self._parameters = self.model.state_dict()
         mapping = get_model_conversion_mapping(self.model)
@@ -76,7 +84,13 @@ class Skeleton:
         """Return where the linear layer that the checkpoint calls ``name`` goes. Raises: CheckpointRefused, when the model has no place for it."""
         from transformers.core_model_loading import rename_source_key
 
-        found, pattern = rename_source_key(f"{name}.weight", self._renamings, self._converters, self.model.base_model_prefix, self._parameters)
+        found, pattern = rename_source_key(
+            f"{name}.weight",
+            self._renamings,
+            self._converters,
+            self.model.base_model_prefix,
+            self._parameters,
+        )
         if f"{name}.weight" in self._parameters and found not in self._parameters:
             found, pattern = f"{name}.weight", None
         if pattern is not None:
@@ -89,38 +103,71 @@ class Skeleton:
             return Place(holder, parameter)
         what = type(self.modules[module]).__name__ if module in self.modules else "nothing"
         raise CheckpointRefused(
-            "E_NO_LINEAR", f"{self.checkpoint.path}: `{name}` is quantized, and the model has {what} in its place, no linear layer"
+            "E_NO_LINEAR",
+            f"{self.checkpoint.path}: `{name}` is quantized, and the model has {what} in its place, no linear layer",
         )
 
     def _among_experts(self, name: str, parameter: str, pattern: str) -> Place:
         converter = next(entry for entry in self._converters if pattern in entry.source_patterns)
         operations = [type(operation).__name__ for operation in converter.operations]
-        expert = re.search(re.escape(pattern.removesuffix(".weight")).replace(r"\*", r"(\d+)") + "$", name)
-        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or expert is None:
+        expert = re.search(
+            re.escape(pattern.removesuffix(".weight")).replace(r"\*", r"(\d+)") + "$", name
+        )
+        if (
+            operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+            or expert is None
+        ):
             message = f"{self.checkpoint.path}: transformers makes `{parameter}` of `{name}` by {', '.join(operations)}, which qtool does not do"
-            raise CheckpointRefused("E_NO_LINEAR", message, hint="open an issue that names the model")
+            raise CheckpointRefused(
+                "E_NO_LINEAR", message, hint="open an issue that names the model"
+            )
         holder, _, attribute = parameter.rpartition(".")
         self._experts_of(parameter)
-        return Place(holder, attribute, int(expert[1]), converter.source_patterns.index(pattern), len(converter.source_patterns))
+        return Place(
+            holder,
+            attribute,
+            int(expert[1]),
+            converter.source_patterns.index(pattern),
+            len(converter.source_patterns),
+        )
 
     def _experts_of(self, parameter: str) -> int:
         if parameter not in self._parameters:
-            raise CheckpointRefused("E_NO_LINEAR", f"{self.checkpoint.path} has experts for `{parameter}`, which the model does not have")
+            raise CheckpointRefused(
+                "E_NO_LINEAR",
+                f"{self.checkpoint.path} has experts for `{parameter}`, which the model does not have",
+            )
         return int(self._parameters[parameter].shape[0])
 
     def missing_experts(self, places: Collection[Place]) -> list[str]:
         """Return which experts, or parts of them, of the stacks at ``places`` are not among these."""
         missing = []
-        for module, parameter, parts in sorted({(place.module, place.parameter, place.parts) for place in places if place.parameter}):
-            there = {(place.expert, place.part) for place in places if (place.module, place.parameter) == (module, parameter)}
+        for module, parameter, parts in sorted(
+            {(place.module, place.parameter, place.parts) for place in places if place.parameter}
+        ):
+            there = {
+                (place.expert, place.part)
+                for place in places
+                if (place.module, place.parameter) == (module, parameter)
+            }
             if there != {(None, 0)}:
-                wanted = {(expert, part) for expert in range(self._experts_of(f"{module}.{parameter}")) for part in range(parts)}
-                missing += [f"{module}.{parameter}, expert {expert}, part {part}" for expert, part in sorted(wanted - there)]
+                wanted = {
+                    (expert, part)
+                    for expert in range(self._experts_of(f"{module}.{parameter}"))
+                    for part in range(parts)
+                }
+                missing += [
+                    f"{module}.{parameter}, expert {expert}, part {part}"
+                    for expert, part in sorted(wanted - there)
+                ]
         return missing
 
     def beyond(self, name: str) -> bool:
         """Whether the tensor or layer ``name`` belongs to a decoder layer after the last, for multi-token prediction."""
-        layer, count = re.search(r"\.layers\.(\d+)\.", name), self.checkpoint.text_config.get("num_hidden_layers")
+        layer, count = (
+            re.search(r"\.layers\.(\d+)\.", name),
+            self.checkpoint.text_config.get("num_hidden_layers"),
+        )
         return layer is not None and isinstance(count, int) and int(layer[1]) >= count
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
@@ -132,16 +179,25 @@ class Skeleton:
         alive: list[Tensor] = []  # so that no two inputs get the same id
 
         def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            def hook(
+                module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+            ) -> None:
                 alive.append(args[0] if args else kwargs["input"])
                 inputs.setdefault((name.rpartition(".")[0], id(alive[-1])), []).append(name)
 
             return hook
 
-        linears = {name: module for name, module in self.modules.items() if isinstance(module, nn.Linear)}
-        handles = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in linears.items()]
+        linears = {
+            name: module for name, module in self.modules.items() if isinstance(module, nn.Linear)
+        }
+        handles = [
+            module.register_forward_pre_hook(note(name), with_kwargs=True)
+            for name, module in linears.items()
+        ]
         experts = self.config._experts_implementation
-        self.config._experts_implementation = "batched_mm"  # the only one that does not look at data
+        self.config._experts_implementation = (
+            "batched_mm"  # the only one that does not look at data
+        )
         try:
             with torch.no_grad(), self._no_data:
                 self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
@@ -150,9 +206,13 @@ class Skeleton:
             for handle in handles:
                 handle.remove()
         called = {name for names in inputs.values() for name in names}
-        return called, [names for names in inputs.values() if len(names) > 1 and len(set(names)) == len(names)]
+        return called, [
+            names for names in inputs.values() if len(names) > 1 and len(set(names)) == len(names)
+        ]
 
-    def materialize(self, removed: Collection[Place], state: dict[str, Tensor], device: torch.device) -> Any:
+    def materialize(
+        self, removed: Collection[Place], state: dict[str, Tensor], device: torch.device
+    ) -> Any:
         """Return the model with its plain weights, ``state``, on ``device``; the layers at ``removed`` are left out for the caller to put in.
 
         Raises: CheckpointRefused, when ``state`` is not what the rest of the model needs.
@@ -171,22 +231,40 @@ class Skeleton:
                     experts._is_hf_initialized = True  # or transformers would look for the parameter, to give it random numbers
                 else:
                     model.set_submodule(place.module, nn.Identity())
-                    model.get_submodule(place.module.rpartition(".")[0])._is_hf_initialized = True  # the same
+                    model.get_submodule(
+                        place.module.rpartition(".")[0]
+                    )._is_hf_initialized = True  # the same
 
         # a subclass for as long as loading takes: transformers then never asks for the weights of the layers that are left out
-        names = {"__init__": initialize, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+        names = {
+            "__init__": initialize,
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+        }
         without: Any = type(model_class.__name__, (model_class,), names)
         head = self.model.get_output_embeddings()
-        if any(self.modules[place.module] is head for place in removed):  # a head of its own, whatever the config says
-            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+        if any(
+            self.modules[place.module] is head for place in removed
+        ):  # a head of its own, whatever the config says
+            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = (
+                False
+            )
         if any(place.parameter for place in removed):
-            self.config._experts_implementation = "eager"  # one expert after another, through `linear`
+            self.config._experts_implementation = (
+                "eager"  # one expert after another, through `linear`
+            )
         bars, level = said.is_progress_bar_enabled(), said.get_verbosity()
         said.disable_progress_bar()  # its bar ignores whether there is a terminal
         said.set_verbosity_error()
         try:
-            options = {"device_map": {"": device}, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, report = without.from_pretrained(None, config=self.config, state_dict=state, dtype=self.dtype, **options)
+            options = {
+                "device_map": {"": device},
+                "ignore_mismatched_sizes": True,
+                "output_loading_info": True,
+            }
+            model, report = without.from_pretrained(
+                None, config=self.config, state_dict=state, dtype=self.dtype, **options
+            )
         finally:
             said.set_verbosity(level)
             if bars:
@@ -197,9 +275,15 @@ class Skeleton:
             ("unexpected_keys", "has what the model does not:"),
             ("mismatched_keys", "has in another shape"),
         ):
-            if found := sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(kind) or ()):
+            if found := sorted(
+                str(name[0] if isinstance(name, tuple) else name) for name in report.get(kind) or ()
+            ):
                 message = f"{self.checkpoint.path} {what} {len(found)} tensors, e.g. {', '.join(f'`{name}`' for name in found[:3])}"
-                raise CheckpointRefused("E_TENSORS", message, hint="config.json and weights are not of one model: download or export it again")
+                raise CheckpointRefused(
+                    "E_TENSORS",
+                    message,
+                    hint="config.json and weights are not of one model: download or export it again",
+                )
         if (self.checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
         return model.requires_grad_(False).eval()

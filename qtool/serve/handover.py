@@ -34,7 +34,9 @@ FLAGS = Path(__file__).with_name("flags.yaml")
 SECRETS = ("--api-key", "--admin-api-key", "--hf-token", "VLLM_API_KEY")
 HIDDEN = "***"
 REASONS = 3
-KEPT_FOR_CACHE = 0.3  # of a GPU's memory, when the number of GPUs is guessed: KV cache, activations, graphs
+KEPT_FOR_CACHE = (
+    0.3  # of a GPU's memory, when the number of GPUs is guessed: KV cache, activations, graphs
+)
 
 
 class Counterpart(BaseModel):
@@ -88,23 +90,47 @@ class Command:
 
     def __str__(self) -> str:
         """Return the command as a shell takes it, without its secrets."""
-        variables = [f"{name}={HIDDEN if name in SECRETS else shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*variables, *(HIDDEN if word == HIDDEN else shlex.quote(word) for word in _without_secrets(self.arguments))])
+        variables = [
+            f"{name}={HIDDEN if name in SECRETS else shlex.quote(value)}"
+            for name, value in self.environment.items()
+        ]
+        return " ".join(
+            [
+                *variables,
+                *(
+                    HIDDEN if word == HIDDEN else shlex.quote(word)
+                    for word in _without_secrets(self.arguments)
+                ),
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the command for ``--json``, without its secrets."""
-        variables = {name: HIDDEN if name in SECRETS else value for name, value in self.environment.items()}
+        variables = {
+            name: HIDDEN if name in SECRETS else value for name, value in self.environment.items()
+        }
         words = list(_without_secrets(self.arguments))
-        return {"engine": self.engine, "arguments": words, "environment": variables, "command": str(self), "warnings": list(self.warnings)}
+        return {
+            "engine": self.engine,
+            "arguments": words,
+            "environment": variables,
+            "command": str(self),
+            "warnings": list(self.warnings),
+        }
 
 
 @cache
 def targets() -> Mapping[str, Target]:
     """Return the engines that a process can be handed to, by name, which is also that of the package."""
-    return {name: Target.model_validate(data) for name, data in yaml.safe_load(FLAGS.read_bytes()).items()}
+    return {
+        name: Target.model_validate(data)
+        for name, data in yaml.safe_load(FLAGS.read_bytes()).items()
+    }
 
 
-def prepare(engine: str, options: Mapping[str, object], extra: Sequence[str] = (), *, dry_run: bool = False) -> Command:
+def prepare(
+    engine: str, options: Mapping[str, object], extra: Sequence[str] = (), *, dry_run: bool = False
+) -> Command:
     """Return the command by which ``engine`` serves the checkpoint as ``options`` ask, having checked that it will load it.
 
     Args:
@@ -115,12 +141,21 @@ def prepare(engine: str, options: Mapping[str, object], extra: Sequence[str] = (
         ResourceError, when it is not installed.
     """
     settings = _one_quantization(options)
-    make_command(engine, {**settings, "quantization": None}, extra)  # what is wrong with the options themselves is said before a download
+    make_command(
+        engine, {**settings, "quantization": None}, extra
+    )  # what is wrong with the options themselves is said before a download
     model_path, revision = str(settings["model_path"]), _text(settings.pop("revision", None))
-    folder = resolve_model(model_path, revision=revision, with_code=bool(settings.get("trust_remote_code")))
+    folder = resolve_model(
+        model_path, revision=revision, with_code=bool(settings.get("trust_remote_code"))
+    )
     checkpoint = open_checkpoint(folder)
-    if folder != Path(model_path):  # of the Hub: what was checked is what is served, under the name that was asked for
-        settings |= {"model_path": str(folder), "served_model_name": settings.get("served_model_name") or model_path}
+    if folder != Path(
+        model_path
+    ):  # of the Hub: what was checked is what is served, under the name that was asked for
+        settings |= {
+            "model_path": str(folder),
+            "served_model_name": settings.get("served_model_name") or model_path,
+        }
     report = _check(checkpoint, model_path, engine, settings)
     if settings.get("quantization"):
         settings |= _quantization(checkpoint, str(settings["quantization"]))
@@ -131,7 +166,10 @@ def prepare(engine: str, options: Mapping[str, object], extra: Sequence[str] = (
         if finding.severity == "warning" or finding.code == "N_ENGINE_VERSION"
     ]
     if not _is_installed(engine):
-        message, hint = f"{engine} is not installed in the environment of {sys.executable}", f"pip install {engine}"
+        message, hint = (
+            f"{engine} is not installed in the environment of {sys.executable}",
+            f"pip install {engine}",
+        )
         if not dry_run:
             raise ResourceError("E_NO_ENGINE_PACKAGE", message, hint=hint)
         warnings.append(f"{message}: {hint}")
@@ -146,7 +184,11 @@ def make_command(engine: str, options: Mapping[str, object], extra: Sequence[str
     Raises: UsageError, for an option that the engine has nothing for and that is no mere comfort.
     """
     target = _target(engine)
-    settings = {name: value for name, value in _one_quantization(options).items() if value is not None and value is not False}
+    settings = {
+        name: value
+        for name, value in _one_quantization(options).items()
+        if value is not None and value is not False
+    }
     _check_nodes(settings)
     environment, warnings = _pick_gpu(settings), []
     if engine == "vllm":
@@ -160,8 +202,14 @@ def make_command(engine: str, options: Mapping[str, object], extra: Sequence[str
             raise _refused(engine, name, value, counterpart.refused)
         if counterpart.dropped:
             warnings.append(f"{_ours(name)} is left out: {counterpart.dropped}")
-        elif counterpart.since and (version := _installed_version(engine)) and numbers(version) < numbers(counterpart.since):
-            warnings.append(f"{_ours(name)} is left out: {engine} {version} has no {counterpart.flag}")
+        elif (
+            counterpart.since
+            and (version := _installed_version(engine))
+            and numbers(version) < numbers(counterpart.since)
+        ):
+            warnings.append(
+                f"{_ours(name)} is left out: {engine} {version} has no {counterpart.flag}"
+            )
         elif (theirs := _theirs(engine, name, value, counterpart)) is not None:
             if counterpart.environment:
                 environment[counterpart.environment] = theirs
@@ -178,14 +226,20 @@ def hand_over(command: Command) -> NoReturn:
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
 
 
-def suggestion(options: Mapping[str, object], *, size_bytes: int | None = None, gpu_bytes: int | None = None) -> str:
+def suggestion(
+    options: Mapping[str, object], *, size_bytes: int | None = None, gpu_bytes: int | None = None
+) -> str:
     """Return the hint for who needs more than one GPU: the command line to type instead.
 
     Args:
         options: ours by name, as for `prepare`. ``tp`` is kept when it is there.
         size_bytes: of the weights, and gpu_bytes of one GPU's memory; where both are known and ``tp`` is not, they give the number of GPUs.
     """
-    given = {name: value for name, value in options.items() if value is not None and value is not False and name not in ("model_path", "api_key")}
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None and value is not False and name not in ("model_path", "api_key")
+    }
     if not given.get("tp") and size_bytes is not None and gpu_bytes:
         given["tp"] = least_tensor_parallel(size_bytes, gpu_bytes)
     words = ["qtool", "serve", "--model-path", str(options["model_path"]), "--engine", "vllm"]
@@ -203,23 +257,34 @@ def least_tensor_parallel(size_bytes: int, gpu_bytes: int) -> int:
 def _target(engine: str) -> Target:
     if engine not in targets():
         known = ("builtin", *targets())
-        raise UsageError("E_ENGINE", f"`{engine}` is no engine to serve with", hint=nearest(engine, known) or f"one of {', '.join(known)}")
+        raise UsageError(
+            "E_ENGINE",
+            f"`{engine}` is no engine to serve with",
+            hint=nearest(engine, known) or f"one of {', '.join(known)}",
+        )
     return targets()[engine]
 
 
 def _one_quantization(options: Mapping[str, object]) -> dict[str, object]:
     named = flag_named(_text(options.get("quantization")), _text(options.get("torchao_config")))
-    return {**{name: value for name, value in options.items() if name != "torchao_config"}, "quantization": named and named.lower()}
+    return {
+        **{name: value for name, value in options.items() if name != "torchao_config"},
+        "quantization": named and named.lower(),
+    }
 
 
-def _check(checkpoint: Checkpoint, model_path: str, engine: str, settings: Mapping[str, object]) -> EngineReport:
+def _check(
+    checkpoint: Checkpoint, model_path: str, engine: str, settings: Mapping[str, object]
+) -> EngineReport:
     """Return what ``engine``, in the version that is installed, does with the checkpoint on this machine's GPU. Raises: CheckpointRefused."""
     ranks = int(str(settings.get("tp") or 1))
     gpu = None if settings.get("device") == "cpu" else _gpu(str(settings.get("device") or "auto"))
     version = _installed_version(engine)
 
     def ask(name: str, version: str | None = None) -> EngineReport:
-        report = inspect(checkpoint, engine=name, engine_version=version, gpu=gpu, tensor_parallel=ranks).engine
+        report = inspect(
+            checkpoint, engine=name, engine_version=version, gpu=gpu, tensor_parallel=ranks
+        ).engine
         assert report is not None  # it is there when an engine is asked for
         return report
 
@@ -228,8 +293,14 @@ def _check(checkpoint: Checkpoint, model_path: str, engine: str, settings: Mappi
         return report
     reasons = [finding for finding in report.findings if finding.severity == "refused"]
     hints = [hint for hint in dict.fromkeys(finding.hint for finding in reasons[:REASONS]) if hint]
-    hints += [f"{other} loads it: --engine {other}" for other in targets() if other != engine and ask(other).loads]
-    hints.append(f"`qtool inspect --model-path {shlex.quote(model_path)} --engine {engine} --tp {ranks}` says more")
+    hints += [
+        f"{other} loads it: --engine {other}"
+        for other in targets()
+        if other != engine and ask(other).loads
+    ]
+    hints.append(
+        f"`qtool inspect --model-path {shlex.quote(model_path)} --engine {engine} --tp {ranks}` says more"
+    )
     where = f"{engine} {report.version}" + (f" on {gpu}" if gpu else "")
     told = [finding.message for finding in reasons[:REASONS]]
     told += [f"and {len(reasons) - REASONS} more"] if len(reasons) > REASONS else []
@@ -248,11 +319,21 @@ def _quantization(checkpoint: Checkpoint, name: str) -> dict[str, object]:
 
 
 def _check_nodes(settings: Mapping[str, object]) -> None:
-    nodes, rank = (int(str(settings.get(name, default))) for name, default in (("nnodes", 1), ("node_rank", 0)))
+    nodes, rank = (
+        int(str(settings.get(name, default))) for name, default in (("nnodes", 1), ("node_rank", 0))
+    )
     if not 0 <= rank < nodes:
-        raise UsageError("E_NODES", f"--node-rank {rank} is none of {nodes} nodes", hint="ranks count from 0; --nnodes is the same on all of them")
+        raise UsageError(
+            "E_NODES",
+            f"--node-rank {rank} is none of {nodes} nodes",
+            hint="ranks count from 0; --nnodes is the same on all of them",
+        )
     if nodes > 1 and "dist_init_addr" not in settings:
-        raise UsageError("E_NODES", f"--nnodes {nodes} needs an address to meet at", hint="--dist-init-addr HOST:PORT, of the node with rank 0")
+        raise UsageError(
+            "E_NODES",
+            f"--nnodes {nodes} needs an address to meet at",
+            hint="--dist-init-addr HOST:PORT, of the node with rank 0",
+        )
 
 
 def _pick_gpu(settings: dict[str, object]) -> dict[str, str]:
@@ -262,7 +343,9 @@ def _pick_gpu(settings: dict[str, object]) -> dict[str, str]:
         return {}
     if any(int(str(settings.get(name, 1))) > 1 for name in ("tp", "pp", "dp")):
         hint = "leave --device out; CUDA_VISIBLE_DEVICES says which GPUs there are"
-        raise UsageError("E_DEVICE", f"--device {device} is one GPU, and more are asked for", hint=hint)
+        raise UsageError(
+            "E_DEVICE", f"--device {device} is one GPU, and more are asked for", hint=hint
+        )
     settings["device"] = "cuda"
     return {"CUDA_VISIBLE_DEVICES": _visible(device)}
 
@@ -272,7 +355,11 @@ def _visible(device: str) -> str:
     number = device.removeprefix("cuda:")
     shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not number.isdecimal() or (shown and int(number) >= len(shown)):
-        raise UsageError("E_DEVICE", f"there is no device `{device}`", hint="auto, cpu, cuda or cuda:<n>, counted among CUDA_VISIBLE_DEVICES")
+        raise UsageError(
+            "E_DEVICE",
+            f"there is no device `{device}`",
+            hint="auto, cpu, cuda or cuda:<n>, counted among CUDA_VISIBLE_DEVICES",
+        )
     return shown[int(number)] if shown else number
 
 
@@ -286,19 +373,28 @@ def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
             settings["master_port"] = port
     if int(str(settings.get("node_rank", 0))) > 0:
         settings["headless"] = True
-    running, queued, chunk = (settings.get(name) for name in ("max_running_requests", "max_queued_requests", "chunked_prefill_size"))
+    running, queued, chunk = (
+        settings.get(name)
+        for name in ("max_running_requests", "max_queued_requests", "chunked_prefill_size")
+    )
     if isinstance(queued, int):  # --max-num-queued-reqs counts those that run too
         if isinstance(running, int):
             settings["max_queued_requests"] = queued + running
         else:
             del settings["max_queued_requests"]
-            warnings.append("--max-queued-requests is left out: vLLM counts the running ones too; give --max-running-requests with it")
+            warnings.append(
+                "--max-queued-requests is left out: vLLM counts the running ones too; give --max-running-requests with it"
+            )
     if chunk == -1:
         settings["no_chunked_prefill"] = True
         del settings["chunked_prefill_size"]
-    elif isinstance(chunk, int) and isinstance(running, int) and chunk < running:  # it refuses to start otherwise
+    elif (
+        isinstance(chunk, int) and isinstance(running, int) and chunk < running
+    ):  # it refuses to start otherwise
         settings["chunked_prefill_size"] = running
-        warnings.append(f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than --max-running-requests")
+        warnings.append(
+            f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than --max-running-requests"
+        )
     return warnings
 
 
@@ -329,7 +425,11 @@ def _words(counterpart: Counterpart, value: str, *, is_switch: bool) -> list[str
     if is_switch:
         return [counterpart.flag, *counterpart.beside]
     joined = value.startswith("-")  # argparse would take it for a flag
-    return [f"{counterpart.flag}={value}", *counterpart.beside] if joined else [counterpart.flag, value, *counterpart.beside]
+    return (
+        [f"{counterpart.flag}={value}", *counterpart.beside]
+        if joined
+        else [counterpart.flag, value, *counterpart.beside]
+    )
 
 
 def _ours(name: str) -> str:
@@ -356,7 +456,9 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
 
 def _is_installed(engine: str) -> bool:
     found = importlib.util.find_spec(engine)
-    return found is not None and found.origin is not None  # a folder of that name in the working directory has none
+    return (
+        found is not None and found.origin is not None
+    )  # a folder of that name in the working directory has none
 
 
 def _installed_version(engine: str) -> str | None:
@@ -373,10 +475,21 @@ def _gpu(device: str) -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    shown = _visible(device) if device.startswith("cuda:") else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    ask = [tool, "--query-gpu=compute_cap", "--format=csv,noheader", *(["-i", shown] if shown else [])]
+    shown = (
+        _visible(device)
+        if device.startswith("cuda:")
+        else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    )
+    ask = [
+        tool,
+        "--query-gpu=compute_cap",
+        "--format=csv,noheader",
+        *(["-i", shown] if shown else []),
+    ]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        said = subprocess.run(
+            ask, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
     return said[0] if said and numbers(said[0]) else None

@@ -4,26 +4,100 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qtool import __version__
 from qtool.serve.backend.engine_client import Load
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST  # of what `Metrics.render` returns
-FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+FIRST_TOKEN_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+BETWEEN_TOKENS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    10,
+)
 WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 # vLLM's name, SGLang's name, what it says; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang 0.5.23 `srt/metrics/collector.py`
 NAMES = {
-    "running": ("vllm:num_requests_running", "sglang:num_running_reqs", "Requests that are computed."),
-    "waiting": ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "Requests that wait for their turn."),
-    "kv_usage": ("vllm:kv_cache_usage_perc", "sglang:token_usage", "Share of the KV cache in use; 1 is all of it."),
-    "prompt": ("vllm:prompt_tokens", "sglang:prompt_tokens", "Prompt tokens of completed requests."),
+    "running": (
+        "vllm:num_requests_running",
+        "sglang:num_running_reqs",
+        "Requests that are computed.",
+    ),
+    "waiting": (
+        "vllm:num_requests_waiting",
+        "sglang:num_queue_reqs",
+        "Requests that wait for their turn.",
+    ),
+    "kv_usage": (
+        "vllm:kv_cache_usage_perc",
+        "sglang:token_usage",
+        "Share of the KV cache in use; 1 is all of it.",
+    ),
+    "prompt": (
+        "vllm:prompt_tokens",
+        "sglang:prompt_tokens",
+        "Prompt tokens of completed requests.",
+    ),
     "generation": ("vllm:generation_tokens", "sglang:generation_tokens", "Tokens generated."),
-    "first": ("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds", "Seconds from a request to its first token."),
-    "between": ("vllm:inter_token_latency_seconds", "sglang:inter_token_latency_seconds", "Seconds from one token of a stream to the next."),
-    "whole": ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds", "Seconds of a request from its arrival to its end."),
+    "first": (
+        "vllm:time_to_first_token_seconds",
+        "sglang:time_to_first_token_seconds",
+        "Seconds from a request to its first token.",
+    ),
+    "between": (
+        "vllm:inter_token_latency_seconds",
+        "sglang:inter_token_latency_seconds",
+        "Seconds from one token of a stream to the next.",
+    ),
+    "whole": (
+        "vllm:e2e_request_latency_seconds",
+        "sglang:e2e_request_latency_seconds",
+        "Seconds of a request from its arrival to its end.",
+    ),
 }
 
 
@@ -34,14 +108,34 @@ class Metrics:
         self._labels = {"model_name": model_name}
         self._registry = CollectorRegistry()
         self._doubled = CollectorRegistry()
-        counted, timed = ("prompt", "generation"), (("first", FIRST_TOKEN_S), ("between", BETWEEN_TOKENS_S), ("whole", WHOLE_S))
-        self._counters = {name: self._counter(NAMES[name][0], NAMES[name][2], self._doubled) for name in counted}
+        counted, timed = (
+            ("prompt", "generation"),
+            (("first", FIRST_TOKEN_S), ("between", BETWEEN_TOKENS_S), ("whole", WHOLE_S)),
+        )
+        self._counters = {
+            name: self._counter(NAMES[name][0], NAMES[name][2], self._doubled) for name in counted
+        }
         self._histograms = {
-            name: Histogram(NAMES[name][0], NAMES[name][2], ["model_name"], registry=self._doubled, buckets=buckets).labels(**self._labels)
+            name: Histogram(
+                NAMES[name][0],
+                NAMES[name][2],
+                ["model_name"],
+                registry=self._doubled,
+                buckets=buckets,
+            ).labels(**self._labels)
             for name, buckets in timed
         }
-        self._ended = Counter("vllm:request_success", "Choices by how they ended.", ["model_name", "finished_reason"], registry=self._registry)
-        self._refused = self._counter("qtool:requests_refused", "Requests sent away because the queue was full.", self._registry)
+        self._ended = Counter(
+            "vllm:request_success",
+            "Choices by how they ended.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self._refused = self._counter(
+            "qtool:requests_refused",
+            "Requests sent away because the queue was full.",
+            self._registry,
+        )
         info = GaugeMetricFamily("qtool:info", "The version that serves.", labels=["version"])
         info.add_metric([__version__], 1)
         self._info = info
@@ -56,7 +150,9 @@ class Metrics:
         """Note ``count`` tokens of a stream that came ``seconds`` after the one before."""
         self._histograms["between"].observe(seconds / count)
 
-    def ended(self, reason: str, prompt_tokens: int, completion_tokens: int, seconds: float) -> None:
+    def ended(
+        self, reason: str, prompt_tokens: int, completion_tokens: int, seconds: float
+    ) -> None:
         """Note a choice that is complete."""
         self._counters["prompt"].inc(prompt_tokens)
         self._counters["generation"].inc(completion_tokens)
@@ -89,12 +185,20 @@ class Metrics:
         for title, help, value in (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits),
-            ("vllm:num_preemptions", "Times that a request lost its pages and was computed again.", self._load.preemptions),
+            (
+                "vllm:num_preemptions",
+                "Times that a request lost its pages and was computed again.",
+                self._load.preemptions,
+            ),
         ):
             counter = CounterMetricFamily(title, help, labels=list(self._labels))
             counter.add_metric(list(self._labels.values()), value)
             yield counter
-        yield self._gauge("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache.", hits / queries if queries else 0.0)
+        yield self._gauge(
+            "sglang:cache_hit_rate",
+            "Share of prompt tokens found in the prefix cache.",
+            hits / queries if queries else 0.0,
+        )
 
     def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(name, help, labels=list(self._labels))
@@ -107,5 +211,7 @@ class Metrics:
 
 def _renamed(metric: Metric, name: str) -> Metric:
     twin = Metric(name, metric.documentation, metric.type)
-    twin.samples = [sample._replace(name=sample.name.replace(metric.name, name, 1)) for sample in metric.samples]
+    twin.samples = [
+        sample._replace(name=sample.name.replace(metric.name, name, 1)) for sample in metric.samples
+    ]
     return twin

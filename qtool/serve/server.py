@@ -45,7 +45,9 @@ def serve(settings: Settings, *, on_ready: Callable[[Service], None]) -> None:
     _check_quantization(settings)
     address = bind(settings)
     bounds = Bounds()
-    bounds = replace(bounds, connections=min(bounds.connections, max(_file_limit() - OWN_FILES, OWN_FILES // 4)))
+    bounds = replace(
+        bounds, connections=min(bounds.connections, max(_file_limit() - OWN_FILES, OWN_FILES // 4))
+    )
     with _log_on_the_side(settings.log_level):
         _warn_of_strangers(settings)
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
@@ -83,7 +85,9 @@ def _warn_of_strangers(settings: Settings) -> None:
         LOG.warning(
             "anybody who can reach port %d of %s can use the model: --api-key asks for a key, --host 127.0.0.1 stays on this machine",
             settings.port,
-            "any address of this machine" if settings.host in ("", "0.0.0.0", "::") else settings.host,
+            "any address of this machine"
+            if settings.host in ("", "0.0.0.0", "::")
+            else settings.host,
         )
 
 
@@ -95,7 +99,9 @@ def _check_quantization(settings: Settings) -> None:
         schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
-async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]) -> None:
+async def _serve(
+    settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]
+) -> None:
     service = Service(settings)
     config = uvicorn.Config(
         Guard(make_app(service), settings, bounds),
@@ -124,14 +130,18 @@ async def _serve(settings: Settings, bounds: Bounds, address: socket, on_ready: 
         raise service.failure
 
 
-async def _start(service: Service, server: uvicorn.Server, on_ready: Callable[[Service], None]) -> None:
+async def _start(
+    service: Service, server: uvicorn.Server, on_ready: Callable[[Service], None]
+) -> None:
     try:
         await service.start()
     except QtoolError as error:
         service.failure = service.failure or error
         server.should_exit = True
     except Exception as error:
-        service.failure = QtoolError("E_BUG", f"the server did not start: {type(error).__name__}: {error}")
+        service.failure = QtoolError(
+            "E_BUG", f"the server did not start: {type(error).__name__}: {error}"
+        )
         LOG.exception("the server did not start")
         server.should_exit = True
     else:
@@ -146,13 +156,27 @@ async def _watch(service: Service, server: uvicorn.Server) -> None:
 def ready_text(service: Service) -> str:
     """Return what is served, where, and a command to try it."""
     settings, facts = service.settings, service.facts
-    size = f"{facts.weights_bytes / 1e9:.2f} GB" if facts.weights_bytes >= 1e8 else f"{facts.weights_bytes / 1e6:.1f} MB"
+    size = (
+        f"{facts.weights_bytes / 1e9:.2f} GB"
+        if facts.weights_bytes >= 1e8
+        else f"{facts.weights_bytes / 1e6:.1f} MB"
+    )
     what = f"{facts.quantization or facts.dtype}, {size} on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
     key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
     if service.templates.text is None:
-        path, body = "/v1/completions", {"model": settings.name, "prompt": "Hello", "max_tokens": 32}
+        path, body = (
+            "/v1/completions",
+            {"model": settings.name, "prompt": "Hello", "max_tokens": 32},
+        )
     else:
-        path, body = "/v1/chat/completions", {"model": settings.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+        path, body = (
+            "/v1/chat/completions",
+            {
+                "model": settings.name,
+                "messages": [{"role": "user", "content": "Hello"}],
+                "max_tokens": 32,
+            },
+        )
     return (
         f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
         f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d '{_quoted(body)}'\n"
@@ -161,7 +185,11 @@ def ready_text(service: Service) -> str:
 
 def ready_dict(service: Service) -> dict[str, Any]:
     """Return what is served, and where, as plain data."""
-    facts = {name: value for name, value in asdict(service.facts).items() if name not in ("tokenizer", "eos_ids")}
+    facts = {
+        name: value
+        for name, value in asdict(service.facts).items()
+        if name not in ("tokenizer", "eos_ids")
+    }
     return {"url": service.settings.url, "model": service.settings.name, **facts}
 
 
@@ -186,7 +214,10 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def signals_taken(self) -> Iterator[None]:
         """Take signals until the very end, and then leave them to whoever had them: a server that was asked to end has done its work."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -203,7 +234,11 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         if self._signals == 1 and self._service.places_taken:
             limit = self._service.settings.drain_timeout_s
-            LOG.warning("ending: %d answers are on their way and have %g s; another signal ends them now", self._service.places_taken, limit)
+            LOG.warning(
+                "ending: %d answers are on their way and have %g s; another signal ends them now",
+                self._service.places_taken,
+                limit,
+            )
         self.force_exit = self._signals > 2
         if self._signals > 1:
             asyncio.get_running_loop().call_soon_threadsafe(self._hurry.set)

@@ -23,8 +23,18 @@ from qtool.serve.settings import Settings
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
-MAX_LOGPROBS, MAX_LOGPROBS_HELD = 1 << 19, 1 << 24  # of a request, of all: each is some 150 bytes, here and in the engine
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")  # of generation_config.json
+MAX_LOGPROBS, MAX_LOGPROBS_HELD = (
+    1 << 19,
+    1 << 24,
+)  # of a request, of all: each is some 150 bytes, here and in the engine
+DEFAULTS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+)  # of generation_config.json
 
 
 class ModelNotFound(Exception):
@@ -93,19 +103,32 @@ class Service:
     async def start(self) -> None:
         """Load everything, and let the model answer once. Raises: QtoolError."""
         settings = self.settings
-        options = {**settings.engine, "model_path": settings.model_path, "revision": settings.revision, "log_level": settings.log_level.upper()}
+        options = {
+            **settings.engine,
+            "model_path": settings.model_path,
+            "revision": settings.revision,
+            "log_level": settings.log_level.upper(),
+        }
         engine = asyncio.create_task(self.engine.start(options))
         folder = Path(settings.engine.get("tokenizer_path") or settings.model_path)
         try:
-            if not folder.is_dir():  # a name on the Hub: the engine's process finds it, and may be ended while it does
+            if (
+                not folder.is_dir()
+            ):  # a name on the Hub: the engine's process finds it, and may be ended while it does
                 folder = Path((await engine).tokenizer_path)
             self.templates = await Templates.open(folder, settings.chat_template)
             self.facts = await engine
         finally:
             engine.cancel()
-        self.tool_style = tools.style_named(settings.tool_call_parser) if settings.tool_call_parser else tools.detect(self.templates.text)
+        self.tool_style = (
+            tools.style_named(settings.tool_call_parser)
+            if settings.tool_call_parser
+            else tools.detect(self.templates.text)
+        )
         if self.templates.template is not None and not self.templates.template.accepts_tools:
-            LOG.info("the chat template does not show tools to the model: it calls them only if it must")
+            LOG.info(
+                "the chat template does not show tools to the model: it calls them only if it must"
+            )
         self.grammars = Grammars(self.facts)
         self.vocabulary = Vocabulary(self.facts.tokenizer, self.facts.context_length)
         if settings.sampling_defaults == "model":
@@ -136,7 +159,11 @@ class Service:
 
     def give_up(self) -> None:
         """End every request that the engine has not ended."""
-        self.engine.give_up(ResourceError("E_DRAINING", "the server ended before the answer was complete", hint="ask again"))
+        self.engine.give_up(
+            ResourceError(
+                "E_DRAINING", "the server ended before the answer was complete", hint="ask again"
+            )
+        )
 
     def check_ready(self) -> None:
         """Raise: Busy, unless requests are taken."""
@@ -150,11 +177,17 @@ class Service:
         most = self.facts.max_running + self.settings.max_queued_requests
         if choices > most:
             raise UsageError(
-                "E_TOO_MANY", f"{choices} completions in one request; the server takes {most} at a time", hint="send fewer prompts or a lower n"
+                "E_TOO_MANY",
+                f"{choices} completions in one request; the server takes {most} at a time",
+                hint="send fewer prompts or a lower n",
             )
         if self.places_taken + choices > most:
             self.metrics.refused()
-            raise Busy(429, "queue_full", f"{self.places_taken} requests run or wait, which is what the server takes")
+            raise Busy(
+                429,
+                "queue_full",
+                f"{self.places_taken} requests run or wait, which is what the server takes",
+            )
         return Ticket(self, choices)
 
     def submit(self, ticket: Ticket, submission: Submission, asked: int | None) -> Answers:
@@ -189,19 +222,36 @@ class Service:
 
     def find_model(self, name: str | None) -> None:
         """Raise: ModelNotFound, when ``name`` is not the served model."""
-        if name not in (None, "", "default", self.settings.name, self.settings.model_path, Path(self.settings.model_path).name):
-            raise ModelNotFound(f"there is no model `{name[:200]}` here; `{self.settings.name}` is served")
+        if name not in (
+            None,
+            "",
+            "default",
+            self.settings.name,
+            self.settings.model_path,
+            Path(self.settings.model_path).name,
+        ):
+            raise ModelNotFound(
+                f"there is no model `{name[:200]}` here; `{self.settings.name}` is served"
+            )
 
     def _check_prompt(self, prompt: Sequence[int], asked: int) -> None:
         context = self.facts.context_length
         if not prompt:
-            raise UsageError("E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least")
+            raise UsageError(
+                "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
+            )
         if len(prompt) + asked > context:
             message = f"the context holds {context} tokens; the prompt has {len(prompt)}, and {asked} are asked for"
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
         if max(prompt) >= self.facts.vocab_size:
-            message = f"the prompt has a token {max(prompt)}, and the model knows {self.facts.vocab_size}"
-            raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {self.facts.vocab_size - 1}")
+            message = (
+                f"the prompt has a token {max(prompt)}, and the model knows {self.facts.vocab_size}"
+            )
+            raise UsageError(
+                "E_PROMPT",
+                message,
+                hint=f"tokens are whole numbers from 0 to {self.facts.vocab_size - 1}",
+            )
 
     def _hold_logprobs(self, ticket: Ticket, submission: Submission) -> None:
         """Count what ``submission`` may make of them: kept until it is read, they are the largest part of an answer. Raises: UsageError, Busy."""
@@ -210,15 +260,29 @@ class Service:
         tokens = 0
         for prompt in submission.prompts:
             room = self.facts.context_length - len(prompt)
-            most = room if submission.params.max_new_tokens is None else submission.params.max_new_tokens
-            tokens += (most + (len(prompt) if submission.prompt_logprobs_from >= 0 else 0)) * submission.params.n
+            most = (
+                room
+                if submission.params.max_new_tokens is None
+                else submission.params.max_new_tokens
+            )
+            tokens += (
+                most + (len(prompt) if submission.prompt_logprobs_from >= 0 else 0)
+            ) * submission.params.n
         logprobs = tokens * (1 + submission.top_logprobs)
         if logprobs > MAX_LOGPROBS:
-            message = f"{logprobs:,} log probabilities in one request; the server gives {MAX_LOGPROBS:,}"
-            raise UsageError("E_TOO_MANY", message, hint="lower n, max_tokens or the number of log probabilities")
+            message = (
+                f"{logprobs:,} log probabilities in one request; the server gives {MAX_LOGPROBS:,}"
+            )
+            raise UsageError(
+                "E_TOO_MANY", message, hint="lower n, max_tokens or the number of log probabilities"
+            )
         if self.logprobs_held + logprobs > MAX_LOGPROBS_HELD:
             self.metrics.refused()
-            raise Busy(429, "queue_full", "other requests hold as many log probabilities as the server keeps")
+            raise Busy(
+                429,
+                "queue_full",
+                "other requests hold as many log probabilities as the server keeps",
+            )
         ticket.logprobs = logprobs
         self.logprobs_held += logprobs
 
@@ -226,7 +290,9 @@ class Service:
         """Let the model answer once. Raises: QtoolError, when its logits are not finite or the engine is gone."""
         prompt = [self.facts.eos_ids[0] if self.facts.eos_ids else 0]
         params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-        answers = self.engine.submit(Submission([prompt], params, stream=False, rid=self.new_id("warm-up")))
+        answers = self.engine.submit(
+            Submission([prompt], params, stream=False, rid=self.new_id("warm-up"))
+        )
         try:
             async for _ in answers:
                 pass

@@ -65,11 +65,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.sampling_defaults not in ("model", "openai"):
-            raise UsageError("E_SAMPLING_DEFAULTS", f"--sampling-defaults is `{self.sampling_defaults}`", hint="`model` or `openai`")
+            raise UsageError(
+                "E_SAMPLING_DEFAULTS",
+                f"--sampling-defaults is `{self.sampling_defaults}`",
+                hint="`model` or `openai`",
+            )
         if self.tool_call_parser is not None:
             style_named(self.tool_call_parser)
         if self.log_level.lower() not in LOG_LEVELS:
-            raise UsageError("E_LOG_LEVEL", f"--log-level is `{self.log_level}`", hint=f"one of {', '.join(LOG_LEVELS)}")
+            raise UsageError(
+                "E_LOG_LEVEL",
+                f"--log-level is `{self.log_level}`",
+                hint=f"one of {', '.join(LOG_LEVELS)}",
+            )
 
     @property
     def name(self) -> str:
@@ -79,7 +87,9 @@ class Settings:
     @property
     def url(self) -> str:
         """Where a client on this machine finds the server."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(
+            self.host, f"[{self.host}]" if ":" in self.host else self.host
+        )
         return f"http://{host}:{self.port}"
 
     @property
@@ -100,7 +110,9 @@ def make_settings(options: Mapping[str, Any]) -> Settings:
     if several or options.get("dist_init_addr"):
         from qtool.serve.handover import suggestion
 
-        raise UsageError("E_ONE_GPU", "the builtin engine runs on one GPU", hint=suggestion(options))
+        raise UsageError(
+            "E_ONE_GPU", "the builtin engine runs on one GPU", hint=suggestion(options)
+        )
     given = {name: value for name, value in options.items() if value is not None}
     engine = {name: given[name] for name in ENGINE if name in given}
     engine["quantization"] = flag_named(given.get("quantization"), given.get("torchao_config"))
@@ -114,7 +126,9 @@ def make_settings(options: Mapping[str, Any]) -> Settings:
 def bind(settings: Settings) -> socket.socket:
     """Return a socket on the server's address. Raises: ResourceError, when it is taken or is not this machine's."""
     try:
-        addresses = socket.getaddrinfo(settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(
+            settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, kind, protocol, _, address = addresses[0]
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,5 +141,7 @@ def bind(settings: Settings) -> socket.socket:
             else "--host is an address of this machine"
         )
         reason = getattr(error, "strerror", None) or error
-        raise ResourceError("E_PORT", f"cannot listen on {settings.host}:{settings.port}: {reason}", hint=hint) from error
+        raise ResourceError(
+            "E_PORT", f"cannot listen on {settings.host}:{settings.port}: {reason}", hint=hint
+        ) from error
     return taken

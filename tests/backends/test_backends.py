@@ -59,25 +59,42 @@ def test_a_refusal_names_a_backend_that_can():
 
 
 def test_a_chain_of_steps_no_backend_knows_is_refused():
-    assert step_refusals(plan_for("gptq_int4", algorithm=["gptq", "awq"]), {("gptq",)}) == ["it has no algorithm `gptq + awq`"]
+    assert step_refusals(plan_for("gptq_int4", algorithm=["gptq", "awq"]), {("gptq",)}) == [
+        "it has no algorithm `gptq + awq`"
+    ]
 
 
 def test_groups_name_whole_kinds_and_the_fused_layers_of_engines():
-    plan = plan_for("w4a16_gptq", ignore=["q_proj", "k_proj", "v_proj", "model.layers.2.mlp.up_proj"])
-    groups = {group.scheme: group for group in groups_of(plan, [module.name for module in plan.modules])}
-    assert groups[None].patterns == (r"(?:.*\.)?(k_proj|q_proj|v_proj|qkv_proj)$", r"model\.layers\.2\.mlp\.up_proj$")
+    plan = plan_for(
+        "w4a16_gptq", ignore=["q_proj", "k_proj", "v_proj", "model.layers.2.mlp.up_proj"]
+    )
+    groups = {
+        group.scheme: group for group in groups_of(plan, [module.name for module in plan.modules])
+    }
+    assert groups[None].patterns == (
+        r"(?:.*\.)?(k_proj|q_proj|v_proj|qkv_proj)$",
+        r"model\.layers\.2\.mlp\.up_proj$",
+    )
     assert r"model\.layers\.0\.mlp\.up_proj$" in groups[plan.recipe.scheme].patterns
 
 
 def test_batches_never_mix_lengths():
-    work = Work(Job("", {}, "", "", "cpu", None), plan_for("fp8_static"), [[1, 2], [3], [4, 5]], "cpu", report=None)
+    work = Work(
+        Job("", {}, "", "", "cpu", None),
+        plan_for("fp8_static"),
+        [[1, 2], [3], [4, 5]],
+        "cpu",
+        report=None,
+    )
     assert [{len(sample) for sample in batch} for batch in work.batches()] == [{2}, {2}, {1}]
 
 
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     """A good FP8 checkpoint, to be spoilt in copies."""
-    return qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path_factory.mktemp("fp8") / "out", device="cpu").output
+    return qtool.quantize(
+        MODEL, method="fp8_dynamic", output=tmp_path_factory.mktemp("fp8") / "out", device="cpu"
+    ).output
 
 
 @pytest.fixture
@@ -113,14 +130,18 @@ def test_trap_nothing_was_quantized_without_an_error(tmp_path):
 
 def test_trap_embeddings_were_quantized_too(spoilt):
     def quantize_embeddings(tensors):
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(
+            torch.float8_e4m3fn
+        )
         tensors["model.embed_tokens.weight_scale"] = torch.ones(4096, 1, dtype=torch.bfloat16)
 
     assert "`model.embed_tokens`" in problem(spoilt(quantize_embeddings))
 
 
 def test_trap_an_ignored_module_was_quantized_all_the_same(fp8):
-    assert "was to be left alone (ignored by the recipe)" in problem(fp8, ignore=["model.layers.3.mlp.up_proj"])
+    assert "was to be left alone (ignored by the recipe)" in problem(
+        fp8, ignore=["model.layers.3.mlp.up_proj"]
+    )
 
 
 def test_trap_another_scheme_was_written(fp8):
@@ -146,7 +167,9 @@ def test_trap_kv_cache_scales_are_missing(fp8):
     assert "the KV cache is None, not fp8" in problem(fp8, kv_cache="fp8")
 
 
-@pytest.mark.parametrize("method", [recipe.name for recipe in catalogue().values() if recipe.needs_data])
+@pytest.mark.parametrize(
+    "method", [recipe.name for recipe in catalogue().values() if recipe.needs_data]
+)
 def test_trap_a_method_that_needs_data_never_runs_without(method):
     with pytest.raises(UsageError) as caught:
         prepare(MODEL, method=method)
@@ -163,7 +186,9 @@ def test_trap_w4a8_of_llm_compressor_is_stored_at_eight_bits():
 def test_trap_actorder_without_groups_is_not_written(tmp_path):
     options = {"calibration": DATA, "num_samples": 2, "seq_len": 64, "device": "cpu"}
     output = qtool.quantize(MODEL, method="w8a8_int8", output=tmp_path / "out", **options).output
-    for group in json.loads((output / "config.json").read_text())["quantization_config"]["config_groups"].values():
+    for group in json.loads((output / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ].values():
         assert group["weights"]["actorder"] is None
 
 

@@ -16,14 +16,25 @@ from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
 
 MODEL = EXAMPLE
-DATA = {"calibration": str(MODEL / "calibration.jsonl"), "num_samples": 8, "seq_len": 256, "device": "cpu"}
+DATA = {
+    "calibration": str(MODEL / "calibration.jsonl"),
+    "num_samples": 8,
+    "seq_len": 256,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run that kept its state: the folder with `out` and `state`."""
     folder = tmp_path_factory.mktemp("saved")
-    qtool.quantize(MODEL, method="modelopt_fp8", output=folder / "out", checkpoint_save_path=folder / "state", **DATA)
+    qtool.quantize(
+        MODEL,
+        method="modelopt_fp8",
+        output=folder / "out",
+        checkpoint_save_path=folder / "state",
+        **DATA,
+    )
     return folder
 
 
@@ -33,22 +44,46 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def test_saved_restored_and_exported_checkpoints_have_equal_logits(saved, tmp_path):
-    restored = qtool.quantize(MODEL, method="modelopt_fp8", output=tmp_path / "restored", checkpoint_restore_path=saved / "state", device="cpu")
-    exported = qtool.export(MODEL, checkpoint_restore_path=saved / "state", output=tmp_path / "exported", device="cpu")
+    restored = qtool.quantize(
+        MODEL,
+        method="modelopt_fp8",
+        output=tmp_path / "restored",
+        checkpoint_restore_path=saved / "state",
+        device="cpu",
+    )
+    exported = qtool.export(
+        MODEL, checkpoint_restore_path=saved / "state", output=tmp_path / "exported", device="cpu"
+    )
     expected = logits(saved / "out")
     assert torch.equal(logits(restored.output), expected)
     assert torch.equal(logits(exported.output), expected)
 
 
 def test_a_state_is_json_and_safetensors(saved):
-    assert {path.name for path in (saved / "state").iterdir()} == {"qtool-state.json", "model.safetensors"}
+    assert {path.name for path in (saved / "state").iterdir()} == {
+        "qtool-state.json",
+        "model.safetensors",
+    }
 
 
 def test_awq_survives_the_state(tmp_path):
     options = {**DATA, "num_samples": 2, "seq_len": 128}
-    qtool.quantize(MODEL, method="modelopt_int4_awq", output=tmp_path / "out", checkpoint_save_path=tmp_path / "state", **options)
-    exported = qtool.export(MODEL, checkpoint_restore_path=tmp_path / "state", output=tmp_path / "exported", device="cpu").output
-    assert (exported / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    qtool.quantize(
+        MODEL,
+        method="modelopt_int4_awq",
+        output=tmp_path / "out",
+        checkpoint_save_path=tmp_path / "state",
+        **options,
+    )
+    exported = qtool.export(
+        MODEL,
+        checkpoint_restore_path=tmp_path / "state",
+        output=tmp_path / "exported",
+        device="cpu",
+    ).output
+    assert (exported / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def refusal(**options) -> qtool.QtoolError:
@@ -75,7 +110,12 @@ def test_a_foreign_pickle_is_refused_unless_trusted(tmp_path):
 
 def test_even_a_trusted_pickle_runs_no_code(tmp_path):
     torch.save(_Payload(str(tmp_path / "ran")), tmp_path / "state.pt")
-    error = refusal(checkpoint_restore_path=tmp_path / "state.pt", output=tmp_path / "out", trust_pickle=True, method="modelopt_fp8")
+    error = refusal(
+        checkpoint_restore_path=tmp_path / "state.pt",
+        output=tmp_path / "out",
+        trust_pickle=True,
+        method="modelopt_fp8",
+    )
     assert (error.code, error.exit_code) == ("E_STATE", 3)
     assert not (tmp_path / "ran").exists()
 
@@ -84,11 +124,15 @@ def test_a_state_of_another_model_is_refused(saved, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(MODEL, other)
     data = bytearray((other / "model.safetensors").read_bytes())
-    norm = min(open_checkpoint(other).tensors.values(), key=lambda tensor: (tensor.size_bytes, tensor.name))
+    norm = min(
+        open_checkpoint(other).tensors.values(), key=lambda tensor: (tensor.size_bytes, tensor.name)
+    )
     data[norm.offset] ^= 1
     (other / "model.safetensors").write_bytes(data)
     with pytest.raises(qtool.QtoolError) as caught:
-        qtool.export(other, checkpoint_restore_path=saved / "state", output=tmp_path / "out", device="cpu")
+        qtool.export(
+            other, checkpoint_restore_path=saved / "state", output=tmp_path / "out", device="cpu"
+        )
     assert caught.value.code == "E_STATE_MODEL"
 
 
@@ -97,15 +141,29 @@ def test_a_state_of_another_version_is_refused(saved, tmp_path, change):
     shutil.copytree(saved / "state", tmp_path / "state")
     file = tmp_path / "state" / "qtool-state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    assert refusal(checkpoint_restore_path=tmp_path / "state", output=tmp_path / "out").code == "E_STATE_VERSION"
+    assert (
+        refusal(checkpoint_restore_path=tmp_path / "state", output=tmp_path / "out").code
+        == "E_STATE_VERSION"
+    )
 
 
-@pytest.mark.parametrize("change", [{"method": "modelopt_fp4"}, {"method": "modelopt_fp8", "kv_cache": "fp8"}])
+@pytest.mark.parametrize(
+    "change", [{"method": "modelopt_fp4"}, {"method": "modelopt_fp8", "kv_cache": "fp8"}]
+)
 def test_a_state_made_by_another_recipe_is_refused_before_any_work(saved, tmp_path, change):
     with pytest.raises(qtool.QtoolError) as caught:
-        qtool.quantize(MODEL, output=tmp_path / "out", checkpoint_restore_path=saved / "state", device="cpu", **change)
+        qtool.quantize(
+            MODEL,
+            output=tmp_path / "out",
+            checkpoint_restore_path=saved / "state",
+            device="cpu",
+            **change,
+        )
     assert (caught.value.code, caught.value.exit_code) == ("E_STATE_RECIPE", 3)
 
 
 def test_a_missing_state_is_refused(tmp_path):
-    assert refusal(checkpoint_restore_path=tmp_path / "none", output=tmp_path / "out").code == "E_STATE"
+    assert (
+        refusal(checkpoint_restore_path=tmp_path / "none", output=tmp_path / "out").code
+        == "E_STATE"
+    )

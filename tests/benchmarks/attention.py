@@ -37,12 +37,18 @@ GEOMETRIES = {  # name -> shape of a layer, options of attention
     "8b": ({"heads": 32, "kv_heads": 8, "head_dim": 128}, {}),
     "8b fp8": ({"heads": 32, "kv_heads": 8, "head_dim": 128, "kv": FP8}, {}),
     "8b window": ({"heads": 32, "kv_heads": 8, "head_dim": 128}, {"window": 1000}),
-    "8b short window, cap": ({"heads": 32, "kv_heads": 8, "head_dim": 128}, {"window": 50, "softcap": 30.0}),
+    "8b short window, cap": (
+        {"heads": 32, "kv_heads": 8, "head_dim": 128},
+        {"window": 50, "softcap": 30.0},
+    ),
     "64": ({"heads": 8, "kv_heads": 1, "head_dim": 64, "dtype": torch.float16}, {}),
     "80": ({"heads": 20, "kv_heads": 20, "head_dim": 80}, {}),
     "96": ({"heads": 32, "kv_heads": 32, "head_dim": 96}, {"window": 2047}),
     "256 cap": ({"heads": 16, "kv_heads": 8, "head_dim": 256}, {"softcap": 50.0}),
-    "256 window, cap": ({"heads": 16, "kv_heads": 8, "head_dim": 256}, {"window": 4096, "softcap": 50.0}),
+    "256 window, cap": (
+        {"heads": 16, "kv_heads": 8, "head_dim": 256},
+        {"window": 4096, "softcap": 50.0},
+    ),
     "256 fp8": ({"heads": 8, "kv_heads": 1, "head_dim": 256, "kv": FP8}, {}),
     "7 share": ({"heads": 28, "kv_heads": 4, "head_dim": 128}, {}),
     "12 share": ({"heads": 24, "kv_heads": 2, "head_dim": 128}, {}),
@@ -50,16 +56,32 @@ GEOMETRIES = {  # name -> shape of a layer, options of attention
     "f32": ({"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": torch.float32}, {}),
 }
 FEW = [(length - 1, 1) for length in (300, 5000)]
-MANY = [(length - 1, 1) for length in (1, 2, 15, 16, 17, 33, 64, 65, 129, 300, 1000, 4097, 5000, *range(20, 420, 17))]
+MANY = [
+    (length - 1, 1)
+    for length in (1, 2, 15, 16, 17, 33, 64, 65, 129, 300, 1000, 4097, 5000, *range(20, 420, 17))
+]
 PREFIXED = [(0, 700), (1024, 1024), (33, 1), (4000, 200), (15, 17), (0, 1), (128, 64)]
 FIRST = [(0, 1), (0, 16), (0, 300), (0, 1500)]
 DECODES = ((1, 300), (1, 1000), (1, 4000), (16, 400), (64, 400), (64, 4000), (256, 640))
 
 
-def layer(device: str, pages: int, *, kv_heads: int, head_dim: int, v_head_dim: int = 0, dtype=BF16, kv=None, **_: object) -> KVPages:
+def layer(
+    device: str,
+    pages: int,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    v_head_dim: int = 0,
+    dtype=BF16,
+    kv=None,
+    **_: object,
+) -> KVPages:
     shapes = ((pages, kv_heads, PAGE, size) for size in (head_dim, v_head_dim or head_dim))
     scales = (0.03, 0.05) if kv == FP8 else (1.0, 1.0)
-    return KVPages(*(torch.randn(shape, device=device, dtype=BF16).to(kv or dtype) for shape in shapes), *scales)
+    return KVPages(
+        *(torch.randn(shape, device=device, dtype=BF16).to(kv or dtype) for shape in shapes),
+        *scales,
+    )
 
 
 def integers(*shape: int) -> Tensor:
@@ -75,14 +97,28 @@ def compile_geometry(name: str) -> None:
     kv = layer("meta", 10, **shape)
     dtype = shape.get("dtype", BF16)
     q = torch.empty(4, shape["heads"], shape["head_dim"], dtype=dtype, device="meta")
-    k, v = (torch.empty(4, shape["kv_heads"], part.shape[3], dtype=dtype, device="meta") for part in (kv.k, kv.v))
+    k, v = (
+        torch.empty(4, shape["kv_heads"], part.shape[3], dtype=dtype, device="meta")
+        for part in (kv.k, kv.v)
+    )
     out = torch.empty(4, shape["heads"], kv.v.shape[3], dtype=dtype, device="meta")
     packed = Packed(integers(9, 9), integers(4), integers(4), 0, integers(3), 4, most=MOST)
     paged_attention.write(kv, k, v, packed)
     paged_attention.prefill(q, kv, packed, out, 0.1, options.get("window"), options.get("softcap"))
     for count in (len(FEW), len(MANY)):
-        tile = paged_attention.decode_tile(count * shape["kv_heads"], MOST, shape["head_dim"], q.element_size())
-        paged_attention.decode(q, kv, replace(packed, decodes=4), out, 0.1, options.get("window"), options.get("softcap"), tile)
+        tile = paged_attention.decode_tile(
+            count * shape["kv_heads"], MOST, shape["head_dim"], q.element_size()
+        )
+        paged_attention.decode(
+            q,
+            kv,
+            replace(packed, decodes=4),
+            out,
+            0.1,
+            options.get("window"),
+            options.get("softcap"),
+            tile,
+        )
 
 
 def compile_decode(tile: Tile, kv: torch.dtype | None) -> None:
@@ -91,7 +127,9 @@ def compile_decode(tile: Tile, kv: torch.dtype | None) -> None:
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv=kv)
     q = torch.empty(4, HEADS, HEAD_DIM, dtype=BF16, device="meta")
-    paged_attention.decode(q, pages, Packed(integers(4, 9), integers(4), integers(4), 4), q, SCALING, None, None, tile)
+    paged_attention.decode(
+        q, pages, Packed(integers(4, 9), integers(4), integers(4), 4), q, SCALING, None, None, tile
+    )
 
 
 def compile_prefill(tile: Tile) -> None:
@@ -100,21 +138,38 @@ def compile_prefill(tile: Tile) -> None:
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     q = torch.empty(4, HEADS, HEAD_DIM, dtype=BF16, device="meta")
-    paged_attention.prefill(q, pages, Packed(integers(4, 9), integers(4), integers(4), 0, integers(3), 4), q, SCALING, None, None, tile)
+    paged_attention.prefill(
+        q,
+        pages,
+        Packed(integers(4, 9), integers(4), integers(4), 0, integers(3), 4),
+        q,
+        SCALING,
+        None,
+        None,
+        tile,
+    )
 
 
 def check(name: str) -> list[str]:
     """Compare with float64: few decodes, many, both before chunks with and without earlier tokens; and twice the same; and in a CUDA graph."""
     shape, options = GEOMETRIES[name]
     worst, found = 0.0, []
-    for what, decodes, chunks in (("few", FEW, PREFIXED), ("many", MANY, []), ("first", FEW, FIRST)):
+    for what, decodes, chunks in (
+        ("few", FEW, PREFIXED),
+        ("many", MANY, []),
+        ("first", FEW, FIRST),
+    ):
         torch.manual_seed(0)
         batch = Batch([*decodes, *chunks], **{"dtype": BF16, **shape}, device=DEVICE)
-        packed = batch.packed(len(decodes), most=MOST, counters=new_counters(300, 32, torch.device(DEVICE)))
+        packed = batch.packed(
+            len(decodes), most=MOST, counters=new_counters(300, 32, torch.device(DEVICE))
+        )
         result = batch.run(packed, scaling=0.1, **options)
         wanted = batch.expected(scaling=0.1, **options)
         sizes = [new for _, new in batch.chunks]
-        for (before, new), own, right in zip(batch.chunks, result.double().split(sizes), wanted.split(sizes), strict=True):
+        for (before, new), own, right in zip(
+            batch.chunks, result.double().split(sizes), wanted.split(sizes), strict=True
+        ):
             error = float((own - right).norm() / right.norm())
             worst = max(worst, error)
             if not error < (1e-4 if shape.get("dtype") == torch.float32 else 2e-2):
@@ -123,13 +178,24 @@ def check(name: str) -> list[str]:
             found.append(f"{name}, {what}: two runs differ")
         if packed.counters.any():
             found.append(f"{name}, {what}: counters are left")
-    print(f"  {name}: largest relative error {worst:.2g}" + "".join(f"\n    WRONG {text}" for text in found[:8]), flush=True)
+    print(
+        f"  {name}: largest relative error {worst:.2g}"
+        + "".join(f"\n    WRONG {text}" for text in found[:8]),
+        flush=True,
+    )
     return found
 
 
 def check_graph() -> list[str]:
     """Replay a captured decode at other positions than it was captured for."""
-    batch = Batch([(4000, 1), (700, 1), (16, 1)], heads=32, kv_heads=8, head_dim=128, dtype=BF16, device=DEVICE)
+    batch = Batch(
+        [(4000, 1), (700, 1), (16, 1)],
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        dtype=BF16,
+        device=DEVICE,
+    )
     packed = batch.packed(counters=new_counters(3, 8, torch.device(DEVICE)))
     batch.run(packed, scaling=0.1)
     q, wanted = torch.cat(batch.q), batch.expected(scaling=0.1)
@@ -141,33 +207,71 @@ def check_graph() -> list[str]:
     packed.positions.copy_(positions)
     graph.replay()
     error = float((out.double() - wanted).norm() / wanted.norm())
-    print(f"  in a CUDA graph, captured for other positions: relative error {error:.2g}", flush=True)
+    print(
+        f"  in a CUDA graph, captured for other positions: relative error {error:.2g}", flush=True
+    )
     return [] if error < 2e-2 else [f"in a CUDA graph: relative error {error:.3g}"]
 
 
 def decode_candidates(batch: int, context: int) -> list[Tile]:
-    sizes = [(32, 1, 3), (32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 2), (64, 2, 2), (64, 2, 3), (32, 4, 4), (128, 4, 2)]
-    cuts = {1: [(16, 1), (32, 1), (8, 1)], 16: [(4, 1), (8, 1), (2, 1)], 64: [(1, 1), (2, 1), (4, 1)], 256: [(1, 1), (2, 1)]}[batch]
+    sizes = [
+        (32, 1, 3),
+        (32, 2, 3),
+        (32, 2, 4),
+        (64, 4, 3),
+        (64, 4, 2),
+        (64, 2, 2),
+        (64, 2, 3),
+        (32, 4, 4),
+        (128, 4, 2),
+    ]
+    cuts = {
+        1: [(16, 1), (32, 1), (8, 1)],
+        16: [(4, 1), (8, 1), (2, 1)],
+        64: [(1, 1), (2, 1), (4, 1)],
+        256: [(1, 1), (2, 1)],
+    }[batch]
     if (batch, context) == (1, 4000):
         cuts = [(16, 1), (32, 1), (64, 1)]
     if (batch, context) == (64, 4000):
         cuts = [(1, 1), (4, 1), (8, 1)]
-    tiles = [Tile(keys, warps, stages, parts=parts, least=least) for parts, least in cuts for keys, warps, stages in sizes]
+    tiles = [
+        Tile(keys, warps, stages, parts=parts, least=least)
+        for parts, least in cuts
+        for keys, warps, stages in sizes
+    ]
     if batch >= 64:  # what unused parts cost
-        tiles += [Tile(keys, warps, stages, parts=8, least=999) for keys, warps, stages in sizes[:4]]
+        tiles += [
+            Tile(keys, warps, stages, parts=8, least=999) for keys, warps, stages in sizes[:4]
+        ]
     else:
         tiles += [replace(tile, pdl=False) for tile in tiles[3:4]]
     return tiles
 
 
-def time_decode(batch: int, context: int, kv: torch.dtype | None, tiles: Sequence[Tile | None], out_of_time: Callable[[], bool]) -> list[dict]:
+def time_decode(
+    batch: int,
+    context: int,
+    kv: torch.dtype | None,
+    tiles: Sequence[Tile | None],
+    out_of_time: Callable[[], bool],
+) -> list[dict]:
     width = -(-context // PAGE)
     size = batch * context * KV_HEADS * HEAD_DIM * 2 * (1 if kv else 2)
     copies = max(2, -(-int(200e6) // size))  # past the L2 cache
-    layers = [layer(DEVICE, batch * width + 1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv=kv) for _ in range(copies)]
+    layers = [
+        layer(DEVICE, batch * width + 1, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv=kv)
+        for _ in range(copies)
+    ]
     table = (torch.randperm(batch * width, device=DEVICE) + 1).int().view(batch, width)
     rows = torch.arange(batch, device=DEVICE, dtype=torch.int32)
-    packed = Packed(table, rows, torch.full_like(rows, context - 1), batch, counters=new_counters(batch, KV_HEADS, torch.device(DEVICE)))
+    packed = Packed(
+        table,
+        rows,
+        torch.full_like(rows, context - 1),
+        batch,
+        counters=new_counters(batch, KV_HEADS, torch.device(DEVICE)),
+    )
     q = torch.randn(batch, HEADS, HEAD_DIM, device=DEVICE, dtype=BF16)
     out = torch.empty_like(q)
     paged_attention.decode(q, layers[0], packed, out, SCALING, None, None)
@@ -176,7 +280,12 @@ def time_decode(batch: int, context: int, kv: torch.dtype | None, tiles: Sequenc
     for tile in tiles:
         if out_of_time():
             break
-        entry: dict = {"batch": batch, "context": context, "kv": str(kv or BF16), "tile": asdict(tile) if tile else None}
+        entry: dict = {
+            "batch": batch,
+            "context": context,
+            "kv": str(kv or BF16),
+            "tile": asdict(tile) if tile else None,
+        }
         try:
             out.fill_(torch.nan)
             paged_attention.decode(q, layers[0], packed, out, SCALING, None, None, tile)
@@ -206,17 +315,26 @@ PREFILL_TILES = [
 ]
 
 
-def time_prefill(chunks: Sequence[tuple[int, int]], tiles: Sequence[Tile | str | None], out_of_time: Callable[[], bool]) -> list[dict]:
+def time_prefill(
+    chunks: Sequence[tuple[int, int]],
+    tiles: Sequence[Tile | str | None],
+    out_of_time: Callable[[], bool],
+) -> list[dict]:
     lengths = torch.tensor([new for _, new in chunks])
     total = [before + new for before, new in chunks]
     width, tokens = -(-max(total) // PAGE), int(lengths.sum())
     kv = layer(DEVICE, len(chunks) * width + 1, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     table = (torch.randperm(len(chunks) * width, device=DEVICE) + 1).int().view(len(chunks), width)
     rows = torch.arange(len(chunks)).repeat_interleave(lengths).int().to(DEVICE)
-    positions = torch.cat([torch.arange(before, before + new) for before, new in chunks]).int().to(DEVICE)
+    positions = (
+        torch.cat([torch.arange(before, before + new) for before, new in chunks]).int().to(DEVICE)
+    )
     starts = torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     packed = Packed(table, rows, positions, 0, starts, int(lengths.max()))
-    q, k, v = (torch.randn(tokens, heads, HEAD_DIM, device=DEVICE, dtype=BF16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        torch.randn(tokens, heads, HEAD_DIM, device=DEVICE, dtype=BF16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
     attention.write(kv, k, v, packed)
     pairs = sum(before * new + new * (new + 1) / 2 for before, new in chunks)
     results = []
@@ -226,7 +344,10 @@ def time_prefill(chunks: Sequence[tuple[int, int]], tiles: Sequence[Tile | str |
     for tile in tiles:
         if out_of_time():
             break
-        entry: dict = {"chunks": f"{len(chunks)} x {chunks[0]}", "tile": asdict(tile) if isinstance(tile, Tile) else tile}
+        entry: dict = {
+            "chunks": f"{len(chunks)} x {chunks[0]}",
+            "tile": asdict(tile) if isinstance(tile, Tile) else tile,
+        }
         try:
             if tile == "write":
 
@@ -254,16 +375,29 @@ def time_prefill(chunks: Sequence[tuple[int, int]], tiles: Sequence[Tile | str |
 def show(what: str, results: list[dict], count: int = 6) -> None:
     def brief(entry: dict) -> str:
         tile = entry["tile"]
-        return ",".join(str(int(value)) for value in tile.values()) if isinstance(tile, dict) else str(tile or "default")
+        return (
+            ",".join(str(int(value)) for value in tile.values())
+            if isinstance(tile, dict)
+            else str(tile or "default")
+        )
 
     timed = sorted((entry for entry in results if "us" in entry), key=lambda entry: entry["us"])
     chosen = [entry for entry in timed if not isinstance(entry["tile"], dict)]
     if timed:
         rate = next(name for name in ("TB/s", "TFLOP/s") if name in timed[0])
         shown = [*timed[:count], *(entry for entry in chosen if entry not in timed[:count])]
-        print(f"{what}: " + "; ".join(f"{entry['us']} us {entry[rate]} {rate} ({brief(entry)})" for entry in shown), flush=True)
+        print(
+            f"{what}: "
+            + "; ".join(
+                f"{entry['us']} us {entry[rate]} {rate} ({brief(entry)})" for entry in shown
+            ),
+            flush=True,
+        )
     for error in sorted({entry["failed"] for entry in results if "failed" in entry}):
-        print(f"  failed: {error[:200]}: {[brief(entry) for entry in results if entry.get('failed') == error][:4]}", flush=True)
+        print(
+            f"  failed: {error[:200]}: {[brief(entry) for entry in results if entry.get('failed') == error][:4]}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -278,8 +412,14 @@ def main() -> None:
     pool = ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("fork"))
     jobs: dict[object, Future[None]] = {}
     if not arguments.skip_checks:
-        jobs |= {name: pool.submit(compile_geometry, name) for name in sorted(GEOMETRIES, key=lambda name: -GEOMETRIES[name][0]["head_dim"])}
-    defaults = {(batch, context): paged_attention.decode_tile(batch * KV_HEADS, context, HEAD_DIM, 2) for batch, context in DECODES}
+        jobs |= {
+            name: pool.submit(compile_geometry, name)
+            for name in sorted(GEOMETRIES, key=lambda name: -GEOMETRIES[name][0]["head_dim"])
+        }
+    defaults = {
+        (batch, context): paged_attention.decode_tile(batch * KV_HEADS, context, HEAD_DIM, 2)
+        for batch, context in DECODES
+    }
     kinds = [*((pair, None) for pair in DECODES), ((64, 4000), FP8), ((256, 640), FP8)]
     for tile in [*PREFILL_TILES, paged_attention.prefill_tile(HEAD_DIM, 2)]:
         jobs.setdefault(tile, pool.submit(compile_prefill, tile))
@@ -312,19 +452,27 @@ def main() -> None:
                     wrong.append(f"{name}: {type(error).__name__} {error}"[:400])
                     print(f"  WRONG {wrong[-1]}", flush=True)
         wrong += check_graph()
-        print(f"checked after {time.monotonic() - began:.0f} s: " + (f"{len(wrong)} WRONG" if wrong else "all right"), flush=True)
+        print(
+            f"checked after {time.monotonic() - began:.0f} s: "
+            + (f"{len(wrong)} WRONG" if wrong else "all right"),
+            flush=True,
+        )
     for job in jobs.values():
         job.exception()
     print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     for (batch, context), kv in kinds:
-        found = time_decode(batch, context, kv, [None, *decode_candidates(batch, context)], out_of_time)
+        found = time_decode(
+            batch, context, kv, [None, *decode_candidates(batch, context)], out_of_time
+        )
         show(f"decode {batch} x {context} {'fp8' if kv else 'bf16'}", found)
         results += found
     for chunks in ([(0, 2048)] * 4, [(1024, 1024)] * 8):
         found = time_prefill(chunks, [None, "write", *PREFILL_TILES], out_of_time)
         show(f"prefill {len(chunks)} x {chunks[0]}", found, 12)
         results += found
-    Path(os.environ.get("OUT", "/tmp"), "attention.json").write_text(json.dumps({"wrong": wrong, "results": results}))
+    Path(os.environ.get("OUT", "/tmp"), "attention.json").write_text(
+        json.dumps({"wrong": wrong, "results": results})
+    )
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"done after {time.monotonic() - began:.0f} s", flush=True)
     sys.exit(bool(wrong))

@@ -22,7 +22,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.method == "fp8_dynamic":
-        oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"]))
+        oneshot(
+            model=model,
+            recipe=QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"]),
+        )
     else:
         tokens = calibration_tokens(args.calibration, tokenizer, args.num_samples, args.seq_len)
         oneshot(

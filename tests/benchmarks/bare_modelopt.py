@@ -4,7 +4,11 @@ import copy
 
 from bare import arguments, calibration_tokens
 
-METHODS = {"modelopt_fp8": "FP8_DEFAULT_CFG", "modelopt_fp4": "NVFP4_DEFAULT_CFG", "modelopt_int4_awq": "INT4_AWQ_CFG"}
+METHODS = {
+    "modelopt_fp8": "FP8_DEFAULT_CFG",
+    "modelopt_fp4": "NVFP4_DEFAULT_CFG",
+    "modelopt_int4_awq": "INT4_AWQ_CFG",
+}
 
 
 def main() -> None:

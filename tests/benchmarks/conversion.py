@@ -57,20 +57,33 @@ def make(folder: Path, source: str, scheme_name: str, gigabytes: float, shard_by
             weight.__dict__["activation"] = Activation(scheme.activations, torch.tensor(0.01))
         weights[kind] = weight
     variant = "gptq" if source == "gptq" else ""
-    written = {kind: format.write(QuantizedModule(kind, scheme, weight.shape, {}, variant), weight) for kind, weight in weights.items()}
+    written = {
+        kind: format.write(QuantizedModule(kind, scheme, weight.shape, {}, variant), weight)
+        for kind, weight in weights.items()
+    }
     layer_bytes = sum(tensor.nbytes for tensors in written.values() for tensor in tensors.values())
     layers = max(1, round((gigabytes * 1e9 - 2 * 128256 * 4096 * 2) / layer_bytes))
     tensors = {"model.embed_tokens.weight": torch.zeros(128256, 4096, dtype=torch.bfloat16)}
     modules = []
     for layer in range(layers):
         for kind, weight in weights.items():
-            module = QuantizedModule(f"model.layers.{layer}.{kind}", scheme, weight.shape, {}, variant)
+            module = QuantizedModule(
+                f"model.layers.{layer}.{kind}", scheme, weight.shape, {}, variant
+            )
             modules.append(module)
-            tensors |= {tensor_name(module, suffix): tensor for suffix, tensor in written[kind].items()}
+            tensors |= {
+                tensor_name(module, suffix): tensor for suffix, tensor in written[kind].items()
+            }
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
-    tensors |= {"model.norm.weight": torch.ones(4096, dtype=torch.bfloat16), "lm_head.weight": torch.ones(128256, 4096, dtype=torch.bfloat16)}
-    specs = [TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    tensors |= {
+        "model.norm.weight": torch.ones(4096, dtype=torch.bfloat16),
+        "lm_head.weight": torch.ones(128256, 4096, dtype=torch.bfloat16),
+    }
+    specs = [
+        TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
     folder.mkdir(parents=True)
     with Shards(folder, specs, shard_bytes) as shards:
         for name, tensor in tensors.items():
@@ -109,7 +122,19 @@ def main() -> None:
     if not source.exists():
         make(source, options.source, options.scheme, options.gigabytes, options.shard_bytes)
     size = sum(path.stat().st_size for path in source.iterdir())
-    export = [sys.executable, "-m", "qtool.cli", "export", "--model-path", str(source), "--to", options.to, "--output", str(output), "-q"]
+    export = [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "export",
+        "--model-path",
+        str(source),
+        "--to",
+        options.to,
+        "--output",
+        str(output),
+        "-q",
+    ]
     export += ["--max-shard-size", str(options.shard_bytes)]
     copies, durable, exports = [], [], []
     copy_command = ["cp", "-r", str(source), str(output)]
@@ -120,11 +145,17 @@ def main() -> None:
         durable.append(timed(durable_command, source, output, cold=options.cold))
         exports.append(timed(export, source, output, cold=options.cold))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"{options.source} {options.scheme} -> {options.to}, {size / 1e9:.2f} GB in shards of {options.shard_bytes / 1e9:.1f} GB")
+    print(
+        f"{options.source} {options.scheme} -> {options.to}, {size / 1e9:.2f} GB in shards of {options.shard_bytes / 1e9:.1f} GB"
+    )
     for name, seconds in (("cp", copies), ("cp && sync", durable), ("export", exports)):
         print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})")
-    speeds = [statistics.median(seconds) / statistics.median(exports) for seconds in (copies, durable)]
-    print(f"speed {speeds[0]:.2f} of cp, {speeds[1]:.2f} of cp && sync; peak memory {peak / 1e9:.2f} GB")
+    speeds = [
+        statistics.median(seconds) / statistics.median(exports) for seconds in (copies, durable)
+    ]
+    print(
+        f"speed {speeds[0]:.2f} of cp, {speeds[1]:.2f} of cp && sync; peak memory {peak / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from qtool.weight import quantize
 NAMES = ("W8A8", "W4A16", "NVFP4A16", "FP8_W8A16", "W8A16_CHANNEL", "W8A16")
 
 
-def measure(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+def measure(
+    variants: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, tuple[float, float]]:
     """Return the median and the least milliseconds of each variant."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(rounds + 2):
@@ -38,18 +40,29 @@ def measure(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def cpu_name() -> str:
     """Return what Linux calls the CPU, and its family and model: a virtual machine may hide the name."""
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())}
+    fields = {
+        key.strip(): value.strip()
+        for key, _, value in (
+            line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()
+        )
+    }
     name, family, model = (fields[key] for key in ("model name", "cpu family", "model"))
     return f"{name}, family {family} model {model}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--all", action="store_true", help="measure each kernel that takes a layer, not only the first")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="measure each kernel that takes a layer, not only the first",
+    )
     parser.add_argument("--plain", action="store_true", help="measure the plain kernel too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -62,7 +75,9 @@ def main() -> None:
         spec = LinearSpec(SCHEMES[name], shape, torch.bfloat16)
         device, first = Device("cpu"), choose(spec, Device("cpu"))
         later = KERNELS["cpu"][len(first.refused) + 1 : -1] if arguments.all else ()
-        others = [kernel for kernel in later if load_kernel(kernel).objection(spec, device) is None] + ["plain"] * arguments.plain
+        others = [
+            kernel for kernel in later if load_kernel(kernel).objection(spec, device) is None
+        ] + ["plain"] * arguments.plain
         for choice in (first, *(Choice(kernel, {}) for kernel in others)):
             label = f"{name}, {choice.kernel}"
             layers[label] = QuantizedLinear(spec, choice, quantize(dense, spec.scheme))
@@ -72,10 +87,15 @@ def main() -> None:
     columns = {}
     for tokens in arguments.tokens:
         x = torch.randn(tokens, arguments.size, dtype=torch.bfloat16)
-        variants = {"bf16": partial(linear, x, dense), **{label: partial(layer, x) for label, layer in layers.items()}}
+        variants = {
+            "bf16": partial(linear, x, dense),
+            **{label: partial(layer, x) for label, layer in layers.items()},
+        }
         columns[tokens] = measure(variants, max(5, arguments.rounds // (1 + tokens // 64)))
 
-    print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}: milliseconds, median (least)\n")
+    print(
+        f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}: milliseconds, median (least)\n"
+    )
     print("| layer | floor |" + "".join(f" M = {tokens} |" for tokens in columns))
     print("| --- |" + " --- |" * (1 + len(columns)))
     for label in sizes:

@@ -29,7 +29,9 @@ AT = (0, HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM)
 LAUNCHES = 32  # of a chain, each of the next of some inputs
 TURNOVER = 200e6  # bytes of inputs between two uses of one, past the L2 cache, for many tokens; few tokens come from the L2 in a model too
 
-Case = tuple[Callable[[], object], Callable[[], None], int]  # what is timed, what checks it, bytes it moves
+Case = tuple[
+    Callable[[], object], Callable[[], None], int
+]  # what is timed, what checks it, bytes it moves
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -42,17 +44,27 @@ def close(name: str, result: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"{name}: relative error {error:.1e}")
 
 
-def same_codes(name: str, result: tuple[Tensor, Tensor | None], rounded: Tensor, codes: str) -> None:
+def same_codes(
+    name: str, result: tuple[Tensor, Tensor | None], rounded: Tensor, codes: str
+) -> None:
     """Compare with the codes of ``rounded``, which another kernel made: the compiler may have ordered its sums otherwise."""
     expected, scale = row_quantize.quantize_rows(rounded, codes)
     differ = float((result[0].view(torch.uint8) != expected.view(torch.uint8)).float().mean())
-    if result[1] is None or not differ < 1e-4 or not torch.allclose(result[1], scale, rtol=1e-6, atol=0):
-        raise AssertionError(f"{name}: {differ:.1e} of the codes are not those of row_quantize, or the scales are not")
+    if (
+        result[1] is None
+        or not differ < 1e-4
+        or not torch.allclose(result[1], scale, rtol=1e-6, atol=0)
+    ):
+        raise AssertionError(
+            f"{name}: {differ:.1e} of the codes are not those of row_quantize, or the scales are not"
+        )
 
 
 def norm_case(tokens: int, codes: str | None) -> Case:
     x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
-    norm = fused.RMSNorm(nn.Parameter(random(HIDDEN), requires_grad=False), 1e-5, plus_one=False, late=False)
+    norm = fused.RMSNorm(
+        nn.Parameter(random(HIDDEN), requires_grad=False), 1e-5, plus_one=False, late=False
+    )
 
     def check() -> None:
         out, _, total = norm.add(x, residual)
@@ -74,21 +86,42 @@ def gated_case(tokens: int, codes: str | None) -> Case:
         if codes:
             same_codes("gated", fused.gated(x, (0, INNER), INNER, "silu", codes), out, codes)
 
-    return lambda: fused.gated(x, (0, INNER), INNER, "silu", codes), check, tokens * INNER * (4 + (1 if codes else 2))
+    return (
+        lambda: fused.gated(x, (0, INNER), INNER, "silu", codes),
+        check,
+        tokens * INNER * (4 + (1 if codes else 2)),
+    )
 
 
 def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
     qkv = random(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     weights = [nn.Parameter(random(HEAD_DIM), requires_grad=False) for _ in range(2)]
-    q_norm, k_norm = (fused.RMSNorm(weight, 1e-6, plus_one=False, late=False) if norms else None for weight in weights)
+    q_norm, k_norm = (
+        fused.RMSNorm(weight, 1e-6, plus_one=False, late=False) if norms else None
+        for weight in weights
+    )
     angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda").repeat(1, 2) * 6
     rotary = angles.cos().bfloat16(), angles.sin().bfloat16()
     prefill = tokens > 1024
     pages = tokens // PAGE + 2 if prefill else tokens * 8 + 1
-    caches = [KVPages(*(torch.zeros(pages, KV_HEADS, PAGE, HEAD_DIM, device="cuda").to(dtype) for _ in range(2)), 0.02, 0.02) for _ in range(2)]
+    caches = [
+        KVPages(
+            *(
+                torch.zeros(pages, KV_HEADS, PAGE, HEAD_DIM, device="cuda").to(dtype)
+                for _ in range(2)
+            ),
+            0.02,
+            0.02,
+        )
+        for _ in range(2)
+    ]
     ints = {"dtype": torch.int32, "device": "cuda"}
     if prefill:
-        table, rows, positions = torch.arange(1, pages, **ints)[None], torch.zeros(tokens, **ints), torch.arange(tokens, **ints)
+        table, rows, positions = (
+            torch.arange(1, pages, **ints)[None],
+            torch.zeros(tokens, **ints),
+            torch.arange(tokens, **ints),
+        )
     else:
         table, rows = torch.arange(1, pages, **ints).view(tokens, 8), torch.arange(tokens, **ints)
         positions = torch.arange(tokens, **ints) * 13 % (8 * PAGE)
@@ -101,10 +134,16 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
         on_cpu = KVPages(caches[1].k.cpu(), caches[1].v.cpu(), 0.02, 0.02)
         places = Packed(table.cpu(), rows.cpu(), positions.cpu(), packed.decodes)
         plain_norms = [
-            None if norm is None else fused.RMSNorm(nn.Parameter(norm.weight.cpu()), norm.eps, plus_one=False, late=False)
+            None
+            if norm is None
+            else fused.RMSNorm(
+                nn.Parameter(norm.weight.cpu()), norm.eps, plus_one=False, late=False
+            )
             for norm in (q_norm, k_norm)
         ]
-        expected = fused.rotate_and_write(qkv.cpu(), AT, HEADS, *plain_norms, (rotary[0].cpu(), rotary[1].cpu()), on_cpu, places)
+        expected = fused.rotate_and_write(
+            qkv.cpu(), AT, HEADS, *plain_norms, (rotary[0].cpu(), rotary[1].cpu()), on_cpu, places
+        )
         close("queries", run().cpu(), expected)
         for name in ("k", "v"):
             close(f"cached {name}", getattr(caches[0], name).cpu(), getattr(on_cpu, name))
@@ -124,7 +163,9 @@ CASES: dict[str, Callable[[int], Case]] = {
     "add_norm fp8": lambda tokens: norm_case(tokens, "fp8"),
     "add_norm int8": lambda tokens: norm_case(tokens, "int8"),
     "rotate_and_write": lambda tokens: rotary_case(tokens, False, torch.bfloat16),
-    "rotate_and_write, norms, fp8 pages": lambda tokens: rotary_case(tokens, True, torch.float8_e4m3fn),
+    "rotate_and_write, norms, fp8 pages": lambda tokens: rotary_case(
+        tokens, True, torch.float8_e4m3fn
+    ),
     "gated": lambda tokens: gated_case(tokens, None),
     "gated fp8": lambda tokens: gated_case(tokens, "fp8"),
     "gated int8": lambda tokens: gated_case(tokens, "int8"),
@@ -173,18 +214,38 @@ def main() -> None:
                 try:
                     run, check, size = make(tokens)
                     check()
-                    copies = [run, *(make(tokens)[0] for _ in range(min(7, int(TURNOVER // size)) if tokens > 1024 else 0))]
+                    copies = [
+                        run,
+                        *(
+                            make(tokens)[0]
+                            for _ in range(min(7, int(TURNOVER // size)) if tokens > 1024 else 0)
+                        ),
+                    ]
                     took = microseconds(copies)
                 except Exception as error:
                     failures.append(f"{name}, {tokens} tokens: {type(error).__name__}: {error}")
                     continue
-                rows.append({"kernel": name, "tokens": tokens, "warp": warp, "us": round(took, 2), "tb_s": round(size / took / 1e6, 2)})
-                times.append(f"{tokens}: {took:7.2f} us" + (f" ({size / took / 1e6:.2f} TB/s)" if tokens > 1024 else ""))
+                rows.append(
+                    {
+                        "kernel": name,
+                        "tokens": tokens,
+                        "warp": warp,
+                        "us": round(took, 2),
+                        "tb_s": round(size / took / 1e6, 2),
+                    }
+                )
+                times.append(
+                    f"{tokens}: {took:7.2f} us"
+                    + (f" ({size / took / 1e6:.2f} TB/s)" if tokens > 1024 else "")
+                )
             print(f"{name:36} warps of {warp:4}  " + "  ".join(times), flush=True)
     print("\n".join(failures) or "all right")
     if out := os.environ.get("OUT"):
         (Path(out) / "elementwise.json").write_text(
-            json.dumps({"device": torch.cuda.get_device_name(), "rows": rows, "failures": failures}, indent=1)
+            json.dumps(
+                {"device": torch.cuda.get_device_name(), "rows": rows, "failures": failures},
+                indent=1,
+            )
         )
     sys.exit(bool(failures))
 

@@ -37,7 +37,10 @@ def prompts(count: int, size: int) -> list[list[int]]:
 def seconds(engine: Engine, asked: list[list[int]], tokens: int) -> float:
     """Return how long ``tokens`` greedy tokens after each of ``asked`` take."""
     start = time.perf_counter()
-    results = engine.generate(input_ids=asked, sampling_params={"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True})
+    results = engine.generate(
+        input_ids=asked,
+        sampling_params={"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+    )
     took = time.perf_counter() - start
     assert all(len(result["output_ids"]) == tokens for result in results)
     return took
@@ -48,9 +51,13 @@ def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
     for batch, tokens in ((1, 256), (16, 128), (64, 128)):
         seconds(engine, prompts(batch, 128), 4)
         short = seconds(engine, prompts(batch, 128), 16)
-        found[f"decode_ms_batch_{batch}"] = round((seconds(engine, prompts(batch, 128), 16 + tokens) - short) / tokens * 1e3, 3)
+        found[f"decode_ms_batch_{batch}"] = round(
+            (seconds(engine, prompts(batch, 128), 16 + tokens) - short) / tokens * 1e3, 3
+        )
     if not quick:
-        found["output_tokens_s_512x(512+256)"] = round(512 * 256 / seconds(engine, prompts(512, 512), 256))
+        found["output_tokens_s_512x(512+256)"] = round(
+            512 * 256 / seconds(engine, prompts(512, 512), 256)
+        )
         found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(engine, prompts(64, 2048), 1))
     return found
 
@@ -67,7 +74,11 @@ def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
         seconds(engine, asked, tokens)
         torch.cuda.synchronize()
-    events = sorted((event.time_range.start, event.time_range.end, event.name) for event in recorded.events() if event.device_type.name == "CUDA")
+    events = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in recorded.events()
+        if event.device_type.name == "CUDA"
+    )
     busy, end = 0.0, events[0][0]
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -77,12 +88,19 @@ def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
         times[name[:80]] += stop - start
         counts[name[:80]] += 1
     whole = end - events[0][0]
-    lines = [f"{batch} x ({size} + {tokens}): {whole / 1e3:.1f} ms, busy {busy / whole:.1%}, {counts.total()} kernels"]
-    return lines + [f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}" for name, time in times.most_common(20)]
+    lines = [
+        f"{batch} x ({size} + {tokens}): {whole / 1e3:.1f} ms, busy {busy / whole:.1%}, {counts.total()} kernels"
+    ]
+    return lines + [
+        f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}"
+        for name, time in times.most_common(20)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="+", choices=list(QUANTIZED))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/8b"))
     parser.add_argument("--layers", type=int, default=32)
@@ -91,7 +109,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    chosen: dict[str, Any] = {name: json.loads(value) for name, value in (item.split("=") for item in options.set)}
+    chosen: dict[str, Any] = {
+        name: json.loads(value) for name, value in (item.split("=") for item in options.set)
+    }
     print(f"imports {IMPORTED - BEGAN:.1f} s", flush=True)
     results = {}
     for kind in options.kinds:
@@ -103,10 +123,19 @@ def main() -> None:
             print(f"{kind}: written in {time.perf_counter() - start:.1f} s", flush=True)
         random.seed(0)
         start = time.perf_counter()
-        with Engine(folder, skip_tokenizer_init=True, disable_radix_cache=True, context_length=4096, **chosen) as engine:
+        with Engine(
+            folder,
+            skip_tokenizer_init=True,
+            disable_radix_cache=True,
+            context_length=4096,
+            **chosen,
+        ) as engine:
             ready = time.perf_counter()
             seconds(engine, prompts(1, 64), 1)
-            found = {"start_s": round(ready - start, 1), "first_token_s": round(time.perf_counter() - start, 1)}
+            found = {
+                "start_s": round(ready - start, 1),
+                "first_token_s": round(time.perf_counter() - start, 1),
+            }
             found["cache_tokens"] = engine.loop.runner.page_count * 16
             print(f"{kind}: {found}", flush=True)
             found |= measure(engine, quick=options.quick)

@@ -33,38 +33,69 @@ TIE = 2.0  # times what rounding to bf16 changes in transformers' own logits the
 
 def reference(model, prompt: list[int], tokens: int) -> list[int]:
     ids = torch.tensor([prompt], device="cuda")
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return output[0, len(prompt) :].tolist()
 
 
 @torch.inference_mode()
 def differs(model, exact, prompt: list[int], got: list[int], wanted: list[int]) -> str | None:
     """Return how far from a tie the first difference is, None for equal tokens; ``exact``: the model in f32."""
-    place = next((i for i, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None)
+    place = next(
+        (i for i, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None
+    )
     if place is None:
         return None if len(got) == len(wanted) else f"{len(got)} tokens instead of {len(wanted)}"
     ids = torch.tensor([prompt + wanted[:place]], device="cuda")
     logits, right = model(ids).logits[0, -1].float(), exact(ids).logits[0, -1]
-    gap, rounding = float(logits[wanted[place]] - logits[got[place]]), float((logits - right).abs().max())
-    return "tie" if gap <= TIE * rounding else f"token {place}: {got[place]} instead of {wanted[place]}, {gap:.3f} below, rounding {rounding:.3f}"
+    gap, rounding = (
+        float(logits[wanted[place]] - logits[got[place]]),
+        float((logits - right).abs().max()),
+    )
+    return (
+        "tie"
+        if gap <= TIE * rounding
+        else f"token {place}: {got[place]} instead of {wanted[place]}, {gap:.3f} below, rounding {rounding:.3f}"
+    )
 
 
 def compare(name: str, folder: Path | str, model) -> int:
     """Print how many of the engine's texts are transformers', and how many part at a tie; return how many are wrong."""
     vocab_size = model.config.vocab_size
     prompts, short = prompts_of(33, vocab_size), prompts_of(20, vocab_size, longest=20)
-    wanted, wanted_short = [reference(model, prompt, 20) for prompt in prompts], [reference(model, prompt, 40) for prompt in short]
+    wanted, wanted_short = (
+        [reference(model, prompt, 20) for prompt in prompts],
+        [reference(model, prompt, 40) for prompt in short],
+    )
     pairs: list[tuple[str, list[int], list[int], list[int]]] = []
     options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "mem_fraction_static": 0.5}
     with Engine(folder, **options, max_total_tokens=16 * 1024, max_running_requests=40) as engine:
         for _ in range(2):
-            got = [engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"] for prompt in prompts[:4]]
+            got = [
+                engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"]
+                for prompt in prompts[:4]
+            ]
             pairs += [("alone", *rest) for rest in zip(prompts[:4], got, wanted, strict=False)]
-            got = [result["output_ids"] for result in engine.generate(input_ids=prompts, sampling_params=GREEDY)]
+            got = [
+                result["output_ids"]
+                for result in engine.generate(input_ids=prompts, sampling_params=GREEDY)
+            ]
             pairs += [("together", *rest) for rest in zip(prompts, got, wanted, strict=True)]
         graphs, hits = len(engine.loop.runner.graphs), engine.loop.scheduler.prefix_hits
-    with Engine(folder, **options, max_total_tokens=240, chunked_prefill_size=24, max_running_requests=20) as engine:
-        got = [result["output_ids"] for result in engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})]
+    with Engine(
+        folder, **options, max_total_tokens=240, chunked_prefill_size=24, max_running_requests=20
+    ) as engine:
+        got = [
+            result["output_ids"]
+            for result in engine.generate(
+                input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40}
+            )
+        ]
         pairs += [("preempted", *rest) for rest in zip(short, got, wanted_short, strict=True)]
         preemptions = engine.loop.scheduler.preemptions
     exact = copy.deepcopy(model).float()
@@ -82,20 +113,37 @@ def many(requests: int) -> int:
     """Print the size of the cache against arithmetic, and the memory before and after ``requests`` requests."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    with Engine(EXAMPLE, skip_tokenizer_init=True, mem_fraction_static=0.3, max_running_requests=256) as engine:
+    with Engine(
+        EXAMPLE, skip_tokenizer_init=True, mem_fraction_static=0.3, max_running_requests=256
+    ) as engine:
         runner = engine.loop.runner
-        weights = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in runner.model.state_dict().values()}.values())
+        weights = sum(
+            tensor.nbytes
+            for tensor in {
+                tensor.data_ptr(): tensor for tensor in runner.model.state_dict().values()
+            }.values()
+        )
         expected = (total * 0.3 - (total - free) - weights) / (runner.page_bytes / 16)
         most = runner.limits.max_running * runner.limits.context_length
         expected = min(expected, most)
-        print(f"cache: {runner.page_count * 16} tokens, {expected:.0f} by arithmetic: {runner.page_count * 16 / expected:.4f}", flush=True)
+        print(
+            f"cache: {runner.page_count * 16} tokens, {expected:.0f} by arithmetic: {runner.page_count * 16 / expected:.4f}",
+            flush=True,
+        )
         prompts = prompts_of(500, 2000, longest=60)
         before = None
         start = time.perf_counter()
         for first in range(0, requests, 500):
-            engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9})
+            engine.generate(
+                input_ids=prompts,
+                sampling_params={"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9},
+            )
             gc.collect()
-            used = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            used = (
+                torch.cuda.mem_get_info()[0],
+                torch.cuda.memory_allocated(),
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            )
             if first == 1000:
                 before = used
         assert before is not None
@@ -107,7 +155,9 @@ def many(requests: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=10_000)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)

@@ -28,7 +28,17 @@ from qtool.weight import FP8_MAX, Activation, QuantizedWeight, quantize
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 COPIES = 3
 BANDWIDTH = 4.1e12  # bytes a second that a copy reaches on an H200
-ROWS = ("W4A16", "W4A16_ASYM", "FP8_DYNAMIC", "FP8", "W8A8", "W8A16_CHANNEL", "FP8_W8A16", "NVFP4A16", "MXFP4A16")
+ROWS = (
+    "W4A16",
+    "W4A16_ASYM",
+    "FP8_DYNAMIC",
+    "FP8",
+    "W8A8",
+    "W8A16_CHANNEL",
+    "FP8_W8A16",
+    "NVFP4A16",
+    "MXFP4A16",
+)
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -56,15 +66,24 @@ def microseconds(run: Callable[[], object], replays: int = 20) -> float:
 
 def weight_of(scheme: Scheme, rows: int, columns: int) -> QuantizedWeight:
     """Return a random weight in ``scheme``, with the scale of its input where that is static."""
-    weight = quantize(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02, scheme)
+    weight = quantize(
+        torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02, scheme
+    )
     if scheme.activations is None or scheme.activations.dynamic:
         return weight
-    scale = torch.tensor(5 / (FP8_MAX if scheme.activations.format == "fp8" else 127.0), device="cuda")
+    scale = torch.tensor(
+        5 / (FP8_MAX if scheme.activations.format == "fp8" else 127.0), device="cuda"
+    )
     return replace(weight, activation=Activation(scheme.activations, scale))
 
 
 def spec_of(scheme: Scheme, rows: int, columns: int) -> LinearSpec:
-    return LinearSpec(scheme, (rows, columns), torch.bfloat16, bool(scheme.activations and not scheme.activations.dynamic))
+    return LinearSpec(
+        scheme,
+        (rows, columns),
+        torch.bfloat16,
+        bool(scheme.activations and not scheme.activations.dynamic),
+    )
 
 
 def ours(names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[int, int], Layer]]]:
@@ -87,8 +106,14 @@ def ours(names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[int, int]
                 print(f"{kernel} cannot be asked: {error!r}"[:200], flush=True)
         for kernel in [taker for taker in takers if taker != "plain"] or takers:
 
-            def make(rows: int, columns: int, scheme: Scheme = scheme, kernel: str = kernel) -> Layer:
-                return QuantizedLinear(spec_of(scheme, rows, columns), Choice(kernel, {}), weight_of(scheme, rows, columns))
+            def make(
+                rows: int, columns: int, scheme: Scheme = scheme, kernel: str = kernel
+            ) -> Layer:
+                return QuantizedLinear(
+                    spec_of(scheme, rows, columns),
+                    Choice(kernel, {}),
+                    weight_of(scheme, rows, columns),
+                )
 
             yield f"{name} {kernel}", scheme.bits_per_weight, make
 
@@ -109,17 +134,33 @@ def others() -> Iterator[tuple[str, float, Callable[[int, int], Layer]]]:
         def humming(weight: dict, inputs: dict | None = None) -> Callable[[int, int], Layer]:
             def make(rows: int, columns: int) -> Layer:
                 options = {"input_config": inputs} if inputs else {}
-                layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=weight, torch_dtype=torch.bfloat16, **options).cuda()
-                layer.load_from_unquantized(torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02)
+                layer = HummingLayer(
+                    shape_n=rows,
+                    shape_k=columns,
+                    weight_config=weight,
+                    torch_dtype=torch.bfloat16,
+                    **options,
+                ).cuda()
+                layer.load_from_unquantized(
+                    torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02
+                )
                 layer.transform()
                 return lambda x: layer(x)
 
             return make
 
         yield "humming int4 g128", 4.125, humming({"dtype": "int4", "group_size": 128})
-        yield "humming fp8, fp8 inputs", 8, humming({"dtype": "float8e4m3"}, {"dtype": "float8e4m3"})
+        yield (
+            "humming fp8, fp8 inputs",
+            8,
+            humming({"dtype": "float8e4m3"}, {"dtype": "float8e4m3"}),
+        )
         yield "humming int8, int8 inputs", 8, humming({"dtype": "int8"}, {"dtype": "int8"})
-        yield "humming nvfp4", 4.5, humming({"dtype": "float4e2m1", "group_size": 16, "scale_dtype": "float8e4m3"})
+        yield (
+            "humming nvfp4",
+            4.5,
+            humming({"dtype": "float4e2m1", "group_size": 16, "scale_dtype": "float8e4m3"}),
+        )
     try:
         import vllm._custom_ops as operators
     except Exception as error:
@@ -154,13 +195,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=",".join(ROWS), help="schemes, comma-separated")
     parser.add_argument("--tokens", default="1,16,64,256,2048")
-    parser.add_argument("--seconds", type=float, default=240, help="start no new row after this many")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="start no new row after this many"
+    )
     parser.add_argument("--only", default="", help="only rows with this in their name")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tokens = [int(count) for count in arguments.tokens.split(",")]
     began, table = time.monotonic(), {}
-    rows = [("bf16 cuBLAS", 16.0, bf16), *ours([name for name in arguments.rows.split(",") if name]), *others()]
+    rows = [
+        ("bf16 cuBLAS", 16.0, bf16),
+        *ours([name for name in arguments.rows.split(",") if name]),
+        *others(),
+    ]
     print(f"{'kernel':40s}" + "".join(f"{f'M={count}':>12s}" for count in tokens), flush=True)
     for name, bits, make in rows:
         if arguments.only not in name or time.monotonic() - began > arguments.seconds:
@@ -173,7 +220,10 @@ def main() -> None:
             continue
         row = table[name] = {"floor": sum(n * k for n, k in SHAPES) * bits / 8 / BANDWIDTH * 1e6}
         for count in tokens:
-            inputs = {columns: torch.randn(count, columns, device="cuda", dtype=torch.bfloat16) for _, columns in SHAPES}
+            inputs = {
+                columns: torch.randn(count, columns, device="cuda", dtype=torch.bfloat16)
+                for _, columns in SHAPES
+            }
 
             def run(layers: list[list[Layer]] = layers, inputs: dict[int, Tensor] = inputs) -> None:
                 for copy in layers:
@@ -184,7 +234,14 @@ def main() -> None:
                 row[count] = round(microseconds(run) / COPIES, 1)
             except Exception as error:
                 row[count] = f"failed: {error!r}"[:160]
-        print(f"{name:40s}" + "".join(f"{row[count] if isinstance(row[count], float) else 'failed':>12}" for count in tokens), flush=True)
+        print(
+            f"{name:40s}"
+            + "".join(
+                f"{row[count] if isinstance(row[count], float) else 'failed':>12}"
+                for count in tokens
+            ),
+            flush=True,
+        )
         del layers
         torch.cuda.empty_cache()
         Path(os.environ.get("OUT", "/tmp"), "gemm.json").write_text(json.dumps(table, indent=1))

@@ -31,7 +31,15 @@ from torch import Tensor
 from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, device_of, load_kernel
 from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
-from qtool.weight import NVFP4_RANGE, Activation, QuantizedWeight, dequantize, fake_quantize_input, largest, quantize
+from qtool.weight import (
+    NVFP4_RANGE,
+    Activation,
+    QuantizedWeight,
+    dequantize,
+    fake_quantize_input,
+    largest,
+    quantize,
+)
 
 LIMIT = 1e-2  # relative Frobenius error
 TOKENS = (1, 2, 7, 16, 33, 64, 256, 1000, 4096)
@@ -47,7 +55,10 @@ GRACE = 60  # seconds that a case begun in time may take after the end
 CALIBRATED = 5.0  # largest input that calibration is said to have seen
 
 VARIANTS = {
-    **{f"W{bits}A16_ASYM_G64": Scheme(Weights(f"int{bits}", "group", 64, symmetric=False)) for bits in range(2, 9)},  # type: ignore[arg-type]
+    **{
+        f"W{bits}A16_ASYM_G64": Scheme(Weights(f"int{bits}", "group", 64, symmetric=False))
+        for bits in range(2, 9)
+    },  # type: ignore[arg-type]
     "W4A16_G32": Scheme(Weights("int4", "group", 32)),
     "W4A16_CHANNEL": Scheme(Weights("int4", "channel")),
     "W4A16_CHANNEL_ASYM": Scheme(Weights("int4", "channel", symmetric=False)),
@@ -78,7 +89,9 @@ class Case:
         return f"{self.kernel} {self.name} {rows}x{columns} {str(self.spec.dtype)[6:]}{' bias' if self.has_bias else ''}"
 
 
-def cases(device: torch.device, kernels: list[str], schemes: list[str]) -> tuple[list[Case], dict[tuple[str, str], str]]:
+def cases(
+    device: torch.device, kernels: list[str], schemes: list[str]
+) -> tuple[list[Case], dict[tuple[str, str], str]]:
     """Return what can be tried, small first, and why a kernel takes no layer of a scheme at all."""
     found: list[Case] = []
     refused = {}
@@ -86,9 +99,15 @@ def cases(device: torch.device, kernels: list[str], schemes: list[str]) -> tuple
         for name in schemes:
             scheme = ALL[name]
             dtype = torch.float16 if i in (1, 2) else torch.bfloat16
-            spec = LinearSpec(scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic))
+            spec = LinearSpec(
+                scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic)
+            )
             for kernel in kernels:
-                if kernel == "humming" and shape not in FEW_SHAPES and name not in ALL_SHAPES_OF_HUMMING:
+                if (
+                    kernel == "humming"
+                    and shape not in FEW_SHAPES
+                    and name not in ALL_SHAPES_OF_HUMMING
+                ):
                     continue
                 objection = load_kernel(kernel).objection(spec, device_of(device))
                 if objection is None:
@@ -115,16 +134,22 @@ def make_weight(spec: LinearSpec, device: torch.device) -> QuantizedWeight:
             weight.scale[rows // 2 :] *= other
     if inputs is not None and inputs.needs_data:
         top = NVFP4_RANGE if inputs.scale == "e4m3" else largest(inputs)
-        weight = replace(weight, activation=Activation(inputs, torch.tensor(CALIBRATED / top, device=device)))
+        weight = replace(
+            weight, activation=Activation(inputs, torch.tensor(CALIBRATED / top, device=device))
+        )
     return weight
 
 
-def check_all(found: list[Case], device: torch.device, processes: int, seconds: float) -> list[Case]:
+def check_all(
+    found: list[Case], device: torch.device, processes: int, seconds: float
+) -> list[Case]:
     """Return ``found`` checked, by processes of their own. A process that ends fails its case, and another takes its place."""
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
     waiting, checked = list(range(len(found))), list(found)
-    workers: dict[Connection, tuple[BaseProcess, int | None]] = {}  # and the number of the case at work
+    workers: dict[
+        Connection, tuple[BaseProcess, int | None]
+    ] = {}  # and the number of the case at work
 
     def start() -> None:
         here, there = context.Pipe()
@@ -153,7 +178,12 @@ def check_all(found: list[Case], device: torch.device, processes: int, seconds: 
                 if case is None:
                     print(f"a process did not start, exit code {process.exitcode}", flush=True)
                     continue
-                result, usable = replace(found[case], failures=[f"the process ended, exit code {process.exitcode}"]), False
+                result, usable = (
+                    replace(
+                        found[case], failures=[f"the process ended, exit code {process.exitcode}"]
+                    ),
+                    False,
+                )
             if case is not None:
                 checked[case] = result
                 for failure in result.failures:
@@ -170,10 +200,16 @@ def check_all(found: list[Case], device: torch.device, processes: int, seconds: 
     return checked
 
 
-def take(found: list[Case], waiting: list[int], workers: dict[Connection, tuple[BaseProcess, int | None]]) -> int:
+def take(
+    found: list[Case], waiting: list[int], workers: dict[Connection, tuple[BaseProcess, int | None]]
+) -> int:
     """Remove and return the next case: if possible of a kernel and scheme that no other process compiles for just now."""
-    busy = {(found[case].kernel, found[case].name) for _, case in workers.values() if case is not None}
-    free = (i for i, case in enumerate(waiting) if (found[case].kernel, found[case].name) not in busy)
+    busy = {
+        (found[case].kernel, found[case].name) for _, case in workers.values() if case is not None
+    }
+    free = (
+        i for i, case in enumerate(waiting) if (found[case].kernel, found[case].name) not in busy
+    )
     return waiting.pop(next(free, 0))
 
 
@@ -207,7 +243,9 @@ def check(case: Case, device: torch.device) -> None:
     try:
         weight = make_weight(case.spec, device)
         bias = torch.randn(case.spec.shape[0], device=device) if case.has_bias else None
-        copy = replace(weight, **{name: getattr(weight, name).clone() for name in ("data", "scale")})  # pack may reuse them
+        copy = replace(
+            weight, **{name: getattr(weight, name).clone() for name in ("data", "scale")}
+        )  # pack may reuse them
         layer = QuantizedLinear(case.spec, Choice(case.kernel, {}), copy, bias)
     except Exception as error:
         return fail(case, "pack", error)
@@ -245,7 +283,9 @@ def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.d
     for seed in (1, 2):
         x.copy_(inputs_of(case, tokens, seed, device))
         graph.replay()
-        if not (error := distance(y, layer(x).double())) <= LIMIT:  # humming adds the sums of several blocks in bf16, in any order
+        if (
+            not (error := distance(y, layer(x).double())) <= LIMIT
+        ):  # humming adds the sums of several blocks in bf16, in any order
             case.failures.append(f"M={tokens}: a replayed graph differs by {error:.2g}")
 
 
@@ -254,7 +294,9 @@ def check_compile(case: Case, layer: QuantizedLinear, device: torch.device) -> N
     try:
         x = inputs_of(case, 16, 0, device)
         expected = layer(x)
-        error = distance(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected.double())
+        error = distance(
+            torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected.double()
+        )
         if not error <= LIMIT:  # humming adds the sums of several blocks in bf16, in any order
             case.failures.append(f"torch.compile: differs by {error:.2g}")
     except Exception as error:
@@ -270,7 +312,9 @@ def inputs_of(case: Case, tokens: int, seed: int, device: torch.device) -> Tenso
 def reference(layer: QuantizedLinear, weight: QuantizedWeight, x: Tensor, exact: Tensor) -> Tensor:
     inputs = layer.spec.scheme.activations
     if inputs is not None:
-        x = fake_quantize_input(x.float(), inputs, weight.activation.scale if weight.activation else None)
+        x = fake_quantize_input(
+            x.float(), inputs, weight.activation.scale if weight.activation else None
+        )
     y = x.double() @ exact.T
     return y if layer.bias is None else y + layer.bias.double()
 
@@ -281,27 +325,50 @@ def distance(y: Tensor, expected: Tensor) -> float:
 
 def fail(case: Case, where: str, error: Exception) -> None:
     lines = str(error).strip().splitlines() or [""]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "kernels_on_gpu" not in frame.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "kernels_on_gpu" not in frame.filename
+    ]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     case.failures.append(f"{where}: {type(error).__name__}{place}: {lines[0][:240]}")
 
 
-def rows_of_table(kernels: list[str], schemes: list[str], tried: list[Case], refused: dict[tuple[str, str], str]) -> Iterator[str]:
+def rows_of_table(
+    kernels: list[str], schemes: list[str], tried: list[Case], refused: dict[tuple[str, str], str]
+) -> Iterator[str]:
     yield f"| scheme | {' | '.join(kernels)} |"
     yield f"|---|{'---|' * len(kernels)}"
     for name in schemes:
         cells = []
         for kernel in kernels:
             here = [case for case in tried if (case.kernel, case.name) == (kernel, name)]
-            runs, failed = sum(case.runs for case in here), sum(bool(case.failures) for case in here)
-            text = f"{max((case.worst for case in here), default=0):.1e} ({runs})" if runs else "not run"
-            cells.append("refused" if (kernel, name) in refused else f"{text} FAILED {failed}" if failed else text)
+            runs, failed = (
+                sum(case.runs for case in here),
+                sum(bool(case.failures) for case in here),
+            )
+            text = (
+                f"{max((case.worst for case in here), default=0):.1e} ({runs})"
+                if runs
+                else "not run"
+            )
+            cells.append(
+                "refused"
+                if (kernel, name) in refused
+                else f"{text} FAILED {failed}"
+                if failed
+                else text
+            )
         yield f"| {name} | {' | '.join(cells)} |"
 
 
 def versions(device: torch.device) -> Iterator[str]:
     """Yield what the result depends on."""
-    yield torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    yield (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     for package in ("torch", "triton", "humming-kernels"):
         try:
             yield f"{package} {metadata.version(package)}"
@@ -310,15 +377,25 @@ def versions(device: torch.device) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--kernels", default="", help="names, with commas; all of the device by default")
+    parser.add_argument(
+        "--kernels", default="", help="names, with commas; all of the device by default"
+    )
     parser.add_argument("--schemes", default="", help="names, with commas; all by default")
     parser.add_argument("--processes", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=150, help="no case is begun after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="no case is begun after this long"
+    )
     options = parser.parse_args()
     start = time.perf_counter()
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
+    device = (
+        torch.device(options.device, 0)
+        if options.device == "cuda"
+        else torch.device(options.device)
+    )
     kernels = options.kernels.split(",") if options.kernels else list(KERNELS[device.type])
     schemes = options.schemes.split(",") if options.schemes else list(ALL)
     found, refused = cases(device, kernels, schemes)
@@ -331,7 +408,10 @@ def main() -> int:
     report = [
         *rows_of_table(kernels, schemes, tried, refused),
         "\nEach cell: the worst relative error against float64, and how many multiplications.\n",
-        *(f"- {kernel} refuses {name}: {objection}" for (kernel, name), objection in refused.items()),
+        *(
+            f"- {kernel} refuses {name}: {objection}"
+            for (kernel, name), objection in refused.items()
+        ),
         f"\n{len(failures)} failures",
         *(f"- {failure}" for failure in failures),
         f"\n{len(tried)} layers in {seconds:.0f} s, {skipped} of them not run for lack of time",
@@ -340,12 +420,23 @@ def main() -> int:
     result = {
         "versions": list(versions(device)),
         "seconds": round(seconds, 1),
-        "cases": [{"case": str(case), "worst": case.worst, "runs": case.runs, "s": case.seconds, "failures": case.failures} for case in tried],
+        "cases": [
+            {
+                "case": str(case),
+                "worst": case.worst,
+                "runs": case.runs,
+                "s": case.seconds,
+                "failures": case.failures,
+            }
+            for case in tried
+        ],
         "refused": {f"{kernel} {name}": objection for (kernel, name), objection in refused.items()},
     }
     folder = Path(os.environ.get("OUT", "."))
     (folder / "kernels_on_gpu.json").write_text(json.dumps(result, indent=1))
-    (folder / "kernels_on_gpu.md").write_text("\n".join(["# Are the kernels right?\n", f"{title}\n", *report]) + "\n")
+    (folder / "kernels_on_gpu.md").write_text(
+        "\n".join(["# Are the kernels right?\n", f"{title}\n", *report]) + "\n"
+    )
     return 1 if failures else 0
 
 

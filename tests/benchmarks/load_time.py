@@ -42,8 +42,19 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         done = time.perf_counter()
-        size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values())
-        kernels = sorted({module.choice.kernel for module in model.modules() if isinstance(module, QuantizedLinear)})
+        size = sum(
+            tensor.nbytes
+            for tensor in {
+                id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]
+            }.values()
+        )
+        kernels = sorted(
+            {
+                module.choice.kernel
+                for module in model.modules()
+                if isinstance(module, QuantizedLinear)
+            }
+        )
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
         with torch.inference_mode():
             logits = model(input_ids=torch.arange(8, device=device)[None]).logits

@@ -35,18 +35,26 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--results", type=Path, default=Path("methods.json"))
-    parser.add_argument("--write", type=Path, help="replace the table in this file by the results so far")
+    parser.add_argument(
+        "--write", type=Path, help="replace the table in this file by the results so far"
+    )
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    results: dict[str, Any] = (
+        json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    )
     if arguments.write:
         write_table(arguments.write, results)
         return
     names = [name for name in arguments.methods.split(",") if name] or [
-        recipe.name for recipe in catalogue().values() if "cpu" in recipe.runs_on or arguments.device != "cpu"
+        recipe.name
+        for recipe in catalogue().values()
+        if "cpu" in recipe.runs_on or arguments.device != "cpu"
     ]
     texts = held_out()
     if "bf16" not in results:
-        results["bf16"] = {"perplexity": perplexity(load_dequantized(open_checkpoint(MODEL)), texts)}
+        results["bf16"] = {
+            "perplexity": perplexity(load_dequantized(open_checkpoint(MODEL)), texts)
+        }
     for name in names:
         results[name] = measure(catalogue()[name], arguments, texts)
         print(name, json.dumps(results[name]), flush=True)
@@ -62,19 +70,42 @@ def held_out() -> list[list[int]]:
     return [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
 
 
-def measure(recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]]) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]]
+) -> dict[str, Any]:
     """Quantize the tiny model by one method; return seconds, bits per quantized weight and perplexity, or the error."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        data = ["--calibration", str(MODEL / "calibration.jsonl"), "--num-samples", str(arguments.num_samples)]
+        data = [
+            "--calibration",
+            str(MODEL / "calibration.jsonl"),
+            "--num-samples",
+            str(arguments.num_samples),
+        ]
         data += ["--seq-len", str(arguments.seq_len), "--pack"]
-        command = [sys.executable, "-m", "qtool.cli", "quantize", "--model-path", str(MODEL), "--method", recipe.name, "--output", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "qtool.cli",
+            "quantize",
+            "--model-path",
+            str(MODEL),
+            "--method",
+            recipe.name,
+            "--output",
+            str(output),
+        ]
         start = time.monotonic()
-        done = subprocess.run([*command, "--device", arguments.device, *data, "-q"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--device", arguments.device, *data, "-q"], capture_output=True, text=True
+        )
         seconds = time.monotonic() - start
         if done.returncode:
             log = output.with_name("out.qtool.log")
-            return {"error": done.stderr.strip(), "log": log.read_text()[-3000:] if log.exists() else ""}
+            return {
+                "error": done.stderr.strip(),
+                "log": log.read_text()[-3000:] if log.exists() else "",
+            }
         checkpoint = open_checkpoint(output)
         layout = detect(checkpoint)
         modules = layout.modules.values() if layout else []
@@ -94,25 +125,38 @@ def load(checkpoint: Checkpoint) -> Any:
     if any(name.endswith("scale_and_zero") for name in checkpoint.tensors):
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(checkpoint.path, device_map="cuda", dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, device_map="cuda", dtype="auto"
+        )
     return load_dequantized(checkpoint)
 
 
 def write_table(readme: Path, results: dict[str, Any]) -> None:
     """Put the results between the marks in ``readme``."""
     base = results["bf16"]["perplexity"]
-    rows = ["| method | backend | scheme | bits a weight | seconds | perplexity | x bf16 |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| method | backend | scheme | bits a weight | seconds | perplexity | x bf16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     rows.append(f"| (bf16) | | | 16 | | {base:.3f} | 1 |")
     for recipe in catalogue().values():
         found = results.get(recipe.name)
         name = f"`{recipe.name}`" + (" (experimental)" if recipe.experimental else "")
-        scheme = (recipe.scheme.name if recipe.scheme else "") + (f" + {recipe.kv_cache} KV" if recipe.kv_cache else "")
+        scheme = (recipe.scheme.name if recipe.scheme else "") + (
+            f" + {recipe.kv_cache} KV" if recipe.kv_cache else ""
+        )
         if found is None or "error" in found:
-            rows.append(f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | | |")
+            rows.append(
+                f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | | |"
+            )
             continue
-        seconds = f"{found['seconds']:.0f}" + ("" if found.get("device", "cpu") == "cpu" else " (GPU)")
+        seconds = f"{found['seconds']:.0f}" + (
+            "" if found.get("device", "cpu") == "cpu" else " (GPU)"
+        )
         ratio = found["perplexity"] / base
-        rows.append(f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | {found['perplexity']:.3f} | {ratio:.3f} |")
+        rows.append(
+            f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | {found['perplexity']:.3f} | {ratio:.3f} |"
+        )
     before, _, rest = readme.read_text().partition(START)
     readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + END + rest.partition(END)[2])
 

@@ -32,7 +32,31 @@ from support.bad_folders import LAYERS, LLAMA, llama, llama_tensors, quantized, 
 
 SLOW_S = 2.0
 NASTY: tuple[Any, ...] = (
-    *(None, True, False, 0, -0.0, -1, 1, 2, 3, 7, 8, 16, 1 << 31, 1 << 62, 1 << 63, 1 << 64, -(1 << 63), 10**30, 10**400, 10**4000, 1.0, 0.5, 1e308),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -0.0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        8,
+        16,
+        1 << 31,
+        1 << 62,
+        1 << 63,
+        1 << 64,
+        -(1 << 63),
+        10**30,
+        10**400,
+        10**4000,
+        1.0,
+        0.5,
+        1e308,
+    ),
     *(
         float("nan"),
         float("inf"),
@@ -52,24 +76,72 @@ NASTY: tuple[Any, ...] = (
         "tensor_group",
         "block",
     ),
-    *("\ud800", "\0", "\x1b[31m", "\N{GRINNING FACE}", "../x", "/dev/zero", "x" * 5_000, "BF16", "F4", "F6_E2M3", "U8", "I32", "model.safetensors"),
-    *([], [[]], [0], [None], [[1, 2], 3], {}, {"": {}}, {"a": [{"b": None}]}, [1 << 62] * 4, [0, 1 << 62, 1 << 62], ["a"] * 50),
-    *("gptq", "gptq_v2", "awq", "gemm", "compressed-tensors", "modelopt", "torchao", "NVFP4", "MIXED_PRECISION", "fp8", "marlin"),
+    *(
+        "\ud800",
+        "\0",
+        "\x1b[31m",
+        "\N{GRINNING FACE}",
+        "../x",
+        "/dev/zero",
+        "x" * 5_000,
+        "BF16",
+        "F4",
+        "F6_E2M3",
+        "U8",
+        "I32",
+        "model.safetensors",
+    ),
+    *(
+        [],
+        [[]],
+        [0],
+        [None],
+        [[1, 2], 3],
+        {},
+        {"": {}},
+        {"a": [{"b": None}]},
+        [1 << 62] * 4,
+        [0, 1 << 62, 1 << 62],
+        ["a"] * 50,
+    ),
+    *(
+        "gptq",
+        "gptq_v2",
+        "awq",
+        "gemm",
+        "compressed-tensors",
+        "modelopt",
+        "torchao",
+        "NVFP4",
+        "MIXED_PRECISION",
+        "fp8",
+        "marlin",
+    ),
 )
 
 
 def sharded(folder: Path) -> None:
     """Write the small Llama in two shards with an index."""
     tensors = llama_tensors()
-    halves = {f"model-{number}.safetensors": dict(list(tensors.items())[number - 1 :: 2]) for number in (1, 2)}
+    halves = {
+        f"model-{number}.safetensors": dict(list(tensors.items())[number - 1 :: 2])
+        for number in (1, 2)
+    }
     for name, half in halves.items():
         (folder / name).write_bytes(true_file(half))
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    index = {"metadata": {"total_size": 1}, "weight_map": {tensor: name for name, half in halves.items() for tensor in half}}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {tensor: name for name, half in halves.items() for tensor in half},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-MODELS: dict[str, Callable[[Path], object]] = {"llama": llama(), "sharded": sharded, **{kind: quantized(kind) for kind in LAYERS}}
+MODELS: dict[str, Callable[[Path], object]] = {
+    "llama": llama(),
+    "sharded": sharded,
+    **{kind: quantized(kind) for kind in LAYERS},
+}
 
 
 @dataclass
@@ -103,11 +175,17 @@ def run(count: int, folder: Path, seed: int = 0) -> Outcome:
             last = error.__traceback__
             while last and last.tb_next:
                 last = last.tb_next
-            place = f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "?"
-            outcome.wrong.append(f"mutation {number} of {model}/{name}: {type(error).__name__}: {str(error)[:200]} at {place}")
+            place = (
+                f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "?"
+            )
+            outcome.wrong.append(
+                f"mutation {number} of {model}/{name}: {type(error).__name__}: {str(error)[:200]} at {place}"
+            )
         seconds = time.perf_counter() - start
         if not code and (refusal := _refused_by_safetensors(folder / model)):
-            outcome.wrong.append(f"mutation {number} of {model}/{name}: opened, and safetensors refuses: {refusal}")
+            outcome.wrong.append(
+                f"mutation {number} of {model}/{name}: opened, and safetensors refuses: {refusal}"
+            )
         if seconds > SLOW_S:
             outcome.wrong.append(f"mutation {number} of {model}/{name}: took {seconds:.1f} s")
         outcome.worst_s = max(outcome.worst_s, seconds)
@@ -157,7 +235,22 @@ def _change_bytes(chance: random.Random, content: bytearray) -> None:
     elif kind == 1:
         del content[place : place + chance.choice((1, 2, 8, 1_000_000))]
     elif kind == 2:
-        content[place:place] = chance.choice((b'"', b"{", b"}", b"[" * 3_000, b",", b"\0", b"-", b"9" * 20, b"\\u", b"\xff", b"NaN", b"1e999"))
+        content[place:place] = chance.choice(
+            (
+                b'"',
+                b"{",
+                b"}",
+                b"[" * 3_000,
+                b",",
+                b"\0",
+                b"-",
+                b"9" * 20,
+                b"\\u",
+                b"\xff",
+                b"NaN",
+                b"1e999",
+            )
+        )
     elif kind == 3:
         content[place:place] = content[place : place + chance.randrange(100)]
     elif content:
@@ -173,13 +266,26 @@ def _changed(chance: random.Random, value: Any) -> Any:
             return {name: item for name, item in value.items() if name != key}
         if kind == 1:
             return {
-                chance.choice(("", "a", "__metadata__", "weight_map", "\ud800", key + "x", key[:-1])) if name == key else name: item
+                chance.choice(
+                    ("", "a", "__metadata__", "weight_map", "\ud800", key + "x", key[:-1])
+                )
+                if name == key
+                else name: item
                 for name, item in value.items()
             }
         if kind == 2:
             return {
                 **value,
-                chance.choice(("__metadata__", "x", "text_config", "dynamic", "sidecar", "model.layers.9.a.weight")): chance.choice(NASTY),
+                chance.choice(
+                    (
+                        "__metadata__",
+                        "x",
+                        "text_config",
+                        "dynamic",
+                        "sidecar",
+                        "model.layers.9.a.weight",
+                    )
+                ): chance.choice(NASTY),
             }
         if kind == 3:
             return {**value, key: value[chance.choice(list(value))]}
@@ -188,11 +294,30 @@ def _changed(chance: random.Random, value: Any) -> Any:
         place = chance.randrange(len(value))
         return [
             *value[:place],
-            *chance.choice(([], [_changed(chance, value[place])], [_changed(chance, value[place])], [value[place]] * 2)),
+            *chance.choice(
+                (
+                    [],
+                    [_changed(chance, value[place])],
+                    [_changed(chance, value[place])],
+                    [value[place]] * 2,
+                )
+            ),
             *value[place + 1 :],
         ]
     if isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.5:
-        return chance.choice((value + 1, value - 1, -value, value * 2, value // 2, float(value % 1000), f"{value:x}", [value], value + (1 << 64)))
+        return chance.choice(
+            (
+                value + 1,
+                value - 1,
+                -value,
+                value * 2,
+                value // 2,
+                float(value % 1000),
+                f"{value:x}",
+                [value],
+                value + (1 << 64),
+            )
+        )
     return chance.choice(({"a": value}, [value], *NASTY))
 
 
@@ -220,7 +345,9 @@ def _refused_by_safetensors(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -230,7 +357,9 @@ def main() -> None:
         outcome = run(options.count, folder, options.seed)
     finally:
         shutil.rmtree(folder)
-    print(f"{options.count:,} mutations in {time.perf_counter() - start:.0f} s, the worst {outcome.worst_s:.2f} s, {len(outcome.wrong):,} wrong")
+    print(
+        f"{options.count:,} mutations in {time.perf_counter() - start:.0f} s, the worst {outcome.worst_s:.2f} s, {len(outcome.wrong):,} wrong"
+    )
     print(", ".join(f"{code} {count:,}" for code, count in outcome.codes.most_common()))
     print("\n".join(outcome.wrong[:50]))
     sys.exit(bool(outcome.wrong))

@@ -31,7 +31,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     lines = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[: options.texts]
     texts = [tokenizer(json.loads(line)["text"], verbose=False)["input_ids"] for line in lines]
-    print("| checkpoint | kernels | dequantized | runtime | difference | load, s | peak / model |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| checkpoint | kernels | dequantized | runtime | difference | load, s | peak / model |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     worst = 0.0
     for folder in options.folders:
         checkpoint = open_checkpoint(folder)
@@ -43,12 +46,32 @@ def main() -> None:
         start = time.perf_counter()
         model = materialize(plan_load(checkpoint, device))
         seconds = time.perf_counter() - start
-        size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values())
-        peak = f"{(torch.cuda.max_memory_allocated() - before) / size:.2f}" if device.type == "cuda" else "-"
+        size = sum(
+            tensor.nbytes
+            for tensor in {
+                id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]
+            }.values()
+        )
+        peak = (
+            f"{(torch.cuda.max_memory_allocated() - before) / size:.2f}"
+            if device.type == "cuda"
+            else "-"
+        )
         found = perplexity(model, texts)
-        kernels = ", ".join(sorted({module.choice.kernel for module in model.modules() if isinstance(module, QuantizedLinear)}))
+        kernels = ", ".join(
+            sorted(
+                {
+                    module.choice.kernel
+                    for module in model.modules()
+                    if isinstance(module, QuantizedLinear)
+                }
+            )
+        )
         worst = max(worst, abs(found / expected - 1))
-        print(f"| {folder.name} | {kernels} | {expected:.4f} | {found:.4f} | {found / expected - 1:+.3%} | {seconds:.2f} | {peak} |", flush=True)
+        print(
+            f"| {folder.name} | {kernels} | {expected:.4f} | {found:.4f} | {found / expected - 1:+.3%} | {seconds:.2f} | {peak} |",
+            flush=True,
+        )
         del model
     print(f"worst: {worst:.3%}")
     raise SystemExit(worst > 0.005)

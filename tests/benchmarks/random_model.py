@@ -33,12 +33,17 @@ def write_calibration(path: Path, *, records: int, tokens: int, vocab: int, seed
     """Write ``records`` lines ``{"input_ids": [...]}`` of ``tokens`` random ids each."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"input_ids": [draw.randrange(vocab) for _ in range(tokens)]}) + "\n" for _ in range(records))
+        file.writelines(
+            json.dumps({"input_ids": [draw.randrange(vocab) for _ in range(tokens)]}) + "\n"
+            for _ in range(records)
+        )
 
 
 def main() -> None:
     """Write OUT and ``random_calibration.jsonl`` beside it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="checkpoint folder to write")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -46,7 +51,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--tokenizer", type=Path, default=Path("examples/tiny-python-llama"), help="folder whose tokenizer files are copied")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path("examples/tiny-python-llama"),
+        help="folder whose tokenizer files are copied",
+    )
     parser.add_argument("--records", type=int, default=64, help="calibration records")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a record")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +78,13 @@ def main() -> None:
         tie_word_embeddings=False,
     )
     write_model(args.out, config, args.tokenizer)
-    write_calibration(args.out.parent / "random_calibration.jsonl", records=args.records, tokens=args.tokens, vocab=args.vocab, seed=args.seed)
+    write_calibration(
+        args.out.parent / "random_calibration.jsonl",
+        records=args.records,
+        tokens=args.tokens,
+        vocab=args.vocab,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":

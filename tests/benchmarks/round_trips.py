@@ -47,7 +47,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     texts = held_out()[: arguments.texts]
-    print("| checkpoint | format | scheme | to | codes and scales | perplexity before | between | after |")
+    print(
+        "| checkpoint | format | scheme | to | codes and scales | perplexity before | between | after |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for folder in arguments.folders:
         for line in report(folder, texts, arguments.max_tokens):
@@ -68,7 +70,9 @@ def report(folder: Path, texts: Sequence[Sequence[int]], max_tokens: int) -> lis
     layout = detect(source)
     if layout is None:
         return [f"| {folder.name} | none | | | | | | |"]
-    schemes = ", ".join(dict.fromkeys(module.scheme.name for module in layout.modules.values())) + (" + KV" if layout.kv_cache else "")
+    schemes = ", ".join(dict.fromkeys(module.scheme.name for module in layout.modules.values())) + (
+        " + KV" if layout.kv_cache else ""
+    )
     before = measured(folder)
     lines, refusals = [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,15 +81,30 @@ def report(folder: Path, texts: Sequence[Sequence[int]], max_tokens: int) -> lis
             if trip.refused:
                 refusals.append(f"{to}: {trip.refused}")
                 continue
-            numbers = " | ".join("" if number is None else f"{number:.6f}" for number in (before, trip.between, trip.after))
-            same = "dequantized" if to in PLAIN else "no way back" if layout.format not in WRITABLE else verdict(trip)
-            lines.append(f"| {folder.name} | {layout.format} | {schemes} | {to} | {same} | {numbers} |")
+            numbers = " | ".join(
+                "" if number is None else f"{number:.6f}"
+                for number in (before, trip.between, trip.after)
+            )
+            same = (
+                "dequantized"
+                if to in PLAIN
+                else "no way back"
+                if layout.format not in WRITABLE
+                else verdict(trip)
+            )
+            lines.append(
+                f"| {folder.name} | {layout.format} | {schemes} | {to} | {same} | {numbers} |"
+            )
     return [*lines, *(f"<!-- {folder.name} is refused by {refusal} -->" for refusal in refusals)]
 
 
 def verdict(trip: Trip) -> str:
     """Return what became of the bytes."""
-    return f"DIFFER: {', '.join(trip.differing[:3])} ({len(trip.differing)})" if trip.differing else "identical"
+    return (
+        f"DIFFER: {', '.join(trip.differing[:3])} ({len(trip.differing)})"
+        if trip.differing
+        else "identical"
+    )
 
 
 def travel(source: Checkpoint, to: str, scratch: Path, measured) -> Trip:
@@ -100,7 +119,9 @@ def travel(source: Checkpoint, to: str, scratch: Path, measured) -> Trip:
         if to in PLAIN or layout.format not in WRITABLE:
             return Trip(to, between, None, ())
         is_v2 = {module.variant for module in layout.modules.values()} == {GPTQ_V2}
-        qtool.export(there, to=GPTQ_V2 if is_v2 else layout.format, output=again, max_shard_size="2MiB")
+        qtool.export(
+            there, to=GPTQ_V2 if is_v2 else layout.format, output=again, max_shard_size="2MiB"
+        )
     except QtoolError as error:
         return Trip(to, None, None, (), f"{error.code} {error.message}")
     except Exception as error:  # a bug, to be seen in the table and not at its end
@@ -115,7 +136,11 @@ def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
         tensor = checkpoint.tensors.get(name)
         return tensor and (tensor.dtype, tensor.shape, checkpoint.read(name))
 
-    return [name for name in {**one.tensors, **other.tensors} if content(one, name) != content(other, name)]
+    return [
+        name
+        for name in {**one.tensors, **other.tensors}
+        if content(one, name) != content(other, name)
+    ]
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ async def clients(url: str, model: str, count: int, bodies: list[bytes], timing:
     await asyncio.gather(*(client() for _ in range(count)))
 
 
-def process(url: str, model: str, count: int, bodies: list[bytes], start: object, results: object) -> None:
+def process(
+    url: str, model: str, count: int, bodies: list[bytes], start: object, results: object
+) -> None:
     timing = Timing()
     start.wait()  # type: ignore[attr-defined]
     asyncio.run(clients(url, model, count, bodies, timing))
@@ -92,13 +94,37 @@ def load(options: argparse.Namespace) -> None:
     draw = random.Random(options.seed)
     bodies = []
     for _ in range(options.requests):
-        body = {"model": options.model, "prompt": random_prompt(draw, options.prompt), "max_tokens": options.tokens, "temperature": 0}
-        bodies.append(json.dumps({**body, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}).encode())
+        body = {
+            "model": options.model,
+            "prompt": random_prompt(draw, options.prompt),
+            "max_tokens": options.tokens,
+            "temperature": 0,
+        }
+        bodies.append(
+            json.dumps(
+                {
+                    **body,
+                    "ignore_eos": True,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                }
+            ).encode()
+        )
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
     count = min(options.processes, options.clients)
     workers = [
-        context.Process(target=process, args=(options.url, options.model, options.clients // count, bodies[i::count], start, results))
+        context.Process(
+            target=process,
+            args=(
+                options.url,
+                options.model,
+                options.clients // count,
+                bodies[i::count],
+                start,
+                results,
+            ),
+        )
         for i in range(count)
     ]
     for worker in workers:
@@ -126,7 +152,12 @@ def load(options: argparse.Namespace) -> None:
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values) or [float("nan")]
-    return {f"{name}_p{share}": round(ordered[min(len(ordered) - 1, len(ordered) * share // 100)] * 1e3, 2) for share in (50, 99)}
+    return {
+        f"{name}_p{share}": round(
+            ordered[min(len(ordered) - 1, len(ordered) * share // 100)] * 1e3, 2
+        )
+        for share in (50, 99)
+    }
 
 
 def engine(options: argparse.Namespace) -> None:
@@ -135,7 +166,10 @@ def engine(options: argparse.Namespace) -> None:
     with Engine(options.folder, max_running_requests=options.clients, context_length=4096) as one:
         draw = random.Random(options.seed)
         params = {"temperature": 0, "max_new_tokens": options.tokens, "ignore_eos": True}
-        one.generate(input_ids=[random_prompt(draw, options.prompt) for _ in range(options.clients)], sampling_params=params)
+        one.generate(
+            input_ids=[random_prompt(draw, options.prompt) for _ in range(options.clients)],
+            sampling_params=params,
+        )
         prompts = [random_prompt(draw, options.prompt) for _ in range(options.requests)]
         for stream in (False, True):
             began = time.perf_counter()
@@ -144,7 +178,10 @@ def engine(options: argparse.Namespace) -> None:
             else:
                 one.generate(input_ids=prompts, sampling_params=params)
             took = time.perf_counter() - began
-            print(f"RESULT engine {'streamed' if stream else 'whole'} {options.requests * options.tokens / took:.0f} output tokens/s", flush=True)
+            print(
+                f"RESULT engine {'streamed' if stream else 'whole'} {options.requests * options.tokens / took:.0f} output tokens/s",
+                flush=True,
+            )
 
 
 async def streamed(one: object, prompts: list[list[int]], params: dict[str, object]) -> None:
@@ -165,7 +202,9 @@ def write_tokenizer(folder: Path) -> None:
 
     draw = random.Random(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = [letter for letter in tokens if letter.isascii()]  # bytes above would make halves of characters
+    letters = [
+        letter for letter in tokens if letter.isascii()
+    ]  # bytes above would make halves of characters
     known = set(tokens)
     merges: list[tuple[str, str]] = []
     while len(tokens) < VOCABULARY:
@@ -176,17 +215,32 @@ def write_tokenizer(folder: Path) -> None:
             tokens.append(joined)
             letters.append(joined)
             merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192})
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    for name, value in (("clients", 64), ("requests", 512), ("prompt", 512), ("tokens", 256), ("seed", 0)):
+    for name, value in (
+        ("clients", 64),
+        ("requests", 512),
+        ("prompt", 512),
+        ("tokens", 256),
+        ("seed", 0),
+    ):
         shared.add_argument(f"--{name}", type=int, default=value)
     one = commands.add_parser("load", parents=[shared])
     one.add_argument("--url", default="http://127.0.0.1:30000")

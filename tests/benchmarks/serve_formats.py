@@ -58,7 +58,9 @@ class Line:
 
 def main() -> None:
     """Serve one after the other and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--online", type=Path)
     parser.add_argument("--write", type=Path)
@@ -81,7 +83,11 @@ def cases(folders: list[str], plain: Path | None) -> Iterator[Case]:
     if plain is not None:
         yield Case(plain.resolve(), ("--quantization", "fp8"), "fp8")
         for name in TORCHAO:  # without CUDA graphs where the documentation says so
-            yield Case(plain.resolve(), ("--torchao-config", name, *(["--disable-cuda-graph"] if name == "int8dq" else [])), name)
+            yield Case(
+                plain.resolve(),
+                ("--torchao-config", name, *(["--disable-cuda-graph"] if name == "int8dq" else [])),
+                name,
+            )
 
 
 def measure(case: Case, scratch: Path) -> Line:
@@ -95,7 +101,16 @@ def measure(case: Case, scratch: Path) -> Line:
     try:
         server = start_server(scratch, NAME, *case.flags, "--host", "0.0.0.0")
     except RuntimeError as error:
-        return Line(case.folder.name, " ".join(case.flags), "did not start", 0.0, False, False, False, str(error).splitlines()[-1])
+        return Line(
+            case.folder.name,
+            " ".join(case.flags),
+            "did not start",
+            0.0,
+            False,
+            False,
+            False,
+            str(error).splitlines()[-1],
+        )
     took = time.monotonic() - began
     try:
         generated, chatted = answer(GENERATE, server), answer(CHAT, server)
@@ -108,8 +123,18 @@ def measure(case: Case, scratch: Path) -> Line:
         " ".join(case.flags),
         info["quantization"] or info["dtype"],
         round(took, 1),
-        said(lambda: generated["meta_info"]["completion_tokens"] == 16 and isinstance(generated["text"], str)),
-        said(lambda: bool(chatted["choices"][0]["message"]["content"]) and chatted["choices"][0]["finish_reason"] in ("stop", "length")),
+        said(
+            lambda: (
+                generated["meta_info"]["completion_tokens"] == 16
+                and isinstance(generated["text"], str)
+            )
+        ),
+        said(
+            lambda: (
+                bool(chatted["choices"][0]["message"]["content"])
+                and chatted["choices"][0]["finish_reason"] in ("stop", "length")
+            )
+        ),
         said(lambda: generated["output_ids"] == own_tokens(case)),
         json.dumps(generated.get("text", generated))[:60],
     )
@@ -135,7 +160,9 @@ def said(right: Callable[[], bool]) -> bool:
 def own_tokens(case: Case) -> list[int]:
     """Return the greedy tokens of an Engine in this process."""
     with qtool.Engine(case.folder, quantization=case.quantization) as engine:
-        tokens: list[int] = engine.generate("Once upon a time,", {"max_new_tokens": 16, "temperature": 0})["output_ids"]
+        tokens: list[int] = engine.generate(
+            "Once upon a time,", {"max_new_tokens": 16, "temperature": 0}
+        )["output_ids"]
     return tokens
 
 
@@ -147,8 +174,16 @@ def shown(value: object) -> str:
 def table(rows: list[tuple[str, ...]]) -> str:
     """Return the rows under one another, the first as a head, in Markdown."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return (
+        "\n".join(
+            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

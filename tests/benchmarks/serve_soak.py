@@ -28,7 +28,18 @@ import psutil
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
 from support.server import Server, free_port, start_server  # noqa: E402
-from test_serve_lifecycle import LONG, are_gone, ask, doing, family, is_idle, leave_early, request_bytes, serve_command, wait_until  # noqa: E402
+from test_serve_lifecycle import (
+    LONG,
+    are_gone,
+    ask,
+    doing,
+    family,
+    is_idle,
+    leave_early,
+    request_bytes,
+    serve_command,
+    wait_until,
+)  # noqa: E402
 
 DRAIN_S = 2.0
 LAST_S = 11.0  # after the drain: 3 s for the engine, 2 s for readers, 5 s for an engine that does not end by itself
@@ -37,7 +48,14 @@ LAST_S = 11.0  # after the drain: 3 s for the engine, 2 s for readers, 5 s for a
 def memory(server: Server) -> int:
     """Return the megabytes that the server and its engine have."""
     own = psutil.Process(server.process.pid)
-    return sum(one.memory_info().rss for one in [own, *own.children()] if "sandbox" not in " ".join(one.cmdline())) >> 20
+    return (
+        sum(
+            one.memory_info().rss
+            for one in [own, *own.children()]
+            if "sandbox" not in " ".join(one.cmdline())
+        )
+        >> 20
+    )
 
 
 def leave(server: Server, clients: int) -> None:
@@ -46,7 +64,9 @@ def leave(server: Server, clients: int) -> None:
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(lambda seed: leave_early(server.port, random.Random(seed)), range(clients)))
     seconds = wait_until(lambda: is_idle(server), 30)
-    print(f"{clients} clients left; idle after {seconds:.2f} s; memory {before} -> {memory(server)} MB; {doing(server)}")
+    print(
+        f"{clients} clients left; idle after {seconds:.2f} s; memory {before} -> {memory(server)} MB; {doing(server)}"
+    )
     assert seconds < 2
     assert "Traceback" not in server.said()
     assert ask(server.url, {**LONG, "max_tokens": 4}) == "length"
@@ -71,9 +91,13 @@ def end(folder: Path, model: str, moments: int) -> None:
     for moment in range(moments):
         port = free_port()
         log = folder / f"end-{moment}.err"
-        command = serve_command(model, "--port", port, "--max-running-requests", 16, "--drain-timeout", DRAIN_S)
+        command = serve_command(
+            model, "--port", port, "--max-running-requests", 16, "--drain-timeout", DRAIN_S
+        )
         with log.open("wb") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            )
         server = Server(process, f"http://127.0.0.1:{port}", model, log, log)
         what = draw.choice(["loading", "idle", "requests", "requests", "prompts", "a long step"])
         ends: Counter[str] = Counter()
@@ -84,15 +108,38 @@ def end(folder: Path, model: str, moments: int) -> None:
                 time.sleep(draw.random() * 4)
             else:
                 wait_until(lambda server=server: _is_ready(server), 60)
-            bodies = [{**LONG, "stream": number % 3 > 0, "n": draw.choice([1, 1, 3])} for number in range(40)]
+            bodies = [
+                {**LONG, "stream": number % 3 > 0, "n": draw.choice([1, 1, 3])}
+                for number in range(40)
+            ]
             if what == "prompts":
-                bodies = [{"prompt": [number + 300] * 1900, "max_tokens": 100, "ignore_eos": True, "stream": number % 2 > 0} for number in range(40)]
-            asked = [pool.submit(ask_or_miss, server.url, body, told) for body in bodies] if what not in ("loading", "idle") else []
+                bodies = [
+                    {
+                        "prompt": [number + 300] * 1900,
+                        "max_tokens": 100,
+                        "ignore_eos": True,
+                        "stream": number % 2 > 0,
+                    }
+                    for number in range(40)
+                ]
+            asked = (
+                [pool.submit(ask_or_miss, server.url, body, told) for body in bodies]
+                if what not in ("loading", "idle")
+                else []
+            )
             time.sleep(draw.random() * 2)
             children = family(server)
             if what == "a long step":
-                next(child for child in children if "qtool.serve.backend.engine_process" in child.cmdline()).suspend()
-            number, to_all, twice = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT]), draw.random() < 0.5, draw.random() < 0.3
+                next(
+                    child
+                    for child in children
+                    if "qtool.serve.backend.engine_process" in child.cmdline()
+                ).suspend()
+            number, to_all, twice = (
+                draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT]),
+                draw.random() < 0.5,
+                draw.random() < 0.3,
+            )
             began = time.monotonic()
             told.append(began)
             for _ in range(1 + twice):
@@ -103,11 +150,24 @@ def end(folder: Path, model: str, moments: int) -> None:
             ends.update(request.result(10) for request in asked)
         wait_until(lambda children=children: are_gone(children), 5)
         slowest = max(slowest, seconds)
-        print(f"{moment:3}: {what}, {number.name}{' twice' * twice}{' to all' * to_all}: exit {code} after {seconds:.1f} s, {dict(ends)}", flush=True)
-        assert code == 0 or (twice and code == -number), log.read_text()  # the second may come when Python is about to end
+        print(
+            f"{moment:3}: {what}, {number.name}{' twice' * twice}{' to all' * to_all}: exit {code} after {seconds:.1f} s, {dict(ends)}",
+            flush=True,
+        )
+        assert code == 0 or (twice and code == -number), (
+            log.read_text()
+        )  # the second may come when Python is about to end
         assert seconds < DRAIN_S + LAST_S
         assert "Traceback" not in log.read_text(), log.read_text()
-        assert set(ends) <= {"abort", "length", "stop", "503", "429", "not taken", "error: draining"}
+        assert set(ends) <= {
+            "abort",
+            "length",
+            "stop",
+            "503",
+            "429",
+            "not taken",
+            "error: draining",
+        }
     print(f"{moments} moments; the slowest end took {slowest:.1f} s")
 
 
@@ -134,7 +194,10 @@ def press(server: Server, seconds: float, clients: int) -> None:
     def client(number: int) -> None:
         draw = random.Random(number)
         while time.monotonic() < deadline:
-            how = ask(server.url, {**LONG, "max_tokens": draw.choice([16, 64, 200]), "stream": draw.random() < 0.5})
+            how = ask(
+                server.url,
+                {**LONG, "max_tokens": draw.choice([16, 64, 200]), "stream": draw.random() < 0.5},
+            )
             ends[how] += 1
             if how == "429":
                 time.sleep(0.2)
@@ -152,7 +215,9 @@ def press(server: Server, seconds: float, clients: int) -> None:
     assert ask(server.url, {**LONG, "max_tokens": 8}) == "length"
     answered = time.monotonic() - began
     idle = wait_until(lambda: is_idle(server), 30)
-    print(f"{clients} clients for {seconds:g} s: {dict(ends)}; answers after {answered:.2f} s, idle after {idle:.2f} s; MB: {sizes}")
+    print(
+        f"{clients} clients for {seconds:g} s: {dict(ends)}; answers after {answered:.2f} s, idle after {idle:.2f} s; MB: {sizes}"
+    )
     assert set(ends) <= {"length", "stop", "429", "503"}
     assert answered + idle < 5
     assert sizes[-1] - sizes[1] < 64
@@ -167,7 +232,12 @@ def stall(server: Server, readers: int) -> None:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
-        connection.sendall(request_bytes("/v1/completions", {**LONG, "max_tokens": 2000, "stream": True, "logprobs": 20, "n": 4}))
+        connection.sendall(
+            request_bytes(
+                "/v1/completions",
+                {**LONG, "max_tokens": 2000, "stream": True, "logprobs": 20, "n": 4},
+            )
+        )
         connections.append(connection)
     other: list[str] = []
     done = threading.Event()
@@ -187,7 +257,9 @@ def stall(server: Server, readers: int) -> None:
     done.set()
     reader.join()
     idle = wait_until(lambda: is_idle(server), 10)
-    print(f"{readers} readers took nothing: cut after {cut:.0f} s, idle {idle:.2f} s later; MB {sizes[::5]}; others {Counter(other)}")
+    print(
+        f"{readers} readers took nothing: cut after {cut:.0f} s, idle {idle:.2f} s later; MB {sizes[::5]}; others {Counter(other)}"
+    )
     assert set(other) == {"length"}
     assert cut < 100
     assert server.end() == 0
@@ -195,7 +267,9 @@ def stall(server: Server, readers: int) -> None:
 
 def main() -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["leave", "end", "press", "stall"])
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=1000)
@@ -206,7 +280,11 @@ def main() -> None:
         folder = Path(name)
         if given.what == "end":
             return end(folder, given.model, given.moments)
-        small = ("--max-running-requests", 8, "--max-queued-requests", 24) if given.what == "press" else ()
+        small = (
+            ("--max-running-requests", 8, "--max-queued-requests", 24)
+            if given.what == "press"
+            else ()
+        )
         server = start_server(folder, given.model, *small, "--drain-timeout", DRAIN_S)
         try:
             if given.what == "leave":

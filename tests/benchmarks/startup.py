@@ -20,7 +20,10 @@ COMMANDS = {  # what -> (arguments, limit in seconds)
     "qtool --help": (["--help"], 0.3),
     "qtool quantize --help": (["quantize", "--help"], 1.0),
     "qtool quantize --list": (["quantize", "--list"], 1.0),
-    "qtool quantize --dry-run": (["quantize", "--model-path", str(MODEL), "--method", "modelopt_fp8", "--dry-run"], 1.0),
+    "qtool quantize --dry-run": (
+        ["quantize", "--model-path", str(MODEL), "--method", "modelopt_fp8", "--dry-run"],
+        1.0,
+    ),
     "qtool inspect": (["inspect", "--model-path", str(MODEL)], 1.0),
 }
 
@@ -37,7 +40,9 @@ def main() -> None:
         for what, (arguments, limit_s) in COMMANDS.items():
             times = sorted(seconds(arguments, folder) for _ in range(RUNS))
             slow |= times[0] > limit_s
-            print(f"{what:26} best {times[0]:.2f} s, worst {times[-1]:.2f} s, limit {limit_s:.1f} s{'  TOO SLOW' if times[0] > limit_s else ''}")
+            print(
+                f"{what:26} best {times[0]:.2f} s, worst {times[-1]:.2f} s, limit {limit_s:.1f} s{'  TOO SLOW' if times[0] > limit_s else ''}"
+            )
     sys.exit(slow)
 
 

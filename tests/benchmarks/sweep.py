@@ -50,42 +50,94 @@ def candidates(module: str, tokens: int) -> list[Tile]:
     if module == "triton_weight_only":
         found = {
             1: [
-                *(Tile(64, 8, 256, programs, 4, stages) for programs, stages in ((264, 6), (528, 4), (528, 6), (1056, 4))),
-                *(Tile(32, 8, 256, programs, 2, stages) for programs, stages in ((528, 6), (1056, 4), (2112, 3))),
-                *(Tile(32, 8, 512, programs, 2, stages) for programs, stages in ((528, 4), (1056, 3))),
-                *(Tile(64, 8, 256, programs, 2, stages) for programs, stages in ((528, 4), (1056, 4))),
-                *(Tile(128, 8, 256, programs, 4, stages) for programs, stages in ((264, 5), (528, 3))),
+                *(
+                    Tile(64, 8, 256, programs, 4, stages)
+                    for programs, stages in ((264, 6), (528, 4), (528, 6), (1056, 4))
+                ),
+                *(
+                    Tile(32, 8, 256, programs, 2, stages)
+                    for programs, stages in ((528, 6), (1056, 4), (2112, 3))
+                ),
+                *(
+                    Tile(32, 8, 512, programs, 2, stages)
+                    for programs, stages in ((528, 4), (1056, 3))
+                ),
+                *(
+                    Tile(64, 8, 256, programs, 2, stages)
+                    for programs, stages in ((528, 4), (1056, 4))
+                ),
+                *(
+                    Tile(128, 8, 256, programs, 4, stages)
+                    for programs, stages in ((264, 5), (528, 3))
+                ),
                 Tile(64, 8, 512, 528, 4, 3),
                 Tile(64, 8, 512, 528, 2, 3),
                 Tile(64, 8, 256, 1056, 2, 3),
                 Tile(128, 8, 256, 264, 4, 4),
                 Tile(16, 8, 512, 2112, 1, 4),
                 Tile(64, 16, 256, 528, 4, 4),
-                *(replace(tile, pdl=True) for tile in (Tile(64, 8, 256, 528, 4, 4), Tile(32, 8, 256, 1056, 2, 4), Tile(64, 8, 256, 1056, 4, 4))),
+                *(
+                    replace(tile, pdl=True)
+                    for tile in (
+                        Tile(64, 8, 256, 528, 4, 4),
+                        Tile(32, 8, 256, 1056, 2, 4),
+                        Tile(64, 8, 256, 1056, 4, 4),
+                    )
+                ),
             ],
             16: [
-                *(Tile(64, 16, 256, programs, 4, stages) for programs, stages in ((264, 5), (528, 4), (528, 3), (1056, 3))),
-                *(Tile(32, 16, 256, programs, 2, stages) for programs, stages in ((528, 4), (1056, 4))),
-                *(Tile(64, 16, 256, programs, 2, stages) for programs, stages in ((528, 4), (1056, 3))),
-                *(Tile(128, 16, 256, programs, 4, stages) for programs, stages in ((264, 4), (528, 3))),
+                *(
+                    Tile(64, 16, 256, programs, 4, stages)
+                    for programs, stages in ((264, 5), (528, 4), (528, 3), (1056, 3))
+                ),
+                *(
+                    Tile(32, 16, 256, programs, 2, stages)
+                    for programs, stages in ((528, 4), (1056, 4))
+                ),
+                *(
+                    Tile(64, 16, 256, programs, 2, stages)
+                    for programs, stages in ((528, 4), (1056, 3))
+                ),
+                *(
+                    Tile(128, 16, 256, programs, 4, stages)
+                    for programs, stages in ((264, 4), (528, 3))
+                ),
                 Tile(128, 16, 256, 264, 8, 4),
                 Tile(128, 16, 512, 264, 4, 3),
                 Tile(64, 16, 512, 528, 2, 3),
                 Tile(32, 16, 256, 528, 4, 4),
-                *(replace(tile, pdl=True) for tile in (Tile(64, 16, 256, 528, 4, 4), Tile(32, 16, 256, 1056, 2, 4))),
+                *(
+                    replace(tile, pdl=True)
+                    for tile in (Tile(64, 16, 256, 528, 4, 4), Tile(32, 16, 256, 1056, 2, 4))
+                ),
             ],
             64: [
-                *(Tile(64, 64, 256, programs, 4, stages) for programs, stages in ((132, 4), (264, 3), (528, 3))),
-                *(Tile(128, 64, 256, programs, warps, 3) for programs, warps in ((132, 4), (264, 4), (132, 8), (264, 8))),
-                *(Tile(256, 64, 256, programs, 8, stages) for programs, stages in ((132, 3), (264, 2), (264, 3))),
+                *(
+                    Tile(64, 64, 256, programs, 4, stages)
+                    for programs, stages in ((132, 4), (264, 3), (528, 3))
+                ),
+                *(
+                    Tile(128, 64, 256, programs, warps, 3)
+                    for programs, warps in ((132, 4), (264, 4), (132, 8), (264, 8))
+                ),
+                *(
+                    Tile(256, 64, 256, programs, 8, stages)
+                    for programs, stages in ((132, 3), (264, 2), (264, 3))
+                ),
                 *(Tile(128, 32, 256, programs, 4, 3) for programs in (264, 528)),
                 Tile(128, 64, 256, 264, 8, 3, pdl=True),
             ],
             256: [
                 *(Tile(128, 128, 256, programs, 8, 2) for programs in (0, 132, 264)),
-                *(Tile(128, 64, 256, programs, 4, stages) for programs, stages in ((132, 3), (264, 2))),
+                *(
+                    Tile(128, 64, 256, programs, 4, stages)
+                    for programs, stages in ((132, 3), (264, 2))
+                ),
                 *(Tile(128, 64, 256, programs, 8, 3) for programs in (132, 264)),
-                *(Tile(64, 128, 256, programs, 4, stages) for programs, stages in ((132, 2), (264, 2))),
+                *(
+                    Tile(64, 128, 256, programs, 4, stages)
+                    for programs, stages in ((132, 2), (264, 2))
+                ),
                 Tile(256, 128, 256, 132, 8, 2),
                 Tile(256, 64, 256, 132, 8, 3),
             ],
@@ -100,27 +152,54 @@ def candidates(module: str, tokens: int) -> list[Tile]:
     else:
         found = {
             1: [
-                *(Tile(64, 8, 256, programs, 4, stages) for programs, stages in ((264, 5), (528, 4), (396, 4))),
-                *(Tile(64, 16, 256, programs, 4, stages) for programs, stages in ((264, 5), (396, 4), (528, 4), (528, 3))),
-                *(Tile(128, 16, 256, programs, warps, 4) for programs, warps in ((264, 4), (264, 8))),
+                *(
+                    Tile(64, 8, 256, programs, 4, stages)
+                    for programs, stages in ((264, 5), (528, 4), (396, 4))
+                ),
+                *(
+                    Tile(64, 16, 256, programs, 4, stages)
+                    for programs, stages in ((264, 5), (396, 4), (528, 4), (528, 3))
+                ),
+                *(
+                    Tile(128, 16, 256, programs, warps, 4)
+                    for programs, warps in ((264, 4), (264, 8))
+                ),
                 *(Tile(64, 16, 512, programs, 4, 3) for programs in (264, 396)),
                 *(Tile(32, 8, 512, programs, 2, 4) for programs in (528, 792)),
                 Tile(64, 16, 128, 528, 4, 6),
             ],
             16: [
-                *(Tile(64, 16, 256, programs, 4, stages) for programs, stages in ((264, 5), (396, 4), (528, 4), (528, 3))),
-                *(Tile(128, 16, 256, programs, warps, stages) for programs, warps, stages in ((264, 4, 4), (264, 8, 4), (132, 4, 5))),
+                *(
+                    Tile(64, 16, 256, programs, 4, stages)
+                    for programs, stages in ((264, 5), (396, 4), (528, 4), (528, 3))
+                ),
+                *(
+                    Tile(128, 16, 256, programs, warps, stages)
+                    for programs, warps, stages in ((264, 4, 4), (264, 8, 4), (132, 4, 5))
+                ),
                 Tile(64, 16, 512, 264, 4, 3),
                 Tile(64, 16, 128, 528, 4, 6),
             ],
             64: [
-                *(Tile(64, 64, 256, programs, 4, stages) for programs, stages in ((132, 5), (264, 3), (396, 3))),
-                *(Tile(64, 64, 128, programs, 4, stages) for programs, stages in ((264, 6), (528, 4))),
-                *(Tile(128, 64, 128, programs, warps, 5) for programs, warps in ((132, 4), (264, 4), (264, 8))),
+                *(
+                    Tile(64, 64, 256, programs, 4, stages)
+                    for programs, stages in ((132, 5), (264, 3), (396, 3))
+                ),
+                *(
+                    Tile(64, 64, 128, programs, 4, stages)
+                    for programs, stages in ((264, 6), (528, 4))
+                ),
+                *(
+                    Tile(128, 64, 128, programs, warps, 5)
+                    for programs, warps in ((132, 4), (264, 4), (264, 8))
+                ),
                 Tile(128, 64, 256, 132, 4, 4),
             ],
             256: [
-                *(Tile(128, 128, 128, programs, warps, stages) for programs, warps, stages in ((132, 8, 5), (264, 8, 3), (264, 4, 3))),
+                *(
+                    Tile(128, 128, 128, programs, warps, stages)
+                    for programs, warps, stages in ((132, 8, 5), (264, 8, 3), (264, 4, 3))
+                ),
                 *(Tile(64, 128, 128, programs, 4, 4) for programs in (132, 264)),
                 *(Tile(128, 256, 128, programs, 8, 4) for programs in (0, 132)),
                 *(Tile(64, 256, 128, programs, 4, 4) for programs in (0, 132)),
@@ -159,7 +238,10 @@ class Layers:
         packed = self.module.pack(self.spec, self.weight)
         size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
         copies = max(3, -(-int(TURNOVER) // size))
-        self.packed = [packed, *({name: tensor.clone() for name, tensor in packed.items()} for _ in range(copies - 1))]
+        self.packed = [
+            packed,
+            *({name: tensor.clone() for name, tensor in packed.items()} for _ in range(copies - 1)),
+        ]
 
     def expected(self, x: Tensor) -> Tensor:
         inputs = self.spec.scheme.activations
@@ -176,7 +258,12 @@ class Layers:
         again = self.module.multiply(self.spec, x, self.packed[0], None, tile)
         if not torch.equal(result, again):
             raise ValueError("two runs differ")
-        return microseconds(lambda: [self.module.multiply(self.spec, x, packed, None, tile) for packed in self.packed], replays=7) / len(self.packed)
+        return microseconds(
+            lambda: [
+                self.module.multiply(self.spec, x, packed, None, tile) for packed in self.packed
+            ],
+            replays=7,
+        ) / len(self.packed)
 
 
 def compile_candidate(name: str, tokens: int, tile: Tile) -> None:
@@ -189,7 +276,13 @@ def compile_candidate(name: str, tokens: int, tile: Tile) -> None:
         spec = spec_of(SCHEMES[scheme], *shape)
         packed = triton_cpu.empty_packed(module, spec)
         try:
-            load_kernel(module).multiply(spec, torch.empty(tokens, shape[1], dtype=torch.bfloat16, device="meta"), packed, None, tile)  # type: ignore[attr-defined]
+            load_kernel(module).multiply(
+                spec,
+                torch.empty(tokens, shape[1], dtype=torch.bfloat16, device="meta"),
+                packed,
+                None,
+                tile,
+            )  # type: ignore[attr-defined]
         except Exception as error:
             print(f"  {name} M={tokens} {tile}: does not compile, {error!r}"[:300], flush=True)
             break
@@ -204,13 +297,20 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="touch no GPU")
     arguments = parser.parse_args()
     began = time.monotonic()
-    names, all_tokens = arguments.kernels.split(","), [int(count) for count in arguments.tokens.split(",")]
+    names, all_tokens = (
+        arguments.kernels.split(","),
+        [int(count) for count in arguments.tokens.split(",")],
+    )
     order = [(name, tokens) for tokens in all_tokens for name in names if name in FIRST]
     order += [(name, tokens) for tokens in all_tokens for name in names if name not in FIRST]
     # Forked before CUDA starts here: a child shares neither a context nor the GPU.
     pool = ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("fork"))
     waiting: dict[tuple[str, int], list[Future[None]]] = {
-        (name, tokens): [pool.submit(compile_candidate, name, tokens, tile) for tile in candidates(CASES[name][1], tokens)] for name, tokens in order
+        (name, tokens): [
+            pool.submit(compile_candidate, name, tokens, tile)
+            for tile in candidates(CASES[name][1], tokens)
+        ]
+        for name, tokens in order
     }
     results: list[dict] = []
     layers: dict[tuple[str, tuple[int, int]], Layers] = {}
@@ -218,8 +318,14 @@ def main() -> None:
         if time.monotonic() - began > arguments.seconds:
             print(f"out of time before {name} M={tokens}", flush=True)
             break
-        lost = [error for future in waiting[name, tokens] if (error := future.exception())]  # those compile when they are tried
-        print(f"{name} M={tokens}: compiled after {time.monotonic() - began:.0f} s" + (f", not {len(lost)}: {lost[0]!r}" if lost else ""), flush=True)
+        lost = [
+            error for future in waiting[name, tokens] if (error := future.exception())
+        ]  # those compile when they are tried
+        print(
+            f"{name} M={tokens}: compiled after {time.monotonic() - began:.0f} s"
+            + (f", not {len(lost)}: {lost[0]!r}" if lost else ""),
+            flush=True,
+        )
         if arguments.compile_only:
             continue
         for shape in SHAPES:
@@ -253,16 +359,28 @@ def report(results: list[dict], name: str, tokens: int) -> None:
     timed = [entry for entry in here if "us" in entry]
     total = 0.0
     for shape in SHAPES:
-        ranked = sorted((entry for entry in timed if entry["shape"] == shape), key=lambda entry: entry["us"])
+        ranked = sorted(
+            (entry for entry in timed if entry["shape"] == shape), key=lambda entry: entry["us"]
+        )
         if ranked:
             total += ranked[0]["us"]
-            print(f"  {shape}: " + ", ".join(f"{entry['us']} {tuple(entry['tile'].values())}" for entry in ranked[:3]), flush=True)
+            print(
+                f"  {shape}: "
+                + ", ".join(
+                    f"{entry['us']} {tuple(entry['tile'].values())}" for entry in ranked[:3]
+                ),
+                flush=True,
+            )
     print(f"  sum of the best: {total:.1f} us", flush=True)
     for group in ("small", "deep", "wide"):
         shapes = [shape for shape in SHAPES if shape_class(*shape) == group]
         sums: dict[tuple, float] = {}
         for tile in {tuple(entry["tile"].values()) for entry in timed}:
-            times = [entry["us"] for entry in timed if entry["shape"] in shapes and tuple(entry["tile"].values()) == tile]
+            times = [
+                entry["us"]
+                for entry in timed
+                if entry["shape"] in shapes and tuple(entry["tile"].values()) == tile
+            ]
             if shapes and len(times) == len(shapes):
                 sums[tile] = sum(times)
         if sums:
@@ -277,7 +395,9 @@ def write(results: list[dict]) -> None:
         shape = "x".join(map(str, entry["shape"]))
         if "us" in entry and entry["us"] < place.get(shape, {"us": float("inf")})["us"]:
             place[shape] = {"us": entry["us"], "tile": entry["tile"]}
-    Path(os.environ.get("OUT", "/tmp"), "sweep.json").write_text(json.dumps({"best": best, "all": results}))
+    Path(os.environ.get("OUT", "/tmp"), "sweep.json").write_text(
+        json.dumps({"best": best, "all": results})
+    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,13 @@ def refusal(spec, tokenizer=None):
 def run_python(code, **env):
     """Run code in a fresh interpreter and return what it prints."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -86,14 +92,19 @@ def test_example_is_truncated_and_counted(tokenizer):
 
 def test_same_seed_gives_the_same_samples_and_another_seed_does_not(tokenizer):
     spec = CalibrationSpec(str(EXAMPLE), seq_len=64, num_samples=9, seed=3)
-    first, again, other = (load_calibration(s, tokenizer, VOCAB) for s in (spec, spec, replace(spec, seed=4)))
+    first, again, other = (
+        load_calibration(s, tokenizer, VOCAB) for s in (spec, spec, replace(spec, seed=4))
+    )
     assert first == again
     assert first.report.digest != other.report.digest
     assert len(first.report.digest) == 64
 
 
 def test_more_samples_begin_with_the_same_samples(tokenizer):
-    few, many = (load_calibration(CalibrationSpec(str(EXAMPLE), seq_len=32, num_samples=n), tokenizer, VOCAB) for n in (4, 12))
+    few, many = (
+        load_calibration(CalibrationSpec(str(EXAMPLE), seq_len=32, num_samples=n), tokenizer, VOCAB)
+        for n in (4, 12)
+    )
     assert many.samples[:4] == few.samples
 
 
@@ -107,17 +118,27 @@ def test_every_record_is_drawn_once_and_not_in_file_order(write, tokenizer, name
 
 def test_formats_with_the_same_records_give_the_same_samples(write, tokenizer):
     records = [{"text": f"record {i:02d} {LONG}", "id": i} for i in range(30)]
-    digests = {load_calibration(write(name, records, num_samples=5), tokenizer, VOCAB).report.digest for name in ("a.jsonl", "a.json", "a.parquet")}
+    digests = {
+        load_calibration(write(name, records, num_samples=5), tokenizer, VOCAB).report.digest
+        for name in ("a.jsonl", "a.json", "a.parquet")
+    }
     assert len(digests) == 1
 
 
 def test_text_file_gives_its_paragraphs(write, tokenizer):
     spec = write("data.txt", f"one {LONG}\nmore of one\n\n \t\n\ntwo {LONG}\r\n\r\n".encode())
-    assert sorted(texts_of(load_calibration(spec, tokenizer, VOCAB), tokenizer)) == [f"one {LONG}\nmore of one", f"two {LONG}"]
+    assert sorted(texts_of(load_calibration(spec, tokenizer, VOCAB), tokenizer)) == [
+        f"one {LONG}\nmore of one",
+        f"two {LONG}",
+    ]
 
 
 def test_text_file_without_blank_lines_still_gives_many_samples(write, tokenizer):
-    spec = write("data.txt", b"".join(b"%07d all work and no play makes this a long file\n" % i for i in range(60_000)), seq_len=16)
+    spec = write(
+        "data.txt",
+        b"".join(b"%07d all work and no play makes this a long file\n" % i for i in range(60_000)),
+        seq_len=16,
+    )
     assert load_calibration(spec, tokenizer, VOCAB).report.used == 3
 
 
@@ -126,13 +147,22 @@ def test_json_lines_under_a_json_name_and_a_list_inside_an_object_are_read(write
     lines = "\n".join(map(json.dumps, records)).encode()
     digests = {
         load_calibration(spec, tokenizer, VOCAB).report.digest
-        for spec in (write("a.json", lines), write("b.json", {"version": 1, "data": records}), write("c.json", records))
+        for spec in (
+            write("a.json", lines),
+            write("b.json", {"version": 1, "data": records}),
+            write("c.json", records),
+        )
     }
     assert len(digests) == 1
 
 
 def test_one_json_object_is_one_record(write, tokenizer):
-    assert load_calibration(write("a.json", {"text": LONG, "tags": ["a"]}), tokenizer, VOCAB).report.used == 1
+    assert (
+        load_calibration(
+            write("a.json", {"text": LONG, "tags": ["a"]}), tokenizer, VOCAB
+        ).report.used
+        == 1
+    )
 
 
 def test_byte_order_mark_and_blank_lines_are_skipped(write, tokenizer):
@@ -148,9 +178,13 @@ def test_short_and_null_texts_are_dropped_and_counted(write, tokenizer):
 
 def test_text_with_far_more_than_the_wanted_tokens_gives_its_exact_beginning(write, tokenizer):
     words = " ".join(f"word{i}" for i in range(3000))
-    blanks = " " * 9000 + words  # a cut after 16 characters a token is all blanks: it must be widened
+    blanks = (
+        " " * 9000 + words
+    )  # a cut after 16 characters a token is all blanks: it must be widened
     for text in (words, blanks):
-        [ids] = load_calibration(write("a.json", [{"text": text}], seq_len=100), tokenizer, VOCAB).samples
+        [ids] = load_calibration(
+            write("a.json", [{"text": text}], seq_len=100), tokenizer, VOCAB
+        ).samples
         assert list(ids) == tokenizer(text)["input_ids"][:100]
 
 
@@ -166,17 +200,27 @@ def test_messages_go_through_the_chat_template(write, tokenizer):
 
 
 def test_prompt_and_completion_are_joined_as_text_or_as_a_conversation(write, tokenizer):
-    [ids] = load_calibration(write("a.jsonl", [{"prompt": "def f(x):", "completion": f" return {LONG}"}]), tokenizer, VOCAB).samples
+    [ids] = load_calibration(
+        write("a.jsonl", [{"prompt": "def f(x):", "completion": f" return {LONG}"}]),
+        tokenizer,
+        VOCAB,
+    ).samples
     assert tokenizer.decode(ids) == f"def f(x): return {LONG}"
     chat = [{"role": "user", "content": "What is a list?"}, {"role": "assistant", "content": LONG}]
-    [ids] = load_calibration(write("b.jsonl", [{"prompt": chat[:1], "completion": chat[1:]}]), tokenizer, VOCAB).samples
+    [ids] = load_calibration(
+        write("b.jsonl", [{"prompt": chat[:1], "completion": chat[1:]}]), tokenizer, VOCAB
+    ).samples
     assert list(ids) == tokenizer.apply_chat_template(chat, return_dict=False)
 
 
 def test_input_ids_pass_as_they_are_without_their_padding(write, tokenizer):
     ids = list(range(100, 130))
     for name in ("a.jsonl", "a.parquet"):
-        spec = write(name, [{"text": LONG, "input_ids": [0, 0, *ids], "attention_mask": [0, 0] + [1] * 30}], seq_len=20)
+        spec = write(
+            name,
+            [{"text": LONG, "input_ids": [0, 0, *ids], "attention_mask": [0, 0] + [1] * 30}],
+            seq_len=20,
+        )
         assert load_calibration(spec, tokenizer, VOCAB).samples == (tuple(ids[:20]),)
 
 
@@ -201,7 +245,11 @@ def test_field_that_comes_first_is_used(write, tokenizer, present, used):
 def test_tokenizer_is_left_as_it_was(write, tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
     load_calibration(CalibrationSpec(str(EXAMPLE), seq_len=64), tokenizer, VOCAB)
-    load_calibration(write("a.json", [{"messages": [{"role": "user", "content": LONG}]}], pack=True), tokenizer, VOCAB)
+    load_calibration(
+        write("a.json", [{"messages": [{"role": "user", "content": LONG}]}], pack=True),
+        tokenizer,
+        VOCAB,
+    )
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
@@ -214,10 +262,14 @@ def test_spec_travels_as_json():
 
 
 def test_packed_samples_are_full_but_the_last(tokenizer):
-    result = load_calibration(CalibrationSpec(str(EXAMPLE), seq_len=300, pack=True), tokenizer, VOCAB)
+    result = load_calibration(
+        CalibrationSpec(str(EXAMPLE), seq_len=300, pack=True), tokenizer, VOCAB
+    )
     assert {len(ids) for ids in result.samples[:-1]} == {300}
     assert result.report.truncated == 0
-    few = load_calibration(CalibrationSpec(str(EXAMPLE), seq_len=300, pack=True, num_samples=7), tokenizer, VOCAB)
+    few = load_calibration(
+        CalibrationSpec(str(EXAMPLE), seq_len=300, pack=True, num_samples=7), tokenizer, VOCAB
+    )
     assert few.samples == result.samples[:7]
 
 
@@ -226,7 +278,9 @@ id_lists = st.lists(st.lists(st.integers(1, VOCAB - 1), max_size=40), min_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(lists=id_lists, seq_len=st.integers(11, 50), seed=st.integers(0, 99))
-def test_packing_keeps_all_tokens_in_order_with_one_separator_between_texts(tmp_path_factory, tokenizer, lists, seq_len, seed):
+def test_packing_keeps_all_tokens_in_order_with_one_separator_between_texts(
+    tmp_path_factory, tokenizer, lists, seq_len, seed
+):
     path = tmp_path_factory.mktemp("pack") / "ids.jsonl"
     path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in lists))
     if sum(map(len, lists)) < 11:
@@ -242,14 +296,23 @@ def test_packing_keeps_all_tokens_in_order_with_one_separator_between_texts(tmp_
     assert result.report.dropped == len(lists) - len(texts) + (0 < rest < 11)
     assert all(len(ids) == seq_len for ids in result.samples[:-1])
     wanted = ["".join(map(chr, ids)) for ids in texts]
-    found = "".join(map(chr, joined)).split(chr(tokenizer.eos_token_id))  # ids are above 0, the separator is 0
+    found = "".join(map(chr, joined)).split(
+        chr(tokenizer.eos_token_id)
+    )  # ids are above 0, the separator is 0
     assert Counter(found[:-1]) <= Counter(wanted)
     assert any(text.startswith(found[-1]) for text in wanted)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lists=id_lists, seq_len=st.integers(11, 50), num_samples=st.integers(1, 9), seed=st.integers(0, 99))
-def test_samples_are_beginnings_of_texts_and_the_counts_add_up(tmp_path_factory, tokenizer, lists, seq_len, num_samples, seed):
+@given(
+    lists=id_lists,
+    seq_len=st.integers(11, 50),
+    num_samples=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_samples_are_beginnings_of_texts_and_the_counts_add_up(
+    tmp_path_factory, tokenizer, lists, seq_len, num_samples, seed
+):
     path = tmp_path_factory.mktemp("cut") / "ids.jsonl"
     path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in lists))
     spec = CalibrationSpec(str(path), seq_len=seq_len, seed=seed, num_samples=num_samples)
@@ -286,7 +349,14 @@ def test_folder_and_unknown_suffix_are_refused(tmp_path, write):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", b""), ("a.jsonl", b"\n \n\n"), ("a.json", b"[]"), ("a.txt", b"\n\n"), ("a.parquet", b""), ("a.json", b'{"data": []}')],
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \n\n"),
+        ("a.json", b"[]"),
+        ("a.txt", b"\n\n"),
+        ("a.parquet", b""),
+        ("a.json", b'{"data": []}'),
+    ],
 )
 def test_empty_files_are_refused(write, name, content):
     assert refusal(write(name, content)).code == "E_DATA_EMPTY"
@@ -319,7 +389,11 @@ def test_binary_and_broken_files_are_refused(write, name, content):
         (b'{"messages": "hi"}', "E_DATA_FIELD", "`messages` is a string"),
         (b'{"messages": []}', "E_DATA_FIELD", "`messages` is an empty list"),
         (b'{"messages": [{"content": "hi"}]}', "E_DATA_FIELD", "`messages[0]` is no message"),
-        (b'{"messages": [{"role": "user", "content": 3}]}', "E_DATA_FIELD", "`messages[0].content` is a number"),
+        (
+            b'{"messages": [{"role": "user", "content": 3}]}',
+            "E_DATA_FIELD",
+            "`messages[0].content` is a number",
+        ),
         (b'{"prompt": "a", "completion": ["b"]}', "E_DATA_FIELD", "`completion` is a list"),
         (b'{"input_ids": "1 2 3"}', "E_DATA_FIELD", "`input_ids` is a string"),
         (b'{"input_ids": [1, 2.5]}', "E_DATA_FIELD", "`input_ids[1]` is 2.5"),
@@ -339,7 +413,10 @@ def test_bad_line_is_refused_with_its_number_by_check_and_load(write, tokenizer,
 
 def test_broken_json_names_its_line_and_a_wrong_item_its_place(write):
     assert ", line 3: " in refusal(write("a.json", b'[\n{"text": "a"},\n{"text" "b"}\n]')).message
-    assert ", item 2: expected a JSON object; found a number" in refusal(write("b.json", [{"text": LONG}, 7])).message
+    assert (
+        ", item 2: expected a JSON object; found a number"
+        in refusal(write("b.json", [{"text": LONG}, 7])).message
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -430,7 +507,11 @@ def test_checking_json_imports_no_heavy_library():
 
 def test_hub_without_network_is_refused_in_seconds():
     started = time.monotonic()
-    said = run_python(TRY_HUB + "attempt('some-org/some-set')", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    said = run_python(
+        TRY_HUB + "attempt('some-org/some-set')",
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HUB_OFFLINE="0",
+    )
     assert said.startswith("4 E_HUB_UNREACHABLE `some-org/some-set`")
     assert time.monotonic() - started < 10
 
@@ -438,7 +519,9 @@ def test_hub_without_network_is_refused_in_seconds():
 def test_hub_in_offline_mode_is_refused_unless_the_cache_has_it(tmp_path):
     fill_cache = FILL_CACHE.format(source=str(EXAMPLE), cache=str(tmp_path))
     code = f"{TRY_HUB}\nattempt('some-org/some-set')\n{fill_cache}\nattempt('some-org/some-set')\nattempt('some-org/some-set::nonsense')"
-    absent, cached, wrong_split = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path)).splitlines()
+    absent, cached, wrong_split = run_python(
+        code, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path)
+    ).splitlines()
     assert absent.startswith("4 E_HUB_UNREACHABLE")
     assert cached == "fine"
     assert wrong_split.startswith("3 E_DATA_HUB")

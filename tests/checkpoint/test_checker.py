@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pytest
 from benchmarks.mutations import run as run_mutations
-from support.bad_folders import BAD_FOLDERS, GOOD_FILE, LAYERS, LLAMA, entry, files, index, llama, llama_tensors, quantized, safetensors, true_file
+from support.bad_folders import (
+    BAD_FOLDERS,
+    GOOD_FILE,
+    LAYERS,
+    LLAMA,
+    entry,
+    files,
+    index,
+    llama,
+    llama_tensors,
+    quantized,
+    safetensors,
+    true_file,
+)
 
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
@@ -78,27 +91,40 @@ def peak_of(folder: Path) -> tuple[float, float, str]:
         print(seconds, int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1024, code)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
-    words = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    words = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
     return float(words[0]), float(words[1]), words[2] if len(words) > 2 else ""
 
 
 @pytest.mark.parametrize("place", ["config", "header"])
 @pytest.mark.parametrize("case", HEAVY)
 def test_json_that_costs_much_stays_within_time_and_memory(folder, case, place):
-    builder = files(config=HEAVY[case], model__safetensors=GOOD_FILE) if place == "config" else files(model__safetensors=safetensors(HEAVY[case]))
+    builder = (
+        files(config=HEAVY[case], model__safetensors=GOOD_FILE)
+        if place == "config"
+        else files(model__safetensors=safetensors(HEAVY[case]))
+    )
     builder(folder)
     seconds, megabytes, code = peak_of(folder)
-    assert (seconds < LIMIT_S, megabytes < LIMIT_MB) == (True, True), f"{seconds:.1f} s, {megabytes:.0f} MB"
+    assert (seconds < LIMIT_S, megabytes < LIMIT_MB) == (True, True), (
+        f"{seconds:.1f} s, {megabytes:.0f} MB"
+    )
     assert code or place == "config"
 
 
 def test_many_shards_of_long_names_stay_within_time_and_memory(folder):
     files()(folder)
     for shard in range(12):
-        header = {f"{shard}." + f"{number}".rjust(200, "x"): entry("U8", [], number, number + 1) for number in range(60_000)}
+        header = {
+            f"{shard}." + f"{number}".rjust(200, "x"): entry("U8", [], number, number + 1)
+            for number in range(60_000)
+        }
         (folder / f"{shard:02}.safetensors").write_bytes(safetensors(header, bytes(60_000)))
     seconds, megabytes, code = peak_of(folder)
-    assert (seconds < LIMIT_S, megabytes < LIMIT_MB, code) == (True, True, "E_TENSOR_COUNT"), f"{seconds:.1f} s, {megabytes:.0f} MB"
+    assert (seconds < LIMIT_S, megabytes < LIMIT_MB, code) == (True, True, "E_TENSOR_COUNT"), (
+        f"{seconds:.1f} s, {megabytes:.0f} MB"
+    )
 
 
 # What safetensors refuses is refused
@@ -106,15 +132,24 @@ def test_many_shards_of_long_names_stay_within_time_and_memory(folder):
 TENSOR = '"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
 REFUSED_BY_SAFETENSORS = {  # header, data
     "NaN in a field": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":NaN}}', b"x"),
-    "number out of range in a field": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1e999}}', b"x"),
-    "depth in a field": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":' + "[" * 200 + "]" * 200 + "}}", b"x"),
+    "number out of range in a field": (
+        '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1e999}}',
+        b"x",
+    ),
+    "depth in a field": (
+        '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":' + "[" * 200 + "]" * 200 + "}}",
+        b"x",
+    ),
     "metadata of a number": ('{"__metadata__":{"a":1},' + TENSOR + "}", b"x"),
     "metadata of a list": ('{"__metadata__":[],' + TENSOR + "}", b"x"),
     "metadata of half a character": ('{"__metadata__":{"a":"\\ud800"},' + TENSOR + "}", b"x"),
     "metadata that is a tensor": ('{"__metadata__":' + TENSOR[4:] + "}", b"x"),
     "minus zero": ('{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', b""),
     "minus zero as offset": ('{"a":{"dtype":"U8","shape":[0],"data_offsets":[-0,0]}}', b""),
-    "product beyond 64 bits": ('{"a":{"dtype":"U8","shape":[1099511627776,1099511627776,0],"data_offsets":[0,0]}}', b""),
+    "product beyond 64 bits": (
+        '{"a":{"dtype":"U8","shape":[1099511627776,1099511627776,0],"data_offsets":[0,0]}}',
+        b"",
+    ),
     "half a byte": ('{"a":{"dtype":"F4","shape":[3],"data_offsets":[0,2]}}', b"xx"),
     "quarters of bytes": ('{"a":{"dtype":"F6_E2M3","shape":[3],"data_offsets":[0,3]}}', b"xxx"),
     "byte order mark": ("\ufeff{" + TENSOR + "}", b"x"),
@@ -166,18 +201,36 @@ def test_a_folder_of_the_hub_cache_and_links_to_other_disks_are_read(tmp_path, f
     assert open_checkpoint(folder).weight_files == (folder / "x.safetensors",)
 
 
-MTP = {"model__layers__2__eh_proj__weight": (64, 128), "model__layers__2__self_attn__q_proj__weight": (7, 7)}
+MTP = {
+    "model__layers__2__eh_proj__weight": (64, 128),
+    "model__layers__2__self_attn__q_proj__weight": (7, 7),
+}
 UNUSUAL = {  # config fields, shapes of tensors
     "padded vocabulary": ({}, {"model__embed_tokens__weight": (128, 64)}),
     "layers that predict further tokens": ({"num_nextn_predict_layers": 1}, MTP),
-    "queries with gates": ({}, {f"model__layers__{layer}__self_attn__q_proj__weight": (128, 64) for layer in range(2)}),
+    "queries with gates": (
+        {},
+        {f"model__layers__{layer}__self_attn__q_proj__weight": (128, 64) for layer in range(2)},
+    ),
     "no head_dim": ({"head_dim": None}, {}),
-    "one size for each layer": ({"intermediate_size": [96, 128]}, {"model__layers__1__mlp__gate_proj__weight": (128, 64)}),
-    "sliding layers of other heads": ({"swa_num_attention_heads": 8}, {"model__layers__1__self_attn__q_proj__weight": (96, 64)}),
-    "layers of other heads": ({"num_attention_heads_per_layer": [4, 6]}, {"model__layers__1__self_attn__q_proj__weight": (96, 64)}),
+    "one size for each layer": (
+        {"intermediate_size": [96, 128]},
+        {"model__layers__1__mlp__gate_proj__weight": (128, 64)},
+    ),
+    "sliding layers of other heads": (
+        {"swa_num_attention_heads": 8},
+        {"model__layers__1__self_attn__q_proj__weight": (96, 64)},
+    ),
+    "layers of other heads": (
+        {"num_attention_heads_per_layer": [4, 6]},
+        {"model__layers__1__self_attn__q_proj__weight": (96, 64)},
+    ),
     "code of its own": ({"auto_map": {"AutoModel": "m.M"}}, {"model__norm__weight": (1, 2)}),
     "encoder and decoder": ({"is_encoder_decoder": True}, {"model__norm__weight": (1, 2)}),
-    "draft model": ({"architectures": ["LlamaForCausalLMEagle3"]}, {"model__layers__0__self_attn__q_proj__weight": (64, 128)}),
+    "draft model": (
+        {"architectures": ["LlamaForCausalLMEagle3"]},
+        {"model__layers__0__self_attn__q_proj__weight": (64, 128)},
+    ),
     "no architecture": ({"architectures": None, "num_hidden_layers": 9}, {}),
     "layers counted twice": ({"num_hidden_layers": 4, "num_layers": 2}, {}),
     "other names": ({"num_hidden_layers": 9}, {"transformer__h__0__weight": (1, 2)}),
@@ -188,14 +241,21 @@ UNUSUAL = {  # config fields, shapes of tensors
 def test_a_model_that_is_unusual_and_right_is_taken(folder, case):
     config, shapes = UNUSUAL[case]
     if case == "other names":
-        files(config={**LLAMA, **config}, model__safetensors=true_file({"transformer.h.0.weight": ("BF16", (1, 2))}))(folder)
+        files(
+            config={**LLAMA, **config},
+            model__safetensors=true_file({"transformer.h.0.weight": ("BF16", (1, 2))}),
+        )(folder)
     else:
         llama(config, **shapes)(folder)
     open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("value", [None, True, False, -1, 0, 1.5, float("nan"), "64", [64], {"a": 64}, [], 10**400])
-@pytest.mark.parametrize("field", [*LLAMA, "text_config", "auto_map", "tie_word_embeddings", "quantization_config"])
+@pytest.mark.parametrize(
+    "value", [None, True, False, -1, 0, 1.5, float("nan"), "64", [64], {"a": 64}, [], 10**400]
+)
+@pytest.mark.parametrize(
+    "field", [*LLAMA, "text_config", "auto_map", "tie_word_embeddings", "quantization_config"]
+)
 def test_a_config_field_of_any_type_is_no_crash(folder, field, value):
     llama({field: value})(folder)
     try:
@@ -205,11 +265,20 @@ def test_a_config_field_of_any_type_is_no_crash(folder, field, value):
 
 
 def test_the_config_of_the_language_model_counts(folder):
-    config = {"architectures": ["Qwen3VLForConditionalGeneration"], "hidden_size": 1, "text_config": LLAMA}
-    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in llama_tensors().items()}
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "hidden_size": 1,
+        "text_config": LLAMA,
+    }
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in llama_tensors().items()
+    }
     files(config=config, model__safetensors=true_file(tensors))(folder)
     open_checkpoint(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "text_config": {**LLAMA, "hidden_size": 128}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "text_config": {**LLAMA, "hidden_size": 128}})
+    )
     with pytest.raises(CheckpointRefused, match=r"model\.language_model\."):
         open_checkpoint(folder)
 

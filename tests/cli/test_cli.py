@@ -21,7 +21,11 @@ def listing(tmp_path):
 
     def listing() -> dict[str, tuple[int, int]]:
         return {
-            str(path.relative_to(tmp_path)): (0 if path.is_dir() else path.lstat().st_size, path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")
+            str(path.relative_to(tmp_path)): (
+                0 if path.is_dir() else path.lstat().st_size,
+                path.lstat().st_mtime_ns,
+            )
+            for path in tmp_path.rglob("*")
         }
 
     return listing
@@ -39,7 +43,9 @@ def refused(run_cli, listing):
         result = run_cli(*arguments, **options)
         assert listing() == before
         assert "Traceback" not in result.stderr, result.stderr[-1500:]
-        found = re.search(r"^error\[(E_[A-Z_]+)\]: (.+)\nhint: (.+)\n$", result.stderr, re.MULTILINE)
+        found = re.search(
+            r"^error\[(E_[A-Z_]+)\]: (.+)\nhint: (.+)\n$", result.stderr, re.MULTILINE
+        )
         assert found, result.stderr
         assert result.stdout == ""
         return result.exit_code, *found.groups()
@@ -76,7 +82,10 @@ def test_a_model_of_pickles_is_refused(refused, tiny_copy):
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11547040\n", "E_LFS_POINTER"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11547040\n",
+            "E_LFS_POINTER",
+        ),
         (b"<html><body>403 Forbidden</body></html>", "E_NOT_SAFETENSORS"),
         (b"", "E_HEADER_SHORT"),
     ],
@@ -98,7 +107,9 @@ def test_a_truncated_model_is_refused_with_the_tensor(refused, tiny_copy):
 
 def test_a_model_that_is_quantized_already_is_refused(refused, tiny_copy):
     config = json.loads((tiny_copy / "config.json").read_text())
-    (tiny_copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (tiny_copy / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "awq"}})
+    )
     exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
     assert (exit_code, code) == (3, "E_ALREADY_QUANTIZED")
     assert "awq" in message
@@ -106,7 +117,10 @@ def test_a_model_that_is_quantized_already_is_refused(refused, tiny_copy):
 
 def test_model_code_is_not_run_unasked(refused, tiny_copy, tmp_path):
     config = json.loads((tiny_copy / "config.json").read_text())
-    config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    config |= {
+        "model_type": "my_own",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
     (tiny_copy / "config.json").write_text(json.dumps(config))
     (tiny_copy / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
     exit_code, code, message, hint = refused(*QUANTIZE, "--model-path", tiny_copy, "--quiet")
@@ -117,8 +131,14 @@ def test_model_code_is_not_run_unasked(refused, tiny_copy, tmp_path):
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_path, offline):
-    env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9", **({"HF_HUB_OFFLINE": "1"} if offline else {})}
-    exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", "org/model", env=env, timeout=20)
+    env = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        **({"HF_HUB_OFFLINE": "1"} if offline else {}),
+    }
+    exit_code, code, message, _ = refused(
+        *QUANTIZE, "--model-path", "org/model", env=env, timeout=20
+    )
     assert (exit_code, code) == (4, "E_HUB_UNREACHABLE")
     assert ("HF_HUB_OFFLINE is set" if offline else "http://127.0.0.1:9 does not answer") in message
 
@@ -131,7 +151,12 @@ def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_pat
     [
         (["--method", "modelopt_fp9"], 2, "E_UNKNOWN_METHOD", "`modelopt_fp8`"),
         (["--method", "fp8", "--backend", "llm-compressor"], 3, "E_RECIPE", "`llmcompressor`"),
-        (["--method", "fp8_dynamic", "--backend", "gptqmodel"], 3, "E_BACKEND_REFUSES", "--backend "),
+        (
+            ["--method", "fp8_dynamic", "--backend", "gptqmodel"],
+            3,
+            "E_BACKEND_REFUSES",
+            "--backend ",
+        ),
         (["--method", "rtn_int4", "--group-size", "100"], 3, "E_GROUP_SIZE", "--group-size 128"),
         (["--method", "modelopt_fp8", "--group-size", "64"], 3, "E_GROUP_SIZE", "integer method"),
         (["--method", "kv_fp8", "--group-size", "64"], 2, "E_GROUP_SIZE", "--group-size"),
@@ -142,7 +167,12 @@ def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_pat
         (["--method", "fp8_dynamic", "--device", "gpu"], 2, "E_DEVICE", "cuda"),
         (["--method", "fp8_dynamic", "--recipe", "fp8.yaml"], 2, "E_METHOD_TWICE", "--recipe"),
         (["--recipe", "none.yaml"], 3, "E_NO_RECIPE", "--list"),
-        (["--method", "fp8_dynamic", "--checkpoint-save-path", "state"], 2, "E_STATE_BACKEND", "modelopt"),
+        (
+            ["--method", "fp8_dynamic", "--checkpoint-save-path", "state"],
+            2,
+            "E_STATE_BACKEND",
+            "modelopt",
+        ),
         (["--checkpoint-restore-path", "none"], 3, "E_STATE", ""),
         (["--method", "modelopt_fp8"], 2, "E_NEEDS_DATA", "--calibration"),
         ([], 2, "E_NO_METHOD", "--list"),
@@ -150,7 +180,9 @@ def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_pat
         (["--method", "fp8_dynamic", "--num-samples", "0"], 2, "E_USAGE", "qtool quantize --help"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_refused_with_what_can(refused, tiny_model, arguments, exit_code, code, hint):
+def test_a_wish_that_cannot_be_met_is_refused_with_what_can(
+    refused, tiny_model, arguments, exit_code, code, hint
+):
     found = refused("quantize", "--model-path", tiny_model, "--output", "out", *arguments)
     assert found[:2] == (exit_code, code)
     assert hint in found[3]
@@ -170,21 +202,53 @@ def test_a_command_that_does_not_exist_is_refused(refused):
         ("empty.jsonl", b"", "E_DATA_EMPTY", "empty.jsonl"),
         ("binary.jsonl", b"\x00\x01\x02" * 99, "E_DATA_BINARY", "binary.jsonl"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "E_DATA_BINARY", "latin.jsonl, line 1"),
-        ("bad.jsonl", b'{"text": "a long enough text for a sample, really"}\n' * 2 + b"{oops}\n", "E_DATA_LINE", "bad.jsonl, line 3"),
-        ("field.jsonl", b'{"body": "a long enough text for a sample, really"}\n', "E_DATA_FIELD", "field.jsonl, line 1"),
+        (
+            "bad.jsonl",
+            b'{"text": "a long enough text for a sample, really"}\n' * 2 + b"{oops}\n",
+            "E_DATA_LINE",
+            "bad.jsonl, line 3",
+        ),
+        (
+            "field.jsonl",
+            b'{"body": "a long enough text for a sample, really"}\n',
+            "E_DATA_FIELD",
+            "field.jsonl, line 1",
+        ),
         ("short.jsonl", b'{"text": "a"}\n' * 20, "E_DATA_USELESS", "short.jsonl"),
         ("data.pkl", b"\x80\x04", "E_DATA_FORMAT", ".pkl"),
     ],
 )
-def test_calibration_data_that_cannot_be_used_is_refused_with_its_line(refused, tiny_model, tmp_path, name, content, code, message):
+def test_calibration_data_that_cannot_be_used_is_refused_with_its_line(
+    refused, tiny_model, tmp_path, name, content, code, message
+):
     (tmp_path / name).write_bytes(content)
-    found = refused("quantize", "--model-path", tiny_model, "--method", "modelopt_fp8", "--output", "out", "--calibration", name)
+    found = refused(
+        "quantize",
+        "--model-path",
+        tiny_model,
+        "--method",
+        "modelopt_fp8",
+        "--output",
+        "out",
+        "--calibration",
+        name,
+    )
     assert found[:2] == (3, code)
     assert message in found[2]
 
 
 def test_a_missing_calibration_file_is_refused(refused, tiny_model):
-    found = refused("quantize", "--model-path", tiny_model, "--method", "modelopt_fp8", "--output", "out", "--calibration", "./none.jsonl")
+    found = refused(
+        "quantize",
+        "--model-path",
+        tiny_model,
+        "--method",
+        "modelopt_fp8",
+        "--output",
+        "out",
+        "--calibration",
+        "./none.jsonl",
+    )
     assert found[:2] == (3, "E_DATA_MISSING")
 
 
@@ -197,7 +261,10 @@ def test_an_output_that_exists_is_refused_and_kept(refused, tiny_model, tmp_path
     exit_code, code, _, hint = refused(*QUANTIZE, "--model-path", tiny_model)
     assert (exit_code, code) == (6, "E_OUTPUT_EXISTS")
     assert "--overwrite" in hint
-    assert refused(*QUANTIZE, "--model-path", tiny_model, "--overwrite")[:2] == (6, "E_OUTPUT_EXISTS")  # no checkpoint: not ours to replace
+    assert refused(*QUANTIZE, "--model-path", tiny_model, "--overwrite")[:2] == (
+        6,
+        "E_OUTPUT_EXISTS",
+    )  # no checkpoint: not ours to replace
 
 
 def test_a_file_beside_the_output_that_is_named_like_its_log_is_kept(refused, tiny_model, tmp_path):
@@ -209,7 +276,16 @@ def test_a_file_beside_the_output_that_is_named_like_its_log_is_kept(refused, ti
 @pytest.mark.parametrize("output", ["tiny", "tiny/inside", "link/inside", "."])
 def test_an_output_in_or_around_the_source_is_refused(refused, tiny_copy, tmp_path, output):
     (tmp_path / "link").symlink_to("tiny")
-    found = refused("quantize", "--model-path", tiny_copy, "--method", "fp8_dynamic", "--output", output, "--overwrite")
+    found = refused(
+        "quantize",
+        "--model-path",
+        tiny_copy,
+        "--method",
+        "fp8_dynamic",
+        "--output",
+        output,
+        "--overwrite",
+    )
     assert found[:2] == (2, "E_OUTPUT_PLACE")
 
 
@@ -228,7 +304,10 @@ def test_a_disk_that_is_too_small_is_refused(refused, make_model, tmp_path):
 
 
 def test_an_error_under_json_is_a_document_on_stdout(run_cli, tiny_model):
-    for arguments, code, exit_code in ((["--method", "fp9"], "E_UNKNOWN_METHOD", 2), (["--seed", "x"], "E_USAGE", 2)):
+    for arguments, code, exit_code in (
+        (["--method", "fp9"], "E_UNKNOWN_METHOD", 2),
+        (["--seed", "x"], "E_USAGE", 2),
+    ):
         result = run_cli("quantize", "--model-path", tiny_model, "--json", *arguments)
         error = json.loads(result.stdout)["error"]
         assert result.exit_code == error["exit_code"] == exit_code
@@ -270,7 +349,11 @@ def test_help_names_the_commands(run_cli):
 
 def test_list_shows_every_method_that_is_not_experimental(run_cli):
     result = run_cli("quantize", "--list")
-    shown = re.findall(r"^ ?([a-z0-9_]+)(?:, [a-z0-9_]+)* +(?:llmcompressor|gptqmodel|modelopt|torchao) ", result.stdout, re.MULTILINE)
+    shown = re.findall(
+        r"^ ?([a-z0-9_]+)(?:, [a-z0-9_]+)* +(?:llmcompressor|gptqmodel|modelopt|torchao) ",
+        result.stdout,
+        re.MULTILINE,
+    )
     assert shown == [name for name, recipe in catalogue().items() if not recipe.experimental]
     assert result.stderr == ""
     line = next(line for line in result.stdout.splitlines() if "modelopt_fp8 " in line)
@@ -302,9 +385,22 @@ def test_a_terminal_without_box_characters_gets_a_table_too(run_cli):
     assert "modelopt_fp8" in result.stdout
 
 
-def test_dry_run_shows_modules_schemes_bytes_and_needs_and_writes_nothing(run_cli, listing, tiny_model):
+def test_dry_run_shows_modules_schemes_bytes_and_needs_and_writes_nothing(
+    run_cli, listing, tiny_model
+):
     before = listing()
-    result = run_cli("quantize", "--model-path", tiny_model, "--method", "rtn_int4", "--dry-run", "--ignore", "v_proj", "--output", "out")
+    result = run_cli(
+        "quantize",
+        "--model-path",
+        tiny_model,
+        "--method",
+        "rtn_int4",
+        "--dry-run",
+        "--ignore",
+        "v_proj",
+        "--output",
+        "out",
+    )
     assert (result.exit_code, result.stderr) == (0, "")
     assert listing() == before
     assert "backend llmcompressor, algorithm rtn, no calibration data" in result.stdout
@@ -316,7 +412,19 @@ def test_dry_run_shows_modules_schemes_bytes_and_needs_and_writes_nothing(run_cl
 
 
 def test_dry_run_as_json_is_the_plan(run_cli, tiny_model, tmp_path):
-    result = run_cli("quantize", "--model-path", tiny_model, "--method", "gptq_int4", "--group-size", "64", "--seed", "5", "--dry-run", "--json")
+    result = run_cli(
+        "quantize",
+        "--model-path",
+        tiny_model,
+        "--method",
+        "gptq_int4",
+        "--group-size",
+        "64",
+        "--seed",
+        "5",
+        "--dry-run",
+        "--json",
+    )
     data = json.loads(result.stdout)
     recipe = recipe_from(data["recipe"])
     assert recipe.scheme.weights.group_size == 64
@@ -327,25 +435,53 @@ def test_dry_run_as_json_is_the_plan(run_cli, tiny_model, tmp_path):
 
 
 def test_commands_of_sglang_work_as_they_stand(run_cli, refused, tiny_model, tmp_path):
-    result = run_cli("quantize", "--model", tiny_model, "--quantization-method", "modelopt_fp8", "--export-dir", "out", "--dry-run", "--json")
+    result = run_cli(
+        "quantize",
+        "--model",
+        tiny_model,
+        "--quantization-method",
+        "modelopt_fp8",
+        "--export-dir",
+        "out",
+        "--dry-run",
+        "--json",
+    )
     data = json.loads(result.stdout)
     assert data["recipe"]["name"] == "modelopt_fp8"
     assert Path(data["output"]) == tmp_path / "out"
-    arguments = ("--model", tiny_model, "--quantization-method", "modelopt_fp8", "--export-dir", "out", "--checkpoint-restore-path", "none")
+    arguments = (
+        "--model",
+        tiny_model,
+        "--quantization-method",
+        "modelopt_fp8",
+        "--export-dir",
+        "out",
+        "--checkpoint-restore-path",
+        "none",
+    )
     assert refused("export", *arguments)[:2] == (3, "E_STATE")
 
 
 def test_a_recipe_file_is_used_as_it_stands(run_cli, tiny_model, tmp_path):
-    (tmp_path / "mine.yaml").write_text("summary: mine\nbackend: modelopt\nscheme: FP8\nignore: [layers.0.*]\n")
-    result = run_cli("quantize", "--model-path", tiny_model, "--recipe", "mine.yaml", "--dry-run", "--json")
+    (tmp_path / "mine.yaml").write_text(
+        "summary: mine\nbackend: modelopt\nscheme: FP8\nignore: [layers.0.*]\n"
+    )
+    result = run_cli(
+        "quantize", "--model-path", tiny_model, "--recipe", "mine.yaml", "--dry-run", "--json"
+    )
     modules = json.loads(result.stdout)["modules"]
     assert {module["scheme"] for module in modules if ".layers.0." in module["name"]} == {None}
     assert sum(module["scheme"] == "FP8" for module in modules) == 35
 
 
 def test_inspect_shows_a_model_from_its_headers(run_cli, refused, make_model):
-    path = make_model({"model.layers.0.mlp.up_proj.weight": (128, 256)}, architectures=["LlamaForCausalLM"])
+    path = make_model(
+        {"model.layers.0.mlp.up_proj.weight": (128, 256)}, architectures=["LlamaForCausalLM"]
+    )
     assert "up_proj" in run_cli("inspect", "--model-path", path).stdout
-    assert json.loads(run_cli("inspect", "--model-path", path, "--json").stdout)["architecture"] == "LlamaForCausalLM"
+    assert (
+        json.loads(run_cli("inspect", "--model-path", path, "--json").stdout)["architecture"]
+        == "LlamaForCausalLM"
+    )
     (path / "model.safetensors").write_bytes(b"")
     assert refused("inspect", "--model-path", path)[:2] == (3, "E_HEADER_SHORT")

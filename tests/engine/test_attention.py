@@ -18,13 +18,31 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qtool.engine.attention.interface import PAGE, KVPages, LayerGeometry, Packed, attend, new_counters, recording, running, write
+from qtool.engine.attention.interface import (
+    PAGE,
+    KVPages,
+    LayerGeometry,
+    Packed,
+    attend,
+    new_counters,
+    recording,
+    running,
+    write,
+)
 from qtool.errors import CheckpointRefused
 
 FP8 = torch.float8_e4m3fn
 
 
-def expected(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+def expected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention in float64 of the last tokens, ``q`` [n, heads, D], of a sequence with keys ``k`` and values ``v`` [length, kv_heads, ...]."""
     q, k, v = q.double(), k.double(), v.double()
     shared, length = q.shape[1] // k.shape[1], k.shape[0]
@@ -32,7 +50,10 @@ def expected(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | N
     logits = torch.einsum("nhd,mhd->hnm", q, k) * scaling
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    own, seen = torch.arange(length - len(q), length, device=q.device)[:, None], torch.arange(length, device=q.device)[None]
+    own, seen = (
+        torch.arange(length - len(q), length, device=q.device)[:, None],
+        torch.arange(length, device=q.device)[None],
+    )
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
@@ -43,7 +64,16 @@ class Batch:
     """Sequences whose earlier tokens are in pages: ``chunks`` are (tokens before, new tokens). Whatever the pages held before is NaN."""
 
     def __init__(
-        self, chunks: Sequence[tuple[int, int]], *, heads=4, kv_heads=2, head_dim=64, v_head_dim=0, kv=None, dtype=torch.float32, device="cpu"
+        self,
+        chunks: Sequence[tuple[int, int]],
+        *,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        v_head_dim=0,
+        kv=None,
+        dtype=torch.float32,
+        device="cpu",
     ):
         v_head_dim = v_head_dim or head_dim
         total = [before + new for before, new in chunks]
@@ -52,7 +82,12 @@ class Batch:
         fp8 = kv == FP8
         self.k_scale, self.v_scale = (0.03, 0.05) if fp8 else (1.0, 1.0)
         self.kv = KVPages(
-            *(torch.full((count, kv_heads, PAGE, size), math.nan, dtype=torch.float32).to(kv or dtype).to(device) for size in (head_dim, v_head_dim)),
+            *(
+                torch.full((count, kv_heads, PAGE, size), math.nan, dtype=torch.float32)
+                .to(kv or dtype)
+                .to(device)
+                for size in (head_dim, v_head_dim)
+            ),
             self.k_scale,
             self.v_scale,
         )
@@ -63,7 +98,10 @@ class Batch:
             for column in range(-(-tokens // PAGE)):
                 table[row, column] = order.pop()
         self.table = table.to(device)
-        self.k, self.v = ([torch.randn(tokens, kv_heads, size, device=device).to(dtype) for tokens in total] for size in (head_dim, v_head_dim))
+        self.k, self.v = (
+            [torch.randn(tokens, kv_heads, size, device=device).to(dtype) for tokens in total]
+            for size in (head_dim, v_head_dim)
+        )
         self.q = [torch.randn(new, heads, head_dim, device=device).to(dtype) for _, new in chunks]
         self.chunks, self.device = list(chunks), device
         for (before, _), row, k, v in zip(chunks, self.row_of, self.k, self.v, strict=True):
@@ -80,49 +118,93 @@ class Batch:
     def packed(self, decodes: int | None = None, **options) -> Packed:
         """The new tokens; unless ``decodes`` says how many are, the first chunks of one token are decodes."""
         if decodes is None:
-            decodes = next((i for i, (before, new) in enumerate(self.chunks) if new > 1 or not before), len(self.chunks))
+            decodes = next(
+                (i for i, (before, new) in enumerate(self.chunks) if new > 1 or not before),
+                len(self.chunks),
+            )
         lengths = [new for _, new in self.chunks[decodes:]]
-        rows = self.numbers(row for row, (_, new) in zip(self.row_of, self.chunks, strict=True) for _ in range(new))
+        rows = self.numbers(
+            row for row, (_, new) in zip(self.row_of, self.chunks, strict=True) for _ in range(new)
+        )
         positions = self.numbers(before + i for before, new in self.chunks for i in range(new))
         starts = self.numbers([0, *torch.tensor(lengths).cumsum(0).tolist()]) if lengths else None
-        return Packed(self.table, rows, positions, decodes, starts, max(lengths, default=0), **options)
+        return Packed(
+            self.table, rows, positions, decodes, starts, max(lengths, default=0), **options
+        )
 
     def run(self, packed: Packed | None = None, **options) -> Tensor:
         packed = packed or self.packed()
-        k, v = (torch.cat([part[before:] for (before, _), part in zip(self.chunks, parts, strict=True)]) for parts in (self.k, self.v))
+        k, v = (
+            torch.cat([part[before:] for (before, _), part in zip(self.chunks, parts, strict=True)])
+            for parts in (self.k, self.v)
+        )
         write(self.kv, k, v, packed)
         return attend(torch.cat(self.q), self.kv, packed, **options)
 
     def expected(self, **options) -> Tensor:
-        rounded = [[self.rounded(part, scale) for part in parts] for parts, scale in ((self.k, self.k_scale), (self.v, self.v_scale))]
-        return torch.cat([expected(q, k, v, **options) for q, k, v in zip(self.q, *rounded, strict=True)])
+        rounded = [
+            [self.rounded(part, scale) for part in parts]
+            for parts, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        ]
+        return torch.cat(
+            [expected(q, k, v, **options) for q, k, v in zip(self.q, *rounded, strict=True)]
+        )
 
     def rounded(self, part: Tensor, scale: float) -> Tensor:
-        return (part.float() / scale).clamp(-448, 448).to(FP8).double() * scale if self.kv.k.dtype == FP8 else part
+        return (
+            (part.float() / scale).clamp(-448, 448).to(FP8).double() * scale
+            if self.kv.k.dtype == FP8
+            else part
+        )
 
 
-MIXED = ((0, 1), (5, 1), (17, 1), (63, 1), (40, 30), (0, 33), (15, 2), (200, 17), (0, 5))  # the first is no decode: position 0
+MIXED = (
+    (0, 1),
+    (5, 1),
+    (17, 1),
+    (63, 1),
+    (40, 30),
+    (0, 33),
+    (15, 2),
+    (200, 17),
+    (0, 5),
+)  # the first is no decode: position 0
 DECODES = ((5, 1), (15, 1), (16, 1), (200, 1))
 
 
-@pytest.mark.parametrize("chunks", [MIXED, MIXED[1:], DECODES, ((0, 50), (0, 1), (0, 16)), ((300, 1),)])
+@pytest.mark.parametrize(
+    "chunks", [MIXED, MIXED[1:], DECODES, ((0, 50), (0, 1), (0, 16)), ((300, 1),)]
+)
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"window": 64, "softcap": 2.0}])
 def test_every_token_sees_its_sequence_and_nothing_else(chunks, options):
     torch.manual_seed(0)
     batch = Batch(chunks)
-    torch.testing.assert_close(batch.run(scaling=0.3, **options).double(), batch.expected(scaling=0.3, **options), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        batch.run(scaling=0.3, **options).double(),
+        batch.expected(scaling=0.3, **options),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "v_head_dim"), [(4, 4, 64, 64), (8, 1, 80, 80), (7, 7, 96, 96), (6, 2, 128, 64), (2, 1, 256, 256)]
+    ("heads", "kv_heads", "head_dim", "v_head_dim"),
+    [(4, 4, 64, 64), (8, 1, 80, 80), (7, 7, 96, 96), (6, 2, 128, 64), (2, 1, 256, 256)],
 )
 def test_heads_of_every_shape(heads, kv_heads, head_dim, v_head_dim):
     torch.manual_seed(1)
-    batch = Batch(MIXED[1:], heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim)
-    torch.testing.assert_close(batch.run(scaling=0.1).double(), batch.expected(scaling=0.1), rtol=1e-4, atol=1e-5)
+    batch = Batch(
+        MIXED[1:], heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim
+    )
+    torch.testing.assert_close(
+        batch.run(scaling=0.1).double(), batch.expected(scaling=0.1), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("kv", "dtype"), [(FP8, torch.bfloat16), (FP8, torch.float32), (None, torch.bfloat16), (None, torch.float16)])
+@pytest.mark.parametrize(
+    ("kv", "dtype"),
+    [(FP8, torch.bfloat16), (FP8, torch.float32), (None, torch.bfloat16), (None, torch.float16)],
+)
 def test_low_precision_pages(kv, dtype):
     torch.manual_seed(2)
     batch = Batch(MIXED[1:], kv=kv, dtype=dtype)
@@ -146,7 +228,12 @@ COMMON = {
 }
 MODELS = {
     "llama": {},
-    "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 3.0, "head_dim": 16, "query_pre_attn_scalar": 24},
+    "gemma2": {
+        "sliding_window": 9,
+        "attn_logit_softcapping": 3.0,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+    },
     "qwen3": {"head_dim": 32},
     "phi3": {"sliding_window": 11, "eos_token_id": 1, "bos_token_id": 1},
 }
@@ -169,27 +256,53 @@ def test_a_model_computes_what_it_does_on_its_own(kind):
     model.set_attn_implementation("qtool")
     with recording() as found:
         model(torch.tensor([sequences[0]]), use_cache=False)
-    layers = {layer.layer_idx: KVPages(*(torch.full((20, 2, PAGE, layer.head_dim), math.nan) for _ in "kv")) for layer in found.layers}
+    layers = {
+        layer.layer_idx: KVPages(
+            *(torch.full((20, 2, PAGE, layer.head_dim), math.nan) for _ in "kv")
+        )
+        for layer in found.layers
+    }
     assert len(layers) == 3
     table = torch.tensor([[4, 7, 2, 0], [1, 9, 8, 0], [12, 5, 19, 0]], dtype=torch.int32)
 
     def step(chunks: list[tuple[int, int, int]], decodes: int) -> None:
-        rows = torch.tensor([row for row, start, end in chunks for _ in range(start, end)], dtype=torch.int32)
-        positions = torch.tensor([position for _, start, end in chunks for position in range(start, end)], dtype=torch.int32)
+        rows = torch.tensor(
+            [row for row, start, end in chunks for _ in range(start, end)], dtype=torch.int32
+        )
+        positions = torch.tensor(
+            [position for _, start, end in chunks for position in range(start, end)],
+            dtype=torch.int32,
+        )
         lengths = [end - start for _, start, end in chunks[decodes:]]
         starts = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
         packed = Packed(table, rows, positions, decodes, starts, max(lengths, default=0))
-        ids = torch.tensor([[sequences[row][position] for row, start, end in chunks for position in range(start, end)]])
+        ids = torch.tensor(
+            [
+                [
+                    sequences[row][position]
+                    for row, start, end in chunks
+                    for position in range(start, end)
+                ]
+            ]
+        )
         with running(packed, layers):
             logits = model(ids, position_ids=positions[None].long(), use_cache=False).logits[0]
-        for (row, start, end), part in zip(chunks, logits.split([end - start for _, start, end in chunks]), strict=True):
+        for (row, start, end), part in zip(
+            chunks, logits.split([end - start for _, start, end in chunks]), strict=True
+        ):
             torch.testing.assert_close(part, own[row][start:end], rtol=1e-4, atol=1e-4)
 
     step([(0, 0, 25), (1, 0, 10)], 0)
     step([(2, 0, 16), (0, 25, 40), (1, 10, 16)], 0)
     step([(0, 40, 41), (1, 16, 17), (2, 16, 29)], 2)  # two decode, one goes on
     for ahead in range(4):
-        step([(row, position + ahead, position + ahead + 1) for row, position in ((2, 29), (0, 41), (1, 17))], 3)
+        step(
+            [
+                (row, position + ahead, position + ahead + 1)
+                for row, position in ((2, 29), (0, 41), (1, 17))
+            ],
+            3,
+        )
 
 
 @torch.no_grad()
@@ -199,16 +312,30 @@ def test_recording_tells_what_each_layer_needs():
     with recording() as found:
         model(torch.tensor([[5, 6, 7]]), use_cache=False)
     scaling = 24**-0.5
-    assert found.layers == [LayerGeometry(i, 4, 2, 16, 16, None if i % 2 else 9, 3.0, scaling) for i in range(3)]
+    assert found.layers == [
+        LayerGeometry(i, 4, 2, 16, 16, None if i % 2 else 9, 3.0, scaling) for i in range(3)
+    ]
 
 
 REFUSED = {
-    "gpt_oss": ({"head_dim": 16, "num_local_experts": 2, "layer_types": ["full_attention"] * 3}, "attention sinks"),
+    "gpt_oss": (
+        {"head_dim": 16, "num_local_experts": 2, "layer_types": ["full_attention"] * 3},
+        "attention sinks",
+    ),
     "llama4_text": (
-        {"attention_chunk_size": 8, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "no_rope_layers": [1, 1, 0]},
+        {
+            "attention_chunk_size": 8,
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 64,
+            "no_rope_layers": [1, 1, 0],
+        },
         "sees chunks",
     ),
-    "gemma3_text": ({"use_bidirectional_attention": True, "head_dim": 16, "query_pre_attn_scalar": 16}, "causal|bidirectional"),
+    "gemma3_text": (
+        {"use_bidirectional_attention": True, "head_dim": 16, "query_pre_attn_scalar": 16},
+        "causal|bidirectional",
+    ),
 }
 
 
@@ -265,7 +392,9 @@ def test_no_masks_are_made_while_running():
 
     with recording():
         assert "qtool" in ALL_MASK_ATTENTION_FUNCTIONS
-    assert "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS  # transformers would look at the positions, which waits for the GPU
+    assert (
+        "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS
+    )  # transformers would look at the positions, which waits for the GPU
 
 
 def test_the_kernels_for_cuda_attend_as_float64_does(run_here):
@@ -293,7 +422,10 @@ def interpret() -> None:
         batch = Batch(chunks, **shape)
         packed = batch.packed()
         packed.counters = new_counters(packed.decodes, batch.kv.k.shape[1], batch.kv.k.device)
-        k, v = (torch.cat([part[before:] for (before, _), part in zip(chunks, parts, strict=True)]) for parts in (batch.k, batch.v))
+        k, v = (
+            torch.cat([part[before:] for (before, _), part in zip(chunks, parts, strict=True)])
+            for parts in (batch.k, batch.v)
+        )
         paged_attention.write(batch.kv, k, v, packed)
         q = torch.cat(batch.q)
         out = q.new_full((*q.shape[:2], batch.kv.v.shape[3]), math.nan)
@@ -304,20 +436,71 @@ def interpret() -> None:
             paged_attention.prefill(q, batch.kv, packed, out, *settings, prefill_tile)
         wanted = batch.expected(scaling=0.2, **options)
         error = float((out.double() - wanted).norm() / wanted.norm())
-        assert error <= (1e-5 if q.dtype == torch.float32 else 1e-2), f"{what}: relative error {error}"
+        assert error <= (1e-5 if q.dtype == torch.float32 else 1e-2), (
+            f"{what}: relative error {error}"
+        )
         assert not packed.counters.any(), f"{what}: counters are left"
 
     cases = [
         ("whole", MIXED[1:], Tile(16, 1, 1), Tile(16, 1, 1, rows=16), {}, {}),
         ("cut", DECODES, Tile(16, 1, 1, parts=4), Tile(16, 1, 1), {}, {}),
-        ("cut, window", DECODES, Tile(16, 1, 1, parts=3, least=2), Tile(16, 1, 1), {"window": 50, "softcap": 2.0}, {}),
-        ("chunks", MIXED[4:], Tile(16, 1, 1), Tile(32, 1, 1, rows=64), {}, {"dtype": torch.bfloat16, "heads": 8}),
-        ("window", MIXED[1:], Tile(16, 1, 1), Tile(16, 1, 1, rows=16), {"window": 9}, {"dtype": torch.float16}),
-        ("long window", ((100, 60), (150, 3)), Tile(16, 1, 1), Tile(16, 1, 1, rows=32), {"window": 64}, {}),
+        (
+            "cut, window",
+            DECODES,
+            Tile(16, 1, 1, parts=3, least=2),
+            Tile(16, 1, 1),
+            {"window": 50, "softcap": 2.0},
+            {},
+        ),
+        (
+            "chunks",
+            MIXED[4:],
+            Tile(16, 1, 1),
+            Tile(32, 1, 1, rows=64),
+            {},
+            {"dtype": torch.bfloat16, "heads": 8},
+        ),
+        (
+            "window",
+            MIXED[1:],
+            Tile(16, 1, 1),
+            Tile(16, 1, 1, rows=16),
+            {"window": 9},
+            {"dtype": torch.float16},
+        ),
+        (
+            "long window",
+            ((100, 60), (150, 3)),
+            Tile(16, 1, 1),
+            Tile(16, 1, 1, rows=32),
+            {"window": 64},
+            {},
+        ),
         ("7 share", MIXED[1:], Tile(16, 1, 1, parts=2), Tile(16, 1, 1, rows=32), {}, {"heads": 14}),
-        ("one each", MIXED[1:], Tile(32, 1, 1, parts=4), Tile(16, 1, 1, rows=16), {"softcap": 5.0}, {"heads": 2, "head_dim": 80}),
-        ("values of another size", MIXED[3:], Tile(16, 1, 1, parts=4), Tile(16, 1, 1), {}, {"head_dim": 96, "v_head_dim": 64}),
-        ("fp8", MIXED[1:], Tile(16, 1, 1, parts=4), Tile(16, 1, 1, rows=32), {}, {"kv": FP8, "dtype": torch.bfloat16}),
+        (
+            "one each",
+            MIXED[1:],
+            Tile(32, 1, 1, parts=4),
+            Tile(16, 1, 1, rows=16),
+            {"softcap": 5.0},
+            {"heads": 2, "head_dim": 80},
+        ),
+        (
+            "values of another size",
+            MIXED[3:],
+            Tile(16, 1, 1, parts=4),
+            Tile(16, 1, 1),
+            {},
+            {"head_dim": 96, "v_head_dim": 64},
+        ),
+        (
+            "fp8",
+            MIXED[1:],
+            Tile(16, 1, 1, parts=4),
+            Tile(16, 1, 1, rows=32),
+            {},
+            {"kv": FP8, "dtype": torch.bfloat16},
+        ),
     ]
     for what, chunks, decode_tile, prefill_tile, options, shape in cases:
         compare(chunks, what, decode_tile, prefill_tile, options, **shape)
@@ -352,7 +535,9 @@ def compile() -> None:
         paged_attention.write(layer, k, k, packed)
         for kernel in compiled[count:]:
             used = triton_cpu.resources(kernel)
-            what = f"{kernel.metadata.name}, {heads} heads of {head_dim}, {dtype}, pages {kv}: {used}"
+            what = (
+                f"{kernel.metadata.name}, {heads} heads of {head_dim}, {dtype}, pages {kv}: {used}"
+            )
             assert used["stack"] == 0, what
             assert used["shared"] <= 232448, what
         count = len(compiled)

@@ -19,15 +19,29 @@ from qtool.engine.attention.interface import PAGE, KVPages, Packed, recording, r
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"vocab_size": 128, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    **{
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 FUSED = {
     "Llama": {},
     "Mistral": {"sliding_window": 4},
     "Qwen2": {},  # biases of queries, keys and values
     "Qwen3": {"head_dim": 32},  # norms of queries and keys
-    "Phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},  # fused in the checkpoint
+    "Phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },  # fused in the checkpoint
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Gemma": {"head_dim": 16},  # norms of 1 + weight, and another activation
     "Mixtral": {"num_local_experts": 4},
@@ -48,7 +62,13 @@ def model_of(name: str, dtype: torch.dtype, **options):
 
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="qtool").eval().requires_grad_(False)
+    model = (
+        transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="qtool"
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter += torch.randn_like(parameter) * 0.3
@@ -74,9 +94,13 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     ):
         starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
         places = torch.tensor(positions, dtype=torch.int32)
-        packed = Packed(table, torch.tensor(rows, dtype=torch.int32), places, decodes, starts, longest=17)
+        packed = Packed(
+            table, torch.tensor(rows, dtype=torch.int32), places, decodes, starts, longest=17
+        )
         with running(packed, layers), torch.no_grad():
-            output = model(input_ids=ids[:, : len(rows)], position_ids=places[None].long(), use_cache=False)
+            output = model(
+                input_ids=ids[:, : len(rows)], position_ids=places[None].long(), use_cache=False
+            )
         result.append(output.logits[0].float())
     return torch.cat(result)
 
@@ -102,7 +126,11 @@ def test_a_fused_model_computes_what_it_did(name, dtype):
 def test_a_model_of_another_kind_is_left_alone_and_says_why(name, caplog):
     options, reason = LEFT_ALONE[name]
     model = model_of(name, torch.bfloat16, **options)
-    expected, layers, norm = logits_of(copy.deepcopy(model), IDS), list(model.model.layers), model.model.norm
+    expected, layers, norm = (
+        logits_of(copy.deepcopy(model), IDS),
+        list(model.model.layers),
+        model.model.norm,
+    )
     with caplog.at_level("INFO", "qtool.engine"):
         assert not fused.fuse(model)
     (message,) = (record.getMessage() for record in caplog.records if record.name == "qtool.engine")
@@ -113,10 +141,15 @@ def test_a_model_of_another_kind_is_left_alone_and_says_why(name, caplog):
 
 @pytest.mark.parametrize(
     ("between", "reason"),
-    [(lambda states: states * 1.5, "unsupported operand"), (lambda states: getattr(states, "x", states), "something between its layers")],
+    [
+        (lambda states: states * 1.5, "unsupported operand"),
+        (lambda states: getattr(states, "x", states), "something between its layers"),
+    ],
     ids=["scaled", "residual dropped"],
 )
-def test_a_model_that_touches_the_states_between_its_layers_is_left_alone(between, reason, monkeypatch, caplog):
+def test_a_model_that_touches_the_states_between_its_layers_is_left_alone(
+    between, reason, monkeypatch, caplog
+):
     model = model_of("Llama", torch.float32)
     layers, norm = model.model.layers, model.model.norm
 
@@ -142,14 +175,22 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
     assert fused.fuse(model)
     layer = model.model.layers[0]
     assert torch.equal(layer.qkv.weight, weight) and torch.equal(layer.qkv.bias, bias)
-    assert attention.k_proj.weight.untyped_storage().data_ptr() == layer.qkv.weight.untyped_storage().data_ptr()
-    assert mlp.up_proj.weight.untyped_storage().data_ptr() == layer.mlp.gate_up.weight.untyped_storage().data_ptr()
+    assert (
+        attention.k_proj.weight.untyped_storage().data_ptr()
+        == layer.qkv.weight.untyped_storage().data_ptr()
+    )
+    assert (
+        mlp.up_proj.weight.untyped_storage().data_ptr()
+        == layer.mlp.gate_up.weight.untyped_storage().data_ptr()
+    )
     assert not any(name.endswith("q_proj.weight") for name, _ in model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*are dequantized at every step")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["ct/FP8_DYNAMIC", "ct/W8A8", "ct/W4A16", "ct/mixed", "gptq/desc_act"])
+@pytest.mark.parametrize(
+    "name", ["ct/FP8_DYNAMIC", "ct/W8A8", "ct/W4A16", "ct/mixed", "gptq/desc_act"]
+)
 def test_quantized_checkpoints_are_fused(sample, name):
     """They keep keys before queries, give some layers a precision of their own, or ask for another order of inputs."""
     from qtool.runtime.load import load
@@ -162,13 +203,21 @@ def test_quantized_checkpoints_are_fused(sample, name):
 
 
 @pytest.mark.parametrize("kernel", ["scaled_mm", "triton_w8a8"])
-@pytest.mark.parametrize(("scheme", "expected"), [("FP8_DYNAMIC", "fp8"), ("W8A8", "int8"), ("FP8", None), ("W4A8", None)])
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [("FP8_DYNAMIC", "fp8"), ("W8A8", "int8"), ("FP8", None), ("W4A8", None)],
+)
 def test_layers_take_codes_of_tokens_with_a_scale_each(kernel, scheme, expected):
     pytest.importorskip("triton")
     from qtool.runtime.kernels import Choice, FewTokens, LinearSpec, codes_taken
     from qtool.scheme import SCHEMES
 
-    spec = LinearSpec(SCHEMES[scheme], (64, 128), torch.bfloat16, bool(SCHEMES[scheme].activations and not SCHEMES[scheme].activations.dynamic))
+    spec = LinearSpec(
+        SCHEMES[scheme],
+        (64, 128),
+        torch.bfloat16,
+        bool(SCHEMES[scheme].activations and not SCHEMES[scheme].activations.dynamic),
+    )
     assert codes_taken(spec, Choice(kernel, {})) == (expected if scheme != "W4A8" else "int8")
     assert codes_taken(spec, Choice(kernel, {}, FewTokens("reference", 4))) is None
     assert codes_taken(spec, Choice("plain", {})) is None
@@ -182,7 +231,13 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
     from qtool.weight import quantize
 
     torch.manual_seed(0)
-    inner, outer, norm = 96, 64, fused.RMSNorm(torch.nn.Parameter(torch.rand(64) + 0.5), 1e-6, plus_one=False, late=False).to(torch.bfloat16)
+    inner, outer, norm = (
+        96,
+        64,
+        fused.RMSNorm(
+            torch.nn.Parameter(torch.rand(64) + 0.5), 1e-6, plus_one=False, late=False
+        ).to(torch.bfloat16),
+    )
 
     def linear(rows: int, columns: int) -> QuantizedLinear:
         spec = LinearSpec(SCHEMES[scheme], (rows, columns), torch.bfloat16)
@@ -194,7 +249,9 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
     x, residual = torch.randn(20, outer).bfloat16(), torch.randn(20, outer).bfloat16()
     normed, _, total = norm.add(x, residual)
     codes, scale, same_total = norm.add(x, residual, mlp.gate_up.takes_codes)
-    assert codes.dtype == scaled_mm.rounded_rows(normed, SCHEMES[scheme].activations)[0].dtype and torch.equal(total, same_total)
+    assert codes.dtype == scaled_mm.rounded_rows(normed, SCHEMES[scheme].activations)[
+        0
+    ].dtype and torch.equal(total, same_total)
     gate, up = mlp.gate_up(normed).chunk(2, dim=-1)
     expected = mlp.down(torch.nn.functional.silu(gate) * up)
     assert torch.equal(mlp(codes, scale), expected) and torch.equal(mlp(normed), expected)
@@ -229,24 +286,42 @@ def interpret() -> None:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     ulp = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-6}
 
-    def same(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: object) -> None:
+    def same(
+        result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: object
+    ) -> None:
         assert result.dtype == expected.dtype and result.shape == expected.shape, what
-        assert torch.allclose(result.float(), expected.float(), rtol=2 * ulp[dtype], atol=3e-6), what
-        differ = float((result.float() != expected.float()).float().mean())  # a sum in another order is rounded the other way now and then
+        assert torch.allclose(result.float(), expected.float(), rtol=2 * ulp[dtype], atol=3e-6), (
+            what
+        )
+        differ = float(
+            (result.float() != expected.float()).float().mean()
+        )  # a sum in another order is rounded the other way now and then
         assert dtype == torch.float32 or differ < 0.15, what
 
-    def compare_norm(dtype: torch.dtype, tokens: int, width: int, plus_one: bool, late: bool, adds: bool) -> None:
-        x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,)))
+    def compare_norm(
+        dtype: torch.dtype, tokens: int, width: int, plus_one: bool, late: bool, adds: bool
+    ) -> None:
+        x, residual, weight = (
+            torch.randn(shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,))
+        )
         norm = fused.RMSNorm(torch.nn.Parameter(weight), 1e-3, plus_one=plus_one, late=late)
         expected, _, total = norm.add(x, residual if adds else None)
         options = {"plus_one": plus_one, "late": late}
-        result, scale, own_total = elementwise.add_norm(x, residual if adds else None, weight, 1e-3, **options)
+        result, scale, own_total = elementwise.add_norm(
+            x, residual if adds else None, weight, 1e-3, **options
+        )
         assert scale is None and torch.equal(own_total, total)
         same(result, expected, dtype, ("norm", dtype, width, options))
         for codes in ("fp8", "int8"):
-            own, own_scale, _ = elementwise.add_norm(x, residual if adds else None, weight, 1e-3, **options, codes=codes)
+            own, own_scale, _ = elementwise.add_norm(
+                x, residual if adds else None, weight, 1e-3, **options, codes=codes
+            )
             wanted, wanted_scale = row_quantize.quantize_rows(result, codes)
-            assert own.dtype == wanted.dtype and torch.equal(bits_of(own), bits_of(wanted)) and torch.equal(own_scale, wanted_scale)
+            assert (
+                own.dtype == wanted.dtype
+                and torch.equal(bits_of(own), bits_of(wanted))
+                and torch.equal(own_scale, wanted_scale)
+            )
 
     def compare_gated(dtype: torch.dtype, width: int, activation: str, piece: int) -> None:
         elementwise.PIECE = piece
@@ -257,24 +332,40 @@ def interpret() -> None:
         for codes in ("fp8", "int8"):
             own, own_scale = elementwise.gated(x, at, width, activation, codes)
             wanted, wanted_scale = row_quantize.quantize_rows(result, codes)
-            assert own.dtype == wanted.dtype and torch.equal(bits_of(own), bits_of(wanted)) and torch.equal(own_scale, wanted_scale)
+            assert (
+                own.dtype == wanted.dtype
+                and torch.equal(bits_of(own), bits_of(wanted))
+                and torch.equal(own_scale, wanted_scale)
+            )
 
-    def compare_rotation(dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles) -> None:
+    def compare_rotation(
+        dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles
+    ) -> None:
         at = (kv_heads * width, 0, (kv_heads + heads) * width)
         qkv = torch.randn(5, (heads + 2 * kv_heads) * width).to(dtype)
         weights = [torch.nn.Parameter(torch.randn(width).to(dtype)) for _ in range(2)]
-        q_norm, k_norm = (fused.RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None for weight in weights)
+        q_norm, k_norm = (
+            fused.RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None
+            for weight in weights
+        )
         rotary = tuple(torch.randn(5, rotated).to(angles) for _ in range(2)) if rotated else None
         table = torch.tensor([[1, 2], [3, 4], [0, 0]], dtype=torch.int32)
-        rows, positions = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 1, 1, 1, 2], [17, 14, 15, 16, 0]))
+        rows, positions = (
+            torch.tensor(numbers, dtype=torch.int32)
+            for numbers in ([0, 1, 1, 1, 2], [17, 14, 15, 16, 0])
+        )
         packed = Packed(table, rows, positions, 5)
-        pages = torch.zeros(2, 5, kv_heads, PAGE, width, dtype=torch.float8_e4m3fn if eight_bits else dtype)
+        pages = torch.zeros(
+            2, 5, kv_heads, PAGE, width, dtype=torch.float8_e4m3fn if eight_bits else dtype
+        )
         scales = (0.01, 0.005) if eight_bits else (1.0, 1.0)
         cache, own_cache = (KVPages(pages[0].clone(), pages[1].clone(), *scales) for _ in range(2))
         q = fused.rotate_and_write(qkv, at, heads, q_norm, k_norm, rotary, cache, packed)
         before = qkv.clone()
         norms = (*weights, *q_norm.kind) if normed else None
-        own_q = elementwise.rotate_and_write(qkv, at, heads, norms, rotary, own_cache.k, own_cache.v, scales, table, rows, positions)
+        own_q = elementwise.rotate_and_write(
+            qkv, at, heads, norms, rotary, own_cache.k, own_cache.v, scales, table, rows, positions
+        )
         what = ("rotation", dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles)
         same(own_q, q, dtype, what)
         assert torch.equal(qkv, before), what
@@ -290,7 +381,9 @@ def interpret() -> None:
         for (tokens, width), kind in itertools.product(((35, 64), (3, 100), (2, 1200)), kinds):
             compare_norm(dtype, tokens, width, *kind)
             count += 1
-        for (width, piece), activation in itertools.product(((40, 16384), (1500, 512), (1500, 16384)), ("silu", "gelu_tanh")):
+        for (width, piece), activation in itertools.product(
+            ((40, 16384), (1500, 512), (1500, 16384)), ("silu", "gelu_tanh")
+        ):
             compare_gated(dtype, width, activation, piece)
             count += 1
         for case in (
@@ -316,11 +409,26 @@ def compile_all() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    for width, inner, heads, kv_heads, head_dim in ((4096, 14336, 32, 8, 128), (16384, 53248, 128, 8, 128), (2880, 2880, 64, 8, 80)):
+    for width, inner, heads, kv_heads, head_dim in (
+        (4096, 14336, 32, 8, 128),
+        (16384, 53248, 128, 8, 128),
+        (2880, 2880, 64, 8, 80),
+    ):
         for codes in (None, "fp8", "int8"):
-            elementwise.add_norm(empty(8, width), empty(8, width), empty(width), 1e-5, plus_one=False, late=False, codes=codes)
+            elementwise.add_norm(
+                empty(8, width),
+                empty(8, width),
+                empty(width),
+                1e-5,
+                plus_one=False,
+                late=False,
+                codes=codes,
+            )
             elementwise.gated(empty(8, 2 * inner), (0, inner), inner, "silu", codes)
-        for dtype, norms in ((torch.bfloat16, None), (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False))):
+        for dtype, norms in (
+            (torch.bfloat16, None),
+            (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False)),
+        ):
             for start in (0, 1):  # of 16 bytes, or not
                 elementwise.rotate_and_write(
                     empty(8, (heads + 2 * kv_heads) * head_dim),
@@ -333,7 +441,9 @@ def compile_all() -> None:
                     empty(4, 64, dtype=torch.int32),
                     *(empty(9, dtype=torch.int32)[start : start + 8] for _ in range(2)),
                 )
-            assert compiled[-1] is compiled[-2], "rotate_and_write is compiled anew for other numbers of tokens"
+            assert compiled[-1] is compiled[-2], (
+                "rotate_and_write is compiled anew for other numbers of tokens"
+            )
         for kernel in compiled:
             used = triton_cpu.resources(kernel)
             assert used["stack"] == 0, f"{kernel.metadata.name} spills registers: {used}"

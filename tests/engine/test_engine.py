@@ -21,8 +21,21 @@ pytest_plugins = ["support.sample_plugin"]
 
 EXAMPLE = "examples/tiny-python-llama"
 SIZES = {
-    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    **{"vocab_size": 320, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    **{
+        "vocab_size": 320,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 ARCHITECTURES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -33,10 +46,29 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "phi3": {},
     "olmo2": {},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0},
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts_per_tok": 2,
+    },
     "deepseek_v3": {
-        **{"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-        **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
+        **{
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 32,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+        },
+        **{
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+        },
     },
 }
 GREEDY = {"temperature": 0, "max_new_tokens": 20}
@@ -58,7 +90,11 @@ def expected(model, prompts: list[list[int]], tokens: int = 20) -> list[list[int
     found = []
     for prompt in prompts:
         output = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         found.append(output[0, len(prompt) :].tolist())
     return found
@@ -83,7 +119,12 @@ def reference():
 def idle(engine: Engine) -> bool:
     """Whether nothing is held any more."""
     scheduler = engine.loop.scheduler
-    return not scheduler.running and not scheduler.waiting and scheduler.pages.free == scheduler.pages.count and not engine.loop.requests
+    return (
+        not scheduler.running
+        and not scheduler.waiting
+        and scheduler.pages.free == scheduler.pages.count
+        and not engine.loop.requests
+    )
 
 
 def becomes(condition, seconds: float = 10) -> bool:
@@ -96,7 +137,9 @@ def becomes(condition, seconds: float = 10) -> bool:
 def random_model(model_type: str, folder):
     """Write a tiny random model to ``folder``, and return it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | ARCHITECTURES[model_type]), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **SIZES | ARCHITECTURES[model_type]), dtype=torch.float32
+    ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.2)
@@ -115,12 +158,18 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert ids_of([engine.generate(input_ids=prompts[0], sampling_params=GREEDY)]) == wanted[:1]
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
         assert engine.loop.scheduler.prefix_hits > 0
-        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted  # all of the prompts are in the cache now
+        assert (
+            ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
+        )  # all of the prompts are in the cache now
     short = prompts_of(20, 320, longest=20)
-    with Engine(tmp_path, **options, max_total_tokens=240, chunked_prefill_size=24) as engine:  # three fit with their answers
+    with Engine(
+        tmp_path, **options, max_total_tokens=240, chunked_prefill_size=24
+    ) as engine:  # three fit with their answers
         engine.loop.overlap = True  # as on a GPU: a step ahead of what is read
         assert ids_of(engine.generate(input_ids=prompts[:9], sampling_params=GREEDY)) == wanted[:9]
-        assert ids_of(engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})) == expected(model, short, 40)
+        assert ids_of(
+            engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})
+        ) == expected(model, short, 40)
         assert engine.loop.scheduler.preemptions > 0
         assert becomes(lambda: idle(engine))
 
@@ -128,8 +177,12 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
 @pytest.mark.parametrize("which", ["decode", "all"])
 def test_layers_that_are_not_fused_may_be_compiled(tmp_path, which):
     model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)
-    with Engine(tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile=which) as engine:
-        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == expected(model, prompts)
+    with Engine(
+        tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile=which
+    ) as engine:
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == expected(
+            model, prompts
+        )
 
 
 def test_text_of_the_example(example, reference):
@@ -150,14 +203,20 @@ def test_a_stream_ends_as_the_whole(example):
     assert parts[-1]["text"] == whole["text"]
     assert [part["meta_info"]["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
     assert len(parts) == 20
-    assert all(after["text"].startswith(before["text"]) for before, after in itertools.pairwise(parts))
+    assert all(
+        after["text"].startswith(before["text"]) for before, after in itertools.pairwise(parts)
+    )
     several = list(example.generate(["import os", "def f(x):"], GREEDY, stream=True))
     assert {part["index"] for part in several} == {0, 1}
 
 
 def test_leaving_a_stream_frees_its_pages(example):
     assert becomes(lambda: idle(example))
-    stream = example.generate("def fibonacci(n):", {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}, stream=True)
+    stream = example.generate(
+        "def fibonacci(n):",
+        {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True},
+        stream=True,
+    )
     next(stream)
     assert not idle(example)
     stream.close()
@@ -167,7 +226,13 @@ def test_leaving_a_stream_frees_its_pages(example):
 def test_abort_by_id(example):
     results = []
     run = threading.Thread(
-        target=lambda: results.append(example.generate("import os", {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0}, rid="mine"))
+        target=lambda: results.append(
+            example.generate(
+                "import os",
+                {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0},
+                rid="mine",
+            )
+        )
     )
     run.start()
     assert becomes(lambda: "mine" in example.loop.requests)
@@ -181,7 +246,10 @@ def test_seeds_repeat_whatever_else_runs(example):
     params = {"temperature": 1.0, "max_new_tokens": 12, "seed": 7, "ignore_eos": True}
     alone = example.generate("def area(", params)
     others = [{"temperature": 1.0, "max_new_tokens": 12}] * 6
-    among = example.generate(["x = 1", "y", "import re", "def area(", "class A:", "a = [", "#"], [*others[:3], params, *others[3:]])
+    among = example.generate(
+        ["x = 1", "y", "import re", "def area(", "class A:", "a = [", "#"],
+        [*others[:3], params, *others[3:]],
+    )
     assert among[3]["output_ids"] == alone["output_ids"]
     three = example.generate("def area(", {**params, "n": 3})
     assert three[0]["output_ids"] == alone["output_ids"]
@@ -207,7 +275,9 @@ def test_stops(example):
     by_id = example.generate("def fibonacci(n):", {**GREEDY, "stop_token_ids": [token]})
     assert by_id["meta_info"]["finish_reason"] == {"type": "stop", "matched": token}
     assert by_id["output_ids"] == whole["output_ids"][: whole["output_ids"].index(token) + 1]
-    later = example.generate("def fibonacci(n):", {**GREEDY, "stop_token_ids": [token], "min_new_tokens": 9})
+    later = example.generate(
+        "def fibonacci(n):", {**GREEDY, "stop_token_ids": [token], "min_new_tokens": 9}
+    )
     assert len(later["output_ids"]) >= 9
     assert token not in later["output_ids"][:9]
 
@@ -215,17 +285,28 @@ def test_stops(example):
 def test_logprobs_are_the_models(example, reference):
     prompt = "def fibonacci(n):\n    return"
     result = example.generate(
-        prompt, {"temperature": 0.7, "max_new_tokens": 6, "seed": 1}, return_logprob=True, logprob_start_len=0, top_logprobs_num=3
+        prompt,
+        {"temperature": 0.7, "max_new_tokens": 6, "seed": 1},
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=3,
     )
     meta = result["meta_info"]
     ids = example.tokenizer(prompt)["input_ids"] + result["output_ids"]
     with torch.inference_mode():
         wanted = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
     size = meta["prompt_tokens"]
-    got = [(value, token) for value, token, _ in meta["input_token_logprobs"] + meta["output_token_logprobs"]]
+    got = [
+        (value, token)
+        for value, token, _ in meta["input_token_logprobs"] + meta["output_token_logprobs"]
+    ]
     assert [token for _, token in got] == ids
     assert got[0][0] is None  # nothing says how likely the first token is
-    assert torch.allclose(torch.tensor([value for value, _ in got[1:]]), wanted[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(
+        torch.tensor([value for value, _ in got[1:]]),
+        wanted[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0],
+        atol=1e-4,
+    )
     assert [len(top) for top in meta["output_top_logprobs"]] == [3] * len(result["output_ids"])
     for place, top in enumerate(meta["output_top_logprobs"]):
         assert [token for _, token, _ in top] == wanted[size - 1 + place].topk(3).indices.tolist()
@@ -239,15 +320,24 @@ def test_logprobs_of_a_prompt_that_is_computed_in_parts(reference, start, overla
     prompt = prompt[:300]
     with torch.inference_mode():
         wanted = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
-    with Engine(EXAMPLE, dtype="float32", max_total_tokens=640, chunked_prefill_size=24 if start < 100 else None) as engine:
+    with Engine(
+        EXAMPLE,
+        dtype="float32",
+        max_total_tokens=640,
+        chunked_prefill_size=24 if start < 100 else None,
+    ) as engine:
         engine.loop.overlap = overlap
         others = [[7] * 200] * 2
         options = {"return_logprob": True, "logprob_start_len": start}
-        result, *_ = engine.generate(input_ids=[prompt, *others], sampling_params={**GREEDY, "max_new_tokens": 2}, **options)
+        result, *_ = engine.generate(
+            input_ids=[prompt, *others], sampling_params={**GREEDY, "max_new_tokens": 2}, **options
+        )
     got = result["meta_info"]["input_token_logprobs"]
     assert [token for _, token, _ in got] == prompt[start:]
     expected_values = wanted[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0][start:]
-    assert torch.allclose(torch.tensor([value for value, _, _ in got[1:]]), expected_values, atol=1e-3)
+    assert torch.allclose(
+        torch.tensor([value for value, _, _ in got[1:]]), expected_values, atol=1e-3
+    )
 
 
 def test_penalties_and_biases(example, reference):
@@ -255,11 +345,21 @@ def test_penalties_and_biases(example, reference):
 
     ids = torch.tensor([example.tokenizer("def fibonacci(n):")["input_ids"]])
     wanted = reference.generate(
-        ids, max_new_tokens=20, do_sample=False, pad_token_id=0, logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4)])
+        ids,
+        max_new_tokens=20,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4)]),
     )[0, ids.shape[1] :].tolist()
-    got = example.generate(["def fibonacci(n):", "x"], {**GREEDY, "repetition_penalty": 1.4})[0]["output_ids"]
+    got = example.generate(["def fibonacci(n):", "x"], {**GREEDY, "repetition_penalty": 1.4})[0][
+        "output_ids"
+    ]
     assert got == wanted
-    assert set(example.generate("x = ", {**GREEDY, "logit_bias": {"77": 100}, "ignore_eos": True})["output_ids"]) == {77}
+    assert set(
+        example.generate("x = ", {**GREEDY, "logit_bias": {"77": 100}, "ignore_eos": True})[
+            "output_ids"
+        ]
+    ) == {77}
 
 
 def test_requests_that_cannot_be(example):
@@ -333,9 +433,14 @@ def test_a_row_that_is_not_finite_fails_alone(example):
             results[name] = error.code
 
     embedding = example.loop.runner.model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda module, args, output: output.masked_fill((args[0] == bad)[..., None], float("nan")))
+    hook = embedding.register_forward_hook(
+        lambda module, args, output: output.masked_fill((args[0] == bad)[..., None], float("nan"))
+    )
     try:
-        threads = [threading.Thread(target=run, args=(name, ids)) for name, ids in (("good", good), ("bad", [5] * 40 + [bad, 7]), ("too", good))]
+        threads = [
+            threading.Thread(target=run, args=(name, ids))
+            for name, ids in (("good", good), ("bad", [5] * 40 + [bad, 7]), ("too", good))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -379,17 +484,30 @@ def test_without_memory_the_newest_fails_and_the_others_are_computed_again(examp
     told: queue.SimpleQueue[Told] = queue.SimpleQueue()
     example.submit(Ask(None, GREEDY, prompts, stream=False), told.put)
     results = dict(told.get(timeout=60)[:2] for _ in prompts)
-    [failed] = [number for number, result in results.items() if isinstance(result, ResourceError) and result.code == "E_OUT_OF_MEMORY"]
-    assert all(result.result()["output_ids"] == wanted[number] for number, result in results.items() if number != failed)
+    [failed] = [
+        number
+        for number, result in results.items()
+        if isinstance(result, ResourceError) and result.code == "E_OUT_OF_MEMORY"
+    ]
+    assert all(
+        result.result()["output_ids"] == wanted[number]
+        for number, result in results.items()
+        if number != failed
+    )
     assert becomes(lambda: idle(example))
 
 
 def test_async(example):
     async def run():
-        whole, streamed = await asyncio.gather(example.async_generate("import os", GREEDY), example.async_generate("import os", GREEDY, stream=True))
+        whole, streamed = await asyncio.gather(
+            example.async_generate("import os", GREEDY),
+            example.async_generate("import os", GREEDY, stream=True),
+        )
         parts = [part async for part in streamed]
         assert parts[-1]["output_ids"] == whole["output_ids"]
-        task = asyncio.create_task(example.async_generate("import os", {"max_new_tokens": 1500, "ignore_eos": True}))
+        task = asyncio.create_task(
+            example.async_generate("import os", {"max_new_tokens": 1500, "ignore_eos": True})
+        )
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -401,11 +519,20 @@ def test_async(example):
 
 def test_what_is_submitted_is_told_until_it_is_abandoned(example):
     told: queue.SimpleQueue[Told] = queue.SimpleQueue()
-    requests = example.submit(Ask(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False), told.put)
-    answers = {index: answer for index, answer, last in (told.get(timeout=60) for _ in requests) if last}
+    requests = example.submit(
+        Ask(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False), told.put
+    )
+    answers = {
+        index: answer for index, answer, last in (told.get(timeout=60) for _ in requests) if last
+    }
     assert sorted(answers) == [0, 1]
-    assert all(0 < answer.first_token_s <= answer.seconds and answer.request.done for answer in answers.values())
-    requests = example.submit(Ask("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True), told.put)
+    assert all(
+        0 < answer.first_token_s <= answer.seconds and answer.request.done
+        for answer in answers.values()
+    )
+    requests = example.submit(
+        Ask("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True), told.put
+    )
     told.get(timeout=60)
     example.abandon(requests)
     assert becomes(lambda: idle(example))
@@ -443,13 +570,22 @@ def test_a_caller_that_is_gone_harms_nobody(example):
     """An asyncio loop that is closed while its requests run."""
 
     async def leave():
-        tasks = [asyncio.create_task(example.async_generate("import os", {"max_new_tokens": 1500, "ignore_eos": True})) for _ in range(3)]
+        tasks = [
+            asyncio.create_task(
+                example.async_generate("import os", {"max_new_tokens": 1500, "ignore_eos": True})
+            )
+            for _ in range(3)
+        ]
         await asyncio.sleep(0.05)
         del tasks
 
     wanted = example.generate("def area(", GREEDY)["output_ids"]
     results = []
-    beside = threading.Thread(target=lambda: results.append(example.generate("def area(", {**GREEDY, "max_new_tokens": 300})["output_ids"]))
+    beside = threading.Thread(
+        target=lambda: results.append(
+            example.generate("def area(", {**GREEDY, "max_new_tokens": 300})["output_ids"]
+        )
+    )
     beside.start()
     asyncio.run(leave())
     beside.join()
@@ -486,14 +622,19 @@ def test_names_of_requests(example):
         example.generate("b", GREEDY, rid="mine-0")
     example.abort("mine")
     run.join(10)
-    assert [result["meta_info"]["finish_reason"]["type"] for result in results] == ["abort", "abort"]
+    assert [result["meta_info"]["finish_reason"]["type"] for result in results] == [
+        "abort",
+        "abort",
+    ]
     assert becomes(lambda: idle(example))
 
 
 def test_without_a_limit_a_text_ends_with_the_cache():
     with Engine(EXAMPLE, max_total_tokens=64) as engine:
         result = engine.generate("import os", {"max_new_tokens": None, "ignore_eos": True})
-        assert result["meta_info"]["prompt_tokens"] + len(result["output_ids"]) == 65  # the last is sampled, and not kept
+        assert (
+            result["meta_info"]["prompt_tokens"] + len(result["output_ids"]) == 65
+        )  # the last is sampled, and not kept
 
 
 def test_rotary_embeddings_do_not_depend_on_who_else_runs(tmp_path):
@@ -507,18 +648,24 @@ def test_rotary_embeddings_do_not_depend_on_who_else_runs(tmp_path):
     }
     sizes = SIZES | {"rope_parameters": rope, "original_max_position_embeddings": 32}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **sizes), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("phi3", **sizes), dtype=torch.float32
+    ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.2)
     model.save_pretrained(tmp_path)
     long, short = list(range(3, 63)), [5, 6, 7]
-    with Engine(tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=2048) as engine:
+    with Engine(
+        tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=2048
+    ) as engine:
         alone = engine.generate(input_ids=short, sampling_params=GREEDY)["output_ids"]
         together = ids_of(engine.generate(input_ids=[short, long], sampling_params=GREEDY))
     assert together == [alone, *expected(model, [long])]
     with Engine(tmp_path, skip_tokenizer_init=True, dtype="float32", context_length=32) as engine:
-        assert ids_of([engine.generate(input_ids=short, sampling_params=GREEDY)]) == expected(model, [short])
+        assert ids_of([engine.generate(input_ids=short, sampling_params=GREEDY)]) == expected(
+            model, [short]
+        )
 
 
 @pytest.mark.parametrize("name", ["ct/FP8_DYNAMIC", "ct/W4A16"])
@@ -527,21 +674,41 @@ def test_quantized_checkpoints_answer(sample, name):
         model = qtool.load(sample(name), device="cpu")
         ids = engine.tokenizer("def fibonacci(n):", return_tensors="pt")["input_ids"]
         wanted = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :].tolist()
-        assert engine.generate("def fibonacci(n):", {"temperature": 0, "max_new_tokens": 4})["output_ids"] == wanted
+        assert (
+            engine.generate("def fibonacci(n):", {"temperature": 0, "max_new_tokens": 4})[
+                "output_ids"
+            ]
+            == wanted
+        )
 
 
 def test_a_cache_of_8_bits(example):
-    with Engine(EXAMPLE, dtype="float32", kv_cache_dtype="fp8_e4m3", max_total_tokens=1024) as engine:
+    with Engine(
+        EXAMPLE, dtype="float32", kv_cache_dtype="fp8_e4m3", max_total_tokens=1024
+    ) as engine:
         assert engine.loop.runner.layers[0].k.dtype == torch.float8_e4m3fn
         got = engine.generate("def fibonacci(n):", GREEDY, return_logprob=True)
     wanted = example.generate("def fibonacci(n):", GREEDY, return_logprob=True)
     assert got["output_ids"][:4] == wanted["output_ids"][:4]
-    pairs = zip(got["meta_info"]["output_token_logprobs"][:4], wanted["meta_info"]["output_token_logprobs"][:4], strict=True)
+    pairs = zip(
+        got["meta_info"]["output_token_logprobs"][:4],
+        wanted["meta_info"]["output_token_logprobs"][:4],
+        strict=True,
+    )
     assert 0 < max(abs(one[0] - other[0]) for one, other in pairs) < 0.1
 
 
 def test_models_without_a_cache_of_keys_are_refused(tmp_path):
-    config = AutoConfig.for_model("mamba2", hidden_size=64, num_heads=8, head_dim=16, num_hidden_layers=2, vocab_size=320, state_size=16, n_groups=1)
+    config = AutoConfig.for_model(
+        "mamba2",
+        hidden_size=64,
+        num_heads=8,
+        head_dim=16,
+        num_hidden_layers=2,
+        vocab_size=320,
+        state_size=16,
+        n_groups=1,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointRefused):
         Engine(tmp_path, skip_tokenizer_init=True, max_total_tokens=256)
@@ -570,22 +737,42 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
             graphs = {}
             for size in (2, 4, 8):
                 runner._inputs.zero_()
-                runner._inputs[: 5 * size].view(5, size)[2:4] = torch.tensor([[8], [8 * runner._columns]])
+                runner._inputs[: 5 * size].view(5, size)[2:4] = torch.tensor(
+                    [[8], [8 * runner._columns]]
+                )
                 one = EagerGraph(runner, size)
-                graphs[size] = type("Graph", (), {"graph": one, "logits": one.logits, "tokens": one.tokens})
+                graphs[size] = type(
+                    "Graph", (), {"graph": one, "logits": one.logits, "tokens": one.tokens}
+                )
         replayed = []
         replay = runner._replay
-        monkeypatch.setattr(runner, "_replay", lambda *arguments: replayed.append(arguments[2]) or replay(*arguments))
+        monkeypatch.setattr(
+            runner,
+            "_replay",
+            lambda *arguments: replayed.append(arguments[2]) or replay(*arguments),
+        )
         runner.graphs = graphs
         engine.loop.overlap = True
-        assert ids_of(engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 40})) == wanted
+        assert (
+            ids_of(
+                engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 40})
+            )
+            == wanted
+        )
         assert {2, 8} <= set(replayed)
-        greedy, drawn = {**GREEDY, "max_new_tokens": 40}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 40}
+        greedy, drawn = (
+            {**GREEDY, "max_new_tokens": 40},
+            {"temperature": 1.0, "seed": 3, "max_new_tokens": 40},
+        )
         held = {**greedy, "regex": "[0-9 ]{30,60}"}  # a token of the graph would not be one
-        results = engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])
+        results = engine.generate(
+            input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held]
+        )
         assert results[2]["output_ids"] == wanted[2]
         runner.graphs = {}
-        assert ids_of(engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])) == ids_of(results)
+        assert ids_of(
+            engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])
+        ) == ids_of(results)
         assert not results[3]["text"].strip("0123456789 ")
 
 
@@ -601,16 +788,36 @@ def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, mo
             for shape in ((0, 64), (12, 64), (0, 128), (12, 128)):
                 runner._pad(shape)
                 runner._keep_logits(shape)
-                runner.prompt_graphs[shape] = type("Graph", (), {"replay": lambda self, shape=shape: runner._keep_logits(shape)})()
+                runner.prompt_graphs[shape] = type(
+                    "Graph", (), {"replay": lambda self, shape=shape: runner._keep_logits(shape)}
+                )()
         replayed = []
         replay = runner._replay_prompts
-        monkeypatch.setattr(runner, "_replay_prompts", lambda *arguments: replayed.append(arguments[2]) or replay(*arguments))
+        monkeypatch.setattr(
+            runner,
+            "_replay_prompts",
+            lambda *arguments: replayed.append(arguments[2]) or replay(*arguments),
+        )
         engine.loop.overlap = True
-        assert ids_of(engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 12})) == wanted
+        assert (
+            ids_of(
+                engine.generate(input_ids=prompts, sampling_params={**GREEDY, "max_new_tokens": 12})
+            )
+            == wanted
+        )
         for prompt, tokens in zip(prompts[:3], wanted[:3], strict=True):
-            assert engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 12})["output_ids"] == tokens
+            assert (
+                engine.generate(input_ids=prompt, sampling_params={**GREEDY, "max_new_tokens": 12})[
+                    "output_ids"
+                ]
+                == tokens
+            )
         assert {(0, 64), (12, 64)} <= set(replayed)
         drawn = {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}
-        results = engine.generate(input_ids=prompts[:6], sampling_params=drawn, return_logprob=True, logprob_start_len=0)
+        results = engine.generate(
+            input_ids=prompts[:6], sampling_params=drawn, return_logprob=True, logprob_start_len=0
+        )
         runner.prompt_graphs = {}
-        assert ids_of(engine.generate(input_ids=prompts[:6], sampling_params=drawn)) == ids_of(results)
+        assert ids_of(engine.generate(input_ids=prompts[:6], sampling_params=drawn)) == ids_of(
+            results
+        )

@@ -29,18 +29,42 @@ SHAPES = (  # query heads, KV heads, their size, dtype
 CHUNKS = {  # name -> (tokens before, new tokens)
     "one": [(0, 31)],
     "fresh": [(0, length) for length in (1, 5, 17, 64, 100, 300, 2048)],
-    "after others": [(1024, 1024), (33, 1), (15, 17), (4000, 200), (127, 1), (128, 128), (1, 2), (16, 300), (100, 28), (111, 17)],
-    "many": [(7, 1), (130, 1), (0, 1), *((number * 7 % 300, number % 40 + 1) for number in range(70))],  # the first three count as decodes
+    "after others": [
+        (1024, 1024),
+        (33, 1),
+        (15, 17),
+        (4000, 200),
+        (127, 1),
+        (128, 128),
+        (1, 2),
+        (16, 300),
+        (100, 28),
+        (111, 17),
+    ],
+    "many": [
+        (7, 1),
+        (130, 1),
+        (0, 1),
+        *((number * 7 % 300, number % 40 + 1) for number in range(70)),
+    ],  # the first three count as decodes
 }
 MEASURED = ([(0, 2048)] * 4, [(1024, 1024)] * 8, [(0, 8192)], [(500, 100)] * 8, [(0, 100)])
-VARIANTS = ((128, 2, True), (128, 2, False), (64, 4, True), (64, 4, False))  # keys of a step, stages, turns
+VARIANTS = (
+    (128, 2, True),
+    (128, 2, False),
+    (64, 4, True),
+    (64, 4, False),
+)  # keys of a step, stages, turns
 
 
 def test_the_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
 def test_the_kernel_attends_right_on_a_gpu(run_here):
     assert "compared" in run_here("compare")
 
@@ -59,7 +83,11 @@ def compile_all() -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     plain = (gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS)
-    for (heads, kv_heads, head_dim, dtype), variants in ((SHAPES[0], VARIANTS), (SHAPES[3], [plain]), (SHAPES[4], [plain])):
+    for (heads, kv_heads, head_dim, dtype), variants in (
+        (SHAPES[0], VARIANTS),
+        (SHAPES[3], [plain]),
+        (SHAPES[4], [plain]),
+    ):
         for variant in variants:
             gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = variant
             kv = KVPages(*(empty(100, kv_heads, PAGE, head_dim, dtype=dtype) for _ in "kv"))
@@ -70,12 +98,22 @@ def compile_all() -> None:
             what = f"{heads} heads, {kv_heads} KV heads of {head_dim}, {variant}: {used}"
             print(what)
             assert used["stack"] == 0, f"{what} spills registers"
-            assert used["shared"] <= 232448, f"{what} takes more shared memory than a block can have"
-            assert re.search(r"cp\.async\.bulk\.tensor\S*shared::cluster\.global", code), f"{what} is another kernel"
-            assert "1" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code), f"{what} waits for each product"
+            assert used["shared"] <= 232448, (
+                f"{what} takes more shared memory than a block can have"
+            )
+            assert re.search(r"cp\.async\.bulk\.tensor\S*shared::cluster\.global", code), (
+                f"{what} is another kernel"
+            )
+            assert "1" in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", code), (
+                f"{what} waits for each product"
+            )
     for changed in ({"window": 100}, {"softcap": 30.0}):
-        paged_attention.prefill(q, kv, packed, q, 0.1, changed.get("window"), changed.get("softcap"))
-        assert "cp.async.bulk.tensor" not in compiled[-1].asm["ptx"], f"the kernel knows no {changed}"
+        paged_attention.prefill(
+            q, kv, packed, q, 0.1, changed.get("window"), changed.get("softcap")
+        )
+        assert "cp.async.bulk.tensor" not in compiled[-1].asm["ptx"], (
+            f"the kernel knows no {changed}"
+        )
     print(f"{len(compiled)} compiled")
 
 
@@ -91,22 +129,43 @@ def compare() -> None:
     for heads, kv_heads, head_dim, dtype in SHAPES:
         for name, chunks in CHUNKS.items():
             torch.manual_seed(0)
-            batch = Batch(chunks, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device="cuda")
-            for row, (before, new) in zip(batch.row_of, chunks, strict=True):  # what is never to be read
+            batch = Batch(
+                chunks,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+                device="cuda",
+            )
+            for row, (before, new) in zip(
+                batch.row_of, chunks, strict=True
+            ):  # what is never to be read
                 batch.table[row, -(-(before + new) // attention.PAGE) :] = 1 << 30
             decodes = 3 if name == "many" else 0
             packed = batch.packed(decodes, counters=None if name == "one" else counters)
             q = torch.cat(batch.q)
             if name == "after others":  # the queries are part of a wider tensor
                 q = torch.cat([q, torch.full_like(q, math.nan)], 1)[:, :heads]
-            k, v = (torch.cat([part[before:] for (before, _), part in zip(chunks, parts, strict=True)]) for parts in (batch.k, batch.v))
+            k, v = (
+                torch.cat([part[before:] for (before, _), part in zip(chunks, parts, strict=True)])
+                for parts in (batch.k, batch.v)
+            )
             attention.write(batch.kv, k, v, packed)
             out = torch.full((q.shape[0], heads, head_dim), math.nan, dtype=dtype, device="cuda")
             other, again = out.clone(), out.clone()
             scaling = 1.5 * head_dim**-0.5
             assert gluon_prefill.applies(q, batch.kv, out, None, None)
             paged_attention.prefill(q, batch.kv, packed, out, scaling, None, None)
-            paged_attention.prefill(q, batch.kv, packed, other, scaling, None, None, paged_attention.prefill_tile(head_dim, 2))
+            paged_attention.prefill(
+                q,
+                batch.kv,
+                packed,
+                other,
+                scaling,
+                None,
+                None,
+                paged_attention.prefill_tile(head_dim, 2),
+            )
             paged_attention.prefill(q, batch.kv, packed, again, scaling, None, None)
             torch.cuda.synchronize()
             what = f"{heads} heads, {kv_heads} KV heads of {head_dim}, {dtype}, {name}"
@@ -114,10 +173,21 @@ def compare() -> None:
             wanted = batch.expected(scaling=scaling)
             worst = 0.0
             sizes = [new for _, new in chunks]
-            parts = zip(chunks, *(part.split(sizes) for part in (out.double(), other.double(), again.double(), wanted)), strict=True)
+            parts = zip(
+                chunks,
+                *(
+                    part.split(sizes)
+                    for part in (out.double(), other.double(), again.double(), wanted)
+                ),
+                strict=True,
+            )
             for (before, new), own, triton_s, second, right in list(parts)[decodes:]:
-                error, usual = (float((part - right).norm() / right.norm()) for part in (own, triton_s))
-                assert error < max(1.5 * usual, 4e-3), f"{what}: {before} + {new} tokens: {error}, and {usual} in Triton"
+                error, usual = (
+                    float((part - right).norm() / right.norm()) for part in (own, triton_s)
+                )
+                assert error < max(1.5 * usual, 4e-3), (
+                    f"{what}: {before} + {new} tokens: {error}, and {usual} in Triton"
+                )
                 assert torch.equal(own, second), f"{what}: {before} + {new} tokens: two runs differ"
                 worst = max(worst, error)
             assert out[:decodes].isnan().all(), f"{what}: it wrote to the tokens before the chunks"
@@ -135,12 +205,16 @@ def measure() -> None:
     from qtool.engine.attention.interface import new_counters
 
     for chunks in MEASURED:
-        batch = Batch(chunks, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")
+        batch = Batch(
+            chunks, heads=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda"
+        )
         packed = batch.packed(0, counters=new_counters(1, 8, torch.device("cuda")))
         batch.kv.k.normal_()
         batch.kv.v.normal_()
         q = torch.cat(batch.q)
-        run = partial(paged_attention.prefill, q, batch.kv, packed, torch.empty_like(q), 128**-0.5, None, None)
+        run = partial(
+            paged_attention.prefill, q, batch.kv, packed, torch.empty_like(q), 128**-0.5, None, None
+        )
         times = {"Triton": microseconds(partial(run, paged_attention.prefill_tile(128, 2)), 7)}
         for variant in VARIANTS:
             gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = variant
@@ -152,5 +226,7 @@ def measure() -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        for step in {"compile": [compile_all], "compare": [compare, measure], "measure": [measure]}[sys.argv[1]]:
+        for step in {"compile": [compile_all], "compare": [compare, measure], "measure": [measure]}[
+            sys.argv[1]
+        ]:
             step()

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
 
 TOKENIZER = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
-TEXTS = [TOKENIZER.decode([token], skip_special_tokens=False) for token in range(TOKENIZER.get_vocab_size())]
+TEXTS = [
+    TOKENIZER.decode([token], skip_special_tokens=False)
+    for token in range(TOKENIZER.get_vocab_size())
+]
 EOS, SPECIAL = 0, {0, 1, 2, 3}
 VOCAB_SIZE = 4107  # more than the tokenizer has, and no multiple of 32
 COMPILER = Compiler(TOKENIZER, VOCAB_SIZE, [EOS])
@@ -38,7 +41,11 @@ PERSON = {
         "age": {"type": "integer", "minimum": 18, "maximum": 99},
         "kind": {"enum": ["cat", "dog"]},
         "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
-        "home": {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}}, "required": ["zip"]},
+        "home": {
+            "type": "object",
+            "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+            "required": ["zip"],
+        },
     },
     "required": ["name", "age", "kind", "tags", "home"],
 }
@@ -72,7 +79,13 @@ def is_person(text: str) -> bool:
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(["[a-z]+", "(ab|abc|def )*x", "[0-9]{2,4}", "(yes|no)!?", "[ -~]{0,6}", "[ -~]*"]), st.integers(0, 99), st.integers(0, 4))
+@given(
+    st.sampled_from(
+        ["[a-z]+", "(ab|abc|def )*x", "[0-9]{2,4}", "(yes|no)!?", "[ -~]{0,6}", "[ -~]*"]
+    ),
+    st.integers(0, 99),
+    st.integers(0, 4),
+)
 def test_masks_are_those_of_the_regex(pattern, seed, least):
     constraint = constraint_of(regex=pattern, min_new_tokens=least)
     generator, text = np.random.default_rng(seed), ""
@@ -93,8 +106,14 @@ def test_masks_are_those_of_the_regex(pattern, seed, least):
 
 def following(pattern: str, text: str) -> set[int]:
     """The tokens with which ``text`` is still the beginning of a match."""
-    some = {token: new for token, new in enumerate(TEXTS) if new and token not in SPECIAL and "\N{REPLACEMENT CHARACTER}" not in new}
-    return {token for token, new in some.items() if regex.fullmatch(pattern, text + new, partial=True)}
+    some = {
+        token: new
+        for token, new in enumerate(TEXTS)
+        if new and token not in SPECIAL and "\N{REPLACEMENT CHARACTER}" not in new
+    }
+    return {
+        token for token, new in some.items() if regex.fullmatch(pattern, text + new, partial=True)
+    }
 
 
 def test_an_end_token_comes_only_where_the_grammar_is_complete():
@@ -104,8 +123,12 @@ def test_an_end_token_comes_only_where_the_grammar_is_complete():
     assert not constraint.accept(x)
     assert tokens_in(constraint.mask) == {EOS, 2, y}
     assert constraint.accept(2)
-    assert tokens_in(constraint_of(regex="ZQ", end_ids=[EOS, y]).mask) == {y}  # text, which ends the answer as a stop string does
-    assert EOS not in tokens_in(constraint_of(regex="Q*", end_ids=[]).mask)  # with ignore_eos it is no end token
+    assert tokens_in(constraint_of(regex="ZQ", end_ids=[EOS, y]).mask) == {
+        y
+    }  # text, which ends the answer as a stop string does
+    assert EOS not in tokens_in(
+        constraint_of(regex="Q*", end_ids=[]).mask
+    )  # with ignore_eos it is no end token
 
 
 def test_special_tokens_are_text_for_structural_tags_only():
@@ -120,9 +143,18 @@ def test_special_tokens_are_text_for_structural_tags_only():
         ({"json_schema": "{"}, "json_schema: Failed to parse JSON: syntax error at line 1 near: ."),
         ({"json_schema": {"type": "objct"}}, 'json_schema: Unsupported type "objct"'),
         ({"json_schema": "false"}, "cannot accept any value"),
-        ({"regex": "(a"}, "regex: Regex parsing error at position 3: The parenthesis is not closed."),
-        ({"ebnf": "root ::= x"}, 'ebnf: EBNF parser error at line 1, column 10: Rule "x" is not defined'),
-        ({"structural_tag": "{}"}, "structural_tag: Invalid structural tag error: Structural tag must have a format field"),
+        (
+            {"regex": "(a"},
+            "regex: Regex parsing error at position 3: The parenthesis is not closed.",
+        ),
+        (
+            {"ebnf": "root ::= x"},
+            'ebnf: EBNF parser error at line 1, column 10: Rule "x" is not defined',
+        ),
+        (
+            {"structural_tag": "{}"},
+            "structural_tag: Invalid structural tag error: Structural tag must have a format field",
+        ),
         ({"ebnf": 'root ::= ""'}, "no text but the empty one"),
         ({"ebnf": "root ::= root"}, "no token of the model continues the text"),
     ],
@@ -138,12 +170,18 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     with pytest.raises(ResourceError) as refusal:
         Compiler(TOKENIZER, VOCAB_SIZE, [EOS]).compile("regex", "a")
-    assert refusal.value.code == "E_NO_XGRAMMAR" and refusal.value.hint == "pip install 'qtool[grammar]'"
+    assert (
+        refusal.value.code == "E_NO_XGRAMMAR"
+        and refusal.value.hint == "pip install 'qtool[grammar]'"
+    )
 
 
 def test_the_cache_keeps_what_was_used_last(monkeypatch):
     compiler = Compiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    first, size = compiler.compile("regex", "[a-f]"), compiler.compile("regex", "[a-f]").memory_size_bytes
+    first, size = (
+        compiler.compile("regex", "[a-f]"),
+        compiler.compile("regex", "[a-f]").memory_size_bytes,
+    )
     assert compiler.compile("regex", "[a-f]") is first
     monkeypatch.setattr(grammar, "CACHE_BYTES", 3 * size)
     for letter in "ghi":
@@ -159,11 +197,18 @@ def test_a_grammar_compiled_in_another_process_is_used(monkeypatch):
     )
     constraint = ("json_schema", json.dumps(PERSON))
     setup = json.dumps([[TOKENIZER.to_str(), VOCAB_SIZE, [EOS]], constraint])
-    compiled = subprocess.run([sys.executable, "-c", code], input=setup, capture_output=True, text=True, check=True).stdout
+    compiled = subprocess.run(
+        [sys.executable, "-c", code], input=setup, capture_output=True, text=True, check=True
+    ).stdout
     compiler = Compiler(TOKENIZER, VOCAB_SIZE, [EOS])
     compiler.take(*constraint, compiled)
-    monkeypatch.setattr(compiler, "_compiled", lambda kind, text: pytest.fail("it was compiled again"))
-    assert (constraint_of(compiler=compiler, json_schema=PERSON).mask == constraint_of(json_schema=PERSON).mask).all()
+    monkeypatch.setattr(
+        compiler, "_compiled", lambda kind, text: pytest.fail("it was compiled again")
+    )
+    assert (
+        constraint_of(compiler=compiler, json_schema=PERSON).mask
+        == constraint_of(json_schema=PERSON).mask
+    ).all()
 
 
 def test_a_grammar_that_takes_too_long_ends_its_text(monkeypatch):
@@ -190,11 +235,26 @@ def test_answers_follow_their_grammar_and_others_are_as_alone(engine):
     kinds = [
         ({"json_schema": PERSON}, is_person),
         ({"regex": "[a-z]{3,9}( [0-9]+)?\n"}, re.compile("[a-z]{3,9}( [0-9]+)?\n").fullmatch),
-        ({"ebnf": 'root ::= word ("," word){2,4}\nword ::= "yes" | "no"'}, re.compile("(yes|no)(,(yes|no)){2,4}").fullmatch),
-        ({"structural_tag": {"type": "structural_tag", "format": {"type": "regex", "pattern": "[A-Z]{4}"}}}, re.compile("[A-Z]{4}").fullmatch),
+        (
+            {"ebnf": 'root ::= word ("," word){2,4}\nword ::= "yes" | "no"'},
+            re.compile("(yes|no)(,(yes|no)){2,4}").fullmatch,
+        ),
+        (
+            {
+                "structural_tag": {
+                    "type": "structural_tag",
+                    "format": {"type": "regex", "pattern": "[A-Z]{4}"},
+                }
+            },
+            re.compile("[A-Z]{4}").fullmatch,
+        ),
         ({}, lambda text: True),
     ]
-    asked = [{"temperature": 1.0, "seed": seed, "max_new_tokens": 400 if params else 30, **params} for seed in range(5) for params, _ in kinds]
+    asked = [
+        {"temperature": 1.0, "seed": seed, "max_new_tokens": 400 if params else 30, **params}
+        for seed in range(5)
+        for params, _ in kinds
+    ]
     results = engine.generate(["def f("] * len(asked), asked)
     ended = set()
     for number, (result, (params, follows)) in enumerate(zip(results, kinds * 5, strict=True)):
@@ -209,7 +269,10 @@ def test_answers_follow_their_grammar_and_others_are_as_alone(engine):
 def test_any_object(engine):
     texts = [
         result["text"]
-        for result in engine.generate(['x = {"a": 1}\ny = {"'] * 8, {"seed": 1, "max_new_tokens": 300, "json_schema": "$$ANY$$"})
+        for result in engine.generate(
+            ['x = {"a": 1}\ny = {"'] * 8,
+            {"seed": 1, "max_new_tokens": 300, "json_schema": "$$ANY$$"},
+        )
         if result["meta_info"]["finish_reason"]["type"] == "stop"
     ]
     assert texts
@@ -220,39 +283,76 @@ def test_a_text_ends_as_soon_as_nothing_can_follow(engine):
     for params in ({}, {"ignore_eos": True}, {"min_new_tokens": 20}, {"max_new_tokens": 1}):
         result = engine.generate("def f(", {"temperature": 0, "regex": "x", **params})
         assert (result["text"], result["meta_info"]["finish_reason"]) == ("x", STOPPED)
-    ended = engine.generate("def f(", {"seed": 3, "regex": "(x?)+", "logit_bias": {EOS: 100}, "max_new_tokens": 20})
-    assert ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS} and ended["text"] == ""
-    most = engine.generate("def f(", {"seed": 3, "regex": "x+", "ignore_eos": True, "max_new_tokens": 20})
+    ended = engine.generate(
+        "def f(", {"seed": 3, "regex": "(x?)+", "logit_bias": {EOS: 100}, "max_new_tokens": 20}
+    )
+    assert (
+        ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS}
+        and ended["text"] == ""
+    )
+    most = engine.generate(
+        "def f(", {"seed": 3, "regex": "x+", "ignore_eos": True, "max_new_tokens": 20}
+    )
     assert most["meta_info"]["finish_reason"] == {"type": "length", "length": 20}
     stop = engine.generate("def f(", {"seed": 3, "regex": "ab(ab)+", "stop": "ba"})
-    assert stop["meta_info"]["finish_reason"] == {"type": "stop", "matched": "ba"} and stop["text"] == "a"
+    assert (
+        stop["meta_info"]["finish_reason"] == {"type": "stop", "matched": "ba"}
+        and stop["text"] == "a"
+    )
 
 
 def test_penalties_biases_and_logprobs_go_with_a_grammar(engine):
-    params = {"seed": 5, "json_schema": PERSON, "max_new_tokens": 300, "repetition_penalty": 1.3, "presence_penalty": 1, "top_p": 0.9, "min_p": 0.01}
+    params = {
+        "seed": 5,
+        "json_schema": PERSON,
+        "max_new_tokens": 300,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 1,
+        "top_p": 0.9,
+        "min_p": 0.01,
+    }
     params["logit_bias"] = dict.fromkeys(range(100, 200), -20)
-    results = engine.generate(["def f("] * 3, [{**params, "seed": seed} for seed in range(3)], return_logprob=True, top_logprobs_num=2)
+    results = engine.generate(
+        ["def f("] * 3,
+        [{**params, "seed": seed} for seed in range(3)],
+        return_logprob=True,
+        top_logprobs_num=2,
+    )
     for result in results:
         assert result["meta_info"]["finish_reason"] == STOPPED and is_person(result["text"])
         assert len(result["meta_info"]["output_token_logprobs"]) == len(result["output_ids"])
-    model, _, _ = engine.generate("def f(", {"temperature": 0, "max_new_tokens": 1}, return_logprob=True)["meta_info"]["output_token_logprobs"][0]
+    model, _, _ = engine.generate(
+        "def f(", {"temperature": 0, "max_new_tokens": 1}, return_logprob=True
+    )["meta_info"]["output_token_logprobs"][0]
     first = results[0]["meta_info"]
-    assert first["output_top_logprobs"][0][0][0] == pytest.approx(model, abs=1e-4)  # the model's own, whatever may come
+    assert first["output_top_logprobs"][0][0][0] == pytest.approx(
+        model, abs=1e-4
+    )  # the model's own, whatever may come
 
 
 def test_several_answers_to_one_prompt(engine):
     params = {"n": 3, "seed": 7, "regex": "[a-z]{4,12}", "max_new_tokens": 20}
     texts = [result["text"] for result in engine.generate("def ", params)]
     assert len(set(texts)) == 3 and all(re.fullmatch("[a-z]{4,12}", text) for text in texts)
-    assert texts == [result["text"] for result in asyncio.run(engine.async_generate("def ", params))]
+    assert texts == [
+        result["text"] for result in asyncio.run(engine.async_generate("def ", params))
+    ]
     assert texts[0] == engine.generate("def ", {**params, "n": 1})["text"]
     parts = list(engine.generate("def ", {**params, "n": 1}, stream=True))
-    assert parts[-1]["text"] == texts[0] and parts[-1]["meta_info"]["finish_reason"]["type"] == "stop"
+    assert (
+        parts[-1]["text"] == texts[0] and parts[-1]["meta_info"]["finish_reason"]["type"] == "stop"
+    )
 
 
 def test_a_preempted_text_goes_on_in_its_grammar(engine):
     asked = [
-        {"seed": seed, "max_new_tokens": 60, "regex": "([a-z]{2,5} ){20,30}", **({"presence_penalty": 1} if seed % 2 else {})} for seed in range(8)
+        {
+            "seed": seed,
+            "max_new_tokens": 60,
+            "regex": "([a-z]{2,5} ){20,30}",
+            **({"presence_penalty": 1} if seed % 2 else {}),
+        }
+        for seed in range(8)
     ]
     alone = [engine.generate("def f(", params)["output_ids"] for params in asked]
     with Engine(EXAMPLE, dtype="float32", max_total_tokens=256, chunked_prefill_size=16) as small:

@@ -11,12 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.engine import sampler as module
-from qtool.engine.sampler import History, RowRequest, Sampler, greedy, logprobs_of, row_keys, token_keys, uniforms
+from qtool.engine.sampler import (
+    History,
+    RowRequest,
+    Sampler,
+    greedy,
+    logprobs_of,
+    row_keys,
+    token_keys,
+    uniforms,
+)
 from qtool.engine.sampling_params import SamplingParams
 
 
-def request(seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0, mask=None, **params):
-    return RowRequest(SamplingParams(**params), seed, position, history, end_ids, logprobs, top, mask)
+def request(
+    seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0, mask=None, **params
+):
+    return RowRequest(
+        SamplingParams(**params), seed, position, history, end_ids, logprobs, top, mask
+    )
 
 
 # greedy rows, and rows that are no numbers
@@ -24,13 +37,27 @@ def request(seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0,
 
 def broken_rows(dtype=torch.float32):
     inf, nan = math.inf, math.nan
-    rows = [[1, 3, 2, 3], [nan, 1, 2, 3], [1, inf, 2, 3], [-inf] * 4, [-inf, -inf, 0, -inf], [nan, inf, 0, 0]]
+    rows = [
+        [1, 3, 2, 3],
+        [nan, 1, 2, 3],
+        [1, inf, 2, 3],
+        [-inf] * 4,
+        [-inf, -inf, 0, -inf],
+        [nan, inf, 0, 0],
+    ]
     return torch.tensor(rows, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "params", [{"temperature": 0}, {"temperature": 5e-7}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 0, "logit_bias": {0: -1}}]
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 5e-7},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"temperature": 0, "logit_bias": {0: -1}},
+    ],
 )
 def test_a_row_without_finite_logits_fails_alone(dtype, params):
     logits = broken_rows(dtype)
@@ -39,10 +66,20 @@ def test_a_row_without_finite_logits_fails_alone(dtype, params):
     assert tokens.tolist() == [1, -1, -1, -1, 2, -1]
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.5, "temperature": 0.5}, {"min_p": 0.1, "frequency_penalty": 1}])
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 2}, {"top_p": 0.5, "temperature": 0.5}, {"min_p": 0.1, "frequency_penalty": 1}],
+)
 def test_batch_mates_of_a_broken_row_get_what_they_get_alone(params):
     sampler = Sampler(4, "cpu")
-    rows = [request(seed=i, history=History([0], [1, 1]) if "frequency_penalty" in params else None, **params) for i in range(6)]
+    rows = [
+        request(
+            seed=i,
+            history=History([0], [1, 1]) if "frequency_penalty" in params else None,
+            **params,
+        )
+        for i in range(6)
+    ]
     logits = broken_rows()
     tokens = sampler.sample(logits, rows).tokens.tolist()
     assert tokens == [sampler.sample(logits[i : i + 1], [rows[i]]).tokens.item() for i in range(6)]
@@ -56,7 +93,10 @@ def test_greedy_takes_the_first_of_equals():
 def test_a_greedy_batch_sends_nothing_to_the_device():
     sampler = Sampler(4, "cpu")
     assert not any(part.tensors for part in sampler.prepare([request(temperature=0)] * 70).parts)
-    assert sampler.sample(torch.eye(4).repeat(20, 1), [request(temperature=0)] * 80).tokens.tolist() == [0, 1, 2, 3] * 20
+    assert (
+        sampler.sample(torch.eye(4).repeat(20, 1), [request(temperature=0)] * 80).tokens.tolist()
+        == [0, 1, 2, 3] * 20
+    )
 
 
 # the noise
@@ -72,7 +112,11 @@ def test_the_hash_is_the_same_as_in_plain_integers():
             x = (int(tokens[token]) % 2**32 ^ first) * second % 2**32
             x = (x ^ x >> 15) * 0x2C1B3C6D % 2**32
             assert got[row][token] == x % 2**31
-    assert got[0][:3] == [1161779196, 266017435, 1798844281]  # of every version and device: a seed's tokens stay
+    assert got[0][:3] == [
+        1161779196,
+        266017435,
+        1798844281,
+    ]  # of every version and device: a seed's tokens stay
 
 
 def test_the_second_key_is_odd_so_that_no_two_hashes_meet():
@@ -111,14 +155,25 @@ def test_a_draw_tells_nothing_of_a_later_one(uniform_draws, lag):
 
 
 def test_neighbouring_seeds_draw_apart():
-    draws = Sampler(16, "cpu").sample(torch.zeros(DRAWS, 16), [request(seed=i) for i in range(DRAWS)]).tokens.numpy()
+    draws = (
+        Sampler(16, "cpu")
+        .sample(torch.zeros(DRAWS, 16), [request(seed=i) for i in range(DRAWS)])
+        .tokens.numpy()
+    )
     pairs = draws[:-1] * 16 + draws[1:]
     assert abs(chi_square(np.bincount(pairs, minlength=256), [len(pairs) / 256] * 256)) < 4
 
 
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 1.5])
-    draws = Sampler(6, "cpu").sample(logits.expand(DRAWS, 6), [request(seed=3, position=i, temperature=0.7) for i in range(DRAWS)]).tokens
+    draws = (
+        Sampler(6, "cpu")
+        .sample(
+            logits.expand(DRAWS, 6),
+            [request(seed=3, position=i, temperature=0.7) for i in range(DRAWS)],
+        )
+        .tokens
+    )
     expected = DRAWS * torch.softmax(logits.double() / 0.7, -1)
     assert abs(chi_square(torch.bincount(draws, minlength=6), expected)) < 4
 
@@ -127,14 +182,21 @@ def test_the_noise_over_a_large_vocabulary_is_as_rare_as_it_should_be():
     keys = torch.from_numpy(row_keys([5] * 500, range(500)))
     least = uniforms(keys, torch.from_numpy(token_keys(16384))).double().min(-1).values / 2**31
     quantiles = (1 - (1 - least) ** 16384).sort().values  # uniform, if the draws are independent
-    assert (quantiles - torch.linspace(0, 1, 500)).abs().max() < 1.95 / math.sqrt(500)  # Kolmogorov-Smirnov, 0.1 %
+    assert (quantiles - torch.linspace(0, 1, 500)).abs().max() < 1.95 / math.sqrt(
+        500
+    )  # Kolmogorov-Smirnov, 0.1 %
 
 
-@pytest.mark.parametrize("pair", [(0, 1), (0, 2**17), (3, 2**17 + 3), (1000, 1000 + 2**16), (5, 5 + 2**19)])
+@pytest.mark.parametrize(
+    "pair", [(0, 1), (0, 2**17), (3, 2**17 + 3), (1000, 1000 + 2**16), (5, 5 + 2**19)]
+)
 def test_two_tokens_have_independent_noise(pair):
     keys = torch.from_numpy(row_keys([9] * 20_000, range(20_000)))
     h = uniforms(keys, torch.from_numpy(token_keys(2**20))[list(pair)]).numpy() >> 27
-    assert abs(chi_square(np.bincount(h[:, 0] * 16 + h[:, 1], minlength=256), [20_000 / 256] * 256)) < 4
+    assert (
+        abs(chi_square(np.bincount(h[:, 0] * 16 + h[:, 1], minlength=256), [20_000 / 256] * 256))
+        < 4
+    )
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -151,15 +213,32 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @settings(max_examples=40)
-@given(st.lists(SETTINGS, min_size=1, max_size=6), st.integers(0, 2**32), st.sampled_from([torch.float32, torch.bfloat16]), st.randoms())
+@given(
+    st.lists(SETTINGS, min_size=1, max_size=6),
+    st.integers(0, 2**32),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.randoms(),
+)
 def test_a_row_draws_the_same_token_whatever_the_batch(kinds, seed, dtype, random):
     sampler = Sampler(50, "cpu")
-    rows = [request(seed=seed + i, position=i, history=History.of(SamplingParams(**kind), [1, 2, 3], [3, 4]), **kind) for i, kind in enumerate(kinds)]
-    logits = (torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+    rows = [
+        request(
+            seed=seed + i,
+            position=i,
+            history=History.of(SamplingParams(**kind), [1, 2, 3], [3, 4]),
+            **kind,
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    logits = (torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed)) * 3).to(
+        dtype
+    )
     alone = [sampler.sample(logits[i : i + 1], [row]).tokens.item() for i, row in enumerate(rows)]
     order = list(range(len(rows)))
     random.shuffle(order)
-    assert sampler.sample(logits[order], [rows[i] for i in order]).tokens.tolist() == [alone[i] for i in order]
+    assert sampler.sample(logits[order], [rows[i] for i in order]).tokens.tolist() == [
+        alone[i] for i in order
+    ]
 
 
 @pytest.mark.parametrize("narrow", [1024, 0], ids=["narrow", "wide"])
@@ -168,14 +247,24 @@ def test_more_rows_than_one_part_draw_as_one_by_one(narrow, monkeypatch):
     sampler = Sampler(50, "cpu")
     logits = torch.randn(150, 50, generator=torch.Generator().manual_seed(0))
     kinds = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"logit_bias": {1: 9}}]
-    rows = [request(seed=i, **kinds[i % 5 if i > 64 else 1]) for i in range(150)]  # the first part is all greedy
-    assert sampler.sample(logits, rows).tokens.tolist() == [sampler.sample(logits[i : i + 1], [rows[i]]).tokens.item() for i in range(150)]
+    rows = [
+        request(seed=i, **kinds[i % 5 if i > 64 else 1]) for i in range(150)
+    ]  # the first part is all greedy
+    assert sampler.sample(logits, rows).tokens.tolist() == [
+        sampler.sample(logits[i : i + 1], [rows[i]]).tokens.item() for i in range(150)
+    ]
 
 
 def test_the_logits_are_left_as_they_were():
     logits = torch.randn(2, 10)
     kept = logits.clone()
-    Sampler(10, "cpu").sample(logits, [request(history=History([1], [2]), top_k=3, frequency_penalty=1, logit_bias={1: 2}), request(min_p=0.5)])
+    Sampler(10, "cpu").sample(
+        logits,
+        [
+            request(history=History([1], [2]), top_k=3, frequency_penalty=1, logit_bias={1: 2}),
+            request(min_p=0.5),
+        ],
+    )
     assert torch.equal(logits, kept)
 
 
@@ -187,8 +276,14 @@ def reference(logits, params, history=([], [])):
     logits = [float(value) for value in logits]
     prompt, output = history
     for token in {*prompt, *output}:
-        logits[token] = logits[token] / params.repetition_penalty if logits[token] > 0 else logits[token] * params.repetition_penalty
-        logits[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty * (token in output)
+        logits[token] = (
+            logits[token] / params.repetition_penalty
+            if logits[token] > 0
+            else logits[token] * params.repetition_penalty
+        )
+        logits[token] -= params.frequency_penalty * output.count(
+            token
+        ) + params.presence_penalty * (token in output)
     for token, bias in params.biases.items():
         logits[token] += bias
     if params.greedy:
@@ -203,7 +298,10 @@ def reference(logits, params, history=([], [])):
             kept.append(i)
         before += weights[i]
     least = logits[kept[-1]]
-    chosen = [weight if value >= least and weight >= params.min_p else 0.0 for weight, value in zip(weights, logits, strict=True)]
+    chosen = [
+        weight if value >= least and weight >= params.min_p else 0.0
+        for weight, value in zip(weights, logits, strict=True)
+    ]
     return [weight / sum(chosen) for weight in chosen]
 
 
@@ -211,7 +309,9 @@ def support_and_draws(logits, params, history=None, count=3000):
     vocab = len(logits)
     past = History.of(params, *history) if history else None
     rows = [RowRequest(params, 77, i, past) for i in range(count)]
-    return torch.bincount(Sampler(vocab, "cpu").sample(logits.expand(count, vocab), rows).tokens, minlength=vocab)
+    return torch.bincount(
+        Sampler(vocab, "cpu").sample(logits.expand(count, vocab), rows).tokens, minlength=vocab
+    )
 
 
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.25, 2.0, -3.0, 0.5, 1.5, -1.0, 0.0])
@@ -237,7 +337,13 @@ LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.25, 2.0, -3.0, 0.5, 1.5, -1.0, 0.0])
         {"repetition_penalty": 1.5},
         {"frequency_penalty": 0.7},
         {"presence_penalty": -1.2},
-        {"repetition_penalty": 0.6, "frequency_penalty": -0.3, "presence_penalty": 0.9, "logit_bias": {"9": 2.5, 2: -1}, "top_k": 4},
+        {
+            "repetition_penalty": 0.6,
+            "frequency_penalty": -0.3,
+            "presence_penalty": 0.9,
+            "logit_bias": {"9": 2.5, 2: -1},
+            "top_k": 4,
+        },
         {"temperature": 0, "repetition_penalty": 2, "logit_bias": {3: 1}},
         {"logit_bias": {7: -100, 5: 4}},
     ],
@@ -250,7 +356,15 @@ def test_draws_follow_the_reference(params, narrow, monkeypatch):
     counts = support_and_draws(LOGITS, params, history).numpy()
     assert set(counts.nonzero()[0]) <= set(expected.nonzero()[0])
     likely = expected > 0.002
-    assert abs(chi_square([*counts[likely], counts[~likely].sum() + 1], [*(3000 * expected[likely]), 3000 * expected[~likely].sum() + 1])) < 4
+    assert (
+        abs(
+            chi_square(
+                [*counts[likely], counts[~likely].sum() + 1],
+                [*(3000 * expected[likely]), 3000 * expected[~likely].sum() + 1],
+            )
+        )
+        < 4
+    )
 
 
 @settings(max_examples=60)
@@ -262,7 +376,9 @@ def test_draws_follow_the_reference(params, narrow, monkeypatch):
     st.sampled_from([0.0, 0.03, 0.21]),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_the_smallest_kept_logit_is_the_reference_s(eighths, temperature, top_k, top_p, min_p, dtype):
+def test_the_smallest_kept_logit_is_the_reference_s(
+    eighths, temperature, top_k, top_p, min_p, dtype
+):
     logits = torch.tensor(eighths, dtype=dtype) / 8
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     support = {i for i, p in enumerate(reference(logits, params)) if p > 0}
@@ -270,7 +386,9 @@ def test_the_smallest_kept_logit_is_the_reference_s(eighths, temperature, top_k,
         return
     drawn = set()
     sampler = Sampler(len(eighths), "cpu")
-    for token in range(len(eighths)):  # each in turn gets the best of the noise, the others the worst: it is drawn if it is kept
+    for token in range(
+        len(eighths)
+    ):  # each in turn gets the best of the noise, the others the worst: it is drawn if it is kept
         part = sampler.prepare([RowRequest(params, 0, 0)]).parts[0]
         noise = torch.full((1, len(eighths)), 2**31 - 1, dtype=torch.int32)
         noise[0, token] = 0
@@ -293,14 +411,27 @@ def test_without_top_p_the_least_likely_of_top_k_is_kept():
 
 def test_top_k_beyond_the_narrow_width_sorts(monkeypatch):
     monkeypatch.setattr(module, "NARROW", 4)
-    prepared = Sampler(100, "cpu").prepare([request(top_k=4), request(top_k=5), request(top_p=0.5), request(top_k=3, top_p=0.5), request()])
+    prepared = Sampler(100, "cpu").prepare(
+        [
+            request(top_k=4),
+            request(top_k=5),
+            request(top_p=0.5),
+            request(top_k=3, top_p=0.5),
+            request(),
+        ]
+    )
     assert prepared.parts[0].widths == (4, 100)
-    assert prepared.parts[0].tensors["rows0"].tolist() == [0, 3] and prepared.parts[0].tensors["rows1"].tolist() == [1, 2]
+    assert prepared.parts[0].tensors["rows0"].tolist() == [0, 3] and prepared.parts[0].tensors[
+        "rows1"
+    ].tolist() == [1, 2]
 
 
 def test_the_end_waits_for_min_new_tokens():
     logits = torch.tensor([[9.0, 5.0, 1.0]]).repeat(3, 1)
-    rows = [request(temperature=0, min_new_tokens=4, position=position, end_ids=[0, 7]) for position in (0, 3, 4)]
+    rows = [
+        request(temperature=0, min_new_tokens=4, position=position, end_ids=[0, 7])
+        for position in (0, 3, 4)
+    ]
     assert Sampler(3, "cpu").sample(logits, rows).tokens.tolist() == [1, 1, 0]
 
 
@@ -312,9 +443,13 @@ def test_a_history_grown_token_by_token_counts_as_one_made_at_once():
         grown.append(token)
     ids, counts = grown.counts(2990)
     assert sorted(ids.tolist()) == sorted(token for token in {*prompt, *output} if token < 2990)
-    assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {token: output.count(token) for token in {*prompt, *output} if token < 2990}
+    assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {
+        token: output.count(token) for token in {*prompt, *output} if token < 2990
+    }
     assert History.of(SamplingParams(), prompt) is None
-    assert History.of(SamplingParams(presence_penalty=1), prompt, [4]).counts(10)[0].tolist() == [4]  # only repetition looks at the prompt
+    assert History.of(SamplingParams(presence_penalty=1), prompt, [4]).counts(10)[0].tolist() == [
+        4
+    ]  # only repetition looks at the prompt
 
 
 # log-probabilities
@@ -326,7 +461,9 @@ def test_logprobs_are_those_of_the_raw_logits(dtype):
     targets = torch.arange(130) % 30
     got = logprobs_of(logits, targets, 5)
     expected = torch.log_softmax(logits.double(), -1)
-    torch.testing.assert_close(got.chosen.double(), expected[torch.arange(130), targets], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        got.chosen.double(), expected[torch.arange(130), targets], atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(got.top.double(), expected.topk(5).values, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.top.double(), expected.gather(1, got.top_ids), atol=1e-5, rtol=0)
     assert logprobs_of(logits, targets).top.shape == (130, 0)
@@ -336,7 +473,10 @@ def test_logprobs_are_those_of_the_raw_logits(dtype):
 def test_logprobs_come_for_the_rows_that_want_them():
     logits = torch.randn(3, 10)
     kinds = {"temperature": 0, "logit_bias": {3: 50}}
-    samples = Sampler(10, "cpu").sample(logits, [request(**kinds), request(**kinds, logprobs=True, top=2), request(**kinds, logprobs=True)])
+    samples = Sampler(10, "cpu").sample(
+        logits,
+        [request(**kinds), request(**kinds, logprobs=True, top=2), request(**kinds, logprobs=True)],
+    )
     assert samples.tokens.tolist() == [3, 3, 3] and samples.logprob_rows == (1, 2)
     torch.testing.assert_close(samples.logprobs.chosen, torch.log_softmax(logits, -1)[1:, 3])
     assert samples.logprobs.top_ids.shape == (2, 2)
@@ -345,11 +485,31 @@ def test_logprobs_come_for_the_rows_that_want_them():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_tokens_and_waits_for_nothing():
-    vocab, kinds = 5000, [{}, {"temperature": 0}, {"top_k": 30, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.2, "seed": 4}]
+    vocab, kinds = (
+        5000,
+        [
+            {},
+            {"temperature": 0},
+            {"top_k": 30, "top_p": 0.9},
+            {"top_p": 0.5},
+            {"min_p": 0.1},
+            {"repetition_penalty": 1.2, "seed": 4},
+        ],
+    )
     rows = []
     for i in range(150):
         params = SamplingParams.from_dict(kinds[i % 6] | {"logit_bias": {5: 3.0}})
-        rows.append(RowRequest(params, i, i, History.of(params, [1, 2], [3]), (7,), logprobs=i % 2 == 0, top_logprobs=i % 3))
+        rows.append(
+            RowRequest(
+                params,
+                i,
+                i,
+                History.of(params, [1, 2], [3]),
+                (7,),
+                logprobs=i % 2 == 0,
+                top_logprobs=i % 3,
+            )
+        )
     logits = torch.randn(150, vocab, generator=torch.Generator().manual_seed(0)) * 4
     logits[3, 5] = torch.nan
     expected = Sampler(vocab, "cpu").sample(logits, rows)
@@ -362,7 +522,9 @@ def test_a_gpu_draws_the_same_tokens_and_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert samples.tokens.tolist() == expected.tokens.tolist() and samples.tokens[3] == -1
-    torch.testing.assert_close(samples.logprobs.chosen.cpu(), expected.logprobs.chosen, atol=1e-4, rtol=0, equal_nan=True)
+    torch.testing.assert_close(
+        samples.logprobs.chosen.cpu(), expected.logprobs.chosen, atol=1e-4, rtol=0, equal_nan=True
+    )
     assert samples.logprobs.top_ids.shape == (75, 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -389,13 +551,28 @@ def test_the_default_dtype_changes_no_draw():
 @settings(max_examples=60)
 @given(st.data())
 def test_a_mask_leaves_what_it_names_and_other_rows_alone(data):
-    vocab_size, rows = data.draw(st.integers(1, 100)), data.draw(st.sampled_from([1, 2, 5, module.ROWS_AT_ONCE + 1]))
+    vocab_size, rows = (
+        data.draw(st.integers(1, 100)),
+        data.draw(st.sampled_from([1, 2, 5, module.ROWS_AT_ONCE + 1])),
+    )
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    logits = torch.randn(rows, vocab_size, generator=generator).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    logits = torch.randn(rows, vocab_size, generator=generator).to(
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    )
     before, left = logits.clone(), logits.clone()
     masked, plain = [], []
     for row in range(rows):
-        params = data.draw(st.sampled_from([{"temperature": 0}, {}, {"top_k": 3, "temperature": 5}, {"logit_bias": {0: 90}}, {"min_new_tokens": 9}]))
+        params = data.draw(
+            st.sampled_from(
+                [
+                    {"temperature": 0},
+                    {},
+                    {"top_k": 3, "temperature": 5},
+                    {"logit_bias": {0: 90}},
+                    {"min_new_tokens": 9},
+                ]
+            )
+        )
         allowed = data.draw(st.none() | st.sets(st.integers(0, vocab_size - 1), min_size=1))
         plain.append(request(seed=row, **params))
         masked.append(plain[-1])
@@ -403,16 +580,23 @@ def test_a_mask_leaves_what_it_names_and_other_rows_alone(data):
             flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
             flags[list(allowed)] = 1
             mask = np.packbits(flags, bitorder="little").view(np.int32)
-            masked[-1] = request(seed=row, mask=mask, end_ids=range(vocab_size), **params)  # of which the mask knows
+            masked[-1] = request(
+                seed=row, mask=mask, end_ids=range(vocab_size), **params
+            )  # of which the mask knows
             left[row, torch.from_numpy(flags[:vocab_size] == 0)] = -math.inf
     sampler = Sampler(vocab_size, "cpu")
-    assert sampler.sample(logits, masked).tokens.tolist() == sampler.sample(left, plain).tokens.tolist()
+    assert (
+        sampler.sample(logits, masked).tokens.tolist()
+        == sampler.sample(left, plain).tokens.tolist()
+    )
     assert torch.equal(logits, before)
 
 
 def test_logprobs_are_those_before_the_mask():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
-    samples = Sampler(3, "cpu").sample(logits, [request(mask=np.array([1], np.int32), logprobs=True, top=1)])
+    samples = Sampler(3, "cpu").sample(
+        logits, [request(mask=np.array([1], np.int32), logprobs=True, top=1)]
+    )
     assert samples.tokens.tolist() == [0]
     assert samples.logprobs.chosen.tolist() == pytest.approx([float(logits.log_softmax(-1)[0, 0])])
     assert samples.logprobs.top_ids.tolist() == [[2]]

@@ -13,7 +13,10 @@ from qtool.errors import UsageError
 @pytest.mark.parametrize(
     "values",
     [
-        *({"temperature": value} for value in (-0.1, 101, math.nan, math.inf, 10**400, "1", True, None)),
+        *(
+            {"temperature": value}
+            for value in (-0.1, 101, math.nan, math.inf, 10**400, "1", True, None)
+        ),
         *({"top_p": value} for value in (0, 1.01, math.nan)),
         *({"top_k": value} for value in (0, -2, 1.0, True)),
         *({"min_p": value} for value in (-0.1, 1.1)),
@@ -24,14 +27,49 @@ from qtool.errors import UsageError
         *({"min_new_tokens": value} for value in (-1, 129)),
         *({"n": value} for value in (0, 129, None)),
         *({"seed": value} for value in (2**64, 1.0, False)),
-        *({"stop": value} for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1})),
+        *(
+            {"stop": value}
+            for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1})
+        ),
         *({"stop_token_ids": value} for value in ([-1], [True], [1.0], "12", 3, [1] * 1025)),
         *(
             {"logit_bias": value}
-            for value in ([1], {"a": 1}, {-1: 1}, {"-1": 1}, {1: 101}, {1: math.nan}, {1: True}, {1: "1"}, {"1" * 11: 1}, {1.0: 1})
+            for value in (
+                [1],
+                {"a": 1},
+                {-1: 1},
+                {"-1": 1},
+                {1: 101},
+                {1: math.nan},
+                {1: True},
+                {1: "1"},
+                {"1" * 11: 1},
+                {1.0: 1},
+            )
         ),
-        *({"regex": value} for value in ("", "a" * (MAX_GRAMMAR + 1), "é" * (MAX_GRAMMAR // 2 + 1), "\ud800", 3, {"a": 1})),
-        *({"json_schema": value} for value in ("", 3, [1], {"a": {1}}, {"a": math.nan}, {"a": "\ud800"}, {"a": "x" * MAX_GRAMMAR})),
+        *(
+            {"regex": value}
+            for value in (
+                "",
+                "a" * (MAX_GRAMMAR + 1),
+                "é" * (MAX_GRAMMAR // 2 + 1),
+                "\ud800",
+                3,
+                {"a": 1},
+            )
+        ),
+        *(
+            {"json_schema": value}
+            for value in (
+                "",
+                3,
+                [1],
+                {"a": {1}},
+                {"a": math.nan},
+                {"a": "\ud800"},
+                {"a": "x" * MAX_GRAMMAR},
+            )
+        ),
         *({"ebnf": ""}, {"structural_tag": b"{}"}),
         *({"logit_bias": dict.fromkeys(range(1025), 1)}, {"ignore_eos": 1}, {"no_stop_trim": None}),
     ],
@@ -56,17 +94,39 @@ def test_an_unknown_name_is_answered_with_the_right_one():
 
 
 def test_values_at_the_bounds_are_taken():
-    low = SamplingParams.from_dict({"temperature": 0, "top_p": 1e-9, "top_k": 1, "min_p": 0, "repetition_penalty": 0.01, "max_new_tokens": 1})
+    low = SamplingParams.from_dict(
+        {
+            "temperature": 0,
+            "top_p": 1e-9,
+            "top_k": 1,
+            "min_p": 0,
+            "repetition_penalty": 0.01,
+            "max_new_tokens": 1,
+        }
+    )
     assert low.greedy and low.temperature == 0.0 and isinstance(low.temperature, float)
     high = SamplingParams.from_dict(
-        {"temperature": 100, "top_k": 2**31 - 1, "logit_bias": {"7": -100, 8: 100}, "stop": "x" * 1024, "stop_token_ids": [5], "max_new_tokens": None}
+        {
+            "temperature": 100,
+            "top_k": 2**31 - 1,
+            "logit_bias": {"7": -100, 8: 100},
+            "stop": "x" * 1024,
+            "stop_token_ids": [5],
+            "max_new_tokens": None,
+        }
     )
     assert high.biases == {7: -100.0, 8: 100.0}
-    assert high.stop_strings == ("x" * 1024,) and high.stop_ids == (5,) and high.max_new_tokens is None
+    assert (
+        high.stop_strings == ("x" * 1024,) and high.stop_ids == (5,) and high.max_new_tokens is None
+    )
 
 
 def test_seed_is_another_name_of_sampling_seed():
-    assert SamplingParams.from_dict({"seed": 5}) == SamplingParams(sampling_seed=5) == SamplingParams.from_dict({"seed": 5, "sampling_seed": 5})
+    assert (
+        SamplingParams.from_dict({"seed": 5})
+        == SamplingParams(sampling_seed=5)
+        == SamplingParams.from_dict({"seed": 5, "sampling_seed": 5})
+    )
     assert SamplingParams.from_dict({"seed": None}).sampling_seed is None
     with pytest.raises(UsageError, match="differ"):
         SamplingParams.from_dict({"seed": 5, "sampling_seed": 6})
@@ -82,14 +142,29 @@ def test_token_ids_the_model_lacks_are_refused():
 def test_row_seeds_repeat_with_a_seed_and_never_without():
     fixed = SamplingParams(sampling_seed=-3)
     assert [fixed.row_seed(i) for i in range(4)] == [fixed.row_seed(i) for i in range(4)]
-    assert len({fixed.row_seed(i) for i in range(100)} | {SamplingParams().row_seed() for _ in range(100)}) == 200
+    assert (
+        len(
+            {fixed.row_seed(i) for i in range(100)}
+            | {SamplingParams().row_seed() for _ in range(100)}
+        )
+        == 200
+    )
 
 
 def test_a_text_follows_one_grammar():
     assert SamplingParams().constraint is None
-    assert SamplingParams(regex="é" * (MAX_GRAMMAR // 2)).constraint == ("regex", "é" * (MAX_GRAMMAR // 2))
-    assert SamplingParams(json_schema={"type": "string", "title": "é"}).constraint == ("json_schema", '{"type": "string", "title": "é"}')
-    assert SamplingParams(structural_tag={"format": {}}).constraint == ("structural_tag", '{"format": {}}')
+    assert SamplingParams(regex="é" * (MAX_GRAMMAR // 2)).constraint == (
+        "regex",
+        "é" * (MAX_GRAMMAR // 2),
+    )
+    assert SamplingParams(json_schema={"type": "string", "title": "é"}).constraint == (
+        "json_schema",
+        '{"type": "string", "title": "é"}',
+    )
+    assert SamplingParams(structural_tag={"format": {}}).constraint == (
+        "structural_tag",
+        '{"format": {}}',
+    )
     assert SamplingParams(json_schema="$$ANY$$").constraint == ("json_schema", '{"type": "object"}')
     with pytest.raises(UsageError, match="regex and ebnf") as refusal:
         SamplingParams(regex="a", ebnf="b")

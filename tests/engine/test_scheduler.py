@@ -19,7 +19,9 @@ VOCABULARY = 50
 NAN = -1  # a token sampled from logits that are not finite
 BAD = None  # what a page holds where keys and values are not finite
 TORN = (-2,)  # and where a step that broke off left some layers unwritten: nobody may read it
-BASES = [[base * 7 + i % 5 for i in range(150)] for base in range(3)]  # prompts start as one of these
+BASES = [
+    [base * 7 + i % 5 for i in range(150)] for base in range(3)
+]  # prompts start as one of these
 
 
 def next_token(prefix: list[int]) -> int:
@@ -57,12 +59,16 @@ class Device:
                 place = self.place(chunk, position)
                 assert place not in written
                 written[place] = chunk.sequence
-                self.slots[place] = BAD if broken or chunk.sequence is bad else tuple(tokens[: position + 1])
+                self.slots[place] = (
+                    BAD if broken or chunk.sequence is bad else tuple(tokens[: position + 1])
+                )
         spreading = True
         while spreading:  # who reads BAD writes it
             spreading = False
             for chunk in step.chunks:
-                places = [self.place(chunk, position) for position in range(chunk.start + chunk.count)]
+                places = [
+                    self.place(chunk, position) for position in range(chunk.start + chunk.count)
+                ]
                 if any(self.slots[place] is BAD for place in places):
                     self.touched.add(chunk.sequence)
                     for place in places[chunk.start :]:
@@ -71,8 +77,14 @@ class Device:
         sampled = []
         for chunk in step.chunks:
             tokens = self.tokens[chunk.sequence]
-            held = [self.slots[self.place(chunk, position)] for position in range(chunk.start + chunk.count)]
-            assert all(slot is BAD or slot == tuple(tokens[: position + 1]) for position, slot in enumerate(held))
+            held = [
+                self.slots[self.place(chunk, position)]
+                for position in range(chunk.start + chunk.count)
+            ]
+            assert all(
+                slot is BAD or slot == tuple(tokens[: position + 1])
+                for position, slot in enumerate(held)
+            )
             if chunk.samples:
                 tokens.append(NAN if BAD in held else next_token(tokens))
                 sampled.append(tokens[-1])
@@ -82,7 +94,10 @@ class Device:
         """Break off within ``step``: no tokens, and keys and values of some layers only."""
         self.table.update(((row, column), page) for row, column, page in step.updates)
         for chunk in step.chunks:
-            self.slots.update((self.place(chunk, position), TORN) for position in range(chunk.start, chunk.start + chunk.count))
+            self.slots.update(
+                (self.place(chunk, position), TORN)
+                for position in range(chunk.start, chunk.start + chunk.count)
+            )
 
     def place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         assert chunk.sequence.row is not None
@@ -94,7 +109,9 @@ class Device:
 class Loop:
     """The loop of an engine; checks each step and the state between steps."""
 
-    def __init__(self, pages: int, max_running: int, token_budget: int, context_length: int = 200) -> None:
+    def __init__(
+        self, pages: int, max_running: int, token_budget: int, context_length: int = 200
+    ) -> None:
         self.scheduler = Scheduler(Pages(pages), max_running, token_budget, context_length)
         self.device = Device()
         self.flying: deque[tuple[Step, list[int]]] = deque()
@@ -120,7 +137,9 @@ class Loop:
         before = {s: (s.length, s.computed, (s.state, s.preemptions), s.pending) for s in self.live}
         step = scheduler.schedule()
         chunks = step.chunks if step else []
-        assert not advances or oldest in [chunk.sequence for chunk in chunks], "the oldest does not advance"
+        assert not advances or oldest in [chunk.sequence for chunk in chunks], (
+            "the oldest does not advance"
+        )
         assert sum(chunk.count for chunk in chunks) <= scheduler.token_budget
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         assert step is None or chunks
@@ -128,17 +147,25 @@ class Loop:
             sequence, (length, computed, state, pending) = chunk.sequence, before[chunk.sequence]
             assert sequence.state == "running"
             assert chunk.count >= 1
-            ran_on = state == ("running", sequence.preemptions)  # else it was admitted, perhaps again: a page that it gave up was enough
+            ran_on = state == (
+                "running",
+                sequence.preemptions,
+            )  # else it was admitted, perhaps again: a page that it gave up was enough
             assert chunk.start == (computed if ran_on else chunk.start // PAGE * PAGE)
             assert chunk.samples == (chunk.start + chunk.count == length)
-            assert (sequence.computed, sequence.pending) == (chunk.start + chunk.count, pending + chunk.samples)
+            assert (sequence.computed, sequence.pending) == (
+                chunk.start + chunk.count,
+                pending + chunk.samples,
+            )
             assert sequence.length <= sequence.longest
             assert not (pending and sequence.waits_for_tokens)
             is_decode = chunk.count == 1 and chunk.samples and chunk.start > 0
             assert is_decode == (number < step.decodes)
             assert is_decode or chunk.start + chunk.count <= len(sequence.tokens)
         # Whoever was admitted or got pages is in the step, so no other loses changes of the table, or shares its pages, when it fails.
-        assert step is None or {row for row, *_ in step.updates} <= {chunk.sequence.row for chunk in chunks}
+        assert step is None or {row for row, *_ in step.updates} <= {
+            chunk.sequence.row for chunk in chunks
+        }
         return step
 
     def launch(self, bad: Sequence | None = None) -> bool:
@@ -160,7 +187,9 @@ class Loop:
             if torn:
                 self.device.tear(step)
             sequences = [chunk.sequence for chunk in step.chunks]
-            before = {chunk.sequence: chunk.sequence.pending - chunk.samples for chunk in step.chunks}
+            before = {
+                chunk.sequence: chunk.sequence.pending - chunk.samples for chunk in step.chunks
+            }
             newest = self.scheduler.undo(step)
             assert newest is max(sequences, key=self.live.index)
             assert all((s.state, s.pending) == ("waiting", before[s]) for s in sequences)
@@ -172,7 +201,9 @@ class Loop:
     def read(self, stop: int | None = None) -> None:
         step, tokens = self.flying.popleft()
         self.scheduler.took(step, tokens)
-        for sequence, token in zip([chunk.sequence for chunk in step.chunks if chunk.samples], tokens, strict=True):
+        for sequence, token in zip(
+            [chunk.sequence for chunk in step.chunks if chunk.samples], tokens, strict=True
+        ):
             if token == NAN:
                 assert sequence in self.device.touched
                 self.failed.append(sequence)
@@ -180,12 +211,22 @@ class Loop:
                 self.scheduler.fail(sequence)
             elif sequence in self.live:
                 assert sequence.tokens[-1] == token
-                if token == stop or len(sequence.tokens) - len(sequence.prompt) >= sequence.max_new_tokens:
+                if (
+                    token == stop
+                    or len(sequence.tokens) - len(sequence.prompt) >= sequence.max_new_tokens
+                ):
                     self.end(sequence)
 
     def read_raises(self) -> None:
         for step, _ in self.flying:
-            self.device.run(Step([c for c in step.chunks if c.sequence.row is not None and c.sequence.pages], 0, []), broken=True)
+            self.device.run(
+                Step(
+                    [c for c in step.chunks if c.sequence.row is not None and c.sequence.pages],
+                    0,
+                    [],
+                ),
+                broken=True,
+            )
         for step, _ in self.flying:
             self.fail(step)
         self.flying.clear()
@@ -218,41 +259,64 @@ class Loop:
         scheduler, pages = self.scheduler, self.scheduler.pages
         order = {sequence: number for number, sequence in enumerate(self.live)}
         everyone = [*scheduler.running, *scheduler.waiting]
-        assert [order[s] for s in everyone] == list(range(len(self.live))), "in order of arrival, and none is lost"
+        assert [order[s] for s in everyone] == list(range(len(self.live))), (
+            "in order of arrival, and none is lost"
+        )
         assert len(scheduler.running) <= min(scheduler.max_running, scheduler.token_budget)
         rows = [sequence.row for sequence in scheduler.running]
         assert sorted(rows + scheduler._rows) == list(range(scheduler.max_running))
 
         held = Counter(page for sequence in scheduler.running for page in sequence.pages)
-        assert held == Counter({page: count for page, count in enumerate(pages._references) if count})
-        assert sorted([*held, *pages._unused, *pages._idle]) == list(range(1, pages.count + 1)), "a page is lost or owned twice"
+        assert held == Counter(
+            {page: count for page, count in enumerate(pages._references) if count}
+        )
+        assert sorted([*held, *pages._unused, *pages._idle]) == list(range(1, pages.count + 1)), (
+            "a page is lost or owned twice"
+        )
         assert pages.free == pages.count - len(held)
         named = {page: digest for page, digest in enumerate(pages._digests) if digest}
         assert {digest: page for page, digest in named.items()} == pages._by_digest
         assert set(pages._idle) <= set(named) and not set(pages._unused) & set(named)
-        places = Counter((page, column) for sequence in scheduler.running for column, page in enumerate(sequence.pages))
+        places = Counter(
+            (page, column)
+            for sequence in scheduler.running
+            for column, page in enumerate(sequence.pages)
+        )
         for sequence in scheduler.running:
             assert sequence.state == "running"
             assert len(sequence.pages) * PAGE >= sequence.computed
             for column, page in enumerate(sequence.pages):
                 assert places[page, column] == held[page], "shared at different places"
-                assert held[page] == 1 or (column + 1) * PAGE <= sequence.computed, "shared, and not full"
+                assert held[page] == 1 or (column + 1) * PAGE <= sequence.computed, (
+                    "shared, and not full"
+                )
         for sequence in scheduler.waiting:
-            assert (sequence.state, sequence.row, sequence.pages, sequence.computed) == ("waiting", None, [], 0)
+            assert (sequence.state, sequence.row, sequence.pages, sequence.computed) == (
+                "waiting",
+                None,
+                [],
+                0,
+            )
         assert all(sequence.state == "finished" and not sequence.pages for sequence in self.ended)
         assert set(self.ended.values()) <= {1}
 
         for page, digest in named.items():  # a registered page holds what its name says
             slots = [self.device.slots.get((page, slot)) for slot in range(PAGE)]
             if BAD not in slots:
-                assert all(slots[-1][: len(slots[-1]) - PAGE + 1 + i] == slot for i, slot in enumerate(slots))
+                assert all(
+                    slots[-1][: len(slots[-1]) - PAGE + 1 + i] == slot
+                    for i, slot in enumerate(slots)
+                )
                 assert digests_of(list(slots[-1]))[-1] == digest and len(slots[-1]) % PAGE == 0
             else:
                 assert self.device.touched, "registered, and not written"
 
 
 prompts = st.builds(
-    lambda base, shared, own: BASES[base][:shared] + own, st.integers(0, 2), st.integers(0, 60), st.lists(st.integers(0, 3), max_size=20)
+    lambda base, shared, own: BASES[base][:shared] + own,
+    st.integers(0, 2),
+    st.integers(0, 60),
+    st.lists(st.integers(0, 3), max_size=20),
 )
 
 
@@ -281,9 +345,18 @@ class Engine(RuleBasedStateMachine):
     def arrive(self, prompt, new, waits, use_prefix, needs_logits):
         scheduler = self.loop.scheduler
         for waits_for_tokens in waits:
-            sequence = Sequence(prompt, new, waits_for_tokens=waits_for_tokens, use_prefix=use_prefix, needs_logits=needs_logits)
+            sequence = Sequence(
+                prompt,
+                new,
+                waits_for_tokens=waits_for_tokens,
+                use_prefix=use_prefix,
+                needs_logits=needs_logits,
+            )
             stored = len(prompt) + max(min(new, scheduler.context_length - len(prompt)), 1) - 1
-            if not 0 < len(prompt) < scheduler.context_length or stored > scheduler.pages.count * PAGE:
+            if (
+                not 0 < len(prompt) < scheduler.context_length
+                or stored > scheduler.pages.count * PAGE
+            ):
                 with pytest.raises(UsageError):
                     scheduler.add(sequence)
             else:
@@ -309,7 +382,9 @@ class Engine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         # One whose NaN nobody has read yet would leave pages behind that fail the next reader, once: `fail` cleans up, as below.
-        candidates = [sequence for sequence in self.loop.live if sequence not in self.loop.device.touched]
+        candidates = [
+            sequence for sequence in self.loop.live if sequence not in self.loop.device.touched
+        ]
         if candidates:
             self.loop.end(data.draw(st.sampled_from(candidates)))
 
@@ -353,7 +428,9 @@ class Engine(RuleBasedStateMachine):
         loop.drain()
         assert loop.scheduler.pages.free == loop.scheduler.pages.count
         assert len(loop.scheduler._rows) == loop.scheduler.max_running
-        for sequence in list(loop.failed):  # after a failure its prompt computes again; other remains of NaN fail once more at most
+        for sequence in list(
+            loop.failed
+        ):  # after a failure its prompt computes again; other remains of NaN fail once more at most
             for _ in range(2):
                 failures = len(loop.failed)
                 loop.add(Sequence(sequence.prompt, sequence.max_new_tokens))
@@ -381,13 +458,20 @@ def test_a_cache_for_three_of_twenty_sequences(budget, waits):
     chance = random.Random(budget)
     loop = Loop(pages=3 * 8, max_running=8, token_budget=budget)
     sequences = [
-        Sequence([*BASES[i % 3][: chance.randrange(1, 60)], i], chance.randrange(50, 68), waits_for_tokens=waits and i % 2 == 0) for i in range(20)
+        Sequence(
+            [*BASES[i % 3][: chance.randrange(1, 60)], i],
+            chance.randrange(50, 68),
+            waits_for_tokens=waits and i % 2 == 0,
+        )
+        for i in range(20)
     ]
     for sequence in sequences:
         loop.add(sequence)
     loop.drain()
     assert loop.scheduler.preemptions > 1
-    assert loop.scheduler.prefix_queries == sum(len(sequence.prompt) for sequence in sequences)  # computing again does not count
+    assert loop.scheduler.prefix_queries == sum(
+        len(sequence.prompt) for sequence in sequences
+    )  # computing again does not count
     assert [s.tokens for s in sequences] == [answer(s.prompt, s.max_new_tokens) for s in sequences]
 
 
@@ -411,7 +495,12 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget(loop):
     steps = []
     for _ in range(3):
         step = loop.schedule()
-        steps.append([(sequences.index(chunk.sequence), chunk.start, chunk.count, chunk.samples) for chunk in step.chunks])
+        steps.append(
+            [
+                (sequences.index(chunk.sequence), chunk.start, chunk.count, chunk.samples)
+                for chunk in step.chunks
+            ]
+        )
         loop.scheduler.took(step, [7] * sum(chunk.samples for chunk in step.chunks))
     assert steps == [
         [(0, 0, 10, True), (1, 0, 60, True), (2, 0, 30, False)],
@@ -425,7 +514,11 @@ def test_a_prompt_seen_before_costs_its_last_tokens_only(loop):
     first = finished(loop, prompt)
     again = finished(loop, prompt)
     longer = finished(loop, [*prompt, 1, 2])
-    assert (first.cached_tokens, again.cached_tokens, longer.cached_tokens) == (0, 48, 64)  # at least one token is computed
+    assert (first.cached_tokens, again.cached_tokens, longer.cached_tokens) == (
+        0,
+        48,
+        64,
+    )  # at least one token is computed
     assert (loop.scheduler.prefix_hits, loop.scheduler.prefix_queries) == (112, 64 + 64 + 66)
 
 
@@ -447,7 +540,12 @@ def test_sequences_of_one_step_share_their_prompt(loop):
     for sequence in several:
         loop.add(sequence)
     step = loop.schedule()
-    assert [(chunk.start, chunk.count) for chunk in step.chunks] == [(0, 40), (32, 8), (32, 8), (32, 8)]
+    assert [(chunk.start, chunk.count) for chunk in step.chunks] == [
+        (0, 40),
+        (32, 8),
+        (32, 8),
+        (32, 8),
+    ]
     assert {tuple(s.pages[:2]) for s in several} == {tuple(several[0].pages[:2])}
     assert len({s.pages[2] for s in several}) == 4
 
@@ -520,7 +618,11 @@ def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop,
     assert loop.scheduler.undo(step) is new
     loop.check()
     assert list(loop.scheduler.waiting) == [old, middle, new]
-    assert [s.pending for s in (old, middle, new)] == [2, 0, 0]  # the tokens that are on their way to `old` will be read
+    assert [s.pending for s in (old, middle, new)] == [
+        2,
+        0,
+        0,
+    ]  # the tokens that are on their way to `old` will be read
     assert known not in pages._by_digest  # nobody wrote it
     assert pages.free == pages.count
     loop.end(new)
@@ -533,12 +635,18 @@ def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop,
 def test_many_sequences_while_memory_is_short_again_and_again(seed, monkeypatch):
     chance = random.Random(seed)
     monkeypatch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", chance.choice([3, 20, 256]))
-    loop = Loop(pages=chance.choice([8, 16, 40]), max_running=chance.choice([3, 8]), token_budget=chance.choice([5, 33, 200]))
+    loop = Loop(
+        pages=chance.choice([8, 16, 40]),
+        max_running=chance.choice([3, 8]),
+        token_budget=chance.choice([5, 33, 200]),
+    )
     sequences, failed = [], []
     for _ in range(40):
         prompt = [*BASES[chance.randrange(3)][: chance.randrange(60)], chance.randrange(4)]
         waits, logits = chance.random() < 0.3, chance.random() < 0.3
-        sequences.append(Sequence(prompt, chance.randrange(1, 40), waits_for_tokens=waits, needs_logits=logits))
+        sequences.append(
+            Sequence(prompt, chance.randrange(1, 40), waits_for_tokens=waits, needs_logits=logits)
+        )
         loop.add(sequences[-1])
         for _ in range(chance.randrange(5)):
             loop.turn()
@@ -567,7 +675,9 @@ def test_those_that_came_after_a_step_without_memory_wait_behind_it(loop):
     assert loop.scheduler.pages.match(known)  # it was computed before
     loop.scheduler.pages.release(loop.scheduler.pages.match(known) * 2)
     loop.drain()
-    assert [s.tokens for s in (old, middle, new, last)] == [answer(s.prompt, 9) for s in (old, middle, new, last)]
+    assert [s.tokens for s in (old, middle, new, last)] == [
+        answer(s.prompt, 9) for s in (old, middle, new, last)
+    ]
 
 
 def test_none_is_admitted_without_a_part_in_the_step(loop, monkeypatch):
@@ -577,7 +687,9 @@ def test_none_is_admitted_without_a_part_in_the_step(loop, monkeypatch):
     first, second = loop.live
     step = loop.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [first]
-    assert second.state == "waiting"  # else it shared a page of `first` and were not taken back with it
+    assert (
+        second.state == "waiting"
+    )  # else it shared a page of `first` and were not taken back with it
     assert loop.scheduler.undo(step) is first
     loop.drain()
     assert [s.tokens for s in (first, second)] == [answer(s.prompt, 3) for s in (first, second)]
@@ -633,17 +745,29 @@ def test_a_page_is_registered_when_its_last_token_is_read(loop):
 
 def test_prompts_whose_logits_are_wanted_share_a_small_budget(loop, monkeypatch):
     monkeypatch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", 20)
-    first, second = Sequence([1] * 30, 9, needs_logits=True, use_prefix=False), Sequence([2] * 25, 9, needs_logits=True, use_prefix=False)
+    first, second = (
+        Sequence([1] * 30, 9, needs_logits=True, use_prefix=False),
+        Sequence([2] * 25, 9, needs_logits=True, use_prefix=False),
+    )
     loop.add(first)
     loop.add(second)
-    steps = [[(chunk.sequence is first, chunk.start, chunk.count) for chunk in loop.schedule().chunks if not chunk.start >= 30] for _ in range(3)]
+    steps = [
+        [
+            (chunk.sequence is first, chunk.start, chunk.count)
+            for chunk in loop.schedule().chunks
+            if not chunk.start >= 30
+        ]
+        for _ in range(3)
+    ]
     assert steps == [[(True, 0, 20)], [(True, 20, 10), (False, 0, 10)], [(False, 10, 15)]]
 
 
 def test_no_more_run_than_the_budget_has_tokens():
     loop = Loop(pages=40, max_running=4, token_budget=2)
     for i in range(4):
-        loop.add(Sequence([i], 5, waits_for_tokens=True))  # none decodes while a token is pending, so the budget alone would admit all
+        loop.add(
+            Sequence([i], 5, waits_for_tokens=True)
+        )  # none decodes while a token is pending, so the budget alone would admit all
     loop.launch()
     loop.launch()
     assert len(loop.scheduler.running) == 2
@@ -679,7 +803,15 @@ def test_the_cache_forgets_the_least_recently_used_first():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "new", "code"), [(0, 5, "E_EMPTY_PROMPT"), (400, 1, "E_TOO_LONG"), (399, 5, None), (300, 999, None), (1, 999, None), (1, 0, None)]
+    ("prompt", "new", "code"),
+    [
+        (0, 5, "E_EMPTY_PROMPT"),
+        (400, 1, "E_TOO_LONG"),
+        (399, 5, None),
+        (300, 999, None),
+        (1, 999, None),
+        (1, 0, None),
+    ],
 )
 def test_what_can_never_fit_is_refused(loop, prompt, new, code):
     sequence = Sequence([1] * prompt, new)

@@ -25,18 +25,27 @@ def plain(one_thread):
 
 def test_perplexity_is_exp_of_the_mean_loss_that_transformers_computes():
     model = load(EXAMPLE, dtype=torch.float32)
-    total = sum(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in (torch.tensor([text]) for text in TEXTS))
+    total = sum(
+        model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        for ids in (torch.tensor([text]) for text in TEXTS)
+    )
     expected = math.exp(total / sum(len(text) - 1 for text in TEXTS))
-    assert perplexity(load_dequantized(open_checkpoint(EXAMPLE), dtype=torch.float32), TEXTS) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(
+        load_dequantized(open_checkpoint(EXAMPLE), dtype=torch.float32), TEXTS
+    ) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bf16_says_the_same_as_float32(plain):
-    assert perplexity(load_dequantized(open_checkpoint(EXAMPLE)), TEXTS) == pytest.approx(plain, rel=5e-3)
+    assert perplexity(load_dequantized(open_checkpoint(EXAMPLE)), TEXTS) == pytest.approx(
+        plain, rel=5e-3
+    )
 
 
 def test_only_the_first_tokens_count_and_nothing_to_predict_is_refused():
     model = load_dequantized(open_checkpoint(EXAMPLE))
-    assert perplexity(model, [TEXTS[0][:20], [5]]) == pytest.approx(perplexity(model, [TEXTS[0]], max_tokens=20))
+    assert perplexity(model, [TEXTS[0][:20], [5]]) == pytest.approx(
+        perplexity(model, [TEXTS[0]], max_tokens=20)
+    )
     with pytest.raises(DataRefused) as error:
         perplexity(model, [[1], []])
     assert error.value.code == "E_NO_TOKENS"
@@ -71,7 +80,10 @@ def test_every_scheme_stays_near_the_plain_model(sample, plain, name, worse):
 
 
 @pytest.mark.parametrize(
-    ("name", "nats"),  # mean KL divergence from the library's own model; where inputs are rounded, one flip early on changes many later
+    (
+        "name",
+        "nats",
+    ),  # mean KL divergence from the library's own model; where inputs are rounded, one flip early on changes many later
     [
         ("ct/FP8", 1e-5),
         ("ct/FP8_BLOCK", 1e-5),
@@ -88,5 +100,7 @@ def test_logits_are_those_of_the_library(sample, name, nats):
     model = load_dequantized(open_checkpoint(sample(name)), dtype=torch.float32)
     expected = load_file(f"{sample(name)}.reference.safetensors")["logits"].log_softmax(-1)
     with torch.no_grad():
-        found = model(torch.tensor(token_sequences("evaluation.jsonl", 1, PROMPT_TOKENS))).logits.log_softmax(-1)
+        found = model(
+            torch.tensor(token_sequences("evaluation.jsonl", 1, PROMPT_TOKENS))
+        ).logits.log_softmax(-1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < nats

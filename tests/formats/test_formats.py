@@ -19,8 +19,30 @@ from qtool.formats import check_values, detect, values
 pytest_plugins = ["support.sample_plugin"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CT_FLOAT = ("FP8", "FP8_BLOCK", "FP8_DYNAMIC", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "NVFP4", "NVFP4A16")
-CT_INT = ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W4A16_ASYM", "W4A8", "W4AFP8", "W8A8")
+CT_FLOAT = (
+    "FP8",
+    "FP8_BLOCK",
+    "FP8_DYNAMIC",
+    "MXFP4",
+    "MXFP4A16",
+    "MXFP8",
+    "MXFP8A16",
+    "NVFP4",
+    "NVFP4A16",
+)
+CT_INT = (
+    "W2A16",
+    "W3A16",
+    "W4A16",
+    "W5A16",
+    "W6A16",
+    "W7A16",
+    "W8A16",
+    "W4A16_ASYM",
+    "W4A8",
+    "W4AFP8",
+    "W8A8",
+)
 SCHEMES = {
     **{f"ct/{name}": name for name in (*CT_FLOAT, *CT_INT)},
     "ct/W5A16_ASYM": "int5 channel asym",
@@ -52,9 +74,12 @@ SCHEMES = {
     "modelopt/W4A8_MXFP4_FP8": "MXFP4AFP8",
 }
 MIXED = {
-    "ct/mixed": dict.fromkeys(PROJECTIONS[:4], "FP8_DYNAMIC") | dict.fromkeys(PROJECTIONS[4:6], "W4A16"),
-    "gptq/dynamic": dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "W4A16") | {"down_proj": "int8 g64"},
-    "modelopt/MIXED": dict.fromkeys(PROJECTIONS[:4], "FP8") | dict.fromkeys(PROJECTIONS[4:6], "NVFP4"),
+    "ct/mixed": dict.fromkeys(PROJECTIONS[:4], "FP8_DYNAMIC")
+    | dict.fromkeys(PROJECTIONS[4:6], "W4A16"),
+    "gptq/dynamic": dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "W4A16")
+    | {"down_proj": "int8 g64"},
+    "modelopt/MIXED": dict.fromkeys(PROJECTIONS[:4], "FP8")
+    | dict.fromkeys(PROJECTIONS[4:6], "NVFP4"),
 }
 FORMATS = {"ct": "compressed-tensors", "gptq": "gptq", "modelopt": "modelopt"}
 ALL = [*SCHEMES, *MIXED]
@@ -82,11 +107,21 @@ def test_every_layer_of_every_sample_gets_its_scheme_and_shape(sample, name):
     layout = detect(open_checkpoint(sample(name)))
     assert layout.format == ("awq" if name == "gptq/rtn_gemm" else FORMATS[name.split("/")[0]])
     expected = MIXED.get(name) or dict.fromkeys(PROJECTIONS, SCHEMES.get(name))
-    assert {module.name.rpartition(".")[2]: module.scheme.name for module in layout.modules.values()} == expected
-    assert {module.name.rpartition(".")[2]: module.shape for module in layout.modules.values() if ".0." in module.name} == {
-        kind: {"k_proj": (128, 256), "v_proj": (128, 256), "down_proj": (256, 768), "gate_proj": (768, 256), "up_proj": (768, 256)}.get(
-            kind, (256, 256)
-        )
+    assert {
+        module.name.rpartition(".")[2]: module.scheme.name for module in layout.modules.values()
+    } == expected
+    assert {
+        module.name.rpartition(".")[2]: module.shape
+        for module in layout.modules.values()
+        if ".0." in module.name
+    } == {
+        kind: {
+            "k_proj": (128, 256),
+            "v_proj": (128, 256),
+            "down_proj": (256, 768),
+            "gate_proj": (768, 256),
+            "up_proj": (768, 256),
+        }.get(kind, (256, 256))
         for kind in expected
     }
     assert layout.kv_cache == ("fp8" if "kv" in name.lower() else None)
@@ -102,7 +137,10 @@ def test_every_sample_passes_the_deep_check(sample, name):
 def test_sizes_on_disk_agree_with_what_the_scheme_promises(sample):
     for name in ("ct/W4A16", "ct/FP8_DYNAMIC", "ct/NVFP4A16", "ct/MXFP8", "ct/W4A16_ASYM"):
         for module in detect(open_checkpoint(sample(name))).modules.values():
-            assert module.size_bytes - module.scheme.weights.size_bytes(*module.shape) in (0, 16)  # weight_shape
+            assert module.size_bytes - module.scheme.weights.size_bytes(*module.shape) in (
+                0,
+                16,
+            )  # weight_shape
 
 
 def test_a_plain_model_has_no_layout():
@@ -115,7 +153,10 @@ def test_detection_and_inspection_never_import_torch(sample):
         import sys; from pathlib import Path; from qtool.checkpoint import open_checkpoint; from qtool.inspection import inspect, render
         for path in sys.argv[1:]: render(inspect(open_checkpoint(Path(path))))
         assert "torch" not in sys.modules"""
-    folders = [sample(name) for name in ("ct/NVFP4", "ct/W3A16", "gptq/rtn4", "gptq/rtn_gemm", "modelopt/NVFP4")]
+    folders = [
+        sample(name)
+        for name in ("ct/NVFP4", "ct/W3A16", "gptq/rtn4", "gptq/rtn_gemm", "modelopt/NVFP4")
+    ]
     result = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -130,7 +171,12 @@ def test_quantized_tensors_without_a_config_are_refused(sample, tmp_path):
 
 def test_an_unknown_method_is_refused_and_named(edited):
     with pytest.raises(CheckpointRefused, match="aqlm") as error:
-        detect(edited("ct/FP8_DYNAMIC", config=lambda config: (config.clear(), config.update(quant_method="aqlm"))))
+        detect(
+            edited(
+                "ct/FP8_DYNAMIC",
+                config=lambda config: (config.clear(), config.update(quant_method="aqlm")),
+            )
+        )
     assert error.value.code == "E_QUANT_METHOD"
 
 
@@ -160,10 +206,25 @@ def test_a_missing_tensor_is_refused_by_name(edited, name, suffix):
     assert error.value.code == "E_MISSING_TENSOR"
 
 
-@pytest.mark.parametrize("name", ["ct/W4A16", "ct/NVFP4", "ct/FP8_DYNAMIC", "ct/FP8_BLOCK", "gptq/rtn4", "modelopt/NVFP4", "modelopt/INT4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct/W4A16",
+        "ct/NVFP4",
+        "ct/FP8_DYNAMIC",
+        "ct/FP8_BLOCK",
+        "gptq/rtn4",
+        "modelopt/NVFP4",
+        "modelopt/INT4",
+    ],
+)
 def test_scales_of_another_shape_are_refused(edited, name):
     def cut(tensors):
-        scale = next(key for key in tensors if "layers.1.mlp.down_proj" in key and key.endswith(("weight_scale", "scales")))
+        scale = next(
+            key
+            for key in tensors
+            if "layers.1.mlp.down_proj" in key and key.endswith(("weight_scale", "scales"))
+        )
         tensors[scale] = tensors[scale][:-1].clone()
 
     with pytest.raises(CheckpointRefused, match=r"down_proj") as error:
@@ -173,7 +234,14 @@ def test_scales_of_another_shape_are_refused(edited, name):
 
 def test_a_wrong_number_of_bits_in_the_config_is_refused_by_its_shapes(edited):
     with pytest.raises(CheckpointRefused) as error:
-        detect(edited("ct/W4A16", config=lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=8)))
+        detect(
+            edited(
+                "ct/W4A16",
+                config=lambda config: config["config_groups"]["group_0"]["weights"].update(
+                    num_bits=8
+                ),
+            )
+        )
     assert error.value.code == "E_WEIGHT_SHAPE"
 
 
@@ -184,8 +252,14 @@ def test_a_gptq_config_that_lies_about_bits_is_reported_and_the_tensors_decide(e
 
 
 def test_a_layer_both_quantized_and_ignored_is_reported(edited):
-    layout = detect(edited("ct/W4A16", config=lambda config: config["ignore"].append("model.layers.0.mlp.up_proj")))
-    assert layout.warnings == ("`model.layers.0.mlp.up_proj` is quantized and the config ignores it",)
+    layout = detect(
+        edited(
+            "ct/W4A16", config=lambda config: config["ignore"].append("model.layers.0.mlp.up_proj")
+        )
+    )
+    assert layout.warnings == (
+        "`model.layers.0.mlp.up_proj` is quantized and the config ignores it",
+    )
 
 
 def test_a_target_that_stayed_plain_is_reported(edited):
@@ -195,19 +269,35 @@ def test_a_target_that_stayed_plain_is_reported(edited):
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(768, 256, dtype=torch.bfloat16)
 
     layout = detect(edited("ct/W4A16", unquantize))
-    assert layout.warnings == ("`model.layers.0.mlp.up_proj` is a target of the config and is stored as BF16",)
+    assert layout.warnings == (
+        "`model.layers.0.mlp.up_proj` is a target of the config and is stored as BF16",
+    )
 
 
 def test_a_layer_that_no_group_targets_is_refused(edited):
     with pytest.raises(CheckpointRefused, match="no group") as error:
-        detect(edited("ct/mixed", config=lambda config: [group.update(targets=["re:.*up_proj"]) for group in config["config_groups"].values()]))
+        detect(
+            edited(
+                "ct/mixed",
+                config=lambda config: [
+                    group.update(targets=["re:.*up_proj"])
+                    for group in config["config_groups"].values()
+                ],
+            )
+        )
     assert error.value.code == "E_QUANT_TARGET"
 
 
 def test_between_two_patterns_the_smaller_string_wins(edited):
     def add(config):
-        config["config_groups"]["z"] = {**config["config_groups"]["group_0"], "targets": ["re:.*up_proj"]}
-        config["config_groups"]["z"]["weights"] = {**config["config_groups"]["z"]["weights"], "num_bits": 3}
+        config["config_groups"]["z"] = {
+            **config["config_groups"]["group_0"],
+            "targets": ["re:.*up_proj"],
+        }
+        config["config_groups"]["z"]["weights"] = {
+            **config["config_groups"]["z"]["weights"],
+            "num_bits": 3,
+        }
         config["config_groups"]["group_0"]["targets"] = ["re:.*proj"]
 
     layout = detect(edited("ct/W4A16", config=add))
@@ -232,14 +322,25 @@ def test_kv_scales_that_the_config_does_not_mention_are_reported(edited):
 
 
 def test_autoawq_configs_and_old_sidecars_are_read(edited, sample, tmp_path):
-    autoawq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
-    layout = detect(edited("gptq/rtn_gemm", config=lambda config: (config.clear(), config.update(autoawq))))
+    autoawq = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+    layout = detect(
+        edited("gptq/rtn_gemm", config=lambda config: (config.clear(), config.update(autoawq)))
+    )
     assert (layout.format, layout.warnings) == ("awq", ())
     assert {module.scheme.name for module in layout.modules.values()} == {"W4A16_ASYM"}
 
     folder = shutil.copytree(sample("gptq/rtn4"), tmp_path / "old")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128, "desc_act": False, "sym": True}))
+    (folder / "quantize_config.json").write_text(
+        json.dumps({"bits": 4, "group_size": 128, "desc_act": False, "sym": True})
+    )
     assert detect(open_checkpoint(folder)).format == "gptq"
 
 
@@ -247,10 +348,24 @@ def test_a_modelopt_checkpoint_with_only_the_sidecar_is_read(sample, tmp_path):
     folder = shutil.copytree(sample("modelopt/NVFP4"), tmp_path / "sidecar")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     layout = detect(open_checkpoint(folder))
-    assert (layout.format, {module.scheme.name for module in layout.modules.values()}) == ("modelopt", {"NVFP4"})
+    assert (layout.format, {module.scheme.name for module in layout.modules.values()}) == (
+        "modelopt",
+        {"NVFP4"},
+    )
 
 
-@pytest.mark.parametrize("name", ["ct/mixed", "ct/NVFP4", "ct/W5A16_ASYM", "gptq/dynamic", "gptq/rtn_gemm", "modelopt/MIXED", "modelopt/FP8_KV"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ct/mixed",
+        "ct/NVFP4",
+        "ct/W5A16_ASYM",
+        "gptq/dynamic",
+        "gptq/rtn_gemm",
+        "modelopt/MIXED",
+        "modelopt/FP8_KV",
+    ],
+)
 def test_a_broken_config_or_header_is_refused_or_read_and_never_a_crash(sample, name):
     checkpoint = open_checkpoint(sample(name))
     random = Random(name)
@@ -261,7 +376,9 @@ def test_a_broken_config_or_header_is_refused_or_read_and_never_a_crash(sample, 
             break_one(random, config["quantization_config"])
         for tensor in random.sample(list(tensors.values()), random.randint(0, 2)):
             shape = random.choice([(), (0,), (3, 0), (1, 1), (7,), tensor.shape[::-1], (2, 3, 4)])
-            tensors[tensor.name] = tensor._replace(shape=shape, dtype=random.choice([tensor.dtype, "U8", "I32", "F32"]))
+            tensors[tensor.name] = tensor._replace(
+                shape=shape, dtype=random.choice([tensor.dtype, "U8", "I32", "F32"])
+            )
         try:
             detect(replace(checkpoint, config=config, tensors=tensors))
         except CheckpointRefused:
@@ -270,12 +387,18 @@ def test_a_broken_config_or_header_is_refused_or_read_and_never_a_crash(sample, 
 
 
 def break_one(random, config):
-    key = random.choice(list(config) if isinstance(config, dict) else range(len(config))) if config else None
+    key = (
+        random.choice(list(config) if isinstance(config, dict) else range(len(config)))
+        if config
+        else None
+    )
     if key is not None:
         if isinstance(config[key], dict | list) and config[key] and random.random() < 0.8:
             break_one(random, config[key])
         else:
-            config[key] = random.choice([None, -1, 0, 3, "x", "re:(", [], {}, [None], {"x": 1}, 1e300, True])
+            config[key] = random.choice(
+                [None, -1, 0, 3, "x", "re:(", [], {}, [None], {"x": 1}, 1e300, True]
+            )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +421,12 @@ def break_one(random, config):
         ("gptq/rtn4", "model.layers.1.mlp.up_proj.g_idx", 2, "and there are 2"),
         ("gptq/rtn4", "model.layers.1.mlp.up_proj.g_idx", -1, "and there are 2"),
         ("modelopt/FP8", "model.layers.1.mlp.up_proj.weight_scale", 0.0, "zero scale"),
-        ("modelopt/NVFP4", "model.layers.1.mlp.up_proj.weight_scale_2", float("nan"), "NaN or infinity"),
+        (
+            "modelopt/NVFP4",
+            "model.layers.1.mlp.up_proj.weight_scale_2",
+            float("nan"),
+            "NaN or infinity",
+        ),
         ("modelopt/INT4_AWQ", "model.layers.1.mlp.down_proj.pre_quant_scale", 0.0, "zero scale"),
     ],
 )
@@ -320,6 +448,11 @@ def test_the_deep_check_sees_the_last_value_of_the_last_piece(tmp_path, monkeypa
     monkeypatch.setattr(values, "BLOCK_BYTES", 1 << 10)
     weight = torch.ones(3000, 7)
     weight[-1, -1] = float("nan")
-    save_file({"a.weight": torch.ones(5, dtype=torch.float64), "b.weight": weight}, tmp_path / "model.safetensors")
+    save_file(
+        {"a.weight": torch.ones(5, dtype=torch.float64), "b.weight": weight},
+        tmp_path / "model.safetensors",
+    )
     (tmp_path / "config.json").write_text("{}")
-    assert check_values(open_checkpoint(tmp_path), None) == ["model.safetensors: `b.weight` holds NaN or infinity"]
+    assert check_values(open_checkpoint(tmp_path), None) == [
+        "model.safetensors: `b.weight` holds NaN or infinity"
+    ]

@@ -11,7 +11,9 @@ from functools import partial
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import FP8BlockDequantizer
+from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import (
+    FP8BlockDequantizer,
+)
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization import quantize as round_to_codes
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -19,7 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats_write import INTEGERS, OTHERS, ROWS, layers, module_of
 
-from qtool.formats import WRITABLE, QuantizedModule, compressed_tensors, fp8_block, gptq, mxfp4, torchao
+from qtool.formats import (
+    WRITABLE,
+    QuantizedModule,
+    compressed_tensors,
+    fp8_block,
+    gptq,
+    mxfp4,
+    torchao,
+)
 from qtool.scheme import SCHEMES, Scheme, Weights
 from qtool.weight import codes_to_values, dequantize, quantize
 
@@ -27,10 +37,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
 
 few = settings(max_examples=10)
-with_groups = [scheme for scheme in [*SCHEMES.values(), *INTEGERS, *ROWS, *OTHERS] if scheme.weights.format.startswith("int")]
-with_floats = [scheme for scheme in [*SCHEMES.values(), *OTHERS] if scheme.weights.format.startswith("fp")]
+with_groups = [
+    scheme
+    for scheme in [*SCHEMES.values(), *INTEGERS, *ROWS, *OTHERS]
+    if scheme.weights.format.startswith("int")
+]
+with_floats = [
+    scheme for scheme in [*SCHEMES.values(), *OTHERS] if scheme.weights.format.startswith("fp")
+]
 sized = [
-    Scheme(Weights(f"int{bits}", "group", size, symmetric=symmetric)) for bits, size, symmetric in ((4, 16, False), (8, 64, True), (3, 32, True))
+    Scheme(Weights(f"int{bits}", "group", size, symmetric=symmetric))
+    for bits, size, symmetric in ((4, 16, False), (8, 64, True), (3, 32, True))
 ]
 
 
@@ -53,7 +70,9 @@ def holds(format, scheme):
 
 
 def config_of(*modules):
-    return compressed_tensors.settings(modules, ["lm_head"], None)["config.json"]["quantization_config"]
+    return compressed_tensors.settings(modules, ["lm_head"], None)["config.json"][
+        "quantization_config"
+    ]
 
 
 def parsed(scheme):
@@ -67,15 +86,27 @@ def decompressed(tensors, group):
     return BaseCompressor.get_value_from_registry(group.format).decompress(tensors, group)["weight"]
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in [*with_groups, *with_floats, *sized] if holds("compressed-tensors", scheme)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        scheme
+        for scheme in [*with_groups, *with_floats, *sized]
+        if holds("compressed-tensors", scheme)
+    ],
+    ids=str,
+)
 @given(data=st.data())
 @few
 def test_compressed_tensors_decompresses_what_is_written(scheme, data):
     weight = drawn(data, scheme)
     found = decompressed(written("compressed-tensors", weight, scheme), parsed(scheme))
-    if scheme.weights.scale == "e4m3":  # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and rounds to bf16
+    if (
+        scheme.weights.scale == "e4m3"
+    ):  # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and rounds to bf16
         torch.testing.assert_close(found, dequantize(weight, torch.bfloat16), rtol=2**-7, atol=0)
-    elif scheme.weights.scale == "e8m0":  # in bf16, which holds a value of 4 bits times a power of two
+    elif (
+        scheme.weights.scale == "e8m0"
+    ):  # in bf16, which holds a value of 4 bits times a power of two
         assert torch.equal(found.float(), dequantize(weight))
     else:  # in the dtype of the scale: the product is rounded once, here as there
         assert found.dtype == weight.scale.dtype
@@ -84,7 +115,10 @@ def test_compressed_tensors_decompresses_what_is_written(scheme, data):
 
 def test_compressed_tensors_parses_a_config_of_several_schemes():
     names = ("FP8_DYNAMIC", "W4A16_ASYM", "NVFP4", "MXFP8", "W8A8_STATIC")
-    modules = [QuantizedModule(f"model.layers.{i}.mlp.up_proj", SCHEMES[name], (128, 128), {}) for i, name in enumerate(names)]
+    modules = [
+        QuantizedModule(f"model.layers.{i}.mlp.up_proj", SCHEMES[name], (128, 128), {})
+        for i, name in enumerate(names)
+    ]
     config = QuantizationConfig.model_validate(config_of(*modules))
     assert config.format == "mixed-precision"
     assert config.ignore == ["lm_head"]
@@ -111,7 +145,9 @@ V1_AND_V2 = [
     for symmetric in (True, False)
     for version in ("gptq", "gptq_v2")
 ]
-V1_AND_V2 += [(Scheme(Weights(f"int{bits}", "channel", symmetric=bits == 8)), "gptq") for bits in gptq.BITS]
+V1_AND_V2 += [
+    (Scheme(Weights(f"int{bits}", "channel", symmetric=bits == 8)), "gptq") for bits in gptq.BITS
+]
 
 
 @pytest.mark.parametrize(("scheme", "version"), V1_AND_V2, ids=str)
@@ -124,9 +160,13 @@ def test_gptqmodels_torch_kernel_dequantizes_what_is_written(scheme, version, da
     weight = drawn(data, scheme, act_order=True)
     tensors = written("gptq", weight, scheme, variant=version)
     rows, columns = weight.shape
-    config = gptq.settings([module_of(weight, scheme, variant=version)], [], None)["quantize_config.json"]
+    config = gptq.settings([module_of(weight, scheme, variant=version)], [], None)[
+        "quantize_config.json"
+    ]
     options = {key: config[key] for key in ("bits", "group_size", "sym", "desc_act")}
-    kernel = TorchLinear(**options, in_features=columns, out_features=rows, register_buffers=True, format=version)
+    kernel = TorchLinear(
+        **options, in_features=columns, out_features=rows, register_buffers=True, format=version
+    )
     for name, tensor in tensors.items():
         assert getattr(kernel, name).shape == tensor.shape
         setattr(kernel, name, tensor.clone())
@@ -144,10 +184,15 @@ def test_gptq_files_mean_code_minus_zero_times_scale_by_the_plain_formula(scheme
     tensors = written("gptq", weight, scheme, variant=version)
 
     def numbers(words):  # each row of words is one long number, its lowest bits the first code
-        return [sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row)) for row in words.tolist()]
+        return [
+            sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row))
+            for row in words.tolist()
+        ]
 
     def codes(rows, count):
-        return torch.tensor([[row >> (bits * i) & (2**bits - 1) for i in range(count)] for row in rows])
+        return torch.tensor(
+            [[row >> (bits * i) & (2**bits - 1) for i in range(count)] for row in rows]
+        )
 
     (count, columns), rows = (len(tensors["scales"]), weight.shape[1]), weight.shape[0]
     rows = min(rows, 32)  # as many rows as fill a word in every width; Python's integers are slow
@@ -155,7 +200,13 @@ def test_gptq_files_mean_code_minus_zero_times_scale_by_the_plain_formula(scheme
     zeros = numbers(tensors["qzeros"])
     if version == "gptq" and bits != 3:  # each word holds zero - 1 in every field, and borrows
         one = sum(1 << (bits * i) for i in range(32 // bits))
-        zeros = [sum(((number >> (32 * i)) + one & 0xFFFFFFFF) << (32 * i) for i in range(tensors["qzeros"].shape[1])) for number in zeros]
+        zeros = [
+            sum(
+                ((number >> (32 * i)) + one & 0xFFFFFFFF) << (32 * i)
+                for i in range(tensors["qzeros"].shape[1])
+            )
+            for number in zeros
+        ]
     z = codes(zeros, rows)
     if version == "gptq" and bits == 3:
         z = (z + 1) % 8
@@ -165,10 +216,16 @@ def test_gptq_files_mean_code_minus_zero_times_scale_by_the_plain_formula(scheme
     assert torch.equal(expected.T, dequantize(weight)[:rows])
 
 
-AWQ = [Scheme(Weights("int4", "group", size, symmetric=symmetric)) for size in (16, 32, 128) for symmetric in (True, False)]
+AWQ = [
+    Scheme(Weights("int4", "group", size, symmetric=symmetric))
+    for size in (16, 32, 128)
+    for symmetric in (True, False)
+]
 
 
-@pytest.mark.parametrize("scheme", [*AWQ, Scheme(Weights("int4", "channel", symmetric=False))], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [*AWQ, Scheme(Weights("int4", "channel", symmetric=False))], ids=str
+)
 @given(data=st.data())
 @few
 def test_autoawqs_dequantization_reads_what_is_written(scheme, data):
@@ -176,8 +233,16 @@ def test_autoawqs_dequantization_reads_what_is_written(scheme, data):
 
     weight = drawn(data, scheme)
     tensors = written("awq", weight, scheme)
-    found = dequantize_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"], 4, scheme.weights.group_size or weight.shape[1])
-    assert torch.equal(found.T, dequantize(weight, weight.scale.dtype))  # in the dtype of the scales
+    found = dequantize_gemm(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        4,
+        scheme.weights.group_size or weight.shape[1],
+    )
+    assert torch.equal(
+        found.T, dequantize(weight, weight.scale.dtype)
+    )  # in the dtype of the scales
 
 
 def by_fp8(tensors, shape, block):
@@ -195,27 +260,37 @@ def by_fp8(tensors, shape, block):
 def by_int8(tensors, shape, block):
     from modelopt.torch.quantization.qtensor import INT8QTensor
 
-    return INT8QTensor(shape, torch.float32, tensors["weight"]).dequantize(scale=tensors["weight_scale"].float()[:, None])
+    return INT8QTensor(shape, torch.float32, tensors["weight"]).dequantize(
+        scale=tensors["weight_scale"].float()[:, None]
+    )
 
 
 def by_nvfp4(tensors, shape, block):
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     size = shape[1] // tensors["weight_scale"].shape[1]
-    scales = {"scale": tensors["weight_scale"], "double_scale": tensors["weight_scale_2"], "block_sizes": {-1: size}}
+    scales = {
+        "scale": tensors["weight_scale"],
+        "double_scale": tensors["weight_scale_2"],
+        "block_sizes": {-1: size},
+    }
     return NVFP4QTensor(shape, torch.float32, tensors["weight"]).dequantize(**scales)
 
 
 def by_mxfp4(tensors, shape, block):
     from modelopt.torch.quantization.qtensor import MXFP4QTensor
 
-    return MXFP4QTensor(shape, torch.float32, tensors["weight"]).dequantize(scale=tensors["weight_scale"], block_sizes={-1: 32})
+    return MXFP4QTensor(shape, torch.float32, tensors["weight"]).dequantize(
+        scale=tensors["weight_scale"], block_sizes={-1: 32}
+    )
 
 
 def by_mxfp8(tensors, shape, block):
     from modelopt.torch.quantization.qtensor import MXFP8QTensor
 
-    return MXFP8QTensor(shape, torch.float32, tensors["weight"]).dequantize(scale=tensors["weight_scale"])
+    return MXFP8QTensor(shape, torch.float32, tensors["weight"]).dequantize(
+        scale=tensors["weight_scale"]
+    )
 
 
 MODELOPT = {
@@ -246,11 +321,19 @@ def test_modelopts_export_packs_int4_into_the_same_bytes(data):
     scheme = SCHEMES["W4A16"]
     weight = drawn(data, scheme)
     tensors = written("modelopt", weight, scheme)
-    packed = to_quantized_weight(dequantize(weight), weight.scale.float(), "int4_awq", None, scheme.weights.group_size)
+    packed = to_quantized_weight(
+        dequantize(weight), weight.scale.float(), "int4_awq", None, scheme.weights.group_size
+    )
     assert torch.equal(packed, tensors["weight"])
 
 
-BLOCKS = [SCHEMES["FP8_BLOCK"], Scheme(Weights("fp8", "block", block=(64, 32)), replace(SCHEMES["FP8_BLOCK"].activations, group_size=32))]
+BLOCKS = [
+    SCHEMES["FP8_BLOCK"],
+    Scheme(
+        Weights("fp8", "block", block=(64, 32)),
+        replace(SCHEMES["FP8_BLOCK"].activations, group_size=32),
+    ),
+]
 
 
 @pytest.mark.parametrize("scheme", BLOCKS, ids=str)
@@ -261,39 +344,60 @@ def test_weight_scale_inv_multiplies_whatever_its_name_says(scheme, data):
 
     weight = drawn(data, scheme)
     tensors = written("fp8_block", weight, scheme)
-    theirs = FP8BlockDequantizer(weight_block_size=scheme.weights.block, dtype=torch.float32)._create_dequantized_weight(**tensors)
+    theirs = FP8BlockDequantizer(
+        weight_block_size=scheme.weights.block, dtype=torch.float32
+    )._create_dequantized_weight(**tensors)
     assert torch.equal(theirs, dequantize(weight))
     if weight.block is None:  # transformers wants whole blocks
-        theirs = Fp8Dequantize(None)._dequantize_one(tensors["weight"], tensors["weight_scale_inv"], torch.float32)
+        theirs = Fp8Dequantize(None)._dequantize_one(
+            tensors["weight"], tensors["weight_scale_inv"], torch.float32
+        )
         assert torch.equal(theirs, dequantize(weight))
 
 
-@pytest.mark.parametrize(("method", "scheme"), [("tensor", "FP8_DYNAMIC"), ("row", "FP8_W8A16"), ("block", "FP8_BLOCK")])
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("tensor", "FP8_DYNAMIC"), ("row", "FP8_W8A16"), ("block", "FP8_BLOCK")]
+)
 def test_gptqmodels_weight_scale_inv_is_a_true_reciprocal(method, scheme):
     from gptqmodel.nn_modules.qlinear.fp8 import quantize_fp8_weight
     from gptqmodel.quantization.dtype import dequantize_fp8
 
     original = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    data, scale = quantize_fp8_weight(original, weight_scale_method=method, weight_block_size=(128, 128) if method == "block" else None)
+    data, scale = quantize_fp8_weight(
+        original,
+        weight_scale_method=method,
+        weight_block_size=(128, 128) if method == "block" else None,
+    )
     chosen = Scheme(Weights("fp8", "tensor")) if method == "tensor" else SCHEMES[scheme]
     module = QuantizedModule("layer", chosen, (128, 256), {}, fp8_block.INVERSE)
     weight = fp8_block.read(module, {"weight": data, "weight_scale_inv": scale})
     axis = None if method == "block" else 0
-    theirs = dequantize_fp8(data, scale_inv=scale, axis=axis, target_dtype=torch.float32)  # divides; a reciprocal is rounded first
+    theirs = dequantize_fp8(
+        data, scale_inv=scale, axis=axis, target_dtype=torch.float32
+    )  # divides; a reciprocal is rounded first
     torch.testing.assert_close(dequantize(weight), theirs, rtol=2**-22, atol=0)
     assert (original - dequantize(weight)).norm() < 0.05 * original.norm()
 
 
 @given(st.integers(2, 3), st.integers(1, 3), st.sampled_from([32, 64]), st.integers(0, 99))
 @few
-def test_transformers_converts_the_stacked_experts_of_gpt_oss_to_the_same_weights(experts, groups, rows, seed):
+def test_transformers_converts_the_stacked_experts_of_gpt_oss_to_the_same_weights(
+    experts, groups, rows, seed
+):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     scheme = SCHEMES["MXFP4A16"]
-    weight = quantize(torch.randn(experts * rows, 32 * groups, generator=torch.Generator().manual_seed(seed)), scheme)
-    module = QuantizedModule("model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts)
+    weight = quantize(
+        torch.randn(experts * rows, 32 * groups, generator=torch.Generator().manual_seed(seed)),
+        scheme,
+    )
+    module = QuantizedModule(
+        "model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts
+    )
     tensors = mxfp4.write(module, weight)
-    found = convert_moe_packed_tensors(tensors["_blocks"], tensors["_scales"], dtype=torch.float32)  # [experts, inputs, outputs]
+    found = convert_moe_packed_tensors(
+        tensors["_blocks"], tensors["_scales"], dtype=torch.float32
+    )  # [experts, inputs, outputs]
     assert torch.equal(found.transpose(1, 2).reshape(weight.shape), dequantize(weight))
 
 
@@ -308,7 +412,9 @@ def test_torchaos_tensors_dequantize_to_the_same_weights(name, data):
     module = module_of(weight, SCHEMES[name])
     read = torchao.read(module, {torchao.DATA: weight.data, torchao.SCALE: weight.scale})
     if name == "FP8_W8A16":
-        theirs = Float8Tensor(weight.data, weight.scale.float(), [1, weight.shape[1]], dtype=torch.float32)
+        theirs = Float8Tensor(
+            weight.data, weight.scale.float(), [1, weight.shape[1]], dtype=torch.float32
+        )
     else:
         theirs = Int8Tensor(weight.data, weight.scale.float(), [1, weight.shape[1]], torch.float32)
     assert torch.equal(theirs.dequantize(), dequantize(read))
@@ -320,30 +426,52 @@ def test_torchaos_tensors_dequantize_to_the_same_weights(name, data):
 def rounded_by_compressed_tensors(tensor, scheme):
     """Return (codes as f32, scale, zero, divisor) by the library's own observer arithmetic, for f32 ``tensor``."""
     group, weights, (rows, columns) = parsed(scheme), scheme.weights, tensor.shape
-    height, width = weights.block or ((rows, columns) if weights.granularity == "tensor" else (1, weights.group_size or columns))
+    height, width = weights.block or (
+        (rows, columns) if weights.granularity == "tensor" else (1, weights.group_size or columns)
+    )
     tiles = tensor.reshape(rows // height, height, columns // width, width)
     divisor = generate_gparam(*torch.aminmax(tensor)) if weights.scale == "e4m3" else None
-    scale, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), group.weights, global_scale=divisor)
+    scale, zero = calculate_qparams(
+        tiles.amin((1, 3)), tiles.amax((1, 3)), group.weights, global_scale=divisor
+    )
     if weights.granularity == "tensor":
         scale, zero = scale.reshape(1), zero.reshape(1)
-    codes = round_to_codes(tensor, scale, None if weights.symmetric else zero, group.weights, global_scale=divisor)
-    return codes.float(), scale.float().expand(rows, -1) if weights.granularity == "tensor" else scale.float(), zero
+    codes = round_to_codes(
+        tensor, scale, None if weights.symmetric else zero, group.weights, global_scale=divisor
+    )
+    return (
+        codes.float(),
+        scale.float().expand(rows, -1) if weights.granularity == "tensor" else scale.float(),
+        zero,
+    )
 
 
 def random_weight(seed, size=0.02, shift=0.0):
-    return (torch.randn(128, 256, generator=torch.Generator().manual_seed(seed)) * size + shift).bfloat16().float()
+    return (
+        (torch.randn(128, 256, generator=torch.Generator().manual_seed(seed)) * size + shift)
+        .bfloat16()
+        .float()
+    )
 
 
-random_weights = given(st.integers(0, 999), st.sampled_from([1e-3, 0.02, 3.0]), st.sampled_from([0.0, 0.01]))
+random_weights = given(
+    st.integers(0, 999), st.sampled_from([1e-3, 0.02, 3.0]), st.sampled_from([0.0, 0.01])
+)
 SYMMETRIC = [scheme for scheme in [*ROWS, *INTEGERS] if scheme.weights.symmetric]
 ASYMMETRIC = [scheme for scheme in [*ROWS, *INTEGERS] if not scheme.weights.symmetric]
 FLOATS = ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "MXFP8")
 
 
-@pytest.mark.parametrize("scheme", [*SYMMETRIC, *OTHERS[:2], OTHERS[3], *(SCHEMES[name] for name in ("W4A16", *FLOATS))], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [*SYMMETRIC, *OTHERS[:2], OTHERS[3], *(SCHEMES[name] for name in ("W4A16", *FLOATS))],
+    ids=str,
+)
 @random_weights
 @few
-def test_rounding_to_nearest_gives_the_codes_and_scales_of_compressed_tensors(scheme, seed, size, shift):
+def test_rounding_to_nearest_gives_the_codes_and_scales_of_compressed_tensors(
+    scheme, seed, size, shift
+):
     tensor = random_weight(seed, size, shift)
     weight = quantize(tensor, scheme)
     codes, scale, _ = rounded_by_compressed_tensors(tensor, scheme)
@@ -358,7 +486,9 @@ def test_scales_of_16_bits_are_those_of_compressed_tensors(name, dtype):
     codes, scale, _ = rounded_by_compressed_tensors(tensor, SCHEMES[name])
     weight = quantize(tensor, SCHEMES[name])
     assert torch.equal(weight.scale.float(), scale)
-    assert (codes_to_values(weight.data, weight.scale.dtype) - codes).abs().max() <= (32 if "FP8" in name else 1)  # it divides in 16 bits
+    assert (codes_to_values(weight.data, weight.scale.dtype) - codes).abs().max() <= (
+        32 if "FP8" in name else 1
+    )  # it divides in 16 bits
 
 
 @pytest.mark.parametrize("scheme", ASYMMETRIC, ids=str)
@@ -388,9 +518,13 @@ def test_nvfp4_scales_and_codes_are_those_of_compressed_tensors_but_for_ties(see
     weight = quantize(tensor, SCHEMES["NVFP4"])
     codes, scale, _ = rounded_by_compressed_tensors(tensor, SCHEMES["NVFP4"])
     differ = scales_differ_only_halfway(tensor, weight, scale)
-    apart = (codes_to_values(weight.data, weight.scale.dtype) != codes) & ~differ.repeat_interleave(16, dim=1)
+    apart = (codes_to_values(weight.data, weight.scale.dtype) != codes) & ~differ.repeat_interleave(
+        16, dim=1
+    )
     theirs = codes * scale.repeat_interleave(16, dim=1) * weight.scale2[:, None]
-    torch.testing.assert_close((dequantize(weight) + theirs)[apart], 2 * tensor[apart], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        (dequantize(weight) + theirs)[apart], 2 * tensor[apart], rtol=1e-5, atol=0
+    )
     assert apart.float().mean() < 0.01
 
 
@@ -405,7 +539,10 @@ def test_nvfp4_scales_and_codes_are_those_of_modelopt_but_for_ties(seed):
     theirs, scale, scale2 = NVFP4QTensor.quantize(tensor.clone(), 16)
     assert torch.equal(weight.scale2, scale2.expand(128))
     same = ~scales_differ_only_halfway(tensor, weight, scale.float())
-    ours, theirs = (codes_to_values(data, weight.scale.dtype).reshape(128, 16, 16) for data in (weight.data, theirs._quantized_data))
+    ours, theirs = (
+        codes_to_values(data, weight.scale.dtype).reshape(128, 16, 16)
+        for data in (weight.data, theirs._quantized_data)
+    )
     assert torch.equal(ours[same], theirs[same])
 
 
@@ -413,7 +550,9 @@ def scales_differ_only_halfway(tensor, weight, scale):
     """Return where ``scale`` is not that of ``weight``, having checked that what both round lies in the middle."""
     differ = weight.scale.float() != scale
     exact = tensor.reshape(128, 16, 16).abs().amax(2) / 6 / weight.scale2[:, None]
-    torch.testing.assert_close((weight.scale.float() + scale)[differ], 2 * exact[differ], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        (weight.scale.float() + scale)[differ], 2 * exact[differ], rtol=1e-5, atol=0
+    )
     return differ
 
 

@@ -21,12 +21,22 @@ from qtool.weight import Activation, QuantizedWeight, dequantize, quantize
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
 
-INTEGERS = [Scheme(Weights(f"int{bits}", "group", 32, symmetric=symmetric)) for bits in range(2, 9) for symmetric in (True, False)]
-ROWS = [Scheme(Weights(f"int{bits}", "channel", symmetric=symmetric)) for bits in range(2, 9) for symmetric in (True, False)]
+INTEGERS = [
+    Scheme(Weights(f"int{bits}", "group", 32, symmetric=symmetric))
+    for bits in range(2, 9)
+    for symmetric in (True, False)
+]
+ROWS = [
+    Scheme(Weights(f"int{bits}", "channel", symmetric=symmetric))
+    for bits in range(2, 9)
+    for symmetric in (True, False)
+]
 OTHERS = [
     Scheme(Weights("fp8", "tensor")),
     Scheme(Weights("fp8", "tensor"), Activations("fp8", "token")),
-    Scheme(Weights("int8", "channel"), Activations("int8", "tensor", dynamic=False, symmetric=False)),
+    Scheme(
+        Weights("int8", "channel"), Activations("int8", "tensor", dynamic=False, symmetric=False)
+    ),
     Scheme(Weights("fp8", "block", block=(64, 32)), Activations("fp8", "group", 32)),
 ]
 ALL = [*SCHEMES.values(), *INTEGERS, *ROWS, *OTHERS]
@@ -38,16 +48,28 @@ def layers(draw, scheme):
     """A random layer in ``scheme``, as a module and its weight."""
     group = scheme.weights.group_size or 32
     rows, columns = draw(st.sampled_from([32, 64, 96, 160, 288])), group * draw(st.integers(1, 5))
-    seed, dtype = draw(st.integers(0, 999)), draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    seed, dtype = (
+        draw(st.integers(0, 999)),
+        draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+    )
     random = torch.Generator().manual_seed(seed)
-    tensor = torch.randn(rows, columns, generator=random) * draw(st.sampled_from([1e-3, 0.02, 3.0])) + draw(st.sampled_from([0.0, 0.01]))
+    tensor = torch.randn(rows, columns, generator=random) * draw(
+        st.sampled_from([1e-3, 0.02, 3.0])
+    ) + draw(st.sampled_from([0.0, 0.01]))
     if draw(st.booleans()):
         tensor[: rows // 2, :group] = 0
     weight = quantize(tensor.to(dtype), scheme)
-    if scheme.weights.format.startswith("int") and scheme.weights.group_size and columns > group and draw(st.booleans()):
+    if (
+        scheme.weights.format.startswith("int")
+        and scheme.weights.group_size
+        and columns > group
+        and draw(st.booleans())
+    ):
         groups = torch.randperm(columns, generator=random) // group
         weight = replace(weight, perm=torch.argsort(groups, stable=True).to(torch.int32))
-    if scheme.activations and not (scheme.activations.dynamic and scheme.activations.scale != "e4m3"):
+    if scheme.activations and not (
+        scheme.activations.dynamic and scheme.activations.scale != "e4m3"
+    ):
         zero = torch.tensor(float(seed % 256 - 128)) if not scheme.activations.symmetric else None
         scale = (torch.rand((), generator=random) + 0.01).bfloat16().float() / 2688
         weight = replace(weight, activation=Activation(scheme.activations, scale, zero))
@@ -58,13 +80,18 @@ def layers(draw, scheme):
 
 def module_of(weight, scheme, **options):
     tensors = {"pre_quant_scale": None} if weight.pre_scale is not None else {}
-    return QuantizedModule(NAME, scheme, weight.shape, tensors, act_order=weight.perm is not None, **options)
+    return QuantizedModule(
+        NAME, scheme, weight.shape, tensors, act_order=weight.perm is not None, **options
+    )
 
 
 def through_a_file(format, module, weight):
     """Write a checkpoint of this one layer, and read it back."""
     with TemporaryDirectory() as folder:
-        tensors = {tensor_name(module, suffix): tensor for suffix, tensor in WRITABLE[format].write(module, weight).items()}
+        tensors = {
+            tensor_name(module, suffix): tensor
+            for suffix, tensor in WRITABLE[format].write(module, weight).items()
+        }
         save_file(tensors, Path(folder) / "model.safetensors")
         files = WRITABLE[format].settings([module], ["lm_head"], None)
         for name, content in files.items():
@@ -80,8 +107,16 @@ def through_a_file(format, module, weight):
 def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     def equal(a, b):
         if isinstance(a, torch.Tensor):
-            return isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
-        return all(equal(vars(a)[key], vars(b)[key]) for key in vars(a)) if isinstance(a, Activation) and b else a == b
+            return (
+                isinstance(b, torch.Tensor)
+                and (a.dtype, a.shape) == (b.dtype, b.shape)
+                and raw(a) == raw(b)
+            )
+        return (
+            all(equal(vars(a)[key], vars(b)[key]) for key in vars(a))
+            if isinstance(a, Activation) and b
+            else a == b
+        )
 
     return all(equal(vars(one)[key], vars(other)[key]) for key in vars(one))
 
@@ -90,7 +125,13 @@ def raw(tensor):
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-VARIANTS = {"compressed-tensors": [""], "modelopt": [""], "awq": [""], "gptq": ["gptq", "gptq_v2"], "fp8_block": [""]}
+VARIANTS = {
+    "compressed-tensors": [""],
+    "modelopt": [""],
+    "awq": [""],
+    "gptq": ["gptq", "gptq_v2"],
+    "fp8_block": [""],
+}
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=str)
@@ -109,8 +150,13 @@ def test_what_a_format_writes_it_reads_back_bit_for_bit(scheme, data):
 @settings(max_examples=10)
 def test_stacked_experts_are_read_back_bit_for_bit(experts, groups, rows, seed):
     scheme = SCHEMES["MXFP4A16"]
-    weight = quantize(torch.randn(experts * rows, 32 * groups, generator=torch.Generator().manual_seed(seed)), scheme)
-    module = QuantizedModule("model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts)
+    weight = quantize(
+        torch.randn(experts * rows, 32 * groups, generator=torch.Generator().manual_seed(seed)),
+        scheme,
+    )
+    module = QuantizedModule(
+        "model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts
+    )
     refusal = WRITABLE["mxfp4"].objection(module, weight)
     assert refusal is None if experts > 1 else refusal.startswith("experts")
     assert same(through_a_file("mxfp4", module, weight), weight)

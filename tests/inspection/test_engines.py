@@ -23,12 +23,28 @@ from qtool.inspection.engines.rules import FOLDER, SHARED, Rule, Ruleset, load_r
 
 pytest_plugins = ["support.sample_plugin"]
 ENGINES = ("sglang", "tensorrt-llm", "transformers", "vllm")
-BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "F8_E4M3": 8}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "BF16": 16,
+    "F16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I8": 8,
+    "U8": 8,
+    "F8_E4M3": 8,
+}
 ATTENTION = {"q_proj": (256, 256), "k_proj": (256, 256), "v_proj": (256, 256), "o_proj": (256, 256)}
 MLP = {"gate_proj": (512, 256), "up_proj": (512, 256), "down_proj": (256, 512)}
-LAYER = {f"self_attn.{kind}": shape for kind, shape in ATTENTION.items()} | {f"mlp.{kind}": shape for kind, shape in MLP.items()}
+LAYER = {f"self_attn.{kind}": shape for kind, shape in ATTENTION.items()} | {
+    f"mlp.{kind}": shape for kind, shape in MLP.items()
+}
 MODEL = {f"model.layers.0.{kind}": shape for kind, shape in LAYER.items()}
-EXPERTS = {f"model.layers.0.mlp.experts.{expert}.{kind}": shape for expert in range(2) for kind, shape in MLP.items()}
+EXPERTS = {
+    f"model.layers.0.mlp.experts.{expert}.{kind}": shape
+    for expert in range(2)
+    for kind, shape in MLP.items()
+}
 HEAD = {"lm_head": (512, 256)}
 
 
@@ -44,7 +60,12 @@ def write(folder, tensors, **config):
         end += size
     text = json.dumps(header).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    defaults = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    defaults = {
+        "model_type": "llama",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(defaults | config))
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -68,12 +89,29 @@ class Ct:
 
     def __init__(self, weights, inputs=None, *, suffixes, targets=("Linear",), **config):
         self.suffixes = suffixes
-        base = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
-        group = {"targets": list(targets), "weights": base | weights, "input_activations": inputs and (base | inputs)}
-        self.config = {"quant_method": "compressed-tensors", "config_groups": {"g": group}, "ignore": ["lm_head"]} | config
+        base = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel",
+            "group_size": None,
+            "dynamic": False,
+        }
+        group = {
+            "targets": list(targets),
+            "weights": base | weights,
+            "input_activations": inputs and (base | inputs),
+        }
+        self.config = {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"g": group},
+            "ignore": ["lm_head"],
+        } | config
 
     def module(self, name, shape):
-        return {f"{name}.{suffix}": tensor for suffix, tensor in self.suffixes(name, *shape).items()}
+        return {
+            f"{name}.{suffix}": tensor for suffix, tensor in self.suffixes(name, *shape).items()
+        }
 
 
 def packed(bits=4, group=128, *, symmetric=True, inputs=None, padded=False, **config):
@@ -81,10 +119,23 @@ def packed(bits=4, group=128, *, symmetric=True, inputs=None, padded=False, **co
         words = -(-columns // (32 // bits)) if padded else -(-columns * bits // 32)
         groups = -(-columns // group)
         shape = (rows.to_bytes(8, "little") + columns.to_bytes(8, "little"),)
-        found = {"weight_packed": ("I32", (rows, words)), "weight_scale": ("BF16", (rows, groups)), "weight_shape": ("I64", (2,), *shape)}
-        return found if symmetric else found | {"weight_zero_point": ("I32", (-(-rows * bits // 32), groups))}
+        found = {
+            "weight_packed": ("I32", (rows, words)),
+            "weight_scale": ("BF16", (rows, groups)),
+            "weight_shape": ("I64", (2,), *shape),
+        }
+        return (
+            found
+            if symmetric
+            else found | {"weight_zero_point": ("I32", (-(-rows * bits // 32), groups))}
+        )
 
-    return Ct({"num_bits": bits, "strategy": "group", "group_size": group, "symmetric": symmetric}, inputs, suffixes=suffixes, **config)
+    return Ct(
+        {"num_bits": bits, "strategy": "group", "group_size": group, "symmetric": symmetric},
+        inputs,
+        suffixes=suffixes,
+        **config,
+    )
 
 
 TOKEN8 = {"strategy": "token", "dynamic": True}
@@ -101,22 +152,33 @@ def int8(bits=8, inputs=TOKEN8, *, symmetric=True, group=None, **config):
             found["input_scale"] = ("BF16", (1,))
         return found
 
-    weights = {"num_bits": bits, "symmetric": symmetric} | ({"strategy": "group", "group_size": group} if group else {})
+    weights = {"num_bits": bits, "symmetric": symmetric} | (
+        {"strategy": "group", "group_size": group} if group else {}
+    )
     return Ct(weights, inputs, suffixes=suffixes, **config)
 
 
 def fp8(strategy="channel", inputs=TOKEN_FP8, *, scale=lambda name: 1.0, block=128, **config):
     def suffixes(name, rows, columns):
-        scales = {"channel": ("BF16", (rows, 1)), "tensor": scalar(scale(name)), "block": ("BF16", (-(-rows // block), -(-columns // block)))}
+        scales = {
+            "channel": ("BF16", (rows, 1)),
+            "tensor": scalar(scale(name)),
+            "block": ("BF16", (-(-rows // block), -(-columns // block))),
+        }
         return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": scales[strategy]}
 
-    weights = {"type": "float", "strategy": strategy} | ({"block_structure": [block, block]} if strategy == "block" else {})
+    weights = {"type": "float", "strategy": strategy} | (
+        {"block_structure": [block, block]} if strategy == "block" else {}
+    )
     return Ct(weights, inputs, suffixes=suffixes, **config)
 
 
 def fp8_group(**config):
     def suffixes(name, rows, columns):
-        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("U8", (rows, columns // 32))}
+        return {
+            "weight": ("F8_E4M3", (rows, columns)),
+            "weight_scale": ("U8", (rows, columns // 32)),
+        }
 
     group = {"type": "float", "strategy": "group", "group_size": 32}
     return Ct(group, group | {"dynamic": True}, suffixes=suffixes, **config)
@@ -124,7 +186,10 @@ def fp8_group(**config):
 
 def mxfp4(inputs=None, **config):
     def suffixes(name, rows, columns):
-        return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // 32))}
+        return {
+            "weight_packed": ("U8", (rows, columns // 2)),
+            "weight_scale": ("U8", (rows, columns // 32)),
+        }
 
     group = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
     return Ct(group, inputs and group | {"dynamic": True}, suffixes=suffixes, **config)
@@ -132,8 +197,15 @@ def mxfp4(inputs=None, **config):
 
 def nvfp4(scale=lambda name: 1.0, *, inputs=True, **config):
     def suffixes(name, rows, columns):
-        found = {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("F8_E4M3", (rows, columns // 16))}
-        return found | {"weight_global_scale": scalar(scale(name))} | ({"input_global_scale": scalar(1.0)} if inputs else {})
+        found = {
+            "weight_packed": ("U8", (rows, columns // 2)),
+            "weight_scale": ("F8_E4M3", (rows, columns // 16)),
+        }
+        return (
+            found
+            | {"weight_global_scale": scalar(scale(name))}
+            | ({"input_global_scale": scalar(1.0)} if inputs else {})
+        )
 
     group = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     return Ct(group, group | {"dynamic": "local"} if inputs else None, suffixes=suffixes, **config)
@@ -165,7 +237,13 @@ class Gptq:
 class Awq:
     def __init__(self, group=128, **config):
         self.group = group
-        self.config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"} | config
+        self.config = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group,
+            "zero_point": True,
+            "version": "gemm",
+        } | config
 
     def module(self, name, shape):
         rows, columns = shape
@@ -178,7 +256,11 @@ class Fp8:
     """The `fp8` method, one scale for each matrix."""
 
     def __init__(self, **config):
-        self.config = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]} | config
+        self.config = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "modules_to_not_convert": ["lm_head"],
+        } | config
 
     def module(self, name, shape):
         return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.weight_scale": scalar(1.0)}
@@ -187,27 +269,51 @@ class Fp8:
 class ModelOpt:
     def __init__(self, algorithm, scale=lambda name: 1.0, **config):
         self.algorithm, self.scale = algorithm, scale
-        base = {"quant_method": "modelopt", "quant_algo": algorithm, "producer": {"name": "modelopt"}, "ignore": ["lm_head"]}
+        base = {
+            "quant_method": "modelopt",
+            "quant_algo": algorithm,
+            "producer": {"name": "modelopt"},
+            "ignore": ["lm_head"],
+        }
         self.config = base | config
 
     def module(self, name, shape):
         rows, columns = shape
         fp8, half = ("F8_E4M3", shape), ("U8", (rows, columns // 2))
         tensors = {
-            "FP8": {"weight": fp8, "weight_scale": scalar(self.scale(name)), "input_scale": scalar(1.0)},
+            "FP8": {
+                "weight": fp8,
+                "weight_scale": scalar(self.scale(name)),
+                "input_scale": scalar(1.0),
+            },
             "FP8_PER_CHANNEL_PER_TOKEN": {"weight": fp8, "weight_scale": ("F32", (rows,))},
-            "FP8_PB_WO": {"weight": fp8, "weight_scale": ("F32", (rows // 64, 1, columns // 64, 1))},
+            "FP8_PB_WO": {
+                "weight": fp8,
+                "weight_scale": ("F32", (rows // 64, 1, columns // 64, 1)),
+            },
             "MXFP8": {"weight": fp8, "weight_scale": ("U8", (rows, columns // 32))},
             "MXFP4": {"weight": half, "weight_scale": ("U8", (rows, columns // 32))},
-            "W4A16_NVFP4": {"weight": half, "weight_scale": ("F8_E4M3", (rows, columns // 16)), "weight_scale_2": scalar(self.scale(name))},
-            "W4A16_AWQ": {"weight": ("U8", (rows // 2, columns)), "weight_scale": ("F32", (rows, columns // 128))},
+            "W4A16_NVFP4": {
+                "weight": half,
+                "weight_scale": ("F8_E4M3", (rows, columns // 16)),
+                "weight_scale_2": scalar(self.scale(name)),
+            },
+            "W4A16_AWQ": {
+                "weight": ("U8", (rows // 2, columns)),
+                "weight_scale": ("F32", (rows, columns // 128)),
+            },
         }[self.algorithm]
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
-def build(folder, format, *, shapes=MODEL, but=(), others=None, tensors=None, model=None, sidecar=False):
+def build(
+    folder, format, *, shapes=MODEL, but=(), others=None, tensors=None, model=None, sidecar=False
+):
     """A checkpoint of ``shapes`` in ``format``; modules ``but`` stay in 16 bits, those in ``others`` have formats of their own."""
-    found = {"model.embed_tokens.weight": ("BF16", (512, 256)), "model.norm.weight": ("BF16", (256,))}
+    found = {
+        "model.embed_tokens.weight": ("BF16", (512, 256)),
+        "model.norm.weight": ("BF16", (256,)),
+    }
     for name, shape in shapes.items():
         if any(part in name for part in but):
             found |= plain(name, shape)
@@ -217,13 +323,17 @@ def build(folder, format, *, shapes=MODEL, but=(), others=None, tensors=None, mo
     config = {} if sidecar else {"quantization_config": format.config}
     folder.mkdir(parents=True, exist_ok=True)
     if sidecar:
-        (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": format.config}))
+        (folder / "hf_quant_config.json").write_text(
+            json.dumps({"producer": {"name": "modelopt"}, "quantization": format.config})
+        )
     return write(folder, found | (tensors or {}), **config, **(model or {}))
 
 
 def only_config(**config):
     """A checkpoint of a method that qtool does not read."""
-    return lambda folder: write(folder, plain("model.layers.0.mlp.up_proj", (64, 64)), quantization_config=config)
+    return lambda folder: write(
+        folder, plain("model.layers.0.mlp.up_proj", (64, 64)), quantization_config=config
+    )
 
 
 def of(format, **options):
@@ -242,8 +352,18 @@ def by_name(value, **others):
     return lambda name: next((other for part, other in others.items() if part in name), value)
 
 
-TRANSFORMS = lambda location: {"config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}}}  # noqa: E731
-FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+TRANSFORMS = lambda location: {
+    "config_groups": {
+        "v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
+    }
+}  # noqa: E731
+FP8_CACHE = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "dynamic": False,
+    "symmetric": True,
+}
 INT8_CACHE = FP8_CACHE | {"type": "int"}
 ORDERED = by_name(0, q_proj=1)
 SCALED = by_name(1.0, q_proj=2.0)
@@ -253,9 +373,17 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "N_ENGINE_NOT_READ": (only_config(quant_method="quark"), {}),
     "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
     "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
-    "E_ENGINE_SPARSE": (only_config(quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}), {}),
+    "E_ENGINE_SPARSE": (
+        only_config(
+            quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}
+        ),
+        {},
+    ),
     "E_ENGINE_GPTQ_KEYS": (lambda folder: build(folder, without(Gptq(), "desc_act")), {}),
-    "E_ENGINE_GPTQ_TENSORS": (of(Awq(quant_method="gptq", checkpoint_format="gemm", sym=False)), {}),
+    "E_ENGINE_GPTQ_TENSORS": (
+        of(Awq(quant_method="gptq", checkpoint_format="gemm", sym=False)),
+        {},
+    ),
     "E_ENGINE_GPTQ_ORDER": (of(Gptq(desc_act=True)), {}),
     "E_ENGINE_GPTQ_BITS": (of(Gptq(sym=False)), {}),
     "E_ENGINE_GPTQ_GROUP": (of(Gptq(group=16)), {}),
@@ -282,20 +410,40 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "tensorrt-llm N_ENGINE_DEQUANTIZED": (of(ModelOpt("W4A16_NVFP4")), {}),
     "N_ENGINE_DEQUANTIZED": (of(fp8()), {}),
     "E_ENGINE_GROUPS_CUT": (of(packed()), {"tensor_parallel": 8}),
-    "tensorrt-llm E_ENGINE_GROUPS_CUT": (of(nvfp4(), shapes={"model.layers.0.mlp.down_proj": (256, 320)}), {"tensor_parallel": 8}),
-    "E_ENGINE_BLOCKS_CUT": (of(fp8("block", {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True})), {"tensor_parallel": 4}),
+    "tensorrt-llm E_ENGINE_GROUPS_CUT": (
+        of(nvfp4(), shapes={"model.layers.0.mlp.down_proj": (256, 320)}),
+        {"tensor_parallel": 8},
+    ),
+    "E_ENGINE_BLOCKS_CUT": (
+        of(
+            fp8("block", {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True})
+        ),
+        {"tensor_parallel": 4},
+    ),
     "E_ENGINE_BLOCK_SIZE": (of(ModelOpt("FP8_PB_WO")), {}),
     "N_ENGINE_PADDING": (of(packed(group=32)), {"tensor_parallel": 8}),
     "E_ENGINE_SHAPE": (of(packed(group=32)), {"tensor_parallel": 8}),
-    "E_ENGINE_HEAD_BLOCKS": (of(fp8("block", targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD), {}),
+    "E_ENGINE_HEAD_BLOCKS": (
+        of(fp8("block", targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD),
+        {},
+    ),
     "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
     "tensorrt-llm E_ENGINE_SKIPS": (of(ModelOpt("FP8", ignore=["*mlp*"])), {}),
     "E_ENGINE_EXPECTS": (of(packed(), but=["down_proj"]), {}),
     "transformers E_ENGINE_EXPECTS": (of(Awq(), but=["down_proj"]), {}),
     "tensorrt-llm E_ENGINE_EXPECTS": (of(ModelOpt("FP8"), but=["down_proj"]), {}),
-    "W_ENGINE_MAY_EXPECT": (of(packed(), tensors=plain("model.layers.0.memory_proj", (256, 256))), {}),
-    "tensorrt-llm W_ENGINE_MAY_EXPECT": (of(ModelOpt("FP8"), tensors=plain("model.layers.0.memory_proj", (256, 256))), {}),
-    "E_ENGINE_OTHER_WEIGHTS": (of(Gptq(dynamic={r".*\.q_proj": {"bits": 8}}), others={"q_proj": Gptq(8)}), {}),
+    "W_ENGINE_MAY_EXPECT": (
+        of(packed(), tensors=plain("model.layers.0.memory_proj", (256, 256))),
+        {},
+    ),
+    "tensorrt-llm W_ENGINE_MAY_EXPECT": (
+        of(ModelOpt("FP8"), tensors=plain("model.layers.0.memory_proj", (256, 256))),
+        {},
+    ),
+    "E_ENGINE_OTHER_WEIGHTS": (
+        of(Gptq(dynamic={r".*\.q_proj": {"bits": 8}}), others={"q_proj": Gptq(8)}),
+        {},
+    ),
     "E_ENGINE_CACHE": (of(packed(kv_cache_scheme=INT8_CACHE)), {}),
     "W_ENGINE_CACHE_IGNORED": (of(ModelOpt("FP8", kv_cache_scheme="INT8")), {}),
     "N_ENGINE_CACHE_SCALES": (of(packed(kv_cache_scheme=FP8_CACHE)), {}),
@@ -312,9 +460,19 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_FP8_KEYS": (lambda folder: build(folder, without(Fp8(), "activation_scheme")), {}),
     "E_ENGINE_FP8_AS_BLOCKS": (of(Fp8()), {}),
     "E_ENGINE_HEADS": (of(packed()), {"tensor_parallel": 3}),
-    "E_ENGINE_CACHE_HEADS": (of(packed(), model={"num_key_value_heads": 6}), {"tensor_parallel": 4}),
+    "E_ENGINE_CACHE_HEADS": (
+        of(packed(), model={"num_key_value_heads": 6}),
+        {"tensor_parallel": 4},
+    ),
     "E_ENGINE_UNEVEN": (of(packed()), {"tensor_parallel": 3}),
-    "E_ENGINE_TIED_HEAD": (of(packed(targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD, model={"tie_word_embeddings": True}), {}),
+    "E_ENGINE_TIED_HEAD": (
+        of(
+            packed(targets=["Linear", "lm_head"], ignore=[]),
+            shapes=MODEL | HEAD,
+            model={"tie_word_embeddings": True},
+        ),
+        {},
+    ),
 }
 
 
@@ -326,7 +484,9 @@ def without(format, key):
 def with_weights(format, **keys):
     """``format`` with more keys in the arguments of its weights."""
     group = format.config["config_groups"]["g"]
-    format.config = format.config | {"config_groups": {"g": group | {"weights": group["weights"] | keys}}}
+    format.config = format.config | {
+        "config_groups": {"g": group | {"weights": group["weights"] | keys}}
+    }
     return format
 
 
@@ -334,13 +494,17 @@ FIRES["E_ENGINE_CONFIG_KEYS"] = (of(with_weights(packed(), new_key=1)), {})
 FIRES["E_ENGINE_ORDER"] = (of(with_weights(packed(), actorder="group")), {})
 FIRES["N_ENGINE_ORDER_WITHOUT_GROUPS"] = (of(with_weights(int8(), actorder="static")), {})
 two_groups = fp8()
-two_groups.config["config_groups"]["h"] = packed(targets=["re:.*nothing"]).config["config_groups"]["g"]
+two_groups.config["config_groups"]["h"] = packed(targets=["re:.*nothing"]).config["config_groups"][
+    "g"
+]
 FIRES["E_ENGINE_CLASS_TARGETS"] = (of(two_groups), {})
 
 RULES = [(engine, rule.code) for engine in ENGINES for rule in load_rules(engine).rules]
 
 
-@pytest.mark.parametrize(("engine", "code"), RULES, ids=[f"{engine}-{code}" for engine, code in RULES])
+@pytest.mark.parametrize(
+    ("engine", "code"), RULES, ids=[f"{engine}-{code}" for engine, code in RULES]
+)
 def test_every_rule_can_fire(engine, code, tmp_path):
     make, options = FIRES.get(f"{engine} {code}") or FIRES[code]
     report = check(make(tmp_path / "model"), engine, **options)
@@ -362,7 +526,13 @@ def test_every_rule_says_where_it_comes_from(engine):
         assert rule.severity != "refused" or rule.hint or "GPU" in rule.code, rule.code
 
 
-RULE = {"code": "E_ENGINE_X", "severity": "refused", "when": {"ranks": 2}, "message": "no", "source": "here"}
+RULE = {
+    "code": "E_ENGINE_X",
+    "severity": "refused",
+    "when": {"ranks": 2},
+    "message": "no",
+    "source": "here",
+}
 
 
 @pytest.mark.parametrize(
@@ -397,11 +567,20 @@ def test_a_code_stands_for_one_rule():
 
 def test_a_rule_holds_since_one_version_and_until_another():
     rule = Rule.model_validate(RULE | {"since": "0.9", "until": "0.33"})
-    assert [rule.is_of(version) for version in ((0, 8), (0, 9), (0, 32, 1), (0, 33), None)] == [False, True, True, False, True]
+    assert [rule.is_of(version) for version in ((0, 8), (0, 9), (0, 32, 1), (0, 33), None)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_no_yaml_file_is_left_unread():
-    read = {name for engine in ENGINES for name in (engine, *load_rules(engine).include)} | {"gpus", "layers"}
+    read = {name for engine in ENGINES for name in (engine, *load_rules(engine).include)} | {
+        "gpus",
+        "layers",
+    }
     assert {path.stem for path in FOLDER.glob("*.yaml")} == read == {*ENGINES, *SHARED}
 
 
@@ -421,7 +600,12 @@ def test_a_plain_checkpoint_loads_everywhere(tiny_model):
 def test_a_report_crosses_json(tmp_path):
     report = check(build(tmp_path, packed(3)), "sglang", gpu="H100", tensor_parallel=2)
     data = json.loads(json.dumps(report.to_dict()))
-    assert (data["engine"], data["version"], data["gpu"], data["tensor_parallel"]) == ("sglang", "0.5.23", "sm_90", 2)
+    assert (data["engine"], data["version"], data["gpu"], data["tensor_parallel"]) == (
+        "sglang",
+        "0.5.23",
+        "sm_90",
+        2,
+    )
     assert data["findings"][0]["count"] == 7 and len(data["findings"][0]["modules"]) == 3
 
 
@@ -450,11 +634,17 @@ def test_what_does_not_exist_is_a_usage_error(engine, options, hint, tmp_path):
 
 def test_another_version_is_noted_and_its_rules_apply(tmp_path):
     checkpoint = build(tmp_path, Gptq(desc_act=True))
-    assert codes(check(checkpoint, "vllm")) == codes(check(checkpoint, "vllm", version="0.33.0")) == {"E_ENGINE_GPTQ_ORDER"}
+    assert (
+        codes(check(checkpoint, "vllm"))
+        == codes(check(checkpoint, "vllm", version="0.33.0"))
+        == {"E_ENGINE_GPTQ_ORDER"}
+    )
     assert codes(check(checkpoint, "vllm", version="0.20.0")) == {"N_ENGINE_VERSION"}
 
 
-@pytest.mark.parametrize(("gpu", "native"), [(None, True), ("b200", True), ("h100", False), ("a100", False)])
+@pytest.mark.parametrize(
+    ("gpu", "native"), [(None, True), ("b200", True), ("h100", False), ("a100", False)]
+)
 def test_nvfp4_is_native_on_blackwell_alone(gpu, native, tmp_path):
     for engine in ("vllm", "sglang"):
         report = check(build(tmp_path / engine, nvfp4()), engine, gpu=gpu)
@@ -504,8 +694,12 @@ def test_gate_hides_gate_proj_where_awq_compares_substrings(tmp_path):
 def test_a_dynamic_pattern_for_q_proj_never_meets_the_fused_layer(tmp_path):
     eight = Gptq(8)
     others = dict.fromkeys(("q_proj", "k_proj", "v_proj"), eight)
-    apart = build(tmp_path / "apart", Gptq(dynamic={r".*\.(q|k|v)_proj": {"bits": 8}}), others=others)
-    fused = build(tmp_path / "fused", Gptq(dynamic={r".*\.(q|k|v|qkv)_proj": {"bits": 8}}), others=others)
+    apart = build(
+        tmp_path / "apart", Gptq(dynamic={r".*\.(q|k|v)_proj": {"bits": 8}}), others=others
+    )
+    fused = build(
+        tmp_path / "fused", Gptq(dynamic={r".*\.(q|k|v|qkv)_proj": {"bits": 8}}), others=others
+    )
     for engine in ("vllm", "sglang"):
         assert codes(check(apart, engine)) == {"E_ENGINE_OTHER_WEIGHTS"}
         assert check(fused, engine).loads
@@ -519,18 +713,27 @@ def test_gptq_layers_left_in_16_bits_are_seen_by_vllm_and_not_by_sglang(tmp_path
 
 def test_a_quantized_head_must_be_named_by_a_target(tmp_path):
     by_class = build(tmp_path / "class", packed(ignore=[]), shapes=MODEL | HEAD)
-    by_name = build(tmp_path / "name", packed(ignore=[], targets=["Linear", "re:.*lm_head"]), shapes=MODEL | HEAD)
+    by_name = build(
+        tmp_path / "name",
+        packed(ignore=[], targets=["Linear", "re:.*lm_head"]),
+        shapes=MODEL | HEAD,
+    )
     for engine in ("vllm", "sglang"):
         assert codes(check(by_class, engine)) == {"E_ENGINE_SKIPS"}
         assert check(by_name, engine).loads
 
 
 def test_the_first_target_in_order_wins_in_engines_and_the_smallest_regex_in_the_library(tmp_path):
-    eight, four = packed(8, targets=["re:.*self_attn.*"]), packed(4, targets=["re:.*attn.*", "re:.*mlp.*"])
+    eight, four = (
+        packed(8, targets=["re:.*self_attn.*"]),
+        packed(4, targets=["re:.*attn.*", "re:.*mlp.*"]),
+    )
     groups = {"a": eight.config["config_groups"]["g"], "b": four.config["config_groups"]["g"]}
     four.config["config_groups"] = groups
     report = check(build(tmp_path / "overlapping", four), "vllm")
-    assert codes(report) == {"E_ENGINE_OTHER_WEIGHTS"} and report.findings[0].count == 1  # for each kind of layer
+    assert (
+        codes(report) == {"E_ENGINE_OTHER_WEIGHTS"} and report.findings[0].count == 1
+    )  # for each kind of layer
     four.config["config_groups"] = {"b": groups["b"], "a": groups["a"]}
     assert check(build(tmp_path / "in_order", four), "vllm").loads
 
@@ -550,11 +753,16 @@ def test_the_last_of_merged_layers_may_end_in_part_of_a_block(tmp_path):
     last = {"model.layers.0.mlp.gate_proj": (512, 256), "model.layers.0.mlp.up_proj": (448, 256)}
     first = {"model.layers.0.mlp.gate_proj": (448, 256), "model.layers.0.mlp.up_proj": (512, 256)}
     assert check(build(tmp_path / "last", fp8("block", inputs), shapes=last), "vllm").loads
-    assert codes(check(build(tmp_path / "first", fp8("block", inputs), shapes=first), "vllm")) == {"E_ENGINE_BLOCKS_CUT"}
+    assert codes(check(build(tmp_path / "first", fp8("block", inputs), shapes=first), "vllm")) == {
+        "E_ENGINE_BLOCKS_CUT"
+    }
 
 
 def test_key_value_heads_are_repeated_for_more_ranks_than_heads(tmp_path):
-    shapes = MODEL | {"model.layers.0.self_attn.k_proj": (64, 256), "model.layers.0.self_attn.v_proj": (64, 256)}
+    shapes = MODEL | {
+        "model.layers.0.self_attn.k_proj": (64, 256),
+        "model.layers.0.self_attn.v_proj": (64, 256),
+    }
     checkpoint = build(tmp_path, fp8(), shapes=shapes, model={"num_key_value_heads": 2})
     assert check(checkpoint, "vllm", tensor_parallel=8).loads
 
@@ -620,7 +828,10 @@ VERDICTS = {  # sample -> which of sglang, tensorrt-llm, transformers, vllm load
 @pytest.mark.parametrize("name", VERDICTS)
 def test_real_checkpoints_get_the_verdicts_of_the_matrix(name, sample):
     checkpoint = open_checkpoint(sample(name))
-    loads = "".join(letter if check(checkpoint, engine).loads else "-" for engine, letter in zip(ENGINES, "sTtv", strict=True))
+    loads = "".join(
+        letter if check(checkpoint, engine).loads else "-"
+        for engine, letter in zip(ENGINES, "sTtv", strict=True)
+    )
     assert loads == VERDICTS[name]
 
 
@@ -641,7 +852,11 @@ MINIMUM_GPU = {  # sample -> the first architecture for sglang and vllm
 def test_the_first_gpu_is_that_of_the_matrix(name, sample):
     checkpoint = open_checkpoint(sample(name))
     for engine, minimum in zip(("sglang", "vllm"), MINIMUM_GPU[name], strict=True):
-        loading = [gpu for gpu in (70, 75, 80, 86, 89, 90, 100, 120) if check(checkpoint, engine, gpu=str(gpu)).loads]
+        loading = [
+            gpu
+            for gpu in (70, 75, 80, 86, 89, 90, 100, 120)
+            if check(checkpoint, engine, gpu=str(gpu)).loads
+        ]
         assert (loading[0] if loading else None) == minimum
 
 
@@ -657,20 +872,52 @@ def test_checking_and_loading_need_no_torch(tiny_model):
         check_engine(open_checkpoint(Path({str(tiny_model)!r})), None, "vllm")
         print("torch" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
 def test_twelve_thousand_layers_get_one_verdict(tmp_path):
-    shapes = {f"model.layers.{layer}.mlp.experts.{expert}.{kind}": (64, 64) for layer in range(32) for expert in range(125) for kind in MLP}
-    checkpoint = build(tmp_path, nvfp4(ignore=[f"model.layers.{layer}.mlp.gate" for layer in range(32)]), shapes=shapes)
+    shapes = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{kind}": (64, 64)
+        for layer in range(32)
+        for expert in range(125)
+        for kind in MLP
+    }
+    checkpoint = build(
+        tmp_path,
+        nvfp4(ignore=[f"model.layers.{layer}.mlp.gate" for layer in range(32)]),
+        shapes=shapes,
+    )
     layout = detect(checkpoint)
     assert len(layout.modules) == 12_000
     assert check_engine(checkpoint, layout, "vllm", gpu="b200").loads
 
 
-NONSENSE = [None, True, 7, "x\x1b[2J", [], [7], [[]], {}, {"x": 7}, {"x": {"weights": 7, "targets": 7, "apply": 7}}]
-KEYS = ("quant_method", "quant_algo", "config_groups", "ignore", "kv_cache_scheme", "transform_config", "sparsity_config", "quantization", "dynamic")
+NONSENSE = [
+    None,
+    True,
+    7,
+    "x\x1b[2J",
+    [],
+    [7],
+    [[]],
+    {},
+    {"x": 7},
+    {"x": {"weights": 7, "targets": 7, "apply": 7}},
+]
+KEYS = (
+    "quant_method",
+    "quant_algo",
+    "config_groups",
+    "ignore",
+    "kv_cache_scheme",
+    "transform_config",
+    "sparsity_config",
+    "quantization",
+    "dynamic",
+)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -678,7 +925,11 @@ KEYS = ("quant_method", "quant_algo", "config_groups", "ignore", "kv_cache_schem
 def test_a_config_of_any_shape_gets_a_report(key, value, tmp_path):
     for format in (packed(), Gptq(), ModelOpt("FP8"), Awq(), Fp8()):
         checkpoint = build(tmp_path / type(format).__name__, format)
-        nonsense = {"quantization_config": {**format.config, key: value}, "num_attention_heads": value, "tie_word_embeddings": value}
+        nonsense = {
+            "quantization_config": {**format.config, key: value},
+            "num_attention_heads": value,
+            "tie_word_embeddings": value,
+        }
         broken = replace(checkpoint, config=nonsense)
         layouts = [detect(checkpoint)]
         with suppress(CheckpointRefused):

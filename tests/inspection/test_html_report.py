@@ -21,16 +21,34 @@ from qtool.inspection.engines import EngineReport, Finding
 from qtool.inspection.html_report import render_page
 
 SHAPES = {
-    **{"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096)},
-    **{"mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336)},
+    **{
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+    },
+    **{
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    },
 }
 HOSTILE = "a</script><img src=x onerror=alert(1)>\"'&amp;\u2028\u202e{{ 7*1337 }}ÄÖ漢\ud800"
 
 
-def linear(name: str, shape: tuple[int, int], scheme: str | None, *, layer: int | None = None, reason: str = "") -> Module:
+def linear(
+    name: str,
+    shape: tuple[int, int],
+    scheme: str | None,
+    *,
+    layer: int | None = None,
+    reason: str = "",
+) -> Module:
     bits = {None: 16, "FP8": 8, "NVFP4": 4.5}.get(scheme, 4.125)
     count = shape[0] * shape[1]
-    return Module(name, name.rpartition(".")[2], layer, scheme, reason, shape, count, int(count * bits / 8))
+    return Module(
+        name, name.rpartition(".")[2], layer, scheme, reason, shape, count, int(count * bits / 8)
+    )
 
 
 def rows_of(modules: list[Module], *, quantized: bool) -> tuple[Row, ...]:
@@ -39,7 +57,12 @@ def rows_of(modules: list[Module], *, quantized: bool) -> tuple[Row, ...]:
         if (module.scheme is not None) == quantized:
             key = (module.kind, module.scheme or "BF16")
             row = found.get(key, Row(*key, 0, 0, 0))
-            found[key] = Row(*key, row.count + 1, row.parameters + module.parameters, row.size_bytes + module.size_bytes)
+            found[key] = Row(
+                *key,
+                row.count + 1,
+                row.parameters + module.parameters,
+                row.size_bytes + module.size_bytes,
+            )
     return tuple(sorted(found.values(), key=lambda row: -row.size_bytes))
 
 
@@ -48,9 +71,20 @@ def report(modules: list[Module], **parts: Any) -> Inspection:
     embeddings = Row("embed_tokens", "BF16", 1, 525_336_576, 1_050_673_152)
     parameters = sum(row.parameters for row in (*quantized, *plain, embeddings))
     size = sum(row.size_bytes for row in (*quantized, *plain, embeddings)) + 100_000
-    facts = {"name": "Llama-3.1-8B-W4A16", "architecture": "LlamaForCausalLM", "format": "compressed-tensors", "kv_cache": "fp8"}
+    facts = {
+        "name": "Llama-3.1-8B-W4A16",
+        "architecture": "LlamaForCausalLM",
+        "format": "compressed-tensors",
+        "kv_cache": "fp8",
+    }
     sums = {"parameters": parameters, "size_bytes": size, "plain_bytes": 2 * parameters}
-    rest = {"quantized": quantized, "plain": (embeddings, *plain), "modules": tuple(modules), "tied_embeddings": False, "warnings": ()}
+    rest = {
+        "quantized": quantized,
+        "plain": (embeddings, *plain),
+        "modules": tuple(modules),
+        "tied_embeddings": False,
+        "warnings": (),
+    }
     return Inspection(**{**facts, **sums, **rest, **parts})
 
 
@@ -58,7 +92,9 @@ def llama(layers: int = 32) -> list[Module]:
     modules = []
     for layer in range(layers):
         for name, shape in SHAPES.items():
-            scheme = "FP8" if name.endswith("down_proj") and layer in (0, 1, layers - 1) else "W4A16"
+            scheme = (
+                "FP8" if name.endswith("down_proj") and layer in (0, 1, layers - 1) else "W4A16"
+            )
             modules.append(linear(f"model.layers.{layer}.{name}", shape, scheme, layer=layer))
     return [*modules, linear("lm_head", (128256, 4096), None, reason="output head")]
 
@@ -67,11 +103,30 @@ def experts(layers: int = 46, each: int = 87) -> list[Module]:
     """12 006 experts of a mixture, and what else such a model has."""
     modules = []
     for layer in range(layers):
-        modules += [linear(f"model.layers.{layer}.{name}", shape, "FP8", layer=layer) for name, shape in SHAPES.items() if "attn" in name]
-        modules.append(linear(f"model.layers.{layer}.mlp.gate", (each, 4096), None, layer=layer, reason="router of experts"))
+        modules += [
+            linear(f"model.layers.{layer}.{name}", shape, "FP8", layer=layer)
+            for name, shape in SHAPES.items()
+            if "attn" in name
+        ]
+        modules.append(
+            linear(
+                f"model.layers.{layer}.mlp.gate",
+                (each, 4096),
+                None,
+                layer=layer,
+                reason="router of experts",
+            )
+        )
         for expert in range(each):
             for kind in ("gate_proj", "up_proj", "down_proj"):
-                modules.append(linear(f"model.layers.{layer}.mlp.experts.{expert}.{kind}", (1408, 4096), "NVFP4", layer=layer))
+                modules.append(
+                    linear(
+                        f"model.layers.{layer}.mlp.experts.{expert}.{kind}",
+                        (1408, 4096),
+                        "NVFP4",
+                        layer=layer,
+                    )
+                )
     return modules
 
 
@@ -79,12 +134,20 @@ def differences(modules: list[Module]) -> Comparison:
     chance = random.Random(0)
     found = [
         Difference(
-            module.name, None if module.scheme is None else chance.gauss(22 + (module.layer or 0) / 10, 2), chance.random() / 30, index % 9 == 0
+            module.name,
+            None if module.scheme is None else chance.gauss(22 + (module.layer or 0) / 10, 2),
+            chance.random() / 30,
+            index % 9 == 0,
         )
         for index, module in enumerate(modules)
     ]
     found.sort(key=lambda one: math.inf if one.sqnr_db is None else one.sqnr_db)
-    return Comparison("meta-llama/Llama-3.1-8B", tuple(found), ("model.extra",), ("model.rotary_emb.inv_freq", "lm_head.bias"))
+    return Comparison(
+        "meta-llama/Llama-3.1-8B",
+        tuple(found),
+        ("model.extra",),
+        ("model.rotary_emb.inv_freq", "lm_head.bias"),
+    )
 
 
 def numbers(modules: list[Module]) -> DeepReport:
@@ -92,9 +155,16 @@ def numbers(modules: list[Module]) -> DeepReport:
     found = []
     for module in modules:
         if module.scheme:
-            histogram = tuple((exponent, int(1e5 * math.exp(-((exponent + 9 - chance.random()) ** 2) / 3)) + 1) for exponent in range(-14, -3))
+            histogram = tuple(
+                (exponent, int(1e5 * math.exp(-((exponent + 9 - chance.random()) ** 2) / 3)) + 1)
+                for exponent in range(-14, -3)
+            )
             dead = 3 if module.name.endswith("layers.2.self_attn.q_proj") else 0
-            found.append(ModuleNumbers(module.name, chance.random() / 60, dead, 0, 2**-14 * 1.3, 2**-3 * 0.7, histogram))
+            found.append(
+                ModuleNumbers(
+                    module.name, chance.random() / 60, dead, 0, 2**-14 * 1.3, 2**-3 * 0.7, histogram
+                )
+            )
     return DeepReport(tuple(found), "4 files match the manifest")
 
 
@@ -109,17 +179,34 @@ def verdict(*, loads: bool = True, native: bool = True) -> EngineReport:
             ("model.layers.0",),
             32,
         ),
-        Finding("V_EMULATED", "warning", "W4A16 runs through Marlin on sm_75", "prefer W8A8 there", "vLLM 0.33, marlin.py"),
+        Finding(
+            "V_EMULATED",
+            "warning",
+            "W4A16 runs through Marlin on sm_75",
+            "prefer W8A8 there",
+            "vLLM 0.33, marlin.py",
+        ),
         Finding("V_KV", "note", "the KV cache is read as fp8", "", "vLLM documentation"),
     )
-    return EngineReport("vLLM", "0.33", "sm_90", 8, loads, native, findings if not loads else findings[1:])
+    return EngineReport(
+        "vLLM", "0.33", "sm_90", 8, loads, native, findings if not loads else findings[1:]
+    )
 
 
 @pytest.fixture(scope="module")
 def full() -> Inspection:
     modules = llama()
-    warnings = ("model.layers.3.mlp.up_proj: 12 scales are zero", "config says group_size 128, the tensors have 64")
-    return report(modules, deep=numbers(modules), against=differences(modules), engine=verdict(), warnings=warnings)
+    warnings = (
+        "model.layers.3.mlp.up_proj: 12 scales are zero",
+        "config says group_size 128, the tensors have 64",
+    )
+    return report(
+        modules,
+        deep=numbers(modules),
+        against=differences(modules),
+        engine=verdict(),
+        warnings=warnings,
+    )
 
 
 class Reader(HTMLParser):
@@ -162,15 +249,46 @@ class Reader(HTMLParser):
 
 def broken() -> Inspection:
     """Numbers that are no numbers, sizes of nothing, names that are code."""
-    modules = [linear(f"{HOSTILE}.layers.{layer}.{HOSTILE}", (4, 4), HOSTILE if layer else None, layer=layer, reason=HOSTILE) for layer in range(3)]
+    modules = [
+        linear(
+            f"{HOSTILE}.layers.{layer}.{HOSTILE}",
+            (4, 4),
+            HOSTILE if layer else None,
+            layer=layer,
+            reason=HOSTILE,
+        )
+        for layer in range(3)
+    ]
     modules.append(Module("", "", None, "W4A16", "", (0, 0), 0, 0))
     names = [module.name for module in modules]
-    against = [Difference(name, value, math.nan) for name, value in zip(names, (math.nan, -math.inf, math.inf, None), strict=True)]
-    deep = [ModuleNumbers(name, math.nan, 1, 1, math.nan, math.inf, ((-1074, 1), (1023, 2))) for name in names]
-    engine = EngineReport(HOSTILE, HOSTILE, HOSTILE, 1, False, False, (Finding(HOSTILE, "refused", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), 1),))
-    extra = {"name": HOSTILE, "architecture": HOSTILE, "format": HOSTILE, "kv_cache": HOSTILE, "warnings": (HOSTILE,)}
+    against = [
+        Difference(name, value, math.nan)
+        for name, value in zip(names, (math.nan, -math.inf, math.inf, None), strict=True)
+    ]
+    deep = [
+        ModuleNumbers(name, math.nan, 1, 1, math.nan, math.inf, ((-1074, 1), (1023, 2)))
+        for name in names
+    ]
+    engine = EngineReport(
+        HOSTILE,
+        HOSTILE,
+        HOSTILE,
+        1,
+        False,
+        False,
+        (Finding(HOSTILE, "refused", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), 1),),
+    )
+    extra = {
+        "name": HOSTILE,
+        "architecture": HOSTILE,
+        "format": HOSTILE,
+        "kv_cache": HOSTILE,
+        "warnings": (HOSTILE,),
+    }
     compared = Comparison(HOSTILE, tuple(against), (HOSTILE,), (HOSTILE,))
-    return report(modules, deep=DeepReport(tuple(deep), HOSTILE), against=compared, engine=engine, **extra)
+    return report(
+        modules, deep=DeepReport(tuple(deep), HOSTILE), against=compared, engine=engine, **extra
+    )
 
 
 def empty() -> Inspection:
@@ -178,15 +296,36 @@ def empty() -> Inspection:
 
 
 def without_layers() -> Inspection:
-    return report([linear(f"encoder.{kind}", (64, 64), "FP8") for kind in ("query", "key", "value")])
+    return report(
+        [linear(f"encoder.{kind}", (64, 64), "FP8") for kind in ("query", "key", "value")]
+    )
 
 
 CASES = {
-    **{"plain": lambda: report([replace(module, scheme=None) for module in llama(4)], format=None, kv_cache=None)},
-    **{"one layer": lambda: report(llama(1)), "126 layers": lambda: report(llama(126)), "without layers": without_layers},
-    **{"empty": empty, "broken": broken, "deep without quantized": lambda: replace(empty(), deep=DeepReport((), "no manifest"))},
+    **{
+        "plain": lambda: report(
+            [replace(module, scheme=None) for module in llama(4)], format=None, kv_cache=None
+        )
+    },
+    **{
+        "one layer": lambda: report(llama(1)),
+        "126 layers": lambda: report(llama(126)),
+        "without layers": without_layers,
+    },
+    **{
+        "empty": empty,
+        "broken": broken,
+        "deep without quantized": lambda: replace(empty(), deep=DeepReport((), "no manifest")),
+    },
     **{"nothing in common": lambda: report(llama(2), against=Comparison("base", (), ("a",), ()))},
-    **{"all equal": lambda: report(llama(2), against=Comparison("base", tuple(Difference(one.name, None, 0.0) for one in llama(2)), (), ()))},
+    **{
+        "all equal": lambda: report(
+            llama(2),
+            against=Comparison(
+                "base", tuple(Difference(one.name, None, 0.0) for one in llama(2)), (), ()
+            ),
+        )
+    },
 }
 
 
@@ -201,7 +340,15 @@ def test_any_report_becomes_a_well_formed_page(case):
 
 def test_the_page_says_what_the_report_holds(full):
     reader = Reader(render_page(full))
-    for text in (full.name, full.architecture, "compressed-tensors", "224 of 225 linear layers", "fp8", "not tied", *full.warnings):
+    for text in (
+        full.name,
+        full.architecture,
+        "compressed-tensors",
+        "224 of 225 linear layers",
+        "fp8",
+        "not tied",
+        *full.warnings,
+    ):
         assert text in reader.text
     for text in (
         "vLLM 0.33 on sm_90, 8 ranks: loads",
@@ -215,7 +362,10 @@ def test_the_page_says_what_the_report_holds(full):
     assert sum(tag == "figure" and "data-map" in attributes for tag, attributes in reader.tags) == 3
 
 
-@pytest.mark.parametrize(("loads", "native", "text"), [(True, True, "loads"), (True, False, "loads, emulated"), (False, False, "refused")])
+@pytest.mark.parametrize(
+    ("loads", "native", "text"),
+    [(True, True, "loads"), (True, False, "loads, emulated"), (False, False, "refused")],
+)
 def test_the_verdict_is_one_of_three(loads, native, text):
     reader = Reader(render_page(report(llama(1), engine=verdict(loads=loads, native=native))))
     assert f"8 ranks: {text}" in reader.text
@@ -223,8 +373,12 @@ def test_the_verdict_is_one_of_three(loads, native, text):
 
 def test_what_was_not_asked_for_is_not_there():
     reader = Reader(render_page(report(llama(2))))
-    assert [attributes["data-map"] for tag, attributes in reader.tags if "data-map" in attributes] == ["Bits per weight"]
-    assert not any(text in reader.text for text in ("Furthest from", "Codes and scales", "vLLM", "warning"))
+    assert [
+        attributes["data-map"] for tag, attributes in reader.tags if "data-map" in attributes
+    ] == ["Bits per weight"]
+    assert not any(
+        text in reader.text for text in ("Furthest from", "Codes and scales", "vLLM", "warning")
+    )
 
 
 def test_nothing_is_loaded_from_anywhere(full):
@@ -233,17 +387,28 @@ def test_nothing_is_loaded_from_anywhere(full):
         for key in ("src", "href", "srcset", "action", "poster", "xlink:href"):
             assert re.match(r"#|data:,|$", attributes.get(key) or ""), attributes
     assert not re.search(r"url\(|@import|\bimport\(|\bfetch\(|XMLHttpRequest", page)
-    policy = next(attributes["content"] for _, attributes in Reader(page).tags if attributes.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    policy = next(
+        attributes["content"]
+        for _, attributes in Reader(page).tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert (
+        policy
+        == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    )
 
 
 def test_hostile_names_stay_text():
     page = render_page(broken())
     reader = Reader(page)
-    assert "<img" not in page and "onerror" not in {key for _, attributes in reader.tags for key in attributes}
+    assert "<img" not in page and "onerror" not in {
+        key for _, attributes in reader.tags for key in attributes
+    }
     assert "9359" not in page
     assert sum(tag == "script" for tag, _ in reader.tags) == 2
-    assert json.loads(reader.data)["rows"][0][0].startswith("a</script><img src=x onerror=alert(1)>\"'&amp;")
+    assert json.loads(reader.data)["rows"][0][0].startswith(
+        "a</script><img src=x onerror=alert(1)>\"'&amp;"
+    )
 
 
 def test_twelve_thousand_modules_make_a_small_page():
@@ -255,7 +420,9 @@ def test_twelve_thousand_modules_make_a_small_page():
 
 
 def test_names_made_to_blow_up_the_page_do_not():
-    modules = [linear(f"layers.{index}.k{index}", (8, 8), "W4A16", layer=index) for index in range(12_000)]
+    modules = [
+        linear(f"layers.{index}.k{index}", (8, 8), "W4A16", layer=index) for index in range(12_000)
+    ]
     assert len(render_page(report(modules)).encode()) < 4.5e6
 
 
@@ -279,7 +446,13 @@ def load(browser, tmp_path) -> Iterator[Any]:
         page = browser.new_context(**context).new_page()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
-        page.on("request", lambda request: request.url in (file.as_uri(), "data:,") or complaints.append(f"request: {request.url}"))
+        page.on(
+            "request",
+            lambda request: (
+                request.url in (file.as_uri(), "data:,")
+                or complaints.append(f"request: {request.url}")
+            ),
+        )
         page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         page.goto(file.as_uri())
@@ -297,7 +470,12 @@ def first_column(page: Any) -> list[str]:
 
 def test_a_browser_shows_it_without_complaint(load, full):
     page = load(full)
-    for text in (full.name, "Layer by layer", "Furthest from meta-llama/Llama-3.1-8B", "config says group_size 128"):
+    for text in (
+        full.name,
+        "Layer by layer",
+        "Furthest from meta-llama/Llama-3.1-8B",
+        "config says group_size 128",
+    ):
         assert page.get_by_text(text).first.is_visible()
     assert page.locator("[data-map='Bits per weight'] td").first.is_visible()
 
@@ -306,7 +484,11 @@ def test_pointing_and_tabbing_show_a_tooltip(load, full):
     page = load(full)
     tip = page.get_by_role("tooltip")
     page.locator("[data-map='Error'] tbody td").nth(5).hover()
-    assert "model.layers.5.self_attn.q_proj" in tip.inner_text() and "W4A16, 4,096 × 4,096" in tip.inner_text() and "SQNR" in tip.inner_text()
+    assert (
+        "model.layers.5.self_attn.q_proj" in tip.inner_text()
+        and "W4A16, 4,096 × 4,096" in tip.inner_text()
+        and "SQNR" in tip.inner_text()
+    )
     page.keyboard.press("Escape")
     assert tip.is_hidden()
     page.locator("[data-map='Error'] td[tabindex='0']").first.focus()
@@ -337,14 +519,20 @@ def test_the_list_filters_and_sorts(load, full):
 
 def test_a_field_of_the_map_opens_its_modules(load):
     page = load(report(experts(4, 8)))
-    page.locator("tr", has=page.get_by_role("rowheader", name="experts gate_proj")).locator("td").nth(3).click()
-    assert first_column(page) == [f"model.layers.3.mlp.experts.{expert}.gate_proj" for expert in range(8)]
+    page.locator("tr", has=page.get_by_role("rowheader", name="experts gate_proj")).locator(
+        "td"
+    ).nth(3).click()
+    assert first_column(page) == [
+        f"model.layers.3.mlp.experts.{expert}.gate_proj" for expert in range(8)
+    ]
 
 
 @pytest.mark.parametrize("width", [400, 800, 1600])
 @pytest.mark.parametrize("case", ["full", "experts", "broken", "126 layers"])
 def test_the_page_is_never_wider_than_the_window(load, full, width, case):
-    found = full if case == "full" else report(experts(46, 2)) if case == "experts" else CASES[case]()
+    found = (
+        full if case == "full" else report(experts(46, 2)) if case == "experts" else CASES[case]()
+    )
     page = load(found, viewport={"width": width, "height": 900})
     if found.modules:
         page.locator("#all summary").click()

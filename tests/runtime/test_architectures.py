@@ -16,16 +16,59 @@ from qtool.runtime.load import load
 from qtool.scheme import SCHEMES
 from qtool.weight import dequantize, fake_quantize_input, quantize
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*are dequantized at every step")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*are dequantized at every step"),
+]
 pytest_plugins = ["support.sample_plugin"]
 
 SIZES = {
-    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-    **{"vocab_size": 320, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    **{
+        "vocab_size": 320,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 USUAL = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "granite", "starcoder2"),
-    *("stablelm", "cohere", "cohere2", "glm", "glm4", "smollm3", "exaone4", "ernie4_5", "seed_oss", "arcee", "hunyuan_v1_dense", "nemotron"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo",
+        "olmo2",
+        "granite",
+        "starcoder2",
+    ),
+    *(
+        "stablelm",
+        "cohere",
+        "cohere2",
+        "glm",
+        "glm4",
+        "smollm3",
+        "exaone4",
+        "ernie4_5",
+        "seed_oss",
+        "arcee",
+        "hunyuan_v1_dense",
+        "nemotron",
+    ),
     *("helium", "apertus", "gpt_neox"),
 )
 DENSE: dict[str, dict[str, object]] = {
@@ -38,14 +81,33 @@ EXPERTS: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 8},
     "phimoe": {"num_local_experts": 8},
     "minimax": {"num_local_experts": 8},
-    "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 128, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 8},
     "glm4_moe": {"n_routed_experts": 8, "moe_intermediate_size": 128, "first_k_dense_replace": 1},
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_intermediate_size": 128},
     "deepseek_v3": {
-        **{"n_routed_experts": 8, "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-        **{"kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4},
+        **{
+            "n_routed_experts": 8,
+            "moe_intermediate_size": 128,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+        },
+        **{
+            "kv_lora_rank": 128,
+            "q_lora_rank": 128,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "num_key_value_heads": 4,
+        },
     },
 }
 IDS = torch.arange(3, 27)[None] * 7 % 317
@@ -54,7 +116,9 @@ IDS = torch.arange(3, 27)[None] * 7 % 317
 def make(folder, model_type: str, sizes: dict[str, object]):
     """Write a random model of ``model_type`` whose logits depend on all of its layers; return its folder."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SIZES | sizes).items() if value is not None})
+    config = AutoConfig.for_model(
+        model_type, **{key: value for key, value in (SIZES | sizes).items() if value is not None}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -97,9 +161,13 @@ def test_dense_models_equal_their_dequantized_form(tmp_path, model_type):
         reference = load_dequantized(open_checkpoint(tmp_path / scheme))
         with only_plain():
             model = load(tmp_path / scheme, device="cpu")
-        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 4  # q|k|v, o, gate|up, down
+        assert (
+            sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 4
+        )  # q|k|v, o, gate|up, down
         assert distance(model, reference) < 1e-3
-        assert distance(reference, load(plain, device="cpu")) > 0.02  # which sees whether anything was quantized
+        assert (
+            distance(reference, load(plain, device="cpu")) > 0.02
+        )  # which sees whether anything was quantized
     assert distance(load(tmp_path / "W4A16", device="cpu"), reference) < 0.02
 
 
@@ -118,7 +186,9 @@ def test_mixtures_of_experts_equal_their_dequantized_form(tmp_path, model_type):
 def test_a_mixture_of_experts_is_quantized_while_it_loads(tmp_path):
     plain = make(tmp_path, "mixtral", EXPERTS["mixtral"])
     online = load(plain, device="cpu", quantization="fp8wo")
-    qtool.export(plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    qtool.export(
+        plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16"
+    )
     assert distance(online, load(tmp_path / "out", device="cpu")) == 0
 
 
@@ -128,14 +198,25 @@ def test_experts_of_which_some_are_plain_are_right(tmp_path):
     from safetensors.torch import load_file, save_file
 
     plain = make(tmp_path, "mixtral", EXPERTS["mixtral"])
-    qtool.export(plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    qtool.export(
+        plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16"
+    )
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name in [name for name in tensors if ".w3." in name]:
         del tensors[name]
     originals = load_file(plain / "model.safetensors")
-    save_file(tensors | {name: tensor for name, tensor in originals.items() if ".w3." in name}, tmp_path / "out" / "model.safetensors")
+    save_file(
+        tensors | {name: tensor for name, tensor in originals.items() if ".w3." in name},
+        tmp_path / "out" / "model.safetensors",
+    )
     (tmp_path / "out" / "qtool-manifest.json").unlink(missing_ok=True)
-    assert distance(load(tmp_path / "out", device="cpu"), load_dequantized(open_checkpoint(tmp_path / "out"))) < 0.02
+    assert (
+        distance(
+            load(tmp_path / "out", device="cpu"),
+            load_dequantized(open_checkpoint(tmp_path / "out")),
+        )
+        < 0.02
+    )
 
 
 @pytest.mark.parametrize("missing", ["experts.3.", "experts.7.", "experts.3.w3"])
@@ -143,9 +224,15 @@ def test_an_expert_that_is_missing_is_missed(tmp_path, missing):
     from safetensors.torch import load_file, save_file
 
     plain = make(tmp_path, "mixtral", EXPERTS["mixtral"])
-    qtool.export(plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    qtool.export(
+        plain, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16"
+    )
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not ("layers.0." in name and missing in name)}
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not ("layers.0." in name and missing in name)
+    }
     assert len(kept) < len(tensors)
     save_file(kept, tmp_path / "out" / "model.safetensors")
     with pytest.raises(CheckpointRefused) as error:
@@ -161,7 +248,11 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
     plain = make(tmp_path, "deepseek_v3", EXPERTS["deepseek_v3"])
     expected = load(plain, device="cpu", quantization="fp8wo")
     tensors = load_file(plain / "model.safetensors")
-    more = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in tensors.items() if "layers.1." in name}
+    more = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
     save_file(tensors | more, plain / "model.safetensors")
     with pytest.warns(RuntimeWarning, match="multi-token prediction"):
         model = load(plain, device="cpu", quantization="fp8wo")
@@ -169,7 +260,9 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
 
 
 def test_layers_whose_weights_the_model_multiplies_with_itself_stay_plain(tmp_path):
-    plain = make(tmp_path, "mamba", {"state_size": 8, "time_step_rank": 8, "expand": 2, "head_dim": None})
+    plain = make(
+        tmp_path, "mamba", {"state_size": 8, "time_step_rank": 8, "expand": 2, "head_dim": None}
+    )
     with pytest.warns(RuntimeWarning, match="the model itself multiplies with"):
         model = load(plain, device="cpu", quantization="int8wo")
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
@@ -204,16 +297,29 @@ def test_stacked_mxfp4_experts_are_right(tmp_path):
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inputs, outputs = tensors[name].shape
         weight = quantize(tensors[name].transpose(1, 2).reshape(-1, inputs), SCHEMES["MXFP4A16"])
-        rounded[name] = dequantize(weight, torch.bfloat16).reshape(experts, outputs, inputs).transpose(1, 2).contiguous()
+        rounded[name] = (
+            dequantize(weight, torch.bfloat16)
+            .reshape(experts, outputs, inputs)
+            .transpose(1, 2)
+            .contiguous()
+        )
         del packed[name]
         packed[f"{name}_blocks"] = weight.data.reshape(experts, outputs, inputs // 32, 16)
-        packed[f"{name}_scales"] = weight.scale.view(torch.uint8).reshape(experts, outputs, inputs // 32)
+        packed[f"{name}_scales"] = weight.scale.view(torch.uint8).reshape(
+            experts, outputs, inputs // 32
+        )
     config = (plain / "config.json").read_text()
-    for folder, content, extra in (("rounded", rounded, ""), ("packed", packed, '"quantization_config": {"quant_method": "mxfp4"},')):
+    for folder, content, extra in (
+        ("rounded", rounded, ""),
+        ("packed", packed, '"quantization_config": {"quant_method": "mxfp4"},'),
+    ):
         (tmp_path / folder).mkdir()
         save_file(content, tmp_path / folder / "model.safetensors", {"format": "pt"})
         (tmp_path / folder / "config.json").write_text(config.replace("{", "{" + extra, 1))
-    assert distance(load(tmp_path / "packed", device="cpu"), load(tmp_path / "rounded", device="cpu")) < 0.01
+    assert (
+        distance(load(tmp_path / "packed", device="cpu"), load(tmp_path / "rounded", device="cpu"))
+        < 0.01
+    )
     assert distance(load(tmp_path / "packed", device="cpu"), load(plain, device="cpu")) > 0.01
 
 
@@ -223,7 +329,9 @@ def test_an_expert_rounds_its_input_as_its_scheme_says():
     spec = LinearSpec(scheme, (64, 96), torch.bfloat16)
     stack = ExpertStack([[QuantizedLinear(spec, Choice("reference", {}), rounded)]])
     x, bias = torch.randn(5, 96, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
-    expected = torch.nn.functional.linear(fake_quantize_input(x, scheme.activations), dequantize(rounded, torch.bfloat16))
+    expected = torch.nn.functional.linear(
+        fake_quantize_input(x, scheme.activations), dequantize(rounded, torch.bfloat16)
+    )
     assert torch.equal(torch.nn.functional.linear(x, stack[0]), expected)
     assert torch.equal(x @ stack[torch.tensor(0)], expected)
     assert torch.equal(torch.nn.functional.linear(x, stack[0], bias), expected + bias)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from qtool.runtime import kernels
-from qtool.runtime.kernels import KERNELS, Choice, Device, FewTokens, LinearSpec, choose, load_kernel
+from qtool.runtime.kernels import (
+    KERNELS,
+    Choice,
+    Device,
+    FewTokens,
+    LinearSpec,
+    choose,
+    load_kernel,
+)
 from qtool.runtime.kernels import reference as plain
 from qtool.runtime.linear import QuantizedLinear, SharedInput
 from qtool.scheme import SCHEMES, Activations
@@ -42,8 +50,12 @@ def test_codes_are_multiplied_by_triton_on_hopper_and_by_torch_elsewhere(name):
     assert str(choose(spec_of(name), H200)) == "triton_w8a8"
     elsewhere = choose(spec_of(name), Device("cuda", 100))
     assert str(elsewhere) == "scaled_mm" and "sm_90" in elsewhere.refused["triton_w8a8"]
-    for_all = replace(SCHEMES[name], activations=Activations(SCHEMES[name].weights.format, "tensor"))
-    assert str(choose(LinearSpec(for_all, (256, 512), torch.bfloat16), H200)) == "scaled_mm"  # one scale for all tokens, found at run time
+    for_all = replace(
+        SCHEMES[name], activations=Activations(SCHEMES[name].weights.format, "tensor")
+    )
+    assert (
+        str(choose(LinearSpec(for_all, (256, 512), torch.bfloat16), H200)) == "scaled_mm"
+    )  # one scale for all tokens, found at run time
 
 
 def test_a_second_copy_of_the_weight_is_made_only_where_there_is_room(with_humming):
@@ -51,7 +63,9 @@ def test_a_second_copy_of_the_weight_is_made_only_where_there_is_room(with_hummi
 
 
 def test_without_humming_triton_serves_all_tokens(monkeypatch):
-    monkeypatch.setattr(load_kernel("humming"), "_missing", lambda: "humming-kernels is not installed")
+    monkeypatch.setattr(
+        load_kernel("humming"), "_missing", lambda: "humming-kernels is not installed"
+    )
     choice = choose(spec_of("W4A16"), H200)
     assert str(choice) == "triton_weight_only"
     assert "not installed" in choice.refused["humming"]
@@ -77,8 +91,15 @@ def test_the_operator_calls_the_kernel_for_the_number_of_tokens(monkeypatch):
     for tokens in (1, 3, 4, 9):
         x = torch.randn(tokens, 512, dtype=torch.bfloat16)
         assert torch.equal(layer(x), expected(x))
-    assert [call for call in called if call[0] != "reference"] == [("few", 1), ("few", 3), ("many", 4), ("many", 9)]
-    assert layer.few_data.data_ptr() == layer.many_data.data_ptr() == weight.data.data_ptr()  # one copy where both read the same tensors
+    assert [call for call in called if call[0] != "reference"] == [
+        ("few", 1),
+        ("few", 3),
+        ("many", 4),
+        ("many", 9),
+    ]
+    assert (
+        layer.few_data.data_ptr() == layer.many_data.data_ptr() == weight.data.data_ptr()
+    )  # one copy where both read the same tensors
 
 
 def test_the_order_of_the_inputs_and_their_factor_come_before_the_kernel():
@@ -86,7 +107,9 @@ def test_the_order_of_the_inputs_and_their_factor_come_before_the_kernel():
     weight = quantize(torch.randn(spec.shape, dtype=torch.bfloat16), spec.scheme)
     order, factor = torch.randperm(512).to(torch.int32), torch.rand(512, dtype=torch.bfloat16) + 0.5
     x = torch.randn(2, 3, 512, dtype=torch.bfloat16)
-    layer = QuantizedLinear(spec, Choice("reference", {}), replace(weight, perm=order, pre_scale=factor))
+    layer = QuantizedLinear(
+        spec, Choice("reference", {}), replace(weight, perm=order, pre_scale=factor)
+    )
     plainly = QuantizedLinear(spec, Choice("reference", {}), weight)
     assert torch.equal(layer(x), plainly((x * factor)[..., order.long()]))
     assert layer(x[:0]).shape == (0, 3, 256)
@@ -94,12 +117,24 @@ def test_the_order_of_the_inputs_and_their_factor_come_before_the_kernel():
 
 def test_layers_that_share_an_input_take_their_parts_of_one_product():
     spec = spec_of("W8A16")
-    whole = QuantizedLinear(spec, Choice("reference", {}), quantize(torch.randn(spec.shape, dtype=torch.bfloat16), spec.scheme))
+    whole = QuantizedLinear(
+        spec,
+        Choice("reference", {}),
+        quantize(torch.randn(spec.shape, dtype=torch.bfloat16), spec.scheme),
+    )
     shared = SharedInput(whole, (128, 64, 64))
-    one, other = torch.randn(4, 512, dtype=torch.bfloat16), torch.randn(4, 512, dtype=torch.bfloat16)
-    expected, expected_other = whole(one).split((128, 64, 64), -1), whole(other).split((128, 64, 64), -1)
+    one, other = (
+        torch.randn(4, 512, dtype=torch.bfloat16),
+        torch.randn(4, 512, dtype=torch.bfloat16),
+    )
+    expected, expected_other = (
+        whole(one).split((128, 64, 64), -1),
+        whole(other).split((128, 64, 64), -1),
+    )
     assert torch.equal(shared.take(one, 0), expected[0])
-    assert torch.equal(shared.take(other, 2), expected_other[2])  # another input in between is no trouble
+    assert torch.equal(
+        shared.take(other, 2), expected_other[2]
+    )  # another input in between is no trouble
     assert torch.equal(shared.take(one, 1), expected[1])
     assert torch.equal(shared.take(one, 1), expected[1])  # nor is asking twice
     shared.take(one, 0)

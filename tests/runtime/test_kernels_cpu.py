@@ -19,24 +19,45 @@ CPU = Device("cpu")
 TAKERS = {
     "native": tuple(name for name in SCHEMES if name not in ("W8A8", "W8A8_STATIC", "W4A8")),
     "int4pack": ("W4A16", "W4A16_ASYM", "W3A16", "W2A16"),
-    "onednn": ("W8A8", "W8A8_STATIC", "W8A16", "W8A16_CHANNEL", "W7A16", "W6A16", "W5A16", "W4A8", "W4A16_ASYM"),
+    "onednn": (
+        "W8A8",
+        "W8A8_STATIC",
+        "W8A16",
+        "W8A16_CHANNEL",
+        "W7A16",
+        "W6A16",
+        "W5A16",
+        "W4A8",
+        "W4A16_ASYM",
+    ),
     "int8pack": ("W8A16_CHANNEL",),
     "reference": tuple(SCHEMES),
 }
 
 
-def spec_of(scheme: Scheme | str, shape: tuple[int, int] = (80, 256), dtype: torch.dtype = torch.bfloat16) -> LinearSpec:
+def spec_of(
+    scheme: Scheme | str, shape: tuple[int, int] = (80, 256), dtype: torch.dtype = torch.bfloat16
+) -> LinearSpec:
     scheme = SCHEMES[scheme] if isinstance(scheme, str) else scheme
-    return LinearSpec(scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic))
+    return LinearSpec(
+        scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic)
+    )
 
 
 def sample(spec: LinearSpec, tokens: int, seed: int = 0) -> tuple[torch.Tensor, QuantizedWeight]:
     """An input with an outlying channel and tokens of several sizes, and a weight, with the scale of such inputs where it is static."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, spec.shape[1], generator=generator) * torch.rand(tokens, 1, generator=generator) * 5 + 0.3
+    x = (
+        torch.randn(tokens, spec.shape[1], generator=generator)
+        * torch.rand(tokens, 1, generator=generator)
+        * 5
+        + 0.3
+    )
     x[:, 0] *= 30
     x = x.to(spec.dtype)
-    weight = quantize((torch.randn(spec.shape, generator=generator) * 0.02 + 0.005).to(spec.dtype), spec.scheme)
+    weight = quantize(
+        (torch.randn(spec.shape, generator=generator) * 0.02 + 0.005).to(spec.dtype), spec.scheme
+    )
     activations = spec.scheme.activations
     if activations and not activations.dynamic:
         low, high = x.float().min().clamp(max=0), x.float().max().clamp(min=0)
@@ -48,7 +69,9 @@ def sample(spec: LinearSpec, tokens: int, seed: int = 0) -> tuple[torch.Tensor, 
     return x, weight
 
 
-def exact(spec: LinearSpec, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def exact(
+    spec: LinearSpec, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
     """The product in float64, of the input as it is rounded."""
     if spec.scheme.activations:
         static = weight.activation
@@ -58,14 +81,24 @@ def exact(spec: LinearSpec, x: torch.Tensor, weight: QuantizedWeight, bias: torc
 
 
 # what this machine can run: native asks for more than the others, and is tested apart
-HERE = [kernel for kernel in KERNELS["cpu"] if kernel != "native" or load_kernel(kernel).objection(spec_of("W4A16"), CPU) is None]
+HERE = [
+    kernel
+    for kernel in KERNELS["cpu"]
+    if kernel != "native" or load_kernel(kernel).objection(spec_of("W4A16"), CPU) is None
+]
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return float((y.double() - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def run(kernel: str, spec: LinearSpec, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def run(
+    kernel: str,
+    spec: LinearSpec,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     module = load_kernel(kernel)
     assert module.objection(spec, CPU) is None
     y = module.apply(spec, x, module.pack(spec, weight), bias)
@@ -73,12 +106,17 @@ def run(kernel: str, spec: LinearSpec, x: torch.Tensor, weight: QuantizedWeight,
     return y
 
 
-def check(kernel: str, scheme: Scheme, shape: tuple[int, int], tokens: int, has_bias: bool, seed: int) -> None:
+def check(
+    kernel: str, scheme: Scheme, shape: tuple[int, int], tokens: int, has_bias: bool, seed: int
+) -> None:
     spec = spec_of(scheme, shape)
     x, weight = sample(spec, tokens, seed)
     bias = torch.linspace(-1, 1, shape[0]).to(spec.dtype) if has_bias else None
     y, reference = run(kernel, spec, x, weight, bias), exact(spec, x, weight, bias)
-    usual = torch.outer(x.double().norm(dim=1), dequantize(weight).double().norm(dim=1)).norm() / shape[1] ** 0.5  # a few outputs may cancel
+    usual = (
+        torch.outer(x.double().norm(dim=1), dequantize(weight).double().norm(dim=1)).norm()
+        / shape[1] ** 0.5
+    )  # a few outputs may cancel
     size = torch.maximum(reference.norm(), usual)
     assert (y.double() - reference).norm() <= 1e-2 * size
     assert (y.double() - run("reference", spec, x, weight, bias).double()).norm() <= 1e-2 * size
@@ -87,12 +125,27 @@ def check(kernel: str, scheme: Scheme, shape: tuple[int, int], tokens: int, has_
 groups = st.sampled_from([32, 64, 128, 256])
 sizes = st.integers(1, 150) | st.sampled_from([256, 384])
 tokens = st.integers(1, 9) | st.sampled_from([79, 80, 200])
-options = {"outputs": sizes, "inputs": sizes, "tokens": tokens, "has_bias": st.booleans(), "seed": st.integers(0, 1000)}
+options = {
+    "outputs": sizes,
+    "inputs": sizes,
+    "tokens": tokens,
+    "has_bias": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
 
 
-def weights_of(formats: list[str], group_sizes: st.SearchStrategy[int], symmetric: st.SearchStrategy[bool]) -> st.SearchStrategy[Weights]:
-    whole = st.builds(Weights, st.sampled_from(formats), st.sampled_from(["channel", "tensor"]), symmetric=symmetric)
-    grouped = st.builds(Weights, st.sampled_from(formats), st.just("group"), group_sizes, symmetric=symmetric)
+def weights_of(
+    formats: list[str], group_sizes: st.SearchStrategy[int], symmetric: st.SearchStrategy[bool]
+) -> st.SearchStrategy[Weights]:
+    whole = st.builds(
+        Weights,
+        st.sampled_from(formats),
+        st.sampled_from(["channel", "tensor"]),
+        symmetric=symmetric,
+    )
+    grouped = st.builds(
+        Weights, st.sampled_from(formats), st.just("group"), group_sizes, symmetric=symmetric
+    )
     return whole | grouped
 
 
@@ -102,7 +155,9 @@ def even(inputs: int, weights: Weights) -> int:
 
 @settings(max_examples=80)
 @given(weights=weights_of(["int2", "int3", "int4"], groups, st.booleans()), **options)
-def test_int4pack_multiplies_as_the_definition_says(weights, outputs, inputs, tokens, has_bias, seed):
+def test_int4pack_multiplies_as_the_definition_says(
+    weights, outputs, inputs, tokens, has_bias, seed
+):
     check("int4pack", Scheme(weights), (outputs, even(inputs, weights)), tokens, has_bias, seed)
 
 
@@ -110,17 +165,46 @@ def test_int4pack_multiplies_as_the_definition_says(weights, outputs, inputs, to
 @given(
     weights=weights_of([f"int{bits}" for bits in range(2, 9)], st.integers(16, 160), st.booleans()),
     activations=st.none()
-    | st.builds(Activations, st.sampled_from(["int8", "int4"]), st.sampled_from(["token", "tensor"]), symmetric=st.booleans())
-    | st.builds(Activations, st.just("int8"), st.just("tensor"), dynamic=st.just(False), symmetric=st.booleans()),
+    | st.builds(
+        Activations,
+        st.sampled_from(["int8", "int4"]),
+        st.sampled_from(["token", "tensor"]),
+        symmetric=st.booleans(),
+    )
+    | st.builds(
+        Activations,
+        st.just("int8"),
+        st.just("tensor"),
+        dynamic=st.just(False),
+        symmetric=st.booleans(),
+    ),
     **options,
 )
-def test_onednn_multiplies_as_the_definition_says(weights, activations, outputs, inputs, tokens, has_bias, seed):
-    check("onednn", Scheme(weights, activations), (outputs, even(inputs, weights)), tokens, has_bias, seed)
+def test_onednn_multiplies_as_the_definition_says(
+    weights, activations, outputs, inputs, tokens, has_bias, seed
+):
+    check(
+        "onednn",
+        Scheme(weights, activations),
+        (outputs, even(inputs, weights)),
+        tokens,
+        has_bias,
+        seed,
+    )
 
 
 @settings(max_examples=40)
-@given(weights=st.builds(Weights, st.sampled_from(["int5", "int6", "int7", "int8"]), st.sampled_from(["channel", "tensor"])), **options)
-def test_int8pack_multiplies_as_the_definition_says(weights, outputs, inputs, tokens, has_bias, seed):
+@given(
+    weights=st.builds(
+        Weights,
+        st.sampled_from(["int5", "int6", "int7", "int8"]),
+        st.sampled_from(["channel", "tensor"]),
+    ),
+    **options,
+)
+def test_int8pack_multiplies_as_the_definition_says(
+    weights, outputs, inputs, tokens, has_bias, seed
+):
     check("int8pack", Scheme(weights), (outputs, inputs), tokens, has_bias, seed)
 
 
@@ -130,7 +214,9 @@ def test_4096_tokens_are_no_different(kernel):
         check(kernel, SCHEMES[name], (72, 256), 4096, True, 0)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [(kernel, name) for kernel in HERE for name in TAKERS[kernel]])
+@pytest.mark.parametrize(
+    ("kernel", "name"), [(kernel, name) for kernel in HERE for name in TAKERS[kernel]]
+)
 def test_every_kernel_keeps_the_contract(kernel, name):
     spec = spec_of(name)
     assert load_kernel(kernel).objection(spec, CPU) is None
@@ -160,15 +246,25 @@ def test_rounded_inputs_are_multiplied_exactly(name):
     """What remains is the rounding of the result to bfloat16, half a step of 2^-8, and of the input that the definition keeps in bfloat16."""
     spec = spec_of(name)
     x, weight = sample(spec, 5)
-    assert relative_error(run("onednn", spec, x, weight, None), exact(spec, x, weight, None)) <= 4e-3
+    assert (
+        relative_error(run("onednn", spec, x, weight, None), exact(spec, x, weight, None)) <= 4e-3
+    )
 
 
 def test_unaligned_tensors_do_not_fault():
     spec = spec_of("W8A16_CHANNEL")
     x, weight = sample(spec, 3)
-    shifted, data = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x), torch.empty(weight.data.numel() + 1, dtype=torch.int8)[1:]
+    shifted, data = (
+        torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x),
+        torch.empty(weight.data.numel() + 1, dtype=torch.int8)[1:],
+    )
     weight = replace(weight, data=data.view_as(weight.data).copy_(weight.data))
-    assert relative_error(run("int8pack", spec, shifted.copy_(x), weight, None), exact(spec, x, weight, None)) <= 1e-2
+    assert (
+        relative_error(
+            run("int8pack", spec, shifted.copy_(x), weight, None), exact(spec, x, weight, None)
+        )
+        <= 1e-2
+    )
 
 
 def test_the_operator_and_the_blocks_agree(monkeypatch):
@@ -182,16 +278,40 @@ def test_the_operator_and_the_blocks_agree(monkeypatch):
 OBJECTIONS = [
     ("int4pack", spec_of("W4A16", dtype=torch.float16), "float16: takes bfloat16 only"),
     ("int4pack", spec_of("W4A8"), "inputs int8 token: takes 16 bits only"),
-    ("int4pack", spec_of("FP8_W8A16"), "weights fp8 channel: takes int2, int3 and int4 by group, channel or tensor"),
-    ("int4pack", spec_of(Scheme(Weights("int4", "group", 48))), "needs groups of 32, 64, 128 or 256, found 48"),
+    (
+        "int4pack",
+        spec_of("FP8_W8A16"),
+        "weights fp8 channel: takes int2, int3 and int4 by group, channel or tensor",
+    ),
+    (
+        "int4pack",
+        spec_of(Scheme(Weights("int4", "group", 48))),
+        "needs groups of 32, 64, 128 or 256, found 48",
+    ),
     ("onednn", spec_of("W8A8", dtype=torch.float32), "float32: takes bfloat16 only"),
-    ("onednn", spec_of("NVFP4A16"), "weights nvfp4 g16: takes integers by group, channel or tensor"),
-    ("onednn", spec_of(Scheme(Weights("int8", "block", block=(64, 64)))), "weights int8 64x64: takes integers by group, channel or tensor"),
+    (
+        "onednn",
+        spec_of("NVFP4A16"),
+        "weights nvfp4 g16: takes integers by group, channel or tensor",
+    ),
+    (
+        "onednn",
+        spec_of(Scheme(Weights("int8", "block", block=(64, 64)))),
+        "weights int8 64x64: takes integers by group, channel or tensor",
+    ),
     ("onednn", spec_of("W4AFP8"), "inputs fp8 token: takes integers by token or tensor"),
-    ("onednn", spec_of(Scheme(Weights("int8"), Activations("int8", "group", 128))), "inputs int8 g128: takes integers by token or tensor"),
+    (
+        "onednn",
+        spec_of(Scheme(Weights("int8"), Activations("int8", "group", 128))),
+        "inputs int8 g128: takes integers by token or tensor",
+    ),
     ("int8pack", spec_of("W8A16_CHANNEL", dtype=torch.float16), "float16: takes bfloat16 only"),
     ("int8pack", spec_of("W8A8"), "inputs int8 token: takes 16 bits only"),
-    ("int8pack", spec_of("W8A16"), "weights int8 g128: takes int5 to int8 by channel or tensor, without zero points"),
+    (
+        "int8pack",
+        spec_of("W8A16"),
+        "weights int8 g128: takes int5 to int8 by channel or tensor, without zero points",
+    ),
 ]
 
 
@@ -206,13 +326,25 @@ def test_an_older_cpu_is_refused_by_name_of_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     choice = choose(spec_of("W8A16_CHANNEL"), CPU)
     old = "needs a CPU with AVX2 or AVX512"
-    refused = {"native": "needs a CPU with AVX512_BF16", "int4pack": old, "onednn": "needs a CPU with AVX512 VNNI", "int8pack": old}
+    refused = {
+        "native": "needs a CPU with AVX512_BF16",
+        "int4pack": old,
+        "onednn": "needs a CPU with AVX512 VNNI",
+        "int8pack": old,
+    }
     assert choice == Choice("reference", refused)
 
 
 def test_each_scheme_goes_to_its_kernel_where_native_is_none(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     chosen = {name: choose(spec_of(name), CPU).kernel for name in SCHEMES}
-    assert {name for name in SCHEMES if chosen[name] == "int4pack"} == {"W4A16", "W4A16_ASYM", "W3A16", "W2A16"}
-    assert {name for name in SCHEMES if chosen[name] == "onednn"} == set(TAKERS["onednn"]) - {"W4A16_ASYM"}
+    assert {name for name in SCHEMES if chosen[name] == "int4pack"} == {
+        "W4A16",
+        "W4A16_ASYM",
+        "W3A16",
+        "W2A16",
+    }
+    assert {name for name in SCHEMES if chosen[name] == "onednn"} == set(TAKERS["onednn"]) - {
+        "W4A16_ASYM"
+    }
     assert "int8pack" not in chosen.values()  # it is for CPUs without VNNI

@@ -20,20 +20,33 @@ from qtool.runtime import kernels
 from qtool.runtime.kernels import KERNELS, Device, LinearSpec, choose, humming, scaled_mm
 from qtool.runtime.kernels import reference as plain
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
-from qtool.weight import Activation, QuantizedWeight, dequantize, fake_quantize_input, quantize, spread
+from qtool.weight import (
+    Activation,
+    QuantizedWeight,
+    dequantize,
+    fake_quantize_input,
+    quantize,
+    spread,
+)
 
 H200 = Device("cuda", 90)
 
 
 def spec_of(scheme: Scheme | str, shape=(64, 128), dtype=torch.bfloat16) -> LinearSpec:
     scheme = SCHEMES[scheme] if isinstance(scheme, str) else scheme
-    return LinearSpec(scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic))
+    return LinearSpec(
+        scheme, shape, dtype, bool(scheme.activations and not scheme.activations.dynamic)
+    )
 
 
 def weight_of(spec: LinearSpec, scale: float | None = None) -> QuantizedWeight:
     torch.manual_seed(0)
     weight = quantize((torch.randn(spec.shape) * 0.02).to(spec.dtype), spec.scheme)
-    return weight if scale is None else replace(weight, activation=Activation(spec.scheme.activations, torch.tensor(scale)))
+    return (
+        weight
+        if scale is None
+        else replace(weight, activation=Activation(spec.scheme.activations, torch.tensor(scale)))
+    )
 
 
 @pytest.fixture
@@ -44,7 +57,10 @@ def with_humming(monkeypatch):
 def test_without_humming_the_objection_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "humming", None)  # as if it were not installed
     humming._missing.cache_clear()
-    assert humming.objection(spec_of("W4A16"), H200) == "humming-kernels is not installed: pip install qtool[cuda]"
+    assert (
+        humming.objection(spec_of("W4A16"), H200)
+        == "humming-kernels is not installed: pip install qtool[cuda]"
+    )
     humming._missing.cache_clear()
 
 
@@ -73,9 +89,20 @@ def test_humming_names_what_it_cannot_hold(spec, device, reason, with_humming):
 @pytest.mark.parametrize(
     ("name", "capability", "expected"),
     [
-        *(("FP8", 90, True), ("FP8_DYNAMIC", 90, True), ("FP8_BLOCK", 90, True), ("FP8", 80, False)),
+        *(
+            ("FP8", 90, True),
+            ("FP8_DYNAMIC", 90, True),
+            ("FP8_BLOCK", 90, True),
+            ("FP8", 80, False),
+        ),
         *(("W8A8", 75, True), ("W4A8", 75, True), ("W4AFP8", 90, True), ("W4AFP8", 80, False)),
-        *(("W4A16", 90, False), ("NVFP4", 90, False), ("MXFP8", 90, False), ("MXFP4AFP8", 90, False), ("NVFP4AFP8", 90, False)),
+        *(
+            ("W4A16", 90, False),
+            ("NVFP4", 90, False),
+            ("MXFP8", 90, False),
+            ("MXFP4AFP8", 90, False),
+            ("NVFP4AFP8", 90, False),
+        ),
     ],
 )
 def test_humming_multiplies_codes_only_where_both_sides_have_them(name, capability, expected):
@@ -90,39 +117,69 @@ TILES = {"block_shape": [64, 256, 64], "warp_shape": [64, 32, 64], "num_stages":
 def measured_schedule(tmp_path, monkeypatch):
     """A table with one schedule, for wide W4A16 layers and 33 to 64 tokens, measured on an H200."""
     pytest.importorskip("triton")
-    entry = {"weights": "int4 g128", "kind": "wide", "above": 32, "up_to": 64, "us": 20.0, "schedule": TILES}
+    entry = {
+        "weights": "int4 g128",
+        "kind": "wide",
+        "above": 32,
+        "up_to": 64,
+        "us": 20.0,
+        "schedule": TILES,
+    }
     table = tmp_path / "schedules.json"
-    table.write_text(json.dumps({"device": "sm_90", "multiprocessors": 132, "gpu": "NVIDIA H200", "schedules": [entry]}))
+    table.write_text(
+        json.dumps(
+            {"device": "sm_90", "multiprocessors": 132, "gpu": "NVIDIA H200", "schedules": [entry]}
+        )
+    )
     monkeypatch.setattr(humming, "MEASURED", table)
     humming.measured.cache_clear()
     yield
     humming.measured.cache_clear()
 
 
-def test_a_measured_schedule_is_for_the_gpu_weights_shape_and_tokens_it_was_measured_with(measured_schedule):
+def test_a_measured_schedule_is_for_the_gpu_weights_shape_and_tokens_it_was_measured_with(
+    measured_schedule,
+):
     (found,) = humming.measured("sm_90", 132)
     assert humming.measured("sm_90", 78) == humming.measured("sm_80", 132) == ()
     assert found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 64)
     assert not found.takes(SCHEMES["W4A16_ASYM"].weights, (28672, 4096), 64)
     assert not found.takes(SCHEMES["W4A16"].weights, (4096, 4096), 64)
-    assert not found.takes(SCHEMES["W4A16"].weights, (28672 + 128, 4096), 64)  # its tile of 256 rows
-    assert not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 32) and not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 96)
+    assert not found.takes(
+        SCHEMES["W4A16"].weights, (28672 + 128, 4096), 64
+    )  # its tile of 256 rows
+    assert not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 32) and not found.takes(
+        SCHEMES["W4A16"].weights, (28672, 4096), 96
+    )
 
 
-def test_humming_is_told_the_measured_schedule_and_chooses_the_others(measured_schedule, monkeypatch):
+def test_humming_is_told_the_measured_schedule_and_chooses_the_others(
+    measured_schedule, monkeypatch
+):
     layer = SimpleNamespace(a_dtype=SimpleNamespace(num_bits=16))
     modules = {
         "humming": SimpleNamespace(),
-        "humming.schema": SimpleNamespace(HummingInputSchema=SimpleNamespace, HummingWeightSchema=SimpleNamespace),
+        "humming.schema": SimpleNamespace(
+            HummingInputSchema=SimpleNamespace, HummingWeightSchema=SimpleNamespace
+        ),
         "humming.transform": SimpleNamespace(prepare_layer_config=lambda *sizes, **options: layer),
-        "humming.tune": SimpleNamespace(get_heuristics_config=lambda config, shape_m, device: {"chosen for": shape_m}),
+        "humming.tune": SimpleNamespace(
+            get_heuristics_config=lambda config, shape_m, device: {"chosen for": shape_m}
+        ),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(humming, "device_of", lambda device: H200)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
     early = {"use_pdl": True}
-    for spec, expected in ((spec_of("W4A16", (28672, 4096)), TILES), (spec_of("W4A16", (4096, 4096)), {"chosen for": 64})):
+    for spec, expected in (
+        (spec_of("W4A16", (28672, 4096)), TILES),
+        (spec_of("W4A16", (4096, 4096)), {"chosen for": 64}),
+    ):
         config, schedules = humming._config.__wrapped__(spec, torch.device("cuda", 0), False)
         found = {high: schedule for _, high, schedule in json.loads(schedules)}
         assert config is layer and found[64] == expected | early
@@ -134,15 +191,28 @@ def test_humming_is_told_the_measured_schedule_and_chooses_the_others(measured_s
         ]
     choice = {"tile": [1, 2]}
     modules["humming.tune"].get_heuristics_config = lambda config, shape_m, device: {"tile": (1, 2)}
-    steps = json.loads(humming._config.__wrapped__(spec_of("W4A16", (4096, 4096)), torch.device("cuda", 0), False)[1])
-    assert steps == [[0, 16, choice], [16, 1024, choice | early], [1024, 1 << 30, choice]]  # equal neighbours are one
+    steps = json.loads(
+        humming._config.__wrapped__(spec_of("W4A16", (4096, 4096)), torch.device("cuda", 0), False)[
+            1
+        ]
+    )
+    assert steps == [
+        [0, 16, choice],
+        [16, 1024, choice | early],
+        [1024, 1 << 30, choice],
+    ]  # equal neighbours are one
     layer.a_dtype.num_bits = 8
-    assert json.loads(humming._config.__wrapped__(spec_of("W4A8"), torch.device("cuda", 0), False)[1]) == [[0, 1 << 30, choice]]
+    assert json.loads(
+        humming._config.__wrapped__(spec_of("W4A8"), torch.device("cuda", 0), False)[1]
+    ) == [[0, 1 << 30, choice]]
 
 
 def test_the_table_of_measured_schedules_can_be_read():
     table = json.loads(humming.MEASURED.read_text())
-    assert all(isinstance(found, humming.Measured) for found in humming.measured(table["device"], table["multiprocessors"]))
+    assert all(
+        isinstance(found, humming.Measured)
+        for found in humming.measured(table["device"], table["multiprocessors"])
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -152,13 +222,18 @@ def test_humming_gets_offset_binary_words_padded_to_whole_tiles(bits, symmetric)
     weight = weight_of(spec)
     tensors = humming.canonical(spec, weight)
     assert tensors["weight"].shape == (128, 256 * bits // 32)
-    assert tensors["weight_scale"].shape == (128, 8) and tensors["weight_scale"].dtype == torch.bfloat16
+    assert (
+        tensors["weight_scale"].shape == (128, 8)
+        and tensors["weight_scale"].dtype == torch.bfloat16
+    )
     values = unpack_bits(tensors["weight"], bits, 256).float()
     zero = torch.full((128, 8), 2.0 ** (bits - 1))
     if not symmetric:
         assert tensors["zero_point"].shape == (128 * bits // 32, 8)
         zero = unpack_bits(tensors["zero_point"].T.contiguous(), bits, 128).T.float()
-    whole = (values - spread(zero, 256, 32, dim=1)) * spread(tensors["weight_scale"].float(), 256, 32, dim=1)
+    whole = (values - spread(zero, 256, 32, dim=1)) * spread(
+        tensors["weight_scale"].float(), 256, 32, dim=1
+    )
     assert torch.equal(whole[:72, :200], dequantize(weight))
     assert not whole[72:].any()
 
@@ -169,9 +244,15 @@ def test_humming_gets_floats_byte_by_byte(name):
     weight = weight_of(spec)
     tensors = humming.canonical(spec, weight)
     width = weight.data.shape[1]
-    assert torch.equal(tensors["weight"].view(torch.uint8)[:72, :width], weight.data.view(torch.uint8))
-    assert torch.equal(tensors["weight_scale"][:72, : weight.scale.shape[1]].float(), weight.scale.float())
-    assert (tensors["weight_scale"][72:].float() == (1 if spec.scheme.weights.scale == "e8m0" else 0)).all()
+    assert torch.equal(
+        tensors["weight"].view(torch.uint8)[:72, :width], weight.data.view(torch.uint8)
+    )
+    assert torch.equal(
+        tensors["weight_scale"][:72, : weight.scale.shape[1]].float(), weight.scale.float()
+    )
+    assert (
+        tensors["weight_scale"][72:].float() == (1 if spec.scheme.weights.scale == "e8m0" else 0)
+    ).all()
 
 
 def test_humming_gets_blocks_in_f32():
@@ -179,7 +260,9 @@ def test_humming_gets_blocks_in_f32():
     weight = weight_of(spec)
     tensors = humming.canonical(spec, weight)
     assert tensors["weight"].shape == (256, 384 // 4)
-    assert tensors["weight_scale"].dtype == torch.float32 and torch.equal(tensors["weight_scale"], weight.scale.float())
+    assert tensors["weight_scale"].dtype == torch.float32 and torch.equal(
+        tensors["weight_scale"], weight.scale.float()
+    )
 
 
 def test_rows_with_other_global_scales_leave_a_factor_for_the_output():
@@ -197,7 +280,9 @@ TENSOR_TOKEN = Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
 TENSOR_TENSOR = Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor"))
 
 
-@pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC", "W8A8", "W8A8_STATIC", TENSOR_TOKEN, TENSOR_TENSOR], ids=str)
+@pytest.mark.parametrize(
+    "scheme", ["FP8", "FP8_DYNAMIC", "W8A8", "W8A8_STATIC", TENSOR_TOKEN, TENSOR_TENSOR], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fused", [False, True])
 def test_sums_of_codes_are_the_plain_product(scheme, dtype, fused):
@@ -216,7 +301,10 @@ def test_sums_of_codes_are_the_plain_product(scheme, dtype, fused):
 
 @pytest.mark.parametrize("name", ["FP8", "FP8_DYNAMIC", "W8A8", "W8A8_STATIC"])
 def test_rounded_rows_are_the_fake_quantized_input(name):
-    inputs, scale = SCHEMES[name].activations, torch.tensor(0.01) if "token" not in str(SCHEMES[name].activations) else None
+    inputs, scale = (
+        SCHEMES[name].activations,
+        torch.tensor(0.01) if "token" not in str(SCHEMES[name].activations) else None,
+    )
     x = torch.randn(33, 256)
     x[3] = 0
     codes, scales = scaled_mm.rounded_rows(x, inputs, scale)
@@ -231,7 +319,11 @@ def test_rounded_rows_are_the_fake_quantized_input(name):
         (spec_of("W4AFP8"), H200, "weights are int4 and inputs fp8"),
         (spec_of("FP8_BLOCK"), H200, "block"),
         (spec_of("MXFP8"), H200, "group"),
-        (spec_of(Scheme(Weights("int8"), Activations("int8", symmetric=False))), H200, "zero points"),
+        (
+            spec_of(Scheme(Weights("int8"), Activations("int8", symmetric=False))),
+            H200,
+            "zero points",
+        ),
         (spec_of("FP8"), Device("cuda", 80), "sm_89"),
         (spec_of("FP8", (72, 128)), H200, "multiples of 16"),
         (spec_of("W8A8", (68, 128)), Device("cuda", 80), "multiples of 8"),
@@ -280,9 +372,22 @@ COMPILED = """
 """
 
 
-@pytest.mark.parametrize(("code", "interpret"), [(RESCALE, "1"), (COMPILED, "0")], ids=["interpreted", "compiled for sm_90"])
+@pytest.mark.parametrize(
+    ("code", "interpret"),
+    [(RESCALE, "1"), (COMPILED, "0")],
+    ids=["interpreted", "compiled for sm_90"],
+)
 def test_sums_are_rescaled_in_one_launch(code, interpret):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(TESTS), str(ROOT)))}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(TESTS), str(ROOT))),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "same", done.stderr[-2000:]

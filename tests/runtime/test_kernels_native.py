@@ -18,7 +18,10 @@ from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 from qtool.weight import QuantizedWeight
 
-needs_native = pytest.mark.skipif(native.objection(spec_of("W4A16"), CPU) is not None, reason=f"native: {native.objection(spec_of('W4A16'), CPU)}")
+needs_native = pytest.mark.skipif(
+    native.objection(spec_of("W4A16"), CPU) is not None,
+    reason=f"native: {native.objection(spec_of('W4A16'), CPU)}",
+)
 INTEGERS = [f"int{bits}" for bits in range(2, 9)]
 TAKEN = [name for name in SCHEMES if name not in ("W8A8", "W8A8_STATIC", "W4A8")]
 
@@ -37,18 +40,37 @@ def weights() -> st.SearchStrategy[Weights]:
     groups = st.integers(1, 20).map(lambda size: 16 * size)
     blocks = st.tuples(st.integers(1, 80), groups)
     return st.one_of(
-        st.builds(Weights, st.sampled_from([*INTEGERS, "fp8"]), st.sampled_from(["channel", "tensor"])),
-        st.builds(Weights, st.sampled_from(INTEGERS), st.sampled_from(["channel", "tensor"]), symmetric=st.just(False)),
-        st.builds(Weights, st.sampled_from(INTEGERS), st.just("group"), groups, symmetric=st.booleans()),
+        st.builds(
+            Weights, st.sampled_from([*INTEGERS, "fp8"]), st.sampled_from(["channel", "tensor"])
+        ),
+        st.builds(
+            Weights,
+            st.sampled_from(INTEGERS),
+            st.sampled_from(["channel", "tensor"]),
+            symmetric=st.just(False),
+        ),
+        st.builds(
+            Weights, st.sampled_from(INTEGERS), st.just("group"), groups, symmetric=st.booleans()
+        ),
         st.builds(Weights, st.sampled_from([*INTEGERS, "fp8"]), st.just("block"), block=blocks),
         st.builds(Weights, st.just("fp8"), st.just("group"), groups),
-        st.builds(Weights, st.just("fp4"), st.just("group"), groups, scale=st.sampled_from(["e4m3", "e8m0"])),
+        st.builds(
+            Weights,
+            st.just("fp4"),
+            st.just("group"),
+            groups,
+            scale=st.sampled_from(["e4m3", "e8m0"]),
+        ),
         st.builds(Weights, st.just("fp8"), st.just("group"), groups, scale=st.just("e8m0")),
     )
 
 
 inputs_rounded = st.none() | st.sampled_from(
-    [SCHEMES[name].activations for name in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8")] + [Activations("int8", "group", 32)]
+    [
+        SCHEMES[name].activations
+        for name in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4", "MXFP8")
+    ]
+    + [Activations("int8", "group", 32)]
 )
 sizes = st.integers(1, 160) | st.sampled_from([256, 384, 500])
 tokens = st.integers(1, 34) | st.integers(1, 300)
@@ -62,8 +84,13 @@ NVFP4A16 = SCHEMES["NVFP4A16"].weights
 @example(SCHEMES["W4A16_ASYM"].weights, None, 33, 8200, 33, False, 1)
 @example(SCHEMES["FP8_BLOCK"].weights, SCHEMES["FP8_BLOCK"].activations, 65, 4224, 129, True, 2)
 @given(weights(), inputs_rounded, sizes, sizes, tokens, st.booleans(), st.integers(0, 1000))
-def test_native_multiplies_as_the_definition_says(weights, activations, outputs, inputs, tokens, has_bias, seed):
-    spec = spec_of(Scheme(weights, activations), (outputs, inputs + inputs % 2 if weights.bits == 4 else inputs))
+def test_native_multiplies_as_the_definition_says(
+    weights, activations, outputs, inputs, tokens, has_bias, seed
+):
+    spec = spec_of(
+        Scheme(weights, activations),
+        (outputs, inputs + inputs % 2 if weights.bits == 4 else inputs),
+    )
     if native.objection(spec, CPU) is None:  # integers with integers go to oneDNN
         check("native", spec.scheme, spec.shape, tokens, has_bias, seed)
 
@@ -80,17 +107,28 @@ def test_every_code_stands_for_its_value(scale_dtype):
     codes = (rows * 37 + columns).to(torch.uint8)
     fp8 = torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)
     weights = {
-        Weights("int8", "group", 16, symmetric=False): QuantizedWeight(codes.view(torch.int8), scale, zero=zero),
-        Weights("int4", "group", 16, symmetric=False): QuantizedWeight(codes[:, :128], scale, zero=zero // 13),
+        Weights("int8", "group", 16, symmetric=False): QuantizedWeight(
+            codes.view(torch.int8), scale, zero=zero
+        ),
+        Weights("int4", "group", 16, symmetric=False): QuantizedWeight(
+            codes[:, :128], scale, zero=zero // 13
+        ),
         Weights("fp8", "group", 16): QuantizedWeight(fp8, scale),
         Weights("fp8"): QuantizedWeight(fp8, torch.ones(48, 1, dtype=scale_dtype)),
-        Weights("int8"): QuantizedWeight(codes.view(torch.int8), torch.ones(48, 1, dtype=scale_dtype)),
-        NVFP4A16: QuantizedWeight(codes[:, :128], scale.to(torch.float8_e4m3fn), torch.full((48,), 0.5)),
+        Weights("int8"): QuantizedWeight(
+            codes.view(torch.int8), torch.ones(48, 1, dtype=scale_dtype)
+        ),
+        NVFP4A16: QuantizedWeight(
+            codes[:, :128], scale.to(torch.float8_e4m3fn), torch.full((48,), 0.5)
+        ),
     }
     for kind, weight in weights.items():
         spec = spec_of(Scheme(kind), shape)
         identity = torch.eye(256, dtype=torch.bfloat16)
-        assert torch.equal(run("native", spec, identity, weight, None), run("reference", spec, identity, weight, None)), str(kind)
+        assert torch.equal(
+            run("native", spec, identity, weight, None),
+            run("reference", spec, identity, weight, None),
+        ), str(kind)
 
 
 @needs_native
@@ -115,7 +153,10 @@ def test_a_bfloat16_product_in_between_changes_nothing():
     spec = spec_of("W4A16", (96, 256))
     x, weight = sample(spec, 20)
     dense, packed = torch.randn(96, 256).to(torch.bfloat16), native.pack(spec, weight)
-    expected, expected_dense = native.apply(spec, x, packed, None), torch.nn.functional.linear(x, dense)
+    expected, expected_dense = (
+        native.apply(spec, x, packed, None),
+        torch.nn.functional.linear(x, dense),
+    )
     for _ in range(3):
         assert torch.equal(torch.nn.functional.linear(x, dense), expected_dense)
         assert torch.equal(native.apply(spec, x, packed, None), expected)
@@ -153,7 +194,10 @@ def test_each_scheme_goes_to_native_but_integers_with_integers():
 
 def test_an_objection_says_what_was_found_and_what_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert native.objection(spec_of("W4A16", dtype=torch.float16), CPU) == "float16: takes bfloat16 only"
+    assert (
+        native.objection(spec_of("W4A16", dtype=torch.float16), CPU)
+        == "float16: takes bfloat16 only"
+    )
     odd = spec_of(Scheme(Weights("int4", "group", 40)))
     assert native.objection(odd, CPU) == "weights int4 g40: takes groups of a multiple of 16 inputs"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -177,7 +221,9 @@ def fresh(monkeypatch, tmp_path):
         ("false", "the C compiler `false` failed: no message"),
     ],
 )
-def test_without_a_compiler_that_works_another_kernel_takes_the_layer(fresh, monkeypatch, compiler, reason):
+def test_without_a_compiler_that_works_another_kernel_takes_the_layer(
+    fresh, monkeypatch, compiler, reason
+):
     monkeypatch.setenv("CC", compiler)
     choice = choose(spec_of("W4A16"), CPU)
     assert choice.refused["native"] == reason and choice.kernel != "native"
@@ -211,7 +257,15 @@ print(native._library().amx)
 
 @needs_native
 def test_two_processes_compile_at_once_and_a_variable_turns_amx_off(fresh):
-    environment = os.environ | {"QTOOL_NO_AMX": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    processes = [subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    environment = os.environ | {
+        "QTOOL_NO_AMX": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     assert [process.communicate()[0].strip() for process in processes] == ["0", "0"]
     assert [path.suffix for path in fresh.iterdir()] == [".so"]

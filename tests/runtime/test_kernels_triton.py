@@ -41,21 +41,47 @@ def interpret() -> None:
             x = torch.randn(7, 333, dtype=torch.bfloat16)
             x[3] = 0
             codes, scale = row_quantize.quantize_rows(x, format, static)
-            rounded = fake_quantize_input(x.float(), Activations(format, "tensor" if static else "token", dynamic=static is None), static)
-            assert torch.equal(codes.float() * scale, rounded), f"quantize_rows {format}, static {static}"
+            rounded = fake_quantize_input(
+                x.float(),
+                Activations(format, "tensor" if static else "token", dynamic=static is None),
+                static,
+            )
+            assert torch.equal(codes.float() * scale, rounded), (
+                f"quantize_rows {format}, static {static}"
+            )
 
-    def compare(module: str, scheme: Scheme, shape: tuple[int, int], tokens: int, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> None:
-        kernel, what = load_kernel(module), f"{module}, {scheme.name}, {shape}, {tokens} tokens, {tile}, {dtype}"
+    def compare(
+        module: str,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        tokens: int,
+        tile: Tile,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        kernel, what = (
+            load_kernel(module),
+            f"{module}, {scheme.name}, {shape}, {tokens} tokens, {tile}, {dtype}",
+        )
         weight = quantize((torch.randn(shape) * 0.02).to(dtype), scheme)
         static = bool(scheme.activations and not scheme.activations.dynamic)
         if static:
-            weight = replace(weight, activation=Activation(scheme.activations, torch.tensor(3 / (448 if scheme.weights.format == "fp8" else 127))))
+            weight = replace(
+                weight,
+                activation=Activation(
+                    scheme.activations,
+                    torch.tensor(3 / (448 if scheme.weights.format == "fp8" else 127)),
+                ),
+            )
         spec = LinearSpec(scheme, shape, dtype, static)
         assert kernel.objection(spec, Device("cuda", 90)) is None, what
         x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
         packed = kernel.pack(spec, weight)
         result = kernel.multiply(spec, x, packed, bias, tile)
-        inputs = fake_quantize_input(x.float(), scheme.activations, weight.activation.scale) if scheme.activations else x
+        inputs = (
+            fake_quantize_input(x.float(), scheme.activations, weight.activation.scale)
+            if scheme.activations
+            else x
+        )
         exact = inputs.double() @ plain.dequantize(weight).double().t() + bias.double()
         wanted = plain.apply(spec, x, plain.pack(spec, weight), bias)
         for name, expected in (("float64", exact), ("reference", wanted.double())):
@@ -73,21 +99,51 @@ def interpret() -> None:
         scale = torch.stack([torch.tensor(scales).roll(row) for row in range(40)])
         e4m3 = scheme.weights.scale == "e4m3"
         stored = scale.to(torch.float8_e4m3fn if e4m3 else torch.float8_e8m0fnu)
-        weight = QuantizedWeight(pack_pairs(codes.to(torch.uint8)), stored, torch.ones(40) if e4m3 else None)
+        weight = QuantizedWeight(
+            pack_pairs(codes.to(torch.uint8)), stored, torch.ones(40) if e4m3 else None
+        )
         spec = LinearSpec(scheme, (40, columns), dtype, False)
-        result = kernel.multiply(spec, torch.eye(columns, dtype=dtype), kernel.pack(spec, weight), None, Tile(32, 16, 256))
-        assert torch.equal(result.t().float(), plain.dequantize(weight).float()), f"{name}, {dtype}, scales {scales}: a weight is not exact"
+        result = kernel.multiply(
+            spec,
+            torch.eye(columns, dtype=dtype),
+            kernel.pack(spec, weight),
+            None,
+            Tile(32, 16, 256),
+        )
+        assert torch.equal(result.t().float(), plain.dequantize(weight).float()), (
+            f"{name}, {dtype}, scales {scales}: a weight is not exact"
+        )
 
     for dtype in (torch.bfloat16, torch.float16):
-        check_fp4("NVFP4A16", dtype, (0.0, 2**-9, 7 * 2**-9, 2**-6, 15 * 2**-9, 0.875, 1.0, 240.0, 416.0, 448.0))
+        check_fp4(
+            "NVFP4A16",
+            dtype,
+            (0.0, 2**-9, 7 * 2**-9, 2**-6, 15 * 2**-9, 0.875, 1.0, 240.0, 416.0, 448.0),
+        )
         check_fp4("MXFP4A16", dtype, (2**-14, 2**-10, 1.0, 2**9))
     check_fp4("MXFP4A16", torch.bfloat16, (2**-127, 2**-64, 1.0))
     check_fp4("MXFP4A16", torch.bfloat16, (2**-3, 2**100, 2**120))
 
     whole, cut = Tile(64, 64, 256), Tile(32, 8, 128, programs=32)
     weight_only = [
-        *(SCHEMES[name] for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A16_CHANNEL", "FP8_W8A16", "NVFP4A16", "MXFP4A16", "MXFP8A16")),
-        *(group(size, symmetric=symmetric) for size in (16, 32, 48, 64, 336, None) for symmetric in (True, False)),
+        *(
+            SCHEMES[name]
+            for name in (
+                "W4A16",
+                "W4A16_ASYM",
+                "W8A16",
+                "W8A16_CHANNEL",
+                "FP8_W8A16",
+                "NVFP4A16",
+                "MXFP4A16",
+                "MXFP8A16",
+            )
+        ),
+        *(
+            group(size, symmetric=symmetric)
+            for size in (16, 32, 48, 64, 336, None)
+            for symmetric in (True, False)
+        ),
         Scheme(Weights("int8", "group", 32, symmetric=False)),
         Scheme(Weights("fp8", "tensor")),
     ]
@@ -112,7 +168,9 @@ def interpret() -> None:
         ):
             compare("triton_w8a8", SCHEMES[name], shape, tokens, tile, dtype)
             count += 1
-    compare("triton_weight_only", SCHEMES["W4A16"], (40, 128), 300, Tile(32, 16, 128), torch.bfloat16)  # more than one band of tiles
+    compare(
+        "triton_weight_only", SCHEMES["W4A16"], (40, 128), 300, Tile(32, 16, 128), torch.bfloat16
+    )  # more than one band of tiles
     print(f"{count + 1} compared")
 
 
@@ -127,24 +185,46 @@ def compile_all() -> None:
     compiled: list = []
     triton_cpu.compile_only(compiled)
     schemes = {
-        "triton_weight_only": ("W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16", "W8A16_CHANNEL", "FP8_W8A16"),
+        "triton_weight_only": (
+            "W4A16",
+            "W4A16_ASYM",
+            "NVFP4A16",
+            "MXFP4A16",
+            "W8A16_CHANNEL",
+            "FP8_W8A16",
+        ),
         "triton_w8a8": ("FP8_DYNAMIC", "W8A8", "FP8"),
     }
     for module, names in schemes.items():
         kernel = load_kernel(module)
         for name in names:
             scheme = SCHEMES[name]
-            spec = LinearSpec(scheme, (4096, 4096), torch.bfloat16, bool(scheme.activations and not scheme.activations.dynamic))
+            spec = LinearSpec(
+                scheme,
+                (4096, 4096),
+                torch.bfloat16,
+                bool(scheme.activations and not scheme.activations.dynamic),
+            )
             packed = triton_cpu.empty_packed(module, spec)
-            size = sum(tensor.nbytes for tensor in packed.values()) / scheme.weights.size_bytes(*spec.shape)
+            size = sum(tensor.nbytes for tensor in packed.values()) / scheme.weights.size_bytes(
+                *spec.shape
+            )
             assert 1 <= size < 1.03, f"{name}: {size} times the size that `load` makes room for"
             for tokens in (1, 64, 2048):
                 tile = triton_tiles.pick(kernel.TILES[scheme.weights.format], tokens, *spec.shape)
-                kernel.multiply(spec, torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta"), packed, None, tile)
+                kernel.multiply(
+                    spec,
+                    torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta"),
+                    packed,
+                    None,
+                    tile,
+                )
                 used = triton_cpu.resources(compiled[-1])
                 print(name, tokens, tile, used)
                 assert used["stack"] == 0, f"{name} {tile} spills registers: {used}"
-                assert used["shared"] <= 232448, f"{name} {tile} takes more shared memory than a block can have: {used}"
+                assert used["shared"] <= 232448, (
+                    f"{name} {tile} takes more shared memory than a block can have: {used}"
+                )
     print(f"{len(compiled)} compiled")
 
 

@@ -25,7 +25,10 @@ from qtool.scheme import SCHEMES
 from qtool.weight import quantize
 
 pytest_plugins = ["support.sample_plugin"]
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*are dequantized at every step")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*are dequantized at every step"),
+]
 
 TEXTS = token_sequences("evaluation.jsonl", 4, 384)
 IDS = torch.tensor([TEXTS[0][:48]])
@@ -34,7 +37,9 @@ CPU = torch.device("cpu")
 
 def fused(model) -> Counter[int]:
     """How many quantized matrices serve how many layers each."""
-    owners = Counter(id(module.shared.whole) for module in model.modules() if isinstance(module, FusedLinear))
+    owners = Counter(
+        id(module.shared.whole) for module in model.modules() if isinstance(module, FusedLinear)
+    )
     alone = sum(isinstance(module, QuantizedLinear) for module in model.modules()) - len(owners)
     return Counter(owners.values()) + Counter({1: alone})
 
@@ -47,19 +52,39 @@ def distance(model, reference) -> float:
 
 
 SAMPLES = {
-    "ct": ["W8A16", "W8A8", "W4A16", "W4A16_ASYM", "W3A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4A16", "MXFP8", "mixed"],
+    "ct": [
+        "W8A16",
+        "W8A8",
+        "W4A16",
+        "W4A16_ASYM",
+        "W3A16",
+        "FP8",
+        "FP8_DYNAMIC",
+        "FP8_BLOCK",
+        "NVFP4",
+        "NVFP4A16",
+        "MXFP4A16",
+        "MXFP8",
+        "mixed",
+    ],
     "gptq": ["rtn4"],
     "modelopt": ["FP8_KV", "INT8_SQ", "INT4_AWQ", "W4A8_AWQ"],
 }
 
 
-@pytest.mark.parametrize("name", [f"{library}/{name}" for library, names in SAMPLES.items() for name in names])
+@pytest.mark.parametrize(
+    "name", [f"{library}/{name}" for library, names in SAMPLES.items() for name in names]
+)
 def test_real_checkpoints_have_the_perplexity_of_their_dequantized_form(sample, name):
     folder = sample(name)
     checkpoint = open_checkpoint(folder)
     expected = perplexity(load_dequantized(checkpoint), TEXTS)
-    rounds_inputs = any(group.spec.scheme.activations for group in plan_load(checkpoint, CPU).groups)
-    tolerance = 0.01 if rounds_inputs else 2e-3  # where a sum is rounded another way, codes of the next input fall to the other side
+    rounds_inputs = any(
+        group.spec.scheme.activations for group in plan_load(checkpoint, CPU).groups
+    )
+    tolerance = (
+        0.01 if rounds_inputs else 2e-3
+    )  # where a sum is rounded another way, codes of the next input fall to the other side
     assert perplexity(load(folder, device="cpu"), TEXTS) == pytest.approx(expected, rel=tolerance)
 
 
@@ -76,7 +101,11 @@ def test_layers_of_different_precision_are_not_fused(sample):
 
 
 def test_an_unknown_device_and_a_missing_one_are_refused():
-    for device, kind, code in (("gpu", UsageError, "E_DEVICE"), ("mps", UsageError, "E_DEVICE"), ("cuda:7", ResourceError, "E_NO_DEVICE")):
+    for device, kind, code in (
+        ("gpu", UsageError, "E_DEVICE"),
+        ("mps", UsageError, "E_DEVICE"),
+        ("cuda:7", ResourceError, "E_NO_DEVICE"),
+    ):
         with pytest.raises(kind) as error:
             load(EXAMPLE, device=device)
         assert error.value.code == code
@@ -85,11 +114,15 @@ def test_an_unknown_device_and_a_missing_one_are_refused():
 def test_a_plain_model_loads_as_transformers_loads_it():
     model = qtool.load(EXAMPLE, device="cpu")
     with torch.inference_mode():
-        expected = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16)(input_ids=IDS).logits
+        expected = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16)(
+            input_ids=IDS
+        ).logits
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "w8a8_int8", "int8wo", "int4wo-32", "nvfp4", "mxfp4", "fp8_block"])
+@pytest.mark.parametrize(
+    "quantization", ["fp8", "w8a8_int8", "int8wo", "int4wo-32", "nvfp4", "mxfp4", "fp8_block"]
+)
 def test_a_plain_model_is_quantized_while_it_loads(quantization):
     model = qtool.load(EXAMPLE, device="cpu", quantization=quantization)
     assert fused(model)[3] == model.config.num_hidden_layers
@@ -100,7 +133,12 @@ def test_generate_works_on_the_model(sample):
     model = qtool.load(sample("ct/W4A16"), device="cpu")
     out = model.generate(IDS[:, :8], max_new_tokens=6, do_sample=False)
     assert out.shape == (1, 14)
-    assert torch.equal(out, load_dequantized(open_checkpoint(sample("ct/W4A16"))).generate(IDS[:, :8], max_new_tokens=6, do_sample=False))
+    assert torch.equal(
+        out,
+        load_dequantized(open_checkpoint(sample("ct/W4A16"))).generate(
+            IDS[:, :8], max_new_tokens=6, do_sample=False
+        ),
+    )
 
 
 def test_the_model_compiles_whole(sample):
@@ -118,7 +156,11 @@ def test_a_layer_that_no_kernel_takes_is_told_of_once(sample, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load(sample("ct/MXFP4"), device="cpu")
-    mine = [str(warning.message) for warning in said if "dequantized at every step" in str(warning.message)]
+    mine = [
+        str(warning.message)
+        for warning in said
+        if "dequantized at every step" in str(warning.message)
+    ]
     _choose.cache_clear()
     assert len(mine) == 1
     assert "MXFP4" in mine[0]
@@ -129,12 +171,23 @@ def test_layers_keep_their_bias_and_one_without_gets_zeros(tmp_path, sample):
     source = sample("ct/W8A16")
     tensors = load_file(source / "model.safetensors")
     config = json.loads((source / "config.json").read_text()) | {"attention_bias": True}
-    layers = [name.removesuffix(".weight_packed") for name in tensors if "self_attn" in name and name.endswith("weight_packed")]
-    zeros = {f"{name}.bias": torch.zeros(int(tensors[f"{name}.weight_shape"][0]), dtype=torch.bfloat16) for name in layers}
-    biases = {name: torch.randn_like(zero) * 0.5 for name, zero in zeros.items() if "q_proj" in name}
+    layers = [
+        name.removesuffix(".weight_packed")
+        for name in tensors
+        if "self_attn" in name and name.endswith("weight_packed")
+    ]
+    zeros = {
+        f"{name}.bias": torch.zeros(int(tensors[f"{name}.weight_shape"][0]), dtype=torch.bfloat16)
+        for name in layers
+    }
+    biases = {
+        name: torch.randn_like(zero) * 0.5 for name, zero in zeros.items() if "q_proj" in name
+    }
     expected = distance_from(tmp_path / "all", tensors | zeros | biases, config, source)
     assert expected > 0.01
-    assert distance_from(tmp_path / "some", tensors | biases, config, source) == pytest.approx(expected)
+    assert distance_from(tmp_path / "some", tensors | biases, config, source) == pytest.approx(
+        expected
+    )
 
 
 def distance_from(folder, tensors, config, other) -> float:
@@ -159,7 +212,10 @@ def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path, sample):
 
 
 def test_an_architecture_that_transformers_does_not_know_is_refused(tiny_copy):
-    config = json.loads((tiny_copy / "config.json").read_text()) | {"model_type": "llamma", "architectures": ["LlammaForCausalLM"]}
+    config = json.loads((tiny_copy / "config.json").read_text()) | {
+        "model_type": "llamma",
+        "architectures": ["LlammaForCausalLM"],
+    }
     (tiny_copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointRefused) as error:
         load(tiny_copy, device="cpu")
@@ -179,7 +235,12 @@ def test_casts_leave_quantized_layers_as_they_are(sample, name):
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     x = torch.randn(3, layers[0].in_features, dtype=torch.bfloat16)
     expected = layers[0](x)
-    for cast in (lambda: model.to(torch.bfloat16), lambda: model.to("cpu"), model.half, model.float):
+    for cast in (
+        lambda: model.to(torch.bfloat16),
+        lambda: model.to("cpu"),
+        model.half,
+        model.float,
+    ):
         cast()
         assert torch.equal(layers[0](x), expected)
     assert torch.equal(copy.deepcopy(layers[0])(x), expected)
@@ -197,14 +258,19 @@ def test_a_packed_model_cannot_be_saved_or_moved_to_another_kind_of_device(sampl
 
 
 def test_generation_settings_come_along(tiny_copy):
-    (tiny_copy / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.3, "do_sample": true}')
+    (tiny_copy / "generation_config.json").write_text(
+        '{"eos_token_id": [5, 6], "temperature": 0.3, "do_sample": true}'
+    )
     settings = load(tiny_copy, device="cpu").generation_config
     assert (settings.eos_token_id, settings.temperature, settings.do_sample) == ([5, 6], 0.3, True)
 
 
 def test_code_of_the_checkpoint_is_not_run(tiny_copy, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    config = json.loads((tiny_copy / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    config = json.loads((tiny_copy / "config.json").read_text()) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig"},
+    }
     (tiny_copy / "config.json").write_text(json.dumps(config))
     (tiny_copy / "own.py").write_text("raise SystemExit('the code ran')")
     with pytest.raises(CheckpointRefused) as error:
@@ -218,7 +284,13 @@ def test_scales_of_a_kv_cache_are_said_not_to_be_used(sample):
 
 
 def test_a_quantized_head_of_tied_embeddings_is_a_head_of_its_own(tmp_path):
-    qtool.export(EXAMPLE, output=tmp_path / "out", to="compressed-tensors", requantize=True, scheme="FP8_W8A16")
+    qtool.export(
+        EXAMPLE,
+        output=tmp_path / "out",
+        to="compressed-tensors",
+        requantize=True,
+        scheme="FP8_W8A16",
+    )
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
     head = quantize(embedding, SCHEMES["FP8_W8A16"])
@@ -227,7 +299,9 @@ def test_a_quantized_head_of_tied_embeddings_is_a_head_of_its_own(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"]["ignore"] = []
     for tied in (True, False):
-        (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+        (tmp_path / "out" / "config.json").write_text(
+            json.dumps(config | {"tie_word_embeddings": tied})
+        )
         model = load(tmp_path / "out", device="cpu")
         assert isinstance(model.lm_head, QuantizedLinear)
         assert torch.equal(model.model.embed_tokens.weight, embedding)
@@ -260,7 +334,13 @@ def test_loading_holds_the_model_a_tenth_more_and_one_group(tmp_path, sample, sc
     """Measured in a process of its own, on a model of 200 to 300 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
     config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=128)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -269,7 +349,13 @@ def test_loading_holds_the_model_a_tenth_more_and_one_group(tmp_path, sample, sc
         torch.nn.init.uniform_(parameter, -0.05, 0.05)
     model.save_pretrained(tmp_path / "plain")
     del model
-    qtool.export(tmp_path / "plain", output=tmp_path / "quantized", to="compressed-tensors", requantize=True, scheme=scheme)
+    qtool.export(
+        tmp_path / "plain",
+        output=tmp_path / "quantized",
+        to="compressed-tensors",
+        requantize=True,
+        scheme=scheme,
+    )
     command = [sys.executable, "-c", MEMORY, sample("ct/W4A16"), tmp_path / "quantized"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, size, group = map(int, said.split())
@@ -281,7 +367,16 @@ def test_loading_holds_the_model_a_tenth_more_and_one_group(tmp_path, sample, sc
 
 
 def test_serve_shows_the_kernel_of_each_layer_and_who_refused_it(run_cli, sample):
-    result = run_cli("serve", "--model-path", sample("ct/MXFP4"), "--dry-run", "--device", "cpu", "--json", env={"CC": "false"})
+    result = run_cli(
+        "serve",
+        "--model-path",
+        sample("ct/MXFP4"),
+        "--dry-run",
+        "--device",
+        "cpu",
+        "--json",
+        env={"CC": "false"},
+    )
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["device"] == "cpu"

@@ -21,8 +21,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
 
 N, K = 256, 384
-SCALAR = ((), (1,))  # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in both engines
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)  # parameters of these are filled by copy_, which converts
+SCALAR = (
+    (),
+    (1,),
+)  # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in both engines
+FLOAT = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # parameters of these are filled by copy_, which converts
 FP8, BYTE, WORD = torch.float8_e4m3fn, torch.uint8, torch.int32
 QUANTIZATION = "layers/quantization"  # of vLLM 0.33, `vllm/model_executor/`, and of SGLang 0.5.23, `python/sglang/srt/`
 
@@ -41,7 +48,11 @@ class Loader:
     keys: tuple[str, ...]
 
 
-NVFP4 = {"weight": (BYTE, ((N, K // 2),)), "weight_scale": (FP8, ((N, K // 16),)), "weight_scale_2": (FLOAT, SCALAR)}
+NVFP4 = {
+    "weight": (BYTE, ((N, K // 2),)),
+    "weight_scale": (FP8, ((N, K // 16),)),
+    "weight_scale_2": (FLOAT, SCALAR),
+}
 MODELOPT = [
     Loader(
         "FP8",
@@ -49,7 +60,11 @@ MODELOPT = [
             f"vLLM {QUANTIZATION}/modelopt.py: KFp8StaticTensor, ModelOptQuantConfigBase",
             f"SGLang {QUANTIZATION}/modelopt_quant.py: ModelOptFp8LinearMethod, ModelOptFp8Config",
         ),
-        {"weight": (FP8, ((N, K),)), "weight_scale": (FLOAT, SCALAR), "input_scale": (FLOAT, SCALAR)},
+        {
+            "weight": (FP8, ((N, K),)),
+            "weight_scale": (FLOAT, SCALAR),
+            "input_scale": (FLOAT, SCALAR),
+        },
         ("quant_method=modelopt", "quant_algo=FP8", "ignore"),
     ),
     Loader(
@@ -61,7 +76,10 @@ MODELOPT = [
         {**NVFP4, "input_scale": (FLOAT, SCALAR)},
         (
             *("quant_method=modelopt", "quant_algo=NVFP4", "ignore"),
-            *("config_groups.group_0.weights.group_size=16", "config_groups.group_0.input_activations.group_size=16"),
+            *(
+                "config_groups.group_0.weights.group_size=16",
+                "config_groups.group_0.input_activations.group_size=16",
+            ),
         ),
     ),
     Loader(
@@ -71,7 +89,12 @@ MODELOPT = [
             f"SGLang {QUANTIZATION}/modelopt_quant.py: ModelOptNvFp4A16LinearMethod (and an input_scale that is discarded), ModelOptFp4Config",
         ),
         NVFP4,
-        ("quant_method=modelopt", "quant_algo=W4A16_NVFP4", "ignore", "config_groups.group_0.weights.group_size=16"),
+        (
+            "quant_method=modelopt",
+            "quant_algo=W4A16_NVFP4",
+            "ignore",
+            "config_groups.group_0.weights.group_size=16",
+        ),
     ),
     Loader(
         "FP8_DYNAMIC",
@@ -93,12 +116,27 @@ MODELOPT = [
     ),
 ]
 GROUP = "config_groups.group_0"
-COMMON = ("quant_method=compressed-tensors", "ignore", f"{GROUP}.targets", f"{GROUP}.weights.num_bits", f"{GROUP}.weights.strategy")
-PACKED = {"weight_packed": (WORD, ((N, K // 8),)), "weight_scale": (FLOAT, ((N, K // 128),)), "weight_shape": (torch.int64, ((2,),))}
+COMMON = (
+    "quant_method=compressed-tensors",
+    "ignore",
+    f"{GROUP}.targets",
+    f"{GROUP}.weights.num_bits",
+    f"{GROUP}.weights.strategy",
+)
+PACKED = {
+    "weight_packed": (WORD, ((N, K // 8),)),
+    "weight_scale": (FLOAT, ((N, K // 128),)),
+    "weight_shape": (torch.int64, ((2,),)),
+}
 SCHEMES_OF = f"{QUANTIZATION}/compressed_tensors/schemes/compressed_tensors"
 BOTH = "vLLM and SGLang"
 COMPRESSED = [
-    Loader("W4A16", (f"{BOTH} {SCHEMES_OF}_wNa16.py",), PACKED, (*COMMON, "format=pack-quantized", f"{GROUP}.weights.group_size=128")),
+    Loader(
+        "W4A16",
+        (f"{BOTH} {SCHEMES_OF}_wNa16.py",),
+        PACKED,
+        (*COMMON, "format=pack-quantized", f"{GROUP}.weights.group_size=128"),
+    ),
     Loader(
         "W4A16_ASYM",
         (f"{BOTH} {SCHEMES_OF}_wNa16.py",),
@@ -109,19 +147,38 @@ COMPRESSED = [
         "FP8_DYNAMIC",
         (f"{BOTH} {SCHEMES_OF}_w8a8_fp8.py",),
         {"weight": (FP8, ((N, K),)), "weight_scale": (FLOAT, ((N, 1),))},
-        (*COMMON, "format=float-quantized", f"{GROUP}.input_activations.strategy=token", f"{GROUP}.input_activations.dynamic=True"),
+        (
+            *COMMON,
+            "format=float-quantized",
+            f"{GROUP}.input_activations.strategy=token",
+            f"{GROUP}.input_activations.dynamic=True",
+        ),
     ),
     Loader(
         "FP8",
         (f"{BOTH} {SCHEMES_OF}_w8a8_fp8.py",),
-        {"weight": (FP8, ((N, K),)), "weight_scale": (FLOAT, SCALAR), "input_scale": (FLOAT, SCALAR)},
-        (*COMMON, "format=float-quantized", f"{GROUP}.input_activations.strategy=tensor", f"{GROUP}.input_activations.dynamic=False"),
+        {
+            "weight": (FP8, ((N, K),)),
+            "weight_scale": (FLOAT, SCALAR),
+            "input_scale": (FLOAT, SCALAR),
+        },
+        (
+            *COMMON,
+            "format=float-quantized",
+            f"{GROUP}.input_activations.strategy=tensor",
+            f"{GROUP}.input_activations.dynamic=False",
+        ),
     ),
     Loader(
         "FP8_BLOCK",
         (f"{BOTH} {SCHEMES_OF}_w8a8_fp8.py",),
         {"weight": (FP8, ((N, K),)), "weight_scale": (FLOAT, ((N // 128, K // 128),))},
-        (*COMMON, "format=float-quantized", f"{GROUP}.weights.block_structure=[128, 128]", f"{GROUP}.input_activations.group_size=128"),
+        (
+            *COMMON,
+            "format=float-quantized",
+            f"{GROUP}.weights.block_structure=[128, 128]",
+            f"{GROUP}.input_activations.group_size=128",
+        ),
     ),
     Loader(
         "NVFP4",
@@ -130,12 +187,21 @@ COMPRESSED = [
             **{"weight_packed": (BYTE, ((N, K // 2),)), "weight_scale": (FP8, ((N, K // 16),))},
             **{"weight_global_scale": (FLOAT, SCALAR), "input_global_scale": (FLOAT, SCALAR)},
         },
-        (*COMMON, "format=nvfp4-pack-quantized", f"{GROUP}.weights.strategy=tensor_group", f"{GROUP}.input_activations.dynamic=local"),
+        (
+            *COMMON,
+            "format=nvfp4-pack-quantized",
+            f"{GROUP}.weights.strategy=tensor_group",
+            f"{GROUP}.input_activations.dynamic=local",
+        ),
     ),
     Loader(
         "NVFP4A16",
         (f"vLLM {SCHEMES_OF}_w4a4_nvfp4.py with use_a16", f"SGLang {SCHEMES_OF}_w4a16_nvfp4.py"),
-        {"weight_packed": (BYTE, ((N, K // 2),)), "weight_scale": (FP8, ((N, K // 16),)), "weight_global_scale": (FLOAT, SCALAR)},
+        {
+            "weight_packed": (BYTE, ((N, K // 2),)),
+            "weight_scale": (FP8, ((N, K // 16),)),
+            "weight_global_scale": (FLOAT, SCALAR),
+        },
         (*COMMON, "format=nvfp4-pack-quantized", f"{GROUP}.weights.strategy=tensor_group"),
     ),
     Loader(
@@ -162,18 +228,31 @@ FP8_METHOD = [
         "FP8_BLOCK",
         (f"{BOTH} {QUANTIZATION}/fp8.py: Fp8LinearMethod, Fp8Config",),
         {"weight": (FP8, ((N, K),)), "weight_scale_inv": (FLOAT, ((N // 128, K // 128),))},
-        ("quant_method=fp8", "activation_scheme=dynamic", "weight_block_size=[128, 128]", "modules_to_not_convert"),
+        (
+            "quant_method=fp8",
+            "activation_scheme=dynamic",
+            "weight_block_size=[128, 128]",
+            "modules_to_not_convert",
+        ),
     ),
     Loader(
         "FP8",
         (f"{BOTH} {QUANTIZATION}/fp8.py: Fp8LinearMethod, Fp8Config",),
-        {"weight": (FP8, ((N, K),)), "weight_scale": (FLOAT, SCALAR), "input_scale": (FLOAT, SCALAR)},
+        {
+            "weight": (FP8, ((N, K),)),
+            "weight_scale": (FLOAT, SCALAR),
+            "input_scale": (FLOAT, SCALAR),
+        },
         ("quant_method=fp8", "activation_scheme=static", "modules_to_not_convert"),
     ),
 ]
 LOADERS = [
     (format, loader)
-    for format, loaders in (("modelopt", MODELOPT), ("compressed-tensors", COMPRESSED), ("fp8_block", FP8_METHOD))
+    for format, loaders in (
+        ("modelopt", MODELOPT),
+        ("compressed-tensors", COMPRESSED),
+        ("fp8_block", FP8_METHOD),
+    )
     for loader in loaders
 ]
 
@@ -182,9 +261,17 @@ LOADERS = [
 def case(request):
     """A loader, and what qtool writes for it: the tensors of a layer and the content of the JSON files."""
     format, loader = request.param
-    weight, module = layer("model.layers.0.mlp.down_proj", torch.randn(N, K, generator=torch.Generator().manual_seed(0)).bfloat16(), loader.scheme)
+    weight, module = layer(
+        "model.layers.0.mlp.down_proj",
+        torch.randn(N, K, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        loader.scheme,
+    )
     assert WRITABLE[format].objection(module, weight) is None
-    return loader, WRITABLE[format].write(module, weight), WRITABLE[format].settings([module], ["lm_head"], None)
+    return (
+        loader,
+        WRITABLE[format].write(module, weight),
+        WRITABLE[format].settings([module], ["lm_head"], None),
+    )
 
 
 def layer(name, tensor, scheme, variant=""):
@@ -193,7 +280,9 @@ def layer(name, tensor, scheme, variant=""):
     weight = quantize(tensor, scheme)
     if scheme.activations and scheme.activations.needs_data:
         zero = None if scheme.activations.symmetric else torch.tensor(3.0)
-        weight = replace(weight, activation=Activation(scheme.activations, torch.tensor(0.01), zero))
+        weight = replace(
+            weight, activation=Activation(scheme.activations, torch.tensor(0.01), zero)
+        )
     return weight, QuantizedModule(name, scheme, weight.shape, {}, variant)
 
 
@@ -219,7 +308,13 @@ def test_configs_have_the_keys_that_the_loaders_of_vllm_and_sglang_read(case):
 
 @pytest.mark.parametrize(
     ("format", "scheme"),
-    [("modelopt", "FP8"), ("modelopt", "NVFP4"), ("compressed-tensors", "FP8"), ("compressed-tensors", "NVFP4"), ("fp8_block", "FP8")],
+    [
+        ("modelopt", "FP8"),
+        ("modelopt", "NVFP4"),
+        ("compressed-tensors", "FP8"),
+        ("compressed-tensors", "NVFP4"),
+        ("fp8_block", "FP8"),
+    ],
 )
 def test_a_weight_that_lacks_the_static_scale_of_its_inputs_is_objected_to(format, scheme):
     """Engines register the parameter and compute with what stands in it before: a sentinel in vLLM's FP8, memory as it was in its NVFP4."""
@@ -231,7 +326,9 @@ def test_a_weight_that_lacks_the_static_scale_of_its_inputs_is_objected_to(forma
 def test_the_sidecar_of_nvfp4_names_its_group_cache_and_exclusions(scheme):
     """Source: vLLM 0.33, `modelopt.py`, ModelOptNvFp4Config._from_config; SGLang 0.5.23, `modelopt_quant.py`, ModelOptFp4Config.from_config."""
     _, module = layer("model.layers.0.mlp.down_proj", torch.randn(N, K), scheme)
-    nested = WRITABLE["modelopt"].settings([module], ["lm_head"], None)["hf_quant_config.json"]["quantization"]
+    nested = WRITABLE["modelopt"].settings([module], ["lm_head"], None)["hf_quant_config.json"][
+        "quantization"
+    ]
     assert nested["group_size"] == 16
     assert nested["exclude_modules"] == ["lm_head"]
     assert nested["kv_cache_quant_algo"] is None
@@ -239,14 +336,24 @@ def test_the_sidecar_of_nvfp4_names_its_group_cache_and_exclusions(scheme):
 
 def test_a_mixed_modelopt_config_names_the_algorithm_of_every_layer():
     """Source: vLLM, `modelopt.py`, ModelOptMixedPrecisionConfig._from_config; SGLang, `modelopt_quant.py`, class and method of the same name."""
-    modules = [layer(f"model.layers.0.mlp.{name}", torch.randn(N, K), scheme)[1] for name, scheme in (("up_proj", "NVFP4"), ("down_proj", "FP8"))]
+    modules = [
+        layer(f"model.layers.0.mlp.{name}", torch.randn(N, K), scheme)[1]
+        for name, scheme in (("up_proj", "NVFP4"), ("down_proj", "FP8"))
+    ]
     for config in (files := WRITABLE["modelopt"].settings(modules, [], "fp8")).values():
         config = config.get("quantization_config") or config["quantization"]
         assert config["quant_algo"] == "MIXED_PRECISION"
         layers = config["quantized_layers"]
-        assert {name: options["quant_algo"] for name, options in layers.items()} == {modules[0].name: "NVFP4", modules[1].name: "FP8"}
+        assert {name: options["quant_algo"] for name, options in layers.items()} == {
+            modules[0].name: "NVFP4",
+            modules[1].name: "FP8",
+        }
         assert layers[modules[0].name]["group_size"] == 16
-    assert files["config.json"]["quantization_config"]["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    assert files["config.json"]["quantization_config"]["kv_cache_scheme"] == {
+        "dynamic": False,
+        "num_bits": 8,
+        "type": "float",
+    }
 
 
 # transformers
@@ -258,16 +365,28 @@ def export(tmp_path):
 
     def write(format, scheme, scales=torch.bfloat16, dtype=torch.bfloat16, variant=""):
         whole = load_file(EXAMPLE / "model.safetensors")
-        state = {name: tensor.to(dtype) for name, tensor in whole.items() if not any(f"layers.{i}." in name for i in range(2, 6))}
+        state = {
+            name: tensor.to(dtype)
+            for name, tensor in whole.items()
+            if not any(f"layers.{i}." in name for i in range(2, 6))
+        }
         modules = []
         for name in [name for name in state if name.endswith("_proj.weight")]:
-            weight, module = layer(name.removesuffix(".weight"), state.pop(name).to(scales), scheme, variant)
+            weight, module = layer(
+                name.removesuffix(".weight"), state.pop(name).to(scales), scheme, variant
+            )
             assert WRITABLE[format].objection(module, weight) is None
-            state |= {tensor_name(module, suffix): tensor.clone() for suffix, tensor in WRITABLE[format].write(module, weight).items()}
+            state |= {
+                tensor_name(module, suffix): tensor.clone()
+                for suffix, tensor in WRITABLE[format].write(module, weight).items()
+            }
             modules.append(module)
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         files = WRITABLE[format].settings(modules, ["lm_head"], None)
-        config = json.loads((EXAMPLE / "config.json").read_text()) | {"num_hidden_layers": 2, "dtype": str(dtype).removeprefix("torch.")}
+        config = json.loads((EXAMPLE / "config.json").read_text()) | {
+            "num_hidden_layers": 2,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         for name, content in (files | {"config.json": config | files["config.json"]}).items():
             (tmp_path / name).write_text(json.dumps(content))
         return tmp_path
@@ -283,7 +402,9 @@ def prompt():
 def load(folder, dtype):
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     return model.eval()
@@ -293,7 +414,11 @@ def difference(folder, prompt, dtype):
     """Return by how much transformers' logits differ from those of the dequantized model, relative to their size."""
     with torch.inference_mode():
         ours, theirs = (
-            model(prompt, use_cache=False).logits.float() for model in (load_dequantized(open_checkpoint(folder), dtype=dtype), load(folder, dtype))
+            model(prompt, use_cache=False).logits.float()
+            for model in (
+                load_dequantized(open_checkpoint(folder), dtype=dtype),
+                load(folder, dtype),
+            )
         )
     assert theirs.isfinite().all()
     return ((ours - theirs).norm() / ours.norm()).item()
@@ -307,13 +432,17 @@ ROUNDED_INPUTS = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_transformers_computes_the_same_logits_from_compressed_tensors(export, prompt, name, dtype):
     found = difference(export("compressed-tensors", name, dtype, dtype), prompt, dtype)
-    if dtype == torch.float16 and name in ROUNDED_INPUTS:  # there the library finds the scales of inputs in 16 bits
+    if (
+        dtype == torch.float16 and name in ROUNDED_INPUTS
+    ):  # there the library finds the scales of inputs in 16 bits
         assert found < 0.04
     else:
         assert found == 0
 
 
-@pytest.mark.parametrize("name", [*WEIGHT_ONLY, "NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4", "MXFP8"])
+@pytest.mark.parametrize(
+    "name", [*WEIGHT_ONLY, "NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4", "MXFP8"]
+)
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_transformers_loads_scales_of_any_dtype_into_a_bf16_model(export, prompt, name, scales):
     found = difference(export("compressed-tensors", name, scales), prompt, torch.bfloat16)
@@ -325,7 +454,11 @@ def test_transformers_loads_scales_of_any_dtype_into_a_bf16_model(export, prompt
 
 @pytest.mark.parametrize(
     ("name", "at_most"),
-    [("W8A8", 0.03), ("W8A8_STATIC", 0.001), ("NVFP4", 0.15)],  # it takes amax / 127.5 for inputs, or finds their scales in bf16
+    [
+        ("W8A8", 0.03),
+        ("W8A8_STATIC", 0.001),
+        ("NVFP4", 0.15),
+    ],  # it takes amax / 127.5 for inputs, or finds their scales in bf16
 )
 def test_transformers_rounds_inputs_about_as_qtool_simulates(export, prompt, name, at_most):
     dtype = torch.bfloat16 if name == "NVFP4" else torch.float32
@@ -336,12 +469,23 @@ def test_transformers_rounds_inputs_about_as_qtool_simulates(export, prompt, nam
 def test_transformers_computes_fp4_and_mx_weights_in_bf16_models_only(export, prompt, name):
     """Compressed-tensors 0.19 decompresses these to bf16 whatever the model is: a limit of the library that users of float16 models meet."""
     with pytest.raises(RuntimeError, match="same dtype"):
-        difference(export("compressed-tensors", name, torch.float16, torch.float16), prompt, torch.float16)
+        difference(
+            export("compressed-tensors", name, torch.float16, torch.float16), prompt, torch.float16
+        )
 
 
-@pytest.mark.parametrize(("bits", "variant"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (8, "gptq_v2"), (4, "gptq")])
+@pytest.mark.parametrize(
+    ("bits", "variant"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (8, "gptq_v2"), (4, "gptq")]
+)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_transformers_computes_the_same_logits_from_gptq(export, prompt, bits, variant, symmetric, monkeypatch):
+def test_transformers_computes_the_same_logits_from_gptq(
+    export, prompt, bits, variant, symmetric, monkeypatch
+):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     scheme = Scheme(Weights(f"int{bits}", "group", 128, symmetric=symmetric))
-    assert difference(export("gptq", scheme, torch.float16, torch.float16, variant), prompt, torch.float16) < 0.01  # its kernels round to 16 bits
+    assert (
+        difference(
+            export("gptq", scheme, torch.float16, torch.float16, variant), prompt, torch.float16
+        )
+        < 0.01
+    )  # its kernels round to 16 bits

@@ -64,7 +64,11 @@ FITTING = {  # what `--quantization` may say, and of which checkpoints
     "modelopt": ["modelopt_fp8", "modelopt_fp4"],
     "modelopt_fp8": ["modelopt_fp8"],
     "modelopt_fp4": ["modelopt_fp4"],
-    "fp8": ["blocks", "fp8_dynamic", "modelopt_fp8"],  # by its method, and where the scheme is what `fp8` would make
+    "fp8": [
+        "blocks",
+        "fp8_dynamic",
+        "modelopt_fp8",
+    ],  # by its method, and where the scheme is what `fp8` would make
     "w8a8_fp8": ["fp8_dynamic", "modelopt_fp8"],
     "w8a8_int8": [],
 }
@@ -93,7 +97,9 @@ def checkpoint(tmp_path_factory, tiny_model):
 @pytest.mark.parametrize(("name", "flags", "quantization"), DEPLOYED)
 def test_the_documentations_commands_work(checkpoint, tmp_path, name, flags, quantization):
     """Byte for byte but for the port."""
-    server = start_server(tmp_path, checkpoint(name), *flags, "--host", "0.0.0.0", "--context-length", 256)
+    server = start_server(
+        tmp_path, checkpoint(name), *flags, "--host", "0.0.0.0", "--context-length", 256
+    )
     try:
         generated, said = shell(GENERATE, server), shell(CHAT, server)
     finally:
@@ -112,7 +118,13 @@ def test_the_documentations_commands_work(checkpoint, tmp_path, name, flags, qua
 
 def shell(command, server):
     """Run a command of the documentation as a shell does, and return the answer."""
-    done = subprocess.run(command.replace("localhost:30000", f"localhost:{server.port}"), shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command.replace("localhost:30000", f"localhost:{server.port}"),
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -138,34 +150,51 @@ def outcomes(checkpoint):
     """
     asked = [(name, flag) for name in MADE for flag in FITTING]
     given = json.dumps([(str(checkpoint(name)), flag) for name, flag in asked])
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], input=given, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(asked, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize(("name", "flag"), [(name, flag) for flag, names in FITTING.items() for name in names])
+@pytest.mark.parametrize(
+    ("name", "flag"), [(name, flag) for flag, names in FITTING.items() for name in names]
+)
 def test_a_flag_that_says_what_a_checkpoint_is_is_taken(outcomes, name, flag):
     assert outcomes[name, flag][0] == 0, outcomes[name, flag][1]
 
 
-@pytest.mark.parametrize(("name", "flag"), [(name, flag) for flag, names in FITTING.items() for name in MADE if name not in names])
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [(name, flag) for flag, names in FITTING.items() for name in MADE if name not in names],
+)
 def test_any_other_flag_is_a_usage_error_that_names_the_method_found(outcomes, name, flag):
     code, error = outcomes[name, flag]
-    method = {"compressed-tensors": "compressed-tensors", "fp8_block": "fp8"}.get(MADE[name][0], MADE[name][0])
+    method = {"compressed-tensors": "compressed-tensors", "fp8_block": "fp8"}.get(
+        MADE[name][0], MADE[name][0]
+    )
     assert code == 2
     assert f"error[E_QUANTIZATION]: `{flag}` does not fit" in error
     assert f"quantized already: `{method}`" in error
 
 
 def test_a_server_of_another_method_does_not_start(checkpoint, run_cli):
-    result = run_cli("serve", "--model-path", checkpoint("gptq"), "--quantization", "awq", "--port", free_port())
+    result = run_cli(
+        "serve", "--model-path", checkpoint("gptq"), "--quantization", "awq", "--port", free_port()
+    )
     assert result.exit_code == 2
     assert "`awq` does not fit" in result.stderr
     assert "quantized already: `gptq`" in result.stderr
     assert result.stdout == ""
 
 
-def test_gptq_in_the_layout_of_marlin_is_refused_whatever_the_flag_says(checkpoint, tmp_path, run_cli):
+def test_gptq_in_the_layout_of_marlin_is_refused_whatever_the_flag_says(
+    checkpoint, tmp_path, run_cli
+):
     folder = Path(shutil.copytree(checkpoint("gptq"), tmp_path / "marlin"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["checkpoint_format"] = "marlin"

@@ -15,7 +15,15 @@ from support.hub_server import HubServer
 from test_engines import Gptq, build, fp8, int8
 
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
-from qtool.serve.handover import HIDDEN, Command, least_tensor_parallel, make_command, prepare, suggestion, targets
+from qtool.serve.handover import (
+    HIDDEN,
+    Command,
+    least_tensor_parallel,
+    make_command,
+    prepare,
+    suggestion,
+    targets,
+)
 
 KEY = "not-for-your-eyes"
 # Names of flags, without the dashes. vLLM 0.33.0: engine/arg_utils.py, entrypoints/common/cli_args.py, `no-` those of BooleanOptionalAction.
@@ -42,21 +50,56 @@ THEIRS = {
         tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num tool-call-parser tool-server tp-size trust-remote-code
         trust-request-chat-template""",
 }
-START = {"vllm": ["-m", "vllm.entrypoints.cli.main", "serve", "M"], "sglang": ["-m", "sglang.launch_server", "--model-path", "M"]}
+START = {
+    "vllm": ["-m", "vllm.entrypoints.cli.main", "serve", "M"],
+    "sglang": ["-m", "sglang.launch_server", "--model-path", "M"],
+}
 ADDRESS = ["--host", "127.0.0.1", "--port", "30000"]  # vLLM's own default is every address
 SAID = {  # options -> what vLLM is told beside START and ADDRESS, and what SGLang is
     "nothing": ({}, [], []),
     "none given": ({"tp": None, "trust_remote_code": False}, [], []),
     "tokenizer": ({"tokenizer_path": "T"}, ["--tokenizer", "T"], ["--tokenizer-path", "T"]),
-    "name": ({"served_model_name": "N"}, ["--served-model-name", "N"], ["--served-model-name", "N"]),
+    "name": (
+        {"served_model_name": "N"},
+        ["--served-model-name", "N"],
+        ["--served-model-name", "N"],
+    ),
     "dtype": ({"dtype": "bfloat16"}, ["--dtype", "bfloat16"], ["--dtype", "bfloat16"]),
-    "online fp8": ({"quantization": "FP8"}, ["--quantization", "fp8_per_channel"], ["--quantization", "fp8"]),
-    "by torchao's name": ({"torchao_config": "fp8dq-per_row"}, ["--quantization", "fp8_per_channel"], ["--quantization", "fp8"]),
-    "cache": ({"kv_cache_dtype": "bf16"}, ["--kv-cache-dtype", "bfloat16"], ["--kv-cache-dtype", "bf16"]),
-    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, ["--kv-cache-dtype", "fp8_e4m3"], ["--kv-cache-dtype", "fp8_e4m3"]),
-    "context": ({"context_length": 4096}, ["--max-model-len", "4096"], ["--context-length", "4096"]),
-    "memory": ({"mem_fraction_static": 0.8}, ["--gpu-memory-utilization", "0.8"], ["--mem-fraction-static", "0.8"]),
-    "running": ({"max_running_requests": 64}, ["--max-num-seqs", "64"], ["--max-running-requests", "64"]),
+    "online fp8": (
+        {"quantization": "FP8"},
+        ["--quantization", "fp8_per_channel"],
+        ["--quantization", "fp8"],
+    ),
+    "by torchao's name": (
+        {"torchao_config": "fp8dq-per_row"},
+        ["--quantization", "fp8_per_channel"],
+        ["--quantization", "fp8"],
+    ),
+    "cache": (
+        {"kv_cache_dtype": "bf16"},
+        ["--kv-cache-dtype", "bfloat16"],
+        ["--kv-cache-dtype", "bf16"],
+    ),
+    "fp8 cache": (
+        {"kv_cache_dtype": "fp8_e4m3"},
+        ["--kv-cache-dtype", "fp8_e4m3"],
+        ["--kv-cache-dtype", "fp8_e4m3"],
+    ),
+    "context": (
+        {"context_length": 4096},
+        ["--max-model-len", "4096"],
+        ["--context-length", "4096"],
+    ),
+    "memory": (
+        {"mem_fraction_static": 0.8},
+        ["--gpu-memory-utilization", "0.8"],
+        ["--mem-fraction-static", "0.8"],
+    ),
+    "running": (
+        {"max_running_requests": 64},
+        ["--max-num-seqs", "64"],
+        ["--max-running-requests", "64"],
+    ),
     "queued": (
         {"max_running_requests": 64, "max_queued_requests": 100},
         ["--max-num-seqs", "64", "--max-num-queued-reqs", "164"],  # where the running ones count
@@ -64,45 +107,139 @@ SAID = {  # options -> what vLLM is told beside START and ADDRESS, and what SGLa
     ),
     "queued alone": ({"max_queued_requests": 100}, [], ["--max-queued-requests", "100"]),
     "tokens": ({"max_total_tokens": 9000}, [], ["--max-total-tokens", "9000"]),
-    "chunks": ({"chunked_prefill_size": 2048}, ["--max-num-batched-tokens", "2048"], ["--chunked-prefill-size", "2048"]),
+    "chunks": (
+        {"chunked_prefill_size": 2048},
+        ["--max-num-batched-tokens", "2048"],
+        ["--chunked-prefill-size", "2048"],
+    ),
     "small chunks": (
         {"max_running_requests": 64, "chunked_prefill_size": 32},
         ["--max-num-seqs", "64", "--max-num-batched-tokens", "64"],
         ["--max-running-requests", "64", "--chunked-prefill-size", "32"],
     ),
-    "no chunks": ({"chunked_prefill_size": -1}, ["--no-enable-chunked-prefill"], ["--chunked-prefill-size=-1"]),
+    "no chunks": (
+        {"chunked_prefill_size": -1},
+        ["--no-enable-chunked-prefill"],
+        ["--chunked-prefill-size=-1"],
+    ),
     "switches": (
-        {"disable_cuda_graph": True, "disable_radix_cache": True, "disable_overlap_schedule": True, "enable_torch_compile": True},
+        {
+            "disable_cuda_graph": True,
+            "disable_radix_cache": True,
+            "disable_overlap_schedule": True,
+            "enable_torch_compile": True,
+        },
         ["--enforce-eager", "--no-enable-prefix-caching", "--no-async-scheduling"],
-        ["--disable-cuda-graph", "--disable-radix-cache", "--disable-overlap-schedule", "--enable-torch-compile"],
+        [
+            "--disable-cuda-graph",
+            "--disable-radix-cache",
+            "--disable-overlap-schedule",
+            "--enable-torch-compile",
+        ],
     ),
     "tools": (
         {"tool_call_parser": "llama3", "chat_template": "t.jinja"},
-        ["--chat-template", "t.jinja", "--tool-call-parser", "llama3_json", "--enable-auto-tool-choice"],
+        [
+            "--chat-template",
+            "t.jinja",
+            "--tool-call-parser",
+            "llama3_json",
+            "--enable-auto-tool-choice",
+        ],
         ["--chat-template", "t.jinja", "--tool-call-parser", "llama3"],
     ),
-    "grammar": ({"grammar_backend": "xgrammar"}, ["--structured-outputs-config", '{"backend": "xgrammar"}'], ["--grammar-backend", "xgrammar"]),
-    "sampling": ({"sampling_defaults": "openai"}, ["--generation-config", "vllm"], ["--sampling-defaults", "openai"]),
+    "grammar": (
+        {"grammar_backend": "xgrammar"},
+        ["--structured-outputs-config", '{"backend": "xgrammar"}'],
+        ["--grammar-backend", "xgrammar"],
+    ),
+    "sampling": (
+        {"sampling_defaults": "openai"},
+        ["--generation-config", "vllm"],
+        ["--sampling-defaults", "openai"],
+    ),
     "rest": (
-        {"skip_tokenizer_init": True, "trust_remote_code": True, "log_requests": True, "random_seed": 0, "revision": "main", "drain_timeout": 2.5},
-        ["--skip-tokenizer-init", "--trust-remote-code", "--revision", "main", "--enable-log-requests", "--seed", "0", "--shutdown-timeout", "3"],
-        ["--skip-tokenizer-init", "--trust-remote-code", "--revision", "main", "--log-requests", "--random-seed", "0"],
+        {
+            "skip_tokenizer_init": True,
+            "trust_remote_code": True,
+            "log_requests": True,
+            "random_seed": 0,
+            "revision": "main",
+            "drain_timeout": 2.5,
+        },
+        [
+            "--skip-tokenizer-init",
+            "--trust-remote-code",
+            "--revision",
+            "main",
+            "--enable-log-requests",
+            "--seed",
+            "0",
+            "--shutdown-timeout",
+            "3",
+        ],
+        [
+            "--skip-tokenizer-init",
+            "--trust-remote-code",
+            "--revision",
+            "main",
+            "--log-requests",
+            "--random-seed",
+            "0",
+        ],
     ),
     "log level": ({"log_level": "INFO"}, ["--uvicorn-log-level", "info"], ["--log-level", "info"]),
     "cuda": ({"device": "cuda"}, [], []),
     "several GPUs": (
         {"tp": 4, "pp": 2, "dp": 2},
-        ["--tensor-parallel-size", "4", "--pipeline-parallel-size", "2", "--data-parallel-size", "2"],
+        [
+            "--tensor-parallel-size",
+            "4",
+            "--pipeline-parallel-size",
+            "2",
+            "--data-parallel-size",
+            "2",
+        ],
         ["--tp-size", "4", "--pp-size", "2", "--dp-size", "2"],
     ),
     "first node": (
         {"tp": 16, "nnodes": 2, "node_rank": 0, "dist_init_addr": "10.0.0.1:25000"},
-        ["--tensor-parallel-size", "16", "--nnodes", "2", "--node-rank", "0", "--master-addr", "10.0.0.1", "--master-port", "25000"],
-        ["--tp-size", "16", "--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "10.0.0.1:25000"],
+        [
+            "--tensor-parallel-size",
+            "16",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            "0",
+            "--master-addr",
+            "10.0.0.1",
+            "--master-port",
+            "25000",
+        ],
+        [
+            "--tp-size",
+            "16",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            "0",
+            "--dist-init-addr",
+            "10.0.0.1:25000",
+        ],
     ),
     "another node": (
         {"nnodes": 2, "node_rank": 1, "dist_init_addr": "[fd00::1]:25000"},
-        ["--nnodes", "2", "--node-rank", "1", "--master-addr", "fd00::1", "--master-port", "25000", "--headless"],
+        [
+            "--nnodes",
+            "2",
+            "--node-rank",
+            "1",
+            "--master-addr",
+            "fd00::1",
+            "--master-port",
+            "25000",
+            "--headless",
+        ],
         ["--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "[fd00::1]:25000"],
     ),
     "no port": (
@@ -134,18 +271,33 @@ def test_options_are_said_as_vllm_says_them(name):
 @pytest.mark.parametrize("name", SAID)
 def test_options_are_said_as_sglang_says_them(name):
     options, _, sglang = SAID[name]
-    assert list(make_command("sglang", {"model_path": "M", **options}).arguments) == [sys.executable, *START["sglang"], *sglang]
+    assert list(make_command("sglang", {"model_path": "M", **options}).arguments) == [
+        sys.executable,
+        *START["sglang"],
+        *sglang,
+    ]
 
 
 @pytest.mark.parametrize("engine", THEIRS)
 def test_every_flag_is_one_the_engine_has(engine):
-    flags = {word for option in targets()[engine].options.values() for word in (option.flag, *option.beside) if word}
+    flags = {
+        word
+        for option in targets()[engine].options.values()
+        for word in (option.flag, *option.beside)
+        if word
+    }
     assert flags <= {f"--{name}" for name in THEIRS[engine].split()}
 
 
 @pytest.mark.parametrize("engine", THEIRS)
 def test_every_option_in_the_table_of_the_other_engine_has_an_answer(engine):
-    parts = {"master_addr", "master_port", "headless", "dist_init_addr", "no_chunked_prefill"}  # what vLLM has in parts
+    parts = {
+        "master_addr",
+        "master_port",
+        "headless",
+        "dist_init_addr",
+        "no_chunked_prefill",
+    }  # what vLLM has in parts
     known = {name for target in targets().values() for name in target.options} - parts
     assert known <= targets()[engine].options.keys()
 
@@ -158,7 +310,9 @@ def test_another_address_is_said_to_vllm_once():
 
 @pytest.mark.parametrize("engine", THEIRS)
 def test_the_engines_own_arguments_come_last(engine):
-    words = make_command(engine, {"model_path": "M", "tp": 2}, ["--distributed-executor-backend", "ray"]).arguments
+    words = make_command(
+        engine, {"model_path": "M", "tp": 2}, ["--distributed-executor-backend", "ray"]
+    ).arguments
     assert words[-2:] == ("--distributed-executor-backend", "ray")
 
 
@@ -172,11 +326,17 @@ def test_the_engines_own_arguments_come_last(engine):
         ("vllm", {"max_running_requests": 64, "chunked_prefill_size": 32}, "becomes 64"),
         ("sglang", {"drain_timeout": 5.0}, "--drain-timeout is left out"),
         ("sglang", {"api_key": KEY}, "process list"),
-        ("sglang", {"max_body_bytes": 5}, "--max-body-bytes is left out: sglang has nothing like it"),
+        (
+            "sglang",
+            {"max_body_bytes": 5},
+            "--max-body-bytes is left out: sglang has nothing like it",
+        ),
     ],
 )
 def test_what_gets_lost_is_told(engine, options, word):
-    assert any(word in warning for warning in make_command(engine, {"model_path": "M", **options}).warnings)
+    assert any(
+        word in warning for warning in make_command(engine, {"model_path": "M", **options}).warnings
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +367,10 @@ def test_two_names_for_one_quantization_are_refused():
         make_command("vllm", {"model_path": "M", "quantization": "fp8", "torchao_config": "int8wo"})
 
 
-@pytest.mark.parametrize("options", [{"nnodes": 2}, {"nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, {"node_rank": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"nnodes": 2}, {"nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, {"node_rank": 1}],
+)
 def test_nodes_that_cannot_meet_are_refused(options):
     with pytest.raises(UsageError) as caught:
         make_command("sglang", {"model_path": "M", **options})
@@ -220,7 +383,9 @@ def test_an_unknown_engine_is_answered_with_a_known_one():
     assert "`vllm`" in caught.value.hint
 
 
-@pytest.mark.parametrize(("visible", "expected"), [("", "1"), ("4,6", "6"), ("GPU-aa,GPU-bb", "GPU-bb")])
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("", "1"), ("4,6", "6"), ("GPU-aa,GPU-bb", "GPU-bb")]
+)
 def test_one_of_several_gpus_is_picked_among_those_that_are_visible(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for engine in THEIRS:
@@ -244,19 +409,35 @@ def test_one_gpu_and_two_ranks_are_refused():
 
 def test_an_old_engine_is_not_given_a_flag_it_lacks(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.25.1")
-    command = make_command("vllm", {"model_path": "M", "max_running_requests": 8, "max_queued_requests": 8})
+    command = make_command(
+        "vllm", {"model_path": "M", "max_running_requests": 8, "max_queued_requests": 8}
+    )
     assert "--max-num-queued-reqs" not in command.arguments
-    assert any("vllm 0.25.1 has no --max-num-queued-reqs" in warning for warning in command.warnings)
+    assert any(
+        "vllm 0.25.1 has no --max-num-queued-reqs" in warning for warning in command.warnings
+    )
 
 
 @pytest.mark.parametrize("engine", THEIRS)
 @pytest.mark.parametrize(
-    "extra", [[], ["--api-key", KEY, f"{KEY}2", "--seed", "1"], [f"--api-key={KEY}"], ["--api_key", f"-{KEY}"], ["--hf-token", KEY]]
+    "extra",
+    [
+        [],
+        ["--api-key", KEY, f"{KEY}2", "--seed", "1"],
+        [f"--api-key={KEY}"],
+        ["--api_key", f"-{KEY}"],
+        ["--hf-token", KEY],
+    ],
 )
 def test_a_key_is_never_printed(engine, extra):
     for key in (KEY, f"-{KEY}"):
         command = make_command(engine, {"model_path": "M", "api_key": key}, extra)
-        for shown in (str(command), repr(command), json.dumps(command.to_dict()), str(dataclasses.replace(command, arguments=()))):
+        for shown in (
+            str(command),
+            repr(command),
+            json.dumps(command.to_dict()),
+            str(dataclasses.replace(command, arguments=())),
+        ):
             assert KEY not in shown
         assert HIDDEN in str(command)
         assert key in command.environment.values() or any(key in word for word in command.arguments)
@@ -269,15 +450,27 @@ def test_vllm_gets_its_key_where_the_process_list_does_not_show_it():
 
 
 def test_the_printed_command_is_one_for_a_shell():
-    shown = str(make_command("vllm", {"model_path": "a model's folder", "log_level": "debug", "grammar_backend": "xgrammar"}))
-    said = subprocess.run(["sh", "-c", shown.replace(sys.executable, "printf '%s|'")], capture_output=True, text=True, check=True).stdout.split("|")
+    shown = str(
+        make_command(
+            "vllm",
+            {"model_path": "a model's folder", "log_level": "debug", "grammar_backend": "xgrammar"},
+        )
+    )
+    said = subprocess.run(
+        ["sh", "-c", shown.replace(sys.executable, "printf '%s|'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("|")
     assert "a model's folder" in said
     assert '{"backend": "xgrammar"}' in said
     assert shown.startswith("VLLM_LOGGING_LEVEL=debug ")
 
 
 @pytest.mark.parametrize("engine", THEIRS)
-def test_a_plain_model_is_prepared_without_the_engine_when_nothing_runs(engine, tiny_model, not_installed):
+def test_a_plain_model_is_prepared_without_the_engine_when_nothing_runs(
+    engine, tiny_model, not_installed
+):
     command = prepare(engine, {"model_path": str(tiny_model), "quantization": "fp8"}, dry_run=True)
     assert isinstance(command, Command)
     assert str(tiny_model) in command.arguments
@@ -286,7 +479,9 @@ def test_a_plain_model_is_prepared_without_the_engine_when_nothing_runs(engine, 
 
 
 @pytest.mark.parametrize("engine", THEIRS)
-def test_an_engine_that_is_not_installed_is_named_with_the_line_that_installs_it(engine, tiny_model, not_installed):
+def test_an_engine_that_is_not_installed_is_named_with_the_line_that_installs_it(
+    engine, tiny_model, not_installed
+):
     with pytest.raises(ResourceError) as caught:
         prepare(engine, {"model_path": str(tiny_model)})
     assert caught.value.exit_code == 4
@@ -300,9 +495,13 @@ def test_a_folder_with_the_engines_name_is_no_engine(tiny_model, tmp_path, monke
         prepare("vllm", {"model_path": str(tiny_model)})
 
 
-def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(tmp_path, not_installed):
+def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(
+    tmp_path, not_installed
+):
     folder = build(tmp_path / "m", Gptq(desc_act=True)).path
-    with pytest.raises(CheckpointRefused, match=r"act-order in groups \(desc_act\) is no longer run") as caught:
+    with pytest.raises(
+        CheckpointRefused, match=r"act-order in groups \(desc_act\) is no longer run"
+    ) as caught:
         prepare("vllm", {"model_path": str(folder)})
     assert caught.value.code == "E_ENGINE_REFUSES"
     assert "sglang loads it: --engine sglang" in caught.value.hint
@@ -341,16 +540,23 @@ def test_a_card_that_is_too_old_is_asked_of_the_driver(tmp_path, monkeypatch):
 def test_a_true_word_about_a_quantized_checkpoint_need_not_be_passed_on(tmp_path, not_installed):
     folder = build(tmp_path / "m", Gptq()).path
     for engine in THEIRS:
-        command = prepare(engine, {"model_path": str(folder), "quantization": "gptq_marlin"}, dry_run=True)
+        command = prepare(
+            engine, {"model_path": str(folder), "quantization": "gptq_marlin"}, dry_run=True
+        )
         assert "--quantization" not in command.arguments
         with pytest.raises(UsageError, match="`awq` does not fit"):
             prepare(engine, {"model_path": str(folder), "quantization": "awq"}, dry_run=True)
 
 
-def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(tmp_path, not_installed):
+def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(
+    tmp_path, not_installed
+):
     folder = build(tmp_path / "m", int8(inputs={"strategy": "tensor", "dynamic": False})).path
     options = {"model_path": str(folder), "quantization": "w8a8_int8"}
-    assert prepare("sglang", options, dry_run=True).arguments[-2:] == ("--quantization", "w8a8_int8")
+    assert prepare("sglang", options, dry_run=True).arguments[-2:] == (
+        "--quantization",
+        "w8a8_int8",
+    )
     with pytest.raises(UsageError, match="--quantization w8a8_int8 cannot be said to vllm"):
         prepare("vllm", options, dry_run=True)
 
@@ -362,7 +568,10 @@ pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(seen))
 """
 
 
-@pytest.mark.parametrize(("engine", "module"), [("vllm", "vllm/entrypoints/cli/main.py"), ("sglang", "sglang/launch_server.py")])
+@pytest.mark.parametrize(
+    ("engine", "module"),
+    [("vllm", "vllm/entrypoints/cli/main.py"), ("sglang", "sglang/launch_server.py")],
+)
 def test_the_process_becomes_the_engines(engine, module, tiny_model, tmp_path):
     file = tmp_path / "site" / module
     file.parent.mkdir(parents=True)
@@ -374,8 +583,19 @@ from qtool.serve.handover import hand_over, prepare
 print(os.getpid())  # not flushed: the pipe gets it only if it is flushed before the process is replaced
 hand_over(prepare({engine!r}, {{"model_path": {str(tiny_model)!r}, "port": 8001, "api_key": {KEY!r}}}, ["--seed", "3"]))
 """
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "RECORD": str(tmp_path / "record"), "KEPT": "yes"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "site"),
+        "RECORD": str(tmp_path / "record"),
+        "KEPT": "yes",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     output, _ = process.communicate(timeout=60)
     seen = json.loads((tmp_path / "record").read_text())
     assert process.returncode == 0
@@ -387,16 +607,30 @@ hand_over(prepare({engine!r}, {{"model_path": {str(tiny_model)!r}, "port": 8001,
     assert (seen["key"] == KEY) if engine == "vllm" else (KEY in seen["argv"])
 
 
-def test_a_model_of_the_hub_is_served_as_it_was_checked_under_the_name_that_was_asked_for(tiny_model, tmp_path):
-    files = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.suffix not in (".py", ".jsonl")}
+def test_a_model_of_the_hub_is_served_as_it_was_checked_under_the_name_that_was_asked_for(
+    tiny_model, tmp_path
+):
+    files = {
+        path.name: path.read_bytes()
+        for path in tiny_model.iterdir()
+        if path.suffix not in (".py", ".jsonl")
+    }
     code = """
 from qtool.serve.handover import prepare
 print("\\n".join(prepare("sglang", {"model_path": "org/tiny", "revision": "v1.0"}, dry_run=True).arguments))
 """
     with HubServer({"org/tiny": files}) as server:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}  # a library of another test may have set some
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("HF_")
+        }  # a library of another test may have set some
         environment = {**clean, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     folder = words[words.index("--model-path") + 1]
@@ -416,15 +650,27 @@ def test_handing_over_needs_no_torch(tiny_model, run_python):
 
 
 def test_the_suggestion_is_the_command_to_type_instead():
-    options = {"model_path": "my model", "tp": 2, "port": 8000, "trust_remote_code": True, "quantization": None, "api_key": KEY}
+    options = {
+        "model_path": "my model",
+        "tp": 2,
+        "port": 8000,
+        "trust_remote_code": True,
+        "quantization": None,
+        "api_key": KEY,
+    }
     said = suggestion(options)
-    assert "`qtool serve --model-path 'my model' --engine vllm --tp 2 --port 8000 --trust-remote-code --api-key ...`" in said
+    assert (
+        "`qtool serve --model-path 'my model' --engine vllm --tp 2 --port 8000 --trust-remote-code --api-key ...`"
+        in said
+    )
     assert KEY not in said
 
 
 def test_the_suggestion_counts_the_gpus_a_model_needs():
     assert "--tp 4" in suggestion({"model_path": "M"}, size_bytes=140 << 30, gpu_bytes=80 << 30)
-    assert "--tp 2" in suggestion({"model_path": "M", "tp": 2}, size_bytes=140 << 30, gpu_bytes=80 << 30)
+    assert "--tp 2" in suggestion(
+        {"model_path": "M", "tp": 2}, size_bytes=140 << 30, gpu_bytes=80 << 30
+    )
 
 
 @given(size=st.integers(1, 1 << 42), memory=st.integers(1 << 30, 1 << 38))

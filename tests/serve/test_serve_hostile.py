@@ -28,11 +28,23 @@ SOON_S = 5.0  # 1 s is what a machine with nothing else to do needs at most
 GROWTH_BYTES = 320 << 20  # the engine keeps 128 MB of grammars, the server 64 MB
 DEEP = 100_000
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-GOOD = {"model": "tiny", "prompt": "def add(a, b):\n", "max_tokens": 48, "min_tokens": 48, "temperature": 0, "stream": True}
+GOOD = {
+    "model": "tiny",
+    "prompt": "def add(a, b):\n",
+    "max_tokens": 48,
+    "min_tokens": 48,
+    "temperature": 0,
+    "stream": True,
+}
 
 
 def chat(**fields: object) -> dict[str, object]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 4,
+        **fields,
+    }
 
 
 def completion(**fields: object) -> dict[str, object]:
@@ -40,7 +52,9 @@ def completion(**fields: object) -> dict[str, object]:
 
 
 def schema(value: object) -> dict[str, object]:
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": value}}}
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": value}}
+    }
 
 
 def tools(parameters: object) -> dict[str, object]:
@@ -62,20 +76,55 @@ def deep(**body: object) -> str:
 REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
     "a million choices": (CHAT, lambda: chat(n=10**6), 400, "n"),
     "no choice": (CHAT, lambda: chat(n=0), 400, "n"),
-    "a hundred thousand stops": (CHAT, lambda: chat(stop=[f"s{i}" for i in range(10**5)]), 400, "stop"),
+    "a hundred thousand stops": (
+        CHAT,
+        lambda: chat(stop=[f"s{i}" for i in range(10**5)]),
+        400,
+        "stop",
+    ),
     "a stop of a million characters": (CHAT, lambda: chat(stop="a" * 10**6), 400, "stop"),
     "NaN": (CHAT, lambda: chat(temperature=float("nan")), 400, "NaN"),
     "infinity": (CHAT, lambda: chat(top_p=float("inf")), 400, "Infinity"),
-    "a float that is infinite": (CHAT, lambda: raw(chat(temperature="X"), '"X"', "1e999"), 400, "temperature"),
+    "a float that is infinite": (
+        CHAT,
+        lambda: raw(chat(temperature="X"), '"X"', "1e999"),
+        400,
+        "temperature",
+    ),
     "a body of brackets": (CHAT, lambda: "[" * DEEP + "]" * DEEP, 400, ""),
     "a body of open brackets": (CHAT, lambda: "[" * DEEP, 400, ""),
     "a deep value": (CHAT, lambda: deep(metadata="DEEP"), 400, ""),
     "deep chat_template_kwargs": (CHAT, lambda: deep(chat_template_kwargs="DEEP"), 400, ""),
-    "deep tool parameters": (CHAT, lambda: deep(tools=[{"type": "function", "function": {"name": "f", "parameters": "DEEP"}}]), 400, ""),
-    "a deep schema": (CHAT, lambda: deep(response_format={"type": "json_schema", "json_schema": {"schema": "DEEP"}}), 400, ""),
-    "bad UTF-8": (CHAT, lambda: b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400, ""),
-    "a surrogate in UTF-8": (CHAT, lambda: b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', 400, ""),
-    "half of a UTF-8 character": (CHAT, lambda: b'{"messages": [{"role": "user", "content": "\xe2\x82"}]}', 400, ""),
+    "deep tool parameters": (
+        CHAT,
+        lambda: deep(tools=[{"type": "function", "function": {"name": "f", "parameters": "DEEP"}}]),
+        400,
+        "",
+    ),
+    "a deep schema": (
+        CHAT,
+        lambda: deep(response_format={"type": "json_schema", "json_schema": {"schema": "DEEP"}}),
+        400,
+        "",
+    ),
+    "bad UTF-8": (
+        CHAT,
+        lambda: b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
+        400,
+        "",
+    ),
+    "a surrogate in UTF-8": (
+        CHAT,
+        lambda: b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        400,
+        "",
+    ),
+    "half of a UTF-8 character": (
+        CHAT,
+        lambda: b'{"messages": [{"role": "user", "content": "\xe2\x82"}]}',
+        400,
+        "",
+    ),
     "a zero byte": (CHAT, lambda: b"\0", 400, ""),
     "no JSON": (CHAT, lambda: "hello", 400, "JSON"),
     "nothing": (CHAT, lambda: "", 400, ""),
@@ -83,72 +132,253 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
     "half of JSON": (CHAT, lambda: '{"messages": [', 400, "JSON"),
     "10^12 max_tokens": (CHAT, lambda: chat(max_tokens=10**12), 400, "max"),
     "10^400 max_tokens": (CHAT, lambda: chat(max_tokens=10**400), 400, "max"),
-    "10^12 max_tokens of a completion": (COMPLETION, lambda: completion(max_tokens=10**12), 400, "max"),
-    "10^400 max_new_tokens": ("/generate", lambda: {"text": "a", "sampling_params": {"max_new_tokens": 10**400}}, 400, "max"),
+    "10^12 max_tokens of a completion": (
+        COMPLETION,
+        lambda: completion(max_tokens=10**12),
+        400,
+        "max",
+    ),
+    "10^400 max_new_tokens": (
+        "/generate",
+        lambda: {"text": "a", "sampling_params": {"max_new_tokens": 10**400}},
+        400,
+        "max",
+    ),
     "a number of 5000 digits": (CHAT, lambda: raw(chat(seed="X"), '"X"', "9" * 5000), 400, ""),
     "a number of 4000 digits": (CHAT, lambda: raw(chat(seed="X"), '"X"', "9" * 4000), 400, "seed"),
-    "a float of 5000 digits": (CHAT, lambda: raw(chat(temperature="X"), '"X"', "9" * 5000 + ".5"), 400, "temperature"),
-    "half a surrogate pair in a message": (CHAT, lambda: raw(chat(messages=[{"role": "user", "content": "X"}]), "X", "\\ud800"), 400, ""),
-    "half a surrogate pair in a prompt": (COMPLETION, lambda: raw(completion(prompt="X"), "X", "\\ud800"), 400, ""),
-    "half a surrogate pair in a list of prompts": (COMPLETION, lambda: raw(completion(prompt=["X"]), "X", "\\udfff"), 400, ""),
+    "a float of 5000 digits": (
+        CHAT,
+        lambda: raw(chat(temperature="X"), '"X"', "9" * 5000 + ".5"),
+        400,
+        "temperature",
+    ),
+    "half a surrogate pair in a message": (
+        CHAT,
+        lambda: raw(chat(messages=[{"role": "user", "content": "X"}]), "X", "\\ud800"),
+        400,
+        "",
+    ),
+    "half a surrogate pair in a prompt": (
+        COMPLETION,
+        lambda: raw(completion(prompt="X"), "X", "\\ud800"),
+        400,
+        "",
+    ),
+    "half a surrogate pair in a list of prompts": (
+        COMPLETION,
+        lambda: raw(completion(prompt=["X"]), "X", "\\udfff"),
+        400,
+        "",
+    ),
     "half a surrogate pair in text": ("/generate", lambda: '{"text": "\\ud800"}', 400, ""),
     "half a surrogate pair to tokenize": ("/tokenize", lambda: '{"prompt": "\\ud800"}', 400, ""),
     "half a surrogate pair in a stop": (CHAT, lambda: raw(chat(stop="X"), "X", "\\ud800"), 400, ""),
     "half a surrogate pair as a key": (CHAT, lambda: raw(chat(X=1), "X", "\\ud800"), 400, ""),
-    "half a surrogate pair as model": (CHAT, lambda: raw(chat(model="XX"), "XX", "\\ud800"), 400, ""),
+    "half a surrogate pair as model": (
+        CHAT,
+        lambda: raw(chat(model="XX"), "XX", "\\ud800"),
+        400,
+        "",
+    ),
     "half a surrogate pair as rid": (CHAT, lambda: raw(chat(rid="XX"), "XX", "\\ud800"), 400, ""),
-    "half a surrogate pair in template arguments": (CHAT, lambda: raw(chat(chat_template_kwargs={"X": "X"}), "X", "\\ud800"), 400, ""),
-    "half a surrogate pair in a schema": (CHAT, lambda: raw(chat(**schema({"const": "X"})), "X", "\\ud800"), 400, ""),
-    "half a surrogate pair in a regex": (CHAT, lambda: raw(chat(regex="X"), "X", "\\ud800"), 400, ""),
-    "a prompt of 7 MB": (COMPLETION, lambda: completion(prompt="a b " * 1_800_000), 400, "context_length_exceeded"),
-    "a message of 7 MB": (CHAT, lambda: chat(messages=[{"role": "user", "content": "a b " * 1_800_000}]), 400, "context_length_exceeded"),
-    "a million tokens": (COMPLETION, lambda: completion(prompt=[1] * 10**6), 400, "context_length_exceeded"),
-    "one token too many": (COMPLETION, lambda: completion(prompt=[1] * 2045), 400, "context_length_exceeded"),
-    "four million tokens": (COMPLETION, lambda: completion(prompt=[1] * 2_600_000), 400, "too_many_values"),
+    "half a surrogate pair in template arguments": (
+        CHAT,
+        lambda: raw(chat(chat_template_kwargs={"X": "X"}), "X", "\\ud800"),
+        400,
+        "",
+    ),
+    "half a surrogate pair in a schema": (
+        CHAT,
+        lambda: raw(chat(**schema({"const": "X"})), "X", "\\ud800"),
+        400,
+        "",
+    ),
+    "half a surrogate pair in a regex": (
+        CHAT,
+        lambda: raw(chat(regex="X"), "X", "\\ud800"),
+        400,
+        "",
+    ),
+    "a prompt of 7 MB": (
+        COMPLETION,
+        lambda: completion(prompt="a b " * 1_800_000),
+        400,
+        "context_length_exceeded",
+    ),
+    "a message of 7 MB": (
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": "a b " * 1_800_000}]),
+        400,
+        "context_length_exceeded",
+    ),
+    "a million tokens": (
+        COMPLETION,
+        lambda: completion(prompt=[1] * 10**6),
+        400,
+        "context_length_exceeded",
+    ),
+    "one token too many": (
+        COMPLETION,
+        lambda: completion(prompt=[1] * 2045),
+        400,
+        "context_length_exceeded",
+    ),
+    "four million tokens": (
+        COMPLETION,
+        lambda: completion(prompt=[1] * 2_600_000),
+        400,
+        "too_many_values",
+    ),
     "tokens that are none": (COMPLETION, lambda: completion(prompt=[10**6]), 400, "1000000"),
     "negative tokens": (COMPLETION, lambda: completion(prompt=[-1]), 400, "prompt"),
     "huge tokens": (COMPLETION, lambda: completion(prompt=[2**70]), 400, "prompt"),
     "tokens that are true": (COMPLETION, lambda: completion(prompt=[True]), 400, "prompt"),
     "no prompt": (COMPLETION, lambda: completion(prompt=[]), 400, "prompt"),
-    "an empty prompt among others": (COMPLETION, lambda: completion(prompt=[[1], []]), 400, "prompt"),
-    "tokens to detokenize that are none": ("/detokenize", lambda: {"tokens": [10**6]}, 400, "1000000"),
-    "a bias on 10^5 tokens": (CHAT, lambda: chat(logit_bias={str(i): 1 for i in range(10**5)}), 400, ""),
-    "a bias on 10^4 tokens": (CHAT, lambda: chat(logit_bias={str(i): 1 for i in range(10**4)}), 400, "logit_bias"),
-    "a bias on a token that is none": (CHAT, lambda: chat(logit_bias={"4000000": 1}), 400, "logit_bias"),
+    "an empty prompt among others": (
+        COMPLETION,
+        lambda: completion(prompt=[[1], []]),
+        400,
+        "prompt",
+    ),
+    "tokens to detokenize that are none": (
+        "/detokenize",
+        lambda: {"tokens": [10**6]},
+        400,
+        "1000000",
+    ),
+    "a bias on 10^5 tokens": (
+        CHAT,
+        lambda: chat(logit_bias={str(i): 1 for i in range(10**5)}),
+        400,
+        "",
+    ),
+    "a bias on 10^4 tokens": (
+        CHAT,
+        lambda: chat(logit_bias={str(i): 1 for i in range(10**4)}),
+        400,
+        "logit_bias",
+    ),
+    "a bias on a token that is none": (
+        CHAT,
+        lambda: chat(logit_bias={"4000000": 1}),
+        400,
+        "logit_bias",
+    ),
     "a bias on a word": (CHAT, lambda: chat(logit_bias={"hello": 1}), 400, "logit_bias"),
     "a huge bias": (CHAT, lambda: chat(logit_bias={"1": 1e308}), 400, "logit_bias"),
-    "a stop token that is none": (CHAT, lambda: chat(stop_token_ids=[10**7]), 400, "stop_token_ids"),
-    "log probabilities without end": (COMPLETION, lambda: completion(n=128, max_tokens=2000, logprobs=20, prompt=[1]), 400, "log prob"),
+    "a stop token that is none": (
+        CHAT,
+        lambda: chat(stop_token_ids=[10**7]),
+        400,
+        "stop_token_ids",
+    ),
+    "log probabilities without end": (
+        COMPLETION,
+        lambda: completion(n=128, max_tokens=2000, logprobs=20, prompt=[1]),
+        400,
+        "log prob",
+    ),
     "no messages": (CHAT, lambda: chat(messages=[]), 400, "messages"),
-    "10^5 messages": (CHAT, lambda: chat(messages=[{"role": "user", "content": "a"}] * 10**5), 400, ""),
-    "5000 messages": (CHAT, lambda: chat(messages=[{"role": "user", "content": "a"}] * 5000), 400, "messages"),
-    "an unknown role": (CHAT, lambda: chat(messages=[{"role": "root", "content": "a"}]), 400, "role"),
-    "10^4 unknown fields": (CHAT, lambda: chat(**{f"field{i}": 1 for i in range(10**4)}), 400, "field"),
+    "10^5 messages": (
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": "a"}] * 10**5),
+        400,
+        "",
+    ),
+    "5000 messages": (
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": "a"}] * 5000),
+        400,
+        "messages",
+    ),
+    "an unknown role": (
+        CHAT,
+        lambda: chat(messages=[{"role": "root", "content": "a"}]),
+        400,
+        "role",
+    ),
+    "10^4 unknown fields": (
+        CHAT,
+        lambda: chat(**{f"field{i}": 1 for i in range(10**4)}),
+        400,
+        "field",
+    ),
     "10^5 unknown fields": (CHAT, lambda: chat(**{f"field{i}": 1 for i in range(10**5)}), 400, ""),
-    "10^6 parts that are none": (CHAT, lambda: chat(messages=[{"role": "user", "content": [1] * 10**6}]), 400, "content"),
-    "4000 parts that are none in each of 250 messages": (CHAT, lambda: chat(messages=[{"role": "user", "content": [1] * 4000}] * 250), 400, ""),
+    "10^6 parts that are none": (
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": [1] * 10**6}]),
+        400,
+        "content",
+    ),
+    "4000 parts that are none in each of 250 messages": (
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": [1] * 4000}] * 250),
+        400,
+        "",
+    ),
     "an image": (
         CHAT,
-        lambda: chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}]}]),
+        lambda: chat(
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}],
+                }
+            ]
+        ),
         400,
         "content_not_supported",
     ),
     "a file": (
         CHAT,
-        lambda: chat(messages=[{"role": "user", "content": [{"type": "file", "file": {"file_data": "data:,"}}]}]),
+        lambda: chat(
+            messages=[
+                {"role": "user", "content": [{"type": "file", "file": {"file_data": "data:,"}}]}
+            ]
+        ),
         400,
         "content_not_supported",
     ),
     "a template of its own": (CHAT, lambda: chat(chat_template="{{ 1 }}"), 400, "chat_template"),
-    "a template in the arguments of the template": (CHAT, lambda: chat(chat_template_kwargs={"chat_template": "{{ 1 }}"}), 400, "chat_template"),
+    "a template in the arguments of the template": (
+        CHAT,
+        lambda: chat(chat_template_kwargs={"chat_template": "{{ 1 }}"}),
+        400,
+        "chat_template",
+    ),
     "another model": (CHAT, lambda: chat(model="/etc/passwd"), 404, "model_not_found"),
     "a path as model": (CHAT, lambda: chat(model="../../etc"), 404, "model_not_found"),
     "a tokenizer": (CHAT, lambda: chat(tokenizer="/etc/passwd"), 400, "tokenizer"),
-    "an adapter": ("/generate", lambda: {"text": "a", "lora_path": "/etc/passwd"}, 400, "lora_path"),
-    "an image to generate from": ("/generate", lambda: {"text": "a", "image_data": "http://127.0.0.1:1/"}, 400, "image_data"),
-    "a tool's name with markup": (CHAT, lambda: chat(tools=[{"type": "function", "function": {"name": "<f>"}}]), 400, "name"),
-    "a tool's name of a million characters": (CHAT, lambda: chat(tools=[{"type": "function", "function": {"name": "f" * 10**6}}]), 400, "name"),
-    "1000 tools": (CHAT, lambda: chat(tools=[{"type": "function", "function": {"name": "f"}}] * 1000), 400, "tools"),
+    "an adapter": (
+        "/generate",
+        lambda: {"text": "a", "lora_path": "/etc/passwd"},
+        400,
+        "lora_path",
+    ),
+    "an image to generate from": (
+        "/generate",
+        lambda: {"text": "a", "image_data": "http://127.0.0.1:1/"},
+        400,
+        "image_data",
+    ),
+    "a tool's name with markup": (
+        CHAT,
+        lambda: chat(tools=[{"type": "function", "function": {"name": "<f>"}}]),
+        400,
+        "name",
+    ),
+    "a tool's name of a million characters": (
+        CHAT,
+        lambda: chat(tools=[{"type": "function", "function": {"name": "f" * 10**6}}]),
+        400,
+        "name",
+    ),
+    "1000 tools": (
+        CHAT,
+        lambda: chat(tools=[{"type": "function", "function": {"name": "f"}}] * 1000),
+        400,
+        "tools",
+    ),
     "a regex that is none": (CHAT, lambda: chat(regex="(("), 400, "regex"),
     "a grammar that is none": (CHAT, lambda: chat(ebnf="root ::= "), 400, ""),
     "a grammar without an end": (CHAT, lambda: chat(ebnf="root ::= root"), 400, ""),
@@ -160,11 +390,20 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
 BOMBS: dict[str, Callable[[], dict[str, object]]] = {
     "a nested regex": lambda: {"regex": "((((a+)+)+)+)+" * 200},
     "a regex of many repeats": lambda: {"regex": "(((a{1,99}){1,99}){1,99}){1,99}"},
-    "a schema of 10^4 properties": lambda: schema({"type": "object", "properties": {f"p{i}": {} for i in range(10**4)}}),
-    "a schema that holds itself": lambda: schema({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 2}}}),
-    "a schema with a long string": lambda: schema({"type": "string", "minLength": 10**9, "maxLength": 10**9}),
+    "a schema of 10^4 properties": lambda: schema(
+        {"type": "object", "properties": {f"p{i}": {} for i in range(10**4)}}
+    ),
+    "a schema that holds itself": lambda: schema(
+        {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 2}}}
+    ),
+    "a schema with a long string": lambda: schema(
+        {"type": "string", "minLength": 10**9, "maxLength": 10**9}
+    ),
     "a grammar of many alternatives": lambda: {
-        "ebnf": "root ::= " + " | ".join(f"r{i}" for i in range(2000)) + "\n" + "".join(f"r{i} ::= root root\n" for i in range(2000))
+        "ebnf": "root ::= "
+        + " | ".join(f"r{i}" for i in range(2000))
+        + "\n"
+        + "".join(f"r{i} ::= root root\n" for i in range(2000))
     },
     "a schema of 80 levels": lambda: schema(_levels(80)),
 }
@@ -179,7 +418,11 @@ def _levels(depth: int) -> dict[str, object]:
 
 def send(served: Server, path: str, body: object, **headers: str) -> tuple[int, str, float]:
     """Return status and text of the answer to a POST, and the seconds it took."""
-    data = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+    data = (
+        body
+        if isinstance(body, bytes)
+        else (body if isinstance(body, str) else json.dumps(body)).encode()
+    )
     began = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
     try:
@@ -200,7 +443,11 @@ def talk(served: Server, data: bytes, *, timeout_s: float = 60) -> bytes:
 def resident(served: Server) -> int:
     """Return the bytes that the server and its engine have in memory."""
     own = psutil.Process(served.process.pid)
-    return sum(process.memory_info().rss for process in [own, *own.children()] if "qtool.serve.prompts.sandbox" not in " ".join(process.cmdline()))
+    return sum(
+        process.memory_info().rss
+        for process in [own, *own.children()]
+        if "qtool.serve.prompts.sandbox" not in " ".join(process.cmdline())
+    )
 
 
 def streamed(url: str, body: dict[str, object]) -> str:
@@ -258,7 +505,9 @@ def test_what_cannot_be_served_is_refused_at_once(served, name):
 
 
 @pytest.mark.parametrize("depth", [90, 400, 900])
-@pytest.mark.parametrize("place", ["metadata", "chat_template_kwargs", "documents", "tools", "schema", "forced"])
+@pytest.mark.parametrize(
+    "place", ["metadata", "chat_template_kwargs", "documents", "tools", "schema", "forced"]
+)
 def test_a_value_that_is_rather_deep_is_no_bug(served, place, depth):
     value: object = 1
     for level in range(depth):
@@ -295,13 +544,19 @@ def test_a_grammar_that_was_too_much_is_known_the_next_time(served):
 def test_a_gigabyte_is_refused_before_it_is_sent(served, framing):
     before = resident(served)
     piece, size = b" " * (1 << 20), 1 << 30
-    length = f"content-length: {size}" if framing == "content-length" else "transfer-encoding: chunked"
+    length = (
+        f"content-length: {size}" if framing == "content-length" else "transfer-encoding: chunked"
+    )
     sent = 0
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
-        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{length}\r\n\r\n".encode())
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{length}\r\n\r\n".encode()
+        )
         with contextlib.suppress(OSError):
             while sent < size and not select.select([connection], [], [], 0)[0]:
-                connection.sendall(piece if framing == "content-length" else b"100000\r\n" + piece + b"\r\n")
+                connection.sendall(
+                    piece if framing == "content-length" else b"100000\r\n" + piece + b"\r\n"
+                )
                 sent += len(piece)
         answer = b""
         while b"body_too_large" not in answer:
@@ -315,7 +570,9 @@ def test_a_gigabyte_is_refused_before_it_is_sent(served, framing):
 
 def test_a_body_that_waits_for_leave_gets_it_or_a_refusal(served):
     head = f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nexpect: 100-continue\r\nconnection: close\r\n"
-    assert talk(served, f"{head}content-length: {1 << 30}\r\n\r\n".encode()).startswith(b"HTTP/1.1 413 ")
+    assert talk(served, f"{head}content-length: {1 << 30}\r\n\r\n".encode()).startswith(
+        b"HTTP/1.1 413 "
+    )
     body = json.dumps(completion()).encode()
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode())
@@ -324,7 +581,16 @@ def test_a_body_that_waits_for_leave_gets_it_or_a_refusal(served):
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/json", ""])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "text/json",
+        "",
+    ],
+)
 def test_a_body_that_is_not_called_json_is_refused(served, kind):
     status, text, _ = send(served, CHAT, chat(), **{"content-type": kind})
     assert status == 415
@@ -332,17 +598,33 @@ def test_a_body_that_is_not_called_json_is_refused(served, kind):
 
 
 def test_json_may_name_its_charset(served):
-    assert send(served, COMPLETION, completion(), **{"content-type": "Application/JSON; charset=utf-8"})[0] == 200
+    assert (
+        send(
+            served, COMPLETION, completion(), **{"content-type": "Application/JSON; charset=utf-8"}
+        )[0]
+        == 200
+    )
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "gzip, gzip"])
 def test_a_compressed_body_is_refused(served, encoding):
-    status, text, _ = send(served, CHAT, gzip.compress(json.dumps(chat()).encode()), **{"content-encoding": encoding})
+    status, text, _ = send(
+        served, CHAT, gzip.compress(json.dumps(chat()).encode()), **{"content-encoding": encoding}
+    )
     assert status == 415
     assert json.loads(text)["error"]["code"] == "unsupported_encoding"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("PUT", CHAT), ("DELETE", "/v1/models/tiny"), ("PATCH", "/health"), ("TRACE", CHAT)])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", CHAT),
+        ("PUT", CHAT),
+        ("DELETE", "/v1/models/tiny"),
+        ("PATCH", "/health"),
+        ("TRACE", CHAT),
+    ],
+)
 def test_a_wrong_method_is_told_the_right_one(served, method, path):
     answer = httpx.request(method, served.url + path)
     assert answer.status_code == 405
@@ -370,7 +652,9 @@ def test_a_wrong_method_is_told_the_right_one(served, method, path):
     ],
 )
 def test_a_path_that_leads_nowhere_is_404(served, path):
-    answer = talk(served, f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+    answer = talk(
+        served, f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+    )
     assert answer.startswith(b"HTTP/1.1 404 "), answer[:300]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
 
@@ -383,11 +667,15 @@ HEADS = {
     "a version that is none": b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
     "a method that is none": b"GRAB / HTTP/1.1\r\nhost: localhost\r\n\r\n",
     "a length below zero": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
-    "a length of many digits": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: " + b"9" * 1000 + b"\r\n\r\n",
+    "a length of many digits": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: "
+    + b"9" * 1000
+    + b"\r\n\r\n",
     "two lengths": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}",
     "a length and chunks": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     "a chunk whose size is none": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-    "a header of a megabyte": b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (1 << 20) + b"\r\n\r\n",
+    "a header of a megabyte": b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: "
+    + b"a" * (1 << 20)
+    + b"\r\n\r\n",
     "10^5 headers": b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: y\r\n" * 10**5 + b"\r\n",
     "a path of a megabyte": b"GET /" + b"a" * (1 << 20) + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
     "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\nhost: localhost\r\n\r\n",
@@ -408,13 +696,21 @@ def test_bytes_that_are_no_request_are_answered_and_hung_up_on(served, name):
 
 
 def test_ten_thousand_small_headers_are_too_many_or_harmless(served):
-    answer = talk(served, b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n" + b"x: y\r\n" * 10**4 + b"\r\n")
+    answer = talk(
+        served,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        + b"x: y\r\n" * 10**4
+        + b"\r\n",
+    )
     assert answer.split()[1] in (b"200", b"431")
 
 
 def test_trailers_and_crumbs_without_end_are_cut(served):
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n".encode()
-    for start, more in ((b"1\r\n \r\n0\r\n", b"x: " + b"y" * 1000 + b"\r\n"), (b"", b"1;" + b"z" * 1000 + b"\r\n \r\n")):
+    for start, more in (
+        (b"1\r\n \r\n0\r\n", b"x: " + b"y" * 1000 + b"\r\n"),
+        (b"", b"1;" + b"z" * 1000 + b"\r\n \r\n"),
+    ):
         sent, answer = 0, b""
         with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
             with contextlib.suppress(OSError):
@@ -431,33 +727,69 @@ def test_trailers_and_crumbs_without_end_are_cut(served):
 def test_an_upgrade_is_not_taken(served):
     upgrade = "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
-        connection.sendall(f"GET /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{upgrade}\r\n".encode())
+        connection.sendall(
+            f"GET /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{upgrade}\r\n".encode()
+        )
         assert connection.recv(1000).startswith(b"HTTP/1.1 405 ")
     assert "WebSocket" not in served.said()
 
 
 def test_pages_of_other_sites_get_no_leave(served):
-    preflight = {"origin": "https://example.com", "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
-    answers = [httpx.options(served.url + CHAT, headers=preflight), httpx.get(f"{served.url}/v1/models", headers=preflight)]
+    preflight = {
+        "origin": "https://example.com",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
+    answers = [
+        httpx.options(served.url + CHAT, headers=preflight),
+        httpx.get(f"{served.url}/v1/models", headers=preflight),
+    ]
     assert [answer.status_code for answer in answers] == [405, 200]
-    assert not any(name.startswith("access-control") for answer in answers for name in answer.headers)
+    assert not any(
+        name.startswith("access-control") for answer in answers for name in answer.headers
+    )
 
 
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        *((host, 200) for host in ("localhost", "LOCALHOST:30000", "127.0.0.1:1", "[::1]:30000", "192.168.1.7", "x.localhost", "")),
-        *((host, 403) for host in ("example.com", "127.0.0.1.example.com", "localhost.example.com:80", "[", "\xe4")),
+        *(
+            (host, 200)
+            for host in (
+                "localhost",
+                "LOCALHOST:30000",
+                "127.0.0.1:1",
+                "[::1]:30000",
+                "192.168.1.7",
+                "x.localhost",
+                "",
+            )
+        ),
+        *(
+            (host, 403)
+            for host in (
+                "example.com",
+                "127.0.0.1.example.com",
+                "localhost.example.com:80",
+                "[",
+                "\xe4",
+            )
+        ),
     ],
 )
 def test_a_name_that_was_made_to_lead_here_is_refused(served, host, status):
     """A page on that name would be of the same origin, for the browser of whoever runs the server."""
-    answer = talk(served, f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode("latin-1"))
+    answer = talk(
+        served,
+        f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode("latin-1"),
+    )
     assert answer.split()[1] == str(status).encode()
 
 
 def test_of_a_key_that_is_there_twice_the_last_counts(served):
-    status, text, _ = send(served, COMPLETION, '{"prompt": "a", "max_tokens": 1, "ignore_eos": true, "max_tokens": 3}')
+    status, text, _ = send(
+        served, COMPLETION, '{"prompt": "a", "max_tokens": 1, "ignore_eos": true, "max_tokens": 3}'
+    )
     assert status == 200
     assert json.loads(text)["usage"]["completion_tokens"] == 3
 
@@ -467,7 +799,9 @@ def test_a_large_body_stops_nobody(served, big):
     body = {
         "prompt": lambda: json.dumps(completion(prompt="a b " * 1_900_000)),
         "ids": lambda: json.dumps(completion(prompt=[4000] * 10**6)),
-        "keys": lambda: json.dumps(completion(metadata={f"k{i}": "v" * 100 for i in range(60_000)})),
+        "keys": lambda: json.dumps(
+            completion(metadata={f"k{i}": "v" * 100 for i in range(60_000)})
+        ),
         "escapes": lambda: raw(completion(user="X"), "X", "\\ud83d\\ude00" * 600_000),
     }[big]()
     gaps: list[float] = []
@@ -490,22 +824,44 @@ def test_a_large_body_stops_nobody(served, big):
     assert max(gaps) < 2  # of a busy machine; 0.2 s of a quiet one
 
 
-SLOW = Bounds(body_bytes=1 << 20, held_bytes=3 << 20, head_s=0.4, body_s=0.6, stall_s=0.6, linger_s=0.3, connections=40)
+SLOW = Bounds(
+    body_bytes=1 << 20,
+    held_bytes=3 << 20,
+    head_s=0.4,
+    body_s=0.6,
+    stall_s=0.6,
+    linger_s=0.3,
+    connections=40,
+)
 
 
 async def echo(scope, receive, send):
     """Answer with the size of the body, or on /much with more than any buffer holds."""
     message = await receive()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"text/plain")],
+        }
+    )
     if scope["path"] == "/much":
         with contextlib.suppress(asyncio.CancelledError):
             for _ in range(4000):
-                await send({"type": "http.response.body", "body": b"x" * (1 << 16), "more_body": True})
+                await send(
+                    {"type": "http.response.body", "body": b"x" * (1 << 16), "more_body": True}
+                )
         scope["app"]["left"].set()
         return
     if scope["path"] == "/wait":
         await asyncio.sleep(1.5)
-    await send({"type": "http.response.body", "body": str(len(message["body"])).encode(), "more_body": False})
+    await send(
+        {
+            "type": "http.response.body",
+            "body": str(len(message["body"])).encode(),
+            "more_body": False,
+        }
+    )
 
 
 @pytest.fixture
@@ -517,7 +873,15 @@ def guarded() -> Iterator[tuple[int, threading.Event]]:
         await echo({**scope, "app": {"left": left}}, receive, send)
 
     guard = Guard(application, Settings(model_path=""), SLOW)
-    config = uvicorn.Config(guard, http=bounded_connection(SLOW), ws="none", lifespan="off", log_config=None, log_level="error", access_log=False)
+    config = uvicorn.Config(
+        guard,
+        http=bounded_connection(SLOW),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+    )
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(config)
@@ -538,7 +902,9 @@ def everything(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
-@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: y\r\n"])
+@pytest.mark.parametrize(
+    "start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: y\r\n"]
+)
 def test_a_head_that_does_not_come_is_not_waited_for(guarded, start):
     port, _ = guarded
     with connect(port) as connection:
@@ -583,7 +949,9 @@ def test_a_second_request_that_is_late_does_not_cut_the_first(guarded):
 def test_a_body_that_comes_too_slowly_is_not_waited_for(guarded):
     port, _ = guarded
     with connect(port) as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+        connection.sendall(
+            b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"body_timeout" in answer

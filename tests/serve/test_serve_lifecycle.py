@@ -32,7 +32,9 @@ END_S = DRAIN_S + 15.0  # the drain, the engine's and the readers' time, and a b
 
 def doing(server: Server) -> dict[str, float]:
     """Return what the server says that it does."""
-    state: dict[str, float] = httpx.get(f"{server.url}/get_server_info", timeout=30).json()["internal_states"][0]
+    state: dict[str, float] = httpx.get(f"{server.url}/get_server_info", timeout=30).json()[
+        "internal_states"
+    ][0]
     return state
 
 
@@ -52,14 +54,25 @@ def wait_until(true, timeout_s: float) -> float:
 
 def request_bytes(path: str, body: dict[str, object]) -> bytes:
     data = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
 
 
 def leave_early(port: int, draw: random.Random) -> None:
     """Begin some request, and hang up at some moment: politely, or with a reset."""
     chat = {"messages": [{"role": "user", "content": "word " * draw.choice([1, 200, 1500])}]}
-    path, body = draw.choice([("/v1/completions", LONG), ("/v1/chat/completions", {**chat, "max_tokens": 300}), ("/generate", {"text": "a " * 500})])
-    body = {**body, "stream": draw.random() < 0.6} | ({"n": draw.choice([1, 1, 4])} if path != "/generate" else {})
+    path, body = draw.choice(
+        [
+            ("/v1/completions", LONG),
+            ("/v1/chat/completions", {**chat, "max_tokens": 300}),
+            ("/generate", {"text": "a " * 500}),
+        ]
+    )
+    body = {**body, "stream": draw.random() < 0.6} | (
+        {"n": draw.choice([1, 1, 4])} if path != "/generate" else {}
+    )
     data = request_bytes(path, body)
     moment = draw.choice(["in the head", "in the body", "at once", "later", "while it reads"])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
@@ -83,10 +96,20 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
     wait_until(lambda: is_idle(served), 20)
     draw = random.Random(0)
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(lambda seed: leave_early(served.port, random.Random(seed)), [draw.random() for _ in range(60)]))
+        list(
+            pool.map(
+                lambda seed: leave_early(served.port, random.Random(seed)),
+                [draw.random() for _ in range(60)],
+            )
+        )
     wait_until(lambda: is_idle(served), 10)  # 2 s on a machine that has nothing else to do
     assert "Traceback" not in served.said()
-    assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30).status_code == 200
+    assert (
+        httpx.post(
+            f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30
+        ).status_code
+        == 200
+    )
 
 
 def test_one_bad_choice_takes_the_others_of_its_request_along(served):
@@ -95,8 +118,12 @@ def test_one_bad_choice_takes_the_others_of_its_request_along(served):
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx.post, f"{served.url}/v1/completions", json=body, timeout=60)
         wait_until(lambda: doing(served)["running"] == 4, 10)
-        assert httpx.post(f"{served.url}/abort_request", json={"rid": "all-of-it"}).json() == {"success": True}
-        assert {choice["finish_reason"] for choice in answer.result().json()["choices"]} == {"abort"}
+        assert httpx.post(f"{served.url}/abort_request", json={"rid": "all-of-it"}).json() == {
+            "success": True
+        }
+        assert {choice["finish_reason"] for choice in answer.result().json()["choices"]} == {
+            "abort"
+        }
     wait_until(lambda: is_idle(served), 10)
 
 
@@ -107,7 +134,12 @@ def test_a_reader_that_takes_nothing_disturbs_nobody_and_is_let_go_when_it_leave
         connection.connect(("127.0.0.1", served.port))
         connection.sendall(request_bytes("/v1/completions", body))
         wait_until(lambda: doing(served)["running"] == 4, 10)
-        assert httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30).status_code == 200
+        assert (
+            httpx.post(
+                f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30
+            ).status_code
+            == 200
+        )
     wait_until(lambda: is_idle(served), 10)
 
 
@@ -117,7 +149,18 @@ def started(tmp_path, quantized_model) -> Iterator:
     servers: list[Server] = []
 
     def start(*arguments: object, model: object = quantized_model, ready: bool = True) -> Server:
-        servers.append(start_server(tmp_path, model, "--served-model-name", "tiny", "--drain-timeout", DRAIN_S, *arguments, ready=ready))
+        servers.append(
+            start_server(
+                tmp_path,
+                model,
+                "--served-model-name",
+                "tiny",
+                "--drain-timeout",
+                DRAIN_S,
+                *arguments,
+                ready=ready,
+            )
+        )
         return servers[-1]
 
     yield start
@@ -133,7 +176,9 @@ def family(server: Server) -> list[psutil.Process]:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not any(
+        process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes
+    )
 
 
 def ask(url: str, body: dict[str, object]) -> str:
@@ -153,15 +198,25 @@ def ask(url: str, body: dict[str, object]) -> str:
     *events, last = (line.removeprefix("data: ") for line in text.split("\n\n") if line)
     assert last == "[DONE]"
     found = [json.loads(event) for event in events]
-    reasons = [choice["finish_reason"] for event in found if "choices" in event for choice in event["choices"] if choice["finish_reason"]]
+    reasons = [
+        choice["finish_reason"]
+        for event in found
+        if "choices" in event
+        for choice in event["choices"]
+        if choice["finish_reason"]
+    ]
     return reasons[-1] if reasons else "error: " + found[-1]["error"]["code"]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["TERM", "INT twice"])
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["TERM", "INT twice"]
+)
 def test_at_a_signal_every_request_gets_an_end(started, signals):
     server = started("--max-running-requests", 16)
     with ThreadPoolExecutor(40) as pool:
-        asked = [pool.submit(ask, server.url, {**LONG, "stream": number % 3 > 0}) for number in range(36)]
+        asked = [
+            pool.submit(ask, server.url, {**LONG, "stream": number % 3 > 0}) for number in range(36)
+        ]
         asked.append(pool.submit(ask, server.url, {**LONG, "regex": "(a|b){2000}"}))
         wait_until(lambda: doing(server)["places_taken"] == 37, 20)
         children = family(server)
@@ -200,10 +255,19 @@ def test_a_signal_when_nothing_runs_ends_it_at_once(started):
 
 def test_without_its_server_nothing_goes_on(started):
     server = started()
-    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 2, "regex": "a+"}, timeout=60).status_code == 200
+    assert (
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json={"prompt": "a", "max_tokens": 2, "regex": "a+"},
+            timeout=60,
+        ).status_code
+        == 200
+    )
     children = family(server)
     assert len(children) == 3  # the engine, the template, the grammars
-    threading.Thread(target=lambda: _ignore(ask, server.url, {**LONG, "stream": True}), daemon=True).start()
+    threading.Thread(
+        target=lambda: _ignore(ask, server.url, {**LONG, "stream": True}), daemon=True
+    ).start()
     wait_until(lambda: doing(server)["running"] == 1, 10)
     server.process.kill()
     wait_until(lambda: are_gone(children), 10)
@@ -218,9 +282,13 @@ def _ignore(function, *arguments) -> None:
 
 def test_without_its_engine_a_server_says_so_and_ends(started):
     server = started()
-    engine = next(child for child in family(server) if "qtool.serve.backend.engine_process" in child.cmdline())
+    engine = next(
+        child for child in family(server) if "qtool.serve.backend.engine_process" in child.cmdline()
+    )
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, server.url, {**LONG, "stream": number % 2 == 0}) for number in range(8)]
+        asked = [
+            pool.submit(ask, server.url, {**LONG, "stream": number % 2 == 0}) for number in range(8)
+        ]
         wait_until(lambda: doing(server)["running"] == 8, 10)
         engine.kill()
         ends = [request.result(20) for request in asked]
@@ -254,7 +322,15 @@ def test_more_than_it_takes_is_told_to_come_back(started):
 
 
 def serve_command(model: object, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(model), *map(str, arguments)]
+    return [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "serve",
+        "--model-path",
+        str(model),
+        *map(str, arguments),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +341,12 @@ def serve_command(model: object, *arguments: object) -> list[str]:
     ],
 )
 def test_what_cannot_start_ends_with_its_code(tiny_model, arguments, code, words):
-    done = subprocess.run(serve_command(tiny_model, "--port", free_port(), *arguments), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        serve_command(tiny_model, "--port", free_port(), *arguments),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "hint: " in done.stderr
@@ -274,7 +355,12 @@ def test_what_cannot_start_ends_with_its_code(tiny_model, arguments, code, words
 
 def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
     began = time.monotonic()
-    done = subprocess.run(serve_command(tiny_model, "--port", served.port), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        serve_command(tiny_model, "--port", served.port),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 4
     assert "E_PORT" in done.stderr
     assert "weights loaded" not in done.stderr
@@ -282,10 +368,16 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
 
 
 def test_a_model_that_cannot_be_read_ends_with_3(tmp_path, tiny_model):
-    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+    broken = Path(
+        shutil.copytree(
+            tiny_model, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py", "*.jsonl")
+        )
+    )
     weights = next(broken.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    done = subprocess.run(serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 3, done.stderr
     assert "error[" in done.stderr
     assert "Traceback" not in done.stderr
@@ -294,12 +386,18 @@ def test_a_model_that_cannot_be_read_ends_with_3(tmp_path, tiny_model):
 def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
     from safetensors.torch import load_file, save_file
 
-    broken = Path(shutil.copytree(tiny_model, tmp_path / "nan", ignore=shutil.ignore_patterns("*.py", "*.jsonl")))
+    broken = Path(
+        shutil.copytree(
+            tiny_model, tmp_path / "nan", ignore=shutil.ignore_patterns("*.py", "*.jsonl")
+        )
+    )
     weights = next(broken.glob("*.safetensors"))
     tensors = load_file(weights)
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, weights, {"format": "pt"})
-    done = subprocess.run(serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 4, done.stderr
     assert "E_NOT_FINITE" in done.stderr
     assert "Traceback" not in done.stderr
@@ -314,11 +412,18 @@ def talk_about(server: Server, word: str, **headers: str) -> None:
         "/tokenize": {"prompt": word},
     }
     for path, body in bodies.items():
-        assert httpx.post(server.url + path, json=body, headers=headers, timeout=60).status_code == 200
+        assert (
+            httpx.post(server.url + path, json=body, headers=headers, timeout=60).status_code == 200
+        )
         for wrong in ({**body, "n": 10**6}, {**body, word: 1}):
-            assert httpx.post(server.url + path, json=wrong, headers=headers, timeout=60).status_code == 400
+            assert (
+                httpx.post(server.url + path, json=wrong, headers=headers, timeout=60).status_code
+                == 400
+            )
     broken = httpx.post(
-        f"{server.url}/v1/completions", content=json.dumps({"prompt": word})[:-1], headers={"content-type": "application/json", **headers}
+        f"{server.url}/v1/completions",
+        content=json.dumps({"prompt": word})[:-1],
+        headers={"content-type": "application/json", **headers},
     )
     assert broken.status_code == 400
 
@@ -326,7 +431,10 @@ def talk_about(server: Server, word: str, **headers: str) -> None:
 def test_an_open_server_warns_and_its_log_has_no_prompts(started):
     server = started("--host", "0.0.0.0", "--log-level", "debug")
     assert "WARNING: anybody who can reach port" in server.said()
-    assert httpx.get(f"{server.url}/v1/models", headers={"host": "somewhere.example"}).status_code == 200
+    assert (
+        httpx.get(f"{server.url}/v1/models", headers={"host": "somewhere.example"}).status_code
+        == 200
+    )
     talk_about(server, MARKER)
     assert server.end() == 0
     assert MARKER not in server.said() + server.out.read_text()
@@ -340,8 +448,16 @@ def test_a_key_is_asked_for_and_never_shown_and_prompts_are_if_asked_for(started
         "basic": {"authorization": "Basic s3cret"},
         "right": {"authorization": "bearer s3cret"},
     }
-    answers = {name: httpx.get(f"{server.url}/v1/models", headers=headers) for name, headers in keys.items()}
-    assert {name: answer.status_code for name, answer in answers.items()} == {"none": 401, "wrong": 401, "basic": 401, "right": 200}
+    answers = {
+        name: httpx.get(f"{server.url}/v1/models", headers=headers)
+        for name, headers in keys.items()
+    }
+    assert {name: answer.status_code for name, answer in answers.items()} == {
+        "none": 401,
+        "wrong": 401,
+        "basic": 401,
+        "right": 200,
+    }
     assert answers["none"].headers["www-authenticate"] == "Bearer"
     assert answers["none"].json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{server.url}/openapi.json").status_code == 401
@@ -354,7 +470,17 @@ def test_a_key_is_asked_for_and_never_shown_and_prompts_are_if_asked_for(started
 
 
 def test_a_log_that_nobody_reads_stops_nobody(quantized_model, tmp_path):
-    command = [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(quantized_model), "--port", str(port := free_port()), "--log-requests"]
+    command = [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "serve",
+        "--model-path",
+        str(quantized_model),
+        "--port",
+        str(port := free_port()),
+        "--log-requests",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         url = f"http://127.0.0.1:{port}"
         while True:

@@ -55,7 +55,10 @@ def evaluate(served, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm_eval")
     data = folder / "questions.jsonl"
     data.write_text(
-        "".join(json.dumps({"question": question, "choices": choices, "answer": answer}) + "\n" for question, choices, answer in QUESTIONS)
+        "".join(
+            json.dumps({"question": question, "choices": choices, "answer": answer}) + "\n"
+            for question, choices, answer in QUESTIONS
+        )
     )
     for name, text in (("choice", CHOICE), ("write", WRITE)):
         (folder / f"{name}.yaml").write_text(text.format(data=data, cache=folder / "cache"))
@@ -68,7 +71,13 @@ def evaluate(served, tmp_path_factory):
 
         return lm_eval.simple_evaluate(
             model="local-completions",
-            model_args={"model": "tiny", "base_url": f"{served.url}/v1/completions", "tokenizer": served.model, "max_retries": 1, **model_args},
+            model_args={
+                "model": "tiny",
+                "base_url": f"{served.url}/v1/completions",
+                "tokenizer": served.model,
+                "max_retries": 1,
+                **model_args,
+            },
             tasks=["tiny_choice", "tiny_write"],
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
             bootstrap_iters=0,
@@ -89,7 +98,10 @@ def likelihood(quantized_model):
     model = load_dequantized(open_checkpoint(quantized_model), dtype=torch.float32)
 
     def of(context: str, continuation: str) -> tuple[float, float]:
-        start, ids = len(tokenizer(context)["input_ids"]), torch.tensor([tokenizer(context + continuation)["input_ids"]])
+        start, ids = (
+            len(tokenizer(context)["input_ids"]),
+            torch.tensor([tokenizer(context + continuation)["input_ids"]]),
+        )
         with torch.inference_mode():
             logprobs = model(ids).logits[0, start - 1 : -1].float().log_softmax(-1)
         own = logprobs.gather(1, ids[0, start:, None])
@@ -100,7 +112,12 @@ def likelihood(quantized_model):
 
 
 @pytest.mark.parametrize(
-    "how", [{"tokenized_requests": True, "num_concurrent": 1, "batch_size": 4}, {"tokenized_requests": False, "num_concurrent": 4}], ids=str
+    "how",
+    [
+        {"tokenized_requests": True, "num_concurrent": 1, "batch_size": 4},
+        {"tokenized_requests": False, "num_concurrent": 4},
+    ],
+    ids=str,
 )
 def test_lm_eval_measures_a_served_model(evaluate, likelihood, served, how):
     found = evaluate(**how)
@@ -114,10 +131,24 @@ def test_lm_eval_measures_a_served_model(evaluate, likelihood, served, how):
         wanted, behind = likelihood(context, continuation)
         assert value == pytest.approx(wanted, abs=0.3, rel=0.03)
         assert greedy == (behind < 0) or abs(behind) < 0.2
-    right = [max(range(3), key=lambda number, row=row: likelihood(row[0], row[1][number])[0]) == row[2] for row in QUESTIONS]
-    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / len(right)) != 0
+    right = [
+        max(range(3), key=lambda number, row=row: likelihood(row[0], row[1][number])[0]) == row[2]
+        for row in QUESTIONS
+    ]
+    assert (
+        found["results"]["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / len(right)) != 0
+    )
     for sample in found["samples"]["tiny_write"]:
         text = sample["resps"][0][0]
-        body = {"prompt": sample["doc"]["question"], "max_tokens": 10, "temperature": 0, "stop": ["\n\n", ")"]}
-        whole = httpx.post(f"{served.url}/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
+        body = {
+            "prompt": sample["doc"]["question"],
+            "max_tokens": 10,
+            "temperature": 0,
+            "stop": ["\n\n", ")"],
+        }
+        whole = (
+            httpx.post(f"{served.url}/v1/completions", json=body)
+            .raise_for_status()
+            .json()["choices"][0]["text"]
+        )
         assert text[:8] == whole[:8] and ")" not in text and "\n\n" not in text

@@ -65,13 +65,17 @@ def assert_same(told, wanted) -> None:
     for name in ("input_top_logprobs", "output_top_logprobs"):
         for some, others in zip(one.get(name, []), other.get(name, []), strict=True):
             assert (some is None) == (others is None)
-            assert [value for value, *_ in some or []] == pytest.approx([value for value, *_ in others or []], abs=0.05)
+            assert [value for value, *_ in some or []] == pytest.approx(
+                [value for value, *_ in others or []], abs=0.05
+            )
 
 
 def assert_same_logprobs(told, wanted) -> None:
     assert [token for _, token, _ in told] == [token for _, token, _ in wanted]
     assert [value is None for value, *_ in told] == [value is None for value, *_ in wanted]
-    assert [value or 0 for value, *_ in told] == pytest.approx([value or 0 for value, *_ in wanted], abs=0.05)
+    assert [value or 0 for value, *_ in told] == pytest.approx(
+        [value or 0 for value, *_ in wanted], abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,10 +98,14 @@ def test_a_result_is_the_engines(engine, post, options):
 def test_results_of_several_prompts_are_the_engines(engine, post):
     prompts, sampling = [PROMPT, "import os\nimport sys\n"], {**GREEDY, "max_new_tokens": 4}
     wanted = engine.generate(prompts, sampling)
-    for one, other in zip(post("/generate", text=prompts, sampling_params=sampling), wanted, strict=True):
+    for one, other in zip(
+        post("/generate", text=prompts, sampling_params=sampling), wanted, strict=True
+    ):
         assert_same(one, other)
     ids = [engine.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    assert [one["output_ids"] for one in post("/generate", input_ids=ids, sampling_params=sampling)] == [one["output_ids"] for one in wanted]
+    assert [
+        one["output_ids"] for one in post("/generate", input_ids=ids, sampling_params=sampling)
+    ] == [one["output_ids"] for one in wanted]
     assert isinstance(post("/generate", text=[PROMPT], sampling_params=sampling), list)
 
 
@@ -109,8 +117,14 @@ def test_choices_of_a_seed_are_the_engines(engine, post):
         engine.generate(PROMPT, sampling),
     )
     assert [one["text"] for one in told] == [one["text"] for one in again]
-    assert len({one["text"] for one in told}) == 3 and len({one["meta_info"]["id"] for one in told}) == 3
-    assert told[0]["text"] == wanted[0]["text"] or told[0]["output_ids"][:2] == wanted[0]["output_ids"][:2]
+    assert (
+        len({one["text"] for one in told}) == 3
+        and len({one["meta_info"]["id"] for one in told}) == 3
+    )
+    assert (
+        told[0]["text"] == wanted[0]["text"]
+        or told[0]["output_ids"][:2] == wanted[0]["output_ids"][:2]
+    )
 
 
 def test_a_stream_has_all_there_is_so_far(http, post):
@@ -119,45 +133,89 @@ def test_a_stream_has_all_there_is_so_far(http, post):
     results = streamed(http, **options)
     assert_same(results[-1], whole)
     for before, after in itertools.pairwise(results):
-        assert after["text"].startswith(before["text"]) and after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
+        assert (
+            after["text"].startswith(before["text"])
+            and after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
+        )
         assert set(before["meta_info"]) >= ALWAYS and before["meta_info"]["finish_reason"] is None
-        assert len(before["meta_info"]["output_token_logprobs"]) == before["meta_info"]["completion_tokens"] == len(before["output_ids"])
+        assert (
+            len(before["meta_info"]["output_token_logprobs"])
+            == before["meta_info"]["completion_tokens"]
+            == len(before["output_ids"])
+        )
     assert set(results[-1]["meta_info"]) >= ALWAYS | AT_THE_END
 
 
 def test_a_stream_of_several_tells_them_apart(http):
-    results = streamed(http, text=["one", "two"], sampling_params={"n": 2, "max_new_tokens": 3, "ignore_eos": True})
+    results = streamed(
+        http, text=["one", "two"], sampling_params={"n": 2, "max_new_tokens": 3, "ignore_eos": True}
+    )
     last = {one["index"]: one for one in results}
-    assert sorted(last) == [0, 1, 2, 3] and len({one["meta_info"]["id"] for one in last.values()}) == 4
-    assert all(one["meta_info"]["finish_reason"] == {"type": "length", "length": 3} for one in last.values())
+    assert (
+        sorted(last) == [0, 1, 2, 3] and len({one["meta_info"]["id"] for one in last.values()}) == 4
+    )
+    assert all(
+        one["meta_info"]["finish_reason"] == {"type": "length", "length": 3}
+        for one in last.values()
+    )
 
 
 def test_log_probabilities_may_have_the_text_of_tokens(post):
-    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1, "return_text_in_logprobs": True}
-    told = post("/generate", text='x = "é"', sampling_params={"max_new_tokens": 1, "temperature": 0}, **options)
+    options = {
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": 1,
+        "return_text_in_logprobs": True,
+    }
+    told = post(
+        "/generate",
+        text='x = "é"',
+        sampling_params={"max_new_tokens": 1, "temperature": 0},
+        **options,
+    )
     meta = told["meta_info"]
     spelled = "".join(text for _, _, text in meta["input_token_logprobs"])
     assert spelled.replace("\N{REPLACEMENT CHARACTER}" * 2, "é") == 'x = "é"'
-    assert meta["output_top_logprobs"][0][0] == meta["output_token_logprobs"][0] and meta["input_top_logprobs"][0] is None
+    assert (
+        meta["output_top_logprobs"][0][0] == meta["output_token_logprobs"][0]
+        and meta["input_top_logprobs"][0] is None
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_can_be_scored_alone(http, post, stream):
-    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
+    body = {
+        "text": PROMPT,
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
     told = streamed(http, **body)[-1] if stream else post("/generate", **body)
     meta = told["meta_info"]
-    assert (told["text"], told["output_ids"], meta["completion_tokens"], meta["output_token_logprobs"]) == ("", [], 0, [])
+    assert (
+        told["text"],
+        told["output_ids"],
+        meta["completion_tokens"],
+        meta["output_token_logprobs"],
+    ) == ("", [], 0, [])
     assert meta["finish_reason"] == {"type": "length", "length": 0}
     assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
 
 
 def test_what_sampling_parameters_may_be(post):
     def text(**sampling) -> str:
-        return post("/generate", text=PROMPT, sampling_params={"max_new_tokens": 60, **sampling})["text"]
+        return post("/generate", text=PROMPT, sampling_params={"max_new_tokens": 60, **sampling})[
+            "text"
+        ]
 
     assert text(regex="(yes|no)") in ("yes", "no")
     assert text(ebnf='root ::= "yes"') == "yes"
-    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": 1}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     assert json.loads(text(json_schema=json.dumps(schema), temperature=0)) == {"a": 1}
     whole = text(temperature=0)
     assert text(temperature=0, stop="):") == whole.partition("):")[0] != whole
@@ -184,18 +242,30 @@ def test_what_cannot_be_is_refused(http, body, says):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_is_aborted_by_its_name(http, post, stream):
-    body = {"text": ["one", "two"], "rid": "long", "sampling_params": {"max_new_tokens": 1900, "ignore_eos": True, "n": 2}, "stream": stream}
+    body = {
+        "text": ["one", "two"],
+        "rid": "long",
+        "sampling_params": {"max_new_tokens": 1900, "ignore_eos": True, "n": 2},
+        "stream": stream,
+    }
     told: list[str] = []
     waiting = threading.Thread(target=lambda: told.append(http.post("/generate", json=body).text))
     waiting.start()
     deadline = time.monotonic() + 30
-    while http.get("/get_server_info").json()["internal_states"][0]["running"] < 4 and time.monotonic() < deadline:
+    while (
+        http.get("/get_server_info").json()["internal_states"][0]["running"] < 4
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     assert post("/abort_request", rid="other") == {"success": True}
     assert post("/abort_request", rid="long") == {"success": True}
     waiting.join(30)
     text = told[0]
-    results = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]] if stream else json.loads(text)
+    results = (
+        [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+        if stream
+        else json.loads(text)
+    )
     ended = [one["meta_info"] for one in results if one["meta_info"]["finish_reason"]]
     assert [one["finish_reason"]["type"] for one in ended] == ["abort"] * 4
     assert all(one["completion_tokens"] < 1900 for one in ended)
@@ -207,12 +277,21 @@ def test_a_request_is_aborted_by_its_name(http, post, stream):
 def test_text_becomes_tokens_and_text_again(engine, post):
     text = 'def f(x):\n    return "日本é🎉"  # <|im_end|>'
     told = post("/tokenize", prompt=text)
-    assert told["tokens"] == engine.tokenizer(text)["input_ids"] and told["count"] == len(told["tokens"]) and told["max_model_len"] == 2048
+    assert (
+        told["tokens"] == engine.tokenizer(text)["input_ids"]
+        and told["count"] == len(told["tokens"])
+        and told["max_model_len"] == 2048
+    )
     assert post("/detokenize", tokens=told["tokens"], skip_special_tokens=False)["text"] == text
     assert post("/detokenize", tokens=told["tokens"])["text"] == text.removesuffix("<|im_end|>")
     several = post("/tokenize", prompt=[text, "b"], model="tiny")
-    assert several["tokens"] == [told["tokens"], engine.tokenizer("b")["input_ids"]] and several["count"] == [told["count"], 1]
-    assert post("/detokenize", tokens=several["tokens"], skip_special_tokens=False)["text"] == [text, "b"]
+    assert several["tokens"] == [told["tokens"], engine.tokenizer("b")["input_ids"]] and several[
+        "count"
+    ] == [told["count"], 1]
+    assert post("/detokenize", tokens=several["tokens"], skip_special_tokens=False)["text"] == [
+        text,
+        "b",
+    ]
 
 
 def test_messages_become_tokens(engine, post):
@@ -225,7 +304,11 @@ def test_messages_become_tokens(engine, post):
 
 @pytest.mark.parametrize(
     ("path", "body"),
-    [("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}), ("/detokenize", {"tokens": [4096]})],
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+        ("/detokenize", {"tokens": [4096]}),
+    ],
     ids=str,
 )
 def test_what_is_no_text_and_no_token_is_refused(http, path, body):
@@ -236,13 +319,34 @@ def test_what_is_no_text_and_no_token_is_refused(http, path, body):
 
 NAMES = {
     "vllm": {
-        *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:prompt_tokens", "vllm:generation_tokens"),
-        *("vllm:request_success", "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds"),
+        *(
+            "vllm:num_requests_running",
+            "vllm:num_requests_waiting",
+            "vllm:kv_cache_usage_perc",
+            "vllm:prompt_tokens",
+            "vllm:generation_tokens",
+        ),
+        *(
+            "vllm:request_success",
+            "vllm:time_to_first_token_seconds",
+            "vllm:inter_token_latency_seconds",
+            "vllm:e2e_request_latency_seconds",
+        ),
         *("vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:num_preemptions"),
     },
     "sglang": {
-        *("sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:token_usage", "sglang:cache_hit_rate", "sglang:prompt_tokens"),
-        *("sglang:generation_tokens", "sglang:time_to_first_token_seconds", "sglang:inter_token_latency_seconds"),
+        *(
+            "sglang:num_running_reqs",
+            "sglang:num_queue_reqs",
+            "sglang:token_usage",
+            "sglang:cache_hit_rate",
+            "sglang:prompt_tokens",
+        ),
+        *(
+            "sglang:generation_tokens",
+            "sglang:time_to_first_token_seconds",
+            "sglang:inter_token_latency_seconds",
+        ),
         "sglang:e2e_request_latency_seconds",
     },
 }
@@ -266,7 +370,10 @@ def read_metrics(http) -> tuple[dict[str, str], Counter]:
 def test_dashboards_find_their_names(http, names):
     families, samples = read_metrics(http)
     assert NAMES[names] <= set(families)
-    assert families[f"{names}:prompt_tokens"] == "counter" and families[f"{names}:time_to_first_token_seconds"] == "histogram"
+    assert (
+        families[f"{names}:prompt_tokens"] == "counter"
+        and families[f"{names}:time_to_first_token_seconds"] == "histogram"
+    )
     assert all(value >= 0 for value in samples.values())
     assert samples["vllm:num_requests_running"] == samples["sglang:num_queue_reqs"] == 0
 
@@ -278,9 +385,17 @@ def test_counters_grow_by_what_was_asked_for(http, post):
     end = {"logit_bias": {"0": 100}}
     post("/v1/completions", prompt=["Tell me more."] * 2, max_tokens=5, n=2, ignore_eos=True)
     post("/v1/completions", prompt="Tell me more.", max_tokens=5, **end)
-    messages = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 7, "ignore_eos": True}
-    assert http.post("/v1/chat/completions", json={**messages, "n": 3, "stream": True}).text.endswith("[DONE]\n\n")
-    post("/generate", text="Tell me more.", sampling_params={"max_new_tokens": 4, "ignore_eos": True})
+    messages = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 7,
+        "ignore_eos": True,
+    }
+    assert http.post(
+        "/v1/chat/completions", json={**messages, "n": 3, "stream": True}
+    ).text.endswith("[DONE]\n\n")
+    post(
+        "/generate", text="Tell me more.", sampling_params={"max_new_tokens": 4, "ignore_eos": True}
+    )
     post("/generate", text="Tell me more.", sampling_params={"max_new_tokens": 0})
     assert http.post("/v1/completions", json={"prompt": "x", "temperature": -1}).status_code == 400
     _, after = read_metrics(http)
@@ -293,9 +408,17 @@ def test_counters_grow_by_what_was_asked_for(http, post):
             ("e2e_request_latency_seconds", 10, 10),
             ("inter_token_latency_seconds", 1, 3 * 6),  # pieces of the stream
         ):
-            assert low <= grown[f"{family}:{name}_count"] == grown[f"{family}:{name}_bucket +Inf"] <= high
+            assert (
+                low
+                <= grown[f"{family}:{name}_count"]
+                == grown[f"{family}:{name}_bucket +Inf"]
+                <= high
+            )
             assert grown[f"{family}:{name}_sum"] > 0
-    assert (grown["vllm:request_success_total length"], grown["vllm:request_success_total stop"]) == (9, 1)
+    assert (
+        grown["vllm:request_success_total length"],
+        grown["vllm:request_success_total stop"],
+    ) == (9, 1)
     assert grown["vllm:prefix_cache_queries_total"] == 2 * 2 * size + size + 3 * chat + 2 * size
     assert grown["vllm:prefix_cache_hits_total"] <= grown["vllm:prefix_cache_queries_total"]
 
@@ -303,9 +426,18 @@ def test_counters_grow_by_what_was_asked_for(http, post):
 def test_tokens_of_a_stream_that_was_left_are_counted(http, served):
     _, before = read_metrics(http)
     body = {"prompt": "Tell me more.", "max_tokens": 1900, "ignore_eos": True, "stream": True}
-    with httpx.Client(base_url=served.url) as visitor, visitor.stream("POST", "/v1/completions", json=body) as answer:
+    with (
+        httpx.Client(base_url=served.url) as visitor,
+        visitor.stream("POST", "/v1/completions", json=body) as answer,
+    ):
         next(answer.iter_lines())
     deadline = time.monotonic() + 10
-    while not (grown := read_metrics(http)[1] - before)["vllm:request_success_total abort"] and time.monotonic() < deadline:
+    while (
+        not (grown := read_metrics(http)[1] - before)["vllm:request_success_total abort"]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
-    assert grown["vllm:request_success_total abort"] == 1 and 0 < grown["vllm:generation_tokens_total"] < 1900
+    assert (
+        grown["vllm:request_success_total abort"] == 1
+        and 0 < grown["vllm:generation_tokens_total"] < 1900
+    )

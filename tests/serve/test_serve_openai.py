@@ -30,7 +30,10 @@ WEATHER = {
         "description": "The weather in a city.",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "properties": {
+                "city": {"enum": ["Paris", "Rome"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
             "required": ["city", "days"],
             "additionalProperties": False,
         },
@@ -49,7 +52,15 @@ TEMPLATE = """{% if tools %}<|im_start|>system
 
 
 def client_of(server, **options) -> openai.OpenAI:
-    return openai.OpenAI(**{"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60, **options})
+    return openai.OpenAI(
+        **{
+            "base_url": f"{server.url}/v1",
+            "api_key": "none",
+            "max_retries": 0,
+            "timeout": 60,
+            **options,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,9 @@ def ask(client):
     """A function that asks the shared server in a chat."""
 
     def ask(**options):
-        return client.chat.completions.create(**{"model": "tiny", "messages": ASKED, "max_tokens": 16, **options})
+        return client.chat.completions.create(
+            **{"model": "tiny", "messages": ASKED, "max_tokens": 16, **options}
+        )
 
     return ask
 
@@ -71,7 +84,9 @@ def ask(client):
 @pytest.fixture(scope="module")
 def complete(client):
     def complete(prompt, **options):
-        return client.completions.create(**{"model": "tiny", "prompt": prompt, "max_tokens": 12, **options})
+        return client.completions.create(
+            **{"model": "tiny", "prompt": prompt, "max_tokens": 12, **options}
+        )
 
     return complete
 
@@ -82,7 +97,11 @@ def tokens_of(served):
 
     def tokens_of(given, **options):
         body = {"prompt": given} if isinstance(given, str) else {"messages": given}
-        return httpx.post(f"{served.url}/tokenize", json={**body, **options}).raise_for_status().json()["tokens"]
+        return (
+            httpx.post(f"{served.url}/tokenize", json={**body, **options})
+            .raise_for_status()
+            .json()["tokens"]
+        )
 
     return tokens_of
 
@@ -93,8 +112,16 @@ def no_space(served):
     found = {}
     for start in range(0, 4096, 1024):
         tokens = range(start, start + 1024)
-        texts = httpx.post(f"{served.url}/detokenize", json={"tokens": [[token] for token in tokens]}).raise_for_status().json()["text"]
-        found |= {str(token): -100 for token, text in zip(tokens, texts, strict=True) if text and not text.strip()}
+        texts = (
+            httpx.post(f"{served.url}/detokenize", json={"tokens": [[token] for token in tokens]})
+            .raise_for_status()
+            .json()["text"]
+        )
+        found |= {
+            str(token): -100
+            for token, text in zip(tokens, texts, strict=True)
+            if text and not text.strip()
+        }
     return found
 
 
@@ -103,7 +130,11 @@ def other_model(tmp_path_factory, quantized_model):
     """The model with sampling defaults of its own, which make it greedy, and a template for tools."""
     folder = shutil.copytree(quantized_model, tmp_path_factory.mktemp("other") / "tiny")
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "do_sample": True, "top_k": 1, "temperature": 0.5, "max_new_tokens": 7}))
+    (folder / "generation_config.json").write_text(
+        json.dumps(
+            {**config, "do_sample": True, "top_k": 1, "temperature": 0.5, "max_new_tokens": 7}
+        )
+    )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -111,7 +142,16 @@ def other_model(tmp_path_factory, quantized_model):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, other_model):
     """A server with a key, a name with a slash, and a place for one request."""
-    options = ("--served-model-name", "org/tiny", "--api-key", "secret", "--max-running-requests", 1, "--max-queued-requests", 0)
+    options = (
+        "--served-model-name",
+        "org/tiny",
+        "--api-key",
+        "secret",
+        "--max-running-requests",
+        1,
+        "--max-queued-requests",
+        0,
+    )
     server = start_server(tmp_path_factory.mktemp("served"), other_model, *options)
     yield server
     assert server.end() == 0
@@ -132,13 +172,23 @@ def becomes(condition, seconds: float = 10) -> bool:
 
 def text_of(chunks, index: int = 0) -> str:
     """The text of one choice, put together."""
-    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index)
+    return "".join(
+        choice.delta.content or ""
+        for chunk in chunks
+        for choice in chunk.choices
+        if choice.index == index
+    )
 
 
 def calls_of(chunks) -> list[dict]:
     """The calls of a streamed answer, put together as clients do."""
     calls: dict[int, dict] = {}
-    for piece in (call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()):
+    for piece in (
+        call
+        for chunk in chunks
+        for choice in chunk.choices
+        for call in choice.delta.tool_calls or ()
+    ):
         if piece.id:
             assert piece.index not in calls and piece.type == "function"
             calls[piece.index] = {"id": piece.id, "name": piece.function.name, "arguments": ""}
@@ -158,23 +208,39 @@ def assert_usage(usage, prompt_tokens: int, completion_tokens: int) -> None:
 def test_a_chat_is_answered(ask, tokens_of):
     before = int(time.time())
     answer = ask(temperature=0)
-    assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion" and answer.model == "tiny"
+    assert (
+        answer.id.startswith("chatcmpl-")
+        and answer.object == "chat.completion"
+        and answer.model == "tiny"
+    )
     assert before <= answer.created <= time.time()
     (choice,) = answer.choices
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "length", None)
-    assert (choice.message.role, choice.message.tool_calls, choice.message.refusal) == ("assistant", None, None)
+    assert (choice.message.role, choice.message.tool_calls, choice.message.refusal) == (
+        "assistant",
+        None,
+        None,
+    )
     assert choice.message.content
     assert_usage(answer.usage, len(tokens_of(ASKED)), 16)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 5}, {"seed": 5, "n": 3}], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"seed": 5}, {"seed": 5, "n": 3}], ids=str
+)
 def test_a_stream_is_the_answer_in_pieces(ask, tokens_of, sampling):
-    whole = [ask(**sampling) for _ in range(2)][1]  # now the prompt is in the cache, as it is for the stream
+    whole = [ask(**sampling) for _ in range(2)][
+        1
+    ]  # now the prompt is in the cache, as it is for the stream
     chunks = list(ask(**sampling, stream=True, stream_options={"include_usage": True}))
     *told, last = chunks
     n = sampling.get("n", 1)
-    assert [text_of(chunks, index) for index in range(n)] == [choice.message.content for choice in whole.choices]
-    assert {chunk.id for chunk in chunks} == {last.id} and {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert [text_of(chunks, index) for index in range(n)] == [
+        choice.message.content for choice in whole.choices
+    ]
+    assert {chunk.id for chunk in chunks} == {last.id} and {chunk.object for chunk in chunks} == {
+        "chat.completion.chunk"
+    }
     for index in range(n):
         own = [choice for chunk in told for choice in chunk.choices if choice.index == index]
         assert own[0].delta.role == "assistant" and not any(choice.delta.role for choice in own[1:])
@@ -193,33 +259,60 @@ def test_tokens_that_were_computed_before_are_told(ask):
     messages = [{"role": "user", "content": f"The numbers up to {list(range(40))}"}]
     first, again = (ask(messages=messages, n=2).usage for _ in range(2))
     assert first.prompt_tokens == again.prompt_tokens
-    assert first.prompt_tokens_details.cached_tokens == 0  # the second choice may have found what the first one left
-    assert first.prompt_tokens - 32 < again.prompt_tokens_details.cached_tokens < first.prompt_tokens  # all whole pages
+    assert (
+        first.prompt_tokens_details.cached_tokens == 0
+    )  # the second choice may have found what the first one left
+    assert (
+        first.prompt_tokens - 32 < again.prompt_tokens_details.cached_tokens < first.prompt_tokens
+    )  # all whole pages
 
 
 def test_choices_of_a_seed_repeat_and_differ(ask):
     first, again, other = (ask(n=3, seed=seed) for seed in (7, 7, 8))
-    texts = [[choice.message.content for choice in answer.choices] for answer in (first, again, other)]
+    texts = [
+        [choice.message.content for choice in answer.choices] for answer in (first, again, other)
+    ]
     assert [choice.index for choice in first.choices] == [0, 1, 2]
     assert texts[0] == texts[1] and len({*texts[0], *texts[2]}) == 6
     assert ask(seed=7).choices[0].message.content == texts[0][0]
 
 
 def test_log_probabilities_are_the_engines(served, ask, tokens_of):
-    native = {"input_ids": tokens_of(ASKED), "sampling_params": {"temperature": 0, "max_new_tokens": 16}, "return_logprob": True}
+    native = {
+        "input_ids": tokens_of(ASKED),
+        "sampling_params": {"temperature": 0, "max_new_tokens": 16},
+        "return_logprob": True,
+    }
     for _ in range(2):  # the second time the prompt is in the cache, as it is for those that follow
-        meta = httpx.post(f"{served.url}/generate", json={**native, "top_logprobs_num": 3}).raise_for_status().json()["meta_info"]
+        meta = (
+            httpx.post(f"{served.url}/generate", json={**native, "top_logprobs_num": 3})
+            .raise_for_status()
+            .json()["meta_info"]
+        )
     answer = ask(temperature=0, logprobs=True, top_logprobs=3).choices[0]
     told = answer.logprobs.content
-    assert [one.logprob for one in told] == pytest.approx([value for value, *_ in meta["output_token_logprobs"]], abs=1e-3)
+    assert [one.logprob for one in told] == pytest.approx(
+        [value for value, *_ in meta["output_token_logprobs"]], abs=1e-3
+    )
     assert [[other.logprob for other in one.top_logprobs] for one in told] == [
-        pytest.approx([value for value, *_ in others], abs=1e-3) for others in meta["output_top_logprobs"]
+        pytest.approx([value for value, *_ in others], abs=1e-3)
+        for others in meta["output_top_logprobs"]
     ]
     for one in told:
-        assert one.token == one.top_logprobs[0].token and one.logprob == one.top_logprobs[0].logprob  # temperature 0 takes the likeliest
-        assert [other.logprob for other in one.top_logprobs] == sorted((other.logprob for other in one.top_logprobs), reverse=True)
+        assert (
+            one.token == one.top_logprobs[0].token and one.logprob == one.top_logprobs[0].logprob
+        )  # temperature 0 takes the likeliest
+        assert [other.logprob for other in one.top_logprobs] == sorted(
+            (other.logprob for other in one.top_logprobs), reverse=True
+        )
     chunks = list(ask(temperature=0, logprobs=True, top_logprobs=3, stream=True))
-    streamed = [one for chunk in chunks for choice in chunk.choices if choice.logprobs for one in choice.logprobs.content]
+    streamed = [
+        one
+        for chunk in chunks
+        for choice in chunk.choices
+        if choice.logprobs
+        for one in choice.logprobs.content
+    ]
     assert [(one.token, one.bytes) for one in streamed] == [(one.token, one.bytes) for one in told]
     assert ask(logprobs=True, temperature=0).choices[0].logprobs.content[0].top_logprobs == []
 
@@ -234,7 +327,9 @@ def test_bytes_of_tokens_are_the_text(ask, stream):
     assert text == "日本é🎉 ok."
     spelled = b"".join(bytes(one.bytes) for one in told).decode()
     assert spelled.removesuffix("<|endoftext|>") == text
-    assert any("\N{REPLACEMENT CHARACTER}" in one.token for one in told)  # characters in several tokens
+    assert any(
+        "\N{REPLACEMENT CHARACTER}" in one.token for one in told
+    )  # characters in several tokens
     assert choices[-1].finish_reason == "stop"
 
 
@@ -246,8 +341,15 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(ask, stop):
     assert choice.finish_reason == "stop" and choice.matched_stop == "os\nimport"
     chunks = list(ask(temperature=0, stop=stop, stream=True))
     assert text_of(chunks) == choice.message.content
-    assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].choices[0].matched_stop == "os\nimport"
-    kept = ask(temperature=0, stop=stop, extra_body={"include_stop_str_in_output": True}).choices[0].message.content
+    assert (
+        chunks[-1].choices[0].finish_reason == "stop"
+        and chunks[-1].choices[0].matched_stop == "os\nimport"
+    )
+    kept = (
+        ask(temperature=0, stop=stop, extra_body={"include_stop_str_in_output": True})
+        .choices[0]
+        .message.content
+    )
     assert kept == choice.message.content + "os\nimport"
 
 
@@ -255,7 +357,11 @@ def test_logit_bias_bans_and_forces_tokens(ask, tokens_of):
     likeliest = ask(temperature=0).choices[0].message.content
     assert likeliest.startswith('"""')
     (quotes,), (define,) = tokens_of('"""'), tokens_of("def")
-    assert not ask(temperature=0, logit_bias={str(quotes): -100}).choices[0].message.content.startswith('"""')
+    assert (
+        not ask(temperature=0, logit_bias={str(quotes): -100})
+        .choices[0]
+        .message.content.startswith('"""')
+    )
     assert ask(logit_bias={str(define): 100}, max_tokens=4).choices[0].message.content == "def" * 4
 
 
@@ -267,19 +373,42 @@ def test_how_long_an_answer_is(ask):
     assert length() == (1, "stop")
     assert length(extra_body={"min_tokens": 5}) == (6, "stop")
     assert length(extra_body={"ignore_eos": True}) == (16, "length")
-    assert length(extra_body={"ignore_eos": True}, max_completion_tokens=3) == (3, "length")  # the newer name wins
+    assert length(extra_body={"ignore_eos": True}, max_completion_tokens=3) == (
+        3,
+        "length",
+    )  # the newer name wins
     assert length(extra_body={"stop_token_ids": [0], "ignore_eos": True}) == (1, "stop")
     assert ask(logit_bias={END: 100}).choices[0].message.content == ""
-    assert ask(logit_bias={END: 100}, extra_body={"skip_special_tokens": False, "ignore_eos": True}, max_tokens=2).choices[0].message.content == (
-        "<|endoftext|>" * 2
-    )
+    assert ask(
+        logit_bias={END: 100},
+        extra_body={"skip_special_tokens": False, "ignore_eos": True},
+        max_tokens=2,
+    ).choices[0].message.content == ("<|endoftext|>" * 2)
 
 
 def test_what_an_answer_needs_not_is_taken(ask):
-    penalties = {"frequency_penalty": 0.5, "presence_penalty": -0.5, "extra_body": {"repetition_penalty": 1.1, "min_p": 0.05, "top_k": 50}}
-    ignored = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "reasoning_effort": "low", "verbosity": "low"}
-    assert ask(**penalties, **ignored, top_p=0.9, modalities=["text"], prompt_cache_key="k").choices[0].message.content
-    greedy, penalized = (ask(temperature=0, max_tokens=48, frequency_penalty=value).choices[0].message.content for value in (0, 2))
+    penalties = {
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "extra_body": {"repetition_penalty": 1.1, "min_p": 0.05, "top_k": 50},
+    }
+    ignored = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "reasoning_effort": "low",
+        "verbosity": "low",
+    }
+    assert (
+        ask(**penalties, **ignored, top_p=0.9, modalities=["text"], prompt_cache_key="k")
+        .choices[0]
+        .message.content
+    )
+    greedy, penalized = (
+        ask(temperature=0, max_tokens=48, frequency_penalty=value).choices[0].message.content
+        for value in (0, 2)
+    )
     assert greedy != penalized
 
 
@@ -287,12 +416,24 @@ def test_roles_and_parts_mean_what_they_say(ask, tokens_of):
     system, user = {"role": "system", "content": "Be brief."}, ASKED[0]
     wanted = tokens_of([system, user])
     assert len(wanted) > len(tokens_of([user]))
-    assert tokens_of([{"role": "developer", "content": "Be brief."}, user]) == wanted  # the template knows no developer
-    assert tokens_of([{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user]) == wanted
+    assert (
+        tokens_of([{"role": "developer", "content": "Be brief."}, user]) == wanted
+    )  # the template knows no developer
+    assert (
+        tokens_of([{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user])
+        == wanted
+    )
     two = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert tokens_of([{"role": "user", "content": two}]) == tokens_of([{"role": "user", "content": "one\ntwo"}])
-    answer = ask(messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": two}], temperature=0)
-    assert answer.usage.prompt_tokens == len(tokens_of([system, {"role": "user", "content": "one\ntwo"}]))
+    assert tokens_of([{"role": "user", "content": two}]) == tokens_of(
+        [{"role": "user", "content": "one\ntwo"}]
+    )
+    answer = ask(
+        messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": two}],
+        temperature=0,
+    )
+    assert answer.usage.prompt_tokens == len(
+        tokens_of([system, {"role": "user", "content": "one\ntwo"}])
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,9 +458,14 @@ def test_an_answer_that_was_begun_is_continued(ask, tokens_of):
     assert prompt[-len(tokens_of(" +")) :] == tokens_of(" +")  # it does not end the turn
     answer = ask(messages=begun, extra_body=open_end, temperature=0)
     assert answer.usage.prompt_tokens == len(prompt) < ask(messages=begun).usage.prompt_tokens
-    assert ask(messages=begun, extra_body={"continue_final_message": True}).usage.prompt_tokens == len(prompt)
+    assert ask(
+        messages=begun, extra_body={"continue_final_message": True}
+    ).usage.prompt_tokens == len(prompt)
     with pytest.raises(openai.BadRequestError, match="exclude each other"):
-        ask(messages=begun, extra_body={"continue_final_message": True, "add_generation_prompt": True})
+        ask(
+            messages=begun,
+            extra_body={"continue_final_message": True, "add_generation_prompt": True},
+        )
 
 
 # Answers that follow a form
@@ -332,22 +478,49 @@ class City(BaseModel):
 
 
 def test_an_answer_can_be_an_object_of_a_class(client, no_space):
-    answer = client.chat.completions.parse(model="tiny", messages=ASKED, response_format=City, max_tokens=200, logit_bias=no_space)
+    answer = client.chat.completions.parse(
+        model="tiny", messages=ASKED, response_format=City, max_tokens=200, logit_bias=no_space
+    )
     assert isinstance(answer.choices[0].message.parsed, City)
-    with client.chat.completions.stream(model="tiny", messages=ASKED, response_format=City, max_tokens=200, logit_bias=no_space) as stream:
+    with client.chat.completions.stream(
+        model="tiny", messages=ASKED, response_format=City, max_tokens=200, logit_bias=no_space
+    ) as stream:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, City)
 
 
 SCHEMAS = {
     "object": City.model_json_schema(),
-    "array": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 20}, "minItems": 2, "maxItems": 3},
+    "array": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": 20},
+        "minItems": 2,
+        "maxItems": 3,
+    },
     "enum": {"enum": ["red", 7, None]},
     "any of": {
-        "anyOf": [{"type": "boolean"}, {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}]
+        "anyOf": [
+            {"type": "boolean"},
+            {
+                "type": "object",
+                "properties": {"a": {"const": 1}},
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+        ]
     },
     "reference": {
-        "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "boolean"}}, "required": ["v"], "additionalProperties": False}},
-        **{"type": "object", "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}}},
+        "$defs": {
+            "leaf": {
+                "type": "object",
+                "properties": {"v": {"type": "boolean"}},
+                "required": ["v"],
+                "additionalProperties": False,
+            }
+        },
+        **{
+            "type": "object",
+            "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}},
+        },
         **{"required": ["left", "right"], "additionalProperties": False},
     },
     "pattern": {"type": "string", "pattern": "^[a-c]{2,4}-[0-9]{3}$"},
@@ -356,7 +529,10 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_an_answer_satisfies_its_schema(ask, no_space, name):
-    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMAS[name], "strict": True}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": SCHEMAS[name], "strict": True},
+    }
     for stream in (False, True):
         answer = ask(response_format=form, max_tokens=200, logit_bias=no_space, stream=stream)
         text = text_of(answer) if stream else answer.choices[0].message.content
@@ -365,7 +541,11 @@ def test_an_answer_satisfies_its_schema(ask, no_space, name):
 
 def test_an_answer_can_be_any_object(ask, tokens_of, no_space):
     (end,) = tokens_of("}")
-    answer = ask(response_format={"type": "json_object"}, max_tokens=100, logit_bias={**no_space, str(end): 100})
+    answer = ask(
+        response_format={"type": "json_object"},
+        max_tokens=100,
+        logit_bias={**no_space, str(end): 100},
+    )
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
     assert answer.choices[0].finish_reason == "stop"
 
@@ -405,7 +585,14 @@ def test_a_tool_that_must_be_called_is_called(ask, no_space, choice, stream):
     name = {"type": "function", "function": {"name": "get_weather"}}
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [name]}}
     tool_choice = {"required": "required", "named": name, "allowed": allowed}[choice]
-    answer = ask(tools=TOOLS, tool_choice=tool_choice, max_tokens=300, parallel_tool_calls=False, logit_bias=no_space, stream=stream)
+    answer = ask(
+        tools=TOOLS,
+        tool_choice=tool_choice,
+        max_tokens=300,
+        parallel_tool_calls=False,
+        logit_bias=no_space,
+        stream=stream,
+    )
     if stream:
         chunks = list(answer)
         assert text_of(chunks) == "" and chunks[-1].choices[0].finish_reason == "tool_calls"
@@ -426,8 +613,14 @@ def test_a_tool_that_must_be_called_is_called(ask, no_space, choice, stream):
 
 def test_no_tool_is_called_that_must_not_be(ask):
     spelled = r'<tool_call>\{"name": "clock", "arguments": \{\}\}</tool_call>'
-    (choice,) = ask(tools=TOOLS, tool_choice="none", extra_body={"regex": spelled}, max_tokens=100).choices
-    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (spelled.replace("\\", ""), None, "stop")
+    (choice,) = ask(
+        tools=TOOLS, tool_choice="none", extra_body={"regex": spelled}, max_tokens=100
+    ).choices
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (
+        spelled.replace("\\", ""),
+        None,
+        "stop",
+    )
     with pytest.raises(openai.BadRequestError, match=r"not among the tools.*did you mean `clock`"):
         ask(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "clok"}})
     with pytest.raises(openai.BadRequestError, match="no tools"):
@@ -440,38 +633,66 @@ def test_calls_that_a_model_makes_itself_are_found(other_client, stream):
         r'Let me see\. <tool_call>\n\{"name": "get_weather", "arguments": \{"city": "Paris", "days": 2\}\}\n</tool_call>'
         r'<tool_call>\n\{"name": "clock", "arguments": \{\}\}\n</tool_call>'
     )
-    options = {"model": "org/tiny", "messages": ASKED, "tools": TOOLS, "max_tokens": 200, "extra_body": {"regex": spelled}}
+    options = {
+        "model": "org/tiny",
+        "messages": ASKED,
+        "tools": TOOLS,
+        "max_tokens": 200,
+        "extra_body": {"regex": spelled},
+    }
     answer = other_client.chat.completions.create(**options, stream=stream)
     if stream:
         chunks = list(answer)
-        content, reason, calls = text_of(chunks), chunks[-1].choices[0].finish_reason, calls_of(chunks)
+        content, reason, calls = (
+            text_of(chunks),
+            chunks[-1].choices[0].finish_reason,
+            calls_of(chunks),
+        )
     else:
         (only,) = answer.choices
         content, reason = only.message.content, only.finish_reason
-        calls = [{"id": call.id, "name": call.function.name, "arguments": call.function.arguments} for call in only.message.tool_calls]
+        calls = [
+            {"id": call.id, "name": call.function.name, "arguments": call.function.arguments}
+            for call in only.message.tool_calls
+        ]
     assert (content, reason) == ("Let me see.", "tool_calls")
-    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("get_weather", {"city": "Paris", "days": 2}), ("clock", {})]
+    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [
+        ("get_weather", {"city": "Paris", "days": 2}),
+        ("clock", {}),
+    ]
     assert len({call["id"] for call in calls}) == 2
 
 
 def test_results_of_tools_go_back_into_the_chat(other_client, no_space):
     options = {"model": "org/tiny", "tools": TOOLS, "max_tokens": 150, "logit_bias": no_space}
     name = {"type": "function", "function": {"name": "get_weather"}}
-    called = other_client.chat.completions.create(**options, messages=ASKED, tool_choice=name).choices[0].message
+    called = (
+        other_client.chat.completions.create(**options, messages=ASKED, tool_choice=name)
+        .choices[0]
+        .message
+    )
     result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "sunny"}
     options["max_tokens"] = 8
     for message in (called, called.model_dump(), called.model_dump(exclude_none=True)):
         answer = other_client.chat.completions.create(**options, messages=[*ASKED, message, result])
         assert answer.choices[0].finish_reason in ("stop", "length")
     short = other_client.chat.completions.create(**options, messages=ASKED)
-    assert answer.usage.prompt_tokens > short.usage.prompt_tokens + 10  # the template shows the call and its result
+    assert (
+        answer.usage.prompt_tokens > short.usage.prompt_tokens + 10
+    )  # the template shows the call and its result
 
 
 def test_options_reach_the_template(other_client):
     def size(**options) -> int:
-        return other_client.chat.completions.create(model="org/tiny", messages=ASKED, max_tokens=1, **options).usage.prompt_tokens
+        return other_client.chat.completions.create(
+            model="org/tiny", messages=ASKED, max_tokens=1, **options
+        ).usage.prompt_tokens
 
-    assert size(extra_body={"chat_template_kwargs": {"short": True}}) > size() == size(extra_body={"chat_template_kwargs": {"short": False}})
+    assert (
+        size(extra_body={"chat_template_kwargs": {"short": True}})
+        > size()
+        == size(extra_body={"chat_template_kwargs": {"short": False}})
+    )
     with pytest.raises(openai.BadRequestError, match="messages"):
         size(extra_body={"chat_template_kwargs": {"messages": []}})
 
@@ -487,8 +708,14 @@ def test_prompts_of_every_kind_are_continued(complete, tokens_of):
     answers = [complete(prompt, temperature=0) for prompt in (PROMPT, [PROMPT], tokens, [tokens])]
     assert len({answer.choices[0].text for answer in answers}) == 1
     for answer in answers:
-        assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == "tiny"
-        assert [(choice.index, choice.finish_reason, choice.logprobs) for choice in answer.choices] == [(0, "length", None)]
+        assert (
+            answer.id.startswith("cmpl-")
+            and answer.object == "text_completion"
+            and answer.model == "tiny"
+        )
+        assert [
+            (choice.index, choice.finish_reason, choice.logprobs) for choice in answer.choices
+        ] == [(0, "length", None)]
         assert_usage(answer.usage, len(tokens), 12)
 
 
@@ -511,34 +738,54 @@ def test_a_continuation_is_streamed(complete):
     options = {"temperature": 0, "logprobs": 2}
     whole = [complete(PROMPT, **options) for _ in range(2)][1]
     *told, last = complete(PROMPT, **options, stream=True, stream_options={"include_usage": True})
-    assert "".join(choice.text for chunk in told for choice in chunk.choices) == whole.choices[0].text
-    assert last.choices == [] and last.usage == whole.usage and all(chunk.usage is None for chunk in told)
+    assert (
+        "".join(choice.text for chunk in told for choice in chunk.choices) == whole.choices[0].text
+    )
+    assert (
+        last.choices == []
+        and last.usage == whole.usage
+        and all(chunk.usage is None for chunk in told)
+    )
     reasons = [choice.finish_reason for chunk in told for choice in chunk.choices]
     assert reasons == [None] * (len(reasons) - 1) + ["length"]
     pieces = [choice.logprobs for chunk in told for choice in chunk.choices if choice.logprobs]
     for name in ("tokens", "text_offset", "token_logprobs"):
-        assert [value for piece in pieces for value in getattr(piece, name)] == getattr(whole.choices[0].logprobs, name)
+        assert [value for piece in pieces for value in getattr(piece, name)] == getattr(
+            whole.choices[0].logprobs, name
+        )
 
 
 @pytest.mark.parametrize("count", range(6))
 def test_log_probabilities_of_a_continuation(complete, count):
     told = complete(PROMPT, logprobs=count, seed=2).choices[0].logprobs
-    assert [len(one) for one in (told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset)] == [12] * 4
+    assert [
+        len(one) for one in (told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset)
+    ] == [12] * 4
     for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
-        assert count <= len(top) <= count + 1 and top[token] == value <= 0  # the one that was drawn is always there
+        assert (
+            count <= len(top) <= count + 1 and top[token] == value <= 0
+        )  # the one that was drawn is always there
         assert sum(other > value for other in top.values()) == len(top) - 1 or count
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, 'x = "日本é🎉", 5', "<|im_start|>user\nhello<|im_end|>\n"])
+@pytest.mark.parametrize(
+    "prompt", [PROMPT, 'x = "日本é🎉", 5', "<|im_start|>user\nhello<|im_end|>\n"]
+)
 @pytest.mark.parametrize("most", [0, 1, 6])
 def test_a_prompt_is_repeated_with_its_log_probabilities(complete, tokens_of, prompt, most):
     tokens = tokens_of(prompt)
     answer = complete(prompt, echo=True, max_tokens=most, logprobs=1, temperature=0)
     (choice,) = answer.choices
     told = choice.logprobs
-    assert choice.text.startswith(prompt) and (choice.text == prompt) == (most == 0) and choice.finish_reason == "length"
+    assert (
+        choice.text.startswith(prompt)
+        and (choice.text == prompt) == (most == 0)
+        and choice.finish_reason == "length"
+    )
     assert_usage(answer.usage, len(tokens), most)
-    assert [len(one) for one in (told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset)] == [len(tokens) + most] * 4
+    assert [
+        len(one) for one in (told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset)
+    ] == [len(tokens) + most] * 4
     assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
     assert all(value <= 0 for value in told.token_logprobs[1:])
     ends = [*told.text_offset[1:], len(choice.text)]
@@ -547,31 +794,59 @@ def test_a_prompt_is_repeated_with_its_log_probabilities(complete, tokens_of, pr
             assert "\\x" in token and end - start <= 1
         elif "bytes:" not in told.tokens[max(told.tokens.index(token) - 1, 0)]:
             assert choice.text[start:end] == token
-    assert complete(tokens, echo=True, max_tokens=most, temperature=0).choices[0].text == choice.text
+    assert (
+        complete(tokens, echo=True, max_tokens=most, temperature=0).choices[0].text == choice.text
+    )
 
 
 def test_what_a_tokenizer_puts_in_front_is_not_in_the_text():
     names = ["<s>", "</s>", "<0xC3>", "<0xA9>", "\N{LOWER ONE EIGHTH BLOCK}", "a", "b"]
-    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE({name: number for number, name in enumerate(names)}, [], byte_fallback=True)
+    )
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    steps = [decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     vocabulary = Vocabulary(tokenizer.to_str(), 100)
     prompt = [0, 4, 5, 2, 3, 6]  # a space in front, as SentencePiece has it
     assert vocabulary.decode(prompt, skip_special_tokens=True) == "aéb"
     told, rest = prompt_offsets(prompt, "aéb", vocabulary)
     assert told == [0, 0, 0, 1, 1, 2]
-    assert [rest.add(token, skip_special_tokens=True) for token in (4, 1, 5, 2, 3, 6)] == [3, 4, 4, 5, 5, 6]
-    assert [vocabulary.label_of(token) for token in (0, 2, 4, 99)] == ["<s>", "bytes:\\xc3", " ", ""]
+    assert [rest.add(token, skip_special_tokens=True) for token in (4, 1, 5, 2, 3, 6)] == [
+        3,
+        4,
+        4,
+        5,
+        5,
+        6,
+    ]
+    assert [vocabulary.label_of(token) for token in (0, 2, 4, 99)] == [
+        "<s>",
+        "bytes:\\xc3",
+        " ",
+        "",
+    ]
     vocabulary.close()
 
 
 def test_log_probabilities_of_a_prompt_are_the_engines(served, complete, tokens_of):
     told = complete(PROMPT, echo=True, max_tokens=0, logprobs=0).choices[0].logprobs
-    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
+    body = {
+        "text": PROMPT,
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
     meta = httpx.post(f"{served.url}/generate", json=body).raise_for_status().json()["meta_info"]
     assert [token for _, token, _ in meta["input_token_logprobs"]] == tokens_of(PROMPT)
-    assert told.token_logprobs[1:] == pytest.approx([value for value, *_ in meta["input_token_logprobs"][1:]], abs=1e-3)
+    assert told.token_logprobs[1:] == pytest.approx(
+        [value for value, *_ in meta["input_token_logprobs"][1:]], abs=1e-3
+    )
 
 
 def test_a_continuation_stops_and_repeats(complete):
@@ -579,7 +854,11 @@ def test_a_continuation_stops_and_repeats(complete):
     whole = complete(PROMPT, temperature=0, max_tokens=32).choices[0].text
     stop = whole[5:8]
     (choice,) = complete(PROMPT, temperature=0, max_tokens=32, stop=[stop]).choices
-    assert choice.text == whole.partition(stop)[0] and choice.finish_reason == "stop" and choice.matched_stop == stop
+    assert (
+        choice.text == whole.partition(stop)[0]
+        and choice.finish_reason == "stop"
+        and choice.matched_stop == stop
+    )
     assert complete(PROMPT, logit_bias={END: 100}).choices[0].finish_reason == "stop"
 
 
@@ -604,7 +883,11 @@ def test_what_a_continuation_cannot_have_is_refused(complete, options, says):
 def test_models_are_listed_and_found(client, other_client):
     for one, name in ((client, "tiny"), (other_client, "org/tiny")):
         (model,) = one.models.list().data
-        assert (model.id, model.object, model.owned_by) == (name, "model", "qtool") and model.created <= time.time()
+        assert (model.id, model.object, model.owned_by) == (
+            name,
+            "model",
+            "qtool",
+        ) and model.created <= time.time()
         assert one.models.retrieve(name) == model
         with pytest.raises(openai.NotFoundError, match=name) as caught:
             one.models.retrieve("org/none")
@@ -615,11 +898,21 @@ def test_errors_are_typed(client, ask, complete):
     for call in (lambda: ask(model="gpt-5"), lambda: complete("x", model="gpt-5")):
         with pytest.raises(openai.NotFoundError, match=r"`gpt-5`.*`tiny`") as missing:
             call()
-        assert (missing.value.code, missing.value.param, missing.value.type) == ("model_not_found", "model", "invalid_request_error")
+        assert (missing.value.code, missing.value.param, missing.value.type) == (
+            "model_not_found",
+            "model",
+            "invalid_request_error",
+        )
     with pytest.raises(openai.BadRequestError, match="temperature") as hot:
         ask(temperature=-1)
-    assert (hot.value.param, hot.value.type) == ("temperature", "invalid_request_error") and hot.value.code
-    for call in (lambda: ask(messages=[{"role": "user", "content": "word " * 3000}]), lambda: complete(PROMPT, max_tokens=5000)):
+    assert (hot.value.param, hot.value.type) == (
+        "temperature",
+        "invalid_request_error",
+    ) and hot.value.code
+    for call in (
+        lambda: ask(messages=[{"role": "user", "content": "word " * 3000}]),
+        lambda: complete(PROMPT, max_tokens=5000),
+    ):
         with pytest.raises(openai.BadRequestError, match="2048") as long:
             call()
         assert long.value.code == "context_length_exceeded"
@@ -632,7 +925,9 @@ def test_errors_are_typed(client, ask, complete):
 
 
 def test_an_unknown_field_is_answered_with_the_nearest(ask):
-    with pytest.raises(openai.BadRequestError, match=r"`tempreature`.*did you mean `temperature`") as unknown:
+    with pytest.raises(
+        openai.BadRequestError, match=r"`tempreature`.*did you mean `temperature`"
+    ) as unknown:
         ask(extra_body={"tempreature": 1})
     assert (unknown.value.param, unknown.value.code) == ("tempreature", "unknown_parameter")
 
@@ -640,18 +935,33 @@ def test_an_unknown_field_is_answered_with_the_nearest(ask):
 @pytest.mark.parametrize(
     ("body", "message", "param"),
     [
-        ({"messages": ASKED, "stream_options": {"include_usge": True}}, "did you mean `include_usage`", "stream_options.include_usge"),
+        (
+            {"messages": ASKED, "stream_options": {"include_usge": True}},
+            "did you mean `include_usage`",
+            "stream_options.include_usge",
+        ),
         ({"mesages": ASKED}, "did you mean `messages`", "mesages"),
         ({}, "`messages` is missing", "messages"),
         ({"messages": [{"role": "robot"}]}, "'assistant'", "messages[0].role"),
         ({"messages": ASKED, "stop": 5}, "a valid string, or Input should be a valid list", "stop"),
-        ({"messages": ASKED, "tool_choice": {"type": "function", "function": {"nam": "x"}}}, "did you mean `name`", "tool_choice.function.nam"),
         (
-            {"messages": ASKED, "response_format": {"type": "json_schema", "json_schema": {"schem": {}}}},
+            {"messages": ASKED, "tool_choice": {"type": "function", "function": {"nam": "x"}}},
+            "did you mean `name`",
+            "tool_choice.function.nam",
+        ),
+        (
+            {
+                "messages": ASKED,
+                "response_format": {"type": "json_schema", "json_schema": {"schem": {}}},
+            },
             "`schema`",
             "response_format.json_schema.schem",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "no text", "messages[0].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "no text",
+            "messages[0].content[0]",
+        ),
         ({"prompt": [1, -1]}, "whole numbers", "prompt"),
         ([], "an object", None),
     ],
@@ -661,16 +971,31 @@ def test_a_refusal_names_the_field(body, message, param):
     request = CompletionRequest if "prompt" in body else ChatRequest
     with pytest.raises(ValidationError) as caught:
         request.model_validate(body)
-    told = refusal([{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()], request)
+    told = refusal(
+        [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()], request
+    )
     assert message in told.message and told.param == param
 
 
 def test_a_key_is_asked_for(other, other_client):
     for key in ("wrong", "none"):
-        with client_of(other, api_key=key) as stranger, pytest.raises(openai.AuthenticationError) as refused:
+        with (
+            client_of(other, api_key=key) as stranger,
+            pytest.raises(openai.AuthenticationError) as refused,
+        ):
             stranger.chat.completions.create(model="org/tiny", messages=ASKED)
-        assert refused.value.code == "invalid_api_key" and set(refused.value.body) == {"message", "type", "param", "code"}
-    assert other_client.completions.create(model="org/tiny", prompt=PROMPT, max_tokens=1).usage.completion_tokens == 1
+        assert refused.value.code == "invalid_api_key" and set(refused.value.body) == {
+            "message",
+            "type",
+            "param",
+            "code",
+        }
+    assert (
+        other_client.completions.create(
+            model="org/tiny", prompt=PROMPT, max_tokens=1
+        ).usage.completion_tokens
+        == 1
+    )
     for path in ("/health", "/metrics"):
         assert httpx.get(other.url + path).status_code == 200
     assert httpx.get(f"{other.url}/get_server_info").status_code == 401
@@ -690,28 +1015,58 @@ def test_what_is_too_many_is_told_to_come_back(other_client):
         other_client.chat.completions.create(**options, n=2)
 
 
-def test_defaults_are_the_requests_then_the_models_then_openais(other, other_client, other_model, tmp_path):
+def test_defaults_are_the_requests_then_the_models_then_openais(
+    other, other_client, other_model, tmp_path
+):
     def texts(client, count: int = 4, **options) -> set[str]:
-        return {client.completions.create(model="org/tiny", prompt=PROMPT, **options).choices[0].text for _ in range(count)}
+        return {
+            client.completions.create(model="org/tiny", prompt=PROMPT, **options).choices[0].text
+            for _ in range(count)
+        }
 
     assert len(texts(other_client)) == 1  # top_k 1, of generation_config.json
     assert len(texts(other_client, temperature=2, extra_body={"top_k": -1})) > 1
-    assert other_client.completions.create(model="org/tiny", prompt=PROMPT, logit_bias={END: -100}).usage.completion_tokens == 7
-    assert other_client.completions.create(model="org/tiny", prompt=PROMPT, logit_bias={END: -100}, max_tokens=9).usage.completion_tokens == 9
-    server = start_server(tmp_path, other_model, "--served-model-name", "org/tiny", "--sampling-defaults", "openai")
+    assert (
+        other_client.completions.create(
+            model="org/tiny", prompt=PROMPT, logit_bias={END: -100}
+        ).usage.completion_tokens
+        == 7
+    )
+    assert (
+        other_client.completions.create(
+            model="org/tiny", prompt=PROMPT, logit_bias={END: -100}, max_tokens=9
+        ).usage.completion_tokens
+        == 9
+    )
+    server = start_server(
+        tmp_path, other_model, "--served-model-name", "org/tiny", "--sampling-defaults", "openai"
+    )
     try:
         with client_of(server) as client:
             assert len(texts(client)) > 1
-            assert client.completions.create(model="org/tiny", prompt=PROMPT, logit_bias={END: -100}).usage.completion_tokens == 16
+            assert (
+                client.completions.create(
+                    model="org/tiny", prompt=PROMPT, logit_bias={END: -100}
+                ).usage.completion_tokens
+                == 16
+            )
     finally:
         assert server.end() == 0
 
 
 def test_many_streams_at_once_and_one_that_is_left(served):
     async def read(client, number: int) -> int:
-        options = {"max_tokens": 40, "seed": number, "extra_body": {"ignore_eos": True}, "stream": True, "stream_options": {"include_usage": True}}
+        options = {
+            "max_tokens": 40,
+            "seed": number,
+            "extra_body": {"ignore_eos": True},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         messages = [{"role": "user", "content": f"Tell me about {number}."}]
-        async with await client.chat.completions.create(model="tiny", messages=messages, **options) as stream:
+        async with await client.chat.completions.create(
+            model="tiny", messages=messages, **options
+        ) as stream:
             tokens = 0
             async for chunk in stream:
                 if number == 7 and chunk.choices and chunk.choices[0].delta.content:
@@ -720,11 +1075,17 @@ def test_many_streams_at_once_and_one_that_is_left(served):
         return tokens
 
     async def read_all() -> list[int]:
-        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{served.url}/v1", api_key="none", max_retries=0
+        ) as client:
             return await asyncio.gather(*(read(client, number) for number in range(20)))
 
     def load() -> dict:
-        return httpx.get(f"{served.url}/get_server_info").raise_for_status().json()["internal_states"][0]
+        return (
+            httpx.get(f"{served.url}/get_server_info")
+            .raise_for_status()
+            .json()["internal_states"][0]
+        )
 
     assert asyncio.run(read_all()) == [40] * 7 + [-1] + [40] * 12
     assert becomes(lambda: load()["running"] == load()["waiting"] == 0)

@@ -28,12 +28,19 @@ def test_the_policy_names_the_style_and_the_script_of_the_page():
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert {"default-src 'none'", "connect-src 'self'", "require-trusted-types-for 'script'"} <= set(policy.split("; "))
+    assert {
+        "default-src 'none'",
+        "connect-src 'self'",
+        "require-trusted-types-for 'script'",
+    } <= set(policy.split("; "))
 
 
 def test_the_page_is_one_small_file_that_makes_no_markup():
     assert len(PAGE.encode()) < 34_000
-    assert not re.search(r"https?://|url\(|@import|\bimport\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", PAGE)
+    assert not re.search(
+        r"https?://|url\(|@import|\bimport\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(",
+        PAGE,
+    )
 
 
 # From here on in a browser.
@@ -45,15 +52,31 @@ def visit(browser, served) -> Iterator[Callable[..., Any]]:
     complaints: list[str] = []
 
     def note(message: Any, refusals: tuple[int, ...]) -> None:
-        if not any(message.text.startswith(f"Failed to load resource: the server responded with a status of {status} ") for status in refusals):
+        if not any(
+            message.text.startswith(
+                f"Failed to load resource: the server responded with a status of {status} "
+            )
+            for status in refusals
+        ):
             complaints.append(f"{message.type}: {message.text}")
 
-    def open_page(*, refusals: tuple[int, ...] = (), change: Callable[[Any], None] | None = None, **context: Any) -> Any:
+    def open_page(
+        *,
+        refusals: tuple[int, ...] = (),
+        change: Callable[[Any], None] | None = None,
+        **context: Any,
+    ) -> Any:
         page = browser.new_context(**context).new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.on("console", lambda message: note(message, refusals))
         page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
-        page.on("request", lambda request: request.url.startswith((f"{served.url}/", "data:,")) or complaints.append(f"request: {request.url}"))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((f"{served.url}/", "data:,"))
+                or complaints.append(f"request: {request.url}")
+            ),
+        )
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         if change:
             change(page)
@@ -78,7 +101,9 @@ def asking_also(**fields: Any) -> Callable[[Any], None]:
 
 def answered_with(status: int, path: str, **reply: Any) -> Callable[[Any], None]:
     """Return what makes a page get that answer from ``path``, once."""
-    return lambda page: page.route(f"**{path}", lambda route: route.fulfill(status=status, **reply), times=1)
+    return lambda page: page.route(
+        f"**{path}", lambda route: route.fulfill(status=status, **reply), times=1
+    )
 
 
 def events(*chunks: Any) -> str:
@@ -114,24 +139,38 @@ def until(page: Any, condition: str) -> None:
 
 
 def width_of(page: Any) -> int:
-    return page.evaluate("Math.max(document.documentElement.scrollWidth, document.querySelector('#log').scrollWidth)")
+    return page.evaluate(
+        "Math.max(document.documentElement.scrollWidth, document.querySelector('#log').scrollWidth)"
+    )
 
 
 def test_the_facts_of_the_server_are_shown(visit, served):
     page = visit()
     info = httpx.get(f"{served.url}/get_server_info").json()
     facts = page.locator("#facts").inner_text()
-    assert info["quantization"] in facts and f"{info['context_length']:,} tokens" in facts and f"{info['max_total_num_tokens']:,} tokens" in facts
+    assert (
+        info["quantization"] in facts
+        and f"{info['context_length']:,} tokens" in facts
+        and f"{info['max_total_num_tokens']:,} tokens" in facts
+    )
     assert re.search(r"Weights\s+[\d.]+ [kMG]B", facts)
-    assert page.get_by_role("heading", level=1).inner_text() == Path(info["served_model_name"]).name == page.title().removesuffix(" – qtool serve")
-    assert re.search(r"\d running, \d waiting, KV cache \d+\.\d% in use", page.locator("#load").inner_text())
+    assert (
+        page.get_by_role("heading", level=1).inner_text()
+        == Path(info["served_model_name"]).name
+        == page.title().removesuffix(" – qtool serve")
+    )
+    assert re.search(
+        r"\d running, \d waiting, KV cache \d+\.\d% in use", page.locator("#load").inner_text()
+    )
 
 
 def test_an_answer_is_shown_as_it_came_with_its_numbers(visit):
     bodies = []
 
     def look(route: Any) -> None:
-        response = route.fetch(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
+        response = route.fetch(
+            post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True})
+        )
         bodies.append(response.text())
         route.fulfill(response=response)
 
@@ -139,25 +178,48 @@ def test_an_answer_is_shown_as_it_came_with_its_numbers(visit):
     page.get_by_label("Max tokens").fill("48")
     exchange = ask(page, "def main():")
     chunks = [json.loads(line) for line in re.findall(r"^data: (\{.*)", bodies[0], re.MULTILINE)]
-    answer = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    answer = "".join(
+        choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]
+    )
     assert answer.split() == text_of(exchange).split() != []
-    assert re.search(r"cut at the token limit · [\d,]+ tokens in, 48 out · [\d.]+ tokens/s · first token after [\d.]+ m?s", exchange.inner_text())
+    assert re.search(
+        r"cut at the token limit · [\d,]+ tokens in, 48 out · [\d.]+ tokens/s · first token after [\d.]+ m?s",
+        exchange.inner_text(),
+    )
     assert re.fullmatch(r"[\d.]+tokens/s", page.locator("#speed").text_content())
 
 
 def test_settings_and_the_conversation_are_sent(visit):
     page = visit(change=asking_also(ignore_eos=True))
     page.get_by_label("System prompt").fill("Be brief.")
-    for label, value in {"Temperature": "0.5", "Top p": "0.9", "Max tokens": "8", "Seed": "7"}.items():
+    for label, value in {
+        "Temperature": "0.5",
+        "Top p": "0.9",
+        "Max tokens": "8",
+        "Seed": "7",
+    }.items():
         page.get_by_label(label).fill(value)
     ask(page, "one")
     page.get_by_label("Seed").fill("")
     with page.expect_request("**/v1/chat/completions") as request:
         ask(page, "two")
     sent = request.value.post_data_json
-    assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
-    assert [sent["messages"][index]["content"] for index in (0, 1, 3)] == ["Be brief.", "one", "two"]
-    assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0.5, 0.9, 8) and "seed" not in sent
+    assert [message["role"] for message in sent["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert [sent["messages"][index]["content"] for index in (0, 1, 3)] == [
+        "Be brief.",
+        "one",
+        "two",
+    ]
+    assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (
+        0.5,
+        0.9,
+        8,
+    ) and "seed" not in sent
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".exchange").count() == 0
     with page.expect_request("**/v1/chat/completions") as request:
@@ -180,7 +242,9 @@ def test_a_new_line_is_not_sent(visit):
     page.locator("#text").press_sequentially("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
-    assert page.locator("#text").input_value() == "one\ntwo" and page.locator(".exchange").count() == 0
+    assert (
+        page.locator("#text").input_value() == "one\ntwo" and page.locator(".exchange").count() == 0
+    )
 
 
 @pytest.mark.parametrize("by", ["Escape", "the button", "New chat"])
@@ -196,8 +260,12 @@ def test_a_stream_is_stopped(visit, served, by):
         assert page.locator(".exchange").count() == 0
     else:
         exchange = last(page)
-        assert re.search(r"stopped · about [\d,]+ tokens", exchange.inner_text()) and text_of(exchange)
-    assert page.locator("#send").is_visible() and page.locator("#text").evaluate("element => element === document.activeElement")
+        assert re.search(r"stopped · about [\d,]+ tokens", exchange.inner_text()) and text_of(
+            exchange
+        )
+    assert page.locator("#send").is_visible() and page.locator("#text").evaluate(
+        "element => element === document.activeElement"
+    )
     end = time.monotonic() + PATIENCE_MS / 1000
     while httpx.get(f"{served.url}/get_server_info").json()["internal_states"][0].get("running", 1):
         assert time.monotonic() < end
@@ -210,7 +278,10 @@ def test_what_looks_like_html_stays_text(visit):
     title = page.title()
     exchange = ask(page, HOSTILE)
     for said in (exchange.locator(".prompt .text"), exchange.locator(".answer .text")):
-        assert said.locator("> div").all_inner_texts() == [HOSTILE.partition("\n")[0], "and the end"]
+        assert said.locator("> div").all_inner_texts() == [
+            HOSTILE.partition("\n")[0],
+            "and the end",
+        ]
         assert said.locator("pre code").all_inner_texts() == ["<b>bold</b>"]
     assert exchange.locator("img, script, b").count() == 0 and page.title() == title
 
@@ -231,24 +302,52 @@ def test_a_refused_setting_is_shown_at_its_field_and_can_be_mended(visit):
 
 
 def test_a_busy_server_is_named_with_the_time_to_wait(visit):
-    error = {"message": "the queue is full", "type": "rate_limit_error", "param": None, "code": "queue_full"}
-    page = visit(refusals=(429,), change=answered_with(429, "/v1/chat/completions", json={"error": error}, headers={"Retry-After": "3"}))
+    error = {
+        "message": "the queue is full",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "queue_full",
+    }
+    page = visit(
+        refusals=(429,),
+        change=answered_with(
+            429, "/v1/chat/completions", json={"error": error}, headers={"Retry-After": "3"}
+        ),
+    )
     problem = ask(page, "hello").locator(".problem").inner_text()
     assert "the queue is full" in problem and "queue_full" in problem and "wait 3 s" in problem
 
 
 @pytest.mark.parametrize(
-    "tail, said", [([{"error": {"message": "a step failed"}}], "a step failed"), ([], "The connection ended before the answer did")]
+    "tail, said",
+    [
+        ([{"error": {"message": "a step failed"}}], "a step failed"),
+        ([], "The connection ended before the answer did"),
+    ],
 )
 def test_an_answer_that_breaks_off_keeps_its_text_and_says_why(visit, tail, said):
     body = events({"choices": [{"delta": {"content": "half an"}}]}, *tail)
-    exchange = ask(visit(change=answered_with(200, "/v1/chat/completions", body=body, content_type="text/event-stream")), "hello")
+    exchange = ask(
+        visit(
+            change=answered_with(
+                200, "/v1/chat/completions", body=body, content_type="text/event-stream"
+            )
+        ),
+        "hello",
+    )
     assert text_of(exchange) == "half an" and said in exchange.locator(".problem").inner_text()
 
 
 def test_a_model_without_a_chat_template_continues_the_text(visit):
-    error = {"message": "the model has no chat template", "type": "invalid_request_error", "param": None, "code": "no_chat_template"}
-    page = visit(refusals=(400,), change=answered_with(400, "/v1/chat/completions", json={"error": error}))
+    error = {
+        "message": "the model has no chat template",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "no_chat_template",
+    }
+    page = visit(
+        refusals=(400,), change=answered_with(400, "/v1/chat/completions", json={"error": error})
+    )
     page.get_by_label("Max tokens").fill("8")
     exchange = ask(page, "import os")
     assert "no chat template" in exchange.inner_text() and exchange.locator(".problem").is_hidden()
@@ -261,10 +360,24 @@ def test_a_key_is_asked_for_and_kept_for_the_session_only(visit):
             route.continue_()
         else:
             route.fulfill(
-                status=401, json={"error": {"message": "this server needs a key", "type": "authentication_error", "param": None, "code": None}}
+                status=401,
+                json={
+                    "error": {
+                        "message": "this server needs a key",
+                        "type": "authentication_error",
+                        "param": None,
+                        "code": None,
+                    }
+                },
             )
 
-    page = visit(refusals=(401,), change=lambda page: (page.route("**/v1/**", guard), page.route("**/get_server_info", guard)))
+    page = visit(
+        refusals=(401,),
+        change=lambda page: (
+            page.route("**/v1/**", guard),
+            page.route("**/get_server_info", guard),
+        ),
+    )
     page.get_by_label("Max tokens").fill("8")
     assert "this server needs a key" in ask(page, "hello").locator(".problem").inner_text()
     page.get_by_label("API key").fill("wrong")
@@ -275,22 +388,33 @@ def test_a_key_is_asked_for_and_kept_for_the_session_only(visit):
     page.locator("#key-form").wait_for(state="hidden")
     page.locator("#facts dd").first.wait_for()
     assert last(page).locator(".problem").is_hidden()
-    assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
+    assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [
+        0,
+        "",
+        1,
+    ]
 
 
 def test_scrolling_up_is_not_fought(visit):
-    page = visit(viewport={"width": 900, "height": 500}, change=asking_also(ignore_eos=True, max_tokens=1800))
+    page = visit(
+        viewport={"width": 900, "height": 500}, change=asking_also(ignore_eos=True, max_tokens=1800)
+    )
     send(page, "def main():")
     until(page, "document.querySelector('#log').scrollTop > 400")
     page.locator("#log").hover()
     page.mouse.wheel(0, -300)
     newest = page.get_by_role("button", name="Newest")
     newest.wait_for()
-    place, length = page.evaluate("[document.querySelector('#log').scrollTop, document.querySelector('.answer .text').textContent.length]")
+    place, length = page.evaluate(
+        "[document.querySelector('#log').scrollTop, document.querySelector('.answer .text').textContent.length]"
+    )
     until(page, f"document.querySelector('.answer .text').textContent.length > {length + 200}")
     assert page.evaluate("document.querySelector('#log').scrollTop") == place
     newest.click()
-    until(page, "(log => log.scrollHeight - log.clientHeight - log.scrollTop < 8)(document.querySelector('#log'))")
+    until(
+        page,
+        "(log => log.scrollHeight - log.clientHeight - log.scrollTop < 8)(document.querySelector('#log'))",
+    )
     page.keyboard.press("Escape")
     last(page)
 
@@ -298,7 +422,12 @@ def test_scrolling_up_is_not_fought(visit):
 @pytest.mark.parametrize("width", [320, 390, 800, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_never_wider_than_the_window(visit, width, scheme):
-    body = events({"choices": [{"delta": {"content": f"{LONG_LINE}\n```{LONG_LINE}\n{LONG_LINE}\n```"}}]}) + "data: [DONE]\n\n"
+    body = (
+        events(
+            {"choices": [{"delta": {"content": f"{LONG_LINE}\n```{LONG_LINE}\n{LONG_LINE}\n```"}}]}
+        )
+        + "data: [DONE]\n\n"
+    )
     change = answered_with(200, "/v1/chat/completions", body=body, content_type="text/event-stream")
     page = visit(viewport={"width": width, "height": 800}, color_scheme=scheme, change=change)
     assert width_of(page) <= width

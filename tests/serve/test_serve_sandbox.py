@@ -15,7 +15,13 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.serve.prompts.sandbox import CallRaised, ChildDied, LimitExceeded, Sandbox, TooManyWaiting
+from qtool.serve.prompts.sandbox import (
+    CallRaised,
+    ChildDied,
+    LimitExceeded,
+    Sandbox,
+    TooManyWaiting,
+)
 
 HERE = Path(__file__).stem
 MB = 1 << 20
@@ -75,7 +81,9 @@ DEEDS = {
     "sleep": lambda seconds: time.sleep(seconds),
     "spin": spin,
     "eat": lambda megabytes: len(b"x" * (megabytes * MB)),
-    "compute": lambda _: 3 ** (3**30),  # one instruction of the interpreter: nothing inside could stop it
+    "compute": lambda _: (
+        3 ** (3**30)
+    ),  # one instruction of the interpreter: nothing inside could stop it
     "text": lambda length: "x" * length,
     "shout": shout,
     "rave": rave,
@@ -112,7 +120,9 @@ def make(run):
 
     def make_one(function="do", *, timeout_s=20, memory_bytes=200 * MB, **options):
         async def build():
-            return Sandbox(f"{HERE}:{function}", timeout_s=timeout_s, memory_bytes=memory_bytes, **options)
+            return Sandbox(
+                f"{HERE}:{function}", timeout_s=timeout_s, memory_bytes=memory_bytes, **options
+            )
 
         made.append(run(build()))
         return made[-1]
@@ -132,7 +142,11 @@ def gather(*calls):
 def test_any_json_comes_back_as_it_was(run, make):
     sandbox = make("echo")
     values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(st.characters()),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
     )
 
@@ -215,7 +229,10 @@ def test_arguments_nested_too_deeply_are_refused(run, make):
         run(make("echo").call(deep))
 
 
-@pytest.mark.parametrize(("deed", "value", "how"), [("exit", 3, "exit code 3"), ("kill", 6, "SIGABRT"), ("kill", 9, "memory")])
+@pytest.mark.parametrize(
+    ("deed", "value", "how"),
+    [("exit", 3, "exit code 3"), ("kill", 6, "SIGABRT"), ("kill", 9, "memory")],
+)
 def test_a_child_that_dies_is_replaced(run, make, deed, value, how):
     sandbox = make()
     with pytest.raises(ChildDied, match=how):
@@ -261,7 +278,10 @@ def test_a_caller_who_leaves_disturbs_no_other(run, make):
 
     async def scenario():
         first = await sandbox.call("pid")
-        running, waiting = asyncio.create_task(sandbox.call("sleep", 1)), asyncio.create_task(sandbox.call("exit", 1))
+        running, waiting = (
+            asyncio.create_task(sandbox.call("sleep", 1)),
+            asyncio.create_task(sandbox.call("exit", 1)),
+        )
         behind = asyncio.create_task(sandbox.call("echo", "mine"))
         await asyncio.sleep(0.2)
         running.cancel()
@@ -355,7 +375,9 @@ asyncio.run(main())
 
 
 def test_children_end_with_the_parent_idle_or_busy():
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True
+    ) as parent:
         children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(children) == 2
         time.sleep(0.2)

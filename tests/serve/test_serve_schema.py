@@ -16,9 +16,19 @@ from qtool.serve.api import schemas
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
 MOST_TOKENS = 4
 LIMITS = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens"}
-CHAT = {"messages": [{"role": "user", "content": "def add(a, b):"}], "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+CHAT = {
+    "messages": [{"role": "user", "content": "def add(a, b):"}],
+    "max_tokens": 4,
+    "logprobs": True,
+    "top_logprobs": 2,
+}
 COMPLETION = {"prompt": "def add(a, b):", "max_tokens": 4, "logprobs": 2, "n": 2}
-GENERATION = {"text": "def add(a, b):", "sampling_params": {"max_new_tokens": 4}, "return_logprob": True, "top_logprobs_num": 2}
+GENERATION = {
+    "text": "def add(a, b):",
+    "sampling_params": {"max_new_tokens": 4},
+    "return_logprob": True,
+    "top_logprobs_num": 2,
+}
 
 
 def keep_short(case: schemathesis.Case) -> None:
@@ -29,7 +39,9 @@ def keep_short(case: schemathesis.Case) -> None:
         asked = case.body.get(name)
         if asked is None or (type(asked) is int and asked > MOST_TOKENS):
             case.body = {**case.body, name: MOST_TOKENS}
-    elif case.path == "/generate" and isinstance(params := case.body.get("sampling_params") or {}, dict):
+    elif case.path == "/generate" and isinstance(
+        params := case.body.get("sampling_params") or {}, dict
+    ):
         asked = params.get("max_new_tokens")
         if asked is None or (type(asked) is int and asked > MOST_TOKENS):
             case.body = {**case.body, "sampling_params": {**params, "max_new_tokens": MOST_TOKENS}}
@@ -43,7 +55,12 @@ def test_every_answer_is_one_that_was_promised(served, mode):
     for operation in operations:
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=40 if operation.body else 3, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(
+            max_examples=40 if operation.body else 3,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        )
         def check(case):
             keep_short(case)
             # values that fit the schema may still not fit the model: a prompt that is too long, a name that is not the model's
@@ -61,7 +78,9 @@ def test_every_answer_is_one_that_was_promised(served, mode):
         ("/generate", GENERATION, schemas.Generation, schemas.GenerationChunk),
     ],
 )
-def test_answers_and_events_hold_no_more_and_no_less_than_promised(served, path, body, whole, chunk):
+def test_answers_and_events_hold_no_more_and_no_less_than_promised(
+    served, path, body, whole, chunk
+):
     answer = httpx.post(served.url + path, json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     said = whole.model_validate(answer.json(), extra="forbid")

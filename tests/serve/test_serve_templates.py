@@ -11,7 +11,12 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qtool.errors import CheckpointRefused, UsageError
-from qtool.serve.prompts.templates import MAX_TEMPLATE_BYTES, Templates, find_special_tokens, find_template
+from qtool.serve.prompts.templates import (
+    MAX_TEMPLATE_BYTES,
+    Templates,
+    find_special_tokens,
+    find_template,
+)
 
 # Templates in the ways of well-known models, each with what is peculiar to it.
 LIKE = {
@@ -171,11 +176,24 @@ LIKE = {
     "training mask": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}",
 }
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Né <à> & 'où'?", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Né <à> & 'où'?",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 CALL = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"at": "Zürich"}}}],
+    "tool_calls": [
+        {
+            "id": "1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": {"at": "Zürich"}},
+        }
+    ],
 }
 USER, SYSTEM, ANSWER = (
     {"role": "user", "content": " Hello, 世界 🙂 "},
@@ -187,13 +205,27 @@ CASES = {
     "system": ([SYSTEM, USER, ANSWER, USER], {}),
     "no prompt": ([USER, ANSWER], {"add_generation_prompt": False}),
     "continued": ([USER, ANSWER], {"add_generation_prompt": False, "continue_final_message": True}),
-    "tools": ([USER, CALL, {"role": "tool", "tool_call_id": "1", "content": "18 °C"}], {"tools": [TOOL, TOOL]}),
-    "parts": ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], {}),
+    "tools": (
+        [USER, CALL, {"role": "tool", "tool_call_id": "1", "content": "18 °C"}],
+        {"tools": [TOOL, TOOL]},
+    ),
+    "parts": (
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            }
+        ],
+        {},
+    ),
     "wrong order": ([ANSWER, USER], {}),
     "unknown role": ([USER, {"role": "critic", "content": "no"}], {}),
     "no content": ([{"role": "user"}], {}),
     "documents": ([USER], {"documents": [{"title": "A", "text": "b"}]}),
-    "variables": ([USER], {"enable_thinking": False, "date_string": "1 Jan 1970", "bos_token": "<another>"}),
+    "variables": (
+        [USER],
+        {"enable_thinking": False, "date_string": "1 Jan 1970", "bos_token": "<another>"},
+    ),
 }
 OWN = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 
@@ -251,18 +283,31 @@ def test_prompts_are_those_of_transformers(name, run, open_templates, tokenizer)
         kwargs = {key: value for key, value in options.items() if key not in OWN}
         expected = outcome(
             lambda messages=messages, options=options: tokenizer.apply_chat_template(
-                messages, chat_template=LIKE[name], tokenize=False, **{"add_generation_prompt": True, **options}
+                messages,
+                chat_template=LIKE[name],
+                tokenize=False,
+                **{"add_generation_prompt": True, **options},
             )
         )
-        found = outcome(lambda messages=messages, own=own, kwargs=kwargs: run(templates.render(messages, **own, kwargs=kwargs)))
+        found = outcome(
+            lambda messages=messages, own=own, kwargs=kwargs: run(
+                templates.render(messages, **own, kwargs=kwargs)
+            )
+        )
         assert found[:200] == expected[:200], case
         assert found.startswith("refused: ") or found == expected, case
     assert not outcome(lambda: run(templates.render([USER]))).startswith("refused")
 
 
 def test_each_template_renders_what_it_is_for(run, open_templates):
-    renders = {name: open_templates(LIKE[name]).render for name in ("llama 3.1", "qwen 2.5", "mistral")}
-    for name, mark in (("llama 3.1", "Environment: ipython"), ("qwen 2.5", "<tool_call>"), ("mistral", "[AVAILABLE_TOOLS]")):
+    renders = {
+        name: open_templates(LIKE[name]).render for name in ("llama 3.1", "qwen 2.5", "mistral")
+    }
+    for name, mark in (
+        ("llama 3.1", "Environment: ipython"),
+        ("qwen 2.5", "<tool_call>"),
+        ("mistral", "[AVAILABLE_TOOLS]"),
+    ):
         assert mark in run(renders[name](*CASES["tools"][:1], [TOOL]))
         assert "Zürich" in run(renders[name](CASES["tools"][0]))
 
@@ -271,18 +316,26 @@ def test_the_tiny_models_own_template_renders_as_its_tokenizer_does(run, tiny_mo
     templates = run(Templates.open(tiny_model))
     try:
         assert templates.text == tokenizer.chat_template
-        expected = tokenizer.apply_chat_template([SYSTEM, USER], tokenize=False, add_generation_prompt=True)
+        expected = tokenizer.apply_chat_template(
+            [SYSTEM, USER], tokenize=False, add_generation_prompt=True
+        )
         assert run(templates.render([SYSTEM, USER])) == expected
     finally:
         run(templates.close())
 
 
 def test_what_a_template_raises_is_told_in_its_words(run, open_templates):
-    with pytest.raises(UsageError, match="refuses these messages: System role not supported") as caught:
+    with pytest.raises(
+        UsageError, match="refuses these messages: System role not supported"
+    ) as caught:
         run(open_templates(LIKE["gemma"]).render([SYSTEM, USER]))
     assert caught.value.code == "E_CHAT_TEMPLATE_REFUSED"
     with pytest.raises(UsageError) as caught:
-        run(open_templates("{{ raise_exception(messages[0].content * 100000) }}").render([{"role": "user", "content": "no\nway "}]))
+        run(
+            open_templates("{{ raise_exception(messages[0].content * 100000) }}").render(
+                [{"role": "user", "content": "no\nway "}]
+            )
+        )
     assert len(caught.value.message) < 400 and "\n" not in caught.value.message
 
 
@@ -291,9 +344,15 @@ HOSTILE = {  # what it does -> a template that does it when a user says so, and 
     "loops": (SLOW, "more than 1 s"),
     "one slow instruction": ("{{ (9 ** messages | length) ** (9 ** 9) }}", "more than 1 s"),
     "a long text": ("{{ messages[0].content * 10**10 }}", "memory"),
-    "doubling": ("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}", "memory"),
+    "doubling": (
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "memory",
+    ),
     "padding": ("{{ '%099999999999d' % messages | length }}", "memory"),
-    "endless output": ("{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}", "memory|more than 1 s"),
+    "endless output": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+        "memory|more than 1 s",
+    ),
     "long output": ("{{ messages[0].content * 5000000 }}", "result is too long"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
@@ -307,9 +366,13 @@ HOSTILE = {  # what it does -> a template that does it when a user says so, and 
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_fails_within_the_limits_and_the_next_call_works(name, run, open_templates):
+def test_a_hostile_template_fails_within_the_limits_and_the_next_call_works(
+    name, run, open_templates
+):
     template, message = HOSTILE[name]
-    templates = open_templates("{% if evil %}" + template + "{% else %}good{% endif %}", timeout_s=1)
+    templates = open_templates(
+        "{% if evil %}" + template + "{% else %}good{% endif %}", timeout_s=1
+    )
     messages = [{"role": "user", "content": "four"}]
     started = time.monotonic()
     with pytest.raises(UsageError, match=message) as caught:
@@ -330,7 +393,9 @@ def test_a_hostile_template_fails_within_the_limits_and_the_next_call_works(name
         ("{{ 'x' * 10**8 }}", "memory"),
     ],
 )
-def test_a_template_that_does_not_compile_is_refused_when_it_is_opened(text, message, open_templates):
+def test_a_template_that_does_not_compile_is_refused_when_it_is_opened(
+    text, message, open_templates
+):
     with pytest.raises(CheckpointRefused, match=message) as caught:
         open_templates(text, timeout_s=1)
     assert caught.value.code == "E_CHAT_TEMPLATE"
@@ -374,7 +439,11 @@ def write_config(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools | length }}"}, {"name": "rag", "template": "docs"}]
+NAMED = [
+    {"name": "default", "template": "plain"},
+    {"name": "tool_use", "template": "{{ tools | length }}"},
+    {"name": "rag", "template": "docs"},
+]
 
 
 def remove(folder):
@@ -417,7 +486,15 @@ def empty(folder):
 
 @pytest.mark.parametrize(
     "prepare",
-    [only_config, named_in_config, file_before_config, named_files, files_only_in_the_folder, windows_lines, empty],
+    [
+        only_config,
+        named_in_config,
+        file_before_config,
+        named_files,
+        files_only_in_the_folder,
+        windows_lines,
+        empty,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_the_template_is_the_one_that_transformers_takes(prepare, run, tiny_copy):
@@ -427,7 +504,9 @@ def test_the_template_is_the_one_that_transformers_takes(prepare, run, tiny_copy
     try:
         for tools in (None, [TOOL]):
             options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
-            assert run(templates.render([USER], tools)) == tokenizer.apply_chat_template([USER], **options)
+            assert run(templates.render([USER], tools)) == tokenizer.apply_chat_template(
+                [USER], **options
+            )
     finally:
         run(templates.close())
 
@@ -481,12 +560,25 @@ def test_only_a_template_that_mentions_tools_accepts_them(tiny_copy):
         ({"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False}}, None),
         ({"extra_special_tokens": {"boi": "<boi>", "eoi_token": "<eoi>"}}, None),
         ({"extra_special_tokens": ["<a>"], "additional_special_tokens": ["<b>"]}, None),
-        ({}, {"bos_token": {"content": "<legacy>", "lstrip": False}, "sep_token": "<sep>", "additional_special_tokens": ["<c>"]}),
-        ({"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}}, {"bos_token": "<ignored>"}),
+        (
+            {},
+            {
+                "bos_token": {"content": "<legacy>", "lstrip": False},
+                "sep_token": "<sep>",
+                "additional_special_tokens": ["<c>"],
+            },
+        ),
+        (
+            {"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}},
+            {"bos_token": "<ignored>"},
+        ),
     ],
 )
 def test_special_tokens_are_those_of_the_tokenizer(config, legacy, tiny_copy):
     write_config(tiny_copy, **config)
     if legacy is not None:
         (tiny_copy / "special_tokens_map.json").write_text(json.dumps(legacy))
-    assert find_special_tokens(tiny_copy) == AutoTokenizer.from_pretrained(tiny_copy).special_tokens_map
+    assert (
+        find_special_tokens(tiny_copy)
+        == AutoTokenizer.from_pretrained(tiny_copy).special_tokens_map
+    )

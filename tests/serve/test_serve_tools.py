@@ -31,7 +31,14 @@ ID = re.compile(r"call_[0-9a-f]{24}")
 
 
 def tool(name, parameters=None, **more):
-    return {"type": "function", "function": {"name": name, **({} if parameters is None else {"parameters": parameters}), **more}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            **({} if parameters is None else {"parameters": parameters}),
+            **more,
+        },
+    }
 
 
 def named(name):
@@ -39,7 +46,9 @@ def named(name):
 
 
 def parser_of(kind):
-    return {"named": lambda: NamedParser("f"), "required": RequiredParser}.get(kind, lambda: make_parser(kind, NAMES))()
+    return {"named": lambda: NamedParser("f"), "required": RequiredParser}.get(
+        kind, lambda: make_parser(kind, NAMES)
+    )()
 
 
 def deltas_of(kind, pieces):
@@ -59,7 +68,9 @@ def read(kind, *pieces):
 
 # Whole answers
 
-ARGUMENTS = '{"city": "Zürich \\"}{ \\u00e9\\\\", "days": [1, {"a": {}}, "</tool_call>"], "x": null}'
+ARGUMENTS = (
+    '{"city": "Zürich \\"}{ \\u00e9\\\\", "days": [1, {"a": {}}, "</tool_call>"], "x": null}'
+)
 
 ANSWERS = [
     ("hermes", "Hello <b>you</b>, 1 < 2", "Hello <b>you</b>, 1 < 2", []),
@@ -137,7 +148,12 @@ def test_one_character_at_a_time_makes_the_same_answer(kind, text, content, call
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 keys = st.text(max_size=5)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts | st.just("</tool_call>;{[<"),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+    | st.just("</tool_call>;{[<"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
@@ -150,7 +166,10 @@ def written_calls(draw, kind):
     name = draw(st.sampled_from(NAMES))
     indent, ascii_only = draw(st.sampled_from([None, 2])), draw(st.booleans())
     arguments = json.dumps(draw(objects), indent=indent, ensure_ascii=ascii_only)
-    parts = [f'"name": "{name}"', f'"{"arguments" if kind == "hermes" else "parameters"}":{draw(st.sampled_from(["", " "]))}{arguments}']
+    parts = [
+        f'"name": "{name}"',
+        f'"{"arguments" if kind == "hermes" else "parameters"}":{draw(st.sampled_from(["", " "]))}{arguments}',
+    ]
     text = "{" + ", ".join(draw(st.permutations(parts))) + "}"
     if kind == "hermes":
         text = f"<tool_call>\n{text}\n</tool_call>"
@@ -160,14 +179,28 @@ def written_calls(draw, kind):
 @st.composite
 def answers(draw, kind):
     calls = draw(st.lists(written_calls(kind), max_size=3))
-    joined = {"hermes": "\n", "llama3_json": draw(st.sampled_from([";", "; ", "\n", "\n;\n"])), "required": ", "}[kind].join(
-        text for text, _ in calls
-    )
+    joined = {
+        "hermes": "\n",
+        "llama3_json": draw(st.sampled_from([";", "; ", "\n", "\n;\n"])),
+        "required": ", ",
+    }[kind].join(text for text, _ in calls)
     return f"[{joined}]" if kind == "required" else joined, [call for _, call in calls]
 
 
 PIECES = (
-    *("<tool_call>", "</tool_call>", "<|python_tag|>", '{"name": "f", ', '"parameters": {', '"arguments":', '"type"', '"name"', '"f"', "{}", "null"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<|python_tag|>",
+        '{"name": "f", ',
+        '"parameters": {',
+        '"arguments":',
+        '"type"',
+        '"name"',
+        '"f"',
+        "{}",
+        "null",
+    ),
     *'{}[]"\\:,; \n<f1é',
 )
 debris = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
@@ -225,20 +258,60 @@ def test_text_without_calls_comes_out_as_it_is(style, data, text):
 
 def test_content_is_given_out_at_once_and_a_marker_never():
     parser = make_parser("hermes", NAMES)
-    given_out = [parser.push(piece).content for piece in ("Hi", " there", " <tool", "_call", ">", "\n{", "x")]
+    given_out = [
+        parser.push(piece).content for piece in ("Hi", " there", " <tool", "_call", ">", "\n{", "x")
+    ]
     assert given_out == ["Hi", " there", "", "", "", "", " <tool_call>\n{x"]
 
 
 def test_arguments_are_streamed_while_they_are_written():
-    deltas, _ = deltas_of("hermes", ["<tool_call>\n", '{"name": "f", "argu', 'ments": {"a"', ": [1", ', "}"', "]", "}", "}\n</tool_", "call>"])
+    deltas, _ = deltas_of(
+        "hermes",
+        [
+            "<tool_call>\n",
+            '{"name": "f", "argu',
+            'ments": {"a"',
+            ": [1",
+            ', "}"',
+            "]",
+            "}",
+            "}\n</tool_",
+            "call>",
+        ],
+    )
     pieces = [[(call.index, call.name, call.arguments) for call in delta.calls] for delta in deltas]
-    assert pieces == [[], [], [(0, "f", '{"a"')], [(0, None, ": [1")], [(0, None, ', "}"')], [(0, None, "]")], [(0, None, "}")], [], [], []]
-    assert [call.id is not None for delta in deltas for call in delta.calls] == [True, False, False, False, False]
+    assert pieces == [
+        [],
+        [],
+        [(0, "f", '{"a"')],
+        [(0, None, ": [1")],
+        [(0, None, ', "}"')],
+        [(0, None, "]")],
+        [(0, None, "}")],
+        [],
+        [],
+        [],
+    ]
+    assert [call.id is not None for delta in deltas for call in delta.calls] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_arguments_written_before_the_name_come_with_it():
-    deltas, _ = deltas_of("hermes", ['<tool_call>{"arguments": {"a"', ": 1}, ", '"name": "f"', "}</tool_call>"])
-    assert [[(call.name, call.arguments) for call in delta.calls] for delta in deltas] == [[], [], [("f", '{"a": 1}')], [], []]
+    deltas, _ = deltas_of(
+        "hermes", ['<tool_call>{"arguments": {"a"', ": 1}, ", '"name": "f"', "}</tool_call>"]
+    )
+    assert [[(call.name, call.arguments) for call in delta.calls] for delta in deltas] == [
+        [],
+        [],
+        [("f", '{"a": 1}')],
+        [],
+        [],
+    ]
 
 
 def test_an_answer_in_json_is_not_kept_back_to_its_end():
@@ -250,7 +323,10 @@ def test_an_answer_in_json_is_not_kept_back_to_its_end():
 def test_two_calls_in_one_piece_are_two_deltas():
     parser = RequiredParser()
     delta = parser.push('[{"name": "f", "parameters": {}}, {"name": "g", "parameters": {"a": 1}}]')
-    assert [(call.index, call.name, call.arguments) for call in delta.calls] == [(0, "f", "{}"), (1, "g", '{"a": 1}')]
+    assert [(call.index, call.name, call.arguments) for call in delta.calls] == [
+        (0, "f", "{}"),
+        (1, "g", '{"a": 1}'),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +336,9 @@ def test_two_calls_in_one_piece_are_two_deltas():
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [*STYLES, "required"])
 def test_twenty_thousand_pieces_are_read_as_the_whole(kind, text):
-    assert read(kind, text) == read(kind, *text)  # a reader that looked at all of it with each piece would take minutes
+    assert read(kind, text) == read(
+        kind, *text
+    )  # a reader that looked at all of it with each piece would take minutes
 
 
 # Styles
@@ -298,7 +376,10 @@ def test_the_bundled_model_knows_no_tools(tiny_model):
 
 # What a request asks for
 
-F, G = tool("f", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}), tool("g")
+F, G = (
+    tool("f", {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    tool("g"),
+)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +391,21 @@ F, G = tool("f", {"type": "object", "properties": {"a": {"type": "integer"}}, "r
         ([F, G], "none", "none", ()),
         ([F, G], "required", "required", ("f", "g")),
         ([F, G], named("g"), "named", ("g",)),
-        ([F, G], {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}}, "auto", ("g",)),
-        ([F, G], {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named("g"), named("g")]}}, "required", ("g",)),
+        (
+            [F, G],
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}},
+            "auto",
+            ("g",),
+        ),
+        (
+            [F, G],
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [named("g"), named("g")]},
+            },
+            "required",
+            ("g",),
+        ),
     ],
 )
 def test_a_choice_says_what_may_be_called(tools, tool_choice, mode, names):
@@ -326,7 +420,9 @@ def test_the_parser_fits_the_choice():
         "HermesParser", "RequiredParser", "NamedParser",
     ]  # fmt: skip
     assert type(parser_for(choose([F], "auto"), "llama3_json")).__name__ == "LlamaParser"
-    assert parser_for(choose([F], "required"), None) is not None  # the schema says the form, the template need not
+    assert (
+        parser_for(choose([F], "required"), None) is not None
+    )  # the schema says the form, the template need not
 
 
 @pytest.mark.parametrize(
@@ -342,8 +438,16 @@ def test_the_parser_fits_the_choice():
         (None, named("f"), "'f', which is not among"),
         (None, "required", "there are no tools"),
         ([F], "always", "unknown tool_choice 'always'"),
-        ([F], {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}, "there are no tools"),
-        ([F], {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}}, "'g'"),
+        (
+            [F],
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+            "there are no tools",
+        ),
+        (
+            [F],
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}},
+            "'g'",
+        ),
     ],
 )
 def test_what_cannot_be_called_is_refused(tools, tool_choice, says):
@@ -363,11 +467,21 @@ def test_names_up_to_the_limit_are_taken():
 
 NODE = {
     "type": "object",
-    "properties": {"next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}, "v": {"const": {"$ref": "#/$defs/Node"}}},
+    "properties": {
+        "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+        "v": {"const": {"$ref": "#/$defs/Node"}},
+    },
     "required": ["next"],
 }
 TREE = tool(
-    "grow.tree", {"type": "object", "properties": {"$ref": {"$ref": "#/$defs/Node"}}, "required": ["$ref"], "$defs": {"Node": NODE}}, strict=True
+    "grow.tree",
+    {
+        "type": "object",
+        "properties": {"$ref": {"$ref": "#/$defs/Node"}},
+        "required": ["$ref"],
+        "$defs": {"Node": NODE},
+    },
+    strict=True,
 )
 LIST = tool("list", {"type": "object", "properties": {"n": {"$ref": "#/definitions/Node"}, "again": {"$ref": "#"}}, "required": ["n"],
                      "definitions": {"Node": {"type": "integer"}}})  # fmt: skip
@@ -393,9 +507,16 @@ def test_the_schema_of_a_named_function_is_its_own():
 def test_definitions_of_one_name_in_two_tools_stay_apart_and_data_stays_data():
     before = copy.deepcopy(ALL)
     schema = schema_for(CHOICES["required"])
-    assert schema["$defs"]["grow.tree"]["properties"]["$ref"] == {"$ref": "#/$defs/grow.tree/$defs/Node"}
-    assert schema["$defs"]["grow.tree"]["$defs"]["Node"]["properties"]["v"] == {"const": {"$ref": "#/$defs/Node"}}
-    assert schema["$defs"]["list"]["properties"] == {"n": {"$ref": "#/$defs/list/definitions/Node"}, "again": {"$ref": "#/$defs/list"}}
+    assert schema["$defs"]["grow.tree"]["properties"]["$ref"] == {
+        "$ref": "#/$defs/grow.tree/$defs/Node"
+    }
+    assert schema["$defs"]["grow.tree"]["$defs"]["Node"]["properties"]["v"] == {
+        "const": {"$ref": "#/$defs/Node"}
+    }
+    assert schema["$defs"]["list"]["properties"] == {
+        "n": {"$ref": "#/$defs/list/definitions/Node"},
+        "again": {"$ref": "#/$defs/list"},
+    }
     assert before == ALL
 
 
@@ -413,7 +534,9 @@ def grammar_of(tiny_model):
     xgrammar = pytest.importorskip("xgrammar")
     from transformers import AutoTokenizer
 
-    tokens = xgrammar.TokenizerInfo.from_huggingface(AutoTokenizer.from_pretrained(tiny_model), vocab_size=4096)
+    tokens = xgrammar.TokenizerInfo.from_huggingface(
+        AutoTokenizer.from_pretrained(tiny_model), vocab_size=4096
+    )
     compiler = xgrammar.GrammarCompiler(tokens)
     return lambda schema: xgrammar.GrammarMatcher(compiler.compile_json_schema(json.dumps(schema)))
 
@@ -444,7 +567,11 @@ def test_what_the_grammar_accepts_is_read_back_as_the_call(grammar_of, choice, t
     "text",
     [
         *("[]", "{}", '[{"name": "h"', '[{"name": "f", "parameters": {}'),
-        *('[{"name": "f", "parameters": {"a": "1"', '[{"name": "f", "parameters": {"a": 1}, "x"', '[{"name": "list", "parameters": {"n": {"next"'),
+        *(
+            '[{"name": "f", "parameters": {"a": "1"',
+            '[{"name": "f", "parameters": {"a": 1}, "x"',
+            '[{"name": "list", "parameters": {"n": {"next"',
+        ),
     ],
 )
 def test_the_grammar_accepts_nothing_but_calls(grammar_of, text):
@@ -463,18 +590,34 @@ def test_without_parallel_calls_there_is_one(grammar_of):
 
 
 def test_messages_come_as_templates_expect_them_and_the_request_stays():
-    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "é"]}'}}
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a": [1, "é"]}'},
+    }
     messages = [
-        {"role": "system", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}], "name": None},
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}],
+            "name": None,
+        },
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
         {"role": "assistant", "tool_calls": []},
-        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "tool_calls": None},
+        {
+            "role": "assistant",
+            "content": [{"type": "refusal", "refusal": "No."}],
+            "tool_calls": None,
+        },
     ]
     before = copy.deepcopy(messages)
     assert for_template(messages) == [
         {"role": "system", "content": "Be\nkind."},
-        {"role": "assistant", "content": "", "tool_calls": [{**call, "function": {"name": "f", "arguments": {"a": [1, "é"]}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{**call, "function": {"name": "f", "arguments": {"a": [1, "é"]}}}],
+        },
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "No."},
@@ -482,7 +625,12 @@ def test_messages_come_as_templates_expect_them_and_the_request_stays():
     assert messages == before
 
 
-@pytest.mark.parametrize("arguments", ["", "{", "[1]", "3", "null", '"{}"', None, "1" * 5000, "[" * 20_000])
+@pytest.mark.parametrize(
+    "arguments", ["", "{", "[1]", "3", "null", '"{}"', None, "1" * 5000, "[" * 20_000]
+)
 def test_arguments_that_are_no_object_become_an_empty_one(arguments):
-    message = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+    message = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
     assert for_template([message])[0]["tool_calls"][0]["function"]["arguments"] == {}

@@ -46,13 +46,20 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     def __enter__(self) -> HubServer:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -69,7 +76,9 @@ class HubServer:
         if path in ("", "/"):
             return self._send(request, 200, b"a hub")
         parts = unquote(path).strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 6:  # api/models/ORG/NAME/revision|tree/REVISION
+        if (
+            parts[:2] == ["api", "models"] and len(parts) >= 6
+        ):  # api/models/ORG/NAME/revision|tree/REVISION
             return self._api("/".join(parts[2:4]), parts[4], parts[5], request)
         if len(parts) >= 5 and parts[2] == "resolve":  # ORG/NAME/resolve/REVISION/FILE
             return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), request)
@@ -81,10 +90,19 @@ class HubServer:
             return self._send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
         if revision not in REVISIONS:
             return self._send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
-        answer: Any = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+        answer: Any = {
+            "id": name,
+            "sha": COMMIT,
+            "siblings": [{"rfilename": path} for path in files],
+        }
         if what == "tree":
-            answer = [{"type": "file", "path": path, "size": len(content), "oid": _etag(content)} for path, content in files.items()]
-        return self._send(request, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            answer = [
+                {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
+                for path, content in files.items()
+            ]
+        return self._send(
+            request, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
+        )
 
     def _file(self, name: str, revision: str, path: str, request: BaseHTTPRequestHandler) -> None:
         content = self.repositories.get(name, {}).get(path)
@@ -94,9 +112,20 @@ class HubServer:
             return self._send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
         if path == self.broken and request.command == "GET":
             return self._send(request, 418, b"the disk of the hub is broken")
-        return self._send(request, 200, content, {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "none"})
+        return self._send(
+            request,
+            200,
+            content,
+            {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "none"},
+        )
 
-    def _send(self, request: BaseHTTPRequestHandler, status: int, content: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def _send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        content: bytes,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         try:
             request.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():

@@ -35,8 +35,29 @@ def main() -> None:
     dice = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        command = [sys.executable, "-m", "qtool.cli", "quantize", "--model-path", str(MODEL), "--method", arguments.method, "--device", "cpu"]
-        command += ["--calibration", str(MODEL / "calibration.jsonl"), "--num-samples", "4", "--seq-len", "128", "--quiet", "--output", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "qtool.cli",
+            "quantize",
+            "--model-path",
+            str(MODEL),
+            "--method",
+            arguments.method,
+            "--device",
+            "cpu",
+        ]
+        command += [
+            "--calibration",
+            str(MODEL / "calibration.jsonl"),
+            "--num-samples",
+            "4",
+            "--seq-len",
+            "128",
+            "--quiet",
+            "--output",
+            str(output),
+        ]
         start = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         whole_s = time.monotonic() - start
@@ -46,7 +67,12 @@ def main() -> None:
             remove(output)
             late = number % 4 == 3  # every fourth kill near the end, where files are published
             delay_s = dice.uniform(0.85, 1.02) * whole_s if late else dice.uniform(0, whole_s)
-            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            run = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             time.sleep(delay_s)
             kill = os.killpg if number % 2 else os.kill
             with contextlib.suppress(ProcessLookupError):
@@ -54,13 +80,18 @@ def main() -> None:
             run.wait()
             found = state(output)
             complete += found == "complete"
-            print(f"killed after {delay_s:5.1f} s ({'group' if number % 2 else 'command'}): output {found}", flush=True)
+            print(
+                f"killed after {delay_s:5.1f} s ({'group' if number % 2 else 'command'}): output {found}",
+                flush=True,
+            )
             if found == "half":
                 sys.exit(1)
         remove(output)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         left = sorted(path.name for path in Path(folder).iterdir())
-        print(f"the next run works: output {state(output)}, the folder holds {left}; {complete} of {arguments.times} kills came after the end")
+        print(
+            f"the next run works: output {state(output)}, the folder holds {left}; {complete} of {arguments.times} kills came after the end"
+        )
         sys.exit(state(output) != "complete" or left != ["out", "out.qtool.log"])
 
 
@@ -73,7 +104,10 @@ def state(output: Path) -> str:
         return "half"
     files = json.loads(manifest.read_text())["files"]
     names = {path.name for path in output.iterdir()} - {manifest.name}
-    good = names == set(files) and all(hashlib.sha256((output / name).read_bytes()).hexdigest() == files[name]["sha256"] for name in files)
+    good = names == set(files) and all(
+        hashlib.sha256((output / name).read_bytes()).hexdigest() == files[name]["sha256"]
+        for name in files
+    )
     return "complete" if good else "half"
 
 

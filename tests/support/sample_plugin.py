@@ -27,7 +27,11 @@ def sample(tmp_path_factory):
         root.mkdir(parents=True, exist_ok=True)
         with (root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            runs = {library: start(library, root / library) for library in LIBRARIES if not (root / library / "done").exists()}
+            runs = {
+                library: start(library, root / library)
+                for library in LIBRARIES
+                if not (root / library / "done").exists()
+            }
             for library, run in runs.items():
                 assert run.wait() == 0, (root / library / "log").read_text()[-3000:]
                 (root / library / "done").touch()

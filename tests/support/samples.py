@@ -29,14 +29,18 @@ def token_sequences(name: str, count: int, length: int) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
-    return [tokenizer.encode(text, add_special_tokens=False).ids[:length] for text in texts(name, count)]
+    return [
+        tokenizer.encode(text, add_special_tokens=False).ids[:length] for text in texts(name, count)
+    ]
 
 
 def load(source, **options):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.bfloat16, **options}).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        source, **{"dtype": torch.bfloat16, **options}
+    ).eval()
 
 
 def keep_reference(out: Path, *, model=None, weights=None) -> None:
@@ -48,11 +52,16 @@ def keep_reference(out: Path, *, model=None, weights=None) -> None:
         for name in WATCHED:
 
             def keep(module, args, result, name=name):
-                tensors[f"input:{name}"], tensors[f"output:{name}"] = args[0].clone(), result.clone()
+                tensors[f"input:{name}"], tensors[f"output:{name}"] = (
+                    args[0].clone(),
+                    result.clone(),
+                )
 
             model.get_submodule(name).register_forward_hook(keep)
         with torch.no_grad():
-            tensors["logits"] = model(torch.tensor(token_sequences("evaluation.jsonl", 1, PROMPT_TOKENS)), use_cache=False).logits.float()
+            tensors["logits"] = model(
+                torch.tensor(token_sequences("evaluation.jsonl", 1, PROMPT_TOKENS)), use_cache=False
+            ).logits.float()
     save_file(tensors, out.with_name(f"{out.name}.reference.safetensors"))
 
 
@@ -60,7 +69,9 @@ def shorten(source: Path, out: Path, layers: int = 2) -> Path:
     """Write the model again with its first ``layers`` only: GPTQModel is slow."""
     from transformers import AutoConfig, AutoTokenizer
 
-    load(source, config=AutoConfig.from_pretrained(source, num_hidden_layers=layers)).save_pretrained(out)
+    load(
+        source, config=AutoConfig.from_pretrained(source, num_hidden_layers=layers)
+    ).save_pretrained(out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
     return out
 
@@ -72,14 +83,29 @@ def make_ct(source: Path, out: Path) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in token_sequences("calibration.jsonl", 4, 64)])
-    fp8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    data = Dataset.from_list(
+        [
+            {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            for ids in token_sequences("calibration.jsonl", 4, 64)
+        ]
+    )
+    fp8 = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "dynamic": False,
+    }
 
     def preset(name, targets=("Linear",)):
         return preset_name_to_scheme(name, list(targets)).model_dump()
 
     def group(weights, inputs=None):
-        return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}}
+        return {
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+            }
+        }
 
     presets = """FP8_DYNAMIC FP8_BLOCK W8A8 W8A16 W4A16 W4A16_ASYM W2A16 W3A16 W5A16 W6A16 W7A16 W4A8 W4AFP8 NVFP4A16 MXFP4 MXFP4A16 MXFP8 MXFP8A16"""
     recipes = {name: {"targets": "Linear", "scheme": name} for name in presets.split()}
@@ -88,27 +114,54 @@ def make_ct(source: Path, out: Path) -> None:
         "FP8": {"targets": "Linear", "scheme": "FP8"},
         "NVFP4": {"targets": "Linear", "scheme": "NVFP4"},
         "fp8_weight_only": group({**fp8, "strategy": "channel"}),
-        "W5A16_ASYM": group({"num_bits": 5, "type": "int", "symmetric": False, "strategy": "channel"}),
-        "W8A8_STATIC_ASYM": group({**int8, "strategy": "channel"}, {**int8, "symmetric": False, "strategy": "tensor", "dynamic": False}),
+        "W5A16_ASYM": group(
+            {"num_bits": 5, "type": "int", "symmetric": False, "strategy": "channel"}
+        ),
+        "W8A8_STATIC_ASYM": group(
+            {**int8, "strategy": "channel"},
+            {**int8, "symmetric": False, "strategy": "tensor", "dynamic": False},
+        ),
         "mixed": {
             "config_groups": {
                 "attention": preset("FP8_DYNAMIC", ["re:.*self_attn.*_proj$"]),
                 "mlp": preset("W4A16", [r"re:.*mlp\.(gate|up)_proj$"]),
             }
         },
-        "kv_fp8": {"targets": "Linear", "scheme": "FP8_DYNAMIC", "kv_cache_scheme": QuantizationArgs(**fp8)},
+        "kv_fp8": {
+            "targets": "Linear",
+            "scheme": "FP8_DYNAMIC",
+            "kv_cache_scheme": QuantizationArgs(**fp8),
+        },
     }
     for name, recipe in recipes.items():
         model = load(source)
         needs_data = name in ("FP8", "NVFP4", "W8A8_STATIC_ASYM", "kv_fp8")
-        options = {"dataset": data, "num_calibration_samples": 4, "max_seq_length": 64, "shuffle_calibration_samples": False, "pipeline": "basic"}
-        oneshot(model=model, recipe=[QuantizationModifier(ignore=["lm_head"], **recipe)], **(options if needs_data else {}))
+        options = {
+            "dataset": data,
+            "num_calibration_samples": 4,
+            "max_seq_length": 64,
+            "shuffle_calibration_samples": False,
+            "pipeline": "basic",
+        }
+        oneshot(
+            model=model,
+            recipe=[QuantizationModifier(ignore=["lm_head"], **recipe)],
+            **(options if needs_data else {}),
+        )
         model.save_pretrained(out / name)
-        loaded = load(out / name, dtype=torch.float32)  # so that its roundings can be compared exactly
-        with contextlib.suppress(RuntimeError):  # the first forward decompresses, NVFP4 to bf16 whatever it is asked for
+        loaded = load(
+            out / name, dtype=torch.float32
+        )  # so that its roundings can be compared exactly
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the first forward decompresses, NVFP4 to bf16 whatever it is asked for
             loaded(torch.tensor([[1, 2, 3]]))
         torch.nn.Module.float(loaded)  # transformers' own refuses
-        weights = {module_name: module.weight.data for module_name, module in loaded.named_modules() if module_name.endswith("_proj")}
+        weights = {
+            module_name: module.weight.data
+            for module_name, module in loaded.named_modules()
+            if module_name.endswith("_proj")
+        }
         keep_reference(out / name, model=loaded, weights=weights)
 
 
@@ -120,7 +173,10 @@ def make_gptq(source: Path, out: Path) -> None:
 
     loop_processor._PROJECT_LOG_DIR = out / "logs"
     short = shorten(source, out / "short-model")
-    data = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in token_sequences("calibration.jsonl", 4, 64)]
+    data = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        for ids in token_sequences("calibration.jsonl", 4, 64)
+    ]
     dynamic = {"-:.*o_proj.*": {}, "+:.*down_proj.*": {"bits": 8, "group_size": 64}}
     quick = {"mock_quantization": True}
     configs = {
@@ -135,12 +191,18 @@ def make_gptq(source: Path, out: Path) -> None:
     }
     for name, config in configs.items():
         model = GPTQModel.load(str(source if name == "rtn4" else short), config)
-        model.quantize(None if name.startswith("rtn") else data, batch_size=1, calibration_sort=None)
+        model.quantize(
+            None if name.startswith("rtn") else data, batch_size=1, calibration_sort=None
+        )
         model.save(str(out / name))
         if name == "rtn_gemm":
             continue  # its own loader refuses method gptq with format gemm
         loaded = GPTQModel.load(str(out / name), device="cpu", backend=BACKEND.TORCH).model
-        weights = {n: m.dequantize_weight().T.float() for n, m in loaded.named_modules() if hasattr(m, "dequantize_weight")}
+        weights = {
+            n: m.dequantize_weight().T.float()
+            for n, m in loaded.named_modules()
+            if hasattr(m, "dequantize_weight")
+        }
         keep_reference(out / name, model=loaded.to(torch.bfloat16), weights=weights)
 
 
@@ -177,15 +239,31 @@ def make_modelopt(source: Path, out: Path) -> None:
     configs["FP8_KV"] = copy.deepcopy(configs["FP8"])
     configs["FP8_KV"]["quant_cfg"] += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
     configs["MIXED"] = copy.deepcopy(configs["FP8"])
-    nvfp4 = [entry for entry in copy.deepcopy(configs["NVFP4"]["quant_cfg"]) if entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer")]
-    configs["MIXED"]["quant_cfg"] += [{**entry, "quantizer_name": f"*mlp.{entry['quantizer_name']}"} for entry in nvfp4]
+    nvfp4 = [
+        entry
+        for entry in copy.deepcopy(configs["NVFP4"]["quant_cfg"])
+        if entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer")
+    ]
+    configs["MIXED"]["quant_cfg"] += [
+        {**entry, "quantizer_name": f"*mlp.{entry['quantizer_name']}"} for entry in nvfp4
+    ]
     for entry in configs["MIXED"]["quant_cfg"][-len(nvfp4) :]:
         entry["quantizer_name"] = entry["quantizer_name"].replace("*mlp.*", "*mlp.*_proj.")
     configs["MIXED"]["quant_cfg"].append({"quantizer_name": "*mlp.down_proj.*", "enable": False})
-    no_forward = ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8", "MIXED")
+    no_forward = (
+        "NVFP4",
+        "W4A16_NVFP4",
+        "W4A8_NVFP4_FP8",
+        "MXFP8",
+        "MXFP4",
+        "W4A8_MXFP4_FP8",
+        "MIXED",
+    )
     for name, config in configs.items():
         model = mtq.quantize(load(source), config, forward_loop)
-        keep_reference(out / name, model=None if name in no_forward else copy.deepcopy(model).float())
+        keep_reference(
+            out / name, model=None if name in no_forward else copy.deepcopy(model).float()
+        )
         export_hf_checkpoint(model, export_dir=out / name)
 
 
@@ -199,4 +277,6 @@ if __name__ == "__main__":
         "TQDM_DISABLE": "1",
     }
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    {"ct": make_ct, "gptq": make_gptq, "modelopt": make_modelopt}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    {"ct": make_ct, "gptq": make_gptq, "modelopt": make_modelopt}[sys.argv[1]](
+        Path(sys.argv[2]), Path(sys.argv[3])
+    )

@@ -57,10 +57,26 @@ def start_server(folder: Path, model: Path | str, *arguments: object, ready: boo
     """Start `qtool serve` for ``model``, with its logs in ``folder``; wait until it is ready, or only until it listens."""
     port = free_port()
     log, out = folder / f"serve-{port}.err", folder / f"serve-{port}.out"
-    command = [sys.executable, "-m", "qtool.cli", "serve", "--model-path", str(model), "--port", str(port), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "QTOOL_"))}
+    command = [
+        sys.executable,
+        "-m",
+        "qtool.cli",
+        "serve",
+        "--model-path",
+        str(model),
+        "--port",
+        str(port),
+        *map(str, arguments),
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "QTOOL_"))
+    }
     with log.open("wb") as errors, out.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment
+        )
     server = Server(process, f"http://127.0.0.1:{port}", str(model), log, out)
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and process.poll() is None:

@@ -45,15 +45,23 @@ def repair() -> None:
         if left.dtype.scalar != tl.bfloat16:
             return plain_binary(self, left, right, operation)
         result = operation(_float32(left), _float32(right))
-        return TensorHandle(_converted(result, tl.float32, tl.bfloat16, None), tl.bfloat16) if result.dtype != bool else TensorHandle(result, tl.int1)
+        return (
+            TensorHandle(_converted(result, tl.float32, tl.bfloat16, None), tl.bfloat16)
+            if result.dtype != bool
+            else TensorHandle(result, tl.int1)
+        )
 
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         exact = np.float64 if a.dtype.is_floating() else np.int32
         left, right = (_float32(part) if part.dtype.is_floating() else part.data for part in (a, b))
-        return TensorHandle((left.astype(exact) @ right.astype(exact)).astype(d.data.dtype) + d.data, d.dtype.scalar)
+        return TensorHandle(
+            (left.astype(exact) @ right.astype(exact)).astype(d.data.dtype) + d.data, d.dtype.scalar
+        )
 
     InterpreterBuilder.binary_op, InterpreterBuilder.create_dot = binary_op, dot
-    InterpreterBuilder.create_fma = lambda self, x, y, z: TensorHandle((np.float64(1) * x.data * y.data + z.data).astype(np.float32), tl.float32)
+    InterpreterBuilder.create_fma = lambda self, x, y, z: TensorHandle(
+        (np.float64(1) * x.data * y.data + z.data).astype(np.float32), tl.float32
+    )
     triton_tiles.gdc_wait = triton_tiles.gdc_launch_dependents = lambda: None
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(
         _converted(np.array([value], np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16
@@ -66,8 +74,14 @@ def _float32(handle):
 
 
 def _converted(data, source, target, rounding_mode):
-    numbers = torch.from_numpy(np.ascontiguousarray(data).copy()).view(TORCH[source.scalar]).to(TORCH[target.scalar])
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.float64}[numbers.element_size()]
+    numbers = (
+        torch.from_numpy(np.ascontiguousarray(data).copy())
+        .view(TORCH[source.scalar])
+        .to(TORCH[target.scalar])
+    )
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.float64}[
+        numbers.element_size()
+    ]
     if target.scalar == tl.float16:
         return numbers.numpy()
     array = numbers.view(whole).numpy()
@@ -78,7 +92,9 @@ def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
     """Run the few PTX instructions our kernels use, on pairs of 16-bit words."""
     words = np.ascontiguousarray(values[0].data)
     if assembly.startswith("prefetch"):
-        return SimpleNamespace(get_result=lambda _: TensorHandle(np.zeros(words.shape, np.int32), tl.int32))
+        return SimpleNamespace(
+            get_result=lambda _: TensorHandle(np.zeros(words.shape, np.int32), tl.int32)
+        )
     registers = {"$1": words.view(np.uint32).astype(np.uint64)}
 
     def value(name):
@@ -93,13 +109,24 @@ def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
         if name == "lop3.b32":
             b, c, table = rest
             bits = [
-                (np.bitwise_and(np.bitwise_and(a if i & 4 else ~a, b if i & 2 else ~b), c if i & 1 else ~c)) for i in range(8) if int(table) >> i & 1
+                (
+                    np.bitwise_and(
+                        np.bitwise_and(a if i & 4 else ~a, b if i & 2 else ~b), c if i & 1 else ~c
+                    )
+                )
+                for i in range(8)
+                if int(table) >> i & 1
             ]
             result = np.bitwise_or.reduce(np.broadcast_arrays(*bits))
         else:
             result = a >> rest[0] if name == "shr.b32" else a << rest[0]
         registers[target] = result & np.uint64(0xFFFFFFFF)
-    pairs = np.broadcast_to(registers["$0"], registers["$1"].shape).astype(np.uint32).view(np.int16).reshape(words.shape)
+    pairs = (
+        np.broadcast_to(registers["$0"], registers["$1"].shape)
+        .astype(np.uint32)
+        .view(np.int16)
+        .reshape(words.shape)
+    )
     return SimpleNamespace(get_result=lambda _: TensorHandle(pairs, tl.int16))
 
 
@@ -132,7 +159,9 @@ def resources(kernel) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared}
@@ -143,13 +172,23 @@ def empty_packed(module: str, spec: LinearSpec) -> dict[str, torch.Tensor]:
     (rows, columns), weights = spec.shape, spec.scheme.weights
     group = weights.group_size or columns
     eight = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-    scale_type = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "float": torch.bfloat16}[weights.scale]
+    scale_type = {
+        "e4m3": torch.float8_e4m3fn,
+        "e8m0": torch.float8_e8m0fnu,
+        "float": torch.bfloat16,
+    }[weights.scale]
     empty = partial(torch.empty, device="meta")
     weight = QuantizedWeight(
-        empty(rows, columns, dtype=eight[weights.format]) if weights.bits == 8 else empty(rows, columns // 2, dtype=torch.uint8),
-        empty(1 if weights.granularity == "tensor" else rows, -(-columns // group), dtype=scale_type),
+        empty(rows, columns, dtype=eight[weights.format])
+        if weights.bits == 8
+        else empty(rows, columns // 2, dtype=torch.uint8),
+        empty(
+            1 if weights.granularity == "tensor" else rows, -(-columns // group), dtype=scale_type
+        ),
         empty(rows, dtype=torch.float32) if weights.scale == "e4m3" else None,
         None if weights.symmetric else empty(rows, -(-columns // group), dtype=torch.int8),
-        activation=Activation(spec.scheme.activations, empty((), dtype=torch.float32)) if spec.static_input and spec.scheme.activations else None,
+        activation=Activation(spec.scheme.activations, empty((), dtype=torch.float32))
+        if spec.static_input and spec.scheme.activations
+        else None,
     )
     return load_kernel(module).pack(spec, weight)

@@ -53,16 +53,29 @@ def applies(q: Tensor, kv: KVPages, out: Tensor, window: int | None, softcap: fl
     )
 
 
-def prefill(q: Tensor, kv: KVPages, packed: Packed, out: Tensor, factor: float, v_scale: float, launch: dict[str, Any]) -> None:
+def prefill(
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    out: Tensor,
+    factor: float,
+    v_scale: float,
+    launch: dict[str, Any],
+) -> None:
     """Fill ``out`` for the tokens of chunks where `applies`; ``factor`` makes logits in units of log2. See `triton_paged.prefill`."""
     assert packed.starts is not None
     (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1
     shared = heads // kv_heads
     together = min(shared & -shared, 16)  # heads of a block: the largest power of two that divides
     counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
-    blocks = heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
+    blocks = (
+        heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
+    )
     half = TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
-    pages = (TensorDescriptor.from_tensor(part.view(-1, head_dim), [PAGE, WIDE], _layout(part, 2)) for part in (kv.k, kv.v))
+    pages = (
+        TensorDescriptor.from_tensor(part.view(-1, head_dim), [PAGE, WIDE], _layout(part, 2))
+        for part in (kv.k, kv.v)
+    )
     _prefill[(min(_processors(q.device), blocks),)](
         half,
         *pages,
@@ -90,11 +103,17 @@ def prefill(q: Tensor, kv: KVPages, packed: Packed, out: Tensor, factor: float, 
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )
 
 
 def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=rank)
+    return gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=rank
+    )
 
 
 @gluon.jit(
@@ -132,18 +151,77 @@ def _prefill(  # type: ignore[no-untyped-def]
     if PDL:
         gdc_launch_dependents()
     queries = gl.allocate_shared_memory(q.dtype, [2 * PARTS] + q.block_type.shape, q.layout)
-    keys = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS * PAGES] + k.block_type.shape, k.layout)
-    values = gl.allocate_shared_memory(v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout)
+    keys = gl.allocate_shared_memory(
+        k.dtype, [STAGES * PARTS * PAGES] + k.block_type.shape, k.layout
+    )
+    values = gl.allocate_shared_memory(
+        v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout
+    )
     mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # When queries (and mail), keys and values are there, when both groups are done with them, and whose turn it is.
-    queries_in, queries_out, first_turn, second_turn = _barriers(1, 1), _barriers(1, 2), _barriers(1, 1), _barriers(1, 1)
-    keys_in, keys_out, values_in, values_out = _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2)
-    filled, emptied = (queries_in.index(0), keys_in, values_in), (queries_out.index(0), keys_out, values_out)
+    queries_in, queries_out, first_turn, second_turn = (
+        _barriers(1, 1),
+        _barriers(1, 2),
+        _barriers(1, 1),
+        _barriers(1, 1),
+    )
+    keys_in, keys_out, values_in, values_out = (
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
+    )
+    filled, emptied = (
+        (queries_in.index(0), keys_in, values_in),
+        (queries_out.index(0), keys_out, values_out),
+    )
     turns = (first_turn.index(0), second_turn.index(0))
     gl.warp_specialize(
         [
-            (_attend, (0, queries, keys, values, mail, filled, emptied, turns, out, factor, v_scale, TOGETHER, HEADS, D, KEYS, STAGES, TURNS)),
-            (_attend, (1, queries, keys, values, mail, filled, emptied, turns, out, factor, v_scale, TOGETHER, HEADS, D, KEYS, STAGES, TURNS)),
+            (
+                _attend,
+                (
+                    0,
+                    queries,
+                    keys,
+                    values,
+                    mail,
+                    filled,
+                    emptied,
+                    turns,
+                    out,
+                    factor,
+                    v_scale,
+                    TOGETHER,
+                    HEADS,
+                    D,
+                    KEYS,
+                    STAGES,
+                    TURNS,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    1,
+                    queries,
+                    keys,
+                    values,
+                    mail,
+                    filled,
+                    emptied,
+                    turns,
+                    out,
+                    factor,
+                    v_scale,
+                    TOGETHER,
+                    HEADS,
+                    D,
+                    KEYS,
+                    STAGES,
+                    TURNS,
+                ),
+            ),
             (
                 _load,
                 (
@@ -215,7 +293,9 @@ def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyp
 
 
 @gluon.jit
-def _work(item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
+def _work(
+    item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr
+):  # type: ignore[no-untyped-def]
     """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if none, its position and its row of the table."""
     start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
     there = block >= 0
@@ -265,7 +345,9 @@ def _load(  # type: ignore[no-untyped-def]
     if PDL:
         gdc_wait()  # the groups do nothing before the first letter
     item = gl.program_id(0)
-    token, left, position, row, total = _work(item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF)
+    token, left, position, row, total = _work(
+        item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF
+    )
     number, step = 0, 0
     while left > 0:
         head = item % HEADS
@@ -292,24 +374,38 @@ def _load(  # type: ignore[no-untyped-def]
                 inside = (first + i) * PAGE <= last
                 page = gl.load(table + row.to(gl.int64) * width + first + i, mask=inside, other=0)
                 # What lies outside becomes zeros: what a page held before might be NaN.
-                pages = pages + (gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),)  # type: ignore[assignment]
+                pages = pages + (
+                    gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),
+                )  # type: ignore[assignment]
             loaded = keys_in.index(stage)
             mbarrier.wait(keys_out.index(stage), phase)
             mbarrier.expect(loaded, PARTS * PAGES * k.block_type.nbytes)
             for i in gl.static_range(PARTS * PAGES):
-                tma.async_copy_global_to_shared(k, [pages[i % PAGES], i // PAGES * WIDE], loaded, keys.index(stage * PARTS * PAGES + i))
+                tma.async_copy_global_to_shared(
+                    k,
+                    [pages[i % PAGES], i // PAGES * WIDE],
+                    loaded,
+                    keys.index(stage * PARTS * PAGES + i),
+                )
             loaded = values_in.index(stage)
             mbarrier.wait(values_out.index(stage), phase)
             mbarrier.expect(loaded, PARTS * PAGES * v.block_type.nbytes)
             for i in gl.static_range(PARTS * PAGES):
-                tma.async_copy_global_to_shared(v, [pages[i % PAGES], i // PAGES * WIDE], loaded, values.index(stage * PARTS * PAGES + i))
+                tma.async_copy_global_to_shared(
+                    v,
+                    [pages[i % PAGES], i // PAGES * WIDE],
+                    loaded,
+                    values.index(stage * PARTS * PAGES + i),
+                )
             step += 1
             if tile == gl.minimum(tiles, STAGES) - 1:  # while all places are taken
                 drawn = gl.atomic_add(counter, 1)
                 if drawn == total - 1:  # nobody will draw again
                     gl.store(counter, 0)
                 next_item = gl.num_programs(0) + drawn
-                next_token, next_left, next_position, next_row, _ = _work(next_item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF)
+                next_token, next_left, next_position, next_row, _ = _work(
+                    next_item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF
+                )
         item = next_item
         token, left, position, row = next_token, next_left, next_position, next_row
         number += 1
@@ -325,7 +421,17 @@ def _read(mail, I: gl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @gluon.jit
-def _soften(logits, top, total, factor, own, keys, MASKED: gl.constexpr, dtype: gl.constexpr, OPERAND: gl.constexpr):  # type: ignore[no-untyped-def]
+def _soften(
+    logits,
+    top,
+    total,
+    factor,
+    own,
+    keys,
+    MASKED: gl.constexpr,
+    dtype: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # type: ignore[no-untyped-def]
     """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each row, and what is kept of earlier sums."""
     if MASKED:
         logits = gl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
@@ -333,7 +439,12 @@ def _soften(logits, top, total, factor, own, keys, MASKED: gl.constexpr, dtype: 
     base = new_top * factor
     weights = gl.exp2(logits * factor - base[:, None])
     kept = gl.exp2(top * factor - base)
-    return gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True), new_top, total * kept + gl.sum(weights, 1), kept
+    return (
+        gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True),
+        new_top,
+        total * kept + gl.sum(weights, 1),
+        kept,
+    )
 
 
 @gluon.jit
@@ -376,7 +487,9 @@ def _attend(  # type: ignore[no-untyped-def]
     all_values = values._reinterpret(dtype, [STAGES, KEYS, D], values.layout)
     none = gl.zeros((ROWS, KEYS), gl.float32, S)
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
-    mine = (GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S))) // TOGETHER  # the token of a row
+    mine = (
+        GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    ) // TOGETHER  # the token of a row
     number, step, turn = 0, 0, 1 - GROUP
     mbarrier.wait(queries_in, 0)
     left = _read(mail, 1)
@@ -385,13 +498,17 @@ def _attend(  # type: ignore[no-untyped-def]
         last = position + gl.minimum(left, TOKENS) - 1
         own = gl.minimum(position + mine, last)
         tiles = last // KEYS + 1
-        whole = gl.maximum((position + 1) // KEYS, 1)  # tiles from here on are not seen by every row
+        whole = gl.maximum(
+            (position + 1) // KEYS, 1
+        )  # tiles from here on are not seen by every row
         # The first tile.
         stage = step % STAGES
         mbarrier.wait(keys_in.index(stage), step // STAGES % 2)
         if TURNS:
             mbarrier.wait(turns[GROUP], turn)
-        logits = warpgroup_mma(my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+        logits = warpgroup_mma(
+            my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True
+        )
         if TURNS:
             gl.thread_barrier()
             mbarrier.arrive(turns[1 - GROUP])
@@ -412,7 +529,13 @@ def _attend(  # type: ignore[no-untyped-def]
                 stage = step % STAGES
                 if TURNS:
                     mbarrier.wait(turns[GROUP], turn)
-                logits = warpgroup_mma(my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+                logits = warpgroup_mma(
+                    my_queries,
+                    all_keys.index(stage).permute((1, 0)),
+                    none,
+                    use_acc=False,
+                    is_async=True,
+                )
                 mbarrier.wait(values_in.index(previous), phase)
                 acc = warpgroup_mma(weights, all_values.index(previous), acc, is_async=True)
                 if TURNS:
@@ -420,21 +543,32 @@ def _attend(  # type: ignore[no-untyped-def]
                     mbarrier.arrive(turns[1 - GROUP])
                     turn ^= 1
                 logits = warpgroup_mma_wait(1, deps=[logits])
-                new_weights, top, total, kept = _soften(logits, top, total, factor, own, tile * KEYS + key, masked == 1, dtype, OPERAND)
+                new_weights, top, total, kept = _soften(
+                    logits, top, total, factor, own, tile * KEYS + key, masked == 1, dtype, OPERAND
+                )
                 # A loop, however short, that the compiler does not move the next wait across: it would come before the exponentials.
-                mbarrier.wait(keys_in.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=tile + 1 < tiles)
+                mbarrier.wait(
+                    keys_in.index((step + 1) % STAGES),
+                    (step + 1) // STAGES % 2,
+                    pred=tile + 1 < tiles,
+                )
                 acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
                 gl.thread_barrier()
                 mbarrier.arrive(keys_out.index(stage))
                 mbarrier.arrive(values_out.index(previous))
-                acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+                acc = (
+                    acc
+                    * gl.convert_layout(kept, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+                )
                 weights = new_weights
         mbarrier.arrive(queries_out)
         # The values of the last tile.
         stage = step % STAGES
         mbarrier.wait(values_in.index(stage), step // STAGES % 2)
         slot = gl.arange(0, PAGE, gl.SliceLayout(1, CLEANED))
-        for part in gl.static_range(PARTS):  # in the last page, what it held before might be NaN. The other group may do the same meanwhile.
+        for part in gl.static_range(
+            PARTS
+        ):  # in the last page, what it held before might be NaN. The other group may do the same meanwhile.
             page = values.index((stage * PARTS + part) * PAGES + last // PAGE % PAGES)
             page.store(gl.where((slot <= last % PAGE)[:, None], page.load(CLEANED), 0.0))
         fence_async_shared()
@@ -445,12 +579,17 @@ def _attend(  # type: ignore[no-untyped-def]
         mbarrier.arrive(values_out.index(stage))
         step += 1
         number += 1
-        result = acc * gl.convert_layout(v_scale / total, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+        result = (
+            acc
+            * gl.convert_layout(v_scale / total, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+        )
         result = gl.convert_layout(result.to(dtype), STORED)
         row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
         place = (row // TOGETHER * HEADS + head) * TOGETHER + row % TOGETHER
         d = gl.arange(0, D, gl.SliceLayout(0, STORED))
-        pointers = out + token.to(gl.int64) * (HEADS * TOGETHER * D) + place[:, None] * D + d[None, :]
+        pointers = (
+            out + token.to(gl.int64) * (HEADS * TOGETHER * D) + place[:, None] * D + d[None, :]
+        )
         gl.store(pointers, result, mask=(row // TOGETHER < left)[:, None])
         mbarrier.wait(queries_in, number % 2)
         left = _read(mail, 1)

@@ -122,7 +122,14 @@ def _kernels() -> Any:
     return triton_paged
 
 
-def _attend_on_cpu(q: Tensor, kv: KVPages, packed: Packed, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+def _attend_on_cpu(
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
     starts = [0] if packed.starts is None else packed.starts.tolist()
     bounds = [*range(packed.decodes), *(packed.decodes + start for start in starts)]
@@ -133,12 +140,17 @@ def _attend_on_cpu(q: Tensor, kv: KVPages, packed: Packed, scaling: float, windo
         first, last = positions[begin], positions[end - 1]
         low = 0 if window is None else max(0, first - window + 1)
         pages = packed.table[rows[begin], low // PAGE : last // PAGE + 1].long()
-        k, v = (_gather(part, pages, scale, low, last, q.dtype) for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)))
+        k, v = (
+            _gather(part, pages, scale, low, last, q.dtype)
+            for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))
+        )
         out[begin:end] = _attend_one(q[begin:end], k, v, first, low, scaling, window, softcap)
     return out
 
 
-def _gather(cached: Tensor, pages: Tensor, scale: float, low: int, last: int, dtype: torch.dtype) -> Tensor:
+def _gather(
+    cached: Tensor, pages: Tensor, scale: float, low: int, last: int, dtype: torch.dtype
+) -> Tensor:
     """Return positions ``low`` to ``last`` of a sequence as [kv_heads, positions, head_dim]."""
     heads, head_dim = cached.shape[1], cached.shape[3]
     found = cached[pages].transpose(0, 1).reshape(heads, -1, head_dim)
@@ -147,20 +159,38 @@ def _gather(cached: Tensor, pages: Tensor, scale: float, low: int, last: int, dt
     return found if scale == 1 else found * scale
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, first: int, low: int, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+def _attend_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    low: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """Attend from ``q`` [n, heads, head_dim], at positions from ``first`` on, to ``k`` and ``v`` [kv_heads, positions, ...], from ``low`` on."""
     tokens, heads, _ = q.shape
     mask = None
     plain = first == 0 and (window is None or window >= tokens)
     if tokens > 1 and (softcap or not plain):
-        own, seen = torch.arange(first, first + tokens)[:, None], torch.arange(low, low + k.shape[1])[None, :]
+        own, seen = (
+            torch.arange(first, first + tokens)[:, None],
+            torch.arange(low, low + k.shape[1])[None, :],
+        )
         mask = seen <= own
         if window is not None:
             mask &= seen > own - window
     if not softcap:
         causal = plain and tokens > 1
         return nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+            q.transpose(0, 1)[None],
+            k[None],
+            v[None],
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=True,
         )[0].transpose(0, 1)
     k, v = (part.float().repeat_interleave(heads // part.shape[0], dim=0) for part in (k, v))
     logits = torch.matmul(q.transpose(0, 1).float(), k.transpose(1, 2)) * scaling
@@ -227,17 +257,38 @@ def recording() -> Iterator[Recording]:
         AttentionMaskInterface._global_mapping.pop(NAME, None)
     for layer in found.layers:
         if found.windows and layer.window not in found.windows:
-            raise _refused(f"layer {layer.layer_idx} has the window {layer.window}, and the model's masks have {found.windows}")
+            raise _refused(
+                f"layer {layer.layer_idx} has the window {layer.window}, and the model's masks have {found.windows}"
+            )
 
 
 def _refused(reason: str) -> CheckpointRefused:
-    return CheckpointRefused("E_ATTENTION", f"the model's attention cannot be run: {reason}", hint="`--engine vllm` hands the checkpoint to vLLM")
+    return CheckpointRefused(
+        "E_ATTENTION",
+        f"the model's attention cannot be run: {reason}",
+        hint="`--engine vllm` hands the checkpoint to vLLM",
+    )
 
 
 # Arguments that models pass through to every attention and that say nothing here, or nothing that `Packed` does not say.
 _HARMLESS = {
-    *("position_ids", "cache_position", "past_key_value", "past_key_values", "use_cache", "seq_idx", "deterministic"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"),
+    *(
+        "position_ids",
+        "cache_position",
+        "past_key_value",
+        "past_key_values",
+        "use_cache",
+        "seq_idx",
+        "deterministic",
+    ),
+    *(
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "num_items_in_batch",
+        "logits_to_keep",
+    ),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
 }
 
@@ -262,17 +313,41 @@ def _forward(
     if found is not None:
         if reason := _objection(module, query, key, value, attention_mask, others):
             raise _refused(reason)
-        (_, heads, tokens, head_dim), kv_heads, v_head_dim = query.shape, key.shape[1], value.shape[-1]
-        found.layers.append(LayerGeometry(layer_idx, heads, kv_heads, head_dim, v_head_dim, sliding_window or None, softcap or None, float(scaling)))
+        (_, heads, tokens, head_dim), kv_heads, v_head_dim = (
+            query.shape,
+            key.shape[1],
+            value.shape[-1],
+        )
+        found.layers.append(
+            LayerGeometry(
+                layer_idx,
+                heads,
+                kv_heads,
+                head_dim,
+                v_head_dim,
+                sliding_window or None,
+                softcap or None,
+                float(scaling),
+            )
+        )
         return query.new_zeros(1, tokens, heads, v_head_dim), None
     packed, layers = RUNNING.get()
     kv = layers[layer_idx]
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
-    return attend(q, kv, packed, scaling=scaling, window=sliding_window or None, softcap=softcap or None)[None], None
+    return attend(
+        q, kv, packed, scaling=scaling, window=sliding_window or None, softcap=softcap or None
+    )[None], None
 
 
-def _objection(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, others: Mapping[str, Any]) -> str | None:
+def _objection(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    others: Mapping[str, Any],
+) -> str | None:
     if not isinstance(getattr(module, "layer_idx", None), int):
         return f"{type(module).__name__} does not say which layer it is"
     if others.get("s_aux") is not None:
@@ -280,14 +355,26 @@ def _objection(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     is_causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "it is bidirectional"
-    if getattr(module, "is_cross_attention", False) or query.shape[2] != key.shape[2] or query.shape[0] != 1:
+    if (
+        getattr(module, "is_cross_attention", False)
+        or query.shape[2] != key.shape[2]
+        or query.shape[0] != 1
+    ):
         return "it attends to other tokens than its own sequence's"
     if attention_mask is not None:
         return "it makes a mask of its own"
-    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS | {"is_causal", "s_aux"}]
+    unknown = [
+        name
+        for name, given in others.items()
+        if given is not None and name not in _HARMLESS | {"is_causal", "s_aux"}
+    ]
     if unknown:
         return f"it asks for `{unknown[0]}`"
-    if query.shape[1] % key.shape[1] or value.shape[1] != key.shape[1] or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+    if (
+        query.shape[1] % key.shape[1]
+        or value.shape[1] != key.shape[1]
+        or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM
+    ):
         return f"query, key and value heads of shape {', '.join(str(list(part.shape[1::2])) for part in (query, key, value))}"
     return None
 
@@ -305,7 +392,9 @@ def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", *
             mask = mask_function(zero, zero, torch.full_like(seen, own), seen).expand(own + 2).cpu()
         except IndexError:
             raise _refused("its mask depends on the input") from None
-        if not bool(mask.any()):  # of a window of 0, which a model makes that has no layer with a window
+        if not bool(
+            mask.any()
+        ):  # of a window of 0, which a model makes that has no layer with a window
             return
         first = int(mask.int().argmax())
         if not bool(mask[first : own + 1].all()) or bool(mask[own + 1]):

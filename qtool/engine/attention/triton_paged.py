@@ -23,7 +23,15 @@ LOG2_E = 1.4426950408889634
 # What a kernel should not be compiled anew for.
 _ANY = {
     "do_not_specialize": ["width", "window", "least", "decodes"],
-    "do_not_specialize_on_alignment": ["table", "rows", "positions", "starts", "partial", "sums", "arrived"],
+    "do_not_specialize_on_alignment": [
+        "table",
+        "rows",
+        "positions",
+        "starts",
+        "partial",
+        "sums",
+        "arrived",
+    ],
 }
 
 
@@ -46,7 +54,9 @@ class Tile:
 def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
     """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``: bytes of a number in the queries."""
     keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
-    if programs < 512:  # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+    if (
+        programs < 512
+    ):  # few: cut until the machine is full; each number of parts is a kernel of its own to compile
         parts, least = 16 if programs <= 64 else 512 // programs, 1
     else:  # cut only long sequences, for the sake of balance
         parts, least = 4, 4096 // keys
@@ -91,7 +101,14 @@ def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
 
 
 def decode(
-    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, window: int | None, softcap: float | None, tile: Tile | None = None
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    out: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    tile: Tile | None = None,
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the tokens that are one of a sequence, see `attention.attend`."""
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
@@ -100,8 +117,12 @@ def decode(
     tile = tile or decode_tile(tokens * kv_heads, most, max(head_dim, v_head_dim), q.element_size())
     shared = q.shape[1] // kv_heads
     split = tile.parts > 1
-    partial = q.new_empty((tokens, kv_heads, tile.parts, shared, v_head_dim) if split else 1, dtype=torch.float32)
-    sums = q.new_empty((2, tokens, kv_heads, tile.parts, shared) if split else 1, dtype=torch.float32)
+    partial = q.new_empty(
+        (tokens, kv_heads, tile.parts, shared, v_head_dim) if split else 1, dtype=torch.float32
+    )
+    sums = q.new_empty(
+        (2, tokens, kv_heads, tile.parts, shared) if split else 1, dtype=torch.float32
+    )
     counters = packed.counters
     if counters is None or counters.numel() < tokens * kv_heads:
         counters = q.new_zeros(tokens * kv_heads if split else 1, dtype=torch.int32)
@@ -135,14 +156,26 @@ def decode(
         PAGE=PAGE,
         KEYS=tile.keys,
         PARTS=tile.parts,
-        TOGETHER=max(1, min(triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded))),
+        TOGETHER=max(
+            1,
+            min(
+                triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded)
+            ),
+        ),
         STAGES=tile.stages,
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
 
 
 def prefill(
-    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, window: int | None, softcap: float | None, tile: Tile | None = None
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    out: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    tile: Tile | None = None,
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `attention.attend`."""
     assert packed.starts is not None
@@ -200,12 +233,21 @@ def _page_strides(kv: KVPages) -> tuple[int, int, int, int]:
 def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
     """Return what to multiply the logits with, then what limits them, both in units of log2, and what to multiply the result with."""
     scale = scaling * kv.k_scale
-    return (scale / softcap, softcap * LOG2_E, kv.v_scale) if softcap else (scale * LOG2_E, 0.0, kv.v_scale)
+    return (
+        (scale / softcap, softcap * LOG2_E, kv.v_scale)
+        if softcap
+        else (scale * LOG2_E, 0.0, kv.v_scale)
+    )
 
 
 def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
     early = pdl and not _old(x.device)
-    return {"num_warps": warps, "num_stages": stages, "PDL": early, **({"launch_pdl": True} if early else {})}
+    return {
+        "num_warps": warps,
+        "num_stages": stages,
+        "PDL": early,
+        **({"launch_pdl": True} if early else {}),
+    }
 
 
 @cache
@@ -217,7 +259,9 @@ def _old(device: torch.device) -> bool:
 @cache
 def _hopper(device: torch.device) -> bool:
     """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a GPU, are."""
-    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9)
+    return device.type == "meta" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    )
 
 
 @triton.jit(**_ANY)
@@ -254,7 +298,16 @@ def _write(  # type: ignore[no-untyped-def]
     page = tl.load(table + tl.load(rows + token) * width + position // PAGE).to(tl.int64)
     i = tl.arange(0, SIZE)
     _store_heads(
-        k + token.to(tl.int64) * k_token, k_head, k_pages + page * k_page + position % PAGE * D, k_page_head, k_factor, i // D, i % D, HEADS, D, FP8
+        k + token.to(tl.int64) * k_token,
+        k_head,
+        k_pages + page * k_page + position % PAGE * D,
+        k_page_head,
+        k_factor,
+        i // D,
+        i % D,
+        HEADS,
+        D,
+        FP8,
     )
     _store_heads(
         v + token.to(tl.int64) * v_token,
@@ -271,7 +324,18 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_heads(source, source_head, target, target_head, factor, head, d, HEADS: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_heads(
+    source,
+    source_head,
+    target,
+    target_head,
+    factor,
+    head,
+    d,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    FP8: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     inside = head < HEADS
     x = tl.load(source + head * source_head + d, mask=inside, other=0.0)
     if FP8:
@@ -280,7 +344,16 @@ def _store_heads(source, source_head, target, target_head, factor, head, d, HEAD
 
 
 @triton.jit
-def _load(pages, place, keys, visible, MASKED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(
+    pages,
+    place,
+    keys,
+    visible,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # type: ignore[no-untyped-def]
     """Return keys or values [KEYS, D_PADDED] of ``place``, zeros where nothing is visible."""
     d = tl.arange(0, D_PADDED)
     pointers = pages + place[:, None] + (keys % PAGE)[:, None] * D + d[None, :]
@@ -352,23 +425,33 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
     for _ in tl.range(begin, end, num_stages=STAGES):
         visible = (keys >= low) & (keys <= last)
-        next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)  # a step ahead: loads wait for none in their step
+        next_page = tl.load(
+            table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0
+        )  # a step ahead: loads wait for none in their step
         k = _load(k_pages, page.to(tl.int64) * k_page, keys, visible, MASKED, D, q.shape[1], PAGE)
         logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee") * factor
         if SOFTCAP:
-            logits = limit - 2 * limit / (tl.exp2(logits * 2.885390081777927) + 1)  # limit * tanh, by e^2x = 2^(2.88 x)
+            logits = limit - 2 * limit / (
+                tl.exp2(logits * 2.885390081777927) + 1
+            )  # limit * tanh, by e^2x = 2^(2.88 x)
         if MASKED:
             seen = keys[None, :] <= own[:, None]
             if WINDOWED:
                 seen &= keys[None, :] > own[:, None] - window
             logits = tl.where(seen, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED and WINDOWED else new_top  # a row's window may begin later
+        base = (
+            tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED and WINDOWED else new_top
+        )  # a row's window may begin later
         p = tl.exp2(logits - base[:, None])
         kept = tl.exp2(top - base)
         total = total * kept + tl.sum(p, 1)
-        v = _load(v_pages, page.to(tl.int64) * v_page, keys, visible, MASKED, DV, acc.shape[1], PAGE)
-        acc = tl.dot(p.to(q.dtype), _numbers(v, q.dtype), acc * kept[:, None], input_precision="ieee")
+        v = _load(
+            v_pages, page.to(tl.int64) * v_page, keys, visible, MASKED, DV, acc.shape[1], PAGE
+        )
+        acc = tl.dot(
+            p.to(q.dtype), _numbers(v, q.dtype), acc * kept[:, None], input_precision="ieee"
+        )
         top, page, keys = new_top, next_page, keys + KEYS
     return acc, total, top
 
@@ -430,7 +513,11 @@ def _decode(  # type: ignore[no-untyped-def]
     row = tl.arange(0, ROWS)
     d = tl.arange(0, D_PADDED)
     inside = (row < SHARED)[:, None] & (d < D)[None, :]
-    queries = tl.load(q + token.to(tl.int64) * q_token + (head * SHARED + row)[:, None] * q_head + d[None, :], mask=inside, other=0.0)
+    queries = tl.load(
+        q + token.to(tl.int64) * q_token + (head * SHARED + row)[:, None] * q_head + d[None, :],
+        mask=inside,
+        other=0.0,
+    )
     queries, factor = _half(queries, factor, k_pages)
     begin = first + part * each
     acc, total, top = _attend_tiles(
@@ -475,7 +562,21 @@ def _decode(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived + place, 0)
-            _add_parts(partial, sums, tops, out, place, parts, v_scale, SHARED, SHARED_PADDED, DV, DV_PADDED, PARTS, TOGETHER)
+            _add_parts(
+                partial,
+                sums,
+                tops,
+                out,
+                place,
+                parts,
+                v_scale,
+                SHARED,
+                SHARED_PADDED,
+                DV,
+                DV_PADDED,
+                PARTS,
+                TOGETHER,
+            )
 
 
 @triton.jit
@@ -506,14 +607,23 @@ def _add_parts(  # type: ignore[no-untyped-def]
         some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
         some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")
         inside = valid[:, :, None] & (dv < DV)[None, None, :]
-        some = tl.load(partial + there[:, :, None] * DV + dv[None, None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        some = tl.load(
+            partial + there[:, :, None] * DV + dv[None, None, :],
+            mask=inside,
+            other=0.0,
+            cache_modifier=".cg",
+        )
         new_top = tl.maximum(top, tl.max(some_tops, 0))
         weight, kept = tl.exp2(some_tops - new_top[None, :]), tl.exp2(top - new_top)
         acc = acc * kept[:, None] + tl.sum(some * weight[:, :, None], 0)
         total = total * kept + tl.sum(some_sums * weight, 0)
         top = new_top
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (place * SHARED + member[:, None]) * DV + dv[None, :], result, mask=(member < SHARED)[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out + (place * SHARED + member[:, None]) * DV + dv[None, :],
+        result,
+        mask=(member < SHARED)[:, None] & (dv < DV)[None, :],
+    )
 
 
 @triton.jit(**_ANY)
@@ -570,7 +680,12 @@ def _prefill(  # type: ignore[no-untyped-def]
     own = tl.minimum(first + token, last)
     query_head = head * SHARED + member % SHARED
     d = tl.arange(0, D_PADDED)
-    pointers = q + (start + token).to(tl.int64)[:, None] * q_token + query_head[:, None] * q_head + d[None, :]
+    pointers = (
+        q
+        + (start + token).to(tl.int64)[:, None] * q_token
+        + query_head[:, None] * q_head
+        + d[None, :]
+    )
     queries = tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
     queries, factor = _half(queries, factor, k_pages)
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
@@ -647,4 +762,6 @@ def _prefill(  # type: ignore[no-untyped-def]
     dv = tl.arange(0, DV_PADDED)
     place = (start + token).to(tl.int64) * (heads * SHARED) + query_head
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * DV + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out + place[:, None] * DV + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :]
+    )

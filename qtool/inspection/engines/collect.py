@@ -16,12 +16,23 @@ from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, Mo
 from qtool.plan import HEADS
 from qtool.scheme import Scheme
 
-METHODS = {"compressed_tensors": "compressed-tensors", "gptq_marlin": "gptq", "awq_marlin": "awq"}  # other names of the same
+METHODS = {
+    "compressed_tensors": "compressed-tensors",
+    "gptq_marlin": "gptq",
+    "awq_marlin": "awq",
+}  # other names of the same
 CONTAINERS = {"I8": "int8", "F8_E4M3": "float8", "U8": "packed"}
-WHOLE_MATRIX_SCALES = ("weight_global_scale", "weight_scale_2", "weight_scale", "weight_scale_inv")  # the first that a module has
+WHOLE_MATRIX_SCALES = (
+    "weight_global_scale",
+    "weight_scale_2",
+    "weight_scale",
+    "weight_scale_inv",
+)  # the first that a module has
 
 
-def survey_checkpoint(checkpoint: Checkpoint, layout: Layout | None, gpu: int | None, ranks: int) -> CheckpointFacts:
+def survey_checkpoint(
+    checkpoint: Checkpoint, layout: Layout | None, gpu: int | None, ranks: int
+) -> CheckpointFacts:
     """Return the facts of ``checkpoint`` on ``ranks`` GPUs of architecture ``gpu``."""
     config = checkpoint.quantization_config or {}
     nested = {**_mapping(config.get("quantization")), **config}
@@ -31,7 +42,11 @@ def survey_checkpoint(checkpoint: Checkpoint, layout: Layout | None, gpu: int | 
     kv = _mapping(kv_scheme)
     heads, cache_heads = _count(checkpoint, "num_attention_heads"), cache_head_count(checkpoint)
     text = checkpoint.text_config
-    said = any(isinstance(each.get(key), Mapping) for each in (checkpoint.config, text) for key in ("quantization_config", "compression_config"))
+    said = any(
+        isinstance(each.get(key), Mapping)
+        for each in (checkpoint.config, text)
+        for key in ("quantization_config", "compression_config")
+    )
     return CheckpointFacts(
         quant_method=_method(config, layout),
         readable=layout is not None or not config,
@@ -41,7 +56,10 @@ def survey_checkpoint(checkpoint: Checkpoint, layout: Layout | None, gpu: int | 
         config_keys=frozenset(nested),
         weight_keys=frozenset(key for args in _arguments(groups) for key in args),
         order=frozenset(str(args["actorder"]).lower() for args in weights if args.get("actorder")),
-        order_without_groups=any(args.get("actorder") and args.get("strategy") not in ("group", "tensor_group", None) for args in weights),
+        order_without_groups=any(
+            args.get("actorder") and args.get("strategy") not in ("group", "tensor_group", None)
+            for args in weights
+        ),
         desc_act=_orders(config),
         sparse=_mapping(config.get("sparsity_config")).get("format", "dense") != "dense",
         inverse_scales=config.get("weight_scale_semantics") == "inverse",
@@ -52,21 +70,32 @@ def survey_checkpoint(checkpoint: Checkpoint, layout: Layout | None, gpu: int | 
         kv_granularity=kv.get("strategy"),
         kv_symmetric=kv.get("symmetric") is not False,
         kv_dynamic=bool(kv.get("dynamic")),
-        kv_scales=any(name.endswith((".k_scale", ".kv_scale", ".k_proj.output_scale")) for name in checkpoint.tensors),
+        kv_scales=any(
+            name.endswith((".k_scale", ".kv_scale", ".k_proj.output_scale"))
+            for name in checkpoint.tensors
+        ),
         tied=checkpoint.tied_embeddings,
         head=_head(checkpoint, layout),  # type: ignore[arg-type]
         spare_heads=heads % ranks,
-        split_cache_heads=bool(cache_heads) and cache_heads % ranks != 0 and ranks % cache_heads != 0,
+        split_cache_heads=bool(cache_heads)
+        and cache_heads % ranks != 0
+        and ranks % cache_heads != 0,
         gpu=gpu,
         ranks=ranks,
     )
 
 
-def survey_modules(linears: Iterable[Linear], fused: Iterable[Fused], conclude: Conclude, ranks: int, heads: int) -> dict[ModuleFacts, list[str]]:
+def survey_modules(
+    linears: Iterable[Linear], fused: Iterable[Fused], conclude: Conclude, ranks: int, heads: int
+) -> dict[ModuleFacts, list[str]]:
     """Return the names of the linear layers by their facts; most layers of a model share theirs."""
     parts = {linear.name: partition(linear, ranks, heads) for linear in linears}
     pairs = [group for group in fused if group.kind != "experts"]
-    fused_rows = {shard.name: sum(parts[each.name].rows for each in group.shards) for group in pairs for shard in group.shards}
+    fused_rows = {
+        shard.name: sum(parts[each.name].rows for each in group.shards)
+        for group in pairs
+        for shard in group.shards
+    }
     followed = {shard.name for group in pairs for shard in group.shards[:-1]}
     found: dict[ModuleFacts, list[str]] = defaultdict(list)
     for linear in linears:
@@ -90,7 +119,9 @@ def survey_modules(linears: Iterable[Linear], fused: Iterable[Fused], conclude: 
     return found
 
 
-def survey_groups(checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bool) -> dict[GroupFacts, list[str]]:
+def survey_groups(
+    checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bool
+) -> dict[GroupFacts, list[str]]:
     """Return the names of the fused layers by their facts. Scalars are read where each shard has one, orders only when ``ordered``."""
     found: dict[GroupFacts, list[str]] = defaultdict(list)
     for group in fused:
@@ -104,8 +135,12 @@ def survey_groups(checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bo
                 plain=len(group.shards) - len(modules),
                 weights=weights.format,
                 scale=weights.scale,
-                scales="differ" if pair and _differ(checkpoint, modules, _whole_matrix_scale(modules[0])) else "equal",
-                orders="differ" if pair and ordered and _differ(checkpoint, modules, "g_idx") else "equal",
+                scales="differ"
+                if pair and _differ(checkpoint, modules, _whole_matrix_scale(modules[0]))
+                else "equal",
+                orders="differ"
+                if pair and ordered and _differ(checkpoint, modules, "g_idx")
+                else "equal",
             )
             found[facts].append(group.name)
     return found
@@ -120,7 +155,12 @@ def _of_module(module: QuantizedModule | None) -> Mapping[str, Any]:
     facts = _of_scheme(module.scheme if module else None)
     if module is None:
         return facts
-    return {**facts, "container": _container(module), "padded": _padded(module), "pre_scale": "pre_quant_scale" in module.tensors}
+    return {
+        **facts,
+        "container": _container(module),
+        "padded": _padded(module),
+        "pre_scale": "pre_quant_scale" in module.tensors,
+    }
 
 
 @cache
@@ -151,13 +191,21 @@ def _of_scheme(scheme: Scheme | None) -> Mapping[str, Any]:
 def _container(module: QuantizedModule) -> str:
     if module.tensors.keys() & {"weight_packed", "qweight", "_blocks"}:
         return "packed"
-    return CONTAINERS.get(module.tensors["weight"].dtype, "other") if "weight" in module.tensors else "other"
+    return (
+        CONTAINERS.get(module.tensors["weight"].dtype, "other")
+        if "weight" in module.tensors
+        else "other"
+    )
 
 
 def _padded(module: QuantizedModule) -> bool:
     packed = module.tensors.get("weight_packed")
     bits, columns = module.scheme.weights.bits, module.shape[1]
-    return packed is not None and packed.dtype == "I32" and packed.shape[-1] != math.ceil(columns * bits / 32)
+    return (
+        packed is not None
+        and packed.dtype == "I32"
+        and packed.shape[-1] != math.ceil(columns * bits / 32)
+    )
 
 
 def _whole_matrix_scale(module: QuantizedModule) -> str:
@@ -189,18 +237,34 @@ def _method(config: Mapping[str, Any], layout: Layout | None) -> str | None:
 
 def _orders(config: Mapping[str, Any]) -> bool:
     """Whether GPTQ's act-order is on for some group: the config's own, or that of an override."""
-    overrides = (value for key, value in _mapping(config.get("dynamic")).items() if not key.startswith("-:") and isinstance(value, Mapping))
-    return any({**config, **override}.get("desc_act") is True and {**config, **override}.get("group_size") != -1 for override in ({}, *overrides))
+    overrides = (
+        value
+        for key, value in _mapping(config.get("dynamic")).items()
+        if not key.startswith("-:") and isinstance(value, Mapping)
+    )
+    return any(
+        {**config, **override}.get("desc_act") is True
+        and {**config, **override}.get("group_size") != -1
+        for override in ({}, *overrides)
+    )
 
 
 def _arguments(groups: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [_mapping(group.get(key)) for group in groups for key in ("weights", "input_activations", "output_activations")]
+    return [
+        _mapping(group.get(key))
+        for group in groups
+        for key in ("weights", "input_activations", "output_activations")
+    ]
 
 
 def _transforms(config: Mapping[str, Any]) -> list[str]:
     groups = _mapping(_mapping(config.get("transform_config")).get("config_groups")).values()
     applied = (apply for group in groups for apply in _list(_mapping(group).get("apply")))
-    return [str(location) for apply in applied if not (location := str(_mapping(apply).get("location", ""))).startswith("weight_")]
+    return [
+        str(location)
+        for apply in applied
+        if not (location := str(_mapping(apply).get("location", ""))).startswith("weight_")
+    ]
 
 
 def _count(checkpoint: Checkpoint, key: str) -> int:

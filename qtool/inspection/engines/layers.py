@@ -63,15 +63,26 @@ class Partition:
 
 def linear_layers(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear], list[Fused]]:
     """Return every linear layer of the checkpoint, and what engines run as one of them."""
-    shapes = {name: (module.shape[0] // module.experts, module.shape[1]) for name, module in layout.modules.items()}
+    shapes = {
+        name: (module.shape[0] // module.experts, module.shape[1])
+        for name, module in layout.modules.items()
+    }
     for name, tensor in checkpoint.tensors.items():
         owner = name.removesuffix(".weight")
         if owner not in shapes and is_linear(tensor):
             shapes[owner] = (tensor.shape[0], tensor.shape[1])
     groups = _groups(shapes)
-    runs_in = {shard: name for name, (_, shards) in groups.items() for shard in shards}  # experts come last: each is of a pair and of its layer
-    linears = {name: Linear(name, _role(name), shape, layout.modules.get(name), runs_in.get(name, name)) for name, shape in shapes.items()}
-    fused = [Fused(kind, name, tuple(linears[shard] for shard in shards)) for name, (kind, shards) in groups.items()]
+    runs_in = {
+        shard: name for name, (_, shards) in groups.items() for shard in shards
+    }  # experts come last: each is of a pair and of its layer
+    linears = {
+        name: Linear(name, _role(name), shape, layout.modules.get(name), runs_in.get(name, name))
+        for name, shape in shapes.items()
+    }
+    fused = [
+        Fused(kind, name, tuple(linears[shard] for shard in shards))
+        for name, (kind, shards) in groups.items()
+    ]
     return list(linears.values()), fused
 
 
@@ -83,7 +94,11 @@ def partition(linear: Linear, ranks: int, cache_heads: int) -> Partition:
         return Partition(rows, columns, axis, False)
     if axis == "columns":
         return Partition(rows, columns // ranks, axis, columns % ranks != 0)
-    parts = min(ranks, cache_heads) if cache_heads and linear.kind in read_yaml("layers")["cache"] else ranks
+    parts = (
+        min(ranks, cache_heads)
+        if cache_heads and linear.kind in read_yaml("layers")["cache"]
+        else ranks
+    )
     return Partition(rows // parts, columns, axis, rows % parts != 0)
 
 
@@ -108,7 +123,9 @@ def _groups(names: Collection[str]) -> dict[str, tuple[str, list[str]]]:
 @cache
 def _axes() -> Mapping[str, Literal["rows", "columns"]]:
     data = read_yaml("layers")
-    rows: dict[str, Literal["rows", "columns"]] = {kind: "rows" for kinds in data["column"] for kind in kinds}
+    rows: dict[str, Literal["rows", "columns"]] = {
+        kind: "rows" for kinds in data["column"] for kind in kinds
+    }
     return rows | dict.fromkeys(data["row"], "columns")
 
 

@@ -28,7 +28,9 @@ class Conclusion:
             return False
         weights = linear.module.scheme.weights
         size = weights.group_size or 0
-        return weights.format != self.weights or (weights.format.startswith("int") and size not in (self.group_size, linear.shape[1]))
+        return weights.format != self.weights or (
+            weights.format.startswith("int") and size not in (self.group_size, linear.shape[1])
+        )
 
 
 Conclude = Callable[[Linear], Conclusion]
@@ -42,19 +44,29 @@ def conclusions(matching: Matching | None, config: Mapping[str, Any]) -> Conclud
     if isinstance(entries, Mapping):
         conclude = _by_overrides(entries, config)
     else:
-        conclude = partial(_by_list, skipped=_skips(matching, entries), targets=_targets(config) if matching.targets else None)
+        conclude = partial(
+            _by_list,
+            skipped=_skips(matching, entries),
+            targets=_targets(config) if matching.targets else None,
+        )
     return partial(_conclude, matching=matching, config=config, conclude=conclude)
 
 
-def _conclude(linear: Linear, matching: Matching, config: Mapping[str, Any], conclude: Conclude) -> Conclusion:
-    if linear.stored == "plain" and (linear.role in ("router", "tower") or matching.unlisted == "tensors"):
+def _conclude(
+    linear: Linear, matching: Matching, config: Mapping[str, Any], conclude: Conclude
+) -> Conclusion:
+    if linear.stored == "plain" and (
+        linear.role in ("router", "tower") or matching.unlisted == "tensors"
+    ):
         return Conclusion("plain")
     if linear.role == "head" and matching.head == "flag":
         return conclude(linear) if config.get("lm_head") is True else Conclusion("plain")
     return conclude(linear)
 
 
-def _by_list(linear: Linear, skipped: Callable[[Linear], bool], targets: Iterable[_Target] | None) -> Conclusion:
+def _by_list(
+    linear: Linear, skipped: Callable[[Linear], bool], targets: Iterable[_Target] | None
+) -> Conclusion:
     if skipped(linear):
         return Conclusion("plain")
     if targets is None:
@@ -72,7 +84,10 @@ def _by_list(linear: Linear, skipped: Callable[[Linear], bool], targets: Iterabl
 
 def _by_overrides(dynamic: Mapping[str, Any], config: Mapping[str, Any]) -> Conclude:
     """GPTQ's ``dynamic``: the first pattern that matches the layer the engine runs."""
-    patterns = [(key.startswith("-:"), compiled(re.sub(r"^[+-]:", "", key)), value) for key, value in dynamic.items()]
+    patterns = [
+        (key.startswith("-:"), compiled(re.sub(r"^[+-]:", "", key)), value)
+        for key, value in dynamic.items()
+    ]
     base = _number(config.get("bits")), _number(config.get("group_size"))
 
     def conclude(linear: Linear) -> Conclusion:
@@ -82,7 +97,10 @@ def _by_overrides(dynamic: Mapping[str, Any], config: Mapping[str, Any]) -> Conc
                 if negative:
                     return Conclusion("plain")
                 if isinstance(value, Mapping):
-                    bits, size = _number(value.get("bits", bits)), _number(value.get("group_size", size))
+                    bits, size = (
+                        _number(value.get("bits", bits)),
+                        _number(value.get("group_size", size)),
+                    )
                 break
         return Conclusion("quantized", f"int{bits}" if bits else None, max(size or 0, 0))
 
@@ -101,16 +119,27 @@ def _targets(config: Mapping[str, Any]) -> list[_Target]:
     for group in _mapping(config.get("config_groups")).values():
         weights = _mapping(_mapping(group).get("weights"))
         if weights:
-            bits, is_float = _number(weights.get("num_bits", 8)), weights.get("type", "int") == "float"
-            conclusion = Conclusion("quantized", f"{'fp' if is_float else 'int'}{bits}", max(_number(weights.get("group_size")) or 0, 0))
+            bits, is_float = (
+                _number(weights.get("num_bits", 8)),
+                weights.get("type", "int") == "float",
+            )
+            conclusion = Conclusion(
+                "quantized",
+                f"{'fp' if is_float else 'int'}{bits}",
+                max(_number(weights.get("group_size")) or 0, 0),
+            )
             for target in _strings(_mapping(group).get("targets")):
-                found.append(_Target(matcher(("exact", "regex"), [target]), target == "Linear", conclusion))
+                found.append(
+                    _Target(matcher(("exact", "regex"), [target]), target == "Linear", conclusion)
+                )
     return found
 
 
 def _listed(matching: Matching, config: Mapping[str, Any]) -> Mapping[str, Any] | list[str]:
     nested = _mapping(config.get("quantization"))
-    found = next((where[key] for where in (config, nested) for key in matching.list if where.get(key)), None)
+    found = next(
+        (where[key] for where in (config, nested) for key in matching.list if where.get(key)), None
+    )
     if found is None and "dynamic" in matching.list:
         return {}
     return found if isinstance(found, Mapping) else _strings(found)
@@ -118,7 +147,9 @@ def _listed(matching: Matching, config: Mapping[str, Any]) -> Mapping[str, Any] 
 
 def _skips(matching: Matching, entries: list[str]) -> Callable[[Linear], bool]:
     runtime, shards = matcher(matching.runtime, entries), matcher(matching.shards, entries)
-    return lambda linear: runtime(linear.runs_in) or (linear.runs_in != linear.name and shards(linear.name))
+    return lambda linear: (
+        runtime(linear.runs_in) or (linear.runs_in != linear.name and shards(linear.name))
+    )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -10,7 +10,9 @@ from typing import Literal
 from qtool.errors import CheckpointRefused
 from qtool.formats.patterns import Pattern
 
-Matcher = Literal["exact", "regex", "suffix", "ending", "substring", "component", "glob", "part_glob", "start"]
+Matcher = Literal[
+    "exact", "regex", "suffix", "ending", "substring", "component", "glob", "part_glob", "start"
+]
 WILDCARDS = frozenset("*?[")
 
 
@@ -55,7 +57,10 @@ def _component(entries: list[str]) -> Callable[[str], bool]:
 
 
 def _glob(entries: list[str]) -> Callable[[str], bool]:
-    plain, wild = frozenset(entry for entry in entries if WILDCARDS.isdisjoint(entry)), _translated(entries)
+    plain, wild = (
+        frozenset(entry for entry in entries if WILDCARDS.isdisjoint(entry)),
+        _translated(entries),
+    )
     return lambda name: name in plain or bool(wild and wild.match(name))
 
 

@@ -25,7 +25,10 @@ class CheckpointFacts:
 
     quant_method: str | None
     readable: bool
-    format: Literal["compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "torchao"] | None
+    format: (
+        Literal["compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "torchao"]
+        | None
+    )
     algorithm: str | None
     sidecar: bool
     config_keys: frozenset[str]
@@ -113,8 +116,18 @@ def _choices(kind: Any) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
-        literal = hint if get_origin(hint) is Literal else next((option for option in options if get_origin(option) is Literal), None)
-        choices[name] = (*get_args(literal), None) if literal else frozenset if get_origin(hint) is frozenset else None
+        literal = (
+            hint
+            if get_origin(hint) is Literal
+            else next((option for option in options if get_origin(option) is Literal), None)
+        )
+        choices[name] = (
+            (*get_args(literal), None)
+            if literal
+            else frozenset
+            if get_origin(hint) is frozenset
+            else None
+        )
     return choices
 
 

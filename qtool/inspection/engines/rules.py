@@ -31,8 +31,12 @@ OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "not": lambda value, operand: not _is(value, operand),
     "below": lambda value, operand: value is not None and value < operand,
     "at_least": lambda value, operand: value is not None and value >= operand,
-    "not_multiple_of": lambda value, operand: bool(operand) and value is not None and value % operand != 0,
-    "differs_from": lambda value, operand: value is not None and operand is not None and value != operand,
+    "not_multiple_of": lambda value, operand: (
+        bool(operand) and value is not None and value % operand != 0
+    ),
+    "differs_from": lambda value, operand: (
+        value is not None and operand is not None and value != operand
+    ),
     "has": lambda value, operand: not value.isdisjoint(operand),
     "lacks": lambda value, operand: not value.issuperset(operand),
     "beyond": lambda value, operand: not value.issubset(operand),
@@ -78,27 +82,39 @@ class Rule(_Strict):
     @model_validator(mode="after")
     def _check(self) -> Rule:
         if LETTERS[self.code[0]] != self.severity:
-            raise ValueError(f"{self.code}: a code of severity `{self.severity}` begins with another letter")
+            raise ValueError(
+                f"{self.code}: a code of severity `{self.severity}` begins with another letter"
+            )
         known = _known(self.about)
         for _, name, _, _ in Formatter().parse(self.message):
             if name is not None and name not in known:
-                raise ValueError(f"{self.code}: the message names the unknown fact `{name}`; {nearest(name, known)}")
+                raise ValueError(
+                    f"{self.code}: the message names the unknown fact `{name}`; {nearest(name, known)}"
+                )
         if not self.when or not all((*self.when, *self.unless)):
             raise ValueError(f"{self.code}: an empty condition")
-        tests = tuple(tuple(_compiled(self.code, condition, known) for condition in conditions) for conditions in (self.when, self.unless))
+        tests = tuple(
+            tuple(_compiled(self.code, condition, known) for condition in conditions)
+            for conditions in (self.when, self.unless)
+        )
         object.__setattr__(self, "tests", tests)
         return self
 
     def holds(self, facts: Mapping[str, Any]) -> bool:
         """Whether the rule applies to ``facts``."""
-        when, unless = (any(all(test(facts) for test in condition) for condition in conditions) for conditions in self.tests)
+        when, unless = (
+            any(all(test(facts) for test in condition) for condition in conditions)
+            for conditions in self.tests
+        )
         return when and not unless
 
     def is_of(self, version: tuple[int, ...] | None) -> bool:
         """Whether the rule holds in ``version``; None is the version the rules were written for."""
         if version is None:
             return True
-        return (not self.since or numbers(self.since) <= version) and (not self.until or version < numbers(self.until))
+        return (not self.since or numbers(self.since) <= version) and (
+            not self.until or version < numbers(self.until)
+        )
 
 
 class Matching(_Strict):
@@ -144,15 +160,29 @@ def engines() -> tuple[str, ...]:
 def load_rules(engine: str) -> Ruleset:
     """Return the rules of ``engine``. Raises: UsageError, with the nearest name that is known."""
     if engine not in engines():
-        raise UsageError("E_ENGINE", f"unknown engine `{engine}`", hint=nearest(engine, engines()) or f"known: {', '.join(engines())}")
+        raise UsageError(
+            "E_ENGINE",
+            f"unknown engine `{engine}`",
+            hint=nearest(engine, engines()) or f"known: {', '.join(engines())}",
+        )
     data = read_yaml(engine)
-    return Ruleset.model_validate({**data, "rules": [*data["rules"], *(rule for name in data.get("include", ()) for rule in read_yaml(name))]})
+    return Ruleset.model_validate(
+        {
+            **data,
+            "rules": [
+                *data["rules"],
+                *(rule for name in data.get("include", ()) for rule in read_yaml(name)),
+            ],
+        }
+    )
 
 
 @cache
 def read_yaml(name: str) -> Any:
     """Return the data of ``name``.yaml beside this file."""
-    return yaml.load((FOLDER / f"{name}.yaml").read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(
+        (FOLDER / f"{name}.yaml").read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -165,11 +195,15 @@ def _known(scope: Scope) -> Mapping[str, Any]:
     return {**FACTS["checkpoint"], **FACTS[scope]}
 
 
-def _compiled(code: str, condition: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[Test, ...]:
+def _compiled(
+    code: str, condition: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[Test, ...]:
     tests = []
     for fact, expected in condition.items():
         if fact not in known:
-            raise ValueError(f"{code}: unknown fact `{fact}`; {nearest(fact, known) or f'known: {sorted(known)}'}")
+            raise ValueError(
+                f"{code}: unknown fact `{fact}`; {nearest(fact, known) or f'known: {sorted(known)}'}"
+            )
         operators = expected if isinstance(expected, Mapping) else {"is": expected}
         tests += [_test(code, fact, name, operand, known) for name, operand in operators.items()]
     return tuple(tests)
@@ -177,9 +211,13 @@ def _compiled(code: str, condition: Mapping[str, Any], known: Mapping[str, Any])
 
 def _test(code: str, fact: str, name: str, operand: Any, known: Mapping[str, Any]) -> Test:
     if name != "is" and name not in OPERATORS:
-        raise ValueError(f"{code}: unknown operator `{name}` of `{fact}`; {nearest(name, OPERATORS) or f'known: {sorted(OPERATORS)}'}")
+        raise ValueError(
+            f"{code}: unknown operator `{name}` of `{fact}`; {nearest(name, OPERATORS) or f'known: {sorted(OPERATORS)}'}"
+        )
     if (name in ON_SETS) != (known[fact] is frozenset):
-        raise ValueError(f"{code}: `{name}` does not fit `{fact}`, which is {'a set' if known[fact] is frozenset else 'one value'}")
+        raise ValueError(
+            f"{code}: `{name}` does not fit `{fact}`, which is {'a set' if known[fact] is frozenset else 'one value'}"
+        )
     function = OPERATORS.get(name, _is)
     if isinstance(operand, str) and operand in known and name not in ("is", "not"):
         return lambda facts: function(facts[fact], facts[operand])
@@ -191,7 +229,14 @@ def _test(code: str, fact: str, name: str, operand: Any, known: Mapping[str, Any
 def _not_a_choice(operand: Any, choices: Any) -> Any:
     if not isinstance(choices, tuple):
         return None
-    return next((value for value in (operand if isinstance(operand, list) else [operand]) if value not in choices), None)
+    return next(
+        (
+            value
+            for value in (operand if isinstance(operand, list) else [operand])
+            if value not in choices
+        ),
+        None,
+    )
 
 
 def _is(value: Any, expected: Any) -> bool:

@@ -19,7 +19,9 @@ from torch import Tensor
 from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
-KERNELS: Mapping[str, tuple[str, ...]] = {  # device type -> modules of this package, the best first; `reference` takes everything
+KERNELS: Mapping[
+    str, tuple[str, ...]
+] = {  # device type -> modules of this package, the best first; `reference` takes everything
     "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
@@ -33,7 +35,9 @@ class FewTokens:
     most: int
 
 
-FEW_TOKENS: Mapping[tuple[str, str], FewTokens] = {  # device type and format of the weights -> measured on an H200, see the README
+FEW_TOKENS: Mapping[
+    tuple[str, str], FewTokens
+] = {  # device type and format of the weights -> measured on an H200, see the README
     ("cuda", "int4"): FewTokens("triton_weight_only", 16),
     ("cuda", "fp4"): FewTokens("triton_weight_only", 16),
 }
@@ -72,14 +76,23 @@ class Kernel(Protocol):
     def pack(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return what `apply` needs, on the device of ``weight``, which has neither ``perm`` nor ``pre_scale``. May reuse its tensors."""
 
-    def apply(self, spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    def apply(
+        self, spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None
+    ) -> Tensor:
         """Return ``x`` [M, K] times the weight, plus ``bias`` [N]: [M, N] of the dtype of ``x``, which is contiguous. M is at least 1."""
 
 
 class CodesKernel(Kernel, Protocol):
     """One that rounds its input to 8 bits by itself, a scale for each token, and also takes what is rounded already, as `row_quantize` does it."""
 
-    def apply_codes(self, spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    def apply_codes(
+        self,
+        spec: LinearSpec,
+        codes: Tensor,
+        row_scale: Tensor,
+        packed: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> Tensor:
         """Return what `apply` does, in the dtype of ``spec``, from ``codes`` [M, K] and their scales, f32 [M, 1]."""
 
 
@@ -92,7 +105,11 @@ class Choice:
     few: FewTokens | None = None
 
     def __str__(self) -> str:
-        return f"{self.few.kernel} to {self.few.most} tokens, then {self.kernel}" if self.few else self.kernel
+        return (
+            f"{self.few.kernel} to {self.few.most} tokens, then {self.kernel}"
+            if self.few
+            else self.kernel
+        )
 
 
 def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Choice:
@@ -121,7 +138,11 @@ def _objection(name: str, spec: LinearSpec, device: Device) -> str | None:
 
 def not_bfloat16(spec: LinearSpec) -> str | None:
     """Return the objection of kernels that compute in bfloat16 alone, as all on a CPU do."""
-    return None if spec.dtype == torch.bfloat16 else f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    return (
+        None
+        if spec.dtype == torch.bfloat16
+        else f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
+    )
 
 
 def no_aten_product(spec: LinearSpec) -> str | None:
@@ -130,14 +151,21 @@ def no_aten_product(spec: LinearSpec) -> str | None:
         return "needs a CPU with AVX2 or AVX512"
     if reason := not_bfloat16(spec):
         return reason
-    return f"inputs {spec.scheme.activations}: takes 16 bits only" if spec.scheme.activations else None
+    return (
+        f"inputs {spec.scheme.activations}: takes 16 bits only" if spec.scheme.activations else None
+    )
 
 
 def codes_taken(spec: LinearSpec, choice: Choice) -> Literal["fp8", "int8"] | None:
     """Return what every kernel of ``choice`` rounds the input of ``spec`` to, if all are a `CodesKernel` and a token's scale is its own."""
     inputs = spec.scheme.activations
     kernels = [choice.kernel, *([choice.few.kernel] if choice.few else [])]
-    if inputs is None or inputs.granularity != "token" or spec.static_input or not all(hasattr(load_kernel(name), "apply_codes") for name in kernels):
+    if (
+        inputs is None
+        or inputs.granularity != "token"
+        or spec.static_input
+        or not all(hasattr(load_kernel(name), "apply_codes") for name in kernels)
+    ):
         return None
     return "fp8" if inputs.format == "fp8" else "int8"
 
@@ -182,26 +210,44 @@ def number_of(call: Call) -> int:
 
 
 _LIBRARY = torch.library.Library("qtool", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("linear(Tensor x, Tensor[] packed, Tensor? bias, int call, Tensor? row_scale=None) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] packed, Tensor? bias, int call, Tensor? row_scale=None) -> Tensor"
+)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def _linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int, row_scale: Tensor | None = None) -> Tensor:
+def _linear(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    call: int,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     start = 0
     for kernel, most, names in _CALLS[call].kernels:
         if most is None or x.shape[0] <= most:
             tensors = dict(zip(names, packed[start : start + len(names)], strict=True))
             with current(x.device):
                 if row_scale is not None:
-                    return cast(CodesKernel, load_kernel(kernel)).apply_codes(_CALLS[call].spec, x, row_scale, tensors, bias)
+                    return cast(CodesKernel, load_kernel(kernel)).apply_codes(
+                        _CALLS[call].spec, x, row_scale, tensors, bias
+                    )
                 return load_kernel(kernel).apply(_CALLS[call].spec, x, tensors, bias)
         start += len(names)
     raise AssertionError("the last kernel takes any number of tokens")
 
 
-def _fake_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, call: int, row_scale: Tensor | None = None) -> Tensor:
+def _fake_linear(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    call: int,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     spec = _CALLS[call].spec
-    return x.new_empty(x.shape[0], spec.shape[0], dtype=x.dtype if row_scale is None else spec.dtype)
+    return x.new_empty(
+        x.shape[0], spec.shape[0], dtype=x.dtype if row_scale is None else spec.dtype
+    )
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -24,11 +24,24 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qtool.runtime.triton.tiles import BAND, Tile
 
-TYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+TYPES = {
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+}
 STORED = 8192  # outputs that a group stores at once: there is room for 16 KiB each beside four stages of loads
 
 
-def multiply_codes(codes: Tensor, row_scale: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: Tile) -> Tensor:
+def multiply_codes(
+    codes: Tensor,
+    row_scale: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Tensor:
     """Return ``codes`` [M, K] times ``data`` [N, K], times their scales, f32 [M, 1] and [N], plus ``bias`` [N]: [M, N], in ``dtype``.
 
     K is a multiple of 16, N of 8. ``tile.programs`` go through the tiles, each over all of K; ``tile.m`` is 128 or 256, half for each group.
@@ -55,12 +68,18 @@ def multiply_codes(codes: Tensor, row_scale: Tensor, data: Tensor, scale: Tensor
 
 def _blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
     """Return a descriptor of ``tensor`` in blocks of ``shape``."""
-    return TensorDescriptor.from_tensor(tensor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), TYPES[tensor.dtype]))
+    return TensorDescriptor.from_tensor(
+        tensor, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), TYPES[tensor.dtype])
+    )
 
 
 @gluon.jit(do_not_specialize=["M"])
-def _multiply(x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
-    inputs = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)  # two groups of tokens a stage
+def _multiply(
+    x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, STAGES: gl.constexpr
+):  # type: ignore[no-untyped-def]
+    inputs = gl.allocate_shared_memory(
+        x.dtype, [2 * STAGES] + x.block_type.shape, x.layout
+    )  # two groups of tokens a stage
     weights = gl.allocate_shared_memory(data.dtype, [STAGES] + data.block_type.shape, data.layout)
     stored = gl.allocate_shared_memory(y.dtype, [2] + y.block_type.shape, y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -70,8 +89,14 @@ def _multiply(x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, S
         mbarrier.init(empty.index(stage), count=2)
     gl.warp_specialize(
         [
-            (_consume, (0, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND)),
-            (_consume, (1, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND)),
+            (
+                _consume,
+                (0, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND),
+            ),
+            (
+                _consume,
+                (1, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND),
+            ),
             (_produce, (x, data, inputs, weights, full, empty, M, N, K, BAND)),
         ],
         [4, 1],
@@ -96,12 +121,16 @@ def _produce(x, data, inputs, weights, full, empty, M, N, K, BAND: gl.constexpr)
     TILE_K: gl.constexpr = weights.shape[2]
     HALF: gl.constexpr = inputs.shape[1]
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, 2 * HALF) * gl.cdiv(N, TILE_N), gl.num_programs(0)):
+    for tile in range(
+        gl.program_id(0), gl.cdiv(M, 2 * HALF) * gl.cdiv(N, TILE_N), gl.num_programs(0)
+    ):
         m, n = _position(tile, M, N, 2 * HALF, TILE_N, BAND)
         for k in range(0, K, TILE_K):
             stage = step % STAGES
             loaded = full.index(stage)
-            mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)  # at first nothing is waited for
+            mbarrier.wait(
+                empty.index(stage), (step // STAGES + 1) % 2
+            )  # at first nothing is waited for
             mbarrier.expect(loaded, 2 * x.block_type.nbytes + data.block_type.nbytes)
             tma.async_copy_global_to_shared(x, [m, k], loaded, inputs.index(2 * stage))
             tma.async_copy_global_to_shared(data, [n, k], loaded, weights.index(stage))
@@ -111,7 +140,20 @@ def _produce(x, data, inputs, weights, full, empty, M, N, K, BAND: gl.constexpr)
 
 @gluon.jit
 def _consume(  # type: ignore[no-untyped-def]
-    GROUP: gl.constexpr, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr
+    GROUP: gl.constexpr,
+    inputs,
+    weights,
+    stored,
+    full,
+    empty,
+    y,
+    row_scale,
+    scale,
+    bias,
+    M,
+    N,
+    K,
+    BAND: gl.constexpr,
 ):
     """Compute half the tokens of all tiles, the first or the second by ``GROUP``."""
     STAGES: gl.constexpr = weights.shape[0]
@@ -121,17 +163,30 @@ def _consume(  # type: ignore[no-untyped-def]
     WIDTH: gl.constexpr = stored.shape[2]
     INT8: gl.constexpr = weights.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
-    INSTRUCTION: gl.constexpr = [16, 128 if INT8 and TILE_N > 128 else TILE_N, 32]  # Triton has no int8 product of 256 outputs
+    INSTRUCTION: gl.constexpr = [
+        16,
+        128 if INT8 and TILE_N > 128 else TILE_N,
+        32,
+    ]  # Triton has no int8 product of 256 outputs
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], INSTRUCTION)
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, 2 * HALF) * gl.cdiv(N, TILE_N), gl.num_programs(0)):
+    for tile in range(
+        gl.program_id(0), gl.cdiv(M, 2 * HALF) * gl.cdiv(N, TILE_N), gl.num_programs(0)
+    ):
         m, n = _position(tile, M, N, 2 * HALF, TILE_N, BAND)
         acc = warpgroup_mma_init(gl.zeros((HALF, TILE_N), SUM, MMA))
         for k in range(0, K, TILE_K):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES % 2)
-            acc = warpgroup_mma(inputs.index(2 * stage + GROUP), weights.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))  # the product before this one is done
+            acc = warpgroup_mma(
+                inputs.index(2 * stage + GROUP),
+                weights.index(stage).permute((1, 0)),
+                acc,
+                is_async=True,
+            )
+            acc = warpgroup_mma_init(
+                warpgroup_mma_wait(1, deps=[acc])
+            )  # the product before this one is done
             gl.thread_barrier()  # in all four warps
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
@@ -140,7 +195,18 @@ def _consume(  # type: ignore[no-untyped-def]
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         parts = _cut(sums, TILE_N // WIDTH)
         for i in gl.static_range(TILE_N // WIDTH):
-            _store(parts[i], m + GROUP * HALF, n + i * WIDTH, stored.index(GROUP), y, row_scale, scale, bias, M, N)
+            _store(
+                parts[i],
+                m + GROUP * HALF,
+                n + i * WIDTH,
+                stored.index(GROUP),
+                y,
+                row_scale,
+                scale,
+                bias,
+                M,
+                N,
+            )
     tma.store_wait(0)
 
 

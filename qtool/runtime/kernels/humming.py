@@ -23,9 +23,30 @@ from qtool.weight import QuantizedWeight, fake_quantize_input
 
 TILE = 128  # N and K are padded to it; the tiles of every schedule divide it or come in multiples that humming fits itself
 GROUP_SIZES = (16, 32, 64, 128)
-NAMES = {"fp8": "float8e4m3", "fp4": "float4e2m1", "e4m3": "float8e4m3", "e8m0": "float8e8m0", "int8": "int8"}  # as humming calls them
-STEPS = (8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)  # tokens: one schedule to each, where humming by itself would compile 33
-MEASURED = Path(__file__).with_name("humming_schedules.json")  # what tests/benchmarks/sweep_humming.py found; it names the GPU
+NAMES = {
+    "fp8": "float8e4m3",
+    "fp4": "float4e2m1",
+    "e4m3": "float8e4m3",
+    "e8m0": "float8e8m0",
+    "int8": "int8",
+}  # as humming calls them
+STEPS = (
+    8,
+    16,
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    512,
+    1024,
+    2048,
+    4096,
+)  # tokens: one schedule to each, where humming by itself would compile 33
+MEASURED = Path(__file__).with_name(
+    "humming_schedules.json"
+)  # what tests/benchmarks/sweep_humming.py found; it names the GPU
 LOCKS = 2048  # as many as its own layers have; each layer needs its own, since two GEMMs in a row may overlap
 
 
@@ -65,12 +86,22 @@ def _missing() -> str | None:
 def multiplies_codes(spec: LinearSpec, capability: int) -> bool:
     """Return whether humming multiplies by the rounded input itself, 8 bits wide. Else the input is rounded and stays 16 bits wide."""
     weights, inputs = spec.scheme.weights, spec.scheme.activations
-    if inputs is None or inputs.format not in ("fp8", "int8") or inputs.scale != "float" or spec.shape[1] % 16:
+    if (
+        inputs is None
+        or inputs.format not in ("fp8", "int8")
+        or inputs.scale != "float"
+        or spec.shape[1] % 16
+    ):
         return False
     if not (inputs.symmetric and weights.symmetric) or (inputs.format == "fp8" and capability < 89):
         return False
     if inputs.granularity == "group":
-        return weights.format == "fp8" and weights.granularity == "block" and inputs.group_size == 128 and not spec.shape[1] % 128
+        return (
+            weights.format == "fp8"
+            and weights.granularity == "block"
+            and inputs.group_size == 128
+            and not spec.shape[1] % 128
+        )
     if weights.format == "int4":
         return (weights.group_size or 32) >= 32
     return weights.format == inputs.format and weights.granularity in ("channel", "tensor")
@@ -82,7 +113,9 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     packed = lay_out(spec, weight)
     config, schedules = _config(spec, weight.data.device, "weight_scale_2" in packed)
-    HummingKernel.prepare_kernels(config.to_str(), tuning_config=schedules, device=weight.data.device)
+    HummingKernel.prepare_kernels(
+        config.to_str(), tuning_config=schedules, device=weight.data.device
+    )
     return packed
 
 
@@ -92,11 +125,18 @@ def lay_out(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     device = weight.data.device
     tensors = canonical(spec, weight)
-    extra = {"row_scale": tensors.pop("row_scale", None), "locks": torch.zeros(LOCKS, dtype=torch.int32, device=device)}
+    extra = {
+        "row_scale": tensors.pop("row_scale", None),
+        "locks": torch.zeros(LOCKS, dtype=torch.int32, device=device),
+    }
     if weight.activation is not None:
         extra |= {"static_scale": weight.activation.scale, "static_zero": weight.activation.zero}
-    _, tensors = prepare_fp16_e8m0_scale(_config(spec, device, "weight_scale_2" in tensors)[0], tensors)  # it may add a second scale
-    packed: dict[str, Tensor] = transform_humming_tensors(_config(spec, device, "weight_scale_2" in tensors)[0], tensors, already_padded=True)
+    _, tensors = prepare_fp16_e8m0_scale(
+        _config(spec, device, "weight_scale_2" in tensors)[0], tensors
+    )  # it may add a second scale
+    packed: dict[str, Tensor] = transform_humming_tensors(
+        _config(spec, device, "weight_scale_2" in tensors)[0], tensors, already_padded=True
+    )
     return packed | {name: tensor for name, tensor in extra.items() if tensor is not None}
 
 
@@ -112,7 +152,11 @@ def canonical(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     data = weight.data if integer else weight.data.view(torch.uint8)
     data = functional.pad(data, (0, more_columns // (2 if bits == 4 else 1), 0, more_rows))
     tensors = {"weight": words_from_data(data, bits) if integer else pack_bits(data, 8)}
-    more_groups = 0 if weights.group_size is None else (columns + more_columns) // weights.group_size - weight.scale.shape[1]
+    more_groups = (
+        0
+        if weights.group_size is None
+        else (columns + more_columns) // weights.group_size - weight.scale.shape[1]
+    )
     edge = (0, more_groups, 0, more_rows)
     if weights.granularity == "block":
         tensors["weight_scale"] = weight.scale.float()
@@ -120,7 +164,9 @@ def canonical(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         tensors["weight_scale"] = functional.pad(weight.scale.to(spec.dtype), edge)
     else:
         value = 127 if weights.scale == "e8m0" else 0  # 127 is the exponent of 1.0
-        tensors["weight_scale"] = functional.pad(weight.scale.view(torch.uint8), edge, value=value).view(weight.scale.dtype)
+        tensors["weight_scale"] = functional.pad(
+            weight.scale.view(torch.uint8), edge, value=value
+        ).view(weight.scale.dtype)
     if weight.zero is not None:
         zero = functional.pad(offset_binary(weight.zero, bits), edge)
         tensors["zero_point"] = pack_bits(zero.T.contiguous(), bits).T.contiguous()
@@ -142,7 +188,9 @@ def _config(spec: LinearSpec, device: torch.device, two_scales: bool) -> tuple[A
     weights, inputs = spec.scheme.weights, spec.scheme.activations
     height, width = weights.block or (0, weights.group_size or 0)
     stored = HummingWeightSchema(
-        b_dtype=NAMES.get(weights.format) if not weights.format.startswith("int") else f"u{weights.format}",
+        b_dtype=NAMES.get(weights.format)
+        if not weights.format.startswith("int")
+        else f"u{weights.format}",
         bs_dtype=NAMES.get(weights.scale),
         weight_scale_group_size=width,
         weight_scale_group_size_n=height,
@@ -151,14 +199,37 @@ def _config(spec: LinearSpec, device: torch.device, two_scales: bool) -> tuple[A
     )
     rounded = HummingInputSchema()
     if inputs and multiplies_codes(spec, device_of(device).capability):
-        rounded = HummingInputSchema(a_dtype=NAMES[inputs.format], input_scale_group_size=inputs.group_size or 0)
-    config = prepare_layer_config(*spec.shape, stored, rounded, pad_n_to_multiple=TILE, pad_k_to_multiple=TILE, torch_dtype=spec.dtype, device=device)
-    found = measured(str(device_of(device)), torch.cuda.get_device_properties(device).multi_processor_count) if config.a_dtype.num_bits == 16 else ()
-    options = partial(launch_options, input_bits=config.a_dtype.num_bits, capability=device_of(device).capability)
+        rounded = HummingInputSchema(
+            a_dtype=NAMES[inputs.format], input_scale_group_size=inputs.group_size or 0
+        )
+    config = prepare_layer_config(
+        *spec.shape,
+        stored,
+        rounded,
+        pad_n_to_multiple=TILE,
+        pad_k_to_multiple=TILE,
+        torch_dtype=spec.dtype,
+        device=device,
+    )
+    found = (
+        measured(
+            str(device_of(device)), torch.cuda.get_device_properties(device).multi_processor_count
+        )
+        if config.a_dtype.num_bits == 16
+        else ()
+    )
+    options = partial(
+        launch_options, input_bits=config.a_dtype.num_bits, capability=device_of(device).capability
+    )
     schedules: list[list[Any]] = []
     for low, high in pairwise((0, *STEPS)):
-        schedule = next((entry.schedule for entry in found if entry.takes(weights, spec.shape, high)), None)
-        schedule = {**(schedule or get_heuristics_config(config, shape_m=high, device=device)), **options(high)}
+        schedule = next(
+            (entry.schedule for entry in found if entry.takes(weights, spec.shape, high)), None
+        )
+        schedule = {
+            **(schedule or get_heuristics_config(config, shape_m=high, device=device)),
+            **options(high),
+        }
         schedule = json.loads(json.dumps(schedule))  # humming has tuples where the table has lists
         if schedules and schedules[-1][2] == schedule:
             schedules[-1][1] = high  # humming must not compile one kernel in two threads
@@ -173,7 +244,9 @@ def launch_options(tokens: int, *, input_bits: int, capability: int) -> dict[str
 
     Before humming has waited for that one, it reads only weights; with 8-bit inputs and one scale for all, also that scale, too early.
     """
-    return {"use_pdl": True} if 16 < tokens <= 1024 and input_bits == 16 and capability >= 90 else {}
+    return (
+        {"use_pdl": True} if 16 < tokens <= 1024 and input_bits == 16 and capability >= 90 else {}
+    )
 
 
 @dataclass(frozen=True)
@@ -192,8 +265,15 @@ class Measured:
 
         rows, columns = (size + -size % TILE for size in shape)
         _, tile_rows, tile_columns = self.schedule["block_shape"]
-        fits = not rows % (tile_rows * self.schedule.get("multi_cast_size_a", 1)) and not columns % tile_columns
-        return fits and (str(weights), shape_class(rows, columns)) == (self.weights, self.kind) and self.above < tokens <= self.up_to
+        fits = (
+            not rows % (tile_rows * self.schedule.get("multi_cast_size_a", 1))
+            and not columns % tile_columns
+        )
+        return (
+            fits
+            and (str(weights), shape_class(rows, columns)) == (self.weights, self.kind)
+            and self.above < tokens <= self.up_to
+        )
 
 
 @cache
@@ -202,7 +282,10 @@ def measured(device: str, multiprocessors: int) -> tuple[Measured, ...]:
     table = json.loads(MEASURED.read_text())
     if (table["device"], table["multiprocessors"]) != (device, multiprocessors):
         return ()
-    return tuple(Measured(*(entry[name] for name in ("weights", "kind", "above", "up_to", "schedule"))) for entry in table["schedules"])
+    return tuple(
+        Measured(*(entry[name] for name in ("weights", "kind", "above", "up_to", "schedule")))
+        for entry in table["schedules"]
+    )
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -210,7 +293,9 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     from humming.forward import humming_forward
 
     tensors, inputs = dict(packed), spec.scheme.activations
-    row_scale, static_scale, static_zero = (tensors.pop(name, None) for name in ("row_scale", "static_scale", "static_zero"))
+    row_scale, static_scale, static_zero = (
+        tensors.pop(name, None) for name in ("row_scale", "static_scale", "static_zero")
+    )
     config, schedules = _config(spec, x.device, "weight_scale_2" in tensors)
     if inputs and config.a_dtype.num_bits == 8:
         size = inputs.group_size or x.shape[1]

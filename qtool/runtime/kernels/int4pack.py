@@ -13,7 +13,9 @@ from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight, unpack_pairs
 
 MANY = 80  # tokens
-BLOCK = 64  # outputs that the operator packs together for AVX512, the second half in the high nibbles
+BLOCK = (
+    64  # outputs that the operator packs together for AVX512, the second half in the high nibbles
+)
 GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 4 * BLOCK  # packed at a time
 
@@ -39,11 +41,18 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         rows = weight.data[start : start + ROWS]
         codes = unpack_pairs(rows) if rows.dtype == torch.uint8 else rows + 8
         codes = pad(codes, (0, fill, 0, -rows.shape[0] % BLOCK)).int()
-        packed[start : start + codes.shape[0]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        packed[start : start + codes.shape[0]] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            codes, 1
+        )
     scale = weight.scale.float().expand(outputs, (inputs + fill) // width)
     zero = torch.zeros_like(scale) if weight.zero is None else weight.zero * -scale
     tables = pad(torch.stack((scale, zero)), (0, 0, 0, short))
-    return {"codes": packed, "scale_and_zero": tables.permute(2, 1, 0).to(torch.bfloat16, memory_format=torch.contiguous_format)}
+    return {
+        "codes": packed,
+        "scale_and_zero": tables.permute(2, 1, 0).to(
+            torch.bfloat16, memory_format=torch.contiguous_format
+        ),
+    }
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -51,10 +60,16 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     outputs, width = spec.shape[0], _width(spec)
     if x.shape[1] % width:
         x = pad(x, (0, -x.shape[1] % width))
-    if x.shape[0] >= MANY and torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if (
+        x.shape[0] >= MANY
+        and torch.cpu._is_amx_tile_supported()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    ):
         y = _by_blocks(x, packed["codes"], packed["scale_and_zero"])
     else:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed["codes"], width, packed["scale_and_zero"])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, packed["codes"], width, packed["scale_and_zero"]
+        )
     y = y[:, :outputs].contiguous()
     return y if bias is None else y + bias
 

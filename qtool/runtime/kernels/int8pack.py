@@ -19,14 +19,23 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
     weights = spec.scheme.weights
     if reason := no_aten_product(spec):
         return reason
-    if weights.format not in ("int5", "int6", "int7", "int8") or weights.granularity not in ("channel", "tensor") or not weights.symmetric:
+    if (
+        weights.format not in ("int5", "int6", "int7", "int8")
+        or weights.granularity not in ("channel", "tensor")
+        or not weights.symmetric
+    ):
         return f"weights {weights}: takes int5 to int8 by channel or tensor, without zero points"
     return None
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return ``codes``, int8 with K filled up, and ``scale``, bfloat16 [N]."""
-    return {"codes": _steps(weight.data), "scale": weight.scale[:, 0].expand(spec.shape[0]).to(torch.bfloat16, memory_format=torch.contiguous_format)}
+    return {
+        "codes": _steps(weight.data),
+        "scale": weight.scale[:, 0]
+        .expand(spec.shape[0])
+        .to(torch.bfloat16, memory_format=torch.contiguous_format),
+    }
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

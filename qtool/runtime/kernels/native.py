@@ -26,14 +26,38 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn
-from qtool.weight import FP4_SCALES, FP4_VALUES, QuantizedWeight, fake_quantize_input, spread, unpack_pairs
+from qtool.weight import (
+    FP4_SCALES,
+    FP4_VALUES,
+    QuantizedWeight,
+    fake_quantize_input,
+    spread,
+    unpack_pairs,
+)
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-std=gnu11", "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-shared", "-fPIC")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512bf16",
+    "-mfma",
+    "-shared",
+    "-fPIC",
+)
 STRIP, CHUNK = 32, 128  # outputs and inputs that native.c takes at a time
 PIECE = 8 * STRIP  # outputs that are packed at a time
 CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # `enum codes`
-SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}  # `enum scales`
+SCALES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e8m0fnu: 4,
+}  # `enum scales`
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
@@ -56,15 +80,25 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     ``input_scale`` and ``input_zero`` come along where they are static. Codes of NaN are not looked for: fp8 has 480 there.
     """
-    outputs, nibbles, is_fp4 = spec.shape[0], spec.scheme.weights.bits < 5, weight.scale.dtype in FP4_SCALES
-    parts = (_codes(piece, nibbles, 0 if is_fp4 else 8) for piece in torch.split(weight.data, PIECE))
+    outputs, nibbles, is_fp4 = (
+        spec.shape[0],
+        spec.scheme.weights.bits < 5,
+        weight.scale.dtype in FP4_SCALES,
+    )
+    parts = (
+        _codes(piece, nibbles, 0 if is_fp4 else 8) for piece in torch.split(weight.data, PIECE)
+    )
     first = next(parts)
     codes = first.new_empty(-(-outputs // STRIP), *first.shape[1:])
     for index, part in enumerate(itertools.chain((first,), parts)):
         start = index * PIECE // STRIP
         codes[start : start + part.shape[0]] = part
     packed = {"codes": codes}
-    scale = spread(weight.scale.view(_bits(weight.scale)), outputs, weight.tile[0], dim=0).view(weight.scale.dtype).expand(outputs, -1)
+    scale = (
+        spread(weight.scale.view(_bits(weight.scale)), outputs, weight.tile[0], dim=0)
+        .view(weight.scale.dtype)
+        .expand(outputs, -1)
+    )
     row_scale = torch.ones(outputs) if weight.scale2 is None else weight.scale2.float()
     if scale.shape[1] == 1:
         row_scale = row_scale * scale[:, 0].float()
@@ -91,7 +125,9 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     library = _library()
     assert not isinstance(library, str)
     if spec.scheme.activations:
-        x = fake_quantize_input(x, spec.scheme.activations, packed.get("input_scale"), packed.get("input_zero")).contiguous()
+        x = fake_quantize_input(
+            x, spec.scheme.activations, packed.get("input_scale"), packed.get("input_zero")
+        ).contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = x.new_empty(x.shape[0], spec.shape[0])
     job = _Job(
@@ -117,7 +153,9 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 def _width(spec: LinearSpec) -> int:
     """Return how many inputs share a scale."""
     weights = spec.scheme.weights
-    return min(spec.shape[1], weights.block[1] if weights.block else weights.group_size or spec.shape[1])
+    return min(
+        spec.shape[1], weights.block[1] if weights.block else weights.group_size or spec.shape[1]
+    )
 
 
 def _stored_width(spec: LinearSpec) -> int:
@@ -140,7 +178,9 @@ def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
     bits = entries.contiguous().view(_bits(entries))
     if stored < width:
         bits = bits.repeat_interleave(width // stored, dim=1)[:, :count]
-    one = 127 if entries.dtype == torch.float8_e8m0fnu else 0  # a byte of 0 is 2^-127, and subnormals are slow
+    one = (
+        127 if entries.dtype == torch.float8_e8m0fnu else 0
+    )  # a byte of 0 is 2^-127, and subnormals are slow
     bits = pad(bits, (0, count - bits.shape[1], 0, -bits.shape[0] % STRIP), value=one)
     return bits.view(-1, STRIP, count).transpose(1, 2).contiguous().view(entries.dtype)
 
@@ -149,8 +189,14 @@ def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
     """Return ``data`` [R, K] in the order that native.c says: [R/32, C, 32, 64 or 128]; ``zero`` is the nibble that stands for 0."""
     if nibbles:
         data = unpack_pairs(data) if data.dtype == torch.uint8 else (data + 8).view(torch.uint8)
-    bits = pad(data.view(torch.uint8), (0, -data.shape[1] % CHUNK, 0, -data.shape[0] % STRIP), value=zero if nibbles else 0)
-    parts = {torch.uint8: (4, 32), torch.int8: (2, 4, 16), torch.float8_e4m3fn: (2, 2, 32)}[data.dtype]  # of the 128 codes of a row
+    bits = pad(
+        data.view(torch.uint8),
+        (0, -data.shape[1] % CHUNK, 0, -data.shape[0] % STRIP),
+        value=zero if nibbles else 0,
+    )
+    parts = {torch.uint8: (4, 32), torch.int8: (2, 4, 16), torch.float8_e4m3fn: (2, 2, 32)}[
+        data.dtype
+    ]  # of the 128 codes of a row
     rows = bits.view(-1, STRIP, bits.shape[1] // CHUNK, *parts).transpose(1, 2)
     if nibbles:
         rows = rows[..., ::2, :] | rows[..., 1::2, :] << 4
@@ -161,7 +207,21 @@ class _Job(ctypes.Structure):
     """`struct job` of native.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "zero", "table", "row_scale", "bias", "y", "workspace", "parallel")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "codes",
+                "scale",
+                "zero",
+                "table",
+                "row_scale",
+                "bias",
+                "y",
+                "workspace",
+                "parallel",
+            )
+        ),
         *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "group", "groups")),
         *((name, ctypes.c_int32) for name in ("code_kind", "scale_kind", "threads", "amx")),
     ]
@@ -194,7 +254,9 @@ class _Library:
 @cache
 def _library() -> _Library | str:
     """Compile and load native.c; or return why that cannot be."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")]
+    compiler = shlex.split(os.environ.get("CC", "")) or [
+        next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")
+    ]
     if shutil.which(compiler[0]) is None:
         return "no C compiler: install gcc or clang, or set CC"
     try:
@@ -208,7 +270,9 @@ def _library() -> _Library | str:
 
 def _compiled(compiler: list[str]) -> Path:
     """Return native.c as a shared library, from the cache folder if it is there."""
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], check=True, capture_output=True, text=True
+    ).stdout
     made_of = [SOURCE.read_text(), *FLAGS, *compiler, version]
     name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
     cache_home = os.environ.get("XDG_CACHE_HOME")
@@ -224,7 +288,12 @@ def _compiled(compiler: list[str]) -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         target = folder / f"{name}.new"
     try:
-        subprocess.run([*compiler, *FLAGS, "-o", str(target), str(SOURCE)], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [*compiler, *FLAGS, "-o", str(target), str(SOURCE)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return target.replace(folder / name)  # two processes at once write the same thing
     finally:
         target.unlink(missing_ok=True)

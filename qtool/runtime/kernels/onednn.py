@@ -29,7 +29,9 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         return reason
     if not weights.format.startswith("int") or weights.granularity == "block":
         return f"weights {weights}: takes integers by group, channel or tensor"
-    if activations and not (activations.format.startswith("int") and activations.granularity in ("token", "tensor")):
+    if activations and not (
+        activations.format.startswith("int") and activations.granularity in ("token", "tensor")
+    ):
         return f"inputs {activations}: takes integers by token or tensor"
     return None
 
@@ -39,16 +41,27 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     The input adds ``input_scale`` and ``input_zero`` if static, and, if it has zero points, ``row_sum`` [N] of the weight.
     """
-    codes = unpack_pairs(weight.data).to(torch.int8) - 8 if weight.data.dtype == torch.uint8 else weight.data
+    codes = (
+        unpack_pairs(weight.data).to(torch.int8) - 8
+        if weight.data.dtype == torch.uint8
+        else weight.data
+    )
     groups = torch.split(codes, _width(spec), dim=1)
     scale = weight.scale.float().expand(spec.shape[0], -1)
-    packed = {f"codes{index}": torch.ops.onednn.qlinear_prepack(group.contiguous(), None) for index, group in enumerate(groups)}
+    packed = {
+        f"codes{index}": torch.ops.onednn.qlinear_prepack(group.contiguous(), None)
+        for index, group in enumerate(groups)
+    }
     packed["scale"] = scale.T.contiguous()
     if weight.zero is not None:
         packed["offset"] = (scale * -weight.zero.float()).T.contiguous()
     if weight.activation:
         static = {"input_scale": weight.activation.scale, "input_zero": weight.activation.zero}
-        packed |= {name: tensor.float().reshape(1, 1) for name, tensor in static.items() if tensor is not None}
+        packed |= {
+            name: tensor.float().reshape(1, 1)
+            for name, tensor in static.items()
+            if tensor is not None
+        }
         if not weight.activation.format.symmetric or weight.activation.zero is not None:
             packed["row_sum"] = dequantize(weight).sum(1)
     return packed
@@ -60,10 +73,14 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     if activations is None:
         scale = (x.abs().amax(1, keepdim=True).float() / LARGEST).clamp_(min=TINY)
         number = (x / scale).round_().to(torch.int32) + (MIDDLE * 256 + MIDDLE)
-        high, low = _multiply(spec, torch.cat((number >> 8, number & 255)).to(torch.uint8), packed).chunk(2)
+        high, low = _multiply(
+            spec, torch.cat((number >> 8, number & 255)).to(torch.uint8), packed
+        ).chunk(2)
         y = low.add_(high, alpha=256)
     else:
-        codes, scale, zero = _codes(x, activations, packed.get("input_scale"), packed.get("input_zero"))
+        codes, scale, zero = _codes(
+            x, activations, packed.get("input_scale"), packed.get("input_zero")
+        )
         y = _multiply(spec, codes, packed)
         if zero is not None:
             y.addcmul_(zero, packed["row_sum"], value=-1)
@@ -77,10 +94,15 @@ def _width(spec: LinearSpec) -> int:
 
 def _multiply(spec: LinearSpec, codes: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
     """Return uint8 ``codes`` [R, K] less `MIDDLE`, times the weight, f32 [R, N]."""
-    operator = torch.ops.onednn.qlinear_pointwise  # its overloads are named below: finding one by its arguments is slow
+    operator = (
+        torch.ops.onednn.qlinear_pointwise
+    )  # its overloads are named below: finding one by its arguments is slow
     groups = [group.contiguous() for group in torch.split(codes, _width(spec), dim=1)]
     no_zero = torch.zeros(spec.shape[0], dtype=torch.int64)
-    factors = [(group, 1.0, MIDDLE, packed[f"codes{index}"], packed["scale"][index], no_zero) for index, group in enumerate(groups)]
+    factors = [
+        (group, 1.0, MIDDLE, packed[f"codes{index}"], packed["scale"][index], no_zero)
+        for index, group in enumerate(groups)
+    ]
     y: Tensor = operator.default(*factors[0], None, 1.0, 0, torch.float32, "none", [], "")
     for others in factors[1:]:
         operator.binary(*others, y, None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
@@ -90,12 +112,17 @@ def _multiply(spec: LinearSpec, codes: Tensor, packed: Mapping[str, Tensor]) -> 
     return y
 
 
-def _codes(x: Tensor, activation: Activations, scale: Tensor | None, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _codes(
+    x: Tensor, activation: Activations, scale: Tensor | None, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `MIDDLE` plus the codes, uint8 [M, K], that `fake_quantize_input` rounds ``x`` to, and their scale and zero point."""
     top = int(largest(activation))
     over = (0, 1) if activation.granularity == "tensor" else 1
     if not activation.symmetric and zero is None:
-        low, high = x.amin(over, keepdim=True).float().clamp(max=0), x.amax(over, keepdim=True).float().clamp(min=0)
+        low, high = (
+            x.amin(over, keepdim=True).float().clamp(max=0),
+            x.amax(over, keepdim=True).float().clamp(min=0),
+        )
         scale = ((high - low) / (2 * top + 1)).clamp(min=TINY)
         zero = (-top - 1 - low / scale).round()
     elif scale is None:

@@ -33,7 +33,11 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Multiply by the dequantized weight."""
     block = uneven_block(spec.scheme.weights, spec.shape)
-    weight = QuantizedWeight(packed["data"], packed["scale"], packed.get("scale2"), packed.get("zero"), block=block)
+    weight = QuantizedWeight(
+        packed["data"], packed["scale"], packed.get("scale2"), packed.get("zero"), block=block
+    )
     if spec.scheme.activations:
-        x = fake_quantize_input(x, spec.scheme.activations, packed.get("input_scale"), packed.get("input_zero"))
+        x = fake_quantize_input(
+            x, spec.scheme.activations, packed.get("input_scale"), packed.get("input_zero")
+        )
     return functional.linear(x, dequantize(weight, x.dtype), bias)

@@ -24,7 +24,10 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         return "inputs stay in 16 bits"
     if weights.format not in ("fp8", "int8") or weights.format != inputs.format:
         return f"weights are {weights.format} and inputs {inputs.format}"
-    if weights.granularity not in ("tensor", "channel") or inputs.granularity not in ("tensor", "token"):
+    if weights.granularity not in ("tensor", "channel") or inputs.granularity not in (
+        "tensor",
+        "token",
+    ):
         return f"weights have a scale for each {weights.granularity}, inputs for each {inputs.granularity}"
     if not (weights.symmetric and inputs.symmetric):
         return "zero points"
@@ -39,7 +42,12 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Keep codes and scales; rows that all have one scale keep one, if the input has one too."""
     inputs, scale = spec.scheme.activations, weight.scale.float().expand(spec.shape[0], 1).flatten()
-    if inputs and inputs.granularity == "tensor" and inputs.format == "fp8" and bool((scale == scale[0]).all()):
+    if (
+        inputs
+        and inputs.granularity == "tensor"
+        and inputs.format == "fp8"
+        and bool((scale == scale[0]).all())
+    ):
         scale = scale[:1].clone()
     packed = {"data": weight.data, "scale": scale, "one": torch.ones((), device=scale.device)}
     if weight.activation is not None and weight.activation.scale is not None:
@@ -61,14 +69,26 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     return apply_codes(spec, codes, row_scale, packed, bias)
 
 
-def apply_codes(spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def apply_codes(
+    spec: LinearSpec,
+    codes: Tensor,
+    row_scale: Tensor,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+) -> Tensor:
     """Multiply the codes, and scale the sums."""
     scale, one, weight, dtype = packed["scale"], packed["one"], packed["data"].T, spec.dtype
     if codes.dtype == torch.int8:
         return rescaled(_int8_sums(codes, weight), row_scale, scale, bias, dtype)
-    if codes.shape[0] > MANY_TOKENS and dtype == torch.bfloat16 and device_of(codes.device).capability >= 90:
+    if (
+        codes.shape[0] > MANY_TOKENS
+        and dtype == torch.bfloat16
+        and device_of(codes.device).capability >= 90
+    ):
         return _fp8_sums(codes, weight, row_scale, scale[None], bias, dtype)
-    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 ends at 65504, and sums of codes do not
+    wide = (
+        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    )  # float16 ends at 65504, and sums of codes do not
     return rescaled(_fp8_sums(codes, weight, one, one, None, wide), row_scale, scale, bias, dtype)
 
 
@@ -77,21 +97,29 @@ def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
     return divided(x.abs().amax().float(), largest(inputs))
 
 
-def rounded_rows(x: Tensor, inputs: Activations, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rounded_rows(
+    x: Tensor, inputs: Activations, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as `fake_quantize_input` finds them: ``scale`` or one a row."""
     if x.is_cuda:
         from qtool.runtime.triton.row_quantize import quantize_rows
 
-        return quantize_rows(x, "fp8" if inputs.format == "fp8" else "int8", None if scale is None else scale.float())
+        return quantize_rows(
+            x, "fp8" if inputs.format == "fp8" else "int8", None if scale is None else scale.float()
+        )
     wide = x.float()
     if scale is None:
         scale = divided(wide.abs().amax(1, keepdim=True), largest(inputs))
     scale = torch.where(scale > 0, scale, 1.0).expand(x.shape[0], 1).contiguous()
     ratio = wide / scale
-    return to_fp8(ratio) if inputs.format == "fp8" else ratio.round_().clamp_(-128, 127).to(torch.int8), scale
+    return to_fp8(ratio) if inputs.format == "fp8" else ratio.round_().clamp_(-128, 127).to(
+        torch.int8
+    ), scale
 
 
-def rescaled(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rescaled(
+    sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns`` [N]."""
     if sums.is_cuda:
         from qtool.runtime.triton.rescale import rescale
@@ -101,8 +129,23 @@ def rescaled(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, d
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _fp8_sums(codes: Tensor, weight: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch._scaled_mm(codes, weight, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=True)
+def _fp8_sums(
+    codes: Tensor,
+    weight: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch._scaled_mm(
+        codes,
+        weight,
+        scale_a=scale_a,
+        scale_b=scale_b,
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
 
 
 def _int8_sums(codes: Tensor, weight: Tensor) -> Tensor:

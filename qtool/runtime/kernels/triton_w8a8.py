@@ -12,7 +12,18 @@ from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.triton.row_quantize import quantize_rows
-from qtool.runtime.triton.tiles import GLUON, Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.runtime.triton.tiles import (
+    GLUON,
+    Table,
+    Tile,
+    counters,
+    pick,
+    prefetch,
+    start_early,
+    store_tile,
+    tile_position,
+    workspace,
+)
 from qtool.weight import QuantizedWeight
 
 _FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py
@@ -38,7 +49,11 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
     weights, inputs = spec.scheme.weights, spec.scheme.activations
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
-    if weights.format not in TILES or weights.granularity not in ("channel", "tensor") or not weights.symmetric:
+    if (
+        weights.format not in TILES
+        or weights.granularity not in ("channel", "tensor")
+        or not weights.symmetric
+    ):
         return f"it takes int8 or fp8 weights with a scale a row, not {weights}"
     if inputs is None or inputs.format != weights.format or not inputs.symmetric:
         return f"its inputs are symmetric {weights.format}"
@@ -65,21 +80,47 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Multiply, cut as `TILES` says."""
-    return multiply(spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape))
+    return multiply(
+        spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape)
+    )
 
 
-def apply_codes(spec: LinearSpec, codes: Tensor, row_scale: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def apply_codes(
+    spec: LinearSpec,
+    codes: Tensor,
+    row_scale: Tensor,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+) -> Tensor:
     """Multiply what is rounded already."""
-    return multiply(spec, codes, packed, bias, pick(TILES[spec.scheme.weights.format], codes.shape[0], *spec.shape), row_scale)
+    return multiply(
+        spec,
+        codes,
+        packed,
+        bias,
+        pick(TILES[spec.scheme.weights.format], codes.shape[0], *spec.shape),
+        row_scale,
+    )
 
 
-def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile, row_scale: Tensor | None = None) -> Tensor:
+def multiply(
+    spec: LinearSpec,
+    x: Tensor,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+    tile: Tile,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     """Multiply, cut as ``tile`` says; with ``row_scale``, ``x`` is rounded to codes already."""
     (tokens, columns), rows = x.shape, spec.shape[0]
     if row_scale is None:
         static = packed.get("input_scale") if spec.static_input else None
-        x, row_scale = quantize_rows(x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True)
-    if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:  # rows of whole 16 bytes, as TMA wants them
+        x, row_scale = quantize_rows(
+            x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True
+        )
+    if (
+        tile.bulk and GLUON and rows % 8 == columns % 16 == 0
+    ):  # rows of whole 16 bytes, as TMA wants them
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
 
         return multiply_codes(x, row_scale, packed["data"], packed["scale"], bias, spec.dtype, tile)
@@ -154,7 +195,13 @@ def _multiply(  # type: ignore[no-untyped-def]
             columns = tl.load(inputs + start, mask=m[:, None] < M, other=0.0)
         else:
             weight = tl.load(weights + start, mask=start + k[None, :] < K, other=0.0)
-            columns = tl.load(inputs + start, mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0)
+            columns = tl.load(
+                inputs + start, mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0
+            )
         acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
-    total = acc.to(tl.float32) * tl.load(scale + n, mask=n < N, other=0.0)[:, None] * tl.load(row_scale + m, mask=m < M, other=0.0)[None, :]
+    total = (
+        acc.to(tl.float32)
+        * tl.load(scale + n, mask=n < N, other=0.0)[:, None]
+        * tl.load(row_scale + m, mask=m < M, other=0.0)[None, :]
+    )
     store_tile(total, n, m, y, partial, arrived, bias, M, N, SPLIT)

@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.kernels import Device, LinearSpec
-from qtool.runtime.triton.tiles import Table, Tile, counters, pick, prefetch, start_early, store_tile, tile_position, workspace
+from qtool.runtime.triton.tiles import (
+    Table,
+    Tile,
+    counters,
+    pick,
+    prefetch,
+    start_early,
+    store_tile,
+    tile_position,
+    workspace,
+)
 from qtool.scheme import Weights
 from qtool.weight import QuantizedWeight, unpack_pairs
 
@@ -127,7 +137,9 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     packed = {"words": words, "counters": counters(words.device)}
     if not layout.fields:
         scale = weight.scale.float().expand(rows, -1)[:, 0]
-        packed["row_scale"] = scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
+        packed["row_scale"] = (
+            scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
+        )
         if weight.zero is not None:
             offset = weight.zero.to(spec.dtype).expand(rows, -1) + _base(spec)
             packed["offsets"] = torch.nn.functional.pad(offset[:, 0], (0, padded[0] - rows))
@@ -138,16 +150,24 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         return {**packed, "scales": _fields(fields, layout, group, padded), "row_scale": row_scale}
     if scale.dtype == torch.float8_e8m0fnu and spec.scheme.weights.format == "fp8":
         scale = scale.to(spec.dtype)
-    scale = scale.view(torch.uint8) if scale.element_size() == 1 else scale.to(spec.dtype).view(torch.int16)
+    scale = (
+        scale.view(torch.uint8)
+        if scale.element_size() == 1
+        else scale.to(spec.dtype).view(torch.int16)
+    )
     packed["scales"] = _fields(scale, layout, group, padded)
     if weight.zero is not None:
-        packed["offsets"] = _fields((weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16), layout, group, padded)
+        packed["offsets"] = _fields(
+            (weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16), layout, group, padded
+        )
     return packed
 
 
 def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight:
     """Return ``weight`` with codes of zero wherever its scale is zero, for which a field has no bits."""
-    used = (weight.scale.float() != 0).repeat_interleave(group // 2, dim=1)[:, : weight.data.shape[1]]
+    used = (weight.scale.float() != 0).repeat_interleave(group // 2, dim=1)[
+        :, : weight.data.shape[1]
+    ]
     return replace(weight, data=weight.data * used)
 
 
@@ -156,12 +176,21 @@ def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tens
 
     The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the exponents that the decoded codes lack.
     """
-    ((((shift, _),), base), _), scale = _SCALES[spec.scheme.weights.scale, spec.dtype], weight.scale.float()
-    most = torch.full_like(scale[:, :1], 2.0**8) if spec.scheme.weights.scale == "e4m3" else scale.amax(dim=1, keepdim=True)
+    ((((shift, _),), base), _), scale = (
+        _SCALES[spec.scheme.weights.scale, spec.dtype],
+        weight.scale.float(),
+    )
+    most = (
+        torch.full_like(scale[:, :1], 2.0**8)
+        if spec.scheme.weights.scale == "e4m3"
+        else scale.amax(dim=1, keepdim=True)
+    )
     largest = 2.0 ** (math.frexp(torch.finfo(spec.dtype).max)[1] - 1)
     bits = (scale / most * largest).to(spec.dtype).view(torch.int16).int()
     row_scale = most[:, 0] * (_DECODE["fp4", spec.dtype].scale_by / largest)
-    return ((bits - base) >> -shift).clamp(min=0).to(torch.uint8), row_scale if weight.scale2 is None else row_scale * weight.scale2
+    return ((bits - base) >> -shift).clamp(min=0).to(
+        torch.uint8
+    ), row_scale if weight.scale2 is None else row_scale * weight.scale2
 
 
 def _base(spec: LinearSpec) -> float:
@@ -172,7 +201,9 @@ def _base(spec: LinearSpec) -> float:
 def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]) -> Tensor:
     """Put the bits of each number where ``decode`` takes them from."""
     codes = unpack_pairs(data) if data.dtype == torch.uint8 else data.view(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0]))
+    codes = torch.nn.functional.pad(
+        codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0])
+    )
     runs = decode.place(codes.int()).reshape(padded[0], -1, layout.codes, layout.width)
     words = torch.zeros(runs[:, :, 0].shape, dtype=torch.int32, device=data.device)
     for code in range(layout.codes):
@@ -186,19 +217,29 @@ def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int])
     """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64 [K/block, N, groups]."""
     bits, share = values.element_size() * 8, layout.block // (layout.fields * layout.groups)
     each = values.repeat_interleave(group // share, dim=1)[:, : padded[1] // share]
-    each = torch.nn.functional.pad(each, (0, padded[1] // share - each.shape[1], 0, padded[0] - values.shape[0]))
+    each = torch.nn.functional.pad(
+        each, (0, padded[1] // share - each.shape[1], 0, padded[0] - values.shape[0])
+    )
     fields = each.reshape(padded[0], -1, layout.fields, layout.groups).long() & ((1 << bits) - 1)
     whole = sum(fields[:, :, field] << (bits * field) for field in range(layout.fields))
     assert isinstance(whole, Tensor)
-    return whole.transpose(0, 1).to(torch.int32 if bits * layout.fields == 32 else torch.int64).contiguous()
+    return (
+        whole.transpose(0, 1)
+        .to(torch.int32 if bits * layout.fields == 32 else torch.int64)
+        .contiguous()
+    )
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Multiply, cut as `TILES` says."""
-    return multiply(spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape))
+    return multiply(
+        spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape)
+    )
 
 
-def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile) -> Tensor:
+def multiply(
+    spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile
+) -> Tensor:
     """Multiply, cut as ``tile`` says."""
     (tokens, columns), rows, layout = x.shape, spec.shape[0], layout_of(spec.scheme.weights)
     words = packed["words"]
@@ -207,7 +248,9 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
     parts = tile.split(rows, tokens, steps)
     y = x.new_empty(tokens, rows)
     decode = _DECODE[spec.scheme.weights.format, x.dtype]
-    scale_bits = _SCALES[spec.scheme.weights.scale, x.dtype] if spec.scheme.weights.format == "fp4" else ()
+    scale_bits = (
+        _SCALES[spec.scheme.weights.scale, x.dtype] if spec.scheme.weights.format == "fp4" else ()
+    )
     grid = (triton.cdiv(rows, tile.n) * triton.cdiv(tokens, tile.m), parts)
     _multiply[grid](
         x,
@@ -235,7 +278,8 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
         WIDTH=layout.width,
         GROUPS=layout.groups,
         UNROLL=unroll,
-        SCALE_SUMS=tile.m <= 32 and not scale_bits,  # then scaling what a group sums to is less work than scaling its weights
+        SCALE_SUMS=tile.m <= 32
+        and not scale_bits,  # then scaling what a group sums to is less work than scaling its weights
         EVEN=columns % (unroll * layout.block) == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -249,7 +293,9 @@ def multiply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Te
     return y
 
 
-Bits = tuple[tuple[tuple[int, int], ...], int]  # of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
+Bits = tuple[
+    tuple[tuple[int, int], ...], int
+]  # of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
 
 
 @dataclass(frozen=True)
@@ -267,7 +313,9 @@ class Decode:
         """Return the codes with their bits where those of the numbers are."""
         if not self.size:
             return codes
-        return ((codes << (15 - self.size)) & 0x8000) | ((codes & ((1 << self.size) - 1)) << self.up)
+        return ((codes << (15 - self.size)) & 0x8000) | (
+            (codes & ((1 << self.size) - 1)) << self.up
+        )
 
     def parts(self, code: int) -> tuple[tuple[int, int], ...]:
         """Return from where the bits of the number ``code`` of a word come, as pairs of a shift and a mask."""
@@ -286,7 +334,9 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
         target = "$0" if index == len(parts) else f"u{index}"
         if shift:
             lines.append(f"sh{'r' if shift > 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
-        lines.append(f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, 0x6A;")  # (t & mask) ^ so_far
+        lines.append(
+            f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, 0x6A;"
+        )  # (t & mask) ^ so_far
         so_far = target
     return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
 
@@ -298,11 +348,21 @@ def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int 
     return Decode(tuple((((shift, mask),), constant) for shift in shifts), subtract, base)
 
 
-def _float(count: int, exponent: int, mantissa: int, target_exponent: int, target_mantissa: int) -> Decode:
+def _float(
+    count: int, exponent: int, mantissa: int, target_exponent: int, target_mantissa: int
+) -> Decode:
     """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the difference of the biases is multiplied in."""
     size, up = exponent + mantissa, target_mantissa - mantissa
-    places = ((((shift - up, ((1 << size) - 1) << up), (shift + size - 15, 0x8000)), 0) for shift in range(0, 16, 16 // count))
-    return Decode(tuple(places), scale_by=2.0 ** (2 ** (target_exponent - 1) - 2 ** (exponent - 1)), size=size, up=up)
+    places = (
+        (((shift - up, ((1 << size) - 1) << up), (shift + size - 15, 0x8000)), 0)
+        for shift in range(0, 16, 16 // count)
+    )
+    return Decode(
+        tuple(places),
+        scale_by=2.0 ** (2 ** (target_exponent - 1) - 2 ** (exponent - 1)),
+        size=size,
+        up=up,
+    )
 
 
 def _fp4(places: tuple[tuple[tuple[int, int], ...], ...], up: int, scale_by: float) -> Decode:
@@ -317,8 +377,26 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
     ("int4", torch.float16): _integer(4, 0x0F, 0x6400, base=1032.0),
     ("int8", torch.bfloat16): _integer(2, 0x7F, 0x4300, sign=0x80),
     ("int8", torch.float16): _integer(2, 0xFF, 0x6480, base=1152.0),
-    ("fp4", torch.bfloat16): _fp4((((-6, 0x81C0),), ((-12, 0x8000), (4, 0x01C0)), ((-2, 0x81C0),), ((0, 0x8180), (8, 0x0040))), 6, 2.0**126),
-    ("fp4", torch.float16): _fp4((((-9, 0x8E00),), ((-6, 0x8E00),), ((0, 0x8C00), (-2, 0x0200)), ((-2, 0x8400), (3, 0x0A00))), 9, 2.0**14),
+    ("fp4", torch.bfloat16): _fp4(
+        (
+            ((-6, 0x81C0),),
+            ((-12, 0x8000), (4, 0x01C0)),
+            ((-2, 0x81C0),),
+            ((0, 0x8180), (8, 0x0040)),
+        ),
+        6,
+        2.0**126,
+    ),
+    ("fp4", torch.float16): _fp4(
+        (
+            ((-9, 0x8E00),),
+            ((-6, 0x8E00),),
+            ((0, 0x8C00), (-2, 0x0200)),
+            ((-2, 0x8400), (3, 0x0A00)),
+        ),
+        9,
+        2.0**14,
+    ),
     ("fp8", torch.bfloat16): _float(2, 4, 3, 8, 7),
     ("fp8", torch.float16): _float(2, 4, 3, 5, 10),
 }
@@ -329,7 +407,9 @@ def _scale(shift: int, base: int = 0) -> tuple[Bits, ...]:
     return tuple((((place - shift, 0xFF << shift),), base) for place in (0, 8))
 
 
-_SCALES: Mapping[tuple[str, torch.dtype], tuple[Bits, ...]] = {  # of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
+_SCALES: Mapping[
+    tuple[str, torch.dtype], tuple[Bits, ...]
+] = {  # of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
     ("e4m3", torch.bfloat16): _scale(4, 0x7000),
     ("e4m3", torch.float16): _scale(7),
     ("e8m0", torch.bfloat16): _scale(7),
@@ -340,7 +420,9 @@ _SCALES: Mapping[tuple[str, torch.dtype], tuple[Bits, ...]] = {  # of fp4; those
 @triton.jit
 def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a time."""
-    return tl.inline_asm_elementwise(ASM[CODE], "=r,r", [words], tl.int16, is_pure=True, pack=2).to(dtype, bitcast=True)
+    return tl.inline_asm_elementwise(ASM[CODE], "=r,r", [words], tl.int16, is_pure=True, pack=2).to(
+        dtype, bitcast=True
+    )
 
 
 @triton.jit
@@ -399,16 +481,24 @@ def _multiply(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * steps_each
     if PDL:
         for ahead in tl.static_range(UNROLL * 2):
-            start = tl.minimum(first * UNROLL + ahead, steps * UNROLL - 1) * N_PADDED + tile_n * TILE_N
+            start = (
+                tl.minimum(first * UNROLL + ahead, steps * UNROLL - 1) * N_PADDED + tile_n * TILE_N
+            )
             prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
     start_early(PDL)
-    for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):  # said here, it also fetches the scales ahead
+    for step in tl.range(
+        first, tl.minimum(first + steps_each, steps), num_stages=STAGES
+    ):  # said here, it also fetches the scales ahead
         for u in tl.static_range(UNROLL):
             block = step * UNROLL + u
             row = block * N_PADDED + n
             tile = tl.load(words + row[:, None] * WIDTH + i[None, :])
             if FIELDS > 0:
-                scale = tl.load(scales + row if SCALE_ASM is None else scales + row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])
+                scale = tl.load(
+                    scales + row
+                    if SCALE_ASM is None
+                    else scales + row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+                )
                 if offsets is not None:
                     offset = tl.load(offsets + row)
             for code in tl.static_range(CODES):
@@ -425,21 +515,34 @@ def _multiply(  # type: ignore[no-untyped-def]
                 if SCALE_BY != 1:
                     weight *= SCALE_BY
                 if SCALE_ASM is not None:
-                    pair = (scale >> (16 * (code // 2))).to(tl.int16)[:, :, None].broadcast_to(TILE_N, GROUPS, WIDTH // GROUPS)
+                    pair = (
+                        (scale >> (16 * (code // 2)))
+                        .to(tl.int16)[:, :, None]
+                        .broadcast_to(TILE_N, GROUPS, WIDTH // GROUPS)
+                    )
                     weight *= _number(pair.reshape(TILE_N, WIDTH), SCALE_ASM, code % 2, dtype)
                 elif FIELDS > 0 and not SCALE_SUMS:
-                    weight *= _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(dtype)[:, None]
+                    weight *= _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(dtype)[
+                        :, None
+                    ]
                 k = (block * CODES + code) * WIDTH
                 if EVEN:
                     columns = tl.load(inputs + k, mask=m[:, None] < M, other=0.0)
                 else:
-                    columns = tl.load(inputs + k, mask=(m[:, None] < M) & (k + i[None, :] < K), other=0.0)
+                    columns = tl.load(
+                        inputs + k, mask=(m[:, None] < M) & (k + i[None, :] < K), other=0.0
+                    )
                 if FIELDS > 0 and SCALE_SUMS:
                     if code * FIELDS % CODES == 0:
                         group_sum = tl.zeros_like(acc)
                     group_sum = tl.dot(weight, tl.trans(columns), group_sum)
                     if (code + 1) * FIELDS % CODES == 0:
-                        acc += group_sum * _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(tl.float32)[:, None]
+                        acc += (
+                            group_sum
+                            * _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(tl.float32)[
+                                :, None
+                            ]
+                        )
                 else:
                     acc = tl.dot(weight, tl.trans(columns), acc)
     if row_scale is not None:

@@ -22,7 +22,9 @@ def _rescale(sums, rows, columns, bias, out, width, has_bias: tl.constexpr, size
     tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rescale(
+    sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Return ``sums * rows * columns + bias`` in ``dtype``.
 
     Args:
@@ -33,5 +35,7 @@ def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dt
     """
     height, width = sums.shape
     out = torch.empty_like(sums, dtype=dtype)
-    _rescale[(height, triton.cdiv(width, SIZE))](sums, rows, columns, out if bias is None else bias, out, width, bias is not None, SIZE)
+    _rescale[(height, triton.cdiv(width, SIZE))](
+        sums, rows, columns, out if bias is None else bias, out, width, bias is not None, SIZE
+    )
     return out

@@ -15,7 +15,13 @@ from qtool.runtime.triton.tiles import start_early
 PIECE = 16384  # inputs of a row at a time
 
 
-def quantize_rows(x: Tensor, format: Literal["fp8", "int8"], static_scale: Tensor | None = None, *, pdl: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor,
+    format: Literal["fp8", "int8"],
+    static_scale: Tensor | None = None,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Return the codes [M, K] of ``x`` [M, K], contiguous, and their scales, f32 [M, 1]; ``static_scale``, a scalar, is that of every row.
 
     ``pdl``: on sm_90, start while the kernel before ends; the next one may do so too, if it waits for this one by itself.
@@ -26,7 +32,16 @@ def quantize_rows(x: Tensor, format: Literal["fp8", "int8"], static_scale: Tenso
     piece = min(triton.next_power_of_2(columns), PIECE)
     options = {"launch_pdl": True} if pdl else {}
     _quantize[(rows,)](
-        x, static_scale, codes, scale, columns, FP8=format == "fp8", PIECE=piece, PDL=pdl, num_warps=min(16, max(1, piece // 1024)), **options
+        x,
+        static_scale,
+        codes,
+        scale,
+        columns,
+        FP8=format == "fp8",
+        PIECE=piece,
+        PDL=pdl,
+        num_warps=min(16, max(1, piece // 1024)),
+        **options,
     )
     return codes, scale
 
@@ -44,23 +59,34 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     inverse = tl.broadcast_to(tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale), x.shape)
     scale = tl.broadcast_to(scale, x.shape)
     ratio = x * inverse
-    ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)  # with this step of Newton's it is x / scale, correctly rounded
+    ratio = tl.fma(
+        tl.fma(-ratio, scale, x), inverse, ratio
+    )  # with this step of Newton's it is x / scale, correctly rounded
     if FP8:
         return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
-        magic = 12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
-        return (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)  # the lowest bits of a code stand last
+        magic = (
+            12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
+        )
+        return (
+            (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)
+        )  # the lowest bits of a code stand last
 
 
 @triton.jit(do_not_specialize_on_alignment=["static_scale"])
-def _quantize(x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize(
+    x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr
+):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]
     start_early(PDL)
     if static_scale is None:
         amax = tl.zeros((1, PIECE), tl.float32)
         for start in range(0, K, PIECE):
-            amax = tl.maximum(amax, tl.abs(tl.load(x + row + start + k, mask=start + k < K, other=0.0).to(tl.float32)))
+            amax = tl.maximum(
+                amax,
+                tl.abs(tl.load(x + row + start + k, mask=start + k < K, other=0.0).to(tl.float32)),
+            )
         scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
     else:
         scale = tl.load(static_scale + tl.zeros((1, 1), tl.int32))

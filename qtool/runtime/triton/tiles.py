@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-GLUON = triton.__version__.startswith("3.6.")  # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
+GLUON = triton.__version__.startswith(
+    "3.6."
+)  # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
 COUNTERS = 8192  # tiles that may be cut along K
 BAND = 16  # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
 
@@ -45,7 +47,9 @@ class Tile:
         return int(triton.cdiv(steps, triton.cdiv(steps, parts)))  # no part is empty
 
 
-Table = Mapping[tuple[int, str], Tile]  # (most tokens, class of the shape or "any") -> Tile; 0 tokens: any number
+Table = Mapping[
+    tuple[int, str], Tile
+]  # (most tokens, class of the shape or "any") -> Tile; 0 tokens: any number
 
 
 def pick(table: Table, tokens: int, n: int, k: int) -> Tile:
@@ -92,7 +96,14 @@ def start_early(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def prefetch(pointers):  # type: ignore[no-untyped-def]
     """Bring the 128 bytes around each of ``pointers`` to the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -110,7 +121,9 @@ def store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT: tl.constexpr):
         tl.store(arrived + tl.program_id(0), 0)
         acc = tl.zeros_like(acc)
         for part in range(parts):
-            acc += tl.load(partial + part * size + place, mask=inside, other=0.0, cache_modifier=".cg")
+            acc += tl.load(
+                partial + part * size + place, mask=inside, other=0.0, cache_modifier=".cg"
+            )
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)

@@ -32,7 +32,9 @@ class Reply(Protocol):
         """Write down what the request used; called at its end, however it ends."""
 
 
-async def answer(service: Service, ticket: Ticket, submission: Submission, reply: Reply, asked: int | None) -> Response:
+async def answer(
+    service: Service, ticket: Ticket, submission: Submission, reply: Reply, asked: int | None
+) -> Response:
     """Let the engine work on ``submission``, and return what ``reply`` makes of it. ``asked``: tokens that the request itself named.
 
     Raises: UsageError, for what cannot be asked; Busy, when the server ends; what went wrong in the engine before anything was answered.
@@ -48,7 +50,9 @@ async def answer(service: Service, ticket: Ticket, submission: Submission, reply
 
 def event(data: object) -> bytes:
     """Return ``data`` as a server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return (
+        b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    )
 
 
 class EventStream(Response):
@@ -56,7 +60,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, ticket: Ticket) -> None:
+    def __init__(
+        self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, ticket: Ticket
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first, self._events, self._reply, self._ticket = first, events, reply, ticket
@@ -90,7 +96,9 @@ class EventStream(Response):
             self._ticket.close()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
             async for some in self._events:
@@ -110,25 +118,48 @@ async def gone(receive: Receive) -> None:
 def error_reply(error: Exception) -> tuple[int, ErrorReply]:
     """Return status and body for ``error``, in OpenAI's shape."""
     if isinstance(error, TooManyWaiting):
-        return 429, ErrorReply(error=ErrorDetail(message=f"the server is busy: {error}", type="rate_limit_error", code="queue_full"))
+        return 429, ErrorReply(
+            error=ErrorDetail(
+                message=f"the server is busy: {error}", type="rate_limit_error", code="queue_full"
+            )
+        )
     if isinstance(error, Busy):
         kind = "rate_limit_error" if error.status == 429 else "service_unavailable_error"
-        return error.status, ErrorReply(error=ErrorDetail(message=error.message, type=kind, code=error.code))
+        return error.status, ErrorReply(
+            error=ErrorDetail(message=error.message, type=kind, code=error.code)
+        )
     if isinstance(error, ModelNotFound):
-        return 404, ErrorReply(error=ErrorDetail(message=str(error.args[0]), type="invalid_request_error", param="model", code="model_not_found"))
+        return 404, ErrorReply(
+            error=ErrorDetail(
+                message=str(error.args[0]),
+                type="invalid_request_error",
+                param="model",
+                code="model_not_found",
+            )
+        )
     assert isinstance(error, QtoolError)
     message = f"{error.message}; {error.hint}" if error.hint else error.message
     if isinstance(error, ResourceError):
-        return 503, ErrorReply(error=ErrorDetail(message=message, type="service_unavailable_error", code=_code(error)))
+        return 503, ErrorReply(
+            error=ErrorDetail(message=message, type="service_unavailable_error", code=_code(error))
+        )
     if error.exit_code in (2, 3):
-        return 400, ErrorReply(error=ErrorDetail(message=message, type="invalid_request_error", code=_code(error)))
-    return 500, ErrorReply(error=ErrorDetail(message=message, type="server_error", code=_code(error)))
+        return 400, ErrorReply(
+            error=ErrorDetail(message=message, type="invalid_request_error", code=_code(error))
+        )
+    return 500, ErrorReply(
+        error=ErrorDetail(message=message, type="server_error", code=_code(error))
+    )
 
 
 def _code(error: QtoolError) -> str:
-    return {"E_TOO_LONG": "context_length_exceeded"}.get(error.code, error.code.removeprefix("E_").lower())
+    return {"E_TOO_LONG": "context_length_exceeded"}.get(
+        error.code, error.code.removeprefix("E_").lower()
+    )
 
 
-def json_reply(content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def json_reply(
+    content: object, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return a response of JSON."""
     return JSONResponse(content, status_code=status, headers=dict(headers) if headers else None)

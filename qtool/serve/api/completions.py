@@ -12,7 +12,14 @@ from starlette.responses import Response
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.protocol import CompletionRequest
-from qtool.serve.api.replies import Account, completion_logprobs, finish_reason, log_request, prompt_offsets, without_answer
+from qtool.serve.api.replies import (
+    Account,
+    completion_logprobs,
+    finish_reason,
+    log_request,
+    prompt_offsets,
+    without_answer,
+)
 from qtool.serve.api.sampling import sampling_params
 from qtool.serve.backend.engine_client import Answers, Piece, Submission
 from qtool.serve.prompts.vocabulary import Offsets
@@ -26,15 +33,30 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
     account = Account("completion", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise UsageError("E_BEST_OF", "best_of beyond n is not offered", hint="leave it out, and choose among n")
+        raise UsageError(
+            "E_BEST_OF", "best_of beyond n is not offered", hint="leave it out, and choose among n"
+        )
     if body.echo and body.stream and body.logprobs is not None:
         raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
-    asked = body.max_tokens if body.max_tokens is not None else service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
+    asked = (
+        body.max_tokens
+        if body.max_tokens is not None
+        else service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
+    )
     params = sampling_params(body, service.defaults, max(asked, 1))
-    prompts: list[Any] = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
+    prompts: list[Any] = (
+        body.prompt
+        if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+        else [body.prompt]
+    )
     with service.admit(len(prompts) * params.n) as ticket:
         special = body.add_special_tokens is not False
-        tokens = [await service.vocabulary.encode(one, add_special_tokens=special) if isinstance(one, str) else one for one in prompts]
+        tokens = [
+            await service.vocabulary.encode(one, add_special_tokens=special)
+            if isinstance(one, str)
+            else one
+            for one in prompts
+        ]
         log_request(prompts, params, service.settings)
         submission = Submission(
             tokens,
@@ -45,7 +67,11 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
             grammar=await service.compiled(params),
         )
-        echoed = [one if isinstance(one, str) else service.vocabulary.decode(one) for one in prompts] if body.echo else [""] * len(prompts)
+        echoed = (
+            [one if isinstance(one, str) else service.vocabulary.decode(one) for one in prompts]
+            if body.echo
+            else [""] * len(prompts)
+        )
         reply = _Completion(service, body, submission, account, echoed, nothing=asked == 0)
         return await answer(service, ticket, submission, reply, body.max_tokens)
 
@@ -54,9 +80,21 @@ class _Completion:
     """The reply to one request. ``echoed``: the text to repeat before each prompt's choices. ``nothing``: no token is wanted, though one is made."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, submission: Submission, account: Account, echoed: list[str], *, nothing: bool
+        self,
+        service: Service,
+        body: CompletionRequest,
+        submission: Submission,
+        account: Account,
+        echoed: list[str],
+        *,
+        nothing: bool,
     ) -> None:
-        self._service, self._body, self._submission, self._account = service, body, submission, account
+        self._service, self._body, self._submission, self._account = (
+            service,
+            body,
+            submission,
+            account,
+        )
         self._echoed, self._each, self._nothing = echoed, submission.params.n, nothing
         self._model, self._created = body.model or service.settings.name, int(time.time())
 
@@ -98,14 +136,26 @@ class _Completion:
                 self._account.note(piece, self._each)
                 index, text, ending = piece.choice, piece.text, piece.ending
                 if index not in offsets:
-                    text, offsets[index] = self._echoed[index // self._each] + text, Offsets(vocabulary, 0)
+                    text, offsets[index] = (
+                        self._echoed[index // self._each] + text,
+                        Offsets(vocabulary, 0),
+                    )
                 logprobs = "null"
                 if body.logprobs is not None and piece.logprobs:
-                    begins = [offsets[index].add(token, skip_special_tokens=skip) for token in piece.tokens]
-                    logprobs = encode(completion_logprobs(piece.logprobs, piece.top, vocabulary, begins))
+                    begins = [
+                        offsets[index].add(token, skip_special_tokens=skip)
+                        for token in piece.tokens
+                    ]
+                    logprobs = encode(
+                        completion_logprobs(piece.logprobs, piece.top, vocabulary, begins)
+                    )
                 if not (text or ending or logprobs != "null"):
                     continue
-                reason = f'"{finish_reason(ending)}","matched_stop":{encode(ending.reason.get("matched"))}' if ending else "null"
+                reason = (
+                    f'"{finish_reason(ending)}","matched_stop":{encode(ending.reason.get("matched"))}'
+                    if ending
+                    else "null"
+                )
                 choice = f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
                 lines.append(f'data: {head},"choices":[{choice}]{tail}')
             if lines:
@@ -115,14 +165,30 @@ class _Completion:
         yield DONE
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._submission.rid, "object": "text_completion", "created": self._created, "model": self._model}
+        return {
+            "id": self._submission.rid,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+        }
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
         assert piece.ending is not None
-        vocabulary, skip, prompt = self._service.vocabulary, self._submission.params.skip_special_tokens, piece.choice // self._each
-        before, offsets = prompt_offsets(self._submission.prompts[prompt] if self._body.echo else [], self._echoed[prompt], vocabulary)
+        vocabulary, skip, prompt = (
+            self._service.vocabulary,
+            self._submission.params.skip_special_tokens,
+            piece.choice // self._each,
+        )
+        before, offsets = prompt_offsets(
+            self._submission.prompts[prompt] if self._body.echo else [],
+            self._echoed[prompt],
+            vocabulary,
+        )
         after = [offsets.add(token, skip_special_tokens=skip) for token in piece.tokens]
-        logprobs, top = [*piece.ending.input_logprobs, *piece.logprobs], [*piece.ending.input_top, *piece.top]
+        logprobs, top = (
+            [*piece.ending.input_logprobs, *piece.logprobs],
+            [*piece.ending.input_top, *piece.top],
+        )
         return completion_logprobs(logprobs, top, vocabulary, [*before, *after])

@@ -20,15 +20,23 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     """Answer ``body``. Raises: UsageError, Busy."""
     account = Account("generate", service.metrics, streamed=bool(body.stream))
     if (body.text is None) == (body.input_ids is None):
-        raise UsageError("E_PROMPT", "give either text or input_ids", hint="one of them, and not both")
+        raise UsageError(
+            "E_PROMPT", "give either text or input_ids", hint="one of them, and not both"
+        )
     given: Any = body.text if body.input_ids is None else body.input_ids
     single = isinstance(given, str) or isinstance(given[0], int)
     prompts: list[Any] = [given] if single else given
-    values = {} if body.sampling_params is None else body.sampling_params.model_dump(exclude_none=True)
+    values = (
+        {} if body.sampling_params is None else body.sampling_params.model_dump(exclude_none=True)
+    )
     nothing = values.get("max_new_tokens") == 0
-    params = SamplingParams.from_dict({**service.defaults, **values} | ({"max_new_tokens": 1} if nothing else {}))
+    params = SamplingParams.from_dict(
+        {**service.defaults, **values} | ({"max_new_tokens": 1} if nothing else {})
+    )
     with service.admit(len(prompts) * params.n) as ticket:
-        tokens = [await service.vocabulary.encode(one) if isinstance(one, str) else one for one in prompts]
+        tokens = [
+            await service.vocabulary.encode(one) if isinstance(one, str) else one for one in prompts
+        ]
         log_request(prompts, params, service.settings)
         submission = Submission(
             tokens,
@@ -39,15 +47,31 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
             prompt_logprobs_from=-1 if body.logprob_start_len is None else body.logprob_start_len,
             grammar=await service.compiled(params),
         )
-        reply = _Generation(service, body, submission, account, alone=single and params.n == 1, nothing=nothing)
+        reply = _Generation(
+            service, body, submission, account, alone=single and params.n == 1, nothing=nothing
+        )
         return await answer(service, ticket, submission, reply, values.get("max_new_tokens"))
 
 
 class _Generation:
     """The reply to one request. ``alone``: it is no list. ``nothing``: no token is wanted, though one was made."""
 
-    def __init__(self, service: Service, body: GenerateRequest, submission: Submission, account: Account, *, alone: bool, nothing: bool) -> None:
-        self._service, self._body, self._submission, self._account = service, body, submission, account
+    def __init__(
+        self,
+        service: Service,
+        body: GenerateRequest,
+        submission: Submission,
+        account: Account,
+        *,
+        alone: bool,
+        nothing: bool,
+    ) -> None:
+        self._service, self._body, self._submission, self._account = (
+            service,
+            body,
+            submission,
+            account,
+        )
         self.alone, self._nothing = alone, nothing
 
     def whole(self, pieces: list[Piece]) -> object:
@@ -78,7 +102,9 @@ class _Generation:
             if ending is not None:
                 meta["input_token_logprobs"] = self._shown(ending.input_logprobs)
                 if self._body.top_logprobs_num:
-                    meta["input_top_logprobs"] = [None if one is None else self._shown(one) for one in ending.input_top]
+                    meta["input_top_logprobs"] = [
+                        None if one is None else self._shown(one) for one in ending.input_top
+                    ]
         return {"text": piece.text, "output_ids": piece.tokens, "meta_info": meta}
 
     def close(self) -> None:
@@ -98,4 +124,7 @@ class _Generation:
 
     def _shown(self, logprobs: list[Logprob]) -> list[tuple[float | None, int, str | None]]:
         text_of = self._service.vocabulary.text_of
-        return [(finite(value), token, text_of(token) if self._body.return_text_in_logprobs else None) for value, token, _ in logprobs]
+        return [
+            (finite(value), token, text_of(token) if self._body.return_text_in_logprobs else None)
+            for value, token, _ in logprobs
+        ]

@@ -13,7 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from qtool.engine.sampling_params import MAX_IDS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from qtool.engine.sampling_params import (
+    MAX_IDS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+)
 from qtool.errors import nearest, one_line
 
 MAX_CHOICES = 128
@@ -23,11 +28,25 @@ MAX_PARTS = 4096
 MAX_TOOLS = 128
 LARGEST = 2**31 - 1
 MAX_ERRORS = 100  # of one body that are looked at
-OTHER_CONTENT = {"image": "images", "audio": "audio", "video": "videos", "file": "files"}  # word in the type of a part -> what it is
-CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}  # pydantic's -> OpenAI's
+OTHER_CONTENT = {
+    "image": "images",
+    "audio": "audio",
+    "video": "videos",
+    "file": "files",
+}  # word in the type of a part -> what it is
+CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+}  # pydantic's -> OpenAI's
 
 Token = Annotated[int, Field(ge=0, le=LARGEST)]
-Stop = str | Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+Stop = (
+    str
+    | Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+    ]
+)
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]  # the log has it
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -38,13 +57,20 @@ def _prompt(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise ValueError("a prompt is a text, a list of texts, a list of tokens, or a list of lists of tokens, and not empty")
+        raise ValueError(
+            "a prompt is a text, a list of texts, a list of tokens, or a list of lists of tokens, and not empty"
+        )
     if _tokens(value):
         return value
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts")
-    if not (all(type(one) is str for one in value) or all(isinstance(one, list) and one and _tokens(one) for one in value)):
-        raise ValueError("prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; none is empty")
+    if not (
+        all(type(one) is str for one in value)
+        or all(isinstance(one, list) and one and _tokens(one) for one in value)
+    ):
+        raise ValueError(
+            "prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; none is empty"
+        )
     return value
 
 
@@ -52,7 +78,11 @@ def _tokens(value: list[Any]) -> bool:
     return all(type(one) is int and 0 <= one <= LARGEST for one in value)
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": LARGEST}, "minItems": 1}
+_IDS = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": LARGEST},
+    "minItems": 1,
+}
 Prompt = Annotated[
     Any,
     BeforeValidator(_prompt),
@@ -60,7 +90,12 @@ Prompt = Annotated[
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                {
+                    "type": "array",
+                    "items": {"type": "string"},
+                    "minItems": 1,
+                    "maxItems": MAX_PROMPTS,
+                },
                 _IDS,
                 {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
@@ -78,7 +113,11 @@ def _ids(value: Any) -> Any:
 
 
 Ids = Annotated[
-    Any, BeforeValidator(_ids), WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS}]})
+    Any,
+    BeforeValidator(_ids),
+    WithJsonSchema(
+        {"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS}]}
+    ),
 ]
 
 
@@ -99,7 +138,9 @@ LogitBias = Annotated[
 class Body(BaseModel):
     """A part of a request: strict types, no field that is unknown."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Reply(BaseModel):
@@ -129,7 +170,9 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
-    structures: Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None  # of a structural_tag
+    structures: (
+        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None  # of a structural_tag
     triggers: Annotated[list[str], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     format: dict[str, Any] | None = None
 
@@ -211,7 +254,9 @@ def _content(value: Any) -> Any:
         for word, what in OTHER_CONTENT.items():
             if isinstance(kind, str) and word in kind:
                 message = "{what} are not taken, for this server reads text: a part of type `{kind}` cannot be answered"
-                raise PydanticCustomError("content_not_supported", message, {"what": what, "kind": kind[:100]})
+                raise PydanticCustomError(
+                    "content_not_supported", message, {"what": what, "kind": kind[:100]}
+                )
     return value
 
 
@@ -235,14 +280,19 @@ class Message(Body):
     """One turn of a chat. ``content`` is text or a list of text parts; images, audio and files are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None, BeforeValidator(_content)] = None
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
+        BeforeValidator(_content),
+    ] = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     audio: None = None
-    annotations: Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    annotations: (
+        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
     function_call: FunctionCall | None = None
 
 
@@ -302,17 +352,23 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    documents: (
+        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    modalities: (
+        Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
     verbosity: str | None = None  # taken, and without effect, as is the next
     prediction: dict[str, Any] | None = None
 
 
 def _suffix(value: Any) -> Any:
     if value not in (None, ""):
-        raise ValueError("text is continued, and not filled in; a model that can fill in has tokens for it to write into the prompt")
+        raise ValueError(
+            "text is continued, and not filled in; a model that can fill in has tokens for it to write into the prompt"
+        )
     return value
 
 
@@ -340,7 +396,13 @@ class NativeSampling(Draw):
 class GenerateRequest(Body):
     """``POST /generate``, SGLang's native request."""
 
-    text: Annotated[str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)], Field()] | None = None
+    text: (
+        Annotated[
+            str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
+            Field(),
+        ]
+        | None
+    ) = None
     input_ids: Ids | None = None
     sampling_params: NativeSampling | None = None
     rid: RequestId | None = None
@@ -361,8 +423,15 @@ class TokenizeRequest(Body):
     """``POST /tokenize``: a ``prompt``, or ``messages`` through the chat template."""
 
     model: str | None = None
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | None
+    ) = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -399,9 +468,13 @@ def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Erro
     Of several errors it tells the innermost: those of a union's other members are further out.
     """
     placed = [(*_place(error, model), error) for error in errors[:MAX_ERRORS]]
-    path, known, error = max(placed, key=lambda one: (len(one[0]), one[2]["type"] == "extra_forbidden"))
+    path, known, error = max(
+        placed, key=lambda one: (len(one[0]), one[2]["type"] == "extra_forbidden")
+    )
     kind = str(error["type"])
-    field = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path).removeprefix(".")
+    field = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path
+    ).removeprefix(".")
     if kind == "extra_forbidden":
         hint = nearest(str(path[-1])[:100], known, count=1)
         message = f"there is no field `{field}`" + (f"; {hint}" if hint else "")
@@ -410,10 +483,17 @@ def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Erro
     else:
         same = dict.fromkeys(_said(other) for place, _, other in placed if place == path)
         message = f"`{field}`: {', or '.join(same)}" if field else ", or ".join(same)
-    return ErrorDetail(message=message, type="invalid_request_error", param=field or None, code=CODES.get(kind, kind))
+    return ErrorDetail(
+        message=message,
+        type="invalid_request_error",
+        param=field or None,
+        code=CODES.get(kind, kind),
+    )
 
 
-def _place(error: Mapping[str, Any], model: type[BaseModel]) -> tuple[list[str | int], Iterable[str]]:
+def _place(
+    error: Mapping[str, Any], model: type[BaseModel]
+) -> tuple[list[str | int], Iterable[str]]:
     """Return the way to the field of ``error``, without the names of a union's members, and the names of fields known there."""
     path: list[str | int] = []
     models, known = {model}, set[str]()
@@ -422,7 +502,9 @@ def _place(error: Mapping[str, Any], model: type[BaseModel]) -> tuple[list[str |
         if isinstance(step, int):
             path.append(step)
             continue
-        fields = {field.alias or name: field for one in models for name, field in one.model_fields.items()}
+        fields = {
+            field.alias or name: field for one in models for name, field in one.model_fields.items()
+        }
         if step in fields:
             path.append(step)
             models = _models(fields[step].annotation)
@@ -436,10 +518,18 @@ def _models(annotation: Any) -> set[type[BaseModel]]:
     """Return the models that a value of this type may be, or hold."""
     if arguments := get_args(annotation):
         return {model for argument in arguments for model in _models(argument)}
-    return {annotation} if isinstance(annotation, type) and issubclass(annotation, BaseModel) else set()
+    return (
+        {annotation}
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        else set()
+    )
 
 
 def _said(error: Mapping[str, Any]) -> str:
     """Return what is wrong, in JSON's words."""
     text = one_line(Exception(error["msg"].removeprefix("Value error, ")))
-    return re.sub(r"a valid dictionary( or instance of \w+| or object to extract fields from)?", "an object", text)
+    return re.sub(
+        r"a valid dictionary( or instance of \w+| or object to extract fields from)?",
+        "an object",
+        text,
+    )

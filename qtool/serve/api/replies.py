@@ -23,12 +23,19 @@ def chat_logprobs(piece: Piece, vocabulary: Vocabulary) -> dict[str, Any]:
     content = []
     for position, (logprob, token, _) in enumerate(piece.logprobs):
         top = piece.top[position] if position < len(piece.top) else []
-        content.append(_told(logprob, token, vocabulary) | {"top_logprobs": [_told(value, other, vocabulary) for value, other, _ in top]})
+        content.append(
+            _told(logprob, token, vocabulary)
+            | {"top_logprobs": [_told(value, other, vocabulary) for value, other, _ in top]}
+        )
     return {"content": content, "refusal": None}
 
 
 def _told(logprob: float | None, token: int, vocabulary: Vocabulary) -> dict[str, Any]:
-    return {"token": vocabulary.text_of(token), "logprob": finite(logprob), "bytes": list(vocabulary.bytes_of(token))}
+    return {
+        "token": vocabulary.text_of(token),
+        "logprob": finite(logprob),
+        "bytes": list(vocabulary.bytes_of(token)),
+    }
 
 
 def finite(logprob: float | None) -> float | None:
@@ -37,19 +44,33 @@ def finite(logprob: float | None) -> float | None:
 
 
 def completion_logprobs(
-    logprobs: Sequence[Logprob], top: Sequence[Sequence[Logprob] | None], vocabulary: Vocabulary, offsets: Sequence[int]
+    logprobs: Sequence[Logprob],
+    top: Sequence[Sequence[Logprob] | None],
+    vocabulary: Vocabulary,
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     """Return log probabilities as completions have them; the most likely tokens always have the chosen one among them."""
     name = vocabulary.label_of
     best = [
-        None if others is None else {name(token): finite(value) for value, token, _ in reversed((*others, chosen))}  # of one name the likeliest stays
+        None
+        if others is None
+        else {
+            name(token): finite(value) for value, token, _ in reversed((*others, chosen))
+        }  # of one name the likeliest stays
         for chosen, others in zip(logprobs, top, strict=True)
     ]
     values = [finite(value) for value, *_ in logprobs]
-    return {"tokens": [name(token) for _, token, _ in logprobs], "token_logprobs": values, "top_logprobs": best, "text_offset": list(offsets)}
+    return {
+        "tokens": [name(token) for _, token, _ in logprobs],
+        "token_logprobs": values,
+        "top_logprobs": best,
+        "text_offset": list(offsets),
+    }
 
 
-def prompt_offsets(tokens: Sequence[int], text: str, vocabulary: Vocabulary) -> tuple[list[int], Offsets]:
+def prompt_offsets(
+    tokens: Sequence[int], text: str, vocabulary: Vocabulary
+) -> tuple[list[int], Offsets]:
     """Return where the ``tokens`` of a prompt begin in its ``text``, and the place where what follows goes on.
 
     Counted from the end: a tokenizer may have put tokens, or a space, in front that are not in the text.
@@ -76,7 +97,12 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     """Return OpenAI's count of tokens."""
     total = prompt_tokens + completion_tokens
     details = {"cached_tokens": cached_tokens}
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total, "prompt_tokens_details": details}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": total,
+        "prompt_tokens_details": details,
+    }
 
 
 class Account:
@@ -87,7 +113,9 @@ class Account:
         self._began = time.monotonic()
         self._last: dict[int, float] = {}
         self._tokens: dict[int, int] = {}
-        self._prompts: dict[int, tuple[int, int]] = {}  # by prompt: its tokens, and those found in the cache
+        self._prompts: dict[
+            int, tuple[int, int]
+        ] = {}  # by prompt: its tokens, and those found in the cache
         self._reasons: dict[int, str] = {}
 
     def note(self, piece: Piece, choices_each: int) -> None:
@@ -105,17 +133,28 @@ class Account:
         if piece.ending is not None:
             ending = piece.ending
             prompt, number = divmod(piece.choice, choices_each)
-            if number == 0:  # what it found in the cache: the others may have found it there because of the first
+            if (
+                number == 0
+            ):  # what it found in the cache: the others may have found it there because of the first
                 self._prompts[prompt] = (ending.prompt_tokens, ending.cached_tokens)
             self._reasons[piece.choice] = reason = finish_reason(ending)
             if not self._streamed and ending.first_token_s is not None:
                 self._metrics.first_token(ending.first_token_s)
-            self._metrics.ended(reason, 0 if number else ending.prompt_tokens, self._tokens.get(piece.choice, 0), now - self._began)
+            self._metrics.ended(
+                reason,
+                0 if number else ending.prompt_tokens,
+                self._tokens.get(piece.choice, 0),
+                now - self._began,
+            )
 
     def usage(self) -> dict[str, Any]:
         """Return OpenAI's count of tokens of the whole request."""
         prompts = self._prompts.values()
-        return usage(sum(size for size, _ in prompts), sum(self._tokens.values()), sum(cached for _, cached in prompts))
+        return usage(
+            sum(size for size, _ in prompts),
+            sum(self._tokens.values()),
+            sum(cached for _, cached in prompts),
+        )
 
     def close(self, request_id: str) -> None:
         """Count what was left before its end, and write the line of the log: no text."""

@@ -39,9 +39,13 @@ STYLES = {
     "llama4_json": "llama3_json",
 }
 
-_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME}}}")  # documented without the dot; OpenAI's own check has it
+_NAME = re.compile(
+    rf"[A-Za-z0-9_.-]{{1,{MAX_NAME}}}"
+)  # documented without the dot; OpenAI's own check has it
 _JSON_ARGUMENTS = re.compile(r"\\?\"arguments\\?\"")
-_XML_ARGUMENTS = re.compile(r"<function=|<arg_key>")  # Qwen3-Coder, GLM: Hermes' marker around what is not JSON
+_XML_ARGUMENTS = re.compile(
+    r"<function=|<arg_key>"
+)  # Qwen3-Coder, GLM: Hermes' marker around what is not JSON
 _LLAMA_FORMAT = re.compile(r'\{\\?"name\\?": function name, \\?"parameters\\?": ')
 
 
@@ -96,7 +100,11 @@ class ToolParser(Protocol):
 def style_named(name: str) -> str:
     """Return the style that a flag's value names. Raises UsageError for another name."""
     if name not in STYLES:
-        raise UsageError("E_TOOLS", f"unknown tool call parser `{name}`", hint=nearest(name, STYLES) or f"known are {', '.join(STYLES)}")
+        raise UsageError(
+            "E_TOOLS",
+            f"unknown tool call parser `{name}`",
+            hint=nearest(name, STYLES) or f"known are {', '.join(STYLES)}",
+        )
     return STYLES[name]
 
 
@@ -104,12 +112,18 @@ def detect(template: str | None) -> str | None:
     """Return the style of calls that a chat template teaches the model, None when it teaches none that we read."""
     if template is None:
         return None
-    if "<tool_call>" in template and _JSON_ARGUMENTS.search(template) and not _XML_ARGUMENTS.search(template):
+    if (
+        "<tool_call>" in template
+        and _JSON_ARGUMENTS.search(template)
+        and not _XML_ARGUMENTS.search(template)
+    ):
         return "hermes"
     return "llama3_json" if _LLAMA_FORMAT.search(template) else None
 
 
-def choose(tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None) -> Choice:
+def choose(
+    tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None
+) -> Choice:
     """Return what ``tool_choice`` means for these tools; both are a request's fields, of OpenAI's shape.
 
     Left out, it is ``auto`` where there are tools. Allowed tools become the only ones.
@@ -123,7 +137,9 @@ def choose(tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping
         return _choose(tool_choice, tools)
     if tool_choice["type"] == "allowed_tools":
         allowed = tool_choice["allowed_tools"]
-        return _choose(allowed["mode"], _named([tool["function"]["name"] for tool in allowed["tools"]], tools))
+        return _choose(
+            allowed["mode"], _named([tool["function"]["name"] for tool in allowed["tools"]], tools)
+        )
     return Choice("named", _named([tool_choice["function"]["name"]], tools))
 
 
@@ -139,9 +155,14 @@ def schema_for(choice: Choice, *, parallel: bool = True) -> dict[str, Any] | Non
         return None
     try:
         # A schema's own references are from its root, which is now below `$defs`; no escapes, names have neither / nor ~.
-        definitions = {name: _rebase(_parameters(tool), f"#/$defs/{name}") for name, tool in zip(choice.names, choice.tools, strict=True)}
+        definitions = {
+            name: _rebase(_parameters(tool), f"#/$defs/{name}")
+            for name, tool in zip(choice.names, choice.tools, strict=True)
+        }
     except RecursionError as error:
-        raise UsageError("E_TOOLS", "the parameters of a tool are nested too deeply", hint="use $defs and $ref") from error
+        raise UsageError(
+            "E_TOOLS", "the parameters of a tool are nested too deeply", hint="use $defs and $ref"
+        ) from error
     calls = [
         {
             "type": "object",
@@ -173,7 +194,11 @@ def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[dict[str, Any]]]:
     """Return the content and, in OpenAI's shape, the calls of a whole answer; content is None when there are calls and nothing else."""
     deltas = list(deltas)
     calls = [
-        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
         for call in _joined(call for delta in deltas for call in delta.calls)
     ]
     return "".join(delta.content for delta in deltas) or (None if calls else ""), calls
@@ -204,7 +229,9 @@ class NamedParser:
         if not text:
             return Delta("", ())
         first, self.called = not self.called, True
-        return Delta("", (CallDelta(0, _new_id() if first else None, self._name if first else None, text),))
+        return Delta(
+            "", (CallDelta(0, _new_id() if first else None, self._name if first else None, text),)
+        )
 
     def finish(self) -> Delta:
         """Nothing is kept back."""
@@ -234,7 +261,9 @@ class _CallReader(ABC):
     def __init__(self) -> None:
         self._piece, self._at, self._ended = "", 0, False
         self._held: list[str] = []  # read, and not known to be content or call
-        self._space: list[str] = []  # white space of content, dropped when calls are all that follows
+        self._space: list[
+            str
+        ] = []  # white space of content, dropped when calls are all that follows
         self._content: list[str] = []
         self._deltas: list[CallDelta] = []
         self._calls = 0
@@ -401,7 +430,11 @@ class _CallReader(ABC):
         more = yield from self._take_char("{")
         while more:
             key = yield from self._take_name()
-            if key is None or (known is not None and key not in _KEYS) or not (yield from self._take_char(":")):
+            if (
+                key is None
+                or (known is not None and key not in _KEYS)
+                or not (yield from self._take_char(":"))
+            ):
                 break
             yield from self._take_space()
             if key == "name" and name is None:
@@ -418,12 +451,22 @@ class _CallReader(ABC):
                 arguments = []
                 if name is not None:
                     self._begin_call(name)
-                if not (yield from self._take_value(arguments.append if name is None else self._give_arguments)):
+                if not (
+                    yield from self._take_value(
+                        arguments.append if name is None else self._give_arguments
+                    )
+                ):
                     break
             elif not (yield from self._take_value(_ignore)):
                 break
             more = yield from self._take_char(",")
-            if not more and (yield from self._take_char("}")) and name and arguments is None and known is None:
+            if (
+                not more
+                and (yield from self._take_char("}"))
+                and name
+                and arguments is None
+                and known is None
+            ):
                 self._begin_call(name)
                 self._give_arguments("{}")
                 return True
@@ -474,7 +517,9 @@ class LlamaParser(_CallReader):
             marked = char == "<" and bool((yield from self._take_marker("<|python_tag|>")))
             if marked:
                 yield from self._take_space()
-            bare = (marked or (bare and char == "{")) and (yield from self._take_call(None if marked else self._names))
+            bare = (marked or (bare and char == "{")) and (
+                yield from self._take_call(None if marked else self._names)
+            )
             if bare:
                 self._held.clear()
             else:
@@ -510,7 +555,11 @@ def _joined(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
     calls = []
     for index, group in groupby(pieces, attrgetter("index")):
         first, *rest = group
-        calls.append(CallDelta(index, first.id, first.name, "".join(piece.arguments for piece in (first, *rest))))
+        calls.append(
+            CallDelta(
+                index, first.id, first.name, "".join(piece.arguments for piece in (first, *rest))
+            )
+        )
     return tuple(calls)
 
 
@@ -520,34 +569,62 @@ def _ignore(text: str) -> None:
 
 def _check_names(tools: Sequence[Mapping[str, Any]]) -> None:
     if len(tools) > MAX_TOOLS:
-        raise UsageError("E_TOOLS", f"{len(tools)} tools in one request, at most {MAX_TOOLS} are taken", hint="send those the model may need now")
+        raise UsageError(
+            "E_TOOLS",
+            f"{len(tools)} tools in one request, at most {MAX_TOOLS} are taken",
+            hint="send those the model may need now",
+        )
     seen = set()
     for position, tool in enumerate(tools):
         name = tool["function"]["name"]
         if not _NAME.fullmatch(name):
             message = f"tools[{position}].function.name {name[: MAX_NAME + 1]!r} is not a name"
-            raise UsageError("E_TOOLS", message, hint=f"1 to {MAX_NAME} of the characters a-z, A-Z, 0-9, _, - and .")
+            raise UsageError(
+                "E_TOOLS",
+                message,
+                hint=f"1 to {MAX_NAME} of the characters a-z, A-Z, 0-9, _, - and .",
+            )
         if name in seen:
-            raise UsageError("E_TOOLS", f"tools[{position}].function.name `{name}` is there twice", hint="give each function a name of its own")
+            raise UsageError(
+                "E_TOOLS",
+                f"tools[{position}].function.name `{name}` is there twice",
+                hint="give each function a name of its own",
+            )
         seen.add(name)
 
 
 def _choose(mode: str, tools: tuple[Mapping[str, Any], ...]) -> Choice:
     if mode == "required":
         if not tools:
-            raise UsageError("E_TOOLS", 'tool_choice is "required" and there are no tools', hint="send `tools`, or leave tool_choice out")
+            raise UsageError(
+                "E_TOOLS",
+                'tool_choice is "required" and there are no tools',
+                hint="send `tools`, or leave tool_choice out",
+            )
         return Choice("required", tools)
     if mode not in ("auto", "none"):
-        raise UsageError("E_TOOLS", f"unknown tool_choice {mode!r}", hint='"none", "auto", "required" or one function by name')
+        raise UsageError(
+            "E_TOOLS",
+            f"unknown tool_choice {mode!r}",
+            hint='"none", "auto", "required" or one function by name',
+        )
     return Choice("auto", tools) if mode == "auto" and tools else Choice("none", ())
 
 
-def _named(names: Iterable[str], tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def _named(
+    names: Iterable[str], tools: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], ...]:
     by_name = {tool["function"]["name"]: tool for tool in tools}
     for name in (names := dict.fromkeys(names)):
         if name not in by_name:
-            hint = nearest(name, by_name) or ("the tools are " + ", ".join(list(by_name)[:8]) if by_name else "send `tools`")
-            raise UsageError("E_TOOLS", f"tool_choice names {name[: MAX_NAME + 1]!r}, which is not among the tools", hint=hint)
+            hint = nearest(name, by_name) or (
+                "the tools are " + ", ".join(list(by_name)[:8]) if by_name else "send `tools`"
+            )
+            raise UsageError(
+                "E_TOOLS",
+                f"tool_choice names {name[: MAX_NAME + 1]!r}, which is not among the tools",
+                hint=hint,
+            )
     return tuple(by_name[name] for name in names)
 
 
@@ -580,10 +657,23 @@ def _rebase(schema: Any, root: str) -> Any:
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     copy = {key: value for key, value in message.items() if value is not None}
     content = copy.get("content", "")
-    copy["content"] = content if isinstance(content, str) else "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
+    copy["content"] = (
+        content
+        if isinstance(content, str)
+        else "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
+    )
     calls = copy.pop("tool_calls", None)
     if calls:
-        copy["tool_calls"] = [{**call, "function": {**call["function"], "arguments": _mapping(call["function"].get("arguments"))}} for call in calls]
+        copy["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": _mapping(call["function"].get("arguments")),
+                },
+            }
+            for call in calls
+        ]
     return copy
 
 

@@ -27,7 +27,9 @@ LOG = logging.getLogger("qtool.serve")
 LENGTH = struct.Struct("!I")
 PATIENCE_S = 15.0  # for the engine to say what it is doing: a step of its may be long
 END_S = 5.0  # for it to end by itself
-Logprob = tuple[float | None, int, None]  # the natural logarithm, the token; SGLang's third place is empty
+Logprob = tuple[
+    float | None, int, None
+]  # the natural logarithm, the token; SGLang's third place is empty
 
 
 class Ending(NamedTuple):
@@ -146,7 +148,9 @@ def add(whole: dict[int, Piece], new: Piece) -> Piece:
     """Add ``new`` to what is known of its choice, and return all that is known of it."""
     if old := whole.get(new.choice):
         logprobs, top = old.logprobs + new.logprobs, old.top + new.top
-        new = Piece(new.choice, old.text + new.text, old.tokens + new.tokens, logprobs, top, new.ending)
+        new = Piece(
+            new.choice, old.text + new.text, old.tokens + new.tokens, logprobs, top, new.ending
+        )
     whole[new.choice] = new
     return new
 
@@ -260,13 +264,21 @@ class EngineProcess:
                 if not isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
                     LOG.exception("the engine says what cannot be understood")
                     self._process.kill()
-                self.give_up(ResourceError("E_ENGINE_DIED", "the engine's process ended", hint="the server ends, too"))
+                self.give_up(
+                    ResourceError(
+                        "E_ENGINE_DIED", "the engine's process ended", hint="the server ends, too"
+                    )
+                )
                 self._on_end(await self._death())
 
     async def _death(self) -> ResourceError:
         code = await asyncio.to_thread(self._process.wait)
         killed = code == -signal.SIGKILL
-        hint = "it was killed, perhaps for memory: lower mem-fraction-static or max-total-tokens" if killed else "what it printed last says why"
+        hint = (
+            "it was killed, perhaps for memory: lower mem-fraction-static or max-total-tokens"
+            if killed
+            else "what it printed last says why"
+        )
         return ResourceError("E_ENGINE_DIED", f"the engine's process ended with {code}", hint=hint)
 
     async def _receive(self) -> tuple[str, Any]:

@@ -33,7 +33,9 @@ class _Desk:
         self._connection = connection
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._requests: dict[int, tuple[str, Sequence[Any]]] = {}  # the rid of each submission, and the engine's requests for it
+        self._requests: dict[
+            int, tuple[str, Sequence[Any]]
+        ] = {}  # the rid of each submission, and the engine's requests for it
         for name, run in (("qtool-inbox", self._receive), ("qtool-outbox", self._send)):
             threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -65,11 +67,15 @@ class _Desk:
 
         from qtool.engine.engine import Ask
 
-        told: dict[int, tuple[int, int]] = {}  # tokens and characters of each choice that the server knows
+        told: dict[
+            int, tuple[int, int]
+        ] = {}  # tokens and characters of each choice that the server knows
 
         def tell(news: tuple[int, Any, bool]) -> None:  # in the thread of the engine's loop
             index, answer, last = news
-            if isinstance(answer, torch.AcceleratorError):  # the device does nothing more for this process
+            if isinstance(
+                answer, torch.AcceleratorError
+            ):  # the device does nothing more for this process
                 LOG.error("the device failed: %s", one_line(answer))
                 os._exit(1)
             if isinstance(answer, Exception):
@@ -91,7 +97,9 @@ class _Desk:
                 return_logprob=submission.top_logprobs is not None,
                 top_logprobs_num=submission.top_logprobs or 0,
                 logprob_start_len=submission.prompt_logprobs_from,
-                rid=[f"{key}-{number}" for number in range(len(submission.prompts))],  # two clients may send one rid
+                rid=[
+                    f"{key}-{number}" for number in range(len(submission.prompts))
+                ],  # two clients may send one rid
             )
             self._requests[key] = submission.rid, engine.submit(ask, tell)
             self._forget(key)  # it may have ended already
@@ -108,7 +116,9 @@ class _Desk:
                 while len(head := file.read(LENGTH.size)) == LENGTH.size:
                     self._inbox.put(pickle.loads(file.read(LENGTH.unpack(head)[0])))
         finally:
-            os._exit(0)  # the server is gone, or wants this: the device's memory goes back with the process
+            os._exit(
+                0
+            )  # the server is gone, or wants this: the device's memory goes back with the process
 
     def _send(self) -> None:
         try:
@@ -119,7 +129,9 @@ class _Desk:
                         messages.append(self._outbox.get_nowait())
                 for kind, group in itertools.groupby(messages, key=operator.itemgetter(0)):
                     said = [said for _, said in group]
-                    for one in [said] if kind == "told" else said:  # what one step told is one message
+                    for one in (
+                        [said] if kind == "told" else said
+                    ):  # what one step told is one message
                         data = pickle.dumps((kind, one), pickle.HIGHEST_PROTOCOL)
                         self._connection.sendall(LENGTH.pack(len(data)) + data)
         except OSError:
@@ -136,7 +148,15 @@ def _piece(choice: int, answer: Any, tokens: int, characters: int) -> Piece:
     start = len(sequence.prompt)
     ending = None
     if answer.reason is not None:
-        ending = Ending(answer.reason, start, sequence.cached_tokens, answer.first_token_s, answer.seconds, request.input_logprobs, request.input_top)
+        ending = Ending(
+            answer.reason,
+            start,
+            sequence.cached_tokens,
+            answer.first_token_s,
+            answer.seconds,
+            request.input_logprobs,
+            request.input_top,
+        )
     return Piece(
         choice,
         answer.text[characters:],
@@ -150,14 +170,21 @@ def _piece(choice: int, answer: Any, tokens: int, characters: int) -> Piece:
 def _wire(error: Exception) -> dict[str, object]:
     if not isinstance(error, QtoolError):
         LOG.error("a request failed: %s: %s", type(error).__name__, one_line(error))
-        error = QtoolError("E_BUG", f"the engine failed: {type(error).__name__}", hint="its log says more")
+        error = QtoolError(
+            "E_BUG", f"the engine failed: {type(error).__name__}", hint="its log says more"
+        )
     return to_wire(error)
 
 
 def _load(engine: Any) -> Load:
     scheduler = engine.loop.scheduler
     return Load(
-        len(scheduler.running), len(scheduler.waiting), scheduler.kv_usage, scheduler.prefix_queries, scheduler.prefix_hits, scheduler.preemptions
+        len(scheduler.running),
+        len(scheduler.waiting),
+        scheduler.kv_usage,
+        scheduler.prefix_queries,
+        scheduler.prefix_hits,
+        scheduler.preemptions,
     )
 
 
@@ -169,7 +196,9 @@ def _facts(engine: Any) -> Facts:
     pages = next(iter(runner.layers.values()))
     return Facts(
         model_path=str(engine.model_path),
-        tokenizer_path=str(engine.tokenizer.name_or_path if engine.tokenizer else engine.model_path),
+        tokenizer_path=str(
+            engine.tokenizer.name_or_path if engine.tokenizer else engine.model_path
+        ),
         tokenizer=engine.tokenizer.backend_tokenizer.to_str() if engine.tokenizer else "",
         eos_ids=engine.eos_ids,
         vocab_size=runner.vocab_size,
@@ -180,7 +209,9 @@ def _facts(engine: Any) -> Facts:
         dtype=str(runner.model.dtype).removeprefix("torch."),
         quantization=_schemes(runner.model),
         kv_cache_dtype=str(pages.k.dtype).removeprefix("torch."),
-        weights_bytes=sum({_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values()),
+        weights_bytes=sum(
+            {_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values()
+        ),
     )
 
 
@@ -193,14 +224,18 @@ def _schemes(model: Any) -> str:
     """Return the schemes of the quantized layers, the most frequent first; empty when there is none."""
     from qtool.runtime.linear import QuantizedLinear
 
-    names = Counter(module.spec.scheme.name for module in model.modules() if isinstance(module, QuantizedLinear))
+    names = Counter(
+        module.spec.scheme.name for module in model.modules() if isinstance(module, QuantizedLinear)
+    )
     return "; ".join(name for name, _ in names.most_common())
 
 
 def _device_name(device: Any) -> str:
     import torch
 
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    )
 
 
 def _prepare_grammars(engine: Any) -> None:
@@ -222,14 +257,19 @@ def _with_more_gpus(options: dict[str, Any]) -> str:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.serve.handover import suggestion
 
-    size = open_checkpoint(resolve_model(options["model_path"], revision=options.get("revision"))).size_bytes
+    size = open_checkpoint(
+        resolve_model(options["model_path"], revision=options.get("revision"))
+    ).size_bytes
     memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
     return suggestion({"model_path": options["model_path"]}, size_bytes=size, gpu_bytes=memory)
 
 
 def main(descriptor: int) -> None:
     """Run the engine at the other end of ``descriptor``, a socket."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a whole group: the server decides when the end has come
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # of a terminal or a whole group: the server decides when the end has come
         signal.signal(number, signal.SIG_IGN)
     desk = _Desk(socket.socket(fileno=descriptor))
     _, options = desk.next()
@@ -248,15 +288,33 @@ def main(descriptor: int) -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             message = f"the device has no memory for the weights: {one_line(error)}"
-            desk.say("failed", to_wire(ResourceError("E_DOES_NOT_FIT", message, hint=f"quantize it, or {_with_more_gpus(options)}")))
+            desk.say(
+                "failed",
+                to_wire(
+                    ResourceError(
+                        "E_DOES_NOT_FIT",
+                        message,
+                        hint=f"quantize it, or {_with_more_gpus(options)}",
+                    )
+                ),
+            )
             desk.next()
         LOG.exception("the engine did not start")
-        desk.say("failed", to_wire(QtoolError("E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}")))
+        desk.say(
+            "failed",
+            to_wire(
+                QtoolError(
+                    "E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}"
+                )
+            ),
+        )
     else:
         gc.collect()
         gc.freeze()  # what lives as long as the process is not looked at again: a collection would stop all requests for a while
         desk.say("ready", facts)
-        threading.Thread(target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True).start()
+        threading.Thread(
+            target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True
+        ).start()
         desk.serve(engine)
     desk.next()  # nothing comes but the end of the connection
 

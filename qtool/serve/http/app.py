@@ -75,7 +75,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "The server is loading or ending, or a limit of it is reached."),
     )
 }
-LOOKS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 503)}  # of what has no body
+LOOKS: dict[int | str, dict[str, Any]] = {
+    status: ERRORS[status] for status in (401, 403, 503)
+}  # of what has no body
 SCHEMAS = "#/components/schemas/{model}"
 MAX_CHARACTERS = 1 << 20  # of several prompts to be tokenized
 PAGE_POLICY = (
@@ -86,7 +88,14 @@ PAGE_POLICY = (
 
 def make_app(service: Service) -> FastAPI:
     """Return the application that serves ``service``."""
-    app = FastAPI(title="qtool", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="qtool",
+        version=__version__,
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.router.route_class = _Route
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
@@ -106,7 +115,9 @@ def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]
         schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        _, events = models_json_schema([(chunk, "validation") for chunk in CHUNKS], ref_template=SCHEMAS)
+        _, events = models_json_schema(
+            [(chunk, "validation") for chunk in CHUNKS], ref_template=SCHEMAS
+        )
         schemas.update({name: schemas.get(name, one) for name, one in events["$defs"].items()})
     return cast(dict[str, Any], app.openapi_schema)
 
@@ -151,17 +162,29 @@ JSON = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _add_text_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=_whole_or_streamed(ChatCompletion, ChatChunk), tags=["OpenAI"])
+    @app.post(
+        "/v1/chat/completions",
+        responses=_whole_or_streamed(ChatCompletion, ChatChunk),
+        tags=["OpenAI"],
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         return await _while_connected(service, request, chat(service, body))
 
-    @app.post("/v1/completions", responses=_whole_or_streamed(Completion, CompletionChunk), tags=["OpenAI"])
+    @app.post(
+        "/v1/completions",
+        responses=_whole_or_streamed(Completion, CompletionChunk),
+        tags=["OpenAI"],
+    )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         return await _while_connected(service, request, complete(service, body))
 
-    @app.post("/generate", responses=_whole_or_streamed(Generation | list[Generation], GenerationChunk), tags=["SGLang"])
+    @app.post(
+        "/generate",
+        responses=_whole_or_streamed(Generation | list[Generation], GenerationChunk),
+        tags=["SGLang"],
+    )
     async def generate_text(body: GenerateRequest, request: Request) -> Response:
         """Continue one or several prompts, as SGLang's native route does."""
         return await _while_connected(service, request, generate(service, body))
@@ -175,11 +198,20 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
 
 
 def _whole_or_streamed(whole: Any, chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    parts = [{"contentMediaType": "application/json", "contentSchema": {"$ref": SCHEMAS.format(model=kind.__name__)}} for kind in (chunk, ErrorReply)]
+    parts = [
+        {
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": SCHEMAS.format(model=kind.__name__)},
+        }
+        for kind in (chunk, ErrorReply)
+    ]
     data = {"type": "string", "anyOf": [*parts, {"const": "[DONE]"}]}
     stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     description = "The whole answer; with `stream`, events, each with a part of it."
-    return {**ERRORS, 200: {"model": whole, "description": description, "content": {"text/event-stream": stream}}}
+    return {
+        **ERRORS,
+        200: {"model": whole, "description": description, "content": {"text/event-stream": stream}},
+    }
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:
@@ -189,18 +221,35 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         service.check_ready()
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise UsageError("E_PROMPT", "give either prompt or messages", hint="one of them, and not both")
+            raise UsageError(
+                "E_PROMPT", "give either prompt or messages", hint="one of them, and not both"
+            )
         special = body.add_special_tokens is not False
         if body.messages is not None:
             _, tokens = await prompt_of(service, body.messages, tool_dicts(body.tools), body)
         elif isinstance(body.prompt, list):
             if sum(map(len, body.prompt)) > MAX_CHARACTERS:
-                raise UsageError("E_PROMPT", "the prompts are too long for one request", hint=f"{MAX_CHARACTERS:,} characters at a time")
-            many = [await service.vocabulary.encode(one, add_special_tokens=special) for one in body.prompt]
-            return json_reply({"tokens": many, "count": [len(one) for one in many], "max_model_len": service.facts.context_length})
+                raise UsageError(
+                    "E_PROMPT",
+                    "the prompts are too long for one request",
+                    hint=f"{MAX_CHARACTERS:,} characters at a time",
+                )
+            many = [
+                await service.vocabulary.encode(one, add_special_tokens=special)
+                for one in body.prompt
+            ]
+            return json_reply(
+                {
+                    "tokens": many,
+                    "count": [len(one) for one in many],
+                    "max_model_len": service.facts.context_length,
+                }
+            )
         else:
             tokens = await service.vocabulary.encode(str(body.prompt), add_special_tokens=special)
-        return json_reply({"tokens": tokens, "count": len(tokens), "max_model_len": service.facts.context_length})
+        return json_reply(
+            {"tokens": tokens, "count": len(tokens), "max_model_len": service.facts.context_length}
+        )
 
     @app.post("/detokenize", responses=ERRORS, tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> Text:
@@ -211,8 +260,16 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         texts = []
         for tokens in body.tokens if several else [body.tokens]:
             if max(tokens) >= service.facts.vocab_size:
-                raise UsageError("E_PROMPT", f"there is no token {max(tokens)}", hint=f"the model knows {service.facts.vocab_size}")
-            texts.append(service.vocabulary.decode(tokens, skip_special_tokens=body.skip_special_tokens is not False))
+                raise UsageError(
+                    "E_PROMPT",
+                    f"there is no token {max(tokens)}",
+                    hint=f"the model knows {service.facts.vocab_size}",
+                )
+            texts.append(
+                service.vocabulary.decode(
+                    tokens, skip_special_tokens=body.skip_special_tokens is not False
+                )
+            )
         text: Any = texts if several else texts[0]
         return Text(text=text, prompt=text)
 
@@ -224,7 +281,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def show_page() -> Response:
         """Return the page to try the model by hand."""
         return HTMLResponse(
-            page, headers={"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+            page,
+            headers={
+                "content-security-policy": PAGE_POLICY,
+                "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer",
+            },
         )
 
     @app.get("/health", responses={403: ERRORS[403], 503: ERRORS[503]}, tags=["server"])
@@ -233,12 +295,18 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         service.check_ready()
         return Status(status="ok")
 
-    @app.get("/health_generate", responses={**LOOKS, 429: ERRORS[429], 200: {"model": Status}}, tags=["SGLang"])
+    @app.get(
+        "/health_generate",
+        responses={**LOOKS, 429: ERRORS[429], 200: {"model": Status}},
+        tags=["SGLang"],
+    )
     async def health_generate(request: Request) -> Response:
         """Let the model answer once more, and say 200 if it does."""
         return await _while_connected(service, request, _answer_once(service))
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={403: ERRORS[403]}, tags=["server"])
+    @app.get(
+        "/metrics", response_class=PlainTextResponse, responses={403: ERRORS[403]}, tags=["server"]
+    )
     async def metrics() -> Response:
         """Return counts and times for Prometheus."""
         return Response(service.metrics.render(await _load(service)), media_type=CONTENT_TYPE)
@@ -265,24 +333,48 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def get_model_info() -> ModelInfo:
         """Return what the model is."""
         service.check_ready()
-        tokenizer_path = service.settings.engine.get("tokenizer_path") or service.settings.model_path
-        return ModelInfo(model_path=service.settings.model_path, tokenizer_path=str(tokenizer_path), is_generation=True)
+        tokenizer_path = (
+            service.settings.engine.get("tokenizer_path") or service.settings.model_path
+        )
+        return ModelInfo(
+            model_path=service.settings.model_path,
+            tokenizer_path=str(tokenizer_path),
+            is_generation=True,
+        )
 
     @app.get("/get_server_info", responses={**LOOKS, 200: {"model": ServerInfo}}, tags=["SGLang"])
     async def get_server_info() -> Response:
         """Return how the server runs, and what it does now."""
         service.check_ready()
-        settings = {name: value for name, value in asdict(service.settings).items() if name not in ("api_key", "engine")}
-        facts = {name: value for name, value in asdict(service.facts).items() if name not in ("tokenizer", "tokenizer_path", "eos_ids", "model_path")}
-        engine = {name: value for name, value in service.settings.engine.items() if value is not None}
+        settings = {
+            name: value
+            for name, value in asdict(service.settings).items()
+            if name not in ("api_key", "engine")
+        }
+        facts = {
+            name: value
+            for name, value in asdict(service.facts).items()
+            if name not in ("tokenizer", "tokenizer_path", "eos_ids", "model_path")
+        }
+        engine = {
+            name: value for name, value in service.settings.engine.items() if value is not None
+        }
         load = await _load(service)
-        flags = {**engine, **settings, **facts, "served_model_name": service.settings.name, "status": service.state}
+        flags = {
+            **engine,
+            **settings,
+            **facts,
+            "served_model_name": service.settings.name,
+            "status": service.state,
+        }
         return json_reply(
             {
                 **flags,
                 "version": __version__,
                 "max_total_num_tokens": service.facts.max_total_tokens,
-                "internal_states": [{"places_taken": service.places_taken, **(asdict(load) if load else {})}],
+                "internal_states": [
+                    {"places_taken": service.places_taken, **(asdict(load) if load else {})}
+                ],
             }
         )
 
@@ -313,7 +405,9 @@ async def _load(service: Service) -> Load | None:
         return None
 
 
-async def _while_connected(service: Service, request: Request, answer: Awaitable[Response]) -> Response:
+async def _while_connected(
+    service: Service, request: Request, answer: Awaitable[Response]
+) -> Response:
     """Return ``answer``, unless the client leaves before: then it is cancelled, and what runs for it ends. Raises: Busy."""
     answering = asyncio.ensure_future(answer)
     watching = asyncio.create_task(gone(request.receive))
@@ -337,19 +431,29 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return json_reply(ErrorReply(error=refusal(error.errors(), _body_model(request))).model_dump(), status=400)
+        return json_reply(
+            ErrorReply(error=refusal(error.errors(), _body_model(request))).model_dump(), status=400
+        )
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         detail = ErrorDetail(
-            message=str(error.detail), type=kind, code={400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+            message=str(error.detail),
+            type=kind,
+            code={400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(
+                error.status_code
+            ),
         )
-        return json_reply(ErrorReply(error=detail).model_dump(), status=error.status_code, headers=error.headers)
+        return json_reply(
+            ErrorReply(error=detail).model_dump(), status=error.status_code, headers=error.headers
+        )
 
     async def bug(request: Request, error: Exception) -> Response:
         LOG.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
-        detail = ErrorDetail(message=f"a bug in qtool: {type(error).__name__}", type="server_error", code="bug")
+        detail = ErrorDetail(
+            message=f"a bug in qtool: {type(error).__name__}", type="server_error", code="bug"
+        )
         return JSONResponse(ErrorReply(error=detail).model_dump(), status_code=500)
 
     for kind in (QtoolError, Busy, ModelNotFound, TooManyWaiting):

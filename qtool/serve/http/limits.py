@@ -23,7 +23,12 @@ from qtool.serve.settings import RETRY_AFTER_S, Settings
 
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})  # without a key
 LEAST_TAKEN = 64 << 10  # bytes that a reader takes in `Bounds.stall_s`, or all there is for it
-REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+REASONS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
 TYPES = {401: "authentication_error", 403: "permission_error", 503: "service_unavailable_error"}
 
 
@@ -107,21 +112,39 @@ class Guard:
         chunks.clear()
 
     def _check_client(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._key is not None and path not in OPEN_PATHS and not self._has_key(headers.get(b"authorization", b"")):
-            raise Refused(401, "invalid_api_key", "the API key is missing or wrong; send `Authorization: Bearer KEY`")
-        if self._key is None and self._settings.is_local and not _names_this_machine(headers.get(b"host", b""), self._settings.host):
+        if (
+            self._key is not None
+            and path not in OPEN_PATHS
+            and not self._has_key(headers.get(b"authorization", b""))
+        ):
+            raise Refused(
+                401,
+                "invalid_api_key",
+                "the API key is missing or wrong; send `Authorization: Bearer KEY`",
+            )
+        if (
+            self._key is None
+            and self._settings.is_local
+            and not _names_this_machine(headers.get(b"host", b""), self._settings.host)
+        ):
             # a page whose name was made to lead here would be this server's own origin for its browser
             message = "without --api-key a server on this machine answers to localhost and to addresses, not to other names"
             raise Refused(403, "host_not_allowed", message)
 
     def _has_key(self, value: bytes) -> bool:
         scheme, _, key = value.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), cast(bytes, self._key))
+        return scheme.lower() == b"bearer" and hmac.compare_digest(
+            key.strip(), cast(bytes, self._key)
+        )
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive, chunks: list[bytes]) -> bool:
+    async def _read(
+        self, headers: dict[bytes, bytes], receive: Receive, chunks: list[bytes]
+    ) -> bool:
         """Put the body into ``chunks``; return False when the client left before it was complete. Raises: Refused."""
         bounds = self._bounds
-        too_large = Refused(413, "body_too_large", f"the body is larger than {bounds.body_bytes >> 20} MB")
+        too_large = Refused(
+            413, "body_too_large", f"the body is larger than {bounds.body_bytes >> 20} MB"
+        )
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > bounds.body_bytes:
             raise too_large
@@ -138,11 +161,15 @@ class Guard:
                     if size > bounds.body_bytes:
                         raise too_large
                     if self._held > bounds.held_bytes:
-                        raise Refused(503, "busy", "the server holds as many bytes of requests as it may")
+                        raise Refused(
+                            503, "busy", "the server holds as many bytes of requests as it may"
+                        )
                     if not message.get("more_body", False):
                         return True
         except TimeoutError:
-            raise Refused(408, "body_timeout", f"the body was not complete after {bounds.body_s:g} s") from None
+            raise Refused(
+                408, "body_timeout", f"the body was not complete after {bounds.body_s:g} s"
+            ) from None
 
     def _check_body(self, method: str, headers: dict[bytes, bytes], body: bytes) -> None:
         if method != "POST" or not body:
@@ -151,14 +178,26 @@ class Guard:
             raise Refused(415, "unsupported_encoding", "the body is compressed; send it as it is")
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
-            raise Refused(415, "unsupported_media_type", "send JSON, with the header `Content-Type: application/json`")
+            raise Refused(
+                415,
+                "unsupported_media_type",
+                "send JSON, with the header `Content-Type: application/json`",
+            )
         if len(body) > self._bounds.values and _is_crowded(body, self._bounds):
-            raise Refused(400, "too_many_values", f"the body has more than {self._bounds.values:,} objects, arrays and members, or more items")
+            raise Refused(
+                400,
+                "too_many_values",
+                f"the body has more than {self._bounds.values:,} objects, arrays and members, or more items",
+            )
 
     async def _refuse(self, error: Refused, receive: Receive | None, send: Send) -> None:
         """Answer at once; then ``receive`` a little more of what is still being sent, for a connection that is reset loses the answer."""
         data = refusal_body(error)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), (b"connection", b"close")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(data)).encode()),
+            (b"connection", b"close"),
+        ]
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if error.status == 503:
@@ -167,7 +206,11 @@ class Guard:
         await send({"type": "http.response.body", "body": data, "more_body": True})
         try:
             async with asyncio.timeout(self._bounds.linger_s):
-                while receive and (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                while (
+                    receive
+                    and (message := await receive())["type"] == "http.request"
+                    and message.get("more_body", False)
+                ):
                     pass
         except TimeoutError:
             pass
@@ -178,7 +221,11 @@ def _names_this_machine(host: bytes, own: str) -> bool:
     """Whether a Host header names the server by an address, as localhost, or as it was told to listen; one that is missing does."""
     try:
         name = urlsplit(f"//{host.decode('ascii')}").hostname or "localhost"
-        return name in ("localhost", own.lower()) or name.endswith(".localhost") or bool(ip_address(name))
+        return (
+            name in ("localhost", own.lower())
+            or name.endswith(".localhost")
+            or bool(ip_address(name))
+        )
     except ValueError:
         return False
 
@@ -189,13 +236,18 @@ def _is_crowded(body: bytes, bounds: Bounds) -> bool:
     if plain.count(b'"') > 4 * bounds.values:
         return True
     outside = b"".join(plain.split(b'"')[::2])  # of strings
-    return outside.count(b"[") + outside.count(b"{") + outside.count(b":") > bounds.values or outside.count(b",") > bounds.items
+    return (
+        outside.count(b"[") + outside.count(b"{") + outside.count(b":") > bounds.values
+        or outside.count(b",") > bounds.items
+    )
 
 
 def refusal_body(error: Refused) -> bytes:
     """Return an error in OpenAI's shape."""
     kind = TYPES.get(error.status, "invalid_request_error")
-    return json.dumps({"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}).encode()
+    return json.dumps(
+        {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    ).encode()
 
 
 class Connection(HttpToolsProtocol):
@@ -237,9 +289,21 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._in_head and self._head_bytes > self._bounds.head_bytes:
-            self._end(Refused(431, "headers_too_large", f"the head of the request is larger than {self._bounds.head_bytes >> 10} kB"))
+            self._end(
+                Refused(
+                    431,
+                    "headers_too_large",
+                    f"the head of the request is larger than {self._bounds.head_bytes >> 10} kB",
+                )
+            )
         elif self._framing_bytes > self._bounds.framing_bytes:
-            self._end(Refused(400, "bad_request", "the body is sent in too many small chunks, or with trailers"))
+            self._end(
+                Refused(
+                    400,
+                    "bad_request",
+                    "the body is sent in too many small chunks, or with trailers",
+                )
+            )
         elif self._in_head and self._head_timer is None and not self._is_answering():
             self._expect_head()
 
@@ -303,7 +367,11 @@ class Connection(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if not self.transport.is_closing():
-            self._end(Refused(408, "header_timeout", f"no complete request after {self._bounds.head_s:g} s"))
+            self._end(
+                Refused(
+                    408, "header_timeout", f"no complete request after {self._bounds.head_s:g} s"
+                )
+            )
 
     def _end(self, error: Refused) -> None:
         """Close the connection, with an answer unless there is one under way."""
@@ -311,7 +379,9 @@ class Connection(HttpToolsProtocol):
             data = refusal_body(error)
             retry = f"retry-after: {RETRY_AFTER_S}\r\n" if error.status == 503 else ""
             head = f"content-type: application/json\r\ncontent-length: {len(data)}\r\n{retry}connection: close\r\n\r\n"
-            self.transport.write(f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\n{head}".encode() + data)
+            self.transport.write(
+                f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\n{head}".encode() + data
+            )
         self.transport.close()
         self._watch_reader_if_closing()
 
@@ -321,7 +391,9 @@ class Connection(HttpToolsProtocol):
 
     def _watch_reader(self) -> None:
         self._cancel("_stall_timer")
-        self._stall_timer = self.loop.call_later(self._bounds.stall_s, self._reader_is_late, self.transport.get_write_buffer_size())
+        self._stall_timer = self.loop.call_later(
+            self._bounds.stall_s, self._reader_is_late, self.transport.get_write_buffer_size()
+        )
 
     def _reader_is_late(self, before: int) -> None:
         left = self.transport.get_write_buffer_size()

@@ -8,7 +8,13 @@ from collections import OrderedDict
 
 from qtool.errors import ResourceError, UsageError
 from qtool.serve.backend.engine_client import Facts
-from qtool.serve.prompts.sandbox import CallRaised, LimitExceeded, Sandbox, SandboxError, TooManyWaiting
+from qtool.serve.prompts.sandbox import (
+    CallRaised,
+    LimitExceeded,
+    Sandbox,
+    SandboxError,
+    TooManyWaiting,
+)
 
 TIMEOUT_S, MEMORY_BYTES = 10.0, 1 << 30
 MAX_WAITING = 64
@@ -21,19 +27,27 @@ class Grammars:
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
         self._sandbox: Sandbox | None = None
-        self._kept: OrderedDict[tuple[str, str], str | UsageError] = OrderedDict()  # the one used last at the end
+        self._kept: OrderedDict[tuple[str, str], str | UsageError] = (
+            OrderedDict()
+        )  # the one used last at the end
         self._kept_bytes = 0
         self._compiling: dict[tuple[str, str], asyncio.Task[str | UsageError]] = {}
 
     async def compiled(self, kind: str, text: str) -> str:
         """Return what `Compiler.take` reads. Raises: UsageError for what cannot be compiled; ResourceError; TooManyWaiting."""
         if not self._facts.tokenizer or importlib.util.find_spec("xgrammar") is None:
-            raise UsageError("E_NO_XGRAMMAR", "this server cannot constrain answers", hint="it needs a tokenizer, and `pip install 'qtool[grammar]'`")
+            raise UsageError(
+                "E_NO_XGRAMMAR",
+                "this server cannot constrain answers",
+                hint="it needs a tokenizer, and `pip install 'qtool[grammar]'`",
+            )
         found = self._kept.get((kind, text))
         if found is None:
             compiling = self._compiling.get((kind, text))
             if compiling is None:
-                compiling = self._compiling[kind, text] = asyncio.create_task(self._compile(kind, text))
+                compiling = self._compiling[kind, text] = asyncio.create_task(
+                    self._compile(kind, text)
+                )
                 compiling.add_done_callback(lambda task: self._done(kind, text, task))
             found = await asyncio.shield(compiling)  # others may wait for the same
         else:
@@ -49,20 +63,37 @@ class Grammars:
 
     async def _compile(self, kind: str, text: str) -> str | UsageError:
         if self._sandbox is None:
-            init = ("qtool.engine.grammar:load", self._facts.tokenizer, self._facts.vocab_size, list(self._facts.eos_ids))
+            init = (
+                "qtool.engine.grammar:load",
+                self._facts.tokenizer,
+                self._facts.vocab_size,
+                list(self._facts.eos_ids),
+            )
             self._sandbox = Sandbox(
-                "qtool.engine.grammar:compile_to_json", init=init, timeout_s=TIMEOUT_S, memory_bytes=MEMORY_BYTES, max_waiting=MAX_WAITING
+                "qtool.engine.grammar:compile_to_json",
+                init=init,
+                timeout_s=TIMEOUT_S,
+                memory_bytes=MEMORY_BYTES,
+                max_waiting=MAX_WAITING,
             )
         try:
             return str(await self._sandbox.call(kind, text))
         except CallRaised as error:
-            return UsageError("E_GRAMMAR", error.message, hint="xgrammar's documentation says what a grammar may have")
+            return UsageError(
+                "E_GRAMMAR",
+                error.message,
+                hint="xgrammar's documentation says what a grammar may have",
+            )
         except LimitExceeded as error:
-            return UsageError("E_GRAMMAR", f"the grammar cannot be compiled: {error}", hint="make it smaller")
+            return UsageError(
+                "E_GRAMMAR", f"the grammar cannot be compiled: {error}", hint="make it smaller"
+            )
         except TooManyWaiting:
             raise
         except SandboxError as error:
-            raise ResourceError("E_GRAMMAR_PROCESS", f"compiling the grammar failed: {error}", hint="try again") from None
+            raise ResourceError(
+                "E_GRAMMAR_PROCESS", f"compiling the grammar failed: {error}", hint="try again"
+            ) from None
 
     def _done(self, kind: str, text: str, task: asyncio.Task[str | UsageError]) -> None:
         del self._compiling[kind, text]

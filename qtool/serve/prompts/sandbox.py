@@ -28,10 +28,29 @@ MAX_WAITING = 4096
 OUTPUT_BYTES = 16 << 20
 START_TIMEOUT_S = 60.0  # imports from a cold disk
 MAX_NAME = 100
-KEPT = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+KEPT = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "TZ",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+)
 ADDED = {
-    **{"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},  # it needs neither a device nor the network
-    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # each thread and arena reserves memory it may never use
+    **{
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    },  # it needs neither a device nor the network
+    **{
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    },  # each thread and arena reserves memory it may never use
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -89,8 +108,20 @@ class Sandbox:
         start_timeout_s: float = START_TIMEOUT_S,
         max_waiting: int = MAX_WAITING,
     ) -> None:
-        self._setup = _line({"function": function, "init": list(init), "memory_bytes": memory_bytes, "output_bytes": output_bytes})
-        self._timeout_s, self._output_bytes, self._start_timeout_s, self._max_waiting = timeout_s, output_bytes, start_timeout_s, max_waiting
+        self._setup = _line(
+            {
+                "function": function,
+                "init": list(init),
+                "memory_bytes": memory_bytes,
+                "output_bytes": output_bytes,
+            }
+        )
+        self._timeout_s, self._output_bytes, self._start_timeout_s, self._max_waiting = (
+            timeout_s,
+            output_bytes,
+            start_timeout_s,
+            max_waiting,
+        )
         self._waiting: deque[_Call] = deque()
         self._arrived = asyncio.Event()
         self._child: _Child | None = None
@@ -138,13 +169,19 @@ class Sandbox:
                 await self._arrived.wait()
             call = self._waiting.popleft()
             try:
-                child = self._child if self._child is not None and self._child.is_alive() else await self._start_child()
+                child = (
+                    self._child
+                    if self._child is not None and self._child.is_alive()
+                    else await self._start_child()
+                )
                 result = await child.ask(call.line, self._timeout_s)
             except CallRaised as error:
                 call.fail(error)
             except Exception as error:
                 call.fail(error)
-                with contextlib.suppress(Exception):  # the next call tries again, and is told why it fails
+                with contextlib.suppress(
+                    Exception
+                ):  # the next call tries again, and is told why it fails
                     await self._start_child()
             else:
                 call.succeed(result)
@@ -185,7 +222,12 @@ class _Call:
 class _Child:
     """A child process and our end of its connection."""
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
 
     @classmethod
@@ -262,12 +304,19 @@ def _parsed(answer: bytes) -> Any:
 def _how_it_ended(status: int) -> str:
     if status == -signal.SIGKILL:
         return "was killed, most likely for memory"
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+    return (
+        f"was ended by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with exit code {status}"
+    )
 
 
 def main() -> None:
     """Be the child: load the function that the first line names, then answer each line that follows, until the other end is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a supervisor, to every process of the server: the server may still need this one
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # of a supervisor, to every process of the server: the server may still need this one
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # not Linux: it ends after the call that runs
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -280,7 +329,9 @@ def main() -> None:
         setup = json.loads(first)
         connection.sendall(_answer(_load, setup, output_bytes=setup["output_bytes"]))
         for line in lines:
-            connection.sendall(_answer(_call, setup["function"], line, output_bytes=setup["output_bytes"]))
+            connection.sendall(
+                _answer(_call, setup["function"], line, output_bytes=setup["output_bytes"])
+            )
 
 
 def _load(setup: Mapping[str, Any]) -> None:
@@ -301,7 +352,9 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _limit_memory(extra_bytes: int) -> None:
-    with contextlib.suppress(FileNotFoundError):  # not Linux, where nothing enforces the limit either
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # not Linux, where nothing enforces the limit either
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + extra_bytes
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -16,13 +16,27 @@ from typing import Any
 from qtool.checkpoint.reader import read_json
 from qtool.checkpoint.strict_json import refused
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
-from qtool.serve.prompts.sandbox import CallRaised, LimitExceeded, Sandbox, SandboxError, TooManyWaiting
+from qtool.serve.prompts.sandbox import (
+    CallRaised,
+    LimitExceeded,
+    Sandbox,
+    SandboxError,
+    TooManyWaiting,
+)
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the largest of a public model are below 50 kB
 NAMED_TEMPLATES = "additional_chat_templates"  # the folder of transformers
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 256 << 20  # eight times the largest body of a request
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 RESERVED = frozenset(  # what `Templates.render` passes itself
     {"self", "messages", "conversations", "tools", "documents", "chat_template"}
     | {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
@@ -48,13 +62,20 @@ class ChatTemplate:
 class Templates:
     """Renders conversations as the checkpoint's chat template says. ``template`` is None when it has none."""
 
-    def __init__(self, template: ChatTemplate | None, special_tokens: Mapping[str, str], sandbox: Sandbox) -> None:
+    def __init__(
+        self, template: ChatTemplate | None, special_tokens: Mapping[str, str], sandbox: Sandbox
+    ) -> None:
         self.template = template
         self._special_tokens, self._sandbox = special_tokens, sandbox
 
     @classmethod
     async def open(
-        cls, folder: Path, chat_template: str | os.PathLike[str] | None = None, *, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES
+        cls,
+        folder: Path,
+        chat_template: str | os.PathLike[str] | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> Templates:
         """Find the template for the tokenizer in ``folder`` and compile it.
 
@@ -66,7 +87,12 @@ class Templates:
         template = await asyncio.to_thread(find_template, folder, chat_template)
         tokens = await asyncio.to_thread(find_special_tokens, folder)
         name = f"{__name__}:{render_conversations.__name__}"
-        sandbox = Sandbox(name, init=[f"{__name__}:{prepare.__name__}"], timeout_s=timeout_s, memory_bytes=memory_bytes)
+        sandbox = Sandbox(
+            name,
+            init=[f"{__name__}:{prepare.__name__}"],
+            timeout_s=timeout_s,
+            memory_bytes=memory_bytes,
+        )
         templates = cls(template, tokens, sandbox)
         try:
             await templates._compile()
@@ -105,23 +131,47 @@ class Templates:
             raise UsageError("E_MESSAGES", "`messages` is empty", hint="send one message at least")
         if add_generation_prompt and continue_final_message:
             hint = "a prompt ends inside the last message or behind it"
-            raise UsageError("E_MESSAGES", "`add_generation_prompt` and `continue_final_message` exclude each other", hint=hint)
+            raise UsageError(
+                "E_MESSAGES",
+                "`add_generation_prompt` and `continue_final_message` exclude each other",
+                hint=hint,
+            )
         if clash := RESERVED.intersection(kwargs or {}):
             hint = "if it is a field of requests, use that"
-            raise UsageError("E_CHAT_TEMPLATE_KWARGS", f"`{min(clash)}` cannot be set by chat_template_kwargs", hint=hint)
+            raise UsageError(
+                "E_CHAT_TEMPLATE_KWARGS",
+                f"`{min(clash)}` cannot be set by chat_template_kwargs",
+                hint=hint,
+            )
         text = self.template.text if tools is None else self.template.tool_text
         variables = {**self._special_tokens, **(kwargs or {})}
         try:
-            rendered = await self._sandbox.call(text, [messages], tools, documents, add_generation_prompt, continue_final_message, variables)
+            rendered = await self._sandbox.call(
+                text,
+                [messages],
+                tools,
+                documents,
+                add_generation_prompt,
+                continue_final_message,
+                variables,
+            )
         except CallRaised as error:
             raise _objection(error) from None
         except LimitExceeded as error:
             message = f"the chat template cannot render these messages: {error}"
-            raise UsageError("E_CHAT_TEMPLATE_LIMIT", message, hint="send fewer or shorter messages, or no chat_template_kwargs") from None
+            raise UsageError(
+                "E_CHAT_TEMPLATE_LIMIT",
+                message,
+                hint="send fewer or shorter messages, or no chat_template_kwargs",
+            ) from None
         except TooManyWaiting:
             raise
         except SandboxError as error:
-            raise ResourceError("E_CHAT_TEMPLATE_PROCESS", f"rendering the chat template failed: {error}", hint="try again") from None
+            raise ResourceError(
+                "E_CHAT_TEMPLATE_PROCESS",
+                f"rendering the chat template failed: {error}",
+                hint="try again",
+            ) from None
         return str(rendered[0])
 
     async def close(self) -> None:
@@ -135,12 +185,20 @@ class Templates:
             for text in {self.template.text, self.template.tool_text}:
                 await self._sandbox.call(text, [], None, None, False, False, {})
         except (CallRaised, LimitExceeded) as error:
-            raise refused("E_CHAT_TEMPLATE", f"{self.template.source}: the chat template does not compile: {error}", ANOTHER) from None
+            raise refused(
+                "E_CHAT_TEMPLATE",
+                f"{self.template.source}: the chat template does not compile: {error}",
+                ANOTHER,
+            ) from None
         except SandboxError as error:
-            raise ResourceError("E_CHAT_TEMPLATE_PROCESS", f"the chat template cannot be compiled: {error}") from None
+            raise ResourceError(
+                "E_CHAT_TEMPLATE_PROCESS", f"the chat template cannot be compiled: {error}"
+            ) from None
 
 
-def find_template(folder: Path, chat_template: str | os.PathLike[str] | None = None) -> ChatTemplate | None:
+def find_template(
+    folder: Path, chat_template: str | os.PathLike[str] | None = None
+) -> ChatTemplate | None:
     """Return the template in the file ``chat_template``, else the one of the tokenizer in ``folder``; None when it has none.
 
     Raises: UsageError, when ``chat_template`` is no file; CheckpointRefused, when a template cannot be read or none of several is the default.
@@ -150,11 +208,20 @@ def find_template(folder: Path, chat_template: str | os.PathLike[str] | None = N
             path = Path(chat_template)
             if not path.is_file():
                 hint = "it is the path of a file with a Jinja template; names of templates mean nothing here"
-                raise UsageError("E_NO_SUCH_FILE", f"--chat-template {path}: no such file", hint=hint)
+                raise UsageError(
+                    "E_NO_SUCH_FILE", f"--chat-template {path}: no such file", hint=hint
+                )
             text = _read(path)
             return ChatTemplate(text, text, path)
-        files = {"default": folder / "chat_template.jinja"} if os.path.lexists(folder / "chat_template.jinja") else {}
-        files |= {path.name.removesuffix(".jinja"): path for path in (folder / NAMED_TEMPLATES).glob("*.jinja")}
+        files = (
+            {"default": folder / "chat_template.jinja"}
+            if os.path.lexists(folder / "chat_template.jinja")
+            else {}
+        )
+        files |= {
+            path.name.removesuffix(".jinja"): path
+            for path in (folder / NAMED_TEMPLATES).glob("*.jinja")
+        }
         if files:  # transformers then does not look at tokenizer_config.json
             source = files.get("default", folder / NAMED_TEMPLATES)
             return _chosen({name: _read(path) for name, path in files.items()}, source)
@@ -177,9 +244,19 @@ def find_special_tokens(folder: Path) -> dict[str, str]:
         raise _unreadable(folder, error) from None
     own = config.get("extra_special_tokens")
     config |= own if isinstance(own, dict) else {}
-    names = [*SPECIAL_TOKENS, *(name for name in config if name not in SPECIAL_TOKENS and (name.endswith("_token") or name in (own or ())))]
+    names = [
+        *SPECIAL_TOKENS,
+        *(
+            name
+            for name in config
+            if name not in SPECIAL_TOKENS and (name.endswith("_token") or name in (own or ()))
+        ),
+    ]
     tokens = {name: config.get(name) for name in names}
-    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    contents = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in tokens.items()
+    }
     return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
@@ -217,7 +294,11 @@ def _objection(error: CallRaised) -> UsageError:
         message = f"the chat template refuses these messages: {error.message}"
         return UsageError("E_CHAT_TEMPLATE_REFUSED", message, hint="send messages as it asks for")
     message = f"the chat template cannot render these messages: {error}"
-    return UsageError("E_CHAT_TEMPLATE_REFUSED", message, hint="check the roles and fields of the messages against the template")
+    return UsageError(
+        "E_CHAT_TEMPLATE_REFUSED",
+        message,
+        hint="check the roles and fields of the messages against the template",
+    )
 
 
 def _chosen(texts: Mapping[str, str], source: Path) -> ChatTemplate | None:
@@ -225,7 +306,11 @@ def _chosen(texts: Mapping[str, str], source: Path) -> ChatTemplate | None:
         return None
     if "default" not in texts:
         names = ", ".join(f"`{name[:100]}`" for name in sorted(texts)[:5])
-        raise refused("E_CHAT_TEMPLATE", f"{source}: the chat templates are {names}, and none is the default", ANOTHER)
+        raise refused(
+            "E_CHAT_TEMPLATE",
+            f"{source}: the chat templates are {names}, and none is the default",
+            ANOTHER,
+        )
     return ChatTemplate(texts["default"], texts.get("tool_use", texts["default"]), source)
 
 
@@ -253,21 +338,33 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> str:
     if not path.is_file():  # a FIFO would never end
-        raise refused("E_CHAT_TEMPLATE", f"{path} is not a regular file", "put the file itself there")
+        raise refused(
+            "E_CHAT_TEMPLATE", f"{path} is not a regular file", "put the file itself there"
+        )
     with path.open("rb") as file:
         data = file.read(MAX_TEMPLATE_BYTES + 1)
     _check_size(len(data), path)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise refused("E_CHAT_TEMPLATE", f"{path}: not text in UTF-8 ({error.reason} at byte {error.start:,})", "save it again as UTF-8") from None
+        raise refused(
+            "E_CHAT_TEMPLATE",
+            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start:,})",
+            "save it again as UTF-8",
+        ) from None
 
 
 def _check_size(size: int, source: Path) -> None:
     if size > MAX_TEMPLATE_BYTES:
-        raise refused("E_CHAT_TEMPLATE", f"{source}: a chat template of more than {MAX_TEMPLATE_BYTES:,} bytes", ANOTHER)
+        raise refused(
+            "E_CHAT_TEMPLATE",
+            f"{source}: a chat template of more than {MAX_TEMPLATE_BYTES:,} bytes",
+            ANOTHER,
+        )
 
 
 def _unreadable(folder: Path, error: OSError) -> CheckpointRefused:
     message = f"{error.filename or folder} cannot be read: {error.strerror or one_line(error)}"
-    return CheckpointRefused("E_CHAT_TEMPLATE", message, hint="check its name, its permissions and the disk")
+    return CheckpointRefused(
+        "E_CHAT_TEMPLATE", message, hint="check its name, its permissions and the disk"
+    )

@@ -30,21 +30,33 @@ class Vocabulary:
         self._most_characters = 0
         if self._tokenizer is not None:
             added = self._tokenizer.get_added_tokens_decoder()
-            self._added, self._special = set(added), {token for token, one in added.items() if one.special}
+            self._added, self._special = (
+                set(added),
+                {token for token, one in added.items() if one.special},
+            )
             longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-            self._most_characters = longest * context_length  # fewer tokens than the context has cannot hold more
+            self._most_characters = (
+                longest * context_length
+            )  # fewer tokens than the context has cannot hold more
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of ``text``. Raises: UsageError, when there is no tokenizer or no context could hold the text."""
         tokenizer = self._needed()
         if len(text) > self._most_characters:
-            raise UsageError("E_TOO_LONG", f"the prompt has {len(text):,} characters, more than the context can hold", hint="shorten the prompt")
+            raise UsageError(
+                "E_TOO_LONG",
+                f"the prompt has {len(text):,} characters, more than the context can hold",
+                hint="shorten the prompt",
+            )
         if len(text) < 256:
             return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         loop = asyncio.get_running_loop()
         # `encode` keeps the interpreter to itself, `encode_batch_fast` lets other threads run
-        whole = await loop.run_in_executor(self._threads, lambda: tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens))
+        whole = await loop.run_in_executor(
+            self._threads,
+            lambda: tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens),
+        )
         return list(whole[0].ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -86,7 +98,11 @@ class Vocabulary:
 
     def _needed(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise UsageError("E_NO_TOKENIZER", "the server runs without a tokenizer", hint="send tokens to /generate, as input_ids")
+            raise UsageError(
+                "E_NO_TOKENIZER",
+                "the server runs without a tokenizer",
+                hint="send tokens to /generate, as input_ids",
+            )
         return self._tokenizer
 
 
@@ -112,4 +128,6 @@ def _byte_level_characters() -> dict[str, int]:
     """Return the byte for each character of a byte-level vocabulary. Source: Radford et al. 2019, GPT-2's `encoder.py`."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + number): byte for number, byte in enumerate(hidden)
+    }
