@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from gemm import microseconds  # noqa: E402
 from test_attention import FP8, Batch  # noqa: E402
 
+from qtool.engine.attention import interface as attention  # noqa: E402
+from qtool.engine.attention import triton_paged as paged_attention  # noqa: E402
 from qtool.engine.attention.interface import PAGE, KVPages, Packed, new_counters  # noqa: E402
 from qtool.engine.attention.triton_paged import Tile  # noqa: E402
-from qtool.runtime import attention, paged_attention  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 32, 8, 128, 128**-0.5
 BF16 = torch.bfloat16
@@ -90,7 +91,7 @@ def integers(*shape: int) -> Tensor:
 
 def compile_geometry(name: str) -> None:
     """Compile, without a GPU, what `check` will run."""
-    import triton_cpu
+    from support import triton_cpu
 
     triton_cpu.compile_only([])
     shape, options = GEOMETRIES[name]
@@ -122,7 +123,7 @@ def compile_geometry(name: str) -> None:
 
 
 def compile_decode(tile: Tile, kv: torch.dtype | None) -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv=kv)
@@ -133,7 +134,7 @@ def compile_decode(tile: Tile, kv: torch.dtype | None) -> None:
 
 
 def compile_prefill(tile: Tile) -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM)

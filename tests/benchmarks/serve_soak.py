@@ -28,7 +28,7 @@ import psutil
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
 from support.server import Server, free_port, start_server  # noqa: E402
-from test_serve_lifecycle import (
+from test_serve_lifecycle import (  # noqa: E402
     LONG,
     are_gone,
     ask,
@@ -39,7 +39,7 @@ from test_serve_lifecycle import (
     request_bytes,
     serve_command,
     wait_until,
-)  # noqa: E402
+)
 
 DRAIN_S = 2.0
 LAST_S = 11.0  # after the drain: 3 s for the engine, 2 s for readers, 5 s for an engine that does not end by itself

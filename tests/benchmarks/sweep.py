@@ -268,7 +268,7 @@ class Layers:
 
 def compile_candidate(name: str, tokens: int, tile: Tile) -> None:
     """Compile, in a process without a GPU, for all four shapes."""
-    import triton_cpu
+    from support import triton_cpu
 
     triton_cpu.compile_only([])
     scheme, module = CASES[name]

@@ -1144,7 +1144,7 @@ def test_converting_holds_less_than_two_files_in_memory(tmp_path):
     code = """if True:
         import re, sys
         from pathlib import Path
-        from qtool.conversion import decision, export, streaming
+        from qtool.conversion import export, plan, streaming
         def peak_mb():
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
         before = peak_mb()

@@ -406,7 +406,7 @@ def test_the_kernels_for_cuda_compile_for_hopper_without_spills(run_here):
 
 
 def interpret() -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.engine.attention import interface as attention
     from qtool.engine.attention import triton_paged as paged_attention
@@ -508,7 +508,7 @@ def interpret() -> None:
 
 
 def compile() -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.engine.attention import triton_paged as paged_attention
 

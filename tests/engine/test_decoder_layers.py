@@ -220,7 +220,7 @@ def test_layers_take_codes_of_tokens_with_a_scale_each(kernel, scheme, expected)
     )
     assert codes_taken(spec, Choice(kernel, {})) == (expected if scheme != "W4A8" else "int8")
     assert codes_taken(spec, Choice(kernel, {}, FewTokens("reference", 4))) is None
-    assert codes_taken(spec, Choice("plain", {})) is None
+    assert codes_taken(spec, Choice("reference", {})) is None
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
@@ -275,7 +275,7 @@ def bits_of(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def interpret() -> None:
     import triton.language as tl
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.engine import elementwise
     from qtool.runtime.triton import row_quantize
@@ -398,7 +398,7 @@ def interpret() -> None:
 
 
 def compile_all() -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.engine import elementwise
 

@@ -70,7 +70,7 @@ def test_the_kernel_attends_right_on_a_gpu(run_here):
 
 
 def compile_all() -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.engine.attention import gluon_prefill
     from qtool.engine.attention import triton_paged as paged_attention

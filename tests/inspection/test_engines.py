@@ -352,11 +352,11 @@ def by_name(value, **others):
     return lambda name: next((other for part, other in others.items() if part in name), value)
 
 
-TRANSFORMS = lambda location: {
-    "config_groups": {
-        "v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
-    }
-}  # noqa: E731
+def transforms_at(location):
+    group = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
+    return {"config_groups": {"v": group}}
+
+
 FP8_CACHE = {
     "num_bits": 8,
     "type": "float",
@@ -401,8 +401,8 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_GROUP": (of(packed(group=16)), {}),
     "E_ENGINE_EXPERTS_INT8": (of(int8(), shapes=EXPERTS), {}),
     "W_ENGINE_STATIC_INT8": (of(int8(inputs={"strategy": "tensor", "dynamic": False})), {}),
-    "E_ENGINE_TRANSFORMS": (of(packed(transform_config=TRANSFORMS("q_attn"))), {}),
-    "N_ENGINE_TRANSFORMS": (of(packed(transform_config=TRANSFORMS("input"))), {}),
+    "E_ENGINE_TRANSFORMS": (of(packed(transform_config=transforms_at("q_attn"))), {}),
+    "N_ENGINE_TRANSFORMS": (of(packed(transform_config=transforms_at("input"))), {}),
     "E_ENGINE_GPU": (of(packed()), {"gpu": "v100"}),
     "tensorrt-llm E_ENGINE_GPU": (of(fp8()), {"gpu": "l4"}),
     "W_ENGINE_WEIGHT_ONLY": (of(nvfp4()), {"gpu": "h100"}),

@@ -345,7 +345,8 @@ def test_the_registry_prefers_codes_then_humming_then_the_definition(monkeypatch
 
 
 RESCALE = """
-    import torch, triton_cpu
+    import torch
+    from support import triton_cpu
     triton_cpu.repair()
     from qtool.runtime.triton.rescale import rescale
     torch.manual_seed(0)
@@ -360,7 +361,8 @@ RESCALE = """
     print("same")
 """
 COMPILED = """
-    import torch, triton_cpu
+    import torch
+    from support import triton_cpu
     compiled = []
     triton_cpu.compile_only(compiled)
     from qtool.runtime.triton.rescale import rescale

@@ -82,7 +82,7 @@ def compare() -> None:
 
 
 def compile_all() -> None:
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.runtime.kernels import LinearSpec, triton_w8a8
     from qtool.scheme import SCHEMES as ALL

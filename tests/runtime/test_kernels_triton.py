@@ -24,7 +24,7 @@ def test_every_triton_kernel_compiles_for_hopper_without_spills(run_here):
 
 def interpret() -> None:
     import torch
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.runtime.kernels import Device, LinearSpec, load_kernel
     from qtool.runtime.kernels import reference as plain
@@ -176,7 +176,7 @@ def interpret() -> None:
 
 def compile_all() -> None:
     import torch
-    import triton_cpu
+    from support import triton_cpu
 
     from qtool.runtime.kernels import LinearSpec, load_kernel
     from qtool.runtime.triton import tiles as triton_tiles
