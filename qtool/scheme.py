@@ -254,8 +254,8 @@ def _check_numbers(
     if granularity not in Granularity.__args__:  # type: ignore[attr-defined]
         raise _invalid(
             f"{where}: unknown granularity `{granularity}`",
-            hint=nearest(granularity, Granularity.__args__),
-        )  # type: ignore[attr-defined]
+            hint=nearest(granularity, Granularity.__args__),  # type: ignore[attr-defined]
+        )
     if scale in ("e4m3", "e8m0") and format.startswith("int"):
         raise _invalid(f"{where}: {format} has float scales, not {scale}")
     if scale not in SCALE_BITS:

@@ -13,7 +13,10 @@ ModelPath = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing but warnings and errors on stderr.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)

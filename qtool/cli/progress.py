@@ -12,10 +12,14 @@ PLAIN_INTERVAL_S = 10.0
 
 
 @contextlib.contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Give a function that shows events."""
+def progress(
+    *, quiet: bool, verbose: bool = False
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Give a function that shows events: nothing if ``quiet``, every one on a line if ``verbose``."""
     if quiet:
         yield lambda event: None
+    elif verbose:
+        yield _Lines(interval_s=0.0).show
     elif sys.stderr.isatty():
         with _bar() as show:
             yield show
@@ -64,7 +68,8 @@ def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, *, interval_s: float = PLAIN_INTERVAL_S) -> None:
+        self._interval_s = interval_s
         self._start = time.monotonic()
         self._last = 0.0
 
@@ -75,7 +80,7 @@ class _Lines:
         elif event["event"] == "note":
             print(f"note: {event['text']}", file=sys.stderr, flush=True)
         elif event["event"] == "progress" and (
-            event["done"] == event["total"] or now - self._last > PLAIN_INTERVAL_S
+            event["done"] == event["total"] or now - self._last > self._interval_s
         ):
             self._last = now
             print(

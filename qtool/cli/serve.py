@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli.options import Debug, Json, ModelPath, Revision
+from qtool.cli.options import Debug, Json, ModelPath, Quiet, Revision, Verbose
 from qtool.cli.output import printable, show
 from qtool.errors import UsageError
 
@@ -30,7 +30,7 @@ def serve(
     ] = False,
     served_model_name: Annotated[
         str | None,
-        typer.Option(help="The model's name for clients. \\[--model-path]", show_default=False),
+        typer.Option(help="The model's name for clients. [--model-path]", show_default=False),
     ] = None,
     host: Annotated[
         str | None,
@@ -64,24 +64,22 @@ def serve(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda or cuda:<n>. \\[a GPU, if there is one]", show_default=False),
+        typer.Option(help="cpu, cuda or cuda:<n>. [a GPU, if there is one]", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of what stays plain: bfloat16, float16 or float32. \\[the model's]",
+            help="Of what stays plain: bfloat16, float16 or float32. [the model's]",
             show_default=False,
         ),
     ] = None,
     kv_cache_dtype: Annotated[
         str | None,
-        typer.Option(help="auto or fp8_e4m3. \\[auto: as the checkpoint says]", show_default=False),
+        typer.Option(help="auto or fp8_e4m3. [auto: as the checkpoint says]", show_default=False),
     ] = None,
     context_length: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Tokens of prompt and answer. \\[the model's]", show_default=False
-        ),
+        typer.Option(min=1, help="Tokens of prompt and answer. [the model's]", show_default=False),
     ] = None,
     mem_fraction_static: Annotated[
         float | None,
@@ -99,7 +97,7 @@ def serve(
     ] = None,
     max_total_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Size of the KV cache. \\[what fits]", show_default=False),
+        typer.Option(min=1, help="Size of the KV cache. [what fits]", show_default=False),
     ] = None,
     chunked_prefill_size: Annotated[
         int | None,
@@ -131,12 +129,12 @@ def serve(
     ] = None,
     tool_call_parser: Annotated[
         str | None,
-        typer.Option(help="hermes or llama3_json. \\[as the template shows]", show_default=False),
+        typer.Option(help="hermes or llama3_json. [as the template shows]", show_default=False),
     ] = None,
     sampling_defaults: Annotated[
         str | None,
         typer.Option(
-            help="model: those of generation_config.json; openai: OpenAI's. \\[model]",
+            help="model: those of generation_config.json; openai: OpenAI's. [model]",
             show_default=False,
         ),
     ] = None,
@@ -192,7 +190,7 @@ def serve(
         bool, typer.Option("--log-requests", help="Write prompts to the log; else it has none.")
     ] = False,
     log_level: Annotated[
-        str | None, typer.Option(help="debug, info, warning or error. \\[info]", show_default=False)
+        str | None, typer.Option(help="debug, info, warning or error. [info]", show_default=False)
     ] = None,
     trust_remote_code: Annotated[
         bool,
@@ -210,6 +208,8 @@ def serve(
     ] = False,
     revision: Revision = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Serve a checkpoint over HTTP, as OpenAI and SGLang do; with --dry-run show how it would run.
@@ -219,7 +219,7 @@ def serve(
     options = {
         name: value
         for name, value in locals().items()
-        if name not in ("context", "engine", "dry_run", "as_json", "debug")
+        if name not in ("context", "engine", "dry_run", "as_json", "quiet", "verbose", "debug")
     }
     if engine != "builtin":
         return _hand_over(engine, options, context.args, dry_run=dry_run, as_json=as_json)
@@ -231,6 +231,8 @@ def serve(
         )
     from qtool.serve.settings import make_settings
 
+    if options["log_level"] is None and (quiet or verbose):
+        options["log_level"] = "warning" if quiet else "debug"
     settings = make_settings(options)
     if dry_run:
         return _show_kernels(settings, as_json=as_json)

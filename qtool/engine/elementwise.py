@@ -178,9 +178,9 @@ def _starts_early(device: torch.device) -> bool:
 
 
 @triton.jit
-def _normed(
+def _normed(  # type: ignore[no-untyped-def]
     x, weight, mean_of_squares, eps, dtype: tl.constexpr, PLUS_ONE: tl.constexpr, LATE: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Return the RMSNorm of ``x``, f32 as ``weight``, rounded to ``dtype``."""
     x = x * tl.rsqrt(mean_of_squares + eps)
     if not LATE:

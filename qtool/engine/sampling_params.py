@@ -22,7 +22,7 @@ MAPPINGS = (
 )  # those that are JSON may also be given as dictionaries
 ANY_JSON_OBJECT = "$$ANY$$"  # a json_schema, as SGLang spells it
 
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {  # of every number, for the Engine and over HTTP
     "max_new_tokens": (1, LARGEST),
     "min_new_tokens": (0, LARGEST),
     "n": (1, 128),
@@ -33,10 +33,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
-    "repetition_penalty": (0, 2),
+    "repetition_penalty": (0.001, 2),
 }
-_ABOVE_ZERO = {"top_p", "repetition_penalty"}
-_WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
+ABOVE_ZERO = {"top_p"}
+WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
 _FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 
 
@@ -73,7 +73,7 @@ class SamplingParams:
     structural_tag: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in _RANGES:
+        for name in RANGES:
             value = getattr(self, name)
             if value is not None or name not in ("max_new_tokens", "sampling_seed"):
                 object.__setattr__(self, name, _checked(name, value))
@@ -203,14 +203,14 @@ def _is_whole(value: object) -> bool:
 
 
 def _checked(name: str, value: object) -> int | float:
-    low, high = _RANGES[name]
-    allowed = f"{'a whole number' if name in _WHOLE else 'a number'} {'above' if name in _ABOVE_ZERO else 'from'} {low} to {high}"
-    if not (_is_whole(value) or (isinstance(value, float) and name not in _WHOLE)):
+    low, high = RANGES[name]
+    allowed = f"{'a whole number' if name in WHOLE else 'a number'} {'above' if name in ABOVE_ZERO else 'from'} {low} to {high}"
+    if not (_is_whole(value) or (isinstance(value, float) and name not in WHOLE)):
         raise _refusal(name, value, allowed)
     number = cast(float, value)
-    if not low <= number <= high or (number == 0 and name in _ABOVE_ZERO):  # NaN is in no range
+    if not low <= number <= high or (number == 0 and name in ABOVE_ZERO):  # NaN is in no range
         raise _refusal(name, value, allowed)
-    return number if name in _WHOLE else float(number)
+    return number if name in WHOLE else float(number)
 
 
 def _biases(value: object) -> dict[int, float]:

@@ -485,3 +485,38 @@ def test_inspect_shows_a_model_from_its_headers(run_cli, refused, make_model):
     )
     (path / "model.safetensors").write_bytes(b"")
     assert refused("inspect", "--model-path", path)[:2] == (3, "E_HEADER_SHORT")
+
+
+COMMANDS = ("quantize", "export", "inspect", "serve")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_whole_at_80_columns(run_cli, command):
+    import typer.main
+
+    from qtool.cli import app
+    from qtool.cli.help import GROUP_OF
+
+    result = run_cli(command, "--help", env={"COLUMNS": "80"})
+    assert result.exit_code == 0 and "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for parameter in typer.main.get_command(app).commands[command].params:
+        assert parameter.name in GROUP_OF
+        for name in parameter.opts:
+            assert re.search(rf"{re.escape(name)}(?![\w-])", result.stdout), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_general_options(run_cli, command):
+    help_text = run_cli(command, "--help").stdout
+    for name in ("--json", "-q, --quiet", "-v, --verbose", "--debug"):
+        assert name in help_text
+
+
+@pytest.mark.parametrize(
+    ("end", "printed"), [(("--", "--json", "--debug"), False), (("--json",), True)]
+)
+def test_nothing_after_two_dashes_is_ours(run_cli, tmp_path, end, printed):
+    result = run_cli("serve", "--model-path", tmp_path / "none", "--engine", "vllm", *end)
+    assert result.exit_code == 3
+    assert ("error" in result.stdout) == printed and "Traceback" not in result.stderr

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from qtool.engine.sampling_params import MAX_GRAMMAR, SamplingParams
+from qtool.engine.sampling_params import MAX_GRAMMAR, RANGES, WHOLE, SamplingParams
 from qtool.errors import UsageError
 
 
@@ -174,3 +174,40 @@ def test_a_text_follows_one_grammar():
 def test_parameters_are_checked_without_torch(run_python):
     code = "import sys, qtool.engine.sampling_params; print(*sys.modules.keys() & {'torch', 'numpy', 'transformers', 'xgrammar'})"
     assert run_python(code) == ""
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_http_and_engine_have_the_same_bounds(name):
+    """Both take and refuse the same numbers: at each bound, and on both sides of it."""
+    from pydantic import ValidationError
+
+    from qtool.serve.api.protocol import CompletionRequest, GenerateRequest
+
+    def engine_takes(value):
+        try:
+            SamplingParams.from_dict({"max_new_tokens": None, name: value})
+        except UsageError:
+            return False
+        return True
+
+    def http_takes(make):
+        try:
+            make()
+        except ValidationError:
+            return False
+        return True
+
+    for bound in RANGES[name]:
+        step = 1 if name in WHOLE else 1e-6
+        for value in (bound - step, bound, bound + step):
+            if (name, value) in (("top_k", 0), ("max_new_tokens", 0)):
+                continue  # what vLLM and OpenAI mean by 0, SGLang calls otherwise
+            native = {"text": "a", "sampling_params": {name: value}}
+            assert http_takes(lambda body=native: GenerateRequest(**body)) == engine_takes(value), (
+                value
+            )
+            if name not in ("max_new_tokens", "min_new_tokens", "sampling_seed"):
+                openai = {"prompt": "a", name: value}
+                assert http_takes(lambda body=openai: CompletionRequest(**body)) == engine_takes(
+                    value
+                ), value

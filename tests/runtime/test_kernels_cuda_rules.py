@@ -59,7 +59,7 @@ def test_without_humming_the_objection_says_what_to_install(monkeypatch):
     humming._missing.cache_clear()
     assert (
         humming.objection(spec_of("W4A16"), H200)
-        == "humming-kernels is not installed: pip install qtool[cuda]"
+        == "humming-kernels is not installed: pip install 'qtool[cuda]'"
     )
     humming._missing.cache_clear()
 

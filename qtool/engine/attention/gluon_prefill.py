@@ -293,9 +293,9 @@ def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyp
 
 
 @gluon.jit
-def _work(
+def _work(  # type: ignore[no-untyped-def]
     item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if none, its position and its row of the table."""
     start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
     there = block >= 0
@@ -421,7 +421,7 @@ def _read(mail, I: gl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
 
 
 @gluon.jit
-def _soften(
+def _soften(  # type: ignore[no-untyped-def]
     logits,
     top,
     total,
@@ -431,7 +431,7 @@ def _soften(
     MASKED: gl.constexpr,
     dtype: gl.constexpr,
     OPERAND: gl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each row, and what is kept of earlier sums."""
     if MASKED:
         logits = gl.where(keys[None, :] <= own[:, None], logits, float("-inf"))

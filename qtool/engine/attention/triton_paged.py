@@ -324,7 +324,7 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_heads(
+def _store_heads(  # type: ignore[no-untyped-def]
     source,
     source_head,
     target,
@@ -335,7 +335,7 @@ def _store_heads(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     FP8: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     inside = head < HEADS
     x = tl.load(source + head * source_head + d, mask=inside, other=0.0)
     if FP8:
@@ -344,7 +344,7 @@ def _store_heads(
 
 
 @triton.jit
-def _load(
+def _load(  # type: ignore[no-untyped-def]
     pages,
     place,
     keys,
@@ -353,7 +353,7 @@ def _load(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Return keys or values [KEYS, D_PADDED] of ``place``, zeros where nothing is visible."""
     d = tl.arange(0, D_PADDED)
     pointers = pages + place[:, None] + (keys % PAGE)[:, None] * D + d[None, :]

@@ -74,9 +74,9 @@ def _blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
 
 
 @gluon.jit(do_not_specialize=["M"])
-def _multiply(
+def _multiply(  # type: ignore[no-untyped-def]
     x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, STAGES: gl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     inputs = gl.allocate_shared_memory(
         x.dtype, [2 * STAGES] + x.block_type.shape, x.layout
     )  # two groups of tokens a stage

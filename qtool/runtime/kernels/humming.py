@@ -71,7 +71,7 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 def _missing() -> str | None:
     """Return what keeps humming from being used here. It compiles with NVRTC or `nvcc`, and needs the headers of CUDA and of CCCL."""
     if importlib.util.find_spec("humming") is None:
-        return "humming-kernels is not installed: pip install qtool[cuda]"
+        return "humming-kernels is not installed: pip install 'qtool[cuda]'"
     try:
         from humming.jit import KernelRuntime
         from humming.utils.cuda import filter_cuda_paths

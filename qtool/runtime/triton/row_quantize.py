@@ -74,9 +74,9 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize_on_alignment=["static_scale"])
-def _quantize(
+def _quantize(  # type: ignore[no-untyped-def]
     x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]
     start_early(PDL)

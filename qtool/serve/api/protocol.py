@@ -14,14 +14,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from qtool.engine.sampling_params import (
+    ABOVE_ZERO,
     MAX_IDS,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
+    RANGES,
 )
 from qtool.errors import nearest, one_line
 
-MAX_CHOICES = 128
+MAX_CHOICES = int(RANGES["n"][1])
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
@@ -39,6 +41,13 @@ CODES = {
     "missing": "missing_required_parameter",
 }  # pydantic's -> OpenAI's
 
+
+def bounded(name: str) -> Any:
+    """Return the bounds of the sampling field ``name``, those of `SamplingParams`."""
+    low, high = RANGES[name]
+    return Field(gt=low, le=high) if name in ABOVE_ZERO else Field(ge=low, le=high)
+
+
 Token = Annotated[int, Field(ge=0, le=LARGEST)]
 Stop = (
     str
@@ -47,7 +56,7 @@ Stop = (
         Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
     ]
 )
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, bounded("sampling_seed")]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]  # the log has it
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -191,16 +200,16 @@ class StructuredOutputs(Body):
 class Draw(Body):
     """What OpenAI's routes and SGLang's ask of the sampler under the same names."""
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.001, le=2)] | None = None
+    temperature: Annotated[float, bounded("temperature")] | None = None
+    top_p: Annotated[float, bounded("top_p")] | None = None
+    top_k: Annotated[int, bounded("top_k")] | None = None
+    min_p: Annotated[float, bounded("min_p")] | None = None
+    frequency_penalty: Annotated[float, bounded("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, bounded("presence_penalty")] | None = None
+    repetition_penalty: Annotated[float, bounded("repetition_penalty")] | None = None
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, bounded("n")] | None = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_IDS, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
@@ -216,7 +225,7 @@ class Sampling(Draw):
     """The fields that chats and completions share."""
 
     model: str | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    min_tokens: Annotated[int, bounded("min_new_tokens")] | None = None
     include_stop_str_in_output: bool | None = None  # vLLM's name of no_stop_trim
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -387,8 +396,8 @@ class CompletionRequest(Sampling):
 class NativeSampling(Draw):
     """SGLang's ``sampling_params``."""
 
-    max_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    min_new_tokens: Annotated[int, bounded("min_new_tokens")] | None = None
     sampling_seed: Seed | None = None
     structural_tag: str | None = None
 

@@ -1,0 +1,100 @@
+"""`qtool inspect`: its options."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import (
+    Debug,
+    Json,
+    ModelPath,
+    Quiet,
+    Revision,
+    Verbose,
+)
+from qtool.cli.output import show
+from qtool.errors import ResourceError, UsageError
+
+
+def inspect(
+    model_path: ModelPath,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Show every linear layer, as a tree.")
+    ] = False,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep", help="Read all data: bad values, saturation, dead channels, scales, digests."
+        ),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare each layer with this checkpoint's, worst first.", show_default=False
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Will it load there? vllm, sglang, tensorrt-llm or transformers.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_version: Annotated[
+        str | None,
+        typer.Option(help="The engine's version. [that of the rules]", show_default=False),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Architecture or card, e.g. sm_90 or h100.", show_default=False),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tp", "--tensor-parallel", help="GPUs that share each layer.")
+    ] = 1,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the report to this file, one page.", show_default=False),
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit code 3 when it will not."""
+    from qtool.checkpoint import open_checkpoint, resolve_model
+    from qtool.inspection import inspect as run
+    from qtool.inspection import render, render_page
+
+    gc.disable()  # the objects of a large checkpoint are many, none is garbage, and the process ends soon
+    if engine is None and (engine_version or gpu or tensor_parallel != 1):
+        raise UsageError(
+            "E_NO_ENGINE",
+            "--engine-version, --gpu and --tp are questions to an engine",
+            hint="add --engine vllm",
+        )
+    if html:
+        place = html if html.exists() else html.parent
+        if html.is_dir() or not os.access(place, os.W_OK):
+            raise ResourceError(
+                "E_OUTPUT_PLACE", f"{html}: cannot write there", hint="choose another file"
+            )
+    found = run(
+        open_checkpoint(resolve_model(model_path, revision=revision)),
+        deep=deep,
+        against=open_checkpoint(resolve_model(against)) if against else None,
+        engine=engine,
+        engine_version=engine_version,
+        gpu=gpu,
+        tensor_parallel=tensor_parallel,
+    )
+    if html:
+        html.write_text(render_page(found), encoding="utf-8")
+    show(found.to_dict, render(found, modules=modules), as_json)
+    if found.engine and not found.engine.loads:
+        raise typer.Exit(3)
