@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qtool.checkpoint.reader import FLOAT_DTYPES, Checkpoint, TensorInfo
+from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused, RecipeRefused
 from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import PICKLE_SUFFIXES, read_json
+from qtool.checkpoint.reader import PICKLE_SUFFIXES
+from qtool.checkpoint.strict_json import read_json
 
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint.strict_json import refused
 
 if TYPE_CHECKING:
-    from qtool.checkpoint.reader import Checkpoint, TensorInfo
+    from qtool.checkpoint.model import Checkpoint, TensorInfo
 
 STACKS = ("model.", "model.language_model.", "language_model.model.")
 HEADS, KV_HEADS = "num_attention_heads head_dim", "num_key_value_heads head_dim"

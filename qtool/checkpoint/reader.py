@@ -9,45 +9,24 @@ import gc
 import math
 import os
 import reprlib
-import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qtool.checkpoint.config_check import check_promises
-from qtool.checkpoint.strict_json import DAMAGED, check_json_size, parse_object, refused
+from qtool.checkpoint.model import DTYPE_BITS, Checkpoint, TensorInfo
+from qtool.checkpoint.strict_json import (
+    DAMAGED,
+    check_json_size,
+    parse_object,
+    read_json,
+    refused,
+    regular_size,
+)
 from qtool.errors import CheckpointRefused
-
-DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-    "C64": 64,
-}
-FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 FIELDS = {"dtype", "shape", "data_offsets"}
 MAX_DIMENSIONS = 16
@@ -81,88 +60,6 @@ IMPOSTORS = (  # how a file starts, code, what it is, what helps
     (b"\x80\2", "E_PICKLE", "a pickle", "convert it to safetensors first"),
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class TensorInfo(
-    NamedTuple
-):  # made faster than a dataclass, and there may be a quarter of a million
-    """One tensor as its header describes it; ``offset`` counts bytes from the start of ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    size_bytes: int
-
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def read(self) -> bytes:
-        """Return its bytes as they lie in the file, little-endian, row-major."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size_bytes)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model folder whose headers were read and found consistent. No weight has been read."""
-
-    path: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-
-    @property
-    def name(self) -> str:
-        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the repository's."""
-        folder = self.path.resolve()
-        repository = folder.parent.parent.name
-        if folder.parent.name == "snapshots" and repository.startswith("models--"):
-            return repository.rpartition("--")[2]
-        return folder.name
-
-    @cached_property
-    def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files, in name order."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(tensor.size_bytes for tensor in self.tensors.values())
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """The part of the config that describes the language model (multimodal configs nest it)."""
-        for key in ("text_config", "llm_config"):
-            if isinstance(self.config.get(key), Mapping):
-                return self.config[key]  # type: ignore[no-any-return]
-        return self.config
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether ``lm_head`` is the embedding matrix: as the config says, else when there is no tensor of its own (some classes tie by default)."""
-        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        return bool(said) if said is not None else "lm_head.weight" not in self.tensors
-
-    @property
-    def quantization_config(self) -> Mapping[str, Any] | None:
-        """What the checkpoint says about its quantization, wherever it says it; None for a plain model."""
-        for config in (self.config, self.text_config):
-            for key in ("quantization_config", "compression_config"):
-                if isinstance(config.get(key), Mapping):
-                    return config[key]  # type: ignore[no-any-return]
-        for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
-            if (self.path / name).is_file():
-                return read_json(self.path / name)
-        return None
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of tensor ``name`` as they lie in the file, little-endian, row-major."""
-        return self.tensors[name].read()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -201,17 +98,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, refusing what is too large, too deep, repeated or not an object."""
-    size = _regular_size(path)
-    check_json_size(size, str(path))
-    with path.open("rb") as file:
-        return parse_object(file.read(size), str(path))
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors that the safetensors file ``path`` declares, after checking every number against the file."""
-    size = _regular_size(path)
+    size = regular_size(path)
     with path.open("rb") as file:
         start = file.read(8)
         length = _header_length(path, start, size)
@@ -377,34 +266,6 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
             "the weights were not saved: export them again",
         )
     return tensors
-
-
-def _regular_size(path: Path) -> int:
-    """Return the size of the file ``path``, which must be one: reading a FIFO or a device may never end."""
-    if not path.exists():
-        if path.is_symlink():
-            message = f"{path} is a link to {path.readlink()}, which is missing"
-            raise refused(
-                "E_BROKEN_LINK",
-                message,
-                "copy the folder with its files (`cp -rL`), or download it again",
-            )
-        raise refused("E_MISSING_FILE", f"{path} is missing", "download or copy it again")
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        kinds = {
-            stat.S_IFDIR: "a folder",
-            stat.S_IFIFO: "a FIFO",
-            stat.S_IFSOCK: "a socket",
-            stat.S_IFCHR: "a device",
-            stat.S_IFBLK: "a device",
-        }
-        raise refused(
-            "E_NOT_A_FILE",
-            f"{path} is not a regular file but {kinds.get(stat.S_IFMT(found.st_mode), 'something else')}",
-            "put the file itself there",
-        )
-    return found.st_size
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import DTYPE_BITS, TensorInfo
+from qtool.checkpoint.model import DTYPE_BITS, TensorInfo
 from qtool.errors import CheckpointRefused, UsageError
 
 UNITS = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qtool.errors import CheckpointRefused, one_line
@@ -123,3 +125,39 @@ def _not_json(data: bytes, where: str, error: json.JSONDecodeError) -> Checkpoin
             "the download or copy was interrupted: fetch it again",
         )
     return refused("E_JSON_SYNTAX", f"{where}: not JSON ({error})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``, refusing what is too large, too deep, repeated or not an object."""
+    size = regular_size(path)
+    check_json_size(size, str(path))
+    with path.open("rb") as file:
+        return parse_object(file.read(size), str(path))
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of the file ``path``, which must be one: reading a FIFO or a device may never end."""
+    if not path.exists():
+        if path.is_symlink():
+            message = f"{path} is a link to {path.readlink()}, which is missing"
+            raise refused(
+                "E_BROKEN_LINK",
+                message,
+                "copy the folder with its files (`cp -rL`), or download it again",
+            )
+        raise refused("E_MISSING_FILE", f"{path} is missing", "download or copy it again")
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {
+            stat.S_IFDIR: "a folder",
+            stat.S_IFIFO: "a FIFO",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        raise refused(
+            "E_NOT_A_FILE",
+            f"{path} is not a regular file but {kinds.get(stat.S_IFMT(found.st_mode), 'something else')}",
+            "put the file itself there",
+        )
+    return found.st_size

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from qtool.engine.attention.interface import PAGE
+from qtool.engine.attention.pages import PAGE
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.loop import Answer, Loop, Request

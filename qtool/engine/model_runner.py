@@ -17,16 +17,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from qtool.engine.attention.interface import (
-    NAME,
-    PAGE,
-    KVPages,
-    LayerGeometry,
-    Packed,
-    new_counters,
-    recording,
-    running,
-)
+from qtool.engine.attention.interface import NAME, LayerGeometry, recording, running
+from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters
 from qtool.engine.decoder_layers import fuse
 from qtool.engine.sampler import History, Logprobs, RowRequest, Sampler, greedy, logprobs_of
 from qtool.engine.sampling_params import SamplingParams

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qtool.engine.attention.interface import PAGE
+from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.errors import UsageError
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.reader import FLOAT_DTYPES
+from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.formats.layout import (
     PER_HEAD,
     Layout,

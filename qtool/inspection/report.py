@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.checkpoint.reader import FLOAT_DTYPES
+from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused
 from qtool.formats import QuantizedModule
 from qtool.formats.layout import CACHE_SUFFIXES

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.checkpoint.reader import FLOAT_DTYPES
+from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused, UsageError, nearest
 from qtool.formats import Layout
 from qtool.plan import is_linear, why_plain

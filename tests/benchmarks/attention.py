@@ -27,7 +27,7 @@ from test_attention import FP8, Batch  # noqa: E402
 
 from qtool.engine.attention import interface as attention  # noqa: E402
 from qtool.engine.attention import triton_paged as paged_attention  # noqa: E402
-from qtool.engine.attention.interface import PAGE, KVPages, Packed, new_counters  # noqa: E402
+from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters  # noqa: E402
 from qtool.engine.attention.triton_paged import Tile  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 32, 8, 128, 128**-0.5

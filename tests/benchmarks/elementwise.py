@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qtool.engine import decoder_layers as fused
 from qtool.engine import elementwise
-from qtool.engine.attention.interface import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.runtime.triton import row_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128

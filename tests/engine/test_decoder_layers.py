@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from qtool.engine import decoder_layers as fused
-from qtool.engine.attention.interface import PAGE, KVPages, Packed, recording, running
+from qtool.engine.attention.interface import recording, running
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {

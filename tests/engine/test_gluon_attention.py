@@ -74,7 +74,7 @@ def compile_all() -> None:
 
     from qtool.engine.attention import gluon_prefill
     from qtool.engine.attention import triton_paged as paged_attention
-    from qtool.engine.attention.interface import PAGE, KVPages, Packed
+    from qtool.engine.attention.pages import PAGE, KVPages, Packed
 
     compiled: list = []
     triton_cpu.compile_only(compiled)
@@ -123,7 +123,7 @@ def compare() -> None:
     from qtool.engine.attention import gluon_prefill
     from qtool.engine.attention import interface as attention
     from qtool.engine.attention import triton_paged as paged_attention
-    from qtool.engine.attention.interface import new_counters
+    from qtool.engine.attention.pages import new_counters
 
     counters = new_counters(1000, 32, torch.device("cuda"))
     for heads, kv_heads, head_dim, dtype in SHAPES:
@@ -202,7 +202,7 @@ def measure() -> None:
 
     from qtool.engine.attention import gluon_prefill
     from qtool.engine.attention import triton_paged as paged_attention
-    from qtool.engine.attention.interface import new_counters
+    from qtool.engine.attention.pages import new_counters
 
     for chunks in MEASURED:
         batch = Batch(

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qtool.engine.attention.interface import PAGE
+from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.engine.scheduler import Chunk, Scheduler, Sequence, Step
 from qtool.errors import UsageError

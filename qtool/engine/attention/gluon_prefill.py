@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qtool.engine.attention.interface import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 64  # of a group: queries, times the heads that are computed with one another

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.attention.interface import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 LOG2_E = 1.4426950408889634

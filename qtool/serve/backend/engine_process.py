@@ -189,7 +189,7 @@ def _load(engine: Any) -> Load:
 
 
 def _facts(engine: Any) -> Facts:
-    from qtool.engine.attention.interface import PAGE
+    from qtool.engine.attention.pages import PAGE
 
     runner = engine.loop.runner
     tensors = itertools.chain(runner.model.parameters(), runner.model.buffers())

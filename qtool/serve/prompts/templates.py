@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import read_json
-from qtool.checkpoint.strict_json import refused
+from qtool.checkpoint.strict_json import read_json, refused
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
 from qtool.serve.prompts.sandbox import (
     CallRaised,

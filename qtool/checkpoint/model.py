@@ -1,0 +1,120 @@
+"""What a checkpoint is once its headers were read: `Checkpoint` and its `TensorInfo`s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qtool.checkpoint.strict_json import read_json
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+}
+FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+class TensorInfo(
+    NamedTuple
+):  # made faster than a dataclass, and there may be a quarter of a million
+    """One tensor as its header describes it; ``offset`` counts bytes from the start of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size_bytes: int
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> bytes:
+        """Return its bytes as they lie in the file, little-endian, row-major."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose headers were read and found consistent. No weight has been read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def name(self) -> str:
+        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the repository's."""
+        folder = self.path.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.rpartition("--")[2]
+        return folder.name
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files, in name order."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the language model (multimodal configs nest it)."""
+        for key in ("text_config", "llm_config"):
+            if isinstance(self.config.get(key), Mapping):
+                return self.config[key]  # type: ignore[no-any-return]
+        return self.config
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether ``lm_head`` is the embedding matrix: as the config says, else when there is no tensor of its own (some classes tie by default)."""
+        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        return bool(said) if said is not None else "lm_head.weight" not in self.tensors
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """What the checkpoint says about its quantization, wherever it says it; None for a plain model."""
+        for config in (self.config, self.text_config):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(config.get(key), Mapping):
+                    return config[key]  # type: ignore[no-any-return]
+        for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+            if (self.path / name).is_file():
+                return read_json(self.path / name)
+        return None
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of tensor ``name`` as they lie in the file, little-endian, row-major."""
+        return self.tensors[name].read()
