@@ -98,10 +98,10 @@ def convert(
     target_scheme = scheme_from(scheme) if scheme else None
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
-    from qtool.conversion.plan import decide
+    from qtool.conversion.plan import plan_conversion
     from qtool.conversion.streaming import stream
 
-    decided = decide(checkpoint, to, requantize=requantize, scheme=target_scheme)
+    decided = plan_conversion(checkpoint, to, requantize=requantize, scheme=target_scheme)
     for note in decided.notes:
         on_event({"event": "note", "text": note})
     source_manifest = (

@@ -120,7 +120,7 @@ def writes_of(
     )
 
 
-def likeness(source: QuantizedModule | TensorInfo, act_order: bool) -> Hashable:
+def dedup_key(source: QuantizedModule | TensorInfo, act_order: bool) -> Hashable:
     """Return what is equal for layers that convert alike: all but their names and numbers."""
     if isinstance(source, TensorInfo):
         return source.dtype, source.shape

@@ -14,8 +14,8 @@ from qtool.checkpoint.shards import TensorSpec
 from qtool.conversion.layers import (
     Layer,
     Write,
+    dedup_key,
     format_of,
-    likeness,
     new_weight,
     read_value,
     writes_like,
@@ -69,7 +69,7 @@ class Conversion:
             layer = layers.get(name)
             if layer and layer.source.name not in begun:
                 begun.add(layer.source.name)
-                kind = likeness(
+                kind = dedup_key(
                     layer.source,
                     layer.target.act_order
                     if layer.target
@@ -92,7 +92,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ConversionRequest:
     """What was asked for: the format, and whether layers may be rounded, to ``scheme`` if given. ``dtype``: of plain weights."""
 
     checkpoint: Checkpoint
@@ -103,7 +103,7 @@ class Wish:
     dtype: str
 
 
-def decide(
+def plan_conversion(
     checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None
 ) -> Conversion:
     """Decide what ``checkpoint`` becomes in the format ``to``; with ``requantize`` what that cannot hold is rounded, to ``scheme`` if given.
@@ -124,12 +124,12 @@ def decide(
             f"{checkpoint.path} is not quantized, so there is nothing to convert",
             hint=hint,
         )
-    wish = Wish(
+    request = ConversionRequest(
         checkpoint, layout, to, scheme, requantize, PLAIN.get(to) or _model_dtype(checkpoint)
     )
     linears = _plain_linears(checkpoint, layout)
-    layers = _layers(wish, linears)
-    copies, dropped = _copies(wish, layers)
+    layers = _layers(request, linears)
+    copies, dropped = _copies(request, layers)
     targets = [layer.target for layer in layers if layer.target]
     if not targets and to not in (*PLAIN, *HOLD_A_CACHE_ALONE):
         raise cannot_hold(
@@ -137,10 +137,10 @@ def decide(
             "layers: no layer is quantized, only the KV cache",
             f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that",
         )
-    config = _plain_config(checkpoint.config, CONFIG_DTYPES[wish.dtype] if to in PLAIN else None)
+    config = _plain_config(checkpoint.config, CONFIG_DTYPES[request.dtype] if to in PLAIN else None)
     if to in PLAIN:
         files = {
-            "config.json": {"dtype": CONFIG_DTYPES[wish.dtype], **config}
+            "config.json": {"dtype": CONFIG_DTYPES[request.dtype], **config}
             if "torch_dtype" not in config
             else config
         }
@@ -160,8 +160,8 @@ def decide(
         layers,
         copies,
         files,
-        wish.dtype,
-        tuple(_notes(wish, layers, dropped)),
+        request.dtype,
+        tuple(_notes(request, layers, dropped)),
     )
 
 
@@ -176,28 +176,30 @@ def _plain_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
     return plain
 
 
-def _layers(wish: Wish, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
+def _layers(request: ConversionRequest, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
     """Decide about every quantized layer, or of a plain model every linear one; layers that are alike share one decision."""
     sources: Iterable[QuantizedModule | TensorInfo] = ()
-    if wish.layout:
-        sources = wish.layout.modules.values()
-    elif wish.to not in PLAIN:
+    if request.layout:
+        sources = request.layout.modules.values()
+    elif request.to not in PLAIN:
         sources = [
-            tensor for name, tensor in linears.items() if not why_plain(wish.checkpoint, name)
+            tensor for name, tensor in linears.items() if not why_plain(request.checkpoint, name)
         ]
     known: dict[Hashable, Layer] = {}
     layers = []
     for source in sources:
-        act_order = _is_scattered(wish.checkpoint, source)
-        kind = likeness(source, act_order)
+        act_order = _is_scattered(request.checkpoint, source)
+        kind = dedup_key(source, act_order)
         if kind not in known:
-            known[kind] = _decided(wish, source, act_order)
+            known[kind] = _decided(request, source, act_order)
         like = known[kind]
         layers.append(
             Layer(
                 source,
                 like.target
-                and _target(source, like.target.scheme, wish.to, act_order, rounded=like.rounded),
+                and _target(
+                    source, like.target.scheme, request.to, act_order, rounded=like.rounded
+                ),
                 like.rounded,
             )
         )
@@ -215,16 +217,16 @@ def _left_plain(linears: Iterable[str], targets: Iterable[QuantizedModule]) -> l
     )
 
 
-def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
+def _notes(request: ConversionRequest, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
     if (
-        wish.layout
-        and wish.layout.kv_cache
-        and wish.to not in (*HOLD_A_CACHE_ALONE, "fp8_block")
+        request.layout
+        and request.layout.kv_cache
+        and request.to not in (*HOLD_A_CACHE_ALONE, "fp8_block")
         and not dropped
     ):
-        yield f"the KV cache was to be {wish.layout.kv_cache}, without scales, and {wish.to} does not say so"
+        yield f"the KV cache was to be {request.layout.kv_cache}, without scales, and {request.to} does not say so"
     if dropped:
-        yield f"{dropped} scales of the KV cache are left out: there is no place for them in {wish.to}"
+        yield f"{dropped} scales of the KV cache are left out: there is no place for them in {request.to}"
     if rounded := Counter(
         layer.target.scheme.name for layer in layers if layer.target and layer.rounded
     ):
@@ -237,7 +239,7 @@ def _notes(wish: Wish, layers: Iterable[Layer], dropped: int) -> Iterator[str]:
     for (before, after), count in inputs.items():
         if before != after:
             yield f"inputs of {count} layers: {before or '16 bits'} -> {after or '16 bits'}"
-    if wish.to == "compressed-tensors" and any(
+    if request.to == "compressed-tensors" and any(
         layer.target.act_order for layer in layers if layer.target
     ):
         yield "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all"
@@ -250,35 +252,40 @@ def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
     )
 
 
-def _decided(wish: Wish, source: QuantizedModule | TensorInfo, act_order: bool) -> Layer:
+def _decided(
+    request: ConversionRequest, source: QuantizedModule | TensorInfo, act_order: bool
+) -> Layer:
     """Return what ``source`` becomes: itself where the format holds it, else the first that the format holds of what it may be rounded to."""
-    if wish.to in PLAIN:
+    if request.to in PLAIN:
         return Layer(source, None, rounded=False)
-    format, value = format_of(wish.to), read_value(wish.checkpoint, wish.layout, source, meta=True)
+    format, value = (
+        format_of(request.to),
+        read_value(request.checkpoint, request.layout, source, meta=True),
+    )
     objections = []
-    for candidate, rounded in _candidates(format, source, wish):
-        target = _target(source, candidate, wish.to, act_order, rounded=rounded)
-        weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[wish.dtype])
+    for candidate, rounded in _candidates(format, source, request):
+        target = _target(source, candidate, request.to, act_order, rounded=rounded)
+        weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[request.dtype])
         objection = (_no_rounding(target) if rounded else None) or format.objection(target, weight)
         if objection is None:
             return Layer(source, target, rounded)
         objections.append(objection)
     hint = "--requantize rounds such layers to the nearest scheme that the format holds"
-    if wish.requantize:
-        hint = "choose another --scheme" if wish.scheme else "convert to another format"
-    raise cannot_hold(wish.to, f"`{source.name.removesuffix('.weight')}`: {objections[0]}", hint)
+    if request.requantize:
+        hint = "choose another --scheme" if request.scheme else "convert to another format"
+    raise cannot_hold(request.to, f"`{source.name.removesuffix('.weight')}`: {objections[0]}", hint)
 
 
 def _candidates(
-    format: Format, source: QuantizedModule | TensorInfo, wish: Wish
+    format: Format, source: QuantizedModule | TensorInfo, request: ConversionRequest
 ) -> Iterator[tuple[Scheme, bool]]:
     """Yield (scheme, whether weights are rounded for it), the most faithful first."""
-    scheme = wish.scheme
+    scheme = request.scheme
     own = source.scheme if isinstance(source, QuantizedModule) else None
     weights_only = Scheme(own.weights) if own else None
     if own and (scheme is None or scheme == own):
         yield own, False
-    if not wish.requantize:
+    if not request.requantize:
         return
     if own and weights_only and not scheme:
         yield weights_only, False
@@ -353,9 +360,9 @@ def _no_rounding(module: QuantizedModule) -> str | None:
     return None
 
 
-def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int]:
+def _copies(request: ConversionRequest, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int]:
     """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in the format."""
-    to, layout = wish.to, wish.layout
+    to, layout = request.to, request.layout
     changed = {
         name
         for layer in layers
@@ -364,15 +371,15 @@ def _copies(wish: Wish, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int
     }
     copies: list[Write] = []
     dropped = 0
-    cast_dtypes = {*PLAIN.values(), _model_dtype(wish.checkpoint)} if to in PLAIN else set()
-    for name, tensor in wish.checkpoint.tensors.items():
+    cast_dtypes = {*PLAIN.values(), _model_dtype(request.checkpoint)} if to in PLAIN else set()
+    for name, tensor in request.checkpoint.tensors.items():
         if cache := CACHE_SCALE.fullmatch(name):
             attention, which = cache[1], cache[2] or cache[3] or "kv"
             places = [
                 None if to in PLAIN else format_of(to).cache_scale(attention, letter, tensor.count)
                 for letter in which
             ]
-            if None in places and to not in PLAIN and not wish.requantize:
+            if None in places and to not in PLAIN and not request.requantize:
                 hint = "--requantize leaves them out"
                 raise cannot_hold(
                     to,
