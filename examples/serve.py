@@ -1,4 +1,6 @@
-"""Serve a checkpoint, ask it one thing over HTTP, and end the server: python examples/serve.py CHECKPOINT [PROMPT]."""
+"""Serve a checkpoint, ask it one thing over HTTP, and end the server: python examples/serve.py
+CHECKPOINT [PROMPT].
+"""
 
 from __future__ import annotations
 

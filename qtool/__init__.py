@@ -1,4 +1,6 @@
-"""qtool: one command over three libraries, from a language model to a quantized checkpoint that loads."""
+"""qtool: one command over three libraries, from a language model to a quantized checkpoint that
+loads.
+"""
 
 from __future__ import annotations
 

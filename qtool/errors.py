@@ -1,4 +1,5 @@
-"""Every failure a user can act on, as a tree of classes: one exit code for each branch, one stable code for each leaf.
+"""Every failure a user can act on, as a tree of classes: one exit code for each branch, one stable
+code for each leaf.
 
 QtoolError                     1  a bug, unless a branch below says otherwise
 +- UsageError                  2  the command line names something that does not exist
@@ -22,7 +23,9 @@ MAX_MESSAGE = 300
 
 
 class QtoolError(Exception):
-    """A failure the user can act on: a stable ``code``, what happened, and in ``hint`` what to try next."""
+    """A failure the user can act on: a stable ``code``, what happened, and in ``hint`` what to try
+    next.
+    """
 
     exit_code = 1
 
@@ -44,7 +47,9 @@ class QtoolError(Exception):
 
 
 class UsageError(QtoolError):
-    """The command line, or a Python call, names something that does not exist or does not fit together."""
+    """The command line, or a Python call, names something that does not exist or does not fit
+    together.
+    """
 
     exit_code = 2
 
@@ -125,12 +130,16 @@ def from_wire(data: dict[str, object]) -> QtoolError:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what ``error`` says, without the line breaks that libraries like, and no more of it than a person reads."""
+    """Return what ``error`` says, without the line breaks that libraries like, and no more of it
+    than a person reads.
+    """
     return " ".join(str(error).split())[:MAX_MESSAGE]
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
-    """Return `` did you mean `a` or `b`?`` for the known names closest to ``name``; empty when none is close."""
+    """Return `` did you mean `a` or `b`?`` for the known names closest to ``name``; empty when none
+    is close.
+    """
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.4)
     return f"did you mean {' or '.join(f'`{by_lower[c]}`' for c in close)}?" if close else ""

@@ -1,4 +1,6 @@
-"""A plan says, for every linear module of a checkpoint, what will be done to it or why not, and what it costs. Made from headers alone."""
+"""A plan says, for every linear module of a checkpoint, what will be done to it or why not, and
+what it costs. Made from headers alone.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One linear module [N, K]: the scheme it gets, or with ``scheme`` None, the ``reason`` it is left alone."""
+    """One linear module [N, K]: the scheme it gets, or with ``scheme`` None, the ``reason`` it is
+    left alone.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -89,7 +93,9 @@ class Plan:
         return _count(self.checkpoint, "num_hidden_layers", 0)
 
     def peak_memory(self, num_samples: int, seq_len: int) -> tuple[int, int]:
-        """Estimate (whole model in memory, layer by layer): peak bytes of weights, activations and workspace."""
+        """Estimate (whole model in memory, layer by layer): peak bytes of weights, activations and
+        workspace.
+        """
         hidden = _count(self.checkpoint, "hidden_size", 4096)
         activations = (
             2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0
@@ -119,8 +125,9 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Decide for every linear module of ``checkpoint`` what ``recipe`` does to it.
 
-    Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern that matches nothing, an output head that
-    cannot be quantized apart from the embeddings, a group size that does not divide, or a plan that would change nothing.
+    Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern
+        that matches nothing, an output head that cannot be quantized apart from the embeddings, a
+        group size that does not divide, or a plan that would change nothing.
     """
     config = checkpoint.quantization_config
     if config is not None:
@@ -166,7 +173,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def is_linear(tensor: TensorInfo) -> bool:
-    """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape tell."""
+    """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape
+    tell.
+    """
     return (
         tensor.name.endswith(".weight")
         and len(tensor.shape) == 2
@@ -181,7 +190,9 @@ def _is_embedding(name: str) -> bool:
 
 
 def why_plain(checkpoint: Checkpoint, name: str) -> str:
-    """Return why the linear layer ``name`` usually stays in 16 bits; empty when nothing about it says so."""
+    """Return why the linear layer ``name`` usually stays in 16 bits; empty when nothing about it
+    says so.
+    """
     parts = name.split(".")
     if parts[-1] in HEADS:
         return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
@@ -231,7 +242,8 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
 def stored_weights(scheme: Scheme, backend: str) -> Weights:
     """Return how ``backend`` puts the weights of ``scheme`` on disk.
 
-    LLM Compressor stores integer weights that come with activations as one int8 each, whatever their bits (compressed-tensors 0.18 and up).
+    LLM Compressor stores integer weights that come with activations as one int8 each, whatever
+    their bits (compressed-tensors 0.18 and up).
     """
     weights = scheme.weights
     if (
@@ -285,7 +297,9 @@ def _layer_of(name: str) -> str:
 
 
 def sizes_by_kind(plan: Plan) -> Mapping[tuple[str, str], tuple[int, int, int]]:
-    """Return (last name part, scheme or reason) -> (modules, bytes before, bytes after), for a table."""
+    """Return (last name part, scheme or reason) -> (modules, bytes before, bytes after), for a
+    table.
+    """
     table: dict[tuple[str, str], tuple[int, int, int]] = {}
     for module in plan.modules:
         key = (

@@ -1,4 +1,6 @@
-"""From a model and a method to a checked checkpoint: `prepare` decides everything, `run` has one worker do it and publishes what was verified."""
+"""From a model and a method to a checked checkpoint: `prepare` decides everything, `run` has one
+worker do it and publishes what was verified.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +50,22 @@ def ignore_event(event: Event) -> None:
 
 
 class Options(TypedDict, total=False):
-    """Everything a run can be told beside the model; what is left out is the recipe's own value, or the default named here.
+    """Everything a run can be told beside the model; what is left out is the recipe's own value, or
+    the default named here.
 
     method: what to do, by name. ``recipe`` is a recipe's file or name instead, or a `Recipe`.
     backend: another library than the recipe's own.
-    output: the folder to write, ``./<model>-<method>``; ``overwrite`` (False) replaces one that exists, at the very end.
-    calibration: a local file or a Hub data set ``name[:config][:split]``; with ``text_column``, ``num_samples``, ``seq_len``,
+    output: the folder to write, ``./<model>-<method>``; ``overwrite`` (False) replaces one that
+        exists, at the very end.
+    calibration: a local file or a Hub data set ``name[:config][:split]``; with ``text_column``,
+        ``num_samples``, ``seq_len``,
         ``batch_size``, ``pack``, and ``seed``.
     device: ``auto`` (the default), ``cpu``, ``cuda`` or ``cuda:<n>``.
-    group_size, kv_cache, lm_head, ignore: change the recipe; ``fast`` (False) rounds to nearest instead of the recipe's algorithm.
+    group_size, kv_cache, lm_head, ignore: change the recipe; ``fast`` (False) rounds to nearest
+    instead of the recipe's algorithm.
     revision: of a Hub model. ``trust_remote_code`` (False) lets code in the model folder run.
-    checkpoint_save_path: keep ModelOpt's calibrated state here; ``checkpoint_restore_path`` takes it from there and skips calibration;
+    checkpoint_save_path: keep ModelOpt's calibrated state here; ``checkpoint_restore_path`` takes
+        it from there and skips calibration;
         ``trust_pickle`` (False) accepts a file of ``mto.save``.
     backend_python: an interpreter whose environment has the library, when it is not this one.
     """
@@ -91,7 +98,9 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has been written."""
+    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has
+    been written.
+    """
 
     plan: Plan
     output: Path
@@ -156,10 +165,11 @@ def quantize(
     on_event: OnEvent = ignore_event,
     **options: Unpack[Options],
 ) -> QuantizeResult:
-    """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder; `Options` has the rest.
+    """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder;
+    `Options` has the rest.
 
-    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``, ``note``, ``calibration``,
-    ``state_saved`` or ``done``.
+    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``,
+    ``note``, ``calibration``, ``state_saved`` or ``done``.
 
     Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
     """
@@ -169,7 +179,8 @@ def quantize(
 def prepare(
     model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]
 ) -> Request:
-    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and imports no torch.
+    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and
+    imports no torch.
 
     Without ``need_data``, calibration data may be missing, as for a dry run.
     """
@@ -320,7 +331,9 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
 
 
 def _recipe(options: Options) -> Recipe:
-    """Return the recipe that method, recipe or state name, with the changes that the options ask for."""
+    """Return the recipe that method, recipe or state name, with the changes that the options ask
+    for.
+    """
     method, given, restore = (
         options.get("method"),
         options.get("recipe"),
@@ -410,7 +423,9 @@ def _device(device: str) -> str:
 
 @contextmanager
 def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
-    """Give the run's log; it goes to ``place`` when the run ended well or a library failed, and away when it was refused or interrupted."""
+    """Give the run's log; it goes to ``place`` when the run ended well or a library failed, and
+    away when it was refused or interrupted.
+    """
     log = staging.root / "log"
     try:
         yield log
@@ -434,7 +449,8 @@ def _paths(*paths: Path | None) -> list[Path]:
 def verify(plan: Plan, folder: Path) -> Checkpoint:
     """Open the checkpoint in ``folder`` and hold it against the plan.
 
-    Raises: BackendFailed, when a module has not the planned scheme, one was changed that should not be, or a value is NaN or an impossible scale.
+    Raises: BackendFailed, when a module has not the planned scheme, one was changed that should not
+        be, or a value is NaN or an impossible scale.
     """
     try:
         written = open_checkpoint(folder)
@@ -483,7 +499,9 @@ def _manifest(
     source: dict[str, Any],
     files: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no time."""
+    """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no
+    time.
+    """
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": plan.checkpoint.name,

@@ -1,6 +1,8 @@
-"""A recipe says in full what to do to a model: scheme, algorithm, backend, rules by module, calibration, seed.
+"""A recipe says in full what to do to a model: scheme, algorithm, backend, rules by module,
+calibration, seed.
 
-A method name is the name of a recipe that ships with qtool; ``recipes/`` holds one YAML file for each.
+A method name is the name of a recipe that ships with qtool; ``recipes/`` holds one YAML file for
+each.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ class Mse(Step):
 
 
 class Gptq(Step):
-    """GPTQ: columns are rounded one by one and the rest makes up for the error. Frantar et al. 2022, arXiv:2210.17323."""
+    """GPTQ: columns are rounded one by one and the rest makes up for the error.
+
+    Frantar et al. 2022, arXiv:2210.17323.
+    """
 
     name: ClassVar[str] = "gptq"
     dampening: float | None = Field(
@@ -92,21 +97,29 @@ class Awq(Step):
 
 
 class SmoothQuant(Step):
-    """SmoothQuant: outliers of the inputs move into the weights. Xiao et al. 2022, arXiv:2211.10438."""
+    """SmoothQuant: outliers of the inputs move into the weights. Xiao et al. 2022,
+    arXiv:2211.10438.
+    """
 
     name: ClassVar[str] = "smoothquant"
     strength: float = Field(default=0.8, ge=0, le=1)
 
 
 class AutoRound(Step):
-    """AutoRound: roundings learned by signed gradient descent. Cheng et al. 2023, arXiv:2309.05516."""
+    """AutoRound: roundings learned by signed gradient descent.
+
+    Cheng et al. 2023, arXiv:2309.05516.
+    """
 
     name: ClassVar[str] = "autoround"
     iterations: int = Field(default=200, ge=1)
 
 
 class SpinQuant(Step):
-    """SpinQuant's offline Hadamard rotations, fused into the weights. Liu et al. 2024, arXiv:2405.16406."""
+    """SpinQuant's offline Hadamard rotations, fused into the weights.
+
+    Liu et al. 2024, arXiv:2405.16406.
+    """
 
     name: ClassVar[str] = "spinquant"
     needs_data: ClassVar[bool] = False
@@ -120,7 +133,9 @@ SchemeField = Annotated[
 
 
 class Auto(Step):
-    """Search the best scheme for each layer within a budget of bits per weight (ModelOpt's ``auto_quantize``)."""
+    """Search the best scheme for each layer within a budget of bits per weight (ModelOpt's
+    ``auto_quantize``).
+    """
 
     name: ClassVar[str] = "auto"
     effective_bits: float = Field(gt=1, le=16)
@@ -173,7 +188,9 @@ StepField = Annotated[
 
 
 class Rule(BaseModel):
-    """What the modules that match a pattern get instead of the recipe's scheme; ``scheme: null`` leaves them in 16 bits."""
+    """What the modules that match a pattern get instead of the recipe's scheme; ``scheme: null``
+    leaves them in 16 bits.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     modules: str
@@ -181,7 +198,9 @@ class Rule(BaseModel):
 
 
 class CalibrationDefaults(BaseModel):
-    """How much calibration data a recipe asks for, and where from when the command line does not say."""
+    """How much calibration data a recipe asks for, and where from when the command line does not
+    say.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str | None = None
@@ -269,9 +288,11 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the recipe in file ``name``, or the shipped one of that name or alias (case and ``-``/``_`` do not matter).
+    """Return the recipe in file ``name``, or the shipped one of that name or alias (case and
+    ``-``/``_`` do not matter).
 
-    Raises: UsageError for a name that is neither, with the nearest ones; RecipeRefused for a file that is not a recipe.
+    Raises: UsageError for a name that is neither, with the nearest ones; RecipeRefused for a file
+        that is not a recipe.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -309,7 +330,8 @@ def catalogue() -> Mapping[str, Recipe]:
 def matches(pattern: str, module: str) -> bool:
     """Whether ``pattern`` means ``module``, a dotted name.
 
-    ``re:...`` is a regular expression anchored at the start, as in compressed-tensors. Anything else is a name or a glob, for the whole
+    ``re:...`` is a regular expression anchored at the start, as in compressed-tensors. Anything
+    else is a name or a glob, for the whole
     dotted name or for its end: ``lm_head``, ``down_proj`` and ``model.layers.0.*`` all work.
     """
     if pattern.startswith("re:"):
@@ -318,7 +340,9 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def check_pattern(pattern: str, modules: Iterable[str]) -> None:
-    """Raise RecipeRefused when ``pattern`` means none of ``modules``, with the nearest name it could have meant."""
+    """Raise RecipeRefused when ``pattern`` means none of ``modules``, with the nearest name it
+    could have meant.
+    """
     modules = list(modules)
     if any(matches(pattern, module) for module in modules):
         return
@@ -348,7 +372,9 @@ def _plain(name: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which otherwise keeps the last of two equal keys in silence, and knows aliases, a few of which make gigabytes."""
+    """PyYAML's safe loader, which otherwise keeps the last of two equal keys in silence, and knows
+    aliases, a few of which make gigabytes.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -1,4 +1,6 @@
-"""What the numbers of a quantized layer are: formats, granularity, groups. No algorithm, no library, no torch."""
+"""What the numbers of a quantized layer are: formats, granularity, groups. No algorithm, no
+library, no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ SCALE_BITS: Mapping[str, int] = {"float": 16, "e4m3": 8, "e8m0": 8}
 class Weights:
     """How weights [N, K] are stored.
 
-    ``group_size`` is the number of neighbouring inputs that share a scale, for ``group``; ``block`` is (rows, columns), for ``block``.
-    ``scale`` is the format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of two of the MX formats.
+    ``group_size`` is the number of neighbouring inputs that share a scale, for ``group``; ``block``
+    is (rows, columns), for ``block``.
+    ``scale`` is the format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of
+    two of the MX formats.
     """
 
     format: Format
@@ -69,7 +73,9 @@ class Weights:
         return rows * (math.ceil(columns / self.group_size) if self.group_size else 1)
 
     def size_bytes(self, rows: int, columns: int) -> int:
-        """Return the bytes of codes, scales and zero points together, for a weight of [``rows``, ``columns``]."""
+        """Return the bytes of codes, scales and zero points together, for a weight of [``rows``,
+        ``columns``].
+        """
         scales = self.scale_count(rows, columns)
         bits = rows * columns * self.bits + scales * SCALE_BITS[self.scale]
         if not self.symmetric:
@@ -89,7 +95,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Activations:
-    """How a layer's input [T, K] is rounded: ``dynamic`` scales are found at run time, static ones by calibration."""
+    """How a layer's input [T, K] is rounded: ``dynamic`` scales are found at run time, static ones
+    by calibration.
+    """
 
     format: Format
     granularity: Granularity = "token"
@@ -116,7 +124,9 @@ class Activations:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What one linear layer stores and computes with; ``activations`` is None when inputs stay in 16 bits."""
+    """What one linear layer stores and computes with; ``activations`` is None when inputs stay in
+    16 bits.
+    """
 
     weights: Weights
     activations: Activations | None = None
@@ -128,12 +138,15 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of one weight with its share of the scales and zero points, for a matrix of 4096 x 4096."""
+        """Bits of one weight with its share of the scales and zero points, for a matrix of 4096 x
+        4096.
+        """
         return self.weights.size_bytes(4096, 4096) * 8 / 4096**2
 
     @property
     def native_gpu(self) -> str:
-        """The first NVIDIA architecture that multiplies in this scheme's own formats; others emulate it or cannot load it.
+        """The first NVIDIA architecture that multiplies in this scheme's own formats; others
+        emulate it or cannot load it.
 
         Source: the engines' own minimum capabilities, vLLM 0.33 and SGLang 0.5.23.
         """
@@ -147,7 +160,10 @@ class Scheme:
         return "sm_90" if "fp8" in formats else "sm_75"
 
     def with_group_size(self, group_size: int) -> Scheme:
-        """Return the scheme with another group size; -1 means one scale a row. RecipeRefused when it has no groups to size."""
+        """Return the scheme with another group size; -1 means one scale a row.
+
+        RecipeRefused when it has no groups to size.
+        """
         if self.weights.granularity not in ("group", "channel") or self.weights.format.startswith(
             "fp"
         ):
@@ -180,7 +196,8 @@ def _name_of(scheme: Scheme) -> str:
 
 
 def scheme_from(value: str | Mapping[str, Any]) -> Scheme:
-    """Return the scheme that a recipe names (``W4A16``) or spells out (``{weights: {...}, activations: {...}}``).
+    """Return the scheme that a recipe names (``W4A16``) or spells out (``{weights: {...},
+    activations: {...}}``).
 
     Raises: RecipeRefused, with the nearest name or the keys that are known.
     """

@@ -1,4 +1,6 @@
-"""The one in-memory form of a quantized linear weight: `dequantize` and `fake_quantize_input` define what it means, `quantize` makes one."""
+"""The one in-memory form of a quantized linear weight: `dequantize` and `fake_quantize_input`
+define what it means, `quantize` makes one.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,11 @@ FP4_SCALES = (
 
 @dataclass(frozen=True)
 class Activation:
-    """How the input is rounded: its format, and for static ones the scale (a scalar, a multiplier) and, if asymmetric, the zero point.
+    """How the input is rounded: its format, and for static ones the scale (a scalar, a multiplier)
+    and, if asymmetric, the zero point.
 
-    For NVFP4 ``scale`` is the global one, amax / 2688; the scale of each group of 16 is found at run time.
+    For NVFP4 ``scale`` is the global one, amax / 2688; the scale of each group of 16 is found at
+    run time.
     """
 
     format: Activations
@@ -66,11 +70,15 @@ class Activation:
 class QuantizedWeight:
     """A linear weight of N outputs and K inputs, in groups of g inputs.
 
-    ``data``: 8 bits: int8 (also for 2, 3, 5, 6, 7 bit codes) or float8_e4m3fn [N, K]; 4 bits: uint8 [N, K/2], the low nibble is the even input,
-    int4 as value + 8, fp4 as its E2M1 code. ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0 MX.
-    ``scale2``: f32 [N], NVFP4's second-level multiplier. ``zero``: int8 [N, K/g], subtracted from the signed value. ``perm``: int32 [K], column j
-    holds input ``perm[j]``. ``pre_scale``: [K], multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs, inputs)
-    under one scale, only where they do not divide N and K, so that the last block is short.
+    ``data``: 8 bits: int8 (also for 2, 3, 5, 6, 7 bit codes) or float8_e4m3fn [N, K]; 4 bits: uint8
+        [N, K/2], the low nibble is the even input, int4 as value + 8, fp4 as its E2M1 code.
+        ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0
+        MX.
+    ``scale2``: f32 [N], NVFP4's second-level multiplier. ``zero``: int8 [N, K/g], subtracted from
+        the signed value. ``perm``: int32 [K], column j holds input ``perm[j]``. ``pre_scale``: [K],
+        multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs,
+        inputs) under one scale, only where they do not divide N and K, so that the last block is
+        short.
     """
 
     data: Tensor
@@ -96,9 +104,11 @@ class QuantizedWeight:
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight that ``weight`` stands for, [N, K], its columns in the order of the inputs: ``(value - zero) * scale * scale2``.
+    """Return the weight that ``weight`` stands for, [N, K], its columns in the order of the inputs:
+    ``(value - zero) * scale * scale2``.
 
-    Computed in f32, some rows at a time, then rounded to ``dtype``. ``pre_scale`` is the input's affair and is not applied.
+    Computed in f32, some rows at a time, then rounded to ``dtype``. ``pre_scale`` is the input's
+    affair and is not applied.
     Source: compressed-tensors 0.19 and ModelOpt 0.47, compared in the tests.
     """
     values = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
@@ -122,7 +132,9 @@ def _dequantized(weight: QuantizedWeight) -> Tensor:
 
 
 def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
-    """Yield (first row, rows from there) that cover ``weight``, each of about `PIECE` weights and cut between two scales."""
+    """Yield (first row, rows from there) that cover ``weight``, each of about `PIECE` weights and
+    cut between two scales.
+    """
     (rows, columns), (height, width) = weight.shape, weight.tile
     for start, stop in _row_ranges(rows, columns, height):
         zero, scale2 = (
@@ -141,12 +153,14 @@ def _row_ranges(rows: int, columns: int, height: int) -> Iterator[tuple[int, int
 
 
 def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Round ``tensor`` [N, K], a float of any width, to nearest in ``scheme``: the inverse of `dequantize`.
+    """Round ``tensor`` [N, K], a float of any width, to nearest in ``scheme``: the inverse of
+    `dequantize`.
 
-    Scales take the dtype of ``tensor``, f32 for wider ones, and codes are rounded to the scale as it is stored. Integers spread over the whole
-    range, 2 * amax / (2^bits - 1) or (max - min) / (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 (with fp8 inputs
-    amax / 448) and amax / 6 of each group over that; MX scales are `mx_scale`. Half goes to even. Static activations get no scale: that takes
-    data. Works on any device, some rows at a time.
+    Scales take the dtype of ``tensor``, f32 for wider ones, and codes are rounded to the scale as
+    it is stored. Integers spread over the whole range, 2 * amax / (2^bits - 1) or (max - min) /
+    (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 (with fp8 inputs amax /
+    448) and amax / 6 of each group over that; MX scales are `mx_scale`. Half goes to even. Static
+    activations get no scale: that takes data. Works on any device, some rows at a time.
 
     Raises: UsageError, when a 4-bit weight has an odd number of inputs.
     Source: compressed-tensors 0.19, `quantization/utils/helpers.py`.
@@ -191,7 +205,9 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def uneven_block(weights: Weights, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the (outputs, inputs) under one scale of a weight [N, K] where they do not divide it, else None: `QuantizedWeight.block`."""
+    """Return the (outputs, inputs) under one scale of a weight [N, K] where they do not divide it,
+    else None: `QuantizedWeight.block`.
+    """
     height, width = weights.block or (1, weights.group_size or shape[1])
     return (height, width) if shape[0] % height or shape[1] % width else None
 
@@ -205,7 +221,9 @@ def _rounded(
     scale2: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``; ``amax`` and ``scale2`` are those of the whole weight."""
+    """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``; ``amax``
+    and ``scale2`` are those of the whole weight.
+    """
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
     tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
@@ -259,8 +277,9 @@ def fake_quantize_input(
 ) -> Tensor:
     """Return ``x`` [..., K] rounded to ``activation`` and back, in its own dtype.
 
-    ``static_scale`` is the calibrated multiplier; a missing one is found from ``x`` over all tokens. Integers round half to even and dynamic
-    ones scale by amax / 127, as engines do (compressed-tensors simulates amax / 127.5). MX scales follow compressed-tensors: a group whose
+    ``static_scale`` is the calibrated multiplier; a missing one is found from ``x`` over all
+    tokens. Integers round half to even and dynamic ones scale by amax / 127, as engines do
+    (compressed-tensors simulates amax / 127.5). MX scales follow compressed-tensors: a group whose
     amax has a mantissa of 1.75 or more takes the next power of two.
     """
     groups, columns = x.float(), x.shape[-1]
@@ -303,7 +322,9 @@ def fake_quantize_input(
 
 
 def divided(x: Tensor, number: float) -> Tensor:
-    """Return ``x / number``, rounded once: by a Python number CUDA multiplies with the reciprocal, and codes between two others then differ."""
+    """Return ``x / number``, rounded once: by a Python number CUDA multiplies with the reciprocal,
+    and codes between two others then differ.
+    """
     return x / torch.full_like(x, number)
 
 
@@ -320,7 +341,9 @@ def to_fp8(x: Tensor) -> Tensor:
 
 
 def to_fp4(x: Tensor) -> Tensor:
-    """Return the E2M1 codes nearest to ``x``, uint8 of the same shape, ties to even, saturated at 6."""
+    """Return the E2M1 codes nearest to ``x``, uint8 of the same shape, ties to even, saturated at
+    6.
+    """
     magnitude = x.abs()
     code = torch.zeros_like(x, dtype=torch.uint8)
     for index, limit in enumerate(FP4_LIMITS):
@@ -334,14 +357,18 @@ def to_16_bits(x: Tensor) -> Tensor:
 
 
 def mx_scale(amax: Tensor, largest: float) -> Tensor:
-    """Return the power of two that compressed-tensors scales a group of ``amax`` by, for elements up to ``largest`` (6 or 448), f32."""
+    """Return the power of two that compressed-tensors scales a group of ``amax`` by, for elements
+    up to ``largest`` (6 or 448), f32.
+    """
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
     exponent = exponent - 1 + (mantissa >= 1.75 / 2) - int(math.log2(largest))
     return torch.where(amax > 0, torch.exp2(exponent.clamp(-127, 127).float()), 1.0)
 
 
 def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = True) -> Tensor:
-    """Return the signed numbers, f32 [N, K], that ``data`` of a `QuantizedWeight` stands for before scaling."""
+    """Return the signed numbers, f32 [N, K], that ``data`` of a `QuantizedWeight` stands for before
+    scaling.
+    """
     if data.dtype != torch.uint8:
         return data.float()
     codes = unpack_pairs(data) if packed else data
@@ -357,7 +384,9 @@ def _fp4_values(device: torch.device) -> Tensor:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack 4-bit ``codes``, uint8 [N, K], into [N, K/2]: the low nibble is the even column. UsageError when K is odd."""
+    """Pack 4-bit ``codes``, uint8 [N, K], into [N, K/2]: the low nibble is the even column.
+    UsageError when K is odd.
+    """
     if codes.shape[-1] % 2:
         raise UsageError(
             "E_SHAPE", f"4-bit weights of {codes.shape[-1]} inputs cannot be paired into bytes"
@@ -371,7 +400,9 @@ def unpack_pairs(data: Tensor) -> Tensor:
 
 
 def spread(entries: Tensor, size: int, step: int, *, dim: int) -> Tensor:
-    """Repeat each of the entries along ``dim`` ``step`` times, to ``size`` in all; the last one may cover less."""
+    """Repeat each of the entries along ``dim`` ``step`` times, to ``size`` in all; the last one may
+    cover less.
+    """
     if entries.shape[dim] in (1, size):
         return entries
     return entries.repeat_interleave(step, dim=dim).narrow(dim, 0, size)

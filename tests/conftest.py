@@ -1,4 +1,6 @@
-"""What tests share: the bundled model, a copy to break, models made of headers alone, and the command line as a user runs it."""
+"""What tests share: the bundled model, a copy to break, models made of headers alone, and the
+command line as a user runs it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def tiny_copy(tmp_path, tiny_model) -> Path:
 
 @pytest.fixture
 def run_cli(tmp_path):
-    """A function that runs qtool in ``tmp_path`` as a process of its own, without the caller's Hugging Face variables."""
+    """A function that runs qtool in ``tmp_path`` as a process of its own, without the caller's
+    Hugging Face variables.
+    """
 
     def run(*arguments, env: Mapping[str, str] | None = None, timeout: float = 120) -> CliResult:
         environment = {
@@ -92,7 +96,9 @@ def run_python(tmp_path):
 
 @pytest.fixture
 def make_model(tmp_path):
-    """A function that writes a model folder whose tensors, name -> shape, are all holes: any size costs no disk."""
+    """A function that writes a model folder whose tensors, name -> shape, are all holes: any size
+    costs no disk.
+    """
 
     def make(
         tensors: Mapping[str, tuple[int, ...]],
@@ -122,7 +128,9 @@ def make_model(tmp_path):
 
 @pytest.fixture
 def run_here(request):
-    """A function that runs the test's own file as a script, ``what`` its argument, and returns what it printed: Triton is set up once a process."""
+    """A function that runs the test's own file as a script, ``what`` its argument, and returns what
+    it printed: Triton is set up once a process.
+    """
     pytest.importorskip("triton", reason="triton is for Linux only")
 
     def run(what: str) -> str:
@@ -159,7 +167,9 @@ def quantized_model(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, quantized_model) -> Iterator[Server]:
-    """A server of the quantized tiny model, called `tiny`, that all tests share: leave it as it was."""
+    """A server of the quantized tiny model, called `tiny`, that all tests share: leave it as it
+    was.
+    """
     server = start_server(
         tmp_path_factory.mktemp("served"),
         quantized_model,

@@ -1,4 +1,5 @@
-"""What the package looks like in numbers: `python tests/test_measures.py` prints them, the tests hold them.
+"""What the package looks like in numbers: `python tests/test_measures.py` prints them, the tests
+hold them.
 
 Targets still ahead of us stand in `LIMITS` beside the limit of today, which may only fall.
 """
@@ -32,7 +33,9 @@ def is_kernel(path: Path) -> bool:
 
 
 def branches_of(function: ast.AST) -> int:
-    """Count branches, comprehensions, their conditions, and the operands after the first of `and` and `or`."""
+    """Count branches, comprehensions, their conditions, and the operands after the first of `and`
+    and `or`.
+    """
     count = 0
     for node in ast.walk(function):
         count += isinstance(node, BRANCHES)
@@ -86,7 +89,9 @@ def imports_of(path: Path, modules: set[str]) -> set[str]:
 
 
 def import_cycles() -> list[list[str]]:
-    """Return the groups of modules that import one another, lazy imports and those for types included."""
+    """Return the groups of modules that import one another, lazy imports and those for types
+    included.
+    """
     files = {
         "qtool."
         + ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

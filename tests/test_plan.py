@@ -1,4 +1,6 @@
-"""Plans: which module gets what, why another is left alone, what it costs, and which plans are refused."""
+"""Plans: which module gets what, why another is left alone, what it costs, and which plans are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -403,7 +405,8 @@ def test_every_candidate_of_a_search_must_fit(plan_of):
     assert error.code == "E_GROUP_SIZE"
 
 
-STORED = {  # scheme -> bytes of a weight of [256, 512], codes and scales and zero points and global scale
+# scheme -> bytes of a weight of [256, 512], codes and scales and zero points and global scale
+STORED = {
     "FP8": 256 * 512 + 2,
     "FP8_DYNAMIC": 256 * 512 + 256 * 2,
     "FP8_BLOCK": 256 * 512 + 2 * 4 * 2,

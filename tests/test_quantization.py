@@ -1,4 +1,6 @@
-"""Whole runs on the tiny model: what is written, that it is good, that it is the same twice, and what happens when a run is stopped."""
+"""Whole runs on the tiny model: what is written, that it is good, that it is the same twice, and
+what happens when a run is stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Recipes: those that ship, what a file may say, names and patterns, and the way to plain data and back."""
+"""Recipes: those that ship, what a file may say, names and patterns, and the way to plain data and
+back.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def read(tmp_path):
 
 @pytest.fixture
 def refused(read):
-    """A function that returns the refusal of a recipe file, which always names the file and always has a hint."""
+    """A function that returns the refusal of a recipe file, which always names the file and always
+    has a hint.
+    """
 
     def refused(text: str | bytes, name: str = "mine.yaml") -> RecipeRefused:
         with pytest.raises(RecipeRefused) as caught:

@@ -1,4 +1,6 @@
-"""What codes and scales mean: each numeric trap of the formats once, then every sample against the library that made it."""
+"""What codes and scales mean: each numeric trap of the formats once, then every sample against the
+library that made it.
+"""
 
 import json
 
@@ -73,7 +75,9 @@ ASYMMETRIC_V1 = {
 
 @pytest.fixture
 def read_layer(tmp_path):
-    """A function: tensors of one layer and a quantization config, to its QuantizedWeight, by way of a file."""
+    """A function: tensors of one layer and a quantization config, to its QuantizedWeight, by way of
+    a file.
+    """
 
     def read_back(config, **tensors):
         save_file(

@@ -1,6 +1,8 @@
-"""The quantization libraries, each behind the same small protocol and each run in a worker process of its own.
+"""The quantization libraries, each behind the same small protocol and each run in a worker process
+of its own.
 
-Nothing here imports a library: a backend's module answers `refusals` from static tables, and imports its library when its work starts.
+Nothing here imports a library: a backend's module answers `refusals` from static tables, and
+imports its library when its work starts.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ MAX_SHARD_SIZE = "1GB"  # several files are hashed, checked and loaded at once
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it travels to a worker, as JSON: every path is absolute, ``output`` and ``scratch`` are empty folders."""
+    """One run as it travels to a worker, as JSON: every path is absolute, ``output`` and
+    ``scratch`` are empty folders.
+    """
 
     model: str
     recipe: Mapping[str, Any]
@@ -114,7 +118,9 @@ def load_backend(name: str) -> Backend:
 
 
 def version_of(backend: Backend) -> str:
-    """Return the library's name and installed version, without importing it; the name alone when it is not installed here."""
+    """Return the library's name and installed version, without importing it; the name alone when it
+    is not installed here.
+    """
     try:
         return f"{backend.distribution} {importlib.metadata.version(backend.distribution)}"
     except importlib.metadata.PackageNotFoundError:
@@ -122,7 +128,9 @@ def version_of(backend: Backend) -> str:
 
 
 def check_backend(plan: Plan) -> None:
-    """Raise RecipeRefused when the plan's backend cannot run it, with its reasons and a backend that can."""
+    """Raise RecipeRefused when the plan's backend cannot run it, with its reasons and a backend
+    that can.
+    """
     name = plan.recipe.backend
     reasons = load_backend(name).refusals(plan)
     if not reasons:
@@ -146,7 +154,9 @@ def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that share a scheme, and short regular expressions for exactly them, among the names they were chosen from."""
+    """Modules that share a scheme, and short regular expressions for exactly them, among the names
+    they were chosen from.
+    """
 
     scheme: Scheme | None
     names: tuple[str, ...]
@@ -157,7 +167,8 @@ FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj
 
 
 def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
-    """Sort ``linears``, the linear modules of the loaded model, into groups of one scheme; what is left alone has scheme None.
+    """Sort ``linears``, the linear modules of the loaded model, into groups of one scheme; what is
+    left alone has scheme None.
 
     A pattern names whole kinds (``.*\\.(q_proj|k_proj|v_proj|qkv_proj)$``) where a kind lies in one group, else single modules. The fused
     names are there because vLLM and SGLang match such patterns against their fused layers.

@@ -1,6 +1,7 @@
 """GPTQModel: writes GPTQ (v1, v2) and AWQ checkpoints.
 
-Source: gptqmodel 7.6. It marks the process it runs in (environment, root logger, patched classes); the worker takes that with it.
+Source: gptqmodel 7.6. It marks the process it runs in (environment, root logger, patched classes);
+    the worker takes that with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel rea
 
 
 class GPTQModelBackend:
-    """Drives ``GPTQModel.quantize``: weights are read layer by layer, so memory holds a layer or two."""
+    """Drives ``GPTQModel.quantize``: weights are read layer by layer, so memory holds a layer or
+    two.
+    """
 
     distribution = "gptqmodel"
 
@@ -60,8 +63,9 @@ class GPTQModelBackend:
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
         """Variables for the worker.
 
-        Its CPU pool has (cores + 1) // 2 workers and asks for 2 of them, so a machine of two cores fails without the first one. Packing in
-        Python is quicker than compiling the C++ packer for anything but large models.
+        Its CPU pool has (cores + 1) // 2 workers and asks for 2 of them, so a machine of two cores
+        fails without the first one. Packing in Python is quicker than compiling the C++ packer for
+        anything but large models.
         """
         cache = (
             Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

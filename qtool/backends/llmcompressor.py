@@ -27,7 +27,9 @@ CHAINS = {
 
 
 class LLMCompressorBackend:
-    """Drives ``llmcompressor.oneshot``: one decoder layer at a time on the GPU, the model on the CPU."""
+    """Drives ``llmcompressor.oneshot``: one decoder layer at a time on the GPU, the model on the
+    CPU.
+    """
 
     distribution = "llmcompressor"
 
@@ -60,7 +62,9 @@ class LLMCompressorBackend:
         return reasons
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
-        """Variables for the worker; ``LLM_COMPRESSOR_LOG_DISABLED`` would break GPTQ, so it is cleared."""
+        """Variables for the worker; ``LLM_COMPRESSOR_LOG_DISABLED`` would break GPTQ, so it is
+        cleared.
+        """
         return {
             "LLM_COMPRESSOR_LOG_DISABLED": "false",
             "LLM_COMPRESSOR_CLEAR_LOGGERS": "1",
@@ -94,7 +98,9 @@ class LLMCompressorBackend:
 
 
 def _clear_actorder(config_file: Path) -> None:
-    """Drop the order GPTQ solved columns in where there are no groups: it means nothing there, and older engines refuse such a file."""
+    """Drop the order GPTQ solved columns in where there are no groups: it means nothing there, and
+    older engines refuse such a file.
+    """
     config = json.loads(config_file.read_text())
     for group in config["quantization_config"]["config_groups"].values():
         weights = group.get("weights")
@@ -226,7 +232,9 @@ def _kv_cache_args() -> Any:
 
 
 class _Bar:
-    """Takes tqdm's place in the library: turns ``(3/7): Calibrating`` and its like into progress events."""
+    """Takes tqdm's place in the library: turns ``(3/7): Calibrating`` and its like into progress
+    events.
+    """
 
     report: Reporter
 

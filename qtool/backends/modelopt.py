@@ -1,4 +1,5 @@
-"""NVIDIA ModelOpt: writes its unified Hugging Face checkpoints, and keeps or restores calibrated states.
+"""NVIDIA ModelOpt: writes its unified Hugging Face checkpoints, and keeps or restores calibrated
+states.
 
 Source: nvidia-modelopt 0.47.
 """
@@ -78,7 +79,9 @@ class ModelOptBackend:
         return {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
     def quantize(self, work: Work) -> None:
-        """Quantize as planned, or restore a state, and write a complete checkpoint folder to ``work.output``."""
+        """Quantize as planned, or restore a state, and write a complete checkpoint folder to
+        ``work.output``.
+        """
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
 
@@ -146,7 +149,9 @@ def _forward_loop(work: Work) -> Callable[[Any], None]:
 
 
 def _fixed_groups(scheme: Scheme) -> Scheme:
-    """Return the scheme with the group size of its preset, where the library lets the group size be chosen."""
+    """Return the scheme with the group size of its preset, where the library lets the group size be
+    chosen.
+    """
     weights = scheme.weights
     return (
         scheme.with_group_size(128)
@@ -165,7 +170,8 @@ def _quantizers(
 ) -> list[dict[str, Any]]:
     """Return the ordered list that switches everything off and then on what the plan names.
 
-    Modules of ``fused``, which hold all experts of a layer, have a quantizer for each tensor and expert and get one scheme.
+    Modules of ``fused``, which hold all experts of a layer, have a quantizer for each tensor and
+    expert and get one scheme.
     """
     recipe = work.plan.recipe
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
@@ -205,7 +211,9 @@ def _is_linear_entry(entry: dict[str, Any]) -> bool:
 
 
 def _for_module(entry: dict[str, Any], prefix: str, scheme: Scheme) -> dict[str, Any]:
-    """Return the preset's ``entry`` for the module that ``prefix`` names, with the scheme's own group size."""
+    """Return the preset's ``entry`` for the module that ``prefix`` names, with the scheme's own
+    group size.
+    """
     entry = copy.deepcopy(entry)
     is_weight = entry["quantizer_name"] == "*weight_quantizer"
     entry["quantizer_name"] = (

@@ -1,8 +1,10 @@
-"""A calibrated, fake-quantized ModelOpt model on disk, as JSON and safetensors: reading one can run no code.
+"""A calibrated, fake-quantized ModelOpt model on disk, as JSON and safetensors: reading one can run
+no code.
 
-The folder holds ``qtool-state.json`` (what ModelOpt changed in the model, the recipe, versions, the model it is of) and
-``model.safetensors`` (weights and quantizer tensors). A file of ``mto.save`` is a pickle; it is taken only when the user trusts it, and
-ModelOpt then loads it with weights-only loading.
+The folder holds ``qtool-state.json`` (what ModelOpt changed in the model, the recipe, versions, the
+model it is of) and ``model.safetensors`` (weights and quantizer tensors). A file of ``mto.save`` is
+a pickle; it is taken only when the user trusts it, and ModelOpt then loads it with weights-only
+loading.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def save_state(model: Any, folder: str, plan: Plan) -> None:
 
 
 def restore_state(model: Any, path: str, plan: Plan) -> None:
-    """Put the state in ``path`` back onto ``model``, freshly loaded from the checkpoint it was made of."""
+    """Put the state in ``path`` back onto ``model``, freshly loaded from the checkpoint it was made
+    of.
+    """
     import modelopt.torch.opt as mto
 
     if Path(path).is_file():
@@ -89,7 +93,10 @@ def restore_state(model: Any, path: str, plan: Plan) -> None:
 
 
 def state_recipe(path: str, *, trust_pickle: bool) -> Recipe:
-    """Return the recipe a state folder was made with. Raises: StateRefused, and UsageError for a trusted pickle, which does not say."""
+    """Return the recipe a state folder was made with.
+
+    Raises: StateRefused, and UsageError for a trusted pickle, which does not say.
+    """
     if Path(path).is_file():
         _check_pickle(path, trust_pickle=trust_pickle)
         message = f"{path} is a file of mto.save, which does not say by which method it was made"
@@ -98,7 +105,9 @@ def state_recipe(path: str, *, trust_pickle: bool) -> Recipe:
 
 
 def check_state(path: str, plan: Plan, *, trust_pickle: bool) -> None:
-    """Refuse, before any work, a state that is missing, a pickle that is not trusted, of another model, recipe or ModelOpt."""
+    """Refuse, before any work, a state that is missing, a pickle that is not trusted, of another
+    model, recipe or ModelOpt.
+    """
     if Path(path).is_file():
         _check_pickle(path, trust_pickle=trust_pickle)
         return
@@ -124,7 +133,9 @@ def _check_pickle(path: str, *, trust_pickle: bool) -> None:
 
 
 def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the state's JSON after checking that it belongs to ``checkpoint`` and to the installed ModelOpt."""
+    """Return the state's JSON after checking that it belongs to ``checkpoint`` and to the installed
+    ModelOpt.
+    """
     state = _read(path)
     if state.get("model") != _fingerprint(checkpoint):
         message = f"{path} was made of another model than {checkpoint.path}"
@@ -178,7 +189,9 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a digest of what defines the model: its tensors' names, dtypes and shapes, and 4 KB of the middle of each."""
+    """Return a digest of what defines the model: its tensors' names, dtypes and shapes, and 4 KB of
+    the middle of each.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
@@ -189,7 +202,9 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    """Encode what ModelOpt's state is made of; lists, tuples, sizes, dtypes and dictionaries with other keys than strings get a tag."""
+    """Encode what ModelOpt's state is made of; lists, tuples, sizes, dtypes and dictionaries with
+    other keys than strings get a tag.
+    """
     import torch
 
     if value is None or isinstance(value, bool | int | float | str):

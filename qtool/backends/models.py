@@ -1,4 +1,6 @@
-"""What the backends that take a loaded model share: loading it, batches as tensors, and the names of its linear modules."""
+"""What the backends that take a loaded model share: loading it, batches as tensors, and the names
+of its linear modules.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def linear_names(model: Any) -> list[str]:
 
 
 def fused_experts(model: Any) -> list[str]:
-    """Return the names of modules that hold all experts of a layer in tensors [E, ...]; on disk the experts are linear modules of their own."""
+    """Return the names of modules that hold all experts of a layer in tensors [E, ...]; on disk the
+    experts are linear modules of their own.
+    """
     return [
         name
         for name, module in model.named_modules()
@@ -48,9 +52,11 @@ def is_expert(name: str) -> bool:
 
 
 def loaded_linears(work: Work, model: Any) -> list[str]:
-    """Return the linear modules of the loaded model, those inside fused experts under their names on disk.
+    """Return the linear modules of the loaded model, those inside fused experts under their names
+    on disk.
 
-    Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants to change.
+    Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants
+        to change.
     """
     linears = linear_names(model)
     found, fused = set(linears), fused_experts(model)

@@ -1,7 +1,9 @@
-"""Run one job in a process of its own: `run_job` starts it and reads its events, `main` is what runs there.
+"""Run one job in a process of its own: `run_job` starts it and reads its events, `main` is what
+runs there.
 
-The worker gets its job as one JSON line on stdin, and stdin stays open as its lifeline: when the parent dies, it ends. It sends events as
-JSON lines over a pipe. Its stdout and stderr, banners and all, go to the log.
+The worker gets its job as one JSON line on stdin, and stdin stays open as its lifeline: when the
+parent dies, it ends. It sends events as JSON lines over a pipe. Its stdout and stderr, banners and
+all, go to the log.
 """
 
 from __future__ import annotations
@@ -56,13 +58,17 @@ def run_job(
     python: str = sys.executable,
     keep_open: int,
 ) -> dict[str, str]:
-    """Run ``job`` in a worker and pass its events to ``on_event``; return the versions it ran with when it is done.
+    """Run ``job`` in a worker and pass its events to ``on_event``; return the versions it ran with
+    when it is done.
 
     Args:
         log: the file to write everything to that the library prints.
-        python: the interpreter to run in; its environment needs the library, pydantic and PyYAML, not qtool.
-        keep_open: a descriptor the worker inherits; it holds the output's lock until the last of both ends.
-    Raises: whatever QtoolError the worker sent; ResourceError when it was killed, as the system does when memory runs out;
+        python: the interpreter to run in; its environment needs the library, pydantic and PyYAML,
+            not qtool.
+        keep_open: a descriptor the worker inherits; it holds the output's lock until the last of
+            both ends.
+    Raises: whatever QtoolError the worker sent; ResourceError when it was killed, as the system
+        does when memory runs out;
         BackendFailed when it ended in any other way.
     """
     read_fd, write_fd = os.pipe()
@@ -113,7 +119,10 @@ def run_job(
 
 
 def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
-    """Yield the worker's events until it is done or gone. A process it left behind may hold the pipe open, so its end is watched too."""
+    """Yield the worker's events until it is done or gone.
+
+    A process it left behind may hold the pipe open, so its end is watched too.
+    """
     buffer = b""
     while True:
         ended = worker.poll() is not None

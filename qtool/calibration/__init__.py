@@ -1,7 +1,8 @@
-"""Calibration data: `sources` finds and shuffles records, `records` picks the field that counts, `samples` tokenizes and cuts.
+"""Calibration data: `sources` finds and shuffles records, `records` picks the field that counts,
+`samples` tokenizes and cuts.
 
-No code that comes with data is run and no pickle is opened. Each module imports only what a source needs: `check_source` on a file of
-JSON or text runs on the standard library alone.
+No code that comes with data is run and no pickle is opened. Each module imports only what a source
+needs: `check_source` on a file of JSON or text runs on the standard library alone.
 """
 
 from qtool.calibration.samples import (

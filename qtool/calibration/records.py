@@ -1,4 +1,6 @@
-"""What counts in a record: the first that it has of ``input_ids``, the text column, ``messages``, ``prompt`` + ``completion``, ``text``."""
+"""What counts in a record: the first that it has of ``input_ids``, the text column, ``messages``,
+``prompt`` + ``completion``, ``text``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from qtool.errors import DataRefused, nearest
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a record gives: ``ids``, or else ``messages``, or else ``text``; ``where`` says file and line."""
+    """What a record gives: ``ids``, or else ``messages``, or else ``text``; ``where`` says file and
+    line.
+    """
 
     where: str
     text: str = ""
@@ -23,7 +27,10 @@ class Record:
 
     @property
     def most_tokens(self) -> int:
-        """A bound: tokenizers make at most one token of a byte. What a chat template adds is taken to be enough for a sample."""
+        """A bound: tokenizers make at most one token of a byte.
+
+        What a chat template adds is taken to be enough for a sample.
+        """
         if self.ids is not None:
             return len(self.ids)
         return (
@@ -36,7 +43,8 @@ class Record:
 def records(spec: CalibrationSpec) -> Iterator[Record]:
     """Yield the records of ``spec.source`` in the order of the draw, each checked when it is drawn.
 
-    Raises: DataRefused, naming file, line and field, or when there is no record at all; ResourceError, when the Hub does not answer.
+    Raises: DataRefused, naming file, line and field, or when there is no record at all;
+        ResourceError, when the Hub does not answer.
     """
     empty = True
     for where, fields in rows(spec):

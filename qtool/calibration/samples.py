@@ -22,8 +22,10 @@ LONG_TOKEN = 16  # characters; no ordinary text has so many a token on average
 class CalibrationReport:
     """What became of the data.
 
-    ``used`` counts samples and ``tokens`` what they hold, ``dropped`` the texts shorter than 11 tokens (packed: the empty texts, and the rest at
-    the end), ``truncated`` the texts cut to ``seq_len``. ``digest``: sha256 of the samples, each as its length and its ids, little-endian uint32.
+    ``used`` counts samples and ``tokens`` what they hold, ``dropped`` the texts shorter than 11
+    tokens (packed: the empty texts, and the rest at the end), ``truncated`` the texts cut to
+    ``seq_len``. ``digest``: sha256 of the samples, each as its length and its ids, little-endian
+    uint32.
     """
 
     source: str
@@ -36,14 +38,17 @@ class CalibrationReport:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of the samples in drawn order, each 11 to ``seq_len`` long, unpadded, below the vocabulary size."""
+    """Token ids of the samples in drawn order, each 11 to ``seq_len`` long, unpadded, below the
+    vocabulary size.
+    """
 
     samples: tuple[tuple[int, ...], ...]
     report: CalibrationReport
 
 
 def check_source(spec: CalibrationSpec) -> None:
-    """Read the records that a run would draw, without a tokenizer; with ``pack`` that is an estimate which errs to more records.
+    """Read the records that a run would draw, without a tokenizer; with ``pack`` that is an
+    estimate which errs to more records.
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
     """
@@ -62,10 +67,12 @@ def check_source(spec: CalibrationSpec) -> None:
 def load_calibration(
     spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> CalibrationSet:
-    """Draw, tokenize and cut the samples; the same spec and tokenizer give the same samples in the same order.
+    """Draw, tokenize and cut the samples; the same spec and tokenizer give the same samples in the
+    same order.
 
-    Texts get the special tokens that the tokenizer adds by itself, messages those of its chat template, ``input_ids`` none. Packed, they are
-    joined with the end-of-sequence token between them and cut every ``seq_len`` tokens; else each is cut to its first ``seq_len`` tokens.
+    Texts get the special tokens that the tokenizer adds by itself, messages those of its chat
+    template, ``input_ids`` none. Packed, they are joined with the end-of-sequence token between
+    them and cut every ``seq_len`` tokens; else each is cut to its first ``seq_len`` tokens.
     The tokenizer is never asked to truncate or pad: it would keep that, and save it.
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
@@ -112,7 +119,10 @@ def load_calibration(
 def _pack(
     texts: Iterable[Sequence[int]], seq_len: int, separator: int | None
 ) -> Iterator[Sequence[int]]:
-    """Yield pieces of ``seq_len`` tokens of the joined texts, then the rest. Empty texts are passed on, to be counted."""
+    """Yield pieces of ``seq_len`` tokens of the joined texts, then the rest.
+
+    Empty texts are passed on, to be counted.
+    """
     rest: list[int] = []
     last = separator
     for ids in texts:
@@ -131,7 +141,9 @@ def _pack(
 
 
 def _token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -> Sequence[int]:
-    """Return the ids of ``record``; of a text with far more than ``limit`` only its first ids, and more than ``limit`` of them."""
+    """Return the ids of ``record``; of a text with far more than ``limit`` only its first ids, and
+    more than ``limit`` of them.
+    """
     if record.ids is not None:
         return record.ids
     text = _rendered(record, tokenizer) if record.messages else record.text

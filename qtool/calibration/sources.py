@@ -1,4 +1,6 @@
-"""Where records come from: a file or a Hub data set, streamed in an order that the seed alone decides."""
+"""Where records come from: a file or a Hub data set, streamed in an order that the seed alone
+decides.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ SHUFFLE_BUFFER = 1000  # records of a Hub stream that are fetched before the fir
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Which data, and how it is cut: ``num_samples`` of at most ``seq_len`` tokens; a backend sees ``batch_size`` of them at a time.
+    """Which data, and how it is cut: ``num_samples`` of at most ``seq_len`` tokens; a backend sees
+    ``batch_size`` of them at a time.
 
-    ``source`` is a ``.jsonl``, ``.json``, ``.txt`` or ``.parquet`` file, or a Hub data set ``name[:config][:split]``.
+    ``source`` is a ``.jsonl``, ``.json``, ``.txt`` or ``.parquet`` file, or a Hub data set
+    ``name[:config][:split]``.
 
     Raises: UsageError, when a number is too small to calibrate with.
     """
@@ -67,7 +71,8 @@ Rows = Iterator[tuple[str, Any]]  # where the record stands, for messages; the r
 
 
 def rows(spec: CalibrationSpec) -> Rows:
-    """Yield the records of ``spec.source`` in the order of the draw, unchecked, reading no more than is asked for.
+    """Yield the records of ``spec.source`` in the order of the draw, unchecked, reading no more
+    than is asked for.
 
     Raises: DataRefused, naming file and line; ResourceError, when the Hub does not answer.
     """
@@ -141,7 +146,10 @@ def _json_lines(path: Path, spec: CalibrationSpec) -> Rows:
 
 
 def _spans(path: Path, seed: int, *, paragraphs: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the lines that are not blank, or the paragraphs, in random order. Memory: 24 bytes for each, and the one that is drawn."""
+    """Yield the lines that are not blank, or the paragraphs, in random order.
+
+    Memory: 24 bytes for each, and the one that is drawn.
+    """
     spans = array("Q")  # line number, first byte, end; and so on
     joins = False
     with path.open("rb") as file:
@@ -230,7 +238,9 @@ def _parquet(path: Path, spec: CalibrationSpec) -> Rows:
 
 
 def _parquet_rows(file: Any, numbers: list[int], columns: list[str]) -> dict[int, Any]:
-    """Return the records at ``numbers``, which are sorted; row groups without any of them are not read."""
+    """Return the records at ``numbers``, which are sorted; row groups without any of them are not
+    read.
+    """
     found: dict[int, Any] = {}
     group_end = 0
     for group in range(file.num_row_groups):
@@ -271,7 +281,8 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
             f"data set `{name}` is no local file, is not in the Hub cache, and: {one_line(error)}",
             hint=hint,
         ) from error
-    except Exception as error:  # the library raises what its readers raise: a wrong name, config or split, a broken file
+    # the library raises what its readers raise: a wrong name, config or split, a broken file
+    except Exception as error:
         hint = "write name:config:split or name::split; a private or gated data set needs `hf auth login`"
         message = (
             f"Hub data set `{name}`, config {config or 'default'}, split {split}: {one_line(error)}"
@@ -280,7 +291,9 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """Yield 0 to ``count - 1`` in random order; memory grows with what is drawn, not with ``count`` (a sparse Fisher-Yates shuffle)."""
+    """Yield 0 to ``count - 1`` in random order; memory grows with what is drawn, not with ``count``
+    (a sparse Fisher-Yates shuffle).
+    """
     draw = random.Random(seed)
     moved: dict[int, int] = {}
     for position in range(count):

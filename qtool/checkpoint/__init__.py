@@ -1,4 +1,6 @@
-"""A checkpoint is a folder of safetensors and JSON: `reader` opens it without torch, `hub` fetches it, `writer` makes a new one."""
+"""A checkpoint is a folder of safetensors and JSON: `reader` opens it without torch, `hub` fetches
+it, `writer` makes a new one.
+"""
 
 from qtool.checkpoint.hub import resolve_model
 from qtool.checkpoint.model import Checkpoint, TensorInfo

@@ -1,4 +1,6 @@
-"""The small files of a checkpoint: which of them are carried along from the source, and what a config may not say."""
+"""The small files of a checkpoint: which of them are carried along from the source, and what a
+config may not say.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ WRITTEN = ("*.safetensors", "model.safetensors.index.json", *CONFIGS)
 
 
 def finish_files(source: Path, folder: Path) -> None:
-    """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and put the sidecars of ``source`` beside them, untouched."""
+    """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and put the
+    sidecars of ``source`` beside them, untouched.
+    """
     for path in folder.iterdir():
         if not any(path.match(pattern) for pattern in WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -62,7 +66,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def without_paths(value: Any) -> Any:
-    """Drop every entry of a config that is an absolute path: temporary folders and user names have no place in a checkpoint."""
+    """Drop every entry of a config that is an absolute path: temporary folders and user names have
+    no place in a checkpoint.
+    """
     if isinstance(value, dict):
         return {
             key: without_paths(item)
@@ -73,7 +79,11 @@ def without_paths(value: Any) -> Any:
 
 
 def _is_carried(path: Path, source: Path) -> bool:
-    """Whether ``path`` is a sidecar. A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs to."""
+    """Whether ``path`` is a sidecar.
+
+    A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs
+    to.
+    """
     if (
         path.suffix in CODE_OR_PICKLE
         or not path.is_file()

@@ -1,4 +1,6 @@
-"""What config.json promises about the tensors: layers, embeddings, norms, projections; only where a standard name leaves no doubt what it is."""
+"""What config.json promises about the tensors: layers, embeddings, norms, projections; only where a
+standard name leaves no doubt what it is.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ LAYER_RULES: Rules = {
 UNPACKED = frozenset(
     {"F16", "BF16", "F32", "F64", "F8_E4M3"}
 )  # one weight in each element; I8 and U8 may hold two
-UNUSUAL = {  # a config with another field of such a name (`swa_num_attention_heads`, `intermediate_size_mlp`) has layers of several kinds
+# a config with another field of such a name (`swa_num_attention_heads`, `intermediate_size_mlp`)
+# has layers of several kinds
+UNUSUAL = {
     re.compile("heads|head_dim"): (
         "num_attention_heads",
         "num_key_value_heads",
@@ -57,7 +61,8 @@ HINT = "config.json and the weights are of different models, or one was edited: 
 def check_promises(checkpoint: Checkpoint) -> None:
     """Compare config and tensors of a decoder; whatever is unusual is let pass.
 
-    Raises: CheckpointRefused, when a layer is missing or a tensor has not the shape that the config's fields give it.
+    Raises: CheckpointRefused, when a layer is missing or a tensor has not the shape that the
+        config's fields give it.
     """
     stack = next(
         (
@@ -90,7 +95,9 @@ def check_promises(checkpoint: Checkpoint) -> None:
 
 
 def _is_standard(checkpoint: Checkpoint) -> bool:
-    """Whether the names mean what they mean in transformers: a generating decoder of its own classes, of layers that are all alike."""
+    """Whether the names mean what they mean in transformers: a generating decoder of its own
+    classes, of layers that are all alike.
+    """
     config = checkpoint.config
     architectures = config.get("architectures") or [""]
     generates = all(
@@ -138,7 +145,9 @@ def _layer_numbers(checkpoint: Checkpoint, prefix: str) -> set[int]:
 def _head_dim(
     tensors: Mapping[str, TensorInfo], decoder: Iterable[str], sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the size of a head where ``k_proj`` shows it: the config may leave it to the class, which need not take hidden_size / heads."""
+    """Return the size of a head where ``k_proj`` shows it: the config may leave it to the class,
+    which need not take hidden_size / heads.
+    """
     heads = sizes.get("num_key_value_heads")
     keys = next(
         (key for layer in decoder if (key := tensors.get(f"{layer}self_attn.k_proj.weight"))), None

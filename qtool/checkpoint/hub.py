@@ -40,11 +40,14 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
-    """Return the folder of ``model_path``: itself when it exists, else the Hub model of that name, downloaded.
+    """Return the folder of ``model_path``: itself when it exists, else the Hub model of that name,
+    downloaded.
 
-    Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``; ``HF_HUB_OFFLINE`` is honoured.
+    Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``;
+    ``HF_HUB_OFFLINE`` is honoured.
 
-    Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when the Hub cannot be reached.
+    Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when
+        the Hub cannot be reached.
     """
     if not _may_be_hub_name(model_path) or os.path.exists(model_path):
         return Path(model_path)
@@ -97,7 +100,9 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
 
 
 def check_hub_is_reachable(name: str) -> None:
-    """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer; do nothing when offline mode is set."""
+    """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer;
+    do nothing when offline mode is set.
+    """
     from huggingface_hub import constants
 
     if (

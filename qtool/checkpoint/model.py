@@ -72,7 +72,9 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the repository's."""
+        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the
+        repository's.
+        """
         folder = self.path.resolve()
         repository = folder.parent.parent.name
         if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -99,13 +101,17 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether ``lm_head`` is the embedding matrix: as the config says, else when there is no tensor of its own (some classes tie by default)."""
+        """Whether ``lm_head`` is the embedding matrix: as the config says, else when there is no
+        tensor of its own (some classes tie by default).
+        """
         said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
         return bool(said) if said is not None else "lm_head.weight" not in self.tensors
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
-        """What the checkpoint says about its quantization, wherever it says it; None for a plain model."""
+        """What the checkpoint says about its quantization, wherever it says it; None for a plain
+        model.
+        """
         for config in (self.config, self.text_config):
             for key in ("quantization_config", "compression_config"):
                 if isinstance(config.get(key), Mapping):

@@ -1,4 +1,5 @@
-"""Open a checkpoint folder from its headers alone: bounded, checked, without torch, and never a pickle.
+"""Open a checkpoint folder from its headers alone: bounded, checked, without torch, and never a
+pickle.
 
 Source of the file format: https://github.com/huggingface/safetensors, section "Format".
 """
@@ -99,7 +100,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors that the safetensors file ``path`` declares, after checking every number against the file."""
+    """Return the tensors that the safetensors file ``path`` declares, after checking every number
+    against the file.
+    """
     size = regular_size(path)
     with path.open("rb") as file:
         start = file.read(8)
@@ -125,7 +128,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Stop the search for reference cycles: headers make none, and a fifth of the time would go there."""
+    """Stop the search for reference cycles: headers make none, and a fifth of the time would go
+    there.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -152,7 +157,9 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     single, index_file = path / "model.safetensors", path / "model.safetensors.index.json"
     if os.path.lexists(
         single
-    ):  # transformers takes it first; others beside it are not part of the model (e.g. consolidated.safetensors)
+        # transformers takes it first; others beside it are not part of the model (e.g.
+        # consolidated.safetensors)
+    ):
         return _read_shards([single])
     if os.path.lexists(index_file):
         return _read_indexed(path, index_file)

@@ -1,4 +1,6 @@
-"""Write safetensors files whose contents are known beforehand: headers first, then each tensor at its place, in any order, from several threads."""
+"""Write safetensors files whose contents are known beforehand: headers first, then each tensor at
+its place, in any order, from several threads.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class TensorSpec:
 
 
 class Shards:
-    """Files of a checkpoint folder, open for writing; a file is complete when each of its tensors was written once."""
+    """Files of a checkpoint folder, open for writing; a file is complete when each of its tensors
+    was written once.
+    """
 
     def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_bytes: int) -> None:
         groups = _grouped(list(specs), max_shard_bytes)
@@ -85,7 +89,9 @@ class Shards:
             os.close(descriptor)
 
     def write(self, name: str, data: Any) -> Path | None:
-        """Write the bytes of the tensor ``name``; return its file when that was the last one of it, else None."""
+        """Write the bytes of the tensor ``name``; return its file when that was the last one of it,
+        else None.
+        """
         path, offset, size = self._places[name]
         view = memoryview(data).cast("B") if size else memoryview(b"")
         if len(view) != size:
@@ -98,7 +104,9 @@ class Shards:
         return self._done(path)
 
     def copy(self, name: str, source: TensorInfo) -> Path | None:
-        """Write the bytes of ``source`` as the tensor ``name``, inside the kernel where that can; else as `write`."""
+        """Write the bytes of ``source`` as the tensor ``name``, inside the kernel where that can;
+        else as `write`.
+        """
         path, offset, size = self._places[name]
         done = 0
         with source.file.open("rb", buffering=0) as file:
@@ -139,7 +147,9 @@ class Shards:
             self._places[spec.name] = path, 8 + len(text) + start, stop - start
 
     def _open(self, path: Path) -> int:
-        """Return the descriptor of ``path``, open from its first write to its last: a checkpoint may have more files than a process may open."""
+        """Return the descriptor of ``path``, open from its first write to its last: a checkpoint
+        may have more files than a process may open.
+        """
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_RDWR)
         return self._descriptors[path]
@@ -161,7 +171,9 @@ def read_ahead(source: int, start: int, size: int) -> None:
 
 
 def _copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> int:
-    """Copy up to ``size`` bytes from one open file to another and return how many; 0 at the end of the source."""
+    """Copy up to ``size`` bytes from one open file to another and return how many; 0 at the end of
+    the source.
+    """
     if hasattr(os, "copy_file_range"):
         try:
             if count := os.copy_file_range(
@@ -175,7 +187,9 @@ def _copy_range(source: int, target: int, size: int, source_offset: int, target_
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that ``text``, e.g. ``5GB`` or ``500 MiB``, stands for. Raises: UsageError, also for less than 1 MiB."""
+    """Return the bytes that ``text``, e.g. ``5GB`` or ``500 MiB``, stands for. Raises: UsageError,
+    also for less than 1 MiB.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS:
         raise UsageError("E_SIZE", f"`{text}` is no size", hint="for example 5GB, 500MB or 2GiB")

@@ -1,4 +1,6 @@
-"""JSON from outside, read strictly: bounded in bytes, values and depth, no key twice, no half characters."""
+"""JSON from outside, read strictly: bounded in bytes, values and depth, no key twice, no half
+characters.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def _not_json(data: bytes, where: str, error: json.JSONDecodeError) -> Checkpoin
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, refusing what is too large, too deep, repeated or not an object."""
+    """Return the JSON object in ``path``, refusing what is too large, too deep, repeated or not an
+    object.
+    """
     size = regular_size(path)
     check_json_size(size, str(path))
     with path.open("rb") as file:
@@ -136,7 +140,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def regular_size(path: Path) -> int:
-    """Return the size of the file ``path``, which must be one: reading a FIFO or a device may never end."""
+    """Return the size of the file ``path``, which must be one: reading a FIFO or a device may never
+    end.
+    """
     if not path.exists():
         if path.is_symlink():
             message = f"{path} is a link to {path.readlink()}, which is missing"

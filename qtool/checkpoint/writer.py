@@ -1,4 +1,6 @@
-"""One way to write a checkpoint folder: staged beside its place, made durable, then renamed. Killed at any moment, it is absent or whole."""
+"""One way to write a checkpoint folder: staged beside its place, made durable, then renamed. Killed
+at any moment, it is absent or whole.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 @dataclass(frozen=True)
 class Staging:
-    """A folder beside the output: ``checkpoint`` becomes the output, ``scratch`` is thrown away, ``lock_fd`` keeps others out."""
+    """A folder beside the output: ``checkpoint`` becomes the output, ``scratch`` is thrown away,
+    ``lock_fd`` keeps others out.
+    """
 
     output: Path
     root: Path
@@ -60,7 +64,9 @@ class Staging:
         make_durable(self.checkpoint)
 
     def publish(self) -> None:
-        """Make every byte durable, then put the checkpoint in its place in one step, replacing a former output if that was asked for."""
+        """Make every byte durable, then put the checkpoint in its place in one step, replacing a
+        former output if that was asked for.
+        """
         self.flush()
         if self.overwrite and self.output.exists():
             _exchange(self.checkpoint, self.output, aside=self.root / "previous")
@@ -81,9 +87,10 @@ def stage_output(
 ) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
-    Raises: UsageError, when ``output`` is one of the run's ``inputs``, inside one, or around one; OutputTaken, when it exists (without
-    ``overwrite``), is no checkpoint, or another run is writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place
-    cannot be written.
+    Raises: UsageError, when ``output`` is one of the run's ``inputs``, inside one, or around one;
+        OutputTaken, when it exists (without ``overwrite``), is no checkpoint, or another run is
+        writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place
+        cannot be written.
     """
     output, inside = output.absolute(), output.resolve()
     for path in inputs:
@@ -155,7 +162,9 @@ def check_disk(folder: Path, need_bytes: int) -> None:
 def digest_files(
     files: Iterable[Path], *, stop: threading.Event | None = None
 ) -> dict[str, dict[str, object]]:
-    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once ``stop`` is set, of as much as was read."""
+    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once
+    ``stop`` is set, of as much as was read.
+    """
     ordered = sorted(files)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda file: _sha256(file, stop or threading.Event()), ordered)
@@ -166,7 +175,8 @@ def digest_files(
 
 
 def sample_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Return ``{name: {"sample_sha256": ..., "size_bytes": ...}}``: of the size, the first 4 MB, where the header is, and 64 kB of each 64 MB.
+    """Return ``{name: {"sample_sha256": ..., "size_bytes": ...}}``: of the size, the first 4 MB,
+    where the header is, and 64 kB of each 64 MB.
 
     Tells which file it was in a fraction of the time that all its bytes take.
     """
@@ -197,7 +207,10 @@ def _sha256(path: Path, stop: threading.Event) -> str:
 
 @contextlib.contextmanager
 def _locked(root: Path, output: Path) -> Iterator[int]:
-    """Hold ``root``'s lock, and leave no ``root`` behind. The lock file goes with its holder, so a waiter checks that it still has the real one."""
+    """Hold ``root``'s lock, and leave no ``root`` behind.
+
+    The lock file goes with its holder, so a waiter checks that it still has the real one.
+    """
     made = [parent for parent in root.parents if not parent.exists()]  # innermost first
     try:
         lock_fd = _acquire(root, output)

@@ -1,4 +1,6 @@
-"""The command line: parse, call one function, print what it returns. Errors become one message and an exit code, here alone."""
+"""The command line: parse, call one function, print what it returns. Errors become one message and
+an exit code, here alone.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def qtool(
         ),
     ] = False,
 ) -> None:
-    """Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints that load."""
+    """Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints
+    that load.
+    """
 
 
 for command in (quantize, export, inspect):
@@ -59,7 +63,9 @@ app.command(cls=GroupedCommand, context_settings={"allow_extra_args": True})(ser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its exit code."""
+    """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its
+    exit code.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     flags = set(itertools.takewhile(lambda argument: argument != "--", arguments))
     signal.signal(signal.SIGTERM, _terminate)

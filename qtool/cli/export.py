@@ -67,7 +67,9 @@ def export(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write a quantized checkpoint in another format, or export a saved ModelOpt state; never calibrates."""
+    """Write a quantized checkpoint in another format, or export a saved ModelOpt state; never
+    calibrates.
+    """
     from qtool.cli.progress import progress
     from qtool.conversion import export as run
 

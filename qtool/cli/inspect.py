@@ -66,12 +66,15 @@ def inspect(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit code 3 when it will not."""
+    """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit
+    code 3 when it will not.
+    """
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
     from qtool.inspection import render, render_page
 
-    gc.disable()  # the objects of a large checkpoint are many, none is garbage, and the process ends soon
+    # the objects of a large checkpoint are many, none is garbage, and the process ends soon
+    gc.disable()
     if engine is None and (engine_version or gpu or tensor_parallel != 1):
         raise UsageError(
             "E_NO_ENGINE",

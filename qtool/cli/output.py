@@ -9,7 +9,9 @@ from typing import Any
 
 
 def show(data: Callable[[], Any], shown: Any, as_json: bool) -> None:
-    """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can draw."""
+    """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can
+    draw.
+    """
     if as_json:
         print(json.dumps(data(), indent=2))
     elif isinstance(shown, str):
@@ -21,5 +23,7 @@ def show(data: Callable[[], Any], shown: Any, as_json: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """Return ``text``, which may quote names from hostile files, without line breaks and terminal commands."""
+    """Return ``text``, which may quote names from hostile files, without line breaks and terminal
+    commands.
+    """
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -214,7 +214,8 @@ def serve(
 ) -> None:
     """Serve a checkpoint over HTTP, as OpenAI and SGLang do; with --dry-run show how it would run.
 
-    Options with a * are for --engine vllm and sglang, which this process is handed to; what follows `--` is theirs.
+    Options with a * are for --engine vllm and sglang, which this process is handed to; what follows
+    `--` is theirs.
     """
     options = {
         name: value

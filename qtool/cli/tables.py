@@ -141,7 +141,9 @@ def _size(size_bytes: float) -> str:
 
 
 def kernels(plan: LoadPlan) -> RenderableType:
-    """Return what ``serve --dry-run`` shows: a line for each kind of layer and the kernel that takes it."""
+    """Return what ``serve --dry-run`` shows: a line for each kind of layer and the kernel that
+    takes it.
+    """
     from rich import box
     from rich.table import Table
 

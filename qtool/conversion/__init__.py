@@ -1,4 +1,6 @@
-"""Write a checkpoint without calibrating: in another format, or from a ModelOpt state that `quantize` kept."""
+"""Write a checkpoint without calibrating: in another format, or from a ModelOpt state that
+`quantize` kept.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,15 @@ def export(
     revision: str | None = None,
     on_event: OnEvent = ignore_event,
 ) -> ConversionResult | QuantizeResult:
-    """Write the checkpoint in ``model_path`` to the folder ``output`` in the format ``to``, or export the state in ``checkpoint_restore_path``.
+    """Write the checkpoint in ``model_path`` to the folder ``output`` in the format ``to``, or
+    export the state in ``checkpoint_restore_path``.
 
-    Converting keeps codes and scales as they are; what ``to`` cannot hold is refused, or with ``requantize`` rounded again, to ``scheme`` or to
-    the nearest scheme that it holds. Files end before ``max_shard_size``. The state is one of the model in ``model_path``; ``method`` is needed
-    only for a file of ``mto.save``, which does not say how it was made; ``device``, ``trust_pickle`` and ``trust_remote_code`` are
-    `qtool.quantization.Options`, and for states alone.
+    Converting keeps codes and scales as they are; what ``to`` cannot hold is refused, or with
+    ``requantize`` rounded again, to ``scheme`` or to the nearest scheme that it holds. Files end
+    before ``max_shard_size``. The state is one of the model in ``model_path``; ``method`` is needed
+    only for a file of ``mto.save``, which does not say how it was made; ``device``,
+    ``trust_pickle`` and ``trust_remote_code`` are `qtool.quantization.Options`, and for states
+    alone.
 
     Raises: QtoolError; nothing is left behind then.
     """

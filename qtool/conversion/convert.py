@@ -1,4 +1,6 @@
-"""From one format to another: what was decided is streamed through, layer by layer, checked, and published with a manifest."""
+"""From one format to another: what was decided is streamed through, layer by layer, checked, and
+published with a manifest.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def convert(
     revision: str | None,
     on_event: OnEvent,
 ) -> ConversionResult:
-    """Write the checkpoint in ``model_path`` to ``output`` in the format ``to``; `qtool.export` tells the rest."""
+    """Write the checkpoint in ``model_path`` to ``output`` in the format ``to``; `qtool.export`
+    tells the rest.
+    """
     start = time.monotonic()
     to = target_named(to)
     if scheme and not requantize:
@@ -166,7 +170,9 @@ def _verified(decided: Conversion, staging: Staging) -> Checkpoint:
 def _manifest(
     decided: Conversion, files: dict[str, Any], source: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return what a reader needs to trust the checkpoint; what the source's own manifest says of how it was made is kept."""
+    """Return what a reader needs to trust the checkpoint; what the source's own manifest says of
+    how it was made is kept.
+    """
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": decided.checkpoint.name,

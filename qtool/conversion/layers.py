@@ -1,4 +1,6 @@
-"""What one layer becomes: its weight read, kept or rounded again, and written in another format; on the meta device, only shapes and dtypes."""
+"""What one layer becomes: its weight read, kept or rounded again, and written in another format; on
+the meta device, only shapes and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CODES = (".weight", ".weight_packed")  # no format makes anything else of them
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the source, quantized or plain, and the ``target`` it becomes, None for a plain weight; ``rounded``: its codes are new."""
+    """A linear layer of the source, quantized or plain, and the ``target`` it becomes, None for a
+    plain weight; ``rounded``: its codes are new.
+    """
 
     source: QuantizedModule | TensorInfo
     target: QuantizedModule | None
@@ -33,7 +37,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Write:
-    """A tensor to be written; ``copied`` is the source's tensor whose bytes it has, None when it is computed."""
+    """A tensor to be written; ``copied`` is the source's tensor whose bytes it has, None when it is
+    computed.
+    """
 
     spec: TensorSpec
     copied: TensorInfo | None
@@ -51,7 +57,9 @@ def read_value(
     *,
     meta: bool = False,
 ) -> Value:
-    """Return what ``source`` holds; with ``meta`` without its data, of which only ``g_idx`` is read."""
+    """Return what ``source`` holds; with ``meta`` without its data, of which only ``g_idx`` is
+    read.
+    """
     if isinstance(source, TensorInfo):
         return (
             torch.empty(source.shape, dtype=torch_dtype(source), device="meta")
@@ -74,7 +82,9 @@ def dense(value: Value, dtype: torch.dtype) -> Tensor:
 def new_weight(
     target: QuantizedModule, value: Value, *, rounded: bool, dtype: torch.dtype
 ) -> QuantizedWeight:
-    """Return the weight of ``target``: ``value`` itself, or rounded to nearest in its scheme by way of ``dtype``; with the inputs of its scheme."""
+    """Return the weight of ``target``: ``value`` itself, or rounded to nearest in its scheme by way
+    of ``dtype``; with the inputs of its scheme.
+    """
     activation = value.activation if isinstance(value, QuantizedWeight) else None
     if activation and activation.format != target.scheme.activations:
         activation = None
@@ -85,7 +95,9 @@ def new_weight(
 
 
 def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str, Tensor]:
-    """Return the tensors that ``layer`` becomes in ``to``, by name; ``dtype`` is that of plain weights."""
+    """Return the tensors that ``layer`` becomes in ``to``, by name; ``dtype`` is that of plain
+    weights.
+    """
     if layer.target is not None:
         weight = new_weight(layer.target, value, rounded=layer.rounded, dtype=TORCH_DTYPES[dtype])
         written = format_of(to).write(layer.target, weight)
@@ -103,7 +115,9 @@ def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str
 def writes_of(
     checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: str, dtype: str
 ) -> tuple[Write, ...]:
-    """Return what ``layer`` writes, found by converting it without data: what comes out as the object that went in is a copy."""
+    """Return what ``layer`` writes, found by converting it without data: what comes out as the
+    object that went in is a copy.
+    """
     source, passed = layer.source, {}
     if isinstance(source, QuantizedModule) and layout is not None:
         tensors = outline(checkpoint, source)
@@ -161,7 +175,9 @@ def computed_tensors(
     to: str,
     dtype: str,
 ) -> dict[str, Tensor]:
-    """Return the tensors of ``writes`` that are no copies, by name; codes that are only copied are not read."""
+    """Return the tensors of ``writes`` that are no copies, by name; codes that are only copied are
+    not read.
+    """
     source, copied = (
         layer.source,
         {

@@ -1,4 +1,6 @@
-"""Decide what each tensor of a checkpoint becomes in another format, from headers, configs and ``g_idx``, and refuse what the format cannot hold."""
+"""Decide what each tensor of a checkpoint becomes in another format, from headers, configs and
+``g_idx``, and refuse what the format cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
 class Conversion:
     """All that is decided before anything is written.
 
-    ``copies``: the tensors that are no part of a layer. ``dtype``: of plain weights. ``files``: JSON files by name.
+    ``copies``: the tensors that are no part of a layer. ``dtype``: of plain weights. ``files``:
+        JSON files by name.
     """
 
     checkpoint: Checkpoint
@@ -56,7 +59,9 @@ class Conversion:
 
     @cached_property
     def steps(self) -> tuple[tuple[Layer | None, tuple[Write, ...]], ...]:
-        """What is done, in the order of the source: a layer and all it writes, or no layer and what is copied or cast."""
+        """What is done, in the order of the source: a layer and all it writes, or no layer and what
+        is copied or cast.
+        """
         layers = {name: layer for layer in self.layers for name in _tensor_names(layer.source)}
         copies: dict[str, list[Write]] = {}
         for write in self.copies:
@@ -106,9 +111,11 @@ class ConversionRequest:
 def plan_conversion(
     checkpoint: Checkpoint, to: str, *, requantize: bool, scheme: Scheme | None
 ) -> Conversion:
-    """Decide what ``checkpoint`` becomes in the format ``to``; with ``requantize`` what that cannot hold is rounded, to ``scheme`` if given.
+    """Decide what ``checkpoint`` becomes in the format ``to``; with ``requantize`` what that cannot
+    hold is rounded, to ``scheme`` if given.
 
-    Raises: CheckpointRefused, naming the layer and the constraint, when the format cannot hold it; UsageError, when nothing is quantized.
+    Raises: CheckpointRefused, naming the layer and the constraint, when the format cannot hold it;
+        UsageError, when nothing is quantized.
     """
     layout = detect(checkpoint)
     if layout and layout.rotates_inputs:
@@ -166,7 +173,9 @@ def plan_conversion(
 
 
 def _plain_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Return ``config`` without a word of quantization, also where it is nested, and with ``dtype`` wherever one is named."""
+    """Return ``config`` without a word of quantization, also where it is nested, and with ``dtype``
+    wherever one is named.
+    """
     plain: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("text_config", "llm_config") and isinstance(value, Mapping):
@@ -207,7 +216,9 @@ def _layers(request: ConversionRequest, linears: Mapping[str, TensorInfo]) -> tu
 
 
 def _left_plain(linears: Iterable[str], targets: Iterable[QuantizedModule]) -> list[str]:
-    """Return the linear layers that are not quantized, and the output head also where it is the embedding matrix: engines see a layer there."""
+    """Return the linear layers that are not quantized, and the output head also where it is the
+    embedding matrix: engines see a layer there.
+    """
     names = {module.name for module in targets}
     left = [name for name in linears if name not in names]
     return (
@@ -327,7 +338,9 @@ def _target(
 
 
 def _is_scattered(checkpoint: Checkpoint, source: QuantizedModule | TensorInfo) -> bool:
-    """Whether act-order has scattered the groups of ``source`` over its inputs: flags lie, so ``g_idx`` is read."""
+    """Whether act-order has scattered the groups of ``source`` over its inputs: flags lie, so
+    ``g_idx`` is read.
+    """
     if isinstance(source, TensorInfo):
         return False
     g_idx = next(
@@ -435,7 +448,9 @@ def _plain_linears(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, T
 
 
 def _model_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most plain tensors; small ones count for BF16 and F16 alone, as routers and norms may be F32 in any model."""
+    """Return the dtype of most plain tensors; small ones count for BF16 and F16 alone, as routers
+    and norms may be F32 in any model.
+    """
     counts = Counter(
         tensor.dtype
         for tensor in checkpoint.tensors.values()

@@ -1,4 +1,6 @@
-"""A conversion as it is carried out: layers in parallel, a few in memory at a time, each file hashed and checked while the next is written."""
+"""A conversion as it is carried out: layers in parallel, a few in memory at a time, each file
+hashed and checked while the next is written.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
 def stream(
     decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write all tensors, a few layers in memory at a time; return the digests of the files and what is wrong with their numbers.
+    """Write all tensors, a few layers in memory at a time; return the digests of the files and what
+    is wrong with their numbers.
 
-    A file is written out, hashed and checked as soon as its last tensor is there, beside the writing of the next.
+    A file is written out, hashed and checked as soon as its last tensor is there, beside the
+    writing of the next.
     """
     layout = Layout(
         decided.to,
@@ -76,7 +80,9 @@ def _problems(path: Path, layout: Layout) -> list[str]:
 
 @contextmanager
 def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads for layers, each with one of torch's own: layers are many, and small matrices do not share well."""
+    """Give threads for layers, each with one of torch's own: layers are many, and small matrices do
+    not share well.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -115,7 +121,9 @@ def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written
 
 
 def _workers(decided: Conversion) -> int:
-    """Return how many layers are converted at a time, fewer where they are large, as stacked experts are."""
+    """Return how many layers are converted at a time, fewer where they are large, as stacked
+    experts are.
+    """
     largest = max((math.prod(layer.source.shape) for layer in decided.layers), default=1)
     return max(1, min(WORKERS, MEMORY_BYTES // (largest * BYTES_A_WEIGHT)))
 
@@ -123,7 +131,9 @@ def _workers(decided: Conversion) -> int:
 def _bounded(
     pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]], count: int
 ) -> Iterator[Written]:
-    """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has threads."""
+    """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has
+    threads.
+    """
     running: set[Future[Written]] = set()
     for task in tasks:
         running.add(pool.submit(task))

@@ -1,4 +1,7 @@
-"""What a checkpoint can be converted to, by name. Imports no torch, so that a wrong name is answered at once."""
+"""What a checkpoint can be converted to, by name.
+
+Imports no torch, so that a wrong name is answered at once.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""Requests in, tokens out: paged KV cache, continuous batching, CUDA graphs, sampling for each request."""
+"""Requests in, tokens out: paged KV cache, continuous batching, CUDA graphs, sampling for each
+request.
+"""

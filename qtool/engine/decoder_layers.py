@@ -1,10 +1,13 @@
-"""Decoder layers with few launches: what is not a matmul or attention becomes one of three functions, each a single kernel on a GPU.
+"""Decoder layers with few launches: what is not a matmul or attention becomes one of three
+functions, each a single kernel on a GPU.
 
-A layer of the Llama kind is `RMSNorm.add`, one matmul for queries, keys and values, `rotate_and_write`, attention, a matmul, `RMSNorm.add`, one
-matmul for gate and up, `gated`, a matmul. Where a matmul takes codes of 8 bits, the function before it rounds to them. A layer does not add its last
-output to the residual but returns a `Sum`, for the norm of the next one to add.
+A layer of the Llama kind is `RMSNorm.add`, one matmul for queries, keys and values,
+`rotate_and_write`, attention, a matmul, `RMSNorm.add`, one matmul for gate and up, `gated`, a
+matmul. Where a matmul takes codes of 8 bits, the function before it rounds to them. A layer does
+not add its last output to the residual but returns a `Sum`, for the norm of the next one to add.
 
-`fuse` trusts no name: it runs each layer of transformers beside its replacement, and leaves the model as it is unless they agree.
+`fuse` trusts no name: it runs each layer of transformers beside its replacement, and leaves the
+model as it is unless they agree.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ TOLERANCE = {
     torch.bfloat16: 1e-2,
     torch.float16: 1e-2,
 }  # relative to what a layer adds to its input
-ROUNDED_TOLERANCE = 0.1  # the same with the quantized layers themselves: where inputs are rounded, codes move at the least difference
+# the same with the quantized layers themselves: where inputs are rounded, codes move at the least
+# difference
+ROUNDED_TOLERANCE = 0.1
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
 PASSIVE = (nn.Dropout, nn.Identity)  # modules that do nothing when a model runs
@@ -61,9 +66,11 @@ class NotFused(Exception):
 
 
 def fuse(model: Any) -> bool:
-    """Replace the decoder layers of ``model``, and its last norm, by `FusedLayer`, if it can be seen to compute the same.
+    """Replace the decoder layers of ``model``, and its last norm, by `FusedLayer`, if it can be
+    seen to compute the same.
 
-    The attention of the model is `qtool.engine.attention.interface`'s already. Peak memory: the model, and the weights of a layer. Logs why not.
+    The attention of the model is `qtool.engine.attention.interface`'s already. Peak memory: the
+    model, and the weights of a layer. Logs why not.
     """
     device = next(model.parameters()).device
     try:
@@ -90,7 +97,8 @@ def _fuse(decoder: Any, device: torch.device) -> None:
         except NotFused as error:
             raise NotFused(f"layer {number}: {error}") from None
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the weights that were joined leave pieces too small for the next ones
+            # the weights that were joined leave pieces too small for the next ones
+            torch.cuda.empty_cache()
     before = decoder.layers, decoder.norm
     try:
         decoder.layers = nn.ModuleList(layers[:FIRST])
@@ -123,7 +131,8 @@ class Sum:
 class FusedLayer(nn.Module):
     """A decoder layer of the Llama kind: norm, attention, norm, MLP, each pair around a residual.
 
-    ``rotates``: queries and keys get the rotary embedding. Raises: NotFused, for a layer made of other parts.
+    ``rotates``: queries and keys get the rotary embedding. Raises: NotFused, for a layer made of
+        other parts.
     """
 
     def __init__(self, layer: nn.Module, geometry: LayerGeometry, *, rotates: bool) -> None:
@@ -208,7 +217,8 @@ class FusedLayer(nn.Module):
 class RMSNorm(nn.Module):
     """A norm of any model that divides by the root of the mean of squares.
 
-    ``plus_one``: the weight is what is added to 1, as Gemma has it. ``late``: the norm is rounded only after it is multiplied by the weight.
+    ``plus_one``: the weight is what is added to 1, as Gemma has it. ``late``: the norm is rounded
+        only after it is multiplied by the weight.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool, late: bool) -> None:
@@ -222,7 +232,10 @@ class RMSNorm(nn.Module):
 
     @classmethod
     def of(cls, module: Any) -> RMSNorm:
-        """Return ``module`` as a norm of the kind that it is seen to be. Raises: NotFused, when it is of none."""
+        """Return ``module`` as a norm of the kind that it is seen to be.
+
+        Raises: NotFused, when it is of none.
+        """
         weight, eps = (
             getattr(module, "weight", None),
             getattr(module, "variance_epsilon", getattr(module, "eps", None)),
@@ -261,7 +274,9 @@ class RMSNorm(nn.Module):
     def add(
         self, x: Tensor, residual: Tensor | None, codes: Codes | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the norm of ``x + residual``, [T, H], or its codes and their scales, f32 [T, 1]; and the sum."""
+        """Return the norm of ``x + residual``, [T, H], or its codes and their scales, f32 [T, 1];
+        and the sum.
+        """
         if x.is_cuda:
             from qtool.engine import elementwise
 
@@ -286,7 +301,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``down(activation(gate(x)) * up(x))``, gate and up in one matmul; ``at``: where each begins among its outputs."""
+    """``down(activation(gate(x)) * up(x))``, gate and up in one matmul; ``at``: where each begins
+    among its outputs.
+    """
 
     def __init__(
         self,
@@ -354,10 +371,12 @@ def rotate_and_write(
     kv: KVPages,
     packed: Packed,
 ) -> Tensor:
-    """Norm and rotate queries and keys, and store keys and values. Return the queries [T, heads, D].
+    """Norm and rotate queries and keys, and store keys and values. Return the queries [T, heads,
+    D].
 
     Args:
-        qkv: queries, keys and values of each token, [T, ...]; ``at``: where each of the three begins.
+        qkv: queries, keys and values of each token, [T, ...]; ``at``: where each of the three
+            begins.
         rotary: cosines and sines [T, at most D]; the channels that are left are not rotated.
     """
     if qkv.is_cuda:
@@ -394,7 +413,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def gated(
     x: Tensor, at: tuple[int, int], width: int, activation: Activation, codes: Codes | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``activation(gate) * up`` [T, width], or its codes and their scales, f32 [T, 1]; ``at``: where gate and up begin in a row of ``x``."""
+    """Return ``activation(gate) * up`` [T, width], or its codes and their scales, f32 [T, 1];
+    ``at``: where gate and up begin in a row of ``x``.
+    """
     if x.is_cuda:
         from qtool.engine import elementwise
 
@@ -421,7 +442,9 @@ def _multiply(linear: Any, x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _only(module: nn.Module, needed: set[str], allowed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Raises: NotFused, unless ``module`` has the parts ``needed``, and no other but those ``allowed`` and such as do nothing."""
+    """Raises: NotFused, unless ``module`` has the parts ``needed``, and no other but those
+    ``allowed`` and such as do nothing.
+    """
     parts = {name for name, part in module.named_children() if not isinstance(part, PASSIVE)}
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if wrong := sorted((needed - parts) | (parts - needed - allowed) | own):
@@ -442,7 +465,8 @@ def _activation(function: Any) -> Activation | None:
 
 
 def _side_by_side(linears: Sequence[Any], sizes: Sequence[int]) -> tuple[nn.Module, list[int]]:
-    """Return one layer for ``linears``, which have one input, and where each of its parts, of ``sizes`` outputs, begins among its outputs.
+    """Return one layer for ``linears``, which have one input, and where each of its parts, of
+    ``sizes`` outputs, begins among its outputs.
 
     Plain weights are joined, and become views of the whole.
     """
@@ -492,7 +516,11 @@ def _side_by_side(linears: Sequence[Any], sizes: Sequence[int]) -> tuple[nn.Modu
 def _dry_run(
     decoder: Any, device: torch.device
 ) -> tuple[Tensor, dict[int, LayerGeometry], dict[nn.Module, dict[str, Any]]]:
-    """Run ``decoder`` on a few tokens. Return its output [1, T, H], the geometry of its layers, and the arguments that each was called with."""
+    """Run ``decoder`` on a few tokens.
+
+    Return its output [1, T, H], the geometry of its layers, and the arguments that each was called
+    with.
+    """
     arguments: dict[nn.Module, dict[str, Any]] = {}
 
     def note(module: nn.Module, _: Any, given: dict[str, Any]) -> None:
@@ -514,13 +542,17 @@ def _dry_run(
 def _proven(
     layer: Any, geometry: Mapping[int, LayerGeometry], arguments: dict[str, Any]
 ) -> FusedLayer:
-    """Return ``layer`` fused. Raises: NotFused, unless both make the same of a random input, and write the same to the cache."""
+    """Return ``layer`` fused.
+
+    Raises: NotFused, unless both make the same of a random input, and write the same to the cache.
+    """
     number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
     if number not in geometry:
         raise NotFused(f"{type(layer).__name__} has no `self_attn` that attends")
     if (
         "position_ids" in arguments
-    ):  # finds out a layer that looks at positions by itself, as those do that temper their attention
+        # finds out a layer that looks at positions by itself, as those do that temper their attention
+    ):
         arguments = {**arguments, "position_ids": arguments["position_ids"] + 100_000}
     if not hasattr(layer, "input_layernorm"):
         raise NotFused(f"{type(layer).__name__} has no `input_layernorm`")
@@ -557,7 +589,9 @@ def _error(
 
 
 class StandIn(nn.Module):
-    """In place of a quantized layer while a decoder layer is compared: linear, cheap, and without codes that move at the least difference."""
+    """In place of a quantized layer while a decoder layer is compared: linear, cheap, and without
+    codes that move at the least difference.
+    """
 
     def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
@@ -635,6 +669,8 @@ def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _distance(result: Tensor, expected: Tensor, reference: Tensor) -> float:
-    """Return how far ``result`` is from ``expected``, relative to the norm of ``reference``; NaN counts as far."""
+    """Return how far ``result`` is from ``expected``, relative to the norm of ``reference``; NaN
+    counts as far.
+    """
     size = float(reference.double().norm())
     return float((result.double() - expected.double()).norm()) / (size or 1.0)

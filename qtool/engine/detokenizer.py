@@ -1,4 +1,6 @@
-"""From tokens to text, as they come: no half character and no beginning of a stop string is ever given out."""
+"""From tokens to text, as they come: no half character and no beginning of a stop string is ever
+given out.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ MOST_HELD = (
 
 
 class FinishReason(TypedDict):
-    """Why a text ended, as SGLang tells it: ``matched`` of "stop" (none where a grammar is complete), ``length``, and ``message`` of "abort"."""
+    """Why a text ended, as SGLang tells it: ``matched`` of "stop" (none where a grammar is
+    complete), ``length``, and ``message`` of "abort".
+    """
 
     type: Literal["stop", "length", "abort"]
     matched: NotRequired[int | str]
@@ -37,9 +41,11 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class Detokenizer:
-    """The tokens of one text into characters; what comes out, put together, is what the tokenizer decodes all of them to.
+    """The tokens of one text into characters; what comes out, put together, is what the tokenizer
+    decodes all of them to.
 
-    ``context`` are tokens before the text, such as the end of the prompt: a tokenizer that drops a leading space then keeps the text's.
+    ``context`` are tokens before the text, such as the end of the prompt: a tokenizer that drops a
+    leading space then keeps the text's.
     """
 
     def __init__(
@@ -62,7 +68,9 @@ class Detokenizer:
         self._held.append(token_id)
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # the tokenizer sees what was given out differently now: some do, for bytes that turn out to be no character
+        # the tokenizer sees what was given out differently now: some do, for bytes that turn out to
+        # be no character
+        except Exception:
             self._before = []
             self._stream = self._new_stream()
             text = self._stream.step(self._tokenizer, self._held)
@@ -91,7 +99,9 @@ class Detokenizer:
         return both[len(before) :] if both.startswith(before) else self._decode(ids)
 
     def _release(self) -> str:
-        """Give out all but the last few of the held tokens, cut where no character lies across; a character has at most four bytes."""
+        """Give out all but the last few of the held tokens, cut where no character lies across; a
+        character has at most four bytes.
+        """
         cuts = range(len(self._held) - 4, len(self._held) - 8, -1)
         whole = self._decode(self._held)
         cut = next(
@@ -113,10 +123,13 @@ class TextStream:
     """The text of one request, and when it ends.
 
     Args:
-        tokenizer: the tokenizers library's (``backend_tokenizer`` of transformers' fast ones); None gives no text, and stop strings never match.
-        eos_ids: the model's end tokens, which do not count under ignore_eos; ``params.stop_ids`` always do.
+        tokenizer: the tokenizers library's (``backend_tokenizer`` of transformers' fast ones); None
+            gives no text, and stop strings never match.
+        eos_ids: the model's end tokens, which do not count under ignore_eos; ``params.stop_ids``
+            always do.
         max_new_tokens: in place of the parameters', where the context is shorter.
-        context: the last tokens of the prompt, if the text is to continue it (a space in front of the first word is kept).
+        context: the last tokens of the prompt, if the text is to continue it (a space in front of
+            the first word is kept).
     """
 
     def __init__(
@@ -143,7 +156,9 @@ class TextStream:
         self._taken = ""  # given out
         self._safe: list[str] = []  # to be given out
         self._held = ""  # may be the beginning of a stop string
-        self._exempt = 0  # so many of the held characters came before min_new_tokens: a stop string must end after them
+        # so many of the held characters came before min_new_tokens: a stop string must end after
+        # them
+        self._exempt = 0
 
     @property
     def text(self) -> str:
@@ -151,7 +166,10 @@ class TextStream:
         return self._taken + "".join(self._safe)
 
     def push(self, token_id: int) -> FinishReason | None:
-        """Add the next token; return why the text ends with it, or None. Once it has ended, further tokens change nothing."""
+        """Add the next token; return why the text ends with it, or None.
+
+        Once it has ended, further tokens change nothing.
+        """
         if self.reason is not None:
             return self.reason
         self.tokens += 1
@@ -174,7 +192,9 @@ class TextStream:
         return new
 
     def finish(self, reason: FinishReason | None = None) -> str:
-        """End the text, for ``reason`` if nothing else ended it before; return what is left to take."""
+        """End the text, for ``reason`` if nothing else ended it before; return what is left to
+        take.
+        """
         if self.reason is None:
             self._end(reason or {"type": "abort", "message": "Aborted"}, self.tokens > self._least)
         return self.take()
@@ -191,7 +211,9 @@ class TextStream:
             self._grow(self._detokenizer.push(token_id), may_stop)
 
     def _grow(self, new: str, may_stop: bool) -> None:
-        """Add characters, up to the first stop string that is complete; hold back what may be the beginning of one."""
+        """Add characters, up to the first stop string that is complete; hold back what may be the
+        beginning of one.
+        """
         if not new:
             return
         if not self._stops:

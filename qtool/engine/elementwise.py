@@ -1,6 +1,8 @@
-"""What a decoder layer does between its matmuls and attention, in Triton, a launch each: norms, rotary embedding and KV cache, gated activations.
+"""What a decoder layer does between its matmuls and attention, in Triton, a launch each: norms,
+rotary embedding and KV cache, gated activations.
 
-Each computes in f32 and rounds where the model's own code rounds, so that both say the same; codes are those `row_quantize` finds.
+Each computes in f32 and rounds where the model's own code rounds, so that both say the same; codes
+are those `row_quantize` finds.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -34,9 +36,11 @@ def add_norm(
     late: bool,
     codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the RMSNorm of ``x + residual`` [T, K], contiguous, or its codes; their scales, f32 [T, 1]; and the sum.
+    """Return the RMSNorm of ``x + residual`` [T, K], contiguous, or its codes; their scales, f32
+    [T, 1]; and the sum.
 
-    ``plus_one``: the weight is what is added to 1. ``late``: the norm is rounded after it is multiplied by the weight, and not before too.
+    ``plus_one``: the weight is what is added to 1. ``late``: the norm is rounded after it is
+        multiplied by the weight, and not before too.
     """
     tokens, width = x.shape
     total = x if residual is None else torch.empty_like(x)
@@ -76,13 +80,16 @@ def rotate_and_write(
     rows: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Return the queries of ``qkv`` [T, ...], normed and rotated, [T, heads, D]; write keys and values to their pages.
+    """Return the queries of ``qkv`` [T, ...], normed and rotated, [T, heads, D]; write keys and
+    values to their pages.
 
     Args:
         at: where the queries, keys and values of a token begin.
-        norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and ``late``.
+        norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and
+            ``late``.
         rotary: cosines and sines, [T, at most D].
-        k_pages, v_pages: [pages, KV heads, page, D]; ``scales``: what their numbers are in units of, for fp8.
+        k_pages, v_pages: [pages, KV heads, page, D]; ``scales``: what their numbers are in units
+            of, for fp8.
         table, rows, positions: as in `qtool.engine.attention.interface.Packed`.
     """
     tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
@@ -133,7 +140,9 @@ def gated(
     activation: Literal["silu", "gelu_tanh"],
     codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``activation(gate) * up`` [T, width], or its codes, and their scales; ``at``: where gate and up begin in the rows of ``x``."""
+    """Return ``activation(gate) * up`` [T, width], or its codes, and their scales; ``at``: where
+    gate and up begin in the rows of ``x``.
+    """
     tokens = x.shape[0]
     out, scale = _outputs(x, width, codes)
     piece = min(triton.next_power_of_2(width), PIECE if codes else TILE)
@@ -163,7 +172,9 @@ def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor
 
 
 def _launch(device: torch.device, size: int) -> dict[str, Any]:
-    """Return how to launch programs of ``size`` numbers: on Hopper while the launch before them still runs."""
+    """Return how to launch programs of ``size`` numbers: on Hopper while the launch before them
+    still runs.
+    """
     early = _starts_early(device)
     return {
         "PDL": early,
@@ -271,10 +282,12 @@ def _put_heads(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Norm the heads at ``x`` [H, 1], rotate them by the angles of their token, and store them at ``out`` [H, 1], those ``inside``.
+    """Norm the heads at ``x`` [H, 1], rotate them by the angles of their token, and store them at
+    ``out`` [H, 1], those ``inside``.
 
-    Of the channels that are rotated, one of the first half turns with one of the second. All loads have the shape [H, ...], those of the angles too:
-    of another shape they would have another layout, and go through shared memory.
+    Of the channels that are rotated, one of the first half turns with one of the second. All loads
+    have the shape [H, ...], those of the angles too: of another shape they would have another
+    layout, and go through shared memory.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = ROTATED // 2
@@ -442,7 +455,9 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _share(x):  # type: ignore[no-untyped-def]
-    """Return ``1 / (1 + 2^x)``, f32, in three instructions: `tl.exp2` and division handle subnormal numbers, with more work than all the rest is."""
+    """Return ``1 / (1 + 2^x)``, f32, in three instructions: `tl.exp2` and division handle subnormal
+    numbers, with more work than all the rest is.
+    """
     share: tl.constexpr = "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 $0, y;}"
     return tl.inline_asm_elementwise(share, "=f,f", [x], tl.float32, is_pure=True, pack=1)
 

@@ -1,4 +1,6 @@
-"""`Engine`: a model that answers requests, many at a time, for Python users; arguments and results are SGLang's."""
+"""`Engine`: a model that answers requests, many at a time, for Python users; arguments and results
+are SGLang's.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class Engine:
 
     Args:
         model_path: a folder, or a name on the Hub.
-        tokenizer_path: where the tokenizer is, if not there. skip_tokenizer_init: prompts are ``input_ids``, and results have no text.
+        tokenizer_path: where the tokenizer is, if not there. skip_tokenizer_init: prompts are
+            ``input_ids``, and results have no text.
         device, dtype, quantization, revision: as `qtool.load` takes them.
         kv_cache_dtype: ``auto``, 8 bits where the checkpoint has scales for it, or ``fp8_e4m3``.
         mem_fraction_static: share of the GPU's memory that weights and KV cache take, 0.85.
@@ -58,8 +61,10 @@ class Engine:
         max_running_requests: sequences that are computed at once; others wait.
         max_total_tokens: the size of the KV cache, if not as much as fits.
         chunked_prefill_size: tokens of a step; longer prompts are computed in parts.
-        disable_cuda_graph, disable_radix_cache, disable_overlap_schedule: do without CUDA graphs, reuse of common prefixes, a step ahead.
-        compile: run decoder layers that are not fused by qtool's own kernels through `torch.compile`, in decode steps or in all; starts take longer.
+        disable_cuda_graph, disable_radix_cache, disable_overlap_schedule: do without CUDA graphs,
+            reuse of common prefixes, a step ahead.
+        compile: run decoder layers that are not fused by qtool's own kernels through
+            `torch.compile`, in decode steps or in all; starts take longer.
         random_seed: makes requests without a seed of their own repeat from one engine to the next.
     Raises: CheckpointRefused, UsageError, ResourceError.
     """
@@ -157,8 +162,9 @@ class Engine:
     ) -> Any:
         """Return what SGLang's ``Engine.generate`` does.
 
-        For one prompt a dictionary with ``text``, ``output_ids`` and ``meta_info``; for several prompts, or ``n`` above 1, a list of them; with
-        ``stream`` an iterator of such dictionaries, each with all there is so far, and an ``index`` where there are several.
+        For one prompt a dictionary with ``text``, ``output_ids`` and ``meta_info``; for several
+        prompts, or ``n`` above 1, a list of them; with ``stream`` an iterator of such dictionaries,
+        each with all there is so far, and an ``index`` where there are several.
 
         Args:
             prompt, input_ids: one or several, as text or tokens.
@@ -188,7 +194,10 @@ class Engine:
         stream: bool = False,
         **options: Any,
     ) -> Any:
-        """Do as `generate`; with ``stream`` awaiting it gives an asynchronous iterator. Whoever cancels it, or leaves the iterator, aborts."""
+        """Do as `generate`; with ``stream`` awaiting it gives an asynchronous iterator.
+
+        Whoever cancels it, or leaves the iterator, aborts.
+        """
         loop = asyncio.get_running_loop()
         requests, single = await loop.run_in_executor(
             None, self._requests, Ask(prompt, sampling_params, input_ids, stream, **options)
@@ -204,7 +213,8 @@ class Engine:
         return results[0] if single else results
 
     def submit(self, ask: Ask, tell: Callable[[Told], object]) -> list[Request]:
-        """Start what ``ask`` means, and return its requests; the loop's thread calls ``tell`` with all there is to say of them.
+        """Start what ``ask`` means, and return its requests; the loop's thread calls ``tell`` with
+        all there is to say of them.
 
         Raises: UsageError for what cannot be asked; nothing has been started then.
         """
@@ -213,13 +223,17 @@ class Engine:
         return requests
 
     def abandon(self, requests: Sequence[Request]) -> None:
-        """End those of ``requests`` that run, for nobody waits for them any more: their memory is free before the next step."""
+        """End those of ``requests`` that run, for nobody waits for them any more: their memory is
+        free before the next step.
+        """
         for request in requests:
             if not request.done:
                 self.loop.abandon(request)
 
     def abort(self, rid: str) -> None:
-        """End the requests of the call with that ``rid``: their results say so, and their memory is free before the next step."""
+        """End the requests of the call with that ``rid``: their results say so, and their memory is
+        free before the next step.
+        """
         self.loop.abort(rid)
 
     def shutdown(self) -> None:
@@ -403,9 +417,12 @@ class Engine:
 class Ask:
     """What a call of `Engine.generate` asks for.
 
-    return_logprob: ``meta_info`` gets natural logarithms of the model's own probabilities, before temperature and penalties, as
-    ``(logprob, token, None)``: ``output_token_logprobs``, and ``input_token_logprobs`` from token ``logprob_start_len`` of the prompt on (-1: none of
-    it), whose first is None; and for each the ``top_logprobs_num`` most likely. rid: names of the requests, one for each prompt, for `Engine.abort`.
+    return_logprob: ``meta_info`` gets natural logarithms of the model's own probabilities, before
+        temperature and penalties, as
+    ``(logprob, token, None)``: ``output_token_logprobs``, and ``input_token_logprobs`` from token
+    ``logprob_start_len`` of the prompt on (-1: none of it), whose first is None; and for each the
+    ``top_logprobs_num`` most likely. rid: names of the requests, one for each prompt, for
+    `Engine.abort`.
     """
 
     prompt: str | Sequence[str] | None
@@ -476,7 +493,10 @@ def _limits(
 def _cache_scales(
     checkpoint: Checkpoint, layout: Layout | None, kv_cache_dtype: str
 ) -> dict[int, tuple[float, float]] | None:
-    """Return the scales of the KV cache by layer where it is kept in 8 bits; layers without have 1. None: it is kept in 16 bits."""
+    """Return the scales of the KV cache by layer where it is kept in 8 bits; layers without have 1.
+
+    None: it is kept in 16 bits.
+    """
     if kv_cache_dtype not in KV_DTYPES:
         raise UsageError(
             "E_KV_DTYPE",

@@ -1,4 +1,6 @@
-"""Text held to a grammar, through xgrammar: grammars compiled for one vocabulary, and for each text what may come next."""
+"""Text held to a grammar, through xgrammar: grammars compiled for one vocabulary, and for each text
+what may come next.
+"""
 
 from __future__ import annotations
 
@@ -128,18 +130,22 @@ class Compiler:
 
 
 class Constraint:
-    """What may come next in one text that is held to a grammar; it knows the tokens that were read, and nothing of steps.
+    """What may come next in one text that is held to a grammar; it knows the tokens that were read,
+    and nothing of steps.
 
-    An end token may come where the grammar is complete, after min_new_tokens if anything else can come. Special tokens are no text, but for
-    ``structural_tag``, and the model's end tokens never are.
+    An end token may come where the grammar is complete, after min_new_tokens if anything else can
+    come. Special tokens are no text, but for ``structural_tag``, and the model's end tokens never
+    are.
 
-    ``mask``: int32 [ceil(V / 32)], token i has bit i % 32 of word i // 32, set if it may come next; a new array for each token.
+    ``mask``: int32 [ceil(V / 32)], token i has bit i % 32 of word i // 32, set if it may come next;
+        a new array for each token.
 
     Args:
         compiler: for the model's vocabulary.
         params: with a ``constraint``.
         end_ids: tokens that end the text.
-    Raises: UsageError E_GRAMMAR, also where the grammar allows no token; ResourceError E_NO_XGRAMMAR.
+    Raises: UsageError E_GRAMMAR, also where the grammar allows no token; ResourceError
+        E_NO_XGRAMMAR.
     """
 
     def __init__(
@@ -167,7 +173,10 @@ class Constraint:
     def of(
         cls, params: SamplingParams, compiler: Compiler | None, end_ids: Collection[int]
     ) -> Constraint | None:
-        """Return the constraint of ``params``, None when there is none. Raises: UsageError E_SAMPLING, when there is one and no compiler."""
+        """Return the constraint of ``params``, None when there is none.
+
+        Raises: UsageError E_SAMPLING, when there is one and no compiler.
+        """
         if params.constraint is None:
             return None
         if compiler is None:
@@ -179,9 +188,11 @@ class Constraint:
         return cls(compiler, params, end_ids)
 
     def accept(self, token: int) -> bool:
-        """Add the token that came next, one of ``mask``; return whether it ends the text, because it is an end token or nothing can follow it.
+        """Add the token that came next, one of ``mask``; return whether it ends the text, because
+        it is an end token or nothing can follow it.
 
-        Raises: UsageError E_GRAMMAR, when nothing can follow though the grammar is not complete, or the grammar takes too long.
+        Raises: UsageError E_GRAMMAR, when nothing can follow though the grammar is not complete, or
+            the grammar takes too long.
         """
         if not self._text[token >> 5] >> (token & 31) & 1:
             return True
@@ -222,7 +233,9 @@ class Constraint:
 
 
 def load(tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
-    """Make `compile_to_json` ready, in a process that may be ended when it takes too long; ``tokenizer``: the text of tokenizer.json."""
+    """Make `compile_to_json` ready, in a process that may be ended when it takes too long;
+    ``tokenizer``: the text of tokenizer.json.
+    """
     global _loaded
     _loaded = Compiler(Tokenizer.from_str(tokenizer), vocab_size, eos_ids)
     _loaded.compile("regex", "a")  # imports and makes what all grammars need

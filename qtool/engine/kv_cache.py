@@ -1,4 +1,6 @@
-"""Pages of the key-value cache: who holds them, which can be used again by their content, which goes first when none is left."""
+"""Pages of the key-value cache: who holds them, which can be used again by their content, which
+goes first when none is left.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,18 @@ from collections.abc import Iterable
 
 
 def page_digest(parent: bytes, tokens: Iterable[int]) -> bytes:
-    """Return the name of a full page: it depends on the page's tokens and, through ``parent``, on all before them (``b""`` for the first)."""
+    """Return the name of a full page: it depends on the page's tokens and, through ``parent``, on
+    all before them (``b""`` for the first).
+    """
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
 class Pages:
     """Pages 1 to ``count``, counted by reference; page 0 belongs to nobody.
 
-    A full page may be registered under its digest. It is then shared with whoever has the same tokens and never written again; without
-    references it stays until its room is needed, least recently used first.
+    A full page may be registered under its digest. It is then shared with whoever has the same
+    tokens and never written again; without references it stays until its room is needed, least
+    recently used first.
     """
 
     def __init__(self, count: int) -> None:
@@ -48,7 +53,9 @@ class Pages:
         return taken
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
-        """Return the registered pages of the longest known start of ``digests``, and take a reference on each."""
+        """Return the registered pages of the longest known start of ``digests``, and take a
+        reference on each.
+        """
         found = []
         for digest in digests:
             page = self._by_digest.get(digest)
@@ -79,7 +86,9 @@ class Pages:
                     del self._by_digest[digest]
 
     def release(self, pages: list[int]) -> None:
-        """Give one reference on each page back; of one sequence's pages the last are evicted first, for they are no use without the others."""
+        """Give one reference on each page back; of one sequence's pages the last are evicted first,
+        for they are no use without the others.
+        """
         for page in reversed(pages):
             self._references[page] -= 1
             if not self._references[page]:

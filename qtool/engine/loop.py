@@ -1,4 +1,6 @@
-"""The loop of the engine: one thread owns the device, launches a step, and reads the one before it while that runs."""
+"""The loop of the engine: one thread owns the device, launches a step, and reads the one before it
+while that runs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ TokenLogprob = tuple[
 
 @dataclass(eq=False)
 class Request:
-    """One completion on its way. The loop's thread calls ``deliver`` with an `Answer` or an error, and whether that is the last."""
+    """One completion on its way.
+
+    The loop's thread calls ``deliver`` with an `Answer` or an error, and whether that is the last.
+    """
 
     id: str
     group: str  # the rid of the call it belongs to
@@ -80,9 +85,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """How far a request was at some moment: lists of the request only grow, so `result` may be made in any thread, later.
+    """How far a request was at some moment: lists of the request only grow, so `result` may be made
+    in any thread, later.
 
-    seconds: since the request was made. first_token_s: from then to its first token, None when there is none.
+    seconds: since the request was made. first_token_s: from then to its first token, None when
+        there is none.
     """
 
     request: Request
@@ -123,9 +130,11 @@ class Answer:
 
 
 class Loop:
-    """Takes requests, schedules, launches, reads, tells; each request ends exactly once, whatever goes wrong.
+    """Takes requests, schedules, launches, reads, tells; each request ends exactly once, whatever
+    goes wrong.
 
-    ``overlap``: a step is launched before the tokens of the one before it are read. A CPU has nothing to overlap.
+    ``overlap``: a step is launched before the tokens of the one before it are read. A CPU has
+        nothing to overlap.
     """
 
     def __init__(self, runner: Runner, *, overlap: bool) -> None:
@@ -153,7 +162,9 @@ class Loop:
             self._inbox.put(lambda: self._admit(request))
 
     def abort(self, rid: str) -> None:
-        """End the requests of the call ``rid``, or the one of that id, if they still run; their pages are free before the next step."""
+        """End the requests of the call ``rid``, or the one of that id, if they still run; their
+        pages are free before the next step.
+        """
         self._inbox.put(
             lambda: self._abort(
                 [
@@ -182,7 +193,8 @@ class Loop:
                 while not self._stopping:
                     try:
                         self._turn()
-                    except Exception as error:  # a fault of this program: whoever waits is told, and the next are served
+                    # a fault of this program: whoever waits is told, and the next are served
+                    except Exception as error:
                         LOG.exception("the engine's loop failed")
                         self._flying = None
                         for request in list(self.requests.values()):
@@ -238,7 +250,11 @@ class Loop:
         self._abort(list(self.requests.values()))
 
     def _launch(self, step: scheduler.Step) -> Launched | None:
-        """Start ``step``. One that raises fails its own requests; one without memory only the newest, and the others are computed again."""
+        """Start ``step``.
+
+        One that raises fails its own requests; one without memory only the newest, and the others
+        are computed again.
+        """
         rows, prompts = [], []
         for position, chunk in enumerate(step.chunks):
             request: Request = chunk.sequence.owner
@@ -375,7 +391,9 @@ def _row(request: Request, chunk: scheduler.Chunk) -> RowRequest:
 
 
 def _note_prompt(chunk: scheduler.Chunk, logprobs: Logprobs) -> None:
-    """Keep the log probabilities of the prompt's tokens that follow those of ``chunk``; after a preemption some are known."""
+    """Keep the log probabilities of the prompt's tokens that follow those of ``chunk``; after a
+    preemption some are known.
+    """
     request: Request = chunk.sequence.owner
     for place in range(
         request.next_prompt_place, min(chunk.start + chunk.count + 1, len(chunk.sequence.prompt))
@@ -393,6 +411,8 @@ def _note_prompt(chunk: scheduler.Chunk, logprobs: Logprobs) -> None:
 def _logprobs_at(
     logprobs: Logprobs, row: int, token: int, top: int
 ) -> tuple[TokenLogprob, list[TokenLogprob]]:
-    """Return what ``logprobs``, on the host, say of ``token`` and of the ``top`` most likely tokens of a row."""
+    """Return what ``logprobs``, on the host, say of ``token`` and of the ``top`` most likely tokens
+    of a row.
+    """
     best = zip(logprobs.top[row, :top].tolist(), logprobs.top_ids[row, :top].tolist(), strict=True)
     return (float(logprobs.chosen[row]), token, None), [(value, id, None) for value, id in best]

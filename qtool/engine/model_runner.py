@@ -1,4 +1,6 @@
-"""The model on its device: the KV cache, one step launched at a time; steps that only decode, and small ones with prompts, as CUDA graphs."""
+"""The model on its device: the KV cache, one step launched at a time; steps that only decode, and
+small ones with prompts, as CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ class Launched:
     """A step on its way: what it will say once `wait` has returned."""
 
     step: Step
-    tokens: Tensor  # int32, on the host: one for each chunk that samples, -1 where the logits were not finite
+    # int32, on the host: one for each chunk that samples, -1 where the logits were not finite
+    tokens: Tensor
     done: torch.cuda.Event | None
     logprobs: Logprobs | None = None  # on the host, of `logprob_rows`
     logprob_rows: tuple[int, ...] = ()
@@ -106,8 +109,10 @@ class Runner:
     """Runs the steps of a scheduler on a model.
 
     Args:
-        model: a causal language model of transformers, on ``device``, whose attention is `qtool.engine.attention.interface`'s.
-        static_share: of the device's memory, for weights and KV cache together; without meaning on a CPU.
+        model: a causal language model of transformers, on ``device``, whose attention is
+            `qtool.engine.attention.interface`'s.
+        static_share: of the device's memory, for weights and KV cache together; without meaning on
+            a CPU.
         max_tokens: the size of the KV cache, instead of what memory allows.
         cache_scales: for keys and values of each layer; with them the cache has 8 bits.
         compiled: in which steps decoder layers that cannot be fused run through `torch.compile`.
@@ -222,7 +227,9 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _pages(self, count: int) -> dict[int, KVPages]:
-        """Return the cache of ``count`` pages and one that nobody reads, page 0, in which padding writes."""
+        """Return the cache of ``count`` pages and one that nobody reads, page 0, in which padding
+        writes.
+        """
         pages = {}
         for layer in self.geometry:
             k_scale, v_scale = self._scales.get(layer.layer_idx, (1.0, 1.0))
@@ -233,7 +240,9 @@ class Runner:
         return pages
 
     def _peak(self) -> int:
-        """Return the bytes that the largest step needs beside weights and cache, found by running it: prefill of new prompts on scratch pages."""
+        """Return the bytes that the largest step needs beside weights and cache, found by running
+        it: prefill of new prompts on scratch pages.
+        """
         if self.device.type != "cuda":
             return 0
         torch.cuda.synchronize(self.device)
@@ -323,7 +332,9 @@ class Runner:
         return count
 
     def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
-        """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T], -1 for what its row sampled last; 0: after all."""
+        """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T], -1 for what its row
+        sampled last; 0: after all.
+        """
         ids = torch.where(ids < 0, self._last[packed.rows], ids)
         eager = self._eager_prefill and packed.starts is not None
         with (
@@ -346,7 +357,8 @@ class Runner:
 
         Args:
             requests: how to sample, for each chunk that samples.
-            prompts: (position of a chunk, how many alternatives) where the log probabilities of a prompt are wanted.
+            prompts: (position of a chunk, how many alternatives) where the log probabilities of a
+                prompt are wanted.
         """
         turn = next(self._turns)
         chunks = step.chunks
@@ -407,7 +419,9 @@ class Runner:
         return graph.logits[:count], graph.tokens[:count]
 
     def _decode(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return logits and tokens of ``size`` sequences, from `_inputs`: token, position and row of each, and changes of the table."""
+        """Return logits and tokens of ``size`` sequences, from `_inputs`: token, position and row
+        of each, and changes of the table.
+        """
         ids, positions, rows, places, pages = self._inputs[: 5 * size].view(5, size).unbind()
         self.table.view(-1).index_put_((places,), pages)
         logits = self._logits(
@@ -418,7 +432,9 @@ class Runner:
         return logits, tokens
 
     def _shape_for(self, step: Step) -> Shape | None:
-        """Return the smallest shape of a CUDA graph that holds ``step``, pieces of prompts and what decodes beside them."""
+        """Return the smallest shape of a CUDA graph that holds ``step``, pieces of prompts and what
+        decodes beside them.
+        """
         prefills = step.chunks[step.decodes :]
         if not 0 < len(prefills) <= CHUNKS:
             return None
@@ -433,7 +449,10 @@ class Runner:
         )
 
     def _replay_prompts(self, turn: int, step: Step, shape: Shape) -> Tensor:
-        """Run a step as the CUDA graph of ``shape``, and return its logits. What is too much decodes, or is a prompt, on the row for padding."""
+        """Run a step as the CUDA graph of ``shape``, and return its logits.
+
+        What is too much decodes, or is a prompt, on the row for padding.
+        """
         decodes, size = shape
         whole, prefills = decodes + size, step.chunks[step.decodes :]
         ends = list(itertools.accumulate(chunk.count for chunk in prefills))
@@ -471,7 +490,9 @@ class Runner:
         return self._kept_logits.index_select(0, self._shipped(rows))
 
     def _prompts(self, shape: Shape) -> Tensor:
-        """Return the logits of a step of ``shape``, one row for each that decodes and for each of `CHUNKS`, from `_inputs`."""
+        """Return the logits of a step of ``shape``, one row for each that decodes and for each of
+        `CHUNKS`, from `_inputs`.
+        """
         decodes, size = shape
         whole = decodes + size
         ids, positions, rows = self._inputs[: 3 * whole].view(3, whole).unbind()
@@ -488,7 +509,9 @@ class Runner:
         )
 
     def _run(self, turn: int, step: Step, whole: Sequence[int]) -> Tensor:
-        """Run any step, launch by launch, and return its logits; ``whole``: the positions of chunks all of whose logits are wanted."""
+        """Run any step, launch by launch, and return its logits; ``whole``: the positions of chunks
+        all of whose logits are wanted.
+        """
         chunks, updates, decodes = step.chunks, step.updates, step.decodes
         starts = np.cumsum([0, *(chunk.count for chunk in chunks)])
         tokens = int(starts[-1])
@@ -534,7 +557,9 @@ class Runner:
 
     @staticmethod
     def _token_arrays(chunks: Sequence[Chunk]) -> tuple[list[int], list[int], list[int]]:
-        """Return token (-1 where the host does not know it yet), position and row of each token of ``chunks``."""
+        """Return token (-1 where the host does not know it yet), position and row of each token of
+        ``chunks``.
+        """
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -572,7 +597,9 @@ class Runner:
         )
 
     def _capture(self) -> None:
-        """Capture the steps that have graphs, the largest first; none, and a warning, where the model's code does not allow it."""
+        """Capture the steps that have graphs, the largest first; none, and a warning, where the
+        model's code does not allow it.
+        """
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
@@ -634,7 +661,9 @@ class Runner:
 
 
 def _rows_of_logits(step: Step, whole: Sequence[int]) -> list[range]:
-    """Return which rows of the logits each chunk has: one for each token where it is in ``whole``, else one if it samples."""
+    """Return which rows of the logits each chunk has: one for each token where it is in ``whole``,
+    else one if it samples.
+    """
     sizes = [
         chunk.count if position in whole else int(chunk.samples)
         for position, chunk in enumerate(step.chunks)
@@ -646,7 +675,8 @@ def _rows_of_logits(step: Step, whole: Sequence[int]) -> list[range]:
 
 
 def _freeze_rotary(model: Any, context_length: int) -> None:
-    """Settle rotary embeddings that change with the longest position of a pass (longrope, dynamic) for the whole context, as vLLM does.
+    """Settle rotary embeddings that change with the longest position of a pass (longrope, dynamic)
+    for the whole context, as vLLM does.
 
     Sequences of any length share a pass here, and keys that were rotated once stay in the cache.
     """

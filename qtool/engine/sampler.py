@@ -1,9 +1,10 @@
 """From logits to tokens: one draw for all rows of a step.
 
-Temperature first, then top_k, then top_p over what is left, renormalised; min_p is relative to the largest probability. Penalties and logit_bias
-change the logits before all of that. A draw is the largest of ``p / E`` with ``E`` exponentially distributed (the Gumbel-max trick), where ``E`` is a
-hash of seed, position and token: it knows neither the batch nor the row. Every sum that decides something is one of integers, so the order in which a
-device adds does not show either.
+Temperature first, then top_k, then top_p over what is left, renormalised; min_p is relative to the
+largest probability. Penalties and logit_bias change the logits before all of that. A draw is the
+largest of ``p / E`` with ``E`` exponentially distributed (the Gumbel-max trick), where ``E`` is a
+hash of seed, position and token: it knows neither the batch nor the row. Every sum that decides
+something is one of integers, so the order in which a device adds does not show either.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SORTED_AT_ONCE = 16  # rows
 
 
 class History:
-    """The distinct tokens of one sequence, and how often each of them was generated: what penalties go by."""
+    """The distinct tokens of one sequence, and how often each of them was generated: what penalties
+    go by.
+    """
 
     def __init__(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
         distinct = np.unique(np.asarray(prompt_ids, np.int64))
@@ -41,7 +44,9 @@ class History:
     def of(
         cls, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
     ) -> History | None:
-        """Return the history that ``params`` need, None when they penalize nothing; only repetition_penalty counts the prompt."""
+        """Return the history that ``params`` need, None when they penalize nothing; only
+        repetition_penalty counts the prompt.
+        """
         return (
             cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids)
             if params.penalizes
@@ -61,7 +66,9 @@ class History:
         self._counts[place] += 1
 
     def counts(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct tokens that the model can predict, and how often each was generated (0: only in the prompt)."""
+        """Return the distinct tokens that the model can predict, and how often each was generated
+        (0: only in the prompt).
+        """
         ids, counts = self._ids[: self._size], self._counts[: self._size]
         inside = (ids >= 0) & (ids < vocab_size)  # placeholders of images lie outside
         return ids[inside], counts[inside]
@@ -71,8 +78,10 @@ class History:
 class RowRequest:
     """What one row of a step asks for.
 
-    seed: from `SamplingParams.row_seed`, the same for all steps of a sequence. position: tokens generated before this one; it decides the noise, with
-    the seed. history: from `History.of`. end_ids: what must not come while position < min_new_tokens. top_logprobs counts only with logprobs.
+    seed: from `SamplingParams.row_seed`, the same for all steps of a sequence. position: tokens
+        generated before this one; it decides the noise, with
+    the seed. history: from `History.of`. end_ids: what must not come while position <
+    min_new_tokens. top_logprobs counts only with logprobs.
     mask: the tokens that may come, from `Constraint.mask`, which knows of min_new_tokens.
     """
 
@@ -105,7 +114,9 @@ class RowRequest:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of softmax(logits): of the chosen tokens [T], and of the most probable ones with their ids [T, top], largest first."""
+    """Natural logarithms of softmax(logits): of the chosen tokens [T], and of the most probable
+    ones with their ids [T, top], largest first.
+    """
 
     chosen: Tensor
     top: Tensor
@@ -114,7 +125,9 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """One token for each row, int64 [R] on the device, -1 where the logits are not finite; ``logprobs`` of ``logprob_rows``, in their order."""
+    """One token for each row, int64 [R] on the device, -1 where the logits are not finite;
+    ``logprobs`` of ``logprob_rows``, in their order.
+    """
 
     tokens: Tensor
     logprobs: Logprobs | None = None
@@ -123,7 +136,9 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The settings of up to ROWS_AT_ONCE rows, by name on the device; empty when all are greedy as they are. ``widths``: of the filters in it."""
+    """The settings of up to ROWS_AT_ONCE rows, by name on the device; empty when all are greedy as
+    they are. ``widths``: of the filters in it.
+    """
 
     rows: slice
     tensors: dict[str, Tensor]
@@ -141,13 +156,17 @@ class Prepared:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """Return the place of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN or +inf, or with nothing but -inf."""
+    """Return the place of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN
+    or +inf, or with nothing but -inf.
+    """
     largest, tokens = _largest(logits)
     return tokens.masked_fill_(largest - largest != 0, -1)
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest logit of each row, NaN above all, and its first place, [R] each; on a GPU many blocks share a row."""
+    """Return the largest logit of each row, NaN above all, and its first place, [R] each; on a GPU
+    many blocks share a row.
+    """
     rows, size = logits.shape
     parts = math.gcd(size, 256) if logits.is_cuda else 1
     if parts < 16:
@@ -158,7 +177,9 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
-    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T] (negative ones count as 0) and of the ``top`` most probable tokens."""
+    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T] (negative ones count
+    as 0) and of the ``top`` most probable tokens.
+    """
     parts = []
     for start in range(0, max(1, logits.shape[0]), ROWS_AT_ONCE):
         some = logits[start : start + ROWS_AT_ONCE].float()
@@ -172,7 +193,10 @@ def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return a hash of each number. Source: SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195."""
+    """Return a hash of each number.
+
+    Source: SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -191,7 +215,9 @@ def row_keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.int32
 
 
 def token_keys(vocab_size: int) -> NDArray[np.int32]:
-    """Return a number for each token id, [V]: random above the id's 20 bits, so that no two are the same or differ in their highest bits alone."""
+    """Return a number for each token id, [V]: random above the id's 20 bits, so that no two are the
+    same or differ in their highest bits alone.
+    """
     ids = np.arange(vocab_size, dtype=np.uint64)
     return (
         ((ids ^ (_mix(ids) << np.uint64(20))) & np.uint64(0xFFFFFFFF))
@@ -201,7 +227,9 @@ def token_keys(vocab_size: int) -> NDArray[np.int32]:
 
 
 def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
-    """Return a hash of row and token, int32 [R, V] from [2, R] and [V]: numbers from 0 to 2^31 - 1, all as likely."""
+    """Return a hash of row and token, int32 [R, V] from [2, R] and [V]: numbers from 0 to 2^31 - 1,
+    all as likely.
+    """
     x = token_keys ^ row_keys[0, :, None]
     x *= row_keys[1, :, None]  # int32 products wrap around, on every device
     x ^= (x >> 15).bitwise_and_(0x1FFFF)  # a shift that fills with zeros
@@ -212,9 +240,11 @@ def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
 def _largest_kept(
     logits: Tensor, width: int, top_k: Tensor, top_p: Tensor, inverse: Tensor
 ) -> Tensor:
-    """Return the smallest logit of each row that top_k and top_p keep, float32 [F, 1]; equal logits are kept together.
+    """Return the smallest logit of each row that top_k and top_p keep, float32 [F, 1]; equal logits
+    are kept together.
 
-    Args: logits [F, V]; width: so many of the largest are looked at, top_k or more; top_k int64, top_p float64, 1 / temperature float32, all [F, 1].
+    Args: logits [F, V]; width: so many of the largest are looked at, top_k or more; top_k int64,
+        top_p float64, 1 / temperature float32, all [F, 1].
     """
     narrow = width < logits.shape[1]
     largest = (
@@ -242,11 +272,15 @@ class Sampler:
         self._half = torch.full((), -(2.0**-32), dtype=torch.float32, device=self.device)
 
     def sample(self, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
-        """Draw a token for each row of ``logits`` [R, V], any float dtype, as ``requests`` [R] ask; ``logits`` stay as they are."""
+        """Draw a token for each row of ``logits`` [R, V], any float dtype, as ``requests`` [R] ask;
+        ``logits`` stay as they are.
+        """
         return self.draw(logits, self.prepare(requests))
 
     def prepare(self, requests: Sequence[RowRequest]) -> Prepared:
-        """Bring the settings to the device, in one copy; none when all rows are greedy and no logits change."""
+        """Bring the settings to the device, in one copy; none when all rows are greedy and no
+        logits change.
+        """
         starts = range(0, len(requests), ROWS_AT_ONCE)
         settings = [self._settings(requests[start : start + ROWS_AT_ONCE]) for start in starts]
         rows = tuple(row for row, request in enumerate(requests) if request.logprobs)
@@ -260,7 +294,9 @@ class Sampler:
         return Prepared(tuple(parts), rows, ship_index.get("rows"), top)
 
     def draw(self, logits: Tensor, prepared: Prepared) -> Samples:
-        """Draw a token for each row of ``logits`` [R, V] with settings that are on the device already."""
+        """Draw a token for each row of ``logits`` [R, V] with settings that are on the device
+        already.
+        """
         if logits.shape[1] != self.vocab_size:
             raise ValueError(
                 f"{logits.shape[1]} logits a row for a vocabulary of {self.vocab_size}"
@@ -298,7 +334,8 @@ class Sampler:
             p.exp_()
             if "min_p" in given:
                 p.masked_fill_(p < given["min_p"][:, None], 0)
-            # u = -(h + 1/2) / 2^31, exact near 0, where draws are decided, and never -1; log1p(u) = -E
+            # u = -(h + 1/2) / 2^31, exact near 0, where draws are decided, and never -1; log1p(u) =
+            # -E
             u = torch.add(
                 self._half,
                 uniforms(given["keys"], self._token_keys),
@@ -310,7 +347,9 @@ class Sampler:
         return tokens.masked_fill(best - best != 0, -1)
 
     def _edited(self, logits: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits with penalties, biases, then masks: repetition over prompt and output, frequency and presence over output."""
+        """Return the logits with penalties, biases, then masks: repetition over prompt and output,
+        frequency and presence over output.
+        """
         if not given.keys() & {"penalty_places", "bias_places", "masks"}:
             return logits
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -333,7 +372,9 @@ class Sampler:
         return logits
 
     def _smallest_kept(self, logits: Tensor, part: _Part) -> Tensor:
-        """Return the smallest logit of each row that top_k and top_p keep, float32 [R, 1]; -inf for rows without."""
+        """Return the smallest logit of each row that top_k and top_p keep, float32 [R, 1]; -inf for
+        rows without.
+        """
         smallest = torch.full(
             (logits.shape[0], 1), -torch.inf, dtype=torch.float32, device=logits.device
         )
@@ -354,7 +395,9 @@ class Sampler:
     def _settings(
         self, requests: Sequence[RowRequest]
     ) -> tuple[dict[str, NDArray[Any]], tuple[int, ...]]:
-        """Return the settings of some rows as arrays by name, and the width of each of their filters."""
+        """Return the settings of some rows as arrays by name, and the width of each of their
+        filters.
+        """
         arrays: dict[str, NDArray[Any]] = {}
         if any(request.changes_logits for request in requests):
             arrays |= self._edits(requests)
@@ -399,7 +442,9 @@ class Sampler:
         return arrays, tuple(width for _, width in groups)
 
     def _edits(self, requests: Sequence[RowRequest]) -> dict[str, NDArray[Any]]:
-        """Return which logits of the flat [R * V] change, and how, and the masks of the rows that have one."""
+        """Return which logits of the flat [R * V] change, and how, and the masks of the rows that
+        have one.
+        """
         penalties: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
         places: list[int] = []
         biases: list[float] = []

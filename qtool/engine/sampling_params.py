@@ -1,4 +1,6 @@
-"""What a request may ask for, checked once, when it is made; without torch, so that whoever only takes requests can check them too."""
+"""What a request may ask for, checked once, when it is made; without torch, so that whoever only
+takes requests can check them too.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,14 @@ _FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What one request asks of the sampler and of the text, under SGLang's names; checked when it is made.
+    """What one request asks of the sampler and of the text, under SGLang's names; checked when it
+    is made.
 
-    max_new_tokens: None is to the end of the context. temperature: 0 is greedy. top_k: -1 is all. stop_token_ids end the text even with ignore_eos.
-    json_schema, regex, ebnf, structural_tag: what the text must be, at most one of them, as xgrammar takes it; such a text ends, with reason stop, as
-    soon as nothing can follow, whatever ignore_eos and min_new_tokens say.
+    max_new_tokens: None is to the end of the context. temperature: 0 is greedy. top_k: -1 is all.
+        stop_token_ids end the text even with ignore_eos.
+    json_schema, regex, ebnf, structural_tag: what the text must be, at most one of them, as
+    xgrammar takes it; such a text ends, with reason stop, as soon as nothing can follow, whatever
+    ignore_eos and min_new_tokens say.
     """
 
     max_new_tokens: int | None = 128
@@ -103,9 +108,11 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Return the parameters that ``values`` name; ``seed`` is another name of ``sampling_seed``.
+        """Return the parameters that ``values`` name; ``seed`` is another name of
+        ``sampling_seed``.
 
-        Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of range.
+        Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of
+            range.
         """
         if not isinstance(values, Mapping):
             raise UsageError(
@@ -184,7 +191,9 @@ class SamplingParams:
         )
 
     def row_seed(self, index: int = 0) -> int:
-        """Return a seed for the ``index``-th of the n texts: made from the request's, or a random one."""
+        """Return a seed for the ``index``-th of the n texts: made from the request's, or a random
+        one.
+        """
         if self.sampling_seed is None:
             return secrets.randbits(64)
         return (

@@ -1,12 +1,16 @@
-"""What runs in the next step: one token for each sequence that decodes, then pieces of prompts, within a budget of tokens.
+"""What runs in the next step: one token for each sequence that decodes, then pieces of prompts,
+within a budget of tokens.
 
-A step may be launched before the tokens of the step before it are read: such a token is *pending*, its value is on the device alone.
+A step may be launched before the tokens of the step before it are read: such a token is *pending*,
+its value is on the device alone.
 
-Pages are registered for reuse when the step that fills them is scheduled, so that sequences which arrive together compute a common prompt
-once, even within one step: in each layer the keys and values of all tokens are written before attention reads any. The price: when a step
-raises, those who share its pages must fail with it. They are in that step or, if the error shows only when its tokens are read, in the
-steps launched since: fail the sequences of all of these. Keys and values that are NaN make the logits of those who share them NaN: they
-fail by themselves.
+Pages are registered for reuse when the step that fills them is scheduled, so that sequences which
+arrive together compute a common prompt
+once, even within one step: in each layer the keys and values of all tokens are written before
+attention reads any. The price: when a step raises, those who share its pages must fail with it.
+They are in that step or, if the error shows only when its tokens are read, in the
+steps launched since: fail the sequences of all of these. Keys and values that are NaN make the
+    logits of those who share them NaN: they fail by themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ PROMPT_LOGITS = 256  # tokens of prompts a step whose logits are wanted
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A prompt and what was generated after it. The first six fields are the caller's, the others the scheduler's."""
+    """A prompt and what was generated after it.
+
+    The first six fields are the caller's, the others the scheduler's.
+    """
 
     prompt: list[int]
     max_new_tokens: int
@@ -33,7 +40,8 @@ class Sequence:
         False  # each token must be read before the next is scheduled (penalties count tokens)
     )
     use_prefix: bool = True  # False: every token of the prompt is computed (logprobs of the prompt)
-    needs_logits: bool = False  # for all tokens of the prompt, which is then computed in small parts: they take memory
+    # for all tokens of the prompt, which is then computed in small parts: they take memory
+    needs_logits: bool = False
     owner: Any = None  # whatever the caller wants to find here again
     state: Literal["waiting", "running", "finished"] = "waiting"
     tokens: list[int] = field(init=False)  # prompt and outputs read back
@@ -60,7 +68,9 @@ class Sequence:
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens ``start`` to ``start + count`` of a sequence, to be computed; after the last known one, the next is sampled."""
+    """Tokens ``start`` to ``start + count`` of a sequence, to be computed; after the last known
+    one, the next is sampled.
+    """
 
     sequence: Sequence
     start: int
@@ -82,10 +92,12 @@ class Step:
 
 
 class Scheduler:
-    """Sequences that run and that wait. All that run came before all that wait; both lists are in order of arrival.
+    """Sequences that run and that wait. All that run came before all that wait; both lists are in
+    order of arrival.
 
-    A sequence gets the pages of all its known tokens when it is admitted, and one more whenever it outgrows them. When there is none the
-    newest running sequence gives up its pages and waits to be computed again, so the oldest always advances.
+    A sequence gets the pages of all its known tokens when it is admitted, and one more whenever it
+    outgrows them. When there is none the newest running sequence gives up its pages and waits to be
+    computed again, so the oldest always advances.
     """
 
     def __init__(
@@ -113,7 +125,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let ``sequence`` wait for its turn; ``max_new_tokens`` is cut to what the context leaves.
 
-        Raises: UsageError, when the prompt is empty or too long, or all pages together could not hold it with its outputs.
+        Raises: UsageError, when the prompt is empty or too long, or all pages together could not
+            hold it with its outputs.
         """
         size = len(sequence.prompt)
         if not size:
@@ -138,7 +151,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> Step | None:
-        """Return the next step, or None when nothing can run before a pending token is read or a sequence arrives.
+        """Return the next step, or None when nothing can run before a pending token is read or a
+        sequence arrives.
 
         The caller must launch the step, or `fail` the sequences in it.
         """
@@ -146,7 +160,8 @@ class Scheduler:
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
-        unfinished = []  # prompts; no later sequence of the loop takes their pages, for they are older
+        # prompts; no later sequence of the loop takes their pages, for they are older
+        unfinished = []
         for sequence in self.running:  # preemption takes from the end of this list
             start, pending = sequence.computed, sequence.pending
             length = len(sequence.tokens) + pending
@@ -171,7 +186,9 @@ class Scheduler:
         return Step(decodes + prefills, len(decodes), updates) if decodes or prefills else None
 
     def took(self, step: Step, tokens: Iterable[int]) -> None:
-        """Append the tokens read back, one for each chunk of ``step`` that samples; those of finished sequences are dropped."""
+        """Append the tokens read back, one for each chunk of ``step`` that samples; those of
+        finished sequences are dropped.
+        """
         sampled = (chunk.sequence for chunk in step.chunks if chunk.samples)
         for sequence, token in zip(sampled, tokens, strict=True):
             sequence.pending -= 1
@@ -180,7 +197,9 @@ class Scheduler:
                 self._register(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """End ``sequence``, complete or aborted, and free its row and pages at once: what is launched runs before what comes later."""
+        """End ``sequence``, complete or aborted, and free its row and pages at once: what is
+        launched runs before what comes later.
+        """
         if sequence.state == "running":
             self.running.remove(sequence)
             self._vacate(sequence)
@@ -189,9 +208,11 @@ class Scheduler:
         sequence.state = "finished"
 
     def undo(self, step: Step) -> Sequence:
-        """Take ``step`` back, which `schedule` just returned and could not be launched; return the newest of its sequences.
+        """Take ``step`` back, which `schedule` just returned and could not be launched; return the
+        newest of its sequences.
 
-        They wait to be computed again, before all that wait. So do those that came after the first of them, though not in the step.
+        They wait to be computed again, before all that wait. So do those that came after the first
+        of them, though not in the step.
         """
         chunks = {chunk.sequence: chunk for chunk in step.chunks}
         first = next(number for number, sequence in enumerate(self.running) if sequence in chunks)
@@ -206,7 +227,9 @@ class Scheduler:
         return newest
 
     def fail(self, sequence: Sequence) -> None:
-        """End ``sequence``, also after `finish`, and let nobody match pages with its tokens: what they hold may be wrong."""
+        """End ``sequence``, also after `finish`, and let nobody match pages with its tokens: what
+        they hold may be wrong.
+        """
         self.finish(sequence)
         self.pages.forget(sequence.digests)
 
@@ -262,7 +285,9 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
-        """Give a running sequence one more page, if need be that of a newer one; False when it is the newest and was preempted itself."""
+        """Give a running sequence one more page, if need be that of a newer one; False when it is
+        the newest and was preempted itself.
+        """
         while not (page := self.pages.allocate(1)):
             if self._preempt() is sequence:
                 return False

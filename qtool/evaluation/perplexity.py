@@ -1,4 +1,6 @@
-"""How good a checkpoint of any format is: load it dequantized, with its input rounding simulated, and measure perplexity on held-out text."""
+"""How good a checkpoint of any format is: load it dequantized, with its input rounding simulated,
+and measure perplexity on held-out text.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input
 
 
 def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return the transformers model of ``checkpoint`` with plain weights of ``dtype``, in evaluation mode, on the CPU.
+    """Return the transformers model of ``checkpoint`` with plain weights of ``dtype``, in
+    evaluation mode, on the CPU.
 
-    Each quantized linear layer first multiplies its input by ``pre_scale`` and rounds it as its activation format says, so the logits are those
-    of an engine that computes in the quantized formats. The KV cache is not rounded.
+    Each quantized linear layer first multiplies its input by ``pre_scale`` and rounds it as its
+    activation format says, so the logits are those of an engine that computes in the quantized
+    formats. The KV cache is not rounded.
 
-    Raises: CheckpointRefused, when the tensors do not fit the model, or its rotations are applied at run time.
+    Raises: CheckpointRefused, when the tensors do not fit the model, or its rotations are applied
+        at run time.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -78,7 +83,8 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
 def perplexity(
     model: Any, token_sequences: Iterable[Sequence[int]], max_tokens: int = 512
 ) -> float:
-    """Return exp of the mean negative log-likelihood of every predicted token in the first ``max_tokens`` of each sequence.
+    """Return exp of the mean negative log-likelihood of every predicted token in the first
+    ``max_tokens`` of each sequence.
 
     Raises: DataRefused, when no sequence has two tokens.
     """

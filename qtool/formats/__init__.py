@@ -1,4 +1,6 @@
-"""The on-disk formats of quantized checkpoints, one file each: detect from headers and configs, read tensors to a QuantizedWeight, write them."""
+"""The on-disk formats of quantized checkpoints, one file each: detect from headers and configs,
+read tensors to a QuantizedWeight, write them.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,11 @@ PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ
 
 
 def detect(checkpoint: Checkpoint) -> Layout | None:
-    """Return how ``checkpoint`` is quantized, from headers and configs alone; None for a plain model.
+    """Return how ``checkpoint`` is quantized, from headers and configs alone; None for a plain
+    model.
 
-    Raises: CheckpointRefused, when the format is not one qtool reads, or config and tensors contradict each other.
+    Raises: CheckpointRefused, when the format is not one qtool reads, or config and tensors
+        contradict each other.
     """
     config = checkpoint.quantization_config
     if config is None:
@@ -107,7 +111,9 @@ def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
 
 
 def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
-    """Return the names of the tensors that belong to no quantized layer, without the scales of KV caches."""
+    """Return the names of the tensors that belong to no quantized layer, without the scales of KV
+    caches.
+    """
     owned = layout.owned if layout else frozenset()
     return [
         name
@@ -117,7 +123,9 @@ def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
 
 
 def tensor_name(module: QuantizedModule, suffix: str) -> str:
-    """Return the name of the tensor ``suffix`` of ``module``: a part of its own, but for stacked experts, ``gate_up_proj_blocks``."""
+    """Return the name of the tensor ``suffix`` of ``module``: a part of its own, but for stacked
+    experts, ``gate_up_proj_blocks``.
+    """
     return (
         f"{module.name}{suffix}"
         if suffix in (mxfp4.BLOCKS, mxfp4.SCALES)

@@ -1,4 +1,5 @@
-"""The AWQ format of AutoAWQ and GPTQModel in its `gemm` version: 4-bit codes packed along the outputs, in an interleaved order.
+"""The AWQ format of AutoAWQ and GPTQModel in its `gemm` version: 4-bit codes packed along the
+outputs, in an interleaved order.
 
 Source: AutoAWQ, `awq/utils/packing_utils.py`; gptqmodel 7.6, `nn_modules/qlinear`.
 """
@@ -43,7 +44,9 @@ HIGH = ~LOW
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` is of this format; GPTQModel's round-to-nearest says `gptq` and means `gemm` tensors."""
+    """Whether ``config`` is of this format; GPTQModel's round-to-nearest says `gptq` and means
+    `gemm` tensors.
+    """
     return (
         config.get("quant_method") == "awq"
         or _version(config) == "gemm"
@@ -52,7 +55,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout: a module is quantized when it has a ``qweight``; the config tells whether zeros are used."""
+    """Return the layout: a module is quantized when it has a ``qweight``; the config tells whether
+    zeros are used.
+    """
     if _version(config) != "gemm":
         message = f"{checkpoint.path}: AWQ in the layout `{_version(config)}` is a kernel's own and is not read; `gemm` is"
         raise refused("E_KERNEL_LAYOUT", message, "quantize the original again")
@@ -115,7 +120,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``qweight`` [K, N / 8], ``qzeros`` [G, N / 8] and ``scales`` [G, N]; symmetric weights get zeros of 8, which engines ask for."""
+    """Return ``qweight`` [K, N / 8], ``qzeros`` [G, N / 8] and ``scales`` [G, N]; symmetric weights
+    get zeros of 8, which engines ask for.
+    """
     import torch
 
     from qtool.formats.packing import offset_binary, pack_bits
@@ -145,7 +152,8 @@ def settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the config; ``sym`` is GPTQModel's key, and tells that the zeros are all 8.
 
-    Raises: CheckpointRefused, when the layers have different groups, or engines, which look for names inside names, would skip a quantized layer.
+    Raises: CheckpointRefused, when the layers have different groups, or engines, which look for
+        names inside names, would skip a quantized layer.
     """
     groups = {module.promised_group for module in modules}
     if len(groups) > 1:
@@ -168,7 +176,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return None
 
 

@@ -1,4 +1,5 @@
-"""The compressed-tensors format of LLM Compressor: float, int, packed int, NVFP4, MXFP4 and MXFP8, in one or several groups.
+"""The compressed-tensors format of LLM Compressor: float, int, packed int, NVFP4, MXFP4 and MXFP8,
+in one or several groups.
 
 Source: compressed-tensors 0.19, `quantization/quant_args.py`, `compressors/`, `utils/match.py`.
 """
@@ -294,7 +295,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return f"{attention}.{which}_scale", (count,) if count == 1 else (count, 1, 1)
 
 
@@ -352,7 +355,9 @@ def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _targets(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[Names, Mapping[str, Any]]]:
-    """Return what each group targets by name: exact names first, then patterns, the smallest string first, as compressed-tensors takes them."""
+    """Return what each group targets by name: exact names first, then patterns, the smallest string
+    first, as compressed-tensors takes them.
+    """
     entries = [
         (entry.startswith("re:"), entry, key)
         for key, group in groups.items()
@@ -395,7 +400,9 @@ def _module(checkpoint: Checkpoint, parts: Parts, group: Mapping[str, Any]) -> Q
 def _packed_shape(
     checkpoint: Checkpoint, parts: Parts, bits: int, group: int | None
 ) -> tuple[int, int]:
-    """Return (N, K) of an integer matrix packed along K; 16 bytes of ``weight_shape`` are read only where the header leaves K open."""
+    """Return (N, K) of an integer matrix packed along K; 16 bytes of ``weight_shape`` are read only
+    where the header leaves K open.
+    """
     rows, words = parts.matrix("weight_packed", "I32")
     scale = parts["weight_scale"]
     columns = words * 32 // bits

@@ -1,6 +1,8 @@
-"""The `fp8` method of DeepSeek, Qwen and vLLM: float8_e4m3 in blocks of 128 x 128, or with one scale for a whole matrix.
+"""The `fp8` method of DeepSeek, Qwen and vLLM: float8_e4m3 in blocks of 128 x 128, or with one
+scale for a whole matrix.
 
-Source: DeepSeek-V3, `inference/fp8_cast_bf16.py`; transformers 5.17, `integrations/finegrained_fp8.py`; vLLM 0.33, `layers/quantization/fp8.py`.
+Source: DeepSeek-V3, `inference/fp8_cast_bf16.py`; transformers 5.17,
+    `integrations/finegrained_fp8.py`; vLLM 0.33, `layers/quantization/fp8.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout: a module is quantized when its weight is float8; the shape of its scale tells tensor from block."""
+    """Return the layout: a module is quantized when its weight is float8; the shape of its scale
+    tells tensor from block.
+    """
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     skipped = [*(config.get("modules_to_not_convert") or []), *(config.get("ignored_layers") or [])]
@@ -57,7 +61,9 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
 
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Return the common form of ``tensors``; ``weight_scale_inv`` multiplies, whatever its name says, but in GPTQModel's variant."""
+    """Return the common form of ``tensors``; ``weight_scale_inv`` multiplies, whatever its name
+    says, but in GPTQModel's variant.
+    """
     from qtool.weight import Activation, QuantizedWeight, uneven_block
 
     rows, _ = module.shape
@@ -93,7 +99,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``weight`` and ``weight_scale_inv`` [blocks of N, blocks of K], or the scalars ``weight_scale`` and ``input_scale``."""
+    """Return ``weight`` and ``weight_scale_inv`` [blocks of N, blocks of K], or the scalars
+    ``weight_scale`` and ``input_scale``.
+    """
     if module.scheme.weights.granularity == "block":
         return {"weight": weight.data, "weight_scale_inv": weight.scale}
     tensors = {"weight": weight.data, "weight_scale": weight.scale[0, 0]}
@@ -105,7 +113,10 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 def settings(
     modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the config. Raises: CheckpointRefused, when layers differ: the method knows one scheme."""
+    """Return the config.
+
+    Raises: CheckpointRefused, when layers differ: the method knows one scheme.
+    """
     schemes = {module.scheme for module in modules}
     if len(schemes) > 1:
         raise refused(
@@ -125,7 +136,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return (f"{attention}.{which}_scale", ()) if count == 1 else None
 
 

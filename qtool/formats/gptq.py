@@ -1,4 +1,5 @@
-"""The GPTQ format of GPTQModel, AutoGPTQ and optimum, v1 and v2: 2, 3, 4 and 8 bit codes packed along the inputs.
+"""The GPTQ format of GPTQModel, AutoGPTQ and optimum, v1 and v2: 2, 3, 4 and 8 bit codes packed
+along the inputs.
 
 Source: gptqmodel 7.6, `nn_modules/qlinear`; AutoGPTQ; vLLM 0.33, `auto_gptq`.
 """
@@ -39,14 +40,18 @@ ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def claims(config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` is of this format; an old sidecar names no method, but bits and a group size."""
+    """Whether ``config`` is of this format; an old sidecar names no method, but bits and a group
+    size.
+    """
     return config.get("quant_method") == "gptq" or (
         "quant_method" not in config and "bits" in config and "group_size" in config
     )
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout: a module is quantized when it has a ``qweight``, whatever the config says; bits and groups follow from the shapes."""
+    """Return the layout: a module is quantized when it has a ``qweight``, whatever the config says;
+    bits and groups follow from the shapes.
+    """
     variant = _variant(config)
     if variant not in ("gptq", "gptq_v2", "gptq_p") or config.get("is_marlin_format"):
         raise refused(
@@ -78,7 +83,9 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
 
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Return the common form of ``tensors``, the inputs sorted by group when act-order has scattered them."""
+    """Return the common form of ``tensors``, the inputs sorted by group when act-order has
+    scattered them.
+    """
     import torch
 
     from qtool.formats.packing import (
@@ -148,7 +155,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``qweight`` [K * bits / 32, N], ``qzeros``, ``scales`` [G, N] and ``g_idx`` [K]; the version of the zeros is ``module.variant``."""
+    """Return ``qweight`` [K * bits / 32, N], ``qzeros``, ``scales`` [G, N] and ``g_idx`` [K]; the
+    version of the zeros is ``module.variant``.
+    """
     import torch
 
     from qtool.formats.packing import (
@@ -185,7 +194,9 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 def settings(
     modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the config, which also stands in a file of its own; layers that differ from most are in ``dynamic``."""
+    """Return the config, which also stands in a file of its own; layers that differ from most are
+    in ``dynamic``.
+    """
     options = {module.name: (module.scheme.weights, module.act_order) for module in modules}
     (weights, act_order), _ = Counter(options.values()).most_common(1)[0]
     group_size = weights.group_size or -1
@@ -219,7 +230,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return None
 
 
@@ -231,7 +244,9 @@ def fallbacks() -> tuple[str, ...]:
 def _patterns(
     wanted: Mapping[str, dict[str, Any]], names: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield regexes that match the names in ``wanted`` and no other of ``names``: one for a kind where all layers agree, else one for each."""
+    """Yield regexes that match the names in ``wanted`` and no other of ``names``: one for a kind
+    where all layers agree, else one for each.
+    """
     everywhere: dict[str, list[str]] = {}
     for name in names:
         everywhere.setdefault(_without_numbers(name), []).append(name)

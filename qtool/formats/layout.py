@@ -30,10 +30,13 @@ CACHE_SUFFIXES = (
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by suffix, e.g. ``weight_packed``.
+    """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by
+    suffix, e.g. ``weight_packed``.
 
-    ``variant`` tells layouts of one format apart, e.g. GPTQ's versions. ``experts``: how many matrices of N / experts outputs lie stacked in it.
-    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves it False and `export` finds it.
+    ``variant`` tells layouts of one format apart, e.g. GPTQ's versions. ``experts``: how many
+    matrices of N / experts outputs lie stacked in it.
+    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves
+        it False and `export` finds it.
     """
 
     name: str
@@ -57,7 +60,9 @@ class QuantizedModule:
 
 @dataclass(frozen=True)
 class Layout:
-    """A quantized checkpoint as its headers and configs show it; ``warnings`` say where the config and the tensors disagree."""
+    """A quantized checkpoint as its headers and configs show it; ``warnings`` say where the config
+    and the tensors disagree.
+    """
 
     format: str
     modules: Mapping[str, QuantizedModule]
@@ -76,7 +81,9 @@ class Layout:
 
 
 class Detector(Protocol):
-    """An on-disk format that is read: a module of this package with these functions. Tensors go by suffix, without the name of their layer."""
+    """An on-disk format that is read: a module of this package with these functions. Tensors go by
+    suffix, without the name of their layer.
+    """
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether the quantization ``config`` of a checkpoint is of this format."""
@@ -92,7 +99,9 @@ class Format(Detector, Protocol):
     """An on-disk format that is read and written."""
 
     def objection(self, module: QuantizedModule, weight: QuantizedWeight) -> str | None:
-        """Return which constraint keeps this format from holding ``weight`` as it is, by name; None when it can."""
+        """Return which constraint keeps this format from holding ``weight`` as it is, by name; None
+        when it can.
+        """
 
     def write(self, module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors that hold ``weight``: the inverse of `read`."""
@@ -100,15 +109,21 @@ class Format(Detector, Protocol):
     def settings(
         self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
     ) -> dict[str, dict[str, Any]]:
-        """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers ``plain``: file name -> keys to set."""
+        """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers
+        ``plain``: file name -> keys to set.
+        """
 
     def cache_scale(
         self, attention: str, which: str, count: int
     ) -> tuple[str, tuple[int, ...]] | None:
-        """Return name and shape of the KV-cache scale ``which`` (k, v or q) of an attention module; None when it has no place."""
+        """Return name and shape of the KV-cache scale ``which`` (k, v or q) of an attention module;
+        None when it has no place.
+        """
 
     def fallbacks(self) -> tuple[str, ...]:
-        """Return the names of the schemes, fewest bits first, that weights are rounded to when this format cannot hold theirs."""
+        """Return the names of the schemes, fewest bits first, that weights are rounded to when this
+        format cannot hold theirs.
+        """
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,9 @@ class Parts:
         return self.tensors[suffix]
 
     def matrix(self, suffix: str, *dtypes: str) -> tuple[int, int]:
-        """Return the shape of the tensor ``suffix``, which must have two dimensions and one of ``dtypes``."""
+        """Return the shape of the tensor ``suffix``, which must have two dimensions and one of
+        ``dtypes``.
+        """
         tensor = self[suffix]
         if tensor.dtype not in dtypes:
             raise self.misfit(suffix, f"a matrix of {' or '.join(dtypes)}", code="E_TENSOR_DTYPE")
@@ -167,7 +184,9 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
 
 
 def group_size(columns: int, groups: int, promised: int | None = None) -> int:
-    """Return how many of ``columns`` inputs share one of ``groups`` scales: ``promised`` where it fits, else what divides evenly."""
+    """Return how many of ``columns`` inputs share one of ``groups`` scales: ``promised`` where it
+    fits, else what divides evenly.
+    """
     if promised and promised > 0 and math.ceil(columns / promised) == groups:
         return promised
     return math.ceil(columns / groups)
@@ -176,7 +195,9 @@ def group_size(columns: int, groups: int, promised: int | None = None) -> int:
 def grouped_integers(
     bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool
 ) -> Weights:
-    """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a channel's, unless the config promised that group."""
+    """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a
+    channel's, unless the config promised that group.
+    """
     size = group_size(columns, groups, promised)
     format: Any = f"int{bits}"
     if groups == 1 and promised != size:
@@ -185,7 +206,9 @@ def grouped_integers(
 
 
 def block_size(size: int, blocks: int) -> int:
-    """Return the length of blocks that cut ``size`` into ``blocks``; the last may be short, so a power of two is preferred."""
+    """Return the length of blocks that cut ``size`` into ``blocks``; the last may be short, so a
+    power of two is preferred.
+    """
     candidates = [128, *(2**bits for bits in range(size.bit_length() + 1))]
     return next(
         (length for length in candidates if math.ceil(size / length) == blocks),
@@ -209,7 +232,9 @@ def shared_objection(
     act_order: bool = False,
     pre_scale: bool = False,
 ) -> str | None:
-    """Return the constraint that a format without stacked experts and, unless told otherwise, act-order and input factors, does not meet."""
+    """Return the constraint that a format without stacked experts and, unless told otherwise,
+    act-order and input factors, does not meet.
+    """
     if module.experts > 1:
         return f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer has tensors of its own here"
     if weight.perm is not None and not act_order:
@@ -227,7 +252,9 @@ def shared_objection(
 
 
 def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> None:
-    """Raise CheckpointRefused when an engine that looks for the names in ``plain`` inside names would skip one of ``modules`` with them."""
+    """Raise CheckpointRefused when an engine that looks for the names in ``plain`` inside names
+    would skip one of ``modules`` with them.
+    """
     for name in plain:
         if hidden := next((module.name for module in modules if name in module.name), None):
             message = f"ignore list: `{name}` stays in 16 bits, and engines, which look for names inside names, would skip `{hidden}` with it"

@@ -1,6 +1,8 @@
-"""The unified Hugging Face export of NVIDIA ModelOpt: FP8, NVFP4, MX, INT8 and INT4 AWQ, one or several in a checkpoint.
+"""The unified Hugging Face export of NVIDIA ModelOpt: FP8, NVFP4, MX, INT8 and INT4 AWQ, one or
+several in a checkpoint.
 
-Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unified_export_hf.py`, `torch/quantization/qtensor`.
+Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unified_export_hf.py`,
+    `torch/quantization/qtensor`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ ALGORITHM_OF_SCHEME: Mapping[str, str] = {  # spelled as ModelOpt spells them
     "FP8": "FP8",
     "FP8_DYNAMIC": "FP8_PER_CHANNEL_PER_TOKEN",
     "FP8_BLOCK_W8A16": "fp8_pb_wo",
-    "FP8_BLOCK": "FP8_BLOCK_SCALES",  # TensorRT-LLM's name; ModelOpt's own blocks leave inputs in 16 bits
+    # TensorRT-LLM's name; ModelOpt's own blocks leave inputs in 16 bits
+    "FP8_BLOCK": "FP8_BLOCK_SCALES",
     "NVFP4": "NVFP4",
     "NVFP4A16": "W4A16_NVFP4",
     "NVFP4AFP8": "W4A8_NVFP4_FP8",
@@ -176,7 +179,9 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``weight``, its scales and what its input needs, in the shapes of `torch/export/quant_utils.py`; scales keep their dtype."""
+    """Return ``weight``, its scales and what its input needs, in the shapes of
+    `torch/export/quant_utils.py`; scales keep their dtype.
+    """
     import torch
 
     weights, data, scale = module.scheme.weights, weight.data, weight.scale
@@ -213,7 +218,8 @@ def settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the flat config and the nested sidecar, which says more.
 
-    Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would skip a quantized layer.
+    Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would
+        skip a quantized layer.
     """
     layers = {module.name: {"quant_algo": _name(module), **_group(module)} for module in modules}
     kinds = {tuple(layer.items()) for layer in layers.values()}
@@ -274,7 +280,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return (f"{attention}.{which}_proj.{which}_scale", ()) if count == 1 else None
 
 

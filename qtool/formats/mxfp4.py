@@ -1,4 +1,5 @@
-"""The MXFP4 format of gpt-oss: the experts of a layer in one tensor of blocks of 32 and one of their scales; all else stays in 16 bits.
+"""The MXFP4 format of gpt-oss: the experts of a layer in one tensor of blocks of 32 and one of
+their scales; all else stays in 16 bits.
 
 Source: gpt-oss, `gpt_oss/torch/weights.py`; transformers 5.17, `integrations/mxfp4.py`.
 """
@@ -27,7 +28,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout: a projection of stacked experts is quantized when it has blocks, ``experts.gate_up_proj_blocks``."""
+    """Return the layout: a projection of stacked experts is quantized when it has blocks,
+    ``experts.gate_up_proj_blocks``.
+    """
     modules: dict[str, QuantizedModule] = {}
     for parts in modules_of(checkpoint):
         for suffix in parts.tensors:
@@ -89,7 +92,9 @@ def settings(
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it has no place."""
+    """Return name and shape of the KV-cache scale ``which`` of an attention module; None when it
+    has no place.
+    """
     return None
 
 

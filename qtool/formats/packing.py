@@ -31,7 +31,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return the tensor ``name``. Raises: CheckpointRefused, when torch has no such dtype or the file is shorter than it was."""
+    """Return the tensor ``name``.
+
+    Raises: CheckpointRefused, when torch has no such dtype or the file is shorter than it was.
+    """
     info = checkpoint.tensors[name]
     dtype = torch_dtype(info)
     data = torch.empty(info.size_bytes, dtype=torch.uint8)
@@ -63,7 +66,9 @@ def load(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
 
 
 def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
-    """Return what `load` does, on the meta device: shapes and dtypes without data, but for ``g_idx``, on whose data shapes depend."""
+    """Return what `load` does, on the meta device: shapes and dtypes without data, but for
+    ``g_idx``, on whose data shapes depend.
+    """
     return {
         suffix: read_tensor(checkpoint, tensor.name)
         if suffix in ("g_idx", "weight_g_idx")
@@ -74,24 +79,30 @@ def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor
 
 
 def from_divisor(divisor: Tensor) -> Tensor:
-    """Return the multiplier that does what ``divisor``, NVFP4's global scale in compressed-tensors, does, f32.
+    """Return the multiplier that does what ``divisor``, NVFP4's global scale in compressed-tensors,
+    does, f32.
 
-    A reciprocal of a reciprocal is often another number, so the numbers that libraries write are told by their form: the divisor is 2688 / amax
-    of a 16-bit amax, and then ModelOpt's multiplier is amax / 2688; or it was itself rounded to 16 bits, and then the multiplier is its reciprocal.
+    A reciprocal of a reciprocal is often another number, so the numbers that libraries write are
+    told by their form: the divisor is 2688 / amax of a 16-bit amax, and then ModelOpt's multiplier
+    is amax / 2688; or it was itself rounded to 16 bits, and then the multiplier is its reciprocal.
     """
     amax = to_16_bits(NVFP4_RANGE / divisor)
     return torch.where(NVFP4_RANGE / amax == divisor, amax / NVFP4_RANGE, 1 / divisor)
 
 
 def to_divisor(multiplier: Tensor) -> Tensor:
-    """Return the divisor that `from_divisor` makes ``multiplier`` of; where there is none, the one that comes within the last bit of f32."""
+    """Return the divisor that `from_divisor` makes ``multiplier`` of; where there is none, the one
+    that comes within the last bit of f32.
+    """
     amax, short = to_16_bits(multiplier * NVFP4_RANGE), to_16_bits(1 / multiplier)
     of_short = torch.where(1 / short == multiplier, short, 1 / multiplier)
     return torch.where(amax / NVFP4_RANGE == multiplier, NVFP4_RANGE / amax, of_short)
 
 
 def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return the ``data`` of a `QuantizedWeight` for rows of packed offset-binary codes, int32 [R, W]; see `unpack_bits`."""
+    """Return the ``data`` of a `QuantizedWeight` for rows of packed offset-binary codes, int32 [R,
+    W]; see `unpack_bits`.
+    """
     if bits == 4 and count % 2 == 0:
         return words.view(torch.uint8)[:, : count // 2].contiguous()  # the same order of nibbles
     if bits == 8:
@@ -100,12 +111,16 @@ def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def words_from_data(data: Tensor, bits: int) -> Tensor:
-    """Return ``data`` of a `QuantizedWeight` as rows of packed offset-binary codes, int32: the inverse of `data_from_words`."""
+    """Return ``data`` of a `QuantizedWeight` as rows of packed offset-binary codes, int32: the
+    inverse of `data_from_words`.
+    """
     return _as_words(data) if bits == 4 else pack_bits(offset_binary(data, bits), bits)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``codes``, uint8 [R, C], lowest bits first and without gaps, into int32 [R, C * bits / 32]."""
+    """Pack ``codes``, uint8 [R, C], lowest bits first and without gaps, into int32 [R, C * bits /
+    32].
+    """
     if bits == 8:
         return _as_words(codes)
     rows, count = codes.shape
@@ -125,10 +140,12 @@ def _as_words(data: Tensor) -> Tensor:
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return the ``count`` codes that each row of ``words``, int32 [R, W], holds, lowest bits first, as uint8 [R, count].
+    """Return the ``count`` codes that each row of ``words``, int32 [R, W], holds, lowest bits
+    first, as uint8 [R, count].
 
-    The row is one string of bits (dense), or each word holds 32 // bits whole codes (padded: compressed-tensors before 0.18, for 3, 5, 6 and
-    7 bits); the width tells which, and dense wins where a short row leaves it open.
+    The row is one string of bits (dense), or each word holds 32 // bits whole codes (padded:
+    compressed-tensors before 0.18, for 3, 5, 6 and 7 bits); the width tells which, and dense wins
+    where a short row leaves it open.
     """
     rows, width = words.shape
     if width == -(-count * bits // 32):
@@ -155,7 +172,9 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
 def check_constant(
     module: QuantizedModule, words: Tensor, bits: int, count: int, values: Container[int]
 ) -> None:
-    """Raise CheckpointRefused when the zero points ``words`` of a layer that its config calls symmetric are not all one of ``values``."""
+    """Raise CheckpointRefused when the zero points ``words`` of a layer that its config calls
+    symmetric are not all one of ``values``.
+    """
     if words.is_meta:
         return
     zeros = torch.unique(unpack_bits(words, bits, count))
@@ -186,7 +205,9 @@ def reorder(data: Tensor, order: Tensor) -> Tensor:
 
 
 def groups_of_inputs(columns: int, size: int, perm: Tensor | None) -> Tensor:
-    """Return g_idx, int32 [K]: the group of each input, in order or as ``perm`` scatters them; the inverse of `permutation`."""
+    """Return g_idx, int32 [K]: the group of each input, in order or as ``perm`` scatters them; the
+    inverse of `permutation`.
+    """
     in_order = torch.arange(columns, dtype=torch.int32) // size
     return (
         in_order
@@ -198,7 +219,8 @@ def groups_of_inputs(columns: int, size: int, perm: Tensor | None) -> Tensor:
 def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
     """Return the order that sorts inputs by group, int32 [K]; None when they are in order already.
 
-    ``g_idx`` [K] is the group of each input, one of ``groups``, each of ``size``. Raises: CheckpointRefused, when it is something else.
+    ``g_idx`` [K] is the group of each input, one of ``groups``, each of ``size``. Raises:
+    CheckpointRefused, when it is something else.
     """
     columns = g_idx.numel()
     if groups == 1 or torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // size):

@@ -14,7 +14,10 @@ MAX_PATTERNS = 200
 
 
 class Pattern:
-    """A regex that is matched at the start of names, as the engines do. Raises: CheckpointRefused, when it is none, or takes too long."""
+    """A regex that is matched at the start of names, as the engines do.
+
+    Raises: CheckpointRefused, when it is none, or takes too long.
+    """
 
     def __init__(self, pattern: str) -> None:
         import regex
@@ -46,7 +49,10 @@ class Pattern:
 
 
 def patterns_of(texts: Sequence[str]) -> list[Pattern]:
-    """Return the patterns of a list. Raises: CheckpointRefused, when one is none, or there are more of them than any recipe needs."""
+    """Return the patterns of a list.
+
+    Raises: CheckpointRefused, when one is none, or there are more of them than any recipe needs.
+    """
     if len(texts) > MAX_PATTERNS:
         raise refused(
             "E_QUANT_PATTERN",

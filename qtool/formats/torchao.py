@@ -1,4 +1,5 @@
-"""torchao's tensor subclasses in safetensors, as transformers saves them: the parts of `<module>.weight` under names of their own.
+"""torchao's tensor subclasses in safetensors, as transformers saves them: the parts of
+`<module>.weight` under names of their own.
 
 Source: torchao 0.18, `prototype/safetensors` and `quantization/quantize_/workflows`.
 """
@@ -32,7 +33,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout: a module is quantized when its weight has a ``qdata`` part; the config's class says what that means."""
+    """Return the layout: a module is quantized when its weight has a ``qdata`` part; the config's
+    class says what that means.
+    """
     kind = str(config.get("quant_type", {}).get("default", {}).get("_type"))
     modules = {
         parts.name: _module(checkpoint, parts, kind)

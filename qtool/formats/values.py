@@ -1,4 +1,6 @@
-"""The deep check of a checkpoint: no NaN, no infinity, no zero or negative scale, no group out of range. numpy on raw bytes, at memory speed."""
+"""The deep check of a checkpoint: no NaN, no infinity, no zero or negative scale, no group out of
+range. numpy on raw bytes, at memory speed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ SCALES = (
 
 @dataclass(frozen=True)
 class Bits:
-    """A float format as its bit pattern: words of ``word``; under ``mask`` a NaN or infinity is at least ``limit``."""
+    """A float format as its bit pattern: words of ``word``; under ``mask`` a NaN or infinity is at
+    least ``limit``.
+    """
 
     word: type
     mask: int
@@ -62,11 +66,13 @@ E8M0 = Bits(np.uint8, 0xFF, 0xFF, 0x100)  # 255 is NaN; there is no zero and no 
 
 
 def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
-    """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming file, tensor and value; empty when all is well.
+    """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming
+    file, tensor and value; empty when all is well.
 
-    A negative scale is wrong, except one of integer weights, of which AutoRound writes some. A zero scale is wrong, except an e4m3 block scale
-    (a group of zeros) and an e8m0 one (2^-127). Reads every float tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no
-    wrong value and are not read.
+    A negative scale is wrong, except one of integer weights, of which AutoRound writes some. A zero
+    scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads
+    every float tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong
+    value and are not read.
     """
     return check_tensors(checkpoint.tensors.values(), layout)
 
@@ -158,7 +164,9 @@ def _pieces(tensor: TensorInfo, word_and_check: tuple[type, Check] | None) -> It
 
 
 def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] | None:
-    """Return the word that ``tensor`` is read as and what is looked for in it; None when it can hold nothing wrong."""
+    """Return the word that ``tensor`` is read as and what is looked for in it; None when it can
+    hold nothing wrong.
+    """
     owner, _, suffix = tensor.name.rpartition(".")
     module = layout.modules.get(owner) if layout else None
     if layout and tensor.name.endswith(mxfp4.SCALES):

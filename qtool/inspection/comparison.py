@@ -22,10 +22,11 @@ RESCALED_GAIN_DB = 6.0  # factors of rows and columns, fitted to mere noise, gai
 
 @dataclass(frozen=True)
 class Difference:
-    """One linear layer of both checkpoints: signal to quantization noise in decibels (None when equal), and the largest difference of a weight.
+    """One linear layer of both checkpoints: signal to quantization noise in decibels (None when
+    equal), and the largest difference of a weight.
 
-    ``rescaled`` tells that rows or columns had been scaled (SmoothQuant, AWQ fold such factors into the layer before), and that the figures are
-    what is left after undoing it.
+    ``rescaled`` tells that rows or columns had been scaled (SmoothQuant, AWQ fold such factors into
+    the layer before), and that the figures are what is left after undoing it.
     """
 
     name: str
@@ -49,9 +50,11 @@ class Comparison:
 
 
 def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
-    """Return how far the linear layers of ``checkpoint`` are from those of ``base``, each plain or quantized in any format, one layer at a time.
+    """Return how far the linear layers of ``checkpoint`` are from those of ``base``, each plain or
+    quantized in any format, one layer at a time.
 
-    Raises: CheckpointRefused, when they have no layer in common, or a layer has another shape there.
+    Raises: CheckpointRefused, when they have no layer in common, or a layer has another shape
+        there.
     """
     layout, base_layout = detect(checkpoint), detect(base)
     here, there = _linears(checkpoint, layout), _linears(base, base_layout)
@@ -82,7 +85,9 @@ def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
 def _linears(
     checkpoint: Checkpoint, layout: Layout | None
 ) -> Mapping[str, QuantizedModule | TensorInfo]:
-    """Return every linear layer by name; stacked experts in 16 bits, [E, K, N], are there for those that MXFP4 packs."""
+    """Return every linear layer by name; stacked experts in 16 bits, [E, K, N], are there for those
+    that MXFP4 packs.
+    """
     quantized = layout.modules if layout else {}
     owned = layout.owned if layout else frozenset()
     plain = {
@@ -135,7 +140,9 @@ def _sqnr_db(here: Tensor, there: Tensor) -> float:
 
 
 def _rescaled(here: Tensor, there: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return ``here`` with the factors that bring it nearest to ``there``: one for each column (0) or row (1), in the order of ``dims``, twice."""
+    """Return ``here`` with the factors that bring it nearest to ``there``: one for each column (0)
+    or row (1), in the order of ``dims``, twice.
+    """
     for dim in (*dims, *dims):
         here = here * (
             (here * there).sum(dim, keepdim=True)

@@ -1,4 +1,6 @@
-"""What the numbers of a checkpoint look like: saturated codes, dead channels, the range of the scales; and whether its files are as digested."""
+"""What the numbers of a checkpoint look like: saturated codes, dead channels, the range of the
+scales; and whether its files are as digested.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 class ModuleNumbers:
     """The numbers of one quantized layer.
 
-    ``saturated``: share of the codes at either end of the format's range. ``dead_rows`` and ``dead_columns``: outputs and inputs whose weights are
-    all zero. ``scale_histogram``: (exponent e, count of scales in [2^e, 2^(e+1))), in order; of the effective scale, both levels of NVFP4 together.
-    Scales that are NaN or infinite are left out of all three.
+    ``saturated``: share of the codes at either end of the format's range. ``dead_rows`` and
+        ``dead_columns``: outputs and inputs whose weights are
+    all zero. ``scale_histogram``: (exponent e, count of scales in [2^e, 2^(e+1))), in order; of the
+    effective scale, both levels of NVFP4 together. Scales that are NaN or infinite are left out of
+    all three.
     """
 
     name: str
@@ -38,7 +42,8 @@ class ModuleNumbers:
 
 @dataclass(frozen=True)
 class DeepReport:
-    """All quantized layers' numbers, in the order of the headers; ``digests``: what comparing with the manifest gave, ``changed`` the files it is
+    """All quantized layers' numbers, in the order of the headers; ``digests``: what comparing with
+    the manifest gave, ``changed`` the files it is
     wrong about."""
 
     modules: tuple[ModuleNumbers, ...]
@@ -51,7 +56,9 @@ class DeepReport:
 
 
 def measure(checkpoint: Checkpoint, layout: Layout | None) -> DeepReport:
-    """Read every quantized layer and every file of ``checkpoint``, a few layers in memory at a time."""
+    """Read every quantized layer and every file of ``checkpoint``, a few layers in memory at a
+    time.
+    """
     import torch
 
     before = torch.get_num_threads()

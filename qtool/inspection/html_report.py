@@ -1,4 +1,6 @@
-"""The report of an inspection as one HTML page that loads nothing from anywhere: what people look at, and read when they want the number."""
+"""The report of an inspection as one HTML page that loads nothing from anywhere: what people look
+at, and read when they want the number.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ USUAL_ORDER = (
     ),
     *("gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w3", "w2", "fc1", "fc2"),
 )
-# ColorBrewer's YlGnBu, safe for colour-blind eyes since lightness alone orders it. On a dark page the order turns round: more is always further
+# ColorBrewer's YlGnBu, safe for colour-blind eyes since lightness alone orders it. On a dark page
+# the order turns round: more is always further
 # from the paper.
 LIGHT_STOPS = (
     "#f4f8d4",
@@ -76,7 +79,9 @@ DARK_STOPS = (
 
 
 def render_page(inspection: Inspection) -> str:
-    """Return ``inspection`` as a complete HTML document; names from the checkpoint are text in it, never markup."""
+    """Return ``inspection`` as a complete HTML document; names from the checkpoint are text in it,
+    never markup.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -124,7 +129,9 @@ def render_page(inspection: Inspection) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Return ``size`` bytes in the unit that leaves one to three digits before the point: ``3.94 GB``."""
+    """Return ``size`` bytes in the unit that leaves one to three digits before the point: ``3.94
+    GB``.
+    """
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(size) >= scale:
             return f"{size / scale:.{2 if size < 10 * scale else 1}f} {unit}"
@@ -196,7 +203,9 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Measure:
-    """A number of each module that a heat map paints: ``low`` is nearest to the paper's colour, ``high`` furthest from it."""
+    """A number of each module that a heat map paints: ``low`` is nearest to the paper's colour,
+    ``high`` furthest from it.
+    """
 
     title: str
     note: str
@@ -212,7 +221,9 @@ class _Measure:
         return "NaN" if math.isnan(value) else self.field(value)
 
     def shade(self, value: float) -> float:
-        """Return where ``value`` lies from ``low``, 0, to ``high``, 1; what is no number is as bad as it gets."""
+        """Return where ``value`` lies from ``low``, 0, to ``high``, 1; what is no number is as bad
+        as it gets.
+        """
         if math.isnan(value):
             return 1.0
         low, high = self.scale(self.low), self.scale(self.high)
@@ -283,7 +294,9 @@ class _Cell:
 
 
 def _heat_map(measure: _Measure, facts: _Facts) -> dict[str, Any]:
-    """Return what the template paints: a row for each kind, a column for each layer, and apart from them the modules that are in no layer."""
+    """Return what the template paints: a row for each kind, a column for each layer, and apart from
+    them the modules that are in no layer.
+    """
     modules = [module for module in facts.modules if module.name in measure.values]
     labels = _row_labels(modules)
     layers = sorted({module.layer for module in modules if module.layer is not None})
@@ -356,7 +369,9 @@ def _cell(
 
 
 def _row_labels(modules: Sequence[Module]) -> dict[str, str]:
-    """Return the row of each module: its kind, told apart by tower and by kind of expert; the rarest share a row when they are too many."""
+    """Return the row of each module: its kind, told apart by tower and by kind of expert; the
+    rarest share a row when they are too many.
+    """
     labels = {module.name: _row_label(module) for module in modules}
     common = {label for label, _ in Counter(labels.values()).most_common(MAX_ROWS)}
     return {name: label if label in common else "others" for name, label in labels.items()}
@@ -419,7 +434,9 @@ def _error(inspection: Inspection) -> dict[str, str] | None:
 
 
 def _sizes(inspection: Inspection) -> dict[str, Any]:
-    """Return the parts of both bars: how the bytes now, and in 16 bits, divide among the schemes and what is not quantized."""
+    """Return the parts of both bars: how the bytes now, and in 16 bits, divide among the schemes
+    and what is not quantized.
+    """
     parts: dict[str, list[Row]] = {}
     for row in inspection.quantized:
         parts.setdefault(row.scheme, []).append(row)
@@ -493,7 +510,9 @@ def _merged(parts: Sequence[tuple[str, int, int, int]]) -> list[tuple[str, int, 
 
 
 def _worst(facts: _Facts) -> list[dict[str, Any]]:
-    """Return the layers furthest from the base, with a bar each: its noise as a share of the signal, on the scale of the worst."""
+    """Return the layers furthest from the base, with a bar each: its noise as a share of the
+    signal, on the scale of the worst.
+    """
     modules = {module.name: module for module in facts.modules}
     differing = [
         one
@@ -517,7 +536,9 @@ def _worst(facts: _Facts) -> list[dict[str, Any]]:
 
 
 def _histograms(facts: _Facts) -> dict[str, Any] | None:
-    """Return how the scales of each kind are spread, one bin for each power of two, all kinds on the same axis."""
+    """Return how the scales of each kind are spread, one bin for each power of two, all kinds on
+    the same axis.
+    """
     modules = [module for module in facts.modules if module.name in facts.numbers]
     labels = _row_labels(modules)
     bins: dict[str, Counter[int]] = {}
@@ -595,7 +616,9 @@ def _left_in_16_bits(modules: Iterable[Module]) -> list[dict[str, Any]]:
 
 
 def _module_table(facts: _Facts) -> dict[str, Any]:
-    """Return the list of all modules: columns as [title, format], rows as plain values, None where nothing is known."""
+    """Return the list of all modules: columns as [title, format], rows as plain values, None where
+    nothing is known.
+    """
     columns = [
         ["module", "text"],
         ["stored as", "text"],
@@ -650,7 +673,9 @@ def _plain_number(value: float | None) -> float | str | None:
 
 
 def _embedded(data: Mapping[str, Any]) -> str:
-    """Return ``data`` as JSON that can stand in a script element: ASCII, and no character that HTML knows."""
+    """Return ``data`` as JSON that can stand in a script element: ASCII, and no character that HTML
+    knows.
+    """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -662,7 +687,9 @@ def _stored_as(module: Module) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Return ``value``, with a mark in place of every character that would be invisible or turn the text around it."""
+    """Return ``value``, with a mark in place of every character that would be invisible or turn the
+    text around it.
+    """
     return value.translate(HIDDEN) if type(value) is str else value
 
 

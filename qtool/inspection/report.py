@@ -1,4 +1,6 @@
-"""What is inside a checkpoint, from its headers alone: formats, schemes, bits, bytes, what stayed in 16 bits, and what does not fit together."""
+"""What is inside a checkpoint, from its headers alone: formats, schemes, bits, bytes, what stayed
+in 16 bits, and what does not fit together.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Module:
-    """One linear layer of N outputs and K inputs: its scheme, or None and the ``reason`` it is left in 16 bits."""
+    """One linear layer of N outputs and K inputs: its scheme, or None and the ``reason`` it is left
+    in 16 bits.
+    """
 
     name: str
     kind: str
@@ -62,9 +66,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in numbers; ``quantized`` and ``plain`` are sorted by bytes, the largest first, ``modules`` as the headers have them.
+    """A checkpoint in numbers; ``quantized`` and ``plain`` are sorted by bytes, the largest first,
+    ``modules`` as the headers have them.
 
-    ``plain_bytes`` is the size that the same parameters have in 16 bits. ``deep``, ``against`` and ``engine`` are there when they were asked for.
+    ``plain_bytes`` is the size that the same parameters have in 16 bits. ``deep``, ``against`` and
+    ``engine`` are there when they were asked for.
     """
 
     name: str
@@ -126,10 +132,12 @@ def inspect(
 ) -> Inspection:
     """Return what ``checkpoint`` holds, from its headers alone, and what else is asked for.
 
-    ``deep`` reads all data and warns of what is NaN, infinite, a bad scale, or another file than the manifest has; ``against`` compares each linear
-    layer with that checkpoint's; ``engine`` tells whether it will load there, on ``gpu`` and cut in ``tensor_parallel`` parts.
+    ``deep`` reads all data and warns of what is NaN, infinite, a bad scale, or another file than
+    the manifest has; ``against`` compares each linear layer with that checkpoint's; ``engine``
+    tells whether it will load there, on ``gpu`` and cut in ``tensor_parallel`` parts.
 
-    Raises: CheckpointRefused, when config and tensors contradict each other or the format is unknown.
+    Raises: CheckpointRefused, when config and tensors contradict each other or the format is
+        unknown.
     """
     warnings: list[str] = []
     try:

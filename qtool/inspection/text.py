@@ -1,4 +1,6 @@
-"""An inspection as rich prints it: facts, tables, the tree of layers, what was measured, and warnings last, where they are seen."""
+"""An inspection as rich prints it: facts, tables, the tree of layers, what was measured, and
+warnings last, where they are seen.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ STYLES = {"refused": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
-    """Return ``inspection`` as tables and lines; with ``modules`` also the tree of all linear layers."""
+    """Return ``inspection`` as tables and lines; with ``modules`` also the tree of all linear
+    layers.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -94,7 +98,9 @@ def _reasons(modules: Sequence[Module]) -> Iterator[str]:
 
 
 def _tree(modules: Sequence[Module]) -> Tree:
-    """Return the layers by their names; neighbours that are alike, layer after layer and expert after expert, share a branch."""
+    """Return the layers by their names; neighbours that are alike, layer after layer and expert
+    after expert, share a branch.
+    """
     from rich.tree import Tree
 
     nested: dict[str, Any] = {}

@@ -1,1 +1,3 @@
-"""Any checkpoint as a model that runs: quantized layers multiplied by the fastest kernel the device has."""
+"""Any checkpoint as a model that runs: quantized layers multiplied by the fastest kernel the device
+has.
+"""

@@ -1,4 +1,6 @@
-"""One quantized linear layer: packed tensors and the kernel that multiplies with them; several that share an input; a stack of experts."""
+"""One quantized linear layer: packed tensors and the kernel that multiplies with them; several that
+share an input; a stack of experts.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from qtool.weight import QuantizedWeight
 class QuantizedLinear(nn.Module):
     """``y = x W^T + bias`` with ``W`` as some kernel keeps it.
 
-    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``. Rounding the input is the kernel's affair,
-    unless it ``takes_codes`` that the layer before has rounded to.
+    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``.
+    Rounding the input is the kernel's affair, unless it ``takes_codes`` that the layer before has
+    rounded to.
     """
 
     perm: Tensor | None
@@ -66,7 +69,9 @@ class QuantizedLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def multiply_codes(self, codes: Tensor, row_scale: Tensor) -> Tensor:
-        """Multiply what is rounded to ``takes_codes`` already, ``codes`` [T, K] with ``row_scale``, f32 [T, 1]; the result is [T, N]."""
+        """Multiply what is rounded to ``takes_codes`` already, ``codes`` [T, K] with ``row_scale``,
+        f32 [T, 1]; the result is [T, N].
+        """
         y: Tensor = torch.ops.qtool.linear(codes, self._packed(), self.bias, self._call, row_scale)
         return y
 
@@ -76,7 +81,9 @@ class QuantizedLinear(nn.Module):
         ]  # `get_buffer` looks for submodules first, at every step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Follow to another device of the kind; no dtype changes, since codes and scales are no numbers to be cast."""
+        """Follow to another device of the kind; no dtype changes, since codes and scales are no
+        numbers to be cast.
+        """
         for name, tensor in self.named_buffers(recurse=False):
             device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
             if device.type != tensor.device.type:
@@ -110,9 +117,11 @@ class QuantizedLinear(nn.Module):
 
 
 class SharedInput:
-    """Layers that multiply one input, fused: the first that is called computes for all, and each takes its part of the outputs.
+    """Layers that multiply one input, fused: the first that is called computes for all, and each
+    takes its part of the outputs.
 
-    What waits to be taken is one object that is replaced and never changed, so that threads cannot get each other's outputs.
+    What waits to be taken is one object that is replaced and never changed, so that threads cannot
+    get each other's outputs.
     """
 
     def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
@@ -153,7 +162,8 @@ class FusedLinear(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """Stands where transformers keeps the weights of all experts in one tensor: ``stack[e]`` is what ``linear`` and ``@`` multiply with.
+    """Stands where transformers keeps the weights of all experts in one tensor: ``stack[e]`` is
+    what ``linear`` and ``@`` multiply with.
 
     ``experts``: for each the layers whose outputs, side by side, are those of its weight.
     """

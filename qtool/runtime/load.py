@@ -1,4 +1,6 @@
-"""A checkpoint as a model that runs: each linear layer read straight into the form its kernel wants, layers that share an input fused."""
+"""A checkpoint as a model that runs: each linear layer read straight into the form its kernel
+wants, layers that share an input fused.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ READERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Source:
-    """A linear layer of the checkpoint: its name there, where it goes, N outputs and K inputs, and the scheme it runs in, None for a plain one.
+    """A linear layer of the checkpoint: its name there, where it goes, N outputs and K inputs, and
+    the scheme it runs in, None for a plain one.
 
     ``experts``: how many matrices of N / experts outputs are stacked in it.
     """
@@ -114,16 +117,20 @@ def load(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Any:
-    """Return the transformers model of a checkpoint, its quantized layers multiplied by the best kernel of ``device``.
+    """Return the transformers model of a checkpoint, its quantized layers multiplied by the best
+    kernel of ``device``.
 
     Args:
         model_path: a folder, or a name on the Hub.
         device: ``cuda``, ``cuda:1``, ``cpu`` or ``auto``: the first GPU, where there is one.
-        dtype: what is not quantized is computed in: ``bfloat16``, ``float16``, ``float32`` or ``auto``, that of the checkpoint, or bfloat16 on a CPU.
-        quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`); a quantized one needs none.
+        dtype: what is not quantized is computed in: ``bfloat16``, ``float16``, ``float32`` or
+            ``auto``, that of the checkpoint, or bfloat16 on a CPU.
+        quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`);
+            a quantized one needs none.
         on_progress: is called with the number of layers that are ready, and of all.
     Returns: the model in evaluation mode; ``generate`` works on it.
-    Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a device that is not there.
+    Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a
+        device that is not there.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
     plan = plan_load(checkpoint, device_named(device), quantization, dtype)
@@ -134,7 +141,10 @@ def load(
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
-    """Return the device ``name``, or the best there is. Raises: UsageError for no name of a device, ResourceError for one that is missing."""
+    """Return the device ``name``, or the best there is.
+
+    Raises: UsageError for no name of a device, ResourceError for one that is missing.
+    """
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -157,7 +167,10 @@ def device_named(name: str | torch.device | None) -> torch.device:
 
 
 def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype ``name``, None for ``auto``. Raises: UsageError for one that models are not computed in."""
+    """Return the dtype ``name``, None for ``auto``.
+
+    Raises: UsageError for one that models are not computed in.
+    """
     plain = str(name or "auto").removeprefix("torch.").lower()
     if plain not in DTYPES:
         raise UsageError("E_DTYPE", f"`{name}` is no dtype to compute in", hint=", ".join(DTYPES))
@@ -170,7 +183,10 @@ def plan_load(
     quantization: str | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LoadPlan:
-    """Decide what each quantized layer of ``checkpoint`` becomes on ``device``. Reads no weights."""
+    """Decide what each quantized layer of ``checkpoint`` becomes on ``device``.
+
+    Reads no weights.
+    """
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
         raise CheckpointRefused(
@@ -262,7 +278,9 @@ def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
 
 
 def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
-    """Return by layer what keys and values in an 8-bit cache are multiplied with, where ``checkpoint`` has one number for each."""
+    """Return by layer what keys and values in an 8-bit cache are multiplied with, where
+    ``checkpoint`` has one number for each.
+    """
     found: dict[int, dict[str, float]] = {}
     for name, tensor in checkpoint.tensors.items():
         if (match := _CACHE_SCALE.search(name)) and not any(size != 1 for size in tensor.shape):
@@ -298,7 +316,9 @@ def _called(
     called: set[str],
     warned: list[str],
 ) -> list[Source]:
-    """Return the sources whose modules are called; the weight of the others is read by their parents, so they must be plain."""
+    """Return the sources whose modules are called; the weight of the others is read by their
+    parents, so they must be plain.
+    """
     read = [
         source.name
         for source in sources
@@ -317,7 +337,9 @@ def _called(
 
 
 def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Iterator[list[Source]]:
-    """Yield the sources in groups of one scheme that share an input, in the order of the checkpoint."""
+    """Yield the sources in groups of one scheme that share an input, in the order of the
+    checkpoint.
+    """
     together = {name: number for number, names in enumerate(sharing) for name in names}
     groups: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
@@ -340,7 +362,9 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Ite
 
 
 def _has_room(groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of the device: the KV cache lives there too."""
+    """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of
+    the device: the KV cache lives there too.
+    """
     repacked = [source for group in groups if group.choice.few for source in group.sources]
     size = sum(
         source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme
@@ -427,7 +451,9 @@ def _give_back() -> None:
 def _read_ahead(
     plan: LoadPlan, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Group, list[RawTensors]]]:
-    """Yield each group and the tensors of its layers, in host memory, while the next are read: one group on a CPU, else one for each reader."""
+    """Yield each group and the tensors of its layers, in host memory, while the next are read: one
+    group on a CPU, else one for each reader.
+    """
     waiting: deque[tuple[Group, list[Future[RawTensors]]]] = deque()
     for group in plan.groups:
         waiting.append((group, [pool.submit(_read, plan, source) for source in group.sources]))
@@ -476,7 +502,9 @@ def _weight(
 def _built(
     plan: LoadPlan, group: Group, raw: Sequence[RawTensors]
 ) -> Iterator[tuple[Place, nn.Module]]:
-    """Yield the modules that the layers of ``group`` become: one for all where what they ask of their input is the same."""
+    """Yield the modules that the layers of ``group`` become: one for all where what they ask of
+    their input is the same.
+    """
     weights = [
         _weight(plan, source, tensors) for source, tensors in zip(group.sources, raw, strict=True)
     ]
@@ -501,7 +529,9 @@ def _built(
 def _fused(
     plan: LoadPlan, members: list[tuple[Source, tuple[QuantizedWeight, Tensor | None]]]
 ) -> Iterator[tuple[Place, nn.Module]]:
-    """Yield the modules of layers that become one matrix; ``members`` are taken, so that their weights need not outlive it."""
+    """Yield the modules of layers that become one matrix; ``members`` are taken, so that their
+    weights need not outlive it.
+    """
     sources = [source for source, _ in members]
     weight, bias = (
         _stacked([weight for _, (weight, _) in members]),

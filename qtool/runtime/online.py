@@ -12,8 +12,10 @@ from qtool.formats import Layout
 from qtool.plan import is_linear, why_plain
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
-# torchao's meanings: torchao 0.18 `quantization/quant_api.py`, the defaults of the classes that SGLang 0.5.6 `layers/torchao_utils.py` names.
-# int4wo has zero points: torchao keeps them as floats, and here they are whole codes, so a weight can come out up to one step apart.
+# torchao's meanings: torchao 0.18 `quantization/quant_api.py`, the defaults of the classes that
+# SGLang 0.5.6 `layers/torchao_utils.py` names.
+# int4wo has zero points: torchao keeps them as floats, and here they are whole codes, so a weight
+# can come out up to one step apart.
 TORCHAO: Mapping[str, Scheme] = {
     "int8wo": SCHEMES["W8A16_CHANNEL"],
     "int8dq": SCHEMES["W8A8"],
@@ -24,7 +26,8 @@ TORCHAO: Mapping[str, Scheme] = {
     "fp8dq-per_tensor": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor")),
     "fp8dq-per_row": SCHEMES["FP8_DYNAMIC"],
 }
-# What a plain model is quantized to: by the first two as by SGLang 0.5.23 on CUDA (`layers/quantization/fp8.py`, `w8a8_fp8.py`).
+# What a plain model is quantized to: by the first two as by SGLang 0.5.23 on CUDA
+# (`layers/quantization/fp8.py`, `w8a8_fp8.py`).
 ONLINE: Mapping[str, Scheme] = {
     "fp8": SCHEMES["FP8_DYNAMIC"],
     "w8a8_fp8": SCHEMES["FP8_DYNAMIC"],
@@ -37,9 +40,12 @@ ONLINE: Mapping[str, Scheme] = {
     **TORCHAO,
 }
 OVERRIDES = ("w8a8_fp8", "w8a8_int8")  # on such weights, whatever the checkpoint says of the inputs
-# An engine's name for a quantized checkpoint -> the formats it may be in, and where that leaves a choice, its weights. `marlin` is a kernel, not
-# a format: by that name SGLang and vLLM run GPTQ and AWQ checkpoints with it (SGLang 0.5.23 `gptq/gptq.py`, `awq/awq.py`:
-# `override_quantization_method`). GPTQ that was saved in the kernel's own layout is no format that is read.
+# An engine's name for a quantized checkpoint -> the formats it may be in, and where that leaves a
+# choice, its weights. `marlin` is a kernel, not
+# a format: by that name SGLang and vLLM run GPTQ and AWQ checkpoints with it (SGLang 0.5.23
+# `gptq/gptq.py`, `awq/awq.py`:
+# `override_quantization_method`). GPTQ that was saved in the kernel's own layout is no format that
+# is read.
 METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "compressed-tensors": (("compressed-tensors",), ""),
     "gptq": (("gptq",), ""),
@@ -61,13 +67,17 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
 def schemes_to_run(
     checkpoint: Checkpoint, layout: Layout | None, quantization: str | None
 ) -> dict[str, Scheme]:
-    """Return the scheme of each quantized linear layer, by its name in the checkpoint, as it will run.
+    """Return the scheme of each quantized linear layer, by its name in the checkpoint, as it will
+    run.
 
     Args:
         layout: how ``checkpoint`` is quantized; None for a plain one.
-        quantization: for a plain model a name in `ONLINE`. A quantized one needs none; it may name the method or the scheme that is there, or one
-            of `OVERRIDES` where all weights are 8 bits with one scale a row or matrix, whose inputs are then rounded per token.
-    Raises: UsageError, for an unknown name or one that contradicts the checkpoint; CheckpointRefused, when no layer can be quantized.
+        quantization: for a plain model a name in `ONLINE`. A quantized one needs none; it may name
+            the method or the scheme that is there, or one
+            of `OVERRIDES` where all weights are 8 bits with one scale a row or matrix, whose inputs
+            are then rounded per token.
+    Raises: UsageError, for an unknown name or one that contradicts the checkpoint;
+        CheckpointRefused, when no layer can be quantized.
     """
     quantized = layout is not None and bool(
         layout.modules
@@ -110,7 +120,9 @@ def schemes_to_run(
 def left_plain(
     checkpoint: Checkpoint, layout: Layout | None, quantization: str | None
 ) -> tuple[str, ...]:
-    """Return one line for each reason why layers stay in 16 bits that ``quantization`` is for; empty for a quantized checkpoint."""
+    """Return one line for each reason why layers stay in 16 bits that ``quantization`` is for;
+    empty for a quantized checkpoint.
+    """
     if (layout is not None and layout.modules) or quantization is None:
         return ()
     left: dict[str, list[str]] = {}
@@ -124,7 +136,8 @@ def left_plain(
 
 
 def flag_named(quantization: str | None, torchao_config: str | None) -> str | None:
-    """Return the name for `schemes_to_run` that ``--quantization`` and ``--torchao-config`` give; None when neither is given.
+    """Return the name for `schemes_to_run` that ``--quantization`` and ``--torchao-config`` give;
+    None when neither is given.
 
     Raises: UsageError, for both at once and for a ``torchao_config`` that is no name of torchao's.
     """

@@ -1,4 +1,6 @@
-"""What transformers knows of a model: where each tensor of the checkpoint goes, which layers share an input, and how the plain weights are loaded."""
+"""What transformers knows of a model: where each tensor of the checkpoint goes, which layers share
+an input, and how the plain weights are loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from qtool.errors import CheckpointRefused, one_line
 class Place:
     """Where a linear layer of a checkpoint goes: a module of the model.
 
-    Of experts that the model stacks in one tensor, ``module`` is what holds the tensor, ``parameter`` its name there, ``expert`` the number of the
-    expert, None for all of them together, and ``part`` the position among the ``parts`` layers whose outputs lie side by side (gate, up).
+    Of experts that the model stacks in one tensor, ``module`` is what holds the tensor,
+    ``parameter`` its name there, ``expert`` the number of the expert, None for all of them
+    together, and ``part`` the position among the ``parts`` layers whose outputs lie side by side
+    (gate, up).
     """
 
     module: str
@@ -34,7 +38,9 @@ class Place:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keep torchao, which comes with transformers, from telling which of its libraries do not fit this machine."""
+    """Keep torchao, which comes with transformers, from telling which of its libraries do not fit
+    this machine.
+    """
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -81,7 +87,10 @@ class Skeleton:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def place(self, name: str) -> Place:
-        """Return where the linear layer that the checkpoint calls ``name`` goes. Raises: CheckpointRefused, when the model has no place for it."""
+        """Return where the linear layer that the checkpoint calls ``name`` goes.
+
+        Raises: CheckpointRefused, when the model has no place for it.
+        """
         from transformers.core_model_loading import rename_source_key
 
         found, pattern = rename_source_key(
@@ -163,7 +172,9 @@ class Skeleton:
         return missing
 
     def beyond(self, name: str) -> bool:
-        """Whether the tensor or layer ``name`` belongs to a decoder layer after the last, for multi-token prediction."""
+        """Whether the tensor or layer ``name`` belongs to a decoder layer after the last, for
+        multi-token prediction.
+        """
         layer, count = (
             re.search(r"\.layers\.(\d+)\.", name),
             self.checkpoint.text_config.get("num_hidden_layers"),
@@ -171,9 +182,11 @@ class Skeleton:
         return layer is not None and isinstance(count, int) and int(layer[1]) >= count
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
-        """Run the model without data. Return the names of the linear layers that are called, and of those that multiply one input, in order of use.
+        """Run the model without data. Return the names of the linear layers that are called, and of
+        those that multiply one input, in order of use.
 
-        A layer that is not called has its weight read by its parent. Raises: whatever the model does when it needs data.
+        A layer that is not called has its weight read by its parent. Raises: whatever the model
+        does when it needs data.
         """
         inputs: dict[tuple[str, int], list[str]] = {}
         alive: list[Tensor] = []  # so that no two inputs get the same id
@@ -213,7 +226,8 @@ class Skeleton:
     def materialize(
         self, removed: Collection[Place], state: dict[str, Tensor], device: torch.device
     ) -> Any:
-        """Return the model with its plain weights, ``state``, on ``device``; the layers at ``removed`` are left out for the caller to put in.
+        """Return the model with its plain weights, ``state``, on ``device``; the layers at
+        ``removed`` are left out for the caller to put in.
 
         Raises: CheckpointRefused, when ``state`` is not what the rest of the model needs.
         """
@@ -228,14 +242,16 @@ class Skeleton:
                 if place.parameter:
                     experts = model.get_submodule(place.module)
                     experts._parameters.pop(place.parameter, None)
-                    experts._is_hf_initialized = True  # or transformers would look for the parameter, to give it random numbers
+                    # or transformers would look for the parameter, to give it random numbers
+                    experts._is_hf_initialized = True
                 else:
                     model.set_submodule(place.module, nn.Identity())
                     model.get_submodule(
                         place.module.rpartition(".")[0]
                     )._is_hf_initialized = True  # the same
 
-        # a subclass for as long as loading takes: transformers then never asks for the weights of the layers that are left out
+        # a subclass for as long as loading takes: transformers then never asks for the weights of
+        # the layers that are left out
         names = {
             "__init__": initialize,
             "__module__": model_class.__module__,

@@ -1,6 +1,8 @@
-"""Serving by another engine: is the checkpoint one it loads, what are our options there, and this process becomes its server.
+"""Serving by another engine: is the checkpoint one it loads, what are our options there, and this
+process becomes its server.
 
-`flags.yaml` beside this file says what stands for each option. qtool has no code for several GPUs or machines: those who need them come here.
+`flags.yaml` beside this file says what stands for each option. qtool has no code for several GPUs
+or machines: those who need them come here.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class Counterpart(BaseModel):
 
 
 class Target(BaseModel):
-    """One engine's command line, read from its ``version``: what starts it, and what stands for our options, in the order it gets them."""
+    """One engine's command line, read from its ``version``: what starts it, and what stands for our
+    options, in the order it gets them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,7 +85,9 @@ class Target(BaseModel):
 
 @dataclass(frozen=True)
 class Command:
-    """A process that serves: what to run, what to add to the environment, and what its user should know first."""
+    """A process that serves: what to run, what to add to the environment, and what its user should
+    know first.
+    """
 
     engine: str
     arguments: tuple[str, ...] = field(repr=False)
@@ -121,7 +127,9 @@ class Command:
 
 @cache
 def targets() -> Mapping[str, Target]:
-    """Return the engines that a process can be handed to, by name, which is also that of the package."""
+    """Return the engines that a process can be handed to, by name, which is also that of the
+    package.
+    """
     return {
         name: Target.model_validate(data)
         for name, data in yaml.safe_load(FLAGS.read_bytes()).items()
@@ -131,13 +139,16 @@ def targets() -> Mapping[str, Target]:
 def prepare(
     engine: str, options: Mapping[str, object], extra: Sequence[str] = (), *, dry_run: bool = False
 ) -> Command:
-    """Return the command by which ``engine`` serves the checkpoint as ``options`` ask, having checked that it will load it.
+    """Return the command by which ``engine`` serves the checkpoint as ``options`` ask, having
+    checked that it will load it.
 
     Args:
-        options: ours by name, e.g. ``mem_fraction_static``; None and False are options that were not given. ``model_path`` must be there.
+        options: ours by name, e.g. ``mem_fraction_static``; None and False are options that were
+            not given. ``model_path`` must be there.
         extra: the engine's own arguments. They stand last, so that they win.
         dry_run: the engine need not be installed.
-    Raises: UsageError, for what cannot be said to the engine; CheckpointRefused, with the reasons, for a checkpoint it does not load;
+    Raises: UsageError, for what cannot be said to the engine; CheckpointRefused, with the reasons,
+        for a checkpoint it does not load;
         ResourceError, when it is not installed.
     """
     settings = _one_quantization(options)
@@ -177,9 +188,11 @@ def prepare(
 
 
 def make_command(engine: str, options: Mapping[str, object], extra: Sequence[str] = ()) -> Command:
-    """Return the command that says ``options`` to ``engine``; looks at no checkpoint. See `prepare`.
+    """Return the command that says ``options`` to ``engine``; looks at no checkpoint. See
+    `prepare`.
 
-    ``quantization`` and ``torchao_config`` mean a plain model here, ``override`` a quantized one whose inputs are rounded otherwise.
+    ``quantization`` and ``torchao_config`` mean a plain model here, ``override`` a quantized one
+    whose inputs are rounded otherwise.
 
     Raises: UsageError, for an option that the engine has nothing for and that is no mere comfort.
     """
@@ -233,7 +246,8 @@ def suggestion(
 
     Args:
         options: ours by name, as for `prepare`. ``tp`` is kept when it is there.
-        size_bytes: of the weights, and gpu_bytes of one GPU's memory; where both are known and ``tp`` is not, they give the number of GPUs.
+        size_bytes: of the weights, and gpu_bytes of one GPU's memory; where both are known and
+            ``tp`` is not, they give the number of GPUs.
     """
     given = {
         name: value
@@ -250,7 +264,9 @@ def suggestion(
 
 
 def least_tensor_parallel(size_bytes: int, gpu_bytes: int) -> int:
-    """Return the smallest power of two of GPUs that hold ``size_bytes`` of weights and leave room for the KV cache."""
+    """Return the smallest power of two of GPUs that hold ``size_bytes`` of weights and leave room
+    for the KV cache.
+    """
     return 1 << max(0, math.ceil(math.log2(size_bytes / (gpu_bytes * (1 - KEPT_FOR_CACHE)))))
 
 
@@ -276,7 +292,9 @@ def _one_quantization(options: Mapping[str, object]) -> dict[str, object]:
 def _check(
     checkpoint: Checkpoint, model_path: str, engine: str, settings: Mapping[str, object]
 ) -> EngineReport:
-    """Return what ``engine``, in the version that is installed, does with the checkpoint on this machine's GPU. Raises: CheckpointRefused."""
+    """Return what ``engine``, in the version that is installed, does with the checkpoint on this
+    machine's GPU. Raises: CheckpointRefused.
+    """
     ranks = int(str(settings.get("tp") or 1))
     gpu = None if settings.get("device") == "cpu" else _gpu(str(settings.get("device") or "auto"))
     version = _installed_version(engine)
@@ -309,7 +327,9 @@ def _check(
 
 
 def _quantization(checkpoint: Checkpoint, name: str) -> dict[str, object]:
-    """Return what is left to say of ``--quantization``: all for a plain model, nothing where it is what an engine reads from the checkpoint."""
+    """Return what is left to say of ``--quantization``: all for a plain model, nothing where it is
+    what an engine reads from the checkpoint.
+    """
     layout = formats.detect(checkpoint)
     schemes = schemes_to_run(checkpoint, layout, name)
     if layout is None or not layout.modules:
@@ -351,7 +371,9 @@ def _pick_gpu(settings: dict[str, object]) -> dict[str, str]:
 
 
 def _visible(device: str) -> str:
-    """Return the CUDA_VISIBLE_DEVICES of ``device``, ``cuda:<n>``: n counts those that are visible now."""
+    """Return the CUDA_VISIBLE_DEVICES of ``device``, ``cuda:<n>``: n counts those that are visible
+    now.
+    """
     number = device.removeprefix("cuda:")
     shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not number.isdecimal() or (shown and int(number) >= len(shown)):
@@ -364,7 +386,9 @@ def _visible(device: str) -> str:
 
 
 def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
-    """Write the options that vLLM has in other parts or counts otherwise as it has them; return what gets lost."""
+    """Write the options that vLLM has in other parts or counts otherwise as it has them; return
+    what gets lost.
+    """
     warnings = []
     if isinstance(address := settings.pop("dist_init_addr", None), str):
         host, _, port = address.rpartition(":") if not address.endswith("]") else (address, "", "")
@@ -441,7 +465,9 @@ def _text(value: object) -> str | None:
 
 
 def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield ``arguments`` with what follows a flag of `SECRETS` hidden; there may be several, and the flag may be written ``--flag=value``."""
+    """Yield ``arguments`` with what follows a flag of `SECRETS` hidden; there may be several, and
+    the flag may be written ``--flag=value``.
+    """
     secret, first = False, False
     for word in arguments:
         if word.startswith("-") and not first:
@@ -462,7 +488,9 @@ def _is_installed(engine: str) -> bool:
 
 
 def _installed_version(engine: str) -> str | None:
-    """Return the version of the engine that would run; None when it is not installed or does not say."""
+    """Return the version of the engine that would run; None when it is not installed or does not
+    say.
+    """
     try:
         version = importlib.metadata.version(engine)
     except importlib.metadata.PackageNotFoundError:
@@ -471,7 +499,9 @@ def _installed_version(engine: str) -> str | None:
 
 
 def _gpu(device: str) -> str | None:
-    """Return the architecture of the GPU that would run it, e.g. ``9.0``; None where the driver does not say."""
+    """Return the architecture of the GPU that would run it, e.g. ``9.0``; None where the driver
+    does not say.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

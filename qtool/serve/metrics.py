@@ -1,4 +1,6 @@
-"""What `GET /metrics` tells Prometheus, under the names that dashboards for vLLM and for SGLang know."""
+"""What `GET /metrics` tells Prometheus, under the names that dashboards for vLLM and for SGLang
+know.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ BETWEEN_TOKENS_S = (
     10,
 )
 WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-# vLLM's name, SGLang's name, what it says; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang 0.5.23 `srt/metrics/collector.py`
+# vLLM's name, SGLang's name, what it says; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang
+# 0.5.23 `srt/metrics/collector.py`
 NAMES = {
     "running": (
         "vllm:num_requests_running",
@@ -169,7 +172,9 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is not counted here: what the engine does, and everything again under SGLang's names."""
+        """Yield what is not counted here: what the engine does, and everything again under SGLang's
+        names.
+        """
         yield self._info
         others = {vllm: sglang for vllm, sglang, _ in NAMES.values()}
         for metric in self._doubled.collect():

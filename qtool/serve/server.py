@@ -1,4 +1,6 @@
-"""A server from its start to its end: the address first, then the model, then requests; at a signal no more of them, and at last the processes."""
+"""A server from its start to its end: the address first, then the model, then requests; at a signal
+no more of them, and at last the processes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ OWN_FILES = 256  # open files beside connections
 def serve(settings: Settings, *, on_ready: Callable[[Service], None]) -> None:
     """Serve until a signal ends it. ``on_ready`` is called once the model has answered.
 
-    Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises for a model that cannot be served.
+    Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
+        for a model that cannot be served.
     """
     _check_quantization(settings)
     address = bind(settings)
@@ -56,7 +59,9 @@ def serve(settings: Settings, *, on_ready: Callable[[Service], None]) -> None:
 
 @contextlib.contextmanager
 def _log_on_the_side(level: str) -> Iterator[None]:
-    """Write the log in a thread: a full disk or a pipe that nobody reads holds up no request, and costs lines at most."""
+    """Write the log in a thread: a full disk or a pipe that nobody reads holds up no request, and
+    costs lines at most.
+    """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -92,7 +97,9 @@ def _warn_of_strangers(settings: Settings) -> None:
 
 
 def _check_quantization(settings: Settings) -> None:
-    """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict the checkpoint in a folder."""
+    """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict
+    the checkpoint in a folder.
+    """
     folder, name = Path(settings.model_path), settings.engine.get("quantization")
     if name is not None and folder.is_dir():
         checkpoint = open_checkpoint(folder)
@@ -198,7 +205,9 @@ def _quoted(body: object) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends as ours does: requests that run get their time, then each is told that it was ended."""
+    """uvicorn's server, which ends as ours does: requests that run get their time, then each is
+    told that it was ended.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -213,7 +222,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def signals_taken(self) -> Iterator[None]:
-        """Take signals until the very end, and then leave them to whoever had them: a server that was asked to end has done its work."""
+        """Take signals until the very end, and then leave them to whoever had them: a server that
+        was asked to end has done its work.
+        """
         before = {
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -254,7 +265,9 @@ class _Server(uvicorn.Server):
             ending.cancel()
 
     async def _end_what_runs(self) -> None:
-        """After the drain's time tell the engine, then whoever waits for it, then whoever does anything else, and at last hang up."""
+        """After the drain's time tell the engine, then whoever waits for it, then whoever does
+        anything else, and at last hang up.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), self._service.settings.drain_timeout_s)
         self._service.abort_all()
@@ -269,7 +282,9 @@ class _Server(uvicorn.Server):
 
 
 def _file_limit() -> int:
-    """Return how many files the process may have open, after asking for as many as the system allows it."""
+    """Return how many files the process may have open, after asking for as many as the system
+    allows it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < wanted:

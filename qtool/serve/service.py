@@ -1,4 +1,6 @@
-"""What stands behind the routes: the engine, the tokenizer, the chat template, who may come in, and whether the server is ready."""
+"""What stands behind the routes: the engine, the tokenizer, the chat template, who may come in, and
+whether the server is ready.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,11 @@ class Busy(Exception):
 
 
 class Ticket:
-    """The place of one request in the server; whoever leaves gives it back, and what still runs for it ends.
+    """The place of one request in the server; whoever leaves gives it back, and what still runs for
+    it ends.
 
-    As a context it does so at the end, unless it ``belongs_to_stream``, which goes on. ``logprobs``: that the request may hold.
+    As a context it does so at the end, unless it ``belongs_to_stream``, which goes on.
+    ``logprobs``: that the request may hold.
     """
 
     def __init__(self, service: Service, choices: int) -> None:
@@ -80,7 +84,10 @@ class Ticket:
 
 
 class Service:
-    """One served model. ``state`` goes from loading to ready, then draining; ``failure`` says why it must end."""
+    """One served model.
+
+    ``state`` goes from loading to ready, then draining; ``failure`` says why it must end.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -173,7 +180,10 @@ class Service:
             raise Busy(503, "draining", "the server is ending")
 
     def admit(self, choices: int) -> Ticket:
-        """Return a place for ``choices`` completions. Raises: Busy, when the queue is full; UsageError, when they never fit."""
+        """Return a place for ``choices`` completions.
+
+        Raises: Busy, when the queue is full; UsageError, when they never fit.
+        """
         most = self.facts.max_running + self.settings.max_queued_requests
         if choices > most:
             raise UsageError(
@@ -191,7 +201,8 @@ class Service:
         return Ticket(self, choices)
 
     def submit(self, ticket: Ticket, submission: Submission, asked: int | None) -> Answers:
-        """Let the engine work on ``submission``; ``asked``: tokens that must fit beside the prompt, and not only as many as there is room for.
+        """Let the engine work on ``submission``; ``asked``: tokens that must fit beside the prompt,
+        and not only as many as there is room for.
 
         Raises: UsageError, for a prompt that cannot be; Busy, when all are ended.
         """
@@ -205,7 +216,9 @@ class Service:
         return ticket.answers
 
     async def compiled(self, params: SamplingParams) -> tuple[str, str, str] | None:
-        """Return the grammar of ``params``, compiled where it can do no harm; None when there is none."""
+        """Return the grammar of ``params``, compiled where it can do no harm; None when there is
+        none.
+        """
         if params.constraint is None:
             return None
         kind, text = params.constraint
@@ -216,7 +229,9 @@ class Service:
         return f"{kind}-{uuid.uuid4().hex}"
 
     def check_model(self, name: str | None) -> None:
-        """Raise: ModelNotFound, when ``name`` is not the served model, which was given a name; without one any will do, as in SGLang."""
+        """Raise: ModelNotFound, when ``name`` is not the served model, which was given a name;
+        without one any will do, as in SGLang.
+        """
         if self.settings.served_model_name is not None:
             self.find_model(name)
 
@@ -254,7 +269,9 @@ class Service:
             )
 
     def _hold_logprobs(self, ticket: Ticket, submission: Submission) -> None:
-        """Count what ``submission`` may make of them: kept until it is read, they are the largest part of an answer. Raises: UsageError, Busy."""
+        """Count what ``submission`` may make of them: kept until it is read, they are the largest
+        part of an answer. Raises: UsageError, Busy.
+        """
         if submission.top_logprobs is None:
             return
         tokens = 0
@@ -287,7 +304,10 @@ class Service:
         self.logprobs_held += logprobs
 
     async def warm_up(self) -> None:
-        """Let the model answer once. Raises: QtoolError, when its logits are not finite or the engine is gone."""
+        """Let the model answer once.
+
+        Raises: QtoolError, when its logits are not finite or the engine is gone.
+        """
         prompt = [self.facts.eos_ids[0] if self.facts.eos_ids else 0]
         params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
         answers = self.engine.submit(

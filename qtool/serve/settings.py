@@ -42,10 +42,13 @@ class Settings:
 
     Args:
         engine: arguments of `qtool.Engine`, without the model's path.
-        chat_template: a file in place of the checkpoint's template. tool_call_parser: how the model writes calls, if its template does not show it.
+        chat_template: a file in place of the checkpoint's template. tool_call_parser: how the model
+            writes calls, if its template does not show it.
         sampling_defaults: ``model``, those of generation_config.json, or ``openai``.
-        max_queued_requests: completions that may wait for the engine; what comes beyond is told to come back.
-        drain_timeout_s: seconds that requests have to end by themselves once the server is asked to stop.
+        max_queued_requests: completions that may wait for the engine; what comes beyond is told to
+            come back.
+        drain_timeout_s: seconds that requests have to end by themselves once the server is asked to
+            stop.
     """
 
     model_path: str
@@ -102,7 +105,8 @@ class Settings:
 
 
 def make_settings(options: Mapping[str, Any]) -> Settings:
-    """Return the settings that the options of ``qtool serve`` name; those that are None have their defaults.
+    """Return the settings that the options of ``qtool serve`` name; those that are None have their
+    defaults.
 
     Raises: UsageError, for what this server cannot do.
     """
@@ -124,7 +128,10 @@ def make_settings(options: Mapping[str, Any]) -> Settings:
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Return a socket on the server's address. Raises: ResourceError, when it is taken or is not this machine's."""
+    """Return a socket on the server's address.
+
+    Raises: ResourceError, when it is taken or is not this machine's.
+    """
     try:
         addresses = socket.getaddrinfo(
             settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,4 +1,6 @@
-"""One contract for all backends, and one test for each silent trap of the libraries that would otherwise reach the user."""
+"""One contract for all backends, and one test for each silent trap of the libraries that would
+otherwise reach the user.
+"""
 
 from __future__ import annotations
 

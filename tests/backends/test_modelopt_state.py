@@ -1,4 +1,6 @@
-"""The sequence of SGLang's ModelOpt page: quantize and save, restore and export, export only. And that a state can run no code."""
+"""The sequence of SGLang's ModelOpt page: quantize and save, restore and export, export only. And
+that a state can run no code.
+"""
 
 from __future__ import annotations
 

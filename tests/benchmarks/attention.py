@@ -1,7 +1,9 @@
-"""Check the attention kernels on this GPU against float64, and find the best `Tile` for decodes and chunks of a Llama-3.1-8B layer.
+"""Check the attention kernels on this GPU against float64, and find the best `Tile` for decodes and
+chunks of a Llama-3.1-8B layer.
 
-``OUT=dir python tests/benchmarks/attention.py --seconds 60``: candidates compile in parallel, by processes that do not touch the GPU. Decodes are
-timed in a CUDA graph, over layers enough to pass the L2 cache. What was found is also written to attention.json.
+``OUT=dir python tests/benchmarks/attention.py --seconds 60``: candidates compile in parallel, by
+processes that do not touch the GPU. Decodes are timed in a CUDA graph, over layers enough to pass
+the L2 cache. What was found is also written to attention.json.
 """
 
 from __future__ import annotations
@@ -152,7 +154,9 @@ def compile_prefill(tile: Tile) -> None:
 
 
 def check(name: str) -> list[str]:
-    """Compare with float64: few decodes, many, both before chunks with and without earlier tokens; and twice the same; and in a CUDA graph."""
+    """Compare with float64: few decodes, many, both before chunks with and without earlier tokens;
+    and twice the same; and in a CUDA graph.
+    """
     shape, options = GEOMETRIES[name]
     worst, found = 0.0, []
     for what, decodes, chunks in (

@@ -27,7 +27,9 @@ def arguments(description: str, methods: list[str]) -> argparse.Namespace:
 def calibration_tokens(
     path: Path, tokenizer: Any, num_samples: int, seq_len: int
 ) -> list[list[int]]:
-    """Return the token ids of ``num_samples`` records, drawn with seed 0, each cut to ``seq_len`` tokens."""
+    """Return the token ids of ``num_samples`` records, drawn with seed 0, each cut to ``seq_len``
+    tokens.
+    """
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     random.Random(0).shuffle(records)
     ids = [

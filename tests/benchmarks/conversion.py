@@ -1,8 +1,11 @@
-"""How fast `qtool export` converts, beside `cp` of the same checkpoint on the same disk, and in how much memory.
+"""How fast `qtool export` converts, beside `cp` of the same checkpoint on the same disk, and in how
+much memory.
 
-`python conversion.py FOLDER --source modelopt --scheme FP8 --to compressed-tensors --gigabytes 8` makes a random checkpoint with layers of
-Llama-3.1-8B's shape in FOLDER, then copies and converts it in turn, each into a folder that did not exist. The source lies in the page cache, or
-with `--cold` on the disk alone. `cp` leaves its copy to the page cache; a conversion is on the disk, hashed and checked when it ends.
+`python conversion.py FOLDER --source modelopt --scheme FP8 --to compressed-tensors --gigabytes 8`
+makes a random checkpoint with layers of Llama-3.1-8B's shape in FOLDER, then copies and converts it
+in turn, each into a folder that did not exist. The source lies in the page cache, or with `--cold`
+on the disk alone. `cp` leaves its copy to the page cache; a conversion is on the disk, hashed and
+checked when it ends.
 """
 
 from __future__ import annotations

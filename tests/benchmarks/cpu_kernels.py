@@ -1,7 +1,10 @@
-"""How long the CPU kernels take for one layer of 4096 x 4096, beside a bfloat16 one, as a table in markdown.
+"""How long the CPU kernels take for one layer of 4096 x 4096, beside a bfloat16 one, as a table in
+markdown.
 
-`python cpu_kernels.py` measures all variants in turn, so that what else the machine does falls on all. The floor is the time in which as many bytes
-as the weight has are read, with the same threads: a weight that stays in a large cache can be read faster than from memory.
+`python cpu_kernels.py` measures all variants in turn, so that what else the machine does falls on
+all. The floor is the time in which as many bytes
+as the weight has are read, with the same threads: a weight that stays in a large cache can be read
+faster than from memory.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ def measure(
 
 
 def cpu_name() -> str:
-    """Return what Linux calls the CPU, and its family and model: a virtual machine may hide the name."""
+    """Return what Linux calls the CPU, and its family and model: a virtual machine may hide the
+    name.
+    """
     fields = {
         key.strip(): value.strip()
         for key, _, value in (

@@ -1,4 +1,5 @@
-"""Run every method that runs on a CPU twice with one seed, and compare the weight files byte for byte.
+"""Run every method that runs on a CPU twice with one seed, and compare the weight files byte for
+byte.
 
 python tests/benchmarks/determinism.py [--methods A,B] [--num-samples 4] [--seq-len 128]
 """
@@ -45,7 +46,9 @@ def main() -> None:
 
 
 def weight_digests(method: str, arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Quantize the tiny model; return the digest of each weight file, from the manifest, or None when the run failed."""
+    """Quantize the tiny model; return the digest of each weight file, from the manifest, or None
+    when the run failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         command = [

@@ -1,10 +1,12 @@
-"""Are the elementwise kernels right on this GPU, and what does one launch of each add? For the sizes of Llama-3.1-8B.
+"""Are the elementwise kernels right on this GPU, and what does one launch of each add? For the
+sizes of Llama-3.1-8B.
 
     python tests/benchmarks/elementwise.py [--tokens 1,16,64,256,8192] [--warps 512,1024]
 
-Each is compared with the plain functions of `qtool.engine.decoder_layers`, then timed in a CUDA graph, as a chain of launches. Prints microseconds a
-launch and, for many tokens, terabytes a second; exits 1 if a result is wrong. ``$OUT/elementwise.json`` keeps the numbers. ``--warps``: how many
-numbers each warp takes.
+Each is compared with the plain functions of `qtool.engine.decoder_layers`, then timed in a CUDA
+graph, as a chain of launches. Prints microseconds a launch and, for many tokens, terabytes a
+second; exits 1 if a result is wrong. ``$OUT/elementwise.json`` keeps the numbers. ``--warps``: how
+many numbers each warp takes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from qtool.runtime.triton import row_quantize
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 AT = (0, HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM)
 LAUNCHES = 32  # of a chain, each of the next of some inputs
-TURNOVER = 200e6  # bytes of inputs between two uses of one, past the L2 cache, for many tokens; few tokens come from the L2 in a model too
+# bytes of inputs between two uses of one, past the L2 cache, for many tokens; few tokens come from
+# the L2 in a model too
+TURNOVER = 200e6
 
 Case = tuple[
     Callable[[], object], Callable[[], None], int
@@ -47,7 +51,9 @@ def close(name: str, result: Tensor, expected: Tensor) -> None:
 def same_codes(
     name: str, result: tuple[Tensor, Tensor | None], rounded: Tensor, codes: str
 ) -> None:
-    """Compare with the codes of ``rounded``, which another kernel made: the compiler may have ordered its sums otherwise."""
+    """Compare with the codes of ``rounded``, which another kernel made: the compiler may have
+    ordered its sums otherwise.
+    """
     expected, scale = row_quantize.quantize_rows(rounded, codes)
     differ = float((result[0].view(torch.uint8) != expected.view(torch.uint8)).float().mean())
     if (

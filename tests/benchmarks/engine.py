@@ -1,8 +1,11 @@
-"""Our engine's side of what `vllm_bench.py` measures of vLLM: decode at batch 1, 16 and 64, throughput, prefill; an 8B shape, random weights.
+"""Our engine's side of what `vllm_bench.py` measures of vLLM: decode at batch 1, 16 and 64,
+throughput, prefill; an 8B shape, random weights.
 
-    OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--quick] [--profile] [--set max_running_requests=64 ...]
+    OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--quick] [--profile] [--set
+    max_running_requests=64 ...]
 
-``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without throughput and prefill.
+``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without
+throughput and prefill.
 """
 
 from __future__ import annotations
@@ -63,9 +66,11 @@ def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
 
 
 def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
-    """Return where the time of ``batch`` requests goes, of ``size`` tokens and as many new ones: kernels by name, and how long the device is busy.
+    """Return where the time of ``batch`` requests goes, of ``size`` tokens and as many new ones:
+    kernels by name, and how long the device is busy.
 
-    Kernels that start early (PDL) count the time that they wait for the one before: durations overlap.
+    Kernels that start early (PDL) count the time that they wait for the one before: durations
+    overlap.
     """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record

@@ -2,9 +2,11 @@
 
     python tests/benchmarks/engine_on_gpu.py [--requests 10000]
 
-The greedy tokens of the tiny model and of tiny random ones, in bf16, against transformers' `generate`, one by one and together, with prefix hits,
-chunked prefill and preemption: equal, or different from a place on where transformers' own logits are nearly a tie. Then the size of the KV cache
-against arithmetic, and the memory after many requests. Exits 1 if anything is wrong.
+The greedy tokens of the tiny model and of tiny random ones, in bf16, against transformers'
+`generate`, one by one and together, with prefix hits,
+chunked prefill and preemption: equal, or different from a place on where transformers' own logits
+are nearly a tie. Then the size of the KV cache against arithmetic, and the memory after many
+requests. Exits 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def reference(model, prompt: list[int], tokens: int) -> list[int]:
 
 @torch.inference_mode()
 def differs(model, exact, prompt: list[int], got: list[int], wanted: list[int]) -> str | None:
-    """Return how far from a tie the first difference is, None for equal tokens; ``exact``: the model in f32."""
+    """Return how far from a tie the first difference is, None for equal tokens; ``exact``: the
+    model in f32.
+    """
     place = next(
         (i for i, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None
     )
@@ -65,7 +69,9 @@ def differs(model, exact, prompt: list[int], got: list[int], wanted: list[int]) 
 
 
 def compare(name: str, folder: Path | str, model) -> int:
-    """Print how many of the engine's texts are transformers', and how many part at a tie; return how many are wrong."""
+    """Print how many of the engine's texts are transformers', and how many part at a tie; return
+    how many are wrong.
+    """
     vocab_size = model.config.vocab_size
     prompts, short = prompts_of(33, vocab_size), prompts_of(20, vocab_size, longest=20)
     wanted, wanted_short = (
@@ -110,7 +116,9 @@ def compare(name: str, folder: Path | str, model) -> int:
 
 
 def many(requests: int) -> int:
-    """Print the size of the cache against arithmetic, and the memory before and after ``requests`` requests."""
+    """Print the size of the cache against arithmetic, and the memory before and after ``requests``
+    requests.
+    """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     with Engine(

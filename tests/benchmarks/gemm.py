@@ -1,7 +1,9 @@
-"""Microseconds for the four matmuls of a Llama-3.1-8B layer, by kernel and number of tokens: every kernel of the registry that takes a scheme.
+"""Microseconds for the four matmuls of a Llama-3.1-8B layer, by kernel and number of tokens: every
+kernel of the registry that takes a scheme.
 
-On a GPU: ``OUT=dir python tests/benchmarks/gemm.py --rows W4A16,FP8_DYNAMIC --tokens 1,16 --seconds 120``. Weights rotate past the L2 cache, each
-pass is one CUDA graph. Beside them cuBLAS in bf16, and vLLM's kernels and humming called directly where they can be imported.
+On a GPU: ``OUT=dir python tests/benchmarks/gemm.py --rows W4A16,FP8_DYNAMIC --tokens 1,16 --seconds
+    120``. Weights rotate past the L2 cache, each pass is one CUDA graph. Beside them cuBLAS in
+    bf16, and vLLM's kernels and humming called directly where they can be imported.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def spec_of(scheme: Scheme, rows: int, columns: int) -> LinearSpec:
 
 
 def ours(names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[int, int], Layer]]]:
-    """Yield (row, bits a weight, maker of a layer) for each scheme: as a model gets it, then each kernel that takes it, ``plain`` only alone."""
+    """Yield (row, bits a weight, maker of a layer) for each scheme: as a model gets it, then each
+    kernel that takes it, ``plain`` only alone.
+    """
     device = device_of(torch.device("cuda"))
     for name in names:
         scheme = SCHEMES[name]

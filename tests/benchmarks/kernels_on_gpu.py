@@ -1,10 +1,13 @@
-"""Are the kernels right? Every kernel of a device, every scheme it takes, against float64; in CUDA graphs and under torch.compile too.
+"""Are the kernels right? Every kernel of a device, every scheme it takes, against float64; in CUDA
+graphs and under torch.compile too.
 
-    OUT=dir python tests/benchmarks/kernels_on_gpu.py [--processes 12] [--kernels humming,scaled_mm] [--schemes W4A16,FP8] [--device cpu]
+    OUT=dir python tests/benchmarks/kernels_on_gpu.py [--processes 12] [--kernels humming,scaled_mm]
+    [--schemes W4A16,FP8] [--device cpu]
 
-Several processes share the GPU, because most of the time goes to compiling, and because a kernel that breaks its CUDA context then fails alone.
-Prints a table, kernel by scheme, and what failed; exits 1 if anything did. ``$OUT`` gets kernels_on_gpu.json, with the numbers, and
-kernels_on_gpu.md, to be kept in results/.
+Several processes share the GPU, because most of the time goes to compiling, and because a kernel
+that breaks its CUDA context then fails alone. Prints a table, kernel by scheme, and what failed;
+exits 1 if anything did. ``$OUT`` gets kernels_on_gpu.json, with the numbers, and kernels_on_gpu.md,
+to be kept in results/.
 """
 
 from __future__ import annotations
@@ -46,8 +49,10 @@ TOKENS = (1, 2, 7, 16, 33, 64, 256, 1000, 4096)
 GRAPH_TOKENS = (1, 64)
 SHAPES = ((1000, 4096), (72, 200), (48, 96), (4096, 1440), (6144, 4096))
 GRAPH_SHAPES = SHAPES[:3]
-# humming compiles each schedule of each layer, for 2 to 10 seconds. It gets two shapes for all schemes and five for some, and a schedule for up to
-# 8 tokens and one for more, where `humming.STEPS` has twelve: about 160 in all, a minute and a half on 16 cores.
+# humming compiles each schedule of each layer, for 2 to 10 seconds. It gets two shapes for all
+# schemes and five for some, and a schedule for up to
+# 8 tokens and one for more, where `humming.STEPS` has twelve: about 160 in all, a minute and a half
+# on 16 cores.
 FEW_SHAPES = SHAPES[:2]
 ALL_SHAPES_OF_HUMMING = ("W4A16", "FP8_DYNAMIC", "NVFP4A16")
 STEPS_OF_HUMMING = (8, 1024)
@@ -72,7 +77,9 @@ ALL = {**SCHEMES, **VARIANTS}
 
 @dataclass
 class Case:
-    """One kernel with one layer: what is multiplied, and what came out. ``compiled``: whether torch.compile is tried too."""
+    """One kernel with one layer: what is multiplied, and what came out. ``compiled``: whether
+    torch.compile is tried too.
+    """
 
     kernel: str
     name: str
@@ -120,7 +127,9 @@ def cases(
 
 
 def make_weight(spec: LinearSpec, device: torch.device) -> QuantizedWeight:
-    """Return a weight whose rows differ in size; layers of more than 64 rows are two fused ones, with scales of their own."""
+    """Return a weight whose rows differ in size; layers of more than 64 rows are two fused ones,
+    with scales of their own.
+    """
     (rows, columns), weights, inputs = spec.shape, spec.scheme.weights, spec.scheme.activations
     generator = torch.Generator(device).manual_seed(rows + columns)
     values = torch.randn(rows, columns, generator=generator, device=device) * 0.02
@@ -143,7 +152,10 @@ def make_weight(spec: LinearSpec, device: torch.device) -> QuantizedWeight:
 def check_all(
     found: list[Case], device: torch.device, processes: int, seconds: float
 ) -> list[Case]:
-    """Return ``found`` checked, by processes of their own. A process that ends fails its case, and another takes its place."""
+    """Return ``found`` checked, by processes of their own.
+
+    A process that ends fails its case, and another takes its place.
+    """
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
     waiting, checked = list(range(len(found))), list(found)
@@ -203,7 +215,9 @@ def check_all(
 def take(
     found: list[Case], waiting: list[int], workers: dict[Connection, tuple[BaseProcess, int | None]]
 ) -> int:
-    """Remove and return the next case: if possible of a kernel and scheme that no other process compiles for just now."""
+    """Remove and return the next case: if possible of a kernel and scheme that no other process
+    compiles for just now.
+    """
     busy = {
         (found[case].kernel, found[case].name) for _, case in workers.values() if case is not None
     }
@@ -214,7 +228,9 @@ def take(
 
 
 def work(pipe: Connection, device: torch.device, processes: int) -> None:
-    """Check the cases that come through ``pipe`` until it closes, or until a kernel has broken the CUDA context of this process."""
+    """Check the cases that come through ``pipe`` until it closes, or until a kernel has broken the
+    CUDA context of this process.
+    """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -239,7 +255,10 @@ def work(pipe: Connection, device: torch.device, processes: int) -> None:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Pack a layer, multiply inputs of some sizes, and capture or compile some of that. An exception is a failure."""
+    """Pack a layer, multiply inputs of some sizes, and capture or compile some of that.
+
+    An exception is a failure.
+    """
     try:
         weight = make_weight(case.spec, device)
         bias = torch.randn(case.spec.shape[0], device=device) if case.has_bias else None
@@ -269,7 +288,9 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.device) -> None:
-    """Capture ``layer``, replay it with another input, and compare with what it says outside of the graph, twice."""
+    """Capture ``layer``, replay it with another input, and compare with what it says outside of the
+    graph, twice.
+    """
     x = inputs_of(case, tokens, 0, device)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,5 @@
-"""How long an 8B W4A16 checkpoint of random weights takes to load, from the page cache to the device; and again, with kernels compiled.
+"""How long an 8B W4A16 checkpoint of random weights takes to load, from the page cache to the
+device; and again, with kernels compiled.
 
 python tests/benchmarks/load_time.py [--layers 32] [--device cuda] [--folder /tmp/8b-w4a16]
 """

@@ -1,8 +1,10 @@
-"""How long `qtool inspect` takes for a checkpoint of 100,000 tensors in 200 shards, plain and quantized, and how much memory, against the limits.
+"""How long `qtool inspect` takes for a checkpoint of 100,000 tensors in 200 shards, plain and
+quantized, and how much memory, against the limits.
 
     python tests/benchmarks/many_tensors.py [FOLDER]
 
-The shards are holes: they cost no disk. With FOLDER the checkpoints are kept there. Ends with 1 when a limit is passed.
+The shards are holes: they cost no disk. With FOLDER the checkpoints are kept there. Ends with 1
+when a limit is passed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Run every method on the tiny model and measure what comes out: the table in recipes/README.md.
 
-    python tests/benchmarks/methods.py [--methods A,B] [--device cpu] [--results FILE.json] [--write recipes/README.md]
+    python tests/benchmarks/methods.py [--methods A,B] [--device cpu] [--results FILE.json] [--write
+    recipes/README.md]
 
-Perplexity is that of the first 512 tokens of each text in evaluation.jsonl, on the checkpoint as it lies on disk: weights dequantized,
-inputs rounded as its activation format says.
+Perplexity is that of the first 512 tokens of each text in evaluation.jsonl, on the checkpoint as it
+lies on disk: weights dequantized, inputs rounded as its activation format says.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def held_out() -> list[list[int]]:
 def measure(
     recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]]
 ) -> dict[str, Any]:
-    """Quantize the tiny model by one method; return seconds, bits per quantized weight and perplexity, or the error."""
+    """Quantize the tiny model by one method; return seconds, bits per quantized weight and
+    perplexity, or the error.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         data = [
@@ -121,7 +124,9 @@ def measure(
 
 
 def load(checkpoint: Checkpoint) -> Any:
-    """Return the model to measure: qtool's own reading of it, or transformers' where a kernel's layout is read by nobody else."""
+    """Return the model to measure: qtool's own reading of it, or transformers' where a kernel's
+    layout is read by nobody else.
+    """
     if any(name.endswith("scale_and_zero") for name in checkpoint.tensors):
         from transformers import AutoModelForCausalLM
 

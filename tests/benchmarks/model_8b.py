@@ -1,4 +1,6 @@
-"""A checkpoint of Llama-3.1-8B's shape with random weights, in bf16, FP8_DYNAMIC or W4A16: a model hub for benchmarks that need only the shape."""
+"""A checkpoint of Llama-3.1-8B's shape with random weights, in bf16, FP8_DYNAMIC or W4A16: a model
+hub for benchmarks that need only the shape.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Checkpoints with random damage: each must be opened or refused, at once, and none opened that safetensors refuses.
+"""Checkpoints with random damage: each must be opened or refused, at once, and none opened that
+safetensors refuses.
 
     python tests/benchmarks/mutations.py COUNT [--seed N]
 
-Prints how many were opened and refused, by code, and the worst single time. Ends with 1 when one crashed, hung or was wrongly opened, and shows it.
+Prints how many were opened and refused, by code, and the worst single time. Ends with 1 when one
+crashed, hung or was wrongly opened, and shows it.
 """
 
 from __future__ import annotations
@@ -146,7 +148,9 @@ MODELS: dict[str, Callable[[Path], object]] = {
 
 @dataclass
 class Outcome:
-    """What became of the mutations: codes and counts, the worst time, and what should not have happened."""
+    """What became of the mutations: codes and counts, the worst time, and what should not have
+    happened.
+    """
 
     codes: Counter[str] = field(default_factory=Counter)
     worst_s: float = 0.0
@@ -258,7 +262,9 @@ def _change_bytes(chance: random.Random, content: bytearray) -> None:
 
 
 def _changed(chance: random.Random, value: Any) -> Any:
-    """Return ``value`` with one node replaced, removed, renamed, nested or copied; inner nodes are as likely as outer ones."""
+    """Return ``value`` with one node replaced, removed, renamed, nested or copied; inner nodes are
+    as likely as outer ones.
+    """
     if isinstance(value, dict) and value and chance.random() < 0.97:
         key = chance.choice(list(value))
         kind = chance.randrange(12)

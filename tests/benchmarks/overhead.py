@@ -1,4 +1,5 @@
-"""Time ``qtool quantize`` against a bare script of the same library, alternately, on the same inputs.
+"""Time ``qtool quantize`` against a bare script of the same library, alternately, on the same
+inputs.
 
 Prints a table and one line of JSON: seconds of the whole process, the median of the runs.
 """
@@ -28,7 +29,9 @@ LIBRARIES = {
 
 
 def commands(method: str, args: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the two command lines for ``method``; each wants the output folder as its last argument."""
+    """Return the two command lines for ``method``; each wants the output folder as its last
+    argument.
+    """
     library = LIBRARIES[method]
     options = [
         "--method",
@@ -61,9 +64,11 @@ def commands(method: str, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return the environment of both sides: this checkout's qtool, no network and, on CPU, what GPTQModel needs there.
+    """Return the environment of both sides: this checkout's qtool, no network and, on CPU, what
+    GPTQModel needs there.
 
-    Threads wait passively on CPU: spinning ones cost up to ten times the time, at random, on a machine that others use too.
+    Threads wait passively on CPU: spinning ones cost up to ten times the time, at random, on a
+    machine that others use too.
     """
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     added = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "HF_HUB_OFFLINE": "1"}
@@ -77,7 +82,9 @@ def environment(device: str) -> dict[str, str]:
 
 
 def run_seconds(command: list[str], device: str, scratch: Path | None) -> float | None:
-    """Run ``command`` into a fresh folder and return its wall time; None, and its last words on stderr, when it failed."""
+    """Run ``command`` into a fresh folder and return its wall time; None, and its last words on
+    stderr, when it failed.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         command = [*command, str(Path(folder) / "out")]
         start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""Perplexity of checkpoints as the runtime multiplies them, beside their dequantized form, and the peak of memory while loading.
+"""Perplexity of checkpoints as the runtime multiplies them, beside their dequantized form, and the
+peak of memory while loading.
 
 python tests/benchmarks/perplexity_on_device.py FOLDER... [--device cuda] [--texts 6]
 """

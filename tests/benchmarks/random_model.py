@@ -1,7 +1,8 @@
-"""Write a Llama checkpoint of a real model's shape with random weights, and random calibration tokens beside it.
+"""Write a Llama checkpoint of a real model's shape with random weights, and random calibration
+tokens beside it.
 
-Time and memory depend on the shape alone, so this stands for a model of 8 billion parameters cut to a few layers.
-The tokenizer is a small one's, copied: its ids are all below the vocabulary's size.
+Time and memory depend on the shape alone, so this stands for a model of 8 billion parameters cut to
+a few layers. The tokenizer is a small one's, copied: its ids are all below the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def write_model(out: Path, config: LlamaConfig, tokenizer: Path) -> None:
-    """Write the checkpoint: bf16, weights drawn from a normal distribution as in training from scratch, sharded."""
+    """Write the checkpoint: bf16, weights drawn from a normal distribution as in training from
+    scratch, sharded.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

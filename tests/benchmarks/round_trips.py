@@ -1,9 +1,11 @@
-"""Convert checkpoints to every format that holds them and back: are codes and scales the same bytes, and is perplexity the same number?
+"""Convert checkpoints to every format that holds them and back: are codes and scales the same
+bytes, and is perplexity the same number?
 
     python tests/benchmarks/round_trips.py FOLDER... [--texts 12] [--max-tokens 256]
 
-Perplexity is that of the first texts in evaluation.jsonl, before, in the other format, and after; for bf16, where there is no way back, of the
-checkpoint alone. A target that refuses a checkpoint stands in its last lines, with the reason.
+Perplexity is that of the first texts in evaluation.jsonl, before, in the other format, and after;
+for bf16, where there is no way back, of the checkpoint alone. A target that refuses a checkpoint
+stands in its last lines, with the reason.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from qtool.formats import WRITABLE, detect
 
 @dataclass(frozen=True)
 class Trip:
-    """One checkpoint in one other format; ``after`` and ``differing`` are empty where there is no way back."""
+    """One checkpoint in one other format; ``after`` and ``differing`` are empty where there is no
+    way back.
+    """
 
     to: str
     between: float | None

@@ -1,10 +1,13 @@
-"""A server under load: output tokens a second, time to first token and between tokens, for clients that stream, one request after another.
+"""A server under load: output tokens a second, time to first token and between tokens, for clients
+that stream, one request after another.
 
-    python tests/benchmarks/serve.py load --url http://127.0.0.1:30000 --clients 64 --requests 512 --prompt 512 --tokens 256
+    python tests/benchmarks/serve.py load --url http://127.0.0.1:30000 --clients 64 --requests 512
+    --prompt 512 --tokens 256
     python tests/benchmarks/serve.py engine /tmp/8b/fp8-32 --clients 64 --requests 512 --prompt 512 --tokens 256    # the same, without HTTP
     python tests/benchmarks/serve.py write /tmp/8b/fp8-32 --kind fp8    # Llama-3.1-8B's shape, random weights, a tokenizer of 128 256 tokens
 
-Clients are processes of their own (``--processes``), so that they do not slow one another. Any OpenAI server can be measured.
+Clients are processes of their own (``--processes``), so that they do not slow one another. Any
+OpenAI server can be measured.
 """
 
 from __future__ import annotations
@@ -197,7 +200,9 @@ def write(options: argparse.Namespace) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level BPE of as many tokens as Llama 3's, whose merges join random shorter tokens: text comes out, though no words."""
+    """Write a byte-level BPE of as many tokens as Llama 3's, whose merges join random shorter
+    tokens: text comes out, though no words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     draw = random.Random(0)

@@ -1,10 +1,15 @@
-"""The two `curl` commands of SGLang's documentation against `qtool serve`, for checkpoints of any format: a line for each.
+"""The two `curl` commands of SGLang's documentation against `qtool serve`, for checkpoints of any
+format: a line for each.
 
-    python tests/benchmarks/serve_formats.py FOLDER[=QUANTIZATION] ... [--online PLAIN_MODEL] [--write TABLE]
+    python tests/benchmarks/serve_formats.py FOLDER[=QUANTIZATION] ... [--online PLAIN_MODEL]
+    [--write TABLE]
 
-``QUANTIZATION`` is what the documentation's line for such a checkpoint says after ``--quantization``. ``--online``: also the plain model, quantized
-as it loads to fp8 and to each of torchao's names. `chat` and `generate` say whether the answer has its form, `same` whether greedy tokens are
-those of `qtool.Engine` in this process. The server starts as the documentation has it: on all addresses, with no other flag but the port.
+``QUANTIZATION`` is what the documentation's line for such a checkpoint says after
+``--quantization``. ``--online``: also the plain model, quantized as it loads to fp8 and to each of
+torchao's names. `chat` and `generate` say whether the answer has its form, `same` whether greedy
+tokens are
+those of `qtool.Engine` in this process. The server starts as the documentation has it: on all
+addresses, with no other flag but the port.
 """
 
 from __future__ import annotations
@@ -91,7 +96,9 @@ def cases(folders: list[str], plain: Path | None) -> Iterator[Case]:
 
 
 def measure(case: Case, scratch: Path) -> Line:
-    """Serve ``case`` by the documentation's command lines, as a person who has the model under the name that they say."""
+    """Serve ``case`` by the documentation's command lines, as a person who has the model under the
+    name that they say.
+    """
     link = scratch / NAME
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)

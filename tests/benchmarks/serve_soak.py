@@ -1,4 +1,5 @@
-"""A server under people who leave, press and kill, for longer than tests have time: every line says what was done, and what must hold is asserted.
+"""A server under people who leave, press and kill, for longer than tests have time: every line says
+what was done, and what must hold is asserted.
 
 python tests/benchmarks/serve_soak.py leave /tmp/tiny-fp8 --clients 1000   # disconnects at random moments: nothing is left 2 s later
 python tests/benchmarks/serve_soak.py end /tmp/tiny-fp8 --moments 20       # signals at random moments: in time, no child left, every request ended
@@ -42,7 +43,9 @@ from test_serve_lifecycle import (  # noqa: E402
 )
 
 DRAIN_S = 2.0
-LAST_S = 11.0  # after the drain: 3 s for the engine, 2 s for readers, 5 s for an engine that does not end by itself
+# after the drain: 3 s for the engine, 2 s for readers, 5 s for an engine that does not end by
+# itself
+LAST_S = 11.0
 
 
 def memory(server: Server) -> int:

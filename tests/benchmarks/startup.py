@@ -1,4 +1,5 @@
-"""How long a user waits for what should answer at once: the best of five runs of each command, against its limit.
+"""How long a user waits for what should answer at once: the best of five runs of each command,
+against its limit.
 
     python tests/benchmarks/startup.py
 

@@ -1,7 +1,9 @@
-"""Find the best `Tile` of our Triton matmuls on this GPU, for each shape of a Llama-3.1-8B layer and each number of tokens.
+"""Find the best `Tile` of our Triton matmuls on this GPU, for each shape of a Llama-3.1-8B layer
+and each number of tokens.
 
-``OUT=dir python tests/benchmarks/sweep.py --seconds 240``: candidates compile in parallel, by processes that do not touch the GPU; each is checked
-against the plain result and then timed, weights rotating past the L2 cache, in a CUDA graph. The most valuable come first; what was found is
+``OUT=dir python tests/benchmarks/sweep.py --seconds 240``: candidates compile in parallel, by
+processes that do not touch the GPU; each is checked against the plain result and then timed,
+weights rotating past the L2 cache, in a CUDA graph. The most valuable come first; what was found is
 written after each group, sweep.json: ``best`` by kernel, tokens and shape, and ``all``.
 """
 
@@ -31,7 +33,8 @@ from qtool.scheme import SCHEMES  # noqa: E402
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input  # noqa: E402
 
 TURNOVER = 200e6  # bytes of weights between two uses of one, well past the L2 cache
-CASES = {  # name -> scheme, module; those of one module that follow take the best candidates of the first
+# name -> scheme, module; those of one module that follow take the best candidates of the first
+CASES = {
     "int4": ("W4A16", "triton_weight_only"),
     "fp8": ("FP8_DYNAMIC", "triton_w8a8"),
     "int8": ("W8A8", "triton_w8a8"),
@@ -351,7 +354,9 @@ def main() -> None:
 
 
 def report(results: list[dict], name: str, tokens: int) -> None:
-    """Print what was found for one kernel and number of tokens: the sum of the best, and the entries of the table."""
+    """Print what was found for one kernel and number of tokens: the sum of the best, and the
+    entries of the table.
+    """
     here = [entry for entry in results if (entry["kernel"], entry["tokens"]) == (name, tokens)]
     for error in sorted({entry["failed"] for entry in here if "failed" in entry}):
         tiles = {tuple(entry["tile"].values()) for entry in here if entry.get("failed") == error}

@@ -1,8 +1,11 @@
-"""Find schedules for humming that are faster than the ones it chooses, for each shape of a Llama-3.1-8B layer and each number of tokens.
+"""Find schedules for humming that are faster than the ones it chooses, for each shape of a
+Llama-3.1-8B layer and each number of tokens.
 
-``OUT=dir python tests/benchmarks/sweep_humming.py --seconds 180``: candidates around humming's choice, as far as its own rules allow them, compile
-in parallel; each is checked against humming's choice and then timed, weights rotating past the L2 cache, in a CUDA graph. The most valuable come
-first. ``$OUT`` gets sweep_humming.json, with all times, and humming_schedules.json, to be kept in qtool/runtime/kernels/.
+``OUT=dir python tests/benchmarks/sweep_humming.py --seconds 180``: candidates around humming's
+choice, as far as its own rules allow them, compile in parallel; each is checked against humming's
+choice and then timed, weights rotating past the L2 cache, in a CUDA graph. The most valuable come
+first. ``$OUT`` gets sweep_humming.json, with all times, and humming_schedules.json, to be kept in
+qtool/runtime/kernels/.
 """
 
 from __future__ import annotations
@@ -119,7 +122,9 @@ def variants(tokens: int) -> Iterator[Schedule]:
 
 
 def candidates(config: Any, tokens: int, device: torch.device) -> list[Schedule]:
-    """Return humming's choice and what can be tried instead: what its checks let pass, with stages and blocks as its rules fit them."""
+    """Return humming's choice and what can be tried instead: what its checks let pass, with stages
+    and blocks as its rules fit them.
+    """
     from humming.config import GemmType
     from humming.tune import get_heuristics_config
     from humming.tune.candidate import (
@@ -304,7 +309,9 @@ def changes(chosen: Schedule, schedule: Schedule) -> Schedule:
 
 
 def write(results: list[dict[str, Any]]) -> None:
-    """Write the times, and the table: for each kind of shape the schedule with the least sum of times, where that gains enough."""
+    """Write the times, and the table: for each kind of shape the schedule with the least sum of
+    times, where that gains enough.
+    """
     folder = Path(os.environ.get("OUT", "/tmp"))
     (folder / "sweep_humming.json").write_text(json.dumps(results))
     table = []

@@ -50,7 +50,9 @@ def write(tmp_path):
 
 
 def refusal(spec, tokenizer=None):
-    """Return the error of the check, or with a tokenizer of the load; every one has a hint and names the file."""
+    """Return the error of the check, or with a tokenizer of the load; every one has a hint and
+    names the file.
+    """
     with pytest.raises(DataRefused) as caught:
         load_calibration(spec, tokenizer, VOCAB) if tokenizer else check_source(spec)
     assert caught.value.hint

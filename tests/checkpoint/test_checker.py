@@ -1,4 +1,6 @@
-"""The checker in front of every command: bad folders are refused with code, numbers and hint, in time and memory; odd ones are taken."""
+"""The checker in front of every command: bad folders are refused with code, numbers and hint, in
+time and memory; odd ones are taken.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ HEAVY = {  # JSON that is small for what it costs to read
 
 
 def peak_of(folder: Path) -> tuple[float, float, str]:
-    """Open ``folder`` in a process of its own; return seconds, peak MB, and the code it was refused with."""
+    """Open ``folder`` in a process of its own; return seconds, peak MB, and the code it was refused
+    with.
+    """
     code = """
         import re, sys, time
         from pathlib import Path

@@ -1,4 +1,6 @@
-"""Checkpoints: headers that are read and refused, folders that are written whole or not at all, models that come from the Hub."""
+"""Checkpoints: headers that are read and refused, folders that are written whole or not at all,
+models that come from the Hub.
+"""
 
 from __future__ import annotations
 
@@ -980,7 +982,9 @@ RESOLVE = """
 
 @pytest.fixture
 def resolve(tmp_path):
-    """A function that resolves a Hub name in a process of its own, with a cache of its own; nothing here leaves the machine."""
+    """A function that resolves a Hub name in a process of its own, with a cache of its own; nothing
+    here leaves the machine.
+    """
 
     def resolve(name: str, *, env: dict[str, str], **options) -> dict:
         clean = {
@@ -1007,7 +1011,9 @@ def resolve(tmp_path):
 
 @pytest.fixture
 def hub(tiny_model):
-    """A real HTTP server that speaks as much of the Hub's API as a download needs; it has the tiny model with files that are not wanted."""
+    """A real HTTP server that speaks as much of the Hub's API as a download needs; it has the tiny
+    model with files that are not wanted.
+    """
     files = {
         path.name: path.read_bytes()
         for path in tiny_model.iterdir()

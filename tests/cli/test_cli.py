@@ -1,4 +1,6 @@
-"""The command line as a user meets it: what it prints, what it refuses, with which exit code, and that a refusal leaves nothing behind."""
+"""The command line as a user meets it: what it prints, what it refuses, with which exit code, and
+that a refusal leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from qtool.recipe import catalogue, recipe_from
 
 @pytest.fixture
 def listing(tmp_path):
-    """A function that returns everything below ``tmp_path``: name, size and time of the last change."""
+    """A function that returns everything below ``tmp_path``: name, size and time of the last
+    change.
+    """
 
     def listing() -> dict[str, tuple[int, int]]:
         return {
@@ -33,9 +37,11 @@ def listing(tmp_path):
 
 @pytest.fixture
 def refused(run_cli, listing):
-    """A function that runs a command which must be refused, and returns exit code, error code, message and hint.
+    """A function that runs a command which must be refused, and returns exit code, error code,
+    message and hint.
 
-    What holds for every refusal: one line and a hint on stderr, nothing on stdout, no traceback, and the folder as it was.
+    What holds for every refusal: one line and a hint on stderr, nothing on stdout, no traceback,
+    and the folder as it was.
     """
 
     def refused(*arguments, **options) -> tuple[int, str, str, str]:

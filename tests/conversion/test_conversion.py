@@ -1,4 +1,6 @@
-"""Conversion between formats: codes and scales go through untouched or not at all, and what is written is the model that was read."""
+"""Conversion between formats: codes and scales go through untouched or not at all, and what is
+written is the model that was read.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def write_layers(
     to=CT,
     plain: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint in the format ``to`` of some linear layers, each rounded to nearest in its scheme."""
+    """Write a checkpoint in the format ``to`` of some linear layers, each rounded to nearest in its
+    scheme.
+    """
     folder.mkdir(parents=True)
     rounded = {layer: quantize(*layer) for layer in set(layers.values())}
     modules, tensors = [], dict(plain or {})
@@ -321,7 +325,9 @@ def test_the_scales_of_the_kv_cache_take_the_names_of_the_format(sample, tmp_pat
 
 
 def test_layers_that_engines_fuse_keep_the_second_scale_they_share(sample, tmp_path):
-    """Source: TensorRT-LLM, `_torch/modules/linear.py`, W4A8_AWQ_LinearMethod.load_weight_scales_w4a8, which asserts it."""
+    """Source: TensorRT-LLM, `_torch/modules/linear.py`,
+    W4A8_AWQ_LinearMethod.load_weight_scales_w4a8, which asserts it.
+    """
     export(sample("modelopt/W4A8_AWQ"), to=MODELOPT, output=tmp_path / "out")
     for folder in (sample("modelopt/W4A8_AWQ"), tmp_path / "out"):
         tensors = load_file(folder / "model.safetensors")
@@ -800,7 +806,9 @@ def test_gptqmodels_reciprocals_become_factors(block_fp8, tmp_path):
 
 
 def matching(dynamic, name):
-    """What the engines take from ``dynamic`` for a module: the first pattern that matches, skips first. Source: vLLM 0.33, `gptq_utils.py`."""
+    """What the engines take from ``dynamic`` for a module: the first pattern that matches, skips
+    first. Source: vLLM 0.33, `gptq_utils.py`.
+    """
     for pattern, options in dynamic.items():
         if re.match(pattern[2:], name):
             return False if pattern.startswith("-:") else options
@@ -1025,7 +1033,9 @@ def test_numbers_that_are_none_are_never_published(copy, tmp_path, to, spoiled, 
 
 
 def test_codes_that_belong_to_no_layer_are_not_passed_off_as_weights(copy, tmp_path):
-    """Stacked FP8 experts, which no format here reads: copied, they would be garbage under a config that says nothing of them."""
+    """Stacked FP8 experts, which no format here reads: copied, they would be garbage under a config
+    that says nothing of them.
+    """
     experts = {
         "model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 64, 32, dtype=torch.float8_e4m3fn)
     }

@@ -1,7 +1,8 @@
-"""Attention over pages: on a CPU against plain attention, in models against their own; the kernels for CUDA by Triton's interpreter, and compiled.
+"""Attention over pages: on a CPU against plain attention, in models against their own; the kernels
+for CUDA by Triton's interpreter, and compiled.
 
-The last two need a process of their own (`python tests/engine/test_attention.py interpret|compile`):
-triton reads TRITON_INTERPRET when it is imported.
+The last two need a process of their own (`python tests/engine/test_attention.py
+interpret|compile`): triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def expected(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention in float64 of the last tokens, ``q`` [n, heads, D], of a sequence with keys ``k`` and values ``v`` [length, kv_heads, ...]."""
+    """Attention in float64 of the last tokens, ``q`` [n, heads, D], of a sequence with keys ``k``
+    and values ``v`` [length, kv_heads, ...].
+    """
     q, k, v = q.double(), k.double(), v.double()
     shared, length = q.shape[1] // k.shape[1], k.shape[0]
     k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
@@ -52,7 +55,9 @@ def expected(
 
 
 class Batch:
-    """Sequences whose earlier tokens are in pages: ``chunks`` are (tokens before, new tokens). Whatever the pages held before is NaN."""
+    """Sequences whose earlier tokens are in pages: ``chunks`` are (tokens before, new tokens).
+    Whatever the pages held before is NaN.
+    """
 
     def __init__(
         self,
@@ -107,7 +112,9 @@ class Batch:
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
     def packed(self, decodes: int | None = None, **options) -> Packed:
-        """The new tokens; unless ``decodes`` says how many are, the first chunks of one token are decodes."""
+        """The new tokens; unless ``decodes`` says how many are, the first chunks of one token are
+        decodes.
+        """
         if decodes is None:
             decodes = next(
                 (i for i, (before, new) in enumerate(self.chunks) if new > 1 or not before),

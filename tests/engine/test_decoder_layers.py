@@ -1,7 +1,8 @@
-"""Fused decoder layers: the models that are fused, those that must not be, and the kernels, by Triton's interpreter and compiled for sm_90.
+"""Fused decoder layers: the models that are fused, those that must not be, and the kernels, by
+Triton's interpreter and compiled for sm_90.
 
-The kernels need a process of their own (`python tests/engine/test_decoder_layers.py interpret|compile`):
-triton reads TRITON_INTERPRET when it is imported.
+The kernels need a process of their own (`python tests/engine/test_decoder_layers.py
+interpret|compile`): triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def model_of(name: str, dtype: torch.dtype, **options):
 
 
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of two sequences in one pass: the new token of one, seven of another, after a pass over what comes before."""
+    """The logits of two sequences in one pass: the new token of one, seven of another, after a pass
+    over what comes before.
+    """
     with recording() as found, torch.no_grad():
         model(input_ids=ids[:, :1], position_ids=torch.zeros_like(ids[:, :1]), use_cache=False)
     layers = {}
@@ -193,7 +196,9 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
     "name", ["ct/FP8_DYNAMIC", "ct/W8A8", "ct/W4A16", "ct/mixed", "gptq/desc_act"]
 )
 def test_quantized_checkpoints_are_fused(sample, name):
-    """They keep keys before queries, give some layers a precision of their own, or ask for another order of inputs."""
+    """They keep keys before queries, give some layers a precision of their own, or ask for another
+    order of inputs.
+    """
     from qtool.runtime.load import load
 
     model = load(sample(name), device="cpu")

@@ -1,4 +1,6 @@
-"""Text that comes token by token is the text the tokenizer decodes at once, cut at the first stop string, and nothing of it comes too early."""
+"""Text that comes token by token is the text the tokenizer decodes at once, cut at the first stop
+string, and nothing of it comes too early.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ def stops_in(text: str, draw) -> list[str]:
 
 
 def cut(text: str, stops, exempt=0):
-    """Where the stop string begins that is complete first, and it; the longest, if several end there."""
+    """Where the stop string begins that is complete first, and it; the longest, if several end
+    there.
+    """
     found = [
         (i + len(s), i, s)
         for s in stops

@@ -1,4 +1,6 @@
-"""The engine on a CPU: the tokens of transformers' `generate`, whatever else runs; what a request may ask for; what goes wrong stays with its own."""
+"""The engine on a CPU: the tokens of transformers' `generate`, whatever else runs; what a request
+may ask for; what goes wrong stays with its own.
+"""
 
 import asyncio
 import gc
@@ -107,7 +109,9 @@ def ids_of(results) -> list[list[int]]:
 @pytest.fixture(scope="module", params=[False, True], ids=["", "overlapping"])
 def example(request):
     with Engine(EXAMPLE, dtype="float32", max_total_tokens=8192) as engine:
-        engine.loop.overlap = request.param  # True is what a GPU does: a step is launched before the tokens of the one before it are read
+        # True is what a GPU does: a step is launched before the tokens of the one before it are
+        # read
+        engine.loop.overlap = request.param
         yield engine
 
 
@@ -638,7 +642,9 @@ def test_without_a_limit_a_text_ends_with_the_cache():
 
 
 def test_rotary_embeddings_do_not_depend_on_who_else_runs(tmp_path):
-    """longrope has other frequencies for sequences that are longer than the first training's; transformers looks at the longest of a pass."""
+    """longrope has other frequencies for sequences that are longer than the first training's;
+    transformers looks at the longest of a pass.
+    """
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -728,7 +734,9 @@ class EagerGraph:
 
 
 def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
-    """What CUDA graphs do, by hand: padding, tokens that only the device knows, changes of the page table."""
+    """What CUDA graphs do, by hand: padding, tokens that only the device knows, changes of the page
+    table.
+    """
     prompts = prompts_of(9, 2000, longest=60)
     wanted = expected(reference, prompts, 40)
     with Engine(EXAMPLE, dtype="float32", max_total_tokens=2048, max_running_requests=8) as engine:
@@ -777,7 +785,9 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
 
 
 def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, monkeypatch):
-    """As above for steps that have pieces of prompts: several, later chunks, beside sequences that decode, more than a shape holds."""
+    """As above for steps that have pieces of prompts: several, later chunks, beside sequences that
+    decode, more than a shape holds.
+    """
     prompts = prompts_of(23, 2000, longest=90)
     wanted = expected(reference, prompts, 12)
     options = {"max_total_tokens": 4096, "max_running_requests": 12, "chunked_prefill_size": 160}

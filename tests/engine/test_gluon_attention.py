@@ -1,6 +1,8 @@
-"""The Gluon kernel of attention from chunks: compiled for sm_90, and compared with float64 and with the Triton kernel where there is a GPU.
+"""The Gluon kernel of attention from chunks: compiled for sm_90, and compared with float64 and with
+the Triton kernel where there is a GPU.
 
-Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|compare`), as in test_kernels_gluon.py.
+Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|compare`), as in
+test_kernels_gluon.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Text held to a grammar: what may come next, against a slow reference; and answers of the example model, which never learned JSON."""
+"""Text held to a grammar: what may come next, against a slow reference; and answers of the example
+model, which never learned JSON.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pages and steps: every piece of every sequence finds exactly the tokens before it in the cache, whatever arrives, ends or fails meanwhile."""
+"""Pages and steps: every piece of every sequence finds exactly the tokens before it in the cache,
+whatever arrives, ends or fails meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ class Device:
         self.touched: set[Sequence] = set()  # has read or written BAD
 
     def run(self, step: Step, bad: Sequence | None = None, *, broken: bool = False) -> list[int]:
-        """Return the tokens sampled. ``bad``: all its keys and values are; ``broken``: everyone's are."""
+        """Return the tokens sampled.
+
+        ``bad``: all its keys and values are; ``broken``: everyone's are.
+        """
         places = [(row, column) for row, column, _ in step.updates]
         assert len(set(places)) == len(places)
         self.table.update(zip(places, (page for *_, page in step.updates), strict=True))
@@ -162,7 +167,8 @@ class Loop:
             is_decode = chunk.count == 1 and chunk.samples and chunk.start > 0
             assert is_decode == (number < step.decodes)
             assert is_decode or chunk.start + chunk.count <= len(sequence.tokens)
-        # Whoever was admitted or got pages is in the step, so no other loses changes of the table, or shares its pages, when it fails.
+        # Whoever was admitted or got pages is in the step, so no other loses changes of the table,
+        # or shares its pages, when it fails.
         assert step is None or {row for row, *_ in step.updates} <= {
             chunk.sequence.row for chunk in chunks
         }
@@ -237,7 +243,9 @@ class Loop:
             self.scheduler.fail(chunk.sequence)
 
     def turn(self) -> bool:
-        """As the engine does: launch the next step, then read the tokens of the last; False when there was nothing to do."""
+        """As the engine does: launch the next step, then read the tokens of the last; False when
+        there was nothing to do.
+        """
         while len(self.flying) > 1:
             self.read()
         launched = self.launch()
@@ -381,7 +389,8 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self.loop.live)
     @rule(data=st.data())
     def abort(self, data):
-        # One whose NaN nobody has read yet would leave pages behind that fail the next reader, once: `fail` cleans up, as below.
+        # One whose NaN nobody has read yet would leave pages behind that fail the next reader,
+        # once: `fail` cleans up, as below.
         candidates = [
             sequence for sequence in self.loop.live if sequence not in self.loop.device.touched
         ]

@@ -83,7 +83,9 @@ def test_every_scheme_stays_near_the_plain_model(sample, plain, name, worse):
     (
         "name",
         "nats",
-    ),  # mean KL divergence from the library's own model; where inputs are rounded, one flip early on changes many later
+        # mean KL divergence from the library's own model; where inputs are rounded, one flip early on
+        # changes many later
+    ),
     [
         ("ct/FP8", 1e-5),
         ("ct/FP8_BLOCK", 1e-5),

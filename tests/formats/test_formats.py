@@ -1,4 +1,6 @@
-"""Every format the three libraries write is recognised from headers alone, and what contradicts itself is refused or reported."""
+"""Every format the three libraries write is recognised from headers alone, and what contradicts
+itself is refused or reported.
+"""
 
 import json
 import shutil
@@ -87,7 +89,9 @@ ALL = [*SCHEMES, *MIXED]
 
 @pytest.fixture
 def edited(sample, tmp_path):
-    """A function: a sample's name and changes to its tensors and its quantization config, to a checkpoint that has them."""
+    """A function: a sample's name and changes to its tensors and its quantization config, to a
+    checkpoint that has them.
+    """
 
     def edit(name, tensors=lambda tensors: None, config=lambda config: None):
         folder = shutil.copytree(sample(name), tmp_path / "edited", dirs_exist_ok=True)

@@ -1,4 +1,5 @@
-"""What qtool writes, the library that owns the format dequantizes to the weights that `dequantize` says, and rounds to nearest alike.
+"""What qtool writes, the library that owns the format dequantizes to the weights that `dequantize`
+says, and rounds to nearest alike.
 
 Where nothing else is said, equal means equal bit for bit, in the dtype the library computes in.
 """
@@ -52,7 +53,9 @@ sized = [
 
 
 def drawn(data, scheme, *, act_order=False):
-    """Return a random layer in ``scheme`` without a factor on its input and, unless asked for, without act-order."""
+    """Return a random layer in ``scheme`` without a factor on its input and, unless asked for,
+    without act-order.
+    """
     weight = replace(data.draw(layers(scheme)), pre_scale=None)
     return weight if act_order else replace(weight, perm=None)
 
@@ -102,7 +105,9 @@ def test_compressed_tensors_decompresses_what_is_written(scheme, data):
     found = decompressed(written("compressed-tensors", weight, scheme), parsed(scheme))
     if (
         scheme.weights.scale == "e4m3"
-    ):  # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and rounds to bf16
+        # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and rounds to
+        # bf16
+    ):
         torch.testing.assert_close(found, dequantize(weight, torch.bfloat16), rtol=2**-7, atol=0)
     elif (
         scheme.weights.scale == "e8m0"
@@ -315,7 +320,9 @@ def test_modelopts_tensor_classes_dequantize_what_is_written(name, data):
 @given(data=st.data())
 @few
 def test_modelopts_export_packs_int4_into_the_same_bytes(data):
-    """Its INT4QTensor packs along the inputs, high nibble first, and never reaches a checkpoint: the export packs along the outputs."""
+    """Its INT4QTensor packs along the inputs, high nibble first, and never reaches a checkpoint:
+    the export packs along the outputs.
+    """
     from modelopt.torch.export.quant_utils import to_quantized_weight
 
     scheme = SCHEMES["W4A16"]
@@ -405,7 +412,9 @@ def test_transformers_converts_the_stacked_experts_of_gpt_oss_to_the_same_weight
 @given(data=st.data())
 @few
 def test_torchaos_tensors_dequantize_to_the_same_weights(name, data):
-    """Torchao's format is only read: its tensor class is given the codes and scales of a weight, and both say what they mean."""
+    """Torchao's format is only read: its tensor class is given the codes and scales of a weight,
+    and both say what they mean.
+    """
     from torchao.quantization import Float8Tensor, Int8Tensor
 
     weight = drawn(data, SCHEMES[name])
@@ -420,11 +429,14 @@ def test_torchaos_tensors_dequantize_to_the_same_weights(name, data):
     assert torch.equal(theirs.dequantize(), dequantize(read))
 
 
-# Rounding to nearest. Both sides start from f32 tensors that bf16 could hold: given bf16, compressed-tensors divides in bf16 and rounds twice.
+# Rounding to nearest. Both sides start from f32 tensors that bf16 could hold: given bf16,
+# compressed-tensors divides in bf16 and rounds twice.
 
 
 def rounded_by_compressed_tensors(tensor, scheme):
-    """Return (codes as f32, scale, zero, divisor) by the library's own observer arithmetic, for f32 ``tensor``."""
+    """Return (codes as f32, scale, zero, divisor) by the library's own observer arithmetic, for f32
+    ``tensor``.
+    """
     group, weights, (rows, columns) = parsed(scheme), scheme.weights, tensor.shape
     height, width = weights.block or (
         (rows, columns) if weights.granularity == "tensor" else (1, weights.group_size or columns)
@@ -495,7 +507,9 @@ def test_scales_of_16_bits_are_those_of_compressed_tensors(name, dtype):
 @random_weights
 @few
 def test_asymmetric_codes_are_those_of_compressed_tensors_but_for_ties(scheme, seed, size, shift):
-    """It rounds x / scale + zero and qtool rounds x / scale: halfway between two codes, to f32's precision, they may choose differently."""
+    """It rounds x / scale + zero and qtool rounds x / scale: halfway between two codes, to f32's
+    precision, they may choose differently.
+    """
     tensor = random_weight(seed, size, shift)
     weight = quantize(tensor, scheme)
     codes, scale, zero = rounded_by_compressed_tensors(tensor, scheme)
@@ -513,7 +527,9 @@ def test_asymmetric_codes_are_those_of_compressed_tensors_but_for_ties(scheme, s
 @given(st.integers(0, 999))
 @few
 def test_nvfp4_scales_and_codes_are_those_of_compressed_tensors_but_for_ties(seed):
-    """It multiplies by 2688 / amax where qtool divides by amax / 2688: halfway between two numbers, in f32, they may choose differently."""
+    """It multiplies by 2688 / amax where qtool divides by amax / 2688: halfway between two numbers,
+    in f32, they may choose differently.
+    """
     tensor = random_weight(seed)
     weight = quantize(tensor, SCHEMES["NVFP4"])
     codes, scale, _ = rounded_by_compressed_tensors(tensor, SCHEMES["NVFP4"])
@@ -531,7 +547,9 @@ def test_nvfp4_scales_and_codes_are_those_of_compressed_tensors_but_for_ties(see
 @given(st.integers(0, 999))
 @few
 def test_nvfp4_scales_and_codes_are_those_of_modelopt_but_for_ties(seed):
-    """Its scales are amax / (6 * scale2), qtool's amax / 6 / scale2; where they agree the codes are equal."""
+    """Its scales are amax / (6 * scale2), qtool's amax / 6 / scale2; where they agree the codes are
+    equal.
+    """
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     tensor = random_weight(seed)
@@ -547,7 +565,9 @@ def test_nvfp4_scales_and_codes_are_those_of_modelopt_but_for_ties(seed):
 
 
 def scales_differ_only_halfway(tensor, weight, scale):
-    """Return where ``scale`` is not that of ``weight``, having checked that what both round lies in the middle."""
+    """Return where ``scale`` is not that of ``weight``, having checked that what both round lies in
+    the middle.
+    """
     differ = weight.scale.float() != scale
     exact = tensor.reshape(128, 16, 16).abs().amax(2) / 6 / weight.scale2[:, None]
     torch.testing.assert_close(
@@ -557,6 +577,8 @@ def scales_differ_only_halfway(tensor, weight, scale):
 
 
 def test_fp4_weights_of_fp8_inputs_fit_into_fp8_before_their_second_scale():
-    """Source: modelopt 0.47, `export/quant_utils.py`, get_weight_scaling_factor_2: amax / 448, as kernels dequantize to fp8."""
+    """Source: modelopt 0.47, `export/quant_utils.py`, get_weight_scaling_factor_2: amax / 448, as
+    kernels dequantize to fp8.
+    """
     weight = quantize(random_weight(0), SCHEMES["NVFP4AFP8"])
     assert dequantize(replace(weight, scale2=None)).abs().max() <= 448

@@ -1,4 +1,6 @@
-"""What a format writes it reads back bit for bit, whatever the scheme, the shape and the order of the groups; and each library agrees with it."""
+"""What a format writes it reads back bit for bit, whatever the scheme, the shape and the order of
+the groups; and each library agrees with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Each rule of each engine fires on a checkpoint made for it, and the real samples get the verdicts of the compatibility matrix."""
+"""Each rule of each engine fires on a checkpoint made for it, and the real samples get the verdicts
+of the compatibility matrix.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ HEAD = {"lm_head": (512, 256)}
 
 
 def write(folder, tensors, **config):
-    """A checkpoint of ``tensors``, name -> (dtype, shape) or (dtype, shape, bytes), else zeros that cost no disk."""
+    """A checkpoint of ``tensors``, name -> (dtype, shape) or (dtype, shape, bytes), else zeros that
+    cost no disk.
+    """
     header, end, data = {}, 0, {}
     for name, (dtype, shape, *content) in tensors.items():
         size = BITS[dtype] // 8
@@ -309,7 +313,9 @@ class ModelOpt:
 def build(
     folder, format, *, shapes=MODEL, but=(), others=None, tensors=None, model=None, sidecar=False
 ):
-    """A checkpoint of ``shapes`` in ``format``; modules ``but`` stay in 16 bits, those in ``others`` have formats of their own."""
+    """A checkpoint of ``shapes`` in ``format``; modules ``but`` stay in 16 bits, those in
+    ``others`` have formats of their own.
+    """
     found = {
         "model.embed_tokens.weight": ("BF16", (512, 256)),
         "model.norm.weight": ("BF16", (256,)),
@@ -780,7 +786,8 @@ def test_experts_of_one_scheme_load_with_their_router_in_16_bits(tmp_path):
 # --- the compatibility matrix
 
 
-VERDICTS = {  # sample -> which of sglang, tensorrt-llm, transformers, vllm load it: formats.md, section 16
+# sample -> which of sglang, tensorrt-llm, transformers, vllm load it: formats.md, section 16
+VERDICTS = {
     "ct/W4A16": "s-tv",
     "ct/W8A16": "s-tv",
     "ct/W2A16": "--tv",

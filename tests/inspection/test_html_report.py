@@ -1,4 +1,6 @@
-"""The page of an inspection: what it shows, that it loads nothing, and that no name from a file becomes markup."""
+"""The page of an inspection: what it shows, that it loads nothing, and that no name from a file
+becomes markup.
+"""
 
 from __future__ import annotations
 
@@ -437,7 +439,9 @@ def test_the_bundled_model_has_a_page(tiny_model):
 
 @pytest.fixture
 def load(browser, tmp_path) -> Iterator[Any]:
-    """A function that opens a report's page; whatever the browser complains of or asks for beyond the file fails the test."""
+    """A function that opens a report's page; whatever the browser complains of or asks for beyond
+    the file fails the test.
+    """
     complaints: list[str] = []
 
     def open_page(inspection: Inspection, **context: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What inspect finds in the numbers themselves, beside another checkpoint, and in front of an engine; and how the command shows it."""
+"""What inspect finds in the numbers themselves, beside another checkpoint, and in front of an
+engine; and how the command shows it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every architecture of transformers' causal language models that stands on `nn.Linear`: a tiny random one, quantized, loaded, compared."""
+"""Every architecture of transformers' causal language models that stands on `nn.Linear`: a tiny
+random one, quantized, loaded, compared.
+"""
 
 import contextlib
 
@@ -114,7 +116,9 @@ IDS = torch.arange(3, 27)[None] * 7 % 317
 
 
 def make(folder, model_type: str, sizes: dict[str, object]):
-    """Write a random model of ``model_type`` whose logits depend on all of its layers; return its folder."""
+    """Write a random model of ``model_type`` whose logits depend on all of its layers; return its
+    folder.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type, **{key: value for key, value in (SIZES | sizes).items() if value is not None}
@@ -137,7 +141,9 @@ def distance(model, reference) -> float:
 
 @contextlib.contextmanager
 def only_plain():
-    """Let the plain kernel multiply, which is exact: another order of a sum moves a code of the next input, or sends a token to another expert."""
+    """Let the plain kernel multiply, which is exact: another order of a sum moves a code of the
+    next input, or sends a token to another expert.
+    """
     from qtool.runtime import load as module
 
     with pytest.MonkeyPatch.context() as patch:
@@ -287,7 +293,9 @@ def test_a_model_that_needs_data_to_run_is_not_fused(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("plain_kernel")
 def test_stacked_mxfp4_experts_are_right(tmp_path):
-    """gpt-oss: transposed in the model, with biases, all experts of a layer in one tensor of the file."""
+    """gpt-oss: transposed in the model, with biases, all experts of a layer in one tensor of the
+    file.
+    """
     from safetensors.torch import load_file, save_file
 
     sizes = {"num_local_experts": 8, "layer_types": ["sliding_attention", "full_attention"]}

@@ -1,4 +1,6 @@
-"""The registry of kernels: who is chosen, who is chosen for a few tokens, and that the operator calls them so."""
+"""The registry of kernels: who is chosen, who is chosen for a few tokens, and that the operator
+calls them so.
+"""
 
 from dataclasses import replace
 

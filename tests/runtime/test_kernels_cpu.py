@@ -1,4 +1,6 @@
-"""The CPU kernels: each against the plain one and float64, over random layers; what they take, and what they say of the rest."""
+"""The CPU kernels: each against the plain one and float64, over random layers; what they take, and
+what they say of the rest.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def spec_of(
 
 
 def sample(spec: LinearSpec, tokens: int, seed: int = 0) -> tuple[torch.Tensor, QuantizedWeight]:
-    """An input with an outlying channel and tokens of several sizes, and a weight, with the scale of such inputs where it is static."""
+    """An input with an outlying channel and tokens of several sizes, and a weight, with the scale
+    of such inputs where it is static.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = (
         torch.randn(tokens, spec.shape[1], generator=generator)
@@ -243,7 +247,9 @@ def test_zeros_stay_zeros_and_a_token_of_zeros_harms_no_other(kernel):
 
 @pytest.mark.parametrize("name", TAKERS["onednn"])
 def test_rounded_inputs_are_multiplied_exactly(name):
-    """What remains is the rounding of the result to bfloat16, half a step of 2^-8, and of the input that the definition keeps in bfloat16."""
+    """What remains is the rounding of the result to bfloat16, half a step of 2^-8, and of the input
+    that the definition keeps in bfloat16.
+    """
     spec = spec_of(name)
     x, weight = sample(spec, 5)
     assert (

@@ -1,4 +1,6 @@
-"""The CUDA kernels as far as a machine without a GPU can tell: who takes which layer, what is handed to humming, and what the sums mean."""
+"""The CUDA kernels as far as a machine without a GPU can tell: who takes which layer, what is
+handed to humming, and what the sums mean.
+"""
 
 from __future__ import annotations
 

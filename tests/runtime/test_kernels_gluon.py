@@ -1,4 +1,5 @@
-"""The Gluon kernel of 8 by 8 bits: compiled for sm_90, and compared with the plain product where there is a GPU.
+"""The Gluon kernel of 8 by 8 bits: compiled for sm_90, and compared with the plain product where
+there is a GPU.
 
 Each in a process of its own (`python tests/runtime/test_kernels_gluon.py compile|compare`),
 as in test_kernels_triton.py. The interpreter knows no Gluon.

@@ -1,4 +1,6 @@
-"""The compiled CPU kernel: against the plain one and float64 over random layers, with AMX and without; compiling, caching, and failing to."""
+"""The compiled CPU kernel: against the plain one and float64 over random layers, with AMX and
+without; compiling, caching, and failing to.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def test_native_multiplies_as_the_definition_says(
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_code_stands_for_its_value(scale_dtype):
-    """The product with the identity is the weight, rounded to bfloat16: every code under several scales and zero points, nothing near it."""
+    """The product with the identity is the weight, rounded to bfloat16: every code under several
+    scales and zero points, nothing near it.
+    """
     shape = (48, 256)
     rows, columns = torch.meshgrid(torch.arange(48), torch.arange(256), indexing="ij")
     scale = (0.01 + torch.rand(48, 16, generator=torch.Generator().manual_seed(0))).to(scale_dtype)
@@ -206,7 +210,9 @@ def test_an_objection_says_what_was_found_and_what_is_taken(monkeypatch):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing is compiled yet, and the cache folder is empty; afterwards the usual library is loaded again."""
+    """Nothing is compiled yet, and the cache folder is empty; afterwards the usual library is
+    loaded again.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     native._library.cache_clear()

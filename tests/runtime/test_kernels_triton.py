@@ -1,6 +1,8 @@
-"""Our Triton kernels without a GPU: the interpreter runs them, against the plain kernel and float64; and all compile for sm_90.
+"""Our Triton kernels without a GPU: the interpreter runs them, against the plain kernel and
+float64; and all compile for sm_90.
 
-Both need a process of their own (`python tests/runtime/test_kernels_triton.py interpret|compile`): triton reads TRITON_INTERPRET when it is imported.
+Both need a process of their own (`python tests/runtime/test_kernels_triton.py interpret|compile`):
+triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations

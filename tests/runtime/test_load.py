@@ -1,4 +1,6 @@
-"""Checkpoints as models that run: what is fused, what kernels get, what memory it takes, and that the numbers are those of the dequantized model."""
+"""Checkpoints as models that run: what is fused, what kernels get, what memory it takes, and that
+the numbers are those of the dequantized model.
+"""
 
 import copy
 import json

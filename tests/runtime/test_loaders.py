@@ -1,4 +1,6 @@
-"""What qtool writes is what vLLM, SGLang and transformers look for: names, shapes, dtypes, config keys, and in transformers the same logits."""
+"""What qtool writes is what vLLM, SGLang and transformers look for: names, shapes, dtypes, config
+keys, and in transformers the same logits.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +26,26 @@ N, K = 256, 384
 SCALAR = (
     (),
     (1,),
-)  # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in both engines
+    # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in both
+    # engines
+)
 FLOAT = (
     torch.float32,
     torch.bfloat16,
     torch.float16,
 )  # parameters of these are filled by copy_, which converts
 FP8, BYTE, WORD = torch.float8_e4m3fn, torch.uint8, torch.int32
-QUANTIZATION = "layers/quantization"  # of vLLM 0.33, `vllm/model_executor/`, and of SGLang 0.5.23, `python/sglang/srt/`
+# of vLLM 0.33, `vllm/model_executor/`, and of SGLang 0.5.23, `python/sglang/srt/`
+QUANTIZATION = "layers/quantization"
 
 
 @dataclass(frozen=True)
 class Loader:
-    """What a linear layer of N outputs and K inputs is loaded from, as one engine's ``create_weights`` registers it.
+    """What a linear layer of N outputs and K inputs is loaded from, as one engine's
+    ``create_weights`` registers it.
 
-    ``tensors``: suffix -> (dtype, shapes); FLOAT stands for any that is converted. ``keys``: paths in the config that ``from_config`` reads without
-    a default, or with one that is wrong here.
+    ``tensors``: suffix -> (dtype, shapes); FLOAT stands for any that is converted. ``keys``: paths
+        in the config that ``from_config`` reads without a default, or with one that is wrong here.
     """
 
     scheme: str
@@ -259,7 +265,9 @@ LOADERS = [
 
 @pytest.fixture(params=LOADERS, ids=lambda case: f"{case[0]}-{case[1].scheme}")
 def case(request):
-    """A loader, and what qtool writes for it: the tensors of a layer and the content of the JSON files."""
+    """A loader, and what qtool writes for it: the tensors of a layer and the content of the JSON
+    files.
+    """
     format, loader = request.param
     weight, module = layer(
         "model.layers.0.mlp.down_proj",
@@ -275,7 +283,9 @@ def case(request):
 
 
 def layer(name, tensor, scheme, variant=""):
-    """Return (weight, module) of ``tensor`` rounded to nearest, its inputs as if calibrated to 0.01 a step."""
+    """Return (weight, module) of ``tensor`` rounded to nearest, its inputs as if calibrated to 0.01
+    a step.
+    """
     scheme = SCHEMES[scheme] if isinstance(scheme, str) else scheme
     weight = quantize(tensor, scheme)
     if scheme.activations and scheme.activations.needs_data:
@@ -317,14 +327,18 @@ def test_configs_have_the_keys_that_the_loaders_of_vllm_and_sglang_read(case):
     ],
 )
 def test_a_weight_that_lacks_the_static_scale_of_its_inputs_is_objected_to(format, scheme):
-    """Engines register the parameter and compute with what stands in it before: a sentinel in vLLM's FP8, memory as it was in its NVFP4."""
+    """Engines register the parameter and compute with what stands in it before: a sentinel in
+    vLLM's FP8, memory as it was in its NVFP4.
+    """
     weight = quantize(torch.randn(N, K), SCHEMES[scheme])
     assert WRITABLE[format].objection(QuantizedModule("layer", SCHEMES[scheme], (N, K), {}), weight)
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
 def test_the_sidecar_of_nvfp4_names_its_group_cache_and_exclusions(scheme):
-    """Source: vLLM 0.33, `modelopt.py`, ModelOptNvFp4Config._from_config; SGLang 0.5.23, `modelopt_quant.py`, ModelOptFp4Config.from_config."""
+    """Source: vLLM 0.33, `modelopt.py`, ModelOptNvFp4Config._from_config; SGLang 0.5.23,
+    `modelopt_quant.py`, ModelOptFp4Config.from_config.
+    """
     _, module = layer("model.layers.0.mlp.down_proj", torch.randn(N, K), scheme)
     nested = WRITABLE["modelopt"].settings([module], ["lm_head"], None)["hf_quant_config.json"][
         "quantization"
@@ -335,7 +349,9 @@ def test_the_sidecar_of_nvfp4_names_its_group_cache_and_exclusions(scheme):
 
 
 def test_a_mixed_modelopt_config_names_the_algorithm_of_every_layer():
-    """Source: vLLM, `modelopt.py`, ModelOptMixedPrecisionConfig._from_config; SGLang, `modelopt_quant.py`, class and method of the same name."""
+    """Source: vLLM, `modelopt.py`, ModelOptMixedPrecisionConfig._from_config; SGLang,
+    `modelopt_quant.py`, class and method of the same name.
+    """
     modules = [
         layer(f"model.layers.0.mlp.{name}", torch.randn(N, K), scheme)[1]
         for name, scheme in (("up_proj", "NVFP4"), ("down_proj", "FP8"))
@@ -361,7 +377,9 @@ def test_a_mixed_modelopt_config_names_the_algorithm_of_every_layer():
 
 @pytest.fixture
 def export(tmp_path):
-    """A function that writes the first two layers of the tiny model in a format and a scheme, with scales of some dtype."""
+    """A function that writes the first two layers of the tiny model in a format and a scheme, with
+    scales of some dtype.
+    """
 
     def write(format, scheme, scales=torch.bfloat16, dtype=torch.bfloat16, variant=""):
         whole = load_file(EXAMPLE / "model.safetensors")
@@ -411,7 +429,9 @@ def load(folder, dtype):
 
 
 def difference(folder, prompt, dtype):
-    """Return by how much transformers' logits differ from those of the dequantized model, relative to their size."""
+    """Return by how much transformers' logits differ from those of the dequantized model, relative
+    to their size.
+    """
     with torch.inference_mode():
         ours, theirs = (
             model(prompt, use_cache=False).logits.float()
@@ -448,7 +468,9 @@ def test_transformers_loads_scales_of_any_dtype_into_a_bf16_model(export, prompt
     found = difference(export("compressed-tensors", name, scales), prompt, torch.bfloat16)
     if (scales == torch.bfloat16 and not name.startswith("NVFP4")) or name.startswith("MX"):
         assert found == 0
-    else:  # transformers rounds other scales to bf16 when it loads them, and qtool the product; the divisor of NVFP4 costs a rounding
+    # transformers rounds other scales to bf16 when it loads them, and qtool the product; the
+    # divisor of NVFP4 costs a rounding
+    else:
         assert found < 0.01
 
 
@@ -467,7 +489,9 @@ def test_transformers_rounds_inputs_about_as_qtool_simulates(export, prompt, nam
 
 @pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
 def test_transformers_computes_fp4_and_mx_weights_in_bf16_models_only(export, prompt, name):
-    """Compressed-tensors 0.19 decompresses these to bf16 whatever the model is: a limit of the library that users of float16 models meet."""
+    """Compressed-tensors 0.19 decompresses these to bf16 whatever the model is: a limit of the
+    library that users of float16 models meet.
+    """
     with pytest.raises(RuntimeError, match="same dtype"):
         difference(
             export("compressed-tensors", name, torch.float16, torch.float16), prompt, torch.float16

@@ -1,4 +1,6 @@
-"""What the names of `--quantization` and `--torchao-config` stand for, and that torchao's mean what torchao does."""
+"""What the names of `--quantization` and `--torchao-config` stand for, and that torchao's mean what
+torchao does.
+"""
 
 from __future__ import annotations
 
@@ -339,7 +341,8 @@ def test_deepseeks_blocks_are_called_fp8(make_model, flag):
     }
 
 
-# --- torchao. Weights and inputs are bf16, as they are in models; `quantize_` runs where torchao has it for a CPU.
+# --- torchao. Weights and inputs are bf16, as they are in models; `quantize_` runs where torchao
+# has it for a CPU.
 
 
 def torchaos(weight, config):
@@ -364,7 +367,9 @@ def codes_of(weight):
 
 
 def assert_equal_but_at_ties(ours, theirs, quotient):
-    """Torchao multiplies by the reciprocal of the scale, so a quotient half way between two codes may fall to either."""
+    """Torchao multiplies by the reciprocal of the scale, so a quotient half way between two codes
+    may fall to either.
+    """
     apart = ours != theirs.int()
     assert ((ours - theirs.int()).abs() <= 1).all()
     assert ((quotient - quotient.floor() - 0.5).abs()[apart] < 1e-5).all()
@@ -436,9 +441,11 @@ def test_int4wo_is_torchaos_rounding_to_whole_zero_points(matrices, size):
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_int4wo_is_within_a_step_of_torchaos_float_zero_points_and_nearly_as_exact(matrices, size):
-    """`Int4WeightOnlyConfig` needs a GPU; this is the arithmetic of its algorithm, tinygemm, whose zero points are floats.
+    """`Int4WeightOnlyConfig` needs a GPU; this is the arithmetic of its algorithm, tinygemm, whose
+    zero points are floats.
 
-    It puts the least and the largest of each group on a code exactly, qtool 0.0: that costs the more, the smaller the group.
+    It puts the least and the largest of each group on a code exactly, qtool 0.0: that costs the
+    more, the smaller the group.
     """
     from torchao.quantization import quant_primitives as torchao
 

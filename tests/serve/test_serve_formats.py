@@ -1,6 +1,8 @@
-"""The commands of SGLang's documentation, with `qtool serve` for its server, on checkpoints of several formats; what `--quantization` says of one.
+"""The commands of SGLang's documentation, with `qtool serve` for its server, on checkpoints of
+several formats; what `--quantization` says of one.
 
-The two `curl` commands: its quick start (`docs/get-started/quickstart`, `docs/basic_usage/send_request`), and the README of its native route.
+The two `curl` commands: its quick start (`docs/get-started/quickstart`,
+`docs/basic_usage/send_request`), and the README of its native route.
 The command lines that start servers: `docs/advanced_features/quantization`.
 """
 
@@ -47,7 +49,8 @@ MADE = {  # a checkpoint that no calibration is needed for -> its format and sch
     "modelopt_fp4": ("modelopt", "MXFP4"),
     "blocks": ("fp8_block", "FP8_BLOCK"),
 }
-DEPLOYED = [  # what is served, the flags of the documentation's line, what an Engine is told for the same
+# what is served, the flags of the documentation's line, what an Engine is told for the same
+DEPLOYED = [
     ("modelopt_fp8", ["--quantization", "modelopt"], None),
     ("awq", [], None),
     ("plain", ["--quantization", "fp8"], "fp8"),
@@ -134,7 +137,9 @@ def shell(command, server):
 
 @pytest.fixture(scope="module")
 def outcomes(checkpoint):
-    """The exit code and stderr of `qtool serve --quantization FLAG --dry-run`, by checkpoint and flag: one process, for torch loads once in it."""
+    """The exit code and stderr of `qtool serve --quantization FLAG --dry-run`, by checkpoint and
+    flag: one process, for torch loads once in it.
+    """
     code = """
         import contextlib, io, json, sys
         from qtool.cli import main

@@ -1,4 +1,6 @@
-"""Our options in the words of vLLM and SGLang, checkpoints they refuse, and this process becoming theirs."""
+"""Our options in the words of vLLM and SGLang, checkpoints they refuse, and this process becoming
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ from qtool.serve.handover import (
 )
 
 KEY = "not-for-your-eyes"
-# Names of flags, without the dashes. vLLM 0.33.0: engine/arg_utils.py, entrypoints/common/cli_args.py, `no-` those of BooleanOptionalAction.
-# SGLang 0.5.23: srt/server_args.py and srt/arg_groups/fields/. Of those that begin like one we pass.
+# Names of flags, without the dashes. vLLM 0.33.0: engine/arg_utils.py,
+# entrypoints/common/cli_args.py, `no-` those of BooleanOptionalAction.
+# SGLang 0.5.23: srt/server_args.py and srt/arg_groups/fields/. Of those that begin like one we
+# pass.
 THEIRS = {
     "vllm": """
         chat-template chat-template-content-format data-parallel-address data-parallel-backend data-parallel-external-lb data-parallel-hybrid-lb

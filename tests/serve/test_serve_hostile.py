@@ -1,4 +1,6 @@
-"""Requests that are wrong, huge or slow: each gets its refusal soon, costs no memory, and disturbs nobody."""
+"""Requests that are wrong, huge or slow: each gets its refusal soon, costs no memory, and disturbs
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -465,7 +467,9 @@ def streamed(url: str, body: dict[str, object]) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def good_client(served) -> Iterator[None]:
-    """Somebody who asks for the same text all the while, and gets it every time, while memory stays as it is."""
+    """Somebody who asks for the same text all the while, and gets it every time, while memory stays
+    as it is.
+    """
     expected = streamed(served.url, GOOD)
     assert expected
     answers: list[str | BaseException] = []
@@ -866,7 +870,9 @@ async def echo(scope, receive, send):
 
 @pytest.fixture
 def guarded() -> Iterator[tuple[int, threading.Event]]:
-    """A server with short deadlines around a small application: its port, and an event when a reader of it was given up."""
+    """A server with short deadlines around a small application: its port, and an event when a
+    reader of it was given up.
+    """
     left = threading.Event()
 
     async def application(scope, receive, send):

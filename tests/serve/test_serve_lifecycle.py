@@ -1,4 +1,6 @@
-"""Starting, clients that leave or press, and the end: whatever happens, places and pages come back, and nobody waits for ever."""
+"""Starting, clients that leave or press, and the end: whatever happens, places and pages come back,
+and nobody waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -404,7 +406,9 @@ def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
 
 
 def talk_about(server: Server, word: str, **headers: str) -> None:
-    """Send ``word`` to every route that takes text, in requests that are right and in some that are wrong."""
+    """Send ``word`` to every route that takes text, in requests that are right and in some that are
+    wrong.
+    """
     bodies = {
         "/v1/completions": {"prompt": word, "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": word}], "max_tokens": 2},

@@ -1,4 +1,6 @@
-"""lm-eval's `local-completions` measures a served model: the log likelihoods are those of the dequantized model in transformers."""
+"""lm-eval's `local-completions` measures a served model: the log likelihoods are those of the
+dequantized model in transformers.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def evaluate(served, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def likelihood(quantized_model):
-    """A function that returns what transformers says of a continuation: its log likelihood, and how far it is behind the likeliest."""
+    """A function that returns what transformers says of a continuation: its log likelihood, and how
+    far it is behind the likeliest.
+    """
     tokenizer = AutoTokenizer.from_pretrained(quantized_model)
     model = load_dequantized(open_checkpoint(quantized_model), dtype=torch.float32)
 

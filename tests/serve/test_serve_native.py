@@ -1,4 +1,6 @@
-"""SGLang's `/generate` says what `Engine.generate` does; tokens there and back; what Prometheus reads."""
+"""SGLang's `/generate` says what `Engine.generate` does; tokens there and back; what Prometheus
+reads.
+"""
 
 from __future__ import annotations
 
@@ -353,7 +355,9 @@ NAMES = {
 
 
 def read_metrics(http) -> tuple[dict[str, str], Counter]:
-    """The families with their types, and the samples by name and, where there is one, the reason or the bucket."""
+    """The families with their types, and the samples by name and, where there is one, the reason or
+    the bucket.
+    """
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     families = list(text_string_to_metric_families(answer.text))

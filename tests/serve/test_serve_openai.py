@@ -1,4 +1,6 @@
-"""The official `openai` client against a served, quantized model: what it asks for is what it gets, and what is wrong is an exception of its own."""
+"""The official `openai` client against a served, quantized model: what it asks for is what it gets,
+and what is wrong is an exception of its own.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def tokens_of(served):
 
 @pytest.fixture(scope="module")
 def no_space(served):
-    """A bias against tokens that are nothing but space, of which a small model puts as much into JSON as it may."""
+    """A bias against tokens that are nothing but space, of which a small model puts as much into
+    JSON as it may.
+    """
     found = {}
     for start in range(0, 4096, 1024):
         tokens = range(start, start + 1024)

@@ -1,4 +1,6 @@
-"""The page of `qtool serve` in a browser, against a running server: what it shows, that it asks nobody else, and that no answer becomes markup."""
+"""The page of `qtool serve` in a browser, against a running server: what it shows, that it asks
+nobody else, and that no answer becomes markup.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def test_the_page_is_one_small_file_that_makes_no_markup():
 
 @pytest.fixture
 def visit(browser, served) -> Iterator[Callable[..., Any]]:
-    """A function that opens the page, ready to answer. What the browser complains of, but ``refusals``, or asks of others fails the test."""
+    """A function that opens the page, ready to answer.
+
+    What the browser complains of, but ``refusals``, or asks of others fails the test.
+    """
     complaints: list[str] = []
 
     def note(message: Any, refusals: tuple[int, ...]) -> None:
@@ -131,7 +136,9 @@ def text_of(exchange: Any) -> str:
 
 
 def until(page: Any, condition: str) -> None:
-    """Wait for a JavaScript expression to be true; playwright's own way is one that the page's policy forbids."""
+    """Wait for a JavaScript expression to be true; playwright's own way is one that the page's
+    policy forbids.
+    """
     end = time.monotonic() + PATIENCE_MS / 1000
     while not page.evaluate(condition):
         assert time.monotonic() < end, f"waited in vain for {condition}"

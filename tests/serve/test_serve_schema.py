@@ -1,4 +1,6 @@
-"""What /openapi.json promises is kept, whatever is sent: schemathesis makes requests from it that are right, and others that are wrong."""
+"""What /openapi.json promises is kept, whatever is sent: schemathesis makes requests from it that
+are right, and others that are wrong.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def test_every_answer_is_one_that_was_promised(served, mode):
         )
         def check(case):
             keep_short(case)
-            # values that fit the schema may still not fit the model: a prompt that is too long, a name that is not the model's
+            # values that fit the schema may still not fit the model: a prompt that is too long, a
+            # name that is not the model's
             case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=60)
 
         if mode is GenerationMode.POSITIVE or operation.body:  # without a body nothing can be wrong

@@ -1,4 +1,6 @@
-"""Calls in what a model writes, whatever pieces it comes in; what a request may ask for, and the schema that forces it."""
+"""Calls in what a model writes, whatever pieces it comes in; what a request may ask for, and the
+schema that forces it.
+"""
 
 from __future__ import annotations
 

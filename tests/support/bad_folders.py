@@ -1,7 +1,8 @@
-"""Model folders that must be refused, made by hand: what writes each, the code it is refused with, and what the message must say.
+"""Model folders that must be refused, made by hand: what writes each, the code it is refused with,
+and what the message must say.
 
-`BAD_FOLDERS` is the table. The first part breaks files, headers, JSON and shards; the second lets config and tensors disagree; the third breaks
-quantized layers, which `qtool.formats.detect` finds.
+`BAD_FOLDERS` is the table. The first part breaks files, headers, JSON and shards; the second lets
+config and tensors disagree; the third breaks quantized layers, which `qtool.formats.detect` finds.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def true_file(tensors: Tensors, values: Mapping[str, bytes] | None = None) -> by
 
 
 def files(config: object = None, **contents: object) -> Builder:
-    """A builder of a folder of ``contents``: bytes as they are, all else as JSON; `__` in a name stands for a dot."""
+    """A builder of a folder of ``contents``: bytes as they are, all else as JSON; `__` in a name
+    stands for a dot.
+    """
 
     def build(folder: Path) -> None:
         for name, content in {"config__json": {} if config is None else config, **contents}.items():
@@ -160,7 +163,9 @@ def llama_tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
 def llama(
     config: Mapping[str, object] | None = None, without: str = "", **shapes: tuple[int, ...]
 ) -> Builder:
-    """A builder of a small Llama: config fields changed, tensors that contain ``without`` left out, shapes changed (`__` stands for a dot)."""
+    """A builder of a small Llama: config fields changed, tensors that contain ``without`` left out,
+    shapes changed (`__` stands for a dot).
+    """
     tensors = {
         name: tensor
         for name, tensor in llama_tensors().items()
@@ -276,7 +281,9 @@ def quantized(
     config: Mapping[str, object] | None = None,
     **tensors: tuple[str, tuple[int, ...]] | None,
 ) -> Builder:
-    """A builder of one layer of format ``kind``: config fields and tensors changed, those that are None left out."""
+    """A builder of one layer of format ``kind``: config fields and tensors changed, those that are
+    None left out.
+    """
     said, parts = LAYERS[kind]
     parts = {suffix: tensor for suffix, tensor in {**parts, **tensors}.items() if tensor}
     values = (

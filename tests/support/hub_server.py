@@ -1,4 +1,6 @@
-"""A small Hugging Face Hub on this machine: repositories of one commit, over real HTTP. It does what `snapshot_download` asks for and no more."""
+"""A small Hugging Face Hub on this machine: repositories of one commit, over real HTTP. It does
+what `snapshot_download` asks for and no more.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ REVISIONS = ("main", "v1.0", COMMIT)
 class HubServer:
     """Serves ``repositories``, name -> path -> content. ``requested`` keeps the paths that were asked for.
 
-    ``gated``: files need an access that nobody has. ``broken``: this file fails. ``silent``: nothing is ever answered.
+    ``gated``: files need an access that nobody has. ``broken``: this file fails. ``silent``:
+        nothing is ever answered.
     """
 
     def __init__(self, repositories: Mapping[str, Mapping[str, bytes]]) -> None:

@@ -1,8 +1,10 @@
-"""Kill a run with SIGKILL at random moments: each time the output is absent or complete, and the run after the last kill works.
+"""Kill a run with SIGKILL at random moments: each time the output is absent or complete, and the
+run after the last kill works.
 
     python -m support.kill_at_random [--times 20] [--method fp8_dynamic] [--seed 0]
 
-Half of the kills hit the command alone, as a user's `kill -9` does, half hit its whole process group at once, as a machine does.
+Half of the kills hit the command alone, as a user's `kill -9` does, half hit its whole process
+group at once, as a machine does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The fixture that makes the checkpoints of `samples.py`, once a session; QTOOL_TEST_SAMPLES names a folder that keeps them for the next."""
+"""The fixture that makes the checkpoints of `samples.py`, once a session; QTOOL_TEST_SAMPLES names
+a folder that keeps them for the next.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ LIBRARIES = ("ct", "gptq", "modelopt")
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A function: the name of a sample, e.g. `ct/W4A16`, to its folder. The first use makes them all, the libraries side by side."""
+    """A function: the name of a sample, e.g. `ct/W4A16`, to its folder. The first use makes them
+    all, the libraries side by side.
+    """
     root = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent
@@ -42,7 +46,9 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The tiny model's matrices are too small for two threads, which only wait for each other on a busy machine."""
+    """The tiny model's matrices are too small for two threads, which only wait for each other on a
+    busy machine.
+    """
     import torch
 
     before = torch.get_num_threads()

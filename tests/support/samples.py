@@ -1,8 +1,10 @@
-"""Real quantized checkpoints of the tiny model, made by the three libraries, each in a process of its own.
+"""Real quantized checkpoints of the tiny model, made by the three libraries, each in a process of
+its own.
 
-`python samples.py LIBRARY SOURCE OUT` writes OUT/<name>/ (a checkpoint) and OUT/<name>.reference.safetensors: the weights the library itself
-dequantizes (`weight:<module>`), the logits it computes for a prompt (`logits`), and what goes in and out of two layers on the way (`input:<module>`,
-`output:<module>`), as far as the library can do that on a CPU.
+`python samples.py LIBRARY SOURCE OUT` writes OUT/<name>/ (a checkpoint) and
+OUT/<name>.reference.safetensors: the weights the library itself dequantizes (`weight:<module>`),
+the logits it computes for a prompt (`logits`), and what goes in and out of two layers on the way
+(`input:<module>`, `output:<module>`), as far as the library can do that on a CPU.
 """
 
 from __future__ import annotations

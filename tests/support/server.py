@@ -54,7 +54,9 @@ class Server:
 
 
 def start_server(folder: Path, model: Path | str, *arguments: object, ready: bool = True) -> Server:
-    """Start `qtool serve` for ``model``, with its logs in ``folder``; wait until it is ready, or only until it listens."""
+    """Start `qtool serve` for ``model``, with its logs in ``folder``; wait until it is ready, or
+    only until it listens.
+    """
     port = free_port()
     log, out = folder / f"serve-{port}.err", folder / f"serve-{port}.out"
     command = [

@@ -1,7 +1,7 @@
 """Our Triton kernels without a GPU: run by Triton's interpreter, or only compiled, for sm_90.
 
-The interpreter (3.6) computes bfloat16 as if it were an integer, rounds fp8 wrongly, does not fuse multiply-adds and knows no inline assembly:
-`repair` teaches it these.
+The interpreter (3.6) computes bfloat16 as if it were an integer, rounds fp8 wrongly, does not fuse
+multiply-adds and knows no inline assembly: `repair` teaches it these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ TORCH = {
 
 
 def repair() -> None:
-    """Patch the interpreter of this process; TRITON_INTERPRET=1 must have been set before triton was imported."""
+    """Patch the interpreter of this process; TRITON_INTERPRET=1 must have been set before triton
+    was imported.
+    """
     interpreter._convert_float = _converted
     plain_binary = InterpreterBuilder.binary_op
 
@@ -144,7 +146,9 @@ class Hopper:
 
 
 def compile_only(compiled: list) -> None:
-    """From now on a launch in this process compiles its kernel for sm_90, adds it to ``compiled`` and runs nothing; tensors may be meta ones."""
+    """From now on a launch in this process compiles its kernel for sm_90, adds it to ``compiled``
+    and runs nothing; tensors may be meta ones.
+    """
     driver.set_active(Hopper())
 
     def launch(self, grid):

@@ -1,7 +1,9 @@
-"""Attention from chunks in Gluon for sm_90: one warp loads pages, two groups of four warps attend, 64 rows each.
+"""Attention from chunks in Gluon for sm_90: one warp loads pages, two groups of four warps attend,
+64 rows each.
 
-A group's next logits are computed while it is busy with the exponentials of the present ones, after FlashAttention-3 (Shah et al. 2024,
-arXiv:2407.08608). Programs stay and draw blocks of queries from a counter, so that the loads of the next block begin before one is done.
+A group's next logits are computed while it is busy with the exponentials of the present ones, after
+FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). Programs stay and draw blocks of queries from
+a counter, so that the loads of the next block begin before one is done.
 """
 
 # ruff: noqa: N803, N806, RUF005 (constants of a kernel are written in capitals; Gluon has no stars in lists)
@@ -32,7 +34,8 @@ ROWS = 64  # of a group: queries, times the heads that are computed with one ano
 KEYS = 128  # of a step
 STAGES = 2
 WIDE = 64  # numbers of a row that lie together in shared memory: 128 bytes, swizzled
-TURNS = True  # the groups issue products in turns, so that one multiplies while the other takes exponentials
+# the groups issue products in turns, so that one multiplies while the other takes exponentials
+TURNS = True
 
 
 def applies(q: Tensor, kv: KVPages, out: Tensor, window: int | None, softcap: float | None) -> bool:
@@ -62,7 +65,9 @@ def prefill(
     v_scale: float,
     launch: dict[str, Any],
 ) -> None:
-    """Fill ``out`` for the tokens of chunks where `applies`; ``factor`` makes logits in units of log2. See `triton_paged.prefill`."""
+    """Fill ``out`` for the tokens of chunks where `applies`; ``factor`` makes logits in units of
+    log2. See `triton_paged.prefill`.
+    """
     assert packed.starts is not None
     (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1
     shared = heads // kv_heads
@@ -158,7 +163,8 @@ def _prefill(  # type: ignore[no-untyped-def]
         v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout
     )
     mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # When queries (and mail), keys and values are there, when both groups are done with them, and whose turn it is.
+    # When queries (and mail), keys and values are there, when both groups are done with them, and
+    # whose turn it is.
     queries_in, queries_out, first_turn, second_turn = (
         _barriers(1, 1),
         _barriers(1, 2),
@@ -272,7 +278,8 @@ def _sum(a, b):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return where the chunk starts that has block ``index``, its tokens, the number of the block in it, -1 if none has; and how many there are.
+    """Return where the chunk starts that has block ``index``, its tokens, the number of the block
+    in it, -1 if none has; and how many there are.
 
     The last block of a chunk, which sees most keys, is the first.
     """
@@ -296,7 +303,9 @@ def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyp
 def _work(  # type: ignore[no-untyped-def]
     item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr
 ):
-    """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if none, its position and its row of the table."""
+    """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if
+    none, its position and its row of the table.
+    """
     start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
     there = block >= 0
     position = gl.load(positions + decodes + start, mask=there, other=0)
@@ -332,7 +341,9 @@ def _load(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Draw blocks of queries, tell the groups, and load what they need, each as soon as both are done with its place."""
+    """Draw blocks of queries, tell the groups, and load what they need, each as soon as both are
+    done with its place.
+    """
     HALF: gl.constexpr = q.block_type.shape[0]
     TOGETHER: gl.constexpr = q.block_type.shape[1]
     WIDE: gl.constexpr = q.block_type.shape[2]
@@ -432,7 +443,9 @@ def _soften(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
-    """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each row, and what is kept of earlier sums."""
+    """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each
+    row, and what is kept of earlier sums.
+    """
     if MASKED:
         logits = gl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
     new_top = gl.maximum(top, gl.max(logits, 1))
@@ -546,7 +559,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 new_weights, top, total, kept = _soften(
                     logits, top, total, factor, own, tile * KEYS + key, masked == 1, dtype, OPERAND
                 )
-                # A loop, however short, that the compiler does not move the next wait across: it would come before the exponentials.
+                # A loop, however short, that the compiler does not move the next wait across: it
+                # would come before the exponentials.
                 mbarrier.wait(
                     keys_in.index((step + 1) % STAGES),
                     (step + 1) // STAGES % 2,
@@ -568,7 +582,9 @@ def _attend(  # type: ignore[no-untyped-def]
         slot = gl.arange(0, PAGE, gl.SliceLayout(1, CLEANED))
         for part in gl.static_range(
             PARTS
-        ):  # in the last page, what it held before might be NaN. The other group may do the same meanwhile.
+            # in the last page, what it held before might be NaN. The other group may do the same
+            # meanwhile.
+        ):
             page = values.index((stage * PARTS + part) * PAGES + last // PAGE % PAGES)
             page.store(gl.where((slot <= last % PAGE)[:, None], page.load(CLEANED), 0.0))
         fence_async_shared()

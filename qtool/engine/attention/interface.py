@@ -1,12 +1,15 @@
-"""Causal attention over keys and values kept in pages: `write` stores those of new tokens, `attend` reads what each token may see.
+"""Causal attention over keys and values kept in pages: `write` stores those of new tokens, `attend`
+reads what each token may see.
 
-Token ``t`` of a forward pass belongs to row ``rows[t]`` of the page table and sees the positions ``max(0, p - window + 1) .. p`` of that
-sequence, ``p = positions[t]``: its own key and value must have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot
-``p % PAGE``. What else a page holds, of earlier owners, never reaches a result, not even as NaN.
+Token ``t`` of a forward pass belongs to row ``rows[t]`` of the page table and sees the positions
+``max(0, p - window + 1) .. p`` of that sequence, ``p = positions[t]``: its own key and value must
+have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot ``p % PAGE``. What
+else a page holds, of earlier owners, never reaches a result, not even as NaN.
 
 On CUDA the kernels of `triton_paged` do the work; on a CPU the tokens that count are gathered for
-`torch.nn.functional.scaled_dot_product_attention`. transformers' models come here by its attention interface, as ``"qtool"``: inside `running`
-they compute, and inside `recording` one dry pass tells what their layers need, or is refused.
+`torch.nn.functional.scaled_dot_product_attention`. transformers' models come here by its attention
+interface, as ``"qtool"``: inside `running` they compute, and inside `recording` one dry pass tells
+what their layers need, or is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ def attend(
 ) -> Tensor:
     """Return the attention of ``q`` [T, heads, head_dim]: [T, heads, v_head_dim], of its dtype.
 
-    scaling: what the logits are multiplied with. softcap: then they become ``softcap * tanh(logits / softcap)``.
+    scaling: what the logits are multiplied with. softcap: then they become ``softcap * tanh(logits
+        / softcap)``.
     """
     if not q.is_cuda:
         return _attend_on_cpu(q, kv, packed, scaling, window, softcap)
@@ -126,7 +130,9 @@ def _attend_one(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend from ``q`` [n, heads, head_dim], at positions from ``first`` on, to ``k`` and ``v`` [kv_heads, positions, ...], from ``low`` on."""
+    """Attend from ``q`` [n, heads, head_dim], at positions from ``first`` on, to ``k`` and ``v``
+    [kv_heads, positions, ...], from ``low`` on.
+    """
     tokens, heads, _ = q.shape
     mask = None
     plain = first == 0 and (window is None or window >= tokens)
@@ -173,7 +179,9 @@ class LayerGeometry:
 
 @dataclass
 class Recording:
-    """What a dry pass found: the layers in the order of their calls, and the windows of the masks that the model made, None for a causal one."""
+    """What a dry pass found: the layers in the order of their calls, and the windows of the masks
+    that the model made, None for a causal one.
+    """
 
     layers: list[LayerGeometry] = field(default_factory=list)
     windows: set[int | None] = field(default_factory=set)
@@ -185,9 +193,11 @@ RECORDING: ContextVar[Recording] = ContextVar("recording")
 
 @contextmanager
 def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
-    """Let the model's attention be over ``packed``, with the pages that ``layers`` has for each ``layer_idx``.
+    """Let the model's attention be over ``packed``, with the pages that ``layers`` has for each
+    ``layer_idx``.
 
-    Call the model with ``input_ids`` and ``position_ids`` [1, T] and ``use_cache=False``, without a mask.
+    Call the model with ``input_ids`` and ``position_ids`` [1, T] and ``use_cache=False``, without a
+    mask.
     """
     token = RUNNING.set((packed, layers))
     try:
@@ -200,12 +210,15 @@ def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
 def recording() -> Iterator[Recording]:
     """Let the model's attention return zeros and note each layer's geometry.
 
-    Call the model with ``input_ids`` [1, T] of one sequence, ``use_cache=False``, not on the meta device: transformers looks at the positions.
-    Raises: CheckpointRefused, from the pass or at its end, when the model needs what is not computed here.
+    Call the model with ``input_ids`` [1, T] of one sequence, ``use_cache=False``, not on the meta
+    device: transformers looks at the positions.
+    Raises: CheckpointRefused, from the pass or at its end, when the model needs what is not
+        computed here.
     """
     found = Recording()
     token = RECORDING.set(found)
-    # Only while recording, since transformers looks at the positions for each mask, which waits for the GPU; without this it makes no masks.
+    # Only while recording, since transformers looks at the positions for each mask, which waits for
+    # the GPU; without this it makes no masks.
     AttentionMaskInterface.register(NAME, _record_mask)
     try:
         yield found
@@ -227,7 +240,8 @@ def _refused(reason: str) -> CheckpointRefused:
     )
 
 
-# Arguments that models pass through to every attention and that say nothing here, or nothing that `Packed` does not say.
+# Arguments that models pass through to every attention and that say nothing here, or nothing that
+# `Packed` does not say.
 _HARMLESS = {
     *(
         "position_ids",
@@ -263,7 +277,9 @@ def _forward(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend for a model of transformers: ``query`` [1, heads, T, head_dim], the others likewise; the result is [1, T, heads, v_head_dim]."""
+    """Attend for a model of transformers: ``query`` [1, heads, T, head_dim], the others likewise;
+    the result is [1, T, heads, v_head_dim].
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     found = RECORDING.get(None)
@@ -337,7 +353,9 @@ def _objection(
 
 
 def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", **_: Any) -> None:
-    """Note the window of the mask that a model makes during `recording`; it must see an unbroken range of positions up to its own."""
+    """Note the window of the mask that a model makes during `recording`; it must see an unbroken
+    range of positions up to its own.
+    """
     found = RECORDING.get(None)
     if found is None:  # another thread, with a model of its own
         return

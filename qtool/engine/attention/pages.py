@@ -12,9 +12,11 @@ PAGE = 16  # tokens of a page
 
 @dataclass
 class KVPages:
-    """The keys and values of one layer; page 0 belongs to nobody. 8-bit pages hold ``value / scale``.
+    """The keys and values of one layer; page 0 belongs to nobody. 8-bit pages hold ``value /
+    scale``.
 
-    k: [pages, kv_heads, PAGE, head_dim], bf16, f16, f32 or float8_e4m3fn; v: [pages, kv_heads, PAGE, v_head_dim], the same dtype.
+    k: [pages, kv_heads, PAGE, head_dim], bf16, f16, f32 or float8_e4m3fn; v: [pages, kv_heads,
+        PAGE, v_head_dim], the same dtype.
     """
 
     k: Tensor
@@ -25,13 +27,17 @@ class KVPages:
 
 @dataclass
 class Packed:
-    """The tokens of one forward pass, sequences side by side; T tokens of S + ``decodes`` sequences. A captured graph reads the same tensors again.
+    """The tokens of one forward pass, sequences side by side; T tokens of S + ``decodes``
+    sequences. A captured graph reads the same tensors again.
 
-    Padding tokens stand among the decodes, at position 0 of a row whose pages are page 0; what they get is of no use.
+    Padding tokens stand among the decodes, at position 0 of a row whose pages are page 0; what they
+    get is of no use.
     """
 
     table: Tensor
-    """int32 [rows, max_pages], contiguous: the pages of each running sequence, by its row; only those up to its position are ever read."""
+    """int32 [rows, max_pages], contiguous: the pages of each running sequence, by its row; only
+    those up to its position are ever read.
+    """
     rows: Tensor
     """int32 [T]: the row of each token."""
     positions: Tensor
@@ -39,15 +45,23 @@ class Packed:
     decodes: int
     """The first tokens of the pass, each the one new token of its sequence."""
     starts: Tensor | None = None
-    """int32 [S + 1]: where each of the chunks that follow begins, counted from ``decodes``, and where the last ends; None without chunks."""
+    """int32 [S + 1]: where each of the chunks that follow begins, counted from ``decodes``, and
+    where the last ends; None without chunks.
+    """
     longest: int = 0
     """Tokens of the longest chunk, or any number above."""
     most: int = 0
-    """No position of a decode reaches this number, now and in replays of the graph; 0: the width of the table says. A tight bound helps a little."""
+    """No position of a decode reaches this number, now and in replays of the graph; 0: the width of
+    the table says. A tight bound helps a little.
+    """
     counters: Tensor | None = None
-    """From `new_counters`: what split decodes count arrivals with. One for each stream that runs at the same time; None allocates in each call."""
+    """From `new_counters`: what split decodes count arrivals with. One for each stream that runs at
+    the same time; None allocates in each call.
+    """
 
 
 def new_counters(rows: int, heads: int, device: torch.device) -> Tensor:
-    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads; every launch leaves them at zero."""
+    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads; every launch
+    leaves them at zero.
+    """
     return torch.zeros(rows * heads, dtype=torch.int32, device=device)

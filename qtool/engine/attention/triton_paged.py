@@ -1,7 +1,9 @@
-"""The Triton kernels of `attention`, for CUDA: store keys and values in pages, attend from one token a sequence, attend from chunks.
+"""The Triton kernels of `attention`, for CUDA: store keys and values in pages, attend from one
+token a sequence, attend from chunks.
 
-Both attentions take the query heads that share a KV head as rows of one tile, so that keys and values are read once for all of them. Everything a
-launch depends on is known to the host without asking the device; programs that find no work end at once. Logits are kept in units of log2.
+Both attentions take the query heads that share a KV head as rows of one tile, so that keys and
+values are read once for all of them. Everything a launch depends on is known to the host without
+asking the device; programs that find no work end at once. Logits are kept in units of log2.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -37,9 +39,11 @@ _ANY = {
 
 @dataclass(frozen=True)
 class Tile:
-    """How attention is cut: query rows of a program (of chunks only), keys of a step, and Triton's warps and stages.
+    """How attention is cut: query rows of a program (of chunks only), keys of a step, and Triton's
+    warps and stages.
 
-    parts: into how many a decode's keys are cut at most, each of at least ``least`` steps. pdl: start while the kernel before ends.
+    parts: into how many a decode's keys are cut at most, each of at least ``least`` steps. pdl:
+        start while the kernel before ends.
     """
 
     keys: int
@@ -52,7 +56,9 @@ class Tile:
 
 
 def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
-    """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``: bytes of a number in the queries."""
+    """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``:
+    bytes of a number in the queries.
+    """
     keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
     if (
         programs < 512
@@ -110,7 +116,9 @@ def decode(
     softcap: float | None,
     tile: Tile | None = None,
 ) -> None:
-    """Fill ``out`` [T, heads, v_head_dim] for the tokens that are one of a sequence, see `attention.attend`."""
+    """Fill ``out`` [T, heads, v_head_dim] for the tokens that are one of a sequence, see
+    `attention.attend`.
+    """
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
     most = packed.most or packed.table.shape[1] * PAGE
@@ -231,7 +239,9 @@ def _page_strides(kv: KVPages) -> tuple[int, int, int, int]:
 
 
 def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
-    """Return what to multiply the logits with, then what limits them, both in units of log2, and what to multiply the result with."""
+    """Return what to multiply the logits with, then what limits them, both in units of log2, and
+    what to multiply the result with.
+    """
     scale = scaling * kv.k_scale
     return (
         (scale / softcap, softcap * LOG2_E, kv.v_scale)
@@ -252,13 +262,17 @@ def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
 
 @cache
 def _old(device: torch.device) -> bool:
-    """Return whether ``device`` is a GPU before Hopper, which cannot start a kernel before the last one ended."""
+    """Return whether ``device`` is a GPU before Hopper, which cannot start a kernel before the last
+    one ended.
+    """
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
 
 
 @cache
 def _hopper(device: torch.device) -> bool:
-    """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a GPU, are."""
+    """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a
+    GPU, are.
+    """
     return device.type == "meta" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     )
@@ -369,7 +383,9 @@ def _load(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _half(q, factor, pages):  # type: ignore[no-untyped-def]
-    """Return ``q`` [ROWS, head_dim] in the dtype to compute in, and what to multiply the logits with: fp8 becomes f16 at once, bf16 by a detour."""
+    """Return ``q`` [ROWS, head_dim] in the dtype to compute in, and what to multiply the logits
+    with: fp8 becomes f16 at once, bf16 by a detour.
+    """
     if pages.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
         largest = tl.max(tl.abs(q.to(tl.float32)), 1, keep_dims=True)
         largest = tl.where(largest > 1e-30, largest, 1.0)  # f16 has no number above 65504
@@ -382,7 +398,8 @@ def _half(q, factor, pages):  # type: ignore[no-untyped-def]
 def _numbers(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return keys or values from pages in ``dtype``."""
     if x.dtype == tl.float8e4nv and dtype == tl.float16:
-        # Assembly that is not pure stays before the change of layout: Triton would read single bytes in the layout of the dot, then convert those.
+        # Assembly that is not pure stays before the change of layout: Triton would read single
+        # bytes in the layout of the dot, then convert those.
         convert: tl.constexpr = "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}"
         return tl.inline_asm_elementwise(convert, "=r,=r,r", [x], tl.float16, is_pure=False, pack=4)
     else:
@@ -417,9 +434,11 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add tiles ``begin`` to ``end`` - 1 of keys to ``acc`` [ROWS, v_head_dim], ``total`` and ``top`` [ROWS]: the sums, and the largest logit.
+    """Add tiles ``begin`` to ``end`` - 1 of keys to ``acc`` [ROWS, v_head_dim], ``total`` and
+    ``top`` [ROWS]: the sums, and the largest logit.
 
-    own: the position of each row [ROWS]. q and factor: from `_half`. low, last: what lies outside of these positions is not even read.
+    own: the position of each row [ROWS]. q and factor: from `_half`. low, last: what lies outside
+        of these positions is not even read.
     """
     keys = begin * KEYS + tl.arange(0, KEYS)
     page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
@@ -595,7 +614,9 @@ def _add_parts(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the same order, ``TOGETHER`` at a time."""
+    """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the
+    same order, ``TOGETHER`` at a time.
+    """
     member, dv = tl.arange(0, SHARED_PADDED), tl.arange(0, DV_PADDED)
     acc = tl.zeros((SHARED_PADDED, DV_PADDED), tl.float32)
     total = tl.zeros((SHARED_PADDED,), tl.float32)

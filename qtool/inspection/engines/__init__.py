@@ -1,6 +1,8 @@
-"""Whether an engine will load and run a checkpoint, by rules that are data: one YAML file for each engine, beside this one.
+"""Whether an engine will load and run a checkpoint, by rules that are data: one YAML file for each
+engine, beside this one.
 
-`facts` says what a rule can ask, `rules` how; `layers` and `conclusions` hold what engines do with names, `survey` computes the facts.
+`facts` says what a rule can ask, `rules` how; `layers` and `conclusions` hold what engines do with
+names, `survey` computes the facts.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ ORDER: Mapping[Severity, int] = {"refused": 0, "warning": 1, "note": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing an engine does with a checkpoint: why it refuses it, or what its user should know. ``modules`` are examples of ``count``."""
+    """One thing an engine does with a checkpoint: why it refuses it, or what its user should know.
+    ``modules`` are examples of ``count``.
+    """
 
     code: str
     severity: Severity
@@ -55,8 +59,8 @@ class Finding:
 class EngineReport:
     """What ``engine`` of ``version`` does on ``gpu`` with ``tensor_parallel`` ranks.
 
-    ``loads``: nothing refuses the checkpoint. ``native``: it then computes in the formats of the schemes, or would on
-    some GPU when none is named; False where qtool cannot read the layers.
+    ``loads``: nothing refuses the checkpoint. ``native``: it then computes in the formats of the
+        schemes, or would on some GPU when none is named; False where qtool cannot read the layers.
     """
 
     engine: str
@@ -84,7 +88,8 @@ def check_engine(
     """Return what ``engine`` will do with ``checkpoint``, from headers, configs and a few scales.
 
     Args:
-        layout: what `formats.detect` returned; None for a plain model, or for a format that qtool does not read.
+        layout: what `formats.detect` returned; None for a plain model, or for a format that qtool
+            does not read.
         version: of the engine; the one its rules were written for when left out.
         gpu: an architecture (``sm_90``, ``90``, ``9.0``) or a name (``h100``).
     Raises: UsageError, for an engine, version, GPU or number of ranks that is none.

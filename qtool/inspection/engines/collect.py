@@ -1,4 +1,6 @@
-"""Computes the facts: of the checkpoint once, of the linear layers by kind, of the fused layers by kind."""
+"""Computes the facts: of the checkpoint once, of the linear layers by kind, of the fused layers by
+kind.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,10 @@ def survey_modules(
 def survey_groups(
     checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bool
 ) -> dict[GroupFacts, list[str]]:
-    """Return the names of the fused layers by their facts. Scalars are read where each shard has one, orders only when ``ordered``."""
+    """Return the names of the fused layers by their facts.
+
+    Scalars are read where each shard has one, orders only when ``ordered``.
+    """
     found: dict[GroupFacts, list[str]] = defaultdict(list)
     for group in fused:
         modules = [shard.module for shard in group.shards if shard.module]

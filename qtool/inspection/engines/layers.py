@@ -1,4 +1,6 @@
-"""The linear layers of a checkpoint as engines hold them: merged into fused layers, and cut over the ranks of tensor parallelism."""
+"""The linear layers of a checkpoint as engines hold them: merged into fused layers, and cut over
+the ranks of tensor parallelism.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ Role = Literal["linear", "expert", "router", "head", "tower"]
 class Linear:
     """One linear layer on disk; where experts are stacked, its shape is that of one.
 
-    ``runs_in`` is the layer an engine merges it into, or its own name; ``module`` is None when it is in 16 bits.
+    ``runs_in`` is the layer an engine merges it into, or its own name; ``module`` is None when it
+    is in 16 bits.
     """
 
     name: str
@@ -44,7 +47,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fused:
-    """Layers that an engine runs as one: by which ``kind`` of layer, the ``name`` of that, and its shards in order."""
+    """Layers that an engine runs as one: by which ``kind`` of layer, the ``name`` of that, and its
+    shards in order.
+    """
 
     kind: str
     name: str
@@ -53,7 +58,9 @@ class Fused:
 
 @dataclass(frozen=True)
 class Partition:
-    """What one of ``ranks`` ranks holds of a layer; ``split`` says what is cut, ``uneven`` that it cannot be."""
+    """What one of ``ranks`` ranks holds of a layer; ``split`` says what is cut, ``uneven`` that it
+    cannot be.
+    """
 
     rows: int
     columns: int
@@ -87,7 +94,9 @@ def linear_layers(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear],
 
 
 def partition(linear: Linear, ranks: int, cache_heads: int) -> Partition:
-    """Return what one rank holds of ``linear``; key-value heads are repeated where there are fewer of them than ranks."""
+    """Return what one rank holds of ``linear``; key-value heads are repeated where there are fewer
+    of them than ranks.
+    """
     rows, columns = linear.shape
     axis = _axes().get(linear.kind) if linear.role in ("linear", "expert") else None
     if axis is None or ranks == 1:
@@ -103,7 +112,9 @@ def partition(linear: Linear, ranks: int, cache_heads: int) -> Partition:
 
 
 def _groups(names: Collection[str]) -> dict[str, tuple[str, list[str]]]:
-    """Return the fused layers, name -> (kind, shards): those whose shards are all there, and all experts of a layer."""
+    """Return the fused layers, name -> (kind, shards): those whose shards are all there, and all
+    experts of a layer.
+    """
     wholes: Mapping[str, list[str]] = read_yaml("layers")["fused"]
     by_first = {shards[0]: (whole, shards) for whole, shards in wholes.items()}
     fused: dict[str, tuple[str, list[str]]] = {}

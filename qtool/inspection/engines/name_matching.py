@@ -16,7 +16,9 @@ from qtool.inspection.engines.rules import Matching
 
 @dataclass(frozen=True)
 class Conclusion:
-    """Whether a layer is quantized, and to which weight format and group size (0 for none); None where the config does not say."""
+    """Whether a layer is quantized, and to which weight format and group size (0 for none); None
+    where the config does not say.
+    """
 
     stored: Stored
     weights: str | None = None
@@ -37,7 +39,9 @@ Conclude = Callable[[Linear], Conclusion]
 
 
 def conclusions(matching: Matching | None, config: Mapping[str, Any]) -> Conclude:
-    """Return a function that says of a linear layer what an engine with ``matching`` concludes; with None it believes the tensors."""
+    """Return a function that says of a linear layer what an engine with ``matching`` concludes;
+    with None it believes the tensors.
+    """
     if matching is None:
         return lambda linear: Conclusion(linear.stored)
     entries = _listed(matching, config)

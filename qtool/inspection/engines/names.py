@@ -17,14 +17,18 @@ WILDCARDS = frozenset("*?[")
 
 
 def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that says whether one of ``entries`` matches a name in one of the ways ``kinds``."""
+    """Return a function that says whether one of ``entries`` matches a name in one of the ways
+    ``kinds``.
+    """
     entries = [entry for entry in entries if entry]
     tests = [MATCHERS[kind](entries) for kind in kinds] if entries else []
     return lambda name: any(test(name) for test in tests)
 
 
 def compiled(pattern: str) -> Callable[[str], bool]:
-    """Return a function that says whether the regex ``pattern`` matches the start of a name; one that cannot be read matches nothing."""
+    """Return a function that says whether the regex ``pattern`` matches the start of a name; one
+    that cannot be read matches nothing.
+    """
     try:
         return Pattern(pattern).match
     except CheckpointRefused:

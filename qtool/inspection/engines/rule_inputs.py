@@ -1,4 +1,6 @@
-"""What the rules know of a checkpoint: facts of the whole, of each linear layer as one rank holds it, and of each fused layer."""
+"""What the rules know of a checkpoint: facts of the whole, of each linear layer as one rank holds
+it, and of each fused layer.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ Granularity = Literal["tensor", "channel", "token", "group", "block"]
 class CheckpointFacts:
     """The checkpoint as a whole, its config, and where it is to run.
 
-    ``readable``: qtool reads the format, so that there are modules. ``algorithm`` is ModelOpt's. ``sidecar``: config.json says nothing of
-    quantization. ``config_keys`` and ``weight_keys`` are the keys found. ``order`` holds the values of ``actorder``; ``order_without_groups``:
-    one stands where there are no groups. ``desc_act``: GPTQ's, with groups. ``inverse_scales``: those of GPTQModel's FP8, which divide.
-    ``transforms`` are the locations of online rotations. ``head``: how the output head is stored. ``spare_heads`` are those left when the ranks
-    have shared; ``split_cache_heads``: neither the ranks nor the key-value heads are a multiple of the other.
+    ``readable``: qtool reads the format, so that there are modules. ``algorithm`` is ModelOpt's.
+        ``sidecar``: config.json says nothing of quantization. ``config_keys`` and ``weight_keys``
+        are the keys found. ``order`` holds the values of ``actorder``; ``order_without_groups``:
+    one stands where there are no groups. ``desc_act``: GPTQ's, with groups. ``inverse_scales``:
+    those of GPTQModel's FP8, which divide.
+    ``transforms`` are the locations of online rotations. ``head``: how the output head is stored.
+    ``spare_heads`` are those left when the ranks have shared; ``split_cache_heads``: neither the
+    ranks nor the key-value heads are a multiple of the other.
     """
 
     quant_method: str | None
@@ -56,11 +61,14 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """A linear layer [``rows``, ``columns``] as one rank holds it; ``fused_rows`` with all that is merged into one layer with it.
+    """A linear layer [``rows``, ``columns``] as one rank holds it; ``fused_rows`` with all that is
+    merged into one layer with it.
 
-    ``says`` is what the engine concludes from names and config, ``stored`` what the tensors show; ``says_weights`` is the weight format that
-    the config gives it, and ``differs`` whether that or the group size is another. ``last``: no other layer is merged behind it. ``padded``:
-    codes that do not cross words. ``native_gpu`` is the first GPU that computes in the scheme's formats.
+    ``says`` is what the engine concludes from names and config, ``stored`` what the tensors show;
+    ``says_weights`` is the weight format that
+    the config gives it, and ``differs`` whether that or the group size is another. ``last``: no
+    other layer is merged behind it. ``padded``: codes that do not cross words. ``native_gpu`` is
+    the first GPU that computes in the scheme's formats.
     """
 
     role: Literal["linear", "expert", "router", "head", "tower"]
@@ -96,10 +104,12 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class GroupFacts:
-    """Layers that an engine runs as one: ``fused`` is its name for them, ``experts`` for all experts of a layer.
+    """Layers that an engine runs as one: ``fused`` is its name for them, ``experts`` for all
+    experts of a layer.
 
-    ``schemes`` counts the different ones, ``plain`` the layers left in 16 bits. ``scales``: whether the one scale that each has for its whole
-    matrix is the same; ``orders``: whether their act-order is.
+    ``schemes`` counts the different ones, ``plain`` the layers left in 16 bits. ``scales``: whether
+    the one scale that each has for its whole matrix is the same; ``orders``: whether their
+    act-order is.
     """
 
     fused: str
@@ -112,7 +122,9 @@ class GroupFacts:
 
 
 def _choices(kind: Any) -> dict[str, Any]:
-    """Return for each field of ``kind`` the values it can have, where they are few; the type ``frozenset`` for a set; else None."""
+    """Return for each field of ``kind`` the values it can have, where they are few; the type
+    ``frozenset`` for a set; else None.
+    """
     choices: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         options = [option for option in get_args(hint) or (hint,) if option is not type(None)]

@@ -1,8 +1,10 @@
 """The rules of an engine: a YAML file of conditions over facts, checked in full when it is loaded.
 
-A condition maps facts to tests, all of which must hold; a list of such mappings holds when one of them does. A test is a value the fact
-equals, a list it is in, or operators: ``{below: 89}``, ``{not: [4, 8]}``, ``{not_multiple_of: group_size}`` (see `OPERATORS`). An operand
-written as the name of a fact stands for that fact. ``when`` must hold and ``unless`` must not.
+A condition maps facts to tests, all of which must hold; a list of such mappings holds when one of
+them does. A test is a value the fact
+equals, a list it is in, or operators: ``{below: 89}``, ``{not: [4, 8]}``, ``{not_multiple_of:
+group_size}`` (see `OPERATORS`). An operand written as the name of a fact stands for that fact.
+``when`` must hold and ``unless`` must not.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class _Strict(BaseModel):
 
 
 class Rule(_Strict):
-    """One thing an engine does: ``about`` the checkpoint, each module or each fused group, ``since`` and ``until`` (exclusive) a version.
+    """One thing an engine does: ``about`` the checkpoint, each module or each fused group,
+    ``since`` and ``until`` (exclusive) a version.
 
     ``emulated`` says that the GPU then does not multiply in the scheme's own formats.
     """
@@ -120,10 +123,12 @@ class Rule(_Strict):
 class Matching(_Strict):
     """How an engine decides from names what is quantized.
 
-    The first of ``list`` that the config has names what it skips; ``targets`` says that config groups tell what it quantizes. ``runtime``
-    matchers compare an entry with the layer the engine runs, e.g. ``qkv_proj``; ``shards`` with what it was merged from. ``unlisted: tensors``
-    means that the engine looks at the tensors too. ``head`` is what decides for the output head: the ``list``, a ``flag`` of the config, or a
-    target that is its ``name``, for class names do not reach it.
+    The first of ``list`` that the config has names what it skips; ``targets`` says that config
+    groups tell what it quantizes. ``runtime`` matchers compare an entry with the layer the engine
+    runs, e.g. ``qkv_proj``; ``shards`` with what it was merged from. ``unlisted: tensors``
+    means that the engine looks at the tensors too. ``head`` is what decides for the output head:
+    the ``list``, a ``flag`` of the config, or a target that is its ``name``, for class names do not
+    reach it.
     """
 
     list: tuple[str, ...] = ()
@@ -135,7 +140,9 @@ class Matching(_Strict):
 
 
 class Ruleset(_Strict):
-    """What is known of one engine, read from its ``version``; ``include`` names files of rules that several engines share."""
+    """What is known of one engine, read from its ``version``; ``include`` names files of rules that
+    several engines share.
+    """
 
     engine: str
     version: str

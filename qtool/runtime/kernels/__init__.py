@@ -1,7 +1,8 @@
-"""The kernels that multiply with quantized weights: which one takes a layer, and why another does not.
+"""The kernels that multiply with quantized weights: which one takes a layer, and why another does
+not.
 
-A kernel is a module of this package with the functions of `Kernel`. All are called through one operator, ``torch.ops.qtool.linear``, which
-`torch.compile` and CUDA graphs see as a whole.
+A kernel is a module of this package with the functions of `Kernel`. All are called through one
+operator, ``torch.ops.qtool.linear``, which `torch.compile` and CUDA graphs see as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ KERNELS: Mapping[
 
 @dataclass(frozen=True)
 class FewTokens:
-    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens, with a copy of the weight of its own."""
+    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens, with a copy of
+    the weight of its own.
+    """
 
     kernel: str
     most: int
@@ -45,7 +48,9 @@ FEW_TOKENS: Mapping[
 
 @dataclass(frozen=True)
 class Device:
-    """Where a layer runs: ``type`` is cpu or cuda; ``capability`` is that of a CUDA device, 90 for sm_90."""
+    """Where a layer runs: ``type`` is cpu or cuda; ``capability`` is that of a CUDA device, 90 for
+    sm_90.
+    """
 
     type: str
     capability: int = 0
@@ -56,9 +61,11 @@ class Device:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A layer as kernels judge it, without data: its scheme, N outputs and K inputs, and the dtype of its input and output.
+    """A layer as kernels judge it, without data: its scheme, N outputs and K inputs, and the dtype
+    of its input and output.
 
-    ``static_input``: the input's scale (and zero point) was found by calibration and comes with the weight.
+    ``static_input``: the input's scale (and zero point) was found by calibration and comes with the
+        weight.
     """
 
     scheme: Scheme
@@ -74,16 +81,22 @@ class Kernel(Protocol):
         """Return why this kernel does not take such layers on ``device``; None when it does."""
 
     def pack(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Return what `apply` needs, on the device of ``weight``, which has neither ``perm`` nor ``pre_scale``. May reuse its tensors."""
+        """Return what `apply` needs, on the device of ``weight``, which has neither ``perm`` nor
+        ``pre_scale``. May reuse its tensors.
+        """
 
     def apply(
         self, spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None
     ) -> Tensor:
-        """Return ``x`` [M, K] times the weight, plus ``bias`` [N]: [M, N] of the dtype of ``x``, which is contiguous. M is at least 1."""
+        """Return ``x`` [M, K] times the weight, plus ``bias`` [N]: [M, N] of the dtype of ``x``,
+        which is contiguous. M is at least 1.
+        """
 
 
 class CodesKernel(Kernel, Protocol):
-    """One that rounds its input to 8 bits by itself, a scale for each token, and also takes what is rounded already, as `row_quantize` does it."""
+    """One that rounds its input to 8 bits by itself, a scale for each token, and also takes what is
+    rounded already, as `row_quantize` does it.
+    """
 
     def apply_codes(
         self,
@@ -93,12 +106,16 @@ class CodesKernel(Kernel, Protocol):
         packed: Mapping[str, Tensor],
         bias: Tensor | None,
     ) -> Tensor:
-        """Return what `apply` does, in the dtype of ``spec``, from ``codes`` [M, K] and their scales, f32 [M, 1]."""
+        """Return what `apply` does, in the dtype of ``spec``, from ``codes`` [M, K] and their
+        scales, f32 [M, 1].
+        """
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that takes a layer, and of those before it, why they do not; for a few tokens perhaps another, ``few``."""
+    """The kernel that takes a layer, and of those before it, why they do not; for a few tokens
+    perhaps another, ``few``.
+    """
 
     kernel: str
     refused: Mapping[str, str]
@@ -113,7 +130,8 @@ class Choice:
 
 
 def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Choice:
-    """Return the first kernel for ``device`` that takes ``spec``, and the objections of those before it.
+    """Return the first kernel for ``device`` that takes ``spec``, and the objections of those
+    before it.
 
     ``second_copy``: whether there is memory for another packed copy, for the sake of few tokens.
     """
@@ -157,7 +175,9 @@ def no_aten_product(spec: LinearSpec) -> str | None:
 
 
 def codes_taken(spec: LinearSpec, choice: Choice) -> Literal["fp8", "int8"] | None:
-    """Return what every kernel of ``choice`` rounds the input of ``spec`` to, if all are a `CodesKernel` and a token's scale is its own."""
+    """Return what every kernel of ``choice`` rounds the input of ``spec`` to, if all are a
+    `CodesKernel` and a token's scale is its own.
+    """
     inputs = spec.scheme.activations
     kernels = [choice.kernel, *([choice.few.kernel] if choice.few else [])]
     if (
@@ -191,7 +211,9 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Call:
-    """What the operator calls for one kind of layer: (kernel, most tokens, the names of its tensors) in order; None stands for any number."""
+    """What the operator calls for one kind of layer: (kernel, most tokens, the names of its
+    tensors) in order; None stands for any number.
+    """
 
     spec: LinearSpec
     kernels: tuple[tuple[str, int | None, tuple[str, ...]], ...]

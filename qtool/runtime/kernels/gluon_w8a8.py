@@ -1,7 +1,9 @@
-"""Codes of 8 bits times codes of 8 bits for many tokens, in Gluon for sm_90: one warp loads, two groups of four multiply.
+"""Codes of 8 bits times codes of 8 bits for many tokens, in Gluon for sm_90: one warp loads, two
+groups of four multiply.
 
-Triton waits for each int8 product before it starts the next (3.6: ``warp_group_dot_wait {pendings = 0}``), and does not divide int8 loops among
-warps. Here the next product always waits in line, and loads go on while a tile is scaled and stored.
+Triton waits for each int8 product before it starts the next (3.6: ``warp_group_dot_wait {pendings =
+0}``), and does not divide int8 loops among warps. Here the next product always waits in line, and
+loads go on while a tile is scaled and stored.
 """
 
 # ruff: noqa: N803, N806, RUF005 (constants of a kernel are written in capitals; Gluon has no stars in lists)
@@ -30,7 +32,8 @@ TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
 }
-STORED = 8192  # outputs that a group stores at once: there is room for 16 KiB each beside four stages of loads
+# outputs that a group stores at once: there is room for 16 KiB each beside four stages of loads
+STORED = 8192
 
 
 def multiply_codes(
@@ -42,9 +45,11 @@ def multiply_codes(
     dtype: torch.dtype,
     tile: Tile,
 ) -> Tensor:
-    """Return ``codes`` [M, K] times ``data`` [N, K], times their scales, f32 [M, 1] and [N], plus ``bias`` [N]: [M, N], in ``dtype``.
+    """Return ``codes`` [M, K] times ``data`` [N, K], times their scales, f32 [M, 1] and [N], plus
+    ``bias`` [N]: [M, N], in ``dtype``.
 
-    K is a multiple of 16, N of 8. ``tile.programs`` go through the tiles, each over all of K; ``tile.m`` is 128 or 256, half for each group.
+    K is a multiple of 16, N of 8. ``tile.programs`` go through the tiles, each over all of K;
+    ``tile.m`` is 128 or 256, half for each group.
     """
     (tokens, columns), rows, half = codes.shape, data.shape[0], tile.m // 2
     y = codes.new_empty((tokens, rows), dtype=dtype)
@@ -106,7 +111,9 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _position(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, BAND: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the first token and the first output of a tile: neighbours share weights, `BAND` tiles of tokens at a time."""
+    """Return the first token and the first output of a tile: neighbours share weights, `BAND` tiles
+    of tokens at a time.
+    """
     tiles_m, tiles_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
     band, rest = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
     height = gl.minimum(tiles_m - band * BAND, BAND)
@@ -115,7 +122,9 @@ def _position(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, BAND: gl.c
 
 @gluon.jit
 def _produce(x, data, inputs, weights, full, empty, M, N, K, BAND: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Load the operands of all steps of all tiles, each as soon as both groups are done with its place."""
+    """Load the operands of all steps of all tiles, each as soon as both groups are done with its
+    place.
+    """
     STAGES: gl.constexpr = weights.shape[0]
     TILE_N: gl.constexpr = weights.shape[1]
     TILE_K: gl.constexpr = weights.shape[2]
@@ -222,7 +231,9 @@ def _cut(sums, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _store(sums, m, n, stored, y, row_scale, scale, bias, M, N):  # type: ignore[no-untyped-def]
-    """Write ``sums`` times their scales to ``y``, from [m, n] on, through the shared memory ``stored``."""
+    """Write ``sums`` times their scales to ``y``, from [m, n] on, through the shared memory
+    ``stored``.
+    """
     LAYOUT: gl.constexpr = sums.type.layout
     rows = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
     columns = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))

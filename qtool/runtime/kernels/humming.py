@@ -1,4 +1,6 @@
-"""humming-kernels: weights of 2 to 8 bits in any scheme, times 16-bit inputs, or fp8 and int8 ones. It compiles for the layer as it loads."""
+"""humming-kernels: weights of 2 to 8 bits in any scheme, times 16-bit inputs, or fp8 and int8 ones.
+It compiles for the layer as it loads.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from qtool.runtime.kernels.scaled_mm import rounded_rows, scale_of_all
 from qtool.scheme import Weights
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
-TILE = 128  # N and K are padded to it; the tiles of every schedule divide it or come in multiples that humming fits itself
+# N and K are padded to it; the tiles of every schedule divide it or come in multiples that humming
+# fits itself
+TILE = 128
 GROUP_SIZES = (16, 32, 64, 128)
 NAMES = {
     "fp8": "float8e4m3",
@@ -47,11 +51,14 @@ STEPS = (
 MEASURED = Path(__file__).with_name(
     "humming_schedules.json"
 )  # what tests/benchmarks/sweep_humming.py found; it names the GPU
-LOCKS = 2048  # as many as its own layers have; each layer needs its own, since two GEMMs in a row may overlap
+# as many as its own layers have; each layer needs its own, since two GEMMs in a row may overlap
+LOCKS = 2048
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take weights in channels, groups of 16 to 128 and blocks of 128 x 128, for which humming can be compiled here."""
+    """Take weights in channels, groups of 16 to 128 and blocks of 128 x 128, for which humming can
+    be compiled here.
+    """
     weights, (rows, columns) = spec.scheme.weights, spec.shape
     oldest = 80 if spec.dtype == torch.bfloat16 else 75
     if device.capability < oldest:
@@ -69,7 +76,10 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
-    """Return what keeps humming from being used here. It compiles with NVRTC or `nvcc`, and needs the headers of CUDA and of CCCL."""
+    """Return what keeps humming from being used here.
+
+    It compiles with NVRTC or `nvcc`, and needs the headers of CUDA and of CCCL.
+    """
     if importlib.util.find_spec("humming") is None:
         return "humming-kernels is not installed: pip install 'qtool[cuda]'"
     try:
@@ -84,7 +94,10 @@ def _missing() -> str | None:
 
 
 def multiplies_codes(spec: LinearSpec, capability: int) -> bool:
-    """Return whether humming multiplies by the rounded input itself, 8 bits wide. Else the input is rounded and stays 16 bits wide."""
+    """Return whether humming multiplies by the rounded input itself, 8 bits wide.
+
+    Else the input is rounded and stays 16 bits wide.
+    """
     weights, inputs = spec.scheme.weights, spec.scheme.activations
     if (
         inputs is None
@@ -108,7 +121,9 @@ def multiplies_codes(spec: LinearSpec, capability: int) -> bool:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Lay the weight out as humming reads it, and compile a kernel for each of `STEPS`, or find it in humming's cache on disk."""
+    """Lay the weight out as humming reads it, and compile a kernel for each of `STEPS`, or find it
+    in humming's cache on disk.
+    """
     from humming.kernel.humming import HummingKernel
 
     packed = lay_out(spec, weight)
@@ -143,8 +158,10 @@ def lay_out(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 def canonical(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors that humming documents, padded to whole tiles.
 
-    ``weight``: int32 [N, K * bits / 32], lowest bits first, integers offset-binary. ``zero_point``: the same along N, [N * bits / 32, K / g].
-    ``weight_scale_2``: NVFP4's multiplier, f32 [1]; where rows differ, ``row_scale`` [N] is left to multiply the output.
+    ``weight``: int32 [N, K * bits / 32], lowest bits first, integers offset-binary. ``zero_point``:
+        the same along N, [N * bits / 32, K / g].
+    ``weight_scale_2``: NVFP4's multiplier, f32 [1]; where rows differ, ``row_scale`` [N] is left to
+        multiply the output.
     """
     weights, (rows, columns) = spec.scheme.weights, spec.shape
     more_rows, more_columns = -rows % TILE, -columns % TILE
@@ -180,7 +197,9 @@ def canonical(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=1024)
 def _config(spec: LinearSpec, device: torch.device, two_scales: bool) -> tuple[Any, str]:
-    """Return humming's description of such layers and the schedules of `STEPS`; ``two_scales``: one of the whole weight multiplies the others."""
+    """Return humming's description of such layers and the schedules of `STEPS`; ``two_scales``: one
+    of the whole weight multiplies the others.
+    """
     from humming.schema import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config
     from humming.tune import get_heuristics_config
@@ -240,9 +259,11 @@ def _config(spec: LinearSpec, device: torch.device, two_scales: bool) -> tuple[A
 
 
 def launch_options(tokens: int, *, input_bits: int, capability: int) -> dict[str, bool]:
-    """Return what to add to a schedule: where that gained time, about 2 us on an H200, a launch starts while the kernel before it ends.
+    """Return what to add to a schedule: where that gained time, about 2 us on an H200, a launch
+    starts while the kernel before it ends.
 
-    Before humming has waited for that one, it reads only weights; with 8-bit inputs and one scale for all, also that scale, too early.
+    Before humming has waited for that one, it reads only weights; with 8-bit inputs and one scale
+    for all, also that scale, too early.
     """
     return (
         {"use_pdl": True} if 16 < tokens <= 1024 and input_bits == 16 and capability >= 90 else {}
@@ -251,7 +272,10 @@ def launch_options(tokens: int, *, input_bits: int, capability: int) -> dict[str
 
 @dataclass(frozen=True)
 class Measured:
-    """A schedule that was faster than the one humming would choose, with 16-bit inputs. ``kind`` of shape: see `shape_class`."""
+    """A schedule that was faster than the one humming would choose, with 16-bit inputs.
+
+    ``kind`` of shape: see `shape_class`.
+    """
 
     weights: str
     kind: str
@@ -260,7 +284,9 @@ class Measured:
     schedule: Mapping[str, Any]
 
     def takes(self, weights: Weights, shape: tuple[int, int], tokens: int) -> bool:
-        """Return whether it is for up to ``tokens`` and such a layer, whose sides its tiles must divide."""
+        """Return whether it is for up to ``tokens`` and such a layer, whose sides its tiles must
+        divide.
+        """
         from qtool.runtime.triton.tiles import shape_class  # Triton comes with every torch for CUDA
 
         rows, columns = (size + -size % TILE for size in shape)
@@ -289,7 +315,9 @@ def measured(device: str, multiprocessors: int) -> tuple[Measured, ...]:
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    """Multiply by the packed weight; the input becomes codes and scales first, or is rounded in place of its own dtype."""
+    """Multiply by the packed weight; the input becomes codes and scales first, or is rounded in
+    place of its own dtype.
+    """
     from humming.forward import humming_forward
 
     tensors, inputs = dict(packed), spec.scheme.activations

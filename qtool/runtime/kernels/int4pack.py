@@ -1,4 +1,6 @@
-"""Weights of at most 4 bits through ATen's int4 multiplication; for many tokens, and with AMX, dequantized in cache."""
+"""Weights of at most 4 bits through ATen's int4 multiplication; for many tokens, and with AMX,
+dequantized in cache.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ROWS = 4 * BLOCK  # packed at a time
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the operator knows, with bfloat16 inputs."""
+    """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the
+    operator knows, with bfloat16 inputs.
+    """
     weights = spec.scheme.weights
     if reason := no_aten_product(spec):
         return reason
@@ -33,7 +37,9 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the operator's blocks of ``codes`` and, interleaved as [G, N, 2], the scale and what code 0 stands for; N and K filled up."""
+    """Return the operator's blocks of ``codes`` and, interleaved as [G, N, 2], the scale and what
+    code 0 stands for; N and K filled up.
+    """
     (outputs, inputs), width = spec.shape, _width(spec)
     fill, short = -inputs % width, -outputs % BLOCK
     packed = torch.empty(outputs + short, (inputs + fill) // 2, dtype=torch.uint8)
@@ -80,7 +86,9 @@ def _width(spec: LinearSpec) -> int:
 
 
 def _by_blocks(x: Tensor, codes: Tensor, scale_and_zero: Tensor) -> Tensor:
-    """Return ``x`` times the weight, [M, N], of which some blocks of outputs are dequantized at a time."""
+    """Return ``x`` times the weight, [M, N], of which some blocks of outputs are dequantized at a
+    time.
+    """
     (groups, outputs, _), inputs, step = scale_and_zero.shape, x.shape[1], 4 * BLOCK
     y = x.new_empty(x.shape[0], outputs)
     starts, blocks = range(0, outputs, step), torch.split(codes.view(-1, inputs, BLOCK // 2), 4)

@@ -1,4 +1,6 @@
-"""Weight-only int8, one scale a row, through ATen's int8 multiplication: for CPUs on which `onednn` cannot multiply integers."""
+"""Weight-only int8, one scale a row, through ATen's int8 multiplication: for CPUs on which `onednn`
+cannot multiply integers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torch.nn.functional import pad
 from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight
 
-STEP = 16  # the operator reads as many inputs at a time, beyond the last one if need be, and faults where they are not aligned
+# the operator reads as many inputs at a time, beyond the last one if need be, and faults where they
+# are not aligned
+STEP = 16
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:

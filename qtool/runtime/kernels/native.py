@@ -1,7 +1,8 @@
-"""Weights of any format in bfloat16 products, decoded in registers and multiplied with AMX or AVX512: native.c, compiled on first use.
+"""Weights of any format in bfloat16 products, decoded in registers and multiplied with AMX or
+AVX512: native.c, compiled on first use.
 
-Inputs are rounded first where the scheme says so, as the definition does. The machine code lies in ``qtool`` of the user's cache folder, by what
-made it. ``QTOOL_NO_AMX=1`` leaves AMX out.
+Inputs are rounded first where the scheme says so, as the definition does. The machine code lies in
+``qtool`` of the user's cache folder, by what made it. ``QTOOL_NO_AMX=1`` leaves AMX out.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ SCALES = {
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take weights of every format, with bfloat16 inputs that are rounded or not, except integers with integers, which oneDNN multiplies."""
+    """Take weights of every format, with bfloat16 inputs that are rounded or not, except integers
+    with integers, which oneDNN multiplies.
+    """
     if not torch.cpu._is_avx512_bf16_supported():
         return "needs a CPU with AVX512_BF16"
     if reason := not_bfloat16(spec):
@@ -76,9 +79,11 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``codes`` in native.c's order, f32 ``row_scale``, by group ``scale``, its dtype kept, and ``zero``, and the ``table`` of 4-bit codes.
+    """Return ``codes`` in native.c's order, f32 ``row_scale``, by group ``scale``, its dtype kept,
+    and ``zero``, and the ``table`` of 4-bit codes.
 
-    ``input_scale`` and ``input_zero`` come along where they are static. Codes of NaN are not looked for: fp8 has 480 there.
+    ``input_scale`` and ``input_zero`` come along where they are static. Codes of NaN are not looked
+    for: fp8 has 480 there.
     """
     outputs, nibbles, is_fp4 = (
         spec.shape[0],
@@ -159,7 +164,9 @@ def _width(spec: LinearSpec) -> int:
 
 
 def _stored_width(spec: LinearSpec) -> int:
-    """Return how many inputs share a scale as it is packed: a power of two in a chunk, or whole chunks."""
+    """Return how many inputs share a scale as it is packed: a power of two in a chunk, or whole
+    chunks.
+    """
     width = _width(spec)
     if width >= spec.shape[1]:
         return -(-spec.shape[1] // CHUNK) * CHUNK
@@ -186,7 +193,9 @@ def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
 
 
 def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
-    """Return ``data`` [R, K] in the order that native.c says: [R/32, C, 32, 64 or 128]; ``zero`` is the nibble that stands for 0."""
+    """Return ``data`` [R, K] in the order that native.c says: [R/32, C, 32, 64 or 128]; ``zero`` is
+    the nibble that stands for 0.
+    """
     if nibbles:
         data = unpack_pairs(data) if data.dtype == torch.uint8 else (data + 8).view(torch.uint8)
     bits = pad(
@@ -231,7 +240,9 @@ _of_thread = threading.local()
 
 
 def _workspace(size: int) -> Tensor:
-    """Return at least ``size`` bytes that are this thread's, aligned as tensors are, to 64; kept, since fresh memory is slow."""
+    """Return at least ``size`` bytes that are this thread's, aligned as tensors are, to 64; kept,
+    since fresh memory is slow.
+    """
     memory: Tensor | None = getattr(_of_thread, "memory", None)
     if memory is None or memory.numel() < size:
         memory = _of_thread.memory = torch.empty(size, dtype=torch.uint8)

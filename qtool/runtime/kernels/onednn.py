@@ -1,7 +1,9 @@
-"""Integer weights through oneDNN's int8 multiplication, kept as int8 whatever their bits; each group of inputs is multiplied apart.
+"""Integer weights through oneDNN's int8 multiplication, kept as int8 whatever their bits; each
+group of inputs is multiplied apart.
 
-Inputs that stay in 16 bits are rounded to 16-bit integers, one scale a token, and multiplied as two 8-bit digits. That changes an input by at most
-sqrt(K) / 65000 of its norm, less than rounding the output to bfloat16 does.
+Inputs that stay in 16 bits are rounded to 16-bit integers, one scale a token, and multiplied as two
+8-bit digits. That changes an input by at most sqrt(K) / 65000 of its norm, less than rounding the
+output to bfloat16 does.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight, dequantize, largest, unpack_pairs
 
 TINY = torch.finfo(torch.float32).tiny
-MIDDLE = 128  # inputs are uint8 around it: only AMX multiplies int8 with int8, others take a reference path a thousand times slower
+# inputs are uint8 around it: only AMX multiplies int8 with int8, others take a reference path a
+# thousand times slower
+MIDDLE = 128
 LARGEST = 32639  # 127 * 257: both digits stay in a byte
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take integer weights in groups or with one scale a row, with bfloat16 inputs rounded to integers by token or tensor, or not at all."""
+    """Take integer weights in groups or with one scale a row, with bfloat16 inputs rounded to
+    integers by token or tensor, or not at all.
+    """
     weights, activations = spec.scheme.weights, spec.scheme.activations
     if not torch.cpu._is_vnni_supported():  # without it, pairs of products saturate at 16 bits
         return "needs a CPU with AVX512 VNNI"
@@ -37,9 +43,11 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``codes<g>``, each group's codes as oneDNN orders them, and in f32 ``scale`` and, with zero points, ``offset`` [G, N].
+    """Return ``codes<g>``, each group's codes as oneDNN orders them, and in f32 ``scale`` and, with
+    zero points, ``offset`` [G, N].
 
-    The input adds ``input_scale`` and ``input_zero`` if static, and, if it has zero points, ``row_sum`` [N] of the weight.
+    The input adds ``input_scale`` and ``input_zero`` if static, and, if it has zero points,
+    ``row_sum`` [N] of the weight.
     """
     codes = (
         unpack_pairs(weight.data).to(torch.int8) - 8
@@ -115,7 +123,9 @@ def _multiply(spec: LinearSpec, codes: Tensor, packed: Mapping[str, Tensor]) -> 
 def _codes(
     x: Tensor, activation: Activations, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `MIDDLE` plus the codes, uint8 [M, K], that `fake_quantize_input` rounds ``x`` to, and their scale and zero point."""
+    """Return `MIDDLE` plus the codes, uint8 [M, K], that `fake_quantize_input` rounds ``x`` to, and
+    their scale and zero point.
+    """
     top = int(largest(activation))
     over = (0, 1) if activation.granularity == "tensor" else 1
     if not activation.symmetric and zero is None:

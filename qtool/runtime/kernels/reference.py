@@ -1,4 +1,6 @@
-"""The definition as it stands: round the input, dequantize the weight, multiply. It takes everything; the others are tested against it."""
+"""The definition as it stands: round the input, dequantize the weight, multiply. It takes
+everything; the others are tested against it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""PyTorch's own matmuls of codes, for weights and inputs of one format: `torch._scaled_mm` for fp8, `torch._int_mm` for int8."""
+"""PyTorch's own matmuls of codes, for weights and inputs of one format: `torch._scaled_mm` for fp8,
+`torch._int_mm` for int8.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from qtool.runtime.kernels import Device, LinearSpec, device_of
 from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight, divided, largest, to_fp8
 
-# cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the sums and scaling them afterwards costs more.
+# cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the
+# sums and scaling them afterwards costs more.
 MANY_TOKENS = 512
 FEWEST_INT8 = 32  # `torch._int_mm` wants more than 16 tokens
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take fp8 weights with fp8 inputs and int8 weights with int8 inputs, one scale for each output and each token or for all of them."""
+    """Take fp8 weights with fp8 inputs and int8 weights with int8 inputs, one scale for each output
+    and each token or for all of them.
+    """
     weights, inputs, (rows, columns) = spec.scheme.weights, spec.scheme.activations, spec.shape
     if inputs is None:
         return "inputs stay in 16 bits"
@@ -100,7 +105,9 @@ def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
 def rounded_rows(
     x: Tensor, inputs: Activations, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as `fake_quantize_input` finds them: ``scale`` or one a row."""
+    """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as
+    `fake_quantize_input` finds them: ``scale`` or one a row.
+    """
     if x.is_cuda:
         from qtool.runtime.triton.row_quantize import quantize_rows
 
@@ -120,7 +127,9 @@ def rounded_rows(
 def rescaled(
     sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns`` [N]."""
+    """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns``
+    [N].
+    """
     if sums.is_cuda:
         from qtool.runtime.triton.rescale import rescale
 

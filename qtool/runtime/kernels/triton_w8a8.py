@@ -1,4 +1,6 @@
-"""Weights of 8 bits times inputs rounded to 8 bits, in Triton: int8, or fp8 E4M3, one scale for each output and for each token, or fewer."""
+"""Weights of 8 bits times inputs rounded to 8 bits, in Triton: int8, or fp8 E4M3, one scale for
+each output and for each token, or fewer.
+"""
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
@@ -45,7 +47,9 @@ TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take int8 or fp8 weights with a scale for each output or one, and inputs of the same format with a scale for each token, or a static one."""
+    """Take int8 or fp8 weights with a scale for each output or one, and inputs of the same format
+    with a scale for each token, or a static one.
+    """
     weights, inputs = spec.scheme.weights, spec.scheme.activations
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"

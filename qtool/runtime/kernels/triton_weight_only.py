@@ -1,9 +1,12 @@
 """Weights of 4 or 8 bits times 16-bit inputs, in Triton: int4, int8, fp8, NVFP4 and MXFP4.
 
-The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a nibble or a byte) of each of the ``codes`` runs
-of ``width`` inputs of a block, so that a shift and a mask of a tile of words give a tile of codes: no permutation, and two codes per instruction.
-The words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer [K/block, N], each for some of the runs.
-In fp4 a run has several scales, [K/block, N, groups]. Its weights are multiplied by them in 16 bits, which is exact: 2 bits times 4, in range.
+The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a
+    nibble or a byte) of each of the ``codes`` runs
+of ``width`` inputs of a block, so that a shift and a mask of a tile of words give a tile of codes:
+no permutation, and two codes per instruction. The words of a block lie together, [K/block, N,
+width]. Its scales are 2 or 4 fields of one integer [K/block, N], each for some of the runs. In fp4
+a run has several scales, [K/block, N, groups]. Its weights are multiplied by them in 16 bits, which
+is exact: 2 bits times 4, in range.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -69,7 +72,8 @@ TILES: Mapping[str, Table] = {"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8":
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales an integer (0: one scale a row).
+    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales an
+    integer (0: one scale a row).
 
     A block and row has ``groups`` such integers, each for its share of all runs.
     """
@@ -90,7 +94,9 @@ class Layout:
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
-    """Take weight-only schemes of 4 and 8 bits with a scale for each output, or for groups of a multiple of 16 inputs."""
+    """Take weight-only schemes of 4 and 8 bits with a scale for each output, or for groups of a
+    multiple of 16 inputs.
+    """
     weights = spec.scheme.weights
     if device.type == "cuda" and device.capability < 90:
         return f"it is written for sm_90, not {device}"
@@ -164,7 +170,9 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight:
-    """Return ``weight`` with codes of zero wherever its scale is zero, for which a field has no bits."""
+    """Return ``weight`` with codes of zero wherever its scale is zero, for which a field has no
+    bits.
+    """
     used = (weight.scale.float() != 0).repeat_interleave(group // 2, dim=1)[
         :, : weight.data.shape[1]
     ]
@@ -174,7 +182,8 @@ def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight
 def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """Return the scales as fields of 8 bits, and what is left for each row.
 
-    The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the exponents that the decoded codes lack.
+    The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the
+    exponents that the decoded codes lack.
     """
     ((((shift, _),), base), _), scale = (
         _SCALES[spec.scheme.weights.scale, spec.dtype],
@@ -214,7 +223,9 @@ def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]
 
 
 def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int]) -> Tensor:
-    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64 [K/block, N, groups]."""
+    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64
+    [K/block, N, groups].
+    """
     bits, share = values.element_size() * 8, layout.block // (layout.fields * layout.groups)
     each = values.repeat_interleave(group // share, dim=1)[:, : padded[1] // share]
     each = torch.nn.functional.pad(
@@ -279,7 +290,8 @@ def multiply(
         GROUPS=layout.groups,
         UNROLL=unroll,
         SCALE_SUMS=tile.m <= 32
-        and not scale_bits,  # then scaling what a group sums to is less work than scaling its weights
+        # then scaling what a group sums to is less work than scaling its weights
+        and not scale_bits,
         EVEN=columns % (unroll * layout.block) == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -300,7 +312,9 @@ Bits = tuple[
 
 @dataclass(frozen=True)
 class Decode:
-    """How the codes of a word become numbers: the bits of each, and where needed of one to subtract, then ``- base`` and ``* scale_by``."""
+    """How the codes of a word become numbers: the bits of each, and where needed of one to
+    subtract, then ``- base`` and ``* scale_by``.
+    """
 
     bits: tuple[Bits, ...]
     subtract: tuple[Bits, ...] = ()
@@ -318,13 +332,17 @@ class Decode:
         )
 
     def parts(self, code: int) -> tuple[tuple[int, int], ...]:
-        """Return from where the bits of the number ``code`` of a word come, as pairs of a shift and a mask."""
+        """Return from where the bits of the number ``code`` of a word come, as pairs of a shift and
+        a mask.
+        """
         return (*self.bits[code][0], *(self.subtract[code][0] if self.subtract else ()))
 
 
 @lru_cache
 def _assembly(codes: tuple[Bits, ...]) -> tuple[str, ...] | None:
-    """Return PTX that makes two words in one register two numbers, for each code: Triton itself would take the words one by one."""
+    """Return PTX that makes two words in one register two numbers, for each code: Triton itself
+    would take the words one by one.
+    """
     return tuple(_instructions(*bits) for bits in codes) or None
 
 
@@ -342,7 +360,9 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
 
 
 def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int = 0) -> Decode:
-    """Decode ``count`` integers a word, or'ed into the low bits of a number of bits ``constant``; ``sign`` likewise into one to subtract."""
+    """Decode ``count`` integers a word, or'ed into the low bits of a number of bits ``constant``;
+    ``sign`` likewise into one to subtract.
+    """
     shifts = [16 // count * code for code in range(count)]
     subtract = tuple((((shift, sign),), constant) for shift in shifts) if sign else ()
     return Decode(tuple((((shift, mask),), constant) for shift in shifts), subtract, base)
@@ -351,7 +371,9 @@ def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int 
 def _float(
     count: int, exponent: int, mantissa: int, target_exponent: int, target_mantissa: int
 ) -> Decode:
-    """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the difference of the biases is multiplied in."""
+    """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the
+    difference of the biases is multiplied in.
+    """
     size, up = exponent + mantissa, target_mantissa - mantissa
     places = (
         (((shift - up, ((1 << size) - 1) << up), (shift + size - 15, 0x8000)), 0)
@@ -370,7 +392,8 @@ def _fp4(places: tuple[tuple[tuple[int, int], ...], ...], up: int, scale_by: flo
     return Decode(tuple((parts, 0) for parts in places), scale_by=scale_by, size=3, up=up)
 
 
-# An integer or'ed into the low bits of 128.0 (bfloat16) or 1024.0 (float16) is added to it. bfloat16 has 7 such bits, so the sign of an int8 is
+# An integer or'ed into the low bits of 128.0 (bfloat16) or 1024.0 (float16) is added to it.
+# bfloat16 has 7 such bits, so the sign of an int8 is
 # or'ed into another 128.0, which makes it 256.0, and that is subtracted.
 _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
     ("int4", torch.bfloat16): _integer(4, 0x0F, 0x4300, base=136.0),
@@ -403,7 +426,9 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
 
 
 def _scale(shift: int, base: int = 0) -> tuple[Bits, ...]:
-    """Decode two scales a word: the 8 bits of each lie ``shift`` bits up in its number, over those of ``base``, which never change."""
+    """Decode two scales a word: the 8 bits of each lie ``shift`` bits up in its number, over those
+    of ``base``, which never change.
+    """
     return tuple((((place - shift, 0xFF << shift),), base) for place in (0, 8))
 
 
@@ -419,7 +444,9 @@ _SCALES: Mapping[
 
 @triton.jit
 def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a time."""
+    """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a
+    time.
+    """
     return tl.inline_asm_elementwise(ASM[CODE], "=r,r", [words], tl.int16, is_pure=True, pack=2).to(
         dtype, bitcast=True
     )
@@ -427,7 +454,9 @@ def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr): 
 
 @triton.jit
 def _field(fields, INDEX: tl.constexpr, FIELDS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or 8, of an E8M0 number, then f32."""
+    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or
+    8, of an E8M0 number, then f32.
+    """
     BITS: tl.constexpr = fields.dtype.primitive_bitwidth // FIELDS
     field = (fields >> (BITS * INDEX)).to(tl.int32) & ((1 << BITS) - 1)
     if BITS == 16:

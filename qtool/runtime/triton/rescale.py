@@ -1,4 +1,6 @@
-"""What follows a matmul of codes, in one launch: each sum times the scales of its row and its column, plus the bias."""
+"""What follows a matmul of codes, in one launch: each sum times the scales of its row and its
+column, plus the bias.
+"""
 
 from __future__ import annotations
 

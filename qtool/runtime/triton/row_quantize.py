@@ -1,4 +1,6 @@
-"""Rounding the rows of an input to 8 bits, in Triton: what `fake_quantize_input` does, kept as codes and scales."""
+"""Rounding the rows of an input to 8 bits, in Triton: what `fake_quantize_input` does, kept as
+codes and scales.
+"""
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
@@ -22,9 +24,11 @@ def quantize_rows(
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes [M, K] of ``x`` [M, K], contiguous, and their scales, f32 [M, 1]; ``static_scale``, a scalar, is that of every row.
+    """Return the codes [M, K] of ``x`` [M, K], contiguous, and their scales, f32 [M, 1];
+    ``static_scale``, a scalar, is that of every row.
 
-    ``pdl``: on sm_90, start while the kernel before ends; the next one may do so too, if it waits for this one by itself.
+    ``pdl``: on sm_90, start while the kernel before ends; the next one may do so too, if it waits
+        for this one by itself.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
@@ -55,7 +59,9 @@ def scale_of(amax, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the codes of ``x`` [R, K] with ``scale`` [R, 1], both f32: rounded half to even, saturated."""
+    """Return the codes of ``x`` [R, K] with ``scale`` [R, 1], both f32: rounded half to even,
+    saturated.
+    """
     inverse = tl.broadcast_to(tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale), x.shape)
     scale = tl.broadcast_to(scale, x.shape)
     ratio = x * inverse

@@ -1,8 +1,10 @@
-"""What our Triton matmuls share: how the work is cut, and how the parts of one output tile become the output.
+"""What our Triton matmuls share: how the work is cut, and how the parts of one output tile become
+the output.
 
-All compute ``W x^T``, tiles [TILE_N, TILE_M]: the weight is then the operand of 64 rows that the tensor cores of Hopper want, however few tokens
-there are. Where the tiles are too few to fill the machine, K is cut too. Each part then goes to a workspace, and the last program of a tile to
-arrive adds them in their order, so that results never depend on timing.
+All compute ``W x^T``, tiles [TILE_N, TILE_M]: the weight is then the operand of 64 rows that the
+tensor cores of Hopper want, however few tokens there are. Where the tiles are too few to fill the
+machine, K is cut too. Each part then goes to a workspace, and the last program of a tile to arrive
+adds them in their order, so that results never depend on timing.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -19,16 +21,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 GLUON = triton.__version__.startswith(
     "3.6."
-)  # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
+    # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
+)
 COUNTERS = 8192  # tiles that may be cut along K
-BAND = 16  # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
+# tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
+BAND = 16
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a matmul is cut: the outputs, tokens and inputs of a step, about how many programs, and Triton's warps and stages.
+    """How a matmul is cut: the outputs, tokens and inputs of a step, about how many programs, and
+    Triton's warps and stages.
 
-    ``pdl``: the kernel starts while the one before it ends. ``bulk``: a warp that does nothing else loads whole tiles, by TMA (`gluon_w8a8`).
+    ``pdl``: the kernel starts while the one before it ends. ``bulk``: a warp that does nothing else
+        loads whole tiles, by TMA (`gluon_w8a8`).
     """
 
     n: int
@@ -41,7 +47,9 @@ class Tile:
     bulk: bool = False
 
     def split(self, n: int, m: int, steps: int) -> int:
-        """Return in how many parts to cut ``steps`` steps along K, each of at least two, for an output of ``m`` tokens and ``n`` outputs."""
+        """Return in how many parts to cut ``steps`` steps along K, each of at least two, for an
+        output of ``m`` tokens and ``n`` outputs.
+        """
         tiles = triton.cdiv(n, self.n) * triton.cdiv(m, self.m)
         parts = max(1, min(self.programs // tiles, steps // 2)) if tiles <= COUNTERS else 1
         return int(triton.cdiv(steps, triton.cdiv(steps, parts)))  # no part is empty
@@ -59,7 +67,9 @@ def pick(table: Table, tokens: int, n: int, k: int) -> Tile:
 
 
 def shape_class(n: int, k: int) -> str:
-    """Say what limits a weight [n, k]: `wide` ones have tiles for the whole machine, `deep` ones few tiles with long sums, `small` ones neither."""
+    """Say what limits a weight [n, k]: `wide` ones have tiles for the whole machine, `deep` ones
+    few tiles with long sums, `small` ones neither.
+    """
     if n >= 16384:
         return "wide"
     return "deep" if k >= 2 * n else "small"
@@ -77,7 +87,9 @@ def workspace(x: Tensor, parts: int, n: int) -> Tensor:
 
 @triton.jit
 def tile_position(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return which tile (of outputs, of tokens) this program computes: neighbours share weights, 16 tiles of tokens at a time."""
+    """Return which tile (of outputs, of tokens) this program computes: neighbours share weights, 16
+    tiles of tokens at a time.
+    """
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     band = tl.program_id(0) // (16 * tiles_n)
     rest = tl.program_id(0) % (16 * tiles_n)
@@ -108,7 +120,9 @@ def prefetch(pointers):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write ``acc`` [TILE_N, TILE_M], f32, to ``y`` [M, N], plus ``bias``; with several parts only the last to arrive does, after adding all."""
+    """Write ``acc`` [TILE_N, TILE_M], f32, to ``y`` [M, N], plus ``bias``; with several parts only
+    the last to arrive does, after adding all.
+    """
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (n[:, None] < N) & (m[None, :] < M)
     if SPLIT:

@@ -1,4 +1,6 @@
-"""How an answer leaves: whole or as events, or as an error in OpenAI's shape; whatever ends it, its place in the server is free again."""
+"""How an answer leaves: whole or as events, or as an error in OpenAI's shape; whatever ends it, its
+place in the server is free again.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ class Reply(Protocol):
 async def answer(
     service: Service, ticket: Ticket, submission: Submission, reply: Reply, asked: int | None
 ) -> Response:
-    """Let the engine work on ``submission``, and return what ``reply`` makes of it. ``asked``: tokens that the request itself named.
+    """Let the engine work on ``submission``, and return what ``reply`` makes of it. ``asked``:
+    tokens that the request itself named.
 
-    Raises: UsageError, for what cannot be asked; Busy, when the server ends; what went wrong in the engine before anything was answered.
+    Raises: UsageError, for what cannot be asked; Busy, when the server ends; what went wrong in the
+        engine before anything was answered.
     """
     answers = service.submit(ticket, submission, asked)
     if submission.stream:
@@ -56,7 +60,10 @@ def event(data: object) -> bytes:
 
 
 class EventStream(Response):
-    """A response of server-sent events. Whatever ends it, ``ticket`` is given back: a client that leaves frees its pages."""
+    """A response of server-sent events.
+
+    Whatever ends it, ``ticket`` is given back: a client that leaves frees its pages.
+    """
 
     media_type = "text/event-stream"
 
@@ -69,7 +76,9 @@ class EventStream(Response):
 
     @classmethod
     async def started(cls, reply: Reply, answers: Answers, ticket: Ticket) -> EventStream:
-        """Return the stream once its first event is there, so that an error before it has a status of its own."""
+        """Return the stream once its first event is there, so that an error before it has a status
+        of its own.
+        """
         events = reply.events(answers)
         try:
             first = await anext(events)

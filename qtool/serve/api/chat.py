@@ -1,4 +1,6 @@
-"""`POST /v1/chat/completions`: messages through the model's template, tools, and answers whole or as they come."""
+"""`POST /v1/chat/completions`: messages through the model's template, tools, and answers whole or
+as they come.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ async def prompt_of(
     given: Sequence[Mapping[str, Any]],
     body: ChatRequest | TokenizeRequest,
 ) -> tuple[str, list[int]]:
-    """Return the prompt for ``messages`` as text and tokens; ``body`` has the options of the template. Raises: UsageError."""
+    """Return the prompt for ``messages`` as text and tokens; ``body`` has the options of the
+    template. Raises: UsageError.
+    """
     kwargs = dict(body.chat_template_kwargs or {})
     if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
@@ -139,7 +143,9 @@ class _Chat:
         self._account.close(self._id)
 
     async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
-        """Yield the reply as events: the role of each choice, what it gets, why it ends, and at last the usage."""
+        """Yield the reply as events: the role of each choice, what it gets, why it ends, and at
+        last the usage.
+        """
         vocabulary, logprobs = self._service.vocabulary, self._body.logprobs
         with_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
         head = json.dumps(

@@ -77,7 +77,11 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
 
 
 class _Completion:
-    """The reply to one request. ``echoed``: the text to repeat before each prompt's choices. ``nothing``: no token is wanted, though one is made."""
+    """The reply to one request.
+
+    ``echoed``: the text to repeat before each prompt's choices. ``nothing``: no token is wanted,
+    though one is made.
+    """
 
     def __init__(
         self,

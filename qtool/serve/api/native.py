@@ -54,7 +54,10 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
 
 
 class _Generation:
-    """The reply to one request. ``alone``: it is no list. ``nothing``: no token is wanted, though one was made."""
+    """The reply to one request.
+
+    ``alone``: it is no list. ``nothing``: no token is wanted, though one was made.
+    """
 
     def __init__(
         self,

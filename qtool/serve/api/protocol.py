@@ -1,7 +1,10 @@
-"""What requests hold, and errors: OpenAI's fields, those that vLLM and SGLang both add, and SGLang's native ones. Unknown fields are refused.
+"""What requests hold, and errors: OpenAI's fields, those that vLLM and SGLang both add, and
+SGLang's native ones. Unknown fields are refused.
 
-Bounds stand here so that nothing large is tokenized first; what depends on the model is checked by `SamplingParams` and the engine.
-Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/`; SGLang 0.5.23 `srt/entrypoints/openai/protocol.py`, `srt/managers/io_struct.py`.
+Bounds stand here so that nothing large is tokenized first; what depends on the model is checked by
+`SamplingParams` and the engine.
+Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/`; SGLang 0.5.23
+    `srt/entrypoints/openai/protocol.py`, `srt/managers/io_struct.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 def _prompt(value: Any) -> Any:
-    """Accept text, texts, tokens or lists of tokens; found out by hand, for a union would report on each of a million tokens."""
+    """Accept text, texts, tokens or lists of tokens; found out by hand, for a union would report on
+    each of a million tokens.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -257,7 +262,9 @@ class TextPart(Body):
 
 
 def _content(value: Any) -> Any:
-    """Refuse parts that are no text by their name; the types below would only say what they are not."""
+    """Refuse parts that are no text by their name; the types below would only say what they are
+    not.
+    """
     for part in value if isinstance(value, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         for word, what in OTHER_CONTENT.items():
@@ -286,7 +293,10 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn of a chat. ``content`` is text or a list of text parts; images, audio and files are refused."""
+    """One turn of a chat.
+
+    ``content`` is text or a list of text parts; images, audio and files are refused.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
@@ -472,7 +482,8 @@ class ErrorReply(Reply):
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> ErrorDetail:
-    """Return what pydantic's ``errors`` in a body of ``model`` mean: which field, what it takes, and the nearest name of one that is unknown.
+    """Return what pydantic's ``errors`` in a body of ``model`` mean: which field, what it takes,
+    and the nearest name of one that is unknown.
 
     Of several errors it tells the innermost: those of a union's other members are further out.
     """
@@ -503,7 +514,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Erro
 def _place(
     error: Mapping[str, Any], model: type[BaseModel]
 ) -> tuple[list[str | int], Iterable[str]]:
-    """Return the way to the field of ``error``, without the names of a union's members, and the names of fields known there."""
+    """Return the way to the field of ``error``, without the names of a union's members, and the
+    names of fields known there.
+    """
     path: list[str | int] = []
     models, known = {model}, set[str]()
     *way, last = error["loc"] or ("",)

@@ -1,4 +1,6 @@
-"""What replies are made of: log probabilities as OpenAI shows them, counts of tokens, and what is written down of each request."""
+"""What replies are made of: log probabilities as OpenAI shows them, counts of tokens, and what is
+written down of each request.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def completion_logprobs(
     vocabulary: Vocabulary,
     offsets: Sequence[int],
 ) -> dict[str, Any]:
-    """Return log probabilities as completions have them; the most likely tokens always have the chosen one among them."""
+    """Return log probabilities as completions have them; the most likely tokens always have the
+    chosen one among them.
+    """
     name = vocabulary.label_of
     best = [
         None
@@ -71,9 +75,11 @@ def completion_logprobs(
 def prompt_offsets(
     tokens: Sequence[int], text: str, vocabulary: Vocabulary
 ) -> tuple[list[int], Offsets]:
-    """Return where the ``tokens`` of a prompt begin in its ``text``, and the place where what follows goes on.
+    """Return where the ``tokens`` of a prompt begin in its ``text``, and the place where what
+    follows goes on.
 
-    Counted from the end: a tokenizer may have put tokens, or a space, in front that are not in the text.
+    Counted from the end: a tokenizer may have put tokens, or a space, in front that are not in the
+    text.
     """
     length = len(b"".join(map(vocabulary.bytes_of, tokens)).decode(errors="replace"))
     offsets = Offsets(vocabulary, len(text) - length)
@@ -89,7 +95,9 @@ def without_answer(piece: Piece) -> Piece:
 
 
 def finish_reason(ending: Ending) -> str:
-    """Return why a choice ended, in OpenAI's words; ``abort`` when the server or somebody else ended it."""
+    """Return why a choice ended, in OpenAI's words; ``abort`` when the server or somebody else
+    ended it.
+    """
     return str(ending.reason["type"])
 
 
@@ -135,7 +143,8 @@ class Account:
             prompt, number = divmod(piece.choice, choices_each)
             if (
                 number == 0
-            ):  # what it found in the cache: the others may have found it there because of the first
+                # what it found in the cache: the others may have found it there because of the first
+            ):
                 self._prompts[prompt] = (ending.prompt_tokens, ending.cached_tokens)
             self._reasons[piece.choice] = reason = finish_reason(ending)
             if not self._streamed and ending.first_token_s is not None:

@@ -17,9 +17,11 @@ def sampling_params(
     max_new_tokens: int | None,
     forced_schema: Any = None,
 ) -> SamplingParams:
-    """Return what ``request`` asks of the sampler: its own fields, then the model's defaults, then OpenAI's.
+    """Return what ``request`` asks of the sampler: its own fields, then the model's defaults, then
+    OpenAI's.
 
-    ``forced_schema``: a JSON schema that the answer must satisfy because of its tools. Raises: UsageError.
+    ``forced_schema``: a JSON schema that the answer must satisfy because of its tools. Raises:
+        UsageError.
     """
     values: dict[str, Any] = {"max_new_tokens": None, **defaults}
     given = {name: getattr(request, name) for name in Draw.model_fields}

@@ -1,4 +1,6 @@
-"""What the routes answer, for /openapi.json; replies are made as plain dictionaries, and tests hold them to this."""
+"""What the routes answer, for /openapi.json; replies are made as plain dictionaries, and tests hold
+them to this.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +249,9 @@ class Tokens(Reply):
 
 
 class Text(Reply):
-    """The reply of ``POST /detokenize``: the same under the names that SGLang and vLLM have for it; lists for several lists of tokens."""
+    """The reply of ``POST /detokenize``: the same under the names that SGLang and vLLM have for it;
+    lists for several lists of tokens.
+    """
 
     text: str | list[str]
     prompt: str | list[str]

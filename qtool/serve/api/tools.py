@@ -1,14 +1,22 @@
-"""Tools of the OpenAI chat API: what a request may call, the schema that forces a call, and the calls in what a model writes.
+"""Tools of the OpenAI chat API: what a request may call, the schema that forces a call, and the
+calls in what a model writes.
 
-Styles of calls in text, and what SGLang and vLLM call them: `STYLES`. A parser takes the text in pieces, however they are cut, and gives out
-content and calls as they become certain; the work is linear in the text. What it does where the engines of the field differ:
+Styles of calls in text, and what SGLang and vLLM call them: `STYLES`. A parser takes the text in
+pieces, however they are cut, and gives out content and calls as they become certain; the work is
+linear in the text. What it does where the engines of the field differ:
 
-- Arguments are the model's own JSON text, given out as it comes; nothing is re-encoded. So a call whose arguments turn out broken, or cut off
-  by the length limit, after some of them were given out stays a call with what there is of them, as OpenAI warns its clients.
-- A call that was given out in no part (no name, no arguments, cut off before them) is content, marker included, exactly as the model wrote it.
-- A marked call is given out whatever the function's name: the client knows how to answer a call of a tool that it does not have. JSON without
-  a marker (Llama) is a call only of a tool that exists, because a model may be asked to answer in JSON.
-- White space between content and calls is dropped: before the first call, between calls, after the last. Text without calls comes out unchanged.
+- Arguments are the model's own JSON text, given out as it comes; nothing is re-encoded. So a call
+whose arguments turn out broken, or cut off
+  by the length limit, after some of them were given out stays a call with what there is of them, as
+  OpenAI warns its clients.
+- A call that was given out in no part (no name, no arguments, cut off before them) is content,
+marker included, exactly as the model wrote it.
+- A marked call is given out whatever the function's name: the client knows how to answer a call of
+a tool that it does not have. JSON without
+  a marker (Llama) is a call only of a tool that exists, because a model may be asked to answer in
+  JSON.
+- White space between content and calls is dropped: before the first call, between calls, after the
+last. Text without calls comes out unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +36,8 @@ from qtool.errors import UsageError, nearest
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_NAME = 64
 
-# Names of `--tool-call-parser` -> style. hermes, llama3_json, llama4_json are vLLM's; hermes, qwen, qwen25, llama3 SGLang's.
+# Names of `--tool-call-parser` -> style. hermes, llama3_json, llama4_json are vLLM's; hermes, qwen,
+# qwen25, llama3 SGLang's.
 STYLES = {
     "hermes": "hermes",
     "qwen": "hermes",
@@ -51,7 +60,9 @@ _LLAMA_FORMAT = re.compile(r'\{\\?"name\\?": function name, \\?"parameters\\?": 
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """A piece of call number ``index``, as OpenAI streams it: ``id`` and ``name`` in the first piece, ``arguments`` in all."""
+    """A piece of call number ``index``, as OpenAI streams it: ``id`` and ``name`` in the first
+    piece, ``arguments`` in all.
+    """
 
     index: int
     id: str | None
@@ -69,7 +80,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a request lets the model call. ``tools`` are those it may call, in OpenAI's shape: the ones to show to the template."""
+    """What a request lets the model call.
+
+    ``tools`` are those it may call, in OpenAI's shape: the ones to show to the template.
+    """
 
     mode: Literal["none", "auto", "required", "named"]
     tools: tuple[Mapping[str, Any], ...]
@@ -84,7 +98,9 @@ class ToolParser(Protocol):
     """Text in, content and calls out. One for each answer."""
 
     def push(self, text: str) -> Delta:
-        """Take the next piece of text; what may be the beginning of a call or a marker is kept back."""
+        """Take the next piece of text; what may be the beginning of a call or a marker is kept
+        back.
+        """
 
     def finish(self) -> Delta:
         """Say that the text has ended, and get what was kept back."""
@@ -109,7 +125,9 @@ def style_named(name: str) -> str:
 
 
 def detect(template: str | None) -> str | None:
-    """Return the style of calls that a chat template teaches the model, None when it teaches none that we read."""
+    """Return the style of calls that a chat template teaches the model, None when it teaches none
+    that we read.
+    """
     if template is None:
         return None
     if (
@@ -124,10 +142,12 @@ def detect(template: str | None) -> str | None:
 def choose(
     tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None
 ) -> Choice:
-    """Return what ``tool_choice`` means for these tools; both are a request's fields, of OpenAI's shape.
+    """Return what ``tool_choice`` means for these tools; both are a request's fields, of OpenAI's
+    shape.
 
     Left out, it is ``auto`` where there are tools. Allowed tools become the only ones.
-    Raises: UsageError, for tools that cannot be called by name and for a choice of what is not there.
+    Raises: UsageError, for tools that cannot be called by name and for a choice of what is not
+        there.
     """
     tools = tuple(tools or ())
     _check_names(tools)
@@ -144,9 +164,11 @@ def choose(
 
 
 def schema_for(choice: Choice, *, parallel: bool = True) -> dict[str, Any] | None:
-    """Return the JSON schema of an answer that is nothing but the call asked for; None when the model may answer freely.
+    """Return the JSON schema of an answer that is nothing but the call asked for; None when the
+    model may answer freely.
 
-    A named function: its arguments. Required: an array of ``{"name", "parameters"}``, of one when not ``parallel``.
+    A named function: its arguments. Required: an array of ``{"name", "parameters"}``, of one when
+        not ``parallel``.
     Raises: UsageError, when a schema is nested too deeply to copy.
     """
     if choice.mode == "named":
@@ -154,7 +176,8 @@ def schema_for(choice: Choice, *, parallel: bool = True) -> dict[str, Any] | Non
     if choice.mode != "required":
         return None
     try:
-        # A schema's own references are from its root, which is now below `$defs`; no escapes, names have neither / nor ~.
+        # A schema's own references are from its root, which is now below `$defs`; no escapes, names
+        # have neither / nor ~.
         definitions = {
             name: _rebase(_parameters(tool), f"#/$defs/{name}")
             for name, tool in zip(choice.names, choice.tools, strict=True)
@@ -177,7 +200,9 @@ def schema_for(choice: Choice, *, parallel: bool = True) -> dict[str, Any] | Non
 
 
 def parser_for(choice: Choice, style: str | None) -> ToolParser | None:
-    """Return the parser of one answer: of what `schema_for` makes of it, or of a free one in ``style``; None when all of it is content."""
+    """Return the parser of one answer: of what `schema_for` makes of it, or of a free one in
+    ``style``; None when all of it is content.
+    """
     if choice.mode == "named":
         return NamedParser(choice.names[0])
     if choice.mode == "required":
@@ -191,7 +216,9 @@ def make_parser(style: str, tool_names: Iterable[str]) -> ToolParser:
 
 
 def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[dict[str, Any]]]:
-    """Return the content and, in OpenAI's shape, the calls of a whole answer; content is None when there are calls and nothing else."""
+    """Return the content and, in OpenAI's shape, the calls of a whole answer; content is None when
+    there are calls and nothing else.
+    """
     deltas = list(deltas)
     calls = [
         {
@@ -205,11 +232,13 @@ def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[dict[str, Any]]]:
 
 
 def for_template(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return copies of a request's messages as chat templates expect them, which is as vLLM gives them.
+    """Return copies of a request's messages as chat templates expect them, which is as vLLM gives
+    them.
 
-    Arguments of calls are mappings; what is no JSON object becomes an empty one: the templates fail on anything else, and a conversation
-    with one broken call in it could not go on. Content is a string, text parts joined by line breaks, empty when there is none, and
-    fields without a value are left out, because templates ask whether ``tool_calls`` is there.
+    Arguments of calls are mappings; what is no JSON object becomes an empty one: the templates fail
+    on anything else, and a conversation with one broken call in it could not go on. Content is a
+    string, text parts joined by line breaks, empty when there is none, and fields without a value
+    are left out, because templates ask whether ``tool_calls`` is there.
     """
     return [_for_template(message) for message in messages]
 
@@ -253,9 +282,11 @@ _KEYS = ("name", *_ARGUMENTS, "type")  # Llama also writes "type": "function"
 
 
 class _CallReader(ABC):
-    """Reads text in pieces by a generator, `_read`, that waits where the piece ends; what it reads is held until it knows what it is.
+    """Reads text in pieces by a generator, `_read`, that waits where the piece ends; what it reads
+    is held until it knows what it is.
 
-    Each character is read once: JSON is followed by its quotes and brackets, not parsed again with each piece.
+    Each character is read once: JSON is followed by its quotes and brackets, not parsed again with
+    each piece.
     """
 
     def __init__(self) -> None:
@@ -281,7 +312,9 @@ class _CallReader(ABC):
         return self._calls > 0
 
     def push(self, text: str) -> Delta:
-        """Take the next piece of text; what may be the beginning of a call or a marker is kept back."""
+        """Take the next piece of text; what may be the beginning of a call or a marker is kept
+        back.
+        """
         self._piece, self._at = text, 0
         next(self._reading)
         return self._delta()
@@ -334,7 +367,9 @@ class _CallReader(ABC):
         return self._piece[self._at]
 
     def _take(self, pattern: re.Pattern[str] = _ANY) -> str:
-        """What matches at this place of the piece, and is held from here on; the next piece may go on with it."""
+        """What matches at this place of the piece, and is held from here on; the next piece may go
+        on with it.
+        """
         match = pattern.match(self._piece, self._at)
         text = match.group() if match else ""
         self._at += len(text)
@@ -354,7 +389,10 @@ class _CallReader(ABC):
         return found
 
     def _take_marker(self, *markers: str) -> _Reading[str]:
-        """The marker that stands here, or empty when none does; what it has in common with one is held. Only their first character is ``<``."""
+        """The marker that stands here, or empty when none does; what it has in common with one is held.
+
+        Only their first character is ``<``.
+        """
         seen = ""
         while char := (yield from self._peek()):
             if not any(marker.startswith(seen + char) for marker in markers):
@@ -380,7 +418,9 @@ class _CallReader(ABC):
         return False
 
     def _take_name(self) -> _Reading[str | None]:
-        """White space and then a JSON string, decoded; None when there is none, or it stands for no text."""
+        """White space and then a JSON string, decoded; None when there is none, or it stands for no
+        text.
+        """
         yield from self._take_space()
         raw: list[str] = []
         if (yield from self._peek()) != '"' or not (yield from self._take_string(raw.append)):
@@ -393,7 +433,10 @@ class _CallReader(ABC):
         return name
 
     def _take_value(self, give: Callable[[str], object]) -> _Reading[bool]:
-        """The JSON value that begins here, in pieces; False when it breaks off. A ``<`` outside of strings ends it: that is a marker."""
+        """The JSON value that begins here, in pieces; False when it breaks off.
+
+        A ``<`` outside of strings ends it: that is a marker.
+        """
         depth = 0
         while (char := (yield from self._peek())) and char != "<":
             if char == '"':
@@ -421,9 +464,11 @@ class _CallReader(ABC):
         return found
 
     def _take_call(self, known: Collection[str] | None = None) -> _Reading[bool]:
-        """A JSON object of a name and arguments, in any order. True when it, or what there is of it, was given out as a call.
+        """A JSON object of a name and arguments, in any order. True when it, or what there is of
+        it, was given out as a call.
 
-        ``known``: the only names and keys that make it a call. None: it is meant as one, so other keys are passed over and none are needed.
+        ``known``: the only names and keys that make it a call. None: it is meant as one, so other
+            keys are passed over and none are needed.
         """
         name: str | None = None
         arguments: list[str] | None = None  # what was read of them before the name
@@ -474,7 +519,10 @@ class _CallReader(ABC):
 
 
 class HermesParser(_CallReader):
-    """Calls between ``<tool_call>`` and ``</tool_call>``, content around them. An end that is missing is not missed."""
+    """Calls between ``<tool_call>`` and ``</tool_call>``, content around them.
+
+    An end that is missing is not missed.
+    """
 
     def _read(self) -> _Reading[None]:
         called = False  # in a call that was given out, its end still to come
@@ -498,7 +546,9 @@ class HermesParser(_CallReader):
 
 
 class LlamaParser(_CallReader):
-    """Calls that are the whole answer, separated by ``;`` or white space; or that follow ``<|python_tag|>``, with or without content before."""
+    """Calls that are the whole answer, separated by ``;`` or white space; or that follow
+    ``<|python_tag|>``, with or without content before.
+    """
 
     def __init__(self, tool_names: Iterable[str]) -> None:
         self._names = frozenset(tool_names)
@@ -638,7 +688,9 @@ _DATA = ("const", "enum", "default", "examples")
 
 
 def _rebase(schema: Any, root: str) -> Any:
-    """Copy a JSON schema so that its references into itself go through ``root``, the place it will have in a larger one."""
+    """Copy a JSON schema so that its references into itself go through ``root``, the place it will
+    have in a larger one.
+    """
     if isinstance(schema, list):
         return [_rebase(item, root) for item in schema]
     if not isinstance(schema, Mapping):

@@ -1,7 +1,9 @@
-"""The engine in a process of its own: its steps and the server's event loop never wait for one another's Python.
+"""The engine in a process of its own: its steps and the server's event loop never wait for one
+another's Python.
 
-The two ends talk over a socket pair. A message is a length (4 bytes, big-endian) and a pickle; both ends are ours, and neither passes on bytes of a
-client unread. The engine ends when the socket does, so it never outlives the server.
+The two ends talk over a socket pair. A message is a length (4 bytes, big-endian) and a pickle; both
+ends are ours, and neither passes on bytes of a client unread. The engine ends when the socket does,
+so it never outlives the server.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ Logprob = tuple[
 
 
 class Ending(NamedTuple):
-    """What is known of a choice once it is complete. ``reason``: as SGLang tells it. Seconds count from its arrival in the engine."""
+    """What is known of a choice once it is complete.
+
+    ``reason``: as SGLang tells it. Seconds count from its arrival in the engine.
+    """
 
     reason: Mapping[str, Any]
     prompt_tokens: int
@@ -57,7 +62,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Submission:
-    """Prompts to be completed, ``params.n`` times each. ``grammar``: (kind, text, compiled) of the constraint in ``params``."""
+    """Prompts to be completed, ``params.n`` times each.
+
+    ``grammar``: (kind, text, compiled) of the constraint in ``params``.
+    """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
@@ -105,7 +113,10 @@ class Load:
 
 
 class Answers:
-    """The pieces of one submission, as they come; those that came together are handed out together. ``left``: choices that the engine still makes."""
+    """The pieces of one submission, as they come; those that came together are handed out together.
+
+    ``left``: choices that the engine still makes.
+    """
 
     def __init__(self, key: int, choices: int) -> None:
         self.key, self.left = key, choices
@@ -123,7 +134,10 @@ class Answers:
         self._came.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        """Yield lists of pieces, at most one of each choice. Raises: QtoolError, what went wrong in the engine."""
+        """Yield lists of pieces, at most one of each choice.
+
+        Raises: QtoolError, what went wrong in the engine.
+        """
         while self.left or self._pieces:
             await self._came.wait()
             self._came.clear()
@@ -135,7 +149,9 @@ class Answers:
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Return ``pieces`` with those of one choice joined: a reader that is slower than the engine gets more at a time."""
+    """Return ``pieces`` with those of one choice joined: a reader that is slower than the engine
+    gets more at a time.
+    """
     if len(pieces) == 1:
         return pieces
     merged: dict[int, Piece] = {}
@@ -167,7 +183,10 @@ class EngineProcess:
         self._error: QtoolError | None = None  # why nothing is answered any more
 
     async def start(self, options: Mapping[str, Any]) -> Facts:
-        """Start the process, load the model and return what the engine says of itself. Raises: what `qtool.Engine` raises."""
+        """Start the process, load the model and return what the engine says of itself.
+
+        Raises: what `qtool.Engine` raises.
+        """
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "qtool.serve.backend.engine_process", str(theirs.fileno())]
         self._process = subprocess.Popen(
@@ -191,7 +210,11 @@ class EngineProcess:
         return facts
 
     def submit(self, submission: Submission) -> Answers:
-        """Hand ``submission`` to the engine. Whoever stops waiting for its answers must `abandon` them. Raises: ResourceError, when it is gone."""
+        """Hand ``submission`` to the engine.
+
+        Whoever stops waiting for its answers must `abandon` them. Raises: ResourceError, when it is
+        gone.
+        """
         if self._error is not None:
             raise self._error
         key = next(self._keys)
@@ -205,11 +228,15 @@ class EngineProcess:
             self._send(("abandon", answers.key))
 
     def abort(self, rid: str | None = None) -> None:
-        """End the submissions of that ``rid``, or all of them: each choice is told so, with what it has."""
+        """End the submissions of that ``rid``, or all of them: each choice is told so, with what it
+        has.
+        """
         self._send(("abort", rid))
 
     def give_up(self, error: QtoolError) -> None:
-        """Wait for the engine no longer: whoever waits for answers is told ``error``, now and from now on."""
+        """Wait for the engine no longer: whoever waits for answers is told ``error``, now and from
+        now on.
+        """
         self._error = error
         for answers in self._answers.values():
             answers.take(error)

@@ -27,7 +27,9 @@ NOTHING: tuple[str, Sequence[Any]] = ("", ())
 
 
 class _Desk:
-    """The engine's end: one thread takes in messages, one does what they say, one sends what the engine's loop hands it."""
+    """The engine's end: one thread takes in messages, one does what they say, one sends what the
+    engine's loop hands it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -216,12 +218,16 @@ def _facts(engine: Any) -> Facts:
 
 
 def _place(tensor: Any) -> int:
-    """Return what tells tensors with memory of their own apart; oneDNN's do not say where theirs is."""
+    """Return what tells tensors with memory of their own apart; oneDNN's do not say where theirs
+    is.
+    """
     return id(tensor) if tensor.is_mkldnn else int(tensor.data_ptr())
 
 
 def _schemes(model: Any) -> str:
-    """Return the schemes of the quantized layers, the most frequent first; empty when there is none."""
+    """Return the schemes of the quantized layers, the most frequent first; empty when there is
+    none.
+    """
     from qtool.runtime.linear import QuantizedLinear
 
     names = Counter(
@@ -239,7 +245,9 @@ def _device_name(device: Any) -> str:
 
 
 def _prepare_grammars(engine: Any) -> None:
-    """Import what constrained answers need, so that the first of them does not hold up what comes behind it."""
+    """Import what constrained answers need, so that the first of them does not hold up what comes
+    behind it.
+    """
     if engine.compiler is None or importlib.util.find_spec("xgrammar") is None:
         return
     gc.disable()
@@ -310,7 +318,9 @@ def main(descriptor: int) -> None:
         )
     else:
         gc.collect()
-        gc.freeze()  # what lives as long as the process is not looked at again: a collection would stop all requests for a while
+        # what lives as long as the process is not looked at again: a collection would stop all
+        # requests for a while
+        gc.freeze()
         desk.say("ready", facts)
         threading.Thread(
             target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True

@@ -1,4 +1,8 @@
-"""The routes. Each parses, calls one function, and returns what that returns; errors become OpenAI's shape here alone."""
+"""The routes.
+
+Each parses, calls one function, and returns what that returns; errors become OpenAI's shape here
+alone.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +110,9 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of ``app`` with those of events, and without FastAPI's 422: what it would be for is a 400 here."""
+    """Return the schema of ``app`` with those of events, and without FastAPI's 422: what it would
+    be for is a 400 here.
+    """
     if app.openapi_schema is None:
         schema = make()
         for operations in schema["paths"].values():
@@ -408,7 +414,9 @@ async def _load(service: Service) -> Load | None:
 async def _while_connected(
     service: Service, request: Request, answer: Awaitable[Response]
 ) -> Response:
-    """Return ``answer``, unless the client leaves before: then it is cancelled, and what runs for it ends. Raises: Busy."""
+    """Return ``answer``, unless the client leaves before: then it is cancelled, and what runs for
+    it ends. Raises: Busy.
+    """
     answering = asyncio.ensure_future(answer)
     watching = asyncio.create_task(gone(request.receive))
     try:

@@ -1,7 +1,8 @@
-"""What stands between the network and the routes: bounds in bytes and seconds for whoever sends and reads, the key, and errors in OpenAI's shape.
+"""What stands between the network and the routes: bounds in bytes and seconds for whoever sends and
+reads, the key, and errors in OpenAI's shape.
 
-Bodies are read whole before a route sees them, within limits and a deadline. Headers, readers that take nothing and the number of connections are
-watched where uvicorn parses bytes.
+Bodies are read whole before a route sees them, within limits and a deadline. Headers, readers that
+take nothing and the number of connections are watched where uvicorn parses bytes.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ class Bounds:
     """What one client may cost.
 
     Args:
-        body_bytes, head_bytes: of one request. held_bytes: of all bodies together, until their requests are answered.
+        body_bytes, head_bytes: of one request. held_bytes: of all bodies together, until their
+            requests are answered.
         framing_bytes: of what is sent with a body in chunks besides the body.
-        values: objects, arrays and members of objects in one body. items: of all its arrays and objects; lists of tokens are long.
-        head_s, body_s: seconds until they are complete. stall_s: for a reader that takes nothing. linger_s: for who still sends to read a refusal.
+        values: objects, arrays and members of objects in one body. items: of all its arrays and
+            objects; lists of tokens are long.
+        head_s, body_s: seconds until they are complete. stall_s: for a reader that takes nothing.
+            linger_s: for who still sends to read a refusal.
         connections: at a time.
     """
 
@@ -127,7 +131,8 @@ class Guard:
             and self._settings.is_local
             and not _names_this_machine(headers.get(b"host", b""), self._settings.host)
         ):
-            # a page whose name was made to lead here would be this server's own origin for its browser
+            # a page whose name was made to lead here would be this server's own origin for its
+            # browser
             message = "without --api-key a server on this machine answers to localhost and to addresses, not to other names"
             raise Refused(403, "host_not_allowed", message)
 
@@ -140,7 +145,10 @@ class Guard:
     async def _read(
         self, headers: dict[bytes, bytes], receive: Receive, chunks: list[bytes]
     ) -> bool:
-        """Put the body into ``chunks``; return False when the client left before it was complete. Raises: Refused."""
+        """Put the body into ``chunks``; return False when the client left before it was complete.
+
+        Raises: Refused.
+        """
         bounds = self._bounds
         too_large = Refused(
             413, "body_too_large", f"the body is larger than {bounds.body_bytes >> 20} MB"
@@ -191,7 +199,9 @@ class Guard:
             )
 
     async def _refuse(self, error: Refused, receive: Receive | None, send: Send) -> None:
-        """Answer at once; then ``receive`` a little more of what is still being sent, for a connection that is reset loses the answer."""
+        """Answer at once; then ``receive`` a little more of what is still being sent, for a
+        connection that is reset loses the answer.
+        """
         data = refusal_body(error)
         headers = [
             (b"content-type", b"application/json"),
@@ -218,7 +228,9 @@ class Guard:
 
 
 def _names_this_machine(host: bytes, own: str) -> bool:
-    """Whether a Host header names the server by an address, as localhost, or as it was told to listen; one that is missing does."""
+    """Whether a Host header names the server by an address, as localhost, or as it was told to
+    listen; one that is missing does.
+    """
     try:
         name = urlsplit(f"//{host.decode('ascii')}").hostname or "localhost"
         return (
@@ -231,7 +243,9 @@ def _names_this_machine(host: bytes, own: str) -> bool:
 
 
 def _is_crowded(body: bytes, bounds: Bounds) -> bool:
-    """Whether a body, if it is JSON, has too many values to look at each: counted without reading it, in some hundredths of a second."""
+    """Whether a body, if it is JSON, has too many values to look at each: counted without reading
+    it, in some hundredths of a second.
+    """
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if plain.count(b'"') > 4 * bounds.values:
         return True
@@ -251,9 +265,11 @@ def refusal_body(error: Refused) -> bytes:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, with deadlines for the head of a request and for a reader that takes nothing, and bounds on both.
+    """uvicorn's connection, with deadlines for the head of a request and for a reader that takes
+    nothing, and bounds on both.
 
-    ``HttpToolsProtocol`` is given its callbacks by the event loop and by httptools; each one here does its own part and hands on.
+    ``HttpToolsProtocol`` is given its callbacks by the event loop and by httptools; each one here
+    does its own part and hands on.
     """
 
     def __init__(self, *, bounds: Bounds, **options: Any) -> None:
@@ -337,7 +353,9 @@ class Connection(HttpToolsProtocol):
         self._watch_reader_if_closing()
 
     def shutdown(self) -> None:
-        """Close the connection after its answer; one that is new has a moment for its request, which may be under way, to be told the same."""
+        """Close the connection after its answer; one that is new has a moment for its request,
+        which may be under way, to be told the same.
+        """
         self._is_last = True
         if self._is_used:
             super().shutdown()

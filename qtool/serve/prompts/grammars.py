@@ -1,4 +1,6 @@
-"""Grammars of requests, compiled in a `Sandbox`: some would take for ever, or all memory. What came of those used last is kept, refusals too."""
+"""Grammars of requests, compiled in a `Sandbox`: some would take for ever, or all memory. What came
+of those used last is kept, refusals too.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ class Grammars:
         self._compiling: dict[tuple[str, str], asyncio.Task[str | UsageError]] = {}
 
     async def compiled(self, kind: str, text: str) -> str:
-        """Return what `Compiler.take` reads. Raises: UsageError for what cannot be compiled; ResourceError; TooManyWaiting."""
+        """Return what `Compiler.take` reads.
+
+        Raises: UsageError for what cannot be compiled; ResourceError; TooManyWaiting.
+        """
         if not self._facts.tokenizer or importlib.util.find_spec("xgrammar") is None:
             raise UsageError(
                 "E_NO_XGRAMMAR",

@@ -1,7 +1,10 @@
-"""Run one function on text that nobody vouches for, in a child process that can be stopped: `Sandbox` is the server's end, `main` the child's.
+"""Run one function on text that nobody vouches for, in a child process that can be stopped:
+`Sandbox` is the server's end, `main` the child's.
 
-The two ends talk over a socket pair, a line of JSON each way: what a child sends is never unpickled. The child bounds time, memory and output. It
-keeps no secrets, for its environment has none, but it is no jail: code that breaks out of the function has the rights of the user.
+The two ends talk over a socket pair, a line of JSON each way: what a child sends is never
+unpickled. The child bounds time, memory and output. It
+keeps no secrets, for its environment has none, but it is no jail: code that breaks out of the
+function has the rights of the user.
 """
 
 from __future__ import annotations
@@ -84,13 +87,16 @@ class TooManyWaiting(SandboxError):
 
 
 class Sandbox:
-    """One function in one child process, which starts at the first call, serves calls in order, and is replaced when it ends or goes too far.
+    """One function in one child process, which starts at the first call, serves calls in order, and
+    is replaced when it ends or goes too far.
 
     Args:
         function: ``module:function``, imported in the child. It takes and returns what JSON holds.
-        init: another such name and its arguments, called once in each child before the first call; neither limit applies to it.
+        init: another such name and its arguments, called once in each child before the first call;
+            neither limit applies to it.
         timeout_s: seconds for one call, from when the child starts on it.
-        memory_bytes: what the child may take beyond what it has after ``init``. It limits address space, the only thing a system refuses
+        memory_bytes: what the child may take beyond what it has after ``init``. It limits address
+            space, the only thing a system refuses
             at once and to any library; Linux only.
         output_bytes: of a result, as JSON.
         start_timeout_s: seconds for imports and ``init``.
@@ -129,7 +135,8 @@ class Sandbox:
         self._closed = False
 
     async def call(self, *args: Any) -> Any:
-        """Return what the function returns for ``args``. Whoever stops waiting for it disturbs no other call.
+        """Return what the function returns for ``args``. Whoever stops waiting for it disturbs no
+        other call.
 
         Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
         """
@@ -247,7 +254,8 @@ class _Child:
                         stdout=subprocess.DEVNULL,  # libraries print prompts, too
                         stderr=subprocess.DEVNULL,
                         env=environment,
-                        start_new_session=True,  # what a terminal sends to a group is for the server
+                        # what a terminal sends to a group is for the server
+                        start_new_session=True,
                     )
                 except BaseException:
                     writer.close()
@@ -261,7 +269,10 @@ class _Child:
         return self._process.poll() is None
 
     async def ask(self, line: bytes, timeout_s: float) -> Any:
-        """Send ``line`` and return the result. The child is of no more use after any error but CallRaised."""
+        """Send ``line`` and return the result.
+
+        The child is of no more use after any error but CallRaised.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 self._writer.write(line)
@@ -312,7 +323,9 @@ def _how_it_ended(status: int) -> str:
 
 
 def main() -> None:
-    """Be the child: load the function that the first line names, then answer each line that follows, until the other end is closed."""
+    """Be the child: load the function that the first line names, then answer each line that
+    follows, until the other end is closed.
+    """
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

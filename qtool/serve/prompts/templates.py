@@ -1,4 +1,5 @@
-"""The chat template of a checkpoint: found where transformers finds it, and rendered by transformers, in a `Sandbox`: it is a stranger's program.
+"""The chat template of a checkpoint: found where transformers finds it, and rendered by
+transformers, in a `Sandbox`: it is a stranger's program.
 
 Source: https://huggingface.co/docs/transformers/chat_templating
 """
@@ -46,7 +47,10 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The source of a template, and the file it is from. ``tool_text``: what is rendered when there are tools, mostly the same."""
+    """The source of a template, and the file it is from.
+
+    ``tool_text``: what is rendered when there are tools, mostly the same.
+    """
 
     text: str
     tool_text: str
@@ -59,7 +63,10 @@ class ChatTemplate:
 
 
 class Templates:
-    """Renders conversations as the checkpoint's chat template says. ``template`` is None when it has none."""
+    """Renders conversations as the checkpoint's chat template says.
+
+    ``template`` is None when it has none.
+    """
 
     def __init__(
         self, template: ChatTemplate | None, special_tokens: Mapping[str, str], sandbox: Sandbox
@@ -81,7 +88,8 @@ class Templates:
         Args:
             chat_template: a file that takes the place of the checkpoint's own.
             timeout_s, memory_bytes: for one conversation.
-        Raises: UsageError, when there is no such file; CheckpointRefused for what cannot be read or compiled; ResourceError without a child process.
+        Raises: UsageError, when there is no such file; CheckpointRefused for what cannot be read or
+            compiled; ResourceError without a child process.
         """
         template = await asyncio.to_thread(find_template, folder, chat_template)
         tokens = await asyncio.to_thread(find_special_tokens, folder)
@@ -115,12 +123,15 @@ class Templates:
         continue_final_message: bool = False,
         kwargs: Json | None = None,
     ) -> str:
-        """Return the prompt for a conversation, as ``tokenizer.apply_chat_template(..., tokenize=False)`` does.
+        """Return the prompt for a conversation, as ``tokenizer.apply_chat_template(...,
+        tokenize=False)`` does.
 
         Args:
-            add_generation_prompt: end with the start of an answer. continue_final_message: end inside the last message; not both.
+            add_generation_prompt: end with the start of an answer. continue_final_message: end
+                inside the last message; not both.
             kwargs: further variables for the template.
-        Raises: UsageError, when there is no template, it does not take these messages, or takes too long or too much memory for them;
+        Raises: UsageError, when there is no template, it does not take these messages, or takes too
+            long or too much memory for them;
             TooManyWaiting; ResourceError, when the process cannot start.
         """
         if self.template is None:
@@ -198,9 +209,11 @@ class Templates:
 def find_template(
     folder: Path, chat_template: str | os.PathLike[str] | None = None
 ) -> ChatTemplate | None:
-    """Return the template in the file ``chat_template``, else the one of the tokenizer in ``folder``; None when it has none.
+    """Return the template in the file ``chat_template``, else the one of the tokenizer in
+    ``folder``; None when it has none.
 
-    Raises: UsageError, when ``chat_template`` is no file; CheckpointRefused, when a template cannot be read or none of several is the default.
+    Raises: UsageError, when ``chat_template`` is no file; CheckpointRefused, when a template cannot
+        be read or none of several is the default.
     """
     try:
         if chat_template is not None:
@@ -231,7 +244,8 @@ def find_template(
 
 
 def find_special_tokens(folder: Path) -> dict[str, str]:
-    """Return the tokens that the tokenizer in ``folder`` names, as its templates see them: ``bos_token``, ``eos_token`` and so on.
+    """Return the tokens that the tokenizer in ``folder`` names, as its templates see them:
+    ``bos_token``, ``eos_token`` and so on.
 
     Raises: CheckpointRefused for a file that cannot be read.
     """
@@ -273,7 +287,9 @@ def render_conversations(
     continue_final_message: bool,
     variables: dict[str, Any],
 ) -> list[str]:
-    """Return, in the child, the prompts of ``conversations``; without one, the template is compiled all the same."""
+    """Return, in the child, the prompts of ``conversations``; without one, the template is compiled
+    all the same.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered, _ = render_jinja_template(

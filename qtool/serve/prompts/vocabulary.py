@@ -1,4 +1,6 @@
-"""The model's tokenizer as the server uses it: text to tokens off the event loop, and the text and bytes of single tokens."""
+"""The model's tokenizer as the server uses it: text to tokens off the event loop, and the text and
+bytes of single tokens.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ class Vocabulary:
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the tokens of ``text``. Raises: UsageError, when there is no tokenizer or no context could hold the text."""
+        """Return the tokens of ``text``.
+
+        Raises: UsageError, when there is no tokenizer or no context could hold the text.
+        """
         tokenizer = self._needed()
         if len(text) > self._most_characters:
             raise UsageError(
@@ -68,7 +73,9 @@ class Vocabulary:
         return self.bytes_of(token).decode(errors="replace")
 
     def label_of(self, token: int) -> str:
-        """Return ``token`` as text, or ``bytes:\\xe2\\x80`` when it is parts of characters: as OpenAI's completions name tokens."""
+        """Return ``token`` as text, or ``bytes:\\xe2\\x80`` when it is parts of characters: as
+        OpenAI's completions name tokens.
+        """
         data = self.bytes_of(token)
         try:
             return data.decode()
@@ -80,7 +87,10 @@ class Vocabulary:
         return token in self._special
 
     def _bytes_of(self, token: int) -> bytes:
-        """Return what ``token`` stands for; it may be part of a character. Without a tokenizer nothing is known of it."""
+        """Return what ``token`` stands for; it may be part of a character.
+
+        Without a tokenizer nothing is known of it.
+        """
         name = self._tokenizer.id_to_token(token) if self._tokenizer else None
         if name is None:
             return b""
@@ -107,9 +117,11 @@ class Vocabulary:
 
 
 class Offsets:
-    """Where in a text its tokens begin, one after the other, in characters; a token that begins inside of a character begins where that does.
+    """Where in a text its tokens begin, one after the other, in characters; a token that begins
+    inside of a character begins where that does.
 
-    ``start``: where the first begins; below 0, it and perhaps others are in front of the text, as what a tokenizer adds to a prompt is.
+    ``start``: where the first begins; below 0, it and perhaps others are in front of the text, as
+        what a tokenizer adds to a prompt is.
     """
 
     def __init__(self, vocabulary: Vocabulary, start: int) -> None:
@@ -125,7 +137,10 @@ class Offsets:
 
 
 def _byte_level_characters() -> dict[str, int]:
-    """Return the byte for each character of a byte-level vocabulary. Source: Radford et al. 2019, GPT-2's `encoder.py`."""
+    """Return the byte for each character of a byte-level vocabulary.
+
+    Source: Radford et al. 2019, GPT-2's `encoder.py`.
+    """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {
