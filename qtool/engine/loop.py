@@ -40,23 +40,28 @@ class Request:
     """
 
     id: str
-    group: str  # the rid of the call it belongs to
+    group: str
+    """The rid of the call it belongs to."""
     sequence: scheduler.Sequence
     params: SamplingParams
     seed: int
     text: TextStream
     stream: bool
-    history: History | None  # what penalties count
-    constraint: Constraint | None  # the grammar of the text
-    top_logprobs: int | None  # alternatives; None: no log probabilities
-    prompt_logprobs_from: (
-        int | None
-    )  # the first token of the prompt whose log probability is wanted
+    history: History | None
+    """What penalties count."""
+    constraint: Constraint | None
+    """The grammar of the text."""
+    top_logprobs: int | None
+    """Alternatives; None: no log probabilities."""
+    prompt_logprobs_from: int | None
+    """The first token of the prompt whose log probability is wanted."""
     deliver: Callable[[Answer | Exception, bool], object] = lambda answer, last: None
     done: bool = False
     began: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None  # since it began, until its first token was read
-    written: str = ""  # the text so far
+    first_token_s: float | None = None
+    """Since it began, until its first token was read."""
+    written: str = ""
+    """The text so far."""
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_top: list[list[TokenLogprob]] = field(default_factory=list)
     input_logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -80,11 +80,11 @@ class Launched:
     # int32, on the host: one for each chunk that samples, -1 where the logits were not finite
     tokens: Tensor
     done: torch.cuda.Event | None
-    logprobs: Logprobs | None = None  # on the host, of `logprob_rows`
+    logprobs: Logprobs | None = None
+    """On the host, of `logprob_rows`."""
     logprob_rows: tuple[int, ...] = ()
-    prompts: dict[int, Logprobs] = field(
-        default_factory=dict
-    )  # those of the tokens after each of a chunk's, by the position of the chunk
+    prompts: dict[int, Logprobs] = field(default_factory=dict)
+    """Those of the tokens after each of a chunk's, by the position of the chunk."""
 
     def wait(self) -> list[int]:
         """Wait until the device has done the step; return its tokens."""

@@ -151,7 +151,8 @@ class Prepared:
 
     parts: tuple[_Part, ...]
     logprob_rows: tuple[int, ...]
-    logprob_index: Tensor | None  # None: all rows
+    logprob_index: Tensor | None
+    """None: all rows."""
     top: int
 
 

@@ -39,22 +39,29 @@ class Sequence:
     waits_for_tokens: bool = (
         False  # each token must be read before the next is scheduled (penalties count tokens)
     )
-    use_prefix: bool = True  # False: every token of the prompt is computed (logprobs of the prompt)
+    use_prefix: bool = True
+    """False: every token of the prompt is computed (logprobs of the prompt)."""
     # for all tokens of the prompt, which is then computed in small parts: they take memory
     needs_logits: bool = False
-    owner: Any = None  # whatever the caller wants to find here again
+    owner: Any = None
+    """Whatever the caller wants to find here again."""
     state: Literal["waiting", "running", "finished"] = "waiting"
-    tokens: list[int] = field(init=False)  # prompt and outputs read back
-    longest: int = 0  # the length at which nothing more is scheduled
-    pending: int = 0  # outputs launched and not read back
-    computed: int = 0  # tokens whose keys and values the launched steps write
+    tokens: list[int] = field(init=False)
+    """Prompt and outputs read back."""
+    longest: int = 0
+    """The length at which nothing more is scheduled."""
+    pending: int = 0
+    """Outputs launched and not read back."""
+    computed: int = 0
+    """Tokens whose keys and values the launched steps write."""
     pages: list[int] = field(default_factory=list)
     row: int | None = None
-    digests: list[bytes] = field(
-        default_factory=list
-    )  # of the full pages of `tokens`, as far as needed so far
-    registered: int = 0  # of `pages`, those that are known by their digest (or whose double is)
-    cached_tokens: int = 0  # of the prompt, found in the cache at first admission
+    digests: list[bytes] = field(default_factory=list)
+    """Of the full pages of `tokens`, as far as needed so far."""
+    registered: int = 0
+    """Of `pages`, those that are known by their digest (or whose double is)."""
+    cached_tokens: int = 0
+    """Of the prompt, found in the cache at first admission."""
     preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -86,9 +93,8 @@ class Step:
     decodes: (
         int  # the first so many chunks have count 1, samples, start > 0; their token may be pending
     )
-    updates: list[
-        tuple[int, int, int]
-    ]  # (row, column, page) to set in the page table before the step; no (row, column) twice
+    updates: list[tuple[int, int, int]]
+    """(row, column, page) to set in the page table before the step; no (row, column) twice."""
 
 
 class Scheduler:

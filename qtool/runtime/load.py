@@ -82,8 +82,10 @@ class LoadPlan:
     skeleton: Skeleton
     device: torch.device
     groups: tuple[Group, ...]
-    second_copy: bool  # whether kernels for few tokens may have one
-    beside: tuple[Source, ...]  # plain layers of experts others of which are quantized
+    second_copy: bool
+    """Whether kernels for few tokens may have one."""
+    beside: tuple[Source, ...]
+    """Plain layers of experts others of which are quantized."""
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:

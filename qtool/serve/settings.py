@@ -64,7 +64,8 @@ class Settings:
     max_queued_requests: int = 512
     log_requests: bool = False
     log_level: str = "info"
-    drain_timeout_s: float = 20.0  # with what comes after it less than the 30 that Kubernetes gives
+    drain_timeout_s: float = 20.0
+    """With what comes after it less than the 30 that Kubernetes gives."""
 
     def __post_init__(self) -> None:
         if self.sampling_defaults not in ("model", "openai"):

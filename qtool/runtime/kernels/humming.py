@@ -280,7 +280,8 @@ class Measured:
     weights: str
     kind: str
     above: int
-    up_to: int  # tokens
+    up_to: int
+    """Tokens."""
     schedule: Mapping[str, Any]
 
     def takes(self, weights: Weights, shape: tuple[int, int], tokens: int) -> bool:

@@ -320,7 +320,8 @@ class Decode:
     subtract: tuple[Bits, ...] = ()
     base: float = 0.0
     scale_by: float = 1.0
-    size: int = 0  # of a float: the bits of its magnitude, and how far up these go
+    size: int = 0
+    """Of a float: the bits of its magnitude, and how far up these go."""
     up: int = 0
 
     def place(self, codes: Tensor) -> Tensor:

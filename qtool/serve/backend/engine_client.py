@@ -71,8 +71,10 @@ class Submission:
     params: SamplingParams
     stream: bool
     rid: str
-    top_logprobs: int | None = None  # None: no log probabilities
-    prompt_logprobs_from: int = -1  # -1: none of the prompt
+    top_logprobs: int | None = None
+    """None: no log probabilities."""
+    prompt_logprobs_from: int = -1
+    """-1: none of the prompt."""
     grammar: tuple[str, str, str] | None = None
 
     @property
@@ -87,7 +89,8 @@ class Facts:
 
     model_path: str
     tokenizer_path: str
-    tokenizer: str  # tokenizer.json, as the tokenizers library writes it
+    tokenizer: str
+    """tokenizer.json, as the tokenizers library writes it."""
     eos_ids: tuple[int, ...]
     vocab_size: int
     context_length: int
@@ -95,7 +98,8 @@ class Facts:
     max_total_tokens: int
     device: str
     dtype: str
-    quantization: str  # the schemes of the layers; empty for a plain model
+    quantization: str
+    """The schemes of the layers; empty for a plain model."""
     kv_cache_dtype: str
     weights_bytes: int
 
