@@ -135,7 +135,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         method = config.get("quant_method") or (
             producer.get("name") if isinstance(producer, Mapping) else producer
         )
-        message = f"{checkpoint.path} is quantized already ({f'by `{method}`' if method else 'its config says so'})"
+        message = (
+            f"{checkpoint.path} is quantized already "
+            f"({f'by `{method}`' if method else 'its config says so'})"
+        )
         raise CheckpointRefused(
             "E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of"
         )
@@ -151,7 +154,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     for rule in recipe.rules:
         check_pattern(rule.modules, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
-        message = f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, which stays in 16 bits"
+        message = (
+            f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, "
+            "which stays in 16 bits"
+        )
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
     plan = Plan(
         checkpoint,
@@ -279,7 +285,10 @@ def _check_groups(plan: Plan) -> None:
                     if fits
                     else "leave the module out with --ignore"
                 )
-                message = f"group_size {group_size} does not divide the {module.shape[1]} inputs of `{module.name}`"
+                message = (
+                    f"group_size {group_size} does not divide the {module.shape[1]} inputs of "
+                    f"`{module.name}`"
+                )
                 raise RecipeRefused("E_GROUP_SIZE", message, hint=hint)
 
 

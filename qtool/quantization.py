@@ -140,14 +140,17 @@ class QuantizeResult:
     def summary(self) -> str:
         """Return the result in a few lines."""
         lines = [
-            f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules quantized in {self.seconds:.1f} s",
-            f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB ({self.bytes_after / self.bytes_before:.0%})",
+            f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules "
+            f"quantized in {self.seconds:.1f} s",
+            f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB "
+            f"({self.bytes_after / self.bytes_before:.0%})",
         ]
         if self.calibration:
             data = self.calibration
             of = f" of {data['asked']} asked for" if data["asked"] != data["used"] else ""
             lines.append(
-                f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, {data['truncated']} truncated, {data['dropped']} dropped"
+                f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, "
+                f"{data['truncated']} truncated, {data['dropped']} dropped"
             )
         return "\n".join(lines)
 
@@ -209,7 +212,8 @@ def prepare(
     notes = []
     if calibration and isinstance(context, int) and 0 < context < calibration.seq_len:
         notes.append(
-            f"samples are cut at {context} tokens, the model's context, not at {calibration.seq_len}"
+            f"samples are cut at {context} tokens, the model's context, not at "
+            f"{calibration.seq_len}"
         )
         calibration = replace(calibration, seq_len=context)
     if restore:
@@ -228,7 +232,8 @@ def prepare(
         state_save=Path(save).absolute() if save else None,
         state_restore=Path(restore).absolute() if restore else None,
         notes=tuple(notes),
-        backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100 - a link in an environment must stay a link
+        # a link in an environment must stay a link
+        backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100
     )
 
 
@@ -394,7 +399,10 @@ def _recipe(options: Options) -> Recipe:
 def _calibration(recipe: Recipe) -> CalibrationSpec:
     values = recipe.calibration
     if values.source is None:
-        hint = "--calibration FILE.jsonl with your own texts, or a Hub data set such as HuggingFaceH4/ultrachat_200k::train_sft"
+        hint = (
+            "--calibration FILE.jsonl with your own texts, or a Hub data set such as "
+            "HuggingFaceH4/ultrachat_200k::train_sft"
+        )
         raise UsageError(
             "E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint
         )
@@ -466,7 +474,10 @@ def verify(plan: Plan, folder: Path) -> Checkpoint:
     if problems:
         first = problems[0].replace(str(folder), "output")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        message = f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what was asked for: {first}{more}"
+        message = (
+            f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what "
+            f"was asked for: {first}{more}"
+        )
         raise BackendFailed(
             "E_VERIFY", message, hint="nothing was published; try another --backend"
         )
@@ -480,12 +491,21 @@ def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
         if searched and scheme in (None, *searched[0].candidates):
             continue
         if scheme is None:
-            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and was left in 16 bits"
+            yield (
+                f"`{module.name}` was to become {module.scheme and module.scheme.name} and was "
+                "left in 16 bits"
+            )
         elif scheme != module.scheme:
-            yield f"`{module.name}` was to become {module.scheme and module.scheme.name} and is {scheme.name}"
+            yield (
+                f"`{module.name}` was to become {module.scheme and module.scheme.name} and is "
+                f"{scheme.name}"
+            )
     for module in plan.left_alone:
         if module.name in found:
-            yield f"`{module.name}` was to be left alone ({module.reason}) and is {found[module.name].name}"
+            yield (
+                f"`{module.name}` was to be left alone ({module.reason}) and is "
+                f"{found[module.name].name}"
+            )
     planned = {module.name for module in plan.modules}
     for name in found:
         if name not in planned:

@@ -81,7 +81,9 @@ class Gptq(Step):
         default=None,
         gt=0,
         lt=1,
-        description="share of the Hessian's mean diagonal added to it; the library's own when left out",
+        description=(
+            "share of the Hessian's mean diagonal added to it; the library's own when left out"
+        ),
     )
     act_order: bool = Field(
         default=False,
@@ -239,7 +241,8 @@ class Recipe(BaseModel):
             and not any(rule.scheme for rule in self.rules)
         ):
             raise ValueError(
-                "neither `scheme` nor `kv_cache` nor a rule with a scheme: nothing would be quantized"
+                "neither `scheme` nor `kv_cache` nor a rule with a scheme: nothing would be "
+                "quantized"
             )
         return self
 
@@ -361,7 +364,10 @@ def _regex(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        hint = "leave out `re:` for a name or a glob; a regular expression looks like `re:.*mlp.*down_proj$`"
+        hint = (
+            "leave out `re:` for a name or a glob; a regular expression looks like "
+            "`re:.*mlp.*down_proj$`"
+        )
         raise RecipeRefused(
             "E_PATTERN", f"`re:{expression}` is not a regular expression: {error}", hint=hint
         ) from None
@@ -414,7 +420,10 @@ def _read(path: Path) -> Recipe:
     try:
         data = yaml.load(text.decode(), Loader=_StrictLoader)
     except YAML_ERRORS as error:
-        hint = f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs quotes"
+        hint = (
+            f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs "
+            "quotes"
+        )
         raise RecipeRefused("E_RECIPE", f"{path}: not YAML: {one_line(error)}", hint=hint) from None
     if not isinstance(data, dict):
         raise RecipeRefused(

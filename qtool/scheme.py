@@ -42,13 +42,15 @@ class Weights:
         _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
         if (self.granularity == "block") != (self.block is not None):
             raise _invalid(
-                f"weights: granularity `{self.granularity}` and block {self.block} do not go together"
+                f"weights: granularity `{self.granularity}` and block {self.block} do not go "
+                "together"
             )
         if self.block is not None and (
             len(self.block) != 2 or any(type(size) is not int or size < 1 for size in self.block)
         ):
             raise _invalid(
-                f"weights: block must be two positive whole numbers, rows and columns, found {list(self.block)!r}"
+                "weights: block must be two positive whole numbers, rows and columns, found "
+                f"{list(self.block)!r}"
             )
         if self.granularity == "token":
             raise _invalid(
@@ -90,7 +92,10 @@ class Weights:
         else:
             name = self.format
         where = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block or ()))}
-        return f"{name} {where.get(self.granularity, self.granularity)}{'' if self.symmetric else ' asym'}"
+        return (
+            f"{name} "
+            f"{where.get(self.granularity, self.granularity)}{'' if self.symmetric else ' asym'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ class Scheme:
         ):
             raise RecipeRefused(
                 "E_GROUP_SIZE",
-                f"group_size {group_size} does not fit scheme {self.name}: its scales are fixed at {self.weights}",
+                f"group_size {group_size} does not fit scheme {self.name}: its scales are fixed "
+                f"at {self.weights}",
                 hint="leave --group-size out, or choose an integer method such as `gptq_int4`",
             )
         if group_size == -1:

@@ -379,7 +379,9 @@ def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = Tr
 
 @lru_cache
 def _fp4_values(device: torch.device) -> Tensor:
-    """Return what each E2M1 code stands for; kept, since CUDA graphs cannot hold the copy to a GPU."""
+    """Return what each E2M1 code stands for; kept, since CUDA graphs cannot hold the copy
+    to a GPU.
+    """
     return torch.tensor(FP4_VALUES, device=device)
 
 

@@ -131,7 +131,8 @@ def test_rules_give_modules_other_schemes(tmp_path):
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(
         "summary: FP8 attention, INT4 elsewhere\nbackend: llmcompressor\nscheme: W4A16\n"
-        "rules:\n  - {modules: 're:.*self_attn', scheme: FP8_DYNAMIC}\n  - {modules: model.layers.0.mlp.down_proj, scheme: null}\n"
+        "rules:\n  - {modules: 're:.*self_attn', scheme: FP8_DYNAMIC}\n  - {modules: "
+        "model.layers.0.mlp.down_proj, scheme: null}\n"
     )
     layout = detect(
         open_checkpoint(

@@ -84,7 +84,9 @@ class Work:
         return self.job.calibration.batch_size if self.job.calibration else 1
 
     def batches(self) -> list[list[Sequence[int]]]:
-        """Return the samples in batches of equal length, so that no padding enters the statistics."""
+        """Return the samples in batches of equal length, so that no padding enters the
+        statistics.
+        """
         by_length: dict[int, list[Sequence[int]]] = {}
         for sample in self.samples:
             by_length.setdefault(len(sample), []).append(sample)
@@ -170,8 +172,9 @@ def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
     """Sort ``linears``, the linear modules of the loaded model, into groups of one scheme; what is
     left alone has scheme None.
 
-    A pattern names whole kinds (``.*\\.(q_proj|k_proj|v_proj|qkv_proj)$``) where a kind lies in one group, else single modules. The fused
-    names are there because vLLM and SGLang match such patterns against their fused layers.
+    A pattern names whole kinds (``.*\\.(q_proj|k_proj|v_proj|qkv_proj)$``) where a kind
+    lies in one group, else single modules. The fused names are there because vLLM and SGLang
+    match such patterns against their fused layers.
     """
     planned = {module.name: module.scheme for module in plan.quantized}
     by_scheme: dict[Scheme | None, list[str]] = {}

@@ -48,7 +48,8 @@ class GPTQModelBackend:
                 or weights.granularity not in ("group", "channel")
             ):
                 reasons.append(
-                    f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit activations, not `{scheme.name}`"
+                    f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit "
+                    f"activations, not `{scheme.name}`"
                 )
             elif awq and weights.bits != 4:
                 reasons.append("its AWQ has 4 bits")

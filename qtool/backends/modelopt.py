@@ -117,7 +117,10 @@ def _load(work: Work) -> Any:
     free, _ = torch.cuda.mem_get_info(work.device)
     fits = work.plan.bytes_before < free * GPU_FRACTION
     if not fits and work.job.state_save:
-        message = f"a state is kept only of a model that fits the GPU: {work.plan.bytes_before / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        message = (
+            "a state is kept only of a model that fits the GPU: "
+            f"{work.plan.bytes_before / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
         raise ResourceError(
             "E_GPU_MEMORY", message, hint="leave --checkpoint-save-path out, or use --device cpu"
         )

@@ -114,7 +114,10 @@ def check_state(path: str, plan: Plan, *, trust_pickle: bool) -> None:
     made, asked = read_state(path, plan.checkpoint)["recipe"], plan.recipe.to_dict()
     for key in sorted(WHAT_COUNTS):
         if made.get(key) != asked[key]:
-            message = f"{path} was calibrated for `{made.get('name')}`, and `{plan.recipe.name}` as asked for differs from it in `{key}`"
+            message = (
+                f"{path} was calibrated for `{made.get('name')}`, and `{plan.recipe.name}` as "
+                f"asked for differs from it in `{key}`"
+            )
             raise StateRefused(
                 "E_STATE_RECIPE",
                 message,
@@ -218,7 +221,8 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
     raise TypeError(
-        f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file does not know"
+        f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file "
+        "does not know"
     )
 
 

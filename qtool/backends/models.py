@@ -64,7 +64,10 @@ def loaded_linears(work: Work, model: Any) -> list[str]:
     experts = [name for name in missing if fused and is_expert(name)]
     if len(experts) < len(missing):
         first = next(name for name in missing if name not in set(experts))
-        message = f"{len(missing) - len(experts)} planned modules are not linear modules of the loaded model, the first is `{first}`"
+        message = (
+            f"{len(missing) - len(experts)} planned modules are not linear modules of the loaded "
+            f"model, the first is `{first}`"
+        )
         raise BackendFailed(
             "E_PLAN_MISMATCH",
             message,

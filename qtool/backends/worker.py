@@ -73,7 +73,10 @@ def run_job(
     """
     read_fd, write_fd = os.pipe()
     package_parent = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import main; main({write_fd})"
+    code = (
+        f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import "
+        f"main; main({write_fd})"
+    )
     backend = load_backend(plan.recipe.backend)
     environment = {
         **QUIET_WAITING,
@@ -151,7 +154,10 @@ def _died(status: int, plan: Plan, job: Job, library: str) -> QtoolError:
         spec = job.calibration
         needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        message = f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were needed, this machine has {have / 1e9:.1f} GB"
+        message = (
+            f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were "
+            f"needed, this machine has {have / 1e9:.1f} GB"
+        )
         return ResourceError(
             "E_OUT_OF_MEMORY",
             message,
@@ -172,7 +178,10 @@ def _device_environment(device: str) -> dict[str, str]:
             return {"CUDA_VISIBLE_DEVICES": str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         listed = [entry for entry in visible.split(",") if entry]
         if index >= len(listed):
-            message = f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} devices"
+            message = (
+                f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} "
+                "devices"
+            )
             raise ResourceError(
                 "E_NO_DEVICE",
                 message,
@@ -301,7 +310,10 @@ def _check_model_code(job: Job, plan: Plan) -> None:
 
     model_type = plan.checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
-        message = f"{job.model}: model type `{model_type}` is defined by code in the model folder, which qtool does not run unasked"
+        message = (
+            f"{job.model}: model type `{model_type}` is defined by code in the model folder, "
+            "which qtool does not run unasked"
+        )
         raise CheckpointRefused(
             "E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code"
         )

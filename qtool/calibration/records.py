@@ -92,7 +92,10 @@ def _record(where: str, fields: Any, text_column: str | None) -> Record:
     } <= fields.keys():
         return Record(where)  # null: nothing to use, as with an empty text
     column = next((name for name, value in given.items() if isinstance(value, str)), "NAME")
-    message = f"{where}: no `text`, `messages`, `prompt` with `completion`, or `input_ids`; it has {_listed(fields)}"
+    message = (
+        f"{where}: no `text`, `messages`, `prompt` with `completion`, or `input_ids`; it has "
+        f"{_listed(fields)}"
+    )
     raise DataRefused(
         "E_DATA_FIELD",
         message,

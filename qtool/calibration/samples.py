@@ -86,7 +86,10 @@ def load_calibration(
                 record, tokenizer, spec.seq_len * (spec.num_samples if spec.pack else 1)
             )
             if max(ids, default=0) >= vocab_size:
-                message = f"{record.where}: token id {max(ids)} is outside the model's vocabulary of {vocab_size}"
+                message = (
+                    f"{record.where}: token id {max(ids)} is outside the model's vocabulary of "
+                    f"{vocab_size}"
+                )
                 raise DataRefused(
                     "E_DATA_VOCAB", message, hint="tokenize with the tokenizer of this very model"
                 )
@@ -189,5 +192,8 @@ def _useless(spec: CalibrationSpec, longest: tuple[int, str]) -> DataRefused:
     return DataRefused(
         "E_DATA_USELESS",
         message,
-        hint="use longer texts, join short ones with --pack, or name another field with --text-column",
+        hint=(
+            "use longer texts, join short ones with --pack, or name another field with "
+            "--text-column"
+        ),
     )

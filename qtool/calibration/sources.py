@@ -175,7 +175,10 @@ def _spans(path: Path, seed: int, *, paragraphs: bool = False) -> Iterator[tuple
                     file.read(end - start).decode("utf-8-sig").rstrip("\r\n"),
                 )
             except UnicodeDecodeError as error:
-                what = f"byte {error.start + 1} of {'this paragraph' if paragraphs else 'this line'} is 0x{error.object[error.start]:02x}, not UTF-8"
+                what = (
+                    f"byte {error.start + 1} of {'this paragraph' if paragraphs else 'this line'} "
+                    f"is 0x{error.object[error.start]:02x}, not UTF-8"
+                )
                 raise DataRefused(
                     "E_DATA_BINARY",
                     f"{path}, line {number}: {what}",
@@ -275,7 +278,10 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
         for number, record in enumerate(stream, 1):
             yield f"{spec.source}, record {number} of the shuffled stream", record
     except (ConnectionError, httpx.TransportError) as error:
-        hint = "give a local file, or fill the Hub cache where there is a network; with HF_HUB_OFFLINE only that cache is read"
+        hint = (
+            "give a local file, or fill the Hub cache where there is a network; with "
+            "HF_HUB_OFFLINE only that cache is read"
+        )
         raise ResourceError(
             "E_HUB_UNREACHABLE",
             f"data set `{name}` is no local file, is not in the Hub cache, and: {one_line(error)}",
@@ -283,7 +289,10 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
         ) from error
     # the library raises what its readers raise: a wrong name, config or split, a broken file
     except Exception as error:
-        hint = "write name:config:split or name::split; a private or gated data set needs `hf auth login`"
+        hint = (
+            "write name:config:split or name::split; a private or gated data set needs `hf auth "
+            "login`"
+        )
         message = (
             f"Hub data set `{name}`, config {config or 'default'}, split {split}: {one_line(error)}"
         )

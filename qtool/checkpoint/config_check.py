@@ -55,7 +55,10 @@ UNUSUAL = {
     re.compile("num_layers|n_layers"): ("num_hidden_layers",),
 }
 OTHER_TOWERS = re.compile("linear_|mamba_|ssm_|vision|audio|mm_|index_|hidden_size_per_layer_input")
-HINT = "config.json and the weights are of different models, or one was edited: take both from the same place"
+HINT = (
+    "config.json and the weights are of different models, or one was edited: take both from the "
+    "same place"
+)
 
 
 def check_promises(checkpoint: Checkpoint) -> None:
@@ -82,7 +85,10 @@ def check_promises(checkpoint: Checkpoint) -> None:
         missing = next(
             expected for expected, layer in enumerate([*present, -1]) if expected != layer
         )
-        message = f"num_hidden_layers is {count:,}, {len(present):,} of these layers are there and `{stack}layers.{missing}.*` is not"
+        message = (
+            f"num_hidden_layers is {count:,}, {len(present):,} of these layers are there and "
+            f"`{stack}layers.{missing}.*` is not"
+        )
         raise _broken("E_LAYER_MISSING", checkpoint, message)
     decoder = [
         f"{stack}layers.{layer}." for layer in present
@@ -192,7 +198,8 @@ def _check_shape(
         raise _broken(
             code,
             checkpoint,
-            f"{said} promise `{tensor.name}` as [{shape}] and it is {list(tensor.shape)} in {tensor.file.name}",
+            f"{said} promise `{tensor.name}` as [{shape}] and it is {list(tensor.shape)} in "
+            f"{tensor.file.name}",
         )
 
 

@@ -139,5 +139,8 @@ def _unreachable(name: str) -> ResourceError:
     return ResourceError(
         "E_HUB_UNREACHABLE",
         f"`{name}` is no local folder or file, is not in the Hub cache, and {why}",
-        hint="give a path that exists, or download it where there is a network and set HF_HOME to that cache",
+        hint=(
+            "give a path that exists, or download it where there is a network and set HF_HOME to "
+            "that cache"
+        ),
     )

@@ -111,7 +111,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not text.startswith(b"{"):
         raise refused(
             "E_HEADER_START",
-            f"{path}: the header of {length:,} bytes starts with {text[:8]!r}, not with an opening brace",
+            f"{path}: the header of {length:,} bytes starts with {text[:8]!r}, not with an "
+            "opening brace",
         )
     header = parse_object(
         text, f"{path}: header", parse_int=_not_minus_zero if b"-0" in text else None
@@ -170,7 +171,10 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
         file.name for file in path.iterdir() if file.suffix in (*PICKLE_SUFFIXES, ".gguf")
     )
     if pickles := [name for name in others if not name.endswith(".gguf")]:
-        message = f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never opens"
+        message = (
+            f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never "
+            "opens"
+        )
         raise refused(
             "E_PICKLE",
             message,
@@ -180,7 +184,8 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
         hint = "take the safetensors version it was made from"
         raise refused(
             "E_GGUF",
-            f"{path}: the weights are GGUF files ({', '.join(others[:3])}), which qtool does not read",
+            f"{path}: the weights are GGUF files ({', '.join(others[:3])}), which qtool does not "
+            "read",
             hint,
         )
     raise refused(
@@ -205,7 +210,10 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
     tensors = _read_shards(files.values())
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file is not files[shard]:
-            message = f"{index_file}: tensor `{name[:MAX_NAME]}` is not in {shard}, where the index puts it"
+            message = (
+                f"{index_file}: tensor `{name[:MAX_NAME]}` is not in {shard}, where the index "
+                "puts it"
+            )
             raise refused(
                 "E_INDEX_TENSOR",
                 message,
@@ -252,7 +260,10 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
         found = read_header(file)
         if not tensors.keys().isdisjoint(found):
             name = next(name for name in found if name in tensors)
-            hint = "remove the file that is not part of the model, or add its model.safetensors.index.json"
+            hint = (
+                "remove the file that is not part of the model, or add its "
+                "model.safetensors.index.json"
+            )
             raise refused(
                 "E_DUPLICATE",
                 f"tensor `{name}` is in {tensors[name].file} and in {file.name}",
@@ -263,7 +274,8 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
         if memory > MAX_TENSOR_BYTES:
             raise refused(
                 "E_TENSOR_COUNT",
-                f"{file}: with it the model has {len(tensors):,} tensors, more than any model known",
+                f"{file}: with it the model has {len(tensors):,} tensors, more than any model "
+                "known",
                 "is it one model?",
             )
     if not tensors:
@@ -339,7 +351,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: 
     if entry.keys() != FIELDS:
         raise refused(
             "E_HEADER_FIELDS",
-            f"{path}: tensor `{name}` is described by {reprlib.repr(sorted(entry))}; expected {sorted(FIELDS)}",
+            f"{path}: tensor `{name}` is described by {reprlib.repr(sorted(entry))}; expected "
+            f"{sorted(FIELDS)}",
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = DTYPE_BITS.get(dtype, 0) if type(dtype) is str else 0
@@ -362,7 +375,10 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: 
     if start > end:
         raise _bad_numbers(path, name, shape, offsets)
     if end > data_size:
-        message = f"{path}: tensor `{name}` is said to lie at {reprlib.repr(offsets)} in {data_size:,} bytes of data"
+        message = (
+            f"{path}: tensor `{name}` is said to lie at {reprlib.repr(offsets)} in {data_size:,} "
+            "bytes of data"
+        )
         raise refused(
             "E_TRUNCATED", message, "the download or copy was interrupted: fetch the file again"
         )
@@ -378,7 +394,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: 
     ):
         raise refused(
             "E_HEADER_SIZE",
-            f"{path}: tensor `{name}`, {dtype} {shape}, needs {size_bytes:,} bytes and is given {end - start:,}",
+            f"{path}: tensor `{name}`, {dtype} {shape}, needs {size_bytes:,} bytes and is given "
+            f"{end - start:,}",
         )
     return TensorInfo(name, sys.intern(dtype), tuple(shape), path, data_start + start, size_bytes)
 
@@ -413,7 +430,8 @@ def _check_tiling(
             neighbour = f"`{before.name}`" if before else "the header"
             raise refused(
                 code,
-                f"{path}: tensor `{tensor.name}` at byte {tensor.offset:,} {what} {neighbour}, which ends at {end:,}",
+                f"{path}: tensor `{tensor.name}` at byte {tensor.offset:,} {what} {neighbour}, "
+                f"which ends at {end:,}",
             )
         end, before = tensor.offset + tensor.size_bytes, tensor
     if end != size:

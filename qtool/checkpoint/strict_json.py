@@ -33,7 +33,11 @@ def parse_object(
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            repeated = next(
+                key
+                for key, _ in pairs
+                if key in seen or seen.add(key)  # type: ignore[func-returns-value]
+            )
             raise refused(
                 "E_JSON_DUPLICATE",
                 f"{where}: the key `{repeated[:200]}` appears twice",
@@ -163,7 +167,8 @@ def regular_size(path: Path) -> int:
         }
         raise refused(
             "E_NOT_A_FILE",
-            f"{path} is not a regular file but {kinds.get(stat.S_IFMT(found.st_mode), 'something else')}",
+            f"{path} is not a regular file but "
+            f"{kinds.get(stat.S_IFMT(found.st_mode), 'something else')}",
             "put the file itself there",
         )
     return found.st_size

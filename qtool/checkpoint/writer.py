@@ -153,7 +153,10 @@ def check_disk(folder: Path, need_bytes: int) -> None:
     """Raise ResourceError when ``folder``'s disk has less than ``need_bytes`` free."""
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
-        message = f"{folder.parent}: {need_bytes / 1e9:.2f} GB are needed for the output and {free / 1e9:.2f} GB are free"
+        message = (
+            f"{folder.parent}: {need_bytes / 1e9:.2f} GB are needed for the output and "
+            f"{free / 1e9:.2f} GB are free"
+        )
         raise ResourceError(
             "E_DISK", message, hint="free some space, or write to another disk with --output"
         )
@@ -263,7 +266,9 @@ def _acquire(root: Path, output: Path) -> int:
 
 
 def _recover(root: Path, output: Path) -> None:
-    """Finish what a killed run left: a replaced output goes back to its place, the rest goes away."""
+    """Finish what a killed run left: a replaced output goes back to its place, the rest
+    goes away.
+    """
     previous = root / "previous"
     if previous.exists() and not output.exists():
         previous.rename(output)
@@ -275,7 +280,9 @@ def _recover(root: Path, output: Path) -> None:
 
 
 def _exchange(new: Path, old: Path, *, aside: Path) -> None:
-    """Swap two folders in one step where the system can; else in two, which `_recover` can finish."""
+    """Swap two folders in one step where the system can; else in two, which `_recover` can
+    finish.
+    """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if (

@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail(error: QtoolError, flags: Set[str]) -> NoReturn:
-    """Report ``error`` and exit; ``flags`` are the arguments before `--`, the rest is the engine's."""
+    """Report ``error`` and exit; ``flags`` are the arguments before `--`, the rest is the
+    engine's.
+    """
     if "--debug" in flags:
         traceback.print_exc()
     if "--json" in flags:

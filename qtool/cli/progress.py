@@ -15,7 +15,9 @@ PLAIN_INTERVAL_S = 10.0
 def progress(
     *, quiet: bool, verbose: bool = False
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Give a function that shows events: nothing if ``quiet``, every one on a line if ``verbose``."""
+    """Give a function that shows events: nothing if ``quiet``, every one on a line if
+    ``verbose``.
+    """
     if quiet:
         yield lambda event: None
     elif verbose:

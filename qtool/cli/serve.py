@@ -54,7 +54,10 @@ def serve(
     quantization: Annotated[
         str | None,
         typer.Option(
-            help="Quantize a plain model while it loads, e.g. fp8; of a quantized one, what it must be.",
+            help=(
+                "Quantize a plain model while it loads, e.g. fp8; of a quantized one, what it "
+                "must be."
+            ),
             show_default=False,
         ),
     ] = None,

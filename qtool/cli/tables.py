@@ -113,9 +113,11 @@ def plan(request: Request) -> RenderableType:
     )
     return Group(
         f"{recipe.name}: {recipe.summary}",
-        f"backend {recipe.backend}, algorithm {' + '.join(step.name for step in recipe.algorithm)}, {data}{missing}{kv_cache}",
+        f"backend {recipe.backend}, algorithm "
+        f"{' + '.join(step.name for step in recipe.algorithm)}, {data}{missing}{kv_cache}",
         *(
-            f"sizes are those of {recipe.schemes[0].name} everywhere; the search chooses within {step.effective_bits:g} bits"
+            f"sizes are those of {recipe.schemes[0].name} everywhere; the search chooses within "
+            f"{step.effective_bits:g} bits"
             for step in recipe.steps(Auto)
         ),
         table,

@@ -45,7 +45,10 @@ def export(
     Raises: QtoolError; nothing is left behind then.
     """
     if (to is None) == (checkpoint_restore_path is None):
-        hint = f"--to {'|'.join(TARGETS)} converts a checkpoint; --checkpoint-restore-path STATE exports a ModelOpt state"
+        hint = (
+            f"--to {'|'.join(TARGETS)} converts a checkpoint; --checkpoint-restore-path STATE "
+            "exports a ModelOpt state"
+        )
         raise UsageError(
             "E_EXPORT_WHAT", "give a format to convert to, or a state to export", hint=hint
         )

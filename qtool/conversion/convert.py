@@ -63,8 +63,10 @@ class ConversionResult:
         how = f"{self.rounded_layers} of them rounded to nearest" if self.rounded_layers else kept
         return "\n".join(
             [
-                f"{self.output}: {self.source_format} -> {self.format}, {self.layers} layers, {how}, {self.seconds:.1f} s",
-                f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB in {self.files} file{'s' if self.files > 1 else ''}",
+                f"{self.output}: {self.source_format} -> {self.format}, {self.layers} layers, "
+                f"{how}, {self.seconds:.1f} s",
+                f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB in "
+                f"{self.files} file{'s' if self.files > 1 else ''}",
                 *(f"note: {note}" for note in self.notes),
             ]
         )

@@ -125,7 +125,10 @@ def plan_conversion(
             "quantize the original again",
         )
     if layout is None and to not in PLAIN and not scheme:
-        hint = "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has better methods"
+        hint = (
+            "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has better "
+            "methods"
+        )
         raise UsageError(
             "E_NOT_QUANTIZED",
             f"{checkpoint.path} is not quantized, so there is nothing to convert",
@@ -241,7 +244,10 @@ def _notes(request: ConversionRequest, layers: Iterable[Layer], dropped: int) ->
     if rounded := Counter(
         layer.target.scheme.name for layer in layers if layer.target and layer.rounded
     ):
-        yield f"rounded to nearest: {', '.join(f'{count} layers to {name}' for name, count in rounded.items())}"
+        yield (
+            "rounded to nearest: "
+            f"{', '.join(f'{count} layers to {name}' for name, count in rounded.items())}"
+        )
     inputs = Counter(
         (layer.source.scheme.activations, layer.target and layer.target.scheme.activations)
         for layer in layers
@@ -253,7 +259,10 @@ def _notes(request: ConversionRequest, layers: Iterable[Layer], dropped: int) ->
     if request.to == "compressed-tensors" and any(
         layer.target.act_order for layer in layers if layer.target
     ):
-        yield "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes it; --to gptq keeps it for all"
+        yield (
+            "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes "
+            "it; --to gptq keeps it for all"
+        )
 
 
 def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
@@ -364,12 +373,17 @@ def _is_scattered(checkpoint: Checkpoint, source: QuantizedModule | TensorInfo) 
 
 
 def _no_rounding(module: QuantizedModule) -> str | None:
-    """Return why the weights of ``module`` are not rounded to its scheme here; None when they are."""
+    """Return why the weights of ``module`` are not rounded to its scheme here; None when
+    they are.
+    """
     weights, columns = module.scheme.weights, module.shape[1]
     if weights.group_size and columns % weights.group_size:
         return f"group_size: {weights.group_size} does not divide {columns} inputs"
     if weights.scale == "e4m3":
-        return "scale: layers that engines fuse must share NVFP4's second scale; `qtool quantize` with `nvfp4a16` sees to that"
+        return (
+            "scale: layers that engines fuse must share NVFP4's second scale; `qtool quantize` "
+            "with `nvfp4a16` sees to that"
+        )
     return None
 
 
@@ -396,7 +410,8 @@ def _copies(request: ConversionRequest, layers: Iterable[Layer]) -> tuple[tuple[
                 hint = "--requantize leaves them out"
                 raise cannot_hold(
                     to,
-                    f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the KV cache",
+                    f"`{name}`: kv-cache: there is no place for the {tensor.count} scale(s) of "
+                    "the KV cache",
                     hint,
                 )
             dropped += None in places
@@ -407,7 +422,10 @@ def _copies(request: ConversionRequest, layers: Iterable[Layer]) -> tuple[tuple[
             ]
         elif name not in changed:
             if tensor.dtype in PACKED_DTYPES or name.endswith(SCALE_ENDINGS):
-                message = f"layout: `{name}` holds {tensor.dtype} codes or scales of no layer that qtool reads"
+                message = (
+                    f"layout: `{name}` holds {tensor.dtype} codes or scales of no layer that "
+                    "qtool reads"
+                )
                 raise cannot_hold(
                     to, message, "`qtool inspect` lists what was read; quantize the original again"
                 )

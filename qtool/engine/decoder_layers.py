@@ -13,7 +13,7 @@ model as it is unless they agree.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -174,7 +174,9 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **_: Any,
     ) -> Sum:
-        """Return what `Sum` says of [1, T, H], from as much, or from the `Sum` of the layer before."""
+        """Return what `Sum` says of [1, T, H], from as much, or from the `Sum` of the layer
+        before.
+        """
         x, residual = _parts(hidden_states)
         with current(x.device):
             x, scale, residual = self.input_norm.add(x, residual, _codes_of(self.qkv))
@@ -261,7 +263,8 @@ class RMSNorm(nn.Module):
         best = min(range(len(kinds)), key=errors.__getitem__)
         if expected.dtype != x.dtype or not errors[best] <= TOLERANCE[x.dtype]:
             raise NotFused(
-                f"{type(module).__name__} is no RMSNorm that is known (relative error {errors[best]:.1e})"
+                f"{type(module).__name__} is no RMSNorm that is known (relative error "
+                f"{errors[best]:.1e})"
             )
         return kinds[best]
 
@@ -441,7 +444,11 @@ def _multiply(linear: Any, x: Tensor, scale: Tensor | None) -> Tensor:
     return y
 
 
-def _only(module: nn.Module, needed: set[str], allowed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _only(
+    module: nn.Module,
+    needed: set[str],
+    allowed: Set[str] = frozenset(),
+) -> None:
     """Raises: NotFused, unless ``module`` has the parts ``needed``, and no other but those
     ``allowed`` and such as do nothing.
     """
@@ -551,7 +558,8 @@ def _proven(
         raise NotFused(f"{type(layer).__name__} has no `self_attn` that attends")
     if (
         "position_ids" in arguments
-        # finds out a layer that looks at positions by itself, as those do that temper their attention
+        # finds out a layer that looks at positions by itself, as those do that temper their
+        # attention
     ):
         arguments = {**arguments, "position_ids": arguments["position_ids"] + 100_000}
     if not hasattr(layer, "input_layernorm"):
@@ -658,7 +666,9 @@ def _with_scratch(
 
 
 def _difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], x: Tensor) -> float:
-    """Return the largest relative error of what a layer adds to ``x``, and of its keys and values."""
+    """Return the largest relative error of what a layer adds to ``x``, and of its keys and
+    values.
+    """
     references = (expected[0] - x, *expected[1:])
     return max(_distance(*three) for three in zip(result, expected, references, strict=True))
 

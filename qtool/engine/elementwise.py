@@ -257,7 +257,14 @@ def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _turned(value, cos, other, sin, angle: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _turned(  # type: ignore[no-untyped-def]
+    value,
+    cos,
+    other,
+    sin,
+    angle: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Return ``value * cos + other * sin``, f32, each rounded."""
     return (
         ((value * cos).to(angle).to(tl.float32) + (other * sin).to(angle).to(tl.float32))
@@ -458,7 +465,10 @@ def _share(x):  # type: ignore[no-untyped-def]
     """Return ``1 / (1 + 2^x)``, f32, in three instructions: `tl.exp2` and division handle subnormal
     numbers, with more work than all the rest is.
     """
-    share: tl.constexpr = "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 $0, y;}"
+    share: tl.constexpr = (
+        "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 "
+        "$0, y;}"
+    )
     return tl.inline_asm_elementwise(share, "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 

@@ -409,7 +409,9 @@ class Engine:
 
     def _start(self, requests: Sequence[Request], tell: Callable[[Told], object]) -> None:
         for index, request in enumerate(requests):
-            request.deliver = lambda answer, last, index=index: tell((index, answer, last))  # type: ignore[misc]
+            request.deliver = lambda answer, last, index=index: tell(  # type: ignore[misc]
+                (index, answer, last)
+            )
             self.loop.submit(request)
 
 
@@ -508,7 +510,8 @@ def _cache_scales(
         return None
     if not scales:
         warnings.warn(
-            "the checkpoint has no scales for an 8-bit KV cache: 1.0 is used, and quality may suffer",
+            "the checkpoint has no scales for an 8-bit KV cache: 1.0 is used, and quality may "
+            "suffer",
             stacklevel=3,
         )
     return scales

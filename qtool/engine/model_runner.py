@@ -193,7 +193,8 @@ class Runner:
             if self._wants_graphs:
                 self._capture()
                 said(
-                    f"{len(self.graphs)} CUDA graphs captured for decoding, {len(self.prompt_graphs)} for prompts"
+                    f"{len(self.graphs)} CUDA graphs captured for decoding, "
+                    f"{len(self.prompt_graphs)} for prompts"
                 )
 
     @property
@@ -213,7 +214,10 @@ class Runner:
             )
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(found.layers) != layers:
-            message = f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys and values"
+            message = (
+                f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
+                "and values"
+            )
             raise CheckpointRefused(
                 "E_ATTENTION", message, hint="`--engine vllm` hands the checkpoint to vLLM"
             )
@@ -315,14 +319,20 @@ class Runner:
             if free - room < peak:
                 lowered = free - peak
                 needed = f"a step of {self.limits.token_budget} tokens needs the rest"
-                message = f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: {needed}"
+                message = (
+                    f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: "
+                    f"{needed}"
+                )
                 warnings.warn(message, stacklevel=2)
                 room = lowered
         else:
             room = int(psutil.virtual_memory().available * CPU_SHARE)
         count = min(most, room // self.page_bytes)
         if count < 1 or (max_tokens is not None and count < most):
-            message = f"{max(room, 0) / 1e9:.1f} GB are left for the KV cache, which is {max(room, 0) // self.page_bytes * PAGE} tokens"
+            message = (
+                f"{max(room, 0) / 1e9:.1f} GB are left for the KV cache, which is "
+                f"{max(room, 0) // self.page_bytes * PAGE} tokens"
+            )
             hint = (
                 "raise mem_fraction_static or lower chunked_prefill_size"
                 if self.device.type == "cuda"

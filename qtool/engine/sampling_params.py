@@ -213,7 +213,10 @@ def _is_whole(value: object) -> bool:
 
 def _checked(name: str, value: object) -> int | float:
     low, high = RANGES[name]
-    allowed = f"{'a whole number' if name in WHOLE else 'a number'} {'above' if name in ABOVE_ZERO else 'from'} {low} to {high}"
+    allowed = (
+        f"{'a whole number' if name in WHOLE else 'a number'} "
+        f"{'above' if name in ABOVE_ZERO else 'from'} {low} to {high}"
+    )
     if not (_is_whole(value) or (isinstance(value, float) and name not in WHOLE)):
         raise _refusal(name, value, allowed)
     number = cast(float, value)

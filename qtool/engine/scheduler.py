@@ -140,7 +140,10 @@ class Scheduler:
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
         if size >= self.context_length:
-            message = f"the prompt has {size} tokens, the context {self.context_length}, and one must be left for the answer"
+            message = (
+                f"the prompt has {size} tokens, the context {self.context_length}, and one must "
+                "be left for the answer"
+            )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context_length - size)
         sequence.longest = size + max(
@@ -148,7 +151,10 @@ class Scheduler:
         )  # the prompt is computed, and sampled from, in any case
         stored = sequence.longest - 1  # the last token is not computed
         if -(-stored // PAGE) > self.pages.count:
-            message = f"{size} prompt tokens and {sequence.max_new_tokens} new ones do not fit the key-value cache of {self.pages.count * PAGE} tokens"
+            message = (
+                f"{size} prompt tokens and {sequence.max_new_tokens} new ones do not fit the "
+                f"key-value cache of {self.pages.count * PAGE} tokens"
+            )
             raise UsageError(
                 "E_TOO_LONG",
                 message,

@@ -38,7 +38,8 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     if layout and layout.rotates_inputs:
         raise CheckpointRefused(
             "E_TRANSFORM",
-            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not simulate",
+            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
+            "does not simulate",
         )
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
@@ -73,7 +74,8 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
         if not isinstance(modules.get(name), nn.Linear):
             raise CheckpointRefused(
                 "E_FUSED",
-                f"{checkpoint.path}: `{name}` is no linear layer of the transformers model, so its input is out of reach",
+                f"{checkpoint.path}: `{name}` is no linear layer of the transformers model, so "
+                "its input is out of reach",
             )
         modules[name].register_forward_pre_hook(_InputRounding(weight))
     return model.eval()

@@ -65,7 +65,10 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 or "weight_packed" in parts
                 or ("weight" in parts and parts["weight"].dtype in PACKED_DTYPES)
             ):
-                message = f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says how"
+                message = (
+                    f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} "
+                    "says how"
+                )
                 raise refused(
                     "E_NO_QUANT_CONFIG",
                     message,
@@ -90,7 +93,10 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 ArithmeticError,
                 RecursionError,
             ) as error:  # it comes from outside, in any shape
-                message = f"{checkpoint.path}: its quantization config cannot be understood ({type(error).__name__}: {error})"
+                message = (
+                    f"{checkpoint.path}: its quantization config cannot be understood "
+                    f"({type(error).__name__}: {error})"
+                )
                 raise refused(
                     "E_QUANT_CONFIG_TYPE", message, "take config.json from the original"
                 ) from error

@@ -59,7 +59,10 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     zeros are used.
     """
     if _version(config) != "gemm":
-        message = f"{checkpoint.path}: AWQ in the layout `{_version(config)}` is a kernel's own and is not read; `gemm` is"
+        message = (
+            f"{checkpoint.path}: AWQ in the layout `{_version(config)}` is a kernel's own and is "
+            "not read; `gemm` is"
+        )
         raise refused("E_KERNEL_LAYOUT", message, "quantize the original again")
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
@@ -111,11 +114,20 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     if weights.format != "int4":
         return f"bits: the weights are {weights.format}, and AWQ holds int4"
     if weights.granularity not in ("channel", "group"):
-        return f"granularity: one scale for each {weights.granularity}, and AWQ has one for each group or row"
+        return (
+            f"granularity: one scale for each {weights.granularity}, and AWQ has one for each "
+            "group or row"
+        )
     if scheme.activations:
-        return f"activations: inputs are rounded to {scheme.activations}, and AWQ leaves them in 16 bits"
+        return (
+            f"activations: inputs are rounded to {scheme.activations}, and AWQ leaves them in 16 "
+            "bits"
+        )
     if rows % 8 or columns % (weights.group_size or columns):
-        return f"shape: AWQ needs outputs in eights and inputs in whole groups, found {rows} x {columns} in groups of {weights.group_size or columns}"
+        return (
+            f"shape: AWQ needs outputs in eights and inputs in whole groups, found {rows} x "
+            f"{columns} in groups of {weights.group_size or columns}"
+        )
     return shared_objection(module, weight)
 
 

@@ -57,7 +57,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
         hint = "quantize the original again, without sparsity"
         raise refused(
             "E_SPARSE",
-            f"{checkpoint.path}: sparse compressed-tensors ({sparsity}, {config.get('format')}) is not read",
+            f"{checkpoint.path}: sparse compressed-tensors ({sparsity}, {config.get('format')}) "
+            "is not read",
             hint,
         )
     groups = _weight_groups(config)
@@ -77,7 +78,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             if group is None and len(groups) != 1:
                 raise refused(
                     "E_QUANT_TARGET",
-                    f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config targets it",
+                    f"{checkpoint.path}: `{parts.name}` is quantized and no group of the config "
+                    "targets it",
                 )
             if group is None:
                 warnings.append(f"`{parts.name}` is quantized and the config does not target it")
@@ -94,7 +96,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             )
         elif "weight_scale" in parts:
             warnings.append(
-                f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its quantization is only simulated"
+                f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its "
+                "quantization is only simulated"
             )
         elif (
             group
@@ -107,7 +110,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             )
     if _online_transforms(config):
         warnings.append(
-            "the config holds online rotations (QuIP, SpinQuant R3/R4): weights as read are still rotated"
+            "the config holds online rotations (QuIP, SpinQuant R3/R4): weights as read are "
+            "still rotated"
         )
     kv_cache = _kv_cache(config)
     has_scales = any(
@@ -177,9 +181,15 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps compressed-tensors from holding ``weight``."""
     weights, activations = module.scheme.weights, module.scheme.activations
     if weights.group_size and module.shape[1] % weights.group_size:
-        return f"group_size: {weights.group_size} does not divide {module.shape[1]} inputs, and compressed-tensors takes whole groups"
+        return (
+            f"group_size: {weights.group_size} does not divide {module.shape[1]} inputs, and "
+            "compressed-tensors takes whole groups"
+        )
     if weights.scale == "e4m3" and weights.group_size != 16:
-        return f"group_size: fp4 with e4m3 scales comes in groups of 16 here, found {weights.group_size}"
+        return (
+            "group_size: fp4 with e4m3 scales comes in groups of 16 here, found "
+            f"{weights.group_size}"
+        )
     if weights.scale == "e4m3" and activations and activations != SCHEMES["NVFP4"].activations:
         return f"activations: NVFP4 weights go with NVFP4 inputs here, found {activations}"
     if (
@@ -187,7 +197,10 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
         and activations
         and (activations.format, activations.scale) != (weights.format, "e8m0")
     ):
-        return f"activations: mx{weights.format} weights go with mx{weights.format} inputs here, found {activations}"
+        return (
+            f"activations: mx{weights.format} weights go with mx{weights.format} inputs here, "
+            f"found {activations}"
+        )
     if weight.perm is not None and weights.format.startswith("fp"):
         return "act-order: only packed integers have a g_idx here"
     return shared_objection(module, weight, act_order=True)
@@ -346,7 +359,8 @@ def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             hint = "write the group out, with `targets` and `weights`"
             raise refused(
                 "E_QUANT_PRESET",
-                f"config group `{name}` is only a preset's name, which compressed-tensors reads and never writes",
+                f"config group `{name}` is only a preset's name, which compressed-tensors reads "
+                "and never writes",
                 hint,
             )
         if group.get("weights"):
@@ -435,7 +449,8 @@ def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> W
         if scale.dtype not in FLOATS or scale.count != (1 if strategy == "tensor" else rows):
             raise parts.misfit(
                 "weight_scale",
-                f"one scale {'in all' if strategy == 'tensor' else f'for each of {rows} rows'}, as the config says",
+                f"one scale {'in all' if strategy == 'tensor' else f'for each of {rows} rows'}, "
+                "as the config says",
             )
         return Weights(format, "tensor" if strategy == "tensor" else "channel", symmetric=symmetric)
     if strategy == "block":
@@ -503,7 +518,8 @@ def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | 
             bool(args.get("symmetric", True)),
             "e8m0" if is_mx else "float",
         )
-    return Activations(format, strategy, None, dynamic, bool(args.get("symmetric", True)))  # type: ignore[arg-type]
+    symmetric = bool(args.get("symmetric", True))
+    return Activations(format, strategy, None, dynamic, symmetric)  # type: ignore[arg-type]
 
 
 def _strategy(args: Mapping[str, Any]) -> str:

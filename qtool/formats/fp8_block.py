@@ -91,10 +91,16 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     if weights.format != "fp8" or weights.scale != "float":
         return f"format: the weights are {weights}, and this format holds fp8"
     if weights.granularity not in ("block", "tensor"):
-        return f"granularity: one scale for each {weights.granularity}, and this format has one for each block or matrix"
+        return (
+            f"granularity: one scale for each {weights.granularity}, and this format has one for "
+            "each block or matrix"
+        )
     wanted = _block_inputs(weights.block[1]) if weights.block else STATIC
     if activations != wanted:
-        return f"activations: inputs are {activations or 'left in 16 bits'}, and engines round them to {wanted} here"
+        return (
+            f"activations: inputs are {activations or 'left in 16 bits'}, and engines round them "
+            f"to {wanted} here"
+        )
     return shared_objection(module, weight)
 
 

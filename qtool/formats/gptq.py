@@ -77,7 +77,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             warnings.append(f"`{parts.name}` is quantized and `dynamic` leaves it out")
         elif options.get("bits", module.scheme.weights.bits) != module.scheme.weights.bits:
             warnings.append(
-                f"`{parts.name}` has {module.scheme.weights.bits} bits and the config says {options['bits']}"
+                f"`{parts.name}` has {module.scheme.weights.bits} bits and the config says "
+                f"{options['bits']}"
             )
     return Layout("gptq", modules, None, tuple(warnings))
 
@@ -142,11 +143,20 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     scheme, (rows, columns) = module.scheme, module.shape
     weights = scheme.weights
     if not weights.format.startswith("int") or weights.bits not in BITS:
-        return f"format: the weights are {weights.format}, and GPTQ holds integers of {', '.join(map(str, BITS))} bits"
+        return (
+            f"format: the weights are {weights.format}, and GPTQ holds integers of "
+            f"{', '.join(map(str, BITS))} bits"
+        )
     if weights.granularity not in ("channel", "group"):
-        return f"granularity: one scale for each {weights.granularity}, and GPTQ has one for each group or row"
+        return (
+            f"granularity: one scale for each {weights.granularity}, and GPTQ has one for each "
+            "group or row"
+        )
     if scheme.activations:
-        return f"activations: inputs are rounded to {scheme.activations}, and GPTQ leaves them in 16 bits"
+        return (
+            f"activations: inputs are rounded to {scheme.activations}, and GPTQ leaves them in 16 "
+            "bits"
+        )
     if rows * weights.bits % 32 or columns * weights.bits % 32:
         return (
             f"shape: {rows} x {columns} codes of {weights.bits} bits do not fill words of 32 bits"
@@ -309,7 +319,10 @@ def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> Quantized
     columns = parts["g_idx"].count if "g_idx" in parts else word_rows * 32 // bits
     if math.ceil(columns * bits / 32) != word_rows:
         if "g_idx" in parts:
-            expected = f"{word_rows * 32 // bits}, a group for each input that `qweight` {list(parts['qweight'].shape)} holds in {bits} bits"
+            expected = (
+                f"{word_rows * 32 // bits}, a group for each input that `qweight` "
+                f"{list(parts['qweight'].shape)} holds in {bits} bits"
+            )
             raise parts.misfit("g_idx", expected, code="E_G_IDX_LENGTH")
         raise parts.misfit(
             "qweight", f"{math.ceil(columns * bits / 32)} rows for {columns} inputs of {bits} bits"

@@ -142,7 +142,10 @@ class Parts:
             found = ", ".join(
                 f"{found} {tensor.dtype}" for found, tensor in sorted(self.tensors.items())
             )
-            message = f"`{self.name}` is quantized and its tensor `{self.name}.{suffix}` is missing (found: {found})"
+            message = (
+                f"`{self.name}` is quantized and its tensor `{self.name}.{suffix}` is missing "
+                f"(found: {found})"
+            )
             raise refused("E_MISSING_TENSOR", message, "download or export the checkpoint again")
         return self.tensors[suffix]
 
@@ -169,7 +172,8 @@ class Parts:
         )
         return refused(
             code,
-            f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; expected {expected}",
+            f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; "
+            f"expected {expected}",
         )
 
 
@@ -236,18 +240,27 @@ def shared_objection(
     act-order and input factors, does not meet.
     """
     if module.experts > 1:
-        return f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer has tensors of its own here"
+        return (
+            f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer "
+            "has tensors of its own here"
+        )
     if weight.perm is not None and not act_order:
         return "act-order: groups are scattered over the inputs (g_idx), and here they lie in order"
     if weight.pre_scale is not None and not pre_scale:
-        return "pre_quant_scale: the input is multiplied by a stored factor, and there is no place for one here"
+        return (
+            "pre_quant_scale: the input is multiplied by a stored factor, and there is no place "
+            "for one here"
+        )
     activations = module.scheme.activations
     if (
         activations
         and activations.needs_data
         and (weight.activation is None or weight.activation.scale is None)
     ):
-        return f"input_scale: {activations} inputs need a scale that calibration finds, and there is none"
+        return (
+            f"input_scale: {activations} inputs need a scale that calibration finds, and there is "
+            "none"
+        )
     return None
 
 
@@ -257,7 +270,10 @@ def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> N
     """
     for name in plain:
         if hidden := next((module.name for module in modules if name in module.name), None):
-            message = f"ignore list: `{name}` stays in 16 bits, and engines, which look for names inside names, would skip `{hidden}` with it"
+            message = (
+                f"ignore list: `{name}` stays in 16 bits, and engines, which look for names "
+                f"inside names, would skip `{hidden}` with it"
+            )
             raise refused(
                 "E_CANNOT_HOLD", message, "convert to compressed-tensors, which has whole names"
             )

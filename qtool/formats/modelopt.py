@@ -91,7 +91,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout; the sidecar, where there is one, adds what the embedded config has lost."""
+    """Return the layout; the sidecar, where there is one, adds what the embedded config has
+    lost.
+    """
     config = _merged(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
     per_layer = config.get("quantized_layers") or {}
@@ -104,7 +106,8 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             if own is None and algorithm == "MIXED_PRECISION":
                 raise refused(
                     "E_QUANT_TARGET",
-                    f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it",
+                    f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does "
+                    "not name it",
                 )
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
@@ -168,13 +171,22 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     scheme, (rows, columns) = module.scheme, module.shape
     algorithm = _algorithm(module)
     if algorithm is None:
-        return f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has {', '.join(ALGORITHM_OF_SCHEME)}"
+        return (
+            f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has "
+            f"{', '.join(ALGORITHM_OF_SCHEME)}"
+        )
     if algorithm == "W4A8_AWQ" and "weight_scale_2" not in module.tensors:
-        return "weight_scale_2: layers that engines fuse share a second scale, and only ModelOpt finds it"
+        return (
+            "weight_scale_2: layers that engines fuse share a second scale, and only ModelOpt "
+            "finds it"
+        )
     if scheme.weights.format == "int4" and (
         rows % 2 or columns % (scheme.weights.group_size or columns)
     ):
-        return f"shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found {rows} x {columns}"
+        return (
+            "shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found "
+            f"{rows} x {columns}"
+        )
     return shared_objection(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
 
 

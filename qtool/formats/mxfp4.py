@@ -59,7 +59,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
 def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps this format from holding ``weight``."""
     if module.scheme != SCHEMES["MXFP4A16"]:
-        return f"scheme: the weights are {module.scheme.name}, and this format holds MXFP4 with inputs in 16 bits"
+        return (
+            f"scheme: the weights are {module.scheme.name}, and this format holds MXFP4 with "
+            "inputs in 16 bits"
+        )
     if module.experts == 1:
         return "experts: this format holds the stacked experts of gpt-oss, and no linear layers"
     return None

@@ -180,7 +180,10 @@ def check_constant(
     zeros = torch.unique(unpack_bits(words, bits, count))
     if zeros.numel() > 1 or int(zeros[0]) not in values:
         found = ", ".join(map(str, zeros[:4].tolist()))
-        message = f"`{module.name}` is symmetric, as the config says, and its zero points are {found} and not {2 ** (bits - 1)}"
+        message = (
+            f"`{module.name}` is symmetric, as the config says, and its zero points are {found} "
+            f"and not {2 ** (bits - 1)}"
+        )
         raise refused(
             "E_ZERO_POINT",
             message,

@@ -23,7 +23,10 @@ class Pattern:
         import regex
 
         if len(pattern) > MAX_PATTERN:
-            message = f"a pattern of the config has {len(pattern):,} characters; the limit is {MAX_PATTERN:,}"
+            message = (
+                f"a pattern of the config has {len(pattern):,} characters; the limit is "
+                f"{MAX_PATTERN:,}"
+            )
             raise refused("E_QUANT_PATTERN", message, "list the names instead")
         try:
             self._compiled: Any = regex.compile(pattern)
@@ -43,7 +46,10 @@ class Pattern:
             found, self._left = False, 0.0
         self._left -= time.perf_counter() - start
         if self._left <= 0:
-            message = f"the config's pattern `{self._pattern[:200]}` took longer than {BUDGET_S:.0f} s to match names such as `{name[:200]}`"
+            message = (
+                f"the config's pattern `{self._pattern[:200]}` took longer than {BUDGET_S:.0f} s "
+                f"to match names such as `{name[:200]}`"
+            )
             raise refused("E_QUANT_PATTERN", message, "write it without repeats inside repeats")
         return found
 

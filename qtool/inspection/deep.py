@@ -103,7 +103,9 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
 
 
 def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
-    """Return which codes, bool [N, K], are at either end of their format, and which stand for zero."""
+    """Return which codes, bool [N, K], are at either end of their format, and which stand
+    for zero.
+    """
     import torch
 
     from qtool.weight import FP4_SCALES, spread, unpack_pairs

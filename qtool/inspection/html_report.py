@@ -188,11 +188,13 @@ class _Facts:
         if difference := self.differences.get(module.name):
             undone = ", after undoing a rescaling" if difference.rescaled else ""
             lines.append(
-                f"SQNR {decibel_text(difference.sqnr_db)}, largest error {number_text(difference.max_error)}{undone}"
+                f"SQNR {decibel_text(difference.sqnr_db)}, largest error "
+                f"{number_text(difference.max_error)}{undone}"
             )
         if numbers := self.numbers.get(module.name):
             lines.append(
-                f"{numbers.saturated:.2%} saturated, scales {number_text(numbers.scale_min)} to {number_text(numbers.scale_max)}"
+                f"{numbers.saturated:.2%} saturated, scales {number_text(numbers.scale_min)} to "
+                f"{number_text(numbers.scale_max)}"
             )
             if numbers.dead_rows or numbers.dead_columns:
                 lines.append(
@@ -261,7 +263,10 @@ def _measures(inspection: Inspection) -> Iterator[_Measure]:
             for module in inspection.against.modules
         }
         finite = [value for value in decibels.values() if math.isfinite(value)] or [0.0]
-        note = f"Signal to quantization noise against {_short(inspection.against.base)}. Lower is worse and painted stronger; = marks equal weights."
+        note = (
+            f"Signal to quantization noise against {_short(inspection.against.base)}. Lower is "
+            "worse and painted stronger; = marks equal weights."
+        )
         best = max(
             max(finite), min(finite) + 10
         )  # ten decibels at least, or noise would look like a finding
@@ -356,7 +361,10 @@ def _cell(
             f"{scheme} × {count}"
             for scheme, count in Counter(map(_stored_as, members)).most_common(4)
         )
-        together = f"{bytes_text(sum(module.size_bytes for module in members))}, mean {measure.text(mean)}, worst {worst_text}"
+        together = (
+            f"{bytes_text(sum(module.size_bytes for module in members))}, mean "
+            f"{measure.text(mean)}, worst {worst_text}"
+        )
         lines = [
             f"{place}: {len(members):,} modules",
             schemes,
@@ -406,7 +414,9 @@ def _verdict(inspection: Inspection) -> dict[str, str] | None:
     return {
         "status": status,
         "text": text,
-        "where": f"{engine.engine} {engine.version}{f' on {engine.gpu}' if engine.gpu else ''}{ranks}",
+        "where": (
+            f"{engine.engine} {engine.version}{f' on {engine.gpu}' if engine.gpu else ''}{ranks}"
+        ),
     }
 
 

@@ -28,10 +28,13 @@ def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
     from rich.text import Text
 
     facts = [
-        f"{inspection.name}: {inspection.architecture}, {inspection.parameters / 1e6:,.2f} M parameters",
-        f"format {inspection.format or 'none (not quantized)'}, KV cache {inspection.kv_cache or 'not quantized'}, "
+        f"{inspection.name}: {inspection.architecture}, {inspection.parameters / 1e6:,.2f} M "
+        "parameters",
+        f"format {inspection.format or 'none (not quantized)'}, KV cache "
+        f"{inspection.kv_cache or 'not quantized'}, "
         f"embeddings {'tied' if inspection.tied_embeddings else 'not tied'}",
-        f"{inspection.size_bytes / 1e6:,.2f} MB, {inspection.bits_per_weight:.2f} bits per weight; in 16 bits {inspection.plain_bytes / 1e6:,.2f} MB",
+        f"{inspection.size_bytes / 1e6:,.2f} MB, {inspection.bits_per_weight:.2f} bits per "
+        f"weight; in 16 bits {inspection.plain_bytes / 1e6:,.2f} MB",
     ]
     parts: list[RenderableType] = [Text("\n".join(facts))]
     parts += [
@@ -135,7 +138,8 @@ def _grow(tree: Tree, branch: dict[str, Any]) -> None:
             rows, columns = inner.shape
             stored = inner.scheme or (f"16 bit ({inner.reason})" if inner.reason else "16 bit")
             tree.add(
-                f"{label}  [bold]{escape(stored)}[/bold]  {rows} x {columns}, {inner.bits_per_weight:.2f} bits"
+                f"{label}  [bold]{escape(stored)}[/bold]  {rows} x {columns}, "
+                f"{inner.bits_per_weight:.2f} bits"
             )
         else:
             _grow(tree.add(label), inner)
@@ -180,7 +184,10 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
         )
         for found in differing[:WORST]
     )
-    title = f"furthest from {against.base}; {len(against.modules) - len(differing)} of {len(against.modules)} are equal"
+    title = (
+        f"furthest from {against.base}; {len(against.modules) - len(differing)} of "
+        f"{len(against.modules)} are equal"
+    )
     if differing:
         yield _table(title, ("layer",), ("SQNR, dB", "largest error"), cells)
     else:
@@ -188,14 +195,18 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
     for only, names in (("here", against.only_here), ("in the base", against.only_there)):
         if names:
             yield Text(
-                f"only {only}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+                f"only {only}: "
+                f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             )
 
 
 def _engine(report: EngineReport) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    where = f"{report.engine} {report.version}{f' on {report.gpu}' if report.gpu else ''}, tensor parallel {report.tensor_parallel}"
+    where = (
+        f"{report.engine} {report.version}{f' on {report.gpu}' if report.gpu else ''}, tensor "
+        f"parallel {report.tensor_parallel}"
+    )
     verdict = (
         "does not load"
         if not report.loads

@@ -177,7 +177,9 @@ class ExpertStack(nn.Module):
 
 
 class ExpertWeight:
-    """The weight of one expert, for ``torch.nn.functional.linear(x, weight)`` and ``x @ weight``."""
+    """The weight of one expert, for ``torch.nn.functional.linear(x, weight)`` and ``x @
+    weight``.
+    """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._parts = parts

@@ -137,7 +137,10 @@ def load(
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
     plan = plan_load(checkpoint, device_named(device), quantization, dtype)
     if plan.layout and plan.layout.kv_cache:
-        message = f"the scales of the KV cache ({plan.layout.kv_cache}) are used by `qtool.Engine` alone: here keys and values stay in 16 bits"
+        message = (
+            f"the scales of the KV cache ({plan.layout.kv_cache}) are used by `qtool.Engine` "
+            "alone: here keys and values stay in 16 bits"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return materialize(plan, on_progress=on_progress)
 
@@ -193,7 +196,8 @@ def plan_load(
     if layout and layout.rotates_inputs:
         raise CheckpointRefused(
             "E_TRANSFORM",
-            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool does not do",
+            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
+            "does not do",
         )
     schemes = schemes_to_run(checkpoint, layout, quantization)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _dtype(checkpoint, device))
@@ -232,7 +236,10 @@ def plan_load(
         if stacks and (place := skeleton.place(name)) and (place.module, place.parameter) in stacks
     ]
     if missing := skeleton.missing_experts([source.place for source in [*sources, *beside]]):
-        message = f"{checkpoint.path} has no weights for {len(missing)} experts or parts of them, e.g. {missing[0]}"
+        message = (
+            f"{checkpoint.path} has no weights for {len(missing)} experts or parts of them, e.g. "
+            f"{missing[0]}"
+        )
         raise CheckpointRefused(
             "E_TENSORS", message, hint="download or export the checkpoint again"
         )
@@ -258,7 +265,10 @@ def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]
     )
     for (scheme, refused), count in slow.items():
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
-        yield f"{count} layers of {scheme} are dequantized at every step, for no kernel of {device_of(device)} takes them ({reasons})"
+        yield (
+            f"{count} layers of {scheme} are dequantized at every step, for no kernel of "
+            f"{device_of(device)} takes them ({reasons})"
+        )
 
 
 def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -327,13 +337,17 @@ def _called(
         if not source.place.parameter and source.place.module not in called
     ]
     if read and layout:
-        message = f"{checkpoint.path}: `{read[0]}` is quantized, and the model multiplies with its weight by itself"
+        message = (
+            f"{checkpoint.path}: `{read[0]}` is quantized, and the model multiplies with its "
+            "weight by itself"
+        )
         raise CheckpointRefused(
             "E_NO_LINEAR", message, hint="quantize the model again and leave such layers out"
         )
     if read:
         warned.append(
-            f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, e.g. `{read[0]}`"
+            f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, "
+            f"e.g. `{read[0]}`"
         )
     return [source for source in sources if source.name not in read]
 
@@ -485,7 +499,9 @@ def _read(plan: LoadPlan, source: Source) -> RawTensors:
 def _weight(
     plan: LoadPlan, source: Source, tensors: RawTensors
 ) -> tuple[QuantizedWeight, Tensor | None]:
-    """Return the weight that ``tensors``, which are taken, stand for, and its bias, on the device."""
+    """Return the weight that ``tensors``, which are taken, stand for, and its bias, on the
+    device.
+    """
     moved = {suffix: tensors.pop(suffix).to(plan.device) for suffix in list(tensors)}
     bias = moved.pop("bias", None)
     scheme = source.scheme

@@ -1,4 +1,6 @@
-"""What ``--quantization`` and ``--torchao-config`` mean: the scheme that each linear layer runs in."""
+"""What ``--quantization`` and ``--torchao-config`` mean: the scheme that each linear layer
+runs in.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,8 @@ def schemes_to_run(
         hint = f"leave it out, or quantize while loading with one of {', '.join(ONLINE)}"
         raise UsageError(
             "E_QUANTIZATION",
-            f"`{name}` is for checkpoints quantized with it, and {checkpoint.path} is not quantized",
+            f"`{name}` is for checkpoints quantized with it, and {checkpoint.path} is not "
+            "quantized",
             hint=hint,
         )
     scheme = ONLINE[name]
@@ -144,7 +147,10 @@ def flag_named(quantization: str | None, torchao_config: str | None) -> str | No
     if not torchao_config:
         return quantization
     if quantization is not None:
-        message = f"--quantization {quantization} and --torchao-config {torchao_config} cannot both be meant"
+        message = (
+            f"--quantization {quantization} and --torchao-config {torchao_config} cannot both be "
+            "meant"
+        )
         raise UsageError(
             "E_QUANTIZATION",
             message,

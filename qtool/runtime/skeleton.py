@@ -74,7 +74,10 @@ class Skeleton:
         except (
             Exception
         ) as error:  # a config comes from outside, and transformers finds many ways to fail on one
-            message = f"{checkpoint.path}: transformers makes no language model of its config ({one_line(error)})"
+            message = (
+                f"{checkpoint.path}: transformers makes no language model of its config "
+                f"({one_line(error)})"
+            )
             raise CheckpointRefused(
                 "E_ARCHITECTURE",
                 message,
@@ -113,7 +116,8 @@ class Skeleton:
         what = type(self.modules[module]).__name__ if module in self.modules else "nothing"
         raise CheckpointRefused(
             "E_NO_LINEAR",
-            f"{self.checkpoint.path}: `{name}` is quantized, and the model has {what} in its place, no linear layer",
+            f"{self.checkpoint.path}: `{name}` is quantized, and the model has {what} in its "
+            "place, no linear layer",
         )
 
     def _among_experts(self, name: str, parameter: str, pattern: str) -> Place:
@@ -126,7 +130,10 @@ class Skeleton:
             operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
             or expert is None
         ):
-            message = f"{self.checkpoint.path}: transformers makes `{parameter}` of `{name}` by {', '.join(operations)}, which qtool does not do"
+            message = (
+                f"{self.checkpoint.path}: transformers makes `{parameter}` of `{name}` by "
+                f"{', '.join(operations)}, which qtool does not do"
+            )
             raise CheckpointRefused(
                 "E_NO_LINEAR", message, hint="open an issue that names the model"
             )
@@ -144,12 +151,15 @@ class Skeleton:
         if parameter not in self._parameters:
             raise CheckpointRefused(
                 "E_NO_LINEAR",
-                f"{self.checkpoint.path} has experts for `{parameter}`, which the model does not have",
+                f"{self.checkpoint.path} has experts for `{parameter}`, which the model does not "
+                "have",
             )
         return int(self._parameters[parameter].shape[0])
 
     def missing_experts(self, places: Collection[Place]) -> list[str]:
-        """Return which experts, or parts of them, of the stacks at ``places`` are not among these."""
+        """Return which experts, or parts of them, of the stacks at ``places`` are not among
+        these.
+        """
         missing = []
         for module, parameter, parts in sorted(
             {(place.module, place.parameter, place.parts) for place in places if place.parameter}
@@ -294,11 +304,16 @@ class Skeleton:
             if found := sorted(
                 str(name[0] if isinstance(name, tuple) else name) for name in report.get(kind) or ()
             ):
-                message = f"{self.checkpoint.path} {what} {len(found)} tensors, e.g. {', '.join(f'`{name}`' for name in found[:3])}"
+                message = (
+                    f"{self.checkpoint.path} {what} {len(found)} tensors, e.g. "
+                    f"{', '.join(f'`{name}`' for name in found[:3])}"
+                )
                 raise CheckpointRefused(
                     "E_TENSORS",
                     message,
-                    hint="config.json and weights are not of one model: download or export it again",
+                    hint=(
+                        "config.json and weights are not of one model: download or export it again"
+                    ),
                 )
         if (self.checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)

@@ -260,7 +260,10 @@ def suggestion(
     for name, value in given.items():
         words += [_ours(name)] if value is True else [_ours(name), str(value)]
     key = " --api-key ..." if options.get("api_key") else ""
-    return f"hand it to an engine that runs on several GPUs: `{shlex.join(words)}{key}`, or --engine sglang"
+    return (
+        f"hand it to an engine that runs on several GPUs: `{shlex.join(words)}{key}`, or --engine "
+        "sglang"
+    )
 
 
 def least_tensor_parallel(size_bytes: int, gpu_bytes: int) -> int:
@@ -317,7 +320,8 @@ def _check(
         if other != engine and ask(other).loads
     ]
     hints.append(
-        f"`qtool inspect --model-path {shlex.quote(model_path)} --engine {engine} --tp {ranks}` says more"
+        f"`qtool inspect --model-path {shlex.quote(model_path)} --engine {engine} --tp {ranks}` "
+        "says more"
     )
     where = f"{engine} {report.version}" + (f" on {gpu}" if gpu else "")
     told = [finding.message for finding in reasons[:REASONS]]
@@ -407,7 +411,8 @@ def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
         else:
             del settings["max_queued_requests"]
             warnings.append(
-                "--max-queued-requests is left out: vLLM counts the running ones too; give --max-running-requests with it"
+                "--max-queued-requests is left out: vLLM counts the running ones too; give "
+                "--max-running-requests with it"
             )
     if chunk == -1:
         settings["no_chunked_prefill"] = True
@@ -417,7 +422,8 @@ def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
     ):  # it refuses to start otherwise
         settings["chunked_prefill_size"] = running
         warnings.append(
-            f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than --max-running-requests"
+            f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than "
+            "--max-running-requests"
         )
     return warnings
 

@@ -167,7 +167,9 @@ class Metrics:
         self._refused.inc()
 
     def render(self, load: Load | None) -> bytes:
-        """Return all of it as Prometheus reads it; ``load``: what the engine does now, if it says."""
+        """Return all of it as Prometheus reads it; ``load``: what the engine does now, if
+        it says.
+        """
         self._load = load
         return generate_latest(self._registry)
 

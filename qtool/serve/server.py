@@ -88,7 +88,8 @@ class _Dropping(QueueHandler):
 def _warn_of_strangers(settings: Settings) -> None:
     if not settings.is_local and not settings.api_key:
         LOG.warning(
-            "anybody who can reach port %d of %s can use the model: --api-key asks for a key, --host 127.0.0.1 stays on this machine",
+            "anybody who can reach port %d of %s can use the model: --api-key asks for a key, "
+            "--host 127.0.0.1 stays on this machine",
             settings.port,
             "any address of this machine"
             if settings.host in ("", "0.0.0.0", "::")
@@ -168,7 +169,10 @@ def ready_text(service: Service) -> str:
         if facts.weights_bytes >= 1e8
         else f"{facts.weights_bytes / 1e6:.1f} MB"
     )
-    what = f"{facts.quantization or facts.dtype}, {size} on {facts.device}, {facts.max_total_tokens:,} tokens of KV cache"
+    what = (
+        f"{facts.quantization or facts.dtype}, {size} on {facts.device}, "
+        f"{facts.max_total_tokens:,} tokens of KV cache"
+    )
     key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
     if service.templates.text is None:
         path, body = (
@@ -186,7 +190,8 @@ def ready_text(service: Service) -> str:
         )
     return (
         f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
-        f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d '{_quoted(body)}'\n"
+        f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d "
+        f"'{_quoted(body)}'\n"
     )
 
 

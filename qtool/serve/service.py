@@ -256,7 +256,10 @@ class Service:
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
         if len(prompt) + asked > context:
-            message = f"the context holds {context} tokens; the prompt has {len(prompt)}, and {asked} are asked for"
+            message = (
+                f"the context holds {context} tokens; the prompt has {len(prompt)}, and {asked} "
+                "are asked for"
+            )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
         if max(prompt) >= self.facts.vocab_size:
             message = (

@@ -400,7 +400,8 @@ def show(what: str, results: list[dict], count: int = 6) -> None:
         )
     for error in sorted({entry["failed"] for entry in results if "failed" in entry}):
         print(
-            f"  failed: {error[:200]}: {[brief(entry) for entry in results if entry.get('failed') == error][:4]}",
+            f"  failed: {error[:200]}: "
+            f"{[brief(entry) for entry in results if entry.get('failed') == error][:4]}",
             flush=True,
         )
 

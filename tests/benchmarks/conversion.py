@@ -149,7 +149,8 @@ def main() -> None:
         exports.append(timed(export, source, output, cold=options.cold))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(
-        f"{options.source} {options.scheme} -> {options.to}, {size / 1e9:.2f} GB in shards of {options.shard_bytes / 1e9:.1f} GB"
+        f"{options.source} {options.scheme} -> {options.to}, {size / 1e9:.2f} GB in shards of "
+        f"{options.shard_bytes / 1e9:.1f} GB"
     )
     for name, seconds in (("cp", copies), ("cp && sync", durable), ("export", exports)):
         print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})")
@@ -157,7 +158,8 @@ def main() -> None:
         statistics.median(seconds) / statistics.median(exports) for seconds in (copies, durable)
     ]
     print(
-        f"speed {speeds[0]:.2f} of cp, {speeds[1]:.2f} of cp && sync; peak memory {peak / 1e9:.2f} GB"
+        f"speed {speeds[0]:.2f} of cp, {speeds[1]:.2f} of cp && sync; peak memory "
+        f"{peak / 1e9:.2f} GB"
     )
 
 

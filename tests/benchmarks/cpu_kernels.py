@@ -99,7 +99,8 @@ def main() -> None:
         columns[tokens] = measure(variants, max(5, arguments.rounds // (1 + tokens // 64)))
 
     print(
-        f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}: milliseconds, median (least)\n"
+        f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}: milliseconds, "
+        "median (least)\n"
     )
     print("| layer | floor |" + "".join(f" M = {tokens} |" for tokens in columns))
     print("| --- |" + " --- |" * (1 + len(columns)))

@@ -62,7 +62,8 @@ def same_codes(
         or not torch.allclose(result[1], scale, rtol=1e-6, atol=0)
     ):
         raise AssertionError(
-            f"{name}: {differ:.1e} of the codes are not those of row_quantize, or the scales are not"
+            f"{name}: {differ:.1e} of the codes are not those of row_quantize, or the scales are "
+            "not"
         )
 
 
@@ -180,7 +181,9 @@ CASES: dict[str, Callable[[int], Case]] = {
 
 
 def microseconds(runs: list[Callable[[], object]]) -> float:
-    """Return the time of one launch in a chain of them, in a CUDA graph: the best of some replays."""
+    """Return the time of one launch in a chain of them, in a CUDA graph: the best of some
+    replays.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

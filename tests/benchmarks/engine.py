@@ -94,7 +94,8 @@ def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
         counts[name[:80]] += 1
     whole = end - events[0][0]
     lines = [
-        f"{batch} x ({size} + {tokens}): {whole / 1e3:.1f} ms, busy {busy / whole:.1%}, {counts.total()} kernels"
+        f"{batch} x ({size} + {tokens}): {whole / 1e3:.1f} ms, busy {busy / whole:.1%}, "
+        f"{counts.total()} kernels"
     ]
     return lines + [
         f"  {time:9.1f} us {counts[name]:6d} x {time / counts[name]:7.2f}  {name}"

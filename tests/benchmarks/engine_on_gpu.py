@@ -64,7 +64,10 @@ def differs(model, exact, prompt: list[int], got: list[int], wanted: list[int]) 
     return (
         "tie"
         if gap <= TIE * rounding
-        else f"token {place}: {got[place]} instead of {wanted[place]}, {gap:.3f} below, rounding {rounding:.3f}"
+        else (
+            f"token {place}: {got[place]} instead of {wanted[place]}, {gap:.3f} below, rounding "
+            f"{rounding:.3f}"
+        )
     )
 
 
@@ -109,7 +112,8 @@ def compare(name: str, folder: Path | str, model) -> int:
     wrong = [f"{how}: {what}" for how, what in found if what not in (None, "tie")]
     ties = sum(what == "tie" for _, what in found)
     print(
-        f"{name:12s} {len(found)} texts, {ties} part at a tie, {len(wrong)} WRONG {wrong[:3]}; {graphs} graphs, {hits} hits, {preemptions} preempted",
+        f"{name:12s} {len(found)} texts, {ties} part at a tie, {len(wrong)} WRONG {wrong[:3]}; "
+        f"{graphs} graphs, {hits} hits, {preemptions} preempted",
         flush=True,
     )
     return len(wrong) + (not preemptions) + (not hits)
@@ -135,7 +139,8 @@ def many(requests: int) -> int:
         most = runner.limits.max_running * runner.limits.context_length
         expected = min(expected, most)
         print(
-            f"cache: {runner.page_count * 16} tokens, {expected:.0f} by arithmetic: {runner.page_count * 16 / expected:.4f}",
+            f"cache: {runner.page_count * 16} tokens, {expected:.0f} by arithmetic: "
+            f"{runner.page_count * 16 / expected:.4f}",
             flush=True,
         )
         prompts = prompts_of(500, 2000, longest=60)
@@ -156,7 +161,8 @@ def many(requests: int) -> int:
                 before = used
         assert before is not None
         print(
-            f"{requests} requests in {time.perf_counter() - start:.1f} s; free, allocated, host MB: {before} after 1500, {used} at the end",
+            f"{requests} requests in {time.perf_counter() - start:.1f} s; free, allocated, host "
+            f"MB: {before} after 1500, {used} at the end",
             flush=True,
         )
         return int(before[:2] != used[:2] or used[2] > before[2] + 50)

@@ -93,7 +93,10 @@ class Case:
 
     def __str__(self) -> str:
         rows, columns = self.spec.shape
-        return f"{self.kernel} {self.name} {rows}x{columns} {str(self.spec.dtype)[6:]}{' bias' if self.has_bias else ''}"
+        return (
+            f"{self.kernel} {self.name} {rows}x{columns} "
+            f"{str(self.spec.dtype)[6:]}{' bias' if self.has_bias else ''}"
+        )
 
 
 def cases(

@@ -61,8 +61,10 @@ def main() -> None:
             logits = model(input_ids=torch.arange(8, device=device)[None]).logits
         assert torch.isfinite(logits).all()
         print(
-            f"{attempt}: {done - start:.2f} s (headers {opened - start:.2f}, plan {planned - opened:.2f}, weights {done - planned:.2f}), "
-            f"model {size / 1e9:.2f} GB, device peak {peak:.2f} GB, {kernels}, source {checkpoint.size_bytes / 1e9:.2f} GB",
+            f"{attempt}: {done - start:.2f} s (headers {opened - start:.2f}, plan "
+            f"{planned - opened:.2f}, weights {done - planned:.2f}), "
+            f"model {size / 1e9:.2f} GB, device peak {peak:.2f} GB, {kernels}, source "
+            f"{checkpoint.size_bytes / 1e9:.2f} GB",
             flush=True,
         )
         del model, plan, logits

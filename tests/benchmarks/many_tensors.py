@@ -144,7 +144,8 @@ def main() -> None:
             seconds, megabytes = min(run[0] for run in runs), max(run[1] for run in runs)
             slow |= seconds > LIMIT_S or megabytes > LIMIT_MB
             print(
-                f"{kind:6} {count:,} tensors: best {seconds:.2f} s (limit {LIMIT_S} s), {megabytes:.0f} MB (limit {LIMIT_MB} MB)"
+                f"{kind:6} {count:,} tensors: best {seconds:.2f} s (limit {LIMIT_S} s), "
+                f"{megabytes:.0f} MB (limit {LIMIT_MB} MB)"
             )
     sys.exit(slow)
 

@@ -152,7 +152,8 @@ def write_table(readme: Path, results: dict[str, Any]) -> None:
         )
         if found is None or "error" in found:
             rows.append(
-                f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | | |"
+                f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | "
+                "| |"
             )
             continue
         seconds = f"{found['seconds']:.0f}" + (
@@ -160,7 +161,8 @@ def write_table(readme: Path, results: dict[str, Any]) -> None:
         )
         ratio = found["perplexity"] / base
         rows.append(
-            f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | {found['perplexity']:.3f} | {ratio:.3f} |"
+            f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | "
+            f"{found['perplexity']:.3f} | {ratio:.3f} |"
         )
     before, _, rest = readme.read_text().partition(START)
     readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + END + rest.partition(END)[2])

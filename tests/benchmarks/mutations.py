@@ -183,7 +183,8 @@ def run(count: int, folder: Path, seed: int = 0) -> Outcome:
                 f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "?"
             )
             outcome.wrong.append(
-                f"mutation {number} of {model}/{name}: {type(error).__name__}: {str(error)[:200]} at {place}"
+                f"mutation {number} of {model}/{name}: {type(error).__name__}: {str(error)[:200]} "
+                f"at {place}"
             )
         seconds = time.perf_counter() - start
         if not code and (refusal := _refused_by_safetensors(folder / model)):
@@ -364,7 +365,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(
-        f"{options.count:,} mutations in {time.perf_counter() - start:.0f} s, the worst {outcome.worst_s:.2f} s, {len(outcome.wrong):,} wrong"
+        f"{options.count:,} mutations in {time.perf_counter() - start:.0f} s, the worst "
+        f"{outcome.worst_s:.2f} s, {len(outcome.wrong):,} wrong"
     )
     print(", ".join(f"{code} {count:,}" for code, count in outcome.codes.most_common()))
     print("\n".join(outcome.wrong[:50]))

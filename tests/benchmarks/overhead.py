@@ -106,7 +106,9 @@ def run_seconds(command: list[str], device: str, scratch: Path | None) -> float 
 
 
 def compare(method: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of both sides, run alternately; a side that failed once is not run again."""
+    """Return the seconds of both sides, run alternately; a side that failed once is not run
+    again.
+    """
     seconds: dict[str, list[float]] = {"bare": [], "qtool": []}
     pending = commands(method, args)
     for _ in range(args.runs):

@@ -33,7 +33,8 @@ def main() -> None:
     lines = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[: options.texts]
     texts = [tokenizer(json.loads(line)["text"], verbose=False)["input_ids"] for line in lines]
     print(
-        "| checkpoint | kernels | dequantized | runtime | difference | load, s | peak / model |\n|---|---|---|---|---|---|---|",
+        "| checkpoint | kernels | dequantized | runtime | difference | load, s | peak / model "
+        "|\n|---|---|---|---|---|---|---|",
         flush=True,
     )
     worst = 0.0
@@ -70,7 +71,8 @@ def main() -> None:
         )
         worst = max(worst, abs(found / expected - 1))
         print(
-            f"| {folder.name} | {kernels} | {expected:.4f} | {found:.4f} | {found / expected - 1:+.3%} | {seconds:.2f} | {peak} |",
+            f"| {folder.name} | {kernels} | {expected:.4f} | {found:.4f} | "
+            f"{found / expected - 1:+.3%} | {seconds:.2f} | {peak} |",
             flush=True,
         )
         del model

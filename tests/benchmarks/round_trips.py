@@ -52,7 +52,8 @@ def main() -> None:
     torch.set_num_threads(1)
     texts = held_out()[: arguments.texts]
     print(
-        "| checkpoint | format | scheme | to | codes and scales | perplexity before | between | after |"
+        "| checkpoint | format | scheme | to | codes and scales | perplexity before | between | "
+        "after |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for folder in arguments.folders:

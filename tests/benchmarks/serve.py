@@ -30,7 +30,9 @@ VOCABULARY = 128256
 
 @dataclass
 class Timing:
-    """What the clients of one process saw: seconds, and tokens as the server's usage counts them."""
+    """What the clients of one process saw: seconds, and tokens as the server's usage counts
+    them.
+    """
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -46,7 +48,10 @@ def random_prompt(draw: random.Random, size: int) -> list[int]:
 async def one_request(host: str, port: int, body: bytes, timing: Timing) -> None:
     """Send one streaming completion on a connection of its own, and time its events."""
     reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(body)}\r\n"
+    )
     start = last = time.perf_counter()
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
     status = await reader.readline()
@@ -182,7 +187,8 @@ def engine(options: argparse.Namespace) -> None:
                 one.generate(input_ids=prompts, sampling_params=params)
             took = time.perf_counter() - began
             print(
-                f"RESULT engine {'streamed' if stream else 'whole'} {options.requests * options.tokens / took:.0f} output tokens/s",
+                f"RESULT engine {'streamed' if stream else 'whole'} "
+                f"{options.requests * options.tokens / took:.0f} output tokens/s",
                 flush=True,
             )
 

@@ -40,7 +40,9 @@ NAME = "qwen/qwen2.5-0.5b-instruct"  # the model's in the commands
 
 @dataclass(frozen=True)
 class Case:
-    """A model to serve, the documentation's flags for it, and what an Engine is told for the same."""
+    """A model to serve, the documentation's flags for it, and what an Engine is told for
+    the same.
+    """
 
     folder: Path
     flags: tuple[str, ...] = ()

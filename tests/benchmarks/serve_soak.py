@@ -68,7 +68,8 @@ def leave(server: Server, clients: int) -> None:
         list(pool.map(lambda seed: leave_early(server.port, random.Random(seed)), range(clients)))
     seconds = wait_until(lambda: is_idle(server), 30)
     print(
-        f"{clients} clients left; idle after {seconds:.2f} s; memory {before} -> {memory(server)} MB; {doing(server)}"
+        f"{clients} clients left; idle after {seconds:.2f} s; memory {before} -> {memory(server)} "
+        f"MB; {doing(server)}"
     )
     assert seconds < 2
     assert "Traceback" not in server.said()
@@ -77,7 +78,9 @@ def leave(server: Server, clients: int) -> None:
 
 
 def ask_or_miss(url: str, body: dict[str, object], told: list[float]) -> str:
-    """Return how a request ended; who connects after the signal may be hung up on without a word."""
+    """Return how a request ended; who connects after the signal may be hung up on without a
+    word.
+    """
     began = time.monotonic()
     try:
         return ask(url, body)
@@ -88,7 +91,9 @@ def ask_or_miss(url: str, body: dict[str, object], told: list[float]) -> str:
 
 
 def end(folder: Path, model: str, moments: int) -> None:
-    """Send signals at random moments, to servers that load, idle, or have more to do than they can."""
+    """Send signals at random moments, to servers that load, idle, or have more to do than
+    they can.
+    """
     draw = random.Random(0)
     slowest = 0.0
     for moment in range(moments):
@@ -154,7 +159,8 @@ def end(folder: Path, model: str, moments: int) -> None:
         wait_until(lambda children=children: are_gone(children), 5)
         slowest = max(slowest, seconds)
         print(
-            f"{moment:3}: {what}, {number.name}{' twice' * twice}{' to all' * to_all}: exit {code} after {seconds:.1f} s, {dict(ends)}",
+            f"{moment:3}: {what}, {number.name}{' twice' * twice}{' to all' * to_all}: exit "
+            f"{code} after {seconds:.1f} s, {dict(ends)}",
             flush=True,
         )
         assert code == 0 or (twice and code == -number), (
@@ -219,7 +225,8 @@ def press(server: Server, seconds: float, clients: int) -> None:
     answered = time.monotonic() - began
     idle = wait_until(lambda: is_idle(server), 30)
     print(
-        f"{clients} clients for {seconds:g} s: {dict(ends)}; answers after {answered:.2f} s, idle after {idle:.2f} s; MB: {sizes}"
+        f"{clients} clients for {seconds:g} s: {dict(ends)}; answers after {answered:.2f} s, idle "
+        f"after {idle:.2f} s; MB: {sizes}"
     )
     assert set(ends) <= {"length", "stop", "429", "503"}
     assert answered + idle < 5
@@ -261,7 +268,8 @@ def stall(server: Server, readers: int) -> None:
     reader.join()
     idle = wait_until(lambda: is_idle(server), 10)
     print(
-        f"{readers} readers took nothing: cut after {cut:.0f} s, idle {idle:.2f} s later; MB {sizes[::5]}; others {Counter(other)}"
+        f"{readers} readers took nothing: cut after {cut:.0f} s, idle {idle:.2f} s later; MB "
+        f"{sizes[::5]}; others {Counter(other)}"
     )
     assert set(other) == {"length"}
     assert cut < 100

@@ -42,7 +42,8 @@ def main() -> None:
             times = sorted(seconds(arguments, folder) for _ in range(RUNS))
             slow |= times[0] > limit_s
             print(
-                f"{what:26} best {times[0]:.2f} s, worst {times[-1]:.2f} s, limit {limit_s:.1f} s{'  TOO SLOW' if times[0] > limit_s else ''}"
+                f"{what:26} best {times[0]:.2f} s, worst {times[-1]:.2f} s, limit {limit_s:.1f} "
+                f"s{'  TOO SLOW' if times[0] > limit_s else ''}"
             )
     sys.exit(slow)
 

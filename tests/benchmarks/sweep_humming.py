@@ -288,7 +288,8 @@ def report(
         print(f"{name} M={tokens} {shape}: {here[0]['failed']}", flush=True)
         return
     print(
-        f"{name} M={tokens} {shape}: humming's {here[0]['us']} us, best {timed[0]['us']} us, after {seconds:.0f} s",
+        f"{name} M={tokens} {shape}: humming's {here[0]['us']} us, best {timed[0]['us']} us, "
+        f"after {seconds:.0f} s",
         flush=True,
     )
     for entry in timed[:3]:
@@ -299,7 +300,8 @@ def report(
     for entry in here:
         if "failed" in entry:
             print(
-                f"  failed {json.dumps(changes(here[0]['schedule'], entry['schedule']))}: {entry['failed'][:150]}",
+                f"  failed {json.dumps(changes(here[0]['schedule'], entry['schedule']))}: "
+                f"{entry['failed'][:150]}",
                 flush=True,
             )
 

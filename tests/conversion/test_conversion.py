@@ -68,9 +68,10 @@ TABLE = {  # the formats that hold a sample as it is; all others must refuse it
         ct/MXFP4 ct/MXFP8 modelopt/MXFP4 modelopt/MXFP8 ct/mixed modelopt/MIXED modelopt/INT8""",
     (CT,): """ct/W5A16 ct/W5A16_ASYM ct/W6A16 ct/W7A16 ct/W4A8 ct/W4AFP8 ct/W8A8 ct/W8A8_STATIC_ASYM
         ct/fp8_weight_only ct/MXFP4A16 ct/MXFP8A16""",
-    (
-        MODELOPT,
-    ): "modelopt/INT4_AWQ modelopt/INT8_SQ modelopt/W4A8_AWQ modelopt/W4A8_MXFP4_FP8 modelopt/W4A8_NVFP4_FP8",
+    (MODELOPT,): (
+        "modelopt/INT4_AWQ modelopt/INT8_SQ modelopt/W4A8_AWQ modelopt/W4A8_MXFP4_FP8 "
+        "modelopt/W4A8_NVFP4_FP8"
+    ),
 }
 HELD = {name: targets for targets, names in TABLE.items() for name in names.split()}
 IN_PIECES = ("ct/NVFP4", "gptq/desc_act", "modelopt/FP8_KV")  # in files of 1 MiB

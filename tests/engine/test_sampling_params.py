@@ -172,7 +172,10 @@ def test_a_text_follows_one_grammar():
 
 
 def test_parameters_are_checked_without_torch(run_python):
-    code = "import sys, qtool.engine.sampling_params; print(*sys.modules.keys() & {'torch', 'numpy', 'transformers', 'xgrammar'})"
+    code = (
+        "import sys, qtool.engine.sampling_params; print(*sys.modules.keys() & {'torch', "
+        "'numpy', 'transformers', 'xgrammar'})"
+    )
     assert run_python(code) == ""
 
 

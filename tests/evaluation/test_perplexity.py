@@ -83,7 +83,8 @@ def test_every_scheme_stays_near_the_plain_model(sample, plain, name, worse):
     (
         "name",
         "nats",
-        # mean KL divergence from the library's own model; where inputs are rounded, one flip early on
+        # mean KL divergence from the library's own model; where inputs are rounded, one flip early
+        # on
         # changes many later
     ),
     [

@@ -61,7 +61,9 @@ def drawn(data, scheme, *, act_order=False):
 
 
 def written(format, weight, scheme, **options):
-    """Return the tensors of ``weight``; the example is skipped where the format has an objection."""
+    """Return the tensors of ``weight``; the example is skipped where the format has an
+    objection.
+    """
     module = module_of(weight, scheme, **options)
     assert WRITABLE[format].objection(module, weight) is None
     return WRITABLE[format].write(module, weight)
@@ -105,7 +107,8 @@ def test_compressed_tensors_decompresses_what_is_written(scheme, data):
     found = decompressed(written("compressed-tensors", weight, scheme), parsed(scheme))
     if (
         scheme.weights.scale == "e4m3"
-        # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and rounds to
+        # it multiplies by scale / divisor, one f32 rounding away from scale * multiplier, and
+        # rounds to
         # bf16
     ):
         torch.testing.assert_close(found, dequantize(weight, torch.bfloat16), rtol=2**-7, atol=0)

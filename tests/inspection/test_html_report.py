@@ -394,9 +394,8 @@ def test_nothing_is_loaded_from_anywhere(full):
         for _, attributes in Reader(page).tags
         if attributes.get("http-equiv") == "Content-Security-Policy"
     )
-    assert (
-        policy
-        == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    assert policy == (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     )
 
 

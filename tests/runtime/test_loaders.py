@@ -26,7 +26,8 @@ N, K = 256, 384
 SCALAR = (
     (),
     (1,),
-    # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in both
+    # a shard of a per-tensor parameter takes both: PerTensorScaleParameter._load_into_shard_id, in
+    # both
     # engines
 )
 FLOAT = (
@@ -76,7 +77,8 @@ MODELOPT = [
     Loader(
         "NVFP4",
         (
-            f"vLLM {QUANTIZATION}/modelopt.py: KNvfp4Static and KNvfp4Dynamic, ModelOptNvFp4Config (inputs of null would make it W4A16_NVFP4)",
+            f"vLLM {QUANTIZATION}/modelopt.py: KNvfp4Static and KNvfp4Dynamic, "
+            "ModelOptNvFp4Config (inputs of null would make it W4A16_NVFP4)",
             f"SGLang {QUANTIZATION}/modelopt_quant.py: ModelOptFp4LinearMethod, ModelOptFp4Config",
         ),
         {**NVFP4, "input_scale": (FLOAT, SCALAR)},
@@ -91,8 +93,10 @@ MODELOPT = [
     Loader(
         "NVFP4A16",
         (
-            f"vLLM {QUANTIZATION}/modelopt.py: KNvfp4Static (and _DropInputScale for old files), ModelOptNvFp4Config",
-            f"SGLang {QUANTIZATION}/modelopt_quant.py: ModelOptNvFp4A16LinearMethod (and an input_scale that is discarded), ModelOptFp4Config",
+            f"vLLM {QUANTIZATION}/modelopt.py: KNvfp4Static (and _DropInputScale for old files), "
+            "ModelOptNvFp4Config",
+            f"SGLang {QUANTIZATION}/modelopt_quant.py: ModelOptNvFp4A16LinearMethod (and an "
+            "input_scale that is discarded), ModelOptFp4Config",
         ),
         NVFP4,
         (

@@ -137,7 +137,8 @@ def test_a_layer_whose_inputs_the_groups_do_not_divide_stays_plain(experts, name
 
 def test_what_stays_plain_is_reported_by_reason(experts):
     assert left_plain(experts, None, "int4wo-128") == (
-        "groups of 128 do not divide the inputs of layers, which stay in 16 bits: `model.layers.0.mlp.experts.1.down_proj`",
+        "groups of 128 do not divide the inputs of layers, which stay in 16 bits: "
+        "`model.layers.0.mlp.experts.1.down_proj`",
         "experts are stacked in tensors of three dimensions, which stay in 16 bits: "
         "`model.layers.1.mlp.experts.gate_up_proj`, `model.layers.1.mlp.experts.down_proj`",
     )

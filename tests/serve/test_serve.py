@@ -24,7 +24,8 @@ def test_a_served_model_answers_a_chat(served):
 def test_the_server_itself_needs_no_torch(run_python):
     assert (
         run_python(
-            "import sys, qtool.serve.server; print(sorted({'torch', 'transformers', 'xgrammar'} & set(sys.modules)))"
+            "import sys, qtool.serve.server; print(sorted({'torch', 'transformers', 'xgrammar'} "
+            "& set(sys.modules)))"
         )
         == "[]"
     )

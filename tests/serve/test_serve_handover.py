@@ -664,8 +664,8 @@ def test_the_suggestion_is_the_command_to_type_instead():
     }
     said = suggestion(options)
     assert (
-        "`qtool serve --model-path 'my model' --engine vllm --tp 2 --port 8000 --trust-remote-code --api-key ...`"
-        in said
+        "`qtool serve --model-path 'my model' --engine vllm --tp 2 --port 8000 "
+        "--trust-remote-code --api-key ...`" in said
     )
     assert KEY not in said
 

@@ -64,7 +64,9 @@ def tools(parameters: object) -> dict[str, object]:
 
 
 def raw(body: dict[str, object], old: str, new: str) -> str:
-    """Return ``body`` as JSON with a piece of text in it replaced, for what Python would not write."""
+    """Return ``body`` as JSON with a piece of text in it replaced, for what Python would
+    not write.
+    """
     text = json.dumps(body)
     assert old in text
     return text.replace(old, new)
@@ -554,7 +556,10 @@ def test_a_gigabyte_is_refused_before_it_is_sent(served, framing):
     sent = 0
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{length}\r\n\r\n".encode()
+            (
+                f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+                f"application/json\r\n{length}\r\n\r\n"
+            ).encode()
         )
         with contextlib.suppress(OSError):
             while sent < size and not select.select([connection], [], [], 0)[0]:
@@ -573,7 +578,10 @@ def test_a_gigabyte_is_refused_before_it_is_sent(served, framing):
 
 
 def test_a_body_that_waits_for_leave_gets_it_or_a_refusal(served):
-    head = f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nexpect: 100-continue\r\nconnection: close\r\n"
+    head = (
+        f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+        "application/json\r\nexpect: 100-continue\r\nconnection: close\r\n"
+    )
     assert talk(served, f"{head}content-length: {1 << 30}\r\n\r\n".encode()).startswith(
         b"HTTP/1.1 413 "
     )
@@ -710,7 +718,10 @@ def test_ten_thousand_small_headers_are_too_many_or_harmless(served):
 
 
 def test_trailers_and_crumbs_without_end_are_cut(served):
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+        "application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    ).encode()
     for start, more in (
         (b"1\r\n \r\n0\r\n", b"x: " + b"y" * 1000 + b"\r\n"),
         (b"", b"1;" + b"z" * 1000 + b"\r\n \r\n"),
@@ -729,7 +740,10 @@ def test_trailers_and_crumbs_without_end_are_cut(served):
 
 
 def test_an_upgrade_is_not_taken(served):
-    upgrade = "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n"
+    upgrade = (
+        "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: "
+        "dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n"
+    )
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         connection.sendall(
             f"GET /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{upgrade}\r\n".encode()
@@ -782,7 +796,9 @@ def test_pages_of_other_sites_get_no_leave(served):
     ],
 )
 def test_a_name_that_was_made_to_lead_here_is_refused(served, host, status):
-    """A page on that name would be of the same origin, for the browser of whoever runs the server."""
+    """A page on that name would be of the same origin, for the browser of whoever runs the
+    server.
+    """
     answer = talk(
         served,
         f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode("latin-1"),

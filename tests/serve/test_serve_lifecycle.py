@@ -57,9 +57,9 @@ def wait_until(true, timeout_s: float) -> float:
 def request_bytes(path: str, body: dict[str, object]) -> bytes:
     data = json.dumps(body).encode()
     return (
-        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
-        + data
-    )
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+        f"application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    ).encode() + data
 
 
 def leave_early(port: int, draw: random.Random) -> None:

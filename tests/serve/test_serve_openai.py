@@ -131,7 +131,9 @@ def no_space(served):
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory, quantized_model):
-    """The model with sampling defaults of its own, which make it greedy, and a template for tools."""
+    """The model with sampling defaults of its own, which make it greedy, and a template for
+    tools.
+    """
     folder = shutil.copytree(quantized_model, tmp_path_factory.mktemp("other") / "tiny")
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(

@@ -19,7 +19,10 @@ import pytest
 import qtool
 
 PAGE = (Path(qtool.__file__).parent / "serve" / "http" / "page.html").read_text(encoding="utf-8")
-HOSTILE = "<img src=x onerror=\"document.title='lost'\"><script>document.title='lost'</script>\n```html\n<b>bold</b>\n```\nand the end"
+HOSTILE = (
+    "<img src=x "
+    "onerror=\"document.title='lost'\"><script>document.title='lost'</script>\n```html\n<b>bold</b>\n```\nand the end"
+)
 LONG_LINE = "x" * 300
 PATIENCE_MS = 60_000  # a busy machine is no failure
 
@@ -413,14 +416,16 @@ def test_scrolling_up_is_not_fought(visit):
     newest = page.get_by_role("button", name="Newest")
     newest.wait_for()
     place, length = page.evaluate(
-        "[document.querySelector('#log').scrollTop, document.querySelector('.answer .text').textContent.length]"
+        "[document.querySelector('#log').scrollTop, document.querySelector('.answer "
+        ".text').textContent.length]"
     )
     until(page, f"document.querySelector('.answer .text').textContent.length > {length + 200}")
     assert page.evaluate("document.querySelector('#log').scrollTop") == place
     newest.click()
     until(
         page,
-        "(log => log.scrollHeight - log.clientHeight - log.scrollTop < 8)(document.querySelector('#log'))",
+        "(log => log.scrollHeight - log.clientHeight - log.scrollTop < "
+        "8)(document.querySelector('#log'))",
     )
     page.keyboard.press("Escape")
     last(page)

@@ -246,7 +246,9 @@ def run():
 
 @pytest.fixture
 def open_templates(run, tiny_model, tmp_path):
-    """A function that opens the tiny model with a template of its own, closed when the test ends."""
+    """A function that opens the tiny model with a template of its own, closed when the test
+    ends.
+    """
     opened = []
 
     def open_them(text, **options):
@@ -339,13 +341,17 @@ def test_what_a_template_raises_is_told_in_its_words(run, open_templates):
     assert len(caught.value.message) < 400 and "\n" not in caught.value.message
 
 
-SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}"
+SLOW = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% "
+    "endfor %}"
+)
 HOSTILE = {  # what it does -> a template that does it when a user says so, and what comes of it
     "loops": (SLOW, "more than 1 s"),
     "one slow instruction": ("{{ (9 ** messages | length) ** (9 ** 9) }}", "more than 1 s"),
     "a long text": ("{{ messages[0].content * 10**10 }}", "memory"),
     "doubling": (
-        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% "
+        "endfor %}{{ ns.s }}",
         "memory",
     ),
     "padding": ("{{ '%099999999999d' % messages | length }}", "memory"),

@@ -78,42 +78,99 @@ ANSWERS = [
     ("hermes", "Hello <b>you</b>, 1 < 2", "Hello <b>you</b>, 1 < 2", []),
     ("hermes", " \n text with space \n", " \n text with space \n", []),
     ("hermes", "", "", []),
-    ("hermes", f'<tool_call>\n{{"name": "f", "arguments": {ARGUMENTS}}}\n</tool_call>', None, [("f", ARGUMENTS)]),
+    ("hermes", (
+        f'<tool_call>\n{{"name": "f", "arguments": '
+        f'{ARGUMENTS}}}\n</tool_call>'
+    ), None, [("f", ARGUMENTS)]),
     ("hermes", f'<tool_call>{{"arguments":{ARGUMENTS},"name":"f"}}</tool_call>', None, [("f", ARGUMENTS)]),
-    ("hermes", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>\n',
+    ("hermes", (
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "f", '
+        '"arguments": {"a":1}}\n</tool_call>\n'
+    ),
      None, [("f", "{}"), ("f", '{"a":1}')]),
-    ("hermes", 'Let me see.\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "Let me see.", [("f", "{}")]),
-    ("hermes", 'A\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\nB\n', "A\n\nB", [("f", "{}")]),
+    ("hermes", (
+        'Let me see.\n\n<tool_call>\n{"name": "f", "arguments": '
+        '{}}\n</tool_call>'
+    ), "Let me see.", [("f", "{}")]),
+    ("hermes", (
+        'A\n<tool_call>{"name": "f", "arguments": '
+        '{}}</tool_call>\nB\n'
+    ), "A\n\nB", [("f", "{}")]),
     ("hermes", '\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n B', "B", [("f", "{}")]),
-    ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', None, [("nobody", "{}")]),
+    ("hermes", (
+        '<tool_call>{"name": "nobody", "arguments": '
+        '{}}</tool_call>'
+    ), None, [("nobody", "{}")]),
     ("hermes", '<tool_call>{"name": "\\u0066", "parameters": {}}</tool_call>', None, [("f", "{}")]),
-    ("hermes", '<tool_call>{"id": [1, "}"], "name": "f", "x": tru, "arguments": {}, "y": 1}</tool_call>', None, [("f", "{}")]),
+    ("hermes", (
+        '<tool_call>{"id": [1, "}"], "name": "f", "x": tru, "arguments": {}, "y": '
+        '1}</tool_call>'
+    ), None, [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f"}</tool_call>', None, [("f", "{}")]),
-    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', None, [("f", '"{\\"a\\": 1}"')]),
+    ("hermes", (
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": '
+        '1}"}</tool_call>'
+    ), None, [("f", '"{\\"a\\": 1}"')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": null }</tool_call>', None, [("f", "null")]),
     # models forget brackets and markers
-    ("hermes", '<tool_call>{"name": "f", "arguments": {}}<tool_call>{"name": "f", "arguments": {}}', None, [("f", "{}"), ("f", "{}")]),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call><tool_call>{"name": "f", "arguments": {}}</tool_call>',
+    ("hermes", (
+        '<tool_call>{"name": "f", "arguments": {}}<tool_call>{"name": "f", "arguments": '
+        '{}}'
+    ), None, [("f", "{}"), ("f", "{}")]),
+    ("hermes", (
+        '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call><tool_call>{"name": "f", '
+        '"arguments": {}}</tool_call>'
+    ),
      None, [("f", '{"a": 1}'), ("f", "{}")]),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>', None, [("f", '{"a": 1')]),
+    ("hermes", (
+        '<tool_call>{"name": "f", "arguments": {"a": '
+        '1</tool_call>'
+    ), None, [("f", '{"a": 1')]),
     # not a call: given back as it was written
     ("hermes", "<tool_call>", "<tool_call>", []),
     ("hermes", "  <tool_call>\nsorry\n</tool_call>\n", "  <tool_call>\nsorry\n</tool_call>\n", []),
     ("hermes", "a </tool_call> b", "a </tool_call> b", []),
     ("hermes", '<tool_call>{"name": "f", "arguments": ', '<tool_call>{"name": "f", "arguments": ', []),
-    ("hermes", '<tool_call>{"name": "f", "arguments": }</tool_call>', '<tool_call>{"name": "f", "arguments": }</tool_call>', []),
-    ("hermes", '<tool_call>{"arguments": {"a": 1}}</tool_call>', '<tool_call>{"arguments": {"a": 1}}</tool_call>', []),
-    ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>', '<tool_call>{"name": "", "arguments": {}}</tool_call>', []),
-    ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', []),
-    ("hermes", '<tool_call>x<tool_call>{"name": "f", "arguments": {}}</tool_call>', "<tool_call>x", [("f", "{}")]),
-    ("hermes", '<tool_<tool_call>{"name": "f", "arguments": {}}</tool_call>', "<tool_", [("f", "{}")]),
+    ("hermes", (
+        '<tool_call>{"name": "f", "arguments": '
+        '}</tool_call>'
+    ), '<tool_call>{"name": "f", "arguments": }</tool_call>', []),
+    ("hermes", (
+        '<tool_call>{"arguments": {"a": '
+        '1}}</tool_call>'
+    ), '<tool_call>{"arguments": {"a": 1}}</tool_call>', []),
+    ("hermes", (
+        '<tool_call>{"name": "", "arguments": '
+        '{}}</tool_call>'
+    ), '<tool_call>{"name": "", "arguments": {}}</tool_call>', []),
+    ("hermes", (
+        '<tool_call>{"name": "\\ud800", "arguments": '
+        '{}}</tool_call>'
+    ), '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', []),
+    ("hermes", (
+        '<tool_call>x<tool_call>{"name": "f", "arguments": '
+        '{}}</tool_call>'
+    ), "<tool_call>x", [("f", "{}")]),
+    ("hermes", (
+        '<tool_<tool_call>{"name": "f", "arguments": '
+        '{}}</tool_call>'
+    ), "<tool_", [("f", "{}")]),
     ("llama3_json", "Hello {1} <|python_ta", "Hello {1} <|python_ta", []),
     ("llama3_json", f'{{"name": "f", "parameters": {ARGUMENTS}}}', None, [("f", ARGUMENTS)]),
     ("llama3_json", f'\n{{"type": "function", "parameters": {ARGUMENTS}, "name": "f"}}', None, [("f", ARGUMENTS)]),
-    ("llama3_json", '<|python_tag|>{"name": "f", "arguments": {}}; {"name": "weather", "parameters": {"a": 1}}', None,
+    ("llama3_json", (
+        '<|python_tag|>{"name": "f", "arguments": {}}; {"name": "weather", "parameters": {"a": '
+        '1}}'
+    ), None,
      [("f", "{}"), ("weather", '{"a": 1}')]),
-    ("llama3_json", '{"name": "f", "parameters": {}}\n<|python_tag|> {"name": "f", "parameters": {}} ;\n', None, [("f", "{}"), ("f", "{}")]),
-    ("llama3_json", 'Sure: <|python_tag|>{"name": "nobody", "parameters": {}}', "Sure:", [("nobody", "{}")]),
+    ("llama3_json", (
+        '{"name": "f", "parameters": {}}\n<|python_tag|> {"name": "f", "parameters": {}} '
+        ';\n'
+    ), None, [("f", "{}"), ("f", "{}")]),
+    ("llama3_json", (
+        'Sure: <|python_tag|>{"name": "nobody", "parameters": '
+        '{}}'
+    ), "Sure:", [("nobody", "{}")]),
     ("llama3_json", '{"name": "f", "parameters": {}} ; and more', "; and more", [("f", "{}")]),
     ("llama3_json", '<|python_tag|>print("{}")', '<|python_tag|>print("{}")', []),
     # an answer in JSON is no call
@@ -122,11 +179,17 @@ ANSWERS = [
     ("llama3_json", '{"name": "f"}', '{"name": "f"}', []),
     ("llama3_json", ' {"answer": [1, 2]}\n', ' {"answer": [1, 2]}\n', []),
     ("llama3_json", '[{"name": "f", "parameters": {}}]', '[{"name": "f", "parameters": {}}]', []),
-    ("llama3_json", 'See {"name": "f", "parameters": {}}', 'See {"name": "f", "parameters": {}}', []),
+    ("llama3_json", (
+        'See {"name": "f", "parameters": '
+        '{}}'
+    ), 'See {"name": "f", "parameters": {}}', []),
     ("required", f'[{{"name": "f", "parameters": {ARGUMENTS}}}]', None, [("f", ARGUMENTS)]),
     ("required", ' [ {"name":"f","parameters":{}} ,\n{"name":"weather","parameters":{"a":[1]}} ] ', None, [("f", "{}"), ("weather", '{"a":[1]}')]),
     ("required", '[{"name": "f", "par', '[{"name": "f", "par', []),
-    ("required", '[{"name": "f", "parameters": {}}, {"name": "weat', '{"name": "weat', [("f", "{}")]),
+    ("required", (
+        '[{"name": "f", "parameters": {}}, {"name": '
+        '"weat'
+    ), '{"name": "weat', [("f", "{}")]),
     ("required", '[{"name": "f", "parameters": {"a": "b', None, [("f", '{"a": "b')]),
     ("required", "Sorry.", "Sorry.", []),
     ("named", ARGUMENTS, None, [("f", ARGUMENTS)]),
@@ -333,7 +396,10 @@ def test_two_calls_in_one_piece_are_two_deltas():
 
 @pytest.mark.parametrize(
     "text",
-    ["x " * 10_000, "<tool_call>{" * 2_000, "<tool_cal" * 2_400, " " * 20_000, '<tool_call>{"name": "f", "arguments": {"a": "' + "x\\n" * 6_600,
+    ["x " * 10_000, "<tool_call>{" * 2_000, "<tool_cal" * 2_400, " " * 20_000, (
+        '<tool_call>{"name": "f", "arguments": {"a": '
+        '"'
+    ) + "x\\n" * 6_600,
      '<tool_call>{"arguments": ' + "[" * 20_000, '{"parameters": {"a": "' + "{" * 20_000, '<tool_call>{"name": "' + "f" * 20_000],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [*STYLES, "required"])
@@ -357,7 +423,8 @@ def test_flags_of_both_engines_name_a_style():
 
 
 TEMPLATES = {
-    'a json object within tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}\\n</tool_call>': "hermes",
+    'a json object within tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": '
+    "<args-json-object>}\\n</tool_call>": "hermes",
     """{{- '<tool_call>\n' }}{{- '{"name": <function-name>, "arguments": <args-dict>}\n' }}{{- '</tool_call>' }}""": "hermes",
     """{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.' }}""": "llama3_json",
     """{{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }} "arguments" """: None,
@@ -546,11 +613,20 @@ def grammar_of(tiny_model):
 ACCEPTED = [
     ("f", '{"a": 1}', [("f", '{"a": 1}')]),
     ("g", "{}", [("g", "{}")]),
-    ("grow.tree", '{"$ref": {"next": {"next": null}}}', [("grow.tree", '{"$ref": {"next": {"next": null}}}')]),
+    ("grow.tree", (
+        '{"$ref": {"next": {"next": '
+        'null}}}'
+    ), [("grow.tree", '{"$ref": {"next": {"next": null}}}')]),
     ("required", '[{"name": "f", "parameters": {"a": 1}}]', [("f", '{"a": 1}')]),
-    ("required", '[{"name":"g","parameters":{}},{"name": "grow.tree", "parameters": {"$ref": {"next": null}}}]',
+    ("required", (
+        '[{"name":"g","parameters":{}},{"name": "grow.tree", "parameters": {"$ref": {"next": '
+        'null}}}]'
+    ),
      [("g", "{}"), ("grow.tree", '{"$ref": {"next": null}}')]),
-    ("required", '[\n {"name": "list", "parameters": {"n": 3, "again": {"n": 4}}}\n]', [("list", '{"n": 3, "again": {"n": 4}}')]),
+    ("required", (
+        '[\n {"name": "list", "parameters": {"n": 3, "again": {"n": '
+        '4}}}\n]'
+    ), [("list", '{"n": 3, "again": {"n": 4}}')]),
 ]  # fmt: skip
 
 

@@ -83,7 +83,8 @@ def main() -> None:
             found = state(output)
             complete += found == "complete"
             print(
-                f"killed after {delay_s:5.1f} s ({'group' if number % 2 else 'command'}): output {found}",
+                f"killed after {delay_s:5.1f} s ({'group' if number % 2 else 'command'}): output "
+                f"{found}",
                 flush=True,
             )
             if found == "half":
@@ -92,7 +93,8 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         left = sorted(path.name for path in Path(folder).iterdir())
         print(
-            f"the next run works: output {state(output)}, the folder holds {left}; {complete} of {arguments.times} kills came after the end"
+            f"the next run works: output {state(output)}, the folder holds {left}; {complete} of "
+            f"{arguments.times} kills came after the end"
         )
         sys.exit(state(output) != "complete" or left != ["out", "out.qtool.log"])
 

@@ -158,7 +158,9 @@ def compile_only(compiled: list) -> None:
 
 
 def resources(kernel) -> dict[str, int]:
-    """Return the registers, the bytes of stack (spills) and of shared memory that ``kernel`` takes."""
+    """Return the registers, the bytes of stack (spills) and of shared memory that
+    ``kernel`` takes.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -6,7 +6,8 @@ FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). Programs stay and draw bl
 a counter, so that the loads of the next block begin before one is done.
 """
 
-# ruff: noqa: N803, N806, RUF005 (constants of a kernel are written in capitals; Gluon has no stars in lists)
+# Constants of a kernel are written in capitals; Gluon has no stars in lists.
+# ruff: noqa: N803, N806, RUF005
 from __future__ import annotations
 
 from functools import cache

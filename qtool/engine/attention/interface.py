@@ -228,7 +228,8 @@ def recording() -> Iterator[Recording]:
     for layer in found.layers:
         if found.windows and layer.window not in found.windows:
             raise _refused(
-                f"layer {layer.layer_idx} has the window {layer.window}, and the model's masks have {found.windows}"
+                f"layer {layer.layer_idx} has the window {layer.window}, and the model's masks "
+                f"have {found.windows}"
             )
 
 
@@ -348,7 +349,10 @@ def _objection(
         or value.shape[1] != key.shape[1]
         or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM
     ):
-        return f"query, key and value heads of shape {', '.join(str(list(part.shape[1::2])) for part in (query, key, value))}"
+        return (
+            "query, key and value heads of shape "
+            f"{', '.join(str(list(part.shape[1::2])) for part in (query, key, value))}"
+        )
     return None
 
 

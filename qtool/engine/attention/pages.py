@@ -1,4 +1,6 @@
-"""What attention reads and writes: the paged keys and values of a layer, and the tokens of a pass."""
+"""What attention reads and writes: the paged keys and values of a layer, and the tokens of
+a pass.
+"""
 
 from __future__ import annotations
 

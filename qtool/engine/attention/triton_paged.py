@@ -400,7 +400,10 @@ def _numbers(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     if x.dtype == tl.float8e4nv and dtype == tl.float16:
         # Assembly that is not pure stays before the change of layout: Triton would read single
         # bytes in the layout of the dot, then convert those.
-        convert: tl.constexpr = "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}"
+        convert: tl.constexpr = (
+            "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 "
+            "$1, b;}"
+        )
         return tl.inline_asm_elementwise(convert, "=r,=r,r", [x], tl.float16, is_pure=False, pack=4)
     else:
         return x.to(dtype)

@@ -92,7 +92,8 @@ class Rule(_Strict):
         for _, name, _, _ in Formatter().parse(self.message):
             if name is not None and name not in known:
                 raise ValueError(
-                    f"{self.code}: the message names the unknown fact `{name}`; {nearest(name, known)}"
+                    f"{self.code}: the message names the unknown fact `{name}`; "
+                    f"{nearest(name, known)}"
                 )
         if not self.when or not all((*self.when, *self.unless)):
             raise ValueError(f"{self.code}: an empty condition")
@@ -209,7 +210,8 @@ def _compiled(
     for fact, expected in condition.items():
         if fact not in known:
             raise ValueError(
-                f"{code}: unknown fact `{fact}`; {nearest(fact, known) or f'known: {sorted(known)}'}"
+                f"{code}: unknown fact `{fact}`; "
+                f"{nearest(fact, known) or f'known: {sorted(known)}'}"
             )
         operators = expected if isinstance(expected, Mapping) else {"is": expected}
         tests += [_test(code, fact, name, operand, known) for name, operand in operators.items()]
@@ -219,11 +221,13 @@ def _compiled(
 def _test(code: str, fact: str, name: str, operand: Any, known: Mapping[str, Any]) -> Test:
     if name != "is" and name not in OPERATORS:
         raise ValueError(
-            f"{code}: unknown operator `{name}` of `{fact}`; {nearest(name, OPERATORS) or f'known: {sorted(OPERATORS)}'}"
+            f"{code}: unknown operator `{name}` of `{fact}`; "
+            f"{nearest(name, OPERATORS) or f'known: {sorted(OPERATORS)}'}"
         )
     if (name in ON_SETS) != (known[fact] is frozenset):
         raise ValueError(
-            f"{code}: `{name}` does not fit `{fact}`, which is {'a set' if known[fact] is frozenset else 'one value'}"
+            f"{code}: `{name}` does not fit `{fact}`, which is "
+            f"{'a set' if known[fact] is frozenset else 'one value'}"
         )
     function = OPERATORS.get(name, _is)
     if isinstance(operand, str) and operand in known and name not in ("is", "not"):

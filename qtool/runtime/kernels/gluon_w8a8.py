@@ -6,7 +6,8 @@ Triton waits for each int8 product before it starts the next (3.6: ``warp_group_
 loads go on while a tile is scaled and stored.
 """
 
-# ruff: noqa: N803, N806, RUF005 (constants of a kernel are written in capitals; Gluon has no stars in lists)
+# Constants of a kernel are written in capitals; Gluon has no stars in lists.
+# ruff: noqa: N803, N806, RUF005
 from __future__ import annotations
 
 import torch
@@ -110,7 +111,14 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _position(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, BAND: gl.constexpr):  # type: ignore[no-untyped-def]
+def _position(  # type: ignore[no-untyped-def]
+    tile,
+    M,
+    N,
+    TILE_M: gl.constexpr,
+    TILE_N: gl.constexpr,
+    BAND: gl.constexpr,
+):
     """Return the first token and the first output of a tile: neighbours share weights, `BAND` tiles
     of tokens at a time.
     """
@@ -121,7 +129,18 @@ def _position(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, BAND: gl.c
 
 
 @gluon.jit
-def _produce(x, data, inputs, weights, full, empty, M, N, K, BAND: gl.constexpr):  # type: ignore[no-untyped-def]
+def _produce(  # type: ignore[no-untyped-def]
+    x,
+    data,
+    inputs,
+    weights,
+    full,
+    empty,
+    M,
+    N,
+    K,
+    BAND: gl.constexpr,
+):
     """Load the operands of all steps of all tiles, each as soon as both groups are done with its
     place.
     """

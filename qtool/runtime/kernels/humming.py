@@ -135,7 +135,9 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def lay_out(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the tensors of `apply`: what `humming_forward` takes by name, and what is left to us."""
+    """Return the tensors of `apply`: what `humming_forward` takes by name, and what is left
+    to us.
+    """
     from humming.transform import prepare_fp16_e8m0_scale, transform_humming_tensors
 
     device = weight.data.device

@@ -81,7 +81,9 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 
 
 def _width(spec: LinearSpec) -> int:
-    """Return the group size; one scale a row serves groups of any size, the largest that divides K."""
+    """Return the group size; one scale a row serves groups of any size, the largest that
+    divides K.
+    """
     return spec.scheme.weights.group_size or max(32, math.gcd(spec.shape[1], 256))
 
 

@@ -274,7 +274,10 @@ def _library() -> _Library | str:
         return _Library(_compiled(compiler))
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
-        return f"the C compiler `{shlex.join(compiler)}` failed: {next((line for line in lines if 'error' in line), 'no message')[:200]}"
+        return (
+            f"the C compiler `{shlex.join(compiler)}` failed: "
+            f"{next((line for line in lines if 'error' in line), 'no message')[:200]}"
+        )
     except (OSError, AttributeError) as error:
         return f"native.c did not load: {error}"
 

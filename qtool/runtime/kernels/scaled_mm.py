@@ -33,7 +33,10 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
         "tensor",
         "token",
     ):
-        return f"weights have a scale for each {weights.granularity}, inputs for each {inputs.granularity}"
+        return (
+            f"weights have a scale for each {weights.granularity}, inputs for each "
+            f"{inputs.granularity}"
+        )
     if not (weights.symmetric and inputs.symmetric):
         return "zero points"
     oldest, multiple = (89, 16) if weights.format == "fp8" else (75, 8)

@@ -354,7 +354,8 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
         if shift:
             lines.append(f"sh{'r' if shift > 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
         lines.append(
-            f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, 0x6A;"
+            f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, "
+            "0x6A;"
         )  # (t & mask) ^ so_far
         so_far = target
     return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
@@ -389,7 +390,9 @@ def _float(
 
 
 def _fp4(places: tuple[tuple[tuple[int, int], ...], ...], up: int, scale_by: float) -> Decode:
-    """Decode four fp4 a word, whose bits are so arranged that few shifts bring all to their places."""
+    """Decode four fp4 a word, whose bits are so arranged that few shifts bring all to their
+    places.
+    """
     return Decode(tuple((parts, 0) for parts in places), scale_by=scale_by, size=3, up=up)
 
 
@@ -444,7 +447,12 @@ _SCALES: Mapping[
 
 
 @triton.jit
-def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _number(  # type: ignore[no-untyped-def]
+    words,
+    ASM: tl.constexpr,
+    CODE: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a
     time.
     """
@@ -454,7 +462,12 @@ def _number(words, ASM: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr): 
 
 
 @triton.jit
-def _field(fields, INDEX: tl.constexpr, FIELDS: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _field(  # type: ignore[no-untyped-def]
+    fields,
+    INDEX: tl.constexpr,
+    FIELDS: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or
     8, of an E8M0 number, then f32.
     """

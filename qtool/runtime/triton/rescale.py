@@ -13,7 +13,16 @@ SIZE = 1024  # outputs of one program
 
 
 @triton.jit
-def _rescale(sums, rows, columns, bias, out, width, has_bias: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rescale(  # type: ignore[no-untyped-def]
+    sums,
+    rows,
+    columns,
+    bias,
+    out,
+    width,
+    has_bias: tl.constexpr,
+    size: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * size + tl.arange(0, size)
     inside = column < width

@@ -21,7 +21,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 GLUON = triton.__version__.startswith(
     "3.6."
-    # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others do
+    # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others
+    # do
 )
 COUNTERS = 8192  # tiles that may be cut along K
 # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
@@ -119,7 +120,18 @@ def prefetch(pointers):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_tile(  # type: ignore[no-untyped-def]
+    acc,
+    n,
+    m,
+    y,
+    partial,
+    arrived,
+    bias,
+    M,
+    N,
+    SPLIT: tl.constexpr,
+):
     """Write ``acc`` [TILE_N, TILE_M], f32, to ``y`` [M, N], plus ``bias``; with several parts only
     the last to arrive does, after adding all.
     """

@@ -164,7 +164,8 @@ class _Chat:
                 if index not in parsers:
                     parsers[index] = tools.parser_for(self._choice, self._service.tool_style)
                     lines.append(
-                        f'{start}{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]{tail}'
+                        f'{start}{{"role":"assistant","content":""}},"logprobs":null,'
+                        f'"finish_reason":null}}]{tail}'
                     )
                 parser = parsers[index]
                 deltas: list[dict[str, Any]] = []
@@ -195,7 +196,8 @@ class _Chat:
                         reason = "tool_calls"
                     matched = encode(ending.reason.get("matched"))
                     lines.append(
-                        f'{start}{{}},"logprobs":null,"finish_reason":"{reason}","matched_stop":{matched}}}]{tail}'
+                        f'{start}{{}},"logprobs":null,"finish_reason":"{reason}",'
+                        f'"matched_stop":{matched}}}]{tail}'
                     )
             if lines:
                 yield "".join(lines).encode()

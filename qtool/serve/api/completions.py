@@ -156,11 +156,15 @@ class _Completion:
                 if not (text or ending or logprobs != "null"):
                     continue
                 reason = (
-                    f'"{finish_reason(ending)}","matched_stop":{encode(ending.reason.get("matched"))}'
+                    f'"{finish_reason(ending)}",'
+                    f'"matched_stop":{encode(ending.reason.get("matched"))}'
                     if ending
                     else "null"
                 )
-                choice = f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
+                choice = (
+                    f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},'
+                    f'"finish_reason":{reason}}}'
+                )
                 lines.append(f'data: {head},"choices":[{choice}]{tail}')
             if lines:
                 yield "".join(lines).encode()

@@ -1,4 +1,6 @@
-"""SGLang's own routes: `POST /generate`, whose replies are the dictionaries of `Engine.generate`."""
+"""SGLang's own routes: `POST /generate`, whose replies are the dictionaries of
+`Engine.generate`.
+"""
 
 from __future__ import annotations
 

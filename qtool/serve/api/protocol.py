@@ -72,7 +72,8 @@ def _prompt(value: Any) -> Any:
         return value
     if not isinstance(value, list) or not value:
         raise ValueError(
-            "a prompt is a text, a list of texts, a list of tokens, or a list of lists of tokens, and not empty"
+            "a prompt is a text, a list of texts, a list of tokens, or a list of lists of "
+            "tokens, and not empty"
         )
     if _tokens(value):
         return value
@@ -83,7 +84,8 @@ def _prompt(value: Any) -> Any:
         or all(isinstance(one, list) and one and _tokens(one) for one in value)
     ):
         raise ValueError(
-            "prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; none is empty"
+            "prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; "
+            "none is empty"
         )
     return value
 
@@ -269,7 +271,10 @@ def _content(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         for word, what in OTHER_CONTENT.items():
             if isinstance(kind, str) and word in kind:
-                message = "{what} are not taken, for this server reads text: a part of type `{kind}` cannot be answered"
+                message = (
+                    "{what} are not taken, for this server reads text: a part of type `{kind}` "
+                    "cannot be answered"
+                )
                 raise PydanticCustomError(
                     "content_not_supported", message, {"what": what, "kind": kind[:100]}
                 )
@@ -386,7 +391,8 @@ class ChatRequest(Sampling):
 def _suffix(value: Any) -> Any:
     if value not in (None, ""):
         raise ValueError(
-            "text is continued, and not filled in; a model that can fill in has tokens for it to write into the prompt"
+            "text is continued, and not filled in; a model that can fill in has tokens for it to "
+            "write into the prompt"
         )
     return value
 

@@ -143,7 +143,8 @@ class Account:
             prompt, number = divmod(piece.choice, choices_each)
             if (
                 number == 0
-                # what it found in the cache: the others may have found it there because of the first
+                # what it found in the cache: the others may have found it there because of the
+                # first
             ):
                 self._prompts[prompt] = (ending.prompt_tokens, ending.cached_tokens)
             self._reasons[piece.choice] = reason = finish_reason(ending)

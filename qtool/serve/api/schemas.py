@@ -217,7 +217,9 @@ class Generation(Reply):
 
 
 class GenerationChunk(Generation):
-    """An event of a generation that is streamed: all there is so far, and which of several it is."""
+    """An event of a generation that is streamed: all there is so far, and which of several
+    it is.
+    """
 
     index: int | None = None
 

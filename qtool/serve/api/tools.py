@@ -389,7 +389,8 @@ class _CallReader(ABC):
         return found
 
     def _take_marker(self, *markers: str) -> _Reading[str]:
-        """The marker that stands here, or empty when none does; what it has in common with one is held.
+        """The marker that stands here, or empty when none does; what it has in common with one is
+        held.
 
         Only their first character is ``<``.
         """

@@ -93,7 +93,8 @@ class _Desk:
                 engine.compiler.take(*submission.grammar)
             ask = Ask(
                 prompt=None,
-                sampling_params=[submission.params] * len(submission.prompts),  # type: ignore[list-item]
+                sampling_params=[submission.params]  # type: ignore[list-item]
+                * len(submission.prompts),
                 input_ids=submission.prompts,
                 stream=submission.stream,
                 return_logprob=submission.top_logprobs is not None,

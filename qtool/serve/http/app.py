@@ -85,7 +85,8 @@ LOOKS: dict[int | str, dict[str, Any]] = {
 SCHEMAS = "#/components/schemas/{model}"
 MAX_CHARACTERS = 1 << 20  # of several prompts to be tokenized
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
+    "'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 

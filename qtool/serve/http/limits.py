@@ -70,7 +70,9 @@ class Refused(Exception):
 
 
 class Guard:
-    """An ASGI application around another: checks who asks, reads the body, answers what it refuses."""
+    """An ASGI application around another: checks who asks, reads the body, answers what it
+    refuses.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, bounds: Bounds) -> None:
         self._app, self._settings, self._bounds = app, settings, bounds
@@ -133,7 +135,10 @@ class Guard:
         ):
             # a page whose name was made to lead here would be this server's own origin for its
             # browser
-            message = "without --api-key a server on this machine answers to localhost and to addresses, not to other names"
+            message = (
+                "without --api-key a server on this machine answers to localhost and to "
+                "addresses, not to other names"
+            )
             raise Refused(403, "host_not_allowed", message)
 
     def _has_key(self, value: bytes) -> bool:
@@ -195,7 +200,8 @@ class Guard:
             raise Refused(
                 400,
                 "too_many_values",
-                f"the body has more than {self._bounds.values:,} objects, arrays and members, or more items",
+                f"the body has more than {self._bounds.values:,} objects, arrays and members, or "
+                "more items",
             )
 
     async def _refuse(self, error: Refused, receive: Receive | None, send: Send) -> None:
@@ -396,7 +402,10 @@ class Connection(HttpToolsProtocol):
         if not self._is_answering() or not self.cycle.response_started:
             data = refusal_body(error)
             retry = f"retry-after: {RETRY_AFTER_S}\r\n" if error.status == 503 else ""
-            head = f"content-type: application/json\r\ncontent-length: {len(data)}\r\n{retry}connection: close\r\n\r\n"
+            head = (
+                "content-type: application/json\r\ncontent-length: "
+                f"{len(data)}\r\n{retry}connection: close\r\n\r\n"
+            )
             self.transport.write(
                 f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\n{head}".encode() + data
             )

@@ -241,7 +241,10 @@ class _Child:
     async def start(cls, output_bytes: int) -> _Child:
         """Start a process; its function is not loaded yet. Raises: ChildDied."""
         package_parent = str(Path(__file__).resolve().parents[3])
-        code = f"import sys; sys.path.append({package_parent!r}); from qtool.serve.prompts.sandbox import main; main()"
+        code = (
+            f"import sys; sys.path.append({package_parent!r}); from qtool.serve.prompts.sandbox "
+            "import main; main()"
+        )
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ADDED
         try:
             ours, theirs = socket.socketpair()

@@ -219,7 +219,10 @@ def find_template(
         if chat_template is not None:
             path = Path(chat_template)
             if not path.is_file():
-                hint = "it is the path of a file with a Jinja template; names of templates mean nothing here"
+                hint = (
+                    "it is the path of a file with a Jinja template; names of templates mean "
+                    "nothing here"
+                )
                 raise UsageError(
                     "E_NO_SUCH_FILE", f"--chat-template {path}: no such file", hint=hint
                 )
@@ -341,7 +344,10 @@ def _by_name(value: object, source: Path) -> dict[str, str]:
         texts = {"default": value}
     for name, text in texts.items():
         if not isinstance(text, str):
-            message = f"{source}: the chat template `{name[:100]}` is of type {type(text).__name__}, and must be a text"
+            message = (
+                f"{source}: the chat template `{name[:100]}` is of type {type(text).__name__}, "
+                "and must be a text"
+            )
             raise refused("E_CHAT_TEMPLATE", message, ANOTHER)
         _check_size(len(text.encode()), source)
     return texts
