@@ -98,7 +98,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """What was asked for: the format, and whether layers may be rounded, to ``scheme`` if given. ``dtype``: of plain weights."""
+    """What was asked for: the format, and whether layers may be rounded, to ``scheme`` if given.
+    ``dtype``: of plain weights.
+    """
 
     checkpoint: Checkpoint
     layout: Layout | None
@@ -189,7 +191,9 @@ def _plain_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any
 
 
 def _layers(request: ConversionRequest, linears: Mapping[str, TensorInfo]) -> tuple[Layer, ...]:
-    """Decide about every quantized layer, or of a plain model every linear one; layers that are alike share one decision."""
+    """Decide about every quantized layer, or of a plain model every linear one; layers that are
+    alike share one decision.
+    """
     sources: Iterable[QuantizedModule | TensorInfo] = ()
     if request.layout:
         sources = request.layout.modules.values()
@@ -238,9 +242,15 @@ def _notes(request: ConversionRequest, layers: Iterable[Layer], dropped: int) ->
         and request.to not in (*HOLD_A_CACHE_ALONE, "fp8_block")
         and not dropped
     ):
-        yield f"the KV cache was to be {request.layout.kv_cache}, without scales, and {request.to} does not say so"
+        yield (
+            f"the KV cache was to be {request.layout.kv_cache}, without scales, and {request.to} "
+            "does not say so"
+        )
     if dropped:
-        yield f"{dropped} scales of the KV cache are left out: there is no place for them in {request.to}"
+        yield (
+            f"{dropped} scales of the KV cache are left out: there is no place for them in "
+            f"{request.to}"
+        )
     if rounded := Counter(
         layer.target.scheme.name for layer in layers if layer.target and layer.rounded
     ):
@@ -275,7 +285,9 @@ def cannot_hold(to: str, constraint: str, hint: str) -> CheckpointRefused:
 def _decided(
     request: ConversionRequest, source: QuantizedModule | TensorInfo, act_order: bool
 ) -> Layer:
-    """Return what ``source`` becomes: itself where the format holds it, else the first that the format holds of what it may be rounded to."""
+    """Return what ``source`` becomes: itself where the format holds it, else the first that the
+    format holds of what it may be rounded to.
+    """
     if request.to in PLAIN:
         return Layer(source, None, rounded=False)
     format, value = (
@@ -388,7 +400,9 @@ def _no_rounding(module: QuantizedModule) -> str | None:
 
 
 def _copies(request: ConversionRequest, layers: Iterable[Layer]) -> tuple[tuple[Write, ...], int]:
-    """Return the tensors that are copied and what they become, and how many KV-cache scales have no place in the format."""
+    """Return the tensors that are copied and what they become, and how many KV-cache scales have no
+    place in the format.
+    """
     to, layout = request.to, request.layout
     changed = {
         name
