@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import EXAMPLE
+from support.sample_names import ALL
 from support.samples import WATCHED
-from test_formats import ALL
 
 from qtool.checkpoint import open_checkpoint
 from qtool.formats import detect, read
