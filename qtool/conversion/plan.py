@@ -163,7 +163,7 @@ def plan_conversion(
             for write in copies
         ):
             kv_cache += PER_HEAD
-        files = format_of(to).settings(targets, _left_plain(linears, targets), kv_cache)
+        files = format_of(to).quantization_config(targets, _left_plain(linears, targets), kv_cache)
         files["config.json"] = {**config, **files["config.json"]}
     return Conversion(
         checkpoint,
@@ -298,7 +298,9 @@ def _decided(
     for candidate, rounded in _candidates(format, source, request):
         target = _target(source, candidate, request.to, act_order, rounded=rounded)
         weight = new_weight(target, value, rounded=rounded, dtype=TORCH_DTYPES[request.dtype])
-        objection = (_no_rounding(target) if rounded else None) or format.objection(target, weight)
+        objection = (_no_rounding(target) if rounded else None) or format.unsupported_reason(
+            target, weight
+        )
         if objection is None:
             return Layer(source, target, rounded)
         objections.append(objection)

@@ -47,7 +47,7 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     biases = [bias.name for module in quantized.values() if (bias := module.tensors.get("bias"))]
     state = {
         name: read_tensor(checkpoint, name)
-        for name in [*formats.plain_tensors(checkpoint, layout), *biases]
+        for name in [*formats.unquantized_tensors(checkpoint, layout), *biases]
     }
     inputs: dict[str, QuantizedWeight] = {}
     for name in quantized:

@@ -33,9 +33,9 @@ __all__ = [
     "check_tensors",
     "check_values",
     "detect",
-    "plain_tensors",
     "read",
     "tensor_name",
+    "unquantized_tensors",
 ]
 
 WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
@@ -51,8 +51,7 @@ PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ
 
 
 def detect(checkpoint: Checkpoint) -> Layout | None:
-    """Return how ``checkpoint`` is quantized, from headers and configs alone; None for a plain
-    model.
+    """Return how ``checkpoint`` is quantized, from headers and configs alone; None when it is not.
 
     Raises: CheckpointRefused, when the format is not one qtool reads, or config and tensors
         contradict each other.
@@ -76,7 +75,7 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
                 )
         return None
     for format in FORMATS.values():
-        if format.claims(config):
+        if format.matches_config(config):
             try:
                 return format.detect(checkpoint, config)
             except RecipeRefused as error:  # the scheme the config describes is none
@@ -116,7 +115,7 @@ def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:
     return FORMATS[layout.format].read(module, load(checkpoint, module))
 
 
-def plain_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
+def unquantized_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     """Return the names of the tensors that belong to no quantized layer, without the scales of KV
     caches.
     """

@@ -19,7 +19,7 @@ from qtool.formats.layout import (
     grouped_integers,
     modules_of,
     refused,
-    shared_objection,
+    shared_unsupported_reason,
 )
 from qtool.scheme import Scheme
 
@@ -43,7 +43,7 @@ LOW = 0x0F0F0F0F  # the even nibbles of a word
 HIGH = ~LOW
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format; GPTQModel's round-to-nearest says `gptq` and means
     `gemm` tensors.
     """
@@ -107,7 +107,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     return QuantizedWeight(data, tensors["scales"].T.contiguous(), None, zero)
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps AWQ from holding ``weight``."""
     scheme, (rows, columns) = module.scheme, module.shape
     weights = scheme.weights
@@ -128,7 +128,7 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
             f"shape: AWQ needs outputs in eights and inputs in whole groups, found {rows} x "
             f"{columns} in groups of {weights.group_size or columns}"
         )
-    return shared_objection(module, weight)
+    return shared_unsupported_reason(module, weight)
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -159,8 +159,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     }
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the config; ``sym`` is GPTQModel's key, and tells that the zeros are all 8.
 
@@ -174,7 +174,7 @@ def settings(
             f"group_size: AWQ has one for the whole checkpoint, found {sorted(groups)}",
             "convert to gptq instead",
         )
-    check_skipped(plain, modules)
+    check_skipped(unquantized, modules)
     config = {
         "quant_method": "awq",
         "bits": 4,
@@ -182,7 +182,7 @@ def settings(
         "zero_point": True,
         "sym": all(module.scheme.weights.symmetric for module in modules),
         "version": "gemm",
-        "modules_to_not_convert": list(plain) or None,
+        "modules_to_not_convert": list(unquantized) or None,
     }
     return {"config.json": {"quantization_config": config}}
 

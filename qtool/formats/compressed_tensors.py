@@ -22,7 +22,7 @@ from qtool.formats.layout import (
     group_size,
     modules_of,
     refused,
-    shared_objection,
+    shared_unsupported_reason,
 )
 from qtool.formats.patterns import Names
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
@@ -39,7 +39,7 @@ ACT_ORDER_VERSION = "0.18.0"  # the last that takes a g_idx
 SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") in ("compressed-tensors", "compressed_tensors") or (
         "config_groups" in config and "quant_method" not in config
@@ -177,7 +177,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     )
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps compressed-tensors from holding ``weight``."""
     weights, activations = module.scheme.weights, module.scheme.activations
     if weights.group_size and module.shape[1] % weights.group_size:
@@ -203,7 +203,7 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
         )
     if weight.perm is not None and weights.format.startswith("fp"):
         return "act-order: only packed integers have a g_idx here"
-    return shared_objection(module, weight, act_order=True)
+    return shared_unsupported_reason(module, weight, act_order=True)
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -268,8 +268,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     return tensors
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the config: one group for each scheme, by class where there is one, else by name."""
     schemes = by_scheme(modules)
@@ -294,7 +294,7 @@ def settings(
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(plain),
+        "ignore": list(unquantized),
         "kv_cache_scheme": {
             **_arguments(KV_CACHE),
             **({"strategy": "attn_head"} if kv_cache.endswith(PER_HEAD) else {}),

@@ -19,7 +19,7 @@ from qtool.formats.layout import (
     QuantizedModule,
     modules_of,
     refused,
-    shared_objection,
+    shared_unsupported_reason,
 )
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
@@ -34,7 +34,7 @@ INPUT_SCALE_NAMES = ("input_scale", "activation_scale")  # the second is transfo
 STATIC = Activations("fp8", "tensor", dynamic=False)
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "fp8"
 
@@ -85,7 +85,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     )
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps this format from holding ``weight``."""
     weights, activations = module.scheme.weights, module.scheme.activations
     if weights.format != "fp8" or weights.scale != "float":
@@ -101,7 +101,7 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
             f"activations: inputs are {activations or 'left in 16 bits'}, and engines round them "
             f"to {wanted} here"
         )
-    return shared_objection(module, weight)
+    return shared_unsupported_reason(module, weight)
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -116,8 +116,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     return tensors
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the config.
 
@@ -136,7 +136,7 @@ def settings(
         "fmt": "e4m3",
         "activation_scheme": "dynamic" if block else "static",
         **({"weight_block_size": list(block)} if block else {}),
-        "modules_to_not_convert": list(plain),
+        "modules_to_not_convert": list(unquantized),
     }
     return {"config.json": {"quantization_config": config}}
 

@@ -21,7 +21,7 @@ from qtool.formats.layout import (
     grouped_integers,
     modules_of,
     refused,
-    shared_objection,
+    shared_unsupported_reason,
 )
 from qtool.formats.patterns import patterns_of
 from qtool.scheme import Scheme
@@ -39,7 +39,7 @@ FUSED = (
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format; an old sidecar names no method, but bits and a group
     size.
     """
@@ -138,7 +138,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     return QuantizedWeight(data, scale, None, zero, perm, block=uneven_block(weights, module.shape))
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps GPTQ from holding ``weight``."""
     scheme, (rows, columns) = module.scheme, module.shape
     weights = scheme.weights
@@ -161,7 +161,7 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
         return (
             f"shape: {rows} x {columns} codes of {weights.bits} bits do not fill words of 32 bits"
         )
-    return shared_objection(module, weight, act_order=True)
+    return shared_unsupported_reason(module, weight, act_order=True)
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -201,8 +201,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     }
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the config, which also stands in a file of its own; layers that differ from most are
     in ``dynamic``.
@@ -221,10 +221,12 @@ def settings(
         if (own, own_order) != (weights, act_order)
     }
     skipped: dict[str, dict[str, Any]] = {
-        name: {} for name in plain if name.rpartition(".")[2] != "lm_head"
+        name: {} for name in unquantized if name.rpartition(".")[2] != "lm_head"
     }
-    dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *plain])}
-    dynamic |= {f"+:{pattern}": own for pattern, own in _patterns(differing, [*options, *plain])}
+    dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *unquantized])}
+    dynamic |= {
+        f"+:{pattern}": own for pattern, own in _patterns(differing, [*options, *unquantized])
+    }
     config = {
         "quant_method": "gptq",
         "bits": weights.bits,

@@ -85,7 +85,7 @@ class Detector(Protocol):
     suffix, without the name of their layer.
     """
 
-    def claims(self, config: Mapping[str, Any]) -> bool:
+    def matches_config(self, config: Mapping[str, Any]) -> bool:
         """Whether the quantization ``config`` of a checkpoint is of this format."""
 
     def detect(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
@@ -98,7 +98,7 @@ class Detector(Protocol):
 class Format(Detector, Protocol):
     """An on-disk format that is read and written."""
 
-    def objection(self, module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    def unsupported_reason(self, module: QuantizedModule, weight: QuantizedWeight) -> str | None:
         """Return which constraint keeps this format from holding ``weight`` as it is, by name; None
         when it can.
         """
@@ -106,11 +106,15 @@ class Format(Detector, Protocol):
     def write(self, module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors that hold ``weight``: the inverse of `read`."""
 
-    def settings(
-        self, modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+    def quantization_config(
+        self, modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
     ) -> dict[str, dict[str, Any]]:
-        """Return what JSON files say of a checkpoint of ``modules`` beside the linear layers
-        ``plain``: file name -> keys to set.
+        """Return the JSON keys that describe a checkpoint of this format, by file name.
+
+        Args:
+            modules: the quantized layers.
+            unquantized: names of the linear layers that stay in 16 bits.
+            kv_cache: format of the KV cache, e.g. ``fp8``; None when it is not quantized.
         """
 
     def cache_scale(
@@ -229,7 +233,7 @@ def by_scheme(modules: Sequence[QuantizedModule]) -> dict[Scheme, list[Quantized
     }
 
 
-def shared_objection(
+def shared_unsupported_reason(
     module: QuantizedModule,
     weight: QuantizedWeight,
     *,
@@ -264,11 +268,12 @@ def shared_objection(
     return None
 
 
-def check_skipped(plain: Sequence[str], modules: Sequence[QuantizedModule]) -> None:
-    """Raise CheckpointRefused when an engine that looks for the names in ``plain`` inside names
-    would skip one of ``modules`` with them.
+def check_skipped(unquantized: Sequence[str], modules: Sequence[QuantizedModule]) -> None:
+    """Raise CheckpointRefused when an engine would skip one of ``modules`` with ``unquantized``.
+
+    They look for each name of ``unquantized`` inside the names of all layers.
     """
-    for name in plain:
+    for name in unquantized:
         if hidden := next((module.name for module in modules if name in module.name), None):
             message = (
                 f"ignore list: `{name}` stays in 16 bits, and engines, which look for names "

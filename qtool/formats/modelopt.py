@@ -25,7 +25,7 @@ from qtool.formats.layout import (
     group_size,
     modules_of,
     refused,
-    shared_objection,
+    shared_unsupported_reason,
 )
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
@@ -83,7 +83,7 @@ WILDCARDS = frozenset("*?[")
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config``, embedded (flat) or sidecar (nested), is of this format."""
     producer = config.get("producer")
     name = producer.get("name") if isinstance(producer, Mapping) else None
@@ -166,7 +166,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     )
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps ModelOpt from holding ``weight``."""
     scheme, (rows, columns) = module.scheme, module.shape
     algorithm = _algorithm(module)
@@ -187,7 +187,7 @@ def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
             "shape: ModelOpt's int4 needs outputs in pairs and inputs in whole groups, found "
             f"{rows} x {columns}"
         )
-    return shared_objection(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
+    return shared_unsupported_reason(module, weight, pre_scale=algorithm in WITH_INPUT_FACTORS)
 
 
 def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -225,8 +225,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     return tensors
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the flat config and the nested sidecar, which says more.
 
@@ -242,7 +242,7 @@ def settings(
             f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}",
             "convert to gptq",
         )
-    check_skipped(plain, modules)
+    check_skipped(unquantized, modules)
     algorithm = (
         "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None
     )  # of the KV cache alone
@@ -262,12 +262,12 @@ def settings(
     nested = {
         **shared,
         "kv_cache_quant_algo": "FP8" if kv_cache else None,
-        "exclude_modules": list(plain),
+        "exclude_modules": list(unquantized),
     }
     flat: dict[str, Any] = {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
-        "ignore": list(plain),
+        "ignore": list(unquantized),
         "producer": PRODUCER,
     }
     if algorithm == "MIXED_PRECISION":

@@ -22,7 +22,7 @@ GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "mxfp4"
 
@@ -56,7 +56,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     return QuantizedWeight(tensors[BLOCKS].reshape(rows, columns // 2), scale)
 
 
-def objection(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps this format from holding ``weight``."""
     if module.scheme != SCHEMES["MXFP4A16"]:
         return (
@@ -83,13 +83,16 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     }
 
 
-def settings(
-    modules: Sequence[QuantizedModule], plain: Sequence[str], kv_cache: str | None
+def quantization_config(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return the config."""
     return {
         "config.json": {
-            "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": list(plain)}
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": list(unquantized),
+            }
         }
     }
 

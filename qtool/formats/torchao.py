@@ -27,7 +27,7 @@ ROW_SCHEMES = {  # configuration class -> scheme, where each output row has one 
 }
 
 
-def claims(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Mapping[str, Any]) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "torchao"
 

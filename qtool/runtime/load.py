@@ -420,7 +420,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
     with ThreadPoolExecutor(READERS) as pool, current(plan.device):
         names = [
             name
-            for name in formats.plain_tensors(checkpoint, plan.layout)
+            for name in formats.unquantized_tensors(checkpoint, plan.layout)
             if name not in rounded and not skeleton.beyond(name)
         ]
         state = dict(

@@ -91,7 +91,7 @@ def make(folder: Path, source: str, scheme_name: str, gigabytes: float, shard_by
     with Shards(folder, specs, shard_bytes) as shards:
         for name, tensor in tensors.items():
             shards.write(name, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    files = format.settings(modules, ["lm_head"], None)
+    files = format.quantization_config(modules, ["lm_head"], None)
     files["config.json"] = {**CONFIG, "num_hidden_layers": layers, **files["config.json"]}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))

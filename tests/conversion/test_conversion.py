@@ -130,7 +130,7 @@ def write_layers(
     left = [
         name.removesuffix(".weight") for name, tensor in (plain or {}).items() if tensor.dim() == 2
     ]
-    for name, values in WRITABLE[to].settings(modules, left, None).items():
+    for name, values in WRITABLE[to].quantization_config(modules, left, None).items():
         (folder / name).write_text(
             json.dumps({"model_type": "llama", **values} if name == "config.json" else values)
         )

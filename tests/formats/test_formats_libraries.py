@@ -65,17 +65,17 @@ def written(format, weight, scheme, **options):
     objection.
     """
     module = module_of(weight, scheme, **options)
-    assert WRITABLE[format].objection(module, weight) is None
+    assert WRITABLE[format].unsupported_reason(module, weight) is None
     return WRITABLE[format].write(module, weight)
 
 
 def holds(format, scheme):
     weight = quantize(torch.ones(128, 128), scheme)
-    return WRITABLE[format].objection(module_of(weight, scheme), weight) is None
+    return WRITABLE[format].unsupported_reason(module_of(weight, scheme), weight) is None
 
 
 def config_of(*modules):
-    return compressed_tensors.settings(modules, ["lm_head"], None)["config.json"][
+    return compressed_tensors.quantization_config(modules, ["lm_head"], None)["config.json"][
         "quantization_config"
     ]
 
@@ -168,7 +168,7 @@ def test_gptqmodels_torch_kernel_dequantizes_what_is_written(scheme, version, da
     weight = drawn(data, scheme, act_order=True)
     tensors = written("gptq", weight, scheme, variant=version)
     rows, columns = weight.shape
-    config = gptq.settings([module_of(weight, scheme, variant=version)], [], None)[
+    config = gptq.quantization_config([module_of(weight, scheme, variant=version)], [], None)[
         "quantize_config.json"
     ]
     options = {key: config[key] for key in ("bits", "group_size", "sym", "desc_act")}

@@ -95,7 +95,7 @@ def through_a_file(format, module, weight):
             for suffix, tensor in WRITABLE[format].write(module, weight).items()
         }
         save_file(tensors, Path(folder) / "model.safetensors")
-        files = WRITABLE[format].settings([module], ["lm_head"], None)
+        files = WRITABLE[format].quantization_config([module], ["lm_head"], None)
         for name, content in files.items():
             (Path(folder) / name).write_text(json.dumps(content))
         checkpoint = open_checkpoint(Path(folder))
@@ -144,7 +144,7 @@ def test_what_a_format_writes_it_reads_back_bit_for_bit(scheme, data):
     for format, variants in VARIANTS.items():
         for variant in variants:
             module = module_of(weight, scheme, variant=variant)
-            if WRITABLE[format].objection(module, weight) is None:
+            if WRITABLE[format].unsupported_reason(module, weight) is None:
                 assert same(through_a_file(format, module, weight), weight), format
 
 
@@ -159,7 +159,7 @@ def test_stacked_experts_are_read_back_bit_for_bit(experts, groups, rows, seed):
     module = QuantizedModule(
         "model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts
     )
-    refusal = WRITABLE["mxfp4"].objection(module, weight)
+    refusal = WRITABLE["mxfp4"].unsupported_reason(module, weight)
     assert refusal is None if experts > 1 else refusal.startswith("experts")
     assert same(through_a_file("mxfp4", module, weight), weight)
 
@@ -191,7 +191,9 @@ def test_a_last_group_may_be_short():
     assert (tensor - dequantize(weight)).abs().max() < 0.25
     module = module_of(weight, scheme, variant="gptq")
     assert same(through_a_file("gptq", module, weight), weight)
-    assert WRITABLE["compressed-tensors"].objection(module, weight).startswith("group_size")
+    assert (
+        WRITABLE["compressed-tensors"].unsupported_reason(module, weight).startswith("group_size")
+    )
 
 
 def test_zeros_and_empty_groups_have_usable_scales():

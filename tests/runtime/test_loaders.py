@@ -278,11 +278,11 @@ def case(request):
         torch.randn(N, K, generator=torch.Generator().manual_seed(0)).bfloat16(),
         loader.scheme,
     )
-    assert WRITABLE[format].objection(module, weight) is None
+    assert WRITABLE[format].unsupported_reason(module, weight) is None
     return (
         loader,
         WRITABLE[format].write(module, weight),
-        WRITABLE[format].settings([module], ["lm_head"], None),
+        WRITABLE[format].quantization_config([module], ["lm_head"], None),
     )
 
 
@@ -335,7 +335,9 @@ def test_a_weight_that_lacks_the_static_scale_of_its_inputs_is_objected_to(forma
     vLLM's FP8, memory as it was in its NVFP4.
     """
     weight = quantize(torch.randn(N, K), SCHEMES[scheme])
-    assert WRITABLE[format].objection(QuantizedModule("layer", SCHEMES[scheme], (N, K), {}), weight)
+    assert WRITABLE[format].unsupported_reason(
+        QuantizedModule("layer", SCHEMES[scheme], (N, K), {}), weight
+    )
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
@@ -344,9 +346,9 @@ def test_the_sidecar_of_nvfp4_names_its_group_cache_and_exclusions(scheme):
     `modelopt_quant.py`, ModelOptFp4Config.from_config.
     """
     _, module = layer("model.layers.0.mlp.down_proj", torch.randn(N, K), scheme)
-    nested = WRITABLE["modelopt"].settings([module], ["lm_head"], None)["hf_quant_config.json"][
-        "quantization"
-    ]
+    nested = WRITABLE["modelopt"].quantization_config([module], ["lm_head"], None)[
+        "hf_quant_config.json"
+    ]["quantization"]
     assert nested["group_size"] == 16
     assert nested["exclude_modules"] == ["lm_head"]
     assert nested["kv_cache_quant_algo"] is None
@@ -360,7 +362,7 @@ def test_a_mixed_modelopt_config_names_the_algorithm_of_every_layer():
         layer(f"model.layers.0.mlp.{name}", torch.randn(N, K), scheme)[1]
         for name, scheme in (("up_proj", "NVFP4"), ("down_proj", "FP8"))
     ]
-    for config in (files := WRITABLE["modelopt"].settings(modules, [], "fp8")).values():
+    for config in (files := WRITABLE["modelopt"].quantization_config(modules, [], "fp8")).values():
         config = config.get("quantization_config") or config["quantization"]
         assert config["quant_algo"] == "MIXED_PRECISION"
         layers = config["quantized_layers"]
@@ -397,14 +399,14 @@ def export(tmp_path):
             weight, module = layer(
                 name.removesuffix(".weight"), state.pop(name).to(scales), scheme, variant
             )
-            assert WRITABLE[format].objection(module, weight) is None
+            assert WRITABLE[format].unsupported_reason(module, weight) is None
             state |= {
                 tensor_name(module, suffix): tensor.clone()
                 for suffix, tensor in WRITABLE[format].write(module, weight).items()
             }
             modules.append(module)
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        files = WRITABLE[format].settings(modules, ["lm_head"], None)
+        files = WRITABLE[format].quantization_config(modules, ["lm_head"], None)
         config = json.loads((EXAMPLE / "config.json").read_text()) | {
             "num_hidden_layers": 2,
             "dtype": str(dtype).removeprefix("torch."),
