@@ -53,7 +53,9 @@ def stored(
         folder / "model.safetensors",
     )
     own = (
-        WRITABLE["compressed-tensors"].settings(modules, [], None)["config.json"] if modules else {}
+        WRITABLE["compressed-tensors"].quantization_config(modules, [], None)["config.json"]
+        if modules
+        else {}
     )
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **own}))
     return folder
