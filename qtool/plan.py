@@ -16,9 +16,8 @@ from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights
 
 HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
-EMBEDDINGS = frozenset(
-    {"wte", "wpe", "relative_attention_bias"}
-)  # and what has `embed` in its name
+# and what has `embed` in its name
+EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
 OTHER_TOWERS = frozenset(
     {
@@ -97,9 +96,8 @@ class Plan:
         workspace.
         """
         hidden = _count(self.checkpoint, "hidden_size", 4096)
-        activations = (
-            2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0
-        )  # in and out of a layer, 16 bits
+        # in and out of a layer, 16 bits
+        activations = 2 * 2 * num_samples * seq_len * hidden if self.recipe.needs_data else 0
         workspace = 3 * self.layer_bytes  # a layer in float32 and its result
         return self.bytes_before + workspace + activations, workspace + activations
 
@@ -148,9 +146,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         if is_linear(tensor)
     }
     for pattern in recipe.ignore:
-        check_pattern(
-            pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])]
-        )  # a module, though it has no tensor of its own
+        # a module, though it has no tensor of its own
+        check_pattern(pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])])
     for rule in recipe.rules:
         check_pattern(rule.modules, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:

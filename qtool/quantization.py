@@ -273,9 +273,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         stop = threading.Event()
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
-        source_digests = helpers.submit(
-            digest_files, plan.checkpoint.weight_files, stop=stop
-        )  # while the worker is busy
+        # while the worker is busy
+        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files, stop=stop)
         calibration: dict[str, Any] | None = None
 
         def handle(event: Event) -> None:
@@ -312,9 +311,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         )
         on_event({"event": "stage", "what": "checking the result"})
         finish_files(source, staging.checkpoint)
-        digests = helpers.submit(
-            digest_files, staging.files()
-        )  # hashing, writing out and checking share the time
+        # hashing, writing out and checking share the time
+        digests = helpers.submit(digest_files, staging.files())
         flushed = helpers.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system tells of a write that failed once

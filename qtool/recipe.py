@@ -31,6 +31,7 @@ from qtool.scheme import Scheme, scheme_from
 
 BACKEND_NAMES = ("llmcompressor", "gptqmodel", "modelopt", "torchao")
 MAX_RECIPE_BYTES = 1 << 20
+# PyYAML raises all of them
 YAML_ERRORS = (
     yaml.YAMLError,
     ArithmeticError,
@@ -39,7 +40,7 @@ YAML_ERRORS = (
     RecursionError,
     TypeError,
     ValueError,
-)  # PyYAML raises all of them
+)
 EXAMPLES_HINT = "recipes/ in the source holds examples"
 _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next(
@@ -438,9 +439,8 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:
-        first = min(
-            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
-        )  # a misspelt key is why another one is missing
+        # a misspelt key is why another one is missing
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         field = ".".join(map(str, first["loc"])) or "recipe"
         if first["type"] == "extra_forbidden":
             known = _known_keys(first["loc"])

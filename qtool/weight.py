@@ -36,6 +36,7 @@ FP4_VALUES = (
     -4.0,
     -6.0,
 )
+# between neighbouring magnitudes; a tie goes to the even code
 FP4_LIMITS = (
     0.25,
     0.75,
@@ -44,12 +45,13 @@ FP4_LIMITS = (
     2.5,
     3.5,
     5.0,
-)  # between neighbouring magnitudes; a tie goes to the even code
+)
 PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
+# uint8 data with such scales is fp4, with others int4
 FP4_SCALES = (
     torch.float8_e4m3fn,
     torch.float8_e8m0fnu,
-)  # uint8 data with such scales is fp4, with others int4
+)
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,8 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         low, high = torch.aminmax(tensor)
         amax = torch.maximum(low.float().abs(), high.float().abs())
     if weights.scale == "e4m3" and amax is not None:
-        over_fp8 = (
-            scheme.activations and scheme.activations.format == "fp8"
-        )  # kernels then unpack fp4 to fp8, so scale * code stays below 448
+        # kernels then unpack fp4 to fp8, so scale * code stays below 448
+        over_fp8 = scheme.activations and scheme.activations.format == "fp8"
         scale2 = torch.where(
             amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0
         )
@@ -240,9 +241,8 @@ def _rounded(
     largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (
         2 if weights.symmetric else 1
     )
-    limit = x.new_tensor(
-        largest_code
-    )  # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
+    # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
+    limit = x.new_tensor(largest_code)
     if scale2 is not None:
         scale = to_fp8((largest_here / (limit * scale2)).clamp(min=2**-9))
         step = scale.float() * scale2
@@ -285,9 +285,10 @@ def fake_quantize_input(
     groups, columns = x.float(), x.shape[-1]
     if activation.granularity == "group":
         size = activation.group_size or columns
+        # the last group may be short
         groups = torch.nn.functional.pad(groups, (0, -columns % size)).reshape(
             *x.shape[:-1], -1, size
-        )  # the last group may be short
+        )
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
     amax = groups.abs().amax(over, keepdim=True)
     if activation.scale == "e4m3":

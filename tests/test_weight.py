@@ -134,9 +134,8 @@ def test_fp4_keeps_the_even_input_in_the_low_nibble(read_layer):
 def test_gptq_v1_zeros_get_one_added_to_the_whole_word(read_layer):
     zeros = [0, 0, 5, 15, 0, 8, 1, 0]
     word = sum(zero << (4 * i) for i, zero in enumerate(zeros))
-    stored = words((word - 0x11111111) % 2**32).reshape(
-        1, 1
-    )  # a zero of 0 has borrowed from its neighbour
+    # a zero of 0 has borrowed from its neighbour
+    stored = words((word - 0x11111111) % 2**32).reshape(1, 1)
     qweight = torch.zeros(4, 8, dtype=torch.int32)
     weight = read_layer(
         ASYMMETRIC_V1,
@@ -334,9 +333,8 @@ def test_awq_and_gptq_layouts_of_one_rounding_hold_the_same_weights(sample):
 def test_modelopt_weights_are_the_original_ones_but_for_rounding(sample, name, decibels):
     original = load_file(EXAMPLE / "model.safetensors")
     for layer, weight in weights(sample(f"modelopt/{name}")):
-        if not (
-            weight.pre_scale is None and "AWQ" in name
-        ):  # there it was folded into the norm before
+        # there it was folded into the norm before
+        if not (weight.pre_scale is None and "AWQ" in name):
             restored = dequantize(weight) * (
                 1 if weight.pre_scale is None else weight.pre_scale.float()
             )
@@ -358,9 +356,8 @@ def test_input_rounding_equals_that_of_the_library(sample, name):
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A8"])
 def test_dynamic_int8_inputs_are_rounded_about_as_finely_as_by_the_library(sample, name):
-    for weight, x, expected in watched(
-        sample(f"ct/{name}")
-    ):  # it takes amax / 127.5 where engines take amax / 127
+    # it takes amax / 127.5 where engines take amax / 127
+    for weight, x, expected in watched(sample(f"ct/{name}")):
         rounded = fake_quantize_input(x, weight.activation.format)
         assert (
             error(rounded @ dequantize(weight).T, expected)

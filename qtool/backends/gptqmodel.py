@@ -125,9 +125,8 @@ def _config(work: Work) -> Any:
     dynamic: dict[str, dict[str, Any]] = {}
     for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
         if group.scheme is None:
-            left_alone = [
-                name for name in group.names if name.rpartition(".")[2] not in HEADS
-            ]  # it leaves heads alone unasked
+            # it leaves heads alone unasked
+            left_alone = [name for name in group.names if name.rpartition(".")[2] not in HEADS]
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
         elif group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
@@ -139,9 +138,8 @@ def _config(work: Work) -> Any:
     for module in work.plan.quantized:
         if module.name.rpartition(".")[2] in HEADS and module.scheme:
             options["lm_head"] = True
-            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(
-                module.scheme
-            )  # without an entry a head gets 8 bits in groups of 32
+            # without an entry a head gets 8 bits in groups of 32
+            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)
     options["dynamic"] = dynamic or None
     step = recipe.algorithm[-1]
     if isinstance(step, Gptq):

@@ -79,9 +79,8 @@ class LLMCompressorBackend:
 
         _report_bars(work.report)
         if work.device == "cpu":
-            IntermediatesCache.pin_memory = lambda self, *args, **options: (
-                None
-            )  # it pins without asking whether there is a GPU
+            # it pins without asking whether there is a GPU
+            IntermediatesCache.pin_memory = lambda self, *args, **options: None
         model = load_model(work)
         linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
@@ -145,17 +144,17 @@ def _modifiers(work: Work, linears: list[str]) -> list[Any]:
             modifiers.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard"))
         elif isinstance(step, Awq):
             fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
-            modifiers.append(
-                AWQModifier(duo_scaling=not fp8)
-            )  # duo scaling is not defined for FP8 weights
+            # duo scaling is not defined for FP8 weights
+            modifiers.append(AWQModifier(duo_scaling=not fp8))
     rounder = recipe.algorithm[-1]
     if isinstance(rounder, Gptq):
         dampening = {"dampening_frac": rounder.dampening} if rounder.dampening else {}
         modifiers.append(GPTQModifier(**dampening, **options))
     elif isinstance(rounder, AutoRound):
+        # a library of its own, slow to import
         from llmcompressor.modifiers.autoround import (
             AutoRoundModifier,
-        )  # a library of its own, slow to import
+        )
 
         modifiers.append(
             AutoRoundModifier(

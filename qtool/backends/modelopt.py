@@ -39,10 +39,11 @@ PRESETS = {  # scheme -> the library's configuration with these numbers
     SCHEMES["MXFP4"]: "MXFP4_DEFAULT_CFG",
 }
 AWQ_PRESETS = {SCHEMES["W4A16"]: "INT4_AWQ_CFG"}  # what changes when AWQ searches the scales
+# how often an algorithm runs the calibration loop; others once
 FORWARD_PASSES = {
     "awq": 2,
     "gptq": 2,
-}  # how often an algorithm runs the calibration loop; others once
+}
 GPU_FRACTION = (
     0.8  # of the free memory of the GPU may be weights; more is left to accelerate's offloading
 )
@@ -142,9 +143,8 @@ def _forward_loop(work: Work) -> Callable[[Any], None]:
         nonlocal done
         with torch.no_grad():
             for batch in batches:
-                model(
-                    input_ids=batch.to(model.device), use_cache=False
-                )  # with a cache, layerwise calibration is silently wrong
+                # with a cache, layerwise calibration is silently wrong
+                model(input_ids=batch.to(model.device), use_cache=False)
                 done += 1
                 work.report.progress("calibration batches", min(done, total), total)
 

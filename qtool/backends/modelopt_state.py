@@ -26,6 +26,7 @@ STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
 STATE_KEYS = {"state_version", "modelopt_version", "model", "recipe", "tied", "modelopt_state"}
 SAMPLE_BYTES = 4096
+# of a recipe; a state is of one choice of these
 WHAT_COUNTS = {
     "scheme",
     "algorithm",
@@ -33,7 +34,7 @@ WHAT_COUNTS = {
     "lm_head",
     "rules",
     "ignore",
-}  # of a recipe; a state is of one choice of these
+}
 
 
 def save_state(model: Any, folder: str, plan: Plan) -> None:

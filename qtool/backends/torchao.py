@@ -48,9 +48,8 @@ class TorchAOBackend:
         scheme = work.plan.recipe.scheme
         assert scheme is not None
         options: dict[str, Any] = {}
-        if (
-            scheme.weights.group_size
-        ):  # tinygemm's tiles; the plain layout needs a library that is not on the package index
+        # tinygemm's tiles; the plain layout needs a library that is not on the package index
+        if scheme.weights.group_size:
             options = {
                 "group_size": scheme.weights.group_size,
                 "int4_packing_format": "tile_packed_to_4d",

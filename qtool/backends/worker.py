@@ -42,9 +42,8 @@ from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 
 Event = Mapping[str, Any]
-QUIET_WAITING = {
-    "OMP_WAIT_POLICY": "passive"
-}  # threads that spin while they wait starve whoever shares the cores
+# threads that spin while they wait starve whoever shares the cores
+QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -152,9 +152,8 @@ def _ids(where: str, ids: Any, mask: Any) -> list[int]:
             "`attention_mask` does not go with `input_ids`",
             f"a list of {len(ids)} zeros and ones",
         )
-    return [
-        value for value, kept in zip(ids, mask, strict=True) if kept
-    ]  # padding must not enter the statistics
+    # padding must not enter the statistics
+    return [value for value, kept in zip(ids, mask, strict=True) if kept]
 
 
 _KINDS = {

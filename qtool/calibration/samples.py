@@ -156,9 +156,8 @@ def _token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -
         ids: list[int] = tokenizer(part, add_special_tokens=not record.messages, verbose=False)[
             "input_ids"
         ]
-        if len(ids) >= 2 * limit or len(part) == len(
-            text
-        ):  # a cut changes the last ids; the first half stays as it is
+        # a cut changes the last ids; the first half stays as it is
+        if len(ids) >= 2 * limit or len(part) == len(text):
             break
     return ids
 

@@ -19,18 +19,18 @@ from qtool.checkpoint.hub import check_hub_is_reachable
 from qtool.errors import DataRefused, ResourceError, UsageError, nearest, one_line
 
 MIN_TOKENS = 11  # GPTQModel 7.6 drops rows of 10 tokens and fewer; one rule for every backend
+# what a record is searched for, besides --text-column
 FIELDS = (
     "input_ids",
     "messages",
     "prompt",
     "completion",
     "text",
-)  # what a record is searched for, besides --text-column
+)
 
 MAX_LINE_BYTES = 64 << 20
-MAX_PARAGRAPH_BYTES = (
-    1 << 20
-)  # a text without blank lines is cut at the next line end, so that it still gives many samples
+# a text without blank lines is cut at the next line end, so that it still gives many samples
+MAX_PARAGRAPH_BYTES = 1 << 20
 MAX_JSON_BYTES = 1 << 30
 SHUFFLE_BUFFER = 1000  # records of a Hub stream that are fetched before the first is drawn
 
@@ -198,18 +198,18 @@ def _json(path: Path, spec: CalibrationSpec) -> Rows:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        if (
-            getattr(error, "msg", "") == "Extra data"
-        ):  # one value ends and the next begins: these are JSON Lines
+        # one value ends and the next begins: these are JSON Lines
+        if getattr(error, "msg", "") == "Extra data":
             yield from _json_lines(path, spec)
             return
         raise bad_line(
             f"{path}, line {getattr(error, 'lineno', 1)}", f"this is not JSON: {error}"
         ) from error
+    # {"data": [...]}
     if isinstance(value, dict) and not value.keys() & {
         *FIELDS,
         spec.text_column,
-    }:  # {"data": [...]}
+    }:
         value = next((part for part in value.values() if isinstance(part, list)), value)
     records = value if isinstance(value, list) else [value]
     for index in _shuffled(len(records), spec.seed):

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 STACKS = ("model.", "model.language_model.", "language_model.model.")
 HEADS, KV_HEADS = "num_attention_heads head_dim", "num_key_value_heads head_dim"
-Rules = Mapping[
-    str, tuple[str, ...]
-]  # end of a tensor's name -> code, then each dimension as a product of config fields
+# end of a tensor's name -> code, then each dimension as a product of config fields
+Rules = Mapping[str, tuple[str, ...]]
 MODEL_RULES: Rules = {
     "embed_tokens.weight": ("E_EMBEDDING_SHAPE", "vocab_size", "hidden_size"),
     "norm.weight": ("E_NORM_SHAPE", "hidden_size"),
@@ -34,9 +33,8 @@ LAYER_RULES: Rules = {
     "mlp.up_proj.weight": ("E_MLP_SHAPE", "intermediate_size", "hidden_size"),
     "mlp.down_proj.weight": ("E_MLP_SHAPE", "hidden_size", "intermediate_size"),
 }
-UNPACKED = frozenset(
-    {"F16", "BF16", "F32", "F64", "F8_E4M3"}
-)  # one weight in each element; I8 and U8 may hold two
+# one weight in each element; I8 and U8 may hold two
+UNPACKED = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3"})
 # a config with another field of such a name (`swa_num_attention_heads`, `intermediate_size_mlp`)
 # has layers of several kinds
 UNUSUAL = {
@@ -90,9 +88,8 @@ def check_promises(checkpoint: Checkpoint) -> None:
             f"`{stack}layers.{missing}.*` is not"
         )
         raise _broken("E_LAYER_MISSING", checkpoint, message)
-    decoder = [
-        f"{stack}layers.{layer}." for layer in present
-    ]  # behind them may come layers that predict further tokens
+    # behind them may come layers that predict further tokens
+    decoder = [f"{stack}layers.{layer}." for layer in present]
     sizes = {**_head_dim(tensors, decoder, sizes), **sizes}
     for prefix, rules in ((stack, MODEL_RULES), *((layer, LAYER_RULES) for layer in decoder)):
         for suffix, (code, *dimensions) in rules.items():

@@ -105,9 +105,8 @@ def check_hub_is_reachable(name: str) -> None:
     """
     from huggingface_hub import constants
 
-    if (
-        not constants.HF_HUB_OFFLINE and not _hub_is_reachable()
-    ):  # offline, the cache answers, or the download call refuses at once
+    # offline, the cache answers, or the download call refuses at once
+    if not constants.HF_HUB_OFFLINE and not _hub_is_reachable():
         raise _unreachable(name)
 
 

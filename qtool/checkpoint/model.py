@@ -38,9 +38,8 @@ DTYPE_BITS: Mapping[str, int] = {
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 
-class TensorInfo(
-    NamedTuple
-):  # made faster than a dataclass, and there may be a quarter of a million
+# made faster than a dataclass, and there may be a quarter of a million
+class TensorInfo(NamedTuple):
     """One tensor as its header describes it; ``offset`` counts bytes from the start of ``file``."""
 
     name: str

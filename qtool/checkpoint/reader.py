@@ -35,9 +35,8 @@ MAX_NUMBER = 1 << 62
 MAX_NAME = 1_000
 MAX_FILE_NAME = 255
 MAX_SHARDS = 10_000
-MAX_TENSOR_BYTES = (
-    128 << 20
-)  # of memory, for what is known of all tensors: a third of a million, as Kimi K2 has
+# of memory, for what is known of all tensors: a third of a million, as Kimi K2 has
+MAX_TENSOR_BYTES = 128 << 20
 IMPOSTORS = (  # how a file starts, code, what it is, what helps
     (
         b"version ",
@@ -289,9 +288,8 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
     length = int.from_bytes(start, "little")
-    if (
-        len(start) < 8 or length < 2 or 8 + length > size
-    ):  # only then can it be something else: letters make a length beyond any file
+    # only then can it be something else: letters make a length beyond any file
+    if len(start) < 8 or length < 2 or 8 + length > size:
         for mark, code, what, hint in IMPOSTORS:
             if start.lstrip().startswith(mark):
                 raise refused(

@@ -65,9 +65,8 @@ class Shards:
         self._left: dict[Path, int] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._writing = (
-            threading.Lock()
-        )  # two writers of one file only spin on its lock in the kernel
+        # two writers of one file only spin on its lock in the kernel
+        self._writing = threading.Lock()
         for name, group in zip(names, groups, strict=True):
             self._begin(folder / name, group)
         if len(groups) > 1:
@@ -128,9 +127,8 @@ class Shards:
     def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for spec in sorted(
-            specs, key=lambda spec: -DTYPE_BITS[spec.dtype]
-        ):  # the widest first: each then lies at a multiple of its width
+        # the widest first: each then lies at a multiple of its width
+        for spec in sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype]):
             header[spec.name] = {
                 "dtype": spec.dtype,
                 "shape": list(spec.shape),

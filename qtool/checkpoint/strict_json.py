@@ -45,9 +45,8 @@ def parse_object(
             )
         return result
 
-    check_json_size(
-        len(data) if data.isascii() else 4 * len(data), where
-    )  # one wide character makes all of them wide in memory
+    # one wide character makes all of them wide in memory
+    check_json_size(len(data) if data.isascii() else 4 * len(data), where)
     if (
         len(data) > SMALL_BYTES
         and (values := sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES

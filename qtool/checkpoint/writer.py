@@ -23,12 +23,13 @@ from qtool.errors import OutputTaken, ResourceError, UsageError
 CHUNK_BYTES = 4 << 20
 SAMPLE_EVERY, SAMPLE_BYTES = 64 << 20, 64 << 10
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
+# what has one may be overwritten
 MARKS = (
     "qtool-manifest.json",
     "qtool-state.json",
     "model.safetensors",
     "model.safetensors.index.json",
-)  # what has one may be overwritten
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 

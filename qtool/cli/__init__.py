@@ -25,9 +25,8 @@ from qtool.cli.quantize import quantize
 from qtool.cli.serve import serve
 from qtool.errors import QtoolError, UsageError
 
-CLICK_USAGE_ERROR: Any = (
-    typer.BadParameter.__base__
-)  # typer has a click of its own and shows it nowhere
+# typer has a click of its own and shows it nowhere
+CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="qtool",
     pretty_exceptions_enable=False,
@@ -71,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a terminal that knows no box characters is no reason to fail
+            # a terminal that knows no box characters is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         exit_code = app(args=arguments, prog_name="qtool", standalone_mode=False)
     except QtoolError as error:

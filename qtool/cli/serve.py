@@ -248,10 +248,11 @@ def serve(
         sys.stdout.flush()
 
     run(settings, on_ready=ready)
+    # everything has ended; one more signal does not make a failure of it
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # everything has ended; one more signal does not make a failure of it
+    ):
         signal.signal(number, signal.SIG_IGN)
 
 

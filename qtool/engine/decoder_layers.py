@@ -48,11 +48,12 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
 TOKENS = 6  # of the input that layers are compared with
+# relative to what a layer adds to its input
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.bfloat16: 1e-2,
     torch.float16: 1e-2,
-}  # relative to what a layer adds to its input
+}
 # the same with the quantized layers themselves: where inputs are rounded, codes move at the least
 # difference
 ROUNDED_TOLERANCE = 0.1
@@ -585,9 +586,8 @@ def _error(
 ) -> float:
     """Return how far a fused ``layer`` is from itself at ``x`` [1, T, H]."""
     added = _with_scratch(layer, x, geometry, arguments)[0] - x
-    x = x * (added.norm() / x.norm()).clamp(
-        1e-3, 1e3
-    )  # as large as what the layer adds: neither then hides in the other's rounding
+    # as large as what the layer adds: neither then hides in the other's rounding
+    x = x * (added.norm() / x.norm()).clamp(1e-3, 1e3)
     fused = FusedLayer(layer, geometry, rotates=rotates)
     return _difference(
         _with_scratch(fused, x, geometry, arguments),

@@ -53,9 +53,8 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
-        self._before = [
-            token_id for token_id in context if token_id not in self._skipped
-        ]  # given out already, decoded with what follows
+        # given out already, decoded with what follows
+        self._before = [token_id for token_id in context if token_id not in self._skipped]
         if self._decode(self._before).endswith(HALF):
             self._before = []  # nothing to continue
         self._held: list[int] = []  # not given out yet
@@ -85,9 +84,8 @@ class Detokenizer:
         return text
 
     def _new_stream(self) -> DecodeStream:
-        return DecodeStream(
-            ids=self._before, skip_special_tokens=False
-        )  # the special ones to skip never reach it
+        # the special ones to skip never reach it
+        return DecodeStream(ids=self._before, skip_special_tokens=False)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -229,9 +227,8 @@ class TextStream:
                 if (place := self._find(text, stop)) >= 0
             ]
             if found:
-                end, minus_length, stop = min(
-                    found
-                )  # complete first; of those that are so together, the longest
+                # complete first; of those that are so together, the longest
+                end, minus_length, stop = min(found)
                 self._safe.append(text[: end if self._keep_stop else end + minus_length])
                 self._held, self.reason = "", {"type": "stop", "matched": stop}
                 return

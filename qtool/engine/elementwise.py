@@ -246,12 +246,10 @@ def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-
     """Store ``value``, f32, in units of ``scale`` for fp8."""
     if FP8:
         inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
-        ratio = tl.clamp(
-            value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL
-        )  # not infinite, which the next line would make NaN
-        ratio = tl.fma(
-            tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio
-        )  # value / scale, correctly rounded, as in `codes_of`
+        # not infinite, which the next line would make NaN
+        ratio = tl.clamp(value * inverse, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)
+        # value / scale, correctly rounded, as in `codes_of`
+        ratio = tl.fma(tl.fma(-ratio, scale, value), tl.zeros_like(value) + inverse, ratio)
         value = tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=inside)
 
@@ -477,9 +475,8 @@ def _gate_times_up(gate, up, inside, SILU: tl.constexpr):  # type: ignore[no-unt
     """Return the activation of the numbers at ``gate``, rounded, times those at ``up``, rounded."""
     dtype: tl.constexpr = gate.dtype.element_ty
     x = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-    slope = (
-        x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    )  # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
+    # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
+    slope = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
     active = x * _share(slope * -1.4426950408889634)  # in units of log2
     return (
         active.to(dtype).to(tl.float32) * tl.load(up, mask=inside, other=0.0).to(tl.float32)

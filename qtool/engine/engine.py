@@ -34,9 +34,8 @@ from qtool.runtime.load import cache_scales, device_named, materialize, plan_loa
 
 LOG = logging.getLogger("qtool.engine")
 Result = dict[str, Any]
-Told = tuple[
-    int, Answer | Exception, bool
-]  # which request of a call, what there is to say of it, and whether it is the last
+# which request of a call, what there is to say of it, and whether it is the last
+Told = tuple[int, Answer | Exception, bool]
 KV_DTYPES = ("auto", "fp8_e4m3")
 COMPILE = ("off", "decode", "all")
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
@@ -141,15 +140,15 @@ class Engine:
             cuda_graphs=not disable_cuda_graph,
             compiled=compile,
         )
+        # of grammars
         self.compiler = (
             None
             if self.tokenizer is None
             else Compiler(self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids)
-        )  # of grammars
+        )
         self.loop = Loop(runner, overlap=where.type == "cuda" and not disable_overlap_schedule)
-        self._end = weakref.finalize(
-            self, _close, self.loop
-        )  # also when nobody has it any more, and when the interpreter ends
+        # also when nobody has it any more, and when the interpreter ends
+        self._end = weakref.finalize(self, _close, self.loop)
 
     def generate(
         self,

@@ -24,13 +24,13 @@ MOST_WHITESPACE = (
     32  # characters in a row between the parts of a JSON text: a weak model would go on for ever
 )
 CACHE_BYTES = 128 << 20
+# seconds of a CPU that a text may cost, and each of its tokens beside: all others wait meanwhile
 GRACE_S, TOKEN_S = (
     0.25,
     0.005,
-)  # seconds of a CPU that a text may cost, and each of its tokens beside: all others wait meanwhile
-_WHERE = re.compile(
-    r"^\[[\d:]+\] \S+: (?:Check failed: \(.*?\) is false: )?"
-)  # how xgrammar's messages begin
+)
+# how xgrammar's messages begin
+_WHERE = re.compile(r"^\[[\d:]+\] \S+: (?:Check failed: \(.*?\) is false: )?")
 
 _loaded: Compiler
 
@@ -48,9 +48,8 @@ class Compiler:
         self.vocab_size = vocab_size
         self._tokenizer, self._eos_ids = tokenizer, list(eos_ids)
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], Any] = (
-            OrderedDict()
-        )  # the one used last at the end
+        # the one used last at the end
+        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
     def compile(self, kind: str, text: str) -> Any:
         """Return xgrammar's ``CompiledGrammar`` of a `SamplingParams.constraint`.

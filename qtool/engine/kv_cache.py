@@ -28,9 +28,8 @@ class Pages:
     def __init__(self, count: int) -> None:
         self.count = count
         self._unused = list(range(count, 0, -1))  # neither referenced nor registered
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # registered, not referenced; least recently used first
+        # registered, not referenced; least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._references = [0] * (count + 1)
         self._digests: list[bytes | None] = [None] * (count + 1)
         self._by_digest: dict[bytes, int] = {}

@@ -27,9 +27,8 @@ from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")
 PATIENCE = 30.0  # seconds for the loop to end
-TokenLogprob = tuple[
-    float | None, int, None
-]  # as SGLang has it: the natural logarithm, the token, and its text, which is left out
+# as SGLang has it: the natural logarithm, the token, and its text, which is left out
+TokenLogprob = tuple[float | None, int, None]
 
 
 @dataclass(eq=False)
@@ -153,9 +152,8 @@ class Loop:
         self._flying: Launched | None = None
         self._stopping = False
         self._ended = False
-        self._ending = (
-            threading.Lock()
-        )  # between the last look into the inbox and those who put something in
+        # between the last look into the inbox and those who put something in
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="qtool-engine", daemon=True)
         self._thread.start()
 
@@ -187,9 +185,8 @@ class Loop:
     def stop(self) -> None:
         """End all requests and the thread."""
         self._inbox.put(self._stop)
-        if (
-            threading.current_thread() is not self._thread
-        ):  # which may collect the garbage that an engine has become
+        # which may collect the garbage that an engine has become
+        if threading.current_thread() is not self._thread:
             self._thread.join(PATIENCE)
 
     def _run(self) -> None:

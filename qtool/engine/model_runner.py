@@ -30,6 +30,7 @@ from qtool.runtime.kernels import current
 from qtool.runtime.linear import ExpertStack
 
 LOG = logging.getLogger("qtool.engine")
+# decode batches that have a CUDA graph
 BUCKETS = (
     1,
     2,
@@ -48,7 +49,8 @@ BUCKETS = (
     256,
     384,
     512,
-)  # decode batches that have a CUDA graph
+)
+# tokens of prompts of steps that have a CUDA graph: more keep the device busy by themselves
 PREFILL_BUCKETS = (
     64,
     128,
@@ -56,7 +58,7 @@ PREFILL_BUCKETS = (
     512,
     1024,
     2048,
-)  # tokens of prompts of steps that have a CUDA graph: more keep the device busy by themselves
+)
 BESIDE = (0, 64, 256)  # sequences that decode in such a step
 CHUNKS = 8  # pieces of prompts in it, at most
 FLYING = 2  # steps whose arrays may be in use: one is filled while the one before it is on its way
@@ -100,9 +102,8 @@ class _Graph:
     tokens: Tensor
 
 
-Shape = tuple[
-    int, int
-]  # of a step with prompts that has a CUDA graph: sequences that decode, tokens of prompts
+# of a step with prompts that has a CUDA graph: sequences that decode, tokens of prompts
+Shape = tuple[int, int]
 
 
 class Runner:
@@ -136,9 +137,8 @@ class Runner:
         self.sampler = Sampler(self.vocab_size, device)
         self._dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
         self._scales = cache_scales or {}
-        experts = any(
-            isinstance(module, ExpertStack) for module in model.modules()
-        )  # they ask the device which of them have tokens
+        # they ask the device which of them have tokens
+        experts = any(isinstance(module, ExpertStack) for module in model.modules())
         self._wants_graphs = cuda_graphs and device.type == "cuda" and not experts
         self._buckets = [
             *(bucket for bucket in BUCKETS if bucket < limits.max_running),
@@ -166,12 +166,12 @@ class Runner:
         self._turns = itertools.cycle(range(FLYING))
         with torch.inference_mode(), current(device):
             self._inputs = torch.zeros(width, dtype=torch.int32, device=device)
+            # the last row is for padding
             self.table = torch.zeros(
                 limits.max_running + 1, self._columns, dtype=torch.int32, device=device
-            )  # the last row is for padding
-            self._last = torch.zeros(
-                limits.max_running + 1, dtype=torch.int32, device=device
-            )  # the token that each row sampled last
+            )
+            # the token that each row sampled last
+            self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)
             said = _Stopwatch()
             _freeze_rotary(model, limits.context_length)
             self.geometry = self._record()
@@ -258,6 +258,7 @@ class Runner:
             params, 0, 0, History([0]), mask=np.full(-(-self.vocab_size // 32), -1, np.int32)
         )
         longest = self.limits.context_length
+        # the small ones only make the kernels compile before they are wanted
         for tokens in (
             self.limits.token_budget,
             300,
@@ -265,7 +266,7 @@ class Runner:
             12,
             5,
             1,
-        ):  # the small ones only make the kernels compile before they are wanted
+        ):
             tokens = min(tokens, self.limits.token_budget)
             starts = torch.tensor(
                 [*range(0, tokens, longest), tokens], dtype=torch.int32, device=self.device
@@ -302,9 +303,8 @@ class Runner:
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             room = int(total * static_share) - (total - free)
-            if (
-                self._wants_graphs
-            ):  # each keeps its logits, or they share those of the largest, and a step's memory
+            # each keeps its logits, or they share those of the largest, and a step's memory
+            if self._wants_graphs:
                 rows = (
                     sum(self._buckets)
                     + max((decodes for decodes, _ in self._shapes), default=0)
@@ -398,9 +398,8 @@ class Runner:
             samples = self.sampler.sample(logits, requests)
             tokens = samples.tokens.int()
             rows = self._shipped([chunk.sequence.row for chunk in chunks if chunk.samples])
-            self._last.index_put_(
-                (rows,), tokens.clamp(min=0)
-            )  # of logits that are not finite the next step gets some token, until they are read
+            # of logits that are not finite the next step gets some token, until they are read
+            self._last.index_put_((rows,), tokens.clamp(min=0))
             if samples.logprobs is not None:
                 launched.logprobs, launched.logprob_rows = (
                     _on_host(samples.logprobs),
@@ -619,9 +618,10 @@ class Runner:
                 run()  # what compiles at first use does so now
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            # another engine may run
             with torch.cuda.graph(
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):  # another engine may run
+            ):
                 result = run()
             return graph, result
 

@@ -251,9 +251,8 @@ def _largest_kept(
     largest = (
         logits.topk(width, dim=-1).values if narrow else logits.sort(dim=-1, descending=True).values
     ).float()
-    weights = (
-        (largest - largest[:, :1]).mul_(inverse).exp_().mul_(2.0**40).long()
-    )  # integers add up to the same in any order
+    # integers add up to the same in any order
+    weights = (largest - largest[:, :1]).mul_(inverse).exp_().mul_(2.0**40).long()
     weights.masked_fill_(torch.arange(width, device=logits.device) >= top_k, 0)
     sums = weights.cumsum(1)
     limit = (sums[:, -1:] * top_p).ceil_().long().masked_fill_(top_p >= 1, 2**62)
@@ -327,9 +326,8 @@ class Sampler:
         best, best_tokens = _largest(logits)
         tokens = best_tokens
         if "keys" in given:
-            p = (logits - best[:, None].float()).mul_(
-                given["inverse"][:, None]
-            )  # float32, 0 for the best
+            # float32, 0 for the best
+            p = (logits - best[:, None].float()).mul_(given["inverse"][:, None])
             if part.widths:
                 p.masked_fill_(logits < self._smallest_kept(logits, part), -torch.inf)
             p.exp_()
@@ -496,14 +494,12 @@ class Sampler:
     def _ship(self, groups: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Tensor]]:
         """Return the arrays as tensors on the device, by one copy from pinned memory."""
         arrays = [array for group in groups for array in group.values()]
-        sizes = [
-            -(-array.nbytes // 8) * 8 for array in arrays
-        ]  # each begins at a multiple of 8 bytes
+        # each begins at a multiple of 8 bytes
+        sizes = [-(-array.nbytes // 8) * 8 for array in arrays]
         if not sizes:
             return [{} for _ in groups]
-        staging = torch.empty(
-            sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )  # torch reuses it once the copy is done
+        # torch reuses it once the copy is done
+        staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         for array, room in zip(arrays, torch.split(staging, sizes), strict=True):
             room.numpy()[: array.nbytes] = array.reshape(-1).view(np.uint8)
         pieces = iter(torch.split(staging.to(self.device, non_blocking=True), sizes))

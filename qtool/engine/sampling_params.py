@@ -18,10 +18,11 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_IDS = 64, 1024, 1024
 MAX_GRAMMAR = 64 * 1024  # bytes
 LARGEST = 2**31 - 1
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
+# those that are JSON may also be given as dictionaries
 MAPPINGS = (
     "json_schema",
     "structural_tag",
-)  # those that are JSON may also be given as dictionaries
+)
 ANY_JSON_OBJECT = "$$ANY$$"  # a json_schema, as SGLang spells it
 
 RANGES: dict[str, tuple[float, float]] = {  # of every number, for the Engine and over HTTP

@@ -110,9 +110,8 @@ class Scheduler:
         self, pages: Pages, max_running: int, token_budget: int, context_length: int
     ) -> None:
         self.pages = pages
-        self.max_running = min(
-            max_running, token_budget
-        )  # so that a prompt gets a token even if all others decode
+        # so that a prompt gets a token even if all others decode
+        self.max_running = min(max_running, token_budget)
         self.token_budget = token_budget
         self.context_length = context_length
         self.running: list[Sequence] = []
@@ -146,9 +145,8 @@ class Scheduler:
             )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context_length - size)
-        sequence.longest = size + max(
-            sequence.max_new_tokens, 1
-        )  # the prompt is computed, and sampled from, in any case
+        # the prompt is computed, and sampled from, in any case
+        sequence.longest = size + max(sequence.max_new_tokens, 1)
         stored = sequence.longest - 1  # the last token is not computed
         if -(-stored // PAGE) > self.pages.count:
             message = (
@@ -232,9 +230,8 @@ class Scheduler:
         while len(self.running) > first:
             sequence = self._preempt()
             if sequence in chunks:
-                self.pages.forget(
-                    sequence.digests
-                )  # pages that the step was to write are known already
+                # pages that the step was to write are known already
+                self.pages.forget(sequence.digests)
                 sequence.pending -= chunks[sequence].samples
         return newest
 
@@ -263,13 +260,11 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
-        if (
-            sequence.needs_logits and not self._logits_left
-        ):  # who is admitted is in the step: it may share the step's pages, and must fail with it
+        # who is admitted is in the step: it may share the step's pages, and must fail with it
+        if sequence.needs_logits and not self._logits_left:
             return False
-        reserve = len(
-            self.running
-        )  # a page for each that runs: they go on for some steps before one is preempted
+        # a page for each that runs: they go on for some steps before one is preempted
+        reserve = len(self.running)
         if sequence.pending or sequence.length >= sequence.longest or self.pages.free <= reserve:
             return False
         size = len(sequence.tokens)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from qtool.weight import QuantizedWeight
 
+# nibble i of a word holds this one of its eight columns
 COLUMN_OF_NIBBLE = (
     0,
     2,
@@ -37,7 +38,7 @@ COLUMN_OF_NIBBLE = (
     3,
     5,
     7,
-)  # nibble i of a word holds this one of its eight columns
+)
 NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 LOW = 0x0F0F0F0F  # the even nibbles of a word
 HIGH = ~LOW
@@ -87,10 +88,11 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     rows, columns = module.shape
     words = tensors["qweight"].T.contiguous()
     even, odd = words[:, ::2], words[:, 1::2]  # two inputs, which share a byte of `data`
+    # the byte j of half h is nibble 2 j + h of both inputs
     halves = (
         (even & LOW) | ((odd & LOW) << 4),
         ((even >> 4) & LOW) | (odd & HIGH),
-    )  # the byte j of half h is nibble 2 j + h of both inputs
+    )
     bytes_of = [half.view(torch.uint8).reshape(rows // 8, columns // 2, 4) for half in halves]
     data = torch.stack(
         [bytes_of[nibble % 2][..., nibble // 2] for nibble in NIBBLE_OF_COLUMN], dim=1
@@ -147,9 +149,10 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
         )[..., 0]
         for half in (0, 1)
     )
+    # the inverse of `read`
     words = torch.stack(
         ((low & LOW) | ((high & LOW) << 4), ((low >> 4) & LOW) | (high & HIGH)), dim=-1
-    )  # the inverse of `read`
+    )
     zero = torch.zeros_like(weight.scale, dtype=torch.int8) if weight.zero is None else weight.zero
     zeros = offset_binary(zero, 4).T.reshape(-1, rows // 8, 8)[:, :, list(COLUMN_OF_NIBBLE)]
     return {

@@ -276,9 +276,8 @@ def quantization_config(
     groups = {}
     for index, (scheme, members) in enumerate(schemes.items()):
         names = [module.name for module in members]
-        heads = [
-            name for name in names if name.rpartition(".")[2] == "lm_head"
-        ]  # SGLang takes it for a target only by name
+        # SGLang takes it for a target only by name
+        heads = [name for name in names if name.rpartition(".")[2] == "lm_head"]
         groups[f"group_{index}"] = {
             "targets": [CLASS, *heads] if len(schemes) == 1 else names,
             "weights": _arguments(
@@ -505,11 +504,12 @@ def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | 
         parts["input_scale"]
     if strategy == "group":
         size = args.get("group_size")
+        # old files do not say
         is_mx = (
             is_float
             and size == 32
             and args.get("scale_dtype", SCALE_DTYPE["e8m0"]) == SCALE_DTYPE["e8m0"]
-        )  # old files do not say
+        )
         return Activations(
             format,
             "group",

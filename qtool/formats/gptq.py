@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 BITS = (2, 3, 4, 8)
+# engines match `dynamic` with the fused name
 FUSED = (
     (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     (("gate_proj", "up_proj"), "gate_up_proj"),
-)  # engines match `dynamic` with the fused name
+)
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -111,14 +112,12 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     zero = None
     if weights.symmetric:
         middle = 2 ** (bits - 1)
-        check_constant(
-            module, tensors["qzeros"], bits, rows, {middle - 1, middle}
-        )  # either version: who reads symmetric weights does not look
+        # either version: who reads symmetric weights does not look
+        check_constant(module, tensors["qzeros"], bits, rows, {middle - 1, middle})
     else:
         words = tensors["qzeros"]
-        if (
-            module.variant == "gptq" and bits != 3
-        ):  # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
+        # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
+        if module.variant == "gptq" and bits != 3:
             words = (
                 ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF)
                 .to(torch.uint32)

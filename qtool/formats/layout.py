@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 SCALE_DTYPES = ("F16", "BF16", "F32")
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one for each head
+# of the KV cache, on modules that hold other things
 CACHE_SUFFIXES = (
     *CACHE_SCALES,
     "k_bias",
     "v_bias",
-)  # of the KV cache, on modules that hold other things
+)
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,8 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     tensors |= {"weight": data, "weight_scale": scale}
     if weight.scale2 is not None:
         tensors["weight_scale_2"] = weight.scale2[0]
-    elif (
-        _algorithm(module) == "W4A8_AWQ"
-    ):  # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
+    # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
+    elif _algorithm(module) == "W4A8_AWQ":
         tensors["weight_scale_2"] = _as_found(module.tensors["weight_scale_2"])
     if weight.activation and weight.activation.scale is not None:
         tensors["input_scale"] = weight.activation.scale
@@ -243,9 +242,10 @@ def quantization_config(
             "convert to gptq",
         )
     check_skipped(unquantized, modules)
+    # of the KV cache alone
     algorithm = (
         "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None
-    )  # of the KV cache alone
+    )
     shared: dict[str, Any] = (
         {}
         if algorithm is None

@@ -150,9 +150,8 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     rows, width = words.shape
     if width == -(-count * bits // 32):
         data = words.flatten().view(torch.uint8).reshape(rows, -1)
-        data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).reshape(
-            rows, -1, bits
-        )  # eight codes in `bits` bytes
+        # eight codes in `bits` bytes
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % bits)).reshape(rows, -1, bits)
         codes = [data[..., i * bits // 8] >> (i * bits % 8) for i in range(8)]
         for i in range(8):
             if i * bits % 8 + bits > 8:

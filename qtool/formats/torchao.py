@@ -65,10 +65,11 @@ def _module(checkpoint: Checkpoint, parts: Parts, kind: str) -> QuantizedModule:
         return QuantizedModule(parts.name, ROW_SCHEMES[kind], (rows, columns), parts.tensors)
     if kind == "Int4WeightOnlyConfig" and TILES in parts and len(parts[DATA].shape) == 4:
         row_tiles, column_tiles, *_ = parts[DATA].shape
+        # tiles of tinygemm, padded: the layer itself may be smaller
         rows, columns = (
             row_tiles * 8,
             column_tiles * 8 * 16,
-        )  # tiles of tinygemm, padded: the layer itself may be smaller
+        )
         group_size = columns // parts[TILES].shape[0]
         return QuantizedModule(
             parts.name,

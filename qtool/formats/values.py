@@ -19,9 +19,8 @@ from qtool.formats import mxfp4
 from qtool.formats.layout import CACHE_SCALES, Layout
 
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
-BLOCK_BYTES = (
-    1 << 20
-)  # what is in memory at a time: it fits a core's cache, so a second pass over it is free
+# what is in memory at a time: it fits a core's cache, so a second pass over it is free
+BLOCK_BYTES = 1 << 20
 SCALES = (
     "weight_scale",
     "_weight_scale",
@@ -148,9 +147,8 @@ class _Files:
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
             descriptor = os.open(path, os.O_RDONLY)
-            if (
-                self._descriptors.setdefault(path, descriptor) != descriptor
-            ):  # another thread was first
+            # another thread was first
+            if self._descriptors.setdefault(path, descriptor) != descriptor:
                 os.close(descriptor)
         return self._descriptors[path]
 
@@ -192,9 +190,8 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] 
     bits = FLOATS[tensor.dtype]
     is_scale = suffix in SCALES and (module is not None or suffix in CACHE_SCALES)
     zero_allowed = tensor.dtype == "F8_E4M3"
-    negative_allowed = bool(
-        module and module.scheme.weights.format.startswith("int")
-    )  # AutoRound flips a group to reach the code -8
+    # AutoRound flips a group to reach the code -8
+    negative_allowed = bool(module and module.scheme.weights.format.startswith("int"))
     return bits.word, lambda words, scratch: _float_problem(
         words, scratch, bits, is_scale, zero_allowed, negative_allowed
     )

@@ -83,9 +83,8 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
     assert layout is not None
     weight, bits = read(checkpoint, layout, name), layout.modules[name].scheme.weights.bits
     saturated, zero = _marks(weight, bits)
-    stored = slice(
-        None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None
-    )  # a common one stands in every row
+    # a common one stands in every row
+    stored = slice(None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None)
     scale = weight.scale[stored].float().abs()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[stored].abs()[:, None]

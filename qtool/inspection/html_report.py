@@ -123,9 +123,8 @@ def render_page(inspection: Inspection) -> str:
         max_listed=MAX_LISTED,
         table=Markup(_embedded(_module_table(facts))),
     )
-    return page.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # a name may hold half a surrogate pair, which no file can
+    # a name may hold half a surrogate pair, which no file can
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def bytes_text(size: float) -> str:
@@ -267,9 +266,8 @@ def _measures(inspection: Inspection) -> Iterator[_Measure]:
             f"Signal to quantization noise against {_short(inspection.against.base)}. Lower is "
             "worse and painted stronger; = marks equal weights."
         )
-        best = max(
-            max(finite), min(finite) + 10
-        )  # ten decibels at least, or noise would look like a finding
+        # ten decibels at least, or noise would look like a finding
+        best = max(max(finite), min(finite) + 10)
         yield _Measure(
             "Error",
             note,

@@ -21,10 +21,11 @@ from qtool.inspection.engines import EngineReport, check_engine
 from qtool.plan import is_linear, why_plain
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+# the last is what old compressed-tensors wrote for the KV cache
 SCALE_SUFFIXES = (
     *CACHE_SUFFIXES,
     "output_scale",
-)  # the last is what old compressed-tensors wrote for the KV cache
+)
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,8 @@ class QuantizedLinear(nn.Module):
         return y
 
     def _packed(self) -> list[Tensor | None]:
-        return [
-            self._buffers[name] for name in self._names
-        ]  # `get_buffer` looks for submodules first, at every step
+        # `get_buffer` looks for submodules first, at every step
+        return [self._buffers[name] for name in self._names]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Follow to another device of the kind; no dtype changes, since codes and scales are no
@@ -140,9 +139,8 @@ class SharedInput:
         part = parts[index]
         assert part is not None
         left = tuple(None if i == index else other for i, other in enumerate(parts))
-        self._waiting = (
-            (x, version, left) if any(other is not None for other in left) else None
-        )  # nothing outlives its last use
+        # nothing outlives its last use
+        self._waiting = (x, version, left) if any(other is not None for other in left) else None
         return part
 
 

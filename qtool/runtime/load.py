@@ -34,9 +34,8 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 RawTensors = dict[str, Tensor]
 SECOND_COPY_SHARE = 1 / 8
-_CACHE_SCALE = re.compile(
-    r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$"
-)  # of every format that has them
+# of every format that has them
+_CACHE_SCALE = re.compile(r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$")
 DTYPES = {
     **{
         "auto": None,
@@ -369,9 +368,8 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Ite
     for members in groups.values():
         members.sort(key=lambda source: source.place.part)
         block = members[0].scheme.weights.block if members[0].scheme else None
-        if block and any(
-            source.shape[0] % block[0] for source in members
-        ):  # a block would reach over two layers
+        # a block would reach over two layers
+        if block and any(source.shape[0] % block[0] for source in members):
             yield from ([source] for source in members)
         else:
             yield members
@@ -458,9 +456,8 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any
 
 def _give_back() -> None:
     """Return freed memory to the system: glibc keeps what each reader had, and that adds up."""
-    if sys.platform == "linux" and (
-        trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
-    ):  # musl has none
+    # musl has none
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 

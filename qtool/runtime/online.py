@@ -33,9 +33,8 @@ TORCHAO: Mapping[str, Scheme] = {
 ONLINE: Mapping[str, Scheme] = {
     "fp8": SCHEMES["FP8_DYNAMIC"],
     "w8a8_fp8": SCHEMES["FP8_DYNAMIC"],
-    "w8a8_int8": SCHEMES[
-        "W8A8"
-    ],  # what SGLang's `w8a8_int8.py` loads; it wants weights that are int8 already
+    # what SGLang's `w8a8_int8.py` loads; it wants weights that are int8 already
+    "w8a8_int8": SCHEMES["W8A8"],
     "fp8_block": SCHEMES["FP8_BLOCK"],
     "nvfp4": SCHEMES["NVFP4A16"],  # inputs stay in 16 bits: their global scale takes calibration
     "mxfp4": SCHEMES["MXFP4A16"],
@@ -81,9 +80,8 @@ def schemes_to_run(
     Raises: UsageError, for an unknown name or one that contradicts the checkpoint;
         CheckpointRefused, when no layer can be quantized.
     """
-    quantized = layout is not None and bool(
-        layout.modules
-    )  # without any, the KV cache alone is quantized
+    # without any, the KV cache alone is quantized
+    quantized = layout is not None and bool(layout.modules)
     name = (
         None
         if quantization is None

@@ -62,9 +62,8 @@ class Skeleton:
             from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.checkpoint, self.dtype = checkpoint, dtype
-        self._no_data = (
-            FakeTensorMode()
-        )  # and not the meta device, on whose masks transformers would look for data
+        # and not the meta device, on whose masks transformers would look for data
+        self._no_data = FakeTensorMode()
         try:
             self.config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
             if hasattr(self.config, "quantization_config"):
@@ -269,9 +268,8 @@ class Skeleton:
         }
         without: Any = type(model_class.__name__, (model_class,), names)
         head = self.model.get_output_embeddings()
-        if any(
-            self.modules[place.module] is head for place in removed
-        ):  # a head of its own, whatever the config says
+        # a head of its own, whatever the config says
+        if any(self.modules[place.module] is head for place in removed):
             self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = (
                 False
             )

@@ -152,17 +152,15 @@ def prepare(
         ResourceError, when it is not installed.
     """
     settings = _one_quantization(options)
-    make_command(
-        engine, {**settings, "quantization": None}, extra
-    )  # what is wrong with the options themselves is said before a download
+    # what is wrong with the options themselves is said before a download
+    make_command(engine, {**settings, "quantization": None}, extra)
     model_path, revision = str(settings["model_path"]), _text(settings.pop("revision", None))
     folder = resolve_model(
         model_path, revision=revision, with_code=bool(settings.get("trust_remote_code"))
     )
     checkpoint = open_checkpoint(folder)
-    if folder != Path(
-        model_path
-    ):  # of the Hub: what was checked is what is served, under the name that was asked for
+    # of the Hub: what was checked is what is served, under the name that was asked for
+    if folder != Path(model_path):
         settings |= {
             "model_path": str(folder),
             "served_model_name": settings.get("served_model_name") or model_path,
@@ -417,9 +415,8 @@ def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
     if chunk == -1:
         settings["no_chunked_prefill"] = True
         del settings["chunked_prefill_size"]
-    elif (
-        isinstance(chunk, int) and isinstance(running, int) and chunk < running
-    ):  # it refuses to start otherwise
+    # it refuses to start otherwise
+    elif isinstance(chunk, int) and isinstance(running, int) and chunk < running:
         settings["chunked_prefill_size"] = running
         warnings.append(
             f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than "
@@ -488,9 +485,8 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
 
 def _is_installed(engine: str) -> bool:
     found = importlib.util.find_spec(engine)
-    return (
-        found is not None and found.origin is not None
-    )  # a folder of that name in the working directory has none
+    # a folder of that name in the working directory has none
+    return found is not None and found.origin is not None
 
 
 def _installed_version(engine: str) -> str | None:

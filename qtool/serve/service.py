@@ -25,10 +25,12 @@ from qtool.serve.settings import Settings
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
+# of a request, of all: each is some 150 bytes, here and in the engine
 MAX_LOGPROBS, MAX_LOGPROBS_HELD = (
     1 << 19,
     1 << 24,
-)  # of a request, of all: each is some 150 bytes, here and in the engine
+)
+# of generation_config.json
 DEFAULTS = (
     "temperature",
     "top_p",
@@ -36,7 +38,7 @@ DEFAULTS = (
     "min_p",
     "repetition_penalty",
     "max_new_tokens",
-)  # of generation_config.json
+)
 
 
 class ModelNotFound(Exception):
@@ -119,9 +121,8 @@ class Service:
         engine = asyncio.create_task(self.engine.start(options))
         folder = Path(settings.engine.get("tokenizer_path") or settings.model_path)
         try:
-            if (
-                not folder.is_dir()
-            ):  # a name on the Hub: the engine's process finds it, and may be ended while it does
+            # a name on the Hub: the engine's process finds it, and may be ended while it does
+            if not folder.is_dir():
                 folder = Path((await engine).tokenizer_path)
             self.templates = await Templates.open(folder, settings.chat_template)
             self.facts = await engine

@@ -12,9 +12,8 @@ def main() -> None:
     args = arguments(__doc__, METHODS)
     if args.device == "cpu":
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # the default fails on one or two cores
-        os.environ.setdefault(
-            "GPTQMODEL_DISABLE_PACK_EXT", "1"
-        )  # else it compiles a packer for half a minute
+        # else it compiles a packer for half a minute
+        os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
 
     from gptqmodel import GPTQConfig, GPTQModel
     from transformers import AutoTokenizer

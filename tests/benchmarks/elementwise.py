@@ -33,9 +33,8 @@ LAUNCHES = 32  # of a chain, each of the next of some inputs
 # the L2 in a model too
 TURNOVER = 200e6
 
-Case = tuple[
-    Callable[[], object], Callable[[], None], int
-]  # what is timed, what checks it, bytes it moves
+# what is timed, what checks it, bytes it moves
+Case = tuple[Callable[[], object], Callable[[], None], int]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -265,9 +265,10 @@ def check(case: Case, device: torch.device) -> None:
     try:
         weight = make_weight(case.spec, device)
         bias = torch.randn(case.spec.shape[0], device=device) if case.has_bias else None
+        # pack may reuse them
         copy = replace(
             weight, **{name: getattr(weight, name).clone() for name in ("data", "scale")}
-        )  # pack may reuse them
+        )
         layer = QuantizedLinear(case.spec, Choice(case.kernel, {}), copy, bias)
     except Exception as error:
         return fail(case, "pack", error)
@@ -307,9 +308,8 @@ def check_graph(case: Case, layer: QuantizedLinear, tokens: int, device: torch.d
     for seed in (1, 2):
         x.copy_(inputs_of(case, tokens, seed, device))
         graph.replay()
-        if (
-            not (error := distance(y, layer(x).double())) <= LIMIT
-        ):  # humming adds the sums of several blocks in bf16, in any order
+        # humming adds the sums of several blocks in bf16, in any order
+        if not (error := distance(y, layer(x).double())) <= LIMIT:
             case.failures.append(f"M={tokens}: a replayed graph differs by {error:.2g}")
 
 

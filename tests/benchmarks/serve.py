@@ -213,9 +213,8 @@ def write_tokenizer(folder: Path) -> None:
 
     draw = random.Random(0)
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = [
-        letter for letter in tokens if letter.isascii()
-    ]  # bytes above would make halves of characters
+    # bytes above would make halves of characters
+    letters = [letter for letter in tokens if letter.isascii()]
     known = set(tokens)
     merges: list[tuple[str, str]] = []
     while len(tokens) < VOCABULARY:

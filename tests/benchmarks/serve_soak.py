@@ -163,9 +163,8 @@ def end(folder: Path, model: str, moments: int) -> None:
             f"{code} after {seconds:.1f} s, {dict(ends)}",
             flush=True,
         )
-        assert code == 0 or (twice and code == -number), (
-            log.read_text()
-        )  # the second may come when Python is about to end
+        # the second may come when Python is about to end
+        assert code == 0 or (twice and code == -number), log.read_text()
         assert seconds < DRAIN_S + LAST_S
         assert "Traceback" not in log.read_text(), log.read_text()
         assert set(ends) <= {

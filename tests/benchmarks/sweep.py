@@ -321,9 +321,8 @@ def main() -> None:
         if time.monotonic() - began > arguments.seconds:
             print(f"out of time before {name} M={tokens}", flush=True)
             break
-        lost = [
-            error for future in waiting[name, tokens] if (error := future.exception())
-        ]  # those compile when they are tried
+        # those compile when they are tried
+        lost = [error for future in waiting[name, tokens] if (error := future.exception())]
         print(
             f"{name} M={tokens}: compiled after {time.monotonic() - began:.0f} s"
             + (f", not {len(lost)}: {lost[0]!r}" if lost else ""),

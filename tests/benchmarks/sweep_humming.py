@@ -39,18 +39,20 @@ ORDER = tuple(
     for name in names
 )
 ORDER += (("NVFP4A16", 16), ("NVFP4A16", 1), ("W4A16", 2048), ("NVFP4A16", 2048))
+# measured tokens -> more than, up to; as in `humming.STEPS`
 RANGES = {
     1: (0, 8),
     16: (8, 16),
     64: (32, 64),
     256: (192, 256),
     2048: (512, 1 << 30),
-}  # measured tokens -> more than, up to; as in `humming.STEPS`
+}
+# humming has it for experts alone
 OVERLAP = {
     "wgmma_split_issue_wait": True,
     "smem_reuse_mode": "none",
     "producer_stage_unroll": 1,
-}  # humming has it for experts alone
+}
 UNKNOWN = ("multi_cast_size_b", "use_pdl", "evict_weights_first")  # to `analyze_candidate`
 Schedule = dict[str, Any]
 
@@ -108,9 +110,8 @@ def variants(tokens: int) -> Iterator[Schedule]:
         yield tile(88, 256, 64, 32, 64, 4, 1, **OVERLAP)
         yield {"use_stream_k": False}
     else:
-        yield tile(
-            152, 256, 64, 32, 64, 4, 1, multi_cast_size_a=2, **OVERLAP
-        )  # with 176 rows, humming's choice, many registers spill
+        # with 176 rows, humming's choice, many registers spill
+        yield tile(152, 256, 64, 32, 64, 4, 1, multi_cast_size_a=2, **OVERLAP)
         yield tile(128, 256, 64, 32, 64, 4, 1, multi_cast_size_a=2)
         yield tile(128, 256, 64, 32, 64, 4, 1, multi_cast_size_a=2, **OVERLAP)
         yield tile(128, 256, 64, 32, 64, 4, 1, multi_cast_size_b=2, **OVERLAP)

@@ -180,9 +180,8 @@ def test_short_and_null_texts_are_dropped_and_counted(write, tokenizer):
 
 def test_text_with_far_more_than_the_wanted_tokens_gives_its_exact_beginning(write, tokenizer):
     words = " ".join(f"word{i}" for i in range(3000))
-    blanks = (
-        " " * 9000 + words
-    )  # a cut after 16 characters a token is all blanks: it must be widened
+    # a cut after 16 characters a token is all blanks: it must be widened
+    blanks = " " * 9000 + words
     for text in (words, blanks):
         [ids] = load_calibration(
             write("a.json", [{"text": text}], seq_len=100), tokenizer, VOCAB
@@ -298,9 +297,8 @@ def test_packing_keeps_all_tokens_in_order_with_one_separator_between_texts(
     assert result.report.dropped == len(lists) - len(texts) + (0 < rest < 11)
     assert all(len(ids) == seq_len for ids in result.samples[:-1])
     wanted = ["".join(map(chr, ids)) for ids in texts]
-    found = "".join(map(chr, joined)).split(
-        chr(tokenizer.eos_token_id)
-    )  # ids are above 0, the separator is 0
+    # ids are above 0, the separator is 0
+    found = "".join(map(chr, joined)).split(chr(tokenizer.eos_token_id))
     assert Counter(found[:-1]) <= Counter(wanted)
     assert any(text.startswith(found[-1]) for text in wanted)
 

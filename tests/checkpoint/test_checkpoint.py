@@ -729,9 +729,8 @@ def test_overwrite_that_fails_keeps_the_former_output(former, source, tmp_path):
 def test_overwrite_works_where_folders_cannot_be_exchanged_in_one_step(
     former, publish, monkeypatch
 ):
-    monkeypatch.setattr(
-        writer, "_RENAME_EXCHANGE", 1 << 20
-    )  # a flag that no kernel knows: EINVAL, as on file systems without it
+    # a flag that no kernel knows: EINVAL, as on file systems without it
+    monkeypatch.setattr(writer, "_RENAME_EXCHANGE", 1 << 20)
     publish(former, overwrite=True)
     assert files_below(former) == {"qtool-manifest.json"}
     assert (former / "qtool-manifest.json").read_text() == "new"
@@ -1093,9 +1092,8 @@ def test_a_hub_that_fails_halfway_is_a_download_that_failed(resolve, hub):
     answer = resolve("org/tiny", env={"HF_ENDPOINT": hub.url})
     assert (answer["code"], answer["exit_code"]) == ("E_DOWNLOAD", 4)
     hub.broken = ""
-    assert "folder" in resolve(
-        "org/tiny", env={"HF_ENDPOINT": hub.url}
-    )  # what was complete is kept, the rest fetched
+    # what was complete is kept, the rest fetched
+    assert "folder" in resolve("org/tiny", env={"HF_ENDPOINT": hub.url})
 
 
 def test_a_downloaded_model_is_found_without_a_network(resolve, hub):

@@ -267,10 +267,11 @@ def test_an_output_that_exists_is_refused_and_kept(refused, tiny_model, tmp_path
     exit_code, code, _, hint = refused(*QUANTIZE, "--model-path", tiny_model)
     assert (exit_code, code) == (6, "E_OUTPUT_EXISTS")
     assert "--overwrite" in hint
+    # no checkpoint: not ours to replace
     assert refused(*QUANTIZE, "--model-path", tiny_model, "--overwrite")[:2] == (
         6,
         "E_OUTPUT_EXISTS",
-    )  # no checkpoint: not ours to replace
+    )
 
 
 def test_a_file_beside_the_output_that_is_named_like_its_log_is_kept(refused, tiny_model, tmp_path):

@@ -917,11 +917,12 @@ def test_files_end_before_max_shard_size_unless_one_tensor_is_larger(sample, tmp
         tensor.size_bytes for tensor in checkpoint.tensors.values()
     )
     widths = {"I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I64": 8}
+    # mapped, each can be used in place
     assert not [
         tensor.name
         for tensor in checkpoint.tensors.values()
         if tensor.offset % widths[tensor.dtype]
-    ]  # mapped, each can be used in place
+    ]
     assert load_file(result.output / files[0]).keys() == {
         tensor.name for tensor in tensors[files[0]]
     }

@@ -156,6 +156,7 @@ class Batch:
         )
 
 
+# the first is no decode: position 0
 MIXED = (
     (0, 1),
     (5, 1),
@@ -166,7 +167,7 @@ MIXED = (
     (15, 2),
     (200, 17),
     (0, 5),
-)  # the first is no decode: position 0
+)
 DECODES = ((5, 1), (15, 1), (16, 1), (200, 1))
 
 
@@ -390,9 +391,8 @@ def test_no_masks_are_made_while_running():
 
     with recording():
         assert "qtool" in ALL_MASK_ATTENTION_FUNCTIONS
-    assert (
-        "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS
-    )  # transformers would look at the positions, which waits for the GPU
+    # transformers would look at the positions, which waits for the GPU
+    assert "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def test_the_kernels_for_cuda_attend_as_float64_does(run_here):

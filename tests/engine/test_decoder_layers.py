@@ -41,9 +41,10 @@ FUSED = {
     "Mistral": {"sliding_window": 4},
     "Qwen2": {},  # biases of queries, keys and values
     "Qwen3": {"head_dim": 32},  # norms of queries and keys
+    # fused in the checkpoint
     "Phi3": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    },  # fused in the checkpoint
+    },
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Gemma": {"head_dim": 16},  # norms of 1 + weight, and another activation
     "Mixtral": {"num_local_experts": 4},
@@ -299,9 +300,8 @@ def interpret() -> None:
         assert torch.allclose(result.float(), expected.float(), rtol=2 * ulp[dtype], atol=3e-6), (
             what
         )
-        differ = float(
-            (result.float() != expected.float()).float().mean()
-        )  # a sum in another order is rounded the other way now and then
+        # a sum in another order is rounded the other way now and then
+        differ = float((result.float() != expected.float()).float().mean())
         assert dtype == torch.float32 or differ < 0.15, what
 
     def compare_norm(

@@ -169,10 +169,11 @@ def test_the_text_ends_at_the_first_stop_string(data, sequence, keep, least, sho
         max_new_tokens=None, stop=stops, no_stop_trim=keep, min_new_tokens=least
     )
     plain = Detokenizer(tokenizer)
+    # what a stream without stop strings gave so far, and by the end of min_new_tokens
     known, exempt = (
         "",
         0,
-    )  # what a stream without stop strings gave so far, and by the end of min_new_tokens
+    )
     stream = TextStream(tokenizer, params, max_new_tokens=max(1, len(ids)) if short else None)
     for number, token in enumerate(ids, 1):
         known += plain.push(token)
@@ -181,9 +182,8 @@ def test_the_text_ends_at_the_first_stop_string(data, sequence, keep, least, sho
         if reason is not None:
             break
         held = known[len(stream.text) :]
-        assert held == "" or any(
-            stop.startswith(held) and stop != held for stop in stops
-        )  # no more is held back than must be
+        # no more is held back than must be
+        assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
     stream.finish()
     if least >= len(ids):
         exempt = len(whole) if not short else exempt
@@ -265,9 +265,8 @@ def test_wrong_bytes_take_back_nothing(ids):
     text = "".join(taken_of(FALLBACK, ids))
     letters = "".join(character for character in FALLBACK.decode(ids) if character != HALF)
     remaining = iter(text)
-    assert all(
-        character in remaining for character in letters
-    )  # all the tokenizer can read is there, in this order
+    # all the tokenizer can read is there, in this order
+    assert all(character in remaining for character in letters)
 
 
 def test_a_space_after_wrong_bytes_is_kept():

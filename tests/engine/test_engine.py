@@ -162,9 +162,8 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert ids_of([engine.generate(input_ids=prompts[0], sampling_params=GREEDY)]) == wanted[:1]
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
         assert engine.loop.scheduler.prefix_hits > 0
-        assert (
-            ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
-        )  # all of the prompts are in the cache now
+        # all of the prompts are in the cache now
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
     short = prompts_of(20, 320, longest=20)
     with Engine(
         tmp_path, **options, max_total_tokens=240, chunked_prefill_size=24
@@ -636,9 +635,8 @@ def test_names_of_requests(example):
 def test_without_a_limit_a_text_ends_with_the_cache():
     with Engine(EXAMPLE, max_total_tokens=64) as engine:
         result = engine.generate("import os", {"max_new_tokens": None, "ignore_eos": True})
-        assert (
-            result["meta_info"]["prompt_tokens"] + len(result["output_ids"]) == 65
-        )  # the last is sampled, and not kept
+        # the last is sampled, and not kept
+        assert result["meta_info"]["prompt_tokens"] + len(result["output_ids"]) == 65
 
 
 def test_rotary_embeddings_do_not_depend_on_who_else_runs(tmp_path):

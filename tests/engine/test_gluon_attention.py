@@ -43,20 +43,22 @@ CHUNKS = {  # name -> (tokens before, new tokens)
         (100, 28),
         (111, 17),
     ],
+    # the first three count as decodes
     "many": [
         (7, 1),
         (130, 1),
         (0, 1),
         *((number * 7 % 300, number % 40 + 1) for number in range(70)),
-    ],  # the first three count as decodes
+    ],
 }
 MEASURED = ([(0, 2048)] * 4, [(1024, 1024)] * 8, [(0, 8192)], [(500, 100)] * 8, [(0, 100)])
+# keys of a step, stages, turns
 VARIANTS = (
     (128, 2, True),
     (128, 2, False),
     (64, 4, True),
     (64, 4, False),
-)  # keys of a step, stages, turns
+)
 
 
 def test_the_kernel_compiles_for_hopper_without_spills(run_here):
@@ -139,9 +141,8 @@ def compare() -> None:
                 dtype=dtype,
                 device="cuda",
             )
-            for row, (before, new) in zip(
-                batch.row_of, chunks, strict=True
-            ):  # what is never to be read
+            # what is never to be read
+            for row, (before, new) in zip(batch.row_of, chunks, strict=True):
                 batch.table[row, -(-(before + new) // attention.PAGE) :] = 1 << 30
             decodes = 3 if name == "many" else 0
             packed = batch.packed(decodes, counters=None if name == "one" else counters)

@@ -125,12 +125,10 @@ def test_an_end_token_comes_only_where_the_grammar_is_complete():
     assert not constraint.accept(x)
     assert tokens_in(constraint.mask) == {EOS, 2, y}
     assert constraint.accept(2)
-    assert tokens_in(constraint_of(regex="ZQ", end_ids=[EOS, y]).mask) == {
-        y
-    }  # text, which ends the answer as a stop string does
-    assert EOS not in tokens_in(
-        constraint_of(regex="Q*", end_ids=[]).mask
-    )  # with ignore_eos it is no end token
+    # text, which ends the answer as a stop string does
+    assert tokens_in(constraint_of(regex="ZQ", end_ids=[EOS, y]).mask) == {y}
+    # with ignore_eos it is no end token
+    assert EOS not in tokens_in(constraint_of(regex="Q*", end_ids=[]).mask)
 
 
 def test_special_tokens_are_text_for_structural_tags_only():
@@ -327,9 +325,8 @@ def test_penalties_biases_and_logprobs_go_with_a_grammar(engine):
         "def f(", {"temperature": 0, "max_new_tokens": 1}, return_logprob=True
     )["meta_info"]["output_token_logprobs"][0]
     first = results[0]["meta_info"]
-    assert first["output_top_logprobs"][0][0][0] == pytest.approx(
-        model, abs=1e-4
-    )  # the model's own, whatever may come
+    # the model's own, whatever may come
+    assert first["output_top_logprobs"][0][0][0] == pytest.approx(model, abs=1e-4)
 
 
 def test_several_answers_to_one_prompt(engine):

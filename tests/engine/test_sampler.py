@@ -112,11 +112,12 @@ def test_the_hash_is_the_same_as_in_plain_integers():
             x = (int(tokens[token]) % 2**32 ^ first) * second % 2**32
             x = (x ^ x >> 15) * 0x2C1B3C6D % 2**32
             assert got[row][token] == x % 2**31
+    # of every version and device: a seed's tokens stay
     assert got[0][:3] == [
         1161779196,
         266017435,
         1798844281,
-    ]  # of every version and device: a seed's tokens stay
+    ]
 
 
 def test_the_second_key_is_odd_so_that_no_two_hashes_meet():
@@ -182,9 +183,8 @@ def test_the_noise_over_a_large_vocabulary_is_as_rare_as_it_should_be():
     keys = torch.from_numpy(row_keys([5] * 500, range(500)))
     least = uniforms(keys, torch.from_numpy(token_keys(16384))).double().min(-1).values / 2**31
     quantiles = (1 - (1 - least) ** 16384).sort().values  # uniform, if the draws are independent
-    assert (quantiles - torch.linspace(0, 1, 500)).abs().max() < 1.95 / math.sqrt(
-        500
-    )  # Kolmogorov-Smirnov, 0.1 %
+    # Kolmogorov-Smirnov, 0.1 %
+    assert (quantiles - torch.linspace(0, 1, 500)).abs().max() < 1.95 / math.sqrt(500)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,8 @@ def test_more_rows_than_one_part_draw_as_one_by_one(narrow, monkeypatch):
     sampler = Sampler(50, "cpu")
     logits = torch.randn(150, 50, generator=torch.Generator().manual_seed(0))
     kinds = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"logit_bias": {1: 9}}]
-    rows = [
-        request(seed=i, **kinds[i % 5 if i > 64 else 1]) for i in range(150)
-    ]  # the first part is all greedy
+    # the first part is all greedy
+    rows = [request(seed=i, **kinds[i % 5 if i > 64 else 1]) for i in range(150)]
     assert sampler.sample(logits, rows).tokens.tolist() == [
         sampler.sample(logits[i : i + 1], [rows[i]]).tokens.item() for i in range(150)
     ]
@@ -386,9 +385,8 @@ def test_the_smallest_kept_logit_is_the_reference_s(
         return
     drawn = set()
     sampler = Sampler(len(eighths), "cpu")
-    for token in range(
-        len(eighths)
-    ):  # each in turn gets the best of the noise, the others the worst: it is drawn if it is kept
+    # each in turn gets the best of the noise, the others the worst: it is drawn if it is kept
+    for token in range(len(eighths)):
         part = sampler.prepare([RowRequest(params, 0, 0)]).parts[0]
         noise = torch.full((1, len(eighths)), 2**31 - 1, dtype=torch.int32)
         noise[0, token] = 0
@@ -447,9 +445,8 @@ def test_a_history_grown_token_by_token_counts_as_one_made_at_once():
         token: output.count(token) for token in {*prompt, *output} if token < 2990
     }
     assert History.of(SamplingParams(), prompt) is None
-    assert History.of(SamplingParams(presence_penalty=1), prompt, [4]).counts(10)[0].tolist() == [
-        4
-    ]  # only repetition looks at the prompt
+    # only repetition looks at the prompt
+    assert History.of(SamplingParams(presence_penalty=1), prompt, [4]).counts(10)[0].tolist() == [4]
 
 
 # log-probabilities
@@ -580,9 +577,8 @@ def test_a_mask_leaves_what_it_names_and_other_rows_alone(data):
             flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
             flags[list(allowed)] = 1
             mask = np.packbits(flags, bitorder="little").view(np.int32)
-            masked[-1] = request(
-                seed=row, mask=mask, end_ids=range(vocab_size), **params
-            )  # of which the mask knows
+            # of which the mask knows
+            masked[-1] = request(seed=row, mask=mask, end_ids=range(vocab_size), **params)
             left[row, torch.from_numpy(flags[:vocab_size] == 0)] = -math.inf
     sampler = Sampler(vocab_size, "cpu")
     assert (

@@ -21,9 +21,8 @@ VOCABULARY = 50
 NAN = -1  # a token sampled from logits that are not finite
 BAD = None  # what a page holds where keys and values are not finite
 TORN = (-2,)  # and where a step that broke off left some layers unwritten: nobody may read it
-BASES = [
-    [base * 7 + i % 5 for i in range(150)] for base in range(3)
-]  # prompts start as one of these
+# prompts start as one of these
+BASES = [[base * 7 + i % 5 for i in range(150)] for base in range(3)]
 
 
 def next_token(prefix: list[int]) -> int:
@@ -152,10 +151,11 @@ class Loop:
             sequence, (length, computed, state, pending) = chunk.sequence, before[chunk.sequence]
             assert sequence.state == "running"
             assert chunk.count >= 1
+            # else it was admitted, perhaps again: a page that it gave up was enough
             ran_on = state == (
                 "running",
                 sequence.preemptions,
-            )  # else it was admitted, perhaps again: a page that it gave up was enough
+            )
             assert chunk.start == (computed if ran_on else chunk.start // PAGE * PAGE)
             assert chunk.samples == (chunk.start + chunk.count == length)
             assert (sequence.computed, sequence.pending) == (
@@ -437,9 +437,8 @@ class Engine(RuleBasedStateMachine):
         loop.drain()
         assert loop.scheduler.pages.free == loop.scheduler.pages.count
         assert len(loop.scheduler._rows) == loop.scheduler.max_running
-        for sequence in list(
-            loop.failed
-        ):  # after a failure its prompt computes again; other remains of NaN fail once more at most
+        # after a failure its prompt computes again; other remains of NaN fail once more at most
+        for sequence in list(loop.failed):
             for _ in range(2):
                 failures = len(loop.failed)
                 loop.add(Sequence(sequence.prompt, sequence.max_new_tokens))
@@ -478,9 +477,8 @@ def test_a_cache_for_three_of_twenty_sequences(budget, waits):
         loop.add(sequence)
     loop.drain()
     assert loop.scheduler.preemptions > 1
-    assert loop.scheduler.prefix_queries == sum(
-        len(sequence.prompt) for sequence in sequences
-    )  # computing again does not count
+    # computing again does not count
+    assert loop.scheduler.prefix_queries == sum(len(sequence.prompt) for sequence in sequences)
     assert [s.tokens for s in sequences] == [answer(s.prompt, s.max_new_tokens) for s in sequences]
 
 
@@ -523,11 +521,12 @@ def test_a_prompt_seen_before_costs_its_last_tokens_only(loop):
     first = finished(loop, prompt)
     again = finished(loop, prompt)
     longer = finished(loop, [*prompt, 1, 2])
+    # at least one token is computed
     assert (first.cached_tokens, again.cached_tokens, longer.cached_tokens) == (
         0,
         48,
         64,
-    )  # at least one token is computed
+    )
     assert (loop.scheduler.prefix_hits, loop.scheduler.prefix_queries) == (112, 64 + 64 + 66)
 
 
@@ -627,11 +626,12 @@ def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop,
     assert loop.scheduler.undo(step) is new
     loop.check()
     assert list(loop.scheduler.waiting) == [old, middle, new]
+    # the tokens that are on their way to `old` will be read
     assert [s.pending for s in (old, middle, new)] == [
         2,
         0,
         0,
-    ]  # the tokens that are on their way to `old` will be read
+    ]
     assert known not in pages._by_digest  # nobody wrote it
     assert pages.free == pages.count
     loop.end(new)
@@ -696,9 +696,8 @@ def test_none_is_admitted_without_a_part_in_the_step(loop, monkeypatch):
     first, second = loop.live
     step = loop.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [first]
-    assert (
-        second.state == "waiting"
-    )  # else it shared a page of `first` and were not taken back with it
+    # else it shared a page of `first` and were not taken back with it
+    assert second.state == "waiting"
     assert loop.scheduler.undo(step) is first
     loop.drain()
     assert [s.tokens for s in (first, second)] == [answer(s.prompt, 3) for s in (first, second)]
@@ -774,9 +773,8 @@ def test_prompts_whose_logits_are_wanted_share_a_small_budget(loop, monkeypatch)
 def test_no_more_run_than_the_budget_has_tokens():
     loop = Loop(pages=40, max_running=4, token_budget=2)
     for i in range(4):
-        loop.add(
-            Sequence([i], 5, waits_for_tokens=True)
-        )  # none decodes while a token is pending, so the budget alone would admit all
+        # none decodes while a token is pending, so the budget alone would admit all
+        loop.add(Sequence([i], 5, waits_for_tokens=True))
     loop.launch()
     loop.launch()
     assert len(loop.scheduler.running) == 2

@@ -78,10 +78,11 @@ def test_every_sample_passes_the_deep_check(sample, name):
 def test_sizes_on_disk_agree_with_what_the_scheme_promises(sample):
     for name in ("ct/W4A16", "ct/FP8_DYNAMIC", "ct/NVFP4A16", "ct/MXFP8", "ct/W4A16_ASYM"):
         for module in detect(open_checkpoint(sample(name))).modules.values():
+            # weight_shape
             assert module.size_bytes - module.scheme.weights.size_bytes(*module.shape) in (
                 0,
                 16,
-            )  # weight_shape
+            )
 
 
 def test_a_plain_model_has_no_layout():

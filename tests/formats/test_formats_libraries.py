@@ -112,9 +112,8 @@ def test_compressed_tensors_decompresses_what_is_written(scheme, data):
         # bf16
     ):
         torch.testing.assert_close(found, dequantize(weight, torch.bfloat16), rtol=2**-7, atol=0)
-    elif (
-        scheme.weights.scale == "e8m0"
-    ):  # in bf16, which holds a value of 4 bits times a power of two
+    # in bf16, which holds a value of 4 bits times a power of two
+    elif scheme.weights.scale == "e8m0":
         assert torch.equal(found.float(), dequantize(weight))
     else:  # in the dtype of the scale: the product is rounded once, here as there
         assert found.dtype == weight.scale.dtype
@@ -248,9 +247,8 @@ def test_autoawqs_dequantization_reads_what_is_written(scheme, data):
         4,
         scheme.weights.group_size or weight.shape[1],
     )
-    assert torch.equal(
-        found.T, dequantize(weight, weight.scale.dtype)
-    )  # in the dtype of the scales
+    # in the dtype of the scales
+    assert torch.equal(found.T, dequantize(weight, weight.scale.dtype))
 
 
 def by_fp8(tensors, shape, block):
@@ -382,9 +380,8 @@ def test_gptqmodels_weight_scale_inv_is_a_true_reciprocal(method, scheme):
     module = QuantizedModule("layer", chosen, (128, 256), {}, fp8_block.INVERSE)
     weight = fp8_block.read(module, {"weight": data, "weight_scale_inv": scale})
     axis = None if method == "block" else 0
-    theirs = dequantize_fp8(
-        data, scale_inv=scale, axis=axis, target_dtype=torch.float32
-    )  # divides; a reciprocal is rounded first
+    # divides; a reciprocal is rounded first
+    theirs = dequantize_fp8(data, scale_inv=scale, axis=axis, target_dtype=torch.float32)
     torch.testing.assert_close(dequantize(weight), theirs, rtol=2**-22, atol=0)
     assert (original - dequantize(weight)).norm() < 0.05 * original.norm()
 
@@ -405,9 +402,8 @@ def test_transformers_converts_the_stacked_experts_of_gpt_oss_to_the_same_weight
         "model.layers.0.mlp.experts.gate_up_proj", scheme, weight.shape, {}, experts=experts
     )
     tensors = mxfp4.write(module, weight)
-    found = convert_moe_packed_tensors(
-        tensors["_blocks"], tensors["_scales"], dtype=torch.float32
-    )  # [experts, inputs, outputs]
+    # [experts, inputs, outputs]
+    found = convert_moe_packed_tensors(tensors["_blocks"], tensors["_scales"], dtype=torch.float32)
     assert torch.equal(found.transpose(1, 2).reshape(weight.shape), dequantize(weight))
 
 
@@ -501,9 +497,10 @@ def test_scales_of_16_bits_are_those_of_compressed_tensors(name, dtype):
     codes, scale, _ = rounded_by_compressed_tensors(tensor, SCHEMES[name])
     weight = quantize(tensor, SCHEMES[name])
     assert torch.equal(weight.scale.float(), scale)
+    # it divides in 16 bits
     assert (codes_to_values(weight.data, weight.scale.dtype) - codes).abs().max() <= (
         32 if "FP8" in name else 1
-    )  # it divides in 16 bits
+    )
 
 
 @pytest.mark.parametrize("scheme", ASYMMETRIC, ids=str)

@@ -737,9 +737,8 @@ def test_the_first_target_in_order_wins_in_engines_and_the_smallest_regex_in_the
     groups = {"a": eight.config["config_groups"]["g"], "b": four.config["config_groups"]["g"]}
     four.config["config_groups"] = groups
     report = check(build(tmp_path / "overlapping", four), "vllm")
-    assert (
-        codes(report) == {"E_ENGINE_OTHER_WEIGHTS"} and report.findings[0].count == 1
-    )  # for each kind of layer
+    # for each kind of layer
+    assert codes(report) == {"E_ENGINE_OTHER_WEIGHTS"} and report.findings[0].count == 1
     four.config["config_groups"] = {"b": groups["b"], "a": groups["a"]}
     assert check(build(tmp_path / "in_order", four), "vllm").loads
 

@@ -159,6 +159,7 @@ def test_the_histogram_is_of_the_effective_scale_of_both_levels(tmp_path):
     scale = torch.tensor([0.5, 1, 2, 3, 4, 96, 0, 448]).expand(ROWS, 8).to(torch.float8_e4m3fn)
     weight = QuantizedWeight(fp4(torch.ones(ROWS, COLUMNS)), scale, torch.full((ROWS,), 2.0**-6))
     found = numbers(stored(tmp_path / "model", {NAME: (weight, SCHEMES["NVFP4A16"])}))
+    # and none for the scale of 0
     assert found.scale_histogram == (
         (-7, ROWS),
         (-6, ROWS),
@@ -166,7 +167,7 @@ def test_the_histogram_is_of_the_effective_scale_of_both_levels(tmp_path):
         (-4, ROWS),
         (0, ROWS),
         (2, ROWS),
-    )  # and none for the scale of 0
+    )
     assert (found.scale_min, found.scale_max) == (0, 7)
 
 

@@ -167,13 +167,11 @@ def test_dense_models_equal_their_dequantized_form(tmp_path, model_type):
         reference = load_dequantized(open_checkpoint(tmp_path / scheme))
         with only_plain():
             model = load(tmp_path / scheme, device="cpu")
-        assert (
-            sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 4
-        )  # q|k|v, o, gate|up, down
+        # q|k|v, o, gate|up, down
+        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2 * 4
         assert distance(model, reference) < 1e-3
-        assert (
-            distance(reference, load(plain, device="cpu")) > 0.02
-        )  # which sees whether anything was quantized
+        # which sees whether anything was quantized
+        assert distance(reference, load(plain, device="cpu")) > 0.02
     assert distance(load(tmp_path / "W4A16", device="cpu"), reference) < 0.02
 
 

@@ -55,9 +55,8 @@ def test_codes_are_multiplied_by_triton_on_hopper_and_by_torch_elsewhere(name):
     for_all = replace(
         SCHEMES[name], activations=Activations(SCHEMES[name].weights.format, "tensor")
     )
-    assert (
-        str(choose(LinearSpec(for_all, (256, 512), torch.bfloat16), H200)) == "scaled_mm"
-    )  # one scale for all tokens, found at run time
+    # one scale for all tokens, found at run time
+    assert str(choose(LinearSpec(for_all, (256, 512), torch.bfloat16), H200)) == "scaled_mm"
 
 
 def test_a_second_copy_of_the_weight_is_made_only_where_there_is_room(with_humming):
@@ -99,9 +98,8 @@ def test_the_operator_calls_the_kernel_for_the_number_of_tokens(monkeypatch):
         ("many", 4),
         ("many", 9),
     ]
-    assert (
-        layer.few_data.data_ptr() == layer.many_data.data_ptr() == weight.data.data_ptr()
-    )  # one copy where both read the same tensors
+    # one copy where both read the same tensors
+    assert layer.few_data.data_ptr() == layer.many_data.data_ptr() == weight.data.data_ptr()
 
 
 def test_the_order_of_the_inputs_and_their_factor_come_before_the_kernel():
@@ -134,9 +132,8 @@ def test_layers_that_share_an_input_take_their_parts_of_one_product():
         whole(other).split((128, 64, 64), -1),
     )
     assert torch.equal(shared.take(one, 0), expected[0])
-    assert torch.equal(
-        shared.take(other, 2), expected_other[2]
-    )  # another input in between is no trouble
+    # another input in between is no trouble
+    assert torch.equal(shared.take(other, 2), expected_other[2])
     assert torch.equal(shared.take(one, 1), expected[1])
     assert torch.equal(shared.take(one, 1), expected[1])  # nor is asking twice
     shared.take(one, 0)

@@ -117,10 +117,11 @@ def check(
     x, weight = sample(spec, tokens, seed)
     bias = torch.linspace(-1, 1, shape[0]).to(spec.dtype) if has_bias else None
     y, reference = run(kernel, spec, x, weight, bias), exact(spec, x, weight, bias)
+    # a few outputs may cancel
     usual = (
         torch.outer(x.double().norm(dim=1), dequantize(weight).double().norm(dim=1)).norm()
         / shape[1] ** 0.5
-    )  # a few outputs may cancel
+    )
     size = torch.maximum(reference.norm(), usual)
     assert (y.double() - reference).norm() <= 1e-2 * size
     assert (y.double() - run("reference", spec, x, weight, bias).double()).norm() <= 1e-2 * size

@@ -147,9 +147,8 @@ def test_a_measured_schedule_is_for_the_gpu_weights_shape_and_tokens_it_was_meas
     assert found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 64)
     assert not found.takes(SCHEMES["W4A16_ASYM"].weights, (28672, 4096), 64)
     assert not found.takes(SCHEMES["W4A16"].weights, (4096, 4096), 64)
-    assert not found.takes(
-        SCHEMES["W4A16"].weights, (28672 + 128, 4096), 64
-    )  # its tile of 256 rows
+    # its tile of 256 rows
+    assert not found.takes(SCHEMES["W4A16"].weights, (28672 + 128, 4096), 64)
     assert not found.takes(SCHEMES["W4A16"].weights, (28672, 4096), 32) and not found.takes(
         SCHEMES["W4A16"].weights, (28672, 4096), 96
     )
@@ -198,11 +197,12 @@ def test_humming_is_told_the_measured_schedule_and_chooses_the_others(
             1
         ]
     )
+    # equal neighbours are one
     assert steps == [
         [0, 16, choice],
         [16, 1024, choice | early],
         [1024, 1 << 30, choice],
-    ]  # equal neighbours are one
+    ]
     layer.a_dtype.num_bits = 8
     assert json.loads(
         humming._config.__wrapped__(spec_of("W4A8"), torch.device("cuda", 0), False)[1]

@@ -16,12 +16,13 @@ import torch
 if __name__ != "__main__":
     pytest.importorskip("triton", reason="triton is for Linux only")
 
+# tokens, outputs, inputs: whole 16 bytes a row, few of whole tiles
 SHAPES = (
     (1, 72, 144),
     (100, 264, 400),
     (300, 520, 272),
     (129, 256, 128),
-)  # tokens, outputs, inputs: whole 16 bytes a row, few of whole tiles
+)
 SCHEMES = ("W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8")
 
 
@@ -93,11 +94,12 @@ def compile_all() -> None:
     for name in ("W8A8", "FP8_DYNAMIC"):
         tiles = {tile for tile in triton_w8a8.TILES[ALL[name].weights.format].values() if tile.bulk}
         assert tiles
+        # rows of 4088 bytes are not whole 16 bytes
         for columns, gluon in (
             (4096, True),
             (4096, False),
             (4088, True),
-        ):  # rows of 4088 bytes are not whole 16 bytes
+        ):
             triton_w8a8.GLUON = gluon  # False: as with another Triton
             by_pointers = columns % 16 or not gluon
             spec = LinearSpec(ALL[name], (4096, columns), torch.bfloat16)

@@ -170,9 +170,10 @@ def interpret() -> None:
         ):
             compare("triton_w8a8", SCHEMES[name], shape, tokens, tile, dtype)
             count += 1
+    # more than one band of tiles
     compare(
         "triton_weight_only", SCHEMES["W4A16"], (40, 128), 300, Tile(32, 16, 128), torch.bfloat16
-    )  # more than one band of tiles
+    )
     print(f"{count + 1} compared")
 
 

@@ -84,9 +84,8 @@ def test_real_checkpoints_have_the_perplexity_of_their_dequantized_form(sample, 
     rounds_inputs = any(
         group.spec.scheme.activations for group in plan_load(checkpoint, CPU).groups
     )
-    tolerance = (
-        0.01 if rounds_inputs else 2e-3
-    )  # where a sum is rounded another way, codes of the next input fall to the other side
+    # where a sum is rounded another way, codes of the next input fall to the other side
+    tolerance = 0.01 if rounds_inputs else 2e-3
     assert perplexity(load(folder, device="cpu"), TEXTS) == pytest.approx(expected, rel=tolerance)
 
 

@@ -30,11 +30,12 @@ SCALAR = (
     # both
     # engines
 )
+# parameters of these are filled by copy_, which converts
 FLOAT = (
     torch.float32,
     torch.bfloat16,
     torch.float16,
-)  # parameters of these are filled by copy_, which converts
+)
 FP8, BYTE, WORD = torch.float8_e4m3fn, torch.uint8, torch.int32
 # of vLLM 0.33, `vllm/model_executor/`, and of SGLang 0.5.23, `python/sglang/srt/`
 QUANTIZATION = "layers/quantization"
@@ -458,9 +459,8 @@ ROUNDED_INPUTS = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_transformers_computes_the_same_logits_from_compressed_tensors(export, prompt, name, dtype):
     found = difference(export("compressed-tensors", name, dtype, dtype), prompt, dtype)
-    if (
-        dtype == torch.float16 and name in ROUNDED_INPUTS
-    ):  # there the library finds the scales of inputs in 16 bits
+    # there the library finds the scales of inputs in 16 bits
+    if dtype == torch.float16 and name in ROUNDED_INPUTS:
         assert found < 0.04
     else:
         assert found == 0
@@ -482,11 +482,12 @@ def test_transformers_loads_scales_of_any_dtype_into_a_bf16_model(export, prompt
 
 @pytest.mark.parametrize(
     ("name", "at_most"),
+    # it takes amax / 127.5 for inputs, or finds their scales in bf16
     [
         ("W8A8", 0.03),
         ("W8A8_STATIC", 0.001),
         ("NVFP4", 0.15),
-    ],  # it takes amax / 127.5 for inputs, or finds their scales in bf16
+    ],
 )
 def test_transformers_rounds_inputs_about_as_qtool_simulates(export, prompt, name, at_most):
     dtype = torch.bfloat16 if name == "NVFP4" else torch.float32
@@ -513,9 +514,10 @@ def test_transformers_computes_the_same_logits_from_gptq(
 ):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     scheme = Scheme(Weights(f"int{bits}", "group", 128, symmetric=symmetric))
+    # its kernels round to 16 bits
     assert (
         difference(
             export("gptq", scheme, torch.float16, torch.float16, variant), prompt, torch.float16
         )
         < 0.01
-    )  # its kernels round to 16 bits
+    )

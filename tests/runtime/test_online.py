@@ -408,9 +408,10 @@ def test_fp8dq_weights_are_torchaos(matrices, name, granularity):
     from torchao import quantization
 
     for matrix in matrices:
+        # the config refuses a CPU
         theirs = quantization.Float8Tensor.from_hp(
             matrix, granularity=getattr(quantization, granularity)()
-        )  # the config refuses a CPU
+        )
         ours = quantize(matrix, ONLINE[name])
         assert torch.equal(ours.scale.float(), theirs.scale.expand(ours.scale.shape))
         assert torch.equal(codes_of(ours), theirs.qdata.view(torch.uint8).int())

@@ -67,11 +67,12 @@ FITTING = {  # what `--quantization` may say, and of which checkpoints
     "modelopt": ["modelopt_fp8", "modelopt_fp4"],
     "modelopt_fp8": ["modelopt_fp8"],
     "modelopt_fp4": ["modelopt_fp4"],
+    # by its method, and where the scheme is what `fp8` would make
     "fp8": [
         "blocks",
         "fp8_dynamic",
         "modelopt_fp8",
-    ],  # by its method, and where the scheme is what `fp8` would make
+    ],
     "w8a8_fp8": ["fp8_dynamic", "modelopt_fp8"],
     "w8a8_int8": [],
 }

@@ -295,13 +295,14 @@ def test_every_flag_is_one_the_engine_has(engine):
 
 @pytest.mark.parametrize("engine", THEIRS)
 def test_every_option_in_the_table_of_the_other_engine_has_an_answer(engine):
+    # what vLLM has in parts
     parts = {
         "master_addr",
         "master_port",
         "headless",
         "dist_init_addr",
         "no_chunked_prefill",
-    }  # what vLLM has in parts
+    }
     known = {name for target in targets().values() for name in target.options} - parts
     assert known <= targets()[engine].options.keys()
 
@@ -624,9 +625,8 @@ from qtool.serve.handover import prepare
 print("\\n".join(prepare("sglang", {"model_path": "org/tiny", "revision": "v1.0"}, dry_run=True).arguments))
 """
     with HubServer({"org/tiny": files}) as server:
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith("HF_")
-        }  # a library of another test may have set some
+        # a library of another test may have set some
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment = {**clean, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub")}
         done = subprocess.run(
             [sys.executable, "-c", code],

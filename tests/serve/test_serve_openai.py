@@ -235,9 +235,8 @@ def test_a_chat_is_answered(ask, tokens_of):
     "sampling", [{"temperature": 0}, {"seed": 5}, {"seed": 5, "n": 3}], ids=str
 )
 def test_a_stream_is_the_answer_in_pieces(ask, tokens_of, sampling):
-    whole = [ask(**sampling) for _ in range(2)][
-        1
-    ]  # now the prompt is in the cache, as it is for the stream
+    # now the prompt is in the cache, as it is for the stream
+    whole = [ask(**sampling) for _ in range(2)][1]
     chunks = list(ask(**sampling, stream=True, stream_options={"include_usage": True}))
     *told, last = chunks
     n = sampling.get("n", 1)
@@ -265,12 +264,12 @@ def test_tokens_that_were_computed_before_are_told(ask):
     messages = [{"role": "user", "content": f"The numbers up to {list(range(40))}"}]
     first, again = (ask(messages=messages, n=2).usage for _ in range(2))
     assert first.prompt_tokens == again.prompt_tokens
-    assert (
-        first.prompt_tokens_details.cached_tokens == 0
-    )  # the second choice may have found what the first one left
+    # the second choice may have found what the first one left
+    assert first.prompt_tokens_details.cached_tokens == 0
+    # all whole pages
     assert (
         first.prompt_tokens - 32 < again.prompt_tokens_details.cached_tokens < first.prompt_tokens
-    )  # all whole pages
+    )
 
 
 def test_choices_of_a_seed_repeat_and_differ(ask):
@@ -305,9 +304,8 @@ def test_log_probabilities_are_the_engines(served, ask, tokens_of):
         for others in meta["output_top_logprobs"]
     ]
     for one in told:
-        assert (
-            one.token == one.top_logprobs[0].token and one.logprob == one.top_logprobs[0].logprob
-        )  # temperature 0 takes the likeliest
+        # temperature 0 takes the likeliest
+        assert one.token == one.top_logprobs[0].token and one.logprob == one.top_logprobs[0].logprob
         assert [other.logprob for other in one.top_logprobs] == sorted(
             (other.logprob for other in one.top_logprobs), reverse=True
         )
@@ -333,9 +331,8 @@ def test_bytes_of_tokens_are_the_text(ask, stream):
     assert text == "日本é🎉 ok."
     spelled = b"".join(bytes(one.bytes) for one in told).decode()
     assert spelled.removesuffix("<|endoftext|>") == text
-    assert any(
-        "\N{REPLACEMENT CHARACTER}" in one.token for one in told
-    )  # characters in several tokens
+    # characters in several tokens
+    assert any("\N{REPLACEMENT CHARACTER}" in one.token for one in told)
     assert choices[-1].finish_reason == "stop"
 
 
@@ -379,10 +376,11 @@ def test_how_long_an_answer_is(ask):
     assert length() == (1, "stop")
     assert length(extra_body={"min_tokens": 5}) == (6, "stop")
     assert length(extra_body={"ignore_eos": True}) == (16, "length")
+    # the newer name wins
     assert length(extra_body={"ignore_eos": True}, max_completion_tokens=3) == (
         3,
         "length",
-    )  # the newer name wins
+    )
     assert length(extra_body={"stop_token_ids": [0], "ignore_eos": True}) == (1, "stop")
     assert ask(logit_bias={END: 100}).choices[0].message.content == ""
     assert ask(
@@ -422,9 +420,8 @@ def test_roles_and_parts_mean_what_they_say(ask, tokens_of):
     system, user = {"role": "system", "content": "Be brief."}, ASKED[0]
     wanted = tokens_of([system, user])
     assert len(wanted) > len(tokens_of([user]))
-    assert (
-        tokens_of([{"role": "developer", "content": "Be brief."}, user]) == wanted
-    )  # the template knows no developer
+    # the template knows no developer
+    assert tokens_of([{"role": "developer", "content": "Be brief."}, user]) == wanted
     assert (
         tokens_of([{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user])
         == wanted
@@ -683,9 +680,8 @@ def test_results_of_tools_go_back_into_the_chat(other_client, no_space):
         answer = other_client.chat.completions.create(**options, messages=[*ASKED, message, result])
         assert answer.choices[0].finish_reason in ("stop", "length")
     short = other_client.chat.completions.create(**options, messages=ASKED)
-    assert (
-        answer.usage.prompt_tokens > short.usage.prompt_tokens + 10
-    )  # the template shows the call and its result
+    # the template shows the call and its result
+    assert answer.usage.prompt_tokens > short.usage.prompt_tokens + 10
 
 
 def test_options_reach_the_template(other_client):
@@ -768,9 +764,8 @@ def test_log_probabilities_of_a_continuation(complete, count):
         len(one) for one in (told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset)
     ] == [12] * 4
     for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
-        assert (
-            count <= len(top) <= count + 1 and top[token] == value <= 0
-        )  # the one that was drawn is always there
+        # the one that was drawn is always there
+        assert count <= len(top) <= count + 1 and top[token] == value <= 0
         assert sum(other > value for other in top.values()) == len(top) - 1 or count
 
 

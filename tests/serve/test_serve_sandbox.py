@@ -81,9 +81,8 @@ DEEDS = {
     "sleep": lambda seconds: time.sleep(seconds),
     "spin": spin,
     "eat": lambda megabytes: len(b"x" * (megabytes * MB)),
-    "compute": lambda _: (
-        3 ** (3**30)
-    ),  # one instruction of the interpreter: nothing inside could stop it
+    # one instruction of the interpreter: nothing inside could stop it
+    "compute": lambda _: 3 ** (3**30),
     "text": lambda length: "x" * length,
     "shout": shout,
     "rave": rave,

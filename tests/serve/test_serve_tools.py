@@ -404,9 +404,8 @@ def test_two_calls_in_one_piece_are_two_deltas():
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [*STYLES, "required"])
 def test_twenty_thousand_pieces_are_read_as_the_whole(kind, text):
-    assert read(kind, text) == read(
-        kind, *text
-    )  # a reader that looked at all of it with each piece would take minutes
+    # a reader that looked at all of it with each piece would take minutes
+    assert read(kind, text) == read(kind, *text)
 
 
 # Styles
@@ -489,9 +488,8 @@ def test_the_parser_fits_the_choice():
         "HermesParser", "RequiredParser", "NamedParser",
     ]  # fmt: skip
     assert type(parser_for(choose([F], "auto"), "llama3_json")).__name__ == "LlamaParser"
-    assert (
-        parser_for(choose([F], "required"), None) is not None
-    )  # the schema says the form, the template need not
+    # the schema says the form, the template need not
+    assert parser_for(choose([F], "required"), None) is not None
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ class HubServer:
         if path in ("", "/"):
             return self._send(request, 200, b"a hub")
         parts = unquote(path).strip("/").split("/")
-        if (
-            parts[:2] == ["api", "models"] and len(parts) >= 6
-        ):  # api/models/ORG/NAME/revision|tree/REVISION
+        # api/models/ORG/NAME/revision|tree/REVISION
+        if parts[:2] == ["api", "models"] and len(parts) >= 6:
             return self._api("/".join(parts[2:4]), parts[4], parts[5], request)
         if len(parts) >= 5 and parts[2] == "resolve":  # ORG/NAME/resolve/REVISION/FILE
             return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), request)

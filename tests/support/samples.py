@@ -151,12 +151,10 @@ def make_ct(source: Path, out: Path) -> None:
             **(options if needs_data else {}),
         )
         model.save_pretrained(out / name)
-        loaded = load(
-            out / name, dtype=torch.float32
-        )  # so that its roundings can be compared exactly
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the first forward decompresses, NVFP4 to bf16 whatever it is asked for
+        # so that its roundings can be compared exactly
+        loaded = load(out / name, dtype=torch.float32)
+        # the first forward decompresses, NVFP4 to bf16 whatever it is asked for
+        with contextlib.suppress(RuntimeError):
             loaded(torch.tensor([[1, 2, 3]]))
         torch.nn.Module.float(loaded)  # transformers' own refuses
         weights = {

@@ -512,9 +512,8 @@ def _attend(  # type: ignore[no-untyped-def]
         last = position + gl.minimum(left, TOKENS) - 1
         own = gl.minimum(position + mine, last)
         tiles = last // KEYS + 1
-        whole = gl.maximum(
-            (position + 1) // KEYS, 1
-        )  # tiles from here on are not seen by every row
+        # tiles from here on are not seen by every row
+        whole = gl.maximum((position + 1) // KEYS, 1)
         # The first tile.
         stage = step % STAGES
         mbarrier.wait(keys_in.index(stage), step // STAGES % 2)

@@ -371,9 +371,8 @@ def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", *
             mask = mask_function(zero, zero, torch.full_like(seen, own), seen).expand(own + 2).cpu()
         except IndexError:
             raise _refused("its mask depends on the input") from None
-        if not bool(
-            mask.any()
-        ):  # of a window of 0, which a model makes that has no layer with a window
+        # of a window of 0, which a model makes that has no layer with a window
+        if not bool(mask.any()):
             return
         first = int(mask.int().argmax())
         if not bool(mask[first : own + 1].all()) or bool(mask[own + 1]):

@@ -60,9 +60,8 @@ def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
     bytes of a number in the queries.
     """
     keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
-    if (
-        programs < 512
-    ):  # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+    # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+    if programs < 512:
         parts, least = 16 if programs <= 64 else 512 // programs, 1
     else:  # cut only long sequences, for the sake of balance
         parts, least = 4, 4096 // keys
@@ -447,24 +446,21 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
     for _ in tl.range(begin, end, num_stages=STAGES):
         visible = (keys >= low) & (keys <= last)
-        next_page = tl.load(
-            table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0
-        )  # a step ahead: loads wait for none in their step
+        # a step ahead: loads wait for none in their step
+        next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
         k = _load(k_pages, page.to(tl.int64) * k_page, keys, visible, MASKED, D, q.shape[1], PAGE)
         logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee") * factor
         if SOFTCAP:
-            logits = limit - 2 * limit / (
-                tl.exp2(logits * 2.885390081777927) + 1
-            )  # limit * tanh, by e^2x = 2^(2.88 x)
+            # limit * tanh, by e^2x = 2^(2.88 x)
+            logits = limit - 2 * limit / (tl.exp2(logits * 2.885390081777927) + 1)
         if MASKED:
             seen = keys[None, :] <= own[:, None]
             if WINDOWED:
                 seen &= keys[None, :] > own[:, None] - window
             logits = tl.where(seen, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        base = (
-            tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED and WINDOWED else new_top
-        )  # a row's window may begin later
+        # a row's window may begin later
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED and WINDOWED else new_top
         p = tl.exp2(logits - base[:, None])
         kept = tl.exp2(top - base)
         total = total * kept + tl.sum(p, 1)

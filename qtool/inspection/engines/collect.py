@@ -18,18 +18,20 @@ from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, Mo
 from qtool.plan import HEADS
 from qtool.scheme import Scheme
 
+# other names of the same
 METHODS = {
     "compressed_tensors": "compressed-tensors",
     "gptq_marlin": "gptq",
     "awq_marlin": "awq",
-}  # other names of the same
+}
 CONTAINERS = {"I8": "int8", "F8_E4M3": "float8", "U8": "packed"}
+# the first that a module has
 WHOLE_MATRIX_SCALES = (
     "weight_global_scale",
     "weight_scale_2",
     "weight_scale",
     "weight_scale_inv",
-)  # the first that a module has
+)
 
 
 def survey_checkpoint(

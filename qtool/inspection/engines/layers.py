@@ -79,9 +79,8 @@ def linear_layers(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear],
         if owner not in shapes and is_linear(tensor):
             shapes[owner] = (tensor.shape[0], tensor.shape[1])
     groups = _groups(shapes)
-    runs_in = {
-        shard: name for name, (_, shards) in groups.items() for shard in shards
-    }  # experts come last: each is of a pair and of its layer
+    # experts come last: each is of a pair and of its layer
+    runs_in = {shard: name for name, (_, shards) in groups.items() for shard in shards}
     linears = {
         name: Linear(name, _role(name), shape, layout.modules.get(name), runs_in.get(name, name))
         for name, shape in shapes.items()

@@ -83,9 +83,8 @@ def _blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
 def _multiply(  # type: ignore[no-untyped-def]
     x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, STAGES: gl.constexpr
 ):
-    inputs = gl.allocate_shared_memory(
-        x.dtype, [2 * STAGES] + x.block_type.shape, x.layout
-    )  # two groups of tokens a stage
+    # two groups of tokens a stage
+    inputs = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)
     weights = gl.allocate_shared_memory(data.dtype, [STAGES] + data.block_type.shape, data.layout)
     stored = gl.allocate_shared_memory(y.dtype, [2] + y.block_type.shape, y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -156,9 +155,8 @@ def _produce(  # type: ignore[no-untyped-def]
         for k in range(0, K, TILE_K):
             stage = step % STAGES
             loaded = full.index(stage)
-            mbarrier.wait(
-                empty.index(stage), (step // STAGES + 1) % 2
-            )  # at first nothing is waited for
+            # at first nothing is waited for
+            mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
             mbarrier.expect(loaded, 2 * x.block_type.nbytes + data.block_type.nbytes)
             tma.async_copy_global_to_shared(x, [m, k], loaded, inputs.index(2 * stage))
             tma.async_copy_global_to_shared(data, [n, k], loaded, weights.index(stage))
@@ -191,11 +189,12 @@ def _consume(  # type: ignore[no-untyped-def]
     WIDTH: gl.constexpr = stored.shape[2]
     INT8: gl.constexpr = weights.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
+    # Triton has no int8 product of 256 outputs
     INSTRUCTION: gl.constexpr = [
         16,
         128 if INT8 and TILE_N > 128 else TILE_N,
         32,
-    ]  # Triton has no int8 product of 256 outputs
+    ]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], INSTRUCTION)
     step = 0
     for tile in range(
@@ -212,9 +211,8 @@ def _consume(  # type: ignore[no-untyped-def]
                 acc,
                 is_async=True,
             )
-            acc = warpgroup_mma_init(
-                warpgroup_mma_wait(1, deps=[acc])
-            )  # the product before this one is done
+            # the product before this one is done
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
             gl.thread_barrier()  # in all four warps
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1

@@ -27,13 +27,15 @@ from qtool.weight import QuantizedWeight, fake_quantize_input
 # fits itself
 TILE = 128
 GROUP_SIZES = (16, 32, 64, 128)
+# as humming calls them
 NAMES = {
     "fp8": "float8e4m3",
     "fp4": "float4e2m1",
     "e4m3": "float8e4m3",
     "e8m0": "float8e8m0",
     "int8": "int8",
-}  # as humming calls them
+}
+# tokens: one schedule to each, where humming by itself would compile 33
 STEPS = (
     8,
     16,
@@ -47,10 +49,9 @@ STEPS = (
     1024,
     2048,
     4096,
-)  # tokens: one schedule to each, where humming by itself would compile 33
-MEASURED = Path(__file__).with_name(
-    "humming_schedules.json"
-)  # what tests/benchmarks/sweep_humming.py found; it names the GPU
+)
+# what tests/benchmarks/sweep_humming.py found; it names the GPU
+MEASURED = Path(__file__).with_name("humming_schedules.json")
 # as many as its own layers have; each layer needs its own, since two GEMMs in a row may overlap
 LOCKS = 2048
 
@@ -148,9 +149,10 @@ def lay_out(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
     if weight.activation is not None:
         extra |= {"static_scale": weight.activation.scale, "static_zero": weight.activation.zero}
+    # it may add a second scale
     _, tensors = prepare_fp16_e8m0_scale(
         _config(spec, device, "weight_scale_2" in tensors)[0], tensors
-    )  # it may add a second scale
+    )
     packed: dict[str, Tensor] = transform_humming_tensors(
         _config(spec, device, "weight_scale_2" in tensors)[0], tensors, already_padded=True
     )

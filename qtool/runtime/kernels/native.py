@@ -52,13 +52,14 @@ FLAGS = (
 STRIP, CHUNK = 32, 128  # outputs and inputs that native.c takes at a time
 PIECE = 8 * STRIP  # outputs that are packed at a time
 CODES = {torch.uint8: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # `enum codes`
+# `enum scales`
 SCALES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.float8_e8m0fnu: 4,
-}  # `enum scales`
+}
 
 
 def objection(spec: LinearSpec, device: Device) -> str | None:
@@ -185,9 +186,8 @@ def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
     bits = entries.contiguous().view(_bits(entries))
     if stored < width:
         bits = bits.repeat_interleave(width // stored, dim=1)[:, :count]
-    one = (
-        127 if entries.dtype == torch.float8_e8m0fnu else 0
-    )  # a byte of 0 is 2^-127, and subnormals are slow
+    # a byte of 0 is 2^-127, and subnormals are slow
+    one = 127 if entries.dtype == torch.float8_e8m0fnu else 0
     bits = pad(bits, (0, count - bits.shape[1], 0, -bits.shape[0] % STRIP), value=one)
     return bits.view(-1, STRIP, count).transpose(1, 2).contiguous().view(entries.dtype)
 
@@ -203,9 +203,10 @@ def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
         (0, -data.shape[1] % CHUNK, 0, -data.shape[0] % STRIP),
         value=zero if nibbles else 0,
     )
+    # of the 128 codes of a row
     parts = {torch.uint8: (4, 32), torch.int8: (2, 4, 16), torch.float8_e4m3fn: (2, 2, 32)}[
         data.dtype
-    ]  # of the 128 codes of a row
+    ]
     rows = bits.view(-1, STRIP, bits.shape[1] // CHUNK, *parts).transpose(1, 2)
     if nibbles:
         rows = rows[..., ::2, :] | rows[..., 1::2, :] << 4

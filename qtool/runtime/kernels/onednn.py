@@ -102,9 +102,8 @@ def _width(spec: LinearSpec) -> int:
 
 def _multiply(spec: LinearSpec, codes: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
     """Return uint8 ``codes`` [R, K] less `MIDDLE`, times the weight, f32 [R, N]."""
-    operator = (
-        torch.ops.onednn.qlinear_pointwise
-    )  # its overloads are named below: finding one by its arguments is slow
+    # its overloads are named below: finding one by its arguments is slow
+    operator = torch.ops.onednn.qlinear_pointwise
     groups = [group.contiguous() for group in torch.split(codes, _width(spec), dim=1)]
     no_zero = torch.zeros(spec.shape[0], dtype=torch.int64)
     factors = [

@@ -94,9 +94,8 @@ def apply_codes(
         and device_of(codes.device).capability >= 90
     ):
         return _fp8_sums(codes, weight, row_scale, scale[None], bias, dtype)
-    wide = (
-        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    )  # float16 ends at 65504, and sums of codes do not
+    # float16 ends at 65504, and sums of codes do not
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return rescaled(_fp8_sums(codes, weight, one, one, None, wide), row_scale, scale, bias, dtype)
 
 

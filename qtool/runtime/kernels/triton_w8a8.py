@@ -122,9 +122,8 @@ def multiply(
         x, row_scale = quantize_rows(
             x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True
         )
-    if (
-        tile.bulk and GLUON and rows % 8 == columns % 16 == 0
-    ):  # rows of whole 16 bytes, as TMA wants them
+    # rows of whole 16 bytes, as TMA wants them
+    if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
 
         return multiply_codes(x, row_scale, packed["data"], packed["scale"], bias, spec.dtype, tile)

@@ -305,9 +305,8 @@ def multiply(
     return y
 
 
-Bits = tuple[
-    tuple[tuple[int, int], ...], int
-]  # of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
+# of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
+Bits = tuple[tuple[tuple[int, int], ...], int]
 
 
 @dataclass(frozen=True)
@@ -353,10 +352,11 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
         target = "$0" if index == len(parts) else f"u{index}"
         if shift:
             lines.append(f"sh{'r' if shift > 0 else 'l'}.b32 t{index}, $1, {abs(shift)};")
+        # (t & mask) ^ so_far
         lines.append(
             f"lop3.b32 {target}, {f't{index}' if shift else '$1'}, {mask * 0x10001:#x}, {so_far}, "
             "0x6A;"
-        )  # (t & mask) ^ so_far
+        )
         so_far = target
     return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
 
@@ -529,9 +529,8 @@ def _multiply(  # type: ignore[no-untyped-def]
             )
             prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
     start_early(PDL)
-    for step in tl.range(
-        first, tl.minimum(first + steps_each, steps), num_stages=STAGES
-    ):  # said here, it also fetches the scales ahead
+    # said here, it also fetches the scales ahead
+    for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             block = step * UNROLL + u
             row = block * N_PADDED + n

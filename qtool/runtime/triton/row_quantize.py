@@ -65,18 +65,16 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     inverse = tl.broadcast_to(tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale), x.shape)
     scale = tl.broadcast_to(scale, x.shape)
     ratio = x * inverse
-    ratio = tl.fma(
-        tl.fma(-ratio, scale, x), inverse, ratio
-    )  # with this step of Newton's it is x / scale, correctly rounded
+    # with this step of Newton's it is x / scale, correctly rounded
+    ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)
     if FP8:
         return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
         magic = (
             12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
         )
-        return (
-            (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)
-        )  # the lowest bits of a code stand last
+        # the lowest bits of a code stand last
+        return (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize_on_alignment=["static_scale"])

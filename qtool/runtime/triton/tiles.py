@@ -56,9 +56,8 @@ class Tile:
         return int(triton.cdiv(steps, triton.cdiv(steps, parts)))  # no part is empty
 
 
-Table = Mapping[
-    tuple[int, str], Tile
-]  # (most tokens, class of the shape or "any") -> Tile; 0 tokens: any number
+# (most tokens, class of the shape or "any") -> Tile; 0 tokens: any number
+Table = Mapping[tuple[int, str], Tile]
 
 
 def pick(table: Table, tokens: int, n: int, k: int) -> Tile:

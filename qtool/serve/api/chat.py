@@ -77,9 +77,8 @@ async def prompt_of(
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     continued = bool(body.continue_final_message)
     turns = [message.model_dump(exclude_none=True) for message in messages]
-    if "developer" not in (
-        service.templates.text or ""
-    ):  # OpenAI's later name for the system, which few templates know
+    # OpenAI's later name for the system, which few templates know
+    if "developer" not in (service.templates.text or ""):
         turns = [
             {**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns
         ]
@@ -117,9 +116,8 @@ class _Chat:
             if parser := tools.parser_for(self._choice, self._service.tool_style):
                 deltas = [parser.push(piece.text), parser.finish()]
                 content, calls = tools.fold(deltas)
-                message["content"] = (
-                    None if self._choice.mode == "required" else content
-                )  # what a limit cut off is no answer
+                # what a limit cut off is no answer
+                message["content"] = None if self._choice.mode == "required" else content
                 if calls:
                     message["tool_calls"] = calls
                     reason = "tool_calls" if reason == "stop" else reason

@@ -33,16 +33,18 @@ MAX_PARTS = 4096
 MAX_TOOLS = 128
 LARGEST = 2**31 - 1
 MAX_ERRORS = 100  # of one body that are looked at
+# word in the type of a part -> what it is
 OTHER_CONTENT = {
     "image": "images",
     "audio": "audio",
     "video": "videos",
     "file": "files",
-}  # word in the type of a part -> what it is
+}
+# pydantic's -> OpenAI's
 CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
-}  # pydantic's -> OpenAI's
+}
 
 
 def bounded(name: str) -> Any:

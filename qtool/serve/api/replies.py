@@ -58,9 +58,8 @@ def completion_logprobs(
     best = [
         None
         if others is None
-        else {
-            name(token): finite(value) for value, token, _ in reversed((*others, chosen))
-        }  # of one name the likeliest stays
+        # of one name the likeliest stays
+        else {name(token): finite(value) for value, token, _ in reversed((*others, chosen))}
         for chosen, others in zip(logprobs, top, strict=True)
     ]
     values = [finite(value) for value, *_ in logprobs]

@@ -11,9 +11,8 @@ from pydantic import Field
 from qtool.serve.api.protocol import ErrorReply, Reply
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
-NativeLogprob = tuple[
-    float | None, int, str | None
-]  # the natural logarithm, the token, its text if that was asked for
+# the natural logarithm, the token, its text if that was asked for
+NativeLogprob = tuple[float | None, int, str | None]
 
 
 class CachedTokens(Reply):

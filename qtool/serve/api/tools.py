@@ -48,13 +48,11 @@ STYLES = {
     "llama4_json": "llama3_json",
 }
 
-_NAME = re.compile(
-    rf"[A-Za-z0-9_.-]{{1,{MAX_NAME}}}"
-)  # documented without the dot; OpenAI's own check has it
+# documented without the dot; OpenAI's own check has it
+_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME}}}")
 _JSON_ARGUMENTS = re.compile(r"\\?\"arguments\\?\"")
-_XML_ARGUMENTS = re.compile(
-    r"<function=|<arg_key>"
-)  # Qwen3-Coder, GLM: Hermes' marker around what is not JSON
+# Qwen3-Coder, GLM: Hermes' marker around what is not JSON
+_XML_ARGUMENTS = re.compile(r"<function=|<arg_key>")
 _LLAMA_FORMAT = re.compile(r'\{\\?"name\\?": function name, \\?"parameters\\?": ')
 
 

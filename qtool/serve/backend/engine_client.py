@@ -29,9 +29,8 @@ LOG = logging.getLogger("qtool.serve")
 LENGTH = struct.Struct("!I")
 PATIENCE_S = 15.0  # for the engine to say what it is doing: a step of its may be long
 END_S = 5.0  # for it to end by itself
-Logprob = tuple[
-    float | None, int, None
-]  # the natural logarithm, the token; SGLang's third place is empty
+# the natural logarithm, the token; SGLang's third place is empty
+Logprob = tuple[float | None, int, None]
 
 
 class Ending(NamedTuple):

@@ -75,9 +75,8 @@ class _Desk:
 
         def tell(news: tuple[int, Any, bool]) -> None:  # in the thread of the engine's loop
             index, answer, last = news
-            if isinstance(
-                answer, torch.AcceleratorError
-            ):  # the device does nothing more for this process
+            # the device does nothing more for this process
+            if isinstance(answer, torch.AcceleratorError):
                 LOG.error("the device failed: %s", one_line(answer))
                 os._exit(1)
             if isinstance(answer, Exception):
@@ -100,9 +99,8 @@ class _Desk:
                 return_logprob=submission.top_logprobs is not None,
                 top_logprobs_num=submission.top_logprobs or 0,
                 logprob_start_len=submission.prompt_logprobs_from,
-                rid=[
-                    f"{key}-{number}" for number in range(len(submission.prompts))
-                ],  # two clients may send one rid
+                # two clients may send one rid
+                rid=[f"{key}-{number}" for number in range(len(submission.prompts))],
             )
             self._requests[key] = submission.rid, engine.submit(ask, tell)
             self._forget(key)  # it may have ended already
@@ -119,9 +117,8 @@ class _Desk:
                 while len(head := file.read(LENGTH.size)) == LENGTH.size:
                     self._inbox.put(pickle.loads(file.read(LENGTH.unpack(head)[0])))
         finally:
-            os._exit(
-                0
-            )  # the server is gone, or wants this: the device's memory goes back with the process
+            # the server is gone, or wants this: the device's memory goes back with the process
+            os._exit(0)
 
     def _send(self) -> None:
         try:
@@ -132,9 +129,8 @@ class _Desk:
                         messages.append(self._outbox.get_nowait())
                 for kind, group in itertools.groupby(messages, key=operator.itemgetter(0)):
                     said = [said for _, said in group]
-                    for one in (
-                        [said] if kind == "told" else said
-                    ):  # what one step told is one message
+                    # what one step told is one message
+                    for one in [said] if kind == "told" else said:
                         data = pickle.dumps((kind, one), pickle.HIGHEST_PROTOCOL)
                         self._connection.sendall(LENGTH.pack(len(data)) + data)
         except OSError:
@@ -275,10 +271,11 @@ def _with_more_gpus(options: dict[str, Any]) -> str:
 
 def main(descriptor: int) -> None:
     """Run the engine at the other end of ``descriptor``, a socket."""
+    # of a terminal or a whole group: the server decides when the end has come
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # of a terminal or a whole group: the server decides when the end has come
+    ):
         signal.signal(number, signal.SIG_IGN)
     desk = _Desk(socket.socket(fileno=descriptor))
     _, options = desk.next()

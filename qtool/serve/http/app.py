@@ -79,9 +79,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (503, "The server is loading or ending, or a limit of it is reached."),
     )
 }
-LOOKS: dict[int | str, dict[str, Any]] = {
-    status: ERRORS[status] for status in (401, 403, 503)
-}  # of what has no body
+# of what has no body
+LOOKS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 503)}
 SCHEMAS = "#/components/schemas/{model}"
 MAX_CHARACTERS = 1 << 20  # of several prompts to be tokenized
 PAGE_POLICY = (

@@ -29,9 +29,8 @@ class Grammars:
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
         self._sandbox: Sandbox | None = None
-        self._kept: OrderedDict[tuple[str, str], str | UsageError] = (
-            OrderedDict()
-        )  # the one used last at the end
+        # the one used last at the end
+        self._kept: OrderedDict[tuple[str, str], str | UsageError] = OrderedDict()
         self._kept_bytes = 0
         self._compiling: dict[tuple[str, str], asyncio.Task[str | UsageError]] = {}
 

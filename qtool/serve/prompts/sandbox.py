@@ -45,15 +45,17 @@ KEPT = (
     "DYLD_LIBRARY_PATH",
 )
 ADDED = {
+    # it needs neither a device nor the network
     **{
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
-    },  # it needs neither a device nor the network
+    },
+    # each thread and arena reserves memory it may never use
     **{
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
-    },  # each thread and arena reserves memory it may never use
+    },
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -186,9 +188,8 @@ class Sandbox:
                 call.fail(error)
             except Exception as error:
                 call.fail(error)
-                with contextlib.suppress(
-                    Exception
-                ):  # the next call tries again, and is told why it fails
+                # the next call tries again, and is told why it fails
+                with contextlib.suppress(Exception):
                     await self._start_child()
             else:
                 call.succeed(result)
@@ -329,10 +330,11 @@ def main() -> None:
     """Be the child: load the function that the first line names, then answer each line that
     follows, until the other end is closed.
     """
+    # of a supervisor, to every process of the server: the server may still need this one
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # of a supervisor, to every process of the server: the server may still need this one
+    ):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(AttributeError):  # not Linux: it ends after the call that runs
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -368,9 +370,8 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _limit_memory(extra_bytes: int) -> None:
-    with contextlib.suppress(
-        FileNotFoundError
-    ):  # not Linux, where nothing enforces the limit either
+    # not Linux, where nothing enforces the limit either
+    with contextlib.suppress(FileNotFoundError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + extra_bytes
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]

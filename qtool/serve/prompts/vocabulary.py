@@ -37,9 +37,8 @@ class Vocabulary:
                 {token for token, one in added.items() if one.special},
             )
             longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-            self._most_characters = (
-                longest * context_length
-            )  # fewer tokens than the context has cannot hold more
+            # fewer tokens than the context has cannot hold more
+            self._most_characters = longest * context_length
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
