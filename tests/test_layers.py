@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.imports import PACKAGE, imports_of
 
-PACKAGE = Path(__file__).resolve().parents[1] / "qtool"
 ORDER = (
     *(
         "errors",
@@ -49,30 +48,9 @@ def layer_of(file: str) -> str:
     return Path(file).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules of qtool that a file imports, wherever in it, as layers."""
-    found = set()
-    inside = ("qtool", *path.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = (
-                ".".join(
-                    [
-                        *inside[: len(inside) - node.level + 1],
-                        *([node.module] if node.module else []),
-                    ]
-                )
-                if node.level
-                else node.module
-            )
-            found |= (
-                {f"{module}.{alias.name}" for alias in node.names}
-                if module == "qtool"
-                else {module}
-            )
-    return {name.split(".")[1] for name in found if name.startswith("qtool.")} - {"__version__"}
+def layers_imported_by(path: Path) -> set[str]:
+    names = {f"qtool.{name}" if module == "qtool" else module for module, name in imports_of(path)}
+    return {name.split(".")[1] for name in names if name.startswith("qtool.")} - {"__version__"}
 
 
 def test_every_file_belongs_to_a_layer():
@@ -90,12 +68,12 @@ def test_a_module_imports_only_from_its_left(file):
             "quantization",
             "conversion",
         }
-    assert imports_of(FILES[file]) <= allowed
+    assert layers_imported_by(FILES[file]) <= allowed
 
 
 def test_an_import_inside_a_function_is_seen(tmp_path):
     file = PACKAGE / "formats" / "__init__.py"
-    assert "weight" in imports_of(file)  # it is imported in functions and for types only
+    assert "weight" in layers_imported_by(file)  # it is imported in functions and for types only
 
 
 COMMANDS = {

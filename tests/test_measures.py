@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+from support.imports import PACKAGE, imports_of
 
-PACKAGE = Path(__file__).resolve().parents[1] / "qtool"
 KERNELS = ("runtime/kernels", "runtime/triton", "engine/attention", "engine/elementwise.py")
 BRANCHES = (
     *(ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While),
@@ -46,6 +47,7 @@ def branches_of(function: ast.AST) -> int:
     return count
 
 
+@cache
 def measure() -> dict[str, float]:
     """Return each measure of the package by its name in `LIMITS`."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
@@ -76,16 +78,10 @@ def measure() -> dict[str, float]:
     }
 
 
-def imports_of(path: Path, modules: set[str]) -> set[str]:
-    """Return the modules of the package that a file imports, wherever in it."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in modules else node.module for name in names}
-    return found & modules
+def modules_imported_by(path: Path, modules: set[str]) -> set[str]:
+    """Return those of ``modules`` that a file imports; a package counts when a name is its own."""
+    imported = {(f"{module}.{name}", module) for module, name in imports_of(path)}
+    return {whole if whole in modules else module for whole, module in imported} & modules
 
 
 def import_cycles() -> list[list[str]]:
@@ -98,7 +94,7 @@ def import_cycles() -> list[list[str]]:
         for path in PACKAGE.rglob("*.py")
         if path != PACKAGE / "__init__.py"
     }
-    imports = {name: imports_of(path, set(files)) - {name} for name, path in files.items()}
+    imports = {name: modules_imported_by(path, set(files)) - {name} for name, path in files.items()}
 
     def reached_from(name: str) -> set[str]:
         seen: set[str] = set()

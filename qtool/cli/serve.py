@@ -225,6 +225,8 @@ def serve(
         for name, value in locals().items()
         if name not in ("context", "engine", "dry_run", "as_json", "quiet", "verbose", "debug")
     }
+    if log_level is None and (quiet or verbose):
+        options["log_level"] = "warning" if quiet else "debug"
     if engine != "builtin":
         return _hand_over(engine, options, context.args, dry_run=dry_run, as_json=as_json)
     if context.args:
@@ -235,8 +237,6 @@ def serve(
         )
     from qtool.serve.settings import make_settings
 
-    if options["log_level"] is None and (quiet or verbose):
-        options["log_level"] = "warning" if quiet else "debug"
     settings = make_settings(options)
     if dry_run:
         return _show_kernels(settings, as_json=as_json)

@@ -28,7 +28,7 @@ from gemm import microseconds  # noqa: E402
 from test_attention import FP8, Batch  # noqa: E402
 
 from qtool.engine.attention import interface as attention  # noqa: E402
-from qtool.engine.attention import triton_paged as paged_attention  # noqa: E402
+from qtool.engine.attention import triton_paged  # noqa: E402
 from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters  # noqa: E402
 from qtool.engine.attention.triton_paged import Tile  # noqa: E402
 
@@ -106,13 +106,13 @@ def compile_geometry(name: str) -> None:
     )
     out = torch.empty(4, shape["heads"], kv.v.shape[3], dtype=dtype, device="meta")
     packed = Packed(integers(9, 9), integers(4), integers(4), 0, integers(3), 4, most=MOST)
-    paged_attention.write(kv, k, v, packed)
-    paged_attention.prefill(q, kv, packed, out, 0.1, options.get("window"), options.get("softcap"))
+    triton_paged.write(kv, k, v, packed)
+    triton_paged.prefill(q, kv, packed, out, 0.1, options.get("window"), options.get("softcap"))
     for count in (len(FEW), len(MANY)):
-        tile = paged_attention.decode_tile(
+        tile = triton_paged.decode_tile(
             count * shape["kv_heads"], MOST, shape["head_dim"], q.element_size()
         )
-        paged_attention.decode(
+        triton_paged.decode(
             q,
             kv,
             replace(packed, decodes=4),
@@ -130,7 +130,7 @@ def compile_decode(tile: Tile, kv: torch.dtype | None) -> None:
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv=kv)
     q = torch.empty(4, HEADS, HEAD_DIM, dtype=BF16, device="meta")
-    paged_attention.decode(
+    triton_paged.decode(
         q, pages, Packed(integers(4, 9), integers(4), integers(4), 4), q, SCALING, None, None, tile
     )
 
@@ -141,7 +141,7 @@ def compile_prefill(tile: Tile) -> None:
     triton_cpu.compile_only([])
     pages = layer("meta", 10, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     q = torch.empty(4, HEADS, HEAD_DIM, dtype=BF16, device="meta")
-    paged_attention.prefill(
+    triton_paged.prefill(
         q,
         pages,
         Packed(integers(4, 9), integers(4), integers(4), 0, integers(3), 4),
@@ -279,7 +279,7 @@ def time_decode(
     )
     q = torch.randn(batch, HEADS, HEAD_DIM, device=DEVICE, dtype=BF16)
     out = torch.empty_like(q)
-    paged_attention.decode(q, layers[0], packed, out, SCALING, None, None)
+    triton_paged.decode(q, layers[0], packed, out, SCALING, None, None)
     wanted = out.float()
     results = []
     for tile in tiles:
@@ -293,13 +293,13 @@ def time_decode(
         }
         try:
             out.fill_(torch.nan)
-            paged_attention.decode(q, layers[0], packed, out, SCALING, None, None, tile)
+            triton_paged.decode(q, layers[0], packed, out, SCALING, None, None, tile)
             error = float((out.float() - wanted).norm() / wanted.norm())
             assert error < 1e-2, f"relative error {error:.3g}"
 
             def run(tile=tile) -> None:
                 for kv in layers:
-                    paged_attention.decode(q, kv, packed, out, SCALING, None, None, tile)
+                    triton_paged.decode(q, kv, packed, out, SCALING, None, None, tile)
 
             us = microseconds(run, replays=7) / copies
             entry |= {"us": round(us, 2), "TB/s": round(size / us / 1e6, 2)}
@@ -344,7 +344,7 @@ def time_prefill(
     pairs = sum(before * new + new * (new + 1) / 2 for before, new in chunks)
     results = []
     out = torch.empty_like(q)
-    paged_attention.prefill(q, kv, packed, out, SCALING, None, None)
+    triton_paged.prefill(q, kv, packed, out, SCALING, None, None)
     wanted = out.float()
     for tile in tiles:
         if out_of_time():
@@ -362,7 +362,7 @@ def time_prefill(
             else:
 
                 def run(tile=tile) -> Tensor:
-                    paged_attention.prefill(q, kv, packed, out, SCALING, None, None, tile)
+                    triton_paged.prefill(q, kv, packed, out, SCALING, None, None, tile)
                     return out
 
             error = float((run().float() - wanted).norm() / wanted.norm())
@@ -423,11 +423,11 @@ def main() -> None:
             for name in sorted(GEOMETRIES, key=lambda name: -GEOMETRIES[name][0]["head_dim"])
         }
     defaults = {
-        (batch, context): paged_attention.decode_tile(batch * KV_HEADS, context, HEAD_DIM, 2)
+        (batch, context): triton_paged.decode_tile(batch * KV_HEADS, context, HEAD_DIM, 2)
         for batch, context in DECODES
     }
     kinds = [*((pair, None) for pair in DECODES), ((64, 4000), FP8), ((256, 640), FP8)]
-    for tile in [*PREFILL_TILES, paged_attention.prefill_tile(HEAD_DIM, 2)]:
+    for tile in [*PREFILL_TILES, triton_paged.prefill_tile(HEAD_DIM, 2)]:
         jobs.setdefault(tile, pool.submit(compile_prefill, tile))
     for pair, kv in kinds:
         for tile in [*decode_candidates(*pair), defaults[pair]]:

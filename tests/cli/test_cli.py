@@ -527,3 +527,12 @@ def test_nothing_after_two_dashes_is_ours(run_cli, tmp_path, end, printed):
     result = run_cli("serve", "--model-path", tmp_path / "none", "--engine", "vllm", *end)
     assert result.exit_code == 3
     assert ("error" in result.stdout) == printed and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("flag", "level"), [("--quiet", "warning"), ("--verbose", "debug")])
+def test_quiet_and_verbose_reach_the_engine_that_is_handed_over_to(
+    run_cli, tiny_model, flag, level
+):
+    result = run_cli("serve", "--model-path", tiny_model, "--engine", "sglang", "--dry-run", flag)
+    assert result.exit_code == 0, result.stderr
+    assert f"--log-level {level}" in result.stdout

@@ -407,14 +407,14 @@ def interpret() -> None:
     from support import triton_cpu
 
     from qtool.engine.attention import interface as attention
-    from qtool.engine.attention import triton_paged as paged_attention
+    from qtool.engine.attention import triton_paged
     from qtool.engine.attention.triton_paged import Tile
 
     triton_cpu.repair()
-    attention.write = paged_attention.write
+    attention.write = triton_paged.write
     torch.manual_seed(4)
-    globals()["write"] = paged_attention.write
-    paged_attention._numbers = lambda x, dtype: x.to(dtype)  # the interpreter knows no assembly
+    globals()["write"] = triton_paged.write
+    triton_paged._numbers = lambda x, dtype: x.to(dtype)  # the interpreter knows no assembly
 
     def compare(chunks, what: str, decode_tile: Tile, prefill_tile: Tile, options, **shape) -> None:
         batch = Batch(chunks, **shape)
@@ -424,14 +424,14 @@ def interpret() -> None:
             torch.cat([part[before:] for (before, _), part in zip(chunks, parts, strict=True)])
             for parts in (batch.k, batch.v)
         )
-        paged_attention.write(batch.kv, k, v, packed)
+        triton_paged.write(batch.kv, k, v, packed)
         q = torch.cat(batch.q)
         out = q.new_full((*q.shape[:2], batch.kv.v.shape[3]), math.nan)
         settings = (0.2, options.get("window"), options.get("softcap"))
         if packed.decodes:
-            paged_attention.decode(q, batch.kv, packed, out, *settings, decode_tile)
+            triton_paged.decode(q, batch.kv, packed, out, *settings, decode_tile)
         if packed.starts is not None:
-            paged_attention.prefill(q, batch.kv, packed, out, *settings, prefill_tile)
+            triton_paged.prefill(q, batch.kv, packed, out, *settings, prefill_tile)
         wanted = batch.expected(scaling=0.2, **options)
         error = float((out.double() - wanted).norm() / wanted.norm())
         assert error <= (1e-5 if q.dtype == torch.float32 else 1e-2), (
@@ -508,7 +508,7 @@ def interpret() -> None:
 def compile() -> None:
     from support import triton_cpu
 
-    from qtool.engine.attention import triton_paged as paged_attention
+    from qtool.engine.attention import triton_paged
 
     compiled: list = []
     triton_cpu.compile_only(compiled)
@@ -527,10 +527,10 @@ def compile() -> None:
         q, k = empty(300, heads, head_dim, dtype=dtype), empty(300, kv_heads, head_dim, dtype=dtype)
         for decodes in (1, 300):
             packed = Packed(empty(300, 512), empty(300), empty(300), decodes, counters=empty(10000))
-            paged_attention.decode(q, layer, packed, q, 0.1, window, softcap)
+            triton_paged.decode(q, layer, packed, q, 0.1, window, softcap)
         packed = Packed(empty(300, 512), empty(300), empty(300), 0, empty(3), 150)
-        paged_attention.prefill(q, layer, packed, q, 0.1, window, softcap)
-        paged_attention.write(layer, k, k, packed)
+        triton_paged.prefill(q, layer, packed, q, 0.1, window, softcap)
+        triton_paged.write(layer, k, k, packed)
         for kernel in compiled[count:]:
             used = triton_cpu.resources(kernel)
             what = (

@@ -76,8 +76,7 @@ def test_the_kernel_attends_right_on_a_gpu(run_here):
 def compile_all() -> None:
     from support import triton_cpu
 
-    from qtool.engine.attention import gluon_prefill
-    from qtool.engine.attention import triton_paged as paged_attention
+    from qtool.engine.attention import gluon_prefill, triton_paged
     from qtool.engine.attention.pages import PAGE, KVPages, Packed
 
     compiled: list = []
@@ -97,7 +96,7 @@ def compile_all() -> None:
             kv = KVPages(*(empty(100, kv_heads, PAGE, head_dim, dtype=dtype) for _ in "kv"))
             q = empty(300, heads, head_dim, dtype=dtype)
             packed = Packed(empty(300, 512), empty(300), empty(300), 0, empty(3), 150)
-            paged_attention.prefill(q, kv, packed, q, 0.1, None, None)
+            triton_paged.prefill(q, kv, packed, q, 0.1, None, None)
             used, code = triton_cpu.resources(compiled[-1]), compiled[-1].asm["ptx"]
             what = f"{heads} heads, {kv_heads} KV heads of {head_dim}, {variant}: {used}"
             print(what)
@@ -112,9 +111,7 @@ def compile_all() -> None:
                 f"{what} waits for each product"
             )
     for changed in ({"window": 100}, {"softcap": 30.0}):
-        paged_attention.prefill(
-            q, kv, packed, q, 0.1, changed.get("window"), changed.get("softcap")
-        )
+        triton_paged.prefill(q, kv, packed, q, 0.1, changed.get("window"), changed.get("softcap"))
         assert "cp.async.bulk.tensor" not in compiled[-1].asm["ptx"], (
             f"the kernel knows no {changed}"
         )
@@ -124,9 +121,8 @@ def compile_all() -> None:
 def compare() -> None:
     from test_attention import Batch
 
-    from qtool.engine.attention import gluon_prefill
+    from qtool.engine.attention import gluon_prefill, triton_paged
     from qtool.engine.attention import interface as attention
-    from qtool.engine.attention import triton_paged as paged_attention
     from qtool.engine.attention.pages import new_counters
 
     counters = new_counters(1000, 32, torch.device("cuda"))
@@ -158,8 +154,8 @@ def compare() -> None:
             other, again = out.clone(), out.clone()
             scaling = 1.5 * head_dim**-0.5
             assert gluon_prefill.applies(q, batch.kv, out, None, None)
-            paged_attention.prefill(q, batch.kv, packed, out, scaling, None, None)
-            paged_attention.prefill(
+            triton_paged.prefill(q, batch.kv, packed, out, scaling, None, None)
+            triton_paged.prefill(
                 q,
                 batch.kv,
                 packed,
@@ -167,9 +163,9 @@ def compare() -> None:
                 scaling,
                 None,
                 None,
-                paged_attention.prefill_tile(head_dim, 2),
+                triton_paged.prefill_tile(head_dim, 2),
             )
-            paged_attention.prefill(q, batch.kv, packed, again, scaling, None, None)
+            triton_paged.prefill(q, batch.kv, packed, again, scaling, None, None)
             torch.cuda.synchronize()
             what = f"{heads} heads, {kv_heads} KV heads of {head_dim}, {dtype}, {name}"
             assert not counters.any(), f"{what}: counters are left"
@@ -203,8 +199,7 @@ def measure() -> None:
     from gemm import microseconds
     from test_attention import Batch
 
-    from qtool.engine.attention import gluon_prefill
-    from qtool.engine.attention import triton_paged as paged_attention
+    from qtool.engine.attention import gluon_prefill, triton_paged
     from qtool.engine.attention.pages import new_counters
 
     for chunks in MEASURED:
@@ -216,9 +211,9 @@ def measure() -> None:
         batch.kv.v.normal_()
         q = torch.cat(batch.q)
         run = partial(
-            paged_attention.prefill, q, batch.kv, packed, torch.empty_like(q), 128**-0.5, None, None
+            triton_paged.prefill, q, batch.kv, packed, torch.empty_like(q), 128**-0.5, None, None
         )
-        times = {"Triton": microseconds(partial(run, paged_attention.prefill_tile(128, 2)), 7)}
+        times = {"Triton": microseconds(partial(run, triton_paged.prefill_tile(128, 2)), 7)}
         for variant in VARIANTS:
             gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = variant
             times[f"Gluon {variant}"] = microseconds(run, 7)

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from qtool.engine.sampling_params import (
     ABOVE_ZERO,
+    LARGEST,
     MAX_IDS,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
@@ -31,7 +32,6 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOLS = 128
-LARGEST = 2**31 - 1
 MAX_ERRORS = 100  # of one body that are looked at
 # word in the type of a part -> what it is
 OTHER_CONTENT = {
