@@ -27,7 +27,7 @@ from qtool.engine.loop import Answer, Loop, Request
 from qtool.engine.model_runner import Limits, Runner
 from qtool.engine.sampler import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from qtool.engine.scheduler import Sequence as Tokens
+from qtool.engine.scheduler import SequenceState
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.runtime.load import cache_scales, device_named, materialize, plan_load
@@ -329,7 +329,7 @@ class Engine:
             if ask.return_logprob and 0 <= ask.logprob_start_len < len(tokens)
             else None
         )
-        sequence = Tokens(
+        sequence = SequenceState(
             tokens,
             most,
             waits_for_tokens=params.waits_for_tokens,

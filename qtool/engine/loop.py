@@ -19,14 +19,14 @@ from qtool.engine import scheduler
 from qtool.engine.detokenizer import FinishReason, TextStream
 from qtool.engine.grammar import Constraint
 from qtool.engine.kv_cache import Pages
-from qtool.engine.model_runner import Launched, Runner
+from qtool.engine.model_runner import InFlightStep, Runner
 from qtool.engine.sampler import History, Logprobs, RowRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")
-PATIENCE = 30.0  # seconds for the loop to end
+JOIN_TIMEOUT_S = 30.0
 # as SGLang has it: the natural logarithm, the token, and its text, which is left out
 TokenLogprob = tuple[float | None, int, None]
 
@@ -41,7 +41,7 @@ class Request:
     id: str
     group: str
     """The rid of the call it belongs to."""
-    sequence: scheduler.Sequence
+    sequence: scheduler.SequenceState
     params: SamplingParams
     seed: int
     text: TextStream
@@ -149,7 +149,7 @@ class Loop:
         )
         self.requests: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._flying: Launched | None = None
+        self._in_flight: InFlightStep | None = None
         self._stopping = False
         self._ended = False
         # between the last look into the inbox and those who put something in
@@ -187,7 +187,7 @@ class Loop:
         self._inbox.put(self._stop)
         # which may collect the garbage that an engine has become
         if threading.current_thread() is not self._thread:
-            self._thread.join(PATIENCE)
+            self._thread.join(JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
         try:
@@ -198,7 +198,7 @@ class Loop:
                     # a fault of this program: whoever waits is told, and the next are served
                     except Exception as error:
                         LOG.exception("the engine's loop failed")
-                        self._flying = None
+                        self._in_flight = None
                         for request in list(self.requests.values()):
                             self._fail(request, error)
         finally:
@@ -213,16 +213,16 @@ class Loop:
     def _turn(self) -> None:
         """Launch a step, and read the one before it."""
         while not self._inbox.empty() or (
-            not self.requests and self._flying is None and not self._stopping
+            not self.requests and self._in_flight is None and not self._stopping
         ):
             self._inbox.get()()
-        before, self._flying = self._flying, None
+        before, self._in_flight = self._in_flight, None
         if before is not None and not self.overlap:
             self._read(before)
             before = None
         step = self.scheduler.schedule()
         if step is not None:
-            self._flying = self._launch(step)
+            self._in_flight = self._launch(step)
         if before is not None:
             self._read(before)
 
@@ -251,7 +251,7 @@ class Loop:
         self._stopping = True
         self._abort(list(self.requests.values()))
 
-    def _launch(self, step: scheduler.Step) -> Launched | None:
+    def _launch(self, step: scheduler.Step) -> InFlightStep | None:
         """Start ``step``.
 
         One that raises fails its own requests; one without memory only the newest, and the others
@@ -275,7 +275,7 @@ class Loop:
             torch.cuda.empty_cache()
             message = f"the device has no memory for the request: {one_line(error)}"
             self._fail(
-                self.scheduler.undo(step).owner,
+                self.scheduler.rollback(step).owner,
                 ResourceError("E_OUT_OF_MEMORY", message, hint="lower mem_fraction_static"),
             )
         except Exception as error:
@@ -284,18 +284,18 @@ class Loop:
                 self._fail(chunk.sequence.owner, error)
         return None
 
-    def _read(self, launched: Launched) -> None:
+    def _read(self, launched: InFlightStep) -> None:
         """Wait for a step, and tell its requests what it made."""
         try:
             tokens = launched.wait()
         except Exception as error:  # of the device: whatever was launched since is lost too
             lost = [
                 chunk.sequence
-                for one in (launched, self._flying)
+                for one in (launched, self._in_flight)
                 if one
                 for chunk in one.step.chunks
             ]
-            self._flying = None
+            self._in_flight = None
             LOG.exception("a step failed on the device")
             for sequence in lost:
                 self._fail(sequence.owner, error)
@@ -310,7 +310,7 @@ class Loop:
                 )
         for position, logprobs in launched.prompts.items():
             _note_prompt(launched.step.chunks[position], logprobs)
-        self.scheduler.took(launched.step, tokens)
+        self.scheduler.commit(launched.step, tokens)
         found = dict(zip(launched.logprob_rows, itertools.count()))
         for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
             if sequence.state == "finished":

@@ -75,7 +75,7 @@ class Limits:
 
 
 @dataclass
-class Launched:
+class InFlightStep:
     """A step on its way: what it will say once `wait` has returned."""
 
     step: Step
@@ -362,7 +362,7 @@ class Runner:
 
     def launch(
         self, step: Step, requests: Sequence[RowRequest], prompts: Sequence[tuple[int, int]] = ()
-    ) -> Launched:
+    ) -> InFlightStep:
         """Start ``step``. Does not wait for the device.
 
         Args:
@@ -393,7 +393,7 @@ class Runner:
                     [rows[-1] for chunk, rows in zip(chunks, rows_of, strict=True) if chunk.samples]
                 )
             ]
-        launched = Launched(step, self._answers[turn][: len(requests)], None)
+        launched = InFlightStep(step, self._answers[turn][: len(requests)], None)
         if requests and (tokens is None or not all(_is_plain(request) for request in requests)):
             samples = self.sampler.sample(logits, requests)
             tokens = samples.tokens.int()

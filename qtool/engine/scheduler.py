@@ -28,7 +28,7 @@ PROMPT_LOGITS = 256  # tokens of prompts a step whose logits are wanted
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class SequenceState:
     """A prompt and what was generated after it.
 
     The first six fields are the caller's, the others the scheduler's.
@@ -79,7 +79,7 @@ class Chunk:
     one, the next is sampled.
     """
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     count: int
     samples: bool
@@ -114,8 +114,8 @@ class Scheduler:
         self.max_running = min(max_running, token_budget)
         self.token_budget = token_budget
         self.context_length = context_length
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.running: list[SequenceState] = []
+        self.waiting: deque[SequenceState] = deque()
         self.preemptions = 0
         self.prefix_queries = 0  # tokens of admitted prompts that might have been in the cache
         self.prefix_hits = 0  # those that were
@@ -127,7 +127,7 @@ class Scheduler:
         """Share of the pages that sequences hold."""
         return 1 - self.pages.free / self.pages.count
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Let ``sequence`` wait for its turn; ``max_new_tokens`` is cut to what the context leaves.
 
         Raises: UsageError, when the prompt is empty or too long, or all pages together could not
@@ -195,7 +195,7 @@ class Scheduler:
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
         return Step(decodes + prefills, len(decodes), updates) if decodes or prefills else None
 
-    def took(self, step: Step, tokens: Iterable[int]) -> None:
+    def commit(self, step: Step, tokens: Iterable[int]) -> None:
         """Append the tokens read back, one for each chunk of ``step`` that samples; those of
         finished sequences are dropped.
         """
@@ -206,7 +206,7 @@ class Scheduler:
                 sequence.tokens.append(token)
                 self._register(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """End ``sequence``, complete or aborted, and free its row and pages at once: what is
         launched runs before what comes later.
         """
@@ -217,7 +217,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = "finished"
 
-    def undo(self, step: Step) -> Sequence:
+    def rollback(self, step: Step) -> SequenceState:
         """Take ``step`` back, which `schedule` just returned and could not be launched; return the
         newest of its sequences.
 
@@ -235,7 +235,7 @@ class Scheduler:
                 sequence.pending -= chunks[sequence].samples
         return newest
 
-    def fail(self, sequence: Sequence) -> None:
+    def fail(self, sequence: SequenceState) -> None:
         """End ``sequence``, also after `finish`, and let nobody match pages with its tokens: what
         they hold may be wrong.
         """
@@ -243,7 +243,7 @@ class Scheduler:
         self.pages.forget(sequence.digests)
 
     def _prefill(
-        self, sequence: Sequence, budget: int, decodes: list[Chunk], prefills: list[Chunk]
+        self, sequence: SequenceState, budget: int, decodes: list[Chunk], prefills: list[Chunk]
     ) -> int:
         """Add the next chunk of a prompt, of at most ``budget`` tokens, and return its size."""
         start = sequence.computed
@@ -258,7 +258,7 @@ class Scheduler:
             self._register(sequence)
         return count
 
-    def _admit(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
+    def _admit(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
         # who is admitted is in the step: it may share the step's pages, and must fail with it
         if sequence.needs_logits and not self._logits_left:
@@ -291,7 +291,7 @@ class Scheduler:
             self.prefix_queries += size
         return True
 
-    def _grow(self, sequence: Sequence, updates: list[tuple[int, int, int]]) -> bool:
+    def _grow(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give a running sequence one more page, if need be that of a newer one; False when it is
         the newest and was preempted itself.
         """
@@ -303,7 +303,7 @@ class Scheduler:
         sequence.pages += page
         return True
 
-    def _preempt(self) -> Sequence:
+    def _preempt(self) -> SequenceState:
         """Let the newest that runs wait, before all that wait, to be computed again."""
         newest = self.running.pop()
         self._vacate(newest)
@@ -313,13 +313,13 @@ class Scheduler:
         self.waiting.appendleft(newest)
         return newest
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: SequenceState) -> None:
         assert sequence.row is not None
         self._rows.append(sequence.row)
         self.pages.release(sequence.pages)
         sequence.row, sequence.pages, sequence.computed, sequence.registered = None, [], 0, 0
 
-    def _register(self, sequence: Sequence) -> None:
+    def _register(self, sequence: SequenceState) -> None:
         """Register the pages whose tokens are all known and computed."""
         full = min(sequence.computed, len(sequence.tokens)) // PAGE
         if full > sequence.registered:
@@ -328,7 +328,7 @@ class Scheduler:
                 self.pages.register(sequence.pages[number], sequence.digests[number])
             sequence.registered = full
 
-    def _digest(self, sequence: Sequence, count: int) -> None:
+    def _digest(self, sequence: SequenceState, count: int) -> None:
         """Extend the digests to the first ``count`` pages."""
         digests, tokens = sequence.digests, sequence.tokens
         for number in range(len(digests), count):

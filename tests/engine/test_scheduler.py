@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
-from qtool.engine.scheduler import Chunk, Scheduler, Sequence, Step
+from qtool.engine.scheduler import Chunk, Scheduler, SequenceState, Step
 from qtool.errors import UsageError
 
 VOCABULARY = 50
@@ -43,10 +43,12 @@ class Device:
     def __init__(self) -> None:
         self.table: dict[tuple[int, int], int] = {}
         self.slots: dict[tuple[int, int], tuple[int, ...] | None] = {}
-        self.tokens: dict[Sequence, list[int]] = {}  # with those the host has not read
-        self.touched: set[Sequence] = set()  # has read or written BAD
+        self.tokens: dict[SequenceState, list[int]] = {}  # with those the host has not read
+        self.touched: set[SequenceState] = set()  # has read or written BAD
 
-    def run(self, step: Step, bad: Sequence | None = None, *, broken: bool = False) -> list[int]:
+    def run(
+        self, step: Step, bad: SequenceState | None = None, *, broken: bool = False
+    ) -> list[int]:
         """Return the tokens sampled.
 
         ``bad``: all its keys and values are; ``broken``: everyone's are.
@@ -54,7 +56,7 @@ class Device:
         places = [(row, column) for row, column, _ in step.updates]
         assert len(set(places)) == len(places)
         self.table.update(zip(places, (page for *_, page in step.updates), strict=True))
-        written: dict[tuple[int, int], Sequence] = {}
+        written: dict[tuple[int, int], SequenceState] = {}
         for chunk in step.chunks:
             tokens = self.tokens.setdefault(chunk.sequence, list(chunk.sequence.prompt))
             assert chunk.start + chunk.count <= len(tokens)
@@ -119,15 +121,15 @@ class Loop:
         self.scheduler = Scheduler(Pages(pages), max_running, token_budget, context_length)
         self.device = Device()
         self.flying: deque[tuple[Step, list[int]]] = deque()
-        self.live: list[Sequence] = []
-        self.ended: Counter[Sequence] = Counter()
-        self.failed: list[Sequence] = []
+        self.live: list[SequenceState] = []
+        self.ended: Counter[SequenceState] = Counter()
+        self.failed: list[SequenceState] = []
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         self.scheduler.add(sequence)
         self.live.append(sequence)
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: SequenceState) -> None:
         self.live.remove(sequence)
         self.ended[sequence] += 1
         self.scheduler.finish(sequence)
@@ -174,7 +176,7 @@ class Loop:
         }
         return step
 
-    def launch(self, bad: Sequence | None = None) -> bool:
+    def launch(self, bad: SequenceState | None = None) -> bool:
         step = self.schedule()
         if step:
             self.flying.append((step, self.device.run(step, bad)))
@@ -186,7 +188,7 @@ class Loop:
             self.device.run(step, broken=True)
             self.fail(step)
 
-    def launch_lacks_memory(self, *, torn: bool) -> Sequence | None:
+    def launch_lacks_memory(self, *, torn: bool) -> SequenceState | None:
         """Return who failed. ``torn``: some of the step ran before memory was short."""
         step, newest = self.schedule(), None
         if step:
@@ -196,7 +198,7 @@ class Loop:
             before = {
                 chunk.sequence: chunk.sequence.pending - chunk.samples for chunk in step.chunks
             }
-            newest = self.scheduler.undo(step)
+            newest = self.scheduler.rollback(step)
             assert newest is max(sequences, key=self.live.index)
             assert all((s.state, s.pending) == ("waiting", before[s]) for s in sequences)
             self.check()
@@ -206,7 +208,7 @@ class Loop:
 
     def read(self, stop: int | None = None) -> None:
         step, tokens = self.flying.popleft()
-        self.scheduler.took(step, tokens)
+        self.scheduler.commit(step, tokens)
         for sequence, token in zip(
             [chunk.sequence for chunk in step.chunks if chunk.samples], tokens, strict=True
         ):
@@ -353,7 +355,7 @@ class Engine(RuleBasedStateMachine):
     def arrive(self, prompt, new, waits, use_prefix, needs_logits):
         scheduler = self.loop.scheduler
         for waits_for_tokens in waits:
-            sequence = Sequence(
+            sequence = SequenceState(
                 prompt,
                 new,
                 waits_for_tokens=waits_for_tokens,
@@ -441,7 +443,7 @@ class Engine(RuleBasedStateMachine):
         for sequence in list(loop.failed):
             for _ in range(2):
                 failures = len(loop.failed)
-                loop.add(Sequence(sequence.prompt, sequence.max_new_tokens))
+                loop.add(SequenceState(sequence.prompt, sequence.max_new_tokens))
                 loop.drain()
                 if len(loop.failed) == failures:
                     break
@@ -466,7 +468,7 @@ def test_a_cache_for_three_of_twenty_sequences(budget, waits):
     chance = random.Random(budget)
     loop = Loop(pages=3 * 8, max_running=8, token_budget=budget)
     sequences = [
-        Sequence(
+        SequenceState(
             [*BASES[i % 3][: chance.randrange(1, 60)], i],
             chance.randrange(50, 68),
             waits_for_tokens=waits and i % 2 == 0,
@@ -487,16 +489,16 @@ def loop() -> Loop:
     return Loop(pages=40, max_running=8, token_budget=100, context_length=400)
 
 
-def finished(loop: Loop, prompt: list[int], new: int = 3) -> Sequence:
+def finished(loop: Loop, prompt: list[int], new: int = 3) -> SequenceState:
     """A sequence that has run to its end."""
-    sequence = Sequence(prompt, new)
+    sequence = SequenceState(prompt, new)
     loop.add(sequence)
     loop.drain()
     return sequence
 
 
 def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget(loop):
-    sequences = [Sequence([i + 1] * size, 5) for i, size in enumerate([10, 60, 150])]
+    sequences = [SequenceState([i + 1] * size, 5) for i, size in enumerate([10, 60, 150])]
     for sequence in sequences:
         loop.add(sequence)
     steps = []
@@ -508,7 +510,7 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget(loop):
                 for chunk in step.chunks
             ]
         )
-        loop.scheduler.took(step, [7] * sum(chunk.samples for chunk in step.chunks))
+        loop.scheduler.commit(step, [7] * sum(chunk.samples for chunk in step.chunks))
     assert steps == [
         [(0, 0, 10, True), (1, 0, 60, True), (2, 0, 30, False)],
         [(0, 10, 1, True), (1, 60, 1, True), (2, 30, 98, False)],
@@ -544,7 +546,7 @@ def test_a_prefix_of_other_tokens_is_not_found(loop):
 
 
 def test_sequences_of_one_step_share_their_prompt(loop):
-    several = [Sequence(BASES[0][:40], 5) for _ in range(4)]
+    several = [SequenceState(BASES[0][:40], 5) for _ in range(4)]
     for sequence in several:
         loop.add(sequence)
     step = loop.schedule()
@@ -560,7 +562,7 @@ def test_sequences_of_one_step_share_their_prompt(loop):
 
 def test_use_prefix_false_computes_everything(loop):
     finished(loop, BASES[0][:64])
-    sequence = Sequence(BASES[0][:64], 3, use_prefix=False)
+    sequence = SequenceState(BASES[0][:64], 3, use_prefix=False)
     loop.add(sequence)
     assert [(chunk.start, chunk.count) for chunk in loop.schedule().chunks] == [(0, 64)]
     assert (sequence.cached_tokens, loop.scheduler.prefix_queries) == (0, 64)
@@ -570,21 +572,21 @@ def test_identical_pages_are_registered_once(loop):
     finished(loop, BASES[0][:64], new=1)
     pages = loop.scheduler.pages
     known = dict(pages._by_digest)
-    loop.add(Sequence(BASES[0][:64], 1, use_prefix=False))
+    loop.add(SequenceState(BASES[0][:64], 1, use_prefix=False))
     loop.drain()
     assert pages._by_digest == known
     assert len(pages._unused) == 40 - 4
 
 
 def test_a_failed_sequence_leaves_nothing_to_match(loop):
-    loop.add(bad := Sequence(BASES[0][:64], 9))
-    loop.add(sharer := Sequence(BASES[0][:90], 9))
+    loop.add(bad := SequenceState(BASES[0][:64], 9))
+    loop.add(sharer := SequenceState(BASES[0][:90], 9))
     loop.launch()
     assert sharer.pages[:4] == bad.pages
     loop.scheduler.fail(bad)
     loop.live.remove(bad)
     assert sharer.pages[0] not in loop.scheduler.pages._unused  # who shares keeps the pages
-    loop.add(later := Sequence(BASES[0][:90], 9))
+    loop.add(later := SequenceState(BASES[0][:90], 9))
     loop.drain()
     assert later.cached_tokens == 0  # page 5 is still known, and no use without those before it
     assert sharer.tokens == answer(sharer.prompt, 9)
@@ -593,8 +595,8 @@ def test_a_failed_sequence_leaves_nothing_to_match(loop):
 @pytest.mark.parametrize("how", ["finished", "preempted"])
 def test_a_step_that_fails_late_takes_its_pages_from_the_cache(how):
     loop = Loop(pages=9, max_running=2, token_budget=200)
-    loop.add(first := Sequence(BASES[0][:64], 40))
-    loop.add(second := Sequence(BASES[1][:47], 40))
+    loop.add(first := SequenceState(BASES[0][:64], 40))
+    loop.add(second := SequenceState(BASES[1][:47], 40))
     loop.launch()
     digest = digests_of(second.prompt)[0]
     assert digest in loop.scheduler.pages._by_digest
@@ -611,11 +613,11 @@ def test_a_step_that_fails_late_takes_its_pages_from_the_cache(how):
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop, torn):
-    loop.add(old := Sequence(BASES[0][:40], 9))
+    loop.add(old := SequenceState(BASES[0][:40], 9))
     loop.launch()
     loop.launch()
     for prompt in (BASES[1][:50], BASES[1][:60]):
-        loop.add(Sequence(prompt, 9))
+        loop.add(SequenceState(prompt, 9))
     _, middle, new = loop.live
     pages = loop.scheduler.pages
     known = digests_of(middle.prompt)[0]
@@ -623,7 +625,7 @@ def test_a_step_without_memory_is_taken_back_and_its_newest_sequence_fails(loop,
     assert new.pages[:3] == middle.pages[:3]
     assert known in pages._by_digest
     loop.device.tear(step) if torn else None
-    assert loop.scheduler.undo(step) is new
+    assert loop.scheduler.rollback(step) is new
     loop.check()
     assert list(loop.scheduler.waiting) == [old, middle, new]
     # the tokens that are on their way to `old` will be read
@@ -654,7 +656,9 @@ def test_many_sequences_while_memory_is_short_again_and_again(seed, monkeypatch)
         prompt = [*BASES[chance.randrange(3)][: chance.randrange(60)], chance.randrange(4)]
         waits, logits = chance.random() < 0.3, chance.random() < 0.3
         sequences.append(
-            Sequence(prompt, chance.randrange(1, 40), waits_for_tokens=waits, needs_logits=logits)
+            SequenceState(
+                prompt, chance.randrange(1, 40), waits_for_tokens=waits, needs_logits=logits
+            )
         )
         loop.add(sequences[-1])
         for _ in range(chance.randrange(5)):
@@ -670,13 +674,13 @@ def test_many_sequences_while_memory_is_short_again_and_again(seed, monkeypatch)
 
 def test_those_that_came_after_a_step_without_memory_wait_behind_it(loop):
     for i in range(3):
-        loop.add(Sequence([i] * 20, 9, waits_for_tokens=i == 1))
+        loop.add(SequenceState([i] * 20, 9, waits_for_tokens=i == 1))
     old, middle, new = loop.live
     loop.launch()
-    loop.add(last := Sequence([3] * 20, 9))
+    loop.add(last := SequenceState([3] * 20, 9))
     step = loop.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [old, new, last]
-    assert loop.scheduler.undo(step) is last
+    assert loop.scheduler.rollback(step) is last
     loop.check()
     assert list(loop.scheduler.waiting) == [old, middle, new, last]
     assert middle.pending == 1
@@ -692,21 +696,21 @@ def test_those_that_came_after_a_step_without_memory_wait_behind_it(loop):
 def test_none_is_admitted_without_a_part_in_the_step(loop, monkeypatch):
     monkeypatch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", 20)
     for _ in range(2):
-        loop.add(Sequence(BASES[0][:40], 3, needs_logits=True))
+        loop.add(SequenceState(BASES[0][:40], 3, needs_logits=True))
     first, second = loop.live
     step = loop.schedule()
     assert [chunk.sequence for chunk in step.chunks] == [first]
     # else it shared a page of `first` and were not taken back with it
     assert second.state == "waiting"
-    assert loop.scheduler.undo(step) is first
+    assert loop.scheduler.rollback(step) is first
     loop.drain()
     assert [s.tokens for s in (first, second)] == [answer(s.prompt, 3) for s in (first, second)]
 
 
 def test_the_newest_gives_way_and_its_pending_token_is_kept():
     loop = Loop(pages=6, max_running=2, token_budget=100)
-    loop.add(old := Sequence([1] * 31, 20))
-    loop.add(new := Sequence([2] * 31, 20))
+    loop.add(old := SequenceState([1] * 31, 20))
+    loop.add(new := SequenceState([2] * 31, 20))
     loop.launch()
     while not loop.scheduler.preemptions:
         loop.launch()
@@ -720,8 +724,8 @@ def test_the_newest_gives_way_and_its_pending_token_is_kept():
 
 def test_a_preempted_sequence_waits_for_its_pending_tokens_and_may_end_with_them():
     loop = Loop(pages=4, max_running=2, token_budget=100)
-    loop.add(old := Sequence([1] * 16, 40))
-    loop.add(new := Sequence([2] * 16, 3))
+    loop.add(old := SequenceState([1] * 16, 40))
+    loop.add(new := SequenceState([2] * 16, 3))
     loop.launch()
     loop.launch()
     taken = loop.scheduler.pages.allocate(loop.scheduler.pages.free)
@@ -735,12 +739,12 @@ def test_a_preempted_sequence_waits_for_its_pending_tokens_and_may_end_with_them
     assert loop.schedule() is None  # there is room, but what would be computed is not known
     loop.read()
     loop.end(new)
-    loop.scheduler.took(*loop.flying.popleft())
+    loop.scheduler.commit(*loop.flying.popleft())
     assert (len(new.tokens), new.state, len(loop.scheduler.waiting)) == (17, "finished", 0)
 
 
 def test_a_page_is_registered_when_its_last_token_is_read(loop):
-    loop.add(Sequence([1] * 30, 9))
+    loop.add(SequenceState([1] * 30, 9))
     for _ in range(3):
         loop.launch()
     known = []
@@ -754,8 +758,8 @@ def test_a_page_is_registered_when_its_last_token_is_read(loop):
 def test_prompts_whose_logits_are_wanted_share_a_small_budget(loop, monkeypatch):
     monkeypatch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", 20)
     first, second = (
-        Sequence([1] * 30, 9, needs_logits=True, use_prefix=False),
-        Sequence([2] * 25, 9, needs_logits=True, use_prefix=False),
+        SequenceState([1] * 30, 9, needs_logits=True, use_prefix=False),
+        SequenceState([2] * 25, 9, needs_logits=True, use_prefix=False),
     )
     loop.add(first)
     loop.add(second)
@@ -774,7 +778,7 @@ def test_no_more_run_than_the_budget_has_tokens():
     loop = Loop(pages=40, max_running=4, token_budget=2)
     for i in range(4):
         # none decodes while a token is pending, so the budget alone would admit all
-        loop.add(Sequence([i], 5, waits_for_tokens=True))
+        loop.add(SequenceState([i], 5, waits_for_tokens=True))
     loop.launch()
     loop.launch()
     assert len(loop.scheduler.running) == 2
@@ -784,14 +788,14 @@ def test_no_more_run_than_the_budget_has_tokens():
 def test_none_is_admitted_into_the_last_pages():
     loop = Loop(pages=7, max_running=4, token_budget=100)
     for i in range(3):
-        loop.add(Sequence([i] * 20, 30))
+        loop.add(SequenceState([i] * 20, 30))
     loop.launch()
     assert len(loop.scheduler.running) == 2  # a page is kept for each that runs
 
 
 def test_an_abort_while_waiting(loop):
     for i in range(9):
-        loop.add(Sequence([i] * 20, 5))
+        loop.add(SequenceState([i] * 20, 5))
     loop.launch()
     waiting = loop.scheduler.waiting[-1]
     loop.end(waiting)
@@ -821,7 +825,7 @@ def test_the_cache_forgets_the_least_recently_used_first():
     ],
 )
 def test_what_can_never_fit_is_refused(loop, prompt, new, code):
-    sequence = Sequence([1] * prompt, new)
+    sequence = SequenceState([1] * prompt, new)
     if code:
         with pytest.raises(UsageError) as refusal:
             loop.scheduler.add(sequence)
@@ -836,12 +840,12 @@ def test_what_can_never_fit_is_refused(loop, prompt, new, code):
 def test_a_sequence_may_fill_the_whole_cache_and_no_more():
     loop = Loop(pages=4, max_running=2, token_budget=100)
     with pytest.raises(UsageError, match="do not fit the key-value cache of 64 tokens"):
-        loop.add(Sequence([1] * 60, 6))
+        loop.add(SequenceState([1] * 60, 6))
     assert len(finished(loop, [1] * 60, new=5).tokens) == 65  # the last one is never computed
 
 
 def test_usage_counts_pages_that_are_held(loop):
-    loop.add(Sequence([1] * 33, 5))
+    loop.add(SequenceState([1] * 33, 5))
     loop.launch()
     assert loop.scheduler.kv_usage == pytest.approx(3 / 40)
     loop.drain()
