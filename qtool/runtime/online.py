@@ -104,9 +104,7 @@ def schemes_to_run(
             hint=hint,
         )
     scheme = ONLINE[name]
-    schemes = {
-        layer: scheme for layer, objection in _candidates(checkpoint, scheme) if not objection
-    }
+    schemes = {layer: scheme for layer, reason in _candidates(checkpoint, scheme) if not reason}
     if not schemes:
         hint = (
             "; ".join(left_plain(checkpoint, layout, name))
@@ -127,12 +125,11 @@ def left_plain(
     if (layout is not None and layout.modules) or quantization is None:
         return ()
     left: dict[str, list[str]] = {}
-    for layer, objection in _candidates(checkpoint, ONLINE[_known(quantization, ONLINE)]):
-        if objection:
-            left.setdefault(objection, []).append(layer)
+    for layer, reason in _candidates(checkpoint, ONLINE[_known(quantization, ONLINE)]):
+        if reason:
+            left.setdefault(reason, []).append(layer)
     return tuple(
-        f"{objection}, which stay in 16 bits: {_several(layers)}"
-        for objection, layers in left.items()
+        f"{reason}, which stay in 16 bits: {_several(layers)}" for reason, layers in left.items()
     )
 
 

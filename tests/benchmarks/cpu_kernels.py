@@ -81,7 +81,9 @@ def main() -> None:
         device, first = Device("cpu"), choose(spec, Device("cpu"))
         later = KERNELS["cpu"][len(first.refused) + 1 : -1] if arguments.all else ()
         others = [
-            kernel for kernel in later if load_kernel(kernel).objection(spec, device) is None
+            kernel
+            for kernel in later
+            if load_kernel(kernel).unsupported_reason(spec, device) is None
         ] + ["plain"] * arguments.plain
         for choice in (first, *(Choice(kernel, {}) for kernel in others)):
             label = f"{name}, {choice.kernel}"

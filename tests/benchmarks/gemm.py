@@ -104,7 +104,10 @@ def ours(names: Sequence[str]) -> Iterator[tuple[str, float, Callable[[int, int]
         takers = []
         for kernel in KERNELS["cuda"]:
             try:
-                if load_kernel(kernel).objection(spec_of(scheme, *SHAPES[0]), device) is None:
+                if (
+                    load_kernel(kernel).unsupported_reason(spec_of(scheme, *SHAPES[0]), device)
+                    is None
+                ):
                     takers.append(kernel)
             except Exception as error:
                 print(f"{kernel} cannot be asked: {error!r}"[:200], flush=True)

@@ -119,14 +119,14 @@ def cases(
                     and name not in ALL_SHAPES_OF_HUMMING
                 ):
                     continue
-                objection = load_kernel(kernel).objection(spec, device_of(device))
-                if objection is None:
+                reason = load_kernel(kernel).unsupported_reason(spec, device_of(device))
+                if reason is None:
                     first = all(case.kernel != kernel for case in found)
                     found.append(Case(kernel, name, spec, has_bias=i % 2 == 1, compiled=first))
                 else:
-                    refused[kernel, name] = objection
+                    refused[kernel, name] = reason
     taken = {(case.kernel, case.name) for case in found}
-    return found, {key: objection for key, objection in refused.items() if key not in taken}
+    return found, {key: reason for key, reason in refused.items() if key not in taken}
 
 
 def make_weight(spec: LinearSpec, device: torch.device) -> QuantizedWeight:
@@ -432,10 +432,7 @@ def main() -> int:
     report = [
         *rows_of_table(kernels, schemes, tried, refused),
         "\nEach cell: the worst relative error against float64, and how many multiplications.\n",
-        *(
-            f"- {kernel} refuses {name}: {objection}"
-            for (kernel, name), objection in refused.items()
-        ),
+        *(f"- {kernel} refuses {name}: {reason}" for (kernel, name), reason in refused.items()),
         f"\n{len(failures)} failures",
         *(f"- {failure}" for failure in failures),
         f"\n{len(tried)} layers in {seconds:.0f} s, {skipped} of them not run for lack of time",
@@ -454,7 +451,7 @@ def main() -> int:
             }
             for case in tried
         ],
-        "refused": {f"{kernel} {name}": objection for (kernel, name), objection in refused.items()},
+        "refused": {f"{kernel} {name}": reason for (kernel, name), reason in refused.items()},
     }
     folder = Path(os.environ.get("OUT", "."))
     (folder / "kernels_on_gpu.json").write_text(json.dumps(result, indent=1))

@@ -37,7 +37,9 @@ def with_humming(monkeypatch):
 @pytest.mark.parametrize("device", KERNELS)
 def test_the_plain_kernel_comes_last_and_takes_everything(device):
     assert KERNELS[device][-1] == "reference"
-    assert all(plain.objection(spec_of(name), Device(device, 75)) is None for name in SCHEMES)
+    assert all(
+        plain.unsupported_reason(spec_of(name), Device(device, 75)) is None for name in SCHEMES
+    )
 
 
 def test_few_tokens_get_a_kernel_of_their_own_where_one_was_measured_to_be_faster(with_humming):

@@ -88,7 +88,7 @@ def exact(
 HERE = [
     kernel
     for kernel in KERNELS["cpu"]
-    if kernel != "native" or load_kernel(kernel).objection(spec_of("W4A16"), CPU) is None
+    if kernel != "native" or load_kernel(kernel).unsupported_reason(spec_of("W4A16"), CPU) is None
 ]
 
 
@@ -104,7 +104,7 @@ def run(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     module = load_kernel(kernel)
-    assert module.objection(spec, CPU) is None
+    assert module.unsupported_reason(spec, CPU) is None
     y = module.apply(spec, x, module.pack(spec, weight), bias)
     assert y.shape == (x.shape[0], spec.shape[0]) and y.dtype == x.dtype and y.is_contiguous()
     return y
@@ -224,7 +224,7 @@ def test_4096_tokens_are_no_different(kernel):
 )
 def test_every_kernel_keeps_the_contract(kernel, name):
     spec = spec_of(name)
-    assert load_kernel(kernel).objection(spec, CPU) is None
+    assert load_kernel(kernel).unsupported_reason(spec, CPU) is None
     x, weight = sample(spec, 6)
     bias = torch.linspace(-1, 1, spec.shape[0])
     layer = QuantizedLinear(spec, Choice(kernel, {}), weight, bias)
@@ -323,8 +323,8 @@ OBJECTIONS = [
 
 
 @pytest.mark.parametrize(("kernel", "spec", "reason"), OBJECTIONS)
-def test_an_objection_says_what_was_found_and_what_is_taken(kernel, spec, reason):
-    assert load_kernel(kernel).objection(spec, CPU) == reason
+def test_an_unsupported_reason_says_what_was_found_and_what_is_taken(kernel, spec, reason):
+    assert load_kernel(kernel).unsupported_reason(spec, CPU) == reason
 
 
 def test_an_older_cpu_is_refused_by_name_of_what_it_lacks(monkeypatch):

@@ -56,11 +56,11 @@ def with_humming(monkeypatch):
     monkeypatch.setattr(humming, "_missing", lambda: None)
 
 
-def test_without_humming_the_objection_says_what_to_install(monkeypatch):
+def test_without_humming_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "humming", None)  # as if it were not installed
     humming._missing.cache_clear()
     assert (
-        humming.objection(spec_of("W4A16"), H200)
+        humming.unsupported_reason(spec_of("W4A16"), H200)
         == "humming-kernels is not installed: pip install 'qtool[cuda]'"
     )
     humming._missing.cache_clear()
@@ -69,7 +69,7 @@ def test_without_humming_the_objection_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_humming_takes_every_named_scheme_on_hopper(name, with_humming):
     for shape in ((6144, 4096), (1000, 4096), (72, 200)):
-        assert humming.objection(spec_of(name, shape), H200) is None
+        assert humming.unsupported_reason(spec_of(name, shape), H200) is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_humming_takes_every_named_scheme_on_hopper(name, with_humming):
     ],
 )
 def test_humming_names_what_it_cannot_hold(spec, device, reason, with_humming):
-    assert reason in humming.objection(spec, device)
+    assert reason in humming.unsupported_reason(spec, device)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_rounded_rows_are_the_fake_quantized_input(name):
     ],
 )
 def test_scaled_mm_names_what_it_cannot_multiply(spec, device, reason):
-    assert reason in scaled_mm.objection(spec, device)
+    assert reason in scaled_mm.unsupported_reason(spec, device)
 
 
 def test_the_registry_prefers_codes_then_humming_then_the_definition(monkeypatch, with_humming):

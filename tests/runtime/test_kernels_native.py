@@ -21,8 +21,8 @@ from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 from qtool.weight import QuantizedWeight
 
 needs_native = pytest.mark.skipif(
-    native.objection(spec_of("W4A16"), CPU) is not None,
-    reason=f"native: {native.objection(spec_of('W4A16'), CPU)}",
+    native.unsupported_reason(spec_of("W4A16"), CPU) is not None,
+    reason=f"native: {native.unsupported_reason(spec_of('W4A16'), CPU)}",
 )
 INTEGERS = [f"int{bits}" for bits in range(2, 9)]
 TAKEN = [name for name in SCHEMES if name not in ("W8A8", "W8A8_STATIC", "W4A8")]
@@ -93,7 +93,7 @@ def test_native_multiplies_as_the_definition_says(
         Scheme(weights, activations),
         (outputs, inputs + inputs % 2 if weights.bits == 4 else inputs),
     )
-    if native.objection(spec, CPU) is None:  # integers with integers go to oneDNN
+    if native.unsupported_reason(spec, CPU) is None:  # integers with integers go to oneDNN
         check("native", spec.scheme, spec.shape, tokens, has_bias, seed)
 
 
@@ -191,21 +191,24 @@ def test_an_unaligned_input_and_a_token_of_zeros_harm_nothing():
 def test_each_scheme_goes_to_native_but_integers_with_integers():
     assert [name for name in SCHEMES if choose(spec_of(name), CPU).kernel == "native"] == TAKEN
     leaves = "inputs int8 token: leaves integers with integers to onednn"
-    assert native.objection(spec_of("W8A8"), CPU) == leaves
+    assert native.unsupported_reason(spec_of("W8A8"), CPU) == leaves
     by_group = Scheme(Weights("int8"), Activations("int8", "group", 128))
     assert choose(spec_of(by_group), CPU).kernel == "native"  # onednn does not take those
 
 
-def test_an_objection_says_what_was_found_and_what_is_taken(monkeypatch):
+def test_an_unsupported_reason_says_what_was_found_and_what_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert (
-        native.objection(spec_of("W4A16", dtype=torch.float16), CPU)
+        native.unsupported_reason(spec_of("W4A16", dtype=torch.float16), CPU)
         == "float16: takes bfloat16 only"
     )
     odd = spec_of(Scheme(Weights("int4", "group", 40)))
-    assert native.objection(odd, CPU) == "weights int4 g40: takes groups of a multiple of 16 inputs"
+    assert (
+        native.unsupported_reason(odd, CPU)
+        == "weights int4 g40: takes groups of a multiple of 16 inputs"
+    )
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert native.objection(spec_of("W4A16"), CPU) == "needs a CPU with AVX512_BF16"
+    assert native.unsupported_reason(spec_of("W4A16"), CPU) == "needs a CPU with AVX512_BF16"
 
 
 @pytest.fixture
@@ -235,19 +238,19 @@ def test_without_a_compiler_that_works_another_kernel_takes_the_layer(
     assert choice.refused["native"] == reason and choice.kernel != "native"
 
 
-def test_source_that_does_not_compile_is_an_objection(fresh, monkeypatch, tmp_path):
+def test_source_that_does_not_compile_is_an_unsupported_reason(fresh, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "broken.c"
     source.write_text("int main(void) { return nothing; }")
     monkeypatch.setattr(native, "SOURCE", source)
-    assert "nothing" in str(native.objection(spec_of("W4A16"), CPU))
+    assert "nothing" in str(native.unsupported_reason(spec_of("W4A16"), CPU))
     assert not list(fresh.glob("*"))
 
 
 @needs_native
 def test_a_cache_folder_that_cannot_be_written_is_done_without(fresh):
     fresh.write_text("a file, where the folder would be")
-    assert native.objection(spec_of("W4A16"), CPU) is None
+    assert native.unsupported_reason(spec_of("W4A16"), CPU) is None
 
 
 SCRIPT = """

@@ -75,7 +75,7 @@ def interpret() -> None:
                 ),
             )
         spec = LinearSpec(scheme, shape, dtype, static)
-        assert kernel.objection(spec, Device("cuda", 90)) is None, what
+        assert kernel.unsupported_reason(spec, Device("cuda", 90)) is None, what
         x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
         packed = kernel.pack(spec, weight)
         result = kernel.multiply(spec, x, packed, bias, tile)

@@ -285,7 +285,7 @@ def _forward(
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     found = RECORDING.get(None)
     if found is not None:
-        if reason := _objection(module, query, key, value, attention_mask, others):
+        if reason := _unsupported_reason(module, query, key, value, attention_mask, others):
             raise _refused(reason)
         (_, heads, tokens, head_dim), kv_heads, v_head_dim = (
             query.shape,
@@ -314,7 +314,7 @@ def _forward(
     )[None], None
 
 
-def _objection(
+def _unsupported_reason(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -77,7 +77,7 @@ class LinearSpec:
 class Kernel(Protocol):
     """One way to multiply with weights of some schemes."""
 
-    def objection(self, spec: LinearSpec, device: Device) -> str | None:
+    def unsupported_reason(self, spec: LinearSpec, device: Device) -> str | None:
         """Return why this kernel does not take such layers on ``device``; None when it does."""
 
     def pack(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -130,32 +130,33 @@ class Choice:
 
 
 def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Choice:
-    """Return the first kernel for ``device`` that takes ``spec``, and the objections of those
-    before it.
+    """Return the first kernel for ``device`` that takes ``spec``, and why those before it do not.
 
     ``second_copy``: whether there is memory for another packed copy, for the sake of few tokens.
     """
     refused: dict[str, str] = {}
     for name in KERNELS[device.type]:
-        objection = _objection(name, spec, device)
-        if objection is None:
+        reason = _unsupported_reason(name, spec, device)
+        if reason is None:
             break
-        refused[name] = objection
+        refused[name] = reason
     few = FEW_TOKENS.get((device.type, spec.scheme.weights.format))
-    if few and (few.kernel == name or not second_copy or _objection(few.kernel, spec, device)):
+    if few and (
+        few.kernel == name or not second_copy or _unsupported_reason(few.kernel, spec, device)
+    ):
         few = None
     return Choice(name, refused, few)
 
 
-def _objection(name: str, spec: LinearSpec, device: Device) -> str | None:
+def _unsupported_reason(name: str, spec: LinearSpec, device: Device) -> str | None:
     try:
-        return load_kernel(name).objection(spec, device)
+        return load_kernel(name).unsupported_reason(spec, device)
     except ModuleNotFoundError as error:
         return f"needs the package `{error.name}`"
 
 
 def not_bfloat16(spec: LinearSpec) -> str | None:
-    """Return the objection of kernels that compute in bfloat16 alone, as all on a CPU do."""
+    """Return why a kernel that computes in bfloat16 alone, as all on a CPU do, refuses ``spec``."""
     return (
         None
         if spec.dtype == torch.bfloat16

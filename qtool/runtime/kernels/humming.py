@@ -56,7 +56,7 @@ MEASURED = Path(__file__).with_name("humming_schedules.json")
 LOCKS = 2048
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take weights in channels, groups of 16 to 128 and blocks of 128 x 128, for which humming can
     be compiled here.
     """

@@ -22,7 +22,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 4 * BLOCK  # packed at a time
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the
     operator knows, with bfloat16 inputs.
     """

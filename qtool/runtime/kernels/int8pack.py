@@ -18,7 +18,7 @@ from qtool.weight import QuantizedWeight
 STEP = 16
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take weight-only integers of 5 to 8 bits by channel or tensor, with bfloat16 inputs."""
     weights = spec.scheme.weights
     if reason := no_aten_product(spec):

@@ -62,7 +62,7 @@ SCALES = {
 }
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take weights of every format, with bfloat16 inputs that are rounded or not, except integers
     with integers, which oneDNN multiplies.
     """
@@ -73,7 +73,7 @@ def objection(spec: LinearSpec, device: Device) -> str | None:
     width = _width(spec)
     if width < spec.shape[1] and width % 16:
         return f"weights {spec.scheme.weights}: takes groups of a multiple of 16 inputs"
-    if spec.scheme.activations and onednn.objection(spec, device) is None:
+    if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
         return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
     library = _library()
     return library if isinstance(library, str) else None

@@ -24,7 +24,7 @@ MIDDLE = 128
 LARGEST = 32639  # 127 * 257: both digits stay in a byte
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take integer weights in groups or with one scale a row, with bfloat16 inputs rounded to
     integers by token or tensor, or not at all.
     """

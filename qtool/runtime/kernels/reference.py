@@ -13,7 +13,7 @@ from qtool.runtime.kernels import Device, LinearSpec
 from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, uneven_block
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take every layer."""
     return None
 

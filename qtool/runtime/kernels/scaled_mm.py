@@ -20,7 +20,7 @@ MANY_TOKENS = 512
 FEWEST_INT8 = 32  # `torch._int_mm` wants more than 16 tokens
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take fp8 weights with fp8 inputs and int8 weights with int8 inputs, one scale for each output
     and each token or for all of them.
     """

@@ -46,7 +46,7 @@ _INT8: Table = {
 TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take int8 or fp8 weights with a scale for each output or one, and inputs of the same format
     with a scale for each token, or a static one.
     """

@@ -93,7 +93,7 @@ class Layout:
         return code * self.fields // self.codes
 
 
-def objection(spec: LinearSpec, device: Device) -> str | None:
+def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Take weight-only schemes of 4 and 8 bits with a scale for each output, or for groups of a
     multiple of 16 inputs.
     """
