@@ -71,7 +71,7 @@ def inspect(
     """
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
-    from qtool.inspection import render, render_page
+    from qtool.inspection import render, render_html
 
     # the objects of a large checkpoint are many, none is garbage, and the process ends soon
     gc.disable()
@@ -97,7 +97,7 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        html.write_text(render_page(found), encoding="utf-8")
+        html.write_text(render_html(found), encoding="utf-8")
     show(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)

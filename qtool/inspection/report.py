@@ -1,19 +1,16 @@
-"""What is inside a checkpoint, from its headers alone: formats, schemes, bits, bytes, what stayed
-in 16 bits, and what does not fit together.
-"""
+"""What `inspect` returns: formats, schemes, bits and bytes, read from the headers alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused
-from qtool.formats import QuantizedModule
+from qtool.formats import Layout, QuantizedModule
 from qtool.formats.layout import CACHE_SUFFIXES
 from qtool.inspection.comparison import Comparison, compare
 from qtool.inspection.deep import DeepReport, measure
@@ -21,11 +18,8 @@ from qtool.inspection.engines import EngineReport, check_engine
 from qtool.plan import is_linear, why_plain
 
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-# the last is what old compressed-tensors wrote for the KV cache
-SCALE_SUFFIXES = (
-    *CACHE_SUFFIXES,
-    "output_scale",
-)
+# Old versions of compressed-tensors wrote `output_scale` for the KV cache.
+SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class Row:
 
     kind: str
     scheme: str
+    """Name of a scheme, or a dtype."""
     count: int
     parameters: int
     size_bytes: int
@@ -41,84 +36,93 @@ class Row:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of one parameter, with its share of scales and zero points."""
-        return self.size_bytes * 8 / self.parameters if self.parameters else 0.0
+        return _bits_per_weight(self.size_bytes, self.parameters)
 
 
 @dataclass(frozen=True)
 class Module:
-    """One linear layer of N outputs and K inputs: its scheme, or None and the ``reason`` it is left
-    in 16 bits.
-    """
+    """One linear layer of N outputs and K inputs."""
 
     name: str
     kind: str
+    """The last part of its name."""
     layer: int | None
     scheme: str | None
+    """None when it is left in 16 bits."""
     reason: str
+    """Why it is left in 16 bits; empty when it is quantized or its name does not tell."""
     shape: tuple[int, int]
+    """[N, K]."""
     parameters: int
     size_bytes: int
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of one parameter, with its share of scales and zero points."""
-        return self.size_bytes * 8 / self.parameters if self.parameters else 0.0
+        return _bits_per_weight(self.size_bytes, self.parameters)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in numbers; ``quantized`` and ``plain`` are sorted by bytes, the largest first,
-    ``modules`` as the headers have them.
-
-    ``plain_bytes`` is the size that the same parameters have in 16 bits. ``deep``, ``against`` and
-    ``engine`` are there when they were asked for.
-    """
+    """A checkpoint in numbers."""
 
     name: str
     architecture: str
     format: str | None
+    """None when the checkpoint is not quantized."""
     parameters: int
     size_bytes: int
-    plain_bytes: int
+    unquantized_bytes: int
+    """Size of the same parameters in 16 bits."""
     quantized: tuple[Row, ...]
-    plain: tuple[Row, ...]
+    """The largest first."""
+    unquantized: tuple[Row, ...]
+    """The largest first."""
     modules: tuple[Module, ...]
+    """Every linear layer, in the order of the headers."""
     kv_cache: str | None
     tied_embeddings: bool
     warnings: tuple[str, ...]
     deep: DeepReport | None = None
+    """The numbers of the data, when asked for."""
     against: Comparison | None = None
+    """The comparison with another checkpoint, when asked for."""
     engine: EngineReport | None = None
+    """Whether an engine loads the checkpoint, when asked for."""
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of one parameter of the whole checkpoint."""
-        return self.size_bytes * 8 / self.parameters if self.parameters else 0.0
+        return _bits_per_weight(self.size_bytes, self.parameters)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything as plain data, for ``--json``."""
-        parts = {
-            name: part.to_dict() if part else None
-            for name, part in (
-                ("deep", self.deep),
-                ("against", self.against),
-                ("engine", self.engine),
-            )
-        }
-        rows = {
-            kind: [
-                {**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)}
-                for row in getattr(self, kind)
-            ]
-            for kind in ("quantized", "plain", "modules")
-        }
         return {
-            **vars(self),
-            "bits_per_weight": round(self.bits_per_weight, 4),
-            **rows,
-            **parts,
+            "name": self.name,
+            "architecture": self.architecture,
+            "format": self.format,
+            "parameters": self.parameters,
+            "size_bytes": self.size_bytes,
+            "plain_bytes": self.unquantized_bytes,
+            "quantized": _dicts(self.quantized),
+            "plain": _dicts(self.unquantized),
+            "modules": _dicts(self.modules),
+            "kv_cache": self.kv_cache,
+            "tied_embeddings": self.tied_embeddings,
             "warnings": list(self.warnings),
+            "deep": self.deep.to_dict() if self.deep else None,
+            "against": self.against.to_dict() if self.against else None,
+            "engine": self.engine.to_dict() if self.engine else None,
+            "bits_per_weight": round(self.bits_per_weight, 4),
         }
+
+
+def _bits_per_weight(size_bytes: int, parameters: int) -> float:
+    return size_bytes * 8 / parameters if parameters else 0.0
+
+
+def _dicts(rows: Iterable[Row | Module]) -> list[dict[str, object]]:
+    return [{**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in rows]
 
 
 def inspect(
@@ -133,33 +137,22 @@ def inspect(
 ) -> Inspection:
     """Return what ``checkpoint`` holds, from its headers alone, and what else is asked for.
 
-    ``deep`` reads all data and warns of what is NaN, infinite, a bad scale, or another file than
-    the manifest has; ``against`` compares each linear layer with that checkpoint's; ``engine``
-    tells whether it will load there, on ``gpu`` and cut in ``tensor_parallel`` parts.
-
+    Args:
+        checkpoint: the checkpoint to inspect.
+        deep: read all data; warn of NaN, infinity, bad scales and files that differ from the
+            manifest.
+        against: a checkpoint to compare each linear layer with.
+        engine: the engine to check whether ``checkpoint`` loads in.
+        engine_version: of ``engine``; the version its rules were written for when None.
+        gpu: that ``engine`` runs on.
+        tensor_parallel: ranks of ``engine``.
     Raises: CheckpointRefused, when config and tensors contradict each other or the format is
         unknown.
     """
-    warnings: list[str] = []
-    try:
-        layout = formats.detect(checkpoint)
-    except CheckpointRefused as error:
-        if error.code != "E_QUANT_METHOD" or not engine:
-            raise
-        layout = None  # the engine may know what qtool does not
-        warnings.append(error.message)
-    modules: Mapping[str, QuantizedModule] = layout.modules if layout else {}
-    linears = tuple(_modules(checkpoint, modules))
-    quantized = _rows(
-        (module.kind, module.scheme, module.parameters, module.size_bytes)
-        for module in linears
-        if module.scheme
-    )
-    owned = layout.owned if layout else frozenset()
-    plain = _rows(
-        _plain(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned
-    )
-    warnings += layout.warnings if layout else []
+    layout, warnings = _detect(checkpoint, engine_may_know=engine is not None)
+    modules = tuple(_modules(checkpoint, layout.modules if layout else {}))
+    quantized = _quantized_rows(modules)
+    unquantized = _unquantized_rows(checkpoint, layout)
     measured = None
     if deep:
         warnings += formats.check_values(checkpoint, layout)
@@ -167,26 +160,9 @@ def inspect(
         warnings += [
             f"{name} is not the file that the manifest describes" for name in measured.changed
         ]
-    parameters = sum(row.parameters for row in (*quantized, *plain))
-    return Inspection(
-        name=checkpoint.name,
-        architecture=", ".join(
-            checkpoint.config.get("architectures")
-            or [str(checkpoint.config.get("model_type", "unknown"))]
-        ),
-        format=layout.format if layout else None,
-        parameters=parameters,
-        size_bytes=checkpoint.size_bytes,
-        plain_bytes=2 * parameters,
-        quantized=quantized,
-        plain=plain,
-        modules=linears,
-        kv_cache=layout.kv_cache if layout else None,
-        tied_embeddings=checkpoint.tied_embeddings,
-        warnings=tuple(warnings),
-        deep=measured,
-        against=compare(checkpoint, against) if against else None,
-        engine=check_engine(
+    engine_report = None
+    if engine:
+        engine_report = check_engine(
             checkpoint,
             layout,
             engine,
@@ -194,8 +170,58 @@ def inspect(
             gpu=gpu,
             tensor_parallel=tensor_parallel,
         )
-        if engine
-        else None,
+    parameters = sum(row.parameters for row in (*quantized, *unquantized))
+    return Inspection(
+        name=checkpoint.name,
+        architecture=_architecture(checkpoint),
+        format=layout.format if layout else None,
+        parameters=parameters,
+        size_bytes=checkpoint.size_bytes,
+        unquantized_bytes=2 * parameters,
+        quantized=quantized,
+        unquantized=unquantized,
+        modules=modules,
+        kv_cache=layout.kv_cache if layout else None,
+        tied_embeddings=checkpoint.tied_embeddings,
+        warnings=tuple(warnings),
+        deep=measured,
+        against=compare(checkpoint, against) if against else None,
+        engine=engine_report,
+    )
+
+
+def _detect(checkpoint: Checkpoint, *, engine_may_know: bool) -> tuple[Layout | None, list[str]]:
+    """Return the layout and its warnings.
+
+    With ``engine_may_know``, a format that qtool does not read is a warning: the engine may read
+    it.
+    """
+    try:
+        layout = formats.detect(checkpoint)
+    except CheckpointRefused as error:
+        if error.code != "E_QUANT_METHOD" or not engine_may_know:
+            raise
+        return None, [error.message]
+    return layout, list(layout.warnings) if layout else []
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    names = checkpoint.config.get("architectures")
+    return ", ".join(names or [str(checkpoint.config.get("model_type", "unknown"))])
+
+
+def _quantized_rows(modules: Iterable[Module]) -> tuple[Row, ...]:
+    return _rows(
+        (module.kind, module.scheme, module.parameters, module.size_bytes)
+        for module in modules
+        if module.scheme
+    )
+
+
+def _unquantized_rows(checkpoint: Checkpoint, layout: Layout | None) -> tuple[Row, ...]:
+    owned = layout.owned if layout else frozenset()
+    return _rows(
+        _unquantized(tensor) for tensor in checkpoint.tensors.values() if tensor.name not in owned
     )
 
 
@@ -203,30 +229,35 @@ def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -
     """Yield every linear layer in the order of the headers, quantized or not."""
     by_tensor = {next(iter(module.tensors.values())).name: module for module in quantized.values()}
     for name, tensor in checkpoint.tensors.items():
+        owner = name.removesuffix(".weight")
         if module := by_tensor.get(name):
+            yield _quantized_module(module, _layer(name))
+        elif owner != name and owner not in quantized and is_linear(tensor):
             yield Module(
-                module.name,
-                _kind(module.name),
-                _layer(name),
-                module.scheme.name,
-                "",
-                module.shape,
-                *_size(module),
+                name=owner,
+                kind=_kind(owner),
+                layer=_layer(name),
+                scheme=None,
+                reason=why_plain(checkpoint, owner),
+                shape=(tensor.shape[0], tensor.shape[1]),
+                parameters=tensor.count,
+                size_bytes=tensor.size_bytes,
             )
-        elif name.endswith(".weight") and is_linear(tensor):
-            owner = name.removesuffix(".weight")
-            if owner not in quantized:
-                rows, columns = tensor.shape
-                yield Module(
-                    owner,
-                    _kind(owner),
-                    _layer(name),
-                    None,
-                    why_plain(checkpoint, owner),
-                    (rows, columns),
-                    tensor.count,
-                    tensor.size_bytes,
-                )
+
+
+def _quantized_module(module: QuantizedModule, layer: int | None) -> Module:
+    rows, columns = module.shape
+    bias = module.tensors.get("bias")
+    return Module(
+        name=module.name,
+        kind=_kind(module.name),
+        layer=layer,
+        scheme=module.scheme.name,
+        reason="",
+        shape=module.shape,
+        parameters=rows * columns + (bias.count if bias else 0),
+        size_bytes=module.size_bytes,
+    )
 
 
 def _layer(name: str) -> int | None:
@@ -238,21 +269,12 @@ def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _size(module: QuantizedModule) -> tuple[int, int]:
-    rows, columns = module.shape
-    bias = module.tensors.get("bias")
-    return rows * columns + (bias.count if bias else 0), module.size_bytes
-
-
-def _plain(tensor: TensorInfo) -> tuple[str, str, int, int]:
+def _unquantized(tensor: TensorInfo) -> tuple[str, str, int, int]:
+    """Return kind, dtype, parameters and bytes; scales hold no parameters."""
     owner, _, suffix = tensor.name.rpartition(".")
-    is_parameter = tensor.dtype in FLOAT_DTYPES and suffix not in SCALE_SUFFIXES
-    return (
-        _kind(owner) if is_parameter else suffix,
-        tensor.dtype,
-        tensor.count if is_parameter else 0,
-        tensor.size_bytes,
-    )
+    if tensor.dtype in FLOAT_DTYPES and suffix not in SCALE_SUFFIXES:
+        return _kind(owner), tensor.dtype, tensor.count, tensor.size_bytes
+    return suffix, tensor.dtype, 0, tensor.size_bytes
 
 
 def _rows(items: Iterable[tuple[str, str, int, int]]) -> tuple[Row, ...]:

@@ -1,11 +1,11 @@
-"""An inspection as rich prints it: facts, tables, the tree of layers, what was measured, and
-warnings last, where they are seen.
-"""
+"""An inspection as rich prints it: a summary, tables, the tree of layers, and warnings last."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from qtool.inspection.comparison import Comparison
 from qtool.inspection.deep import DeepReport
@@ -17,45 +17,53 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 WORST = 10  # layers named in a terminal; --json and --html have all
+Branch: TypeAlias = "dict[str, Branch | Module]"  # modules by the parts of their names
+NO_REASON = "no reason in its name: ignored when it was quantized"
 STYLES = {"refused": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
-    """Return ``inspection`` as tables and lines; with ``modules`` also the tree of all linear
-    layers.
-    """
+    """Return ``inspection`` as tables and lines; with ``modules`` also the tree of all layers."""
     from rich.console import Group
+
+    return Group(*_parts(inspection, modules=modules))
+
+
+def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    facts = [
-        f"{inspection.name}: {inspection.architecture}, {inspection.parameters / 1e6:,.2f} M "
-        "parameters",
-        f"format {inspection.format or 'none (not quantized)'}, KV cache "
-        f"{inspection.kv_cache or 'not quantized'}, "
-        f"embeddings {'tied' if inspection.tied_embeddings else 'not tied'}",
-        f"{inspection.size_bytes / 1e6:,.2f} MB, {inspection.bits_per_weight:.2f} bits per "
-        f"weight; in 16 bits {inspection.plain_bytes / 1e6:,.2f} MB",
-    ]
-    parts: list[RenderableType] = [Text("\n".join(facts))]
-    parts += [
-        _rows(title, rows)
-        for title, rows in (
-            ("quantized", inspection.quantized),
-            ("not quantized", inspection.plain),
+    yield Text(_summary(inspection))
+    if inspection.quantized:
+        yield _rows("quantized", inspection.quantized)
+    if inspection.unquantized:
+        yield _rows("not quantized", inspection.unquantized)
+    if inspection.quantized:
+        yield from (Text(f"in 16 bits: {line}") for line in _reasons(inspection.modules))
+    if modules:
+        yield _tree(inspection.modules)
+    if inspection.deep:
+        yield from _deep(inspection.deep)
+    if inspection.against:
+        yield from _against(inspection.against)
+    if inspection.engine:
+        yield from _engine(inspection.engine)
+    yield from (Text(f"warning: {text}", style=STYLES["warning"]) for text in inspection.warnings)
+
+
+def _summary(inspection: Inspection) -> str:
+    millions = inspection.parameters / 1e6
+    tied = "tied" if inspection.tied_embeddings else "not tied"
+    size_mb = inspection.size_bytes / 1e6
+    unquantized_mb = inspection.unquantized_bytes / 1e6
+    return "\n".join(
+        (
+            f"{inspection.name}: {inspection.architecture}, {millions:,.2f} M parameters",
+            f"format {inspection.format or 'none (not quantized)'}, KV cache "
+            f"{inspection.kv_cache or 'not quantized'}, embeddings {tied}",
+            f"{size_mb:,.2f} MB, {inspection.bits_per_weight:.2f} bits per weight; in 16 bits "
+            f"{unquantized_mb:,.2f} MB",
         )
-        if rows
-    ]
-    parts += (
-        [Text(f"in 16 bits: {line}") for line in _reasons(inspection.modules)]
-        if inspection.quantized
-        else []
     )
-    parts += [_tree(inspection.modules)] if modules else []
-    parts += _deep(inspection.deep) if inspection.deep else []
-    parts += _against(inspection.against) if inspection.against else []
-    parts += _engine(inspection.engine) if inspection.engine else []
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in inspection.warnings]
-    return Group(*parts)
 
 
 def _table(
@@ -89,63 +97,79 @@ def _rows(title: str, rows: Sequence[Row]) -> RenderableType:
 
 
 def _reasons(modules: Sequence[Module]) -> Iterator[str]:
-    kinds: dict[tuple[str, str], int] = {}
+    kinds: Counter[tuple[str, str]] = Counter()
     for module in modules:
         if module.scheme is None:
-            key = (
-                module.kind,
-                module.reason or "no reason in its name: ignored when it was quantized",
-            )
-            kinds[key] = kinds.get(key, 0) + 1
+            kinds[module.kind, module.reason or NO_REASON] += 1
     yield from (f"{count} x {kind} ({reason})" for (kind, reason), count in kinds.items())
 
 
 def _tree(modules: Sequence[Module]) -> Tree:
-    """Return the layers by their names; neighbours that are alike, layer after layer and expert
-    after expert, share a branch.
+    """Return the layers by their names.
+
+    Neighbours that are alike, layer after layer and expert after expert, share a branch.
     """
     from rich.tree import Tree
 
-    nested: dict[str, Any] = {}
+    root: Branch = {}
     for module in modules:
         *parents, last = module.name.split(".")
-        branch = nested
+        branch = root
         for part in parents:
-            branch = branch.setdefault(part, {})
+            inner = branch.setdefault(part, {})
+            assert isinstance(inner, dict)  # a linear layer has no layers inside
+            branch = inner
         branch[last] = module
     tree = Tree("linear layers")
-    _grow(tree, nested)
+    _grow(tree, root)
     return tree
 
 
-def _grow(tree: Tree, branch: dict[str, Any]) -> None:
+@dataclass
+class _Run:
+    """Neighbours from ``first`` to ``last`` that hold the same."""
+
+    first: str
+    last: str
+    inner: Branch | Module
+
+    def goes_on(self, name: str, inner: Branch | Module) -> bool:
+        numbered = name.isdigit() and self.last.isdigit()
+        return numbered and _outline(inner) == _outline(self.inner)
+
+
+def _grow(tree: Tree, branch: Branch) -> None:
     from rich.markup import escape
 
-    runs: list[tuple[str, str, Any]] = []  # first, last, what all of them hold
+    for run in _runs(branch):
+        label = escape(run.first if run.first == run.last else f"{run.first} to {run.last}")
+        if isinstance(run.inner, Module):
+            tree.add(f"{label}  {_stored(run.inner)}")
+        else:
+            _grow(tree.add(label), run.inner)
+
+
+def _runs(branch: Branch) -> list[_Run]:
+    runs: list[_Run] = []
     for name, inner in branch.items():
-        if (
-            runs
-            and name.isdigit()
-            and runs[-1][1].isdigit()
-            and _outline(inner) == _outline(runs[-1][2])
-        ):
-            runs[-1] = runs[-1][0], name, inner
+        if runs and runs[-1].goes_on(name, inner):
+            runs[-1] = _Run(runs[-1].first, name, inner)
         else:
-            runs.append((name, name, inner))
-    for first, last, inner in runs:
-        label = escape(first if first == last else f"{first} to {last}")
-        if isinstance(inner, Module):
-            rows, columns = inner.shape
-            stored = inner.scheme or (f"16 bit ({inner.reason})" if inner.reason else "16 bit")
-            tree.add(
-                f"{label}  [bold]{escape(stored)}[/bold]  {rows} x {columns}, "
-                f"{inner.bits_per_weight:.2f} bits"
-            )
-        else:
-            _grow(tree.add(label), inner)
+            runs.append(_Run(name, name, inner))
+    return runs
 
 
-def _outline(branch: Any) -> Any:
+def _stored(module: Module) -> str:
+    from rich.markup import escape
+
+    rows, columns = module.shape
+    stored = module.scheme or (f"16 bit ({module.reason})" if module.reason else "16 bit")
+    bits = module.bits_per_weight
+    return f"[bold]{escape(stored)}[/bold]  {rows} x {columns}, {bits:.2f} bits"
+
+
+def _outline(branch: Branch | Module) -> tuple[object, ...]:
+    """Return what is equal for branches that look alike."""
     if isinstance(branch, Module):
         return branch.scheme, branch.reason, branch.shape
     return tuple((name, _outline(inner)) for name, inner in branch.items())
@@ -194,26 +218,18 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
         yield Text(f"all {len(against.modules)} layers equal those of {against.base}")
     for only, names in (("here", against.only_here), ("in the base", against.only_there)):
         if names:
-            yield Text(
-                f"only {only}: "
-                f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            )
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield Text(f"only {only}: {', '.join(names[:3])}{more}")
 
 
 def _engine(report: EngineReport) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    where = (
-        f"{report.engine} {report.version}{f' on {report.gpu}' if report.gpu else ''}, tensor "
-        f"parallel {report.tensor_parallel}"
-    )
-    verdict = (
-        "does not load"
-        if not report.loads
-        else "loads"
-        if report.native
-        else "loads, and not in its own formats"
-    )
+    gpu = f" on {report.gpu}" if report.gpu else ""
+    where = f"{report.engine} {report.version}{gpu}, tensor parallel {report.tensor_parallel}"
+    verdict = "loads" if report.native else "loads, and not in its own formats"
+    if not report.loads:
+        verdict = "does not load"
     yield Text(f"{where}: {verdict}", style="bold" if report.loads else STYLES["refused"])
     for finding in report.findings:
         layers = f" ({finding.count} layers, e.g. {finding.modules[0]})" if finding.modules else ""

@@ -20,7 +20,7 @@ from qtool.inspection import Inspection, Module, Row, inspect
 from qtool.inspection.comparison import Comparison, Difference
 from qtool.inspection.deep import DeepReport, ModuleNumbers
 from qtool.inspection.engines import EngineReport, Finding
-from qtool.inspection.html_report import render_page
+from qtool.inspection.html_report import render_html
 
 SHAPES = {
     **{
@@ -69,20 +69,21 @@ def rows_of(modules: list[Module], *, quantized: bool) -> tuple[Row, ...]:
 
 
 def report(modules: list[Module], **parts: Any) -> Inspection:
-    quantized, plain = rows_of(modules, quantized=True), rows_of(modules, quantized=False)
+    quantized = rows_of(modules, quantized=True)
+    unquantized = rows_of(modules, quantized=False)
     embeddings = Row("embed_tokens", "BF16", 1, 525_336_576, 1_050_673_152)
-    parameters = sum(row.parameters for row in (*quantized, *plain, embeddings))
-    size = sum(row.size_bytes for row in (*quantized, *plain, embeddings)) + 100_000
+    parameters = sum(row.parameters for row in (*quantized, *unquantized, embeddings))
+    size = sum(row.size_bytes for row in (*quantized, *unquantized, embeddings)) + 100_000
     facts = {
         "name": "Llama-3.1-8B-W4A16",
         "architecture": "LlamaForCausalLM",
         "format": "compressed-tensors",
         "kv_cache": "fp8",
     }
-    sums = {"parameters": parameters, "size_bytes": size, "plain_bytes": 2 * parameters}
+    sums = {"parameters": parameters, "size_bytes": size, "unquantized_bytes": 2 * parameters}
     rest = {
         "quantized": quantized,
-        "plain": (embeddings, *plain),
+        "unquantized": (embeddings, *unquantized),
         "modules": tuple(modules),
         "tied_embeddings": False,
         "warnings": (),
@@ -334,14 +335,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_any_report_becomes_a_well_formed_page(case):
     found = CASES[case]()
-    page = render_page(found)
+    page = render_html(found)
     reader = Reader(page)
     assert page.encode("utf-8")
     assert len(json.loads(reader.data)["rows"]) == len(found.modules)
 
 
 def test_the_page_says_what_the_report_holds(full):
-    reader = Reader(render_page(full))
+    reader = Reader(render_html(full))
     for text in (
         full.name,
         full.architecture,
@@ -369,12 +370,12 @@ def test_the_page_says_what_the_report_holds(full):
     [(True, True, "loads"), (True, False, "loads, emulated"), (False, False, "refused")],
 )
 def test_the_verdict_is_one_of_three(loads, native, text):
-    reader = Reader(render_page(report(llama(1), engine=verdict(loads=loads, native=native))))
+    reader = Reader(render_html(report(llama(1), engine=verdict(loads=loads, native=native))))
     assert f"8 ranks: {text}" in reader.text
 
 
 def test_what_was_not_asked_for_is_not_there():
-    reader = Reader(render_page(report(llama(2))))
+    reader = Reader(render_html(report(llama(2))))
     assert [
         attributes["data-map"] for tag, attributes in reader.tags if "data-map" in attributes
     ] == ["Bits per weight"]
@@ -384,7 +385,7 @@ def test_what_was_not_asked_for_is_not_there():
 
 
 def test_nothing_is_loaded_from_anywhere(full):
-    page = render_page(full)
+    page = render_html(full)
     for _, attributes in Reader(page).tags:
         for key in ("src", "href", "srcset", "action", "poster", "xlink:href"):
             assert re.match(r"#|data:,|$", attributes.get(key) or ""), attributes
@@ -400,7 +401,7 @@ def test_nothing_is_loaded_from_anywhere(full):
 
 
 def test_hostile_names_stay_text():
-    page = render_page(broken())
+    page = render_html(broken())
     reader = Reader(page)
     assert "<img" not in page and "onerror" not in {
         key for _, attributes in reader.tags for key in attributes
@@ -414,7 +415,7 @@ def test_hostile_names_stay_text():
 
 def test_twelve_thousand_modules_make_a_small_page():
     modules = experts()
-    page = render_page(report(modules, deep=numbers(modules), against=differences(modules)))
+    page = render_html(report(modules, deep=numbers(modules), against=differences(modules)))
     assert len(modules) > 12_000
     assert len(page.encode()) < 3e6
     assert "87 modules" in page
@@ -424,11 +425,11 @@ def test_names_made_to_blow_up_the_page_do_not():
     modules = [
         linear(f"layers.{index}.k{index}", (8, 8), "W4A16", layer=index) for index in range(12_000)
     ]
-    assert len(render_page(report(modules)).encode()) < 4.5e6
+    assert len(render_html(report(modules)).encode()) < 4.5e6
 
 
 def test_the_bundled_model_has_a_page(tiny_model):
-    reader = Reader(render_page(inspect(open_checkpoint(tiny_model))))
+    reader = Reader(render_html(inspect(open_checkpoint(tiny_model))))
     assert "None of its 42 linear layers is quantized" in reader.text
     assert "not quantized" in reader.text and "embed_tokens" in reader.text
 
@@ -445,7 +446,7 @@ def load(browser, tmp_path) -> Iterator[Any]:
 
     def open_page(inspection: Inspection, **context: Any) -> Any:
         file = tmp_path / "page.html"
-        file.write_text(render_page(inspection), encoding="utf-8")
+        file.write_text(render_html(inspection), encoding="utf-8")
         page = browser.new_context(**context).new_page()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))

@@ -25,7 +25,7 @@ def test_a_plain_model_is_counted():
     )
     assert found.bits_per_weight == 16
     assert found.tied_embeddings
-    assert {(row.kind, row.count) for row in found.plain} >= {
+    assert {(row.kind, row.count) for row in found.unquantized} >= {
         ("embed_tokens", 1),
         ("norm", 1),
         ("input_layernorm", 6),
@@ -49,7 +49,9 @@ def test_quantizing_changes_bytes_and_not_parameters(sample, name):
     found = inspect(open_checkpoint(sample(name)))
     assert found.parameters == PARAMETERS
     assert (
-        sum(row.size_bytes for row in (*found.quantized, *found.plain)) <= found.size_bytes < 7.2e6
+        sum(row.size_bytes for row in (*found.quantized, *found.unquantized))
+        <= found.size_bytes
+        < 7.2e6
     )
     assert sum(row.count for row in found.quantized) == 42
 
@@ -66,7 +68,7 @@ def test_mixed_schemes_stand_in_rows_of_their_own(sample):
         ("q_proj", "FP8"),
         ("up_proj", "NVFP4"),
     }
-    assert any(row.kind == "down_proj" for row in found.plain)
+    assert any(row.kind == "down_proj" for row in found.unquantized)
 
 
 def test_the_report_survives_json_and_names_what_matters_in_print(sample):
