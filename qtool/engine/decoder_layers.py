@@ -27,13 +27,12 @@ from torch.nn import functional
 from qtool.engine.attention.interface import (
     RECORDING,
     RUNNING,
-    LayerGeometry,
     attend,
     recording,
     running,
     write,
 )
-from qtool.engine.attention.pages import KVPages, Packed
+from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
 from qtool.errors import one_line
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows

@@ -24,10 +24,10 @@ from qtool.engine.attention.pages import PAGE
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.loop import Answer, Loop, Request
-from qtool.engine.model_runner import Limits, Runner
+from qtool.engine.model_runner import Runner
 from qtool.engine.sampler import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from qtool.engine.scheduler import SequenceState
+from qtool.engine.scheduler import Limits, SequenceState
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.runtime.load import cache_scales, device_named, materialize, plan_load

@@ -1,13 +1,20 @@
-"""Pages of the key-value cache: who holds them, which can be used again by their content, which
-goes first when none is left.
-"""
+"""The key-value cache: how many pages fit, the tensors they are made of, who holds which page."""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+import psutil
+import torch
+
+from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry
+from qtool.errors import ResourceError
+
+CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
 
 
 def page_digest(parent: bytes, tokens: Iterable[int]) -> bytes:
@@ -102,3 +109,81 @@ class Pages:
         del self._by_digest[digest]
         self._digests[page] = None
         self._unused.append(page)
+
+
+def page_bytes(geometry: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
+    """Return the bytes of one page, in all layers together."""
+    sizes = (layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in geometry)
+    return sum(sizes) * PAGE * dtype.itemsize
+
+
+def allocate_pages(
+    count: int,
+    geometry: Sequence[LayerGeometry],
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: Mapping[int, tuple[float, float]],
+) -> dict[int, KVPages]:
+    """Return ``count`` pages and page 0, where padding writes and nobody reads, by layer index.
+
+    Args:
+        scales: of keys and values of each layer with an 8-bit cache.
+    """
+    pages = {}
+    for layer in geometry:
+        k_scale, v_scale = scales.get(layer.layer_idx, (1.0, 1.0))
+        shape = (count + 1, layer.kv_heads, PAGE)
+        k = torch.zeros(*shape, layer.head_dim, dtype=dtype, device=device)
+        v = torch.zeros(*shape, layer.v_head_dim, dtype=dtype, device=device)
+        pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
+    return pages
+
+
+def cache_room(device: torch.device, *, static_share: float, step_bytes: int, budget: int) -> int:
+    """Return the bytes that the KV cache may take on ``device``.
+
+    Args:
+        static_share: of a GPU's memory, for weights and cache together. On a CPU the cache takes
+            `CPU_SHARE` of what is free.
+        step_bytes: what the largest step and the CUDA graphs still need; the cache shrinks,
+            with a warning, when they would not fit beside it.
+        budget: tokens of that step.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available * CPU_SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(total * static_share) - (total - free)
+    if free - room >= step_bytes:
+        return room
+    lowered = free - step_bytes
+    warnings.warn(
+        f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: "
+        f"a step of {budget} tokens needs the rest",
+        stacklevel=2,
+    )
+    return lowered
+
+
+def count_pages(
+    room: int, size_bytes: int, *, most: int, wanted: int | None, device: torch.device
+) -> int:
+    """Return how many pages of ``size_bytes`` fit into ``room`` bytes.
+
+    Args:
+        most: more than these would never be used.
+        wanted: exactly so many, if given.
+    Raises: ResourceError, when there is no room for one page, or for ``wanted``.
+    """
+    count = min(most if wanted is None else wanted, room // size_bytes)
+    if count >= 1 and (wanted is None or count == wanted):
+        return count
+    room = max(room, 0)
+    hint = "a quarter of the free memory is taken"
+    if device.type == "cuda":
+        hint = "raise mem_fraction_static or lower chunked_prefill_size"
+    raise ResourceError(
+        "E_KV_CACHE",
+        f"{room / 1e9:.1f} GB are left for the KV cache, which is "
+        f"{room // size_bytes * PAGE} tokens",
+        hint=f"{hint}; or lower max_total_tokens",
+    )

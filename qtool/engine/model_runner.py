@@ -1,86 +1,60 @@
-"""The model on its device: the KV cache, one step launched at a time; steps that only decode, and
-small ones with prompts, as CUDA graphs.
-"""
+"""The model on its device: launches one step at a time, without waiting for it."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
-from qtool.engine.attention.interface import NAME, LayerGeometry, recording, running
-from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters
+from qtool.engine import kv_cache
+from qtool.engine.attention.interface import NAME, recording, running
+from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
+from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.decoder_layers import fuse
-from qtool.engine.sampler import History, Logprobs, RowRequest, Sampler, greedy, logprobs_of
+from qtool.engine.sampler import (
+    History,
+    Logprobs,
+    RowRequest,
+    Sampler,
+    Samples,
+    greedy,
+    logprobs_of,
+)
 from qtool.engine.sampling_params import SamplingParams
-from qtool.engine.scheduler import PROMPT_LOGITS, Chunk, Step
-from qtool.errors import CheckpointRefused, ResourceError, one_line
+from qtool.engine.scheduler import PROMPT_LOGITS, Limits, Step
+from qtool.engine.step_buffer import (
+    NUM_BUFFERS,
+    StepBuffer,
+    StepInputs,
+    StepLayout,
+    fill_tokens,
+    fill_updates,
+    update_table,
+)
+from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import ExpertStack
 
 LOG = logging.getLogger("qtool.engine")
-# decode batches that have a CUDA graph
-BUCKETS = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    160,
-    192,
-    224,
-    256,
-    384,
-    512,
-)
-# tokens of prompts of steps that have a CUDA graph: more keep the device busy by themselves
-PREFILL_BUCKETS = (
-    64,
-    128,
-    256,
-    512,
-    1024,
-    2048,
-)
-BESIDE = (0, 64, 256)  # sequences that decode in such a step
-CHUNKS = 8  # pieces of prompts in it, at most
-FLYING = 2  # steps whose arrays may be in use: one is filled while the one before it is on its way
-CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much runs at once: sequences, tokens a step, tokens of one sequence."""
-
-    max_running: int
-    token_budget: int
-    context_length: int
+# Steps of a start that make kernels compile before they are wanted, after the largest.
+WARM_UP_TOKENS = (300, 40, 12, 5, 1)
 
 
 @dataclass
 class InFlightStep:
-    """A step on its way: what it will say once `wait` has returned."""
+    """A step on its way, and what it will have made once `wait` has returned."""
 
     step: Step
-    # int32, on the host: one for each chunk that samples, -1 where the logits were not finite
     tokens: Tensor
+    """int32 on the host: one for each chunk that samples, -1 where the logits were not finite."""
     done: torch.cuda.Event | None
     logprobs: Logprobs | None = None
     """On the host, of `logprob_rows`."""
@@ -95,25 +69,13 @@ class InFlightStep:
         return cast(list[int], self.tokens.tolist())
 
 
-@dataclass
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    tokens: Tensor
-
-
-# of a step with prompts that has a CUDA graph: sequences that decode, tokens of prompts
-Shape = tuple[int, int]
-
-
 class Runner:
     """Runs the steps of a scheduler on a model.
 
     Args:
         model: a causal language model of transformers, on ``device``, whose attention is
             `qtool.engine.attention.interface`'s.
-        static_share: of the device's memory, for weights and KV cache together; without meaning on
-            a CPU.
+        static_share: of the device's memory, for weights and KV cache together; a CPU ignores it.
         max_tokens: the size of the KV cache, instead of what memory allows.
         cache_scales: for keys and values of each layer; with them the cache has 8 bits.
         compiled: in which steps decoder layers that cannot be fused run through `torch.compile`.
@@ -135,83 +97,87 @@ class Runner:
         self.model, self.device, self.limits = model, device, limits
         self.vocab_size: int = model.get_output_embeddings().out_features
         self.sampler = Sampler(self.vocab_size, device)
-        self._dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
-        self._scales = cache_scales or {}
-        # they ask the device which of them have tokens
+        # experts ask the device which of them have tokens
         experts = any(isinstance(module, ExpertStack) for module in model.modules())
-        self._wants_graphs = cuda_graphs and device.type == "cuda" and not experts
-        self._buckets = [
-            *(bucket for bucket in BUCKETS if bucket < limits.max_running),
-            min(limits.max_running, BUCKETS[-1]),
-        ]
-        self._columns = -(-limits.context_length // PAGE)
-        most = min(limits.token_budget, limits.context_length)
-        beside = sorted({min(count, limits.max_running) for count in BESIDE})
-        self._shapes = [
-            (decodes, tokens) for tokens in PREFILL_BUCKETS if tokens <= most for decodes in beside
-        ]
-        width = (
-            (limits.token_budget + limits.max_running) * 3
-            + PROMPT_LOGITS
-            + (limits.max_running + 1) * (3 + 2 * self._columns)
-        )
-        self._host = [
-            torch.zeros(width, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(FLYING)
-        ]
-        self._answers = [
-            torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(FLYING)
-        ]
-        self._turns = itertools.cycle(range(FLYING))
+        wants_graphs = cuda_graphs and device.type == "cuda" and not experts
+        columns = -(-limits.context_length // PAGE)
         with torch.inference_mode(), current(device):
-            self._inputs = torch.zeros(width, dtype=torch.int32, device=device)
-            # the last row is for padding
-            self.table = torch.zeros(
-                limits.max_running + 1, self._columns, dtype=torch.int32, device=device
-            )
-            # the token that each row sampled last
-            self._last = torch.zeros(limits.max_running + 1, dtype=torch.int32, device=device)
-            said = _Stopwatch()
-            _freeze_rotary(model, limits.context_length)
-            self.geometry = self._record()
-            self._eager_prefill = compiled == "decode"
-            if not fuse(model) and compiled != "off":
-                for layer in model.get_decoder().layers:
-                    layer.compile(dynamic=True)
-            said("layers fused")
+            self._make_buffers(columns)
+            log_time = _Stopwatch()
+            self._prepare_model(compiled)
+            log_time("layers fused")
             heads = max(layer.kv_heads for layer in self.geometry)
             self._counters = new_counters(limits.max_running, heads, device)
-            self.layers: dict[int, KVPages] = self._pages(0)
-            peak = self._peak()
-            said("largest step tried")
-            self.page_count = self._affordable(static_share, max_tokens, peak)
-            self.layers = self._pages(self.page_count)
-            self.graphs: dict[int, _Graph] = {}
-            self.prompt_graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-            self._kept_logits = torch.empty(0)  # what all of those leave their logits in
-            if self._wants_graphs:
-                self._capture()
-                said(
-                    f"{len(self.graphs)} CUDA graphs captured for decoding, "
-                    f"{len(self.prompt_graphs)} for prompts"
+            dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
+            scales = cache_scales or {}
+            self.layers: dict[int, KVPages] = kv_cache.allocate_pages(
+                0, self.geometry, dtype, device, scales
+            )
+            step_bytes = self._measure_step()
+            log_time("largest step tried")
+            if wants_graphs:
+                row_bytes = self.vocab_size * model.dtype.itemsize
+                step_bytes += self.graphs.memory_bytes(step_bytes, row_bytes)
+            room = kv_cache.cache_room(
+                device,
+                static_share=static_share,
+                step_bytes=step_bytes,
+                budget=limits.token_budget,
+            )
+            self.page_bytes = kv_cache.page_bytes(self.geometry, dtype)
+            self.page_count = kv_cache.count_pages(
+                room,
+                self.page_bytes,
+                most=limits.max_running * columns,
+                wanted=None if max_tokens is None else -(-max_tokens // PAGE),
+                device=device,
+            )
+            self.layers = kv_cache.allocate_pages(
+                self.page_count, self.geometry, dtype, device, scales
+            )
+            if wants_graphs:
+                self.graphs.capture(self.decode, self.prefill, device)
+                log_time(
+                    f"{len(self.graphs.decode)} CUDA graphs captured for decoding, "
+                    f"{len(self.graphs.prompts)} for prompts"
                 )
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page of tokens, in all layers."""
-        sizes = (layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in self.geometry)
-        return sum(sizes) * PAGE * self._dtype.itemsize
+    def _make_buffers(self, columns: int) -> None:
+        """Allocate what steps read and write besides weights and KV cache."""
+        limits, device = self.limits, self.device
+        largest = StepLayout(
+            tokens=limits.token_budget + limits.max_running,
+            starts=limits.max_running + 2,
+            kept=limits.max_running + PROMPT_LOGITS,
+            updates=(limits.max_running + 1) * columns,
+        )
+        self.buffer = StepBuffer(largest, device)
+        pinned = device.type == "cuda"
+        self._sampled = [
+            torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=pinned)
+            for _ in range(NUM_BUFFERS)
+        ]
+        rows = limits.max_running + 1  # the last row is for padding
+        self.table = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+        # the token that each row sampled last
+        self._last = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.graphs = CudaGraphs(limits, self.table, self.buffer)
+
+    def _prepare_model(self, compiled: Literal["off", "decode", "all"]) -> None:
+        """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
+        _freeze_rotary(self.model, self.limits.context_length)
+        self.geometry = self._record()
+        self._eager_prefill = compiled == "decode"
+        if not fuse(self.model) and compiled != "off":
+            for layer in self.model.get_decoder().layers:
+                layer.compile(dynamic=True)
 
     def _record(self) -> list[LayerGeometry]:
         """Return what the attention of each layer is, found by a dry pass."""
         self.model.set_attn_implementation(NAME)
+        zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with recording() as found:
-            self.model(
-                input_ids=self._inputs[None, :1].long(),
-                position_ids=self._inputs[None, :1].long(),
-                use_cache=False,
-            )
+            self.model(input_ids=zero, position_ids=zero, use_cache=False)
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(found.layers) != layers:
             message = (
@@ -225,26 +191,16 @@ class Runner:
 
     def close(self) -> None:
         """Give the memory back."""
-        self.graphs, self.prompt_graphs, self.layers, self.model = {}, {}, {}, None
-        self.table = self._inputs = self._last = self._kept_logits = torch.empty(0)
+        self.graphs.close()
+        self.buffer.close()
+        self.layers = {}
+        self.model = None
+        self.table = self._last = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pages(self, count: int) -> dict[int, KVPages]:
-        """Return the cache of ``count`` pages and one that nobody reads, page 0, in which padding
-        writes.
-        """
-        pages = {}
-        for layer in self.geometry:
-            k_scale, v_scale = self._scales.get(layer.layer_idx, (1.0, 1.0))
-            shape = (count + 1, layer.kv_heads, PAGE)
-            k = torch.zeros(*shape, layer.head_dim, dtype=self._dtype, device=self.device)
-            v = torch.zeros(*shape, layer.v_head_dim, dtype=self._dtype, device=self.device)
-            pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
-        return pages
-
-    def _peak(self) -> int:
-        """Return the bytes that the largest step needs beside weights and cache, found by running
+    def _measure_step(self) -> int:
+        """Return the bytes that the largest step needs besides weights and cache, found by running
         it: prefill of new prompts on scratch pages.
         """
         if self.device.type != "cuda":
@@ -253,93 +209,37 @@ class Runner:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
-        row = RowRequest(
-            params, 0, 0, History([0]), mask=np.full(-(-self.vocab_size // 32), -1, np.int32)
-        )
-        longest = self.limits.context_length
-        # the small ones only make the kernels compile before they are wanted
-        for tokens in (
-            self.limits.token_budget,
-            300,
-            40,
-            12,
-            5,
-            1,
-        ):
-            tokens = min(tokens, self.limits.token_budget)
-            starts = torch.tensor(
-                [*range(0, tokens, longest), tokens], dtype=torch.int32, device=self.device
-            )
-            positions = torch.arange(tokens, dtype=torch.int32, device=self.device) % longest
-            rows = torch.full_like(positions, self.limits.max_running)
-            packed = Packed(
-                self.table,
-                rows,
-                positions,
-                0,
-                starts,
-                longest=min(tokens, longest),
-                counters=self._counters,
-            )
-            kept = torch.zeros(
-                min(self.limits.max_running, tokens), dtype=torch.long, device=self.device
-            )
-            self.sampler.sample(
-                self._logits(packed, torch.zeros_like(positions), kept), [row] * len(kept)
-            )
+        budget = self.limits.token_budget
+        for tokens in (budget, *WARM_UP_TOKENS):
+            self._try_step(min(tokens, budget))
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return peak
 
-    def _affordable(self, static_share: float, max_tokens: int | None, peak: int) -> int:
-        """Return the number of pages of the cache."""
-        most = (
-            (self.limits.max_running * self._columns)
-            if max_tokens is None
-            else -(-max_tokens // PAGE)
+    def _try_step(self, tokens: int) -> None:
+        """Run a step of ``tokens`` tokens of prompts, and sample with all that a request can ask
+        for.
+        """
+        longest = self.limits.context_length
+        starts = [*range(0, tokens, longest), tokens]
+        positions = torch.arange(tokens, dtype=torch.int32, device=self.device) % longest
+        packed = Packed(
+            self.table,
+            torch.full_like(positions, self.limits.max_running),
+            positions,
+            decodes=0,
+            starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            longest=min(tokens, longest),
+            counters=self._counters,
         )
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            room = int(total * static_share) - (total - free)
-            # each keeps its logits, or they share those of the largest, and a step's memory
-            if self._wants_graphs:
-                rows = (
-                    sum(self._buckets)
-                    + max((decodes for decodes, _ in self._shapes), default=0)
-                    + CHUNKS
-                )
-                peak += rows * self.vocab_size * self.model.dtype.itemsize
-                peak += (
-                    peak
-                    * max((sum(shape) for shape in self._shapes), default=0)
-                    // self.limits.token_budget
-                )
-            if free - room < peak:
-                lowered = free - peak
-                needed = f"a step of {self.limits.token_budget} tokens needs the rest"
-                message = (
-                    f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: "
-                    f"{needed}"
-                )
-                warnings.warn(message, stacklevel=2)
-                room = lowered
-        else:
-            room = int(psutil.virtual_memory().available * CPU_SHARE)
-        count = min(most, room // self.page_bytes)
-        if count < 1 or (max_tokens is not None and count < most):
-            message = (
-                f"{max(room, 0) / 1e9:.1f} GB are left for the KV cache, which is "
-                f"{max(room, 0) // self.page_bytes * PAGE} tokens"
-            )
-            hint = (
-                "raise mem_fraction_static or lower chunked_prefill_size"
-                if self.device.type == "cuda"
-                else "a quarter of the free memory is taken"
-            )
-            raise ResourceError("E_KV_CACHE", message, hint=f"{hint}; or lower max_total_tokens")
-        return count
+        samples = min(self.limits.max_running, tokens)
+        kept = torch.zeros(samples, dtype=torch.long, device=self.device)
+        logits = self._logits(packed, torch.zeros_like(positions), kept)
+        params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
+        mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
+        row = RowRequest(params, seed=0, position=0, history=History([0]), mask=mask)
+        self.sampler.sample(logits, [row] * samples)
 
     def _logits(self, packed: Packed, ids: Tensor, kept: Tensor | int) -> Tensor:
         """Return the logits [R, V] after the tokens at ``kept`` of ``ids`` [T], -1 for what its row
@@ -370,317 +270,153 @@ class Runner:
             prompts: (position of a chunk, how many alternatives) where the log probabilities of a
                 prompt are wanted.
         """
-        turn = next(self._turns)
-        chunks = step.chunks
-        size = (
-            next((bucket for bucket in self.graphs if bucket >= step.decodes), 0)
-            if step.decodes == len(chunks) and not prompts
-            else 0
-        )
-        shape = self._shape_for(step) if not prompts else None
-        if size and len(step.updates) <= size:
-            logits, tokens = self._replay(turn, step, size)
-        elif shape:
-            logits, tokens = self._replay_prompts(turn, step, shape), None
-        else:
-            logits, tokens = self._run(turn, step, [position for position, _ in prompts]), None
-        asked: dict[int, Logprobs] = {}
-        if prompts:
-            rows_of = _rows_of_logits(step, [position for position, _ in prompts])
-            asked = self._prompt_logprobs(step, logits, prompts, rows_of)
-            logits = logits[
-                self._shipped(
-                    [rows[-1] for chunk, rows in zip(chunks, rows_of, strict=True) if chunk.samples]
-                )
-            ]
-        launched = InFlightStep(step, self._answers[turn][: len(requests)], None)
-        if requests and (tokens is None or not all(_is_plain(request) for request in requests)):
-            samples = self.sampler.sample(logits, requests)
+        turn = self.buffer.advance()
+        logits, tokens, prompt_logprobs = self._forward(step, prompts)
+        launched = InFlightStep(step, self._sampled[turn][: len(requests)], done=None)
+        if requests and (tokens is None or not all(map(_takes_largest, requests))):
+            samples = self._sample(step, logits, requests)
             tokens = samples.tokens.int()
-            rows = self._shipped([chunk.sequence.row for chunk in chunks if chunk.samples])
-            # of logits that are not finite the next step gets some token, until they are read
-            self._last.index_put_((rows,), tokens.clamp(min=0))
             if samples.logprobs is not None:
-                launched.logprobs, launched.logprob_rows = (
-                    _on_host(samples.logprobs),
-                    samples.logprob_rows,
-                )
+                launched.logprobs = _on_host(samples.logprobs)
+                launched.logprob_rows = samples.logprob_rows
         if tokens is not None:
             launched.tokens.copy_(tokens, non_blocking=True)
-        launched.prompts = {position: _on_host(logprobs) for position, logprobs in asked.items()}
+        for position, logprobs in prompt_logprobs.items():
+            launched.prompts[position] = _on_host(logprobs)
         if self.device.type == "cuda":
             launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.done.record()
         return launched
 
-    def _replay(self, turn: int, step: Step, size: int) -> tuple[Tensor, Tensor]:
-        """Run a step of decode chunks as the CUDA graph of ``size``."""
-        count, padding = len(step.chunks), self.limits.max_running
-        array = self._host[turn].numpy()[: 5 * size].reshape(5, size)
-        array[:3, :count] = self._token_arrays(step.chunks)
-        array[:2, count:], array[2, count:] = 0, padding
-        array[3, :], array[4, :] = padding * self._columns, 0
-        for i, (row, column, page) in enumerate(step.updates):
-            array[3, i], array[4, i] = row * self._columns + column, page
-        self._inputs[: 5 * size].copy_(self._host[turn][: 5 * size], non_blocking=True)
-        graph = self.graphs[size]
-        graph.graph.replay()
-        return graph.logits[:count], graph.tokens[:count]
-
-    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return logits and tokens of ``size`` sequences, from `_inputs`: token, position and row
-        of each, and changes of the table.
+    def _forward(
+        self, step: Step, prompts: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor | None, dict[int, Logprobs]]:
+        """Run the model; return the logits of the chunks that sample, the most probable tokens if a
+        graph made them, and the log probabilities of ``prompts``.
         """
-        ids, positions, rows, places, pages = self._inputs[: 5 * size].view(5, size).unbind()
-        self.table.view(-1).index_put_((places,), pages)
-        logits = self._logits(
-            Packed(self.table, rows, positions, size, counters=self._counters), ids, 0
-        )
-        tokens = greedy(logits).int()
-        self._last.index_put_((rows,), tokens.clamp(min=0))
-        return logits, tokens
+        if prompts:
+            return self._run_with_prompt_logprobs(step, prompts)
+        if (size := self.graphs.decode_size(step)) is not None:
+            return *self.graphs.replay_decode(step, size), {}
+        if (shape := self.graphs.prompt_shape(step)) is not None:
+            rows = self.graphs.replay_prompts(step, shape)
+            return self.graphs.kept_logits.index_select(0, self._to_device(rows)), None, {}
+        return self._run(step), None, {}
 
-    def _shape_for(self, step: Step) -> Shape | None:
-        """Return the smallest shape of a CUDA graph that holds ``step``, pieces of prompts and what
-        decodes beside them.
+    def _sample(self, step: Step, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
+        """Draw the tokens of ``step``, and remember them as the last of their rows."""
+        samples = self.sampler.sample(logits, requests)
+        rows = self._to_device([chunk.sequence.row for chunk in step.chunks if chunk.samples])
+        # of logits that are not finite the next step gets some token, until they are read
+        self._last.index_put_((rows,), samples.tokens.int().clamp(min=0))
+        return samples
+
+    def decode(self, inputs: StepInputs[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits and most probable tokens of a step that only decodes: what its graph
+        does.
         """
-        prefills = step.chunks[step.decodes :]
-        if not 0 < len(prefills) <= CHUNKS:
-            return None
-        tokens = sum(chunk.count for chunk in prefills)
-        return next(
-            (
-                shape
-                for shape in self.prompt_graphs
-                if shape[0] >= step.decodes and shape[1] >= tokens
-            ),
-            None,
-        )
-
-    def _replay_prompts(self, turn: int, step: Step, shape: Shape) -> Tensor:
-        """Run a step as the CUDA graph of ``shape``, and return its logits.
-
-        What is too much decodes, or is a prompt, on the row for padding.
-        """
-        decodes, size = shape
-        whole, prefills = decodes + size, step.chunks[step.decodes :]
-        ends = list(itertools.accumulate(chunk.count for chunk in prefills))
-        used, fixed = ends[-1], 3 * whole + CHUNKS + 2 + decodes + CHUNKS
-        array = self._host[turn].numpy()
-        tokens = array[: 3 * whole].reshape(3, whole)
-        tokens[:2], tokens[2] = 0, self.limits.max_running
-        tokens[:, : step.decodes] = self._token_arrays(step.chunks[: step.decodes])
-        tokens[:, decodes : decodes + used] = self._token_arrays(prefills)
-        tokens[1, decodes + used :] = np.arange(size - used)
-        bounds, kept = (
-            array[3 * whole : 3 * whole + CHUNKS + 2],
-            array[fixed - decodes - CHUNKS : fixed],
-        )
-        bounds[:], kept[:] = size, 0
-        bounds[: len(prefills) + 1] = [0, *ends]
-        kept[:decodes], kept[decodes : decodes + len(prefills)] = (
-            np.arange(decodes),
-            np.array(ends) + decodes - 1,
-        )
-        stop = fixed + 2 * len(step.updates)
-        array[fixed:stop] = [
-            *(row * self._columns + column for row, column, _ in step.updates),
-            *(page for *_, page in step.updates),
-        ]
-        self._inputs[:stop].copy_(self._host[turn][:stop], non_blocking=True)
-        if step.updates:
-            places, pages = self._inputs[fixed:stop].view(2, -1).unbind()
-            self.table.view(-1).index_put_((places,), pages)
-        self.prompt_graphs[shape].replay()
-        rows = [
-            *range(step.decodes),
-            *(decodes + i for i, chunk in enumerate(prefills) if chunk.samples),
-        ]
-        return self._kept_logits.index_select(0, self._shipped(rows))
-
-    def _prompts(self, shape: Shape) -> Tensor:
-        """Return the logits of a step of ``shape``, one row for each that decodes and for each of
-        `CHUNKS`, from `_inputs`.
-        """
-        decodes, size = shape
-        whole = decodes + size
-        ids, positions, rows = self._inputs[: 3 * whole].view(3, whole).unbind()
-        bounds, kept = (
-            self._inputs[3 * whole :][: CHUNKS + 2],
-            self._inputs[3 * whole + CHUNKS + 2 :][: decodes + CHUNKS],
-        )
-        return self._logits(
-            Packed(
-                self.table, rows, positions, decodes, bounds, longest=size, counters=self._counters
-            ),
-            ids,
-            kept.long(),
-        )
-
-    def _run(self, turn: int, step: Step, whole: Sequence[int]) -> Tensor:
-        """Run any step, launch by launch, and return its logits; ``whole``: the positions of chunks
-        all of whose logits are wanted.
-        """
-        chunks, updates, decodes = step.chunks, step.updates, step.decodes
-        starts = np.cumsum([0, *(chunk.count for chunk in chunks)])
-        tokens = int(starts[-1])
-        array = self._host[turn].numpy()
-        array[: 3 * tokens].reshape(3, tokens)[:] = self._token_arrays(chunks)
-        kept = [
-            place
-            for i, chunk in enumerate(chunks)
-            for place in (
-                range(starts[i], starts[i + 1])
-                if i in whole
-                else [starts[i + 1] - 1]
-                if chunk.samples
-                else []
-            )
-        ]
-        parts: list[Any] = [
-            starts[decodes:] - decodes,
-            kept,
-            [row * self._columns + column for row, column, _ in updates],
-            [page for *_, page in updates],
-        ]
-        offsets = np.cumsum([3 * tokens, *(len(part) for part in parts)])
-        for part, offset in zip(parts, offsets, strict=False):
-            array[offset : offset + len(part)] = part
-        self._inputs[: offsets[-1]].copy_(self._host[turn][: offsets[-1]], non_blocking=True)
-        ids, positions, rows = self._inputs[: 3 * tokens].view(3, tokens).unbind()
-        bounds, wanted, places, pages = (
-            self._inputs[start:stop] for start, stop in itertools.pairwise(offsets)
-        )
-        if updates:
-            self.table.view(-1).index_put_((places,), pages)
+        update_table(self.table, inputs)
         packed = Packed(
             self.table,
-            rows,
-            positions,
-            decodes,
-            bounds if decodes < len(chunks) else None,
+            inputs.rows,
+            inputs.positions,
+            decodes=len(inputs.rows),
             counters=self._counters,
         )
-        packed.longest = max((chunk.count for chunk in chunks[decodes:]), default=0)
-        return self._logits(packed, ids, wanted.long())
+        logits = self._logits(packed, inputs.token_ids, 0)
+        tokens = greedy(logits).int()
+        self._last.index_put_((inputs.rows,), tokens.clamp(min=0))
+        return logits, tokens
 
-    @staticmethod
-    def _token_arrays(chunks: Sequence[Chunk]) -> tuple[list[int], list[int], list[int]]:
-        """Return token (-1 where the host does not know it yet), position and row of each token of
-        ``chunks``.
+    def prefill(self, inputs: StepInputs[Tensor], shape: PromptShape) -> Tensor:
+        """Return the logits of the kept tokens of a step of ``shape``: what its graph does."""
+        packed = Packed(
+            self.table,
+            inputs.rows,
+            inputs.positions,
+            decodes=shape.decodes,
+            starts=inputs.starts,
+            longest=shape.tokens,
+            counters=self._counters,
+        )
+        return self._logits(packed, inputs.token_ids, inputs.kept.long())
+
+    def _run(self, step: Step, whole: Sequence[int] = ()) -> Tensor:
+        """Run any step, launch by launch; return the logits that `_logits_of` counts.
+
+        Args:
+            whole: positions of chunks all of whose logits are wanted.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            sequence, stop = chunk.sequence, chunk.start + chunk.count
-            assert sequence.row is not None
-            tokens = sequence.tokens[chunk.start : stop]
-            ids += tokens
-            ids += [-1] * (chunk.count - len(tokens))
-            positions += range(chunk.start, stop)
-            rows += [sequence.row] * chunk.count
-        return ids, positions, rows
+        chunks, decodes = step.chunks, step.decodes
+        stops = list(itertools.accumulate(chunk.count for chunk in chunks))
+        sizes = _logits_of(step, whole)
+        kept = [
+            place
+            for stop, size in zip(stops, sizes, strict=True)
+            for place in range(stop - size, stop)
+        ]
+        prefills = len(chunks) - decodes
+        layout = StepLayout(
+            tokens=stops[-1],
+            starts=prefills + 1 if prefills else 0,
+            kept=len(kept),
+            updates=len(step.updates),
+        )
+        inputs = self.buffer.on_host(layout)
+        fill_tokens(inputs, chunks)
+        if prefills:
+            inputs.starts[0] = 0
+            inputs.starts[1:] = [stop - decodes for stop in stops[decodes:]]
+        inputs.kept[:] = kept
+        fill_updates(inputs, step.updates, self.table)
+        there = self.buffer.send(layout)
+        if step.updates:
+            update_table(self.table, there)
+        packed = Packed(
+            self.table,
+            there.rows,
+            there.positions,
+            decodes=decodes,
+            starts=there.starts if prefills else None,
+            longest=max((chunk.count for chunk in chunks[decodes:]), default=0),
+            counters=self._counters,
+        )
+        return self._logits(packed, there.token_ids, there.kept.long())
 
-    def _prompt_logprobs(
-        self,
-        step: Step,
-        logits: Tensor,
-        prompts: Sequence[tuple[int, int]],
-        rows_of: Sequence[range],
-    ) -> dict[int, Logprobs]:
-        """Return the log probabilities of the prompt's token after each token of some chunks."""
+    def _run_with_prompt_logprobs(
+        self, step: Step, prompts: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor | None, dict[int, Logprobs]]:
+        """Run ``step``; return the logits of the chunks that sample, None, and the log
+        probabilities of the prompt's token after each token of some chunks.
+        """
+        whole = [position for position, _ in prompts]
+        logits = self._run(step, whole)
+        stops = list(itertools.accumulate(_logits_of(step, whole)))
         found: dict[int, Logprobs] = {}
         for position, alternatives in prompts:
-            chunk, first = step.chunks[position], rows_of[position].start
+            chunk = step.chunks[position]
+            first = stops[position] - chunk.count
             following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
             found[position] = logprobs_of(
-                logits[first : first + len(following)], self._shipped(following), alternatives
+                logits[first : first + len(following)], self._to_device(following), alternatives
             )
-        return found
+        sampling = zip(stops, step.chunks, strict=True)
+        last = self._to_device([stop - 1 for stop, chunk in sampling if chunk.samples])
+        return logits[last], None, found
 
-    def _shipped(self, numbers: Sequence[int | None]) -> Tensor:
+    def _to_device(self, numbers: Sequence[int | None]) -> Tensor:
         """Return ``numbers`` on the device, int64, without waiting for it."""
-        return torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda").to(
-            self.device, non_blocking=True
-        )
-
-    def _capture(self) -> None:
-        """Capture the steps that have graphs, the largest first; none, and a warning, where the
-        model's code does not allow it.
-        """
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-
-        def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()  # what compiles at first use does so now
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # another engine may run
-            with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                result = run()
-            return graph, result
-
-        graphs: dict[int, _Graph] = {}
-        prompts: dict[Shape, torch.cuda.CUDAGraph] = {}
-        padding = torch.tensor(
-            [[self.limits.max_running], [self.limits.max_running * self._columns]]
-        )
-        try:
-            for size in reversed(self._buckets):
-                self._inputs.zero_()
-                self._inputs[: 5 * size].view(5, size)[2:4] = padding
-                graph, (logits, tokens) = captured(partial(self._decode, size))
-                graphs[size] = _Graph(graph, logits, tokens)
-            rows = max((decodes for decodes, _ in self._shapes), default=0) + CHUNKS
-            self._kept_logits = logits.new_empty(rows, self.vocab_size)
-            for shape in sorted(self._shapes, key=sum, reverse=True):
-                self._pad(shape)
-                prompts[shape], _ = captured(partial(self._keep_logits, shape))
-        except torch.OutOfMemoryError:
-            asked, made = len(self._buckets) + len(self._shapes), len(graphs) + len(prompts)
-            warnings.warn(
-                f"there is memory for {made} of {asked} CUDA graphs; lower mem_fraction_static",
-                stacklevel=2,
-            )
-        except (RuntimeError, ValueError) as error:
-            prompts, graphs = {}, graphs if len(graphs) == len(self._buckets) else {}
-            what = "prompts run" if graphs else "decode runs"
-            warnings.warn(
-                f"{what} without CUDA graphs, which this model does not allow: {one_line(error)}",
-                stacklevel=2,
-            )
-        self.graphs = dict(sorted(graphs.items()))
-        self.prompt_graphs = dict(sorted(prompts.items(), key=lambda item: sum(item[0])))
-
-    def _pad(self, shape: Shape) -> None:
-        """Fill `_inputs` with a step of ``shape`` that is nothing but padding."""
-        decodes, size = shape
-        whole = decodes + size
-        self._inputs.zero_()
-        self._inputs[: 3 * whole].view(3, whole)[2] = self.limits.max_running
-        self._inputs[whole + decodes : 2 * whole] = torch.arange(size)
-        self._inputs[3 * whole + 1 : 3 * whole + CHUNKS + 2] = size
-
-    def _keep_logits(self, shape: Shape) -> None:
-        self._kept_logits[: shape[0] + CHUNKS].copy_(self._prompts(shape))
+        there = torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        return there.to(self.device, non_blocking=True)
 
 
-def _rows_of_logits(step: Step, whole: Sequence[int]) -> list[range]:
-    """Return which rows of the logits each chunk has: one for each token where it is in ``whole``,
+def _logits_of(step: Step, whole: Sequence[int]) -> list[int]:
+    """Return how many rows of logits each chunk has: one for each token where it is in ``whole``,
     else one if it samples.
     """
-    sizes = [
+    return [
         chunk.count if position in whole else int(chunk.samples)
         for position, chunk in enumerate(step.chunks)
-    ]
-    return [
-        range(stop - size, stop)
-        for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)
     ]
 
 
@@ -716,7 +452,7 @@ class _Stopwatch:
         self._last = now
 
 
-def _is_plain(request: RowRequest) -> bool:
+def _takes_largest(request: RowRequest) -> bool:
     """Whether the largest logit is all that is wanted."""
     return request.params.greedy and not request.changes_logits and not request.logprobs
 

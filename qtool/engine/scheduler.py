@@ -27,6 +27,18 @@ from qtool.errors import UsageError
 PROMPT_LOGITS = 256  # tokens of prompts a step whose logits are wanted
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once."""
+
+    max_running: int
+    """Sequences that run."""
+    token_budget: int
+    """Tokens a step."""
+    context_length: int
+    """Tokens of one sequence."""
+
+
 @dataclass(eq=False, slots=True)
 class SequenceState:
     """A prompt and what was generated after it.

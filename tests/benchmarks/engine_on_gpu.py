@@ -95,7 +95,7 @@ def compare(name: str, folder: Path | str, model) -> int:
                 for result in engine.generate(input_ids=prompts, sampling_params=GREEDY)
             ]
             pairs += [("together", *rest) for rest in zip(prompts, got, wanted, strict=True)]
-        graphs, hits = len(engine.loop.runner.graphs), engine.loop.scheduler.prefix_hits
+        graphs, hits = len(engine.loop.runner.graphs.decode), engine.loop.scheduler.prefix_hits
     with Engine(
         folder, **options, max_total_tokens=240, chunked_prefill_size=24, max_running_requests=20
     ) as engine:

@@ -19,8 +19,8 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qtool.engine.attention.interface import LayerGeometry, attend, recording, running, write
-from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters
+from qtool.engine.attention.interface import attend, recording, running, write
+from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
 from qtool.errors import CheckpointRefused
 
 FP8 = torch.float8_e4m3fn

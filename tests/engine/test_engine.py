@@ -8,12 +8,15 @@ import itertools
 import queue
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qtool
+from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.engine import Ask, Engine, Told
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
@@ -722,11 +725,12 @@ class EagerGraph:
     """In place of a CUDA graph: runs what one would replay."""
 
     def __init__(self, runner, size: int) -> None:
-        self.runner, self.size = runner, size
-        self.logits, self.tokens = runner._decode(size)
+        self.runner = runner
+        self.inputs = runner.graphs.fill_decode(NOTHING, size)
+        self.logits, self.tokens = runner.decode(self.inputs)
 
     def replay(self) -> None:
-        logits, tokens = self.runner._decode(self.size)
+        logits, tokens = self.runner.decode(self.inputs)
         self.logits.copy_(logits)
         self.tokens.copy_(tokens)
 
@@ -742,22 +746,16 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
         with torch.inference_mode():
             graphs = {}
             for size in (2, 4, 8):
-                runner._inputs.zero_()
-                runner._inputs[: 5 * size].view(5, size)[2:4] = torch.tensor(
-                    [[8], [8 * runner._columns]]
-                )
                 one = EagerGraph(runner, size)
-                graphs[size] = type(
-                    "Graph", (), {"graph": one, "logits": one.logits, "tokens": one.tokens}
-                )
+                graphs[size] = DecodeGraph(one, one.logits, one.tokens)
         replayed = []
-        replay = runner._replay
+        replay = runner.graphs.replay_decode
         monkeypatch.setattr(
-            runner,
-            "_replay",
-            lambda *arguments: replayed.append(arguments[2]) or replay(*arguments),
+            runner.graphs,
+            "replay_decode",
+            lambda *arguments: replayed.append(arguments[1]) or replay(*arguments),
         )
-        runner.graphs = graphs
+        runner.graphs.decode = graphs
         engine.loop.overlap = True
         assert (
             ids_of(
@@ -775,7 +773,7 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
             input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held]
         )
         assert results[2]["output_ids"] == wanted[2]
-        runner.graphs = {}
+        runner.graphs.decode = {}
         assert ids_of(
             engine.generate(input_ids=prompts[:4], sampling_params=[greedy, drawn, greedy, held])
         ) == ids_of(results)
@@ -792,19 +790,19 @@ def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, mo
     with Engine(EXAMPLE, dtype="float32", **options) as engine:
         runner = engine.loop.runner
         with torch.inference_mode():
-            runner._kept_logits = torch.empty(20, runner.vocab_size)
-            for shape in ((0, 64), (12, 64), (0, 128), (12, 128)):
-                runner._pad(shape)
-                runner._keep_logits(shape)
-                runner.prompt_graphs[shape] = type(
-                    "Graph", (), {"replay": lambda self, shape=shape: runner._keep_logits(shape)}
-                )()
+            graphs = runner.graphs
+            graphs.kept_logits = torch.empty(20, runner.vocab_size)
+            for shape in map(PromptShape._make, ((0, 64), (12, 64), (0, 128), (12, 128))):
+                inputs = graphs.fill_prompts(NOTHING, shape)
+                run = partial(graphs.keep_logits, runner.prefill, inputs, shape)
+                run()
+                graphs.prompts[shape] = SimpleNamespace(replay=run)
         replayed = []
-        replay = runner._replay_prompts
+        replay = graphs.replay_prompts
         monkeypatch.setattr(
-            runner,
-            "_replay_prompts",
-            lambda *arguments: replayed.append(arguments[2]) or replay(*arguments),
+            graphs,
+            "replay_prompts",
+            lambda *arguments: replayed.append(arguments[1]) or replay(*arguments),
         )
         engine.loop.overlap = True
         assert (
@@ -825,7 +823,7 @@ def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, mo
         results = engine.generate(
             input_ids=prompts[:6], sampling_params=drawn, return_logprob=True, logprob_start_len=0
         )
-        runner.prompt_graphs = {}
+        graphs.prompts = {}
         assert ids_of(engine.generate(input_ids=prompts[:6], sampling_params=drawn)) == ids_of(
             results
         )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
 from qtool.runtime.skeleton import quiet_imports
@@ -161,20 +161,6 @@ def _attend_one(
     if mask is not None:
         logits.masked_fill_(~mask, float("-inf"))
     return torch.matmul(torch.softmax(logits, dim=-1), v).transpose(0, 1).to(q.dtype)
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """What one layer's attention is: the engine sizes the cache by it."""
-
-    layer_idx: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    window: int | None
-    softcap: float | None
-    scaling: float
 
 
 @dataclass

@@ -12,6 +12,21 @@ from torch import Tensor
 PAGE = 16  # tokens of a page
 
 
+@dataclass(frozen=True)
+class LayerGeometry:
+    """What one layer's attention is: the engine sizes the cache by it."""
+
+    layer_idx: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int | None
+    """The positions each token sees, its own included; None: all before it."""
+    softcap: float | None
+    scaling: float
+
+
 @dataclass
 class KVPages:
     """The keys and values of one layer; page 0 belongs to nobody. 8-bit pages hold ``value /

@@ -1,0 +1,286 @@
+"""CUDA graphs of the steps that keep the host busiest: those that only decode, and small ones with
+pieces of prompts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtool.engine.scheduler import Limits, Step
+from qtool.engine.step_buffer import (
+    StepBuffer,
+    StepInputs,
+    StepLayout,
+    fill_tokens,
+    fill_updates,
+    update_table,
+)
+from qtool.errors import one_line
+
+# Batches that decode and have a graph.
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
+# Tokens of prompts in a step that has a graph: more keep the device busy by themselves.
+PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
+# Sequences that decode in such a step.
+GRAPH_DECODE_BATCHES = (0, 64, 256)
+# Pieces of prompts in it, at most.
+MAX_GRAPH_CHUNKS = 8
+
+Result = TypeVar("Result")
+NOTHING = Step(chunks=[], decodes=0, updates=[])
+
+
+class Replayable(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> object:
+        """Run on the device what was captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGraph:
+    """A decode step of a fixed size, and where it leaves its results."""
+
+    graph: Replayable
+    logits: Tensor
+    """[size, V]"""
+    tokens: Tensor
+    """int32 [size]: the most probable token of each row, -1 where logits are not finite."""
+
+
+class PromptShape(NamedTuple):
+    """The size of a step with prompts that has a graph."""
+
+    decodes: int
+    """Sequences that decode."""
+    tokens: int
+    """Tokens of prompts."""
+
+    def layout(self, updates: int = 0) -> StepLayout:
+        """Return the layout of its inputs; the graph does not read the ``updates``."""
+        return StepLayout(
+            tokens=self.decodes + self.tokens,
+            starts=MAX_GRAPH_CHUNKS + 2,
+            kept=self.decodes + MAX_GRAPH_CHUNKS,
+            updates=updates,
+        )
+
+
+def decode_layout(size: int) -> StepLayout:
+    """Return the layout of a decode step of ``size`` sequences, with as many table changes."""
+    return StepLayout(tokens=size, updates=size)
+
+
+class CudaGraphs:
+    """The graphs of one model, over the inputs in a `StepBuffer`; none until `capture`.
+
+    Args:
+        limits: what the largest step may hold.
+        table: the page table, int32 [limits.max_running + 1, columns]; its last row is for padding.
+        buffer: where the inputs of steps are.
+    """
+
+    def __init__(self, limits: Limits, table: Tensor, buffer: StepBuffer) -> None:
+        self._limits, self._table, self._buffer = limits, table, buffer
+        self.decode: dict[int, DecodeGraph] = {}
+        """By batch size, smallest first."""
+        self.prompts: dict[PromptShape, Replayable] = {}
+        """Smallest first."""
+        self.kept_logits = torch.empty(0)
+        """[R, V]: where all graphs with prompts leave their logits."""
+        most = limits.max_running
+        self._sizes = [
+            *(size for size in DECODE_BUCKETS if size < most),
+            min(most, DECODE_BUCKETS[-1]),
+        ]
+        longest = min(limits.token_budget, limits.context_length)
+        self._shapes = [
+            PromptShape(decodes, tokens)
+            for tokens in PREFILL_BUCKETS
+            if tokens <= longest
+            for decodes in sorted({min(count, most) for count in GRAPH_DECODE_BATCHES})
+        ]
+
+    def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
+        """Return what the graphs will need, about.
+
+        Decode graphs keep their logits; those with prompts share the logits of the largest, and
+        the memory of one step.
+
+        Args:
+            step_bytes: what a step of ``limits.token_budget`` tokens needs.
+            row_bytes: the size of one row of logits.
+        """
+        logits = (sum(self._sizes) + self._kept_rows) * row_bytes
+        largest = max((sum(shape) for shape in self._shapes), default=0)
+        return logits + (step_bytes + logits) * largest // self._limits.token_budget
+
+    @property
+    def _kept_rows(self) -> int:
+        return max((shape.decodes for shape in self._shapes), default=0) + MAX_GRAPH_CHUNKS
+
+    def decode_size(self, step: Step) -> int | None:
+        """Return the size of the graph that runs ``step``, None when there is none."""
+        if step.decodes != len(step.chunks):
+            return None
+        size = next((size for size in self.decode if size >= step.decodes), None)
+        return size if size is not None and len(step.updates) <= size else None
+
+    def prompt_shape(self, step: Step) -> PromptShape | None:
+        """Return the smallest shape with a graph that holds ``step``, None when there is none."""
+        prefills = step.chunks[step.decodes :]
+        if not 0 < len(prefills) <= MAX_GRAPH_CHUNKS:
+            return None
+        tokens = sum(chunk.count for chunk in prefills)
+        fitting = (
+            shape
+            for shape in self.prompts
+            if shape.decodes >= step.decodes and shape.tokens >= tokens
+        )
+        return next(fitting, None)
+
+    def replay_decode(self, step: Step, size: int) -> tuple[Tensor, Tensor]:
+        """Run ``step``, which only decodes, as the graph of ``size``; return logits and tokens."""
+        self.fill_decode(step, size)
+        graph, count = self.decode[size], len(step.chunks)
+        graph.graph.replay()
+        return graph.logits[:count], graph.tokens[:count]
+
+    def replay_prompts(self, step: Step, shape: PromptShape) -> list[int]:
+        """Run ``step`` as the graph of ``shape``; return the rows of `kept_logits` that hold the
+        logits of its chunks that sample.
+        """
+        inputs = self.fill_prompts(step, shape)
+        if step.updates:
+            update_table(self._table, inputs)
+        self.prompts[shape].replay()
+        prefills = enumerate(step.chunks[step.decodes :], start=shape.decodes)
+        return [*range(step.decodes), *(row for row, chunk in prefills if chunk.samples)]
+
+    def fill_decode(self, step: Step, size: int) -> StepInputs[Tensor]:
+        """Send the inputs of ``step``, padded to ``size``, to the device; return them."""
+        layout = decode_layout(size)
+        inputs = self._buffer.on_host(layout)
+        count, padding = fill_tokens(inputs, step.chunks), self._limits.max_running
+        inputs.token_ids[count:] = 0
+        inputs.positions[count:] = 0
+        inputs.rows[count:] = padding
+        inputs.table_index[:] = padding * self._table.shape[1]
+        inputs.table_pages[:] = 0
+        fill_updates(inputs, step.updates, self._table)
+        return self._buffer.send(layout)
+
+    def fill_prompts(self, step: Step, shape: PromptShape) -> StepInputs[Tensor]:
+        """Send the inputs of ``step``, padded to ``shape``, to the device; return them.
+
+        Places that stay free decode, or are a prompt, on the row for padding.
+        """
+        layout, prefills = shape.layout(len(step.updates)), step.chunks[step.decodes :]
+        inputs = self._buffer.on_host(layout)
+        inputs.token_ids[:] = 0
+        inputs.positions[:] = 0
+        inputs.rows[:] = self._limits.max_running
+        fill_tokens(inputs, step.chunks[: step.decodes])
+        end = fill_tokens(inputs, prefills, start=shape.decodes)
+        inputs.positions[end:] = np.arange(len(inputs.positions) - end)
+        stops = np.cumsum([chunk.count for chunk in prefills], dtype=np.int32)
+        inputs.starts[0] = 0
+        inputs.starts[1:] = shape.tokens
+        inputs.starts[1 : len(stops) + 1] = stops
+        inputs.kept[:] = 0
+        inputs.kept[: shape.decodes] = np.arange(shape.decodes)
+        inputs.kept[shape.decodes : shape.decodes + len(stops)] = shape.decodes + stops - 1
+        fill_updates(inputs, step.updates, self._table)
+        return self._buffer.send(layout)
+
+    def capture(
+        self,
+        decode: Callable[[StepInputs[Tensor]], tuple[Tensor, Tensor]],
+        prompts: Callable[[StepInputs[Tensor], PromptShape], Tensor],
+        device: torch.device,
+    ) -> None:
+        """Capture all graphs, the largest first. Where the model's code does not allow it or memory
+        ends, some or all are missing, and a warning says so.
+
+        Args:
+            decode: runs a decode step; returns logits [size, V] and tokens [size].
+            prompts: runs a step with prompts; returns the logits [R, V] of the kept tokens.
+            device: a CUDA device.
+        """
+        record = _Recorder(device)
+        try:
+            for size in reversed(self._sizes):
+                inputs = self.fill_decode(NOTHING, size)
+                graph, (logits, tokens) = record(partial(decode, inputs))
+                self.decode[size] = DecodeGraph(graph, logits, tokens)
+            self.kept_logits = logits.new_empty(self._kept_rows, logits.shape[1])
+            for shape in sorted(self._shapes, key=sum, reverse=True):
+                inputs = self.fill_prompts(NOTHING, shape)
+                run = partial(self.keep_logits, prompts, inputs, shape)
+                self.prompts[shape], _ = record(run)
+        except torch.OutOfMemoryError:
+            wanted = len(self._sizes) + len(self._shapes)
+            warnings.warn(
+                f"there is memory for {len(self)} of {wanted} CUDA graphs; "
+                "lower mem_fraction_static",
+                stacklevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            self.prompts.clear()
+            if len(self.decode) < len(self._sizes):
+                self.decode.clear()
+            what = "prompts run" if self.decode else "decode runs"
+            warnings.warn(
+                f"{what} without CUDA graphs, which this model does not allow: {one_line(error)}",
+                stacklevel=2,
+            )
+        self.decode = dict(sorted(self.decode.items()))
+        self.prompts = dict(sorted(self.prompts.items(), key=lambda item: sum(item[0])))
+
+    def keep_logits(
+        self,
+        prompts: Callable[[StepInputs[Tensor], PromptShape], Tensor],
+        inputs: StepInputs[Tensor],
+        shape: PromptShape,
+    ) -> None:
+        """Run a step of ``shape`` and keep its logits: what its graph does."""
+        logits = prompts(inputs, shape)
+        self.kept_logits[: len(logits)].copy_(logits)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.decode, self.prompts = {}, {}
+        self.kept_logits = self._table = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.decode) + len(self.prompts)
+
+
+class _Recorder:
+    """Captures graphs that share a memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # what compiles at first use does so now
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another engine may be running in another thread
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            result = run()
+        return graph, result
