@@ -10,27 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
+from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused, RecipeRefused
+from qtool.modules import is_head, is_linear, last_part, layer_name, skip_reason
 from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights
-
-HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
-# and what has `embed` in its name
-EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
-OTHER_TOWERS = frozenset(
-    {
-        "visual",
-        "vision_tower",
-        "vision_model",
-        "audio_tower",
-        "multi_modal_projector",
-        "mtp",
-        "speech_encoder",
-    }
-)
-TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D, [K, N]
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class Plan:
         """Bytes of the largest decoder layer."""
         layers: Counter[str] = Counter()
         for name, tensor in self.checkpoint.tensors.items():
-            layers[_layer_of(name)] += tensor.size_bytes
+            layers[layer_name(name)] += tensor.size_bytes
         layers.pop("", None)
         return max(layers.values(), default=self.bytes_before)
 
@@ -175,37 +159,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     return plan
 
 
-def is_linear(tensor: TensorInfo) -> bool:
-    """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape
-    tell.
-    """
-    return (
-        tensor.name.endswith(".weight")
-        and len(tensor.shape) == 2
-        and tensor.dtype in FLOAT_DTYPES
-        and not _is_embedding(tensor.name)
-    )
-
-
-def _is_embedding(name: str) -> bool:
-    part = name.split(".")[-2]
-    return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
-
-
-def why_plain(checkpoint: Checkpoint, name: str) -> str:
-    """Return why the linear layer ``name`` usually stays in 16 bits; empty when nothing about it
-    says so.
-    """
-    parts = name.split(".")
-    if parts[-1] in HEADS:
-        return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
-    if not ROUTERS.isdisjoint(parts):
-        return "router of experts"
-    if not OTHER_TOWERS.isdisjoint(parts):
-        return "not part of the language model"
-    return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""
-
-
 def _planned(
     checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo
 ) -> PlannedModule:
@@ -223,21 +176,20 @@ def _planned(
 
 
 def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
-    parts = name.split(".")
     if any(matches(pattern, name) for pattern in recipe.ignore):
         return None, "ignored by the recipe"
-    if parts[-1] in HEADS and checkpoint.tied_embeddings:
+    if is_head(name) and checkpoint.tied_embeddings:
         return None, "tied to the embeddings"
     for rule in recipe.rules:
         if matches(rule.modules, name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
-    if parts[-1] in HEADS:
+    if is_head(name):
         return (
             (recipe.scheme, "")
             if recipe.lm_head
             else (None, "output head (`lm_head: true` quantizes it)")
         )
-    if reason := why_plain(checkpoint, name):
+    if reason := skip_reason(checkpoint, name):
         return None, reason
     return recipe.scheme, "" if recipe.scheme else "the recipe has no weight scheme"
 
@@ -294,14 +246,6 @@ def _count(checkpoint: Checkpoint, key: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def _layer_of(name: str) -> str:
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ""
-
-
 def sizes_by_kind(plan: Plan) -> Mapping[tuple[str, str], tuple[int, int, int]]:
     """Return (last name part, scheme or reason) -> (modules, bytes before, bytes after), for a
     table.
@@ -309,7 +253,7 @@ def sizes_by_kind(plan: Plan) -> Mapping[tuple[str, str], tuple[int, int, int]]:
     table: dict[tuple[str, str], tuple[int, int, int]] = {}
     for module in plan.modules:
         key = (
-            module.name.rpartition(".")[2],
+            last_part(module.name),
             module.scheme.name if module.scheme else f"16 bit: {module.reason}",
         )
         count, before, after = table.get(key, (0, 0, 0))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
-from qtool.plan import HEADS, Plan
+from qtool.modules import is_head
+from qtool.plan import Plan
 from qtool.recipe import Awq, Gptq
 from qtool.scheme import Scheme
 
@@ -126,7 +127,7 @@ def _config(work: Work) -> Any:
     for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
         if group.scheme is None:
             # it leaves heads alone unasked
-            left_alone = [name for name in group.names if name.rpartition(".")[2] not in HEADS]
+            left_alone = [name for name in group.names if not is_head(name)]
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
         elif group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
@@ -136,7 +137,7 @@ def _config(work: Work) -> Any:
         "device": work.device,
     }
     for module in work.plan.quantized:
-        if module.name.rpartition(".")[2] in HEADS and module.scheme:
+        if is_head(module.name) and module.scheme:
             options["lm_head"] = True
             # without an entry a head gets 8 bits in groups of 32
             dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)

@@ -15,11 +15,11 @@ from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import (
     batch_tensors,
     fused_experts,
-    is_expert,
     load_model,
     loaded_linears,
 )
 from qtool.errors import RecipeRefused, ResourceError, one_line
+from qtool.modules import is_expert
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme

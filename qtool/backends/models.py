@@ -4,11 +4,11 @@ of its linear modules.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from qtool.backends import Work
 from qtool.errors import BackendFailed
+from qtool.modules import is_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,6 @@ def fused_experts(model: Any) -> list[str]:
         if name.endswith("experts")
         and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     ]
-
-
-def is_expert(name: str) -> bool:
-    """Whether ``name``, as it is on disk, is a linear module of one expert."""
-    return re.search(r"\.experts\.\d+\.", name) is not None
 
 
 def loaded_linears(work: Work, model: Any) -> list[str]:

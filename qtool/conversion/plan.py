@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,13 +27,10 @@ from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import PACKED_DTYPES, Format, Layout, QuantizedModule, detect
 from qtool.formats.layout import PER_HEAD
 from qtool.formats.packing import TORCH_DTYPES, permutation, read_tensor
-from qtool.plan import is_linear, why_plain
+from qtool.modules import is_linear, parse_cache_scale, skip_reason
 from qtool.scheme import SCHEMES, Scheme
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
-CACHE_SCALE = re.compile(
-    r"(.*?)(?:\.attn)?\.(?:(?:[kvq]_proj\.)?([kvq])_scale|([kv])_proj\.output_scale|kv_scale)"
-)
 HOLD_A_CACHE_ALONE = ("compressed-tensors", "modelopt")  # with no layer quantized
 SCALE_ENDINGS = ("_scale_inv", "_scales", "_blocks", ".weight_scale", ".scales")
 DROPPED_IN_CONFIG = ("quantization_config", "compression_config")
@@ -159,8 +155,7 @@ def plan_conversion(
     else:
         kv_cache = layout.kv_cache if layout and not dropped else None
         if kv_cache and any(
-            CACHE_SCALE.fullmatch(write.spec.name) and len(write.spec.shape) == 3
-            for write in copies
+            parse_cache_scale(write.spec.name) and len(write.spec.shape) == 3 for write in copies
         ):
             kv_cache += PER_HEAD
         files = format_of(to).quantization_config(targets, _left_plain(linears, targets), kv_cache)
@@ -199,7 +194,7 @@ def _layers(request: ConversionRequest, linears: Mapping[str, TensorInfo]) -> tu
         sources = request.layout.modules.values()
     elif request.to not in PLAIN:
         sources = [
-            tensor for name, tensor in linears.items() if not why_plain(request.checkpoint, name)
+            tensor for name, tensor in linears.items() if not skip_reason(request.checkpoint, name)
         ]
     known: dict[Hashable, Layer] = {}
     layers = []
@@ -416,11 +411,10 @@ def _copies(request: ConversionRequest, layers: Iterable[Layer]) -> tuple[tuple[
     dropped = 0
     cast_dtypes = {*PLAIN.values(), _model_dtype(request.checkpoint)} if to in PLAIN else set()
     for name, tensor in request.checkpoint.tensors.items():
-        if cache := CACHE_SCALE.fullmatch(name):
-            attention, which = cache[1], cache[2] or cache[3] or "kv"
+        if cache := parse_cache_scale(name):
             places = [
-                None if to in PLAIN else format_of(to).cache_scale(attention, letter, tensor.count)
-                for letter in which
+                None if to in PLAIN else format_of(to).cache_scale(cache.module, kind, tensor.count)
+                for kind in cache.kind
             ]
             if None in places and to not in PLAIN and not request.requantize:
                 hint = "--requantize leaves them out"

@@ -11,7 +11,6 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
 from qtool.formats.layout import (
-    CACHE_SUFFIXES,
     Detector,
     Format,
     Layout,
@@ -20,6 +19,7 @@ from qtool.formats.layout import (
     refused,
 )
 from qtool.formats.values import check_tensors, check_values
+from qtool.modules import CACHE_SUFFIXES, last_part
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
@@ -123,7 +123,7 @@ def unquantized_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[s
     return [
         name
         for name in checkpoint.tensors
-        if name not in owned and name.rpartition(".")[2] not in CACHE_SUFFIXES
+        if name not in owned and last_part(name) not in CACHE_SUFFIXES
     ]
 
 

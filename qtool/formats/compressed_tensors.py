@@ -25,6 +25,7 @@ from qtool.formats.layout import (
     shared_unsupported_reason,
 )
 from qtool.formats.patterns import Names
+from qtool.modules import parse_cache_scale
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -114,10 +115,7 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             "still rotated"
         )
     kv_cache = _kv_cache(config)
-    has_scales = any(
-        name.endswith(("self_attn.k_scale", "self_attn.k_proj.output_scale"))
-        for name in checkpoint.tensors
-    )
+    has_scales = any(_is_key_scale(name) for name in checkpoint.tensors)
     if has_scales != (kv_cache is not None):
         warnings.append(
             "KV-cache scales are stored and the config has no kv_cache_scheme"
@@ -385,6 +383,18 @@ def _targets(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[Names, Mappi
     return [(Names(names), groups[key]) for key, names in exact.items()] + [
         (Names([entry]), groups[key]) for entry, key in patterns
     ]
+
+
+def _is_key_scale(name: str) -> bool:
+    """Whether ``name`` is the scale of cached keys as compressed-tensors writes and wrote it."""
+    scale = parse_cache_scale(name)
+    return (
+        scale is not None
+        and scale.kind == "k"
+        and scale.spelling in ("scale", "proj.output_scale")
+        and scale.module.endswith("self_attn")
+        and not scale.on_attn
+    )
 
 
 def _is_quantized(parts: Parts) -> bool:

@@ -21,6 +21,7 @@ from qtool.formats.layout import (
     refused,
     shared_unsupported_reason,
 )
+from qtool.modules import parse_cache_scale
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -56,7 +57,11 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
             warnings.append(
                 f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight"
             )
-    has_cache = any(name.endswith((".k_scale", ".kv_scale")) for name in checkpoint.tensors)
+    has_cache = any(
+        scale.kind in ("k", "kv") and scale.spelling != "proj.output_scale"
+        for scale in map(parse_cache_scale, checkpoint.tensors)
+        if scale
+    )
     return Layout("fp8_block", modules, "fp8" if has_cache else None, tuple(warnings))
 
 

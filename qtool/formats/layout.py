@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one for each head
-# of the KV cache, on modules that hold other things
-CACHE_SUFFIXES = (
-    *CACHE_SCALES,
-    "k_bias",
-    "v_bias",
-)
 
 
 @dataclass(frozen=True)

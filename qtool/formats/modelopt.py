@@ -27,6 +27,7 @@ from qtool.formats.layout import (
     refused,
     shared_unsupported_reason,
 )
+from qtool.modules import parse_cache_scale
 from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -119,7 +120,11 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
                 f"`{parts.name}` is in `quantized_layers` and is stored as {parts['weight'].dtype}"
             )
     kv_cache = _kv_cache(config)
-    has_scales = any(name.endswith(".k_scale") for name in checkpoint.tensors)
+    has_scales = any(
+        scale.kind == "k" and scale.spelling != "proj.output_scale"
+        for scale in map(parse_cache_scale, checkpoint.tensors)
+        if scale
+    )
     if has_scales and kv_cache is None:
         warnings.append("KV-cache scales are stored and the config names no KV-cache format")
     if not modules and algorithm:

@@ -16,7 +16,8 @@ import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.formats import mxfp4
-from qtool.formats.layout import CACHE_SCALES, Layout
+from qtool.formats.layout import Layout
+from qtool.modules import CACHE_SCALES
 
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
 # what is in memory at a time: it fits a core's cache, so a second pass over it is free

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule, detect
-from qtool.plan import is_linear
+from qtool.modules import is_linear
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,13 +10,11 @@ from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule
-from qtool.formats.layout import CACHE_SUFFIXES
 from qtool.inspection.comparison import Comparison, compare
 from qtool.inspection.deep import DeepReport, measure
 from qtool.inspection.engines import EngineReport, check_engine
-from qtool.plan import is_linear, why_plain
+from qtool.modules import CACHE_SUFFIXES, is_linear, last_part, layer_number, skip_reason
 
-LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 # Old versions of compressed-tensors wrote `output_scale` for the KV cache.
 SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")
 
@@ -231,14 +228,14 @@ def _modules(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedModule]) -
     for name, tensor in checkpoint.tensors.items():
         owner = name.removesuffix(".weight")
         if module := by_tensor.get(name):
-            yield _quantized_module(module, _layer(name))
+            yield _quantized_module(module, layer_number(name))
         elif owner != name and owner not in quantized and is_linear(tensor):
             yield Module(
                 name=owner,
-                kind=_kind(owner),
-                layer=_layer(name),
+                kind=last_part(owner),
+                layer=layer_number(name),
                 scheme=None,
-                reason=why_plain(checkpoint, owner),
+                reason=skip_reason(checkpoint, owner),
                 shape=(tensor.shape[0], tensor.shape[1]),
                 parameters=tensor.count,
                 size_bytes=tensor.size_bytes,
@@ -250,7 +247,7 @@ def _quantized_module(module: QuantizedModule, layer: int | None) -> Module:
     bias = module.tensors.get("bias")
     return Module(
         name=module.name,
-        kind=_kind(module.name),
+        kind=last_part(module.name),
         layer=layer,
         scheme=module.scheme.name,
         reason="",
@@ -260,20 +257,11 @@ def _quantized_module(module: QuantizedModule, layer: int | None) -> Module:
     )
 
 
-def _layer(name: str) -> int | None:
-    found = LAYER_NUMBER.search(name)
-    return int(found[1]) if found else None
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _unquantized(tensor: TensorInfo) -> tuple[str, str, int, int]:
     """Return kind, dtype, parameters and bytes; scales hold no parameters."""
     owner, _, suffix = tensor.name.rpartition(".")
     if tensor.dtype in FLOAT_DTYPES and suffix not in SCALE_SUFFIXES:
-        return _kind(owner), tensor.dtype, tensor.count, tensor.size_bytes
+        return last_part(owner), tensor.dtype, tensor.count, tensor.size_bytes
     return suffix, tensor.dtype, 0, tensor.size_bytes
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import sys
 import warnings
 from collections import Counter, deque
@@ -24,6 +23,7 @@ from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
 from qtool.formats import Layout
 from qtool.formats.packing import read_tensor
+from qtool.modules import decoder_layer_number, parse_cache_scale
 from qtool.runtime.kernels import Choice, LinearSpec, choose, current, device_of
 from qtool.runtime.linear import ExpertStack, FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.online import left_plain, schemes_to_run
@@ -34,8 +34,6 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 RawTensors = dict[str, Tensor]
 SECOND_COPY_SHARE = 1 / 8
-# of every format that has them
-_CACHE_SCALE = re.compile(r"\.layers\.(\d+)\..*?\b(kv|k|v)(?:_proj\.(?:[kv]|output))?_scale$")
 DTYPES = {
     **{
         "auto": None,
@@ -294,9 +292,11 @@ def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
     """
     found: dict[int, dict[str, float]] = {}
     for name, tensor in checkpoint.tensors.items():
-        if (match := _CACHE_SCALE.search(name)) and not any(size != 1 for size in tensor.shape):
+        scale = parse_cache_scale(name)
+        layer = decoder_layer_number(name)
+        if scale and scale.kind != "q" and layer is not None and tensor.count == 1:
             value = float(read_tensor(checkpoint, name).float().reshape(()))
-            found.setdefault(int(match[1]), {}).update(dict.fromkeys(match[2], value))
+            found.setdefault(layer, {}).update(dict.fromkeys(scale.kind, value))
     return {layer: (scales.get("k", 1.0), scales.get("v", 1.0)) for layer, scales in found.items()}
 
 

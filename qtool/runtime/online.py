@@ -11,7 +11,7 @@ from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused, UsageError, nearest
 from qtool.formats import Layout
-from qtool.plan import is_linear, why_plain
+from qtool.modules import is_linear, skip_reason
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 # torchao's meanings: torchao 0.18 `quantization/quant_api.py`, the defaults of the classes that
@@ -175,7 +175,7 @@ def _candidates(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[tuple[str, s
     group = scheme.weights.group_size or 1
     for tensor in checkpoint.tensors.values():
         layer = tensor.name.removesuffix(".weight")
-        if why_plain(checkpoint, layer):
+        if skip_reason(checkpoint, layer):
             continue
         if is_linear(tensor):
             yield (

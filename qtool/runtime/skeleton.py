@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
+from qtool.modules import decoder_layer_number
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,9 @@ class Skeleton:
         """Whether the tensor or layer ``name`` belongs to a decoder layer after the last, for
         multi-token prediction.
         """
-        layer, count = (
-            re.search(r"\.layers\.(\d+)\.", name),
-            self.checkpoint.text_config.get("num_hidden_layers"),
-        )
-        return layer is not None and isinstance(count, int) and int(layer[1]) >= count
+        layer = decoder_layer_number(name)
+        count = self.checkpoint.text_config.get("num_hidden_layers")
+        return layer is not None and isinstance(count, int) and layer >= count
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
         """Run the model without data. Return the names of the linear layers that are called, and of

@@ -12,7 +12,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
 from qtool.formats.packing import read_tensor
-from qtool.plan import is_linear
+from qtool.modules import is_linear
 from qtool.runtime.online import ONLINE, TORCHAO, flag_named, left_plain, schemes_to_run
 from qtool.weight import dequantize, fake_quantize_input, quantize, unpack_pairs
 

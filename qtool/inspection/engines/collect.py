@@ -15,7 +15,7 @@ from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.engines.layers import Fused, Linear, partition
 from qtool.inspection.engines.name_matching import Conclude
 from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, ModuleFacts
-from qtool.plan import HEADS
+from qtool.modules import HEADS, is_head, parse_cache_scale
 from qtool.scheme import Scheme
 
 # other names of the same
@@ -75,8 +75,9 @@ def survey_checkpoint(
         kv_symmetric=kv.get("symmetric") is not False,
         kv_dynamic=bool(kv.get("dynamic")),
         kv_scales=any(
-            name.endswith((".k_scale", ".kv_scale", ".k_proj.output_scale"))
-            for name in checkpoint.tensors
+            scale.kind in ("k", "kv")
+            for scale in map(parse_cache_scale, checkpoint.tensors)
+            if scale
         ),
         tied=checkpoint.tied_embeddings,
         head=_head(checkpoint, layout),  # type: ignore[arg-type]
@@ -228,7 +229,7 @@ def _differ(checkpoint: Checkpoint, modules: list[QuantizedModule], suffix: str)
 
 
 def _head(checkpoint: Checkpoint, layout: Layout | None) -> str | None:
-    if layout and any(name.rpartition(".")[2] in HEADS for name in layout.modules):
+    if layout and any(is_head(name) for name in layout.modules):
         return "quantized"
     return "plain" if any(f"{name}.weight" in checkpoint.tensors for name in HEADS) else None
 

@@ -4,7 +4,6 @@ the ranks of tensor parallelism.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +13,8 @@ from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.engines.rule_inputs import Stored
 from qtool.inspection.engines.rules import read_yaml
-from qtool.plan import HEADS, OTHER_TOWERS, ROUTERS, is_linear
+from qtool.modules import expert_stack, is_head, is_linear, is_router, tower_of
 
-EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 Role = Literal["linear", "expert", "router", "head", "tower"]
 
 
@@ -119,8 +117,8 @@ def _groups(names: Collection[str]) -> dict[str, tuple[str, list[str]]]:
     fused: dict[str, tuple[str, list[str]]] = {}
     experts: dict[str, tuple[str, list[str]]] = {}
     for name in names:
-        if match := EXPERTS.match(name):
-            experts.setdefault(match[1], ("experts", []))[1].append(name)
+        if stack := expert_stack(name):
+            experts.setdefault(stack, ("experts", []))[1].append(name)
         parent, dot, kind = name.rpartition(".")
         if kind in by_first:
             whole, kinds = by_first[kind]
@@ -140,11 +138,10 @@ def _axes() -> Mapping[str, Literal["rows", "columns"]]:
 
 
 def _role(name: str) -> Role:
-    parts = name.split(".")
-    if parts[-1] in HEADS:
+    if is_head(name):
         return "head"
-    if parts[-1] in ROUTERS:
+    if is_router(name):
         return "router"
-    if OTHER_TOWERS & set(parts):
+    if tower_of(name):
         return "tower"
-    return "expert" if "experts" in parts else "linear"
+    return "expert" if "experts" in name.split(".") else "linear"

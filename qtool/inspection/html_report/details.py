@@ -10,7 +10,7 @@ from qtool.inspection.comparison import Difference
 from qtool.inspection.deep import ModuleNumbers
 from qtool.inspection.html_report.formatting import bytes_text, decibel_text, number_text, short
 from qtool.inspection.report import Inspection, Module
-from qtool.plan import OTHER_TOWERS
+from qtool.modules import tower_of
 
 MAX_ROWS = 32  # rarer kinds share a row, so that the report stays small whatever the names are
 MAX_LABEL = 40
@@ -78,7 +78,7 @@ def stored_as(module: Module) -> str:
 def row_label(module: Module) -> str:
     """Return the kind of ``module``, behind its tower and its kind of expert."""
     parents = module.name.split(".")[:-1]
-    tower = next((part for part in parents if part in OTHER_TOWERS), "")
+    tower = tower_of(".".join(parents))
     expert = next((part for part in parents if "expert" in part), "")
     return short(" ".join(filter(None, (tower, expert, module.kind))), MAX_LABEL)
 

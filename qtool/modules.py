@@ -1,0 +1,161 @@
+"""What the name of a tensor or module tells: its layer, its role in the model, and whether it is a
+scale of the KV cache.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
+
+HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
+# and what has `embed` in its name
+EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
+OTHER_TOWERS = frozenset(
+    {
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "audio_tower",
+        "multi_modal_projector",
+        "mtp",
+        "speech_encoder",
+    }
+)
+TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D, [K, N]
+# last parts of names: of the KV cache, on modules that hold other things
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
+CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")
+CACHE_PROJECTIONS = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+DECODER_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class CacheScale:
+    """The name of a scale of the KV cache, taken apart."""
+
+    module: str
+    """The attention module, e.g. ``model.layers.0.self_attn``."""
+    kind: Literal["k", "v", "q", "kv"]
+    """Of keys, values, queries, or of keys and values together."""
+    spelling: Literal["scale", "proj.scale", "proj.output_scale"]
+    """How the rest of the name is written.
+
+    ``k_scale`` (or ``kv_scale``), as LLM Compressor and vLLM have it; ``k_proj.k_scale``, as
+    ModelOpt; ``k_proj.output_scale``, as old versions of compressed-tensors.
+    """
+    on_attn: bool = False
+    """Whether ``attn``, the attention kernel's own module in vLLM, stands after the module."""
+
+
+def parse_cache_scale(name: str) -> CacheScale | None:
+    """Return what the tensor ``name`` scales in the KV cache; None when it is no such scale."""
+    owner, _, suffix = name.rpartition(".")
+    if not owner:
+        return None
+    parent, _, projection = owner.rpartition(".")
+    projects = CACHE_PROJECTIONS.get(projection)
+    if suffix == "output_scale":
+        if projects in ("k", "v"):
+            return _cache_scale(parent, projects, "proj.output_scale")
+        return None
+    if suffix == "kv_scale":
+        return _cache_scale(owner, "kv", "scale")
+    if suffix not in CACHE_SCALES:
+        return None
+    if projects:
+        return _cache_scale(parent, suffix[0], "proj.scale")
+    return _cache_scale(owner, suffix[0], "scale")
+
+
+def _cache_scale(module: str, kind: str, spelling: str) -> CacheScale:
+    attention = module.removesuffix(".attn")
+    return CacheScale(attention, kind, spelling, attention != module)  # type: ignore[arg-type]
+
+
+def layer_number(name: str) -> int | None:
+    """Return the first number in ``name``, of whatever stack of layers; None outside of them."""
+    found = LAYER_NUMBER.search(name)
+    return int(found[1]) if found else None
+
+
+def decoder_layer_number(name: str) -> int | None:
+    """Return the number of the layer in ``layers`` that ``name`` is in; None outside of them."""
+    found = DECODER_LAYER_NUMBER.search(name)
+    return int(found[1]) if found else None
+
+
+def layer_name(name: str) -> str:
+    """Return ``name`` up to its first number, e.g. ``model.layers.0``; empty outside the layers."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return ""
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a dotted name: the kind of layer, e.g. ``down_proj``."""
+    return name.rpartition(".")[2]
+
+
+def is_head(name: str) -> bool:
+    """Whether the module ``name`` is an output head."""
+    return last_part(name) in HEADS
+
+
+def is_router(name: str) -> bool:
+    """Whether the module ``name`` chooses experts, or is part of what does."""
+    return not ROUTERS.isdisjoint(name.split("."))
+
+
+def tower_of(name: str) -> str:
+    """Return the part of ``name`` that is not the language model, e.g. ``visual``; else empty."""
+    return next((part for part in name.split(".") if part in OTHER_TOWERS), "")
+
+
+def is_expert(name: str) -> bool:
+    """Whether the module ``name`` is part of one expert, as ``mlp.experts.0.down_proj``."""
+    return expert_stack(name) is not None
+
+
+def expert_stack(name: str) -> str | None:
+    """Return the module that holds all experts beside the one that ``name`` is part of."""
+    found = ONE_EXPERT.match(name)
+    return found[1] if found else None
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the module ``name`` looks rows up instead of multiplying."""
+    part = last_part(name)
+    return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
+
+
+def is_linear(tensor: TensorInfo) -> bool:
+    """Whether ``tensor`` is the 16 or 32 bit weight of a linear layer, as far as name and shape
+    tell.
+    """
+    return (
+        tensor.name.endswith(".weight")
+        and len(tensor.shape) == 2
+        and tensor.dtype in FLOAT_DTYPES
+        and not is_embedding(tensor.name.removesuffix(".weight"))
+    )
+
+
+def skip_reason(checkpoint: Checkpoint, name: str) -> str:
+    """Return why the linear layer ``name`` usually stays in 16 bits; empty when nothing about it
+    says so.
+    """
+    if is_head(name):
+        return "tied to the embeddings" if checkpoint.tied_embeddings else "output head"
+    if is_router(name):
+        return "router of experts"
+    if tower_of(name):
+        return "not part of the language model"
+    return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""
