@@ -17,6 +17,7 @@ ORDER = (
         "checkpoint",
         "modules",
         "recipe",
+        "options",
         "plan",
         "weight",
         "formats",

@@ -15,12 +15,13 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.engine.attention.pages import PAGE
+from qtool.engine.config import EngineConfig
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.loop import Answer, Loop, Request
@@ -30,6 +31,7 @@ from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from qtool.engine.scheduler import Limits, SequenceState
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
+from qtool.options import make_options
 from qtool.runtime.load import cache_scales, device_named, materialize, plan_load
 
 LOG = logging.getLogger("qtool.engine")
@@ -37,12 +39,10 @@ Result = dict[str, Any]
 # which request of a call, what there is to say of it, and whether it is the last
 Told = tuple[int, Answer | Exception, bool]
 KV_DTYPES = ("auto", "fp8_e4m3")
-COMPILE = ("off", "decode", "all")
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 CONTEXT = 8  # tokens of the prompt that the text continues
 DEFAULT_SHARE = 0.85
-MOST_TOKENS, MOST_RUNNING = 1 << 20, 4096  # that may be asked for
 DEFAULT_CONTEXT = 4096  # of models that do not say
 
 
@@ -51,102 +51,49 @@ class Engine:
 
     Args:
         model_path: a folder, or a name on the Hub.
-        tokenizer_path: where the tokenizer is, if not there. skip_tokenizer_init: prompts are
-            ``input_ids``, and results have no text.
-        device, dtype, quantization, revision: as `qtool.load` takes them.
-        kv_cache_dtype: ``auto``, 8 bits where the checkpoint has scales for it, or ``fp8_e4m3``.
-        mem_fraction_static: share of the GPU's memory that weights and KV cache take, 0.85.
-        context_length: tokens of prompt and answer together, if fewer than the model's.
-        max_running_requests: sequences that are computed at once; others wait.
-        max_total_tokens: the size of the KV cache, if not as much as fits.
-        chunked_prefill_size: tokens of a step; longer prompts are computed in parts.
-        disable_cuda_graph, disable_radix_cache, disable_overlap_schedule: do without CUDA graphs,
-            reuse of common prefixes, a step ahead.
-        compile: run decoder layers that are not fused by qtool's own kernels through
-            `torch.compile`, in decode steps or in all; starts take longer.
-        random_seed: makes requests without a seed of their own repeat from one engine to the next.
+        options: the fields of `EngineConfig`.
     Raises: CheckpointRefused, UsageError, ResourceError.
     """
 
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str],
-        *,
-        tokenizer_path: str | os.PathLike[str] | None = None,
-        skip_tokenizer_init: bool = False,
-        device: str | None = None,
-        dtype: str | torch.dtype = "auto",
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        mem_fraction_static: float | None = None,
-        context_length: int | None = None,
-        max_running_requests: int | None = None,
-        max_total_tokens: int | None = None,
-        chunked_prefill_size: int | None = None,
-        disable_cuda_graph: bool = False,
-        disable_radix_cache: bool = False,
-        disable_overlap_schedule: bool = False,
-        compile: Literal["off", "decode", "all"] = "off",
-        random_seed: int | None = None,
-        revision: str | None = None,
-    ) -> None:
-        if compile not in COMPILE:
-            raise UsageError(
-                "E_COMPILE", f"compile is `{compile}`", hint=f"one of {', '.join(COMPILE)}"
-            )
-        share = DEFAULT_SHARE if mem_fraction_static is None else mem_fraction_static
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise UsageError(
-                "E_FRACTION", f"mem_fraction_static is {share!r}", hint="a number between 0 and 1"
-            )
-        for name, number, most in (
-            ("context_length", context_length, MOST_TOKENS),
-            ("max_running_requests", max_running_requests, MOST_RUNNING),
-            ("max_total_tokens", max_total_tokens, None),
-            ("chunked_prefill_size", chunked_prefill_size, MOST_TOKENS),
-        ):
-            if number is not None and (
-                type(number) is not int or number < 1 or (most and number > most)
-            ):
-                raise UsageError(
-                    "E_LIMIT",
-                    f"{name} is {number!r}",
-                    hint=f"a whole number from 1{f' to {most}' if most else ' on'}",
-                )
-        where = device_named(device)
-        checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
-        plan = plan_load(checkpoint, where, quantization, dtype)
-        limits = _limits(
-            plan.skeleton.config, where, context_length, max_running_requests, chunked_prefill_size
-        )
-        scales = _cache_scales(checkpoint, plan.layout, kv_cache_dtype)
-        self.tokenizer = (
-            None if skip_tokenizer_init else _tokenizer(tokenizer_path or checkpoint.path)
-        )
+    def __init__(self, model_path: str | os.PathLike[str], **options: object) -> None:
+        config = make_options(EngineConfig, options)
+        device = device_named(config.device)
+        checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
+        plan = plan_load(checkpoint, device, config.quantization, config.dtype or "auto")
+        limits = _limits(plan.skeleton.config, device, config)
+        scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
+        self.tokenizer = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = _tokenizer(config.tokenizer_path or checkpoint.path)
         began = time.monotonic()
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
-        self._use_prefix = not disable_radix_cache
+        self._use_prefix = not config.disable_radix_cache
         self.eos_ids = _eos_ids(model, self.tokenizer)
-        self.context_length, self.model_path = limits.context_length, checkpoint.path
-        self._draw = None if random_seed is None else random.Random(random_seed)
+        self.context_length = limits.context_length
+        self.model_path = checkpoint.path
+        self._draw = None
+        if config.random_seed is not None:
+            self._draw = random.Random(config.random_seed)
+        share = config.mem_fraction_static
         runner = Runner(
             model,
-            where,
+            device,
             limits,
-            static_share=share,
-            max_tokens=max_total_tokens,
+            static_share=DEFAULT_SHARE if share is None else share,
+            max_tokens=config.max_total_tokens,
             cache_scales=scales,
-            cuda_graphs=not disable_cuda_graph,
-            compiled=compile,
+            cuda_graphs=not config.disable_cuda_graph,
+            compiled=config.compile,
         )
         # of grammars
-        self.compiler = (
-            None
-            if self.tokenizer is None
-            else Compiler(self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids)
-        )
-        self.loop = Loop(runner, overlap=where.type == "cuda" and not disable_overlap_schedule)
+        self.compiler = None
+        if self.tokenizer is not None:
+            self.compiler = Compiler(
+                self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids
+            )
+        overlap = device.type == "cuda" and not config.disable_overlap_schedule
+        self.loop = Loop(runner, overlap=overlap)
         # also when nobody has it any more, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
 
@@ -466,27 +413,22 @@ def _result(answer: Answer | Exception, index: int | None) -> Result:
     return answer.result() if index is None else {**answer.result(), "index": index}
 
 
-def _limits(
-    config: Any,
-    device: torch.device,
-    context_length: int | None,
-    max_running: int | None,
-    budget: int | None,
-) -> Limits:
+def _limits(model_config: Any, device: torch.device, config: EngineConfig) -> Limits:
+    context_length = config.context_length
     longest = (
-        getattr(config.get_text_config(), "max_position_embeddings", None)
+        getattr(model_config.get_text_config(), "max_position_embeddings", None)
         or context_length
         or DEFAULT_CONTEXT
     )
-    if context_length is not None and not 0 < context_length <= longest:
+    if context_length is not None and context_length > longest:
         raise UsageError(
             "E_CONTEXT",
             f"context_length is {context_length}, and the model knows {longest} positions",
             hint=f"1 to {longest}",
         )
     return Limits(
-        max_running or MAX_RUNNING[device.type],
-        budget or TOKEN_BUDGET[device.type],
+        config.max_running_requests or MAX_RUNNING[device.type],
+        config.chunked_prefill_size or TOKEN_BUDGET[device.type],
         context_length or longest,
     )
 
