@@ -48,15 +48,15 @@ def add_norm(
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     _add_norm[(triton.cdiv(tokens, rows),)](
-        x,
-        residual,
-        weight,
-        total,
-        out,
-        scale,
-        tokens,
-        width,
-        eps,
+        x=x,
+        residual=residual,
+        weight=weight,
+        total=total,
+        out=out,
+        scales=scale,
+        T=tokens,
+        K=width,
+        eps=eps,
         PLUS_ONE=plus_one,
         LATE=late,
         FP8=codes == "fp8",
@@ -99,23 +99,24 @@ def rotate_and_write(
     block = triton.next_power_of_2(width)
     together = max(1, TILE // block)
     _rotate_and_write[(tokens, triton.cdiv(heads, together) + 2 * triton.cdiv(kv_heads, together))](
-        qkv,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        q,
-        k_pages,
-        v_pages,
-        table,
-        rows,
-        positions,
-        qkv.stride(0),
-        table.stride(0),
-        k_pages.stride(0),
-        v_pages.stride(0),
-        *scales,
-        eps,
+        qkv=qkv,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cos=cos,
+        sin=sin,
+        q=q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        table=table,
+        rows=rows,
+        positions=positions,
+        stride_qkv_token=qkv.stride(0),
+        stride_table_row=table.stride(0),
+        stride_k_page=k_pages.stride(0),
+        stride_v_page=v_pages.stride(0),
+        k_scale=scales[0],
+        v_scale=scales[1],
+        eps=eps,
         Q_AT=at[0],
         K_AT=at[1],
         V_AT=at[2],
@@ -147,11 +148,11 @@ def gated(
     out, scale = _outputs(x, width, codes)
     piece = min(triton.next_power_of_2(width), PIECE if codes else TILE)
     _gated[(tokens, 1 if codes else triton.cdiv(width, piece))](
-        x,
-        out,
-        scale,
-        x.stride(0),
-        width,
+        x=x,
+        out=out,
+        scales=scale,
+        stride_x_row=x.stride(0),
+        K=width,
         GATE_AT=at[0],
         UP_AT=at[1],
         SILU=activation == "silu",
@@ -369,10 +370,10 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     table,
     rows,
     positions,
-    stride,
-    table_stride,
-    k_stride,
-    v_stride,
+    stride_qkv_token,
+    stride_table_row,
+    stride_k_page,
+    stride_v_page,
     k_scale,
     v_scale,
     eps,
@@ -394,7 +395,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     q_blocks: tl.constexpr = (HEADS + TOGETHER - 1) // TOGETHER
     kv_blocks: tl.constexpr = (KV_HEADS + TOGETHER - 1) // TOGETHER
     start_early(PDL)
-    x = qkv + t * stride
+    x = qkv + t * stride_qkv_token
     if ROTATED:
         cos += t * ROTATED
         sin += t * ROTATED
@@ -417,13 +418,13 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         )
     else:
         position = tl.load(positions + t)
-        page = tl.load(table + tl.load(rows + t).to(tl.int64) * table_stride + position // PAGE).to(
-            tl.int64
-        )
+        page = tl.load(
+            table + tl.load(rows + t).to(tl.int64) * stride_table_row + position // PAGE
+        ).to(tl.int64)
         head = ((block - q_blocks) % kv_blocks * TOGETHER + tl.arange(0, TOGETHER))[:, None]
         slot = (head * PAGE + position % PAGE) * D
         if block < q_blocks + kv_blocks:
-            out = k_pages + page * k_stride + slot
+            out = k_pages + page * stride_k_page + slot
             _put_heads(
                 x + K_AT + head * D,
                 out,
@@ -440,7 +441,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 FP8,
             )
         else:
-            out = v_pages + page * v_stride + slot
+            out = v_pages + page * stride_v_page + slot
             _put_heads(
                 x + V_AT + head * D,
                 out,
@@ -488,7 +489,7 @@ def _gated(  # type: ignore[no-untyped-def]
     x,
     out,
     scales,
-    stride,
+    stride_x_row,
     K,
     GATE_AT: tl.constexpr,
     UP_AT: tl.constexpr,
@@ -499,7 +500,7 @@ def _gated(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    gate, up, out = x + row * stride + GATE_AT, x + row * stride + UP_AT, out + row * K
+    gate, up, out = x + row * stride_x_row + GATE_AT, x + row * stride_x_row + UP_AT, out + row * K
     k = tl.arange(0, PIECE)[None, :]
     start_early(PDL)
     if scales is None:

@@ -62,6 +62,7 @@ def prefill(
     kv: KVPages,
     packed: Packed,
     out: Tensor,
+    *,
     factor: float,
     v_scale: float,
     launch: dict[str, Any],
@@ -78,25 +79,26 @@ def prefill(
         heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
     )
     half = TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
-    pages = (
+    k_pages, v_pages = (
         TensorDescriptor.from_tensor(part.view(-1, head_dim), [PAGE, WIDE], _layout(part, 2))
         for part in (kv.k, kv.v)
     )
     _prefill[(min(_processors(q.device), blocks),)](
-        half,
-        *pages,
-        packed.table,
-        packed.rows,
-        packed.positions,
-        packed.starts,
-        counter,
-        out,
-        packed.decodes,
-        chunks,
-        packed.table.shape[1],
-        kv_heads,
-        factor,
-        v_scale,
+        q=half,
+        k=k_pages,
+        v=v_pages,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        starts=packed.starts,
+        counter=counter,
+        out=out,
+        decodes=packed.decodes,
+        chunks=chunks,
+        stride_table_row=packed.table.shape[1],
+        kv_heads=kv_heads,
+        factor=factor,
+        v_scale=v_scale,
         HEADS=heads // together,
         SHARE=shared // together,
         D=head_dim,
@@ -123,7 +125,7 @@ def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(
-    do_not_specialize=["decodes", "chunks", "width"],
+    do_not_specialize=["decodes", "chunks", "stride_table_row"],
     do_not_specialize_on_alignment=["table", "rows", "positions", "starts", "counter"],
 )
 def _prefill(  # type: ignore[no-untyped-def]
@@ -138,7 +140,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     out,
     decodes,
     chunks,
-    width,
+    stride_table_row,
     kv_heads,
     factor,
     v_scale,
@@ -248,7 +250,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                     counter,
                     decodes,
                     chunks,
-                    width,
+                    stride_table_row,
                     kv_heads,
                     HEADS,
                     SHARE,
@@ -333,7 +335,7 @@ def _load(  # type: ignore[no-untyped-def]
     counter,
     decodes,
     chunks,
-    width,
+    stride_table_row,
     kv_heads,
     HEADS: gl.constexpr,
     SHARE: gl.constexpr,
@@ -384,7 +386,9 @@ def _load(  # type: ignore[no-untyped-def]
             pages = ()
             for i in gl.static_range(PAGES):
                 inside = (first + i) * PAGE <= last
-                page = gl.load(table + row.to(gl.int64) * width + first + i, mask=inside, other=0)
+                page = gl.load(
+                    table + row.to(gl.int64) * stride_table_row + first + i, mask=inside, other=0
+                )
                 # What lies outside becomes zeros: what a page held before might be NaN.
                 pages = pages + (
                     gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),

@@ -24,7 +24,7 @@ from qtool.runtime.triton.tiles import GLUON, start_early
 LOG2_E = 1.4426950408889634
 # What a kernel should not be compiled anew for.
 _ANY = {
-    "do_not_specialize": ["width", "window", "least", "decodes"],
+    "do_not_specialize": ["stride_table_row", "window", "least", "decodes"],
     "do_not_specialize_on_alignment": [
         "table",
         "rows",
@@ -82,19 +82,24 @@ def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
         return
     tokens, heads, head_dim = k.shape
     _write[(tokens,)](
-        k,
-        v,
-        kv.k,
-        kv.v,
-        packed.table,
-        packed.rows,
-        packed.positions,
-        packed.table.shape[1],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *_page_strides(kv),
-        1 / kv.k_scale,
-        1 / kv.v_scale,
+        k=k,
+        v=v,
+        k_pages=kv.k,
+        v_pages=kv.v,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        stride_table_row=packed.table.shape[1],
+        stride_k_token=k.stride(0),
+        stride_k_head=k.stride(1),
+        stride_v_token=v.stride(0),
+        stride_v_head=v.stride(1),
+        stride_k_page=kv.k.stride(0),
+        stride_k_page_head=kv.k.stride(1),
+        stride_v_page=kv.v.stride(0),
+        stride_v_page_head=kv.v.stride(1),
+        k_factor=1 / kv.k_scale,
+        v_factor=1 / kv.v_scale,
         HEADS=heads,
         D=head_dim,
         DV=v.shape[2],
@@ -133,24 +138,31 @@ def decode(
     counters = packed.counters
     if counters is None or counters.numel() < tokens * kv_heads:
         counters = q.new_zeros(tokens * kv_heads if split else 1, dtype=torch.int32)
+    factor, limit, v_scale = _factors(kv, scaling, softcap)
     shared_padded, dv_padded = triton.next_power_of_2(shared), triton.next_power_of_2(v_head_dim)
     _decode[(kv_heads, tile.parts, tokens)](
-        q,
-        kv.k,
-        kv.v,
-        packed.table,
-        packed.rows,
-        packed.positions,
-        out,
-        partial,
-        sums,
-        counters,
-        packed.table.shape[1],
-        *q.stride()[:2],
-        *_page_strides(kv),
-        *_factors(kv, scaling, softcap),
-        window or 0,
-        tile.least,
+        q=q,
+        k_pages=kv.k,
+        v_pages=kv.v,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        out=out,
+        partial=partial,
+        sums=sums,
+        arrived=counters,
+        stride_table_row=packed.table.shape[1],
+        stride_q_token=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_page=kv.k.stride(0),
+        stride_k_page_head=kv.k.stride(1),
+        stride_v_page=kv.v.stride(0),
+        stride_v_page_head=kv.v.stride(1),
+        factor=factor,
+        limit=limit,
+        v_scale=v_scale,
+        window=window or 0,
+        least=tile.least,
         WINDOWED=window is not None,
         SOFTCAP=bool(softcap),
         SHARED=shared,
@@ -193,26 +205,41 @@ def prefill(
 
         if gluon_prefill.applies(q, kv, out, window, softcap):
             factor, _, v_scale = _factors(kv, scaling, softcap)
-            gluon_prefill.prefill(q, kv, packed, out, factor, v_scale, _launch(4, 1, True, q))
+            gluon_prefill.prefill(
+                q,
+                kv,
+                packed,
+                out,
+                factor=factor,
+                v_scale=v_scale,
+                launch=_launch(4, 1, True, q),
+            )
             return
     tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
+    factor, limit, v_scale = _factors(kv, scaling, softcap)
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
     _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
-        q,
-        kv.k,
-        kv.v,
-        packed.table,
-        packed.rows,
-        packed.positions,
-        packed.starts,
-        out,
-        packed.decodes,
-        packed.table.shape[1],
-        *q.stride()[:2],
-        *_page_strides(kv),
-        *_factors(kv, scaling, softcap),
-        window or 0,
+        q=q,
+        k_pages=kv.k,
+        v_pages=kv.v,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        starts=packed.starts,
+        out=out,
+        decodes=packed.decodes,
+        stride_table_row=packed.table.shape[1],
+        stride_q_token=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_k_page=kv.k.stride(0),
+        stride_k_page_head=kv.k.stride(1),
+        stride_v_page=kv.v.stride(0),
+        stride_v_page_head=kv.v.stride(1),
+        factor=factor,
+        limit=limit,
+        v_scale=v_scale,
+        window=window or 0,
         WINDOWED=window is not None,
         SOFTCAP=bool(softcap),
         SHARED=shared,
@@ -230,11 +257,6 @@ def prefill(
 
 def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _page_strides(kv: KVPages) -> tuple[int, int, int, int]:
-    """Return how far apart pages are, and heads of a page, of keys and of values."""
-    return kv.k.stride(0), kv.k.stride(1), kv.v.stride(0), kv.v.stride(1)
 
 
 def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
@@ -286,15 +308,15 @@ def _write(  # type: ignore[no-untyped-def]
     table,
     rows,
     positions,
-    width,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    k_page,
-    k_page_head,
-    v_page,
-    v_page_head,
+    stride_table_row,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    stride_k_page,
+    stride_k_page_head,
+    stride_v_page,
+    stride_v_page_head,
     k_factor,
     v_factor,
     HEADS: tl.constexpr,
@@ -308,13 +330,13 @@ def _write(  # type: ignore[no-untyped-def]
     start_early(PDL)
     token = tl.program_id(0)
     position = tl.load(positions + token)
-    page = tl.load(table + tl.load(rows + token) * width + position // PAGE).to(tl.int64)
+    page = tl.load(table + tl.load(rows + token) * stride_table_row + position // PAGE).to(tl.int64)
     i = tl.arange(0, SIZE)
     _store_heads(
-        k + token.to(tl.int64) * k_token,
-        k_head,
-        k_pages + page * k_page + position % PAGE * D,
-        k_page_head,
+        k + token.to(tl.int64) * stride_k_token,
+        stride_k_head,
+        k_pages + page * stride_k_page + position % PAGE * D,
+        stride_k_page_head,
         k_factor,
         i // D,
         i % D,
@@ -323,10 +345,10 @@ def _write(  # type: ignore[no-untyped-def]
         FP8,
     )
     _store_heads(
-        v + token.to(tl.int64) * v_token,
-        v_head,
-        v_pages + page * v_page + position % PAGE * DV,
-        v_page_head,
+        v + token.to(tl.int64) * stride_v_token,
+        stride_v_head,
+        v_pages + page * stride_v_page + position % PAGE * DV,
+        stride_v_page_head,
         v_factor,
         i // DV,
         i % DV,
@@ -339,9 +361,9 @@ def _write(  # type: ignore[no-untyped-def]
 @triton.jit
 def _store_heads(  # type: ignore[no-untyped-def]
     source,
-    source_head,
+    stride_source_head,
     target,
-    target_head,
+    stride_target_head,
     factor,
     head,
     d,
@@ -350,10 +372,10 @@ def _store_heads(  # type: ignore[no-untyped-def]
     FP8: tl.constexpr,
 ):
     inside = head < HEADS
-    x = tl.load(source + head * source_head + d, mask=inside, other=0.0)
+    x = tl.load(source + head * stride_source_head + d, mask=inside, other=0.0)
     if FP8:
         x = tl.clamp(x.to(tl.float32) * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(target + head * target_head + d, x.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + head * stride_target_head + d, x.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -422,8 +444,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     table_row,
     k_pages,
     v_pages,
-    k_page,
-    v_page,
+    stride_k_page,
+    stride_v_page,
     factor,
     limit,
     window,
@@ -448,7 +470,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         visible = (keys >= low) & (keys <= last)
         # a step ahead: loads wait for none in their step
         next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
-        k = _load(k_pages, page.to(tl.int64) * k_page, keys, visible, MASKED, D, q.shape[1], PAGE)
+        k = _load(
+            k_pages, page.to(tl.int64) * stride_k_page, keys, visible, MASKED, D, q.shape[1], PAGE
+        )
         logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee") * factor
         if SOFTCAP:
             # limit * tanh, by e^2x = 2^(2.88 x)
@@ -465,7 +489,14 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         kept = tl.exp2(top - base)
         total = total * kept + tl.sum(p, 1)
         v = _load(
-            v_pages, page.to(tl.int64) * v_page, keys, visible, MASKED, DV, acc.shape[1], PAGE
+            v_pages,
+            page.to(tl.int64) * stride_v_page,
+            keys,
+            visible,
+            MASKED,
+            DV,
+            acc.shape[1],
+            PAGE,
         )
         acc = tl.dot(
             p.to(q.dtype), _numbers(v, q.dtype), acc * kept[:, None], input_precision="ieee"
@@ -486,13 +517,13 @@ def _decode(  # type: ignore[no-untyped-def]
     partial,
     sums,
     arrived,
-    width,
-    q_token,
-    q_head,
-    k_page,
-    k_head,
-    v_page,
-    v_head,
+    stride_table_row,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_page_head,
+    stride_v_page,
+    stride_v_page_head,
     factor,
     limit,
     v_scale,
@@ -518,7 +549,7 @@ def _decode(  # type: ignore[no-untyped-def]
     head, part, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(0)
     last = tl.load(positions + token)
-    table_row = table + tl.load(rows + token) * width
+    table_row = table + tl.load(rows + token) * stride_table_row
     low = 0
     if WINDOWED:
         low = tl.maximum(last - window + 1, 0)
@@ -532,7 +563,10 @@ def _decode(  # type: ignore[no-untyped-def]
     d = tl.arange(0, D_PADDED)
     inside = (row < SHARED)[:, None] & (d < D)[None, :]
     queries = tl.load(
-        q + token.to(tl.int64) * q_token + (head * SHARED + row)[:, None] * q_head + d[None, :],
+        q
+        + token.to(tl.int64) * stride_q_token
+        + (head * SHARED + row)[:, None] * stride_q_head
+        + d[None, :],
         mask=inside,
         other=0.0,
     )
@@ -549,10 +583,10 @@ def _decode(  # type: ignore[no-untyped-def]
         low,
         last,
         table_row,
-        k_pages + head * k_head,
-        v_pages + head * v_head,
-        k_page,
-        v_page,
+        k_pages + head * stride_k_page_head,
+        v_pages + head * stride_v_page_head,
+        stride_k_page,
+        stride_v_page,
         factor,
         limit,
         window,
@@ -657,13 +691,13 @@ def _prefill(  # type: ignore[no-untyped-def]
     starts,
     out,
     decodes,
-    width,
-    q_token,
-    q_head,
-    k_page,
-    k_head,
-    v_page,
-    v_head,
+    stride_table_row,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_page_head,
+    stride_v_page,
+    stride_v_page_head,
     factor,
     limit,
     v_scale,
@@ -702,8 +736,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     d = tl.arange(0, D_PADDED)
     pointers = (
         q
-        + (start + token).to(tl.int64)[:, None] * q_token
-        + query_head[:, None] * q_head
+        + (start + token).to(tl.int64)[:, None] * stride_q_token
+        + query_head[:, None] * stride_q_head
         + d[None, :]
     )
     queries = tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -711,9 +745,9 @@ def _prefill(  # type: ignore[no-untyped-def]
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    table_row = table + tl.load(rows + start) * width
-    k_pages += head * k_head
-    v_pages += head * v_head
+    table_row = table + tl.load(rows + start) * stride_table_row
+    k_pages += head * stride_k_page_head
+    v_pages += head * stride_v_page_head
     end = last // KEYS + 1
     low = 0
     begin = 0
@@ -737,8 +771,8 @@ def _prefill(  # type: ignore[no-untyped-def]
             table_row,
             k_pages,
             v_pages,
-            k_page,
-            v_page,
+            stride_k_page,
+            stride_v_page,
             factor,
             limit,
             window,
@@ -765,8 +799,8 @@ def _prefill(  # type: ignore[no-untyped-def]
             table_row,
             k_pages,
             v_pages,
-            k_page,
-            v_page,
+            stride_k_page,
+            stride_v_page,
             factor,
             limit,
             window,

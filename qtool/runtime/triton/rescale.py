@@ -47,6 +47,13 @@ def rescale(
     height, width = sums.shape
     out = torch.empty_like(sums, dtype=dtype)
     _rescale[(height, triton.cdiv(width, SIZE))](
-        sums, rows, columns, out if bias is None else bias, out, width, bias is not None, SIZE
+        sums=sums,
+        rows=rows,
+        columns=columns,
+        bias=out if bias is None else bias,
+        out=out,
+        width=width,
+        has_bias=bias is not None,
+        size=SIZE,
     )
     return out

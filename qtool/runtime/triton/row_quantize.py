@@ -36,11 +36,11 @@ def quantize_rows(
     piece = min(triton.next_power_of_2(columns), PIECE)
     options = {"launch_pdl": True} if pdl else {}
     _quantize[(rows,)](
-        x,
-        static_scale,
-        codes,
-        scale,
-        columns,
+        x=x,
+        static_scale=static_scale,
+        codes=codes,
+        scales=scale,
+        K=columns,
         FP8=format == "fp8",
         PIECE=piece,
         PDL=pdl,
