@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := examples/tiny-python-llama
 DEMO := $(VENV)/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/ready
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -21,6 +21,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict qtool
+
+# the blocks of the documents that the program writes: help, error codes
+docs: $(VENV)/ready
+	$(BIN)/python tests/test_docs.py
 
 # torch comes first and alone: the tested build then satisfies everything else
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -1,0 +1,170 @@
+"""The documents are held to the program: `python tests/test_docs.py` writes the blocks that are
+generated, the tests compare them and check links, paths, commands and Python code.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from support import error_codes
+from support.imports import PACKAGE
+
+import qtool
+
+ROOT = PACKAGE.parent
+FOLDERS = {"": "*.md", "docs": "*.md", "qtool": "*.md", "recipes": "*.md", "examples": "**/*.md"}
+DOCUMENTS = sorted(
+    path for folder, names in FOLDERS.items() for path in (ROOT / folder).glob(names)
+)
+GENERATED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:tests|qtool|docs|recipes|examples)/[\w./-]+)[^`]*`")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MAX_README_BYTES = 6 * 1024
+
+
+def help_of(command: str) -> str:
+    """Return what ``command`` prints at 80 columns, as a block of Markdown."""
+    arguments = command.split()[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "qtool.cli", *arguments],
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def generated(what: str) -> str:
+    """Return the text of the block called ``what``."""
+    return error_codes.documented() if what == "error codes" else help_of(what)
+
+
+def blocks() -> Iterator[tuple[Path, str, str]]:
+    """Yield (document, name, text) of every generated block."""
+    for path in DOCUMENTS:
+        for match in GENERATED.finditer(path.read_text(encoding="utf-8")):
+            text = match[0].removeprefix(match[1]).removesuffix(match[3])
+            yield path, match[2], text.strip("\n")
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of the headings of ``path``, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def code(path: Path, language: str) -> list[str]:
+    """Return the blocks of ``path`` that are marked as ``language``."""
+    return [
+        text for name, text in FENCE.findall(path.read_text(encoding="utf-8")) if name == language
+    ]
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """Yield the words of every qtool command in the code blocks of ``path``."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        match = re.match(
+            r"(?:\s{4}|\$ |)(?:\S*/)?qtool ((?:quantize|export|inspect|serve)\b.*)", line
+        )
+        if match:
+            ours = match[1].split(" #")[0].split(" -- ")[0]
+            yield ours.split()
+
+
+def options_of(command: str) -> set[str]:
+    """Return the names of the options of ``command``."""
+    from qtool.cli import app
+
+    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    return {name for each in found.params for name in (*each.opts, *each.secondary_opts)} | {
+        "--help"
+    }
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= MAX_README_BYTES
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "text"),
+    blocks(),
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
+def test_generated_blocks_say_what_the_program_says(path, name, text):
+    assert text == generated(name), "`python tests/test_docs.py` writes it again"
+
+
+def test_every_command_has_its_help_in_the_documents():
+    names = {name for _, name, _ in blocks()}
+    assert {f"qtool {each} --help" for each in ("quantize", "export", "inspect", "serve")} <= names
+    assert "error codes" in names
+
+
+def test_every_error_code_says_what_happened():
+    silent = [
+        code
+        for table in error_codes.codes().values()
+        for code, entry in table.items()
+        if not entry.messages
+    ]
+    assert silent == [], "give them a message in support/error_codes.py, MEANINGS"
+
+
+def test_meanings_are_only_of_codes_that_exist():
+    known = {code for table in error_codes.codes().values() for code in table}
+    assert error_codes.MEANINGS.keys() <= known
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for link in LINK.findall(text):
+        if not re.match(r"\w+:", link):
+            target, _, anchor = link.partition("#")
+            file = (path.parent / target).resolve() if target else path
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
+    if path.name != "CHANGELOG.md":  # what it names may be gone
+        for name in PATH.findall(text):
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_and_options_exist(path):
+    for name, *words in commands(path):
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options_of(name), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_are_python_and_name_what_qtool_has(path):
+    for text in code(path, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "qtool":
+                assert hasattr(qtool, node.attr), node.attr
+
+
+def write() -> None:
+    """Write every generated block again."""
+    for path in DOCUMENTS:
+        old = path.read_text(encoding="utf-8")
+        new = GENERATED.sub(lambda match: f"{match[1]}{generated(match[2])}\n{match[3]}", old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    write()
