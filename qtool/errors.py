@@ -17,7 +17,7 @@ QtoolError                     1  a bug, unless a branch below says otherwise
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 MAX_MESSAGE = 300
 
@@ -123,7 +123,7 @@ def to_wire(error: QtoolError) -> dict[str, object]:
     return {"type": type(error).__name__, **error.to_dict()}
 
 
-def from_wire(data: dict[str, object]) -> QtoolError:
+def from_wire(data: Mapping[str, object]) -> QtoolError:
     """Rebuild an error that a worker sent with `to_wire`."""
     kind = _BY_NAME[str(data["type"])]
     return kind(str(data["code"]), str(data["message"]), hint=str(data["hint"]))

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from typing import Any, TypedDict, Unpack
 from qtool import __version__
 from qtool.backends import Job, check_backend, load_backend, version_of
 from qtool.backends.modelopt_state import check_state, state_recipe
-from qtool.backends.worker import Event, run_job
+from qtool.backends.worker import run_job
 from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import (
     Checkpoint,
@@ -37,16 +37,18 @@ from qtool.errors import (
     UsageError,
     nearest,
 )
+from qtool.events import (
+    CalibrationEvent,
+    Event,
+    NoteEvent,
+    OnEvent,
+    StageEvent,
+    StateSavedEvent,
+    ignore_event,
+)
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
-
-OnEvent = Callable[[Event], None]
-
-
-def ignore_event(event: Event) -> None:
-    """The default for ``on_event``: do nothing."""
-    return None
 
 
 class Options(TypedDict, total=False):
@@ -171,8 +173,7 @@ def quantize(
     """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder;
     `Options` has the rest.
 
-    ``on_event`` gets the worker's events: dictionaries whose ``event`` is ``stage``, ``progress``,
-    ``note``, ``calibration``, ``state_saved`` or ``done``.
+    ``on_event`` gets what the run reports: an `Event` of `qtool.events`.
 
     Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
     """
@@ -279,17 +280,17 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
 
         def handle(event: Event) -> None:
             nonlocal calibration
-            if event["event"] == "calibration":
+            if isinstance(event, CalibrationEvent):
                 calibration = {
-                    **event["report"],
+                    **event.report,
                     "asked": request.calibration.num_samples if request.calibration else 0,
                 }
-            if event["event"] == "state_saved" and state is not None:
+            if isinstance(event, StateSavedEvent) and state is not None:
                 state.publish()  # at once: what follows may fail, and calibration was the long part
             on_event(event)
 
         for note in request.notes:
-            on_event({"event": "note", "text": note})
+            on_event(NoteEvent(note))
         job = Job(
             model=str(source.resolve()),
             recipe=plan.recipe.to_dict(),
@@ -309,7 +310,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             python=request.backend_python,
             keep_open=staging.lock_fd,
         )
-        on_event({"event": "stage", "what": "checking the result"})
+        on_event(StageEvent("checking the result"))
         finish_files(source, staging.checkpoint)
         # hashing, writing out and checking share the time
         digests = helpers.submit(digest_files, staging.files())

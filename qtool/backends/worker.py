@@ -21,10 +21,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
 from qtool.calibration import CalibrationSpec, load_calibration
@@ -38,10 +38,21 @@ from qtool.errors import (
     one_line,
     to_wire,
 )
+from qtool.events import (
+    CalibrationEvent,
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    OnEvent,
+    ProgressEvent,
+    StageEvent,
+    StateSavedEvent,
+    from_line,
+    to_line,
+)
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 
-Event = Mapping[str, Any]
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
@@ -53,7 +64,7 @@ def run_job(
     plan: Plan,
     *,
     log: Path,
-    on_event: Callable[[Event], None],
+    on_event: OnEvent,
     python: str = sys.executable,
     keep_open: int,
 ) -> dict[str, str]:
@@ -84,7 +95,7 @@ def run_job(
         "TMPDIR": job.scratch,
         **backend.environment(plan, job.device),
     }
-    with log.open("wb") as log_file, os.fdopen(read_fd, "rb") as events:
+    with log.open("wb") as log_file, os.fdopen(read_fd, "rb") as pipe:
         try:
             worker = subprocess.Popen(
                 [python, "-P", "-c", code],
@@ -109,18 +120,18 @@ def run_job(
             with contextlib.suppress(BrokenPipeError):  # it died at once; what follows says how
                 worker.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
                 worker.stdin.flush()
-            for event in _events(worker, events):
-                if event["event"] == "error":
-                    raise from_wire(event["error"])
+            for event in _events(worker, pipe):
+                if isinstance(event, ErrorEvent):
+                    raise from_wire(event.error)
                 on_event(event)
-                if event["event"] == "done":
-                    return dict(event["versions"])
+                if isinstance(event, DoneEvent):
+                    return dict(event.versions)
             raise _died(worker.wait(), plan, job, version_of(backend))
         finally:
             _kill(worker)
 
 
-def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
+def _events(worker: subprocess.Popen[bytes], pipe: BinaryIO) -> Iterator[Event]:
     """Yield the worker's events until it is done or gone.
 
     A process it left behind may hold the pipe open, so its end is watched too.
@@ -128,15 +139,15 @@ def _events(worker: subprocess.Popen[bytes], events: Any) -> Iterator[Event]:
     buffer = b""
     while True:
         ended = worker.poll() is not None
-        if not select.select([events], [], [], 0 if ended else 0.5)[0]:
+        if not select.select([pipe], [], [], 0 if ended else 0.5)[0]:
             if ended:
                 return
             continue
-        chunk = os.read(events.fileno(), 1 << 16)
+        chunk = os.read(pipe.fileno(), 1 << 16)
         if not chunk:
             return
         *lines, buffer = (buffer + chunk).split(b"\n")
-        yield from map(json.loads, lines)
+        yield from map(from_line, lines)
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:
@@ -198,20 +209,20 @@ class _PipeReporter:
         self._lock = threading.Lock()
         self.where = ""
 
-    def send(self, event: str, **values: Any) -> None:
+    def send(self, event: Event) -> None:
         with self._lock:
-            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.write(to_line(event))
 
     def stage(self, what: str) -> None:
         self.where = f"while {what}"
-        self.send("stage", what=what)
+        self.send(StageEvent(what))
 
     def progress(self, what: str, done: int, total: int) -> None:
         self.where = f"after {what} {done} of {total}"
-        self.send("progress", what=what, done=done, total=total)
+        self.send(ProgressEvent(what, done, total))
 
     def state_saved(self) -> None:
-        self.send("state_saved")
+        self.send(StateSavedEvent())
 
 
 def main(write_fd: int) -> None:
@@ -230,10 +241,10 @@ def main(write_fd: int) -> None:
         import traceback
 
         traceback.print_exc()
-        report.send("error", error=to_wire(_as_qtool_error(error, Job(**data), report.where)))
+        report.send(ErrorEvent(to_wire(_as_qtool_error(error, Job(**data), report.where))))
     else:
         _flush()
-        report.send("done", versions=_versions(str(data["recipe"]["backend"])))
+        report.send(DoneEvent(_versions(str(data["recipe"]["backend"]))))
     _flush()
     os._exit(0)  # libraries leave threads and exit hooks that can take seconds or hang
 
@@ -263,7 +274,7 @@ def _run(job: Job, report: _PipeReporter) -> None:
             int(plan.checkpoint.text_config.get("vocab_size", 1 << 31)),
         )
         samples = calibration.samples
-        report.send("calibration", report=asdict(calibration.report))
+        report.send(CalibrationEvent(asdict(calibration.report)))
     report.stage(f"importing {load_backend(recipe.backend).distribution}")
     device = _find_device(job.device, plan)
     _check_model_code(job, plan)

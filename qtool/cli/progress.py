@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+
+from qtool.events import Event, NoteEvent, OnEvent, ProgressEvent, StageEvent, ignore_event
 
 PLAIN_INTERVAL_S = 10.0
 
 
 @contextlib.contextmanager
-def progress(
-    *, quiet: bool, verbose: bool = False
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def progress(*, quiet: bool, verbose: bool = False) -> Iterator[OnEvent]:
     """Give a function that shows events: nothing if ``quiet``, every one on a line if
     ``verbose``.
     """
     if quiet:
-        yield lambda event: None
+        yield ignore_event
     elif verbose:
         yield _Lines(interval_s=0.0).show
     elif sys.stderr.isatty():
@@ -30,7 +29,7 @@ def progress(
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def _bar() -> Iterator[OnEvent]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -54,17 +53,15 @@ def _bar() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
-        def show(event: Mapping[str, Any]) -> None:
+        def show(event: Event) -> None:
             nonlocal task
-            if event["event"] == "stage":
+            if isinstance(event, StageEvent):
                 bar.remove_task(task)  # a task that had a total keeps it
-                task = bar.add_task(event["what"], total=None)
-            elif event["event"] == "note":
-                bar.print(f"note: {event['text']}")
-            elif event["event"] == "progress":
-                bar.update(
-                    task, description=event["what"], completed=event["done"], total=event["total"]
-                )
+                task = bar.add_task(event.what, total=None)
+            elif isinstance(event, NoteEvent):
+                bar.print(f"note: {event.text}")
+            elif isinstance(event, ProgressEvent):
+                bar.update(task, description=event.what, completed=event.done, total=event.total)
 
         yield show
 
@@ -75,18 +72,18 @@ class _Lines:
         self._start = time.monotonic()
         self._last = 0.0
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         now = time.monotonic() - self._start
-        if event["event"] == "stage":
-            print(f"[{now:6.1f} s] {event['what']}", file=sys.stderr, flush=True)
-        elif event["event"] == "note":
-            print(f"note: {event['text']}", file=sys.stderr, flush=True)
-        elif event["event"] == "progress" and (
-            event["done"] == event["total"] or now - self._last > self._interval_s
+        if isinstance(event, StageEvent):
+            print(f"[{now:6.1f} s] {event.what}", file=sys.stderr, flush=True)
+        elif isinstance(event, NoteEvent):
+            print(f"note: {event.text}", file=sys.stderr, flush=True)
+        elif isinstance(event, ProgressEvent) and (
+            event.done == event.total or now - self._last > self._interval_s
         ):
             self._last = now
             print(
-                f"[{now:6.1f} s] {event['what']}: {event['done']} of {event['total']}",
+                f"[{now:6.1f} s] {event.what}: {event.done} of {event.total}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -10,7 +10,8 @@ from pathlib import Path
 from qtool.conversion.convert import MAX_SHARD_SIZE, ConversionResult, convert
 from qtool.conversion.targets import TARGETS
 from qtool.errors import UsageError
-from qtool.quantization import OnEvent, Options, QuantizeResult, ignore_event, quantize
+from qtool.events import OnEvent, ignore_event
+from qtool.quantization import Options, QuantizeResult, quantize
 
 __all__ = ["TARGETS", "ConversionResult", "export"]
 

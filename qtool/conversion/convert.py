@@ -25,8 +25,8 @@ from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files,
 from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.targets import PLAIN, target_named
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
+from qtool.events import NoteEvent, OnEvent
 from qtool.formats import detect
-from qtool.quantization import OnEvent
 from qtool.scheme import scheme_from
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def convert(
 
     decided = plan_conversion(checkpoint, to, requantize=requantize, scheme=target_scheme)
     for note in decided.notes:
-        on_event({"event": "note", "text": note})
+        on_event(NoteEvent(note))
     source_manifest = (
         read_json(checkpoint.path / MANIFEST) if (checkpoint.path / MANIFEST).is_file() else None
     )

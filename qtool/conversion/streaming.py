@@ -21,9 +21,9 @@ from qtool.checkpoint.shards import Shards
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.layers import Layer, Write, computed_tensors
 from qtool.conversion.plan import Conversion
+from qtool.events import OnEvent, ProgressEvent, StageEvent
 from qtool.formats import Layout, check_tensors
 from qtool.formats.packing import TORCH_DTYPES, read_tensor
-from qtool.quantization import OnEvent
 
 WORKERS = min(8, os.cpu_count() or 1)
 MEMORY_BYTES = 8 << 30  # of layers at work together; one layer is always worked on
@@ -58,15 +58,8 @@ def stream(
                 durable.append(checkers.submit(make_durable, path))
                 digests.append(checkers.submit(digest_files, [path]))
                 problems.append(checkers.submit(_problems, path, layout))
-            on_event(
-                {
-                    "event": "progress",
-                    "what": "converting",
-                    "done": done,
-                    "total": len(decided.steps),
-                }
-            )
-        on_event({"event": "stage", "what": "checking the result"})
+            on_event(ProgressEvent("converting", done, len(decided.steps)))
+        on_event(StageEvent("checking the result"))
     for future in durable:
         future.result()  # the system tells of a write that failed once
     return {name: found for future in digests for name, found in future.result().items()}, [

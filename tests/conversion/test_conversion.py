@@ -34,6 +34,7 @@ from qtool.conversion import TARGETS, export
 from qtool.conversion.targets import PLAIN
 from qtool.errors import CheckpointRefused, OutputTaken, ResourceError, UsageError
 from qtool.evaluation.perplexity import load_dequantized
+from qtool.events import ProgressEvent
 from qtool.formats import WRITABLE, QuantizedModule, detect, read, tensor_name
 from qtool.inspection.comparison import compare
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
@@ -1123,8 +1124,8 @@ def test_killed_at_any_moment_it_leaves_no_checkpoint_and_the_next_run_cleans_up
         import os, signal, sys
         from qtool.conversion import export
         def die(event):
-            done = event.get("done", -1) >= {"middle": 3, "checking": 1e9}[sys.argv[3]]
-            if done or event.get("what") == "checking the result":
+            done = getattr(event, "done", -1) >= {"middle": 3, "checking": 1e9}[sys.argv[3]]
+            if done or getattr(event, "what", None) == "checking the result":
                 os.kill(os.getpid(), signal.SIGKILL)
         export(sys.argv[1], to="gptq", output=sys.argv[2], max_shard_size="1MiB", on_event=die)"""
     run = subprocess.run(
@@ -1140,7 +1141,7 @@ def test_killed_at_any_moment_it_leaves_no_checkpoint_and_the_next_run_cleans_up
 
 def test_an_error_in_the_middle_leaves_nothing(sample, tmp_path):
     def fail(event):
-        if event["event"] == "progress":
+        if isinstance(event, ProgressEvent):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
