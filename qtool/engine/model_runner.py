@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from qtool.engine import kv_cache
 from qtool.engine.attention.interface import NAME, recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
-from qtool.engine.decoder_layers import fuse
+from qtool.engine.fusion import fuse
+from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import (
     History,
     Logprobs,
@@ -40,6 +41,7 @@ from qtool.engine.step_buffer import (
     update_table,
 )
 from qtool.errors import CheckpointRefused
+from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import ExpertStack
 
@@ -84,7 +86,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         device: torch.device,
         limits: Limits,
         *,
@@ -165,7 +167,7 @@ class Runner:
 
     def _prepare_model(self, compiled: Literal["off", "decode", "all"]) -> None:
         """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
-        _freeze_rotary(self.model, self.limits.context_length)
+        freeze_rotary(self.model, self.limits.context_length)
         self.geometry = self._record()
         self._eager_prefill = compiled == "decode"
         if not fuse(self.model) and compiled != "off":
@@ -194,7 +196,7 @@ class Runner:
         self.graphs.close()
         self.buffer.close()
         self.layers = {}
-        self.model = None
+        del self.model
         self.table = self._last = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -418,26 +420,6 @@ def _logits_of(step: Step, whole: Sequence[int]) -> list[int]:
         chunk.count if position in whole else int(chunk.samples)
         for position, chunk in enumerate(step.chunks)
     ]
-
-
-def _freeze_rotary(model: Any, context_length: int) -> None:
-    """Settle rotary embeddings that change with the longest position of a pass (longrope, dynamic)
-    for the whole context, as vLLM does.
-
-    Sequences of any length share a pass here, and keys that were rotated once stay in the cache.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if kinds is None or "inv_freq" not in " ".join(name for name, _ in module.named_buffers()):
-            continue
-        last = torch.tensor([[context_length - 1]], device=model.device)
-        for layer_type in kinds if isinstance(kinds, dict) else [None]:
-            module(
-                torch.zeros(1, dtype=model.dtype, device=model.device),
-                last,
-                *([layer_type] if layer_type else []),
-            )
-        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 class _Stopwatch:

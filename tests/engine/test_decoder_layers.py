@@ -18,6 +18,7 @@ import torch
 from qtool.engine import decoder_layers as fused
 from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.fusion import fuse
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {
@@ -122,7 +123,7 @@ IDS = torch.arange(1, 18)[None] * 7 % 128
 def test_a_fused_model_computes_what_it_did(name, dtype):
     model = model_of(name, dtype, **FUSED[name])
     expected = logits_of(copy.deepcopy(model), IDS)
-    assert fused.fuse(model)
+    assert fuse(model)
     assert all(isinstance(layer, fused.FusedLayer) for layer in model.model.layers)
     assert distance(logits_of(model, IDS), expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -137,7 +138,7 @@ def test_a_model_of_another_kind_is_left_alone_and_says_why(name, caplog):
         model.model.norm,
     )
     with caplog.at_level("INFO", "qtool.engine"):
-        assert not fused.fuse(model)
+        assert not fuse(model)
     (message,) = (record.getMessage() for record in caplog.records if record.name == "qtool.engine")
     assert re.search(reason, message)
     assert list(model.model.layers) == layers and model.model.norm is norm
@@ -167,7 +168,7 @@ def test_a_model_that_touches_the_states_between_its_layers_is_left_alone(
 
     monkeypatch.setattr(type(model.model), "forward", forward)
     with caplog.at_level("INFO", "qtool.engine"):
-        assert not fused.fuse(model)
+        assert not fuse(model)
     assert re.search(reason, caplog.text)
     assert model.model.layers is layers and model.model.norm is norm
 
@@ -177,7 +178,7 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     bias = torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias])
-    assert fused.fuse(model)
+    assert fuse(model)
     layer = model.model.layers[0]
     assert torch.equal(layer.qkv.weight, weight) and torch.equal(layer.qkv.bias, bias)
     assert (
@@ -205,7 +206,7 @@ def test_quantized_checkpoints_are_fused(sample, name):
     model = load(sample(name), device="cpu")
     model.set_attn_implementation("qtool")
     expected = logits_of(copy.deepcopy(model), IDS)
-    assert fused.fuse(model)
+    assert fuse(model)
     assert distance(logits_of(model, IDS), expected) <= 1e-2
 
 

@@ -1,0 +1,249 @@
+"""Replace the decoder layers of a model by `FusedLayer`, where that is seen to compute the same.
+
+No name is trusted: each layer of transformers runs beside its replacement, and the model stays as
+it is unless they agree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qtool.engine.attention.interface import recording, running
+from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
+from qtool.engine.decoder_layers import (
+    TOLERANCE,
+    FusedLayer,
+    NotFused,
+    RMSNorm,
+    Sum,
+    distance,
+    random_input,
+)
+from qtool.errors import one_line
+from qtool.runtime.causal_lm import CausalLM, Decoder
+from qtool.runtime.kernels import current
+from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
+
+LOG = logging.getLogger("qtool.engine")
+TOKENS = 6  # of the input that layers are compared with
+# The tolerance with the quantized layers themselves: where inputs are rounded, codes move at the
+# least difference.
+ROUNDED_TOLERANCE = 0.1
+FIRST = 3  # layers that are also compared together; over many, differences grow without end
+WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
+
+
+Arguments = dict[str, object]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a pass of a few tokens through a decoder shows."""
+
+    output: Tensor
+    """[1, T, H]"""
+    geometry: Mapping[int, LayerGeometry]
+    """By layer index."""
+    arguments: Mapping[nn.Module, Arguments]
+    """What each layer was called with."""
+
+
+def fuse(model: CausalLM) -> bool:
+    """Replace the decoder layers of ``model``, and its last norm, by `FusedLayer`, if it can be
+    seen to compute the same. Logs why not.
+
+    The attention of the model is `qtool.engine.attention.interface`'s already. Peak memory: the
+    model, and the weights of a layer.
+    """
+    device = next(iter(model.parameters())).device
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), current(device):
+            _fuse(model.get_decoder(), device)
+    except NotFused as error:
+        LOG.info("the layers of %s run as transformers has them: %s", name, error)
+        return False
+    except Exception as error:  # the code of an architecture may raise anything
+        LOG.info("the layers of %s run as transformers has them: %s", name, one_line(error))
+        return False
+    return True
+
+
+def _fuse(decoder: Decoder, device: torch.device) -> None:
+    layers, norm = list(decoder.layers), RMSNorm.of(decoder.norm)
+    seen = _dry_run(decoder, device)
+    fused = []
+    for number, layer in enumerate(layers):
+        if layer not in seen.arguments:
+            raise NotFused(f"layer {number} is not called")
+        try:
+            fused.append(_proven(layer, seen.geometry, seen.arguments[layer]))
+        except NotFused as error:
+            raise NotFused(f"layer {number}: {error}") from None
+        if device.type == "cuda":
+            # the weights that were joined leave pieces too small for the next ones
+            torch.cuda.empty_cache()
+    before = decoder.layers, decoder.norm
+    try:
+        decoder.layers = nn.ModuleList(layers[:FIRST])
+        expected = _dry_run(decoder, device).output
+        decoder.layers = nn.ModuleList(fused[:FIRST])
+        decoder.norm = norm
+        off = distance(_dry_run(decoder, device).output, expected, expected)
+        if not off <= WHOLE_TOLERANCE:
+            raise NotFused(
+                f"the model does something between its layers (relative error {off:.1e})"
+            )
+        decoder.layers = nn.ModuleList(fused)
+        _dry_run(decoder, device)
+    except Exception:
+        decoder.layers, decoder.norm = before
+        raise
+
+
+def _dry_run(decoder: Decoder, device: torch.device) -> DryRun:
+    arguments: dict[nn.Module, Arguments] = {}
+
+    def note(module: nn.Module, _: object, given: Arguments) -> None:
+        arguments[module] = given
+
+    positions = torch.arange(TOKENS, device=device)[None]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder.layers]
+    try:
+        with recording() as found:
+            output = decoder(input_ids=positions + 1, position_ids=positions, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return DryRun(output[0], {layer.layer_idx: layer for layer in found.layers}, arguments)
+
+
+def _proven(
+    layer: nn.Module, geometry: Mapping[int, LayerGeometry], arguments: Arguments
+) -> FusedLayer:
+    """Return ``layer`` fused.
+
+    Raises: NotFused, unless both make the same of a random input, and write the same to the cache.
+    """
+    name = type(layer).__name__
+    number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
+    if number not in geometry:
+        raise NotFused(f"{name} has no `self_attn` that attends")
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor):
+        # shows a layer that looks at positions by itself, as those do that temper their attention
+        arguments = {**arguments, "position_ids": positions + 100_000}
+    if not hasattr(layer, "input_layernorm"):
+        raise NotFused(f"{name} has no `input_layernorm`")
+    weight = RMSNorm.of(layer.get_submodule("input_layernorm")).weight
+    x = random_input((1, TOKENS, len(weight)), weight)
+    check = partial(_error, layer, geometry[number], x, arguments)
+    tolerance = TOLERANCE[x.dtype]
+    with _stand_ins(layer):
+        error = check(rotates=True)
+        rotates = error <= tolerance
+        if not rotates:
+            error = min(error, check(rotates=False))
+    if error <= tolerance:
+        error = check(rotates=rotates)
+        if error <= ROUNDED_TOLERANCE:
+            return FusedLayer(layer, geometry[number], rotates=rotates)
+    raise NotFused(f"{name} is not what its parts seem to be (relative error {error:.1e})")
+
+
+def _error(
+    layer: nn.Module, geometry: LayerGeometry, x: Tensor, arguments: Arguments, *, rotates: bool
+) -> float:
+    """Return how far a fused ``layer`` is from itself at ``x`` [1, T, H]."""
+    added = _run_on_scratch(layer, x, geometry, arguments)[0] - x
+    # as large as what the layer adds: neither then hides in the other's rounding
+    x = x * (added.norm() / x.norm()).clamp(1e-3, 1e3)
+    fused = FusedLayer(layer, geometry, rotates=rotates)
+    return _difference(
+        _run_on_scratch(fused, x, geometry, arguments),
+        _run_on_scratch(layer, x, geometry, arguments),
+        x,
+    )
+
+
+class StandIn(nn.Module):
+    """In place of a quantized layer while a decoder layer is compared: linear, cheap, and without
+    codes that move at the least difference.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., N]: for each output the sum of two inputs, with factors."""
+        n = torch.arange(self.out_features, device=x.device)
+        one, other = ((n * step + 3) % self.in_features for step in (7919, 104729))
+        factors = (n % 13 - 6).to(x.dtype) / 8, (n % 7 - 3).to(x.dtype) / 4
+        return x[..., one] * factors[0] + x[..., other] * factors[1]
+
+
+@contextmanager
+def _stand_ins(layer: nn.Module) -> Iterator[None]:
+    """Put a `StandIn` in place of each quantized layer in ``layer``."""
+    taken = list(_quantized_members(layer))
+    stand_ins = {linear: StandIn(linear) for _, _, linear in taken}
+    try:
+        for holder, name, linear in taken:
+            setattr(holder, name, stand_ins[linear])
+        yield
+    finally:
+        for holder, name, linear in taken:
+            setattr(holder, name, linear)
+
+
+def _quantized_members(
+    layer: nn.Module,
+) -> Iterator[tuple[nn.Module | SharedInput, str, QuantizedLinear]]:
+    """Yield who holds each quantized layer, under which name, and the layer."""
+    for module in layer.modules():
+        for name, child in module.named_children():
+            if isinstance(child, QuantizedLinear):
+                yield module, name, child
+        if isinstance(module, FusedLinear):
+            yield module.shared, "whole", module.shared.whole
+
+
+@contextmanager
+def _scratch(geometry: LayerGeometry, like: Tensor) -> Iterator[KVPages]:
+    """Run one sequence of `TOKENS` tokens on pages of its own."""
+    ints = partial(torch.tensor, dtype=torch.int32, device=like.device)
+    shape = (2, geometry.kv_heads, 16)
+    k, v = (like.new_zeros(*shape, width) for width in (geometry.head_dim, geometry.v_head_dim))
+    packed = Packed(
+        ints([[1]]), ints([0] * TOKENS), ints(range(TOKENS)), 0, ints([0, TOKENS]), longest=TOKENS
+    )
+    pages = KVPages(k, v)
+    with running(packed, {geometry.layer_idx: pages}):
+        yield pages
+
+
+def _run_on_scratch(
+    layer: nn.Module, x: Tensor, geometry: LayerGeometry, arguments: Arguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``layer`` makes of ``x`` [1, T, H], and the keys and values it writes."""
+    with _scratch(geometry, x) as pages:
+        result = layer(x, **arguments)
+    if not isinstance(result, Tensor | Sum):
+        raise NotFused(f"{type(layer).__name__} returns a {type(result).__name__}")
+    return result.total()[None] if isinstance(result, Sum) else result, pages.k, pages.v
+
+
+def _difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], x: Tensor) -> float:
+    """Return the largest relative error of what a layer adds to ``x``, and of its keys and
+    values.
+    """
+    references = (expected[0] - x, *expected[1:])
+    return max(distance(*three) for three in zip(result, expected, references, strict=True))
