@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
@@ -15,46 +15,48 @@ from qtool.modules import is_linear
 if TYPE_CHECKING:
     from torch import Tensor
 
-WORST_DB = -300.0  # and what a NaN is given, so that it comes first
-RESCALED_BELOW_DB = 15.0  # an error that large is looked at again
-RESCALED_GAIN_DB = 6.0  # factors of rows and columns, fitted to mere noise, gain less
+WORST_DB = -300.0  # also given to NaN, so that it comes first
+RESCALED_BELOW_DB = 15.0  # below this, the layer may have been rescaled
+RESCALED_GAIN_DB = 6.0  # factors of rows and columns that are fitted to noise gain less
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One linear layer of both checkpoints: signal to quantization noise in decibels (None when
-    equal), and the largest difference of a weight.
-
-    ``rescaled`` tells that rows or columns had been scaled (SmoothQuant, AWQ fold such factors into
-    the layer before), and that the figures are what is left after undoing it.
-    """
+    """How far one linear layer of a checkpoint is from the same layer of another."""
 
     name: str
     sqnr_db: float | None
+    """Signal to quantization noise in decibels; None when the weights are equal."""
     max_error: float
+    """The largest difference of a weight."""
     rescaled: bool = False
+    """Whether rows or columns had been scaled, as SmoothQuant and AWQ do; they fold the factors
+    into the layer before. The numbers are then those after undoing it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All layers that both checkpoints have, the worst first, and the names that only one has."""
+    """A checkpoint against a base checkpoint."""
 
     base: str
+    """Name of the base checkpoint."""
     modules: tuple[Difference, ...]
+    """The linear layers that both have, the worst first."""
     only_here: tuple[str, ...]
+    """Layers that the base does not have."""
     only_there: tuple[str, ...]
+    """Layers that only the base has."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the comparison for ``--json``."""
         return asdict(self)
 
 
 def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
-    """Return how far the linear layers of ``checkpoint`` are from those of ``base``, each plain or
-    quantized in any format, one layer at a time.
+    """Return how far the linear layers of ``checkpoint`` are from those of ``base``.
 
-    Raises: CheckpointRefused, when they have no layer in common, or a layer has another shape
-        there.
+    Either may be in 16 bits or quantized in any format; one layer is in memory at a time.
+    Raises: CheckpointRefused, when they have no layer in common, or the shapes of a layer differ.
     """
     layout, base_layout = detect(checkpoint), detect(base)
     here, there = _linears(checkpoint, layout), _linears(base, base_layout)
@@ -72,31 +74,36 @@ def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
     ]
     return Comparison(
         base=base.name,
-        modules=tuple(
-            sorted(
-                differences, key=lambda found: math.inf if found.sqnr_db is None else found.sqnr_db
-            )
-        ),
+        modules=tuple(sorted(differences, key=_decibels)),
         only_here=tuple(name for name in here if name not in there),
         only_there=tuple(name for name in there if name not in here),
     )
 
 
+def _decibels(difference: Difference) -> float:
+    return math.inf if difference.sqnr_db is None else difference.sqnr_db
+
+
 def _linears(
     checkpoint: Checkpoint, layout: Layout | None
 ) -> Mapping[str, QuantizedModule | TensorInfo]:
-    """Return every linear layer by name; stacked experts in 16 bits, [E, K, N], are there for those
-    that MXFP4 packs.
+    """Return every linear layer by name.
+
+    Stacked experts in 16 bits, [E, K, N], are among them: in the other checkpoint, MXFP4 may pack
+    them.
     """
     quantized = layout.modules if layout else {}
     owned = layout.owned if layout else frozenset()
-    plain = {
+    unquantized = {
         tensor.name.removesuffix(".weight"): tensor
         for tensor in checkpoint.tensors.values()
-        if tensor.name not in owned
-        and (is_linear(tensor) or (len(tensor.shape) == 3 and ".experts." in tensor.name))
+        if tensor.name not in owned and (is_linear(tensor) or _is_expert_stack(tensor))
     }
-    return {**quantized, **plain}
+    return {**quantized, **unquantized}
+
+
+def _is_expert_stack(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) == 3 and ".experts." in tensor.name
 
 
 def _values(
@@ -120,28 +127,33 @@ def _difference(name: str, here: Tensor, there: Tensor) -> Difference:
         )
     if torch.equal(here, there):
         return Difference(name, None, 0.0)
-    decibels, rescaled = _sqnr_db(here, there), False
+    decibels = _sqnr_db(here, there)
+    rescaled = False
     if WORST_DB < decibels < RESCALED_BELOW_DB:
         fitted = max(
             (_rescaled(here, there, dims) for dims in ((0, 1), (1, 0))),
             key=lambda each: _sqnr_db(each, there),
         )
         if _sqnr_db(fitted, there) > decibels + RESCALED_GAIN_DB:
-            here, decibels, rescaled = fitted, _sqnr_db(fitted, there), True
+            here = fitted
+            decibels = _sqnr_db(fitted, there)
+            rescaled = True
     largest = (here - there).abs().max().nan_to_num(nan=torch.finfo(torch.float32).max)
     return Difference(name, decibels, float(largest), rescaled)
 
 
 def _sqnr_db(here: Tensor, there: Tensor) -> float:
-    signal, noise = float(there.square().sum()), float((there - here).square().sum())
+    signal = float(there.square().sum())
+    noise = float((there - here).square().sum())
     if not math.isfinite(noise + signal):
         return WORST_DB
     return max(WORST_DB, 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30)))
 
 
 def _rescaled(here: Tensor, there: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return ``here`` with the factors that bring it nearest to ``there``: one for each column (0)
-    or row (1), in the order of ``dims``, twice.
+    """Return ``here`` scaled to come nearest to ``there``.
+
+    Factors of columns (0) and rows (1) are fitted in the order of ``dims``, twice.
     """
     for dim in (*dims, *dims):
         here = here * (

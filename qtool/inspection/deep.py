@@ -1,6 +1,4 @@
-"""What the numbers of a checkpoint look like: saturated codes, dead channels, the range of the
-scales; and whether its files are as digested.
-"""
+"""Reads all data of a checkpoint: saturated codes, dead channels, scales, and file digests."""
 
 from __future__ import annotations
 
@@ -8,7 +6,8 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint, digest_files, read_json
 from qtool.checkpoint.aux_files import MANIFEST
@@ -22,43 +21,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleNumbers:
-    """The numbers of one quantized layer.
-
-    ``saturated``: share of the codes at either end of the format's range. ``dead_rows`` and
-        ``dead_columns``: outputs and inputs whose weights are
-    all zero. ``scale_histogram``: (exponent e, count of scales in [2^e, 2^(e+1))), in order; of the
-    effective scale, both levels of NVFP4 together. Scales that are NaN or infinite are left out of
-    all three.
-    """
+    """The numbers of one quantized layer. Scales that are NaN or infinite are left out."""
 
     name: str
     saturated: float
+    """Share of the codes at either end of the format's range."""
     dead_rows: int
+    """Outputs whose weights are all zero."""
     dead_columns: int
+    """Inputs whose weights are all zero."""
     scale_min: float
+    """The smallest scale; for NVFP4, of both levels multiplied."""
     scale_max: float
     scale_histogram: tuple[tuple[int, int], ...]
+    """(exponent e, count of scales in [2^e, 2^(e+1))), in order."""
 
 
 @dataclass(frozen=True)
 class DeepReport:
-    """All quantized layers' numbers, in the order of the headers; ``digests``: what comparing with
-    the manifest gave, ``changed`` the files it is
-    wrong about."""
+    """The numbers of all quantized layers, and whether the files match the manifest."""
 
     modules: tuple[ModuleNumbers, ...]
+    """In the order of the headers."""
     digests: str
+    """The result of comparing files with the manifest, in words."""
     changed: tuple[str, ...] = ()
+    """The files that differ from the manifest."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the numbers for ``--json``."""
         return asdict(self)
 
 
 def measure(checkpoint: Checkpoint, layout: Layout | None) -> DeepReport:
-    """Read every quantized layer and every file of ``checkpoint``, a few layers in memory at a
-    time.
-    """
+    """Read every quantized layer and every file; a few layers are in memory at a time."""
     import torch
 
     before = torch.get_num_threads()
@@ -66,29 +62,28 @@ def measure(checkpoint: Checkpoint, layout: Layout | None) -> DeepReport:
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             digests = pool.submit(_compared_digests, checkpoint)
-            modules = (
-                tuple(pool.map(lambda name: _numbers(checkpoint, layout, name), layout.modules))
-                if layout
-                else ()
-            )
+            modules: tuple[ModuleNumbers, ...] = ()
+            if layout:
+                numbers = partial(_numbers, checkpoint, layout)
+                modules = tuple(pool.map(numbers, layout.modules))
             text, changed = digests.result()
     finally:
         torch.set_num_threads(before)
     return DeepReport(modules, text, changed)
 
 
-def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> ModuleNumbers:
+def _numbers(checkpoint: Checkpoint, layout: Layout, name: str) -> ModuleNumbers:
     import torch
 
-    assert layout is not None
-    weight, bits = read(checkpoint, layout, name), layout.modules[name].scheme.weights.bits
-    saturated, zero = _marks(weight, bits)
-    # a common one stands in every row
-    stored = slice(None, 1 if layout.modules[name].scheme.weights.granularity == "tensor" else None)
+    weights = layout.modules[name].scheme.weights
+    weight = read(checkpoint, layout, name)
+    saturated, zero = _marks(weight, weights.bits)
+    # A scale of the whole matrix stands in every row, and counts once.
+    stored = slice(None, 1 if weights.granularity == "tensor" else None)
     scale = weight.scale[stored].float().abs()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[stored].abs()[:, None]
-    scale = scale[scale.isfinite()]  # others are among the warnings
+    scale = scale[scale.isfinite()]  # `check_values` warns of others
     exponents, counts = torch.unique(scale[scale > 0].log2().floor().int(), return_counts=True)
     return ModuleNumbers(
         name=name,
@@ -102,9 +97,7 @@ def _numbers(checkpoint: Checkpoint, layout: Layout | None, name: str) -> Module
 
 
 def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
-    """Return which codes, bool [N, K], are at either end of their format, and which stand
-    for zero.
-    """
+    """Return which codes are at either end of their format, and which mean zero, bool [N, K]."""
     import torch
 
     from qtool.weight import FP4_SCALES, spread, unpack_pairs
@@ -139,8 +132,6 @@ def _compared_digests(checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
     ]
     found = digest_files(present)
     changed = tuple(name for name, digest in expected.items() if found.get(name) != digest)
-    return (
-        f"{len(changed)} of {len(expected)} files are not those of the manifest"
-        if changed
-        else f"all {len(expected)} files match the manifest"
-    ), changed
+    if changed:
+        return f"{len(changed)} of {len(expected)} files are not those of the manifest", changed
+    return f"all {len(expected)} files match the manifest", ()

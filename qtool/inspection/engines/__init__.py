@@ -1,30 +1,35 @@
-"""Whether an engine will load and run a checkpoint, by rules that are data: one YAML file for each
-engine, beside this one.
+"""Whether an engine loads and runs a checkpoint, by the rules in one YAML file for each engine.
 
-`facts` says what a rule can ask, `rules` how; `layers` and `conclusions` hold what engines do with
-names, `survey` computes the facts.
+`rule_inputs` says what a rule can ask and `rules` how; `collect` collects the inputs; `layers` and
+`name_matching` say what engines do with names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import UsageError, nearest
 from qtool.formats import Layout
 from qtool.inspection.engines.collect import (
     cache_head_count,
-    survey_checkpoint,
-    survey_groups,
-    survey_modules,
+    collect_checkpoint,
+    collect_groups,
+    collect_modules,
 )
 from qtool.inspection.engines.layers import linear_layers
-from qtool.inspection.engines.name_matching import conclusions
-from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, ModuleFacts, as_dict
+from qtool.inspection.engines.name_matching import name_matching
+from qtool.inspection.engines.rule_inputs import (
+    CheckpointInputs,
+    GroupInputs,
+    ModuleInputs,
+    Scope,
+    as_dict,
+)
 from qtool.inspection.engines.rules import (
+    Inputs,
     Rule,
     Ruleset,
     Severity,
@@ -42,38 +47,49 @@ ORDER: Mapping[Severity, int] = {"refused": 0, "warning": 1, "note": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing an engine does with a checkpoint: why it refuses it, or what its user should know.
-    ``modules`` are examples of ``count``.
-    """
+    """One thing that an engine does with a checkpoint: a refusal, a warning or a note."""
 
     code: str
     severity: Severity
     message: str
     hint: str
     source: str
+    """Where in the engine this was read."""
     modules: tuple[str, ...] = ()
+    """Examples of the modules it is about."""
     count: int = 0
+    """How many modules it is about."""
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What ``engine`` of ``version`` does on ``gpu`` with ``tensor_parallel`` ranks.
-
-    ``loads``: nothing refuses the checkpoint. ``native``: it then computes in the formats of the
-        schemes, or would on some GPU when none is named; False where qtool cannot read the layers.
-    """
+    """What an engine does with a checkpoint."""
 
     engine: str
     version: str
     gpu: str | None
     tensor_parallel: int
     loads: bool
+    """Whether nothing refuses the checkpoint."""
     native: bool
+    """Whether the engine computes in the formats of the schemes, on some GPU when none is named.
+
+    False where qtool cannot read the layers.
+    """
     findings: tuple[Finding, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the report for ``--json``."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A rule that applies, its message filled in, and the layers it applies to."""
+
+    rule: Rule
+    message: str
+    names: list[str]
 
 
 def check_engine(
@@ -88,126 +104,148 @@ def check_engine(
     """Return what ``engine`` will do with ``checkpoint``, from headers, configs and a few scales.
 
     Args:
-        layout: what `formats.detect` returned; None for a plain model, or for a format that qtool
-            does not read.
-        version: of the engine; the one its rules were written for when left out.
+        checkpoint: the checkpoint to check.
+        layout: what `formats.detect` returned; None for an unquantized model, or for a format that
+            qtool does not read.
+        engine: name of the engine.
+        version: of the engine; the one its rules were written for when None.
         gpu: an architecture (``sm_90``, ``90``, ``9.0``) or a name (``h100``).
-    Raises: UsageError, for an engine, version, GPU or number of ranks that is none.
+        tensor_parallel: number of ranks.
+    Raises: UsageError, for an unknown engine, version, GPU or number of ranks.
     """
     ruleset = load_rules(engine)
     if tensor_parallel < 1:
         raise UsageError(
-            "E_TENSOR_PARALLEL", f"tensor_parallel is {tensor_parallel}; there is at least one rank"
+            "E_TENSOR_PARALLEL", f"tensor_parallel is {tensor_parallel}; it must be at least 1"
         )
-    asked = _asked_version(ruleset, version)
-    sm = _architecture(gpu) if gpu is not None else None
-    rules = [rule for rule in ruleset.rules if rule.is_of(asked)]
-    whole = survey_checkpoint(checkpoint, layout, sm, tensor_parallel)
-    hits = list(_hits(rules, whole, checkpoint, layout, ruleset))
-    findings = [
-        *_findings(hits),
-        *([_other_version(ruleset, version)] if version and asked else []),
-    ]
+    other_version = _other_version(ruleset, version)
+    architecture = _architecture(gpu) if gpu is not None else None
+    whole = collect_checkpoint(checkpoint, layout, architecture, tensor_parallel)
+    cases = _cases(checkpoint, layout, whole, ruleset)
+    hits = [*_hits(ruleset.rules_of(other_version), cases)]
+    findings = _findings(hits)
+    if version and other_version:
+        findings.append(_version_note(ruleset, version))
     findings.sort(key=lambda finding: ORDER[finding.severity])
     loads = all(finding.severity != "refused" for finding in findings)
-    too_old = (
-        sm is not None
-        and layout is not None
-        and any(int(module.scheme.native_gpu[3:]) > sm for module in layout.modules.values())
-    )
-    native = (
-        loads and whole.readable and not too_old and not any(rule.emulated for rule, _, _ in hits)
-    )
+    emulated = _is_emulated(hits) or _needs_newer_gpu(layout, architecture)
     return EngineReport(
-        engine,
-        version or ruleset.version,
-        f"sm_{sm}" if sm else None,
-        tensor_parallel,
-        loads,
-        native,
-        tuple(findings),
+        engine=engine,
+        version=version or ruleset.version,
+        gpu=_gpu_name(architecture),
+        tensor_parallel=tensor_parallel,
+        loads=loads,
+        native=loads and whole.readable and not emulated,
+        findings=tuple(findings),
     )
 
 
-def _hits(
-    rules: list[Rule],
-    whole: CheckpointFacts,
-    checkpoint: Checkpoint,
-    layout: Layout | None,
-    ruleset: Ruleset,
-) -> Iterator[tuple[Rule, str, list[str]]]:
-    """Yield (rule, its message, names it is about) for every rule that holds."""
-    surveys: dict[str, Mapping[ModuleFacts, list[str]] | Mapping[GroupFacts, list[str]]] = {}
-    if layout:
-        linears, fused = linear_layers(checkpoint, layout)
-        matching = (
-            None if whole.algorithm == "MIXED_PRECISION" else ruleset.matching.get(layout.format)
-        )
-        conclude = conclusions(matching, checkpoint.quantization_config or {})
-        surveys["module"] = survey_modules(
-            linears, fused, conclude, whole.ranks, cache_head_count(checkpoint)
-        )
-        surveys["group"] = survey_groups(checkpoint, fused, ordered=whole.desc_act)
-    facts = as_dict(whole)
-    cases = {
-        scope: [({**facts, **as_dict(each)}, names) for each, names in survey.items()]
-        for scope, survey in surveys.items()
+def _gpu_name(architecture: int | None) -> str | None:
+    return f"sm_{architecture}" if architecture else None
+
+
+def _is_emulated(hits: Iterable[_Hit]) -> bool:
+    return any(hit.rule.emulated for hit in hits)
+
+
+def _needs_newer_gpu(layout: Layout | None, architecture: int | None) -> bool:
+    if layout is None or architecture is None:
+        return False
+    schemes = {module.scheme for module in layout.modules.values()}
+    return any(int(scheme.native_gpu.removeprefix("sm_")) > architecture for scheme in schemes)
+
+
+Cases = Mapping[Scope, list[tuple[Inputs, list[str]]]]  # inputs, and the layers that have them
+
+
+def _cases(
+    checkpoint: Checkpoint, layout: Layout | None, whole: CheckpointInputs, ruleset: Ruleset
+) -> Cases:
+    """Return the inputs that the rules of each scope are tested with."""
+    inputs = as_dict(whole)
+    if layout is None:
+        return {"checkpoint": [(inputs, [])]}
+    linears, fused = linear_layers(checkpoint, layout)
+    is_mixed = whole.algorithm == "MIXED_PRECISION"
+    matching = None if is_mixed else ruleset.matching.get(layout.format)
+    modules = collect_modules(
+        linears,
+        fused,
+        name_matching(matching, checkpoint.quantization_config or {}),
+        ranks=whole.ranks,
+        cache_heads=cache_head_count(checkpoint),
+    )
+    groups = collect_groups(checkpoint, fused, ordered=whole.desc_act)
+    return {
+        "checkpoint": [(inputs, [])],
+        "module": _with_names(inputs, modules),
+        "group": _with_names(inputs, groups),
     }
-    cases["checkpoint"] = [(facts, [])]
+
+
+def _with_names(
+    whole: Inputs, found: Mapping[ModuleInputs, list[str]] | Mapping[GroupInputs, list[str]]
+) -> list[tuple[Inputs, list[str]]]:
+    return [({**whole, **as_dict(each)}, names) for each, names in found.items()]
+
+
+def _hits(rules: Iterable[Rule], cases: Cases) -> Iterator[_Hit]:
     for rule in rules:
-        for known, names in cases.get(rule.about, ()):
-            if rule.holds(known):
-                yield rule, rule.message.format_map(known), names
+        for inputs, names in cases.get(rule.about, ()):
+            if rule.holds(inputs):
+                yield _Hit(rule, rule.message.format_map(inputs), names)
 
 
-def _findings(hits: list[tuple[Rule, str, list[str]]]) -> Iterator[Finding]:
+def _findings(hits: Iterable[_Hit]) -> list[Finding]:
+    """Return the hits as findings; those of one rule with one message become one."""
     merged: dict[tuple[str, str], tuple[Rule, list[str]]] = {}
-    for rule, message, names in hits:
-        merged.setdefault((rule.code, message), (rule, []))[1].extend(names)
-    for (_, message), (rule, names) in merged.items():
-        yield Finding(
-            rule.code,
-            rule.severity,
-            message,
-            rule.hint,
-            rule.source,
-            tuple(names[:EXAMPLES]),
-            len(names),
+    for hit in hits:
+        _, names = merged.setdefault((hit.rule.code, hit.message), (hit.rule, []))
+        names += hit.names
+    return [
+        Finding(
+            code=rule.code,
+            severity=rule.severity,
+            message=message,
+            hint=rule.hint,
+            source=rule.source,
+            modules=tuple(names[:EXAMPLES]),
+            count=len(names),
         )
+        for (_, message), (rule, names) in merged.items()
+    ]
 
 
-def _asked_version(ruleset: Ruleset, version: str | None) -> tuple[int, ...] | None:
-    """Return ``version`` as numbers; None when it is the rules' own."""
-    if (
-        version is None
-        or version == ruleset.version
-        or ((own := numbers(ruleset.version)) and numbers(version) == own)
-    ):
+def _other_version(ruleset: Ruleset, version: str | None) -> tuple[int, ...] | None:
+    """Return ``version`` as numbers; None when it is the one that the rules were written for."""
+    if version is None or version == ruleset.version:
         return None
-    if not numbers(version):
+    found = numbers(version)
+    if not found:
         raise UsageError(
             "E_ENGINE_VERSION",
-            f"`{version}` is no version of {ruleset.engine}",
+            f"`{version}` is not a version of {ruleset.engine}",
             hint=f"e.g. {ruleset.version}",
         )
-    return numbers(version)
+    return None if found == numbers(ruleset.version) else found
 
 
-def _other_version(ruleset: Ruleset, version: str) -> Finding:
-    message = f"the rules were written for {ruleset.engine} {ruleset.version}; {version} may differ"
+def _version_note(ruleset: Ruleset, version: str) -> Finding:
     return Finding(
-        "N_ENGINE_VERSION",
-        "note",
-        message,
-        "try it there before you rely on it",
-        f"{ruleset.engine}.yaml",
+        code="N_ENGINE_VERSION",
+        severity="note",
+        message=(
+            f"the rules were written for {ruleset.engine} {ruleset.version}; {version} may differ"
+        ),
+        hint="try it there before you rely on it",
+        source=f"{ruleset.engine}.yaml",
     )
 
 
 def _architecture(gpu: str) -> int:
     """Return the compute capability of ``gpu`` times ten."""
     text = re.sub(r"nvidia|geforce|[\s_-]", "", gpu.lower())
-    names: Mapping[str, int] = read_yaml("gpus")
+    names = read_yaml("gpus", dict[str, int])
     if text in names:
         return names[text]
     if match := re.fullmatch(r"(?:sm)?(\d{2,3})[af]?", text) or re.fullmatch(

@@ -1,219 +1,320 @@
-"""Computes the facts: of the checkpoint once, of the linear layers by kind, of the fused layers by
-kind.
-"""
+"""Collects the inputs of rules: of the checkpoint, of its linear layers and of its fused layers."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import cast
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
-from qtool.inspection.engines.layers import Fused, Linear, partition
-from qtool.inspection.engines.name_matching import Conclude
-from qtool.inspection.engines.rule_inputs import CheckpointFacts, GroupFacts, ModuleFacts
+from qtool.inspection.engines.config_values import as_int, as_list, as_mapping, as_word
+from qtool.inspection.engines.layers import Fused, Linear, Partition, partition
+from qtool.inspection.engines.name_matching import MatchName, NameMatch
+from qtool.inspection.engines.rule_inputs import (
+    Agreement,
+    CheckpointInputs,
+    Container,
+    Format,
+    GroupInputs,
+    ModuleInputs,
+    SchemeInputs,
+    Stored,
+    Weight,
+)
 from qtool.modules import HEADS, is_head, parse_cache_scale
 from qtool.scheme import Scheme
 
-# other names of the same
-METHODS = {
+METHOD_ALIASES = {
     "compressed_tensors": "compressed-tensors",
     "gptq_marlin": "gptq",
     "awq_marlin": "awq",
 }
-CONTAINERS = {"I8": "int8", "F8_E4M3": "float8", "U8": "packed"}
-# the first that a module has
+CONTAINERS: Mapping[str, Container] = {"I8": "int8", "F8_E4M3": "float8", "U8": "packed"}
+PACKED_CODES = frozenset({"weight_packed", "qweight", "_blocks"})
+# A module's scale for the whole matrix is the first of these that it has.
 WHOLE_MATRIX_SCALES = (
     "weight_global_scale",
     "weight_scale_2",
     "weight_scale",
     "weight_scale_inv",
 )
+ARGUMENTS = ("weights", "input_activations", "output_activations")
 
 
-def survey_checkpoint(
+def collect_checkpoint(
     checkpoint: Checkpoint, layout: Layout | None, gpu: int | None, ranks: int
-) -> CheckpointFacts:
-    """Return the facts of ``checkpoint`` on ``ranks`` GPUs of architecture ``gpu``."""
-    config = checkpoint.quantization_config or {}
-    nested = {**_mapping(config.get("quantization")), **config}
-    groups = [_mapping(group) for group in _mapping(config.get("config_groups")).values()]
-    weights = [_mapping(group["weights"]) for group in groups if group.get("weights")]
-    kv_scheme = nested.get("kv_cache_scheme")
-    kv = _mapping(kv_scheme)
-    heads, cache_heads = _count(checkpoint, "num_attention_heads"), cache_head_count(checkpoint)
-    text = checkpoint.text_config
-    said = any(
-        isinstance(each.get(key), Mapping)
-        for each in (checkpoint.config, text)
-        for key in ("quantization_config", "compression_config")
-    )
-    return CheckpointFacts(
-        quant_method=_method(config, layout),
-        readable=layout is not None or not config,
-        format=layout.format if layout else None,  # type: ignore[arg-type]
-        algorithm=_word(nested.get("quant_algo")).upper() or None,
-        sidecar=bool(config) and not said,
-        config_keys=frozenset(nested),
-        weight_keys=frozenset(key for args in _arguments(groups) for key in args),
-        order=frozenset(str(args["actorder"]).lower() for args in weights if args.get("actorder")),
-        order_without_groups=any(
-            args.get("actorder") and args.get("strategy") not in ("group", "tensor_group", None)
-            for args in weights
-        ),
-        desc_act=_orders(config),
-        sparse=_mapping(config.get("sparsity_config")).get("format", "dense") != "dense",
-        inverse_scales=config.get("weight_scale_semantics") == "inverse",
-        groups=len(weights),
-        class_targets=any("Linear" in _list(group.get("targets")) for group in groups),
-        transforms=frozenset(_transforms(config)),
+) -> CheckpointInputs:
+    """Return the inputs of ``checkpoint`` on ``ranks`` GPUs of architecture ``gpu``."""
+    config = _Config(checkpoint.quantization_config or {})
+    cache_scheme = as_mapping(config.nested.get("kv_cache_scheme"))
+    cache_heads = cache_head_count(checkpoint)
+    return CheckpointInputs(
+        quant_method=config.method or _unnamed_method(config, layout),
+        readable=layout is not None or not config.config,
+        format=cast(Format, layout.format) if layout else None,
+        algorithm=as_word(config.nested.get("quant_algo")).upper() or None,
+        sidecar=bool(config.config) and not _is_in_config_json(checkpoint),
+        config_keys=frozenset(config.nested),
+        weight_keys=config.weight_keys,
+        order=config.order,
+        order_without_groups=config.order_without_groups,
+        desc_act=config.desc_act,
+        sparse=as_mapping(config.config.get("sparsity_config")).get("format", "dense") != "dense",
+        inverse_scales=config.config.get("weight_scale_semantics") == "inverse",
+        groups=len(config.weights),
+        class_targets=config.class_targets,
+        transforms=config.transforms,
         kv_cache=layout.kv_cache if layout else None,
-        kv_granularity=kv.get("strategy"),
-        kv_symmetric=kv.get("symmetric") is not False,
-        kv_dynamic=bool(kv.get("dynamic")),
-        kv_scales=any(
-            scale.kind in ("k", "kv")
-            for scale in map(parse_cache_scale, checkpoint.tensors)
-            if scale
-        ),
+        kv_granularity=cache_scheme.get("strategy"),  # type: ignore[arg-type]  # unchecked
+        kv_symmetric=cache_scheme.get("symmetric") is not False,
+        kv_dynamic=bool(cache_scheme.get("dynamic")),
+        kv_scales=_has_cache_scales(checkpoint),
         tied=checkpoint.tied_embeddings,
-        head=_head(checkpoint, layout),  # type: ignore[arg-type]
-        spare_heads=heads % ranks,
-        split_cache_heads=bool(cache_heads)
-        and cache_heads % ranks != 0
-        and ranks % cache_heads != 0,
+        head=_head(checkpoint, layout),
+        spare_heads=_count(checkpoint, "num_attention_heads") % ranks,
+        split_cache_heads=_are_split(cache_heads, ranks),
         gpu=gpu,
         ranks=ranks,
     )
 
 
-def survey_modules(
-    linears: Iterable[Linear], fused: Iterable[Fused], conclude: Conclude, ranks: int, heads: int
-) -> dict[ModuleFacts, list[str]]:
-    """Return the names of the linear layers by their facts; most layers of a model share theirs."""
-    parts = {linear.name: partition(linear, ranks, heads) for linear in linears}
-    pairs = [group for group in fused if group.kind != "experts"]
-    fused_rows = {
-        shard.name: sum(parts[each.name].rows for each in group.shards)
-        for group in pairs
-        for shard in group.shards
-    }
-    followed = {shard.name for group in pairs for shard in group.shards[:-1]}
-    found: dict[ModuleFacts, list[str]] = defaultdict(list)
+def collect_modules(
+    linears: Iterable[Linear],
+    fused: Iterable[Fused],
+    match_name: MatchName,
+    *,
+    ranks: int,
+    cache_heads: int,
+) -> dict[ModuleInputs, list[str]]:
+    """Return the names of the linear layers by their inputs; most layers share theirs."""
+    parts = {linear.name: partition(linear, ranks, cache_heads) for linear in linears}
+    merged = _merge_shards(fused, parts)
+    found: dict[ModuleInputs, list[str]] = defaultdict(list)
     for linear in linears:
-        conclusion, part = conclude(linear), parts[linear.name]
-        facts = ModuleFacts(
-            role=linear.role,
-            kind=linear.kind,
-            stored=linear.stored,
-            says=conclusion.stored,
-            says_weights=conclusion.weights,  # type: ignore[arg-type]
-            differs=conclusion.differs(linear),
-            **_of_module(linear.module),
-            split=part.split,
-            uneven=part.uneven,
-            rows=part.rows,
-            columns=part.columns,
-            fused_rows=fused_rows.get(linear.name, part.rows),
-            last=linear.name not in followed,
-        )
-        found[facts].append(linear.name)
+        part = parts[linear.name]
+        alone = _Merged(fused_rows=part.rows, last=True)
+        inputs = _module_inputs(linear, match_name(linear), part, merged.get(linear.name, alone))
+        found[inputs].append(linear.name)
     return found
 
 
-def survey_groups(
-    checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bool
-) -> dict[GroupFacts, list[str]]:
-    """Return the names of the fused layers by their facts.
+@dataclass(frozen=True)
+class _Merged:
+    """The layer that a linear layer is merged into."""
 
-    Scalars are read where each shard has one, orders only when ``ordered``.
+    fused_rows: int
+    last: bool
+
+
+def _merge_shards(fused: Iterable[Fused], parts: Mapping[str, Partition]) -> dict[str, _Merged]:
+    """Return what each shard is merged into, by its name; experts are not merged."""
+    merged: dict[str, _Merged] = {}
+    for group in fused:
+        if group.kind != "experts":
+            names = [shard.name for shard in group.shards]
+            rows = sum(parts[name].rows for name in names)
+            for name in names:
+                merged[name] = _Merged(fused_rows=rows, last=name == names[-1])
+    return merged
+
+
+def _module_inputs(
+    linear: Linear, match: NameMatch, part: Partition, merged: _Merged
+) -> ModuleInputs:
+    module = linear.module
+    return ModuleInputs(
+        **vars(_scheme_inputs(module.scheme if module else None)),
+        role=linear.role,
+        kind=linear.kind,
+        stored=linear.stored,
+        says=match.stored,
+        says_weights=cast(Weight, match.weights),
+        differs=match.differs(linear),
+        container=_container(module) if module else None,
+        padded=module is not None and _is_padded(module),
+        pre_scale=module is not None and "pre_quant_scale" in module.tensors,
+        split=part.split,
+        uneven=part.uneven,
+        rows=part.rows,
+        columns=part.columns,
+        fused_rows=merged.fused_rows,
+        last=merged.last,
+    )
+
+
+def collect_groups(
+    checkpoint: Checkpoint, fused: Iterable[Fused], *, ordered: bool
+) -> dict[GroupInputs, list[str]]:
+    """Return the names of the fused layers by their inputs.
+
+    Reads the scale of a whole matrix where each shard has one; act-order only when ``ordered``.
     """
-    found: dict[GroupFacts, list[str]] = defaultdict(list)
+    found: dict[GroupInputs, list[str]] = defaultdict(list)
     for group in fused:
         modules = [shard.module for shard in group.shards if shard.module]
-        if modules:
-            pair = group.kind != "experts"
-            weights = modules[0].scheme.weights
-            facts = GroupFacts(
-                fused=group.kind,
-                schemes=len({module.scheme for module in modules}),
-                plain=len(group.shards) - len(modules),
-                weights=weights.format,
-                scale=weights.scale,
-                scales="differ"
-                if pair and _differ(checkpoint, modules, _whole_matrix_scale(modules[0]))
-                else "equal",
-                orders="differ"
-                if pair and ordered and _differ(checkpoint, modules, "g_idx")
-                else "equal",
-            )
-            found[facts].append(group.name)
+        if not modules:
+            continue
+        is_merged = group.kind != "experts"
+        weights = modules[0].scheme.weights
+        inputs = GroupInputs(
+            fused=group.kind,
+            schemes=len({module.scheme for module in modules}),
+            plain=len(group.shards) - len(modules),
+            weights=weights.format,
+            scale=weights.scale,
+            scales=_compare(checkpoint, modules, _whole_matrix_scale(modules[0]), is_merged),
+            orders=_compare(checkpoint, modules, "g_idx", is_merged and ordered),
+        )
+        found[inputs].append(group.name)
     return found
 
 
 def cache_head_count(checkpoint: Checkpoint) -> int:
-    """Return the key-value heads, as the config counts them; 0 when it does not."""
+    """Return the number of key-value heads in the config; 0 when it gives none."""
     return _count(checkpoint, "num_key_value_heads") or _count(checkpoint, "num_attention_heads")
 
 
-def _of_module(module: QuantizedModule | None) -> Mapping[str, Any]:
-    facts = _of_scheme(module.scheme if module else None)
-    if module is None:
-        return facts
-    return {
-        **facts,
-        "container": _container(module),
-        "padded": _padded(module),
-        "pre_scale": "pre_quant_scale" in module.tensors,
-    }
+@dataclass(frozen=True)
+class _Config:
+    """A quantization config whose values may have any type."""
+
+    config: Mapping[str, object]
+
+    @cached_property
+    def nested(self) -> Mapping[str, object]:
+        """The config, and below it what ModelOpt nests under ``quantization``."""
+        return {**as_mapping(self.config.get("quantization")), **self.config}
+
+    @cached_property
+    def groups(self) -> list[Mapping[str, object]]:
+        groups = as_mapping(self.config.get("config_groups")).values()
+        return [as_mapping(group) for group in groups]
+
+    @cached_property
+    def weights(self) -> list[Mapping[str, object]]:
+        return [as_mapping(group["weights"]) for group in self.groups if group.get("weights")]
+
+    @property
+    def method(self) -> str | None:
+        if named := as_word(self.config.get("quant_method")).lower():
+            method = METHOD_ALIASES.get(named, named)
+            return "modelopt" if method.startswith("modelopt") else method
+        if any(self.config.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
+            return "bitsandbytes"
+        return None
+
+    @property
+    def weight_keys(self) -> frozenset[str]:
+        arguments = (as_mapping(group.get(key)) for group in self.groups for key in ARGUMENTS)
+        return frozenset(key for mapping in arguments for key in mapping)
+
+    @property
+    def class_targets(self) -> bool:
+        return any("Linear" in as_list(group.get("targets")) for group in self.groups)
+
+    @property
+    def order(self) -> frozenset[str]:
+        orders = (weights.get("actorder") for weights in self.weights)
+        return frozenset(str(order).lower() for order in orders if order)
+
+    @property
+    def order_without_groups(self) -> bool:
+        return any(
+            weights.get("actorder")
+            and weights.get("strategy") not in ("group", "tensor_group", None)
+            for weights in self.weights
+        )
+
+    @property
+    def desc_act(self) -> bool:
+        """Whether GPTQ's act-order is on for some group: the config's own, or an override's."""
+        overrides = [
+            value
+            for key, value in as_mapping(self.config.get("dynamic")).items()
+            if not key.startswith("-:")
+        ]
+        settings = [{**self.config, **as_mapping(override)} for override in ({}, *overrides)]
+        return any(
+            each.get("desc_act") is True and each.get("group_size") != -1 for each in settings
+        )
+
+    @property
+    def transforms(self) -> frozenset[str]:
+        groups = as_mapping(as_mapping(self.config.get("transform_config")).get("config_groups"))
+        applied = (
+            as_mapping(apply)
+            for group in groups.values()
+            for apply in as_list(as_mapping(group).get("apply"))
+        )
+        locations = (str(apply.get("location", "")) for apply in applied)
+        return frozenset(place for place in locations if not place.startswith("weight_"))
+
+
+def _unnamed_method(config: _Config, layout: Layout | None) -> str | None:
+    if layout:
+        return layout.format
+    return "unnamed" if config.config else None
+
+
+def _is_in_config_json(checkpoint: Checkpoint) -> bool:
+    return any(
+        isinstance(config.get(key), Mapping)
+        for config in (checkpoint.config, checkpoint.text_config)
+        for key in ("quantization_config", "compression_config")
+    )
+
+
+def _has_cache_scales(checkpoint: Checkpoint) -> bool:
+    scales = map(parse_cache_scale, checkpoint.tensors)
+    return any(scale.kind in ("k", "kv") for scale in scales if scale)
+
+
+def _are_split(cache_heads: int, ranks: int) -> bool:
+    return bool(cache_heads) and cache_heads % ranks != 0 and ranks % cache_heads != 0
 
 
 @cache
-def _of_scheme(scheme: Scheme | None) -> Mapping[str, Any]:
-    weights, inputs = (scheme.weights, scheme.activations) if scheme else (None, None)
-    block = weights.block if weights else None
-    return {
-        "scheme": scheme.name if scheme else None,
-        "weights": weights.format if weights else None,
-        "bits": weights.bits if weights else None,
-        "granularity": weights.granularity if weights else None,
-        "group_size": weights.group_size if weights else None,
-        "block_rows": block[0] if block else None,
-        "block_columns": block[1] if block else None,
-        "symmetric": weights.symmetric if weights else True,
-        "scale": weights.scale if weights else None,
-        "container": None,
-        "padded": False,
-        "pre_scale": False,
-        "activations": inputs.format if inputs else None,
-        "act_granularity": inputs.granularity if inputs else None,
-        "act_dynamic": inputs.dynamic if inputs else True,
-        "act_symmetric": inputs.symmetric if inputs else True,
-        "native_gpu": int(scheme.native_gpu.removeprefix("sm_")) if scheme else None,
-    }
+def _scheme_inputs(scheme: Scheme | None) -> SchemeInputs:
+    if scheme is None:
+        return SchemeInputs()
+    weights = scheme.weights
+    inputs = scheme.activations
+    block_rows, block_columns = weights.block or (None, None)
+    return SchemeInputs(
+        scheme=scheme.name,
+        weights=weights.format,
+        bits=weights.bits,
+        granularity=weights.granularity,
+        group_size=weights.group_size,
+        block_rows=block_rows,
+        block_columns=block_columns,
+        symmetric=weights.symmetric,
+        scale=weights.scale,
+        activations=inputs.format if inputs else None,
+        act_granularity=inputs.granularity if inputs else None,
+        act_dynamic=inputs.dynamic if inputs else True,
+        act_symmetric=inputs.symmetric if inputs else True,
+        native_gpu=int(scheme.native_gpu.removeprefix("sm_")),
+    )
 
 
-def _container(module: QuantizedModule) -> str:
-    if module.tensors.keys() & {"weight_packed", "qweight", "_blocks"}:
+def _container(module: QuantizedModule) -> Container:
+    if module.tensors.keys() & PACKED_CODES:
         return "packed"
-    return (
-        CONTAINERS.get(module.tensors["weight"].dtype, "other")
-        if "weight" in module.tensors
-        else "other"
-    )
+    weight = module.tensors.get("weight")
+    return CONTAINERS.get(weight.dtype, "other") if weight else "other"
 
 
-def _padded(module: QuantizedModule) -> bool:
+def _is_padded(module: QuantizedModule) -> bool:
     packed = module.tensors.get("weight_packed")
-    bits, columns = module.scheme.weights.bits, module.shape[1]
-    return (
-        packed is not None
-        and packed.dtype == "I32"
-        and packed.shape[-1] != math.ceil(columns * bits / 32)
-    )
+    if packed is None or packed.dtype != "I32":
+        return False
+    bits = module.scheme.weights.bits
+    return packed.shape[-1] != math.ceil(module.shape[1] * bits / 32)
 
 
 def _whole_matrix_scale(module: QuantizedModule) -> str:
@@ -223,71 +324,21 @@ def _whole_matrix_scale(module: QuantizedModule) -> str:
     return next((suffix for suffix in WHOLE_MATRIX_SCALES if suffix in module.tensors), "")
 
 
-def _differ(checkpoint: Checkpoint, modules: list[QuantizedModule], suffix: str) -> bool:
+def _compare(
+    checkpoint: Checkpoint, modules: list[QuantizedModule], suffix: str, is_compared: bool
+) -> Agreement:
+    """Return whether the tensors ``suffix`` hold the same bytes, when ``is_compared``."""
+    if not is_compared:
+        return "equal"
     names = [module.tensors[suffix].name for module in modules if suffix in module.tensors]
-    return len({checkpoint.read(name) for name in names}) > 1
+    return "differ" if len({checkpoint.read(name) for name in names}) > 1 else "equal"
 
 
-def _head(checkpoint: Checkpoint, layout: Layout | None) -> str | None:
+def _head(checkpoint: Checkpoint, layout: Layout | None) -> Stored | None:
     if layout and any(is_head(name) for name in layout.modules):
         return "quantized"
     return "plain" if any(f"{name}.weight" in checkpoint.tensors for name in HEADS) else None
 
 
-def _method(config: Mapping[str, Any], layout: Layout | None) -> str | None:
-    if named := _word(config.get("quant_method")).lower():
-        method = METHODS.get(named, named)
-        return "modelopt" if method.startswith("modelopt") else method
-    if config.get("load_in_4bit") is True or config.get("load_in_8bit") is True:
-        return "bitsandbytes"
-    return layout.format if layout else "unnamed" if config else None
-
-
-def _orders(config: Mapping[str, Any]) -> bool:
-    """Whether GPTQ's act-order is on for some group: the config's own, or that of an override."""
-    overrides = (
-        value
-        for key, value in _mapping(config.get("dynamic")).items()
-        if not key.startswith("-:") and isinstance(value, Mapping)
-    )
-    return any(
-        {**config, **override}.get("desc_act") is True
-        and {**config, **override}.get("group_size") != -1
-        for override in ({}, *overrides)
-    )
-
-
-def _arguments(groups: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [
-        _mapping(group.get(key))
-        for group in groups
-        for key in ("weights", "input_activations", "output_activations")
-    ]
-
-
-def _transforms(config: Mapping[str, Any]) -> list[str]:
-    groups = _mapping(_mapping(config.get("transform_config")).get("config_groups")).values()
-    applied = (apply for group in groups for apply in _list(_mapping(group).get("apply")))
-    return [
-        str(location)
-        for apply in applied
-        if not (location := str(_mapping(apply).get("location", ""))).startswith("weight_")
-    ]
-
-
 def _count(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.text_config.get(key)
-    return value if type(value) is int and value > 0 else 0
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _word(value: Any) -> str:
-    """Return ``value`` as it can stand in a message; empty when it is no text, or none to print."""
-    return value[:60] if isinstance(value, str) and value.isprintable() else ""
+    return max(as_int(checkpoint.text_config.get(key)) or 0, 0)

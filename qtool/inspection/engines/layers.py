@@ -1,41 +1,35 @@
-"""The linear layers of a checkpoint as engines hold them: merged into fused layers, and cut over
-the ranks of tensor parallelism.
-"""
+"""The linear layers of a checkpoint as engines hold them: fused, and cut for tensor parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
-from qtool.inspection.engines.rule_inputs import Stored
-from qtool.inspection.engines.rules import read_yaml
-from qtool.modules import expert_stack, is_head, is_linear, is_router, tower_of
-
-Role = Literal["linear", "expert", "router", "head", "tower"]
+from qtool.inspection.engines.rule_inputs import Axis, Role, Stored
+from qtool.inspection.engines.rules import Strict, read_yaml
+from qtool.modules import expert_stack, is_head, is_linear, is_router, last_part, tower_of
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer on disk; where experts are stacked, its shape is that of one.
-
-    ``runs_in`` is the layer an engine merges it into, or its own name; ``module`` is None when it
-    is in 16 bits.
-    """
+    """One linear layer on disk."""
 
     name: str
     role: Role
     shape: tuple[int, int]
+    """Outputs and inputs; of one expert where experts are stacked."""
     module: QuantizedModule | None
+    """None when it is in 16 bits."""
     runs_in: str
+    """The layer that an engine merges it into, or its own name."""
 
     @property
     def kind(self) -> str:
         """The last part of its name."""
-        return self.name.rpartition(".")[2]
+        return last_part(self.name)
 
     @property
     def stored(self) -> Stored:
@@ -45,39 +39,42 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fused:
-    """Layers that an engine runs as one: by which ``kind`` of layer, the ``name`` of that, and its
-    shards in order.
-    """
+    """Layers that an engine runs as one."""
 
     kind: str
+    """The last part of ``name``."""
     name: str
+    """The layer that the engine runs."""
     shards: tuple[Linear, ...]
+    """In the engine's order."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What one of ``ranks`` ranks holds of a layer; ``split`` says what is cut, ``uneven`` that it
-    cannot be.
-    """
+    """What one rank holds of a layer."""
 
     rows: int
     columns: int
-    split: Literal["rows", "columns"] | None
+    split: Axis | None
+    """What is cut."""
     uneven: bool
+    """Whether it cannot be cut evenly."""
+
+
+class LayerTable(Strict):
+    """What layers.yaml holds."""
+
+    fused: Mapping[str, tuple[str, ...]]
+    row: tuple[str, ...]
+    column: tuple[tuple[str, ...], ...]
+    cache: tuple[str, ...]
 
 
 def linear_layers(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear], list[Fused]]:
     """Return every linear layer of the checkpoint, and what engines run as one of them."""
-    shapes = {
-        name: (module.shape[0] // module.experts, module.shape[1])
-        for name, module in layout.modules.items()
-    }
-    for name, tensor in checkpoint.tensors.items():
-        owner = name.removesuffix(".weight")
-        if owner not in shapes and is_linear(tensor):
-            shapes[owner] = (tensor.shape[0], tensor.shape[1])
+    shapes = _shapes(checkpoint, layout)
     groups = _groups(shapes)
-    # experts come last: each is of a pair and of its layer
+    # The group of all experts comes last: an expert is in it and in a pair of its own.
     runs_in = {shard: name for name, (_, shards) in groups.items() for shard in shards}
     linears = {
         name: Linear(name, _role(name), shape, layout.modules.get(name), runs_in.get(name, name))
@@ -91,8 +88,9 @@ def linear_layers(checkpoint: Checkpoint, layout: Layout) -> tuple[list[Linear],
 
 
 def partition(linear: Linear, ranks: int, cache_heads: int) -> Partition:
-    """Return what one rank holds of ``linear``; key-value heads are repeated where there are fewer
-    of them than ranks.
+    """Return what one rank holds of ``linear``.
+
+    Where there are fewer key-value heads than ranks, heads are repeated.
     """
     rows, columns = linear.shape
     axis = _axes().get(linear.kind) if linear.role in ("linear", "expert") else None
@@ -100,20 +98,29 @@ def partition(linear: Linear, ranks: int, cache_heads: int) -> Partition:
         return Partition(rows, columns, axis, False)
     if axis == "columns":
         return Partition(rows, columns // ranks, axis, columns % ranks != 0)
-    parts = (
-        min(ranks, cache_heads)
-        if cache_heads and linear.kind in read_yaml("layers")["cache"]
-        else ranks
-    )
+    has_cache_heads = cache_heads > 0 and linear.kind in _table().cache
+    parts = min(ranks, cache_heads) if has_cache_heads else ranks
     return Partition(rows // parts, columns, axis, rows % parts != 0)
 
 
+def _shapes(checkpoint: Checkpoint, layout: Layout) -> dict[str, tuple[int, int]]:
+    shapes = {
+        name: (module.shape[0] // module.experts, module.shape[1])
+        for name, module in layout.modules.items()
+    }
+    for name, tensor in checkpoint.tensors.items():
+        owner = name.removesuffix(".weight")
+        if owner not in shapes and is_linear(tensor):
+            shapes[owner] = (tensor.shape[0], tensor.shape[1])
+    return shapes
+
+
 def _groups(names: Collection[str]) -> dict[str, tuple[str, list[str]]]:
-    """Return the fused layers, name -> (kind, shards): those whose shards are all there, and all
-    experts of a layer.
+    """Return the fused layers, name -> (kind, shards).
+
+    Those are the layers whose shards are all there, and all experts of a layer.
     """
-    wholes: Mapping[str, list[str]] = read_yaml("layers")["fused"]
-    by_first = {shards[0]: (whole, shards) for whole, shards in wholes.items()}
+    by_first = {shards[0]: (whole, shards) for whole, shards in _table().fused.items()}
     fused: dict[str, tuple[str, list[str]]] = {}
     experts: dict[str, tuple[str, list[str]]] = {}
     for name in names:
@@ -129,12 +136,14 @@ def _groups(names: Collection[str]) -> dict[str, tuple[str, list[str]]]:
 
 
 @cache
-def _axes() -> Mapping[str, Literal["rows", "columns"]]:
-    data = read_yaml("layers")
-    rows: dict[str, Literal["rows", "columns"]] = {
-        kind: "rows" for kinds in data["column"] for kind in kinds
-    }
-    return rows | dict.fromkeys(data["row"], "columns")
+def _table() -> LayerTable:
+    return read_yaml("layers", LayerTable)
+
+
+@cache
+def _axes() -> Mapping[str, Axis]:
+    axes: dict[str, Axis] = {kind: "rows" for kinds in _table().column for kind in kinds}
+    return axes | dict.fromkeys(_table().row, "columns")
 
 
 def _role(name: str) -> Role:

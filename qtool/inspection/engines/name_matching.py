@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from qtool.inspection.engines.config_values import as_int, as_mapping, as_strings
 from qtool.inspection.engines.layers import Linear
 from qtool.inspection.engines.names import compiled, matcher
 from qtool.inspection.engines.rule_inputs import Stored
@@ -15,154 +15,162 @@ from qtool.inspection.engines.rules import Matching
 
 
 @dataclass(frozen=True)
-class Conclusion:
-    """Whether a layer is quantized, and to which weight format and group size (0 for none); None
-    where the config does not say.
-    """
+class NameMatch:
+    """What an engine takes a layer for."""
 
     stored: Stored
     weights: str | None = None
+    """Weight format; None where the config gives none."""
     group_size: int | None = None
+    """0 for no groups; None where the config gives none."""
 
     def differs(self, linear: Linear) -> bool:
-        """Whether ``linear`` is stored with other weights than these."""
+        """Whether ``linear`` is stored with another weight format or group size."""
         if self.weights is None or linear.module is None:
             return False
         weights = linear.module.scheme.weights
-        size = weights.group_size or 0
-        return weights.format != self.weights or (
-            weights.format.startswith("int") and size not in (self.group_size, linear.shape[1])
-        )
+        if weights.format != self.weights:
+            return True
+        group_sizes = (self.group_size, linear.shape[1])
+        return weights.format.startswith("int") and (weights.group_size or 0) not in group_sizes
 
 
-Conclude = Callable[[Linear], Conclusion]
+MatchName = Callable[[Linear], NameMatch]
 
 
-def conclusions(matching: Matching | None, config: Mapping[str, Any]) -> Conclude:
-    """Return a function that says of a linear layer what an engine with ``matching`` concludes;
-    with None it believes the tensors.
+def name_matching(matching: Matching | None, config: Mapping[str, object]) -> MatchName:
+    """Return the function that says what an engine with ``matching`` takes a layer for.
+
+    Without ``matching``, the engine believes the tensors.
     """
     if matching is None:
-        return lambda linear: Conclusion(linear.stored)
-    entries = _listed(matching, config)
+        return lambda linear: NameMatch(linear.stored)
+    entries = _list_entries(matching, config)
     if isinstance(entries, Mapping):
-        conclude = _by_overrides(entries, config)
+        match_name = _by_overrides(entries, config)
     else:
-        conclude = partial(
+        match_name = partial(
             _by_list,
-            skipped=_skips(matching, entries),
+            is_skipped=_skip_test(matching, entries),
             targets=_targets(config) if matching.targets else None,
         )
-    return partial(_conclude, matching=matching, config=config, conclude=conclude)
+    return partial(_match, matching=matching, config=config, match_name=match_name)
 
 
-def _conclude(
-    linear: Linear, matching: Matching, config: Mapping[str, Any], conclude: Conclude
-) -> Conclusion:
+def _match(
+    linear: Linear, matching: Matching, config: Mapping[str, object], match_name: MatchName
+) -> NameMatch:
     if linear.stored == "plain" and (
         linear.role in ("router", "tower") or matching.unlisted == "tensors"
     ):
-        return Conclusion("plain")
-    if linear.role == "head" and matching.head == "flag":
-        return conclude(linear) if config.get("lm_head") is True else Conclusion("plain")
-    return conclude(linear)
-
-
-def _by_list(
-    linear: Linear, skipped: Callable[[Linear], bool], targets: Iterable[_Target] | None
-) -> Conclusion:
-    if skipped(linear):
-        return Conclusion("plain")
-    if targets is None:
-        return Conclusion("quantized")
-    for name in (linear.runs_in, linear.name):
-        for target in targets:
-            if target.matches(name):
-                return target.conclusion
-    if linear.role != "head":
-        for target in targets:
-            if target.is_class:
-                return target.conclusion
-    return Conclusion("plain")
-
-
-def _by_overrides(dynamic: Mapping[str, Any], config: Mapping[str, Any]) -> Conclude:
-    """GPTQ's ``dynamic``: the first pattern that matches the layer the engine runs."""
-    patterns = [
-        (key.startswith("-:"), compiled(re.sub(r"^[+-]:", "", key)), value)
-        for key, value in dynamic.items()
-    ]
-    base = _number(config.get("bits")), _number(config.get("group_size"))
-
-    def conclude(linear: Linear) -> Conclusion:
-        bits, size = base
-        for negative, matches, value in patterns:
-            if matches(linear.runs_in):
-                if negative:
-                    return Conclusion("plain")
-                if isinstance(value, Mapping):
-                    bits, size = (
-                        _number(value.get("bits", bits)),
-                        _number(value.get("group_size", size)),
-                    )
-                break
-        return Conclusion("quantized", f"int{bits}" if bits else None, max(size or 0, 0))
-
-    return conclude
+        return NameMatch("plain")
+    if linear.role == "head" and matching.head == "flag" and config.get("lm_head") is not True:
+        return NameMatch("plain")
+    return match_name(linear)
 
 
 @dataclass(frozen=True)
 class _Target:
+    """A target of a config group, and what its layers are."""
+
     matches: Callable[[str], bool]
     is_class: bool
-    conclusion: Conclusion
+    found: NameMatch
 
 
-def _targets(config: Mapping[str, Any]) -> list[_Target]:
+def _by_list(
+    linear: Linear, is_skipped: Callable[[Linear], bool], targets: Sequence[_Target] | None
+) -> NameMatch:
+    if is_skipped(linear):
+        return NameMatch("plain")
+    if targets is None:
+        return NameMatch("quantized")
+    target = _first_target(linear, targets)
+    return target.found if target else NameMatch("plain")
+
+
+def _first_target(linear: Linear, targets: Sequence[_Target]) -> _Target | None:
+    """Return the target that holds for ``linear``: names come before classes."""
+    for name in (linear.runs_in, linear.name):
+        for target in targets:
+            if target.matches(name):
+                return target
+    if linear.role == "head":
+        return None
+    return next((target for target in targets if target.is_class), None)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """An entry of GPTQ's ``dynamic``: what holds for the layers that a pattern matches."""
+
+    is_skip: bool
+    matches: Callable[[str], bool]
+    settings: Mapping[str, object]
+
+    @classmethod
+    def of(cls, key: str, value: object) -> _Override:
+        pattern = re.sub(r"^[+-]:", "", key)
+        return cls(key.startswith("-:"), compiled(pattern), as_mapping(value))
+
+
+def _by_overrides(dynamic: Mapping[str, object], config: Mapping[str, object]) -> MatchName:
+    """Return the function for GPTQ's ``dynamic``: the first pattern that matches decides."""
+    overrides = [_Override.of(key, value) for key, value in dynamic.items()]
+
+    def match_name(linear: Linear) -> NameMatch:
+        override = next((each for each in overrides if each.matches(linear.runs_in)), None)
+        if override and override.is_skip:
+            return NameMatch("plain")
+        settings = {
+            "bits": as_int(config.get("bits")),
+            "group_size": as_int(config.get("group_size")),
+            **(override.settings if override else {}),
+        }
+        bits = as_int(settings["bits"])
+        group_size = as_int(settings["group_size"]) or 0
+        return NameMatch("quantized", f"int{bits}" if bits else None, max(group_size, 0))
+
+    return match_name
+
+
+def _targets(config: Mapping[str, object]) -> list[_Target]:
     found = []
-    for group in _mapping(config.get("config_groups")).values():
-        weights = _mapping(_mapping(group).get("weights"))
+    for value in as_mapping(config.get("config_groups")).values():
+        group = as_mapping(value)
+        weights = as_mapping(group.get("weights"))
         if weights:
-            bits, is_float = (
-                _number(weights.get("num_bits", 8)),
-                weights.get("type", "int") == "float",
-            )
-            conclusion = Conclusion(
-                "quantized",
-                f"{'fp' if is_float else 'int'}{bits}",
-                max(_number(weights.get("group_size")) or 0, 0),
-            )
-            for target in _strings(_mapping(group).get("targets")):
-                found.append(
-                    _Target(matcher(("exact", "regex"), [target]), target == "Linear", conclusion)
-                )
+            match = _match_of_weights(weights)
+            found += [
+                _Target(matcher(("exact", "regex"), [target]), target == "Linear", match)
+                for target in as_strings(group.get("targets"))
+            ]
     return found
 
 
-def _listed(matching: Matching, config: Mapping[str, Any]) -> Mapping[str, Any] | list[str]:
-    nested = _mapping(config.get("quantization"))
-    found = next(
-        (where[key] for where in (config, nested) for key in matching.list if where.get(key)), None
-    )
+def _match_of_weights(weights: Mapping[str, object]) -> NameMatch:
+    bits = as_int(weights.get("num_bits", 8))
+    letters = "fp" if weights.get("type", "int") == "float" else "int"
+    group_size = as_int(weights.get("group_size")) or 0
+    return NameMatch("quantized", f"{letters}{bits}", max(group_size, 0))
+
+
+def _list_entries(
+    matching: Matching, config: Mapping[str, object]
+) -> Mapping[str, object] | list[str]:
+    """Return what the first key of ``matching`` that the config has names."""
+    nested = as_mapping(config.get("quantization"))
+    named = (where[key] for where in (config, nested) for key in matching.list if where.get(key))
+    found = next(named, None)
     if found is None and "dynamic" in matching.list:
         return {}
-    return found if isinstance(found, Mapping) else _strings(found)
+    return found if isinstance(found, Mapping) else as_strings(found)
 
 
-def _skips(matching: Matching, entries: list[str]) -> Callable[[Linear], bool]:
-    runtime, shards = matcher(matching.runtime, entries), matcher(matching.shards, entries)
+def _skip_test(matching: Matching, entries: list[str]) -> Callable[[Linear], bool]:
+    is_runtime_name = matcher(matching.runtime, entries)
+    is_shard_name = matcher(matching.shards, entries)
     return lambda linear: (
-        runtime(linear.runs_in) or (linear.runs_in != linear.name and shards(linear.name))
+        is_runtime_name(linear.runs_in)
+        or (linear.runs_in != linear.name and is_shard_name(linear.name))
     )
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _strings(value: Any) -> list[str]:
-    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
-
-
-def _number(value: Any) -> int | None:
-    return value if type(value) is int else None

@@ -1,4 +1,4 @@
-"""What engines read out of module names: lists of what to skip, each compared in its own way."""
+"""How engines compare a module name with the entries of a list."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ WILDCARDS = frozenset("*?[")
 
 
 def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that says whether one of ``entries`` matches a name in one of the ways
-    ``kinds``.
-    """
+    """Return a function that says whether an entry matches a name in one of the ways ``kinds``."""
     entries = [entry for entry in entries if entry]
     tests = [MATCHERS[kind](entries) for kind in kinds] if entries else []
     return lambda name: any(test(name) for test in tests)
 
 
 def compiled(pattern: str) -> Callable[[str], bool]:
-    """Return a function that says whether the regex ``pattern`` matches the start of a name; one
-    that cannot be read matches nothing.
+    """Return a function that says whether the regex ``pattern`` matches the start of a name.
+
+    A pattern that is not a valid regex matches nothing.
     """
     try:
         return Pattern(pattern).match
@@ -61,11 +60,9 @@ def _component(entries: list[str]) -> Callable[[str], bool]:
 
 
 def _glob(entries: list[str]) -> Callable[[str], bool]:
-    plain, wild = (
-        frozenset(entry for entry in entries if WILDCARDS.isdisjoint(entry)),
-        _translated(entries),
-    )
-    return lambda name: name in plain or bool(wild and wild.match(name))
+    exact = frozenset(entry for entry in entries if WILDCARDS.isdisjoint(entry))
+    wild = _translate(entries)
+    return lambda name: name in exact or bool(wild and wild.match(name))
 
 
 def _part_glob(entries: list[str]) -> Callable[[str], bool]:
@@ -78,7 +75,7 @@ def _start(entries: list[str]) -> Callable[[str], bool]:
     return lambda name: any(matches(name) for matches in patterns)
 
 
-def _translated(entries: list[str]) -> re.Pattern[str] | None:
+def _translate(entries: list[str]) -> re.Pattern[str] | None:
     wild = [translate(entry) for entry in entries if not WILDCARDS.isdisjoint(entry)]
     return re.compile("|".join(wild)) if wild else None
 

@@ -1,155 +1,177 @@
-"""What the rules know of a checkpoint: facts of the whole, of each linear layer as one rank holds
-it, and of each fused layer.
+"""What rules can ask: values of a checkpoint, of each linear layer and of each fused layer.
+
+A field's name is the key that rules use in YAML.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Scope = Literal["checkpoint", "module", "group"]
 Stored = Literal["quantized", "plain"]
+Axis = Literal["rows", "columns"]
+Role = Literal["linear", "expert", "router", "head", "tower"]
 Weight = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
+Format = Literal["compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "torchao"]
+ScaleFormat = Literal["float", "e4m3", "e8m0"]
+Container = Literal["packed", "int8", "float8", "other"]
+Agreement = Literal["equal", "differ"]
 
 
 @dataclass(frozen=True)
-class CheckpointFacts:
-    """The checkpoint as a whole, its config, and where it is to run.
-
-    ``readable``: qtool reads the format, so that there are modules. ``algorithm`` is ModelOpt's.
-        ``sidecar``: config.json says nothing of quantization. ``config_keys`` and ``weight_keys``
-        are the keys found. ``order`` holds the values of ``actorder``; ``order_without_groups``:
-    one stands where there are no groups. ``desc_act``: GPTQ's, with groups. ``inverse_scales``:
-    those of GPTQModel's FP8, which divide.
-    ``transforms`` are the locations of online rotations. ``head``: how the output head is stored.
-    ``spare_heads`` are those left when the ranks have shared; ``split_cache_heads``: neither the
-    ranks nor the key-value heads are a multiple of the other.
-    """
+class CheckpointInputs:
+    """The checkpoint as a whole, its config, and the GPUs it is to run on."""
 
     quant_method: str | None
     readable: bool
-    format: (
-        Literal["compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "torchao"]
-        | None
-    )
+    """Whether qtool reads the format, so that there are modules to check."""
+    format: Format | None
     algorithm: str | None
+    """ModelOpt's ``quant_algo``."""
     sidecar: bool
+    """Whether the quantization config stands in a file beside config.json."""
     config_keys: frozenset[str]
+    """The keys of the quantization config."""
     weight_keys: frozenset[str]
+    """The keys of its groups of weights and activations."""
     order: frozenset[str]
+    """The values of ``actorder``."""
     order_without_groups: bool
+    """Whether some ``actorder`` stands where weights have no groups."""
     desc_act: bool
+    """GPTQ's act-order, in groups."""
     sparse: bool
     inverse_scales: bool
+    """Whether scales divide, as those of GPTQModel's FP8 do."""
     groups: int
+    """How many config groups name weights."""
     class_targets: bool
+    """Whether a config group targets a class, ``Linear``."""
     transforms: frozenset[str]
+    """The locations of online rotations."""
     kv_cache: str | None
     kv_granularity: Literal["tensor", "channel", "token", "group", "block", "attn_head"] | None
     kv_symmetric: bool
     kv_dynamic: bool
     kv_scales: bool
+    """Whether there are tensors with scales of the KV cache."""
     tied: bool
+    """Whether the output head is the embedding matrix."""
     head: Stored | None
+    """How the output head is stored; None when it has no tensor."""
     spare_heads: int
+    """Attention heads that are left over when the ranks divide them."""
     split_cache_heads: bool
+    """Whether neither the ranks nor the key-value heads are a multiple of the other."""
     gpu: int | None
+    """Compute capability times ten."""
     ranks: int
 
 
 @dataclass(frozen=True)
-class ModuleFacts:
-    """A linear layer [``rows``, ``columns``] as one rank holds it; ``fused_rows`` with all that is
-    merged into one layer with it.
+class SchemeInputs:
+    """What the scheme of a linear layer says; all None or default for a layer in 16 bits."""
 
-    ``says`` is what the engine concludes from names and config, ``stored`` what the tensors show;
-    ``says_weights`` is the weight format that
-    the config gives it, and ``differs`` whether that or the group size is another. ``last``: no
-    other layer is merged behind it. ``padded``: codes that do not cross words. ``native_gpu`` is
-    the first GPU that computes in the scheme's formats.
-    """
+    scheme: str | None = None
+    weights: Weight | None = None
+    bits: int | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    block_rows: int | None = None
+    block_columns: int | None = None
+    symmetric: bool = True
+    scale: ScaleFormat | None = None
+    activations: Weight | None = None
+    act_granularity: Granularity | None = None
+    act_dynamic: bool = True
+    act_symmetric: bool = True
+    native_gpu: int | None = None
+    """The first GPU that computes in the formats of the scheme."""
 
-    role: Literal["linear", "expert", "router", "head", "tower"]
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleInputs(SchemeInputs):
+    """A linear layer as one rank holds it."""
+
+    role: Role
     kind: str
+    """The last part of its name."""
     stored: Stored
+    """How its tensors are stored."""
     says: Stored
+    """What the engine concludes from names and config."""
     says_weights: Weight | None
+    """The weight format that the config gives it."""
     differs: bool
-    scheme: str | None
-    weights: Weight | None
-    bits: int | None
-    granularity: Granularity | None
-    group_size: int | None
-    block_rows: int | None
-    block_columns: int | None
-    symmetric: bool
-    scale: Literal["float", "e4m3", "e8m0"] | None
-    container: Literal["packed", "int8", "float8", "other"] | None
+    """Whether its weight format or group size is not what the config gives it."""
+    container: Container | None
+    """The dtype of its codes."""
     padded: bool
+    """Whether codes are packed so that none crosses a word."""
     pre_scale: bool
-    activations: Weight | None
-    act_granularity: Granularity | None
-    act_dynamic: bool
-    act_symmetric: bool
-    split: Literal["rows", "columns"] | None
+    """Whether its input is multiplied by a factor first."""
+    split: Axis | None
+    """What tensor parallelism cuts."""
     uneven: bool
+    """Whether the ranks cannot divide it evenly."""
     rows: int
     columns: int
     fused_rows: int
+    """Rows of the layer it is merged into."""
     last: bool
-    native_gpu: int | None
+    """Whether no other layer is merged behind it."""
 
 
 @dataclass(frozen=True)
-class GroupFacts:
-    """Layers that an engine runs as one: ``fused`` is its name for them, ``experts`` for all
-    experts of a layer.
-
-    ``schemes`` counts the different ones, ``plain`` the layers left in 16 bits. ``scales``: whether
-    the one scale that each has for its whole matrix is the same; ``orders``: whether their
-    act-order is.
-    """
+class GroupInputs:
+    """Layers that an engine runs as one."""
 
     fused: str
+    """The engine's name for the whole; ``experts`` for all experts of a layer."""
     schemes: int
+    """How many different schemes they have."""
     plain: int
+    """How many of them are left in 16 bits."""
     weights: Weight | None
-    scale: Literal["float", "e4m3", "e8m0"] | None
-    scales: Literal["equal", "differ"]
-    orders: Literal["equal", "differ"]
+    scale: ScaleFormat | None
+    scales: Agreement
+    """Whether the scale that each has for its whole matrix is the same."""
+    orders: Agreement
+    """Whether their act-order is the same."""
 
 
-def _choices(kind: Any) -> dict[str, Any]:
-    """Return for each field of ``kind`` the values it can have, where they are few; the type
-    ``frozenset`` for a set; else None.
-    """
-    choices: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        options = [option for option in get_args(hint) or (hint,) if option is not type(None)]
-        literal = (
-            hint
-            if get_origin(hint) is Literal
-            else next((option for option in options if get_origin(option) is Literal), None)
-        )
-        choices[name] = (
-            (*get_args(literal), None)
-            if literal
-            else frozenset
-            if get_origin(hint) is frozenset
-            else None
-        )
-    return choices
+@dataclass(frozen=True)
+class InputType:
+    """What values an input can have."""
+
+    choices: tuple[object, ...] | None = None
+    """All of them, where they are few."""
+    is_set: bool = False
 
 
-FACTS: Mapping[Scope, Mapping[str, Any]] = {
-    "checkpoint": _choices(CheckpointFacts),
-    "module": _choices(ModuleFacts),
-    "group": _choices(GroupFacts),
+def _input_types(kind: type) -> dict[str, InputType]:
+    return {name: _input_type(hint) for name, hint in get_type_hints(kind).items()}
+
+
+def _input_type(hint: object) -> InputType:
+    if get_origin(hint) is frozenset:
+        return InputType(is_set=True)
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is Literal:
+            return InputType(choices=(*get_args(option), None))
+    return InputType()
+
+
+RULE_INPUTS: Mapping[Scope, Mapping[str, InputType]] = {
+    "checkpoint": _input_types(CheckpointInputs),
+    "module": _input_types(ModuleInputs),
+    "group": _input_types(GroupInputs),
 }
 
 
-def as_dict(facts: CheckpointFacts | ModuleFacts | GroupFacts) -> dict[str, Any]:
-    """Return ``facts`` by name."""
-    return {field.name: getattr(facts, field.name) for field in fields(facts)}
+def as_dict(inputs: CheckpointInputs | ModuleInputs | GroupInputs) -> dict[str, object]:
+    """Return ``inputs`` by name."""
+    return {field.name: getattr(inputs, field.name) for field in fields(inputs)}

@@ -1,162 +1,160 @@
-"""The rules of an engine: a YAML file of conditions over facts, checked in full when it is loaded.
+"""The rules of an engine: a YAML file of conditions, checked in full when it is loaded.
 
-A condition maps facts to tests, all of which must hold; a list of such mappings holds when one of
-them does. A test is a value the fact
-equals, a list it is in, or operators: ``{below: 89}``, ``{not: [4, 8]}``, ``{not_multiple_of:
-group_size}`` (see `OPERATORS`). An operand written as the name of a fact stands for that fact.
-``when`` must hold and ``unless`` must not.
+A condition maps inputs (see `rule_inputs`) to tests, which must all hold; of a list of conditions,
+one must hold. A test is a value that the input equals, a list of such values, or operators:
+``{below: 89}``, ``{not: [4, 8]}``, ``{not_multiple_of: group_size}``. An operand that is the name
+of an input stands for the value of that input. A rule applies when ``when`` holds and ``unless``
+does not.
 """
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from qtool.errors import UsageError, nearest
 from qtool.inspection.engines.names import Matcher
-from qtool.inspection.engines.rule_inputs import FACTS, Scope
+from qtool.inspection.engines.rule_inputs import RULE_INPUTS, InputType, Scope
 
 Severity = Literal["refused", "warning", "note"]
-Test = Callable[[Mapping[str, Any]], bool]
+Inputs = Mapping[str, object]  # by name
+Test = Callable[[Inputs], bool]
+Condition = Mapping[str, object]
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent
-SHARED = ("gpus", "layers", "fusion")  # the YAML files here that are no engine
+SHARED = ("gpus", "layers", "fusion")  # YAML files here that are not an engine's
 LETTERS: Mapping[str, Severity] = {"E": "refused", "W": "warning", "N": "note"}
-OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "not": lambda value, operand: not _is(value, operand),
-    "below": lambda value, operand: value is not None and value < operand,
-    "at_least": lambda value, operand: value is not None and value >= operand,
-    "not_multiple_of": lambda value, operand: (
-        bool(operand) and value is not None and value % operand != 0
-    ),
-    "differs_from": lambda value, operand: (
-        value is not None and operand is not None and value != operand
-    ),
+NUMBER_OPERATORS: Mapping[str, Callable[[int, int], bool]] = {
+    "below": operator.lt,
+    "at_least": operator.ge,
+    "not_multiple_of": lambda value, operand: operand != 0 and value % operand != 0,
+}
+SET_OPERATORS: Mapping[str, Callable[[frozenset[str], list[str]], bool]] = {
     "has": lambda value, operand: not value.isdisjoint(operand),
     "lacks": lambda value, operand: not value.issuperset(operand),
     "beyond": lambda value, operand: not value.issubset(operand),
 }
-ON_SETS = frozenset({"has", "lacks", "beyond"})
+OPERATORS = ("is", "not", "differs_from", *NUMBER_OPERATORS, *SET_OPERATORS)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A model that refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-class Rule(_Strict):
-    """One thing an engine does: ``about`` the checkpoint, each module or each fused group,
-    ``since`` and ``until`` (exclusive) a version.
-
-    ``emulated`` says that the GPU then does not multiply in the scheme's own formats.
-    """
+class Rule(Strict):
+    """One thing that an engine does with a checkpoint, a module or a fused group."""
 
     code: str = Field(pattern=r"^[EWN]_ENGINE_[A-Z0-9_]+$")
     severity: Severity
     about: Scope = "checkpoint"
-    when: tuple[Mapping[str, Any], ...]
-    unless: tuple[Mapping[str, Any], ...] = ()
+    when: tuple[Condition, ...]
+    unless: tuple[Condition, ...] = ()
     message: str = Field(min_length=1)
     hint: str = ""
     source: str = Field(min_length=1)
     since: str | None = None
+    """The first version that does it."""
     until: str | None = None
+    """The first version that no longer does it."""
     emulated: bool = False
+    """Whether the GPU then does not multiply in the formats of the scheme."""
     tests: tuple[tuple[tuple[Test, ...], ...], ...] = Field(default=(), exclude=True)
+    """The conditions ``when`` and ``unless``, compiled."""
 
     @field_validator("when", "unless", mode="before")
     @classmethod
-    def _alternatives(cls, value: Any) -> Any:
+    def _list_one(cls, value: object) -> object:
         return (value,) if isinstance(value, Mapping) else value
 
     @model_validator(mode="before")
     @classmethod
-    def _no_tests(cls, value: Any) -> Any:
+    def _refuse_tests(cls, value: object) -> object:
         if isinstance(value, Mapping) and "tests" in value:
             raise ValueError("`tests` is made from the conditions")
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> Rule:
+    def _compile(self) -> Rule:
         if LETTERS[self.code[0]] != self.severity:
             raise ValueError(
                 f"{self.code}: a code of severity `{self.severity}` begins with another letter"
             )
-        known = _known(self.about)
-        for _, name, _, _ in Formatter().parse(self.message):
-            if name is not None and name not in known:
-                raise ValueError(
-                    f"{self.code}: the message names the unknown fact `{name}`; "
-                    f"{nearest(name, known)}"
-                )
+        known = {**RULE_INPUTS["checkpoint"], **RULE_INPUTS[self.about]}
+        _check_message(self.code, self.message, known)
         if not self.when or not all((*self.when, *self.unless)):
             raise ValueError(f"{self.code}: an empty condition")
         tests = tuple(
-            tuple(_compiled(self.code, condition, known) for condition in conditions)
+            tuple(_compile_condition(self.code, condition, known) for condition in conditions)
             for conditions in (self.when, self.unless)
         )
         object.__setattr__(self, "tests", tests)
         return self
 
-    def holds(self, facts: Mapping[str, Any]) -> bool:
-        """Whether the rule applies to ``facts``."""
-        when, unless = (
-            any(all(test(facts) for test in condition) for condition in conditions)
-            for conditions in self.tests
-        )
-        return when and not unless
+    def holds(self, inputs: Inputs) -> bool:
+        """Whether the rule applies to ``inputs``."""
+        when, unless = self.tests
+        return _one_holds(when, inputs) and not _one_holds(unless, inputs)
 
     def is_of(self, version: tuple[int, ...] | None) -> bool:
         """Whether the rule holds in ``version``; None is the version the rules were written for."""
         if version is None:
             return True
-        return (not self.since or numbers(self.since) <= version) and (
-            not self.until or version < numbers(self.until)
-        )
+        if self.since and version < numbers(self.since):
+            return False
+        return not self.until or version < numbers(self.until)
 
 
-class Matching(_Strict):
-    """How an engine decides from names what is quantized.
-
-    The first of ``list`` that the config has names what it skips; ``targets`` says that config
-    groups tell what it quantizes. ``runtime`` matchers compare an entry with the layer the engine
-    runs, e.g. ``qkv_proj``; ``shards`` with what it was merged from. ``unlisted: tensors``
-    means that the engine looks at the tensors too. ``head`` is what decides for the output head:
-    the ``list``, a ``flag`` of the config, or a target that is its ``name``, for class names do not
-    reach it.
-    """
+class Matching(Strict):
+    """How an engine decides from names what is quantized."""
 
     list: tuple[str, ...] = ()
+    """Config keys; the first that the config has names the layers that are skipped."""
     runtime: tuple[Matcher, ...] = ()
+    """How an entry is compared with the layer that the engine runs, e.g. ``qkv_proj``."""
     shards: tuple[Matcher, ...] = ()
+    """How an entry is compared with the layers it was merged from."""
     targets: bool = False
+    """Whether config groups say what is quantized."""
     unlisted: Literal["quantized", "tensors"] = "quantized"
+    """What other layers are; ``tensors`` means that the engine looks at the tensors."""
     head: Literal["list", "flag", "name"] = "list"
+    """What decides about the output head: ``list``, a flag of the config, or a target that is its
+    name, as class names do not reach it."""
 
 
-class Ruleset(_Strict):
-    """What is known of one engine, read from its ``version``; ``include`` names files of rules that
-    several engines share.
-    """
+class Ruleset(Strict):
+    """The rules of one engine."""
 
     engine: str
     version: str
+    """The version of the engine that the rules were written for."""
     include: tuple[str, ...] = ()
+    """YAML files of rules that several engines share."""
     matching: Mapping[str, Matching] = {}
+    """By format."""
     rules: tuple[Rule, ...]
 
     @model_validator(mode="after")
-    def _codes_differ(self) -> Ruleset:
+    def _refuse_double_codes(self) -> Ruleset:
         codes = [rule.code for rule in self.rules]
         if twice := sorted({code for code in codes if codes.count(code) > 1}):
             raise ValueError(f"{self.engine}: {', '.join(twice)} is there twice")
         return self
+
+    def rules_of(self, version: tuple[int, ...] | None) -> list[Rule]:
+        """Return the rules that hold in ``version``; None is the version they were written for."""
+        return [rule for rule in self.rules if rule.is_of(version)]
 
 
 def engines() -> tuple[str, ...]:
@@ -166,31 +164,23 @@ def engines() -> tuple[str, ...]:
 
 @cache
 def load_rules(engine: str) -> Ruleset:
-    """Return the rules of ``engine``. Raises: UsageError, with the nearest name that is known."""
+    """Return the rules of ``engine``. Raises: UsageError, with the nearest known name."""
     if engine not in engines():
         raise UsageError(
             "E_ENGINE",
             f"unknown engine `{engine}`",
             hint=nearest(engine, engines()) or f"known: {', '.join(engines())}",
         )
-    data = read_yaml(engine)
-    return Ruleset.model_validate(
-        {
-            **data,
-            "rules": [
-                *data["rules"],
-                *(rule for name in data.get("include", ()) for rule in read_yaml(name)),
-            ],
-        }
-    )
+    data = read_yaml(engine, dict[str, Any])
+    shared = [rule for name in data.get("include", ()) for rule in read_yaml(name, list[object])]
+    return Ruleset.model_validate({**data, "rules": [*data["rules"], *shared]})
 
 
-@cache
-def read_yaml(name: str) -> Any:
-    """Return the data of ``name``.yaml beside this file."""
-    return yaml.load(
-        (FOLDER / f"{name}.yaml").read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    )
+def read_yaml(name: str, kind: type[T]) -> T:
+    """Return the data of ``name``.yaml beside this file as a ``kind``."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    data = yaml.load((FOLDER / f"{name}.yaml").read_bytes(), Loader=loader)
+    return TypeAdapter(kind).validate_python(data)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -199,56 +189,110 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
-def _known(scope: Scope) -> Mapping[str, Any]:
-    return {**FACTS["checkpoint"], **FACTS[scope]}
+def _one_holds(conditions: Iterable[tuple[Test, ...]], inputs: Inputs) -> bool:
+    return any(all(test(inputs) for test in condition) for condition in conditions)
 
 
-def _compiled(
-    code: str, condition: Mapping[str, Any], known: Mapping[str, Any]
-) -> tuple[Test, ...]:
-    tests = []
-    for fact, expected in condition.items():
-        if fact not in known:
+def _check_message(code: str, message: str, known: Mapping[str, InputType]) -> None:
+    for _, name, _, _ in Formatter().parse(message):
+        if name is not None and name not in known:
             raise ValueError(
-                f"{code}: unknown fact `{fact}`; "
-                f"{nearest(fact, known) or f'known: {sorted(known)}'}"
+                f"{code}: the message names the unknown input `{name}`; {nearest(name, known)}"
+            )
+
+
+def _compile_condition(
+    code: str, condition: Condition, known: Mapping[str, InputType]
+) -> tuple[Test, ...]:
+    tests: list[Test] = []
+    for name, expected in condition.items():
+        if name not in known:
+            raise ValueError(
+                f"{code}: unknown input `{name}`; "
+                f"{nearest(name, known) or f'known: {sorted(known)}'}"
             )
         operators = expected if isinstance(expected, Mapping) else {"is": expected}
-        tests += [_test(code, fact, name, operand, known) for name, operand in operators.items()]
+        for operator_name, operand in operators.items():
+            try:
+                tests.append(_compile_test(name, operator_name, operand, known))
+            except ValueError as error:
+                raise ValueError(f"{code}: {error}") from error
     return tuple(tests)
 
 
-def _test(code: str, fact: str, name: str, operand: Any, known: Mapping[str, Any]) -> Test:
-    if name != "is" and name not in OPERATORS:
+def _compile_test(
+    name: str, operator_name: str, operand: object, known: Mapping[str, InputType]
+) -> Test:
+    if operator_name not in OPERATORS:
         raise ValueError(
-            f"{code}: unknown operator `{name}` of `{fact}`; "
-            f"{nearest(name, OPERATORS) or f'known: {sorted(OPERATORS)}'}"
+            f"unknown operator `{operator_name}` of `{name}`; "
+            f"{nearest(operator_name, OPERATORS) or f'known: {sorted(OPERATORS)}'}"
         )
-    if (name in ON_SETS) != (known[fact] is frozenset):
-        raise ValueError(
-            f"{code}: `{name}` does not fit `{fact}`, which is "
-            f"{'a set' if known[fact] is frozenset else 'one value'}"
-        )
-    function = OPERATORS.get(name, _is)
-    if isinstance(operand, str) and operand in known and name not in ("is", "not"):
-        return lambda facts: function(facts[fact], facts[operand])
-    if name in ("is", "not") and (wrong := _not_a_choice(operand, known[fact])):
-        raise ValueError(f"{code}: `{fact}` is never {wrong!r}")
-    return lambda facts: function(facts[fact], operand)
+    if (operator_name in SET_OPERATORS) != known[name].is_set:
+        kind = "a set" if known[name].is_set else "one value"
+        raise ValueError(f"`{operator_name}` does not fit `{name}`, which is {kind}")
+    if operator_name in ("is", "not"):
+        return _equality_test(name, operator_name, operand, known[name].choices)
+    if operator_name in SET_OPERATORS:
+        return _set_test(name, operator_name, operand)
+    if operator_name == "differs_from":
+        return _difference_test(name, operand, known)
+    return _number_test(name, operator_name, operand, known)
 
 
-def _not_a_choice(operand: Any, choices: Any) -> Any:
-    if not isinstance(choices, tuple):
-        return None
-    return next(
-        (
-            value
-            for value in (operand if isinstance(operand, list) else [operand])
-            if value not in choices
-        ),
-        None,
-    )
+def _equality_test(
+    name: str, operator_name: str, operand: object, choices: tuple[object, ...] | None
+) -> Test:
+    values = operand if isinstance(operand, list) else [operand]
+    if choices is not None:
+        for value in values:
+            if value not in choices:
+                raise ValueError(f"`{name}` is never {value!r}")
+    if operator_name == "not":
+        return lambda inputs: inputs[name] not in values
+    return lambda inputs: inputs[name] in values
 
 
-def _is(value: Any, expected: Any) -> bool:
-    return value in expected if isinstance(expected, list) else bool(value == expected)
+def _set_test(name: str, operator_name: str, operand: object) -> Test:
+    if not isinstance(operand, list):
+        raise ValueError(f"`{operator_name}` of `{name}` needs a list")
+    compare = SET_OPERATORS[operator_name]
+
+    def test(inputs: Inputs) -> bool:
+        value = inputs[name]
+        return isinstance(value, frozenset) and compare(value, operand)
+
+    return test
+
+
+def _difference_test(name: str, operand: object, known: Mapping[str, InputType]) -> Test:
+    operand_of = _operand_reader(operand, known)
+
+    def test(inputs: Inputs) -> bool:
+        value = inputs[name]
+        other = operand_of(inputs)
+        return value is not None and other is not None and value != other
+
+    return test
+
+
+def _number_test(
+    name: str, operator_name: str, operand: object, known: Mapping[str, InputType]
+) -> Test:
+    if not isinstance(operand, int) and operand not in known:
+        raise ValueError(f"`{operator_name}` of `{name}` needs a number or the name of an input")
+    compare = NUMBER_OPERATORS[operator_name]
+    operand_of = _operand_reader(operand, known)
+
+    def test(inputs: Inputs) -> bool:
+        value = inputs[name]
+        other = operand_of(inputs)
+        return isinstance(value, int) and isinstance(other, int) and compare(value, other)
+
+    return test
+
+
+def _operand_reader(operand: object, known: Mapping[str, InputType]) -> Callable[[Inputs], object]:
+    if isinstance(operand, str) and operand in known:
+        return lambda inputs: inputs[operand]
+    return lambda inputs: operand

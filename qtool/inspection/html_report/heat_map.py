@@ -201,35 +201,50 @@ class _Columns:
         return f"layer {first}" if self.width == 1 else f"layers from {first}"
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """The modules of a heat map by row label and column; column None is outside the layers."""
+
+    measure: Measure
+    details: ModuleDetails
+    columns: _Columns
+    members: Mapping[str, Mapping[int | None, list[Module]]]
+
+    def row(self, label: str) -> list[Cell | None]:
+        return [self.cell(label, column) for column in range(len(self.columns.firsts))]
+
+    def cell(self, label: str, column: int | None) -> Cell | None:
+        members = self.members[label].get(column)
+        if not members:
+            return None
+        shared = self.columns.width > 1
+        return _cell(
+            self.measure,
+            self.details,
+            members,
+            place=f"{label}, {self.columns.place(column)}",
+            words=label if shared else f"{_layer_part(members[0])} {label}".strip(),
+        )
+
+
 def _heat_map(measure: Measure, details: ModuleDetails) -> HeatMap:
     modules = [module for module in details.modules if module.name in measure.values]
     columns = _Columns(sorted({module.layer for module in modules if module.layer is not None}))
-    grid = _grid(modules, columns)
-    order = sorted(grid, key=row_rank)
-
-    def cell(label: str, column: int | None) -> Cell | None:
-        members = grid[label].get(column)
-        if not members:
-            return None
-        place = f"{label}, {columns.place(column)}"
-        words = label if columns.width > 1 else f"{_layer_part(members[0])} {label}".strip()
-        return _cell(measure, details, members, place=place, words=words)
-
-    def row(label: str) -> list[Cell | None]:
-        return [cell(label, column) for column in range(len(columns.firsts))]
-
-    longest = max(map(len, order), default=0)
+    members = _members(modules, columns)
+    grid = _Grid(measure, details, columns, members)
+    labels = sorted(members, key=row_rank)
+    longest = max(map(len, labels), default=0)
     return HeatMap(
         measure=measure,
         label_rem=min(max(longest * 0.5 + 0.75, 6), 12),
         columns=[str(layer) for layer in columns.firsts],
         label_every=columns.label_every,
-        rows=[(label, row(label)) for label in order if set(grid[label]) != {None}],
-        outside=[(label, cell(label, None)) for label in order if None in grid[label]],
+        rows=[(label, grid.row(label)) for label in labels if set(members[label]) != {None}],
+        outside=[(label, grid.cell(label, None)) for label in labels if None in members[label]],
     )
 
 
-def _grid(
+def _members(
     modules: Sequence[Module], columns: _Columns
 ) -> dict[str, dict[int | None, list[Module]]]:
     """Return the modules by row label and column; column None is outside the layers."""
@@ -238,11 +253,11 @@ def _grid(
         layer: index // columns.width for index, layer in enumerate(columns.layers)
     }
     column_of[None] = None
-    grid: dict[str, dict[int | None, list[Module]]] = {}
+    members: dict[str, dict[int | None, list[Module]]] = {}
     for module in modules:
-        row = grid.setdefault(labels[module.name], {})
+        row = members.setdefault(labels[module.name], {})
         row.setdefault(column_of[module.layer], []).append(module)
-    return grid
+    return members
 
 
 def _cell(
