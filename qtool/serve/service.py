@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
-from qtool.serve.api import tools
+from qtool.serve.api.tools import styles
 from qtool.serve.backend.engine_client import Answers, EngineProcess, Facts, Piece, Submission, add
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
@@ -129,9 +129,9 @@ class Service:
         finally:
             engine.cancel()
         self.tool_style = (
-            tools.style_named(settings.tool_call_parser)
+            styles.style_named(settings.tool_call_parser)
             if settings.tool_call_parser
-            else tools.detect(self.templates.text)
+            else styles.detect(self.templates.text)
         )
         if self.templates.template is not None and not self.templates.template.accepts_tools:
             LOG.info(

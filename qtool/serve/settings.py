@@ -11,7 +11,7 @@ from typing import Any
 
 from qtool.errors import ResourceError, UsageError
 from qtool.runtime.online import flag_named
-from qtool.serve.api.tools import style_named
+from qtool.serve.api.tools.styles import style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1

@@ -11,28 +11,31 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from qtool.errors import UsageError
-from qtool.serve.api.tools import (
+from qtool.serve.api.prompt import template_message
+from qtool.serve.api.protocol import (
     MAX_TOOLS,
-    NamedParser,
-    RequiredParser,
-    choose,
-    detect,
-    fold,
-    for_template,
-    make_parser,
-    parser_for,
-    schema_for,
-    style_named,
+    AllowedTools,
+    ChatRequest,
+    Message,
+    NamedTool,
+    Tool,
+    refusal,
 )
+from qtool.serve.api.tools.choice import choose, schema_for
+from qtool.serve.api.tools.deltas import fold
+from qtool.serve.api.tools.forced import NamedParser, RequiredParser
+from qtool.serve.api.tools.parsers import make_parser, parser_for
+from qtool.serve.api.tools.styles import detect, style_named
 
 NAMES = ("weather", "f", "g.h-1")
 STYLES = ("hermes", "llama3_json")
 ID = re.compile(r"call_[0-9a-f]{24}")
 
 
-def tool(name, parameters=None, **more):
+def tool_fields(name, parameters=None, **more):
     return {
         "type": "function",
         "function": {
@@ -43,8 +46,18 @@ def tool(name, parameters=None, **more):
     }
 
 
+def tool(name, parameters=None, **more):
+    return Tool.model_validate(tool_fields(name, parameters, **more))
+
+
 def named(name):
-    return {"type": "function", "function": {"name": name}}
+    return NamedTool.model_validate({"type": "function", "function": {"name": name}})
+
+
+def allowed(mode, *tools):
+    return AllowedTools.model_validate(
+        {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+    )
 
 
 def parser_of(kind):
@@ -461,16 +474,13 @@ F, G = (
         ([F, G], named("g"), "named", ("g",)),
         (
             [F, G],
-            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}},
+            allowed("auto", named("g")),
             "auto",
             ("g",),
         ),
         (
             [F, G],
-            {
-                "type": "allowed_tools",
-                "allowed_tools": {"mode": "required", "tools": [named("g"), named("g")]},
-            },
+            allowed("required", named("g"), named("g")),
             "required",
             ("g",),
         ),
@@ -495,26 +505,11 @@ def test_the_parser_fits_the_choice():
 @pytest.mark.parametrize(
     "tools, tool_choice, says",
     [
-        ([tool("a b")], None, "tools[0].function.name 'a b' is not a name"),
-        ([tool("f\n")], None, "is not a name"),
-        ([F, tool("x" * 65)], None, "tools[1]"),
-        ([tool("")], None, "is not a name"),
         ([F, F], None, "`f` is there twice"),
-        ([tool(f"f{i}") for i in range(MAX_TOOLS + 1)], None, "129 tools"),
         ([F], named("ff"), "'ff', which is not among the tools"),
         (None, named("f"), "'f', which is not among"),
         (None, "required", "there are no tools"),
-        ([F], "always", "unknown tool_choice 'always'"),
-        (
-            [F],
-            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
-            "there are no tools",
-        ),
-        (
-            [F],
-            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}},
-            "'g'",
-        ),
+        ([F], allowed("auto", named("g")), "'g'"),
     ],
 )
 def test_what_cannot_be_called_is_refused(tools, tool_choice, says):
@@ -523,6 +518,34 @@ def test_what_cannot_be_called_is_refused(tools, tool_choice, says):
     assert caught.value.code == "E_TOOLS"
     assert says in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "tools, tool_choice, param, says",
+    [
+        ([tool_fields("a b")], None, "tools[0].function.name", "pattern"),
+        ([tool_fields("f\n")], None, "tools[0].function.name", "pattern"),
+        ([F, tool_fields("x" * 65)], None, "tools[1].function.name", "pattern"),
+        ([tool_fields("")], None, "tools[0].function.name", "pattern"),
+        ([tool_fields(f"f{i}") for i in range(MAX_TOOLS + 1)], None, "tools", "at most 128 items"),
+        ([F], "always", "tool_choice", "'none', 'auto' or 'required'"),
+        (
+            [F],
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+            "tool_choice.allowed_tools.tools",
+            "at least 1 item",
+        ),
+    ],
+)
+def test_what_no_request_can_hold_is_refused_by_its_field(tools, tool_choice, param, says):
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest(
+            messages=[{"role": "user", "content": "a"}], tools=tools, tool_choice=tool_choice
+        )
+    detail = refusal(caught.value.errors(), ChatRequest)
+    assert (detail.param, detail.type) == (param, "invalid_request_error")
+    assert param in detail.message
+    assert says in detail.message
 
 
 def test_names_up_to_the_limit_are_taken():
@@ -567,7 +590,7 @@ def test_a_free_answer_has_no_schema():
 
 
 def test_the_schema_of_a_named_function_is_its_own():
-    assert schema_for(CHOICES["f"]) == F["function"]["parameters"]
+    assert schema_for(CHOICES["f"]) == F.function.parameters
     assert schema_for(CHOICES["g"]) == {"type": "object", "properties": {}}
 
 
@@ -687,7 +710,8 @@ def test_messages_come_as_templates_expect_them_and_the_request_stays():
         },
     ]
     before = copy.deepcopy(messages)
-    assert for_template(messages) == [
+    turns = [Message.model_validate(message) for message in messages]
+    assert [template_message(turn) for turn in turns] == [
         {"role": "system", "content": "Be\nkind."},
         {
             "role": "assistant",
@@ -709,4 +733,5 @@ def test_arguments_that_are_no_object_become_an_empty_one(arguments):
         "role": "assistant",
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
     }
-    assert for_template([message])[0]["tool_calls"][0]["function"]["arguments"] == {}
+    turn = template_message(Message.model_validate(message))
+    assert turn["tool_calls"][0]["function"]["arguments"] == {}

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.responses import Response
 
 from qtool.errors import UsageError
-from qtool.serve.api import tools
 from qtool.serve.api.answering import DONE, answer, event
-from qtool.serve.api.protocol import ChatRequest, Message, TokenizeRequest, Tool
+from qtool.serve.api.prompt import render_prompt
+from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.replies import Account, chat_logprobs, finish_reason, log_request
 from qtool.serve.api.sampling import sampling_params
+from qtool.serve.api.tools.choice import Choice, choose, schema_for
+from qtool.serve.api.tools.deltas import Delta, ToolParser, fold
+from qtool.serve.api.tools.parsers import parser_for
 from qtool.serve.backend.engine_client import Answers, Piece, Submission
 from qtool.serve.service import Service
 
@@ -32,19 +34,14 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             "top_logprobs is set, and logprobs is not",
             hint="set logprobs to true, too",
         )
-    choice = tools.choose(
-        tool_dicts(body.tools),
-        body.tool_choice.model_dump()
-        if isinstance(body.tool_choice, BaseModel)
-        else body.tool_choice,
-    )
-    forced = tools.schema_for(choice, parallel=body.parallel_tool_calls is not False)
+    choice = choose(body.tools, body.tool_choice)
+    forced = schema_for(choice, parallel=body.parallel_tool_calls is not False)
     wanted = (
         body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     )
     params = sampling_params(body, service.defaults, wanted, forced)
     with service.admit(params.n) as ticket:
-        text, prompt = await prompt_of(service, body.messages, choice.tools, body)
+        text, prompt = await render_prompt(service, choice.tools, body)
         log_request(text, params, service.settings)
         submission = Submission(
             [prompt],
@@ -58,48 +55,11 @@ async def chat(service: Service, body: ChatRequest) -> Response:
         return await answer(service, ticket, submission, reply, wanted)
 
 
-def tool_dicts(given: Sequence[Tool] | None) -> list[dict[str, Any]]:
-    """Return tools as plain data, for templates and parsers."""
-    return [tool.model_dump(exclude_none=True) for tool in given or ()]
-
-
-async def prompt_of(
-    service: Service,
-    messages: Sequence[Message],
-    given: Sequence[Mapping[str, Any]],
-    body: ChatRequest | TokenizeRequest,
-) -> tuple[str, list[int]]:
-    """Return the prompt for ``messages`` as text and tokens; ``body`` has the options of the
-    template. Raises: UsageError.
-    """
-    kwargs = dict(body.chat_template_kwargs or {})
-    if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    continued = bool(body.continue_final_message)
-    turns = [message.model_dump(exclude_none=True) for message in messages]
-    # OpenAI's later name for the system, which few templates know
-    if "developer" not in (service.templates.text or ""):
-        turns = [
-            {**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns
-        ]
-    text = await service.templates.render(
-        tools.for_template(turns),
-        tools=list(given) or None,
-        documents=body.documents if isinstance(body, ChatRequest) else None,
-        add_generation_prompt=not continued
-        if body.add_generation_prompt is None
-        else body.add_generation_prompt,
-        continue_final_message=continued,
-        kwargs=kwargs,
-    )
-    return text, await service.vocabulary.encode(text, add_special_tokens=False)
-
-
 class _Chat:
     """The reply to one request."""
 
     def __init__(
-        self, service: Service, body: ChatRequest, id: str, account: Account, choice: tools.Choice
+        self, service: Service, body: ChatRequest, id: str, account: Account, choice: Choice
     ) -> None:
         self._service, self._body, self._id, self._account = service, body, id, account
         self._choice = choice
@@ -113,9 +73,9 @@ class _Chat:
             self._account.note(piece, len(pieces))
             message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
             reason = finish_reason(piece.ending)
-            if parser := tools.parser_for(self._choice, self._service.tool_style):
+            if parser := parser_for(self._choice, self._service.tool_style):
                 deltas = [parser.push(piece.text), parser.finish()]
-                content, calls = tools.fold(deltas)
+                content, calls = fold(deltas)
                 # what a limit cut off is no answer
                 message["content"] = None if self._choice.mode == "required" else content
                 if calls:
@@ -150,7 +110,7 @@ class _Chat:
             self._head("chat.completion.chunk"), ensure_ascii=False, separators=(",", ":")
         )[:-1]
         tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        parsers: dict[int, tools.ToolParser | None] = {}
+        parsers: dict[int, ToolParser | None] = {}
         encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         n = self._body.n or 1
         async for pieces in answers:
@@ -160,7 +120,7 @@ class _Chat:
                 index, ending = piece.choice, piece.ending
                 start = f'data: {head},"choices":[{{"index":{index},"delta":'
                 if index not in parsers:
-                    parsers[index] = tools.parser_for(self._choice, self._service.tool_style)
+                    parsers[index] = parser_for(self._choice, self._service.tool_style)
                     lines.append(
                         f'{start}{{"role":"assistant","content":""}},"logprobs":null,'
                         f'"finish_reason":null}}]{tail}'
@@ -209,7 +169,7 @@ class _Chat:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _deltas(self, delta: tools.Delta) -> list[dict[str, Any]]:
+    def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = (
             [{"content": delta.content}]
             if delta.content and self._choice.mode != "required"

@@ -47,6 +47,9 @@ CODES = {
 }
 
 
+Json = dict[str, object]
+
+
 def bounded(name: str) -> Any:
     """Return the bounds of the sampling field ``name``, those of `SamplingParams`."""
     low, high = RANGES[name]
@@ -179,7 +182,7 @@ class JsonSchema(Body):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Json | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -188,17 +191,17 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
-    structures: (
-        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
-    ) = None  # of a structural_tag
+    structures: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = (
+        None  # of a structural_tag
+    )
     triggers: Annotated[list[str], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    format: dict[str, Any] | None = None
+    format: Json | None = None
 
 
 class StructuredOutputs(Body):
     """vLLM's way to constrain an answer; one of them."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: Json | str | None = Field(None, alias="json")
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     grammar: str | None = None
@@ -242,13 +245,13 @@ class Sampling(Draw):
     structured_outputs: StructuredOutputs | None = None  # vLLM's
     rid: RequestId | None = None
     user: str | None = None  # from here on: taken, and without effect
-    metadata: dict[str, Any] | None = None
+    metadata: Json | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: Json | None = None
 
 
 class TextPart(Body):
@@ -287,7 +290,7 @@ class FunctionCall(Body):
     """A call that the model made: the arguments are JSON, as text."""
 
     name: str
-    arguments: str | dict[str, Any] | None = None
+    arguments: str | Json | None = None
 
 
 class ToolCall(Body):
@@ -316,9 +319,7 @@ class Message(Body):
     reasoning_content: str | None = None
     refusal: str | None = None
     audio: None = None
-    annotations: (
-        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
-    ) = None
+    annotations: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     function_call: FunctionCall | None = None
 
 
@@ -327,7 +328,7 @@ class Function(Body):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Json | None = None
     strict: bool | None = None
 
 
@@ -378,16 +379,14 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: (
-        Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
-    ) = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    chat_template_kwargs: Json | None = None
     reasoning_effort: str | None = None
     modalities: (
         Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     ) = None
     verbosity: str | None = None  # taken, and without effect, as is the next
-    prediction: dict[str, Any] | None = None
+    prediction: Json | None = None
 
 
 def _suffix(value: Any) -> Any:
@@ -463,7 +462,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Json | None = None
 
 
 class DetokenizeRequest(Body):

@@ -26,9 +26,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from qtool import __version__
 from qtool.errors import QtoolError, UsageError, one_line
 from qtool.serve.api.answering import error_reply, gone, json_reply
-from qtool.serve.api.chat import chat, prompt_of, tool_dicts
+from qtool.serve.api.chat import chat
 from qtool.serve.api.completions import complete
 from qtool.serve.api.native import generate
+from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import (
     AbortRequest,
     ChatRequest,
@@ -232,7 +233,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             )
         special = body.add_special_tokens is not False
         if body.messages is not None:
-            _, tokens = await prompt_of(service, body.messages, tool_dicts(body.tools), body)
+            _, tokens = await render_prompt(service, body.tools or (), body)
         elif isinstance(body.prompt, list):
             if sum(map(len, body.prompt)) > MAX_CHARACTERS:
                 raise UsageError(

@@ -1,0 +1,81 @@
+"""What parsers of tool calls return: pieces of content and of calls."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import Protocol
+
+from qtool.serve.api.protocol import Json
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A piece of a tool call, as OpenAI streams it."""
+
+    index: int
+    """The number of the call in its answer."""
+
+    id: str | None
+    """Only in the first piece of a call."""
+
+    name: str | None
+    """Only in the first piece of a call."""
+
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What became certain with one more piece of text."""
+
+    content: str
+    calls: tuple[CallDelta, ...]
+
+
+class ToolParser(Protocol):
+    """Separates the text of one answer into content and calls."""
+
+    def push(self, text: str) -> Delta:
+        """Take the next piece of text; what may begin a call or a marker is held back."""
+
+    def finish(self) -> Delta:
+        """End the text, and return what was held back."""
+
+    @property
+    def called(self) -> bool:
+        """Whether a call was found: `finish_reason` is then ``tool_calls``."""
+
+
+def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[Json]]:
+    """Return the content of a whole answer and its calls in OpenAI's shape; content is None if
+    there are only calls.
+    """
+    deltas = list(deltas)
+    calls: list[Json] = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in join_calls(call for delta in deltas for call in delta.calls)
+    ]
+    return "".join(delta.content for delta in deltas) or (None if calls else ""), calls
+
+
+def join_calls(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
+    """Join neighbouring pieces of the same call."""
+    calls = []
+    for index, group in groupby(pieces, attrgetter("index")):
+        first, *rest = group
+        arguments = "".join(piece.arguments for piece in (first, *rest))
+        calls.append(CallDelta(index, first.id, first.name, arguments))
+    return tuple(calls)
+
+
+def new_call_id() -> str:
+    """Return a random id for a call."""
+    return f"call_{secrets.token_hex(12)}"
