@@ -1,11 +1,12 @@
-# make demo: an environment in .venv, then a real model quantized, shown, and asked one thing over HTTP. make test: the environment, then the tests.
+# make demo: creates .venv, quantizes a small real model, inspects it, serves it and asks it one thing.
+# make test: creates .venv and runs all tests; make check leaves out the slow ones.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := examples/tiny-python-llama
 DEMO := $(VENV)/demo
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test check lint docs clean
 
 demo: $(VENV)/ready
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -17,6 +18,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/pytest -n 2 --dist loadgroup
 
+check: $(VENV)/ready
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow'
+
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,7 +30,7 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python tests/test_docs.py
 
-# torch comes first and alone: the tested build then satisfies everything else
+# torch is installed first and alone, so that its tested build satisfies everything else
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

@@ -480,6 +480,7 @@ def test_logprobs_come_for_the_rows_that_want_them():
     assert Sampler(10, "cpu").sample(logits, [request()] * 3).logprobs is None
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_tokens_and_waits_for_nothing():
     vocab, kinds = (

@@ -30,6 +30,7 @@ def test_the_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="needs a Hopper GPU",
