@@ -16,6 +16,7 @@ import pytest
 import typer
 from support import error_codes
 from support.imports import PACKAGE
+from test_layers import ORDER
 
 import qtool
 
@@ -154,6 +155,14 @@ def test_python_blocks_are_python_and_name_what_qtool_has(path):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "qtool":
                 assert hasattr(qtool, node.attr), node.attr
+
+
+def test_the_map_has_every_module_in_the_order_of_imports():
+    rows = re.findall(r"^\| `(\w+)/?` \|", (PACKAGE / "README.md").read_text(), re.MULTILINE)
+    there = [
+        name for name in ORDER if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()
+    ]
+    assert [name for name in rows if name in there] == there
 
 
 def write() -> None:
