@@ -65,13 +65,17 @@ def bounds_of(field: dataclasses.Field[object]) -> Bounds | None:
 
 
 def check_bounds(options: DataclassInstance, owner: type[DataclassInstance]) -> None:
-    """Check those fields of ``options`` that ``owner`` has.
+    """Check those fields of ``options`` that ``owner`` itself declares.
 
     Raises: UsageError, for a number out of its bounds.
     """
+    declared = inspect.get_annotations(owner)
     for field in fields(owner):
-        bounds, value = bounds_of(field), getattr(options, field.name)
-        reason = bounds.reason(value) if bounds and value is not None else ""
+        bounds = bounds_of(field)
+        value = getattr(options, field.name)
+        if bounds is None or value is None or field.name not in declared:
+            continue
+        reason = bounds.reason(value)
         if reason:
             raise UsageError("E_LIMIT", f"{field.name} is {value!r}", hint=reason)
 
@@ -88,6 +92,11 @@ def make_options(kind: type[Options], keywords: Mapping[str, object]) -> Options
                 "E_UNKNOWN_OPTION", f"unknown option `{name}`", hint=nearest(name, known)
             )
     return kind(**keywords)
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option; it leaves out the unit."""
+    return f"--{name.removesuffix('_s').replace('_', '-')}"
 
 
 @cache

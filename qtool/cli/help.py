@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Report": ("modules", "deep", "against", "html", "engine_version", "gpu", "tensor_parallel"),
     "Server": (
-        *("host", "port", "api_key", "max_queued_requests", "drain_timeout", "log_requests"),
+        *("host", "port", "api_key", "max_queued_requests", "drain_timeout_s", "log_requests"),
         *("log_level", "tool_call_parser", "sampling_defaults"),
     ),
     "Engine": (
@@ -37,13 +37,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
+ORDER = list(GROUP_OF)
+
+
+def _place(parameter: Any) -> int:
+    return ORDER.index(parameter.name) if parameter.name in ORDER else -1
+
+
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options by `GROUPS`; an option of no group stands first."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group under its heading; names are never cut."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in GROUPS}}
-        for parameter in self.get_params(ctx):
+        for parameter in sorted(self.get_params(ctx), key=_place):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 groups[GROUP_OF.get(str(parameter.name), "Options")].append(record)

@@ -1,10 +1,110 @@
-"""Options that several commands have."""
+"""Options of commands: those that several have, and those that are fields of a dataclass."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from qtool.options import bounds_of, field_docs, flag_of, make_options
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Command = Callable[..., None]
+# options that are spelled in several ways
+SPELLINGS = {
+    "model_path": ("--model-path", "--model"),
+    "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
+    "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
+    "dp": ("--dp", "--dp-size", "--data-parallel-size"),
+}
+ENVIRONMENT = {"api_key": "QTOOL_API_KEY"}
+
+
+def takes(
+    kind: type[DataclassInstance],
+    *,
+    without: Collection[str] = (),
+    defaults: type[DataclassInstance] | None = None,
+) -> Callable[[Command], Command]:
+    """Give a command one option for each field of ``kind``; it gets them as one object of it.
+
+    Args:
+        kind: a dataclass of options. The command's parameter of this type takes the object.
+        without: fields that are no options of the command.
+        defaults: a subclass whose defaults the help shows.
+    """
+    known = [field for field in fields(kind) if field.name not in without]
+    parameters = [_parameter(field, kind, defaults or kind) for field in known]
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        (target,) = [parameter.name for parameter in own if parameter.annotation is kind]
+        others = [parameter for parameter in own if parameter.name != target]
+
+        @functools.wraps(command)
+        def parsed(**values: object) -> None:
+            given = {field.name: values.pop(field.name) for field in known}
+            given = {name: value for name, value in given.items() if value is not None}
+            command(**{target: make_options(kind, given)}, **values)
+
+        signature = [*parameters, *(other.replace(kind=other.KEYWORD_ONLY) for other in others)]
+        parsed.__annotations__ = {each.name: each.annotation for each in signature}
+        parsed.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        return parsed
+
+    return decorate
+
+
+def _parameter(
+    field: Field[object], kind: type[DataclassInstance], defaults: type[DataclassInstance]
+) -> inspect.Parameter:
+    """Return the parameter of a command for a field."""
+    default = inspect.Parameter.empty if field.default is MISSING else field.default or None
+    value_type = _value_type(field)
+    if value_type is bool and field.default is False:
+        default = False
+    bounds = bounds_of(field)
+    option = typer.Option(
+        *SPELLINGS.get(field.name, (flag_of(field.name),)),
+        help=_help(field, kind, defaults),
+        envvar=ENVIRONMENT.get(field.name),
+        min=bounds.minimum if bounds else None,
+        max=bounds.maximum if bounds else None,
+        metavar="<path>" if "PathLike" in str(field.type) else None,
+        show_default=isinstance(default, str),
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[value_type, option],
+    )
+
+
+def _value_type(field: Field[object]) -> type:
+    """Return the type that a value on the command line has; the field's type is text."""
+    words = re.findall(r"\w+", str(field.type))
+    if "Sequence" in words:
+        return list[str]
+    return next((kind for kind in (bool, int, float) if kind.__name__ in words), str)
+
+
+def _help(
+    field: Field[object], kind: type[DataclassInstance], defaults: type[DataclassInstance]
+) -> str:
+    text = field_docs(kind)[field.name]
+    (default,) = [each.default for each in fields(defaults) if each.name == field.name]
+    if default in (field.default, MISSING):
+        return text
+    return f"{text} [{default:g}]" if isinstance(default, float) else f"{text} [{default}]"
+
 
 ModelPath = Annotated[
     str,

@@ -31,10 +31,10 @@ class EngineConfig:
     """cpu, cuda or cuda:<n>. [a GPU, if there is one]"""
 
     dtype: str | torch.dtype | None = None
-    """Of what stays plain: bfloat16, float16 or float32. [the model's]"""
+    """Data type of unquantized layers: bfloat16, float16 or float32. [the model's]"""
 
     quantization: str | None = None
-    """Quantize a plain model while it loads, e.g. fp8; of a quantized one, what it must be."""
+    """Quantize a model while it loads, e.g. fp8; of a quantized one, what it must be."""
 
     kv_cache_dtype: str | None = None
     """auto or fp8_e4m3. [auto: as the checkpoint says]"""
@@ -43,25 +43,25 @@ class EngineConfig:
     """Share of the GPU's memory for weights and KV cache. [0.85]"""
 
     context_length: int | None = bounded(None, 1, own_maximum=MAX_TOKENS)
-    """Tokens of prompt and answer. [the model's]"""
+    """Tokens of prompt and answer together. [the model's]"""
 
     max_running_requests: int | None = bounded(None, 1, own_maximum=MAX_RUNNING_REQUESTS)
-    """Computed at once. [256; 32 on a CPU]"""
+    """Requests that are computed at once; others wait. [256; 32 on a CPU]"""
 
     max_total_tokens: int | None = bounded(None, 1)
-    """Size of the KV cache. [what fits]"""
+    """Tokens that the KV cache holds. [what fits]"""
 
     chunked_prefill_size: int | None = bounded(None, 1, own_maximum=MAX_TOKENS)
-    """Tokens of a step. [8192; 2048 on a CPU]"""
+    """Tokens of a step; longer prompts are computed in chunks. [8192; 2048 on a CPU]"""
 
     disable_cuda_graph: bool = False
-    """Launch every kernel by itself."""
+    """Run without CUDA graphs."""
 
     disable_radix_cache: bool = False
-    """Compute every prompt anew."""
+    """Do not reuse the common prefixes of prompts."""
 
     disable_overlap_schedule: bool = False
-    """Launch no step ahead."""
+    """Do not launch a step before the last one is read."""
 
     compile: Literal["off", "decode", "all"] = "off"
     """Run decoder layers that qtool has no kernels for through torch.compile, in decode steps or in

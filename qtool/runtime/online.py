@@ -140,7 +140,7 @@ def flag_named(quantization: str | None, torchao_config: str | None) -> str | No
     Raises: UsageError, for both at once and for a ``torchao_config`` that is no name of torchao's.
     """
     if not torchao_config:
-        return quantization
+        return quantization and quantization.lower()
     if quantization is not None:
         message = (
             f"--quantization {quantization} and --torchao-config {torchao_config} cannot both be "

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,15 +30,14 @@ from qtool.errors import CheckpointRefused, ResourceError, UsageError, nearest
 from qtool.inspection import inspect
 from qtool.inspection.engines import EngineReport
 from qtool.inspection.engines.rules import numbers
-from qtool.runtime.online import flag_named, schemes_to_run
+from qtool.options import flag_of
+from qtool.runtime.online import schemes_to_run
+from qtool.serve.settings import ServeOptions
 
 FLAGS = Path(__file__).with_name("flags.yaml")
 SECRETS = ("--api-key", "--admin-api-key", "--hf-token", "VLLM_API_KEY")
 HIDDEN = "***"
 REASONS = 3
-KEPT_FOR_CACHE = (
-    0.3  # of a GPU's memory, when the number of GPUs is guessed: KV cache, activations, graphs
-)
 
 
 class Counterpart(BaseModel):
@@ -137,96 +136,81 @@ def targets() -> Mapping[str, Target]:
 
 
 def prepare(
-    engine: str, options: Mapping[str, object], extra: Sequence[str] = (), *, dry_run: bool = False
+    engine: str, options: ServeOptions, extra: Sequence[str] = (), *, dry_run: bool = False
 ) -> Command:
-    """Return the command by which ``engine`` serves the checkpoint as ``options`` ask, having
-    checked that it will load it.
+    """Return the command by which ``engine`` serves the checkpoint, having checked that it loads.
 
     Args:
-        options: ours by name, e.g. ``mem_fraction_static``; None and False are options that were
-            not given. ``model_path`` must be there.
+        engine: its name.
+        options: what was given to ``qtool serve``.
         extra: the engine's own arguments. They stand last, so that they win.
         dry_run: the engine need not be installed.
-    Raises: UsageError, for what cannot be said to the engine; CheckpointRefused, with the reasons,
-        for a checkpoint it does not load;
-        ResourceError, when it is not installed.
+    Raises: UsageError, for an option that the engine has no counterpart of; CheckpointRefused, with
+        the reasons, for a checkpoint that it does not load; ResourceError, when it is not
+        installed.
     """
-    settings = _one_quantization(options)
-    # what is wrong with the options themselves is said before a download
-    make_command(engine, {**settings, "quantization": None}, extra)
-    model_path, revision = str(settings["model_path"]), _text(settings.pop("revision", None))
+    # wrong options are reported before a download
+    make_command(engine, replace(options, quantization=None), extra)
     folder = resolve_model(
-        model_path, revision=revision, with_code=bool(settings.get("trust_remote_code"))
+        options.model_path, revision=options.revision, with_code=options.trust_remote_code
     )
     checkpoint = open_checkpoint(folder)
-    # of the Hub: what was checked is what is served, under the name that was asked for
-    if folder != Path(model_path):
-        settings |= {
-            "model_path": str(folder),
-            "served_model_name": settings.get("served_model_name") or model_path,
-        }
-    report = _check(checkpoint, model_path, engine, settings)
-    if settings.get("quantization"):
-        settings |= _quantization(checkpoint, str(settings["quantization"]))
-    command = make_command(engine, settings, extra)
+    report = _check(checkpoint, engine, options)
+    override = None
+    if options.quantization and _is_quantized(checkpoint):
+        override = _override(checkpoint, options.quantization)
+        options = replace(options, quantization=None)
+    elif options.quantization:
+        schemes_to_run(checkpoint, formats.detect(checkpoint), options.quantization)
+    # of the Hub: the folder that was checked is served, under the name that was asked for
+    if folder != Path(options.model_path):
+        name = options.served_model_name or options.model_path
+        options = replace(options, model_path=str(folder), served_model_name=name)
+    command = make_command(engine, replace(options, revision=None), extra, override=override)
     warnings = [
         finding.message + (f"; {finding.hint}" if finding.hint else "")
         for finding in report.findings
         if finding.severity == "warning" or finding.code == "N_ENGINE_VERSION"
     ]
-    if not _is_installed(engine):
-        message, hint = (
-            f"{engine} is not installed in the environment of {sys.executable}",
-            f"pip install {engine}",
-        )
-        if not dry_run:
-            raise ResourceError("E_NO_ENGINE_PACKAGE", message, hint=hint)
-        warnings.append(f"{message}: {hint}")
-    return Command(engine, command.arguments, command.environment, (*warnings, *command.warnings))
+    warnings += _check_installed(engine, dry_run=dry_run)
+    return replace(command, warnings=(*warnings, *command.warnings))
 
 
-def make_command(engine: str, options: Mapping[str, object], extra: Sequence[str] = ()) -> Command:
-    """Return the command that says ``options`` to ``engine``; looks at no checkpoint. See
-    `prepare`.
+def make_command(
+    engine: str,
+    options: ServeOptions,
+    extra: Sequence[str] = (),
+    *,
+    override: str | None = None,
+) -> Command:
+    """Return the command that passes ``options`` to ``engine``; reads no checkpoint. See `prepare`.
 
-    ``quantization`` and ``torchao_config`` mean a plain model here, ``override`` a quantized one
-    whose inputs are rounded otherwise.
-
-    Raises: UsageError, for an option that the engine has nothing for and that is no mere comfort.
+    Args:
+        engine: its name.
+        options: what was given; ``quantization`` means an unquantized model here.
+        extra: the engine's own arguments.
+        override: the quantization of a quantized model whose inputs are rounded otherwise.
+    Raises: UsageError, for an option that the engine has no counterpart of, where running without
+        would change the result.
     """
     target = _target(engine)
-    settings = {
-        name: value
-        for name, value in _one_quantization(options).items()
-        if value is not None and value is not False
-    }
-    _check_nodes(settings)
-    environment, warnings = _pick_gpu(settings), []
-    if engine == "vllm":
-        warnings += _as_vllm_counts(settings)
+    _check_nodes(options)
+    given = options.given()
+    if override is not None:
+        given["override"] = override
+    environment = _visible_gpu(options)
+    if environment:
+        given["device"] = "cuda"
+    warnings = _convert_to_vllm(options, given) if engine == "vllm" else []
     arguments = [sys.executable, *target.launch]
     for name, counterpart in target.options.items():
-        if name not in settings and not counterpart.default:
+        if name not in given and not counterpart.default:
             continue
-        value = settings.pop(name, counterpart.default)
-        if counterpart.refused:
-            raise _refused(engine, name, value, counterpart.refused)
-        if counterpart.dropped:
-            warnings.append(f"{_ours(name)} is left out: {counterpart.dropped}")
-        elif (
-            counterpart.since
-            and (version := _installed_version(engine))
-            and numbers(version) < numbers(counterpart.since)
-        ):
-            warnings.append(
-                f"{_ours(name)} is left out: {engine} {version} has no {counterpart.flag}"
-            )
-        elif (theirs := _theirs(engine, name, value, counterpart)) is not None:
-            if counterpart.environment:
-                environment[counterpart.environment] = theirs
-            arguments += _words(counterpart, theirs, is_switch=value is True)
-            warnings += [f"{_ours(name)}: {counterpart.note}"] if counterpart.note else []
-    warnings += [f"{_ours(name)} is left out: {engine} has nothing like it" for name in settings]
+        passed = _pass_on(engine, name, given.pop(name, counterpart.default), counterpart)
+        arguments += passed.arguments
+        environment |= passed.environment
+        warnings += passed.warnings
+    warnings += [f"{flag_of(name)} is left out: {engine} has nothing like it" for name in given]
     return Command(engine, (*arguments, *extra), environment, tuple(warnings))
 
 
@@ -237,67 +221,26 @@ def hand_over(command: Command) -> NoReturn:
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
 
 
-def suggestion(
-    options: Mapping[str, object], *, size_bytes: int | None = None, gpu_bytes: int | None = None
-) -> str:
-    """Return the hint for who needs more than one GPU: the command line to type instead.
-
-    Args:
-        options: ours by name, as for `prepare`. ``tp`` is kept when it is there.
-        size_bytes: of the weights, and gpu_bytes of one GPU's memory; where both are known and
-            ``tp`` is not, they give the number of GPUs.
-    """
-    given = {
-        name: value
-        for name, value in options.items()
-        if value is not None and value is not False and name not in ("model_path", "api_key")
-    }
-    if not given.get("tp") and size_bytes is not None and gpu_bytes:
-        given["tp"] = least_tensor_parallel(size_bytes, gpu_bytes)
-    words = ["qtool", "serve", "--model-path", str(options["model_path"]), "--engine", "vllm"]
-    for name, value in given.items():
-        words += [_ours(name)] if value is True else [_ours(name), str(value)]
-    key = " --api-key ..." if options.get("api_key") else ""
-    return (
-        f"hand it to an engine that runs on several GPUs: `{shlex.join(words)}{key}`, or --engine "
-        "sglang"
-    )
-
-
-def least_tensor_parallel(size_bytes: int, gpu_bytes: int) -> int:
-    """Return the smallest power of two of GPUs that hold ``size_bytes`` of weights and leave room
-    for the KV cache.
-    """
-    return 1 << max(0, math.ceil(math.log2(size_bytes / (gpu_bytes * (1 - KEPT_FOR_CACHE)))))
-
-
 def _target(engine: str) -> Target:
     if engine not in targets():
         known = ("builtin", *targets())
         raise UsageError(
             "E_ENGINE",
-            f"`{engine}` is no engine to serve with",
+            f"unknown engine `{engine}`",
             hint=nearest(engine, known) or f"one of {', '.join(known)}",
         )
     return targets()[engine]
 
 
-def _one_quantization(options: Mapping[str, object]) -> dict[str, object]:
-    named = flag_named(_text(options.get("quantization")), _text(options.get("torchao_config")))
-    return {
-        **{name: value for name, value in options.items() if name != "torchao_config"},
-        "quantization": named and named.lower(),
-    }
-
-
-def _check(
-    checkpoint: Checkpoint, model_path: str, engine: str, settings: Mapping[str, object]
-) -> EngineReport:
+def _check(checkpoint: Checkpoint, engine: str, options: ServeOptions) -> EngineReport:
     """Return what ``engine``, in the version that is installed, does with the checkpoint on this
-    machine's GPU. Raises: CheckpointRefused.
+    machine's GPU.
+
+    Raises: CheckpointRefused, when it does not load it.
     """
-    ranks = int(str(settings.get("tp") or 1))
-    gpu = None if settings.get("device") == "cpu" else _gpu(str(settings.get("device") or "auto"))
+    ranks = options.tp or 1
+    model_path = options.model_path
+    gpu = None if options.device == "cpu" else _gpu(options.device or "auto")
     version = _installed_version(engine)
 
     def ask(name: str, version: str | None = None) -> EngineReport:
@@ -328,29 +271,32 @@ def _check(
     raise CheckpointRefused("E_ENGINE_REFUSES", message, hint="; ".join(hints))
 
 
-def _quantization(checkpoint: Checkpoint, name: str) -> dict[str, object]:
-    """Return what is left to say of ``--quantization``: all for a plain model, nothing where it is
-    what an engine reads from the checkpoint.
+def _is_quantized(checkpoint: Checkpoint) -> bool:
+    layout = formats.detect(checkpoint)
+    return layout is not None and bool(layout.modules)
+
+
+def _override(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return ``name`` where it rounds the inputs of a quantized checkpoint otherwise; None where it
+    is what an engine reads from the checkpoint.
     """
     layout = formats.detect(checkpoint)
     schemes = schemes_to_run(checkpoint, layout, name)
-    if layout is None or not layout.modules:
-        return {}
-    same = schemes == {layer: module.scheme for layer, module in layout.modules.items()}
-    return {"quantization": None, "override": None if same else name}
+    modules = layout.modules if layout else {}
+    same = schemes == {layer: module.scheme for layer, module in modules.items()}
+    return None if same else name
 
 
-def _check_nodes(settings: Mapping[str, object]) -> None:
-    nodes, rank = (
-        int(str(settings.get(name, default))) for name, default in (("nnodes", 1), ("node_rank", 0))
-    )
+def _check_nodes(options: ServeOptions) -> None:
+    nodes = options.nnodes or 1
+    rank = options.node_rank or 0
     if not 0 <= rank < nodes:
         raise UsageError(
             "E_NODES",
-            f"--node-rank {rank} is none of {nodes} nodes",
+            f"--node-rank is {rank}, and there are {nodes} nodes",
             hint="ranks count from 0; --nnodes is the same on all of them",
         )
-    if nodes > 1 and "dist_init_addr" not in settings:
+    if nodes > 1 and options.dist_init_addr is None:
         raise UsageError(
             "E_NODES",
             f"--nnodes {nodes} needs an address to meet at",
@@ -358,17 +304,18 @@ def _check_nodes(settings: Mapping[str, object]) -> None:
         )
 
 
-def _pick_gpu(settings: dict[str, object]) -> dict[str, str]:
-    """Return what shows the engine the one GPU that ``--device cuda:<n>`` names."""
-    device = str(settings.get("device", "auto"))
+def _visible_gpu(options: ServeOptions) -> dict[str, str]:
+    """Return the environment that shows the engine the one GPU of ``--device cuda:<n>``; empty
+    without that option.
+    """
+    device = options.device or "auto"
     if not device.startswith("cuda:"):
         return {}
-    if any(int(str(settings.get(name, 1))) > 1 for name in ("tp", "pp", "dp")):
+    if any((count or 1) > 1 for count in (options.tp, options.pp, options.dp)):
         hint = "leave --device out; CUDA_VISIBLE_DEVICES says which GPUs there are"
         raise UsageError(
             "E_DEVICE", f"--device {device} is one GPU, and more are asked for", hint=hint
         )
-    settings["device"] = "cuda"
     return {"CUDA_VISIBLE_DEVICES": _visible(device)}
 
 
@@ -387,45 +334,76 @@ def _visible(device: str) -> str:
     return shown[int(number)] if shown else number
 
 
-def _as_vllm_counts(settings: dict[str, object]) -> list[str]:
-    """Write the options that vLLM has in other parts or counts otherwise as it has them; return
-    what gets lost.
-    """
-    warnings = []
-    if isinstance(address := settings.pop("dist_init_addr", None), str):
-        host, _, port = address.rpartition(":") if not address.endswith("]") else (address, "", "")
-        settings["master_addr"] = (host or port).strip("[]")
+def _convert_to_vllm(options: ServeOptions, given: dict[str, object]) -> list[str]:
+    """Change ``given`` where vLLM splits an option or counts otherwise; return warnings."""
+    address = options.dist_init_addr
+    if address is not None:
+        del given["dist_init_addr"]
+        has_port = not address.endswith("]")
+        host, _, port = address.rpartition(":") if has_port else (address, "", "")
+        given["master_addr"] = (host or port).strip("[]")
         if host and port:
-            settings["master_port"] = port
-    if int(str(settings.get("node_rank", 0))) > 0:
-        settings["headless"] = True
-    running, queued, chunk = (
-        settings.get(name)
-        for name in ("max_running_requests", "max_queued_requests", "chunked_prefill_size")
-    )
-    if isinstance(queued, int):  # --max-num-queued-reqs counts those that run too
-        if isinstance(running, int):
-            settings["max_queued_requests"] = queued + running
-        else:
-            del settings["max_queued_requests"]
-            warnings.append(
-                "--max-queued-requests is left out: vLLM counts the running ones too; give "
-                "--max-running-requests with it"
-            )
+            given["master_port"] = port
+    if options.node_rank:
+        given["headless"] = True
+    return [*_convert_queue(options, given), *_convert_chunks(options, given)]
+
+
+def _convert_queue(options: ServeOptions, given: dict[str, object]) -> list[str]:
+    """Count the running requests among the queued ones, as --max-num-queued-reqs does."""
+    if options.max_queued_requests is None:
+        return []
+    if options.max_running_requests is not None:
+        given["max_queued_requests"] = options.max_queued_requests + options.max_running_requests
+        return []
+    del given["max_queued_requests"]
+    return [
+        "--max-queued-requests is left out: vLLM counts the running ones too; give "
+        "--max-running-requests with it"
+    ]
+
+
+def _convert_chunks(options: ServeOptions, given: dict[str, object]) -> list[str]:
+    chunk = options.chunked_prefill_size
+    running = options.max_running_requests
     if chunk == -1:
-        settings["no_chunked_prefill"] = True
-        del settings["chunked_prefill_size"]
-    # it refuses to start otherwise
-    elif isinstance(chunk, int) and isinstance(running, int) and chunk < running:
-        settings["chunked_prefill_size"] = running
-        warnings.append(
+        given["no_chunked_prefill"] = True
+        del given["chunked_prefill_size"]
+    # vLLM refuses to start otherwise
+    elif chunk is not None and running is not None and chunk < running:
+        given["chunked_prefill_size"] = running
+        return [
             f"--chunked-prefill-size {chunk} becomes {running}: vLLM takes no less than "
             "--max-running-requests"
-        )
-    return warnings
+        ]
+    return []
 
 
-def _theirs(engine: str, name: str, value: object, counterpart: Counterpart) -> str | None:
+def _pass_on(engine: str, name: str, value: object, counterpart: Counterpart) -> Command:
+    """Return the part of a command that passes one option on."""
+    flag = flag_of(name)
+    if counterpart.refused:
+        raise _refused(engine, name, value, counterpart.refused)
+    if counterpart.dropped:
+        warning = f"{flag} is left out: {counterpart.dropped}"
+        return Command(engine, (), warnings=(warning,))
+    version = _installed_version(engine) if counterpart.since else None
+    if version and numbers(version) < numbers(counterpart.since):
+        warning = f"{flag} is left out: {engine} {version} has no {counterpart.flag}"
+        return Command(engine, (), warnings=(warning,))
+    passed = _value_of(engine, name, value, counterpart)
+    if passed is None:
+        return Command(engine, ())
+    return Command(
+        engine,
+        arguments=tuple(_words(counterpart, passed, is_switch=value is True)),
+        environment={counterpart.environment: passed} if counterpart.environment else {},
+        warnings=(f"{flag}: {counterpart.note}",) if counterpart.note else (),
+    )
+
+
+def _value_of(engine: str, name: str, value: object, counterpart: Counterpart) -> str | None:
+    """Return the value of an option as the engine takes it; None where it needs no flag."""
     if counterpart.whole and isinstance(value, (int, float)):
         return str(math.ceil(value))
     text = str(value)
@@ -437,11 +415,11 @@ def _theirs(engine: str, name: str, value: object, counterpart: Counterpart) -> 
 
 
 def _refused(engine: str, name: str, value: object, reason: str) -> UsageError:
-    shown = "--quantization" if name == "override" else _ours(name)
+    shown = "--quantization" if name == "override" else flag_of(name)
     hint = f"{reason}; leave it out, or serve without --engine {engine}"
     if name == "quantization":
         hint = f"{reason}; or quantize once with `qtool quantize` and serve what it writes"
-    return UsageError("E_ENGINE_OPTION", f"{shown} {value} cannot be said to {engine}", hint=hint)
+    return UsageError("E_ENGINE_OPTION", f"{shown} {value} cannot be passed to {engine}", hint=hint)
 
 
 def _words(counterpart: Counterpart, value: str, *, is_switch: bool) -> list[str]:
@@ -459,14 +437,6 @@ def _words(counterpart: Counterpart, value: str, *, is_switch: bool) -> list[str
     )
 
 
-def _ours(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
 def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
     """Yield ``arguments`` with what follows a flag of `SECRETS` hidden; there may be several, and
     the flag may be written ``--flag=value``.
@@ -481,6 +451,20 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
         else:
             first = False
             yield HIDDEN if secret else word
+
+
+def _check_installed(engine: str, *, dry_run: bool) -> list[str]:
+    """Return a warning when ``engine`` is not installed, and it need not be.
+
+    Raises: ResourceError, when it must be.
+    """
+    if _is_installed(engine):
+        return []
+    message = f"{engine} is not installed in the environment of {sys.executable}"
+    hint = f"pip install {engine}"
+    if not dry_run:
+        raise ResourceError("E_NO_ENGINE_PACKAGE", message, hint=hint)
+    return [f"{message}: {hint}"]
 
 
 def _is_installed(engine: str) -> bool:

@@ -29,7 +29,7 @@ from qtool.runtime.online import schemes_to_run
 from qtool.serve.http.app import make_app
 from qtool.serve.http.limits import Bounds, Guard, bounded_connection
 from qtool.serve.service import Service
-from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, Settings, bind
+from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
@@ -39,7 +39,7 @@ LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
 OWN_FILES = 256  # open files beside connections
 
 
-def serve(settings: Settings, *, on_ready: Callable[[Service], None]) -> None:
+def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> None:
     """Serve until a signal ends it. ``on_ready`` is called once the model has answered.
 
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
@@ -85,7 +85,7 @@ class _Dropping(QueueHandler):
             self.queue.put_nowait(record)
 
 
-def _warn_of_strangers(settings: Settings) -> None:
+def _warn_of_strangers(settings: ServeSettings) -> None:
     if not settings.is_local and not settings.api_key:
         LOG.warning(
             "anybody who can reach port %d of %s can use the model: --api-key asks for a key, "
@@ -97,18 +97,19 @@ def _warn_of_strangers(settings: Settings) -> None:
         )
 
 
-def _check_quantization(settings: Settings) -> None:
+def _check_quantization(settings: ServeSettings) -> None:
     """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict
     the checkpoint in a folder.
     """
-    folder, name = Path(settings.model_path), settings.engine.get("quantization")
+    folder = Path(settings.model_path)
+    name = settings.quantization
     if name is not None and folder.is_dir():
         checkpoint = open_checkpoint(folder)
         schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
 async def _serve(
-    settings: Settings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]
+    settings: ServeSettings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]
 ) -> None:
     service = Service(settings)
     config = uvicorn.Config(

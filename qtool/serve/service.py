@@ -21,7 +21,7 @@ from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary
-from qtool.serve.settings import Settings
+from qtool.serve.settings import ServeSettings
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
@@ -91,7 +91,7 @@ class Service:
     ``state`` goes from loading to ready, then draining; ``failure`` says why it must end.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.failure: QtoolError | None = None
@@ -113,13 +113,12 @@ class Service:
         """Load everything, and let the model answer once. Raises: QtoolError."""
         settings = self.settings
         options = {
-            **settings.engine,
+            **vars(settings.engine_config),
             "model_path": settings.model_path,
-            "revision": settings.revision,
             "log_level": settings.log_level.upper(),
         }
         engine = asyncio.create_task(self.engine.start(options))
-        folder = Path(settings.engine.get("tokenizer_path") or settings.model_path)
+        folder = Path(settings.tokenizer_path or settings.model_path)
         try:
             # a name on the Hub: the engine's process finds it, and may be ended while it does
             if not folder.is_dir():

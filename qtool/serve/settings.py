@@ -1,74 +1,146 @@
-"""How a server is to run: what the command line says, and the bounds that keep it running."""
+"""Options of ``qtool serve`` as they are given, and the settings of qtool's own server."""
 
 from __future__ import annotations
 
 import errno
+import math
+import shlex
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
-from typing import Any
 
+from qtool.engine.config import EngineConfig
 from qtool.errors import ResourceError, UsageError
-from qtool.runtime.online import flag_named
+from qtool.options import bounded, check_bounds, flag_of, make_options
 from qtool.serve.api.tools.styles import style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
 BACKLOG = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FOR_SEVERAL = ("tp", "pp", "dp", "nnodes")
-ENGINE = (  # options that are arguments of `qtool.Engine`
-    "tokenizer_path",
-    "skip_tokenizer_init",
-    "device",
-    "dtype",
-    "kv_cache_dtype",
-    "mem_fraction_static",
-    "context_length",
-    "max_running_requests",
-    "max_total_tokens",
-    "chunked_prefill_size",
-    "disable_cuda_graph",
-    "disable_radix_cache",
-    "disable_overlap_schedule",
-    "random_seed",
-)
+SAMPLING_DEFAULTS = ("model", "openai")
+# share of a GPU's memory for KV cache, activations and graphs, when the number of GPUs is guessed
+KEPT_FOR_CACHE = 0.3
+MAX_PORT = 65535
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one server serves, where, and to whom.
+@dataclass(frozen=True, kw_only=True)
+class HandoverOptions:
+    """Options for several GPUs, which only other engines use."""
 
-    Args:
-        engine: arguments of `qtool.Engine`, without the model's path.
-        chat_template: a file in place of the checkpoint's template. tool_call_parser: how the model
-            writes calls, if its template does not show it.
-        sampling_defaults: ``model``, those of generation_config.json, or ``openai``.
-        max_queued_requests: completions that may wait for the engine; what comes beyond is told to
-            come back.
-        drain_timeout_s: seconds that requests have to end by themselves once the server is asked to
-            stop.
-    """
+    tp: int | None = bounded(None, 1)
+    """GPUs that share each layer.*"""
+
+    pp: int | None = bounded(None, 1)
+    """GPUs that share the layers out.*"""
+
+    dp: int | None = bounded(None, 1)
+    """Copies of the model.*"""
+
+    nnodes: int | None = bounded(None, 1)
+    """Machines.*"""
+
+    node_rank: int | None = bounded(None, 0)
+    """Rank of this machine, from 0.*"""
+
+    dist_init_addr: str | None = None
+    """HOST:PORT of the first machine.*"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(EngineConfig, HandoverOptions):
+    """Options of a server, for any engine; None and False stand for what was not given."""
 
     model_path: str
-    revision: str | None = None
-    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Checkpoint folder or Hub name."""
+
+    torchao_config: str | None = None
+    """The same by torchao's names, e.g. int4wo-128."""
+
+    enable_torch_compile: bool = False
+    """Compile decoder layers that qtool has no kernels for; starts take longer."""
+
     served_model_name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 30000
+    """The model's name for clients. [--model-path]"""
+
+    host: str | None = None
+    """Address to listen on; 0.0.0.0 is all of this machine's."""
+
+    port: int | None = bounded(None, 1, MAX_PORT)
+    """Port to listen on."""
+
     api_key: str | None = field(default=None, repr=False)
+    """What clients must send as Bearer token."""
+
     chat_template: str | None = None
+    """A Jinja file in place of the model's template."""
+
     tool_call_parser: str | None = None
-    sampling_defaults: str = "model"
-    max_queued_requests: int = 512
+    """hermes or llama3_json. [as the template shows]"""
+
+    sampling_defaults: str | None = None
+    """model: those of generation_config.json; openai: OpenAI's."""
+
+    max_queued_requests: int | None = bounded(None, 0)
+    """Requests that may wait for the engine; more get 429."""
+
     log_requests: bool = False
-    log_level: str = "info"
-    drain_timeout_s: float = 20.0
-    """With what comes after it less than the 30 that Kubernetes gives."""
+    """Write prompts to the log; else it has none."""
+
+    log_level: str | None = None
+    """debug, info, warning or error."""
+
+    drain_timeout_s: float | None = bounded(None, 0, whole=False)
+    """Seconds for requests to end after SIGTERM."""
+
+    trust_remote_code: bool = False
+    """Run model code of the checkpoint; the builtin engine never does.*"""
 
     def __post_init__(self) -> None:
-        if self.sampling_defaults not in ("model", "openai"):
+        if self.quantization is not None or self.torchao_config is not None:
+            # reads formats and recipes: help does without
+            from qtool.runtime.online import flag_named
+
+            name = flag_named(self.quantization, self.torchao_config)
+            object.__setattr__(self, "quantization", name)
+            object.__setattr__(self, "torchao_config", None)
+        self.check()
+
+    def check(self) -> None:
+        """Check what holds for every engine; each has further limits of its own."""
+        check_bounds(self, HandoverOptions)
+        check_bounds(self, ServeOptions)
+
+    def given(self) -> dict[str, object]:
+        """Return the options that were given, by name: those that differ from their default."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {
+            each.name: values[each.name]
+            for each in fields(self)
+            if values[each.name] != each.default
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ServeOptions):
+    """What qtool's own server serves, where, and to whom: options with their defaults filled in."""
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    sampling_defaults: str = "model"
+    max_queued_requests: int = 512
+    log_level: str = "info"
+    drain_timeout_s: float = 20.0
+    # with what comes after it less than the 30 s that Kubernetes gives
+
+    def check(self) -> None:
+        """Check every option by itself.
+
+        Raises: UsageError.
+        """
+        ServeOptions.check(self)
+        EngineConfig.check(self)
+        if self.sampling_defaults not in SAMPLING_DEFAULTS:
             raise UsageError(
                 "E_SAMPLING_DEFAULTS",
                 f"--sampling-defaults is `{self.sampling_defaults}`",
@@ -82,6 +154,12 @@ class Settings:
                 f"--log-level is `{self.log_level}`",
                 hint=f"one of {', '.join(LOG_LEVELS)}",
             )
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The options of the engine alone."""
+        names = [each.name for each in fields(EngineConfig)]
+        return EngineConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def name(self) -> str:
@@ -104,31 +182,65 @@ class Settings:
         except ValueError:
             return self.host == "localhost"
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings that clients may see, by name."""
+        config = vars(self.engine_config)
+        hidden = {each.name for each in fields(HandoverOptions)}
+        hidden |= {*config, "api_key", "torchao_config", "enable_torch_compile"}
+        hidden |= {"trust_remote_code"}
+        shown = {name: value for name, value in config.items() if value is not None}
+        own = {name: value for name, value in vars(self).items() if name not in hidden}
+        return {**shown, **own, "revision": self.revision}
 
-def make_settings(options: Mapping[str, Any]) -> Settings:
-    """Return the settings that the options of ``qtool serve`` name; those that are None have their
-    defaults.
+
+def make_settings(options: ServeOptions) -> ServeSettings:
+    """Return the settings of qtool's own server for ``options``.
 
     Raises: UsageError, for what this server cannot do.
     """
-    several = [name for name in FOR_SEVERAL if (options.get(name) or 1) != 1]
-    if several or options.get("dist_init_addr"):
-        from qtool.serve.handover import suggestion
-
+    counts = (options.tp, options.pp, options.dp, options.nnodes)
+    if any(count not in (None, 1) for count in counts) or options.dist_init_addr:
         raise UsageError(
             "E_ONE_GPU", "the builtin engine runs on one GPU", hint=suggestion(options)
         )
-    given = {name: value for name, value in options.items() if value is not None}
-    engine = {name: given[name] for name in ENGINE if name in given}
-    engine["quantization"] = flag_named(given.get("quantization"), given.get("torchao_config"))
-    engine["compile"] = "decode" if given.get("enable_torch_compile") else "off"
-    own = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
-    if "drain_timeout" in given:
-        own["drain_timeout_s"] = given["drain_timeout"]
-    return Settings(**own, engine=engine)
+    given = options.given()
+    if options.enable_torch_compile:
+        given["compile"] = "decode"
+    return make_options(ServeSettings, given)
 
 
-def bind(settings: Settings) -> socket.socket:
+def suggestion(
+    options: ServeOptions, *, size_bytes: int | None = None, gpu_bytes: int | None = None
+) -> str:
+    """Return the hint for who needs more than one GPU: the command line to type instead.
+
+    Args:
+        options: what was given. ``tp`` is kept when it is there.
+        size_bytes: the size of the weights.
+        gpu_bytes: the memory of one GPU; with ``size_bytes`` it gives ``tp`` when there is none.
+    """
+    given = options.given()
+    if not options.tp and size_bytes is not None and gpu_bytes:
+        given["tp"] = least_tensor_parallel(size_bytes, gpu_bytes)
+    del given["model_path"]
+    key = " --api-key ..." if given.pop("api_key", None) else ""
+    words = ["qtool", "serve", "--model-path", options.model_path, "--engine", "vllm"]
+    for name, value in given.items():
+        words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    return (
+        f"hand it to an engine that runs on several GPUs: `{shlex.join(words)}{key}`, or --engine "
+        "sglang"
+    )
+
+
+def least_tensor_parallel(size_bytes: int, gpu_bytes: int) -> int:
+    """Return the smallest power of two of GPUs that hold ``size_bytes`` of weights and leave room
+    for the KV cache.
+    """
+    return 1 << max(0, math.ceil(math.log2(size_bytes / (gpu_bytes * (1 - KEPT_FOR_CACHE)))))
+
+
+def bind(settings: ServeSettings) -> socket.socket:
     """Return a socket on the server's address.
 
     Raises: ResourceError, when it is taken or is not this machine's.

@@ -20,12 +20,11 @@ from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.serve.handover import (
     HIDDEN,
     Command,
-    least_tensor_parallel,
     make_command,
     prepare,
-    suggestion,
     targets,
 )
+from qtool.serve.settings import ServeOptions, least_tensor_parallel, suggestion
 
 KEY = "not-for-your-eyes"
 # Names of flags, without the dashes. vLLM 0.33.0: engine/arg_utils.py,
@@ -54,6 +53,21 @@ THEIRS = {
         tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num tool-call-parser tool-server tp-size trust-remote-code
         trust-request-chat-template""",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaterOptions(ServeOptions):
+    """With options that the command line does not have."""
+
+    grammar_backend: str | None = None
+    override: str | None = None
+    max_body_bytes: int | None = None
+
+
+def options_of(given):
+    return LaterOptions(**{"model_path": "M", **given})
+
+
 START = {
     "vllm": ["-m", "vllm.entrypoints.cli.main", "serve", "M"],
     "sglang": ["-m", "sglang.launch_server", "--model-path", "M"],
@@ -169,7 +183,7 @@ SAID = {  # options -> what vLLM is told beside START and ADDRESS, and what SGLa
             "log_requests": True,
             "random_seed": 0,
             "revision": "main",
-            "drain_timeout": 2.5,
+            "drain_timeout_s": 2.5,
         },
         [
             "--skip-tokenizer-init",
@@ -265,7 +279,7 @@ def not_installed(monkeypatch):
 def test_options_are_said_as_vllm_says_them(name):
     options, vllm, _ = SAID[name]
     start = [sys.executable, *START["vllm"]]
-    words = list(make_command("vllm", {"model_path": "M", **options}).arguments)
+    words = list(make_command("vllm", options_of(options)).arguments)
     assert words[:5] == start
     at = words.index("--host")
     assert words[at : at + 4] == ADDRESS
@@ -275,7 +289,7 @@ def test_options_are_said_as_vllm_says_them(name):
 @pytest.mark.parametrize("name", SAID)
 def test_options_are_said_as_sglang_says_them(name):
     options, _, sglang = SAID[name]
-    assert list(make_command("sglang", {"model_path": "M", **options}).arguments) == [
+    assert list(make_command("sglang", options_of(options)).arguments) == [
         sys.executable,
         *START["sglang"],
         *sglang,
@@ -308,7 +322,7 @@ def test_every_option_in_the_table_of_the_other_engine_has_an_answer(engine):
 
 
 def test_another_address_is_said_to_vllm_once():
-    words = make_command("vllm", {"model_path": "M", "host": "0.0.0.0", "port": 8000}).arguments
+    words = make_command("vllm", options_of({"host": "0.0.0.0", "port": 8000})).arguments
     assert [word for word in words if word.startswith("--")] == ["--host", "--port"]
     assert {"0.0.0.0", "8000"} <= set(words)
 
@@ -316,7 +330,7 @@ def test_another_address_is_said_to_vllm_once():
 @pytest.mark.parametrize("engine", THEIRS)
 def test_the_engines_own_arguments_come_last(engine):
     words = make_command(
-        engine, {"model_path": "M", "tp": 2}, ["--distributed-executor-backend", "ray"]
+        engine, options_of({"tp": 2}), ["--distributed-executor-backend", "ray"]
     ).arguments
     assert words[-2:] == ("--distributed-executor-backend", "ray")
 
@@ -329,7 +343,7 @@ def test_the_engines_own_arguments_come_last(engine):
         ("vllm", {"max_queued_requests": 10}, "counts the running ones too"),
         ("vllm", {"disable_cuda_graph": True}, "torch.compile off"),
         ("vllm", {"max_running_requests": 64, "chunked_prefill_size": 32}, "becomes 64"),
-        ("sglang", {"drain_timeout": 5.0}, "--drain-timeout is left out"),
+        ("sglang", {"drain_timeout_s": 5.0}, "--drain-timeout is left out"),
         ("sglang", {"api_key": KEY}, "process list"),
         (
             "sglang",
@@ -339,9 +353,7 @@ def test_the_engines_own_arguments_come_last(engine):
     ],
 )
 def test_what_gets_lost_is_told(engine, options, word):
-    assert any(
-        word in warning for warning in make_command(engine, {"model_path": "M", **options}).warnings
-    )
+    assert any(word in warning for warning in make_command(engine, options_of(options)).warnings)
 
 
 @pytest.mark.parametrize(
@@ -362,14 +374,17 @@ def test_what_gets_lost_is_told(engine, options, word):
 def test_an_option_that_changes_the_numbers_is_refused_where_it_cannot_be_said(engine, options):
     (value,) = options.values()
     with pytest.raises(UsageError, match=value) as caught:
-        make_command(engine, {"model_path": "M", **options})
+        make_command(engine, options_of(options))
     assert caught.value.code == "E_ENGINE_OPTION"
     assert "takes" in caught.value.hint or "rounds" in caught.value.hint
 
 
 def test_two_names_for_one_quantization_are_refused():
     with pytest.raises(UsageError, match="cannot both be meant"):
-        make_command("vllm", {"model_path": "M", "quantization": "fp8", "torchao_config": "int8wo"})
+        make_command(
+            "vllm",
+            options_of({"quantization": "fp8", "torchao_config": "int8wo"}),
+        )
 
 
 @pytest.mark.parametrize(
@@ -378,13 +393,13 @@ def test_two_names_for_one_quantization_are_refused():
 )
 def test_nodes_that_cannot_meet_are_refused(options):
     with pytest.raises(UsageError) as caught:
-        make_command("sglang", {"model_path": "M", **options})
+        make_command("sglang", options_of(options))
     assert caught.value.code == "E_NODES"
 
 
 def test_an_unknown_engine_is_answered_with_a_known_one():
     with pytest.raises(UsageError) as caught:
-        make_command("vlm", {"model_path": "M"})
+        make_command("vlm", options_of({}))
     assert "`vllm`" in caught.value.hint
 
 
@@ -394,7 +409,7 @@ def test_an_unknown_engine_is_answered_with_a_known_one():
 def test_one_of_several_gpus_is_picked_among_those_that_are_visible(monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for engine in THEIRS:
-        command = make_command(engine, {"model_path": "M", "device": "cuda:1"})
+        command = make_command(engine, options_of({"device": "cuda:1"}))
         assert command.environment == {"CUDA_VISIBLE_DEVICES": expected}
         assert "--device" not in command.arguments
 
@@ -403,19 +418,19 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     for device in ("cuda:1", "cuda:x", "cuda:-1"):
         with pytest.raises(UsageError) as caught:
-            make_command("vllm", {"model_path": "M", "device": device})
+            make_command("vllm", options_of({"device": device}))
         assert caught.value.code == "E_DEVICE"
 
 
 def test_one_gpu_and_two_ranks_are_refused():
     with pytest.raises(UsageError, match="more are asked for"):
-        make_command("sglang", {"model_path": "M", "device": "cuda:0", "tp": 2})
+        make_command("sglang", options_of({"device": "cuda:0", "tp": 2}))
 
 
 def test_an_old_engine_is_not_given_a_flag_it_lacks(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.25.1")
     command = make_command(
-        "vllm", {"model_path": "M", "max_running_requests": 8, "max_queued_requests": 8}
+        "vllm", options_of({"max_running_requests": 8, "max_queued_requests": 8})
     )
     assert "--max-num-queued-reqs" not in command.arguments
     assert any(
@@ -436,7 +451,7 @@ def test_an_old_engine_is_not_given_a_flag_it_lacks(monkeypatch):
 )
 def test_a_key_is_never_printed(engine, extra):
     for key in (KEY, f"-{KEY}"):
-        command = make_command(engine, {"model_path": "M", "api_key": key}, extra)
+        command = make_command(engine, options_of({"api_key": key}), extra)
         for shown in (
             str(command),
             repr(command),
@@ -449,7 +464,7 @@ def test_a_key_is_never_printed(engine, extra):
 
 
 def test_vllm_gets_its_key_where_the_process_list_does_not_show_it():
-    command = make_command("vllm", {"model_path": "M", "api_key": KEY})
+    command = make_command("vllm", options_of({"api_key": KEY}))
     assert command.environment == {"VLLM_API_KEY": KEY}
     assert KEY not in " ".join(command.arguments)
 
@@ -458,7 +473,13 @@ def test_the_printed_command_is_one_for_a_shell():
     shown = str(
         make_command(
             "vllm",
-            {"model_path": "a model's folder", "log_level": "debug", "grammar_backend": "xgrammar"},
+            options_of(
+                {
+                    "model_path": "a model's folder",
+                    "log_level": "debug",
+                    "grammar_backend": "xgrammar",
+                }
+            ),
         )
     )
     said = subprocess.run(
@@ -476,7 +497,9 @@ def test_the_printed_command_is_one_for_a_shell():
 def test_a_plain_model_is_prepared_without_the_engine_when_nothing_runs(
     engine, tiny_model, not_installed
 ):
-    command = prepare(engine, {"model_path": str(tiny_model), "quantization": "fp8"}, dry_run=True)
+    command = prepare(
+        engine, options_of({"model_path": str(tiny_model), "quantization": "fp8"}), dry_run=True
+    )
     assert isinstance(command, Command)
     assert str(tiny_model) in command.arguments
     assert "--quantization" in command.arguments
@@ -488,7 +511,7 @@ def test_an_engine_that_is_not_installed_is_named_with_the_line_that_installs_it
     engine, tiny_model, not_installed
 ):
     with pytest.raises(ResourceError) as caught:
-        prepare(engine, {"model_path": str(tiny_model)})
+        prepare(engine, options_of({"model_path": str(tiny_model)}))
     assert caught.value.exit_code == 4
     assert caught.value.hint == f"pip install {engine}"
 
@@ -497,7 +520,7 @@ def test_a_folder_with_the_engines_name_is_no_engine(tiny_model, tmp_path, monke
     (tmp_path / "vllm").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ResourceError):
-        prepare("vllm", {"model_path": str(tiny_model)})
+        prepare("vllm", options_of({"model_path": str(tiny_model)}))
 
 
 def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(
@@ -507,24 +530,26 @@ def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(
     with pytest.raises(
         CheckpointRefused, match=r"act-order in groups \(desc_act\) is no longer run"
     ) as caught:
-        prepare("vllm", {"model_path": str(folder)})
+        prepare("vllm", options_of({"model_path": str(folder)}))
     assert caught.value.code == "E_ENGINE_REFUSES"
     assert "sglang loads it: --engine sglang" in caught.value.hint
     assert "qtool inspect --model-path" in caught.value.hint
-    assert prepare("sglang", {"model_path": str(folder)}, dry_run=True).arguments[-1] == str(folder)
+    assert prepare("sglang", options_of({"model_path": str(folder)}), dry_run=True).arguments[
+        -1
+    ] == str(folder)
 
 
 def test_of_several_reasons_the_first_are_told(tmp_path, not_installed):
     folder = build(tmp_path / "m", Gptq()).path
     with pytest.raises(CheckpointRefused, match="3 ranks; and 8 more"):
-        prepare("vllm", {"model_path": str(folder), "tp": 3}, dry_run=True)
+        prepare("vllm", options_of({"model_path": str(folder), "tp": 3}), dry_run=True)
 
 
 def test_groups_that_the_ranks_would_cut_are_refused(tmp_path, not_installed):
     folder = build(tmp_path / "m", Gptq()).path
-    prepare("vllm", {"model_path": str(folder), "tp": 2}, dry_run=True)
+    prepare("vllm", options_of({"model_path": str(folder), "tp": 2}), dry_run=True)
     with pytest.raises(CheckpointRefused, match="85 inputs on each rank of 3"):
-        prepare("vllm", {"model_path": str(folder), "tp": 3}, dry_run=True)
+        prepare("vllm", options_of({"model_path": str(folder), "tp": 3}), dry_run=True)
 
 
 def test_a_card_that_is_too_old_is_asked_of_the_driver(tmp_path, monkeypatch):
@@ -535,10 +560,10 @@ def test_a_card_that_is_too_old_is_asked_of_the_driver(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    prepare("vllm", {"model_path": str(folder)}, dry_run=True)
+    prepare("vllm", options_of({"model_path": str(folder)}), dry_run=True)
     for pick in ({"device": "cuda:1"}, {}):
         with pytest.raises(CheckpointRefused, match=r"on 7\.0"):
-            prepare("vllm", {"model_path": str(folder), **pick}, dry_run=True)
+            prepare("vllm", options_of({"model_path": str(folder), **pick}), dry_run=True)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
 
 
@@ -546,11 +571,15 @@ def test_a_true_word_about_a_quantized_checkpoint_need_not_be_passed_on(tmp_path
     folder = build(tmp_path / "m", Gptq()).path
     for engine in THEIRS:
         command = prepare(
-            engine, {"model_path": str(folder), "quantization": "gptq_marlin"}, dry_run=True
+            engine,
+            options_of({"model_path": str(folder), "quantization": "gptq_marlin"}),
+            dry_run=True,
         )
         assert "--quantization" not in command.arguments
         with pytest.raises(UsageError, match="`awq` does not fit"):
-            prepare(engine, {"model_path": str(folder), "quantization": "awq"}, dry_run=True)
+            prepare(
+                engine, options_of({"model_path": str(folder), "quantization": "awq"}), dry_run=True
+            )
 
 
 def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(
@@ -558,12 +587,12 @@ def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(
 ):
     folder = build(tmp_path / "m", int8(inputs={"strategy": "tensor", "dynamic": False})).path
     options = {"model_path": str(folder), "quantization": "w8a8_int8"}
-    assert prepare("sglang", options, dry_run=True).arguments[-2:] == (
+    assert prepare("sglang", options_of(options), dry_run=True).arguments[-2:] == (
         "--quantization",
         "w8a8_int8",
     )
-    with pytest.raises(UsageError, match="--quantization w8a8_int8 cannot be said to vllm"):
-        prepare("vllm", options, dry_run=True)
+    with pytest.raises(UsageError, match="--quantization w8a8_int8 cannot be passed to vllm"):
+        prepare("vllm", options_of(options), dry_run=True)
 
 
 ENGINE = """
@@ -585,8 +614,10 @@ def test_the_process_becomes_the_engines(engine, module, tiny_model, tmp_path):
     code = f"""
 import os
 from qtool.serve.handover import hand_over, prepare
+from qtool.serve.settings import ServeOptions
 print(os.getpid())  # not flushed: the pipe gets it only if it is flushed before the process is replaced
-hand_over(prepare({engine!r}, {{"model_path": {str(tiny_model)!r}, "port": 8001, "api_key": {KEY!r}}}, ["--seed", "3"]))
+options = ServeOptions(model_path={str(tiny_model)!r}, port=8001, api_key={KEY!r})
+hand_over(prepare({engine!r}, options, ["--seed", "3"]))
 """
     environment = {
         **os.environ,
@@ -622,7 +653,9 @@ def test_a_model_of_the_hub_is_served_as_it_was_checked_under_the_name_that_was_
     }
     code = """
 from qtool.serve.handover import prepare
-print("\\n".join(prepare("sglang", {"model_path": "org/tiny", "revision": "v1.0"}, dry_run=True).arguments))
+from qtool.serve.settings import ServeOptions
+options = ServeOptions(model_path="org/tiny", revision="v1.0")
+print("\\n".join(prepare("sglang", options, dry_run=True).arguments))
 """
     with HubServer({"org/tiny": files}) as server:
         # a library of another test may have set some
@@ -647,7 +680,9 @@ def test_handing_over_needs_no_torch(tiny_model, run_python):
     code = f"""
         import sys
         from qtool.serve.handover import prepare
-        prepare("vllm", {{"model_path": {str(tiny_model)!r}, "quantization": "fp8"}}, dry_run=True)
+        from qtool.serve.settings import ServeOptions
+        options = ServeOptions(model_path={str(tiny_model)!r}, quantization="fp8")
+        prepare("vllm", options, dry_run=True)
         print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
     """
     assert run_python(code) == "[]"
@@ -662,7 +697,7 @@ def test_the_suggestion_is_the_command_to_type_instead():
         "quantization": None,
         "api_key": KEY,
     }
-    said = suggestion(options)
+    said = suggestion(options_of(options))
     assert (
         "`qtool serve --model-path 'my model' --engine vllm --tp 2 --port 8000 "
         "--trust-remote-code --api-key ...`" in said
@@ -671,10 +706,8 @@ def test_the_suggestion_is_the_command_to_type_instead():
 
 
 def test_the_suggestion_counts_the_gpus_a_model_needs():
-    assert "--tp 4" in suggestion({"model_path": "M"}, size_bytes=140 << 30, gpu_bytes=80 << 30)
-    assert "--tp 2" in suggestion(
-        {"model_path": "M", "tp": 2}, size_bytes=140 << 30, gpu_bytes=80 << 30
-    )
+    assert "--tp 4" in suggestion(options_of({}), size_bytes=140 << 30, gpu_bytes=80 << 30)
+    assert "--tp 2" in suggestion(options_of({"tp": 2}), size_bytes=140 << 30, gpu_bytes=80 << 30)
 
 
 @given(size=st.integers(1, 1 << 42), memory=st.integers(1 << 30, 1 << 38))

@@ -23,7 +23,7 @@ import uvicorn
 from support.server import Server
 
 from qtool.serve.http.limits import Bounds, Guard, bounded_connection
-from qtool.serve.settings import Settings
+from qtool.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
 SOON_S = 5.0  # 1 s is what a machine with nothing else to do needs at most
@@ -894,7 +894,7 @@ def guarded() -> Iterator[tuple[int, threading.Event]]:
     async def application(scope, receive, send):
         await echo({**scope, "app": {"left": left}}, receive, send)
 
-    guard = Guard(application, Settings(model_path=""), SLOW)
+    guard = Guard(application, ServeSettings(model_path=""), SLOW)
     config = uvicorn.Config(
         guard,
         http=bounded_connection(SLOW),

@@ -14,7 +14,7 @@ from qtool.engine.sampling_params import SamplingParams
 from qtool.serve.backend.engine_client import Ending, Logprob, Piece
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.vocabulary import Offsets, Vocabulary
-from qtool.serve.settings import Settings
+from qtool.serve.settings import ServeSettings
 
 LOG = logging.getLogger("qtool.serve")
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
@@ -183,7 +183,7 @@ class Account:
         )
 
 
-def log_request(prompts: object, params: SamplingParams, settings: Settings) -> None:
+def log_request(prompts: object, params: SamplingParams, settings: ServeSettings) -> None:
     """Write what is asked for to the log, if the server is to show it."""
     if settings.log_requests:
         LOG.info("request: %s, %s", json.dumps(prompts, ensure_ascii=False), params)

@@ -260,13 +260,14 @@ def _with_more_gpus(options: dict[str, Any]) -> str:
     import torch
 
     from qtool.checkpoint import open_checkpoint, resolve_model
-    from qtool.serve.handover import suggestion
+    from qtool.serve.settings import ServeOptions, suggestion
 
     size = open_checkpoint(
         resolve_model(options["model_path"], revision=options.get("revision"))
     ).size_bytes
     memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    return suggestion({"model_path": options["model_path"]}, size_bytes=size, gpu_bytes=memory)
+    given = ServeOptions(model_path=options["model_path"])
+    return suggestion(given, size_bytes=size, gpu_bytes=memory)
 
 
 def main(descriptor: int) -> None:

@@ -340,9 +340,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def get_model_info() -> ModelInfo:
         """Return what the model is."""
         service.check_ready()
-        tokenizer_path = (
-            service.settings.engine.get("tokenizer_path") or service.settings.model_path
-        )
+        tokenizer_path = service.settings.tokenizer_path or service.settings.model_path
         return ModelInfo(
             model_path=service.settings.model_path,
             tokenizer_path=str(tokenizer_path),
@@ -353,23 +351,14 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def get_server_info() -> Response:
         """Return how the server runs, and what it does now."""
         service.check_ready()
-        settings = {
-            name: value
-            for name, value in asdict(service.settings).items()
-            if name not in ("api_key", "engine")
-        }
         facts = {
             name: value
             for name, value in asdict(service.facts).items()
             if name not in ("tokenizer", "tokenizer_path", "eos_ids", "model_path")
         }
-        engine = {
-            name: value for name, value in service.settings.engine.items() if value is not None
-        }
         load = await _load(service)
         flags = {
-            **engine,
-            **settings,
+            **service.settings.to_dict(),
             **facts,
             "served_model_name": service.settings.name,
             "status": service.state,

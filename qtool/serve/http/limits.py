@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from qtool.serve.settings import RETRY_AFTER_S, Settings
+from qtool.serve.settings import RETRY_AFTER_S, ServeSettings
 
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})  # without a key
 LEAST_TAKEN = 64 << 10  # bytes that a reader takes in `Bounds.stall_s`, or all there is for it
@@ -74,7 +74,7 @@ class Guard:
     refuses.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, bounds: Bounds) -> None:
+    def __init__(self, app: ASGIApp, settings: ServeSettings, bounds: Bounds) -> None:
         self._app, self._settings, self._bounds = app, settings, bounds
         self._key = settings.api_key.encode() if settings.api_key else None
         self._held = 0
