@@ -84,7 +84,8 @@ def _hand_over(
 def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
-    from qtool.runtime.load import device_named, plan_load
+    from qtool.runtime.devices import device_named
+    from qtool.runtime.load_plan import plan_load
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
     plan = plan_load(checkpoint, device_named(settings.device), settings.quantization)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qtool.quantization import Request
-    from qtool.runtime.load import Group, LoadPlan
+    from qtool.runtime.load_plan import Group, LoadPlan
 
 
 def methods_dict(with_experimental: bool) -> list[dict[str, Any]]:

@@ -32,7 +32,9 @@ from qtool.engine.scheduler import Limits, SequenceState
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.options import make_options
-from qtool.runtime.load import cache_scales, device_named, materialize, plan_load
+from qtool.runtime.devices import device_named
+from qtool.runtime.load import cache_scales, materialize
+from qtool.runtime.load_plan import plan_load
 
 LOG = logging.getLogger("qtool.engine")
 Result = dict[str, Any]

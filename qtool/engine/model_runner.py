@@ -42,8 +42,8 @@ from qtool.engine.step_buffer import (
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.experts import ExpertStack
 from qtool.runtime.kernels import current
-from qtool.runtime.linear import ExpertStack
 
 LOG = logging.getLogger("qtool.engine")
 # Steps of a start that make kernels compile before they are wanted, after the largest.

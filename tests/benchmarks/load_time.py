@@ -27,7 +27,8 @@ def main() -> None:
 
     from qtool.checkpoint import open_checkpoint
     from qtool.runtime.linear import QuantizedLinear
-    from qtool.runtime.load import materialize, plan_load
+    from qtool.runtime.load import materialize
+    from qtool.runtime.load_plan import plan_load
 
     device = torch.device(options.device)
     for attempt in ("first", "second", "third"):

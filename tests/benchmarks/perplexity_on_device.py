@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.runtime.linear import QuantizedLinear
-from qtool.runtime.load import materialize, plan_load
+from qtool.runtime.load import materialize
+from qtool.runtime.load_plan import plan_load
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-python-llama"
 

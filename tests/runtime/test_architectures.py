@@ -12,9 +12,11 @@ import qtool
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
 from qtool.evaluation.perplexity import load_dequantized
+from qtool.runtime.experts import ExpertStack
 from qtool.runtime.kernels import KERNELS, Choice, LinearSpec
-from qtool.runtime.linear import ExpertStack, QuantizedLinear
+from qtool.runtime.linear import QuantizedLinear
 from qtool.runtime.load import load
+from qtool.runtime.load_plan import cached_choice
 from qtool.scheme import SCHEMES
 from qtool.weight import dequantize, fake_quantize_input, quantize
 
@@ -144,13 +146,11 @@ def only_plain():
     """Let the plain kernel multiply, which is exact: another order of a sum moves a code of the
     next input, or sends a token to another expert.
     """
-    from qtool.runtime import load as module
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KERNELS, "cpu", ("reference",))
-        module._choose.cache_clear()
+        cached_choice.cache_clear()
         yield
-    module._choose.cache_clear()
+    cached_choice.cache_clear()
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.runtime.kernels import KERNELS
 from qtool.runtime.linear import FusedLinear, QuantizedLinear
-from qtool.runtime.load import _choose, load, plan_load
+from qtool.runtime.load import load
+from qtool.runtime.load_plan import cached_choice, plan_load
 from qtool.scheme import SCHEMES
 from qtool.weight import quantize
 
@@ -153,7 +154,7 @@ def test_the_model_compiles_whole(sample):
 
 def test_a_layer_that_no_kernel_takes_is_told_of_once(sample, monkeypatch):
     monkeypatch.setitem(KERNELS, "cpu", ("int4pack", "reference"))
-    _choose.cache_clear()
+    cached_choice.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load(sample("ct/MXFP4"), device="cpu")
@@ -162,7 +163,7 @@ def test_a_layer_that_no_kernel_takes_is_told_of_once(sample, monkeypatch):
         for warning in said
         if "dequantized at every step" in str(warning.message)
     ]
-    _choose.cache_clear()
+    cached_choice.cache_clear()
     assert len(mine) == 1
     assert "MXFP4" in mine[0]
 
@@ -313,7 +314,8 @@ import sys, torch, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 from qtool.checkpoint import open_checkpoint
-from qtool.runtime.load import materialize, plan_load
+from qtool.runtime.load import materialize
+from qtool.runtime.load_plan import plan_load
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -1,0 +1,54 @@
+"""Which device and dtype a name stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from qtool.errors import ResourceError, UsageError
+
+DTYPES = {
+    **{
+        "auto": None,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float32": torch.float32,
+    },
+    **{"half": torch.float16, "float": torch.float32},
+}
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Return the device ``name``, or the best there is.
+
+    Raises: UsageError for no name of a device, ResourceError for one that is missing.
+    """
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(str(name).lower())
+    except RuntimeError as error:
+        raise UsageError(
+            "E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            "E_DEVICE", f"there are no kernels for `{device.type}`", hint="cpu, cuda or cuda:1"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(
+            "E_NO_DEVICE",
+            f"`{name}` is not there: torch sees {torch.cuda.device_count()} CUDA devices",
+            hint="use --device cpu",
+        )
+    return device
+
+
+def dtype_named(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype ``name``, None for ``auto``.
+
+    Raises: UsageError for one that models are not computed in.
+    """
+    plain = str(name or "auto").removeprefix("torch.").lower()
+    if plain not in DTYPES:
+        raise UsageError("E_DTYPE", f"`{name}` is no dtype to compute in", hint=", ".join(DTYPES))
+    return DTYPES[plain]
