@@ -5,6 +5,8 @@ generated, the tests compare them and check links, paths, commands and Python co
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -19,6 +21,7 @@ from support.imports import PACKAGE
 from test_layers import ORDER
 
 import qtool
+from qtool.options import field_docs
 
 ROOT = PACKAGE.parent
 FOLDERS = {"": "*.md", "docs": "*.md", "qtool": "*.md", "recipes": "*.md", "examples": "**/*.md"}
@@ -46,9 +49,23 @@ def help_of(command: str) -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
+def fields_of(name: str) -> str:
+    """Return the fields of the dataclass called ``name`` as a table: default and meaning."""
+    module, _, kind = name.rpartition(".")
+    options = getattr(importlib.import_module(module), kind)
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    docs = field_docs(options)
+    for field in dataclasses.fields(options):
+        rows.append(f"| `{field.name}` | `{field.default!r}` | {docs[field.name]} |")
+    return "\n".join(rows).replace("<n>", "N")
+
+
 def generated(what: str) -> str:
     """Return the text of the block called ``what``."""
-    return error_codes.documented() if what == "error codes" else help_of(what)
+    if what == "error codes":
+        return error_codes.documented()
+    kind, _, name = what.partition(" ")
+    return fields_of(name) if kind == "fields" else help_of(what)
 
 
 def blocks() -> Iterator[tuple[Path, str, str]]:
