@@ -29,6 +29,7 @@ from qtool.checkpoint import (
     stage_output,
 )
 from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.devices import check_device_name
 from qtool.errors import (
     BackendFailed,
     InputRefused,
@@ -49,6 +50,7 @@ from qtool.events import (
 from qtool.formats import check_values, detect
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
+from qtool.sizes import format_size
 
 
 class Options(TypedDict, total=False):
@@ -144,7 +146,7 @@ class QuantizeResult:
         lines = [
             f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules "
             f"quantized in {self.seconds:.1f} s",
-            f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB "
+            f"size: {format_size(self.bytes_before)} -> {format_size(self.bytes_after)} "
             f"({self.bytes_after / self.bytes_before:.0%})",
         ]
         if self.calibration:
@@ -200,7 +202,7 @@ def prepare(
     if (save or restore) and recipe.backend != "modelopt":
         message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
         raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
-    device = _device(options.get("device", "auto"))
+    device = check_device_name(options.get("device", "auto"))
     read_data = recipe.needs_data and not restore and (need_data or recipe.calibration.source)
     calibration = _calibration(recipe) if read_data else None
     trust_remote_code = options.get("trust_remote_code", False)
@@ -417,15 +419,6 @@ def _calibration(recipe: Recipe) -> CalibrationSpec:
     )
     check_source(spec)
     return spec
-
-
-def _device(device: str) -> str:
-    index = device.removeprefix("cuda:")
-    if device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and index.isdecimal()):
-        return device
-    raise UsageError(
-        "E_DEVICE", f"unknown device `{device}`", hint="one of auto, cpu, cuda, cuda:<n>"
-    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -29,7 +29,8 @@ from pydantic import (
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.scheme import Scheme, scheme_from
 
-BACKEND_NAMES = ("llmcompressor", "gptqmodel", "modelopt", "torchao")
+BackendName = Literal["llmcompressor", "gptqmodel", "modelopt", "torchao"]
+BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
 MAX_RECIPE_BYTES = 1 << 20
 # PyYAML raises all of them
 YAML_ERRORS = (
@@ -221,7 +222,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     summary: str
     aliases: tuple[str, ...] = ()
-    backend: Literal["llmcompressor", "gptqmodel", "modelopt", "torchao"]
+    backend: BackendName
     scheme: SchemeField | None = None
     algorithm: tuple[StepField, ...] = (Rtn(),)
     kv_cache: Literal["fp8", "nvfp4"] | None = None

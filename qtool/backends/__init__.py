@@ -19,7 +19,7 @@ from qtool.errors import RecipeRefused
 from qtool.plan import Plan
 from qtool.scheme import Scheme
 
-BACKENDS: Mapping[str, str] = {  # name in a recipe -> class, imported when first asked for
+BACKENDS: Mapping[str, str] = {  # one of `BACKEND_NAMES` -> its class, imported when first used
     "gptqmodel": "qtool.backends.gptqmodel:GPTQModelBackend",
     "llmcompressor": "qtool.backends.llmcompressor:LLMCompressorBackend",
     "modelopt": "qtool.backends.modelopt:ModelOptBackend",

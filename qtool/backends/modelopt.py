@@ -23,6 +23,7 @@ from qtool.modules import is_expert
 from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
+from qtool.sizes import format_size
 
 PRESETS = {  # scheme -> the library's configuration with these numbers
     SCHEMES["FP8"]: "FP8_DEFAULT_CFG",
@@ -120,7 +121,7 @@ def _load(work: Work) -> Any:
     if not fits and work.job.state_save:
         message = (
             "a state is kept only of a model that fits the GPU: "
-            f"{work.plan.bytes_before / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"{format_size(work.plan.bytes_before)}, {format_size(free)} are free"
         )
         raise ResourceError(
             "E_GPU_MEMORY", message, hint="leave --checkpoint-save-path out, or use --device cpu"

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
 from qtool.calibration import CalibrationSpec, load_calibration
 from qtool.checkpoint import open_checkpoint
+from qtool.devices import gpu_number
 from qtool.errors import (
     BackendFailed,
     CheckpointRefused,
@@ -52,6 +53,7 @@ from qtool.events import (
 )
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
+from qtool.sizes import format_size
 
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
@@ -165,8 +167,8 @@ def _died(status: int, plan: Plan, job: Job, library: str) -> QtoolError:
         needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         message = (
-            f"{library} was killed, most likely for memory: about {needed / 1e9:.1f} GB were "
-            f"needed, this machine has {have / 1e9:.1f} GB"
+            f"{library} was killed, most likely for memory: about {format_size(needed)} were "
+            f"needed, this machine has {format_size(have)}"
         )
         return ResourceError(
             "E_OUT_OF_MEMORY",
@@ -181,24 +183,23 @@ def _device_environment(device: str) -> dict[str, str]:
     """Return the variables that show a worker only ``device``."""
     if device == "cpu":
         return {"CUDA_VISIBLE_DEVICES": ""}
-    if device.startswith("cuda:"):
-        index = int(device.removeprefix("cuda:"))
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is None:
-            return {"CUDA_VISIBLE_DEVICES": str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        listed = [entry for entry in visible.split(",") if entry]
-        if index >= len(listed):
-            message = (
-                f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} "
-                "devices"
-            )
-            raise ResourceError(
-                "E_NO_DEVICE",
-                message,
-                hint="devices are counted from 0 among those that are visible",
-            )
-        return {"CUDA_VISIBLE_DEVICES": listed[index]}
-    return {}
+    index = gpu_number(device)
+    if index is None:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return {"CUDA_VISIBLE_DEVICES": str(index), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    listed = [entry for entry in visible.split(",") if entry]
+    if index >= len(listed):
+        message = (
+            f"device `{device}` was asked for and CUDA_VISIBLE_DEVICES shows {len(listed)} devices"
+        )
+        raise ResourceError(
+            "E_NO_DEVICE",
+            message,
+            hint="devices are counted from 0 among those that are visible",
+        )
+    return {"CUDA_VISIBLE_DEVICES": listed[index]}
 
 
 class _PipeReporter:

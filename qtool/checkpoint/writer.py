@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.errors import OutputTaken, ResourceError, UsageError
+from qtool.sizes import format_size
 
 CHUNK_BYTES = 4 << 20
 SAMPLE_EVERY, SAMPLE_BYTES = 64 << 20, 64 << 10
@@ -155,8 +156,8 @@ def check_disk(folder: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         message = (
-            f"{folder.parent}: {need_bytes / 1e9:.2f} GB are needed for the output and "
-            f"{free / 1e9:.2f} GB are free"
+            f"{folder.parent}: {format_size(need_bytes)} are needed for the output and "
+            f"{format_size(free)} are free"
         )
         raise ResourceError(
             "E_DISK", message, hint="free some space, or write to another disk with --output"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.plan import sizes_by_kind
 from qtool.recipe import Auto, Recipe, catalogue
+from qtool.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,10 +86,12 @@ def plan(request: Request) -> RenderableType:
     for heading in ("module", "scheme", "count", "before", "after"):
         table.add_column(heading, justify="left" if heading in ("module", "scheme") else "right")
     for (kind, scheme), (count, before, after) in sizes_by_kind(plan).items():
-        table.add_row(kind, scheme, str(count), _size(before), _size(after))
+        table.add_row(kind, scheme, str(count), format_size(before), format_size(after))
     rest = plan.bytes_before - sum(module.bytes_before for module in plan.modules)
-    table.add_row("embeddings, norms", "16 bit", "", _size(rest), _size(rest))
-    table.add_row("all", "", "", _size(plan.bytes_before), _size(plan.bytes_after), style="bold")
+    table.add_row("embeddings, norms", "16 bit", "", format_size(rest), format_size(rest))
+    table.add_row(
+        "all", "", "", format_size(plan.bytes_before), format_size(plan.bytes_after), style="bold"
+    )
     whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
     kv_cache = f", {recipe.kv_cache} scales for the KV cache" if recipe.kv_cache else ""
     missing = (
@@ -102,12 +105,12 @@ def plan(request: Request) -> RenderableType:
         else "no calibration data"
     )
     memory = (
-        f"about {_size(by_layer)} (layer by layer)"
+        f"about {format_size(by_layer)} (layer by layer)"
         if recipe.backend == "gptqmodel"
-        else f"about {_size(whole)}"
+        else f"about {format_size(whole)}"
     )
     gpu = (
-        f", on the GPU about {_size(by_layer)}"
+        f", on the GPU about {format_size(by_layer)}"
         if recipe.backend == "llmcompressor" and recipe.needs_data
         else ""
     )
@@ -136,10 +139,6 @@ def _native_gpu(recipe: Recipe) -> str:
         ["sm_89"] if recipe.kv_cache else []
     )
     return max(natives, key=lambda native: int(native.removeprefix("sm_")))
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.2f} MB"
 
 
 def kernels(plan: LoadPlan) -> RenderableType:

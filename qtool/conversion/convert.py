@@ -28,6 +28,7 @@ from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.events import NoteEvent, OnEvent
 from qtool.formats import detect
 from qtool.scheme import scheme_from
+from qtool.sizes import format_size
 
 if TYPE_CHECKING:
     from qtool.conversion.plan import Conversion
@@ -65,7 +66,7 @@ class ConversionResult:
             [
                 f"{self.output}: {self.source_format} -> {self.format}, {self.layers} layers, "
                 f"{how}, {self.seconds:.1f} s",
-                f"size: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB in "
+                f"size: {format_size(self.bytes_before)} -> {format_size(self.bytes_after)} in "
                 f"{self.files} file{'s' if self.files > 1 else ''}",
                 *(f"note: {note}" for note in self.notes),
             ]

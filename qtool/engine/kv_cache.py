@@ -13,6 +13,7 @@ import torch
 
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry
 from qtool.errors import ResourceError
+from qtool.sizes import format_size
 
 CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
 
@@ -157,7 +158,7 @@ def cache_room(device: torch.device, *, static_share: float, step_bytes: int, bu
         return room
     lowered = free - step_bytes
     warnings.warn(
-        f"the KV cache gets {lowered / 1e9:.1f} GB instead of {room / 1e9:.1f}: "
+        f"the KV cache gets {format_size(lowered)} instead of {format_size(room)}: "
         f"a step of {budget} tokens needs the rest",
         stacklevel=2,
     )
@@ -183,7 +184,7 @@ def count_pages(
         hint = "raise mem_fraction_static or lower chunked_prefill_size"
     raise ResourceError(
         "E_KV_CACHE",
-        f"{room / 1e9:.1f} GB are left for the KV cache, which is "
+        f"{format_size(room)} are left for the KV cache, which is "
         f"{room // size_bytes * PAGE} tokens",
         hint=f"{hint}; or lower max_total_tokens",
     )

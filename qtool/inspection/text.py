@@ -11,6 +11,7 @@ from qtool.inspection.comparison import Comparison
 from qtool.inspection.deep import DeepReport
 from qtool.inspection.engines import EngineReport
 from qtool.inspection.report import Inspection, Module, Row
+from qtool.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,15 +54,13 @@ def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]
 def _summary(inspection: Inspection) -> str:
     millions = inspection.parameters / 1e6
     tied = "tied" if inspection.tied_embeddings else "not tied"
-    size_mb = inspection.size_bytes / 1e6
-    unquantized_mb = inspection.unquantized_bytes / 1e6
     return "\n".join(
         (
             f"{inspection.name}: {inspection.architecture}, {millions:,.2f} M parameters",
             f"format {inspection.format or 'none (not quantized)'}, KV cache "
             f"{inspection.kv_cache or 'not quantized'}, embeddings {tied}",
-            f"{size_mb:,.2f} MB, {inspection.bits_per_weight:.2f} bits per weight; in 16 bits "
-            f"{unquantized_mb:,.2f} MB",
+            f"{format_size(inspection.size_bytes)}, {inspection.bits_per_weight:.2f} bits per "
+            f"weight; in 16 bits {format_size(inspection.unquantized_bytes)}",
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qtool.devices import AUTO, check_device_name
 from qtool.errors import ResourceError, UsageError
 
 DTYPES = {
@@ -20,20 +21,12 @@ DTYPES = {
 def device_named(name: str | torch.device | None) -> torch.device:
     """Return the device ``name``, or the best there is.
 
-    Raises: UsageError for no name of a device, ResourceError for one that is missing.
+    Raises: UsageError for an unknown device, ResourceError for one that is missing.
     """
-    if name in (None, "auto"):
+    name = check_device_name(str(name or AUTO).lower())
+    if name == AUTO:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(str(name).lower())
-    except RuntimeError as error:
-        raise UsageError(
-            "E_DEVICE", f"`{name}` is no device", hint="cpu, cuda or cuda:1"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(
-            "E_DEVICE", f"there are no kernels for `{device.type}`", hint="cpu, cuda or cuda:1"
-        )
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(
             "E_NO_DEVICE",

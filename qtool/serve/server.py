@@ -30,6 +30,7 @@ from qtool.serve.http.app import make_app
 from qtool.serve.http.limits import Bounds, Guard, bounded_connection
 from qtool.serve.service import Service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
+from qtool.sizes import format_size
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
@@ -165,11 +166,7 @@ async def _watch(service: Service, server: uvicorn.Server) -> None:
 def ready_text(service: Service) -> str:
     """Return what is served, where, and a command to try it."""
     settings, facts = service.settings, service.facts
-    size = (
-        f"{facts.weights_bytes / 1e9:.2f} GB"
-        if facts.weights_bytes >= 1e8
-        else f"{facts.weights_bytes / 1e6:.1f} MB"
-    )
+    size = format_size(facts.weights_bytes)
     what = (
         f"{facts.quantization or facts.dtype}, {size} on {facts.device}, "
         f"{facts.max_total_tokens:,} tokens of KV cache"

@@ -19,7 +19,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.errors import BackendFailed, RecipeRefused, UsageError
 from qtool.plan import make_plan
 from qtool.quantization import prepare, verify
-from qtool.recipe import catalogue, load_recipe
+from qtool.recipe import BACKEND_NAMES, catalogue, load_recipe
 
 MODEL = EXAMPLE
 DATA = str(MODEL / "calibration.jsonl")
@@ -33,6 +33,10 @@ def plan_for(method: str, **changes):
 def test_every_shipped_recipe_is_accepted_by_its_backend(method):
     plan = plan_for(method)
     assert load_backend(plan.recipe.backend).refusals(plan) == []
+
+
+def test_every_backend_that_a_recipe_may_name_has_a_class():
+    assert set(BACKENDS) == set(BACKEND_NAMES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1109,7 +1109,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(sample, tmp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
     with pytest.raises(
-        ResourceError, match=r"0\.0\d GB are needed for the output and 0\.02 GB are free"
+        ResourceError, match=r"\d\d\.\d\d MB are needed for the output and 20\.00 MB are free"
     ) as caught:
         export(sample("ct/W4A16"), to="bf16", output=tmp_path / "out")
     assert caught.value.code == "E_DISK"

@@ -12,7 +12,6 @@ from qtool import __version__
 from qtool.inspection.engines import EngineReport
 from qtool.inspection.html_report.details import ModuleDetails
 from qtool.inspection.html_report.formatting import (
-    bytes_text,
     decibel_text,
     number_text,
     parameters_text,
@@ -28,6 +27,7 @@ from qtool.inspection.html_report.tables import (
     worst_layers,
 )
 from qtool.inspection.report import Inspection
+from qtool.sizes import format_size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -109,7 +109,7 @@ def _environment() -> Environment:
         finalize=visible,
     )
     environment.filters |= {
-        "bytes": bytes_text,
+        "bytes": format_size,
         "count": "{:,}".format,
         "number": number_text,
         "decibel": decibel_text,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from qtool.inspection.comparison import Difference
 from qtool.inspection.deep import ModuleNumbers
-from qtool.inspection.html_report.formatting import bytes_text, decibel_text, number_text, short
+from qtool.inspection.html_report.formatting import decibel_text, number_text, short
 from qtool.inspection.report import Inspection, Module
 from qtool.modules import tower_of
+from qtool.sizes import format_size
 
 MAX_ROWS = 32  # rarer kinds share a row, so that the report stays small whatever the names are
 MAX_LABEL = 40
@@ -47,7 +48,7 @@ class ModuleDetails:
         lines = [
             short(module.name),
             f"{stored_as(module)}, {module.shape[0]:,} × {module.shape[1]:,}",
-            f"{bytes_text(module.size_bytes)}, {module.bits_per_weight:.2f} bits per weight",
+            f"{format_size(module.size_bytes)}, {module.bits_per_weight:.2f} bits per weight",
         ]
         if difference := self.differences.get(module.name):
             undone = ", after undoing a rescaling" if difference.rescaled else ""

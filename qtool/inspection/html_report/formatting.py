@@ -22,14 +22,6 @@ HIDDEN = dict.fromkeys(
 )
 
 
-def bytes_text(size: float) -> str:
-    """Return ``size`` bytes with a unit, e.g. ``3.94 GB``."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= scale:
-            return f"{size / scale:.{2 if size < 10 * scale else 1}f} {unit}"
-    return f"{size:.0f} B"
-
-
 def parameters_text(count: int) -> str:
     """Return a number of parameters as model names give it, e.g. ``8.03 B``."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

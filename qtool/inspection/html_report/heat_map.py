@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from qtool.inspection.comparison import Comparison
 from qtool.inspection.deep import DeepReport
 from qtool.inspection.html_report.details import ModuleDetails, row_labels, row_rank, stored_as
-from qtool.inspection.html_report.formatting import bytes_text, log2, short
+from qtool.inspection.html_report.formatting import log2, short
 from qtool.inspection.report import Inspection, Module
+from qtool.sizes import format_size
 
 STEPS = 20  # colours of a heat map
 MAX_COLUMNS = 256  # of a heat map; where there are more layers, neighbours share a column
@@ -275,7 +276,7 @@ def _cell(
         lines = [
             f"{place}: {len(members):,} modules",
             ", ".join(f"{scheme} × {count}" for scheme, count in counts),
-            f"{bytes_text(size)}, mean {measure.text(mean)}, worst {worst_text}",
+            f"{format_size(size)}, mean {measure.text(mean)}, worst {worst_text}",
             "",
             f"worst: {lines[0]}",
             *lines[1:],
