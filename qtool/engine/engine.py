@@ -26,7 +26,7 @@ from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.loop import Answer, Loop, Request
 from qtool.engine.model_runner import Runner
-from qtool.engine.sampler import History
+from qtool.engine.sampling_batch import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from qtool.engine.scheduler import Limits, SequenceState
 from qtool.errors import CheckpointRefused, QtoolError, UsageError

@@ -20,7 +20,8 @@ from qtool.engine.detokenizer import FinishReason, TextStream
 from qtool.engine.grammar import Constraint
 from qtool.engine.kv_cache import Pages
 from qtool.engine.model_runner import InFlightStep, Runner
-from qtool.engine.sampler import History, Logprobs, RowRequest
+from qtool.engine.sampler import Logprobs
+from qtool.engine.sampling_batch import History, RowRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime.kernels import current

@@ -20,15 +20,8 @@ from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, n
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.fusion import fuse
 from qtool.engine.rotary import freeze_rotary
-from qtool.engine.sampler import (
-    History,
-    Logprobs,
-    RowRequest,
-    Sampler,
-    Samples,
-    greedy,
-    logprobs_of,
-)
+from qtool.engine.sampler import Logprobs, Sampler, Samples, greedy, logprobs_of
+from qtool.engine.sampling_batch import History, RowRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.engine.scheduler import PROMPT_LOGITS, Limits, Step
 from qtool.engine.step_buffer import (

@@ -10,106 +10,16 @@ something is one of integers, so the order in which a device adds does not show 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.sampling_batch import Arrays, RowRequest, draw_settings, token_keys
 
 ROWS_AT_ONCE = 64  # of more rows the draw is made in parts, so that its temporaries stay small
-NARROW = 1024  # a top_k up to this takes the largest logits instead of sorting all
-SORTED_AT_ONCE = 16  # rows
-
-
-class History:
-    """The distinct tokens of one sequence, and how often each of them was generated: what penalties
-    go by.
-    """
-
-    def __init__(self, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
-        distinct = np.unique(np.asarray(prompt_ids, np.int64))
-        self._size = len(distinct)
-        self._ids: NDArray[np.int64] = np.concatenate([distinct, np.zeros(256, np.int64)])
-        self._counts: NDArray[np.float32] = np.zeros(len(self._ids), np.float32)
-        self._places = {token: place for place, token in enumerate(distinct.tolist())}
-        for token in output_ids:
-            self.append(token)
-
-    @classmethod
-    def of(
-        cls, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()
-    ) -> History | None:
-        """Return the history that ``params`` need, None when they penalize nothing; only
-        repetition_penalty counts the prompt.
-        """
-        return (
-            cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids)
-            if params.penalizes
-            else None
-        )
-
-    def append(self, token: int) -> None:
-        """Count one generated token."""
-        place = self._places.setdefault(token, self._size)
-        if place == self._size:
-            if place == len(self._ids):
-                self._ids, self._counts = (
-                    np.concatenate([old, np.zeros_like(old)]) for old in (self._ids, self._counts)
-                )
-            self._ids[place] = token
-            self._size += 1
-        self._counts[place] += 1
-
-    def counts(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the distinct tokens that the model can predict, and how often each was generated
-        (0: only in the prompt).
-        """
-        ids, counts = self._ids[: self._size], self._counts[: self._size]
-        inside = (ids >= 0) & (ids < vocab_size)  # placeholders of images lie outside
-        return ids[inside], counts[inside]
-
-
-@dataclass(slots=True)
-class RowRequest:
-    """What one row of a step asks for.
-
-    seed: from `SamplingParams.row_seed`, the same for all steps of a sequence. position: tokens
-        generated before this one; it decides the noise, with
-    the seed. history: from `History.of`. end_ids: what must not come while position <
-    min_new_tokens. top_logprobs counts only with logprobs.
-    mask: the tokens that may come, from `Constraint.mask`, which knows of min_new_tokens.
-    """
-
-    params: SamplingParams
-    seed: int
-    position: int
-    history: History | None = None
-    end_ids: Collection[int] = ()
-    logprobs: bool = False
-    top_logprobs: int = 0
-    mask: NDArray[np.int32] | None = None
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether the logits are edited before the draw."""
-        return (
-            self.history is not None
-            or bool(self.params.logit_bias)
-            or self.mask is not None
-            or self.forbids_ends
-        )
-
-    @property
-    def forbids_ends(self) -> bool:
-        """Whether end_ids must not come now."""
-        return (
-            self.mask is None and self.position < self.params.min_new_tokens and bool(self.end_ids)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,40 +103,6 @@ def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return a hash of each number.
-
-    Source: SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195.
-    """
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def row_keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.int32]:
-    """Return two random numbers for each pair of seed and position, [2, R]; the second is odd."""
-    seed = np.array([number % 2**64 for number in seeds], np.uint64)
-    mixed = _mix(_mix(seed) ^ _mix(np.array(positions, np.uint64)))
-    return (
-        np.stack([mixed & np.uint64(0xFFFFFFFF), mixed >> np.uint64(32) | np.uint64(1)])
-        .astype(np.uint32)
-        .view(np.int32)
-    )
-
-
-def token_keys(vocab_size: int) -> NDArray[np.int32]:
-    """Return a number for each token id, [V]: random above the id's 20 bits, so that no two are the
-    same or differ in their highest bits alone.
-    """
-    ids = np.arange(vocab_size, dtype=np.uint64)
-    return (
-        ((ids ^ (_mix(ids) << np.uint64(20))) & np.uint64(0xFFFFFFFF))
-        .astype(np.uint32)
-        .view(np.int32)
-    )
-
-
 def uniforms(row_keys: Tensor, token_keys: Tensor) -> Tensor:
     """Return a hash of row and token, int32 [R, V] from [2, R] and [V]: numbers from 0 to 2^31 - 1,
     all as likely.
@@ -282,16 +158,21 @@ class Sampler:
         logits change.
         """
         starts = range(0, len(requests), ROWS_AT_ONCE)
-        settings = [self._settings(requests[start : start + ROWS_AT_ONCE]) for start in starts]
+        settings = [
+            draw_settings(requests[start : start + ROWS_AT_ONCE], self.vocab_size)
+            for start in starts
+        ]
         rows = tuple(row for row, request in enumerate(requests) if request.logprobs)
-        index = {"rows": np.array(rows, np.int64)} if 0 < len(rows) < len(requests) else {}
-        *on_device, ship_index = self._ship([*(arrays for arrays, _ in settings), index])
+        index: Arrays = {}
+        if 0 < len(rows) < len(requests):
+            index["rows"] = np.array(rows, np.int64)
+        *on_device, on_device_index = self._to_device([*(arrays for arrays, _ in settings), index])
         parts = (
             _Part(slice(start, start + ROWS_AT_ONCE), tensors, widths)
             for start, tensors, (_, widths) in zip(starts, on_device, settings, strict=True)
         )
         top = max((requests[row].top_logprobs for row in rows), default=0)
-        return Prepared(tuple(parts), rows, ship_index.get("rows"), top)
+        return Prepared(tuple(parts), rows, on_device_index.get("rows"), top)
 
     def draw(self, logits: Tensor, prepared: Prepared) -> Samples:
         """Draw a token for each row of ``logits`` [R, V] with settings that are on the device
@@ -302,10 +183,7 @@ class Sampler:
                 f"{logits.shape[1]} logits a row for a vocabulary of {self.vocab_size}"
             )
         if any(part.tensors for part in prepared.parts):
-            drawn = [
-                self._draw(logits[part.rows], part) if part.tensors else greedy(logits[part.rows])
-                for part in prepared.parts
-            ]
+            drawn = [self._draw(logits[part.rows], part) for part in prepared.parts]
             tokens = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
         else:
             tokens = greedy(logits)
@@ -322,6 +200,8 @@ class Sampler:
     def _draw(self, logits: Tensor, part: _Part) -> Tensor:
         """Draw for up to ROWS_AT_ONCE rows, [R, V] -> [R]."""
         given = part.tensors
+        if not given:
+            return greedy(logits)
         logits = self._edited(logits, given)
         best, best_tokens = _largest(logits)
         tokens = best_tokens
@@ -391,107 +271,7 @@ class Sampler:
             )
         return smallest
 
-    def _settings(
-        self, requests: Sequence[RowRequest]
-    ) -> tuple[dict[str, NDArray[Any]], tuple[int, ...]]:
-        """Return the settings of some rows as arrays by name, and the width of each of their
-        filters.
-        """
-        arrays: dict[str, NDArray[Any]] = {}
-        if any(request.changes_logits for request in requests):
-            arrays |= self._edits(requests)
-        params = [request.params for request in requests]
-        is_greedy = np.array([param.greedy for param in params])
-        if is_greedy.all():
-            return arrays, ()
-        arrays["keys"] = row_keys(
-            [request.seed for request in requests], [request.position for request in requests]
-        )
-        arrays["inverse"] = np.array(
-            [1.0 if param.greedy else 1 / param.temperature for param in params], np.float32
-        )
-        if is_greedy.any():
-            arrays["greedy"] = is_greedy
-        if any(param.min_p > 0 for param in params):
-            arrays["min_p"] = np.array([param.min_p for param in params], np.float32)
-        top_k = np.array(
-            [
-                param.top_k if 0 < param.top_k < self.vocab_size else self.vocab_size
-                for param in params
-            ],
-            np.int64,
-        )
-        top_p = np.array([param.top_p for param in params], np.float64)
-        filtered = ((top_k < self.vocab_size) | (top_p < 1)) & ~is_greedy
-        narrow, wide = (
-            (filtered & some).nonzero()[0].astype(np.int64)
-            for some in (top_k <= NARROW, top_k > NARROW)
-        )
-        groups = [(rows, int(top_k[rows].max())) for rows in (narrow,) if len(rows)]
-        groups += [
-            (wide[start : start + SORTED_AT_ONCE], self.vocab_size)
-            for start in range(0, len(wide), SORTED_AT_ONCE)
-        ]
-        for number, (rows, _) in enumerate(groups):
-            arrays |= {
-                f"rows{number}": rows,
-                f"top_k{number}": top_k[rows],
-                f"top_p{number}": top_p[rows],
-            }
-        return arrays, tuple(width for _, width in groups)
-
-    def _edits(self, requests: Sequence[RowRequest]) -> dict[str, NDArray[Any]]:
-        """Return which logits of the flat [R * V] change, and how, and the masks of the rows that
-        have one.
-        """
-        penalties: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
-        places: list[int] = []
-        biases: list[float] = []
-        for row, request in enumerate(requests):
-            params, first = request.params, row * self.vocab_size
-            if request.history is not None:
-                ids, counts = request.history.counts(self.vocab_size)
-                penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-                penalties.append(
-                    (
-                        ids + first,
-                        np.full(len(ids), params.repetition_penalty, np.float32),
-                        penalty.astype(np.float32),
-                    )
-                )
-            added = list(params.biases.items())
-            if request.forbids_ends:
-                added += [(token, -np.inf) for token in request.end_ids]
-            inside = [
-                (token + first, bias) for token, bias in added if 0 <= token < self.vocab_size
-            ]
-            places += [place for place, _ in inside]
-            biases += [bias for _, bias in inside]
-        arrays: dict[str, NDArray[Any]] = {}
-        if penalties:
-            arrays |= dict(
-                zip(
-                    ("penalty_places", "repetition", "penalty"),
-                    map(np.concatenate, zip(*penalties, strict=True)),
-                    strict=True,
-                )
-            )
-        if places:
-            arrays |= {
-                "bias_places": np.array(places, np.int64),
-                "bias": np.array(biases, np.float32),
-            }
-        masks = {
-            row: request.mask for row, request in enumerate(requests) if request.mask is not None
-        }
-        if masks:
-            arrays |= {
-                "masked_rows": np.array(list(masks), np.int64),
-                "masks": np.stack(list(masks.values())),
-            }
-        return arrays
-
-    def _ship(self, groups: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Tensor]]:
+    def _to_device(self, groups: Sequence[Arrays]) -> list[dict[str, Tensor]]:
         """Return the arrays as tensors on the device, by one copy from pinned memory."""
         arrays = [array for group in groups for array in group.values()]
         # each begins at a multiple of 8 bytes

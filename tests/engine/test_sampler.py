@@ -11,16 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.engine import sampler as module
-from qtool.engine.sampler import (
-    History,
-    RowRequest,
-    Sampler,
-    greedy,
-    logprobs_of,
-    row_keys,
-    token_keys,
-    uniforms,
-)
+from qtool.engine import sampling_batch
+from qtool.engine.sampler import Sampler, greedy, logprobs_of, uniforms
+from qtool.engine.sampling_batch import History, RowRequest, row_keys, token_keys
 from qtool.engine.sampling_params import SamplingParams
 
 
@@ -243,7 +236,7 @@ def test_a_row_draws_the_same_token_whatever_the_batch(kinds, seed, dtype, rando
 
 @pytest.mark.parametrize("narrow", [1024, 0], ids=["narrow", "wide"])
 def test_more_rows_than_one_part_draw_as_one_by_one(narrow, monkeypatch):
-    monkeypatch.setattr(module, "NARROW", narrow)
+    monkeypatch.setattr(sampling_batch, "NARROW", narrow)
     sampler = Sampler(50, "cpu")
     logits = torch.randn(150, 50, generator=torch.Generator().manual_seed(0))
     kinds = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"logit_bias": {1: 9}}]
@@ -349,7 +342,7 @@ LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.25, 2.0, -3.0, 0.5, 1.5, -1.0, 0.0])
     ids=repr,
 )
 def test_draws_follow_the_reference(params, narrow, monkeypatch):
-    monkeypatch.setattr(module, "NARROW", narrow)
+    monkeypatch.setattr(sampling_batch, "NARROW", narrow)
     params, history = SamplingParams.from_dict(params), ([0, 2, 5], [2, 7, 7, 7, 9])
     expected = np.array(reference(LOGITS, params, history))
     counts = support_and_draws(LOGITS, params, history).numpy()
@@ -408,7 +401,7 @@ def test_without_top_p_the_least_likely_of_top_k_is_kept():
 
 
 def test_top_k_beyond_the_narrow_width_sorts(monkeypatch):
-    monkeypatch.setattr(module, "NARROW", 4)
+    monkeypatch.setattr(sampling_batch, "NARROW", 4)
     prepared = Sampler(100, "cpu").prepare(
         [
             request(top_k=4),
