@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses: the bounds and the documentation of each field.
+"""Options as frozen dataclasses: those of `quantize` and `export`, and what they all share.
 
 A field's meaning stands under it as a string literal; the command line shows it as help.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,6 +20,8 @@ from qtool.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from qtool.recipe import Recipe
 
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
@@ -115,3 +118,108 @@ def _own_docs(kind: type) -> Iterator[tuple[str, str]]:
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
             text = ast.literal_eval(below.value)
             yield ast.unparse(field.target), " ".join(text.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What every command that writes a checkpoint has."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""
+
+    checkpoint_restore_path: str | os.PathLike[str] | None = None
+    """ModelOpt: skip calibration, take the state kept here."""
+
+    trust_pickle: bool = False
+    """Accept a state file of mto.save; ModelOpt loads it with weights-only loading."""
+
+    overwrite: bool = False
+    """Replace an output that exists, at the very end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(WriteOptions):
+    """Everything that `quantize` takes beside the model; None stands for the recipe's value."""
+
+    method: str | None = None
+    """What to do, by name; --list shows them."""
+
+    recipe: str | Recipe | None = None
+    """A recipe file instead of a method."""
+
+    backend: str | None = None
+    """llmcompressor, gptqmodel, modelopt or torchao. [recipe]"""
+
+    output: str | os.PathLike[str] | None = None
+    """Folder to write. [default: ./MODEL-METHOD]"""
+
+    calibration: str | None = None
+    """File (.jsonl .json .txt .parquet) or Hub data set NAME[:CONFIG][:SPLIT]."""
+
+    text_column: str | None = None
+    """The field that holds the text."""
+
+    num_samples: int | None = bounded(None, 1)
+    """Calibration samples. [recipe: 512]"""
+
+    seq_len: int | None = bounded(None, 16)
+    """Tokens of a sample, at most. [recipe: 2048]"""
+
+    batch_size: int | None = bounded(None, 1)
+    """Samples in one forward pass; only equal lengths share one. [recipe: 1]"""
+
+    pack: bool | None = None
+    """Join texts and cut them at SEQ_LEN, or cut each text."""
+
+    seed: int | None = bounded(None, 0)
+    """For shuffling and the library. [recipe: 0]"""
+
+    group_size: int | None = bounded(None, -1)
+    """Inputs that share a scale; -1 for one a row. [recipe]"""
+
+    kv_cache: str | None = None
+    """KV cache scales: fp8 or nvfp4. [recipe]"""
+
+    lm_head: bool | None = None
+    """Quantize the output head too. [recipe: no]"""
+
+    ignore: str | Sequence[str] = ()
+    """Leave modules in 16 bits: name, glob or re:REGEX. May repeat."""
+
+    fast: bool = False
+    """Round to nearest instead of the recipe's algorithm."""
+
+    checkpoint_save_path: str | os.PathLike[str] | None = None
+    """ModelOpt: keep the calibrated state here."""
+
+    backend_python: str | None = None
+    """Interpreter whose environment has the library."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(WriteOptions):
+    """Everything that `export` takes beside the model."""
+
+    output: str | os.PathLike[str]
+    """Folder to write."""
+
+    to: str | None = None
+    """compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16 or f16."""
+
+    requantize: bool = False
+    """Round again what the format cannot hold as it is."""
+
+    scheme: str | None = None
+    """What --requantize rounds to, e.g. W4A16. [the nearest]"""
+
+    max_shard_size: str = "5GB"
+    """Begin a new file before this size."""
+
+    method: str | None = None
+    """How a file of mto.save was made."""

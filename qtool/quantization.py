@@ -8,12 +8,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from qtool import __version__
 from qtool.backends import Job, check_backend, load_backend, version_of
@@ -36,7 +36,6 @@ from qtool.errors import (
     OutputTaken,
     ResourceError,
     UsageError,
-    nearest,
 )
 from qtool.events import (
     CalibrationEvent,
@@ -48,56 +47,10 @@ from qtool.events import (
     ignore_event,
 )
 from qtool.formats import check_values, detect
+from qtool.options import QuantizeOptions, make_options
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Auto, Recipe, load_recipe
 from qtool.sizes import format_size
-
-
-class Options(TypedDict, total=False):
-    """Everything a run can be told beside the model; what is left out is the recipe's own value, or
-    the default named here.
-
-    method: what to do, by name. ``recipe`` is a recipe's file or name instead, or a `Recipe`.
-    backend: another library than the recipe's own.
-    output: the folder to write, ``./<model>-<method>``; ``overwrite`` (False) replaces one that
-        exists, at the very end.
-    calibration: a local file or a Hub data set ``name[:config][:split]``; with ``text_column``,
-        ``num_samples``, ``seq_len``,
-        ``batch_size``, ``pack``, and ``seed``.
-    device: ``auto`` (the default), ``cpu``, ``cuda`` or ``cuda:<n>``.
-    group_size, kv_cache, lm_head, ignore: change the recipe; ``fast`` (False) rounds to nearest
-    instead of the recipe's algorithm.
-    revision: of a Hub model. ``trust_remote_code`` (False) lets code in the model folder run.
-    checkpoint_save_path: keep ModelOpt's calibrated state here; ``checkpoint_restore_path`` takes
-        it from there and skips calibration;
-        ``trust_pickle`` (False) accepts a file of ``mto.save``.
-    backend_python: an interpreter whose environment has the library, when it is not this one.
-    """
-
-    method: str | None
-    recipe: str | Recipe | None
-    backend: str | None
-    output: str | os.PathLike[str] | None
-    overwrite: bool
-    calibration: str | None
-    text_column: str | None
-    num_samples: int | None
-    seq_len: int | None
-    batch_size: int | None
-    pack: bool | None
-    seed: int | None
-    device: str
-    group_size: int | None
-    kv_cache: str | None
-    lm_head: bool | None
-    ignore: str | Sequence[str]
-    fast: bool
-    revision: str | None
-    trust_remote_code: bool
-    checkpoint_save_path: str | os.PathLike[str] | None
-    checkpoint_restore_path: str | os.PathLike[str] | None
-    trust_pickle: bool
-    backend_python: str | None
 
 
 @dataclass(frozen=True)
@@ -167,77 +120,80 @@ class QuantizeResult:
 
 
 def quantize(
-    model_path: str | os.PathLike[str],
-    *,
-    on_event: OnEvent = ignore_event,
-    **options: Unpack[Options],
+    model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: object
 ) -> QuantizeResult:
-    """Quantize a model, a checkpoint folder or a Hub name, and write a complete checkpoint folder;
-    `Options` has the rest.
+    """Quantize a model and write a complete checkpoint folder.
 
-    ``on_event`` gets what the run reports: an `Event` of `qtool.events`.
-
+    Args:
+        model_path: a checkpoint folder or a Hub name.
+        on_event: gets what the run reports: an `Event` of `qtool.events`.
+        options: the fields of `qtool.options.QuantizeOptions`.
     Raises: QtoolError. Nothing is left behind then but, when a library failed, its log.
     """
-    return run(prepare(model_path, **options), on_event=on_event)
+    return run(prepare(model_path, make_options(QuantizeOptions, options)), on_event=on_event)
 
 
 def prepare(
-    model_path: str | os.PathLike[str], *, need_data: bool = True, **options: Unpack[Options]
+    model_path: str | os.PathLike[str], options: QuantizeOptions, *, need_data: bool = True
 ) -> Request:
     """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and
     imports no torch.
 
     Without ``need_data``, calibration data may be missing, as for a dry run.
     """
-    for name in options:
-        if name not in Options.__annotations__:
-            raise UsageError(
-                "E_UNKNOWN_OPTION",
-                f"unknown option `{name}`",
-                hint=nearest(name, Options.__annotations__),
-            )
     recipe = _recipe(options)
-    save, restore = options.get("checkpoint_save_path"), options.get("checkpoint_restore_path")
+    save = options.checkpoint_save_path
+    restore = options.checkpoint_restore_path
     if (save or restore) and recipe.backend != "modelopt":
         message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
         raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
-    device = check_device_name(options.get("device", "auto"))
-    read_data = recipe.needs_data and not restore and (need_data or recipe.calibration.source)
-    calibration = _calibration(recipe) if read_data else None
-    trust_remote_code = options.get("trust_remote_code", False)
+    device = check_device_name(options.device)
+    calibration = None
+    if recipe.needs_data and not restore and (need_data or recipe.calibration.source):
+        calibration = _calibration(recipe)
     source = resolve_model(
-        os.fspath(model_path), revision=options.get("revision"), with_code=trust_remote_code
+        os.fspath(model_path), revision=options.revision, with_code=options.trust_remote_code
     )
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
-    context = plan.checkpoint.text_config.get("max_position_embeddings")
     notes = []
-    if calibration and isinstance(context, int) and 0 < context < calibration.seq_len:
+    context = _context_length(plan.checkpoint)
+    if calibration and context and context < calibration.seq_len:
         notes.append(
             f"samples are cut at {context} tokens, the model's context, not at "
             f"{calibration.seq_len}"
         )
         calibration = replace(calibration, seq_len=context)
     if restore:
-        check_state(os.fspath(restore), plan, trust_pickle=options.get("trust_pickle", False))
-    output = options.get("output")
-    python = options.get("backend_python") or sys.executable
+        check_state(os.fspath(restore), plan, trust_pickle=options.trust_pickle)
+    output = f"{plan.checkpoint.name}-{recipe.name}" if options.output is None else options.output
     return Request(
         plan=plan,
-        output=Path(
-            output if output is not None else f"{plan.checkpoint.name}-{recipe.name}"
-        ).absolute(),
+        output=Path(output).absolute(),
         device=device,
         calibration=calibration,
-        overwrite=options.get("overwrite", False),
-        trust_remote_code=trust_remote_code,
-        state_save=Path(save).absolute() if save else None,
-        state_restore=Path(restore).absolute() if restore else None,
+        overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+        state_save=_absolute(save),
+        state_restore=_absolute(restore),
         notes=tuple(notes),
-        # a link in an environment must stay a link
-        backend_python=os.path.abspath(python) if os.sep in python else python,  # noqa: PTH100
+        backend_python=_python(options.backend_python or sys.executable),
     )
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    """Return the length of the model's context; 0 when its config does not say."""
+    length = checkpoint.text_config.get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else 0
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
+    return Path(path).absolute() if path else None
+
+
+def _python(name: str) -> str:
+    # a link in an environment must stay a link
+    return os.path.abspath(name) if os.sep in name else name  # noqa: PTH100
 
 
 def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult:
@@ -336,64 +292,68 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     )
 
 
-def _recipe(options: Options) -> Recipe:
+def _recipe(options: QuantizeOptions) -> Recipe:
     """Return the recipe that method, recipe or state name, with the changes that the options ask
     for.
     """
-    method, given, restore = (
-        options.get("method"),
-        options.get("recipe"),
-        options.get("checkpoint_restore_path"),
+    recipe = _named_recipe(options)
+    group_size = options.group_size
+    scheme = None
+    if group_size is not None:
+        if recipe.scheme is None:
+            raise UsageError(
+                "E_GROUP_SIZE",
+                f"`{recipe.name}` quantizes no weights",
+                hint="leave --group-size out",
+            )
+        scheme = recipe.scheme.with_group_size(group_size).to_dict()
+    ignore = [options.ignore] if isinstance(options.ignore, str) else options.ignore
+    data = {
+        "source": options.calibration,
+        "text_column": options.text_column,
+        "num_samples": options.num_samples,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "pack": options.pack,
+    }
+    given = {name: value for name, value in data.items() if value is not None}
+    return recipe.changed(
+        backend=options.backend,
+        kv_cache=options.kv_cache,
+        lm_head=options.lm_head,
+        seed=options.seed,
+        ignore=[*recipe.ignore, *ignore] if ignore else None,
+        scheme=scheme,
+        algorithm=["rtn"] if options.fast else None,
+        calibration={**recipe.calibration.model_dump(), **given},
     )
-    if method and given:
+
+
+def _named_recipe(options: QuantizeOptions) -> Recipe:
+    """Return the recipe that the options name, as it stands.
+
+    Raises: UsageError, when they name none or two.
+    """
+    if options.method and options.recipe:
         raise UsageError(
             "E_METHOD_TWICE",
             "a method and a recipe were given",
             hint="give one; a recipe's file is named by --recipe",
         )
-    found = (
-        given
-        if isinstance(given, Recipe)
-        else load_recipe(given or method or "")
-        if given or method
-        else None
-    )
-    if found is None and restore:
-        found = state_recipe(os.fspath(restore), trust_pickle=options.get("trust_pickle", False))
-    if found is None:
-        raise UsageError(
-            "E_NO_METHOD",
-            "which method? None was given",
-            hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8",
-        )
-    data_options = {
-        "source": options.get("calibration"),
-        **{
-            key: options.get(key)
-            for key in ("text_column", "num_samples", "seq_len", "batch_size", "pack")
-        },
-    }
-    group_size, ignore = options.get("group_size"), options.get("ignore")
-    if group_size is not None and found.scheme is None:
-        raise UsageError(
-            "E_GROUP_SIZE", f"`{found.name}` quantizes no weights", hint="leave --group-size out"
-        )
-    return found.changed(
-        backend=options.get("backend"),
-        kv_cache=options.get("kv_cache"),
-        lm_head=options.get("lm_head"),
-        seed=options.get("seed"),
-        ignore=[*found.ignore, *([ignore] if isinstance(ignore, str) else ignore)]
-        if ignore
-        else None,
-        scheme=found.scheme.with_group_size(group_size).to_dict()
-        if found.scheme and group_size is not None
-        else None,
-        algorithm=["rtn"] if options.get("fast") else None,
-        calibration={
-            **found.calibration.model_dump(),
-            **{key: value for key, value in data_options.items() if value is not None},
-        },
+    if isinstance(options.recipe, Recipe):
+        return options.recipe
+    name = options.recipe or options.method
+    if name:
+        return load_recipe(name)
+    if options.checkpoint_restore_path:
+        state = os.fspath(options.checkpoint_restore_path)
+        recipe = state_recipe(state, trust_pickle=options.trust_pickle)
+        if recipe is not None:
+            return recipe
+    raise UsageError(
+        "E_NO_METHOD",
+        "no method was given",
+        hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8",
     )
 
 

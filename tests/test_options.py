@@ -8,10 +8,10 @@ import pytest
 
 from qtool.engine.config import EngineConfig
 from qtool.errors import UsageError
-from qtool.options import field_docs, make_options
+from qtool.options import ExportOptions, QuantizeOptions, field_docs, make_options
 from qtool.serve.settings import ServeOptions, ServeSettings, make_settings
 
-OPTIONS = (EngineConfig, ServeOptions, ServeSettings)
+OPTIONS = (EngineConfig, QuantizeOptions, ExportOptions, ServeOptions, ServeSettings)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

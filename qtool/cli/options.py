@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,13 @@ Command = Callable[..., None]
 # options that are spelled in several ways
 SPELLINGS = {
     "model_path": ("--model-path", "--model"),
+    "method": ("--method", "--quantization-method", "-m"),
+    "output": ("--output", "--export-dir", "-o"),
+    "overwrite": ("--overwrite/--no-overwrite",),
+    "pack": ("--pack/--truncate",),
+    "lm_head": ("--lm-head/--no-lm-head",),
+    "trust_pickle": ("--trust-pickle/--no-trust-pickle",),
+    "trust_remote_code": ("--trust-remote-code/--no-trust-remote-code",),
     "tp": ("--tp", "--tp-size", "--tensor-parallel-size"),
     "pp": ("--pp", "--pp-size", "--pipeline-parallel-size"),
     "dp": ("--dp", "--dp-size", "--data-parallel-size"),
@@ -44,32 +51,42 @@ def takes(
     parameters = [_parameter(field, kind, defaults or kind) for field in known]
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        (target,) = [parameter.name for parameter in own if parameter.annotation is kind]
-        others = [parameter for parameter in own if parameter.name != target]
+        own = inspect.signature(command, eval_str=True).parameters
+        (target,) = [name for name, parameter in own.items() if parameter.annotation is kind]
 
         @functools.wraps(command)
         def parsed(**values: object) -> None:
             given = {field.name: values.pop(field.name) for field in known}
-            given = {name: value for name, value in given.items() if value is not None}
-            command(**{target: make_options(kind, given)}, **values)
+            command(**{target: make_options(kind, _without_none(given))}, **values)
 
-        signature = [*parameters, *(other.replace(kind=other.KEYWORD_ONLY) for other in others)]
-        parsed.__annotations__ = {each.name: each.annotation for each in signature}
-        parsed.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        signature = [*parameters, *(own[name] for name in own if name != target)]
+        _set_signature(parsed, signature)
         return parsed
 
     return decorate
+
+
+def _without_none(values: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _set_signature(command: Command, parameters: Sequence[inspect.Parameter]) -> None:
+    """Let typer see ``parameters``, each by keyword."""
+    named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    command.__annotations__ = {each.name: each.annotation for each in named}
+    command.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
 
 
 def _parameter(
     field: Field[object], kind: type[DataclassInstance], defaults: type[DataclassInstance]
 ) -> inspect.Parameter:
     """Return the parameter of a command for a field."""
-    default = inspect.Parameter.empty if field.default is MISSING else field.default or None
     value_type = _value_type(field)
-    if value_type is bool and field.default is False:
-        default = False
+    default = field.default
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    elif value_type is not bool and not isinstance(default, str):
+        default = None
     bounds = bounds_of(field)
     option = typer.Option(
         *SPELLINGS.get(field.name, (flag_of(field.name),)),
@@ -120,23 +137,4 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<n>.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists, at the very end.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option(help="Run model code that comes with the checkpoint.")
-]
-TrustPickle = Annotated[
-    bool,
-    typer.Option(
-        help="Accept a state file of mto.save; ModelOpt loads it with weights-only loading."
-    ),
-]
-RestorePath = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoint-restore-path",
-        help="ModelOpt: skip calibration, take the state kept here.",
-        show_default=False,
-    ),
 ]

@@ -5,47 +5,65 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import fields
 
-from qtool.conversion.convert import MAX_SHARD_SIZE, ConversionResult, convert
+from qtool.conversion.convert import ConversionResult, convert
 from qtool.conversion.targets import TARGETS
 from qtool.errors import UsageError
 from qtool.events import OnEvent, ignore_event
-from qtool.quantization import Options, QuantizeResult, quantize
+from qtool.options import ExportOptions, QuantizeOptions, make_options
+from qtool.quantization import QuantizeResult, prepare, run
 
 __all__ = ["TARGETS", "ConversionResult", "export"]
 
 
+FOR_STATES = ("method", "trust_pickle", "trust_remote_code", "device")
+FOR_FORMATS = ("scheme", "requantize", "max_shard_size")
+
+
 def export(
-    model_path: str | os.PathLike[str],
-    *,
-    output: str | os.PathLike[str],
-    to: str | None = None,
-    requantize: bool = False,
-    scheme: str | None = None,
-    max_shard_size: str = MAX_SHARD_SIZE,
-    checkpoint_restore_path: str | os.PathLike[str] | None = None,
-    method: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    trust_pickle: bool = False,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    on_event: OnEvent = ignore_event,
+    model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: object
 ) -> ConversionResult | QuantizeResult:
-    """Write the checkpoint in ``model_path`` to the folder ``output`` in the format ``to``, or
-    export the state in ``checkpoint_restore_path``.
+    """Write a checkpoint in another format, or export a calibrated state of ModelOpt.
 
-    Converting keeps codes and scales as they are; what ``to`` cannot hold is refused, or with
-    ``requantize`` rounded again, to ``scheme`` or to the nearest scheme that it holds. Files end
-    before ``max_shard_size``. The state is one of the model in ``model_path``; ``method`` is needed
-    only for a file of ``mto.save``, which does not say how it was made; ``device``,
-    ``trust_pickle`` and ``trust_remote_code`` are `qtool.quantization.Options`, and for states
-    alone.
+    Converting keeps codes and scales as they are; what the format cannot hold is refused, or
+    rounded again with ``requantize``.
 
+    Args:
+        model_path: a checkpoint folder or a Hub name; for a state, the model that it is one of.
+        on_event: gets what the run reports: an `Event` of `qtool.events`.
+        options: the fields of `qtool.options.ExportOptions`.
     Raises: QtoolError; nothing is left behind then.
     """
-    if (to is None) == (checkpoint_restore_path is None):
+    return run_export(model_path, make_options(ExportOptions, options), on_event=on_event)
+
+
+def run_export(
+    model_path: str | os.PathLike[str], options: ExportOptions, *, on_event: OnEvent
+) -> ConversionResult | QuantizeResult:
+    """Do what `export` does."""
+    _check_options(options)
+    if options.to is not None:
+        return convert(model_path, options.to, options, on_event=on_event)
+    request = prepare(
+        model_path,
+        QuantizeOptions(
+            method=options.method,
+            checkpoint_restore_path=options.checkpoint_restore_path,
+            output=options.output,
+            device=options.device,
+            overwrite=options.overwrite,
+            trust_pickle=options.trust_pickle,
+            trust_remote_code=options.trust_remote_code,
+            revision=options.revision,
+        ),
+    )
+    return run(request, on_event=on_event)
+
+
+def _check_options(options: ExportOptions) -> None:
+    """Refuse options that do not go together."""
+    if (options.to is None) == (options.checkpoint_restore_path is None):
         hint = (
             f"--to {'|'.join(TARGETS)} converts a checkpoint; --checkpoint-restore-path STATE "
             "exports a ModelOpt state"
@@ -53,49 +71,17 @@ def export(
         raise UsageError(
             "E_EXPORT_WHAT", "give a format to convert to, or a state to export", hint=hint
         )
-    for_states = {
-        "method": method,
-        "trust_pickle": trust_pickle,
-        "trust_remote_code": trust_remote_code,
-        "device": device != "auto",
-    }
-    for_formats = {
-        "scheme": scheme,
-        "requantize": requantize,
-        "max_shard_size": max_shard_size != MAX_SHARD_SIZE,
-    }
-    for name, given in (for_states if to else for_formats).items():
-        if given:
-            what = (
-                "a ModelOpt state, and a checkpoint is converted"
-                if to
-                else "a conversion, and a state is exported"
-            )
-            raise UsageError(
-                "E_EXPORT_UNUSED",
-                f"`{name}` is for {what}",
-                hint=f"leave it out, or give {'--checkpoint-restore-path' if to else '--to'}",
-            )
-    if to is not None:
-        return convert(
-            model_path,
-            to=to,
-            output=Path(output),
-            requantize=requantize,
-            scheme=scheme,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            revision=revision,
-            on_event=on_event,
+    other = FOR_STATES if options.to else FOR_FORMATS
+    for field in fields(options):
+        if field.name not in other or getattr(options, field.name) in (field.default, None, ""):
+            continue
+        what = "a conversion, and a state is exported"
+        flag = "--to"
+        if options.to:
+            what = "a ModelOpt state, and a checkpoint is converted"
+            flag = "--checkpoint-restore-path"
+        raise UsageError(
+            "E_EXPORT_UNUSED",
+            f"`{field.name}` is for {what}",
+            hint=f"leave it out, or give {flag}",
         )
-    options: Options = {
-        "method": method,
-        "checkpoint_restore_path": checkpoint_restore_path,
-        "output": output,
-        "device": device,
-        "overwrite": overwrite,
-        "trust_pickle": trust_pickle,
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-    }
-    return quantize(model_path, on_event=on_event, **options)

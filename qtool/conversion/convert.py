@@ -27,13 +27,13 @@ from qtool.conversion.targets import PLAIN, target_named
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.events import NoteEvent, OnEvent
 from qtool.formats import detect
+from qtool.options import ExportOptions
 from qtool.scheme import scheme_from
 from qtool.sizes import format_size
 
 if TYPE_CHECKING:
     from qtool.conversion.plan import Conversion
 
-MAX_SHARD_SIZE = "5GB"
 READ_AHEAD_BYTES = 1 << 30
 
 
@@ -78,30 +78,22 @@ class ConversionResult:
 
 
 def convert(
-    model_path: str | os.PathLike[str],
-    *,
-    to: str,
-    output: Path,
-    requantize: bool,
-    scheme: str | None,
-    max_shard_size: str,
-    overwrite: bool,
-    revision: str | None,
-    on_event: OnEvent,
+    model_path: str | os.PathLike[str], to: str, options: ExportOptions, *, on_event: OnEvent
 ) -> ConversionResult:
-    """Write the checkpoint in ``model_path`` to ``output`` in the format ``to``; `qtool.export`
-    tells the rest.
-    """
+    """Write a checkpoint in the format ``to``; see `qtool.export`."""
     start = time.monotonic()
     to = target_named(to)
+    output = Path(options.output)
+    requantize = options.requantize
+    scheme = options.scheme
     if scheme and not requantize:
         raise UsageError(
             "E_SCHEME_UNUSED",
             f"--scheme {scheme} is what --requantize rounds to",
             hint="add --requantize",
         )
-    shard_bytes = parse_size(max_shard_size)
-    checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
+    shard_bytes = parse_size(options.max_shard_size)
+    checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
     target_scheme = scheme_from(scheme) if scheme else None
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
@@ -116,7 +108,7 @@ def convert(
     )
     need_bytes = sum(spec.size_bytes for spec in decided.specs) + (16 << 20)
     with stage_output(
-        output, inputs=[checkpoint.path], overwrite=overwrite, need_bytes=need_bytes
+        output, inputs=[checkpoint.path], overwrite=options.overwrite, need_bytes=need_bytes
     ) as staging:
         digests, problems = stream(decided, staging, shard_bytes, on_event)
         if problems:

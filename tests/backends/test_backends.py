@@ -17,6 +17,7 @@ import qtool
 from qtool.backends import BACKENDS, Job, Work, groups_of, load_backend, step_refusals
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import BackendFailed, RecipeRefused, UsageError
+from qtool.options import QuantizeOptions
 from qtool.plan import make_plan
 from qtool.quantization import prepare, verify
 from qtool.recipe import BACKEND_NAMES, catalogue, load_recipe
@@ -59,7 +60,7 @@ def test_a_backend_says_no_without_importing_its_library(backend, run_python):
 
 def test_a_refusal_names_a_backend_that_can():
     with pytest.raises(RecipeRefused) as caught:
-        prepare(MODEL, method="fp8_dynamic", backend="gptqmodel")
+        prepare(MODEL, QuantizeOptions(method="fp8_dynamic", backend="gptqmodel"))
     assert caught.value.code == "E_BACKEND_REFUSES"
     assert "--backend llmcompressor can run it" in caught.value.hint
 
@@ -178,7 +179,7 @@ def test_trap_kv_cache_scales_are_missing(fp8):
 )
 def test_trap_a_method_that_needs_data_never_runs_without(method):
     with pytest.raises(UsageError) as caught:
-        prepare(MODEL, method=method)
+        prepare(MODEL, QuantizeOptions(method=method))
     assert caught.value.code == "E_NEEDS_DATA"
 
 
