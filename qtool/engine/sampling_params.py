@@ -38,6 +38,8 @@ RANGES: dict[str, tuple[float, float]] = {  # of every number, for the Engine an
     "presence_penalty": (-2, 2),
     "repetition_penalty": (0.001, 2),
 }
+TOKEN_IDS = (0, LARGEST)  # of stop_token_ids and logit_bias
+BIASES = (-100, 100)
 ABOVE_ZERO = {"top_p"}
 WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
 _FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
@@ -212,6 +214,11 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_token_id(value: object) -> bool:
+    """Whether ``value`` is a token id of some vocabulary."""
+    return _is_whole(value) and TOKEN_IDS[0] <= cast(int, value) <= TOKEN_IDS[1]
+
+
 def _checked(name: str, value: object) -> int | float:
     low, high = RANGES[name]
     allowed = (
@@ -227,7 +234,8 @@ def _checked(name: str, value: object) -> int | float:
 
 
 def _biases(value: object) -> dict[int, float]:
-    allowed = f"at most {MAX_IDS} token ids, each with a number from -100 to 100"
+    low, high = BIASES
+    allowed = f"at most {MAX_IDS} token ids, each with a number from {low} to {high}"
     if value is None:
         return {}
     if not isinstance(value, Mapping) or len(value) > MAX_IDS:
@@ -239,9 +247,9 @@ def _biases(value: object) -> dict[int, float]:
             if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
             else key
         )
-        if not _is_whole(number) or not 0 <= number <= LARGEST:
+        if not is_token_id(number):
             raise _refusal("logit_bias", {key: bias}, allowed)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not low <= bias <= high:
             raise _refusal("logit_bias", {key: bias}, allowed)
         biases[number] = float(bias)
     return biases
@@ -269,7 +277,7 @@ def _ids(value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or len(value) > MAX_IDS:
         raise _refusal("stop_token_ids", value, allowed)
     for token_id in value:
-        if not _is_whole(token_id) or not 0 <= token_id <= LARGEST:
+        if not is_token_id(token_id):
             raise _refusal("stop_token_ids", token_id, allowed)
     return tuple(value)
 
@@ -286,12 +294,15 @@ def _grammar(name: str, value: object) -> str | None:
             text = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise _refusal(name, value, f"{allowed}, and this one is no JSON") from error
-    if not isinstance(text, str) or not text or len(text) > MAX_GRAMMAR or not _fits(text):
+    if not isinstance(text, str) or not is_grammar(text):
         raise _refusal(name, value, allowed)
     return text
 
 
-def _fits(text: str) -> bool:
+def is_grammar(text: str) -> bool:
+    """Whether ``text`` has a size that a grammar may have, and is valid Unicode."""
+    if not 1 <= len(text) <= MAX_GRAMMAR:
+        return False
     try:
         return len(text.encode()) <= MAX_GRAMMAR
     except UnicodeEncodeError:  # half of a surrogate pair

@@ -214,3 +214,51 @@ def test_http_and_engine_have_the_same_bounds(name):
                 assert http_takes(lambda body=openai: CompletionRequest(**body)) == engine_takes(
                     value
                 ), value
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"stop": value} for value in ("", "x", "x" * 1024, "x" * 1025, ["x"] * 64, ["x"] * 65)),
+        *(
+            {name: value}
+            for name in ("regex", "ebnf", "json_schema")
+            for value in ("", "a", "a" * MAX_GRAMMAR, "é" * (MAX_GRAMMAR // 2 + 1))
+        ),
+        *({"logit_bias": {key: 1}} for key in ("0", str(2**31 - 1), str(2**31), "9" * 10)),
+        *({"logit_bias": {"1": value}} for value in (-100, 100, 100.1)),
+        *({"stop_token_ids": [value]} for value in (0, 2**31 - 1, 2**31)),
+    ],
+    ids=lambda fields: str(fields)[:40],
+)
+def test_http_and_engine_take_the_same_texts_and_tokens(fields):
+    from pydantic import ValidationError
+
+    from qtool.serve.api.protocol import CompletionRequest, GenerateRequest
+
+    def is_taken(make, refused):
+        try:
+            make()
+        except refused:
+            return False
+        return True
+
+    expected = is_taken(lambda: SamplingParams.from_dict(fields), UsageError)
+    native = {"text": "a", "sampling_params": fields}
+    assert is_taken(lambda: GenerateRequest(**native), ValidationError) == expected
+    openai = {"prompt": "a", **fields}
+    assert is_taken(lambda: CompletionRequest(**openai), ValidationError) == expected
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_openai_asks_for_no_more_tokens_than_the_engine_gives(name):
+    from pydantic import ValidationError
+
+    from qtool.serve.api.protocol import ChatRequest
+
+    messages = [{"role": "user", "content": "a"}]
+    most = RANGES["max_new_tokens"][1]
+    ChatRequest(messages=messages, **{name: most})
+    for value in (0, most + 1):
+        with pytest.raises(ValidationError):
+            ChatRequest(messages=messages, **{name: value})

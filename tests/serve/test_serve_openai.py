@@ -18,8 +18,9 @@ from pydantic import BaseModel, Field, ValidationError
 from support.server import start_server
 from tokenizers import Tokenizer, decoders, models
 
-from qtool.serve.api.protocol import ChatRequest, CompletionRequest, refusal
+from qtool.serve.api.protocol import ChatRequest, CompletionRequest
 from qtool.serve.api.replies import prompt_offsets
+from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.prompts.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
@@ -450,7 +451,7 @@ def test_roles_and_parts_mean_what_they_say(ask, tokens_of):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_text_is_refused_by_its_name(ask, part, what):
-    with pytest.raises(openai.BadRequestError, match=f"{what} are not taken"):
+    with pytest.raises(openai.BadRequestError, match=f"{what} are not supported"):
         ask(messages=[{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}])
 
 
@@ -972,7 +973,7 @@ def test_a_refusal_names_the_field(body, message, param):
     request = CompletionRequest if "prompt" in body else ChatRequest
     with pytest.raises(ValidationError) as caught:
         request.model_validate(body)
-    told = refusal(
+    told = describe_invalid_body(
         [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()], request
     )
     assert message in told.message and told.param == param

@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qtool.errors import UsageError
+from qtool.serve.api.fields import MAX_TOOLS
 from qtool.serve.api.prompt import template_message
 from qtool.serve.api.protocol import (
-    MAX_TOOLS,
     AllowedTools,
     ChatRequest,
     Message,
     NamedTool,
     Tool,
-    refusal,
 )
 from qtool.serve.api.tools.choice import choose, schema_for
 from qtool.serve.api.tools.deltas import fold
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
 from qtool.serve.api.tools.parsers import make_parser, parser_for
 from qtool.serve.api.tools.styles import detect, style_named
+from qtool.serve.api.validation import describe_invalid_body
 
 NAMES = ("weather", "f", "g.h-1")
 STYLES = ("hermes", "llama3_json")
@@ -542,7 +542,7 @@ def test_what_no_request_can_hold_is_refused_by_its_field(tools, tool_choice, pa
         ChatRequest(
             messages=[{"role": "user", "content": "a"}], tools=tools, tool_choice=tool_choice
         )
-    detail = refusal(caught.value.errors(), ChatRequest)
+    detail = describe_invalid_body(caught.value.errors(), ChatRequest)
     assert (detail.param, detail.type) == (param, "invalid_request_error")
     assert param in detail.message
     assert says in detail.message

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from qtool.errors import QtoolError, ResourceError
-from qtool.serve.api.protocol import ErrorDetail, ErrorReply
+from qtool.serve.api.schemas import ErrorDetail, ErrorReply
 from qtool.serve.backend.engine_client import Answers, Piece, Submission
 from qtool.serve.prompts.sandbox import TooManyWaiting
 from qtool.serve.service import Busy, ModelNotFound, Service, Ticket, collected

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from qtool.serve.api.fields import Json
 from qtool.serve.api.protocol import (
     ChatRequest,
     FunctionCall,
-    Json,
     Message,
     TextPart,
     TokenizeRequest,

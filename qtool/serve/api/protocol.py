@@ -1,159 +1,43 @@
-"""What requests hold, and errors: OpenAI's fields, those that vLLM and SGLang both add, and
-SGLang's native ones. Unknown fields are refused.
+"""The bodies of requests: OpenAI's fields, those that vLLM and SGLang both add, and SGLang's native
+ones. Unknown fields are refused.
 
-Bounds stand here so that nothing large is tokenized first; what depends on the model is checked by
-`SamplingParams` and the engine.
+Bounds stand in the fields, so that nothing large is tokenized first; what depends on the model is
+checked by `SamplingParams` and the engine.
 Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/`; SGLang 0.5.23
     `srt/entrypoints/openai/protocol.py`, `srt/managers/io_struct.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from qtool.engine.sampling_params import (
-    ABOVE_ZERO,
-    LARGEST,
-    MAX_IDS,
-    MAX_STOP_LENGTH,
-    MAX_STOP_STRINGS,
-    MAX_TOP_LOGPROBS,
-    RANGES,
+from qtool.engine.sampling_params import LARGEST, MAX_IDS, MAX_TOP_LOGPROBS
+from qtool.serve.api.fields import (
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+    FunctionName,
+    Grammar,
+    Json,
+    LogitBias,
+    MaxTokens,
+    MaxTokensOrZero,
+    Prompt,
+    RequestId,
+    Seed,
+    StopStrings,
+    TokenId,
+    TokenLists,
+    bounded,
 )
-from qtool.errors import nearest, one_line
 
-MAX_CHOICES = int(RANGES["n"][1])
-MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
-MAX_PARTS = 4096
-MAX_TOOLS = 128
-MAX_ERRORS = 100  # of one body that are looked at
-# word in the type of a part -> what it is
-OTHER_CONTENT = {
-    "image": "images",
-    "audio": "audio",
-    "video": "videos",
-    "file": "files",
-}
-# pydantic's -> OpenAI's
-CODES = {
-    "extra_forbidden": "unknown_parameter",
-    "missing": "missing_required_parameter",
-}
-
-
-Json = dict[str, object]
-
-
-def bounded(name: str) -> Any:
-    """Return the bounds of the sampling field ``name``, those of `SamplingParams`."""
-    low, high = RANGES[name]
-    return Field(gt=low, le=high) if name in ABOVE_ZERO else Field(ge=low, le=high)
-
-
-Token = Annotated[int, Field(ge=0, le=LARGEST)]
-Stop = (
-    str
-    | Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
-    ]
-)
-Seed = Annotated[int, bounded("sampling_seed")]
-RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]  # the log has it
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-def _prompt(value: Any) -> Any:
-    """Accept text, texts, tokens or lists of tokens; found out by hand, for a union would report on
-    each of a million tokens.
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            "a prompt is a text, a list of texts, a list of tokens, or a list of lists of "
-            "tokens, and not empty"
-        )
-    if _tokens(value):
-        return value
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"at most {MAX_PROMPTS} prompts")
-    if not (
-        all(type(one) is str for one in value)
-        or all(isinstance(one, list) and one and _tokens(one) for one in value)
-    ):
-        raise ValueError(
-            "prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; "
-            "none is empty"
-        )
-    return value
-
-
-def _tokens(value: list[Any]) -> bool:
-    return all(type(one) is int and 0 <= one <= LARGEST for one in value)
-
-
-_IDS = {
-    "type": "array",
-    "items": {"type": "integer", "minimum": 0, "maximum": LARGEST},
-    "minItems": 1,
-}
-Prompt = Annotated[
-    Any,
-    BeforeValidator(_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {"type": "string"},
-                    "minItems": 1,
-                    "maxItems": MAX_PROMPTS,
-                },
-                _IDS,
-                {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
-            ]
-        }
-    ),
-]
-
-
-def _ids(value: Any) -> Any:
-    """Accept tokens or lists of them."""
-    value = _prompt(value)
-    if isinstance(value, str) or isinstance(value[0], str):
-        raise ValueError("tokens are whole numbers and no text, in a list or in lists")
-    return value
-
-
-Ids = Annotated[
-    Any,
-    BeforeValidator(_ids),
-    WithJsonSchema(
-        {"anyOf": [_IDS, {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS}]}
-    ),
-]
-
-
-def _few(value: Any) -> Any:
-    """Refuse what is too long before each entry of it is looked at."""
-    if isinstance(value, dict) and len(value) > MAX_IDS:
-        raise ValueError(f"at most {MAX_IDS} entries")
-    return value
-
-
-LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=MAX_IDS),
-    BeforeValidator(_few),
-]
+# word in the type of a content part -> what it is
+OTHER_CONTENT = {"image": "images", "audio": "audio", "video": "videos", "file": "files"}
 
 
 class Body(BaseModel):
@@ -164,21 +48,17 @@ class Body(BaseModel):
     )
 
 
-class Reply(BaseModel):
-    """A part of a response."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-
 class StreamOptions(Body):
-    """``include_usage``: a last chunk with the number of tokens."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # OpenAI's padding against listeners: there is none
+    """Whether a last chunk gives the number of tokens."""
+
+    include_obfuscation: bool | None = None  # OpenAI's padding; there is none here
 
 
 class JsonSchema(Body):
-    """A schema that the answer must satisfy."""
+    """A JSON schema that the answer must satisfy."""
 
     name: str | None = None
     description: str | None = None
@@ -187,7 +67,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What form the answer must have."""
+    """The form that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
@@ -199,7 +79,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to constrain an answer; one of them."""
+    """vLLM's constraints of an answer; only one of them may be given."""
 
     json_: Json | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -209,8 +89,8 @@ class StructuredOutputs(Body):
     structural_tag: str | None = None
 
 
-class Draw(Body):
-    """What OpenAI's routes and SGLang's ask of the sampler under the same names."""
+class SamplingFields(Body):
+    """Sampling fields with the same names on OpenAI's and SGLang's routes."""
 
     temperature: Annotated[float, bounded("temperature")] | None = None
     top_p: Annotated[float, bounded("top_p")] | None = None
@@ -222,18 +102,20 @@ class Draw(Body):
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
     n: Annotated[int, bounded("n")] | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_IDS, fail_fast=True)] | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)] | None = (
+        None
+    )
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None  # taken, and without effect
-    no_stop_trim: bool | None = None  # SGLang's name, everywhere
-    regex: str | None = None
-    ebnf: str | None = None
-    json_schema: str | None = None
+    spaces_between_special_tokens: bool | None = None  # accepted without effect
+    no_stop_trim: bool | None = None  # SGLang's name, accepted everywhere
+    regex: Grammar | None = None
+    ebnf: Grammar | None = None
+    json_schema: Grammar | None = None
 
 
-class Sampling(Draw):
+class OpenAISamplingFields(SamplingFields):
     """The fields that chats and completions share."""
 
     model: str | None = None
@@ -244,7 +126,7 @@ class Sampling(Draw):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None  # vLLM's
     rid: RequestId | None = None
-    user: str | None = None  # from here on: taken, and without effect
+    user: str | None = None  # from here on: accepted without effect
     metadata: Json | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -268,17 +150,15 @@ class TextPart(Body):
         return self
 
 
-def _content(value: Any) -> Any:
-    """Refuse parts that are no text by their name; the types below would only say what they are
-    not.
-    """
+def _check_content(value: object) -> object:
+    """Refuse images, audio and files by their name, which the types below would not mention."""
     for part in value if isinstance(value, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         for word, what in OTHER_CONTENT.items():
             if isinstance(kind, str) and word in kind:
                 message = (
-                    "{what} are not taken, for this server reads text: a part of type `{kind}` "
-                    "cannot be answered"
+                    "{what} are not supported, this server reads only text: "
+                    "it cannot answer a part of type `{kind}`"
                 )
                 raise PydanticCustomError(
                     "content_not_supported", message, {"what": what, "kind": kind[:100]}
@@ -287,10 +167,11 @@ def _content(value: Any) -> Any:
 
 
 class FunctionCall(Body):
-    """A call that the model made: the arguments are JSON, as text."""
+    """A call that the model made."""
 
     name: str
     arguments: str | Json | None = None
+    """JSON, usually as text."""
 
 
 class ToolCall(Body):
@@ -303,15 +184,12 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn of a chat.
-
-    ``content`` is text or a list of text parts; images, audio and files are refused.
-    """
+    """One turn of a chat; images, audio and files are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
-        BeforeValidator(_content),
+        BeforeValidator(_check_content),
     ] = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -324,36 +202,38 @@ class Message(Body):
 
 
 class Function(Body):
-    """A function that the model may call. ``parameters`` is a JSON schema."""
+    """A function that the model may call."""
 
-    name: Name
+    name: FunctionName
     description: str | None = None
     parameters: Json | None = None
+    """The JSON schema of its arguments."""
+
     strict: bool | None = None
 
 
 class Tool(Body):
-    """A tool: only functions are known."""
+    """A tool, which is always a function."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Body):
+class NamedFunction(Body):
     """A function by its name."""
 
-    name: Name
+    name: FunctionName
 
 
 class NamedTool(Body):
     """The tool that must be called."""
 
     type: Literal["function"]
-    function: FunctionName
+    function: NamedFunction
 
 
 class Allowed(Body):
-    """Those of the tools that may be called."""
+    """The tools that may be called."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
@@ -366,12 +246,12 @@ class AllowedTools(Body):
     allowed_tools: Allowed
 
 
-class ChatRequest(Sampling):
+class ChatRequest(OpenAISamplingFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -385,38 +265,38 @@ class ChatRequest(Sampling):
     modalities: (
         Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     ) = None
-    verbosity: str | None = None  # taken, and without effect, as is the next
+    verbosity: str | None = None  # accepted without effect, like the next
     prediction: Json | None = None
 
 
-def _suffix(value: Any) -> Any:
+def _check_suffix(value: object) -> object:
     if value not in (None, ""):
         raise ValueError(
-            "text is continued, and not filled in; a model that can fill in has tokens for it to "
-            "write into the prompt"
+            "suffix is not supported; if the model can fill in text, write its fill-in tokens into "
+            "the prompt"
         )
     return value
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(OpenAISamplingFields):
     """``POST /v1/completions``."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: MaxTokensOrZero | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    suffix: Annotated[Literal[""] | None, BeforeValidator(_suffix)] = None
+    suffix: Annotated[Literal[""] | None, BeforeValidator(_check_suffix)] = None
     add_special_tokens: bool | None = None
 
 
-class NativeSampling(Draw):
+class NativeSampling(SamplingFields):
     """SGLang's ``sampling_params``."""
 
-    max_new_tokens: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    max_new_tokens: MaxTokensOrZero | None = None
     min_new_tokens: Annotated[int, bounded("min_new_tokens")] | None = None
     sampling_seed: Seed | None = None
-    structural_tag: str | None = None
+    structural_tag: Grammar | None = None
 
 
 class GenerateRequest(Body):
@@ -429,7 +309,7 @@ class GenerateRequest(Body):
         ]
         | None
     ) = None
-    input_ids: Ids | None = None
+    input_ids: TokenLists | None = None
     sampling_params: NativeSampling | None = None
     rid: RequestId | None = None
     stream: bool | None = None
@@ -440,13 +320,14 @@ class GenerateRequest(Body):
 
 
 class AbortRequest(Body):
-    """``POST /abort_request``: ``rid`` of the requests to end."""
+    """``POST /abort_request``."""
 
     rid: RequestId
+    """The id of the requests to abort."""
 
 
 class TokenizeRequest(Body):
-    """``POST /tokenize``: a ``prompt``, or ``messages`` through the chat template."""
+    """``POST /tokenize``: a ``prompt``, or ``messages`` for the chat template."""
 
     model: str | None = None
     prompt: (
@@ -469,96 +350,5 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: Ids
+    tokens: TokenLists
     skip_special_tokens: bool | None = None
-
-
-class ErrorDetail(Reply):
-    """What went wrong: ``param`` is the field, ``code`` is stable."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorReply(Reply):
-    """Every answer that is not 2xx, as OpenAI has it."""
-
-    error: ErrorDetail
-
-
-def refusal(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> ErrorDetail:
-    """Return what pydantic's ``errors`` in a body of ``model`` mean: which field, what it takes,
-    and the nearest name of one that is unknown.
-
-    Of several errors it tells the innermost: those of a union's other members are further out.
-    """
-    placed = [(*_place(error, model), error) for error in errors[:MAX_ERRORS]]
-    path, known, error = max(
-        placed, key=lambda one: (len(one[0]), one[2]["type"] == "extra_forbidden")
-    )
-    kind = str(error["type"])
-    field = "".join(
-        f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in path
-    ).removeprefix(".")
-    if kind == "extra_forbidden":
-        hint = nearest(str(path[-1])[:100], known, count=1)
-        message = f"there is no field `{field}`" + (f"; {hint}" if hint else "")
-    elif kind == "missing":
-        message = f"`{field}` is missing" if field else "the request has no body"
-    else:
-        same = dict.fromkeys(_said(other) for place, _, other in placed if place == path)
-        message = f"`{field}`: {', or '.join(same)}" if field else ", or ".join(same)
-    return ErrorDetail(
-        message=message,
-        type="invalid_request_error",
-        param=field or None,
-        code=CODES.get(kind, kind),
-    )
-
-
-def _place(
-    error: Mapping[str, Any], model: type[BaseModel]
-) -> tuple[list[str | int], Iterable[str]]:
-    """Return the way to the field of ``error``, without the names of a union's members, and the
-    names of fields known there.
-    """
-    path: list[str | int] = []
-    models, known = {model}, set[str]()
-    *way, last = error["loc"] or ("",)
-    for step in [*way[way[:1] == ["body"] :], last]:
-        if isinstance(step, int):
-            path.append(step)
-            continue
-        fields = {
-            field.alias or name: field for one in models for name, field in one.model_fields.items()
-        }
-        if step in fields:
-            path.append(step)
-            models = _models(fields[step].annotation)
-        elif step is last and error["type"] == "extra_forbidden":
-            path.append(step)
-            known = set(fields)
-    return path, known
-
-
-def _models(annotation: Any) -> set[type[BaseModel]]:
-    """Return the models that a value of this type may be, or hold."""
-    if arguments := get_args(annotation):
-        return {model for argument in arguments for model in _models(argument)}
-    return (
-        {annotation}
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        else set()
-    )
-
-
-def _said(error: Mapping[str, Any]) -> str:
-    """Return what is wrong, in JSON's words."""
-    text = one_line(Exception(error["msg"].removeprefix("Value error, ")))
-    return re.sub(
-        r"a valid dictionary( or instance of \w+| or object to extract fields from)?",
-        "an object",
-        text,
-    )

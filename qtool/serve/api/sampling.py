@@ -1,88 +1,56 @@
-"""What a request asks of the sampler: its own fields, then the model's defaults, then OpenAI's."""
+"""The sampling parameters of a request: its fields, then the model's defaults, then OpenAI's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from qtool.engine.sampling_params import ANY_JSON_OBJECT, SamplingParams
+from qtool.engine.sampling_params import ANY_JSON_OBJECT, CONSTRAINTS, SamplingParams
 from qtool.errors import UsageError
-from qtool.serve.api.protocol import Draw, Sampling
+from qtool.serve.api.fields import Json
+from qtool.serve.api.protocol import (
+    OpenAISamplingFields,
+    ResponseFormat,
+    SamplingFields,
+    StructuredOutputs,
+)
+
+Constraint = tuple[str, str]
+"""One of SamplingParams' CONSTRAINTS, and its text."""
 
 
 def sampling_params(
-    request: Sampling,
-    defaults: Mapping[str, Any],
+    request: OpenAISamplingFields,
+    defaults: Mapping[str, object],
     max_new_tokens: int | None,
-    forced_schema: Any = None,
+    forced_schema: Json | None = None,
 ) -> SamplingParams:
-    """Return what ``request`` asks of the sampler: its own fields, then the model's defaults, then
-    OpenAI's.
+    """Return the sampling parameters of ``request``.
 
-    ``forced_schema``: a JSON schema that the answer must satisfy because of its tools. Raises:
-        UsageError.
+    Args:
+        defaults: the model's own, for fields that the request leaves out.
+        max_new_tokens: None is to the end of the context.
+        forced_schema: a JSON schema that the answer must satisfy because of its tools.
+    Raises: UsageError.
     """
-    values: dict[str, Any] = {"max_new_tokens": None, **defaults}
-    given = {name: getattr(request, name) for name in Draw.model_fields}
+    values: Json = {"max_new_tokens": None, **defaults}
+    given: Json = {name: getattr(request, name) for name in SamplingFields.model_fields}
     given |= {"min_new_tokens": request.min_tokens, "max_new_tokens": max_new_tokens}
     given["no_stop_trim"] = request.no_stop_trim or request.include_stop_str_in_output
-    given |= _constraint(request, forced_schema)
+    given |= _find_constraint(request, forced_schema)
     if given["top_k"] == 0:
         given["top_k"] = -1  # what vLLM means by it
     values |= {name: value for name, value in given.items() if value is not None}
     return SamplingParams.from_dict(values)
 
 
-def _constraint(request: Sampling, forced_schema: Any) -> dict[str, str]:
-    """Return the constraint that ``request`` names, under the name of SamplingParams."""
-    found: list[tuple[str, str]] = [
-        (name, value)
-        for name in ("regex", "ebnf", "json_schema")
-        if (value := getattr(request, name)) is not None
+def _find_constraint(request: OpenAISamplingFields, forced_schema: Json | None) -> dict[str, str]:
+    """Return the constraint of the answer, if any. Raises: UsageError, if there are several."""
+    found = [
+        *_own_constraints(request),
+        *_response_format(request.response_format),
+        *_structured_outputs(request.structured_outputs),
     ]
-    if form := request.response_format:
-        if form.type == "json_object":
-            found.append(("json_schema", ANY_JSON_OBJECT))
-        elif form.type == "json_schema":
-            if form.json_schema is None or form.json_schema.schema_ is None:
-                raise UsageError(
-                    "E_GRAMMAR",
-                    "response_format says json_schema and has none",
-                    hint="give json_schema: {name, schema}",
-                )
-            found.append(("json_schema", json.dumps(form.json_schema.schema_)))
-        elif form.type == "structural_tag":
-            found.append(("structural_tag", form.model_dump_json(exclude_none=True)))
-    if others := request.structured_outputs:
-        if others.json_ is not None:
-            found.append(
-                (
-                    "json_schema",
-                    others.json_ if isinstance(others.json_, str) else json.dumps(others.json_),
-                )
-            )
-        if others.choice is not None:
-            found.append(
-                (
-                    "ebnf",
-                    "root ::= "
-                    + " | ".join(
-                        json.dumps(choice, ensure_ascii=False) for choice in others.choice
-                    ),
-                )
-            )
-        if others.json_object:
-            found.append(("json_schema", ANY_JSON_OBJECT))
-        found += [
-            (theirs, value)
-            for theirs, value in (
-                ("regex", others.regex),
-                ("ebnf", others.grammar),
-                ("structural_tag", others.structural_tag),
-            )
-            if value
-        ]
     if forced_schema is not None:
         found.append(("json_schema", json.dumps(forced_schema)))
     if len(found) > 1:
@@ -90,6 +58,51 @@ def _constraint(request: Sampling, forced_schema: Any) -> dict[str, str]:
         raise UsageError(
             "E_GRAMMAR",
             f"the answer is constrained {len(found)} times ({names})",
-            hint="one of them: tool_choice counts too",
+            hint="give one of them: tool_choice counts too",
         )
     return dict(found)
+
+
+def _own_constraints(request: SamplingFields) -> Iterator[Constraint]:
+    for name in CONSTRAINTS:
+        if (value := getattr(request, name, None)) is not None:
+            yield name, value
+
+
+def _response_format(form: ResponseFormat | None) -> Iterator[Constraint]:
+    """Yield OpenAI's constraint."""
+    if form is None or form.type == "text":
+        return
+    if form.type == "json_object":
+        yield "json_schema", ANY_JSON_OBJECT
+    elif form.type == "structural_tag":
+        yield "structural_tag", form.model_dump_json(exclude_none=True)
+    elif form.json_schema is None or form.json_schema.schema_ is None:
+        raise UsageError(
+            "E_GRAMMAR",
+            "response_format says json_schema and has none",
+            hint="give json_schema: {name, schema}",
+        )
+    else:
+        yield "json_schema", json.dumps(form.json_schema.schema_)
+
+
+def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]:
+    """Yield vLLM's constraints."""
+    if given is None:
+        return
+    if isinstance(given.json_, str):
+        yield "json_schema", given.json_
+    elif given.json_ is not None:
+        yield "json_schema", json.dumps(given.json_)
+    if given.choice is not None:
+        quoted = [json.dumps(choice, ensure_ascii=False) for choice in given.choice]
+        yield "ebnf", "root ::= " + " | ".join(quoted)
+    if given.json_object:
+        yield "json_schema", ANY_JSON_OBJECT
+    if given.regex:
+        yield "regex", given.regex
+    if given.grammar:
+        yield "ebnf", given.grammar
+    if given.structural_tag:
+        yield "structural_tag", given.structural_tag

@@ -4,15 +4,39 @@ them to this.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from qtool.serve.api.protocol import ErrorReply, Reply
+from qtool.serve.api.fields import Json
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 # the natural logarithm, the token, its text if that was asked for
 NativeLogprob = tuple[float | None, int, str | None]
+
+
+class Reply(BaseModel):
+    """A part of a response."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ErrorDetail(Reply):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    """The field of the request."""
+
+    code: str | None = None
+    """Stays the same across releases."""
+
+
+class ErrorReply(Reply):
+    """Every response without status 2xx, in OpenAI's shape."""
+
+    error: ErrorDetail
 
 
 class CachedTokens(Reply):
@@ -196,7 +220,7 @@ class GenerationFacts(Reply):
     """SGLang's ``meta_info``. ``finish_reason``: its ``type``, and what matched."""
 
     id: str
-    finish_reason: dict[str, Any] | None
+    finish_reason: Json | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int | None = None
@@ -293,7 +317,7 @@ class ServerInfo(Reply):
     version: str
     status: str
     max_total_num_tokens: int
-    internal_states: list[dict[str, Any]]
+    internal_states: list[Json]
 
 
 CHUNKS = (ChatChunk, CompletionChunk, GenerationChunk, ErrorReply)

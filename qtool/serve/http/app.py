@@ -28,6 +28,7 @@ from qtool.errors import QtoolError, UsageError, one_line
 from qtool.serve.api.answering import error_reply, gone, json_reply
 from qtool.serve.api.chat import chat
 from qtool.serve.api.completions import complete
+from qtool.serve.api.fields import as_lists
 from qtool.serve.api.native import generate
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import (
@@ -35,11 +36,8 @@ from qtool.serve.api.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    ErrorDetail,
-    ErrorReply,
     GenerateRequest,
     TokenizeRequest,
-    refusal,
 )
 from qtool.serve.api.schemas import (
     CHUNKS,
@@ -47,6 +45,8 @@ from qtool.serve.api.schemas import (
     ChatCompletion,
     Completion,
     CompletionChunk,
+    ErrorDetail,
+    ErrorReply,
     Generation,
     GenerationChunk,
     Model,
@@ -59,6 +59,7 @@ from qtool.serve.api.schemas import (
     Tokens,
     Version,
 )
+from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.backend.engine_client import Load
 from qtool.serve.metrics import CONTENT_TYPE
 from qtool.serve.prompts.sandbox import TooManyWaiting
@@ -265,7 +266,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         several = isinstance(body.tokens[0], list)
         texts = []
-        for tokens in body.tokens if several else [body.tokens]:
+        for tokens in as_lists(body.tokens):
             if max(tokens) >= service.facts.vocab_size:
                 raise UsageError(
                     "E_PROMPT",
@@ -430,7 +431,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return json_reply(
-            ErrorReply(error=refusal(error.errors(), _body_model(request))).model_dump(), status=400
+            ErrorReply(
+                error=describe_invalid_body(error.errors(), _body_model(request))
+            ).model_dump(),
+            status=400,
         )
 
     async def http(request: Request, error: Exception) -> Response:

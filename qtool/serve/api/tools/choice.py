@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtool.errors import UsageError, nearest
-from qtool.serve.api.protocol import AllowedTools, Json, NamedTool, Tool
+from qtool.serve.api.fields import Json
+from qtool.serve.api.protocol import AllowedTools, NamedTool, Tool
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

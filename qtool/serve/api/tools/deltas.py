@@ -9,7 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
 
-from qtool.serve.api.protocol import Json
+from qtool.serve.api.fields import Json
 
 
 @dataclass(frozen=True, slots=True)
