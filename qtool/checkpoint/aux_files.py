@@ -1,5 +1,5 @@
-"""The small files of a checkpoint: which of them are carried along from the source, and what a
-config may not say.
+"""The small files of a checkpoint: which of them are copied from the source, and what a config may
+not say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qtool.checkpoint.strict_json import read_json
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
 CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
-CARRIED = (
+AUX_FILES = (
     *(
         "tokenizer*",
         "special_tokens_map.json",
@@ -43,8 +43,8 @@ WRITTEN = ("*.safetensors", "model.safetensors.index.json", *CONFIGS)
 
 
 def finish_files(source: Path, folder: Path) -> None:
-    """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and put the
-    sidecars of ``source`` beside them, untouched.
+    """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and add the
+    auxiliary files of ``source`` as they are.
     """
     for path in folder.iterdir():
         if not any(path.match(pattern) for pattern in WRITTEN):
@@ -53,7 +53,7 @@ def finish_files(source: Path, folder: Path) -> None:
         if (folder / name).exists():
             write_json(folder / name, without_paths(read_json(folder / name)))
     for path in source.iterdir():
-        if _is_carried(path, source) and not any(path.match(pattern) for pattern in WRITTEN):
+        if _is_aux_file(path, source) and not any(path.match(pattern) for pattern in WRITTEN):
             shutil.copyfile(path, folder / path.name)
     mode = 0o666 & ~_umask()
     for path in folder.iterdir():
@@ -78,8 +78,8 @@ def without_paths(value: Any) -> Any:
     return [without_paths(item) for item in value] if isinstance(value, list) else value
 
 
-def _is_carried(path: Path, source: Path) -> bool:
-    """Whether ``path`` is a sidecar.
+def _is_aux_file(path: Path, source: Path) -> bool:
+    """Whether ``path`` is an auxiliary file to copy.
 
     A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs
     to.
@@ -87,7 +87,7 @@ def _is_carried(path: Path, source: Path) -> bool:
     if (
         path.suffix in CODE_OR_PICKLE
         or not path.is_file()
-        or not any(path.match(pattern) for pattern in CARRIED)
+        or not any(path.match(pattern) for pattern in AUX_FILES)
     ):
         return False
     target = path.resolve()

@@ -1,5 +1,6 @@
-"""What config.json promises about the tensors: layers, embeddings, norms, projections; only where a
-standard name leaves no doubt what it is.
+"""Compare config.json with the tensors: layers, embeddings, norms and projections.
+
+Only names of the standard architectures are compared: they leave no doubt what a tensor is.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ HINT = (
 )
 
 
-def check_promises(checkpoint: Checkpoint) -> None:
+def check_config(checkpoint: Checkpoint) -> None:
     """Compare config and tensors of a decoder; whatever is unusual is let pass.
 
     Raises: CheckpointRefused, when a layer is missing or a tensor has not the shape that the
@@ -171,31 +172,31 @@ def _check_shape(
 ) -> None:
     if tensor.dtype not in UNPACKED:
         return
-    promised = [
+    expected = [
         math.prod(sizes[field] for field in fields.split())
         if sizes.keys() >= {*fields.split()}
         else None
         for fields in dimensions
     ]
     rows = tensor.shape[0] if tensor.shape else 0
-    if promised[0] and (
-        rows >= promised[0]
+    if expected[0] and (
+        rows >= expected[0]
         if "embed_tokens" in tensor.name
-        else rows == 2 * promised[0] and "q_proj" in tensor.name
+        else rows == 2 * expected[0] and "q_proj" in tensor.name
     ):
-        promised[0] = rows  # the vocabulary may be padded, queries may come with a gate each
-    if len(promised) != len(tensor.shape) or any(
-        want not in (None, found) for want, found in zip(promised, tensor.shape, strict=True)
+        expected[0] = rows  # the vocabulary may be padded, queries may come with a gate each
+    if len(expected) != len(tensor.shape) or any(
+        want not in (None, found) for want, found in zip(expected, tensor.shape, strict=True)
     ):
         fields = sorted(
             {field for fields in dimensions for field in fields.split() if field in sizes}
         )
         said = ", ".join(f"{field} {sizes[field]:,}" for field in fields)
-        shape = ", ".join("?" if want is None else str(want) for want in promised)
+        shape = ", ".join("?" if want is None else str(want) for want in expected)
         raise _broken(
             code,
             checkpoint,
-            f"{said} promise `{tensor.name}` as [{shape}] and it is {list(tensor.shape)} in "
+            f"with {said}, `{tensor.name}` must be [{shape}], and it is {list(tensor.shape)} in "
             f"{tensor.file.name}",
         )
 

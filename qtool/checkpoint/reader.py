@@ -17,7 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.config_check import check_promises
+from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.model import DTYPE_BITS, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
     DAMAGED,
@@ -88,7 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         with _no_collection():
             checkpoint = Checkpoint(path, _read_config(path / "config.json"), _read_tensors(path))
-        check_promises(checkpoint)
+        check_config(checkpoint)
         return checkpoint
     except OSError as error:
         raise refused(

@@ -170,7 +170,7 @@ def quantization_config(
     Raises: CheckpointRefused, when the layers have different groups, or engines, which look for
         names inside names, would skip a quantized layer.
     """
-    groups = {module.promised_group for module in modules}
+    groups = {module.config_group_size for module in modules}
     if len(groups) > 1:
         raise refused(
             "E_CANNOT_HOLD",

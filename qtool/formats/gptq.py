@@ -41,8 +41,8 @@ ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def matches_config(config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` is of this format; an old sidecar names no method, but bits and a group
-    size.
+    """Whether ``config`` is of this format; an old `quantize_config.json` names no method, but
+    bits and a group size.
     """
     return config.get("quant_method") == "gptq" or (
         "quant_method" not in config and "bits" in config and "group_size" in config

@@ -47,7 +47,7 @@ class QuantizedModule:
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
     @property
-    def promised_group(self) -> int:
+    def config_group_size(self) -> int:
         """The group size as configs say it: -1 for one scale a row."""
         return self.scheme.weights.group_size or -1
 
@@ -185,24 +185,24 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
         yield Parts(module, tensors)
 
 
-def group_size(columns: int, groups: int, promised: int | None = None) -> int:
-    """Return how many of ``columns`` inputs share one of ``groups`` scales: ``promised`` where it
+def group_size(columns: int, groups: int, configured: int | None = None) -> int:
+    """Return how many of ``columns`` inputs share one of ``groups`` scales: ``configured`` where it
     fits, else what divides evenly.
     """
-    if promised and promised > 0 and math.ceil(columns / promised) == groups:
-        return promised
+    if configured and configured > 0 and math.ceil(columns / configured) == groups:
+        return configured
     return math.ceil(columns / groups)
 
 
 def grouped_integers(
-    bits: int, columns: int, groups: int, promised: int | None, *, symmetric: bool
+    bits: int, columns: int, groups: int, configured: int | None, *, symmetric: bool
 ) -> Weights:
     """Return integer weights with ``groups`` scales for a row of ``columns``; one scale is a
-    channel's, unless the config promised that group.
+    channel's, unless the config has that group.
     """
-    size = group_size(columns, groups, promised)
+    size = group_size(columns, groups, configured)
     format: Any = f"int{bits}"
-    if groups == 1 and promised != size:
+    if groups == 1 and configured != size:
         return Weights(format, "channel", symmetric=symmetric)
     return Weights(format, "group", size, symmetric=symmetric)
 

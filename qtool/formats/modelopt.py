@@ -85,16 +85,14 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def matches_config(config: Mapping[str, Any]) -> bool:
-    """Whether ``config``, embedded (flat) or sidecar (nested), is of this format."""
+    """Whether ``config`` is of this format: flat in config.json, nested in hf_quant_config.json."""
     producer = config.get("producer")
     name = producer.get("name") if isinstance(producer, Mapping) else None
     return str(config.get("quant_method", "")).startswith("modelopt") or name == "modelopt"
 
 
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
-    """Return the layout; the sidecar, where there is one, adds what the embedded config has
-    lost.
-    """
+    """Return the layout; hf_quant_config.json, if there is one, adds what config.json has lost."""
     config = _merged(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
     per_layer = config.get("quantized_layers") or {}
@@ -232,7 +230,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the flat config and the nested sidecar, which says more.
+    """Return the flat config and the nested one of hf_quant_config.json, which says more.
 
     Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would
         skip a quantized layer.
@@ -355,14 +353,14 @@ def _names(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    sidecar = checkpoint.path / "hf_quant_config.json"
+    file = checkpoint.path / "hf_quant_config.json"
     nested = (
         config.get("quantization")
-        or (read_json(sidecar).get("quantization") if sidecar.is_file() else None)
+        or (read_json(file).get("quantization") if file.is_file() else None)
         or {}
     )
     flat = {key: value for key, value in config.items() if value is not None}
-    return {**nested, **flat}  # the embedded config wins where both speak
+    return {**nested, **flat}  # config.json wins where both speak
 
 
 def _is_quantized(parts: Parts) -> bool:

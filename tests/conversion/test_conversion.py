@@ -937,7 +937,7 @@ def test_a_shard_size_that_is_none_is_refused_before_anything_is_read(tmp_path, 
     assert "5GB" in caught.value.hint
 
 
-def test_sidecars_are_carried_along_and_code_is_not(copy, tmp_path):
+def test_aux_files_are_carried_along_and_code_is_not(copy, tmp_path):
     source = copy("ct/W4A16")
     extra = {
         "tokenizer.json": "{}",

@@ -75,7 +75,7 @@ def test_every_sample_passes_the_deep_check(sample, name):
     assert check_values(checkpoint, detect(checkpoint)) == []
 
 
-def test_sizes_on_disk_agree_with_what_the_scheme_promises(sample):
+def test_sizes_on_disk_agree_with_what_the_scheme_says(sample):
     for name in ("ct/W4A16", "ct/FP8_DYNAMIC", "ct/NVFP4A16", "ct/MXFP8", "ct/W4A16_ASYM"):
         for module in detect(open_checkpoint(sample(name))).modules.values():
             # weight_shape
@@ -263,7 +263,7 @@ def test_kv_scales_that_the_config_does_not_mention_are_reported(edited):
     assert "no kv_cache_scheme" in layout.warnings[0]
 
 
-def test_autoawq_configs_and_old_sidecars_are_read(edited, sample, tmp_path):
+def test_autoawq_configs_and_old_config_files_are_read(edited, sample, tmp_path):
     autoawq = {
         "quant_method": "awq",
         "bits": 4,
@@ -286,8 +286,8 @@ def test_autoawq_configs_and_old_sidecars_are_read(edited, sample, tmp_path):
     assert detect(open_checkpoint(folder)).format == "gptq"
 
 
-def test_a_modelopt_checkpoint_with_only_the_sidecar_is_read(sample, tmp_path):
-    folder = shutil.copytree(sample("modelopt/NVFP4"), tmp_path / "sidecar")
+def test_a_modelopt_checkpoint_with_only_hf_quant_config_is_read(sample, tmp_path):
+    folder = shutil.copytree(sample("modelopt/NVFP4"), tmp_path / "copy")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     layout = detect(open_checkpoint(folder))
     assert (layout.format, {module.scheme.name for module in layout.modules.values()}) == (
