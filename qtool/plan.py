@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from qtool.checkpoint.model import Checkpoint, TensorInfo
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, RecipeRefused
 from qtool.modules import is_head, is_linear, last_part, layer_name, skip_reason
 from qtool.recipe import Auto, Recipe, check_pattern, matches
@@ -85,7 +85,7 @@ class Plan:
         workspace = 3 * self.layer_bytes  # a layer in float32 and its result
         return self.bytes_before + workspace + activations, workspace + activations
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Return the plan for ``--json``."""
         return {
             "source": str(self.checkpoint.path),

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.scheme import Scheme, scheme_from
 
@@ -282,12 +283,12 @@ class Recipe(BaseModel):
             self.name,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Return the recipe as plain data that `recipe_from` reads back."""
         return self.model_dump(mode="json", exclude={"aliases"})
 
 
-def recipe_from(data: Mapping[str, Any]) -> Recipe:
+def recipe_from(data: Json) -> Recipe:
     """Rebuild a recipe from `Recipe.to_dict`."""
     return _validated(dict(data), str(data.get("name")))
 
@@ -436,7 +437,7 @@ def _read(path: Path) -> Recipe:
     return _validated({"name": re.sub("[^a-z0-9_]+", "_", _plain(path.stem))} | data, str(path))
 
 
-def _validated(data: dict[str, Any], where: str) -> Recipe:
+def _validated(data: JsonDict, where: str) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:

@@ -12,9 +12,10 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from qtool.calibration import CalibrationSpec
+from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
 from qtool.plan import Plan
 from qtool.scheme import Scheme
@@ -35,7 +36,7 @@ class Job:
     """
 
     model: str
-    recipe: Mapping[str, Any]
+    recipe: Json
     output: str
     scratch: str
     device: str

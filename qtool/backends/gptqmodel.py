@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.modules import is_head
 from qtool.plan import Plan
 from qtool.recipe import Awq, Gptq
@@ -102,7 +103,7 @@ class GPTQModelBackend:
                 work.report.progress("layers", min(layer_idx + 1, layers), layers)
 
         model.layer_callback = on_layer
-        options: dict[str, Any] = {}
+        options: JsonDict = {}
         if work.device == "cpu" and recipe.algorithm[-1].name == "awq":
             options["backend"] = BACKEND.AWQ_TORCH  # the only AWQ kernel without CUDA
         work.report.stage("quantizing")
@@ -123,7 +124,7 @@ def _config(work: Work) -> Any:
     recipe = work.plan.recipe
     base = recipe.scheme
     assert base is not None
-    dynamic: dict[str, dict[str, Any]] = {}
+    dynamic: dict[str, JsonDict] = {}
     for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
         if group.scheme is None:
             # it leaves heads alone unasked
@@ -131,7 +132,7 @@ def _config(work: Work) -> Any:
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
         elif group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
-    options: dict[str, Any] = {
+    options: JsonDict = {
         **_numbers(base),
         "offload_to_disk_path": str(work.scratch / "offload"),
         "device": work.device,
@@ -155,6 +156,6 @@ def _config(work: Work) -> Any:
     return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)
 
 
-def _numbers(scheme: Scheme) -> dict[str, Any]:
+def _numbers(scheme: Scheme) -> JsonDict:
     weights = scheme.weights
     return {"bits": weights.bits, "group_size": weights.group_size or -1, "sym": weights.symmetric}

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from qtool.backends import MAX_SHARD_SIZE, Reporter, Work, groups_of, step_refusals
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.plan import Plan
 from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant
 from qtool.scheme import Activations, Scheme, Weights
@@ -130,7 +131,7 @@ def _modifiers(work: Work, linears: list[str]) -> list[Any]:
         for index, group in enumerate(quantized)
         if group.scheme is not None
     }
-    options: dict[str, Any] = {"config_groups": config_groups or None, "ignore": ignore}
+    options: JsonDict = {"config_groups": config_groups or None, "ignore": ignore}
     if not config_groups:
         options |= {"targets": []}
     if recipe.kv_cache:
@@ -209,7 +210,7 @@ def _activation_arguments(activations: Activations) -> Any:
     )
 
 
-def _scale_dtypes(scale: str, *, symmetric: bool) -> dict[str, Any]:
+def _scale_dtypes(scale: str, *, symmetric: bool) -> JsonDict:
     import torch
 
     if scale == "float":

@@ -18,6 +18,7 @@ from qtool.backends.models import (
     load_model,
     loaded_linears,
 )
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import RecipeRefused, ResourceError, one_line
 from qtool.modules import is_expert
 from qtool.plan import Plan
@@ -171,14 +172,14 @@ def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
 
 def _quantizers(
     work: Work, mtq: Any, linears: Iterable[str], fused: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[JsonDict]:
     """Return the ordered list that switches everything off and then on what the plan names.
 
     Modules of ``fused``, which hold all experts of a layer, have a quantizer for each tensor and
     expert and get one scheme.
     """
     recipe = work.plan.recipe
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries: list[JsonDict] = [{"quantizer_name": "*", "enable": False}]
     expert_schemes = (
         {module.scheme for module in work.plan.modules if is_expert(module.name)}
         if fused
@@ -208,13 +209,13 @@ def _quantizers(
     return entries
 
 
-def _is_linear_entry(entry: dict[str, Any]) -> bool:
+def _is_linear_entry(entry: JsonDict) -> bool:
     return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get(
         "enable", True
     )
 
 
-def _for_module(entry: dict[str, Any], prefix: str, scheme: Scheme) -> dict[str, Any]:
+def _for_module(entry: JsonDict, prefix: str, scheme: Scheme) -> JsonDict:
     """Return the preset's ``entry`` for the module that ``prefix`` names, with the scheme's own
     group size.
     """

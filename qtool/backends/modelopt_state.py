@@ -18,6 +18,7 @@ from typing import Any
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.reader import read_header
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, StateRefused, UsageError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Recipe, recipe_from
@@ -42,7 +43,7 @@ def save_state(model: Any, folder: str, plan: Plan) -> None:
     import modelopt.torch.opt as mto
     from safetensors.torch import save_file
 
-    tensors: dict[str, Any] = {}
+    tensors: JsonDict = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
@@ -136,7 +137,7 @@ def _check_pickle(path: str, *, trust_pickle: bool) -> None:
         )
 
 
-def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def read_state(path: str, checkpoint: Checkpoint) -> JsonDict:
     """Return the state's JSON after checking that it belongs to ``checkpoint`` and to the installed
     ModelOpt.
     """
@@ -159,7 +160,7 @@ def read_state(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> JsonDict:
     folder = Path(path)
     if not folder.exists():
         raise StateRefused(

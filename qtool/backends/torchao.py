@@ -5,10 +5,9 @@ Source: torchao 0.18, transformers 5.17.
 
 from __future__ import annotations
 
-from typing import Any
-
 from qtool.backends import MAX_SHARD_SIZE, Work, step_refusals
 from qtool.backends.models import linear_names, load_model
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.plan import Plan
 from qtool.scheme import SCHEMES
 
@@ -47,7 +46,7 @@ class TorchAOBackend:
 
         scheme = work.plan.recipe.scheme
         assert scheme is not None
-        options: dict[str, Any] = {}
+        options: JsonDict = {}
         # tinygemm's tiles; the plain layout needs a library that is not on the package index
         if scheme.weights.group_size:
             options = {

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec, bad_line, rows
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import DataRefused, nearest
 
 
@@ -22,7 +23,7 @@ class Record:
 
     where: str
     text: str = ""
-    messages: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Json] = ()
     ids: Sequence[int] | None = None
 
     @property
@@ -117,7 +118,7 @@ def _text(where: str, name: str, value: Any) -> str:
     return value
 
 
-def _messages(where: str, name: str, value: Any) -> list[dict[str, Any]]:
+def _messages(where: str, name: str, value: Any) -> list[JsonDict]:
     if not isinstance(value, list) or not value:
         raise _bad_field(where, f"`{name}` is {_kind(value)}", "a list of messages")
     for number, message in enumerate(value):
@@ -171,7 +172,7 @@ def _kind(value: Any) -> str:
     return "an empty list" if value == [] else _KINDS.get(type(value), type(value).__name__)
 
 
-def _listed(fields: Mapping[str, Any]) -> str:
+def _listed(fields: Json) -> str:
     names = [f"`{name}`" for name in islice(fields, 12)]
     return (
         ", ".join(names) + (f" and {len(fields) - 12} more" if len(fields) > 12 else "")

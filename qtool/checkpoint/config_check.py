@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qtool.checkpoint.strict_json import refused
+from qtool.checkpoint.strict_json import Json, refused
 
 if TYPE_CHECKING:
     from qtool.checkpoint.model import Checkpoint, TensorInfo
@@ -118,7 +118,7 @@ def _is_standard(checkpoint: Checkpoint) -> bool:
     )
 
 
-def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(config: Json) -> dict[str, int]:
     """Return the config's positive integers, without those that other fields may overrule."""
     sizes = {key: value for key, value in config.items() if type(value) is int and value > 0}
     nested = {key for value in config.values() if isinstance(value, Mapping) for key in value}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from qtool.checkpoint.strict_json import read_json
+from qtool.checkpoint.strict_json import Json, read_json
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -66,7 +66,7 @@ class Checkpoint:
     """A model folder whose headers were read and found consistent. No weight has been read."""
 
     path: Path
-    config: Mapping[str, Any]
+    config: Json
     tensors: Mapping[str, TensorInfo]
 
     @property
@@ -91,7 +91,7 @@ class Checkpoint:
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
     @property
-    def text_config(self) -> Mapping[str, Any]:
+    def text_config(self) -> Json:
         """The part of the config that describes the language model (multimodal configs nest it)."""
         for key in ("text_config", "llm_config"):
             if isinstance(self.config.get(key), Mapping):
@@ -107,7 +107,7 @@ class Checkpoint:
         return bool(said) if said is not None else "lm_head.weight" not in self.tensors
 
     @property
-    def quantization_config(self) -> Mapping[str, Any] | None:
+    def quantization_config(self) -> Json | None:
         """What the checkpoint says about its quantization, wherever it says it; None for a plain
         model.
         """

@@ -21,6 +21,7 @@ from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.model import DTYPE_BITS, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
     DAMAGED,
+    JsonDict,
     check_json_size,
     parse_object,
     read_json,
@@ -140,7 +141,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> JsonDict:
     config = read_json(path)
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

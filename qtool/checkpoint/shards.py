@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.model import DTYPE_BITS, TensorInfo
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, UsageError
 
 UNITS = {
@@ -125,7 +126,7 @@ class Shards:
         return self._done(path)
 
     def _begin(self, path: Path, specs: Sequence[TensorSpec]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: JsonDict = {"__metadata__": {"format": "pt"}}
         end = 0
         # the widest first: each then lies at a multiple of its width
         for spec in sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype]):

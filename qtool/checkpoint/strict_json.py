@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qtool.errors import CheckpointRefused, one_line
 
+Json = Mapping[str, Any]  # a JSON object: what it holds is checked where it is used
+JsonDict = dict[str, Any]
 MAX_JSON_BYTES = 32 << 20  # the largest header and index of a public model are below 30 MB
 MAX_JSON_VALUES = (
     1_500_000  # 120,000 tensors in one header; each value may take 100 bytes of memory
@@ -23,13 +25,13 @@ DAMAGED = "the file is damaged or was changed: download or copy it again"
 
 def parse_object(
     data: bytes, where: str, *, parse_int: Callable[[str], int] | None = None
-) -> dict[str, Any]:
+) -> JsonDict:
     """Return the JSON object that ``data`` is; ``where`` names it in a refusal.
 
     Raises: CheckpointRefused, when it is no JSON object, or more of one than any model needs.
     """
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
@@ -132,7 +134,7 @@ def _not_json(data: bytes, where: str, error: json.JSONDecodeError) -> Checkpoin
     return refused("E_JSON_SYNTAX", f"{where}: not JSON ({error})")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonDict:
     """Return the JSON object in ``path``, refusing what is too large, too deep, repeated or not an
     object.
     """

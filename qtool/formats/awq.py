@@ -7,9 +7,10 @@ Source: AutoAWQ, `awq/utils/packing_utils.py`; gptqmodel 7.6, `nn_modules/qlinea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -44,7 +45,7 @@ LOW = 0x0F0F0F0F  # the even nibbles of a word
 HIGH = ~LOW
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format; GPTQModel's round-to-nearest says `gptq` and means
     `gemm` tensors.
     """
@@ -55,7 +56,7 @@ def matches_config(config: Mapping[str, Any]) -> bool:
     )
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout: a module is quantized when it has a ``qweight``; the config tells whether
     zeros are used.
     """
@@ -164,7 +165,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the config; ``sym`` is GPTQModel's key, and tells that the zeros are all 8.
 
     Raises: CheckpointRefused, when the layers have different groups, or engines, which look for
@@ -202,7 +203,7 @@ def fallbacks() -> tuple[str, ...]:
     return ("W4A16_ASYM",)
 
 
-def _version(config: Mapping[str, Any]) -> str:
+def _version(config: Json) -> str:
     return str(
         config.get("checkpoint_format")
         or config.get("format")
@@ -211,7 +212,7 @@ def _version(config: Mapping[str, Any]) -> str:
     ).lower()
 
 
-def _module(parts: Parts, config: Mapping[str, Any]) -> QuantizedModule:
+def _module(parts: Parts, config: Json) -> QuantizedModule:
     columns, words = parts.matrix("qweight", "I32")
     groups, rows = parts.matrix("scales", *SCALE_DTYPES)
     if words * 8 != rows:

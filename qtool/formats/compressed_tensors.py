@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.model import FLOAT_DTYPES
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import (
     PER_HEAD,
     Layout,
@@ -40,14 +41,14 @@ ACT_ORDER_VERSION = "0.18.0"  # the last that takes a g_idx
 SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") in ("compressed-tensors", "compressed_tensors") or (
         "config_groups" in config and "quant_method" not in config
     )
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout that ``config`` and the tensors of ``checkpoint`` describe together."""
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense" or config.get("format") in (
@@ -268,7 +269,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the config: one group for each scheme, by class where there is one, else by name."""
     schemes = by_scheme(modules)
     groups = {}
@@ -331,7 +332,7 @@ def _format_of(scheme: Scheme) -> str:
     return "float-quantized" if scheme.activations else "naive-quantized"
 
 
-def _arguments(numbers: Weights | Activations, *, act_order: bool = False) -> dict[str, Any]:
+def _arguments(numbers: Weights | Activations, *, act_order: bool = False) -> JsonDict:
     """Return the `QuantizationArgs` that stand for ``numbers``."""
     dynamic = isinstance(numbers, Activations) and numbers.dynamic
     block = numbers.block if isinstance(numbers, Weights) else None
@@ -349,7 +350,7 @@ def _arguments(numbers: Weights | Activations, *, act_order: bool = False) -> di
     }
 
 
-def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _weight_groups(config: Json) -> dict[str, Json]:
     groups = {}
     for name, group in (config.get("config_groups") or {}).items():
         if isinstance(group, list):
@@ -365,7 +366,7 @@ def _weight_groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return groups
 
 
-def _targets(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[Names, Mapping[str, Any]]]:
+def _targets(groups: Mapping[str, Json]) -> list[tuple[Names, Json]]:
     """Return what each group targets by name: exact names first, then patterns, the smallest string
     first, as compressed-tensors takes them.
     """
@@ -405,7 +406,7 @@ def _is_quantized(parts: Parts) -> bool:
     return "weight_scale" in parts  # a quantized module that has lost its weight
 
 
-def _module(checkpoint: Checkpoint, parts: Parts, group: Mapping[str, Any]) -> QuantizedModule:
+def _module(checkpoint: Checkpoint, parts: Parts, group: Json) -> QuantizedModule:
     args = group["weights"]
     bits, is_float = int(args.get("num_bits", 8)), args.get("type", "int") == "float"
     if is_float and bits == 4:
@@ -443,7 +444,7 @@ def _packed_shape(
     return shape
 
 
-def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> Weights:
+def _weights(parts: Parts, args: Json, shape: tuple[int, int]) -> Weights:
     rows, columns = shape
     scale, strategy = parts["weight_scale"], _strategy(args)
     bits, is_float, symmetric = (
@@ -498,7 +499,7 @@ def _weights(parts: Parts, args: Mapping[str, Any], shape: tuple[int, int]) -> W
     )
 
 
-def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | None:
+def _activations(parts: Parts, args: Json | None) -> Activations | None:
     if not args:
         return None
     strategy, is_float, dynamic = (
@@ -532,28 +533,28 @@ def _activations(parts: Parts, args: Mapping[str, Any] | None) -> Activations | 
     return Activations(format, strategy, None, dynamic, symmetric)  # type: ignore[arg-type]
 
 
-def _strategy(args: Mapping[str, Any]) -> str:
+def _strategy(args: Json) -> str:
     size = args.get("group_size")
     return str(
         args.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel")
     )
 
 
-def _block(args: Mapping[str, Any]) -> tuple[int, int] | None:
+def _block(args: Json) -> tuple[int, int] | None:
     block = args.get("block_structure")
     if isinstance(block, str):
         block = block.split("x")
     return (int(block[0]), int(block[1])) if block else None
 
 
-def _kv_cache(config: Mapping[str, Any]) -> str | None:
+def _kv_cache(config: Json) -> str | None:
     args = config.get("kv_cache_scheme")
     if not args:
         return None
     return f"{'fp' if args.get('type', 'int') == 'float' else 'int'}{int(args.get('num_bits', 8))}"
 
 
-def _online_transforms(config: Mapping[str, Any]) -> bool:
+def _online_transforms(config: Json) -> bool:
     groups = (config.get("transform_config") or {}).get("config_groups") or {}
     return any(
         not str(apply.get("location", "")).startswith("weight_")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -35,12 +36,12 @@ INPUT_SCALE_NAMES = ("input_scale", "activation_scale")  # the second is transfo
 STATIC = Activations("fp8", "tensor", dynamic=False)
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "fp8"
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout: a module is quantized when its weight is float8; the shape of its scale
     tells tensor from block.
     """
@@ -123,7 +124,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the config.
 
     Raises: CheckpointRefused, when layers differ: the method knows one scheme.
@@ -162,7 +163,7 @@ def _block_inputs(size: int) -> Activations:
     return Activations("fp8", "group", size)
 
 
-def _module(parts: Parts, config: Mapping[str, Any], scale_name: str) -> QuantizedModule:
+def _module(parts: Parts, config: Json, scale_name: str) -> QuantizedModule:
     rows, columns = parts.matrix("weight", "F8_E4M3")
     scale, block = parts[scale_name], config.get("weight_block_size")
     variant = INVERSE if config.get("weight_scale_semantics") == INVERSE else ""

@@ -10,9 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -40,7 +41,7 @@ FUSED = (
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format; an old `quantize_config.json` names no method, but
     bits and a group size.
     """
@@ -49,7 +50,7 @@ def matches_config(config: Mapping[str, Any]) -> bool:
     )
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout: a module is quantized when it has a ``qweight``, whatever the config says;
     bits and groups follow from the shapes.
     """
@@ -202,7 +203,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the config, which also stands in a file of its own; layers that differ from most are
     in ``dynamic``.
     """
@@ -219,7 +220,7 @@ def quantization_config(
         for name, (own, own_order) in options.items()
         if (own, own_order) != (weights, act_order)
     }
-    skipped: dict[str, dict[str, Any]] = {
+    skipped: dict[str, JsonDict] = {
         name: {} for name in unquantized if name.rpartition(".")[2] != "lm_head"
     }
     dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *unquantized])}
@@ -253,15 +254,15 @@ def fallbacks() -> tuple[str, ...]:
 
 
 def _patterns(
-    wanted: Mapping[str, dict[str, Any]], names: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    wanted: Mapping[str, JsonDict], names: Sequence[str]
+) -> Iterator[tuple[str, JsonDict]]:
     """Yield regexes that match the names in ``wanted`` and no other of ``names``: one for a kind
     where all layers agree, else one for each.
     """
     everywhere: dict[str, list[str]] = {}
     for name in names:
         everywhere.setdefault(_without_numbers(name), []).append(name)
-    agreed: dict[str, dict[str, Any]] = {}
+    agreed: dict[str, JsonDict] = {}
     for kind, members in everywhere.items():
         found = [wanted.get(name) for name in members]
         if found[0] is not None and all(options == found[0] for options in found):
@@ -282,14 +283,14 @@ def _without_numbers(name: str) -> str:
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
 
 
-def _variant(config: Mapping[str, Any]) -> str:
+def _variant(config: Json) -> str:
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
 class _Dynamic:
     """The config's ``dynamic``: what holds for single layers. Skips come first, as in GPTQModel."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Json) -> None:
         self._config = config
         rules = sorted(
             (config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:")
@@ -300,7 +301,7 @@ class _Dynamic:
             for pattern, (key, options) in zip(patterns, rules, strict=True)
         ]
 
-    def options(self, name: str) -> Mapping[str, Any] | None:
+    def options(self, name: str) -> Json | None:
         """Return the config as it holds for the layer ``name``; None when it is left out."""
         for pattern, is_skip, override in self._rules:
             if pattern.match(name):
@@ -310,7 +311,7 @@ class _Dynamic:
         return self._config
 
 
-def _module(parts: Parts, options: Mapping[str, Any], variant: str) -> QuantizedModule:
+def _module(parts: Parts, options: Json, variant: str) -> QuantizedModule:
     word_rows, rows = parts.matrix("qweight", "I32")
     groups, _ = parts.matrix("scales", *SCALE_DTYPES)
     zero_groups, zero_words = parts.matrix("qzeros", "I32")

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import CheckpointRefused
 from qtool.scheme import Scheme, Weights
 
@@ -79,10 +80,10 @@ class Detector(Protocol):
     suffix, without the name of their layer.
     """
 
-    def matches_config(self, config: Mapping[str, Any]) -> bool:
+    def matches_config(self, config: Json) -> bool:
         """Whether the quantization ``config`` of a checkpoint is of this format."""
 
-    def detect(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+    def detect(self, checkpoint: Checkpoint, config: Json) -> Layout:
         """Return the layout that config and tensors describe together, and where they disagree."""
 
     def read(self, module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -102,7 +103,7 @@ class Format(Detector, Protocol):
 
     def quantization_config(
         self, modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, JsonDict]:
         """Return the JSON keys that describe a checkpoint of this format, by file name.
 
         Args:

@@ -14,6 +14,7 @@ from fnmatch import translate
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import Checkpoint, TensorInfo, read_json
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -84,14 +85,14 @@ WILDCARDS = frozenset("*?[")
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format: flat in config.json, nested in hf_quant_config.json."""
     producer = config.get("producer")
     name = producer.get("name") if isinstance(producer, Mapping) else None
     return str(config.get("quant_method", "")).startswith("modelopt") or name == "modelopt"
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout; hf_quant_config.json, if there is one, adds what config.json has lost."""
     config = _merged(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
@@ -229,7 +230,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the flat config and the nested one of hf_quant_config.json, which says more.
 
     Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would
@@ -249,7 +250,7 @@ def quantization_config(
     algorithm = (
         "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None
     )
-    shared: dict[str, Any] = (
+    shared: JsonDict = (
         {}
         if algorithm is None
         else {"quantized_layers": layers}
@@ -267,7 +268,7 @@ def quantization_config(
         "kv_cache_quant_algo": "FP8" if kv_cache else None,
         "exclude_modules": list(unquantized),
     }
-    flat: dict[str, Any] = {
+    flat: JsonDict = {
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "ignore": list(unquantized),
@@ -333,7 +334,7 @@ def _group(module: QuantizedModule) -> dict[str, int]:
     return {"group_size": size} if size and _name(module) != "mxfp4" else {}
 
 
-def _arguments(numbers: Weights | Activations) -> dict[str, Any]:
+def _arguments(numbers: Weights | Activations) -> JsonDict:
     size = {"group_size": numbers.group_size} if numbers.group_size else {}
     return {
         "dynamic": False,
@@ -352,7 +353,7 @@ def _names(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: name in exact or globs.match(name) is not None
 
 
-def _merged(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _merged(checkpoint: Checkpoint, config: Json) -> Json:
     file = checkpoint.path / "hf_quant_config.json"
     nested = (
         config.get("quantization")
@@ -437,7 +438,7 @@ def _grouped(parts: Parts, rows: int, columns: int) -> int:
     return group_size(columns, scale.shape[1])
 
 
-def _kv_cache(config: Mapping[str, Any]) -> str | None:
+def _kv_cache(config: Json) -> str | None:
     name, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
     if name is None and isinstance(scheme, Mapping):
         name = f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', 8)}"

@@ -7,9 +7,10 @@ Source: gpt-oss, `gpt_oss/torch/weights.py`; transformers 5.17, `integrations/mx
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import Layout, Parts, QuantizedModule, modules_of
 from qtool.scheme import SCHEMES
 
@@ -22,12 +23,12 @@ GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "mxfp4"
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout: a projection of stacked experts is quantized when it has blocks,
     ``experts.gate_up_proj_blocks``.
     """
@@ -85,7 +86,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
 
 def quantization_config(
     modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Return the config."""
     return {
         "config.json": {

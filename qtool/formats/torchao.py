@@ -7,9 +7,10 @@ Source: torchao 0.18, `prototype/safetensors` and `quantization/quantize_/workfl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import SCALE_DTYPES, Layout, Parts, QuantizedModule, modules_of, refused
 from qtool.scheme import SCHEMES, Scheme, Weights
 
@@ -27,12 +28,12 @@ ROW_SCHEMES = {  # configuration class -> scheme, where each output row has one 
 }
 
 
-def matches_config(config: Mapping[str, Any]) -> bool:
+def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format."""
     return config.get("quant_method") == "torchao"
 
 
-def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
+def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout: a module is quantized when its weight has a ``qdata`` part; the config's
     class says what that means.
     """
