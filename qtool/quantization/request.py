@@ -1,0 +1,204 @@
+"""`Request`: one run, decided from headers and configs alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qtool.backends import check_backend
+from qtool.backends.modelopt_state import check_state, state_recipe
+from qtool.calibration import CalibrationSpec, check_source
+from qtool.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    resolve_model,
+)
+from qtool.devices import check_device_name
+from qtool.errors import (
+    UsageError,
+)
+from qtool.options import QuantizeOptions
+from qtool.plan import Plan, make_plan
+from qtool.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has
+    been written.
+    """
+
+    plan: Plan
+    output: Path
+    device: str
+    calibration: CalibrationSpec | None
+    overwrite: bool
+    trust_remote_code: bool
+    state_save: Path | None
+    state_restore: Path | None
+    backend_python: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The file beside the output that takes what the library prints."""
+        return self.output.with_name(f"{self.output.name}.qtool.log")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan and where it would go, for ``--json``."""
+        return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
+
+
+def prepare(
+    model_path: str | os.PathLike[str], options: QuantizeOptions, *, need_data: bool = True
+) -> Request:
+    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and
+    imports no torch.
+
+    Without ``need_data``, calibration data may be missing, as for a dry run.
+    """
+    recipe = _recipe(options)
+    save = options.checkpoint_save_path
+    restore = options.checkpoint_restore_path
+    if (save or restore) and recipe.backend != "modelopt":
+        message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
+        raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
+    device = check_device_name(options.device)
+    calibration = None
+    if recipe.needs_data and not restore and (need_data or recipe.calibration.source):
+        calibration = _calibration(recipe)
+    source = resolve_model(
+        os.fspath(model_path), revision=options.revision, with_code=options.trust_remote_code
+    )
+    plan = make_plan(open_checkpoint(source), recipe)
+    check_backend(plan)
+    notes = []
+    context = _context_length(plan.checkpoint)
+    if calibration and context and context < calibration.seq_len:
+        notes.append(
+            f"samples are cut at {context} tokens, the model's context, not at "
+            f"{calibration.seq_len}"
+        )
+        calibration = replace(calibration, seq_len=context)
+    if restore:
+        check_state(os.fspath(restore), plan, trust_pickle=options.trust_pickle)
+    output = f"{plan.checkpoint.name}-{recipe.name}" if options.output is None else options.output
+    return Request(
+        plan=plan,
+        output=Path(output).absolute(),
+        device=device,
+        calibration=calibration,
+        overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+        state_save=_absolute(save),
+        state_restore=_absolute(restore),
+        notes=tuple(notes),
+        backend_python=_python(options.backend_python or sys.executable),
+    )
+
+
+def _recipe(options: QuantizeOptions) -> Recipe:
+    """Return the recipe that method, recipe or state name, with the changes that the options ask
+    for.
+    """
+    recipe = _named_recipe(options)
+    group_size = options.group_size
+    scheme = None
+    if group_size is not None:
+        if recipe.scheme is None:
+            raise UsageError(
+                "E_GROUP_SIZE",
+                f"`{recipe.name}` quantizes no weights",
+                hint="leave --group-size out",
+            )
+        scheme = recipe.scheme.with_group_size(group_size).to_dict()
+    ignore = [options.ignore] if isinstance(options.ignore, str) else options.ignore
+    data = {
+        "source": options.calibration,
+        "text_column": options.text_column,
+        "num_samples": options.num_samples,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "pack": options.pack,
+    }
+    given = {name: value for name, value in data.items() if value is not None}
+    return recipe.changed(
+        backend=options.backend,
+        kv_cache=options.kv_cache,
+        lm_head=options.lm_head,
+        seed=options.seed,
+        ignore=[*recipe.ignore, *ignore] if ignore else None,
+        scheme=scheme,
+        algorithm=["rtn"] if options.fast else None,
+        calibration={**recipe.calibration.model_dump(), **given},
+    )
+
+
+def _named_recipe(options: QuantizeOptions) -> Recipe:
+    """Return the recipe that the options name, as it stands.
+
+    Raises: UsageError, when they name none or two.
+    """
+    if options.method and options.recipe:
+        raise UsageError(
+            "E_METHOD_TWICE",
+            "a method and a recipe were given",
+            hint="give one; a recipe's file is named by --recipe",
+        )
+    if isinstance(options.recipe, Recipe):
+        return options.recipe
+    name = options.recipe or options.method
+    if name:
+        return load_recipe(name)
+    if options.checkpoint_restore_path:
+        state = os.fspath(options.checkpoint_restore_path)
+        recipe = state_recipe(state, trust_pickle=options.trust_pickle)
+        if recipe is not None:
+            return recipe
+    raise UsageError(
+        "E_NO_METHOD",
+        "no method was given",
+        hint="`qtool quantize --list` shows them; a usual start is modelopt_fp8",
+    )
+
+
+def _calibration(recipe: Recipe) -> CalibrationSpec:
+    values = recipe.calibration
+    if values.source is None:
+        hint = (
+            "--calibration FILE.jsonl with your own texts, or a Hub data set such as "
+            "HuggingFaceH4/ultrachat_200k::train_sft"
+        )
+        raise UsageError(
+            "E_NEEDS_DATA", f"`{recipe.name}` needs calibration data and none was given", hint=hint
+        )
+    local = Path(values.source)
+    spec = CalibrationSpec(
+        source=str(local.absolute()) if local.exists() else values.source,
+        text_column=values.text_column,
+        num_samples=values.num_samples,
+        seq_len=values.seq_len,
+        seed=recipe.seed,
+        pack=values.pack,
+        batch_size=values.batch_size,
+    )
+    check_source(spec)
+    return spec
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    """Return the length of the model's context; 0 when its config does not say."""
+    length = checkpoint.text_config.get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else 0
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
+    return Path(path).absolute() if path else None
+
+
+def _python(name: str) -> str:
+    # a link in an environment must stay a link
+    return os.path.abspath(name) if os.sep in name else name  # noqa: PTH100
