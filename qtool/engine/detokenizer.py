@@ -6,28 +6,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Literal, NotRequired, TypedDict
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from qtool.engine.outputs import FinishReason
 from qtool.engine.sampling_params import SamplingParams
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
 MOST_HELD = (
     16  # tokens that decode to no whole character before some of them are given out as they are
 )
-
-
-class FinishReason(TypedDict):
-    """Why a text ended, as SGLang tells it: ``matched`` of "stop" (none where a grammar is
-    complete), ``length``, and ``message`` of "abort".
-    """
-
-    type: Literal["stop", "length", "abort"]
-    matched: NotRequired[int | str]
-    length: NotRequired[int]
-    message: NotRequired[str]
 
 
 @functools.lru_cache(maxsize=8)

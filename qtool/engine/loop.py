@@ -1,151 +1,47 @@
-"""The loop of the engine: one thread owns the device, launches a step, and reads the one before it
+"""The engine's loop: one thread owns the device, launches a step, and reads the step before it
 while that runs.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-from qtool.engine import scheduler
-from qtool.engine.detokenizer import FinishReason, TextStream
-from qtool.engine.grammar import Constraint
 from qtool.engine.kv_cache import Pages
 from qtool.engine.model_runner import InFlightStep, Runner
+from qtool.engine.outputs import CompletionError, CompletionOutput, FinishReason, TokenLogprob
+from qtool.engine.requests import Request
 from qtool.engine.sampler import Logprobs
-from qtool.engine.sampling_batch import History, RowRequest
-from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.sampling_batch import RowRequest
+from qtool.engine.scheduler import Chunk, Scheduler, SequenceState, Step
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")
 JOIN_TIMEOUT_S = 30.0
-# as SGLang has it: the natural logarithm, the token, and its text, which is left out
-TokenLogprob = tuple[float | None, int, None]
-
-
-@dataclass(eq=False)
-class Request:
-    """One completion on its way.
-
-    The loop's thread calls ``deliver`` with an `Answer` or an error, and whether that is the last.
-    """
-
-    id: str
-    group: str
-    """The rid of the call it belongs to."""
-    sequence: scheduler.SequenceState
-    params: SamplingParams
-    seed: int
-    text: TextStream
-    stream: bool
-    history: History | None
-    """What penalties count."""
-    constraint: Constraint | None
-    """The grammar of the text."""
-    top_logprobs: int | None
-    """Alternatives; None: no log probabilities."""
-    prompt_logprobs_from: int | None
-    """The first token of the prompt whose log probability is wanted."""
-    deliver: Callable[[Answer | Exception, bool], object] = lambda answer, last: None
-    done: bool = False
-    began: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None
-    """Since it began, until its first token was read."""
-    written: str = ""
-    """The text so far."""
-    output_logprobs: list[TokenLogprob] = field(default_factory=list)
-    output_top: list[list[TokenLogprob]] = field(default_factory=list)
-    input_logprobs: list[TokenLogprob] = field(default_factory=list)
-    input_top: list[list[TokenLogprob] | None] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.prompt_logprobs_from is not None:  # nothing says how likely the first one was
-            self.input_logprobs.append(
-                (None, self.sequence.prompt[self.prompt_logprobs_from], None)
-            )
-            self.input_top.append(None)
-
-    @property
-    def next_prompt_place(self) -> int:
-        """The token of the prompt whose log probability comes next."""
-        return (self.prompt_logprobs_from or 0) + len(self.input_logprobs)
-
-    def answer(self, reason: FinishReason | None) -> Answer:
-        """Say how far it is."""
-        self.written += self.text.take()
-        tokens = len(self.sequence.tokens) - len(self.sequence.prompt)
-        return Answer(
-            self, tokens, self.written, reason, time.monotonic() - self.began, self.first_token_s
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How far a request was at some moment: lists of the request only grow, so `result` may be made
-    in any thread, later.
-
-    seconds: since the request was made. first_token_s: from then to its first token, None when
-        there is none.
-    """
-
-    request: Request
-    tokens: int
-    text: str
-    reason: FinishReason | None
-    seconds: float
-    first_token_s: float | None
-
-    def result(self) -> dict[str, Any]:
-        """Return the dictionary that SGLang returns for a request."""
-        request, sequence = self.request, self.request.sequence
-        meta: dict[str, Any] = {
-            "id": request.id,
-            "finish_reason": self.reason,
-            "prompt_tokens": len(sequence.prompt),
-            "completion_tokens": self.tokens,
-            "cached_tokens": sequence.cached_tokens,
-        }
-        if request.top_logprobs is not None:
-            meta |= {
-                "input_token_logprobs": list(request.input_logprobs),
-                "output_token_logprobs": request.output_logprobs[: self.tokens],
-            }
-            if request.top_logprobs:
-                meta |= {
-                    "input_top_logprobs": list(request.input_top),
-                    "output_top_logprobs": request.output_top[: self.tokens],
-                }
-        if self.reason is not None:
-            meta["e2e_latency"] = self.seconds
-        start = len(sequence.prompt)
-        return {
-            "text": self.text,
-            "output_ids": sequence.tokens[start : start + self.tokens],
-            "meta_info": meta,
-        }
 
 
 class Loop:
-    """Takes requests, schedules, launches, reads, tells; each request ends exactly once, whatever
-    goes wrong.
+    """Takes requests, schedules and launches steps, reads their tokens and delivers outputs.
 
-    ``overlap``: a step is launched before the tokens of the one before it are read. A CPU has
-        nothing to overlap.
+    Each request ends exactly once, whatever goes wrong.
+
+    Args:
+        runner: runs the steps.
+        overlap: launch a step before the tokens of the step before it are read. A CPU has nothing
+            to overlap.
     """
 
     def __init__(self, runner: Runner, *, overlap: bool) -> None:
         limits = runner.limits
-        self.runner, self.overlap = runner, overlap
-        self.scheduler = scheduler.Scheduler(
+        self.runner = runner
+        self.overlap = overlap
+        self.scheduler = Scheduler(
             Pages(runner.page_count), limits.max_running, limits.token_budget, limits.context_length
         )
         self.requests: dict[str, Request] = {}
@@ -153,40 +49,32 @@ class Loop:
         self._in_flight: InFlightStep | None = None
         self._stopping = False
         self._ended = False
-        # between the last look into the inbox and those who put something in
+        # held between the last look into the inbox and those who put something in
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="qtool-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Let ``request`` take its turn. Raises: ResourceError, when the engine was shut down."""
+        """Queue ``request``. Raises: ResourceError, when the engine was shut down."""
         with self._ending:
             if self._ended:
                 raise _stopped()
-            self._inbox.put(lambda: self._admit(request))
+            self._inbox.put(lambda: self._add(request))
 
     def abort(self, rid: str) -> None:
-        """End the requests of the call ``rid``, or the one of that id, if they still run; their
+        """End the requests of the call ``rid``, or the one with that id, if they still run; their
         pages are free before the next step.
         """
-        self._inbox.put(
-            lambda: self._abort(
-                [
-                    request
-                    for request in self.requests.values()
-                    if rid in (request.id, request.group)
-                ]
-            )
-        )
+        self._inbox.put(lambda: self._abort(self._named(rid)))
 
-    def abandon(self, request: Request) -> None:
-        """End ``request``, for which nobody waits any more."""
-        self._inbox.put(lambda: self._abort([request]))
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """End ``requests``, whose outputs nobody reads any more."""
+        self._inbox.put(lambda: self._abort(requests))
 
     def stop(self) -> None:
         """End all requests and the thread."""
         self._inbox.put(self._stop)
-        # which may collect the garbage that an engine has become
+        # the garbage collector may run this in the loop's own thread
         if threading.current_thread() is not self._thread:
             self._thread.join(JOIN_TIMEOUT_S)
 
@@ -194,29 +82,27 @@ class Loop:
         try:
             with torch.inference_mode(), current(self.runner.device):
                 while not self._stopping:
-                    try:
-                        self._turn()
-                    # a fault of this program: whoever waits is told, and the next are served
-                    except Exception as error:
-                        LOG.exception("the engine's loop failed")
-                        self._in_flight = None
-                        for request in list(self.requests.values()):
-                            self._fail(request, error)
+                    self._turn_safely()
         finally:
             with self._ending:
                 self._ended = True
             self._stopping = True
             while not self._inbox.empty():
                 self._inbox.get()()
-            for request in list(self.requests.values()):
-                self._fail(request, _stopped())
+            self._fail_all(_stopped())
+
+    def _turn_safely(self) -> None:
+        """Do a turn; a bug in it fails all requests, and the loop goes on."""
+        try:
+            self._turn()
+        except Exception as error:
+            LOG.exception("the engine's loop failed")
+            self._in_flight = None
+            self._fail_all(error)
 
     def _turn(self) -> None:
         """Launch a step, and read the one before it."""
-        while not self._inbox.empty() or (
-            not self.requests and self._in_flight is None and not self._stopping
-        ):
-            self._inbox.get()()
+        self._handle_inbox()
         before, self._in_flight = self._in_flight, None
         if before is not None and not self.overlap:
             self._read(before)
@@ -227,7 +113,15 @@ class Loop:
         if before is not None:
             self._read(before)
 
-    def _admit(self, request: Request) -> None:
+    def _handle_inbox(self) -> None:
+        """Do what other threads asked for; wait for it when there is nothing to compute."""
+        while not self._inbox.empty() or self._is_idle():
+            self._inbox.get()()
+
+    def _is_idle(self) -> bool:
+        return not self.requests and self._in_flight is None and not self._stopping
+
+    def _add(self, request: Request) -> None:
         try:
             if self._stopping:
                 raise _stopped()
@@ -239,12 +133,16 @@ class Loop:
                 )
             self.scheduler.add(request.sequence)
         except QtoolError as error:
-            self._tell(request, error, last=True)
+            self._deliver_error(request, error)
             return
         request.sequence.owner = request
         self.requests[request.id] = request
 
-    def _abort(self, requests: list[Request]) -> None:
+    def _named(self, rid: str) -> list[Request]:
+        """Return the running requests with that id or of that call."""
+        return [request for request in self.requests.values() if rid in (request.id, request.group)]
+
+    def _abort(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self._end(request, {"type": "abort", "message": "the request was aborted"})
 
@@ -252,86 +150,69 @@ class Loop:
         self._stopping = True
         self._abort(list(self.requests.values()))
 
-    def _launch(self, step: scheduler.Step) -> InFlightStep | None:
+    def _launch(self, step: Step) -> InFlightStep | None:
         """Start ``step``.
 
-        One that raises fails its own requests; one without memory only the newest, and the others
-        are computed again.
+        A step that raises fails its own requests. One that lacks memory fails only the newest
+        of them, and the others are computed again.
         """
-        rows, prompts = [], []
-        for position, chunk in enumerate(step.chunks):
-            request: Request = chunk.sequence.owner
-            if chunk.samples:
-                rows.append(_row(request, chunk))
-            first = request.prompt_logprobs_from
-            if (
-                first is not None
-                and chunk.start + chunk.count > first
-                and chunk.start < len(chunk.sequence.prompt) - 1
-            ):
-                prompts.append((position, request.top_logprobs or 0))
+        rows = [_row(_request(chunk.sequence), chunk) for chunk in step.chunks if chunk.samples]
+        prompts = [
+            (position, _request(chunk.sequence).top_logprobs or 0)
+            for position, chunk in enumerate(step.chunks)
+            if _wants_prompt_logprobs(chunk)
+        ]
         try:
             return self.runner.launch(step, rows, prompts)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             message = f"the device has no memory for the request: {one_line(error)}"
+            newest = self.scheduler.rollback(step)
             self._fail(
-                self.scheduler.rollback(step).owner,
+                _request(newest),
                 ResourceError("E_OUT_OF_MEMORY", message, hint="lower mem_fraction_static"),
             )
         except Exception as error:
             LOG.exception("a step failed")
-            for chunk in step.chunks:
-                self._fail(chunk.sequence.owner, error)
+            self._fail_step(step, error)
         return None
 
-    def _read(self, launched: InFlightStep) -> None:
-        """Wait for a step, and tell its requests what it made."""
+    def _read(self, in_flight: InFlightStep) -> None:
+        """Wait for a step, and deliver what its requests gained."""
         try:
-            tokens = launched.wait()
-        except Exception as error:  # of the device: whatever was launched since is lost too
-            lost = [
-                chunk.sequence
-                for one in (launched, self._in_flight)
-                if one
-                for chunk in one.step.chunks
-            ]
-            self._in_flight = None
+            tokens = in_flight.wait()
+        except Exception as error:  # of the device: what was launched since is lost too
             LOG.exception("a step failed on the device")
-            for sequence in lost:
-                self._fail(sequence.owner, error)
+            later, self._in_flight = self._in_flight, None
+            self._fail_step(in_flight.step, error)
+            if later is not None:
+                self._fail_step(later.step, error)
             return
-        sampling = [chunk.sequence for chunk in launched.step.chunks if chunk.samples]
-        for sequence, token in zip(sampling, tokens, strict=True):
-            if token < 0:
-                hint = "`qtool inspect --deep` looks for weights that are not finite"
-                self._fail(
-                    sequence.owner,
-                    ResourceError("E_NOT_FINITE", "the model's logits are not finite", hint=hint),
-                )
-        for position, logprobs in launched.prompts.items():
-            _note_prompt(launched.step.chunks[position], logprobs)
-        self.scheduler.commit(launched.step, tokens)
-        found = dict(zip(launched.logprob_rows, itertools.count()))
-        for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
-            if sequence.state == "finished":
-                continue
-            request: Request = sequence.owner
-            if launched.logprobs is not None and row in found:
-                one, top = _logprobs_at(
-                    launched.logprobs, found[row], token, request.top_logprobs or 0
-                )
-                request.output_logprobs.append(one)
-                request.output_top.append(top)
-            try:
-                self._hand_over(request, token)
-            except QtoolError as error:
-                self._fail(request, error)
-            except Exception as error:  # of a tokenizer, say
-                LOG.exception("the text of a request failed")
-                self._fail(request, error)
+        step = in_flight.step
+        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        if min(tokens, default=0) < 0:
+            self._fail_not_finite(sampled, tokens)
+        for position, logprobs in in_flight.prompts.items():
+            _add_prompt_logprobs(step.chunks[position], logprobs)
+        self.scheduler.commit(step, tokens)
+        if in_flight.logprobs is not None:
+            _add_logprobs(in_flight.logprobs, in_flight.logprob_rows, sampled, tokens)
+        for sequence, token in zip(sampled, tokens, strict=True):
+            if sequence.state != "finished":
+                self._advance_safely(_request(sequence), token)
 
-    def _hand_over(self, request: Request, token: int) -> None:
+    def _advance_safely(self, request: Request, token: int) -> None:
+        """Advance ``request``; an error of its text or grammar fails it alone."""
+        try:
+            self._advance(request, token)
+        except QtoolError as error:
+            self._fail(request, error)
+        except Exception as error:  # of a tokenizer, say
+            LOG.exception("the text of a request failed")
+            self._fail(request, error)
+
+    def _advance(self, request: Request, token: int) -> None:
+        """Add ``token``, and deliver it, or end the request with it."""
         if request.first_token_s is None:
             request.first_token_s = time.monotonic() - request.began
         if request.history is not None:
@@ -343,79 +224,127 @@ class Loop:
         if reason is not None:
             self._end(request, reason)
         elif request.stream:
-            self._tell(request, request.answer(None), last=False)
+            self._deliver(request, request.take_output())
 
     def _end(self, request: Request, reason: FinishReason) -> None:
-        if self._forget(request):
+        if self._remove(request):
             self.scheduler.finish(request.sequence)
-            request.written += request.text.finish(reason)
-            self._tell(request, request.answer(reason), last=True)
+            request.done = True
+            self._deliver(request, request.take_output(reason))
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if self._forget(request):
+        if self._remove(request):
             self.scheduler.fail(request.sequence)
-            self._tell(request, error, last=True)
+            self._deliver_error(request, error)
 
-    def _forget(self, request: Request) -> bool:
-        """Return whether ``request`` was still running; another of its id stays."""
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        for chunk in step.chunks:
+            self._fail(_request(chunk.sequence), error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in list(self.requests.values()):
+            self._fail(request, error)
+
+    def _fail_not_finite(self, sampled: Sequence[SequenceState], tokens: Sequence[int]) -> None:
+        """Fail the requests whose logits were not finite: their token is -1."""
+        hint = "`qtool inspect --deep` looks for weights that are not finite"
+        for sequence, token in zip(sampled, tokens, strict=True):
+            if token < 0:
+                error = ResourceError(
+                    "E_NOT_FINITE", "the model's logits are not finite", hint=hint
+                )
+                self._fail(_request(sequence), error)
+
+    def _remove(self, request: Request) -> bool:
+        """Return whether ``request`` was still running; another one with its id stays."""
         if self.requests.get(request.id) is not request:
             return False
         del self.requests[request.id]
         return True
 
+    def _deliver_error(self, request: Request, error: Exception) -> None:
+        request.done = True
+        self._deliver(request, CompletionError(request.index, error))
+
     @staticmethod
-    def _tell(request: Request, answer: Answer | Exception, *, last: bool) -> None:
-        request.done |= last
+    def _deliver(request: Request, output: CompletionOutput | CompletionError) -> None:
         try:
-            request.deliver(answer, last)
-        except Exception:  # whoever asked is gone
-            LOG.info("nobody takes the answer to %s", request.id)
+            request.deliver(output)
+        except Exception:  # the caller is gone
+            LOG.info("nobody takes the output of %s", request.id)
 
 
 def _stopped() -> ResourceError:
     return ResourceError("E_ENGINE_STOPPED", "the engine was shut down", hint="make another one")
 
 
-def _row(request: Request, chunk: scheduler.Chunk) -> RowRequest:
+def _request(sequence: SequenceState) -> Request:
+    """Return the request that ``sequence`` belongs to."""
+    assert isinstance(sequence.owner, Request)
+    return sequence.owner
+
+
+def _row(request: Request, chunk: Chunk) -> RowRequest:
     """Return how to sample after ``chunk``."""
-    position = chunk.start + chunk.count - len(chunk.sequence.prompt)
-    wanted = request.top_logprobs is not None
-    mask = request.constraint.mask if request.constraint is not None else None
     return RowRequest(
         request.params,
         request.seed,
-        position,
+        chunk.start + chunk.count - len(chunk.sequence.prompt),
         request.history,
         request.text.end_ids,
-        wanted,
+        request.top_logprobs is not None,
         request.top_logprobs or 0,
-        mask,
+        None if request.constraint is None else request.constraint.mask,
     )
 
 
-def _note_prompt(chunk: scheduler.Chunk, logprobs: Logprobs) -> None:
+def _wants_prompt_logprobs(chunk: Chunk) -> bool:
+    """Return whether tokens of the prompt follow those of ``chunk`` whose log probabilities are
+    wanted.
+    """
+    first = _request(chunk.sequence).prompt_logprobs_from
+    if first is None or chunk.start + chunk.count <= first:
+        return False
+    return chunk.start < len(chunk.sequence.prompt) - 1
+
+
+def _add_prompt_logprobs(chunk: Chunk, logprobs: Logprobs) -> None:
     """Keep the log probabilities of the prompt's tokens that follow those of ``chunk``; after a
     preemption some are known.
     """
-    request: Request = chunk.sequence.owner
-    for place in range(
-        request.next_prompt_place, min(chunk.start + chunk.count + 1, len(chunk.sequence.prompt))
-    ):
-        one, top = _logprobs_at(
-            logprobs,
-            place - chunk.start - 1,
-            chunk.sequence.prompt[place],
-            request.top_logprobs or 0,
+    request = _request(chunk.sequence)
+    prompt = chunk.sequence.prompt
+    end = min(chunk.start + chunk.count + 1, len(prompt))
+    for position in range(request.next_prompt_position, end):
+        row = position - chunk.start - 1
+        request.prompt_logprobs.append(
+            _logprob_at(logprobs, row, prompt[position], request.top_logprobs or 0)
         )
-        request.input_logprobs.append(one)
-        request.input_top.append(top)
 
 
-def _logprobs_at(
-    logprobs: Logprobs, row: int, token: int, top: int
-) -> tuple[TokenLogprob, list[TokenLogprob]]:
-    """Return what ``logprobs``, on the host, say of ``token`` and of the ``top`` most likely tokens
+def _add_logprobs(
+    logprobs: Logprobs,
+    rows: Sequence[int],
+    sampled: Sequence[SequenceState],
+    tokens: Sequence[int],
+) -> None:
+    """Keep the log probabilities of the ``tokens`` just sampled.
+
+    ``rows``: which of ``sampled`` the rows of ``logprobs`` belong to.
+    """
+    for number, row in enumerate(rows):
+        sequence = sampled[row]
+        if sequence.state != "finished":
+            request = _request(sequence)
+            request.new_logprobs.append(
+                _logprob_at(logprobs, number, tokens[row], request.top_logprobs or 0)
+            )
+
+
+def _logprob_at(logprobs: Logprobs, row: int, token: int, top: int) -> TokenLogprob:
+    """Return what ``logprobs``, on the host, have for ``token`` and the ``top`` most likely tokens
     of a row.
     """
-    best = zip(logprobs.top[row, :top].tolist(), logprobs.top_ids[row, :top].tolist(), strict=True)
-    return (float(logprobs.chosen[row]), token, None), [(value, id, None) for value, id in best]
+    values = logprobs.top[row, :top].tolist()
+    best = tuple(zip(values, logprobs.top_ids[row, :top].tolist(), strict=True))
+    return TokenLogprob(float(logprobs.chosen[row]), token, best)

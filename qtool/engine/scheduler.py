@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
@@ -55,7 +55,7 @@ class SequenceState:
     """False: every token of the prompt is computed (logprobs of the prompt)."""
     # for all tokens of the prompt, which is then computed in small parts: they take memory
     needs_logits: bool = False
-    owner: Any = None
+    owner: object = None
     """Whatever the caller wants to find here again."""
     state: Literal["waiting", "running", "finished"] = "waiting"
     tokens: list[int] = field(init=False)

@@ -16,7 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qtool import __version__
-from qtool.serve.backend.engine_client import Load
+from qtool.serve.backend.messages import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST  # of what `Metrics.render` returns
 FIRST_TOKEN_S = (
@@ -136,13 +136,13 @@ class Metrics:
         )
         self._refused = self._counter(
             "qtool:requests_refused",
-            "Requests sent away because the queue was full.",
+            "Requests refused because the queue was full.",
             self._registry,
         )
         info = GaugeMetricFamily("qtool:info", "The version that serves.", labels=["version"])
         info.add_metric([__version__], 1)
         self._info = info
-        self._load: Load | None = None
+        self._stats: EngineStats | None = None
         self._registry.register(self)
 
     def first_token(self, seconds: float) -> None:
@@ -166,11 +166,13 @@ class Metrics:
         """Note a request that found the queue full."""
         self._refused.inc()
 
-    def render(self, load: Load | None) -> bytes:
-        """Return all of it as Prometheus reads it; ``load``: what the engine does now, if
-        it says.
+    def render(self, stats: EngineStats | None) -> bytes:
+        """Return all of it as Prometheus reads it.
+
+        Args:
+            stats: what the engine is doing now; None if it does not answer.
         """
-        self._load = load
+        self._stats = stats
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -182,20 +184,20 @@ class Metrics:
         for metric in self._doubled.collect():
             yield metric
             yield _renamed(metric, others[metric.name])
-        if self._load is None:
+        if self._stats is None:
             return
         for name in ("running", "waiting", "kv_usage"):
             vllm, sglang, help = NAMES[name]
             for title in (vllm, sglang):
-                yield self._gauge(title, help, getattr(self._load, name))
-        hits, queries = self._load.prefix_hits, self._load.prefix_queries
+                yield self._gauge(title, help, getattr(self._stats, name))
+        hits, queries = self._stats.prefix_hits, self._stats.prefix_queries
         for title, help, value in (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits),
             (
                 "vllm:num_preemptions",
                 "Times that a request lost its pages and was computed again.",
-                self._load.preemptions,
+                self._stats.preemptions,
             ),
         ):
             counter = CounterMetricFamily(title, help, labels=list(self._labels))

@@ -165,7 +165,7 @@ async def _watch(service: Service, server: uvicorn.Server) -> None:
 
 def ready_text(service: Service) -> str:
     """Return what is served, where, and a command to try it."""
-    settings, facts = service.settings, service.facts
+    settings, facts = service.settings, service.info
     size = format_size(facts.weights_bytes)
     what = (
         f"{facts.quantization or facts.dtype}, {size} on {facts.device}, "
@@ -197,7 +197,7 @@ def ready_dict(service: Service) -> dict[str, Any]:
     """Return what is served, and where, as plain data."""
     facts = {
         name: value
-        for name, value in asdict(service.facts).items()
+        for name, value in asdict(service.info).items()
         if name not in ("tokenizer", "eos_ids")
     }
     return {"url": service.settings.url, "model": service.settings.name, **facts}
@@ -246,11 +246,11 @@ class _Server(uvicorn.Server):
         """Drain at the first signal; at the second end what runs; at the third leave."""
         self._signals += 1
         self.should_exit = True
-        if self._signals == 1 and self._service.places_taken:
+        if self._signals == 1 and self._service.slots_in_use:
             limit = self._service.settings.drain_timeout_s
             LOG.warning(
                 "ending: %d answers are on their way and have %g s; another signal ends them now",
-                self._service.places_taken,
+                self._service.slots_in_use,
                 limit,
             )
         self.force_exit = self._signals > 2
@@ -275,7 +275,7 @@ class _Server(uvicorn.Server):
             await asyncio.wait_for(self._hurry.wait(), self._service.settings.drain_timeout_s)
         self._service.abort_all()
         await asyncio.sleep(ENGINE_S)
-        self._service.give_up()
+        self._service.fail_all()
         await asyncio.sleep(LAST_WORDS_S / 2)
         for task in self.server_state.tasks:
             task.cancel()

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.api.tools import styles
-from qtool.serve.backend.engine_client import Answers, EngineProcess, Facts, Piece, Submission, add
+from qtool.serve.backend.engine_client import EngineProcess, OutputStream
+from qtool.serve.backend.messages import EngineInfo, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.templates import Templates
@@ -53,36 +54,38 @@ class Busy(Exception):
         self.status, self.code, self.message = status, code, message
 
 
-class Ticket:
-    """The place of one request in the server; whoever leaves gives it back, and what still runs for
-    it ends.
+class Slot:
+    """The share of the server's queue that one request holds.
 
-    As a context it does so at the end, unless it ``belongs_to_stream``, which goes on.
-    ``logprobs``: that the request may hold.
+    Releasing it also cancels what still runs for the request. As a context it is released at the
+    end, unless it ``belongs_to_stream``, which goes on.
     """
 
-    def __init__(self, service: Service, choices: int) -> None:
-        self._service, self._choices, self._open = service, choices, True
-        self.answers: Answers | None = None
+    def __init__(self, service: Service, completions: int) -> None:
+        self._service = service
+        self._completions = completions
+        self._held = True
+        self.stream: OutputStream | None = None
         self.logprobs = 0
+        """Log probabilities that the request may hold."""
         self.belongs_to_stream = False
-        service.places_taken += choices
+        service.slots_in_use += completions
 
-    def __enter__(self) -> Ticket:
+    def __enter__(self) -> Slot:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self.belongs_to_stream:
-            self.close()
+            self.release()
 
-    def close(self) -> None:
-        """Give the place back, once."""
-        if self._open:
-            self._open = False
-            self._service.places_taken -= self._choices
+    def release(self) -> None:
+        """Give the slot back; more than once does nothing more."""
+        if self._held:
+            self._held = False
+            self._service.slots_in_use -= self._completions
             self._service.logprobs_held -= self.logprobs
-            if self.answers is not None:
-                self._service.engine.abandon(self.answers)
+            if self.stream is not None:
+                self._service.engine.cancel(self.stream)
 
 
 class Service:
@@ -97,13 +100,13 @@ class Service:
         self.failure: QtoolError | None = None
         self.failed = asyncio.Event()
         self.started = int(time.time())
-        self.places_taken = self.logprobs_held = 0
+        self.slots_in_use = self.logprobs_held = 0
         self._aborted = False
         self.engine = EngineProcess(self._ended)
         self.metrics = Metrics(settings.name)
         self.defaults: dict[str, Any] = {}
 
-    facts: Facts
+    info: EngineInfo
     vocabulary: Vocabulary
     templates: Templates
     grammars: Grammars
@@ -124,7 +127,7 @@ class Service:
             if not folder.is_dir():
                 folder = Path((await engine).tokenizer_path)
             self.templates = await Templates.open(folder, settings.chat_template)
-            self.facts = await engine
+            self.info = await engine
         finally:
             engine.cancel()
         self.tool_style = (
@@ -136,10 +139,10 @@ class Service:
             LOG.info(
                 "the chat template does not show tools to the model: it calls them only if it must"
             )
-        self.grammars = Grammars(self.facts)
-        self.vocabulary = Vocabulary(self.facts.tokenizer, self.facts.context_length)
+        self.grammars = Grammars(self.info)
+        self.vocabulary = Vocabulary(self.info.tokenizer, self.info.context_length)
         if settings.sampling_defaults == "model":
-            self.defaults = await asyncio.to_thread(_generation_config, Path(self.facts.model_path))
+            self.defaults = await asyncio.to_thread(_generation_config, Path(self.info.model_path))
         await self.warm_up()
         if self.state == "loading":
             self.state = "ready"
@@ -161,12 +164,12 @@ class Service:
     def abort_all(self) -> None:
         """End every request with what it has, and let no other begin."""
         self._aborted = True
-        if hasattr(self, "facts"):
+        if hasattr(self, "info"):
             self.engine.abort()
 
-    def give_up(self) -> None:
+    def fail_all(self) -> None:
         """End every request that the engine has not ended."""
-        self.engine.give_up(
+        self.engine.fail_all(
             ResourceError(
                 "E_DRAINING", "the server ended before the answer was complete", hint="ask again"
             )
@@ -179,28 +182,28 @@ class Service:
         if self.state == "draining" or self.failure is not None:
             raise Busy(503, "draining", "the server is ending")
 
-    def admit(self, choices: int) -> Ticket:
-        """Return a place for ``choices`` completions.
+    def acquire(self, completions: int) -> Slot:
+        """Return a slot for ``completions``.
 
         Raises: Busy, when the queue is full; UsageError, when they never fit.
         """
-        most = self.facts.max_running + self.settings.max_queued_requests
-        if choices > most:
+        most = self.info.max_running + self.settings.max_queued_requests
+        if completions > most:
             raise UsageError(
                 "E_TOO_MANY",
-                f"{choices} completions in one request; the server takes {most} at a time",
+                f"{completions} completions in one request; the server takes {most} at a time",
                 hint="send fewer prompts or a lower n",
             )
-        if self.places_taken + choices > most:
+        if self.slots_in_use + completions > most:
             self.metrics.refused()
             raise Busy(
                 429,
                 "queue_full",
-                f"{self.places_taken} requests run or wait, which is what the server takes",
+                f"{self.slots_in_use} requests run or wait, which is what the server takes",
             )
-        return Ticket(self, choices)
+        return Slot(self, completions)
 
-    def submit(self, ticket: Ticket, submission: Submission, asked: int | None) -> Answers:
+    def submit(self, slot: Slot, submission: Submission, asked: int | None) -> OutputStream:
         """Let the engine work on ``submission``; ``asked``: tokens that must fit beside the prompt,
         and not only as many as there is room for.
 
@@ -210,10 +213,10 @@ class Service:
             raise Busy(503, "draining", "the server is ending")
         for prompt in submission.prompts:
             self._check_prompt(prompt, asked or 1)
-        submission.params.check_vocabulary(self.facts.vocab_size)
-        self._hold_logprobs(ticket, submission)
-        ticket.answers = self.engine.submit(submission)
-        return ticket.answers
+        submission.params.check_vocabulary(self.info.vocab_size)
+        self._hold_logprobs(slot, submission)
+        slot.stream = self.engine.submit(submission)
+        return slot.stream
 
     async def compiled(self, params: SamplingParams) -> tuple[str, str, str] | None:
         """Return the grammar of ``params``, compiled where it can do no harm; None when there is
@@ -250,7 +253,7 @@ class Service:
             )
 
     def _check_prompt(self, prompt: Sequence[int], asked: int) -> None:
-        context = self.facts.context_length
+        context = self.info.context_length
         if not prompt:
             raise UsageError(
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
@@ -261,17 +264,17 @@ class Service:
                 "are asked for"
             )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
-        if max(prompt) >= self.facts.vocab_size:
+        if max(prompt) >= self.info.vocab_size:
             message = (
-                f"the prompt has a token {max(prompt)}, and the model knows {self.facts.vocab_size}"
+                f"the prompt has a token {max(prompt)}, and the model knows {self.info.vocab_size}"
             )
             raise UsageError(
                 "E_PROMPT",
                 message,
-                hint=f"tokens are whole numbers from 0 to {self.facts.vocab_size - 1}",
+                hint=f"tokens are whole numbers from 0 to {self.info.vocab_size - 1}",
             )
 
-    def _hold_logprobs(self, ticket: Ticket, submission: Submission) -> None:
+    def _hold_logprobs(self, slot: Slot, submission: Submission) -> None:
         """Count what ``submission`` may make of them: kept until it is read, they are the largest
         part of an answer. Raises: UsageError, Busy.
         """
@@ -279,7 +282,7 @@ class Service:
             return
         tokens = 0
         for prompt in submission.prompts:
-            room = self.facts.context_length - len(prompt)
+            room = self.info.context_length - len(prompt)
             most = (
                 room
                 if submission.params.max_new_tokens is None
@@ -303,7 +306,7 @@ class Service:
                 "queue_full",
                 "other requests hold as many log probabilities as the server keeps",
             )
-        ticket.logprobs = logprobs
+        slot.logprobs = logprobs
         self.logprobs_held += logprobs
 
     async def warm_up(self) -> None:
@@ -311,29 +314,19 @@ class Service:
 
         Raises: QtoolError, when its logits are not finite or the engine is gone.
         """
-        prompt = [self.facts.eos_ids[0] if self.facts.eos_ids else 0]
+        prompt = [self.info.eos_ids[0] if self.info.eos_ids else 0]
         params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-        answers = self.engine.submit(
+        stream = self.engine.submit(
             Submission([prompt], params, stream=False, rid=self.new_id("warm-up"))
         )
         try:
-            async for _ in answers:
-                pass
+            await stream.collect()
         finally:
-            self.engine.abandon(answers)
+            self.engine.cancel(stream)
 
     def _ended(self, error: QtoolError) -> None:
         self.failure = error
         self.failed.set()
-
-
-async def collected(answers: Answers) -> list[Piece]:
-    """Wait for all choices, and return each as one piece, in order."""
-    whole: dict[int, Piece] = {}
-    async for pieces in answers:
-        for piece in pieces:
-            add(whole, piece)
-    return [whole[index] for index in sorted(whole)]
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import qtool
 from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
 from qtool.engine.detokenizer import TextStream
-from qtool.engine.engine import Ask, Engine, Told
+from qtool.engine.engine import Engine, Output
+from qtool.engine.outputs import CompletionError
+from qtool.engine.requests import GenerateRequest
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -487,18 +489,18 @@ def test_without_memory_the_newest_fails_and_the_others_are_computed_again(examp
         return launch(step, *rest)
 
     monkeypatch.setattr(example.loop.runner, "launch", failing)
-    told: queue.SimpleQueue[Told] = queue.SimpleQueue()
-    example.submit(Ask(None, GREEDY, prompts, stream=False), told.put)
-    results = dict(told.get(timeout=60)[:2] for _ in prompts)
+    told: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    example.submit(GenerateRequest(None, GREEDY, prompts, stream=False), told.put)
+    results = {output.index: output for output in (told.get(timeout=60) for _ in prompts)}
     [failed] = [
         number
         for number, result in results.items()
-        if isinstance(result, ResourceError) and result.code == "E_OUT_OF_MEMORY"
+        if isinstance(result, CompletionError)
+        and isinstance(result.error, ResourceError)
+        and result.error.code == "E_OUT_OF_MEMORY"
     ]
     assert all(
-        result.result()["output_ids"] == wanted[number]
-        for number, result in results.items()
-        if number != failed
+        result.token_ids == wanted[number] for number, result in results.items() if number != failed
     )
     assert becomes(lambda: idle(example))
 
@@ -523,27 +525,27 @@ def test_async(example):
     assert becomes(lambda: idle(example))
 
 
-def test_what_is_submitted_is_told_until_it_is_abandoned(example):
-    told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+def test_what_is_submitted_is_delivered_until_it_is_cancelled(example):
+    told: queue.SimpleQueue[Output] = queue.SimpleQueue()
     requests = example.submit(
-        Ask(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False), told.put
+        GenerateRequest(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False),
+        told.put,
     )
-    answers = {
-        index: answer for index, answer, last in (told.get(timeout=60) for _ in requests) if last
-    }
-    assert sorted(answers) == [0, 1]
+    outputs = {output.index: output for output in (told.get(timeout=60) for _ in requests)}
+    assert sorted(outputs) == [0, 1]
     assert all(
-        0 < answer.first_token_s <= answer.seconds and answer.request.done
-        for answer in answers.values()
+        0 < output.finish.first_token_s <= output.finish.latency_s for output in outputs.values()
     )
+    assert all(request.done for request in requests)
     requests = example.submit(
-        Ask("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True), told.put
+        GenerateRequest("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True),
+        told.put,
     )
     told.get(timeout=60)
-    example.abandon(requests)
+    example.cancel(requests)
     assert becomes(lambda: idle(example))
     with pytest.raises(UsageError):
-        example.submit(Ask("def f(", {"regex": "("}, None, stream=False), told.put)
+        example.submit(GenerateRequest("def f(", {"regex": "("}, None, stream=False), told.put)
     assert idle(example)
 
 

@@ -19,8 +19,10 @@ from support import EXAMPLE
 from tokenizers import Tokenizer
 
 from qtool.engine import grammar
-from qtool.engine.engine import Ask, Engine
+from qtool.engine.engine import Engine
 from qtool.engine.grammar import Compiler, Constraint
+from qtool.engine.outputs import CompletionError
+from qtool.engine.requests import GenerateRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import ResourceError, UsageError
 
@@ -365,13 +367,14 @@ def test_a_grammar_that_fails_on_its_way_harms_nobody(engine, monkeypatch):
     other = {"temperature": 0, "max_new_tokens": 30}
     wanted = engine.generate("import os", other)["text"]
     told = []
-    slow = Ask("def f(", {"regex": "[a-z]{20,30}"}, None, stream=False)
+    slow = GenerateRequest("def f(", {"regex": "[a-z]{20,30}"}, None, stream=False)
     requests = engine.submit(slow, told.append)
     assert engine.generate("import os", other)["text"] == wanted
     while not all(request.done for request in requests):
         pass
-    [(index, error, last)] = told
-    assert index == 0 and last and isinstance(error, UsageError) and error.code == "E_GRAMMAR"
+    [output] = told
+    assert output.index == 0 and isinstance(output, CompletionError)
+    assert isinstance(output.error, UsageError) and output.error.code == "E_GRAMMAR"
 
 
 def test_a_grammar_needs_a_tokenizer():

@@ -1,5 +1,5 @@
-"""How an answer leaves: whole or as events, or as an error in OpenAI's shape; whatever ends it, its
-place in the server is free again.
+"""How a reply is sent: whole, as events, or as an error in OpenAI's shape; whatever ends it, its
+slot is released.
 """
 
 from __future__ import annotations
@@ -12,42 +12,51 @@ from typing import Protocol
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from qtool.engine.outputs import CompletionOutput
 from qtool.errors import QtoolError, ResourceError
 from qtool.serve.api.schemas import ErrorDetail, ErrorReply
-from qtool.serve.backend.engine_client import Answers, Piece, Submission
+from qtool.serve.backend.engine_client import OutputStream
+from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.sandbox import TooManyWaiting
-from qtool.serve.service import Busy, ModelNotFound, Service, Ticket, collected
+from qtool.serve.service import Busy, ModelNotFound, Service, Slot
 
 DONE = b"data: [DONE]\n\n"
 
 
 class Reply(Protocol):
-    """What one route makes of the engine's pieces."""
+    """What one route makes of the engine's outputs."""
 
-    def whole(self, pieces: list[Piece]) -> object:
-        """Return the reply to a request that is not streamed; a piece for each choice, in order."""
+    def whole(self, outputs: list[CompletionOutput]) -> object:
+        """Return the reply to a request that is not streamed; one output for each choice, in
+        order.
+        """
 
-    def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
-        """Yield the reply to one that is."""
+    def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
+        """Yield the reply to a streamed request."""
 
     def close(self) -> None:
         """Write down what the request used; called at its end, however it ends."""
 
 
 async def answer(
-    service: Service, ticket: Ticket, submission: Submission, reply: Reply, asked: int | None
+    service: Service, slot: Slot, submission: Submission, reply: Reply, max_tokens: int | None
 ) -> Response:
-    """Let the engine work on ``submission``, and return what ``reply`` makes of it. ``asked``:
-    tokens that the request itself named.
+    """Let the engine work on ``submission``, and return what ``reply`` makes of it.
 
-    Raises: UsageError, for what cannot be asked; Busy, when the server ends; what went wrong in the
+    Args:
+        service: the served model.
+        slot: of the request.
+        submission: what the engine computes.
+        reply: makes the response.
+        max_tokens: the limit that the request itself named.
+    Raises: UsageError, for an invalid request; Busy, when the server ends; what went wrong in the
         engine before anything was answered.
     """
-    answers = service.submit(ticket, submission, asked)
+    stream = service.submit(slot, submission, max_tokens)
     if submission.stream:
-        return await EventStream.started(reply, answers, ticket)
+        return await EventStream.started(reply, stream, slot)
     try:
-        return json_reply(reply.whole(await collected(answers)))
+        return json_reply(reply.whole(await stream.collect()))
     finally:
         reply.close()
 
@@ -62,31 +71,34 @@ def event(data: object) -> bytes:
 class EventStream(Response):
     """A response of server-sent events.
 
-    Whatever ends it, ``ticket`` is given back: a client that leaves frees its pages.
+    Whatever ends it, ``slot`` is released: a client that leaves frees its pages.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, ticket: Ticket
+        self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, slot: Slot
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._events, self._reply, self._ticket = first, events, reply, ticket
+        self._first = first
+        self._events = events
+        self._reply = reply
+        self._slot = slot
 
     @classmethod
-    async def started(cls, reply: Reply, answers: Answers, ticket: Ticket) -> EventStream:
+    async def started(cls, reply: Reply, stream: OutputStream, slot: Slot) -> EventStream:
         """Return the stream once its first event is there, so that an error before it has a status
         of its own.
         """
-        events = reply.events(answers)
+        events = reply.events(stream)
         try:
             first = await anext(events)
         except BaseException:
             reply.close()
             raise
-        ticket.belongs_to_stream = True
-        return cls(first, events, reply, ticket)
+        slot.belongs_to_stream = True
+        return cls(first, events, reply, slot)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client is gone."""
@@ -102,7 +114,7 @@ class EventStream(Response):
             await asyncio.gather(sending, watching, return_exceptions=True)
             await self._events.aclose()
             self._reply.close()
-            self._ticket.close()
+            self._slot.release()
 
     async def _send(self, send: Send) -> None:
         await send(

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from qtool.engine.outputs import CompletionOutput
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.prompt import render_prompt
@@ -20,7 +21,8 @@ from qtool.serve.api.sampling import sampling_params
 from qtool.serve.api.tools.choice import Choice, choose, schema_for
 from qtool.serve.api.tools.deltas import Delta, ToolParser, fold
 from qtool.serve.api.tools.parsers import parser_for
-from qtool.serve.backend.engine_client import Answers, Piece, Submission
+from qtool.serve.backend.engine_client import OutputStream
+from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
 
 
@@ -40,7 +42,7 @@ async def chat(service: Service, body: ChatRequest) -> Response:
         body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     )
     params = sampling_params(body, service.defaults, wanted, forced)
-    with service.admit(params.n) as ticket:
+    with service.acquire(params.n) as slot:
         text, prompt = await render_prompt(service, choice.tools, body)
         log_request(text, params, service.settings)
         submission = Submission(
@@ -52,7 +54,7 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             grammar=await service.compiled(params),
         )
         reply = _Chat(service, body, submission.rid, account, choice)
-        return await answer(service, ticket, submission, reply, wanted)
+        return await answer(service, slot, submission, reply, wanted)
 
 
 class _Chat:
@@ -65,16 +67,16 @@ class _Chat:
         self._choice = choice
         self._model, self._created = body.model or service.settings.name, int(time.time())
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, outputs: list[CompletionOutput]) -> dict[str, Any]:
         """Return the reply as one object."""
         choices = []
-        for piece in pieces:
-            assert piece.ending is not None
-            self._account.note(piece, len(pieces))
-            message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
-            reason = finish_reason(piece.ending)
+        for output in outputs:
+            assert output.finish is not None
+            self._account.note(output, len(outputs))
+            message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+            reason = finish_reason(output.finish)
             if parser := parser_for(self._choice, self._service.tool_style):
-                deltas = [parser.push(piece.text), parser.finish()]
+                deltas = [parser.push(output.text), parser.finish()]
                 content, calls = fold(deltas)
                 # what a limit cut off is no answer
                 message["content"] = None if self._choice.mode == "required" else content
@@ -82,12 +84,12 @@ class _Chat:
                     message["tool_calls"] = calls
                     reason = "tool_calls" if reason == "stop" else reason
             logprobs = (
-                chat_logprobs(piece, self._service.vocabulary) if self._body.logprobs else None
+                chat_logprobs(output, self._service.vocabulary) if self._body.logprobs else None
             )
-            matched = piece.ending.reason.get("matched")
+            matched = output.finish.reason.get("matched")
             choices.append(
                 {
-                    "index": piece.choice,
+                    "index": output.index,
                     "message": message,
                     "logprobs": logprobs,
                     "finish_reason": reason,
@@ -100,7 +102,7 @@ class _Chat:
         """Write down what the request used."""
         self._account.close(self._id)
 
-    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+    async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: the role of each choice, what it gets, why it ends, and at
         last the usage.
         """
@@ -113,11 +115,11 @@ class _Chat:
         parsers: dict[int, ToolParser | None] = {}
         encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         n = self._body.n or 1
-        async for pieces in answers:
+        async for outputs in stream:
             lines = []
-            for piece in pieces:
-                self._account.note(piece, n)
-                index, ending = piece.choice, piece.ending
+            for output in outputs:
+                self._account.note(output, n)
+                index, finish = output.index, output.finish
                 start = f'data: {head},"choices":[{{"index":{index},"delta":'
                 if index not in parsers:
                     parsers[index] = parser_for(self._choice, self._service.tool_style)
@@ -129,30 +131,30 @@ class _Chat:
                 deltas: list[dict[str, Any]] = []
                 if parser is None:
                     deltas = (
-                        [{"content": piece.text}]
-                        if piece.text or (logprobs and piece.logprobs)
+                        [{"content": output.text}]
+                        if output.text or (logprobs and output.logprobs)
                         else []
                     )
                 else:
-                    deltas = self._deltas(parser.push(piece.text)) + (
-                        self._deltas(parser.finish()) if ending else []
+                    deltas = self._deltas(parser.push(output.text)) + (
+                        self._deltas(parser.finish()) if finish else []
                     )
-                    if not deltas and logprobs and piece.logprobs:
+                    if not deltas and logprobs and output.logprobs:
                         deltas = [{}]
                 for number, delta in enumerate(deltas):
                     shown = (
-                        encode(chat_logprobs(piece, vocabulary))
+                        encode(chat_logprobs(output, vocabulary))
                         if logprobs and number == 0
                         else "null"
                     )
                     lines.append(
                         f'{start}{encode(delta)},"logprobs":{shown},"finish_reason":null}}]{tail}'
                     )
-                if ending is not None:
-                    reason = finish_reason(ending)
+                if finish is not None:
+                    reason = finish_reason(finish)
                     if parser is not None and parser.called and reason == "stop":
                         reason = "tool_calls"
-                    matched = encode(ending.reason.get("matched"))
+                    matched = encode(finish.reason.get("matched"))
                     lines.append(
                         f'{start}{{}},"logprobs":null,"finish_reason":"{reason}",'
                         f'"matched_stop":{matched}}}]{tail}'

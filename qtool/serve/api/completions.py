@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from qtool.engine.outputs import CompletionOutput
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.protocol import CompletionRequest
@@ -18,10 +19,11 @@ from qtool.serve.api.replies import (
     finish_reason,
     log_request,
     prompt_offsets,
-    without_answer,
+    without_text,
 )
 from qtool.serve.api.sampling import sampling_params
-from qtool.serve.backend.engine_client import Answers, Piece, Submission
+from qtool.serve.backend.engine_client import OutputStream
+from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.vocabulary import Offsets
 from qtool.serve.service import Service
 
@@ -49,7 +51,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
         if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
         else [body.prompt]
     )
-    with service.admit(len(prompts) * params.n) as ticket:
+    with service.acquire(len(prompts) * params.n) as slot:
         special = body.add_special_tokens is not False
         tokens = [
             await service.vocabulary.encode(one, add_special_tokens=special)
@@ -73,7 +75,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             else [""] * len(prompts)
         )
         reply = _Completion(service, body, submission, account, echoed, nothing=asked == 0)
-        return await answer(service, ticket, submission, reply, body.max_tokens)
+        return await answer(service, slot, submission, reply, body.max_tokens)
 
 
 class _Completion:
@@ -102,20 +104,20 @@ class _Completion:
         self._echoed, self._each, self._nothing = echoed, submission.params.n, nothing
         self._model, self._created = body.model or service.settings.name, int(time.time())
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, outputs: list[CompletionOutput]) -> dict[str, Any]:
         """Return the reply as one object."""
         choices = []
-        for piece in pieces:
-            piece = without_answer(piece) if self._nothing else piece
-            assert piece.ending is not None
-            self._account.note(piece, self._each)
+        for output in outputs:
+            output = without_text(output) if self._nothing else output
+            assert output.finish is not None
+            self._account.note(output, self._each)
             choices.append(
                 {
-                    "index": piece.choice,
-                    "text": self._echoed[piece.choice // self._each] + piece.text,
-                    "logprobs": self._logprobs(piece),
-                    "finish_reason": finish_reason(piece.ending),
-                    "matched_stop": piece.ending.reason.get("matched"),
+                    "index": output.index,
+                    "text": self._echoed[output.index // self._each] + output.text,
+                    "logprobs": self._logprobs(output),
+                    "finish_reason": finish_reason(output.finish),
+                    "matched_stop": output.finish.reason.get("matched"),
                 }
             )
         return self._head() | {"choices": choices, "usage": self._account.usage()}
@@ -124,7 +126,7 @@ class _Completion:
         """Write down what the request used."""
         self._account.close(self._submission.rid)
 
-    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+    async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: what each choice gets, why it ends, and at last the usage."""
         body, vocabulary = self._body, self._service.vocabulary
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -133,32 +135,30 @@ class _Completion:
         encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         offsets: dict[int, Offsets] = {}
         skip = self._submission.params.skip_special_tokens
-        async for pieces in answers:
+        async for outputs in stream:
             lines = []
-            for piece in pieces:
-                piece = without_answer(piece) if self._nothing else piece
-                self._account.note(piece, self._each)
-                index, text, ending = piece.choice, piece.text, piece.ending
+            for output in outputs:
+                output = without_text(output) if self._nothing else output
+                self._account.note(output, self._each)
+                index, text, finish = output.index, output.text, output.finish
                 if index not in offsets:
                     text, offsets[index] = (
                         self._echoed[index // self._each] + text,
                         Offsets(vocabulary, 0),
                     )
                 logprobs = "null"
-                if body.logprobs is not None and piece.logprobs:
+                if body.logprobs is not None and output.logprobs:
                     begins = [
                         offsets[index].add(token, skip_special_tokens=skip)
-                        for token in piece.tokens
+                        for token in output.token_ids
                     ]
-                    logprobs = encode(
-                        completion_logprobs(piece.logprobs, piece.top, vocabulary, begins)
-                    )
-                if not (text or ending or logprobs != "null"):
+                    logprobs = encode(completion_logprobs(output.logprobs, vocabulary, begins))
+                if not (text or finish or logprobs != "null"):
                     continue
                 reason = (
-                    f'"{finish_reason(ending)}",'
-                    f'"matched_stop":{encode(ending.reason.get("matched"))}'
-                    if ending
+                    f'"{finish_reason(finish)}",'
+                    f'"matched_stop":{encode(finish.reason.get("matched"))}'
+                    if finish
                     else "null"
                 )
                 choice = (
@@ -180,23 +180,20 @@ class _Completion:
             "model": self._model,
         }
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+    def _logprobs(self, output: CompletionOutput) -> dict[str, object] | None:
         if self._body.logprobs is None:
             return None
-        assert piece.ending is not None
+        assert output.finish is not None
         vocabulary, skip, prompt = (
             self._service.vocabulary,
             self._submission.params.skip_special_tokens,
-            piece.choice // self._each,
+            output.index // self._each,
         )
         before, offsets = prompt_offsets(
             self._submission.prompts[prompt] if self._body.echo else [],
             self._echoed[prompt],
             vocabulary,
         )
-        after = [offsets.add(token, skip_special_tokens=skip) for token in piece.tokens]
-        logprobs, top = (
-            [*piece.ending.input_logprobs, *piece.logprobs],
-            [*piece.ending.input_top, *piece.top],
-        )
-        return completion_logprobs(logprobs, top, vocabulary, [*before, *after])
+        after = [offsets.add(token, skip_special_tokens=skip) for token in output.token_ids]
+        logprobs = [*output.finish.prompt_logprobs, *output.logprobs]
+        return completion_logprobs(logprobs, vocabulary, [*before, *after])

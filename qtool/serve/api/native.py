@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 
+from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.protocol import GenerateRequest
-from qtool.serve.api.replies import Account, finite, log_request, without_answer
-from qtool.serve.backend.engine_client import Answers, Logprob, Piece, Submission, add
+from qtool.serve.api.replies import Account, finite, log_request, without_text
+from qtool.serve.backend.engine_client import OutputStream
+from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
 
 
@@ -35,7 +38,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     params = SamplingParams.from_dict(
         {**service.defaults, **values} | ({"max_new_tokens": 1} if nothing else {})
     )
-    with service.admit(len(prompts) * params.n) as ticket:
+    with service.acquire(len(prompts) * params.n) as slot:
         tokens = [
             await service.vocabulary.encode(one) if isinstance(one, str) else one for one in prompts
         ]
@@ -52,7 +55,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
         reply = _Generation(
             service, body, submission, account, alone=single and params.n == 1, nothing=nothing
         )
-        return await answer(service, ticket, submission, reply, values.get("max_new_tokens"))
+        return await answer(service, slot, submission, reply, values.get("max_new_tokens"))
 
 
 class _Generation:
@@ -79,57 +82,66 @@ class _Generation:
         )
         self.alone, self._nothing = alone, nothing
 
-    def whole(self, pieces: list[Piece]) -> object:
+    def whole(self, outputs: list[CompletionOutput]) -> object:
         """Return the dictionary of the choice, or of each."""
         results = []
-        for piece in pieces:
-            piece = without_answer(piece) if self._nothing else piece
-            self._account.note(piece, self._submission.params.n)
-            results.append(self.result(piece))
+        for output in outputs:
+            output = without_text(output) if self._nothing else output
+            self._account.note(output, self._submission.params.n)
+            results.append(self.result(output))
         return results[0] if self.alone else results
 
-    def result(self, piece: Piece) -> dict[str, Any]:
-        """Return the dictionary for a choice, of which ``piece`` is all there is so far."""
-        params, rid = self._submission.params, self._submission.rid
-        prompt = self._submission.prompts[piece.choice // params.n]
-        meta: dict[str, Any] = {
-            "id": rid if self.alone else f"{rid}-{piece.choice}",
-            "finish_reason": piece.ending and piece.ending.reason,
+    def result(self, output: CompletionOutput) -> dict[str, object]:
+        """Return the dictionary for a choice, of which ``output`` is all there is so far."""
+        rid = self._submission.rid
+        prompt = self._submission.prompts[output.index // self._submission.params.n]
+        finish = output.finish
+        meta: dict[str, object] = {
+            "id": rid if self.alone else f"{rid}-{output.index}",
+            "finish_reason": None if finish is None else finish.reason,
             "prompt_tokens": len(prompt),
-            "completion_tokens": len(piece.tokens),
+            "completion_tokens": len(output.token_ids),
         }
-        if (ending := piece.ending) is not None:
-            meta |= {"cached_tokens": ending.cached_tokens, "e2e_latency": ending.seconds}
+        if finish is not None:
+            meta |= {"cached_tokens": finish.cached_tokens, "e2e_latency": finish.latency_s}
         if self._body.return_logprob:
-            meta["output_token_logprobs"] = self._shown(piece.logprobs)
-            if self._body.top_logprobs_num:
-                meta["output_top_logprobs"] = [self._shown(one) for one in piece.top]
-            if ending is not None:
-                meta["input_token_logprobs"] = self._shown(ending.input_logprobs)
-                if self._body.top_logprobs_num:
-                    meta["input_top_logprobs"] = [
-                        None if one is None else self._shown(one) for one in ending.input_top
-                    ]
-        return {"text": piece.text, "output_ids": piece.tokens, "meta_info": meta}
+            meta |= self._logprobs("output", output.logprobs)
+        if self._body.return_logprob and finish is not None:
+            meta |= self._logprobs("input", finish.prompt_logprobs)
+        return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
 
     def close(self) -> None:
         """Write down what the request used."""
         self._account.close(self._submission.rid)
 
-    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+    async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield each choice with all it has so far, whenever it gets more."""
-        whole: dict[int, Piece] = {}
-        async for pieces in answers:
-            for piece in pieces:
-                piece = without_answer(piece) if self._nothing else piece
-                self._account.note(piece, self._submission.params.n)
-                result = self.result(add(whole, piece))
-                yield event(result if self.alone else {**result, "index": piece.choice})
+        whole: dict[int, CompletionOutput] = {}
+        async for outputs in stream:
+            for output in outputs:
+                output = without_text(output) if self._nothing else output
+                self._account.note(output, self._submission.params.n)
+                before = whole.get(output.index)
+                so_far = output if before is None else merge([before, output])
+                whole[output.index] = so_far
+                result = self.result(so_far)
+                yield event(result if self.alone else {**result, "index": output.index})
         yield DONE
 
-    def _shown(self, logprobs: list[Logprob]) -> list[tuple[float | None, int, str | None]]:
-        text_of = self._service.vocabulary.text_of
-        return [
-            (finite(value), token, text_of(token) if self._body.return_text_in_logprobs else None)
-            for value, token, _ in logprobs
-        ]
+    def _logprobs(self, kind: str, logprobs: list[TokenLogprob]) -> dict[str, object]:
+        """Return the entries of ``meta_info`` for tokens of that kind, "input" or "output"."""
+        shown: dict[str, object] = {
+            f"{kind}_token_logprobs": [self._shown(one.logprob, one.token_id) for one in logprobs]
+        }
+        if self._body.top_logprobs_num:
+            shown[f"{kind}_top_logprobs"] = [
+                None if one.top is None else list(itertools.starmap(self._shown, one.top))
+                for one in logprobs
+            ]
+        return shown
+
+    def _shown(self, logprob: float | None, token: int) -> tuple[float | None, int, str | None]:
+        text = None
+        if self._body.return_text_in_logprobs:
+            text = self._service.vocabulary.text_of(token)
+        return finite(logprob), token, text

@@ -8,10 +8,11 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
+import msgspec
+
+from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
 from qtool.engine.sampling_params import SamplingParams
-from qtool.serve.backend.engine_client import Ending, Logprob, Piece
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.vocabulary import Offsets, Vocabulary
 from qtool.serve.settings import ServeSettings
@@ -20,19 +21,18 @@ LOG = logging.getLogger("qtool.serve")
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
-def chat_logprobs(piece: Piece, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the log probabilities of ``piece`` as chats have them."""
+def chat_logprobs(output: CompletionOutput, vocabulary: Vocabulary) -> dict[str, object]:
+    """Return the log probabilities of ``output`` as chats have them."""
     content = []
-    for position, (logprob, token, _) in enumerate(piece.logprobs):
-        top = piece.top[position] if position < len(piece.top) else []
+    for one in output.logprobs:
+        top = [_chat_logprob(value, token, vocabulary) for value, token in one.top or ()]
         content.append(
-            _told(logprob, token, vocabulary)
-            | {"top_logprobs": [_told(value, other, vocabulary) for value, other, _ in top]}
+            {**_chat_logprob(one.logprob, one.token_id, vocabulary), "top_logprobs": top}
         )
     return {"content": content, "refusal": None}
 
 
-def _told(logprob: float | None, token: int, vocabulary: Vocabulary) -> dict[str, Any]:
+def _chat_logprob(logprob: float | None, token: int, vocabulary: Vocabulary) -> dict[str, object]:
     return {
         "token": vocabulary.text_of(token),
         "logprob": finite(logprob),
@@ -46,29 +46,25 @@ def finite(logprob: float | None) -> float | None:
 
 
 def completion_logprobs(
-    logprobs: Sequence[Logprob],
-    top: Sequence[Sequence[Logprob] | None],
-    vocabulary: Vocabulary,
-    offsets: Sequence[int],
-) -> dict[str, Any]:
-    """Return log probabilities as completions have them; the most likely tokens always have the
-    chosen one among them.
-    """
-    name = vocabulary.label_of
-    best = [
-        None
-        if others is None
-        # of one name the likeliest stays
-        else {name(token): finite(value) for value, token, _ in reversed((*others, chosen))}
-        for chosen, others in zip(logprobs, top, strict=True)
-    ]
-    values = [finite(value) for value, *_ in logprobs]
+    logprobs: Sequence[TokenLogprob], vocabulary: Vocabulary, offsets: Sequence[int]
+) -> dict[str, object]:
+    """Return log probabilities as completions have them."""
     return {
-        "tokens": [name(token) for _, token, _ in logprobs],
-        "token_logprobs": values,
-        "top_logprobs": best,
+        "tokens": [vocabulary.label_of(one.token_id) for one in logprobs],
+        "token_logprobs": [finite(one.logprob) for one in logprobs],
+        "top_logprobs": [_most_likely(one, vocabulary) for one in logprobs],
         "text_offset": list(offsets),
     }
+
+
+def _most_likely(one: TokenLogprob, vocabulary: Vocabulary) -> dict[str, float | None] | None:
+    """Return the most likely tokens and the chosen one by name; of those with the same name, the
+    likeliest.
+    """
+    if one.top is None:
+        return None
+    pairs = reversed((*one.top, (one.logprob, one.token_id)))
+    return {vocabulary.label_of(token): finite(value) for value, token in pairs}
 
 
 def prompt_offsets(
@@ -85,30 +81,26 @@ def prompt_offsets(
     return [offsets.add(token) for token in tokens], offsets
 
 
-def without_answer(piece: Piece) -> Piece:
-    """Return ``piece`` as it is told when no token is wanted, though the engine makes one."""
-    ending = piece.ending
-    if ending is not None and ending.reason["type"] != "abort":
-        ending = ending._replace(reason={"type": "length", "length": 0})
-    return Piece(piece.choice, "", [], [], [], ending)
+def without_text(output: CompletionOutput) -> CompletionOutput:
+    """Return ``output`` for a request of no tokens, for which the engine generates one."""
+    finish = output.finish
+    if finish is not None and finish.reason["type"] != "abort":
+        finish = msgspec.structs.replace(finish, reason={"type": "length", "length": 0})
+    return CompletionOutput(output.index, text="", token_ids=[], logprobs=[], finish=finish)
 
 
-def finish_reason(ending: Ending) -> str:
-    """Return why a choice ended, in OpenAI's words; ``abort`` when the server or somebody else
-    ended it.
-    """
-    return str(ending.reason["type"])
+def finish_reason(finish: FinishInfo) -> str:
+    """Return why a choice ended, in OpenAI's words; ``abort`` when it was aborted."""
+    return finish.reason["type"]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, object]:
     """Return OpenAI's count of tokens."""
-    total = prompt_tokens + completion_tokens
-    details = {"cached_tokens": cached_tokens}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": total,
-        "prompt_tokens_details": details,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -116,70 +108,82 @@ class Account:
     """What one request used, and how long it took: for its usage, the metrics and the log."""
 
     def __init__(self, kind: str, metrics: Metrics, *, streamed: bool) -> None:
-        self._kind, self._metrics, self._streamed = kind, metrics, streamed
+        self._kind = kind
+        self._metrics = metrics
+        self._streamed = streamed
         self._began = time.monotonic()
         self._last: dict[int, float] = {}
+        """When each choice last gained a token."""
         self._tokens: dict[int, int] = {}
-        self._prompts: dict[
-            int, tuple[int, int]
-        ] = {}  # by prompt: its tokens, and those found in the cache
+        self._prompts: dict[int, tuple[int, int]] = {}
+        """By prompt: its tokens, and those found in the cache."""
         self._reasons: dict[int, str] = {}
 
-    def note(self, piece: Piece, choices_each: int) -> None:
-        """Count ``piece``; a prompt counts once, however many choices it has."""
+    def note(self, output: CompletionOutput, choices_each: int) -> None:
+        """Count ``output``; a prompt counts once, however many choices it has."""
         now = time.monotonic()
-        count = len(piece.tokens)
-        if count:
-            last = self._last.get(piece.choice)
-            if self._streamed and last is None:
-                self._metrics.first_token(now - self._began)
-            elif self._streamed and last is not None and last < now:
-                self._metrics.tokens(count, now - last)
-            self._last[piece.choice] = now
-            self._tokens[piece.choice] = self._tokens.get(piece.choice, 0) + count
-        if piece.ending is not None:
-            ending = piece.ending
-            prompt, number = divmod(piece.choice, choices_each)
-            if (
-                number == 0
-                # what it found in the cache: the others may have found it there because of the
-                # first
-            ):
-                self._prompts[prompt] = (ending.prompt_tokens, ending.cached_tokens)
-            self._reasons[piece.choice] = reason = finish_reason(ending)
-            if not self._streamed and ending.first_token_s is not None:
-                self._metrics.first_token(ending.first_token_s)
-            self._metrics.ended(
-                reason,
-                0 if number else ending.prompt_tokens,
-                self._tokens.get(piece.choice, 0),
-                now - self._began,
-            )
+        if output.token_ids:
+            self._note_tokens(output.index, len(output.token_ids), now)
+        if output.finish is not None:
+            self._note_finish(output.index, output.finish, choices_each, now)
 
-    def usage(self) -> dict[str, Any]:
-        """Return OpenAI's count of tokens of the whole request."""
-        prompts = self._prompts.values()
-        return usage(
-            sum(size for size, _ in prompts),
-            sum(self._tokens.values()),
-            sum(cached for _, cached in prompts),
+    def _note_tokens(self, index: int, count: int, now: float) -> None:
+        last = self._last.get(index)
+        if self._streamed and last is None:
+            self._metrics.first_token(now - self._began)
+        elif self._streamed and last is not None and last < now:
+            self._metrics.tokens(count, now - last)
+        self._last[index] = now
+        self._tokens[index] = self._tokens.get(index, 0) + count
+
+    def _note_finish(self, index: int, finish: FinishInfo, choices_each: int, now: float) -> None:
+        prompt, number = divmod(index, choices_each)
+        # only the first choice: the others may have found in the cache what it computed
+        if number == 0:
+            self._prompts[prompt] = (finish.prompt_tokens, finish.cached_tokens)
+        self._reasons[index] = reason = finish_reason(finish)
+        if not self._streamed and finish.first_token_s is not None:
+            self._metrics.first_token(finish.first_token_s)
+        self._metrics.ended(
+            reason,
+            prompt_tokens=0 if number else finish.prompt_tokens,
+            completion_tokens=self._tokens.get(index, 0),
+            seconds=now - self._began,
         )
 
+    def usage(self) -> dict[str, object]:
+        """Return OpenAI's count of tokens of the whole request."""
+        return usage(*self._totals())
+
     def close(self, request_id: str) -> None:
-        """Count what was left before its end, and write the line of the log: no text."""
+        """Count the choices that did not finish, and log a line without text."""
         seconds = time.monotonic() - self._began
-        for choice in self._tokens.keys() - self._reasons.keys():
-            self._metrics.ended("abort", 0, self._tokens[choice], seconds)
-        used = self.usage()
+        for index in self._tokens.keys() - self._reasons.keys():
+            self._metrics.ended(
+                "abort",
+                prompt_tokens=0,
+                completion_tokens=self._tokens[index],
+                seconds=seconds,
+            )
+        prompt_tokens, generated, cached = self._totals()
         LOG.info(
             "%s %s: %d prompt tokens (%d cached), %d generated, %.2f s, %s",
             self._kind,
             request_id,
-            used["prompt_tokens"],
-            used["prompt_tokens_details"]["cached_tokens"],
-            used["completion_tokens"],
+            prompt_tokens,
+            cached,
+            generated,
             seconds,
             "+".join(sorted(set(self._reasons.values()))) or "unanswered",
+        )
+
+    def _totals(self) -> tuple[int, int, int]:
+        """Return the tokens of the prompts, those generated, and those found in the cache."""
+        prompts = self._prompts.values()
+        return (
+            sum(size for size, _ in prompts),
+            sum(self._tokens.values()),
+            sum(cached for _, cached in prompts),
         )
 
 

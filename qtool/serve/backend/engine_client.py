@@ -1,9 +1,8 @@
-"""The engine in a process of its own: its steps and the server's event loop never wait for one
-another's Python.
+"""The server's end of the engine's process: the engine's steps and the server's event loop never
+wait for one another's Python.
 
-The two ends talk over a socket pair. A message is a length (4 bytes, big-endian) and a pickle; both
-ends are ours, and neither passes on bytes of a client unread. The engine ends when the socket does,
-so it never outlives the server.
+The two ends talk over a socket pair. The engine ends when the socket does, so it never outlives the
+server.
 """
 
 from __future__ import annotations
@@ -12,181 +11,109 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable
 
-from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.outputs import CompletionOutput, merge_by_index
 from qtool.errors import QtoolError, ResourceError, from_wire
+from qtool.serve.backend.messages import (
+    LENGTH,
+    Abort,
+    Cancel,
+    EngineInfo,
+    EngineOptions,
+    EngineStats,
+    Failed,
+    FromEngine,
+    GetStats,
+    KeyedOutput,
+    Outputs,
+    Ready,
+    Start,
+    Stats,
+    Submission,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
 
 LOG = logging.getLogger("qtool.serve")
-LENGTH = struct.Struct("!I")
-PATIENCE_S = 15.0  # for the engine to say what it is doing: a step of its may be long
-END_S = 5.0  # for it to end by itself
-# the natural logarithm, the token; SGLang's third place is empty
-Logprob = tuple[float | None, int, None]
+STATS_TIMEOUT_S = 15.0  # a step of the engine may be long
+END_TIMEOUT_S = 5.0  # for the engine to end by itself
 
 
-class Ending(NamedTuple):
-    """What is known of a choice once it is complete.
-
-    ``reason``: as SGLang tells it. Seconds count from its arrival in the engine.
+class OutputStream:
+    """The outputs of one submission, as they come; a reader that is slower than the engine gets
+    those that came together as one.
     """
 
-    reason: Mapping[str, Any]
-    prompt_tokens: int
-    cached_tokens: int
-    first_token_s: float | None
-    seconds: float
-    input_logprobs: list[Logprob]
-    input_top: list[list[Logprob] | None]
-
-
-class Piece(NamedTuple):
-    """What a choice has got since the last piece of it."""
-
-    choice: int
-    text: str
-    tokens: list[int]
-    logprobs: list[Logprob]
-    top: list[list[Logprob]]
-    ending: Ending | None
-
-
-@dataclass(frozen=True)
-class Submission:
-    """Prompts to be completed, ``params.n`` times each.
-
-    ``grammar``: (kind, text, compiled) of the constraint in ``params``.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    params: SamplingParams
-    stream: bool
-    rid: str
-    top_logprobs: int | None = None
-    """None: no log probabilities."""
-    prompt_logprobs_from: int = -1
-    """-1: none of the prompt."""
-    grammar: tuple[str, str, str] | None = None
-
-    @property
-    def choices(self) -> int:
-        """How many completions are asked for."""
-        return len(self.prompts) * self.params.n
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the engine says of itself once it is loaded."""
-
-    model_path: str
-    tokenizer_path: str
-    tokenizer: str
-    """tokenizer.json, as the tokenizers library writes it."""
-    eos_ids: tuple[int, ...]
-    vocab_size: int
-    context_length: int
-    max_running: int
-    max_total_tokens: int
-    device: str
-    dtype: str
-    quantization: str
-    """The schemes of the layers; empty for a plain model."""
-    kv_cache_dtype: str
-    weights_bytes: int
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the engine is doing at one moment."""
-
-    running: int
-    waiting: int
-    kv_usage: float
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-
-
-class Answers:
-    """The pieces of one submission, as they come; those that came together are handed out together.
-
-    ``left``: choices that the engine still makes.
-    """
-
-    def __init__(self, key: int, choices: int) -> None:
-        self.key, self.left = key, choices
-        self._pieces: list[Piece] = []
+    def __init__(self, key: int, completions: int) -> None:
+        self.key = key
+        self.running = completions
+        """Completions that the engine still computes."""
+        self._outputs: list[CompletionOutput] = []
         self._error: QtoolError | None = None
         self._came = asyncio.Event()
 
-    def take(self, piece: Piece | QtoolError) -> None:
-        """Accept what the engine says."""
-        if isinstance(piece, QtoolError):
-            self._error = piece
-        else:
-            self._pieces.append(piece)
-            self.left -= piece.ending is not None
+    def put(self, output: CompletionOutput) -> None:
+        """Accept an output of the engine."""
+        self._outputs.append(output)
+        self.running -= output.finish is not None
         self._came.set()
 
-    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        """Yield lists of pieces, at most one of each choice.
+    def fail(self, error: QtoolError) -> None:
+        """Let the reader's next wait raise ``error``."""
+        self._error = error
+        self._came.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[CompletionOutput]]:
+        """Yield lists of outputs, at most one of each completion.
 
         Raises: QtoolError, what went wrong in the engine.
         """
-        while self.left or self._pieces:
+        while self.running or self._outputs:
             await self._came.wait()
             self._came.clear()
             if self._error is not None:
                 raise self._error
-            pieces, self._pieces = self._pieces, []
-            if pieces:
-                yield _merged(pieces)
+            outputs, self._outputs = self._outputs, []
+            if outputs:
+                yield outputs if len(outputs) == 1 else merge_by_index(outputs)
 
+    async def collect(self) -> list[CompletionOutput]:
+        """Wait for all completions, and return one output of each, in order.
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Return ``pieces`` with those of one choice joined: a reader that is slower than the engine
-    gets more at a time.
-    """
-    if len(pieces) == 1:
-        return pieces
-    merged: dict[int, Piece] = {}
-    for piece in pieces:
-        add(merged, piece)
-    return list(merged.values())
-
-
-def add(whole: dict[int, Piece], new: Piece) -> Piece:
-    """Add ``new`` to what is known of its choice, and return all that is known of it."""
-    if old := whole.get(new.choice):
-        logprobs, top = old.logprobs + new.logprobs, old.top + new.top
-        new = Piece(
-            new.choice, old.text + new.text, old.tokens + new.tokens, logprobs, top, new.ending
-        )
-    whole[new.choice] = new
-    return new
+        Raises: QtoolError, what went wrong in the engine.
+        """
+        outputs = [output async for outputs in self for output in outputs]
+        return sorted(merge_by_index(outputs), key=lambda output: output.index)
 
 
 class EngineProcess:
-    """The server's end. ``on_end`` is called with the reason when the engine ends by itself."""
+    """The engine's process, as the server sees it.
+
+    Args:
+        on_end: called with the reason when the engine ends by itself.
+    """
 
     def __init__(self, on_end: Callable[[QtoolError], None]) -> None:
         self._on_end = on_end
-        self._answers: dict[int, Answers] = {}
-        self._loads: dict[int, asyncio.Future[Load]] = {}
+        self._streams: dict[int, OutputStream] = {}
+        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._keys = itertools.count()
         self._closing = False
-        self._error: QtoolError | None = None  # why nothing is answered any more
+        self._error: QtoolError | None = None
+        """Why the engine answers no more."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._listening: asyncio.Task[None] | None = None
 
-    async def start(self, options: Mapping[str, Any]) -> Facts:
-        """Start the process, load the model and return what the engine says of itself.
+    async def start(self, options: EngineOptions) -> EngineInfo:
+        """Start the process, load the model and return what the engine reports.
 
         Raises: what `qtool.Engine` raises.
         """
@@ -197,127 +124,133 @@ class EngineProcess:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
-            start_new_session=True,  # what a terminal sends to a group is for the server
+            start_new_session=True,  # a terminal's signals to the group are for the server
         )
         theirs.close()
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(("options", dict(options)))
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(Start(options))
         try:
-            kind, said = await self._receive()
+            message = await _receive(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise await self._death() from error
-        if kind == "failed":
-            raise from_wire(said)
-        self._listening = asyncio.create_task(self._listen())
-        facts: Facts = said
-        return facts
+            raise await _death(self._process) from error
+        if isinstance(message, Failed):
+            raise from_wire(dict(message.error))
+        assert isinstance(message, Ready)
+        self._listening = asyncio.create_task(self._listen(reader, self._process))
+        return message.info
 
-    def submit(self, submission: Submission) -> Answers:
+    def submit(self, submission: Submission) -> OutputStream:
         """Hand ``submission`` to the engine.
 
-        Whoever stops waiting for its answers must `abandon` them. Raises: ResourceError, when it is
-        gone.
+        Whoever stops reading its outputs must `cancel` them. Raises: ResourceError, when the engine
+        is gone.
         """
         if self._error is not None:
             raise self._error
         key = next(self._keys)
-        answers = self._answers[key] = Answers(key, submission.choices)
-        self._send(("submit", key, submission))
-        return answers
+        stream = self._streams[key] = OutputStream(key, submission.completions)
+        self._send(Submit(key, submission))
+        return stream
 
-    def abandon(self, answers: Answers) -> None:
-        """End what is not complete of ``answers``; nobody waits for it."""
-        if self._answers.pop(answers.key, None) and answers.left:
-            self._send(("abandon", answers.key))
+    def cancel(self, stream: OutputStream) -> None:
+        """End what still runs of the submission of ``stream``, whose outputs nobody reads."""
+        if self._streams.pop(stream.key, None) and stream.running:
+            self._send(Cancel(stream.key))
 
     def abort(self, rid: str | None = None) -> None:
-        """End the submissions of that ``rid``, or all of them: each choice is told so, with what it
+        """End the submissions named ``rid``, or all of them: each completion ends with what it
         has.
         """
-        self._send(("abort", rid))
+        self._send(Abort(rid))
 
-    def give_up(self, error: QtoolError) -> None:
-        """Wait for the engine no longer: whoever waits for answers is told ``error``, now and from
-        now on.
-        """
+    def fail_all(self, error: QtoolError) -> None:
+        """Stop waiting for the engine: every reader gets ``error``, now and from now on."""
         self._error = error
-        for answers in self._answers.values():
-            answers.take(error)
-        for future in self._loads.values():
+        for stream in self._streams.values():
+            stream.fail(error)
+        for future in self._stats.values():
             if not future.done():
                 future.set_exception(TimeoutError())
 
-    async def load(self) -> Load:
-        """Ask what the engine is doing. Raises: TimeoutError."""
+    async def stats(self) -> EngineStats:
+        """Return what the engine is doing. Raises: TimeoutError."""
         if self._error is not None:
             raise TimeoutError
         key = next(self._keys)
-        future = self._loads[key] = asyncio.get_running_loop().create_future()
+        future = self._stats[key] = asyncio.get_running_loop().create_future()
         try:
-            self._send(("load", key))
-            return await asyncio.wait_for(future, PATIENCE_S)
+            self._send(GetStats(key))
+            return await asyncio.wait_for(future, STATS_TIMEOUT_S)
         finally:
-            del self._loads[key]
+            del self._stats[key]
 
     async def close(self) -> None:
         """End the process, whatever it does, and wait for it."""
         self._closing = True
-        process = getattr(self, "_process", None)
-        if process is None:
+        if self._process is None:
             return
-        if hasattr(self, "_writer"):
-            self._writer.close()  # the engine takes the end of the socket for its own
+        if self._writer is not None:
+            self._writer.close()  # the engine ends with its socket
         try:
-            await asyncio.to_thread(process.wait, END_S)
+            await asyncio.to_thread(self._process.wait, END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait)
-        if hasattr(self, "_listening"):
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        if self._listening is not None:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._listening
 
-    async def _listen(self) -> None:
+    async def _listen(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         try:
             while True:
-                kind, said = await self._receive()
-                if kind == "load":
-                    key, load = said
-                    if (future := self._loads.get(key)) and not future.done():
-                        future.set_result(load)
-                    continue
-                for key, piece in said:
-                    if answers := self._answers.get(key):
-                        answers.take(from_wire(piece) if isinstance(piece, dict) else piece)
-        except Exception as error:  # of the connection, or a message that is none
-            if not self._closing:
-                if not isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
-                    LOG.exception("the engine says what cannot be understood")
-                    self._process.kill()
-                self.give_up(
-                    ResourceError(
-                        "E_ENGINE_DIED", "the engine's process ended", hint="the server ends, too"
-                    )
+                self._handle(await _receive(reader))
+        except Exception as error:  # of the connection, or of a message that cannot be read
+            if self._closing:
+                return
+            if not isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
+                LOG.exception("a message of the engine cannot be read")
+                process.kill()
+            self.fail_all(
+                ResourceError(
+                    "E_ENGINE_DIED", "the engine's process ended", hint="the server ends, too"
                 )
-                self._on_end(await self._death())
+            )
+            self._on_end(await _death(process))
 
-    async def _death(self) -> ResourceError:
-        code = await asyncio.to_thread(self._process.wait)
-        killed = code == -signal.SIGKILL
-        hint = (
-            "it was killed, perhaps for memory: lower mem-fraction-static or max-total-tokens"
-            if killed
-            else "what it printed last says why"
-        )
-        return ResourceError("E_ENGINE_DIED", f"the engine's process ended with {code}", hint=hint)
+    def _handle(self, message: FromEngine) -> None:
+        if isinstance(message, Outputs):
+            for output in message.outputs:
+                self._hand_out(output)
+        elif isinstance(message, Stats):
+            future = self._stats.get(message.key)
+            if future is not None and not future.done():
+                future.set_result(message.stats)
 
-    async def _receive(self) -> tuple[str, Any]:
-        (size,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-        message: tuple[str, Any] = pickle.loads(await self._reader.readexactly(size))
-        return message
+    def _hand_out(self, keyed: KeyedOutput) -> None:
+        stream = self._streams.get(keyed.key)
+        if stream is None:
+            return  # it was cancelled
+        if isinstance(keyed.output, CompletionOutput):
+            stream.put(keyed.output)
+        else:
+            stream.fail(from_wire(dict(keyed.output)))
 
-    def _send(self, message: tuple[Any, ...]) -> None:
-        if self._error is not None:
-            return
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._writer.write(LENGTH.pack(len(data)) + data)
+    def _send(self, message: ToEngine) -> None:
+        if self._error is None and self._writer is not None:
+            self._writer.write(encode(message))
+
+
+async def _receive(reader: asyncio.StreamReader) -> FromEngine:
+    (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    return decode_from_engine(await reader.readexactly(size))
+
+
+async def _death(process: subprocess.Popen[bytes]) -> ResourceError:
+    """Wait for ``process`` and return why it ended."""
+    code = await asyncio.to_thread(process.wait)
+    if code == -signal.SIGKILL:
+        hint = "it was killed, perhaps for memory: lower mem-fraction-static or max-total-tokens"
+    else:
+        hint = "what it printed last says why"
+    return ResourceError("E_ENGINE_DIED", f"the engine's process ended with {code}", hint=hint)

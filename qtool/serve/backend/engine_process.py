@@ -7,193 +7,207 @@ import gc
 import importlib.util
 import itertools
 import logging
-import operator
 import os
-import pickle
 import queue
 import signal
 import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
-from qtool.errors import QtoolError, ResourceError, one_line, to_wire
-from qtool.serve.backend.engine_client import LENGTH, Ending, Facts, Load, Piece, Submission
+from qtool.engine.outputs import CompletionError, CompletionOutput
+from qtool.errors import QtoolError, ResourceError, one_line
+from qtool.serve.backend.messages import (
+    LENGTH,
+    Abort,
+    Cancel,
+    EngineInfo,
+    EngineOptions,
+    EngineStats,
+    Failed,
+    FromEngine,
+    GetStats,
+    KeyedOutput,
+    Outputs,
+    Ready,
+    Start,
+    Stats,
+    Submission,
+    Submit,
+    ToEngine,
+    WireError,
+    decode_to_engine,
+    encode,
+    wire_error,
+)
+
+if TYPE_CHECKING:  # torch is loaded once the socket is served
+    import torch
+    from torch import nn
+
+    from qtool.engine.engine import Engine
+    from qtool.engine.requests import Request
 
 LOG = logging.getLogger("qtool.serve")
-NOTHING: tuple[str, Sequence[Any]] = ("", ())
 
 
-class _Desk:
-    """The engine's end: one thread takes in messages, one does what they say, one sends what the
-    engine's loop hands it.
+class EngineServer:
+    """Serves the socket: one thread receives messages, one handles them, and one sends what the
+    engine's loop delivers.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._requests: dict[
-            int, tuple[str, Sequence[Any]]
-        ] = {}  # the rid of each submission, and the engine's requests for it
-        for name, run in (("qtool-inbox", self._receive), ("qtool-outbox", self._send)):
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine | KeyedOutput] = queue.SimpleQueue()
+        self._submitted: dict[int, tuple[str, list[Request]]] = {}
+        """By key: the rid of each submission, and the engine's requests for it."""
+        for name, run in (("qtool-inbox", self._receive_all), ("qtool-outbox", self._send_all)):
             threading.Thread(target=run, name=name, daemon=True).start()
 
-    def next(self) -> tuple[Any, ...]:
+    def receive(self) -> ToEngine:
         """Return the next message."""
         return self._inbox.get()
 
-    def say(self, kind: str, said: Any) -> None:
-        """Send, from any thread."""
-        self._outbox.put((kind, said))
+    def send(self, payload: FromEngine | KeyedOutput) -> None:
+        """Send ``payload``, from any thread."""
+        self._outbox.put(payload)
 
-    def serve(self, engine: Any) -> NoReturn:
+    def serve(self, engine: Engine) -> NoReturn:
         """Do what the server asks for."""
         while True:
-            kind, *said = self.next()
-            if kind == "submit":
-                self._submit(engine, *said)
-            elif kind == "abandon":
-                engine.abandon(self._requests.pop(said[0], NOTHING)[1])
-            elif kind == "abort":
-                for rid, requests in list(self._requests.values()):
-                    if said[0] in (None, rid):
-                        engine.abandon(requests)
-            elif kind == "load":
-                self.say("load", (said[0], _load(engine)))
+            match self.receive():
+                case Submit(key, submission):
+                    self._submit(engine, key, submission)
+                case Cancel(key):
+                    engine.cancel(self._submitted.pop(key, ("", []))[1])
+                case Abort(rid):
+                    self._abort(engine, rid)
+                case GetStats(key):
+                    self.send(Stats(key, _stats(engine)))
 
-    def _submit(self, engine: Any, key: int, submission: Submission) -> None:
+    def _submit(self, engine: Engine, key: int, submission: Submission) -> None:
         import torch
 
-        from qtool.engine.engine import Ask
+        from qtool.engine.requests import GenerateRequest
 
-        told: dict[
-            int, tuple[int, int]
-        ] = {}  # tokens and characters of each choice that the server knows
-
-        def tell(news: tuple[int, Any, bool]) -> None:  # in the thread of the engine's loop
-            index, answer, last = news
-            # the device does nothing more for this process
-            if isinstance(answer, torch.AcceleratorError):
-                LOG.error("the device failed: %s", one_line(answer))
-                os._exit(1)
-            if isinstance(answer, Exception):
-                self.say("told", (key, _wire(answer)))
+        def deliver(output: CompletionOutput | CompletionError) -> None:  # in the loop's thread
+            if isinstance(output, CompletionOutput):
+                self.send(KeyedOutput(key, output))
+                is_last = output.finish is not None
+            elif isinstance(output.error, torch.AcceleratorError):
+                LOG.error("the device failed: %s", one_line(output.error))
+                os._exit(1)  # the device does nothing more for this process
             else:
-                self.say("told", (key, _piece(index, answer, *told.get(index, (0, 0)))))
-                told[index] = (answer.tokens, len(answer.text))
-            if last:
+                self.send(KeyedOutput(key, _wire_error(output.error)))
+                is_last = True
+            if is_last:
                 self._forget(key)
 
         try:
-            if submission.grammar is not None:
+            if submission.grammar is not None and engine.compiler is not None:
                 engine.compiler.take(*submission.grammar)
-            ask = Ask(
-                prompt=None,
-                sampling_params=[submission.params]  # type: ignore[list-item]
-                * len(submission.prompts),
+            count = len(submission.prompts)
+            given = GenerateRequest(
+                sampling_params=[submission.params] * count,
                 input_ids=submission.prompts,
                 stream=submission.stream,
                 return_logprob=submission.top_logprobs is not None,
                 top_logprobs_num=submission.top_logprobs or 0,
                 logprob_start_len=submission.prompt_logprobs_from,
-                # two clients may send one rid
-                rid=[f"{key}-{number}" for number in range(len(submission.prompts))],
+                # two clients may send the same rid
+                rid=[f"{key}-{number}" for number in range(count)],
             )
-            self._requests[key] = submission.rid, engine.submit(ask, tell)
+            self._submitted[key] = submission.rid, engine.submit(given, deliver)
             self._forget(key)  # it may have ended already
         except Exception as error:
-            self.say("told", (key, _wire(error)))
+            self.send(KeyedOutput(key, _wire_error(error)))
+
+    def _abort(self, engine: Engine, rid: str | None) -> None:
+        for name, requests in list(self._submitted.values()):
+            if rid in (None, name):
+                engine.cancel(requests)
 
     def _forget(self, key: int) -> None:
-        if all(request.done for request in self._requests.get(key, NOTHING)[1]):
-            self._requests.pop(key, None)
+        """Drop the requests of ``key`` once all have ended."""
+        _, requests = self._submitted.get(key, ("", []))
+        if all(request.done for request in requests):
+            self._submitted.pop(key, None)
 
-    def _receive(self) -> None:
+    def _receive_all(self) -> None:
         try:
             with self._connection.makefile("rb") as file:
                 while len(head := file.read(LENGTH.size)) == LENGTH.size:
-                    self._inbox.put(pickle.loads(file.read(LENGTH.unpack(head)[0])))
+                    self._inbox.put(decode_to_engine(file.read(LENGTH.unpack(head)[0])))
         finally:
-            # the server is gone, or wants this: the device's memory goes back with the process
+            # the server is gone or closed the socket: the process ends, which frees the device
             os._exit(0)
 
-    def _send(self) -> None:
+    def _send_all(self) -> None:
         try:
             while True:
-                messages = [self._outbox.get()]
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        messages.append(self._outbox.get_nowait())
-                for kind, group in itertools.groupby(messages, key=operator.itemgetter(0)):
-                    said = [said for _, said in group]
-                    # what one step told is one message
-                    for one in [said] if kind == "told" else said:
-                        data = pickle.dumps((kind, one), pickle.HIGHEST_PROTOCOL)
-                        self._connection.sendall(LENGTH.pack(len(data)) + data)
+                for message in _grouped(self._waiting_payloads()):
+                    self._connection.sendall(encode(message))
         except OSError:
             pass  # the server is gone
         except Exception:
-            LOG.exception("the engine cannot tell what it made")
+            LOG.exception("the engine cannot send its outputs")
         finally:
             os._exit(1)
 
-
-def _piece(choice: int, answer: Any, tokens: int, characters: int) -> Piece:
-    """Return what ``answer`` has beyond the first so many tokens and characters."""
-    request, sequence = answer.request, answer.request.sequence
-    start = len(sequence.prompt)
-    ending = None
-    if answer.reason is not None:
-        ending = Ending(
-            answer.reason,
-            start,
-            sequence.cached_tokens,
-            answer.first_token_s,
-            answer.seconds,
-            request.input_logprobs,
-            request.input_top,
-        )
-    return Piece(
-        choice,
-        answer.text[characters:],
-        sequence.tokens[start + tokens : start + answer.tokens],
-        request.output_logprobs[tokens : answer.tokens],
-        request.output_top[tokens : answer.tokens],
-        ending,
-    )
+    def _waiting_payloads(self) -> list[FromEngine | KeyedOutput]:
+        """Wait for a payload, and return all that are there."""
+        payloads = [self._outbox.get()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                payloads.append(self._outbox.get_nowait())
+        return payloads
 
 
-def _wire(error: Exception) -> dict[str, object]:
+def _grouped(payloads: list[FromEngine | KeyedOutput]) -> list[FromEngine]:
+    """Return messages for ``payloads``: the outputs of one step become one message."""
+    messages: list[FromEngine] = []
+    for payload in payloads:
+        if not isinstance(payload, KeyedOutput):
+            messages.append(payload)
+        elif messages and isinstance(messages[-1], Outputs):
+            messages[-1].outputs.append(payload)
+        else:
+            messages.append(Outputs([payload]))
+    return messages
+
+
+def _wire_error(error: Exception) -> WireError:
     if not isinstance(error, QtoolError):
         LOG.error("a request failed: %s: %s", type(error).__name__, one_line(error))
         error = QtoolError(
             "E_BUG", f"the engine failed: {type(error).__name__}", hint="its log says more"
         )
-    return to_wire(error)
+    return wire_error(error)
 
 
-def _load(engine: Any) -> Load:
+def _stats(engine: Engine) -> EngineStats:
     scheduler = engine.loop.scheduler
-    return Load(
-        len(scheduler.running),
-        len(scheduler.waiting),
-        scheduler.kv_usage,
-        scheduler.prefix_queries,
-        scheduler.prefix_hits,
-        scheduler.preemptions,
+    return EngineStats(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        kv_usage=scheduler.kv_usage,
+        prefix_queries=scheduler.prefix_queries,
+        prefix_hits=scheduler.prefix_hits,
+        preemptions=scheduler.preemptions,
     )
 
 
-def _facts(engine: Any) -> Facts:
+def _engine_info(engine: Engine) -> EngineInfo:
     from qtool.engine.attention.pages import PAGE
 
     runner = engine.loop.runner
-    tensors = itertools.chain(runner.model.parameters(), runner.model.buffers())
+    model = cast("nn.Module", runner.model)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    sizes = {_storage_id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     pages = next(iter(runner.layers.values()))
-    return Facts(
+    return EngineInfo(
         model_path=str(engine.model_path),
         tokenizer_path=str(
             engine.tokenizer.name_or_path if engine.tokenizer else engine.model_path
@@ -206,22 +220,20 @@ def _facts(engine: Any) -> Facts:
         max_total_tokens=runner.page_count * PAGE,
         device=_device_name(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
-        quantization=_schemes(runner.model),
+        quantization=_schemes(model),
         kv_cache_dtype=str(pages.k.dtype).removeprefix("torch."),
-        weights_bytes=sum(
-            {_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values()
-        ),
+        weights_bytes=sum(sizes.values()),
     )
 
 
-def _place(tensor: Any) -> int:
+def _storage_id(tensor: torch.Tensor) -> int:
     """Return what tells tensors with memory of their own apart; oneDNN's do not say where theirs
     is.
     """
     return id(tensor) if tensor.is_mkldnn else int(tensor.data_ptr())
 
 
-def _schemes(model: Any) -> str:
+def _schemes(model: nn.Module) -> str:
     """Return the schemes of the quantized layers, the most frequent first; empty when there is
     none.
     """
@@ -233,7 +245,7 @@ def _schemes(model: Any) -> str:
     return "; ".join(name for name, _ in names.most_common())
 
 
-def _device_name(device: Any) -> str:
+def _device_name(device: torch.device) -> str:
     import torch
 
     return (
@@ -241,7 +253,7 @@ def _device_name(device: Any) -> str:
     )
 
 
-def _prepare_grammars(engine: Any) -> None:
+def _prepare_grammars(engine: Engine) -> None:
     """Import what constrained answers need, so that the first of them does not hold up what comes
     behind it.
     """
@@ -255,77 +267,71 @@ def _prepare_grammars(engine: Any) -> None:
         gc.enable()
 
 
-def _with_more_gpus(options: dict[str, Any]) -> str:
+def _with_more_gpus(options: EngineOptions) -> str:
     """Return what to type instead where the model does not fit one GPU."""
     import torch
 
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.serve.settings import ServeOptions, suggestion
 
-    size = open_checkpoint(
-        resolve_model(options["model_path"], revision=options.get("revision"))
-    ).size_bytes
+    model_path, revision = str(options["model_path"]), options.get("revision")
+    folder = resolve_model(model_path, revision=None if revision is None else str(revision))
     memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    given = ServeOptions(model_path=options["model_path"])
-    return suggestion(given, size_bytes=size, gpu_bytes=memory)
+    return suggestion(
+        ServeOptions(model_path=model_path),
+        size_bytes=open_checkpoint(folder).size_bytes,
+        gpu_bytes=memory,
+    )
 
 
 def main(descriptor: int) -> None:
     """Run the engine at the other end of ``descriptor``, a socket."""
-    # of a terminal or a whole group: the server decides when the end has come
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):
+    # a terminal's signals: the server decides when the engine ends
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    desk = _Desk(socket.socket(fileno=descriptor))
-    _, options = desk.next()
+    server = EngineServer(socket.socket(fileno=descriptor))
+    start = server.receive()
+    assert isinstance(start, Start)
+    options = start.options
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
-    logging.getLogger("qtool").setLevel(options.pop("log_level"))
+    logging.getLogger("qtool").setLevel(str(options.pop("log_level")))
     logging.captureWarnings(True)
     try:
         from qtool.engine.engine import Engine
 
-        engine = Engine(**options)
-        facts = _facts(engine)
-    except QtoolError as error:
-        if error.code == "E_KV_CACHE":
-            error.hint += f"; or {_with_more_gpus(options)}"
-        desk.say("failed", to_wire(error))
+        engine = Engine(**options)  # type: ignore[arg-type]
+        info = _engine_info(engine)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            message = f"the device has no memory for the weights: {one_line(error)}"
-            desk.say(
-                "failed",
-                to_wire(
-                    ResourceError(
-                        "E_DOES_NOT_FIT",
-                        message,
-                        hint=f"quantize it, or {_with_more_gpus(options)}",
-                    )
-                ),
-            )
-            desk.next()
-        LOG.exception("the engine did not start")
-        desk.say(
-            "failed",
-            to_wire(
-                QtoolError(
-                    "E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}"
-                )
-            ),
-        )
+        server.send(Failed(wire_error(_start_error(error, options))))
     else:
         gc.collect()
-        # what lives as long as the process is not looked at again: a collection would stop all
-        # requests for a while
+        # What lives as long as the process is never collected: looking at it would stop all
+        # requests for a while.
         gc.freeze()
-        desk.say("ready", facts)
+        server.send(Ready(info))
         threading.Thread(
             target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True
         ).start()
-        desk.serve(engine)
-    desk.next()  # nothing comes but the end of the connection
+        server.serve(engine)
+    server.receive()  # nothing comes but the end of the connection
+
+
+def _start_error(error: Exception, options: EngineOptions) -> QtoolError:
+    """Return what the server reports for ``error``, which stopped the engine from starting."""
+    if isinstance(error, QtoolError):
+        if error.code == "E_KV_CACHE":
+            error.hint += f"; or {_with_more_gpus(options)}"
+        return error
+    if type(error).__name__ == "OutOfMemoryError":
+        return ResourceError(
+            "E_DOES_NOT_FIT",
+            f"the device has no memory for the weights: {one_line(error)}",
+            hint=f"quantize it, or {_with_more_gpus(options)}",
+        )
+    LOG.error("the engine did not start", exc_info=error)
+    return QtoolError(
+        "E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}"
+    )
 
 
 if __name__ == "__main__":

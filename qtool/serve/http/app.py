@@ -60,7 +60,7 @@ from qtool.serve.api.schemas import (
     Version,
 )
 from qtool.serve.api.validation import describe_invalid_body
-from qtool.serve.backend.engine_client import Load
+from qtool.serve.backend.messages import EngineStats
 from qtool.serve.metrics import CONTENT_TYPE
 from qtool.serve.prompts.sandbox import TooManyWaiting
 from qtool.serve.service import Busy, ModelNotFound, Service
@@ -250,13 +250,17 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
                 {
                     "tokens": many,
                     "count": [len(one) for one in many],
-                    "max_model_len": service.facts.context_length,
+                    "max_model_len": service.info.context_length,
                 }
             )
         else:
             tokens = await service.vocabulary.encode(str(body.prompt), add_special_tokens=special)
         return json_reply(
-            {"tokens": tokens, "count": len(tokens), "max_model_len": service.facts.context_length}
+            {
+                "tokens": tokens,
+                "count": len(tokens),
+                "max_model_len": service.info.context_length,
+            }
         )
 
     @app.post("/detokenize", responses=ERRORS, tags=["tokens"])
@@ -267,11 +271,11 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         several = isinstance(body.tokens[0], list)
         texts = []
         for tokens in as_lists(body.tokens):
-            if max(tokens) >= service.facts.vocab_size:
+            if max(tokens) >= service.info.vocab_size:
                 raise UsageError(
                     "E_PROMPT",
                     f"there is no token {max(tokens)}",
-                    hint=f"the model knows {service.facts.vocab_size}",
+                    hint=f"the model knows {service.info.vocab_size}",
                 )
             texts.append(
                 service.vocabulary.decode(
@@ -317,7 +321,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     )
     async def metrics() -> Response:
         """Return counts and times for Prometheus."""
-        return Response(service.metrics.render(await _load(service)), media_type=CONTENT_TYPE)
+        return Response(
+            service.metrics.render(await _engine_stats(service)), media_type=CONTENT_TYPE
+        )
 
     @app.get("/version", responses={403: ERRORS[403]}, tags=["server"])
     async def version() -> Version:
@@ -354,10 +360,10 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         service.check_ready()
         facts = {
             name: value
-            for name, value in asdict(service.facts).items()
+            for name, value in asdict(service.info).items()
             if name not in ("tokenizer", "tokenizer_path", "eos_ids", "model_path")
         }
-        load = await _load(service)
+        stats = await _engine_stats(service)
         flags = {
             **service.settings.to_dict(),
             **facts,
@@ -368,16 +374,16 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             {
                 **flags,
                 "version": __version__,
-                "max_total_num_tokens": service.facts.max_total_tokens,
+                "max_total_num_tokens": service.info.max_total_tokens,
                 "internal_states": [
-                    {"places_taken": service.places_taken, **(asdict(load) if load else {})}
+                    {"places_taken": service.slots_in_use, **(asdict(stats) if stats else {})}
                 ],
             }
         )
 
 
 async def _answer_once(service: Service) -> Response:
-    with service.admit(1):
+    with service.acquire(1):
         await service.warm_up()
     return json_reply({"status": "ok"})
 
@@ -389,15 +395,15 @@ def _model(service: Service) -> Model:
         created=service.started,
         owned_by="qtool",
         root=service.settings.model_path,
-        max_model_len=service.facts.context_length,
+        max_model_len=service.info.context_length,
     )
 
 
-async def _load(service: Service) -> Load | None:
+async def _engine_stats(service: Service) -> EngineStats | None:
     if service.state == "loading" or service.failure is not None:
         return None
     try:
-        return await service.engine.load()
+        return await service.engine.stats()
     except TimeoutError:
         return None
 

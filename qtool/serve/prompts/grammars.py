@@ -9,7 +9,7 @@ import importlib.util
 from collections import OrderedDict
 
 from qtool.errors import ResourceError, UsageError
-from qtool.serve.backend.engine_client import Facts
+from qtool.serve.backend.messages import EngineInfo
 from qtool.serve.prompts.sandbox import (
     CallRaised,
     LimitExceeded,
@@ -24,10 +24,10 @@ KEPT_BYTES = 64 << 20
 
 
 class Grammars:
-    """Compiles for the vocabulary of ``facts``. Nothing runs before the first grammar comes."""
+    """Compiles for the vocabulary of ``info``. Nothing runs before the first grammar comes."""
 
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    def __init__(self, info: EngineInfo) -> None:
+        self._info = info
         self._sandbox: Sandbox | None = None
         # the one used last at the end
         self._kept: OrderedDict[tuple[str, str], str | UsageError] = OrderedDict()
@@ -39,7 +39,7 @@ class Grammars:
 
         Raises: UsageError for what cannot be compiled; ResourceError; TooManyWaiting.
         """
-        if not self._facts.tokenizer or importlib.util.find_spec("xgrammar") is None:
+        if not self._info.tokenizer or importlib.util.find_spec("xgrammar") is None:
             raise UsageError(
                 "E_NO_XGRAMMAR",
                 "this server cannot constrain answers",
@@ -69,9 +69,9 @@ class Grammars:
         if self._sandbox is None:
             init = (
                 "qtool.engine.grammar:load",
-                self._facts.tokenizer,
-                self._facts.vocab_size,
-                list(self._facts.eos_ids),
+                self._info.tokenizer,
+                self._info.vocab_size,
+                list(self._info.eos_ids),
             )
             self._sandbox = Sandbox(
                 "qtool.engine.grammar:compile_to_json",

@@ -1,0 +1,92 @@
+"""`CompletionOutput`: what the engine's loop emits for one completion, increment by increment.
+
+The same type reaches the callers of `Engine` and, through the server's socket, the HTTP replies.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict
+
+from msgspec import Struct
+
+
+class FinishReason(TypedDict):
+    """Why a completion ended, as SGLang reports it."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: NotRequired[int | str]
+    """Of "stop": the token or string that ended the text; absent where a grammar is complete."""
+    length: NotRequired[int]
+    """Of "length": the tokens generated."""
+    message: NotRequired[str]
+    """Of "abort"."""
+
+
+class TokenLogprob(Struct, array_like=True, frozen=True, gc=False):
+    """The log probability of one token, and of the most likely ones in its place."""
+
+    logprob: float | None
+    """Natural logarithm; None for the first token of a prompt."""
+    token_id: int
+    top: tuple[tuple[float, int], ...] | None
+    """(log probability, token) of the most likely; None for the first token of a prompt."""
+
+
+class FinishInfo(Struct, array_like=True, frozen=True):
+    """What is known of a completion once it is complete."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were found in the prefix cache."""
+    first_token_s: float | None
+    """Seconds from the request's arrival to its first token; None if there is none."""
+    latency_s: float
+    """Seconds from the request's arrival to its end."""
+    prompt_logprobs: list[TokenLogprob]
+
+
+class CompletionOutput(Struct, array_like=True):
+    """What a completion has gained since its last output: all of it, if it is not streamed."""
+
+    index: int
+    """Which completion of the request: prompt number times n, plus the number of the choice."""
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    """One for each of ``token_ids``; empty if none were requested."""
+    finish: FinishInfo | None = None
+    """Set in the last output of a completion."""
+
+
+@dataclass(frozen=True)
+class CompletionError:
+    """The error that ended a completion, in place of its last output."""
+
+    index: int
+    error: Exception
+
+
+def merge(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
+    """Return consecutive ``outputs`` of one completion as a single one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    chain = itertools.chain.from_iterable
+    return CompletionOutput(
+        index=outputs[0].index,
+        text="".join([output.text for output in outputs]),
+        token_ids=list(chain(output.token_ids for output in outputs)),
+        logprobs=list(chain(output.logprobs for output in outputs)),
+        finish=outputs[-1].finish,
+    )
+
+
+def merge_by_index(outputs: Iterable[CompletionOutput]) -> list[CompletionOutput]:
+    """Return ``outputs`` with those of each completion merged, in the order of their first."""
+    groups: dict[int, list[CompletionOutput]] = {}
+    for output in outputs:
+        groups.setdefault(output.index, []).append(output)
+    return [merge(group) for group in groups.values()]

@@ -1,0 +1,322 @@
+"""Requests: what a caller asks for (`GenerateRequest`), and each completion that the loop computes
+for it (`Request`).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Protocol, TypeAlias, cast
+
+from tokenizers import Tokenizer
+
+from qtool.engine.detokenizer import TextStream
+from qtool.engine.grammar import Compiler, Constraint
+from qtool.engine.outputs import (
+    CompletionError,
+    CompletionOutput,
+    FinishInfo,
+    FinishReason,
+    TokenLogprob,
+)
+from qtool.engine.sampling_batch import History
+from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from qtool.engine.scheduler import SequenceState
+from qtool.errors import UsageError
+
+CONTEXT_TOKENS = 8  # tokens of the prompt that the text continues
+PROMPT_HINT = "give text, or a list of texts, or tokens as input_ids"
+
+SamplingFields: TypeAlias = Mapping[str, object] | SamplingParams
+Deliver: TypeAlias = Callable[[CompletionOutput | CompletionError], object]
+
+
+class PromptTokenizer(Protocol):
+    """What is used of a fast tokenizer of transformers."""
+
+    name_or_path: str
+    backend_tokenizer: Tokenizer
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, list[int]]:
+        """Return ``input_ids`` and more."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """The arguments of `Engine.generate`, under SGLang's names.
+
+    Raises: UsageError E_LOGPROBS.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    sampling_params: SamplingFields | Sequence[SamplingFields] | None = None
+    """For all prompts, or one for each."""
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None
+    """Tokens in place of ``prompt``."""
+    stream: bool = False
+    return_logprob: bool = False
+    """Return natural logarithms of the model's probabilities, before temperature and penalties."""
+    logprob_start_len: int = -1
+    """The first token of the prompt whose log probability is returned; -1 returns none."""
+    top_logprobs_num: int = 0
+    """How many of the most likely tokens are returned for each token."""
+    rid: str | Sequence[str] | None = None
+    """Names of the requests, one for each prompt, for `Engine.abort`."""
+
+    def __post_init__(self) -> None:
+        top = self.top_logprobs_num
+        if not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS:
+            message = f"top_logprobs_num is {top}"
+            raise UsageError("E_LOGPROBS", message, hint=f"0 to {MAX_TOP_LOGPROBS}")
+
+
+def _deliver_nothing(output: CompletionOutput | CompletionError) -> None:
+    pass
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """One completion that the loop computes."""
+
+    id: str
+    group: str
+    """The rid of the call it belongs to."""
+    index: int
+    """Its number among the completions of the call."""
+    sequence: SequenceState
+    params: SamplingParams
+    seed: int
+    text: TextStream
+    stream: bool
+    """Whether each token is delivered when it comes, and not all of them at the end."""
+    history: History | None
+    """The tokens that penalties count."""
+    constraint: Constraint | None
+    """The grammar of the text."""
+    top_logprobs: int | None
+    """Alternatives for each token; None: no log probabilities."""
+    prompt_logprobs_from: int | None
+    """The first token of the prompt whose log probability is returned."""
+    deliver: Deliver = _deliver_nothing
+    """Takes outputs and errors, in the loop's thread."""
+    done: bool = False
+    began: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
+    """Seconds from its start until its first token was read."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    new_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens that were not delivered yet."""
+    delivered: int = 0
+    """Tokens that were delivered."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_logprobs_from is not None:  # nothing predicts the first token
+            first = self.sequence.prompt[self.prompt_logprobs_from]
+            self.prompt_logprobs.append(TokenLogprob(None, first, None))
+
+    @property
+    def next_prompt_position(self) -> int:
+        """The token of the prompt whose log probability comes next."""
+        return (self.prompt_logprobs_from or 0) + len(self.prompt_logprobs)
+
+    def take_output(self, reason: FinishReason | None = None) -> CompletionOutput:
+        """Return what was not delivered yet; ``reason``: why the completion ends with it."""
+        sequence = self.sequence
+        size = len(sequence.prompt)
+        token_ids = sequence.tokens[size + self.delivered :]
+        self.delivered += len(token_ids)
+        logprobs, self.new_logprobs = self.new_logprobs, []
+        return CompletionOutput(
+            index=self.index,
+            text=self.text.take() if reason is None else self.text.finish(reason),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish=None if reason is None else self._finish_info(reason),
+        )
+
+    def _finish_info(self, reason: FinishReason) -> FinishInfo:
+        return FinishInfo(
+            reason=reason,
+            prompt_tokens=len(self.sequence.prompt),
+            cached_tokens=self.sequence.cached_tokens,
+            first_token_s=self.first_token_s,
+            latency_s=time.monotonic() - self.began,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestParser:
+    """Checks what callers ask for, and makes the loop's requests of it."""
+
+    tokenizer: PromptTokenizer | None
+    compiler: Compiler | None
+    """Of grammars; None without a tokenizer."""
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    context_length: int
+    cache_tokens: int
+    """Tokens that the KV cache holds."""
+    use_prefix: bool
+    """Whether requests share the pages of common prefixes."""
+    seeds: Random | None
+    """Gives seeds to requests without one; None: each is random."""
+
+    def parse(self, given: GenerateRequest) -> tuple[list[Request], bool]:
+        """Return the requests for ``given``, and whether its result is a single one, not a list.
+
+        Raises: UsageError.
+        """
+        prompts, single = self._prompts(given)
+        count = len(prompts)
+        all_params = self._sampling_params(given.sampling_params, count)
+        names = _names(given.rid, count)
+        if not len(all_params) == len(names) == count:
+            message = f"{count} prompts, {len(all_params)} sampling_params, {len(names)} ids"
+            raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
+        requests: list[Request] = []
+        for tokens, params, name in zip(prompts, all_params, names, strict=True):
+            for number in range(params.n):
+                request = self._request(given, tokens, params, name, number, index=len(requests))
+                requests.append(request)
+        return requests, single and all_params[0].n == 1
+
+    def _request(
+        self,
+        given: GenerateRequest,
+        tokens: list[int],
+        params: SamplingParams,
+        name: str,
+        number: int,
+        *,
+        index: int,
+    ) -> Request:
+        """Return the request for completion ``number`` of the prompt ``tokens``."""
+        max_new_tokens = self._max_new_tokens(params, len(tokens))
+        first = given.logprob_start_len if given.return_logprob else -1
+        wants_prompt = 0 <= first < len(tokens)
+        sequence = SequenceState(
+            tokens,
+            max_new_tokens,
+            waits_for_tokens=params.waits_for_tokens,
+            use_prefix=self.use_prefix and not wants_prompt,
+            needs_logits=wants_prompt,
+        )
+        text = TextStream(
+            None if self.tokenizer is None else self.tokenizer.backend_tokenizer,
+            params,
+            self.eos_ids,
+            max_new_tokens=max_new_tokens,
+            context=tokens[-CONTEXT_TOKENS:],
+        )
+        return Request(
+            id=f"{name}-{number}" if params.n > 1 else name,
+            group=name,
+            index=index,
+            sequence=sequence,
+            params=params,
+            seed=params.row_seed(number),
+            text=text,
+            stream=given.stream,
+            history=History.of(params, tokens),
+            constraint=Constraint.of(params, self.compiler, text.end_ids),
+            top_logprobs=given.top_logprobs_num if given.return_logprob else None,
+            prompt_logprobs_from=first if wants_prompt else None,
+        )
+
+    def _max_new_tokens(self, params: SamplingParams, prompt_tokens: int) -> int:
+        room = self.context_length - prompt_tokens
+        if params.max_new_tokens is not None:
+            return max(1, min(params.max_new_tokens, room))
+        return max(1, min(room, self.cache_tokens - prompt_tokens + 1))
+
+    def _sampling_params(
+        self, given: SamplingFields | Sequence[SamplingFields] | None, count: int
+    ) -> list[SamplingParams]:
+        """Return the parameters as given, or ``count`` times where one stands for all prompts."""
+        if isinstance(given, (list, tuple)):
+            return [self._checked_params(fields) for fields in given]
+        fields = cast(SamplingFields, given or {})
+        return [self._checked_params(fields) for _ in range(count)]
+
+    def _checked_params(self, fields: SamplingFields) -> SamplingParams:
+        params = fields if isinstance(fields, SamplingParams) else SamplingParams.from_dict(fields)
+        params.check_vocabulary(self.vocab_size)
+        if params.stop_strings and self.tokenizer is None:
+            raise UsageError(
+                "E_SAMPLING",
+                "stop strings need a tokenizer, and skip_tokenizer_init left it out",
+                hint="use stop_token_ids",
+            )
+        if params.sampling_seed is None and self.seeds is not None:
+            return replace(params, sampling_seed=self.seeds.getrandbits(63))
+        return params
+
+    def _prompts(self, given: GenerateRequest) -> tuple[list[list[int]], bool]:
+        """Return the prompts as tokens, and whether there is one that is not in a list."""
+        if (given.prompt is None) == (given.input_ids is None):
+            raise UsageError(
+                "E_PROMPT", "give either prompt or input_ids", hint="one of them, and not both"
+            )
+        if given.prompt is not None:
+            texts, single = _as_list(given.prompt, str)
+            return [self._encode(text) for text in texts], single
+        prompts, single = _as_list(given.input_ids, int)
+        return [self._token_ids(prompt) for prompt in prompts], single
+
+    def _encode(self, text: object) -> list[int]:
+        if self.tokenizer is None:
+            raise UsageError(
+                "E_PROMPT",
+                "a text prompt needs a tokenizer, and skip_tokenizer_init left it out",
+                hint="give input_ids",
+            )
+        if not isinstance(text, str):
+            raise UsageError(
+                "E_PROMPT", f"a prompt is a {type(text).__name__}, not text", hint=PROMPT_HINT
+            )
+        try:
+            return self._token_ids(self.tokenizer(text, verbose=False)["input_ids"])
+        except (TypeError, UnicodeError) as error:
+            raise UsageError(
+                "E_PROMPT", "a prompt is not valid Unicode", hint="it has half of a surrogate pair"
+            ) from error
+
+    def _token_ids(self, prompt: object) -> list[int]:
+        size = self.vocab_size
+        if isinstance(prompt, (list, tuple)) and all(
+            type(token) is int and 0 <= token < size for token in prompt
+        ):
+            return list(prompt)
+        message = "a prompt has something that is not a token of the model"
+        raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {size - 1}")
+
+
+def _as_list(given: object, kind: type) -> tuple[Sequence[object], bool]:
+    """Return the prompts in ``given``, and whether it is a single prompt: text, or a list of tokens
+    where ``kind`` is int.
+    """
+    if hasattr(given, "tolist"):  # an array of NumPy or torch
+        given = given.tolist()
+    if isinstance(given, str):
+        return [given], True
+    if not isinstance(given, (list, tuple)):
+        raise UsageError("E_PROMPT", f"a prompt is a {type(given).__name__}", hint=PROMPT_HINT)
+    if not given:
+        raise UsageError("E_PROMPT", "there is no prompt", hint="give one, or a list of them")
+    single = kind is int and isinstance(given[0], int)
+    return ([given] if single else given), single
+
+
+def _names(rid: str | Sequence[str] | None, count: int) -> list[str]:
+    """Return a name for each of ``count`` prompts, where ``rid`` gives them, those."""
+    if isinstance(rid, (list, tuple)):
+        return [str(name) for name in rid]
+    if rid is not None and count > 1:
+        message = f"one rid for {count} prompts"
+        raise UsageError("E_REQUEST_ID", message, hint="give a list of them")
+    return [str(rid or uuid.uuid4().hex) for _ in range(count)]

@@ -1,0 +1,180 @@
+"""The messages between the server and the engine's process, and how they are encoded.
+
+A message is a length (4 bytes, big-endian) and msgpack. Both ends are ours, and neither passes on
+bytes of a client unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from struct import Struct as Format
+
+import msgspec
+from msgspec import Struct
+
+from qtool.engine.outputs import CompletionOutput
+from qtool.engine.sampling_params import SamplingParams
+from qtool.errors import QtoolError, to_wire
+
+LENGTH = Format("!I")
+EngineOptions = dict[str, str | int | float | bool | None]
+WireError = dict[str, str | int]  # a `QtoolError`, as `wire_error` returns it
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Prompts to be completed, ``params.n`` times each."""
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    stream: bool
+    rid: str
+    top_logprobs: int | None = None
+    """None: no log probabilities."""
+    prompt_logprobs_from: int = -1
+    """-1: none of the prompt."""
+    grammar: tuple[str, str, str] | None = None
+    """(kind, text, compiled) of the constraint in ``params``."""
+
+    @property
+    def completions(self) -> int:
+        """How many completions are requested."""
+        return len(self.prompts) * self.params.n
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the engine reports once it is loaded."""
+
+    model_path: str
+    tokenizer_path: str
+    tokenizer: str
+    """tokenizer.json, as the tokenizers library writes it."""
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    context_length: int
+    max_running: int
+    max_total_tokens: int
+    device: str
+    dtype: str
+    quantization: str
+    """The schemes of the layers; empty for a model that is not quantized."""
+    kv_cache_dtype: str
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine is doing at one moment."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+    """Share of the KV cache in use."""
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+
+
+class Start(Struct, tag=True):
+    """To the engine, first: load a model."""
+
+    options: EngineOptions
+    """Arguments of `qtool.Engine`, and ``log_level``."""
+
+
+class Submit(Struct, tag=True):
+    """To the engine: compute ``submission``."""
+
+    key: int
+    submission: Submission
+
+
+class Cancel(Struct, tag=True):
+    """To the engine: end a submission whose outputs nobody reads any more."""
+
+    key: int
+
+
+class Abort(Struct, tag=True):
+    """To the engine: end the submissions named ``rid``, or all of them; each completion ends with
+    what it has.
+    """
+
+    rid: str | None
+
+
+class GetStats(Struct, tag=True):
+    """To the engine: answer with `Stats`."""
+
+    key: int
+
+
+class Ready(Struct, tag=True):
+    """From the engine, first: the model is loaded."""
+
+    info: EngineInfo
+
+
+class Failed(Struct, tag=True):
+    """From the engine, first: the model is not loaded."""
+
+    error: WireError
+
+
+class KeyedOutput(Struct, array_like=True, gc=False):
+    """An output of the submission ``key``, or the error that ended it."""
+
+    key: int
+    output: CompletionOutput | WireError
+
+
+class Outputs(Struct, tag=True):
+    """From the engine: what its submissions gained, in order."""
+
+    outputs: list[KeyedOutput]
+
+
+class Stats(Struct, tag=True):
+    """From the engine: the answer to `GetStats`."""
+
+    key: int
+    stats: EngineStats
+
+
+ToEngine = Start | Submit | Cancel | Abort | GetStats
+FromEngine = Ready | Failed | Outputs | Stats
+
+_encode = msgspec.msgpack.Encoder().encode
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """Return ``message`` with its length in front."""
+    data = _encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Return a message of the server."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """Return a message of the engine."""
+    return _from_engine.decode(data)
+
+
+def wire_error(error: QtoolError) -> WireError:
+    """Return ``error`` as it is sent, for `qtool.errors.from_wire`; halves of surrogate pairs are
+    escaped.
+    """
+    return {name: _escaped(value) for name, value in to_wire(error).items()}
+
+
+def _escaped(value: object) -> str | int:
+    if isinstance(value, int):
+        return value
+    return str(value).encode("utf-8", "backslashreplace").decode()
