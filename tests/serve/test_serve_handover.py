@@ -17,13 +17,8 @@ from support.hub_server import HubServer
 from test_engines import Gptq, build, fp8, int8
 
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
-from qtool.serve.handover import (
-    HIDDEN,
-    Command,
-    make_command,
-    prepare,
-    targets,
-)
+from qtool.serve.engine_command import HIDDEN, Command, make_command, targets
+from qtool.serve.handover import prepare
 from qtool.serve.settings import ServeOptions, least_tensor_parallel, suggestion
 
 KEY = "not-for-your-eyes"
