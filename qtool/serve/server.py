@@ -27,7 +27,8 @@ from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError
 from qtool.runtime.online import schemes_to_run
 from qtool.serve.http.app import make_app
-from qtool.serve.http.limits import Bounds, Guard, bounded_connection
+from qtool.serve.http.connection import limited_connection
+from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
 from qtool.sizes import format_size
@@ -48,14 +49,13 @@ def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> No
     """
     _check_quantization(settings)
     address = bind(settings)
-    bounds = Bounds()
-    bounds = replace(
-        bounds, connections=min(bounds.connections, max(_file_limit() - OWN_FILES, OWN_FILES // 4))
-    )
+    limits = RequestLimits()
+    connections = max(_file_limit() - OWN_FILES, OWN_FILES // 4)
+    limits = replace(limits, connections=min(limits.connections, connections))
     with _log_on_the_side(settings.log_level):
         _warn_of_strangers(settings)
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            runner.run(_serve(settings, bounds, address, on_ready))
+            runner.run(_serve(settings, limits, address, on_ready))
 
 
 @contextlib.contextmanager
@@ -110,12 +110,15 @@ def _check_quantization(settings: ServeSettings) -> None:
 
 
 async def _serve(
-    settings: ServeSettings, bounds: Bounds, address: socket, on_ready: Callable[[Service], None]
+    settings: ServeSettings,
+    limits: RequestLimits,
+    address: socket,
+    on_ready: Callable[[Service], None],
 ) -> None:
     service = Service(settings)
     config = uvicorn.Config(
-        Guard(make_app(service), settings, bounds),
-        http=bounded_connection(bounds),  # type: ignore[arg-type]
+        LimitsMiddleware(make_app(service), settings, limits),
+        http=limited_connection(limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

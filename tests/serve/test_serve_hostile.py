@@ -22,7 +22,8 @@ import pytest
 import uvicorn
 from support.server import Server
 
-from qtool.serve.http.limits import Bounds, Guard, bounded_connection
+from qtool.serve.http.connection import limited_connection
+from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
@@ -844,7 +845,7 @@ def test_a_large_body_stops_nobody(served, big):
     assert max(gaps) < 2  # of a busy machine; 0.2 s of a quiet one
 
 
-SLOW = Bounds(
+SLOW = RequestLimits(
     body_bytes=1 << 20,
     held_bytes=3 << 20,
     head_s=0.4,
@@ -885,7 +886,7 @@ async def echo(scope, receive, send):
 
 
 @pytest.fixture
-def guarded() -> Iterator[tuple[int, threading.Event]]:
+def limited() -> Iterator[tuple[int, threading.Event]]:
     """A server with short deadlines around a small application: its port, and an event when a
     reader of it was given up.
     """
@@ -894,10 +895,10 @@ def guarded() -> Iterator[tuple[int, threading.Event]]:
     async def application(scope, receive, send):
         await echo({**scope, "app": {"left": left}}, receive, send)
 
-    guard = Guard(application, ServeSettings(model_path=""), SLOW)
+    middleware = LimitsMiddleware(application, ServeSettings(model_path=""), SLOW)
     config = uvicorn.Config(
-        guard,
-        http=bounded_connection(SLOW),
+        middleware,
+        http=limited_connection(SLOW),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -927,15 +928,15 @@ def everything(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     "start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: y\r\n"]
 )
-def test_a_head_that_does_not_come_is_not_waited_for(guarded, start):
-    port, _ = guarded
+def test_a_head_that_does_not_come_is_not_waited_for(limited, start):
+    port, _ = limited
     with connect(port) as connection:
         connection.sendall(start)
         assert everything(connection).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_head_that_comes_by_the_byte_is_not_waited_for(guarded):
-    port, _ = guarded
+def test_a_head_that_comes_by_the_byte_is_not_waited_for(limited):
+    port, _ = limited
     began = time.monotonic()
     with connect(port) as connection, contextlib.suppress(OSError):
         for _ in range(200):
@@ -944,8 +945,8 @@ def test_a_head_that_comes_by_the_byte_is_not_waited_for(guarded):
     assert time.monotonic() - began < 5
 
 
-def test_line_breaks_after_an_answer_keep_no_connection(guarded):
-    port, _ = guarded
+def test_line_breaks_after_an_answer_keep_no_connection(limited):
+    port, _ = limited
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
@@ -957,8 +958,8 @@ def test_line_breaks_after_an_answer_keep_no_connection(guarded):
         assert time.monotonic() - began < 5
 
 
-def test_a_second_request_that_is_late_does_not_cut_the_first(guarded):
-    port, _ = guarded
+def test_a_second_request_that_is_late_does_not_cut_the_first(limited):
+    port, _ = limited
     with connect(port) as connection:
         connection.sendall(b"GET /wait HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT")
         answer = b""
@@ -968,8 +969,8 @@ def test_a_second_request_that_is_late_does_not_cut_the_first(guarded):
     assert b"408" not in answer
 
 
-def test_a_body_that_comes_too_slowly_is_not_waited_for(guarded):
-    port, _ = guarded
+def test_a_body_that_comes_too_slowly_is_not_waited_for(limited):
+    port, _ = limited
     with connect(port) as connection:
         connection.sendall(
             b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
@@ -979,8 +980,8 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(guarded):
     assert b"body_timeout" in answer
 
 
-def test_a_reader_that_takes_nothing_is_hung_up_on(guarded):
-    port, left = guarded
+def test_a_reader_that_takes_nothing_is_hung_up_on(limited):
+    port, left = limited
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", port))
@@ -990,8 +991,8 @@ def test_a_reader_that_takes_nothing_is_hung_up_on(guarded):
             assert len(everything(connection)) < 4000 << 16
 
 
-def test_a_slow_reader_that_takes_something_gets_it_all(guarded):
-    port, _ = guarded
+def test_a_slow_reader_that_takes_something_gets_it_all(limited):
+    port, _ = limited
     with connect(port) as connection:
         connection.sendall(b"GET /much HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         got = 0
@@ -1005,8 +1006,8 @@ def test_a_slow_reader_that_takes_something_gets_it_all(guarded):
     assert got > 4000 << 16
 
 
-def test_all_bodies_together_are_bounded(guarded):
-    port, _ = guarded
+def test_all_bodies_together_are_bounded(limited):
+    port, _ = limited
     head = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1048576\r\n\r\n"
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(connect(port)) for _ in range(5)]
@@ -1020,8 +1021,8 @@ def test_all_bodies_together_are_bounded(guarded):
         assert everything(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_one_connection_too_many_is_told_so(guarded):
-    port, _ = guarded
+def test_one_connection_too_many_is_told_so(limited):
+    port, _ = limited
     with contextlib.ExitStack() as stack:
         for _ in range(SLOW.connections):
             stack.enter_context(connect(port))
