@@ -1,6 +1,4 @@
-"""Write a checkpoint without calibrating: in another format, or from a ModelOpt state that
-`quantize` kept.
-"""
+"""Writes a checkpoint without calibrating: in another format, or from a saved ModelOpt state."""
 
 from __future__ import annotations
 

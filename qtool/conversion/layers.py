@@ -1,10 +1,8 @@
-"""What one layer becomes: its weight read, kept or rounded again, and written in another format; on
-the meta device, only shapes and dtypes.
-"""
+"""One linear layer in a conversion: what it was, what it becomes, and the tensors it writes."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,62 +10,161 @@ import torch
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.shards import TensorSpec
-from qtool.conversion.targets import GPTQ_V2
-from qtool.formats import FORMATS, WRITABLE, Format, Layout, QuantizedModule, tensor_name
-from qtool.formats.packing import DTYPE_NAMES, TORCH_DTYPES, load, outline, read_tensor, torch_dtype
+from qtool.conversion.request import ConversionRequest
+from qtool.formats import FORMATS, Layout, QuantizedModule, tensor_name
+from qtool.formats.packing import DTYPE_NAMES, TORCH_DTYPES, permutation, read_tensor, torch_dtype
 from qtool.weight import QuantizedWeight, dequantize, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Value = QuantizedWeight | torch.Tensor  # of a layer of the source, quantized or plain
-CODES = (".weight", ".weight_packed")  # no format makes anything else of them
+Value = QuantizedWeight | torch.Tensor  # of a layer of the source, quantized or not
+CODES = (".weight", ".weight_packed")  # a format copies them, or makes new ones of them
+GROUP_INDEXES = ("g_idx", "weight_g_idx")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A linear layer of the checkpoint that is converted."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, TensorInfo]
+    """By suffix."""
+    module: QuantizedModule | None
+    """None when it is not quantized."""
+    g_idx: Tensor | None
+    """The group of each input where act-order has scattered them, else None.
+
+    Only data can tell, as configs lie; so it is read at once, and never again.
+    """
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, layer: QuantizedModule | TensorInfo) -> Source:
+        """Return the source that ``layer`` describes; of its data, only ``g_idx`` is read."""
+        if isinstance(layer, TensorInfo):
+            return cls(
+                name=layer.name.removesuffix(".weight"),
+                shape=layer.shape,
+                tensors={"weight": layer},
+                module=None,
+                g_idx=None,
+            )
+        return cls(
+            name=layer.name,
+            shape=layer.shape,
+            tensors=layer.tensors,
+            module=layer,
+            g_idx=_scattered_groups(checkpoint, layer),
+        )
+
+    @property
+    def dedup_key(self) -> Hashable:
+        """What is equal for layers that convert alike: all but their names and numbers."""
+        tensors = tuple(
+            (suffix, tensor.dtype, tensor.shape) for suffix, tensor in self.tensors.items()
+        )
+        if self.module is None:
+            return tensors
+        module = self.module
+        is_ordered = self.g_idx is None
+        return module.scheme, module.shape, module.variant, module.experts, is_ordered, tensors
+
+
+def _scattered_groups(checkpoint: Checkpoint, module: QuantizedModule) -> Tensor | None:
+    """Return ``g_idx`` when it scatters the inputs over the groups."""
+    info = next((module.tensors[name] for name in GROUP_INDEXES if name in module.tensors), None)
+    if info is None:
+        return None
+    g_idx = read_tensor(checkpoint, info.name)
+    weights = module.scheme.weights
+    columns = module.shape[1]
+    groups = weights.scale_count(1, columns)
+    is_scattered = permutation(g_idx, groups, weights.group_size or columns) is not None
+    return g_idx if is_scattered else None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the source, quantized or plain, and the ``target`` it becomes, None for a
-    plain weight; ``rounded``: its codes are new.
-    """
+    """A linear layer of the source and what it becomes."""
 
-    source: QuantizedModule | TensorInfo
+    source: Source
     target: QuantizedModule | None
+    """None when it is dequantized."""
     rounded: bool
+    """Whether its codes are new."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """A tensor to be written; ``copied`` is the source's tensor whose bytes it has, None when it is
-    computed.
-    """
+    """A tensor to be written."""
 
     spec: TensorSpec
     copied: TensorInfo | None
+    """The tensor of the source that it is a copy or a cast of; None when it is computed."""
 
 
-def format_of(to: str) -> Format:
-    """Return the format that writes ``to``, the name of a format or of a version of one."""
-    return WRITABLE["gptq" if to == GPTQ_V2 else to]
+@dataclass(frozen=True)
+class Step:
+    """A layer and all it writes; or without a layer, what one tensor of the source becomes."""
+
+    layer: Layer | None
+    writes: tuple[Write, ...]
+
+    @property
+    def copies(self) -> tuple[Write, ...]:
+        """The writes of a layer that are copied from file to file.
+
+        Where other tensors are computed, these are the codes alone: the computation reads all other
+        tensors, so they are written from memory, and nothing is read twice.
+        """
+        if all(write.copied for write in self.writes):
+            return self.writes
+        return tuple(
+            write for write in self.writes if write.copied and write.copied.name.endswith(CODES)
+        )
 
 
 def read_value(
     checkpoint: Checkpoint,
     layout: Layout | None,
-    source: QuantizedModule | TensorInfo,
+    source: Source,
     *,
-    meta: bool = False,
+    skipped: Collection[str] = (),
 ) -> Value:
-    """Return what ``source`` holds; with ``meta`` without its data, of which only ``g_idx`` is
-    read.
-    """
-    if isinstance(source, TensorInfo):
-        return (
-            torch.empty(source.shape, dtype=torch_dtype(source), device="meta")
-            if meta
-            else read_tensor(checkpoint, source.name)
-        )
+    """Return what ``source`` holds; the tensors named ``skipped`` are not read and have no data."""
+
+    def read(info: TensorInfo) -> Tensor:
+        return _outline(info) if info.name in skipped else read_tensor(checkpoint, info.name)
+
+    return _value(layout, source, _tensors(source, read))
+
+
+def outline_value(layout: Layout | None, source: Source) -> Value:
+    """Return what ``source`` holds, shapes and dtypes only: on the meta device."""
+    return _value(layout, source, _tensors(source, _outline))
+
+
+def _outline(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=torch_dtype(info), device="meta")
+
+
+def _tensors(source: Source, read: Callable[[TensorInfo], Tensor]) -> dict[str, Tensor]:
+    """Return all tensors of ``source`` but its bias, by suffix."""
+    tensors: dict[str, Tensor] = {}
+    for suffix, info in source.tensors.items():
+        if suffix not in GROUP_INDEXES and suffix != "bias":
+            tensors[suffix] = read(info)
+        elif suffix in GROUP_INDEXES and source.g_idx is not None:
+            tensors[suffix] = source.g_idx
+    return tensors
+
+
+def _value(layout: Layout | None, source: Source, tensors: Mapping[str, Tensor]) -> Value:
+    if source.module is None:
+        return tensors["weight"]
     assert layout is not None
-    return FORMATS[layout.format].read(source, (outline if meta else load)(checkpoint, source))
+    return FORMATS[layout.format].read(source.module, tensors)
 
 
 def dense(value: Value, dtype: torch.dtype) -> Tensor:
@@ -82,8 +179,14 @@ def dense(value: Value, dtype: torch.dtype) -> Tensor:
 def new_weight(
     target: QuantizedModule, value: Value, *, rounded: bool, dtype: torch.dtype
 ) -> QuantizedWeight:
-    """Return the weight of ``target``: ``value`` itself, or rounded to nearest in its scheme by way
-    of ``dtype``; with the inputs of its scheme.
+    """Return the weight of ``target``, with the activations of its scheme.
+
+    Args:
+        target: the layer of the result.
+        value: what the source holds.
+        rounded: whether ``value`` is rounded to nearest in the scheme of ``target``; otherwise its
+            codes are kept.
+        dtype: what ``value`` is dequantized to before it is rounded.
     """
     activation = value.activation if isinstance(value, QuantizedWeight) else None
     if activation and activation.format != target.scheme.activations:
@@ -94,111 +197,65 @@ def new_weight(
     return replace(weight, activation=activation) if activation else weight
 
 
-def written_tensors(layer: Layer, value: Value, to: str, dtype: str) -> dict[str, Tensor]:
-    """Return the tensors that ``layer`` becomes in ``to``, by name; ``dtype`` is that of plain
-    weights.
-    """
-    if layer.target is not None:
-        weight = new_weight(layer.target, value, rounded=layer.rounded, dtype=TORCH_DTYPES[dtype])
-        written = format_of(to).write(layer.target, weight)
-        return {tensor_name(layer.target, suffix): tensor for suffix, tensor in written.items()}
-    values, source = dense(value, TORCH_DTYPES[dtype]), layer.source
-    if isinstance(source, QuantizedModule) and source.experts > 1:  # transformers keeps [E, K, N]
-        return {
-            source.name: values.view(source.experts, -1, values.shape[1])
-            .transpose(1, 2)
-            .contiguous()
-        }
-    return {f"{source.name}.weight": values}
+def written_tensors(request: ConversionRequest, layer: Layer, value: Value) -> dict[str, Tensor]:
+    """Return the tensors that ``layer``, which holds ``value``, becomes, by name."""
+    dtype = TORCH_DTYPES[request.dtype]
+    target = layer.target
+    if target is not None:
+        weight = new_weight(target, value, rounded=layer.rounded, dtype=dtype)
+        written = request.format.write(target, weight)
+        return {tensor_name(target, suffix): tensor for suffix, tensor in written.items()}
+    values = dense(value, dtype)
+    experts = layer.source.module.experts if layer.source.module else 1
+    if experts > 1:
+        stacked = values.view(experts, -1, values.shape[1])
+        return {layer.source.name: stacked.transpose(1, 2).contiguous()}  # as transformers has them
+    return {f"{layer.source.name}.weight": values}
 
 
-def writes_of(
-    checkpoint: Checkpoint, layout: Layout | None, layer: Layer, to: str, dtype: str
-) -> tuple[Write, ...]:
-    """Return what ``layer`` writes, found by converting it without data: what comes out as the
-    object that went in is a copy.
+def writes_of(request: ConversionRequest, layer: Layer) -> tuple[Write, ...]:
+    """Return what ``layer`` writes, found by converting it without data.
+
+    A tensor that comes out as the object that went in is a copy.
     """
-    source, passed = layer.source, {}
-    if isinstance(source, QuantizedModule) and layout is not None:
-        tensors = outline(checkpoint, source)
-        passed = {id(tensor): source.tensors[suffix] for suffix, tensor in tensors.items()}
-        value: Value = FORMATS[layout.format].read(source, tensors)
-    else:
-        value = read_value(checkpoint, layout, source, meta=True)
-    written = written_tensors(layer, value, to, dtype)
+    tensors = _tensors(layer.source, _outline)
+    read = {id(tensor): layer.source.tensors[suffix] for suffix, tensor in tensors.items()}
+    value = _value(request.layout, layer.source, tensors)
     return tuple(
         Write(
-            TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)), passed.get(id(tensor))
+            spec=TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)),
+            copied=read.get(id(tensor)),
         )
-        for name, tensor in written.items()
+        for name, tensor in written_tensors(request, layer, value).items()
     )
-
-
-def dedup_key(source: QuantizedModule | TensorInfo, act_order: bool) -> Hashable:
-    """Return what is equal for layers that convert alike: all but their names and numbers."""
-    if isinstance(source, TensorInfo):
-        return source.dtype, source.shape
-    tensors = tuple(
-        (suffix, tensor.dtype, tensor.shape) for suffix, tensor in source.tensors.items()
-    )
-    return source.scheme, source.shape, source.variant, source.experts, act_order, tensors
 
 
 def writes_like(known: Layer, writes: tuple[Write, ...], layer: Layer) -> tuple[Write, ...]:
-    """Return what ``layer`` writes, from the ``writes`` of one that is like it."""
+    """Return what ``layer`` writes, from the ``writes`` of a layer with the same dedup key."""
     if known is layer:
         return writes
-    old, new = (each.source.name.removesuffix(".weight") for each in (known, layer))
-    there = _tensors(known.source)
-    here, suffixes = (
-        _tensors(layer.source),
-        {tensor.name: suffix for suffix, tensor in there.items()},
-    )
+    old = known.source
+    new = layer.source
+    suffixes = {tensor.name: suffix for suffix, tensor in old.tensors.items()}
     return tuple(
         Write(
-            replace(write.spec, name=new + write.spec.name[len(old) :]),
-            write.copied and here[suffixes[write.copied.name]],
+            spec=replace(write.spec, name=new.name + write.spec.name[len(old.name) :]),
+            copied=write.copied and new.tensors[suffixes[write.copied.name]],
         )
         for write in writes
     )
 
 
-def _tensors(source: QuantizedModule | TensorInfo) -> Mapping[str, TensorInfo]:
-    return {"weight": source} if isinstance(source, TensorInfo) else source.tensors
+def convert_layer(request: ConversionRequest, layer: Layer, step: Step) -> dict[str, Tensor]:
+    """Return the tensors that ``step`` writes from memory, by name.
 
-
-def computed_tensors(
-    checkpoint: Checkpoint,
-    layout: Layout | None,
-    layer: Layer,
-    writes: Iterable[Write],
-    to: str,
-    dtype: str,
-) -> dict[str, Tensor]:
-    """Return the tensors of ``writes`` that are no copies, by name; codes that are only copied are
-    not read.
+    Every tensor of the source is read once; those that are copied from file to file are not read.
     """
-    source, copied = (
-        layer.source,
-        {
-            write.copied.name
-            for write in writes
-            if write.copied and write.copied.name.endswith(CODES)
-        },
+    copied = {write.spec.name: write.copied.name for write in step.copies if write.copied}
+    if len(copied) == len(step.writes):
+        return {}
+    value = read_value(
+        request.checkpoint, request.layout, layer.source, skipped=frozenset(copied.values())
     )
-    if isinstance(source, QuantizedModule) and layout is not None and copied:
-        tensors = outline(checkpoint, source)
-        tensors |= {
-            suffix: read_tensor(checkpoint, info.name)
-            for suffix, info in source.tensors.items()
-            if suffix in tensors and info.name not in copied
-        }
-        value: Value = FORMATS[layout.format].read(source, tensors)
-    else:
-        value = read_value(checkpoint, layout, source)
-    wanted = {write.spec.name for write in writes if not write.copied}
-    return {
-        name: tensor
-        for name, tensor in written_tensors(layer, value, to, dtype).items()
-        if name in wanted
-    }
+    written = written_tensors(request, layer, value)
+    return {name: tensor for name, tensor in written.items() if name not in copied}

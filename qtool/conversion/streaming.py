@@ -1,17 +1,15 @@
-"""A conversion as it is carried out: layers in parallel, a few in memory at a time, each file
-hashed and checked while the next is written.
-"""
+"""Writes what a plan says, a few layers at a time, and checks each file once it is full."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,52 +17,65 @@ from qtool.checkpoint import Staging, digest_files
 from qtool.checkpoint.reader import read_header
 from qtool.checkpoint.shards import Shards
 from qtool.checkpoint.writer import make_durable
-from qtool.conversion.layers import Layer, Write, computed_tensors
-from qtool.conversion.plan import Conversion
+from qtool.conversion.layers import Layer, Step, Write, convert_layer
+from qtool.conversion.plan import ConversionPlan
 from qtool.events import OnEvent, ProgressEvent, StageEvent
 from qtool.formats import Layout, check_tensors
 from qtool.formats.packing import TORCH_DTYPES, read_tensor
 
 WORKERS = min(8, os.cpu_count() or 1)
-MEMORY_BYTES = 8 << 30  # of layers at work together; one layer is always worked on
+MEMORY_BYTES = 8 << 30  # of layers that are converted at once; one layer always is
 BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
+Digests = dict[str, dict[str, object]]  # by file name
+CompleteFiles = list[Path]
 
 
 def stream(
-    decided: Conversion, staging: Staging, shard_bytes: int, on_event: OnEvent
-) -> tuple[dict[str, Any], list[str]]:
-    """Write all tensors, a few layers in memory at a time; return the digests of the files and what
-    is wrong with their numbers.
+    plan: ConversionPlan, staging: Staging, shard_bytes: int, on_event: OnEvent
+) -> tuple[Digests, list[str]]:
+    """Write all tensors; return the digests of the files and what is wrong with their numbers.
 
-    A file is written out, hashed and checked as soon as its last tensor is there, beside the
-    writing of the next.
+    A few layers are in memory at a time. A file is made durable, hashed and checked as soon as its
+    last tensor is written, while the next one is written.
     """
-    layout = Layout(
-        decided.to,
-        {layer.target.name: layer.target for layer in decided.layers if layer.target},
-        None,
-        (),
-    )
-    durable, digests, problems = [], [], []
+    workers = _count_workers(plan)
     with (
-        Shards(staging.checkpoint, decided.specs, shard_bytes) as shards,
-        ThreadPoolExecutor(3) as checkers,
-        _layer_threads(_workers(decided)) as pool,
+        Shards(staging.checkpoint, plan.specs, shard_bytes) as shards,
+        ThreadPoolExecutor(3) as pool,
+        _layer_threads(workers) as layer_pool,
     ):
-        for done, paths in enumerate(
-            _bounded(pool, _tasks(decided, shards), _workers(decided)), start=1
-        ):
+        checks = _Checks(pool, plan.target_layout)
+        results = _run_bounded(layer_pool, _tasks(plan, shards), workers)
+        for done, paths in enumerate(results, start=1):
             for path in paths:
-                durable.append(checkers.submit(make_durable, path))
-                digests.append(checkers.submit(digest_files, [path]))
-                problems.append(checkers.submit(_problems, path, layout))
-            on_event(ProgressEvent("converting", done, len(decided.steps)))
+                checks.begin(path)
+            on_event(ProgressEvent("converting", done, len(plan.steps)))
         on_event(StageEvent("checking the result"))
-    for future in durable:
-        future.result()  # the system tells of a write that failed once
-    return {name: found for future in digests for name, found in future.result().items()}, [
-        text for future in problems for text in future.result()
-    ]
+    return checks.results()
+
+
+@dataclass
+class _Checks:
+    """What is done with complete files, in threads of its own."""
+
+    pool: ThreadPoolExecutor
+    layout: Layout
+    durable: list[Future[None]] = field(default_factory=list)
+    digests: list[Future[Digests]] = field(default_factory=list)
+    problems: list[Future[list[str]]] = field(default_factory=list)
+
+    def begin(self, path: Path) -> None:
+        self.durable.append(self.pool.submit(make_durable, path))
+        self.digests.append(self.pool.submit(digest_files, [path]))
+        self.problems.append(self.pool.submit(_problems, path, self.layout))
+
+    def results(self) -> tuple[Digests, list[str]]:
+        for written in self.durable:
+            written.result()  # the system reports a write that failed only once
+        digests: Digests = {}
+        for digest in self.digests:
+            digests |= digest.result()
+        return digests, [text for problem in self.problems for text in problem.result()]
 
 
 def _problems(path: Path, layout: Layout) -> list[str]:
@@ -73,8 +84,9 @@ def _problems(path: Path, layout: Layout) -> list[str]:
 
 @contextmanager
 def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads for layers, each with one of torch's own: layers are many, and small matrices do
-    not share well.
+    """Give threads for layers, with a single torch thread each.
+
+    Layers are many, and small matrices gain little from several threads.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -85,49 +97,49 @@ def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-Written = list[Path]  # files that are complete
-
-
-def _tasks(decided: Conversion, shards: Shards) -> Iterator[Callable[[], Written]]:
+def _tasks(plan: ConversionPlan, shards: Shards) -> Iterator[Callable[[], CompleteFiles]]:
     """Yield what is to be done, in the order of the source's files."""
+    for step in plan.steps:
+        if step.layer:
+            yield partial(_write_layer, plan, shards, step.layer, step)
+        else:
+            yield partial(_write_copies, plan, shards, step.writes)
 
-    def run(layer: Layer | None, writes: Sequence[Write]) -> Written:
+
+def _write_layer(plan: ConversionPlan, shards: Shards, layer: Layer, step: Step) -> CompleteFiles:
+    paths = [shards.copy(write.spec.name, write.copied) for write in step.copies if write.copied]
+    tensors = convert_layer(plan.request, layer, step)
+    paths += [shards.write(name, _bytes(tensor)) for name, tensor in tensors.items()]
+    return [path for path in paths if path]
+
+
+def _write_copies(plan: ConversionPlan, shards: Shards, writes: tuple[Write, ...]) -> CompleteFiles:
+    """Write what one tensor of the source becomes: a copy, a cast, or several copies."""
+    source = next((write.copied for write in writes if write.copied), None)
+    if source is None:
+        return []
+    if len(writes) == 1 and writes[0].spec.dtype == source.dtype:
+        paths = [shards.copy(writes[0].spec.name, source)]
+    else:
+        tensor = read_tensor(plan.request.checkpoint, source.name)
         paths = [
-            shards.copy(write.spec.name, write.copied)
+            shards.write(write.spec.name, _bytes(tensor.to(TORCH_DTYPES[write.spec.dtype])))
             for write in writes
-            if write.copied and write.copied.dtype == write.spec.dtype
         ]
-        for write in writes:
-            if write.copied and write.copied.dtype != write.spec.dtype:
-                cast = read_tensor(decided.checkpoint, write.copied.name).to(
-                    TORCH_DTYPES[write.spec.dtype]
-                )
-                paths.append(shards.write(write.spec.name, _bytes(cast)))
-        if layer and any(write.copied is None for write in writes):
-            computed = computed_tensors(
-                decided.checkpoint, decided.layout, layer, writes, decided.to, decided.dtype
-            )
-            paths += [shards.write(name, _bytes(tensor)) for name, tensor in computed.items()]
-        return [path for path in paths if path]
-
-    return (partial(run, layer, writes) for layer, writes in decided.steps)
+    return [path for path in paths if path]
 
 
-def _workers(decided: Conversion) -> int:
-    """Return how many layers are converted at a time, fewer where they are large, as stacked
-    experts are.
-    """
-    largest = max((math.prod(layer.source.shape) for layer in decided.layers), default=1)
+def _count_workers(plan: ConversionPlan) -> int:
+    """Return how many layers are converted at a time: fewer where they are large."""
+    largest = max((math.prod(layer.source.shape) for layer in plan.layers), default=1)
     return max(1, min(WORKERS, MEMORY_BYTES // (largest * BYTES_A_WEIGHT)))
 
 
-def _bounded(
-    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Written]], count: int
-) -> Iterator[Written]:
-    """Run ``tasks`` and yield what they return, no more of them begun at a time than the pool has
-    threads.
-    """
-    running: set[Future[Written]] = set()
+def _run_bounded(
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], CompleteFiles]], count: int
+) -> Iterator[CompleteFiles]:
+    """Run ``tasks``, at most ``count`` at a time, and yield what they return."""
+    running: set[Future[CompleteFiles]] = set()
     for task in tasks:
         running.add(pool.submit(task))
         if len(running) >= count:
@@ -136,5 +148,5 @@ def _bounded(
     yield from (future.result() for future in running)
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
+def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""

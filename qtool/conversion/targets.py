@@ -1,16 +1,16 @@
-"""What a checkpoint can be converted to, by name.
+"""The names of what a checkpoint can be converted to.
 
-Imports no torch, so that a wrong name is answered at once.
+Imports no torch, so that a wrong name is refused at once.
 """
 
 from __future__ import annotations
 
 from qtool.errors import UsageError, nearest
-from qtool.formats import WRITABLE
+from qtool.formats import WRITABLE, Format
 
-PLAIN = {"bf16": "BF16", "f16": "F16"}
+UNQUANTIZED = {"bf16": "BF16", "f16": "F16"}  # target -> dtype of its weights
 GPTQ_V2 = "gptq_v2"
-TARGETS = (*WRITABLE, GPTQ_V2, *PLAIN)
+TARGETS = (*WRITABLE, GPTQ_V2, *UNQUANTIZED)
 ALIASES = {
     "fp16": "f16",
     "float16": "f16",
@@ -32,3 +32,8 @@ def target_named(name: str) -> str:
             hint=nearest(name, TARGETS) or f"one of {', '.join(TARGETS)}",
         )
     return target
+
+
+def format_of(to: str) -> Format:
+    """Return the format that writes the target ``to``, a format or a version of one."""
+    return WRITABLE["gptq" if to == GPTQ_V2 else to]

@@ -65,19 +65,6 @@ def load(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
     }
 
 
-def outline(checkpoint: Checkpoint, module: QuantizedModule) -> dict[str, Tensor]:
-    """Return what `load` does, on the meta device: shapes and dtypes without data, but for
-    ``g_idx``, on whose data shapes depend.
-    """
-    return {
-        suffix: read_tensor(checkpoint, tensor.name)
-        if suffix in ("g_idx", "weight_g_idx")
-        else torch.empty(tensor.shape, dtype=torch_dtype(tensor), device="meta")
-        for suffix, tensor in module.tensors.items()
-        if suffix != "bias"
-    }
-
-
 def from_divisor(divisor: Tensor) -> Tensor:
     """Return the multiplier that does what ``divisor``, NVFP4's global scale in compressed-tensors,
     does, f32.

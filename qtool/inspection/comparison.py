@@ -111,9 +111,10 @@ def _values(
 ) -> Tensor:
     import torch
 
-    from qtool.conversion.layers import dense, read_value
+    from qtool.conversion.layers import Source, dense, read_value
 
-    values = dense(read_value(checkpoint, layout, source), torch.float32)
+    value = read_value(checkpoint, layout, Source.of(checkpoint, source))
+    values = dense(value, torch.float32)
     return values.transpose(1, 2).flatten(0, 1) if values.dim() == 3 else values
 
 

@@ -23,7 +23,7 @@ from methods import held_out
 import qtool
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.conversion import TARGETS
-from qtool.conversion.targets import GPTQ_V2, PLAIN
+from qtool.conversion.targets import GPTQ_V2, UNQUANTIZED
 from qtool.errors import QtoolError
 from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.formats import WRITABLE, detect
@@ -92,7 +92,7 @@ def report(folder: Path, texts: Sequence[Sequence[int]], max_tokens: int) -> lis
             )
             same = (
                 "dequantized"
-                if to in PLAIN
+                if to in UNQUANTIZED
                 else "no way back"
                 if layout.format not in WRITABLE
                 else verdict(trip)
@@ -121,7 +121,7 @@ def travel(source: Checkpoint, to: str, scratch: Path, measured) -> Trip:
     try:
         qtool.export(source.path, to=to, output=there)
         between = measured(there)
-        if to in PLAIN or layout.format not in WRITABLE:
+        if to in UNQUANTIZED or layout.format not in WRITABLE:
             return Trip(to, between, None, ())
         is_v2 = {module.variant for module in layout.modules.values()} == {GPTQ_V2}
         qtool.export(

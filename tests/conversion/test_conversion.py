@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,12 +31,14 @@ from transformers import (
 )
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.shards import Shards
 from qtool.conversion import TARGETS, export
-from qtool.conversion.targets import PLAIN
+from qtool.conversion.targets import UNQUANTIZED
 from qtool.errors import CheckpointRefused, OutputTaken, ResourceError, UsageError
 from qtool.evaluation.perplexity import load_dequantized
 from qtool.events import ProgressEvent
 from qtool.formats import WRITABLE, QuantizedModule, detect, read, tensor_name
+from qtool.formats.packing import read_tensor
 from qtool.inspection.comparison import compare
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 from qtool.weight import dequantize, quantize
@@ -204,7 +207,7 @@ def test_a_sample_goes_to_every_format_that_holds_it_and_back_to_the_same_bytes(
 @pytest.mark.parametrize("name", HELD)
 def test_every_other_format_refuses_a_sample(sample, tmp_path, name):
     for to in TARGETS:
-        if to not in (*HELD[name], *PLAIN):
+        if to not in (*HELD[name], *UNQUANTIZED):
             refusal(sample(name), tmp_path, to)
 
 
@@ -293,6 +296,39 @@ def test_to_f16_every_16_bit_tensor_is_cast(sample, tmp_path):
         load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"],
         before["model.norm.weight"].half(),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("gptq/desc_act", GPTQ_V2),
+        ("gptq/desc_act", "bf16"),
+        ("gptq/asym_v1", CT),
+        ("ct/NVFP4", MODELOPT),
+        ("ct/kv_fp8", MODELOPT),
+        ("ct/W8A8_STATIC_ASYM", CT),
+        ("modelopt/FP8_KV", FP8),
+        ("modelopt/INT8_SQ", "f16"),
+    ],
+)
+def test_no_tensor_is_read_twice(sample, tmp_path, monkeypatch, name, to):
+    reads = Counter()
+
+    def count_reads(checkpoint, tensor):
+        reads[tensor] += 1
+        return read_tensor(checkpoint, tensor)
+
+    def count_copies(shards, tensor, source):
+        reads[source.name] += 1
+        return copy(shards, tensor, source)
+
+    copy = Shards.copy
+    monkeypatch.setattr(Shards, "copy", count_copies)
+    for module in ("layers", "streaming"):
+        monkeypatch.setattr(f"qtool.conversion.{module}.read_tensor", count_reads)
+    export(sample(name), to=to, output=tmp_path / "out")
+    assert reads.keys() <= open_checkpoint(sample(name)).tensors.keys()
+    assert max(reads.values()) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
