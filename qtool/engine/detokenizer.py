@@ -1,4 +1,4 @@
-"""From tokens to text, as they come: no half character and no beginning of a stop string is ever
+"""Turns tokens into text as they come; no half character and no beginning of a stop string is ever
 given out.
 """
 
@@ -14,9 +14,8 @@ from qtool.engine.outputs import FinishReason
 from qtool.engine.sampling_params import SamplingParams
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
-MOST_HELD = (
-    16  # tokens that decode to no whole character before some of them are given out as they are
-)
+# tokens that decode to no whole character before some of them are given out as they are
+MOST_HELD = 16
 
 
 @functools.lru_cache(maxsize=8)
@@ -130,8 +129,8 @@ class TextStream:
     ) -> None:
         self.reason: FinishReason | None = None
         self.tokens = 0  # pushed, the one that ended the text among them
-        self._most = params.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self._least = params.min_new_tokens
+        self._max_tokens = params.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self._min_tokens = params.min_new_tokens
         self.end_ids = frozenset({*params.stop_ids, *(() if params.ignore_eos else eos_ids)})
         self._stops, self._keep_stop = params.stop_strings, params.no_stop_trim
         self._first = "".join({stop[0] for stop in self._stops})
@@ -140,17 +139,14 @@ class TextStream:
             self._detokenizer = Detokenizer(
                 tokenizer, skip_special_tokens=params.skip_special_tokens, context=context
             )
-        self._taken = ""  # given out
-        self._safe: list[str] = []  # to be given out
-        self._held = ""  # may be the beginning of a stop string
-        # so many of the held characters came before min_new_tokens: a stop string must end after
-        # them
+        self._safe: list[str] = []
+        """What `take` returns next."""
+        self._held = ""
+        """What may be the beginning of a stop string."""
         self._exempt = 0
-
-    @property
-    def text(self) -> str:
-        """All text that is safe to give out, whether taken or not."""
-        return self._taken + "".join(self._safe)
+        """How many of the held characters came before min_new_tokens: a stop string must end after
+        them.
+        """
 
     def push(self, token_id: int) -> FinishReason | None:
         """Add the next token; return why the text ends with it, or None.
@@ -160,30 +156,31 @@ class TextStream:
         if self.reason is not None:
             return self.reason
         self.tokens += 1
-        may_end = self.tokens > self._least
+        may_end = self.tokens > self._min_tokens
         if may_end and token_id in self.end_ids:
             if self._keep_stop:
                 self._add(token_id, may_end)
             self._end({"type": "stop", "matched": token_id}, may_end)
             return self.reason
         self._add(token_id, may_end)
-        if self.reason is None and self._most is not None and self.tokens >= self._most:
+        if self.reason is None and self._max_tokens is not None and self.tokens >= self._max_tokens:
             self._end({"type": "length", "length": self.tokens}, may_end)
         return self.reason
 
     def take(self) -> str:
         """Return the text that became safe since the last take."""
-        new = "".join(self._safe)
-        self._taken += new
+        text = "".join(self._safe)
         self._safe.clear()
-        return new
+        return text
 
     def finish(self, reason: FinishReason | None = None) -> str:
         """End the text, for ``reason`` if nothing else ended it before; return what is left to
         take.
         """
         if self.reason is None:
-            self._end(reason or {"type": "abort", "message": "Aborted"}, self.tokens > self._least)
+            self._end(
+                reason or {"type": "abort", "message": "Aborted"}, self.tokens > self._min_tokens
+            )
         return self.take()
 
     def _end(self, reason: FinishReason, may_stop: bool) -> None:
@@ -209,27 +206,37 @@ class TextStream:
         text = self._held + new
         if not may_stop:
             self._exempt = len(text)
-        else:
-            found = [
-                (place + len(stop), -len(stop), stop)
-                for stop in self._stops
-                if (place := self._find(text, stop)) >= 0
-            ]
-            if found:
-                # complete first; of those that are so together, the longest
-                end, minus_length, stop = min(found)
-                self._safe.append(text[: end if self._keep_stop else end + minus_length])
-                self._held, self.reason = "", {"type": "stop", "matched": stop}
-                return
-        start = next(
-            (i for i, first in enumerate(text) if first in self._first and self._begins(text[i:])),
-            len(text),
-        )
+        elif match := self._first_stop(text):
+            end, stop = match
+            self._safe.append(text[: end if self._keep_stop else end - len(stop)])
+            self._held = ""
+            self.reason = {"type": "stop", "matched": stop}
+            return
+        start = self._held_from(text)
         self._safe.append(text[:start])
-        self._held, self._exempt = text[start:], max(0, self._exempt - start)
+        self._held = text[start:]
+        self._exempt = max(0, self._exempt - start)
 
-    def _find(self, text: str, stop: str) -> int:
-        return text.find(stop, max(0, self._exempt - len(stop) + 1))
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        """Return the stop string that is complete first in ``text``, and where it ends; of those
+        that end together, the longest.
+        """
+        found = []
+        for stop in self._stops:
+            start = text.find(stop, max(0, self._exempt - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), -len(stop), stop))
+        if not found:
+            return None
+        end, _, stop = min(found)
+        return end, stop
+
+    def _held_from(self, text: str) -> int:
+        """Return where the end of ``text`` begins that may be the beginning of a stop string."""
+        for start, first in enumerate(text):
+            if first in self._first and self._begins(text[start:]):
+                return start
+        return len(text)
 
     def _begins(self, tail: str) -> bool:
         return any(len(stop) > len(tail) and stop.startswith(tail) for stop in self._stops)

@@ -1,5 +1,5 @@
-"""Text held to a grammar, through xgrammar: grammars compiled for one vocabulary, and for each text
-what may come next.
+"""Text that must follow a grammar, through xgrammar: grammars compiled for one vocabulary, and for
+each text what may come next.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ import functools
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Protocol, cast
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -20,23 +21,56 @@ from qtool.engine.detokenizer import special_ids
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import MAX_MESSAGE, ResourceError, UsageError
 
-MOST_WHITESPACE = (
-    32  # characters in a row between the parts of a JSON text: a weak model would go on for ever
-)
+# characters in a row between the parts of a JSON text: a weak model would go on for ever
+MAX_WHITESPACE = 32
 CACHE_BYTES = 128 << 20
-# seconds of a CPU that a text may cost, and each of its tokens beside: all others wait meanwhile
-GRACE_S, TOKEN_S = (
-    0.25,
-    0.005,
-)
+# CPU time that a text may cost, at the start and for each token: all others wait meanwhile
+GRACE_S = 0.25
+TOKEN_S = 0.005
 # how xgrammar's messages begin
 _WHERE = re.compile(r"^\[[\d:]+\] \S+: (?:Check failed: \(.*?\) is false: )?")
 
 _loaded: Compiler
 
 
+class CompiledGrammar(Protocol):
+    """What is used of xgrammar's class of that name."""
+
+    memory_size_bytes: int
+
+    def serialize_json(self) -> str:
+        """Return the grammar as `Compiler.take` reads it."""
+
+
+class GrammarMatcher(Protocol):
+    """What is used of xgrammar's class of that name."""
+
+    def accept_token(self, token_id: int) -> bool:
+        """Add a token; return whether the grammar allows it."""
+
+    def fill_next_token_bitmask(self, bitmask: NDArray[np.int32]) -> bool:
+        """Write into ``bitmask`` which tokens may come next."""
+
+    def is_completed(self) -> bool:
+        """Return whether the text may end here."""
+
+
+class _GrammarCompiler(Protocol):
+    def compile_json_schema(self, schema: str, *, max_whitespace_cnt: int) -> CompiledGrammar: ...
+
+    def compile_regex(self, regex: str) -> CompiledGrammar: ...
+
+    def compile_grammar(self, grammar: str) -> CompiledGrammar: ...
+
+    def compile_structural_tag(self, structural_tag: str) -> CompiledGrammar: ...
+
+
+class _TokenizerInfo(Protocol):
+    stop_token_ids: Sequence[int]
+
+
 class Compiler:
-    """Compiles grammars for one vocabulary, and keeps those used last. Any thread may call it.
+    """Compiles grammars for one vocabulary, and caches those used last. Any thread may call it.
 
     Args:
         tokenizer: the tokenizers library's.
@@ -46,33 +80,35 @@ class Compiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
-        self._tokenizer, self._eos_ids = tokenizer, list(eos_ids)
+        self._tokenizer = tokenizer
+        self._eos_ids = list(eos_ids)
         self._lock = threading.Lock()
-        # the one used last at the end
-        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        # a grammar that is larger than the cache has it to itself
+        self._kept: LRUCache[tuple[str, str], CompiledGrammar] = LRUCache(
+            CACHE_BYTES, getsizeof=lambda grammar: min(grammar.memory_size_bytes, CACHE_BYTES)
+        )
 
-    def compile(self, kind: str, text: str) -> Any:
-        """Return xgrammar's ``CompiledGrammar`` of a `SamplingParams.constraint`.
+    def compile(self, kind: str, text: str) -> CompiledGrammar:
+        """Return the compiled grammar of a `SamplingParams.constraint`.
 
-        Takes as long, and as much memory, as the grammar wants; other threads go on meanwhile.
+        Takes as long, and as much memory, as the grammar needs; other threads go on meanwhile.
         Raises: UsageError E_GRAMMAR, for what xgrammar does not take; ResourceError E_NO_XGRAMMAR.
         """
-        found = self._found(kind, text)
-        return self._keep(kind, text, self._compiled(kind, text)) if found is None else found
+        found = self._cached(kind, text)
+        return self._cache(kind, text, self._compiled(kind, text)) if found is None else found
 
     def take(self, kind: str, text: str, compiled: str) -> None:
         """Keep what `compile_to_json` made of a grammar, in another process: `compile` finds it."""
-        if self._found(kind, text) is None:
-            self._keep(
-                kind, text, _xgrammar().CompiledGrammar.deserialize_json(compiled, self._vocabulary)
-            )
+        if self._cached(kind, text) is None:
+            grammar = _xgrammar().CompiledGrammar.deserialize_json(compiled, self._vocabulary)
+            self._cache(kind, text, grammar)
 
-    def _compiled(self, kind: str, text: str) -> Any:
+    def _compiled(self, kind: str, text: str) -> CompiledGrammar:
         compiler = self._compiler
         try:
             match kind:
                 case "json_schema":
-                    return compiler.compile_json_schema(text, max_whitespace_cnt=MOST_WHITESPACE)
+                    return compiler.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
                 case "regex":
                     return compiler.compile_regex(text)
                 case "ebnf":
@@ -80,40 +116,35 @@ class Compiler:
                 case _:
                     return compiler.compile_structural_tag(text)
         except RuntimeError as error:
-            said = _WHERE.sub("", str(error)).partition(" The JSON string is:")[0]
-            message = f"{kind}: {' '.join(said.split())}"[:MAX_MESSAGE]
+            reason = _WHERE.sub("", str(error)).partition(" The JSON string is:")[0]
+            message = f"{kind}: {' '.join(reason.split())}"[:MAX_MESSAGE]
             raise UsageError(
                 "E_GRAMMAR", message, hint="xgrammar's documentation says what a grammar may have"
             ) from error
 
-    def _found(self, kind: str, text: str) -> Any:
+    def _cached(self, kind: str, text: str) -> CompiledGrammar | None:
         with self._lock:
-            if (kind, text) in self._kept:
-                self._kept.move_to_end((kind, text))
             return self._kept.get((kind, text))
 
-    def _keep(self, kind: str, text: str, compiled: Any) -> Any:
+    def _cache(self, kind: str, text: str, compiled: CompiledGrammar) -> CompiledGrammar:
         with self._lock:
             self._kept[kind, text] = compiled
-            while (
-                len(self._kept) > 1
-                and sum(one.memory_size_bytes for one in self._kept.values()) > CACHE_BYTES
-            ):
-                self._kept.popitem(last=False)
         return compiled
 
     @functools.cached_property
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> _TokenizerInfo:
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=self._tokenizer)
-        return _xgrammar().TokenizerInfo.from_huggingface(
+        info = _xgrammar().TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=self.vocab_size, stop_token_ids=self._eos_ids or None
         )
+        return cast(_TokenizerInfo, info)
 
     @functools.cached_property
-    def _compiler(self) -> Any:
-        return _xgrammar().GrammarCompiler(self._vocabulary, max_threads=1, cache_enabled=False)
+    def _compiler(self) -> _GrammarCompiler:
+        compiler = _xgrammar().GrammarCompiler(self._vocabulary, max_threads=1, cache_enabled=False)
+        return cast(_GrammarCompiler, compiler)
 
     @functools.cached_property
     def all_but_eos(self) -> NDArray[np.int32]:
@@ -129,8 +160,8 @@ class Compiler:
 
 
 class Constraint:
-    """What may come next in one text that is held to a grammar; it knows the tokens that were read,
-    and nothing of steps.
+    """What may come next in one text that must follow a grammar; it knows the tokens that were
+    read, and nothing of steps.
 
     An end token may come where the grammar is complete, after min_new_tokens if anything else can
     come. Special tokens are no text, but for ``structural_tag``, and the model's end tokens never
@@ -152,7 +183,8 @@ class Constraint:
     ) -> None:
         assert params.constraint is not None
         kind, text = params.constraint
-        self._matcher = _xgrammar().GrammarMatcher(compiler.compile(kind, text))
+        matcher = _xgrammar().GrammarMatcher(compiler.compile(kind, text))
+        self._matcher = cast(GrammarMatcher, matcher)
         self._ends = _mask(end_ids, compiler.vocab_size)
         self._may_be_text = (
             compiler.all_but_eos if kind == "structural_tag" else compiler.all_but_special
@@ -232,8 +264,12 @@ class Constraint:
 
 
 def load(tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
-    """Make `compile_to_json` ready, in a process that may be ended when it takes too long;
-    ``tokenizer``: the text of tokenizer.json.
+    """Make `compile_to_json` ready, in a process that may be ended when it takes too long.
+
+    Args:
+        tokenizer: the text of tokenizer.json.
+        vocab_size: as `Compiler` takes it.
+        eos_ids: as `Compiler` takes them.
     """
     global _loaded
     _loaded = Compiler(Tokenizer.from_str(tokenizer), vocab_size, eos_ids)
@@ -242,8 +278,7 @@ def load(tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
 
 def compile_to_json(kind: str, text: str) -> str:
     """Return a compiled grammar as `Compiler.take` reads it. Raises: as `Compiler.compile`."""
-    compiled: str = _loaded.compile(kind, text).serialize_json()
-    return compiled
+    return _loaded.compile(kind, text).serialize_json()
 
 
 def _mask(ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
@@ -252,7 +287,7 @@ def _mask(ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
     return np.packbits(flags, bitorder="little").view(np.int32)
 
 
-def _xgrammar() -> Any:
+def _xgrammar() -> ModuleType:
     try:
         import xgrammar
     except ImportError as error:
@@ -261,4 +296,4 @@ def _xgrammar() -> Any:
             "constrained output needs the package `xgrammar`",
             hint="pip install 'qtool[grammar]'",
         ) from error
-    return xgrammar
+    return cast(ModuleType, xgrammar)

@@ -181,12 +181,9 @@ class Loop:
         """Wait for a step, and deliver what its requests gained."""
         try:
             tokens = in_flight.wait()
-        except Exception as error:  # of the device: what was launched since is lost too
+        except Exception as error:
             LOG.exception("a step failed on the device")
-            later, self._in_flight = self._in_flight, None
-            self._fail_step(in_flight.step, error)
-            if later is not None:
-                self._fail_step(later.step, error)
+            self._fail_in_flight(in_flight, error)
             return
         step = in_flight.step
         sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
@@ -200,6 +197,13 @@ class Loop:
         for sequence, token in zip(sampled, tokens, strict=True):
             if sequence.state != "finished":
                 self._advance_safely(_request(sequence), token)
+
+    def _fail_in_flight(self, in_flight: InFlightStep, error: Exception) -> None:
+        """Fail a step that the device failed, and what was launched since, which is lost too."""
+        later, self._in_flight = self._in_flight, None
+        self._fail_step(in_flight.step, error)
+        if later is not None:
+            self._fail_step(later.step, error)
 
     def _advance_safely(self, request: Request, token: int) -> None:
         """Advance ``request``; an error of its text or grammar fails it alone."""

@@ -1,5 +1,5 @@
-"""What a request may ask for, checked once, when it is made; without torch, so that whoever only
-takes requests can check them too.
+"""`SamplingParams`: the sampling options of a request, checked when they are made; without torch,
+so that the server can check them too.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 from qtool.errors import UsageError, nearest
 
@@ -18,11 +18,8 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_IDS = 64, 1024, 1024
 MAX_GRAMMAR = 64 * 1024  # bytes
 LARGEST = 2**31 - 1
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
-# those that are JSON may also be given as dictionaries
-MAPPINGS = (
-    "json_schema",
-    "structural_tag",
-)
+# of these, the ones that are JSON may also be given as dictionaries
+MAPPINGS = ("json_schema", "structural_tag")
 ANY_JSON_OBJECT = "$$ANY$$"  # a json_schema, as SGLang spells it
 
 RANGES: dict[str, tuple[float, float]] = {  # of every number, for the Engine and over HTTP
@@ -41,81 +38,87 @@ RANGES: dict[str, tuple[float, float]] = {  # of every number, for the Engine an
 TOKEN_IDS = (0, LARGEST)  # of stop_token_ids and logit_bias
 BIASES = (-100, 100)
 ABOVE_ZERO = {"top_p"}
+OPTIONAL = {"max_new_tokens", "sampling_seed"}  # of RANGES, those that may be None
 WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
 _FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What one request asks of the sampler and of the text, under SGLang's names; checked when it
-    is made.
+    """How tokens are sampled and when the text ends, under SGLang's names.
 
-    max_new_tokens: None is to the end of the context. temperature: 0 is greedy. top_k: -1 is all.
-        stop_token_ids end the text even with ignore_eos.
-    json_schema, regex, ebnf, structural_tag: what the text must be, at most one of them, as
-    xgrammar takes it; such a text ends, with reason stop, as soon as nothing can follow, whatever
-    ignore_eos and min_new_tokens say.
+    A text that must follow a grammar (`json_schema`, `regex`, `ebnf` or `structural_tag`, as
+    xgrammar takes it) ends with reason stop as soon as nothing can follow, whatever `ignore_eos`
+    and `min_new_tokens` say.
+    Raises: UsageError E_SAMPLING.
     """
 
     max_new_tokens: int | None = 128
+    """None: to the end of the context."""
     temperature: float = 1.0
+    """0: greedy."""
     top_p: float = 1.0
     top_k: int = -1
+    """-1: all tokens."""
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int | str, float] | None = None
+    """What is added to the logits, by token id."""
     sampling_seed: int | None = None
     n: int = 1
+    """Completions of each prompt."""
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
+    """They end the text even with ignore_eos."""
     ignore_eos: bool = False
     min_new_tokens: int = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
-    json_schema: str | Mapping[str, Any] | None = None
+    """Keep the stop string or token in the text."""
+    json_schema: str | Mapping[str, object] | None = None
     regex: str | None = None
     ebnf: str | None = None
-    structural_tag: str | Mapping[str, Any] | None = None
+    structural_tag: str | Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         for name in RANGES:
             value = getattr(self, name)
-            if value is not None or name not in ("max_new_tokens", "sampling_seed"):
-                object.__setattr__(self, name, _checked(name, value))
+            if value is not None or name not in OPTIONAL:
+                object.__setattr__(self, name, _checked_number(name, value))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, getattr(self, name), "true or false")
-        if self.top_k == 0:
-            raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise _refusal(
-                "min_new_tokens",
-                self.min_new_tokens,
-                f"at most max_new_tokens, {self.max_new_tokens}",
-            )
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _stops(self.stop))
         object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
         for name in CONSTRAINTS:
             object.__setattr__(self, name, _grammar(name, getattr(self, name)))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Check what no field shows by itself."""
+        if self.top_k == 0:
+            raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
+        most = self.max_new_tokens
+        if most is not None and self.min_new_tokens > most:
+            raise _refusal("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {most}")
         given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(
                 "E_SAMPLING",
-                f"the text cannot be held to {' and '.join(given)}",
+                f"{' and '.join(given)} cannot constrain the same text",
                 hint="give one of them",
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+    def from_dict(cls, values: Mapping[str, object]) -> SamplingParams:
         """Return the parameters that ``values`` name; ``seed`` is another name of
         ``sampling_seed``.
 
-        Raises: UsageError E_SAMPLING, for a name that is none, a wrong type or a value out of
-            range.
+        Raises: UsageError E_SAMPLING, for an unknown name, a wrong type or a value out of range.
         """
         if not isinstance(values, Mapping):
             raise UsageError(
@@ -128,9 +131,8 @@ class SamplingParams:
         for name in given:
             if name not in (*known, "seed"):
                 hint = nearest(str(name)[:100], known) or f"known are {', '.join(known)}"
-                raise UsageError(
-                    "E_SAMPLING", f"there is no sampling parameter `{str(name)[:100]}`", hint=hint
-                )
+                message = f"unknown sampling parameter `{str(name)[:100]}`"
+                raise UsageError("E_SAMPLING", message, hint=hint)
         seed = given.pop("seed", None)
         if seed is not None and given.setdefault("sampling_seed", seed) not in (seed, None):
             raise UsageError(
@@ -140,10 +142,10 @@ class SamplingParams:
             )
         if seed is not None:
             given["sampling_seed"] = seed
-        return cls(**given)
+        return cls(**given)  # type: ignore[arg-type]  # checked by __post_init__
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse token ids the model does not have."""
+        """Raise: UsageError, for token ids that the model does not have."""
         for name, ids in (("logit_bias", self.biases), ("stop_token_ids", self.stop_ids)):
             for token_id in ids:
                 if token_id >= vocab_size:
@@ -194,14 +196,13 @@ class SamplingParams:
         )
 
     def row_seed(self, index: int = 0) -> int:
-        """Return a seed for the ``index``-th of the n texts: made from the request's, or a random
-        one.
+        """Return a seed for the ``index``-th of the n completions: derived from the request's, or a
+        random one.
         """
         if self.sampling_seed is None:
             return secrets.randbits(64)
-        return (
-            self.sampling_seed + index * 0x9E3779B97F4A7C15
-        ) % 2**64  # the first of n is the one alone
+        # the first of n is the same as a single one
+        return (self.sampling_seed + index * 0x9E3779B97F4A7C15) % 2**64
 
 
 def _refusal(name: str, value: object, allowed: str) -> UsageError:
@@ -219,54 +220,62 @@ def is_token_id(value: object) -> bool:
     return _is_whole(value) and TOKEN_IDS[0] <= cast(int, value) <= TOKEN_IDS[1]
 
 
-def _checked(name: str, value: object) -> int | float:
+def _checked_number(name: str, value: object) -> int | float:
     low, high = RANGES[name]
-    allowed = (
-        f"{'a whole number' if name in WHOLE else 'a number'} "
-        f"{'above' if name in ABOVE_ZERO else 'from'} {low} to {high}"
-    )
-    if not (_is_whole(value) or (isinstance(value, float) and name not in WHOLE)):
-        raise _refusal(name, value, allowed)
-    number = cast(float, value)
-    if not low <= number <= high or (number == 0 and name in ABOVE_ZERO):  # NaN is in no range
-        raise _refusal(name, value, allowed)
-    return number if name in WHOLE else float(number)
+    is_whole = name in WHOLE
+    is_above = name in ABOVE_ZERO
+    if _is_whole(value) or (isinstance(value, float) and not is_whole):
+        number = cast(float, value)
+        # NaN is in no range
+        if low <= number <= high and not (is_above and number == 0):
+            return number if is_whole else float(number)
+    noun = "a whole number" if is_whole else "a number"
+    raise _refusal(name, value, f"{noun} {'above' if is_above else 'from'} {low} to {high}")
 
 
 def _biases(value: object) -> dict[int, float]:
-    low, high = BIASES
-    allowed = f"at most {MAX_IDS} token ids, each with a number from {low} to {high}"
     if value is None:
         return {}
+    low, high = BIASES
+    allowed = f"at most {MAX_IDS} token ids, each with a number from {low} to {high}"
     if not isinstance(value, Mapping) or len(value) > MAX_IDS:
         raise _refusal("logit_bias", value, allowed)
-    biases = {}
+    biases: dict[int, float] = {}
     for key, bias in value.items():
-        number = (
-            int(key)
-            if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
-            else key
-        )
-        if not is_token_id(number):
+        token_id = _key_token_id(key)
+        if not is_token_id(token_id) or not _is_bias(bias):
             raise _refusal("logit_bias", {key: bias}, allowed)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not low <= bias <= high:
-            raise _refusal("logit_bias", {key: bias}, allowed)
-        biases[number] = float(bias)
+        biases[cast(int, token_id)] = float(bias)
     return biases
 
 
+def _key_token_id(key: object) -> object:
+    """Return a key of logit_bias as a number, where JSON made a string of it."""
+    is_number = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11
+    return int(cast(str, key)) if is_number else key
+
+
+def _is_bias(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return BIASES[0] <= value <= BIASES[1]
+
+
 def _stops(value: object) -> tuple[str, ...]:
-    allowed = (
-        f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} characters"
-    )
     if value is None:
         return ()
+    allowed = (
+        f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} "
+        "characters of valid Unicode"
+    )
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
         raise _refusal("stop", value, allowed)
     for stop in stops:
         if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise _refusal("stop", stop, allowed)
+        if _utf8_size(stop) is None:
+            raise _refusal("stop", stop, f"{allowed}: this one has half of a surrogate pair")
     return tuple(stops)
 
 
@@ -286,24 +295,33 @@ def _grammar(name: str, value: object) -> str | None:
     if value is None:
         return None
     allowed = f"text of 1 to {MAX_GRAMMAR} bytes"
+    text = value
     if name in MAPPINGS:
         allowed += ", or a dictionary that stands for it"
-    text = value
-    if name in MAPPINGS and isinstance(value, Mapping):
-        try:
-            text = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise _refusal(name, value, f"{allowed}, and this one is no JSON") from error
+        text = _dumped(name, value, allowed) if isinstance(value, Mapping) else value
     if not isinstance(text, str) or not is_grammar(text):
         raise _refusal(name, value, allowed)
     return text
+
+
+def _dumped(name: str, value: Mapping[object, object], allowed: str) -> str:
+    try:
+        return json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _refusal(name, value, f"{allowed}, and this one is not JSON") from error
 
 
 def is_grammar(text: str) -> bool:
     """Whether ``text`` has a size that a grammar may have, and is valid Unicode."""
     if not 1 <= len(text) <= MAX_GRAMMAR:
         return False
+    size = _utf8_size(text)
+    return size is not None and size <= MAX_GRAMMAR
+
+
+def _utf8_size(text: str) -> int | None:
+    """Return the bytes of ``text``; None where it has half of a surrogate pair."""
     try:
-        return len(text.encode()) <= MAX_GRAMMAR
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None

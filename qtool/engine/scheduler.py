@@ -1,16 +1,15 @@
-"""What runs in the next step: one token for each sequence that decodes, then pieces of prompts,
-within a budget of tokens.
+"""The scheduler: chooses what runs in the next step, one token for each sequence that decodes, then
+parts of prompts, within a budget of tokens.
 
 A step may be launched before the tokens of the step before it are read: such a token is *pending*,
 its value is on the device alone.
 
 Pages are registered for reuse when the step that fills them is scheduled, so that sequences which
-arrive together compute a common prompt
-once, even within one step: in each layer the keys and values of all tokens are written before
-attention reads any. The price: when a step raises, those who share its pages must fail with it.
-They are in that step or, if the error shows only when its tokens are read, in the
-steps launched since: fail the sequences of all of these. Keys and values that are NaN make the
-    logits of those who share them NaN: they fail by themselves.
+arrive together compute a common prompt once, even within one step: in each layer the keys and
+values of all tokens are written before attention reads any. The price: when a step raises, the
+sequences that share its pages must fail with it. They are in that step or, if the error shows only
+when its tokens are read, in the steps launched since: fail the sequences of all of these. Keys and
+values that are NaN make the logits of those who share them NaN: they fail by themselves.
 """
 
 from __future__ import annotations
@@ -48,15 +47,14 @@ class SequenceState:
 
     prompt: list[int]
     max_new_tokens: int
-    waits_for_tokens: bool = (
-        False  # each token must be read before the next is scheduled (penalties count tokens)
-    )
+    waits_for_tokens: bool = False
+    """Each token must be read before the next is scheduled: penalties count tokens."""
     use_prefix: bool = True
     """False: every token of the prompt is computed (logprobs of the prompt)."""
-    # for all tokens of the prompt, which is then computed in small parts: they take memory
     needs_logits: bool = False
+    """For all tokens of the prompt, which is then computed in small parts: logits take memory."""
     owner: object = None
-    """Whatever the caller wants to find here again."""
+    """The caller's own object."""
     state: Literal["waiting", "running", "finished"] = "waiting"
     tokens: list[int] = field(init=False)
     """Prompt and outputs read back."""
@@ -102,9 +100,10 @@ class Step:
     """One forward pass."""
 
     chunks: list[Chunk]
-    decodes: (
-        int  # the first so many chunks have count 1, samples, start > 0; their token may be pending
-    )
+    decodes: int
+    """So many chunks at the beginning have count 1, samples, start > 0; their token may be
+    pending.
+    """
     updates: list[tuple[int, int, int]]
     """(row, column, page) to set in the page table before the step; no (row, column) twice."""
 
@@ -176,13 +175,28 @@ class Scheduler:
         """Return the next step, or None when nothing can run before a pending token is read or a
         sequence arrives.
 
-        The caller must launch the step, or `fail` the sequences in it.
+        The caller must launch the step, `rollback` it, or `fail` the sequences in it.
         """
         self._logits_left = PROMPT_LOGITS
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
         # prompts; no later sequence of the loop takes their pages, for they are older
+        unfinished = self._schedule_decodes(decodes, updates)
+        left = self.token_budget - len(decodes)
+        for sequence in unfinished:
+            left -= self._prefill(sequence, left, decodes, prefills)
+        while left and self._can_admit() and self._admit(self.waiting[0], updates):
+            left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
+        chunks = decodes + prefills
+        return Step(chunks, len(decodes), updates) if chunks else None
+
+    def _schedule_decodes(
+        self, decodes: list[Chunk], updates: list[tuple[int, int, int]]
+    ) -> list[SequenceState]:
+        """Add a token of each sequence that decodes to ``decodes``; return those that run and whose
+        tokens are not all computed.
+        """
         unfinished = []
         for sequence in self.running:  # preemption takes from the end of this list
             start, pending = sequence.computed, sequence.pending
@@ -195,17 +209,10 @@ class Scheduler:
                 decodes.append(Chunk(sequence, start, 1, True))
                 sequence.computed = length
                 sequence.pending = pending + 1
-        left = self.token_budget - len(decodes)
-        for sequence in unfinished:
-            left -= self._prefill(sequence, left, decodes, prefills)
-        while (
-            left
-            and self.waiting
-            and len(self.running) < self.max_running
-            and self._admit(self.waiting[0], updates)
-        ):
-            left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
-        return Step(decodes + prefills, len(decodes), updates) if decodes or prefills else None
+        return unfinished
+
+    def _can_admit(self) -> bool:
+        return bool(self.waiting) and len(self.running) < self.max_running
 
     def commit(self, step: Step, tokens: Iterable[int]) -> None:
         """Append the tokens read back, one for each chunk of ``step`` that samples; those of
@@ -275,21 +282,12 @@ class Scheduler:
         # who is admitted is in the step: it may share the step's pages, and must fail with it
         if sequence.needs_logits and not self._logits_left:
             return False
-        # a page for each that runs: they go on for some steps before one is preempted
-        reserve = len(self.running)
-        if sequence.pending or sequence.length >= sequence.longest or self.pages.free <= reserve:
+        if sequence.pending or sequence.length >= sequence.longest:
             return False
-        size = len(sequence.tokens)
-        self._digest(sequence, size // PAGE)
-        # The last token is always computed: the next one is sampled from it.
-        found = (
-            self.pages.match(sequence.digests[: (size - 1) // PAGE]) if sequence.use_prefix else []
-        )
-        needed = -(-size // PAGE) - len(found)
-        fresh = self.pages.allocate(needed) if self.pages.free >= needed + reserve else None
-        if fresh is None:
-            self.pages.release(found)
+        pages = self._allocate(sequence)
+        if pages is None:
             return False
+        found, fresh = pages
         sequence.pages = found + fresh
         sequence.registered = len(found)
         sequence.computed = len(found) * PAGE
@@ -300,8 +298,29 @@ class Scheduler:
         if sequence.use_prefix and not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
             self.prefix_hits += sequence.computed
-            self.prefix_queries += size
+            self.prefix_queries += len(sequence.tokens)
         return True
+
+    def _allocate(self, sequence: SequenceState) -> tuple[list[int], list[int]] | None:
+        """Return pages for all tokens of ``sequence``, those found in the cache and fresh ones;
+        None where they are scarce.
+        """
+        # a page for each that runs: they go on for some steps before one is preempted
+        reserve = len(self.running)
+        if self.pages.free <= reserve:
+            return None
+        size = len(sequence.tokens)
+        self._digest(sequence, size // PAGE)
+        found: list[int] = []
+        if sequence.use_prefix:
+            # The last token is always computed: the next one is sampled from it.
+            found = self.pages.match(sequence.digests[: (size - 1) // PAGE])
+        needed = -(-size // PAGE) - len(found)
+        fresh = self.pages.allocate(needed) if self.pages.free >= needed + reserve else None
+        if fresh is None:
+            self.pages.release(found)
+            return None
+        return found, fresh
 
     def _grow(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give a running sequence one more page, if need be that of a newer one; False when it is

@@ -13,10 +13,27 @@ from hypothesis import strategies as st
 from support import EXAMPLE, ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from qtool.engine.detokenizer import HALF, MOST_HELD, Detokenizer, TextStream
+from qtool.engine import detokenizer
+from qtool.engine.detokenizer import HALF, MOST_HELD, Detokenizer
 from qtool.engine.sampling_params import SamplingParams
 
 TINY = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
+
+
+class TextStream(detokenizer.TextStream):
+    """Remembers the text that was taken."""
+
+    taken = ""
+
+    def take(self) -> str:
+        new = super().take()
+        self.taken += new
+        return new
+
+    @property
+    def text(self) -> str:
+        """All text that is safe to give out, whether taken or not."""
+        return self.taken + "".join(self._safe)
 
 
 def byte_level_tokenizer() -> Tokenizer:

@@ -29,7 +29,7 @@ from qtool.errors import UsageError
         *({"seed": value} for value in (2**64, 1.0, False)),
         *(
             {"stop": value}
-            for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1})
+            for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1}, "\ud800")
         ),
         *({"stop_token_ids": value} for value in ([-1], [True], [1.0], "12", 3, [1] * 1025)),
         *(
