@@ -169,32 +169,23 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
     """
     weights, (rows, columns) = scheme.weights, tensor.shape
     height, width = weights.block or (1, weights.group_size or columns)
-    amax, scale2 = None, None
-    if weights.granularity == "tensor" or weights.scale == "e4m3":
-        low, high = torch.aminmax(tensor)
-        amax = torch.maximum(low.float().abs(), high.float().abs())
-    if weights.scale == "e4m3" and amax is not None:
-        # kernels then unpack fp4 to fp8, so scale * code stays below 448
-        over_fp8 = scheme.activations and scheme.activations.format == "fp8"
-        scale2 = torch.where(
-            amax > 0, to_16_bits(amax) / amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE), 1.0
-        )
-    dtype = tensor.dtype if tensor.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    rounding = _Rounding.of(tensor, scheme)
     whole: list[Tensor | None] = []  # data, scale, zero
     for start, stop in _row_ranges(rows, columns, height):
-        parts = _rounded(tensor[start:stop].float(), weights, height, width, amax, scale2, dtype)
+        parts = rounding.round(tensor[start:stop].float(), height, width)
         if not whole:
             tiles = -(-rows // height)
             whole = [
-                None if part is None else part.new_empty(rows if i == 0 else tiles, part.shape[1])
-                for i, part in enumerate(parts)
+                None if part is None else part.new_empty(size, part.shape[1])
+                for part, size in zip(parts, (rows, tiles, tiles), strict=True)
             ]
-        for i, (target, part) in enumerate(zip(whole, parts, strict=True)):
+        firsts = (start, start // height, start // height)
+        for target, part, first in zip(whole, parts, firsts, strict=True):
             if target is not None and part is not None:
-                first = start if i == 0 else start // height
                 target[first : first + part.shape[0]] = part
     data, scale, zero = whole
     assert data is not None and scale is not None
+    scale2 = rounding.scale2
     return QuantizedWeight(
         data,
         scale,
@@ -213,60 +204,89 @@ def uneven_block(weights: Weights, shape: tuple[int, int]) -> tuple[int, int] | 
     return (height, width) if shape[0] % height or shape[1] % width else None
 
 
-def _rounded(
-    x: Tensor,
-    weights: Weights,
-    height: int,
-    width: int,
-    amax: Tensor | None,
-    scale2: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``; ``amax``
-    and ``scale2`` are those of the whole weight.
-    """
-    rows, columns = x.shape
-    padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
-    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    top, zero = 2 ** (weights.bits - 1), None  # integers run from -top to top - 1
-    if weights.symmetric:
-        largest_here = (
-            amax.expand(rows, 1)
-            if weights.granularity == "tensor" and amax is not None
-            else tiles.abs().amax((1, 3))
-        )
-    else:
-        low, high = tiles.amin((1, 3)).clamp(max=0), tiles.amax((1, 3)).clamp(min=0)
-        largest_here = high - low
-    largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format) or (2 * top - 1) / (
-        2 if weights.symmetric else 1
-    )
-    # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
-    limit = x.new_tensor(largest_code)
-    if scale2 is not None:
-        scale = to_fp8((largest_here / (limit * scale2)).clamp(min=2**-9))
-        step = scale.float() * scale2
-    elif weights.scale == "e8m0":
-        step = mx_scale(largest_here, largest_code)
-        scale = step.to(torch.float8_e8m0fnu)
-    else:
-        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        scale = (
-            torch.where(largest_here > 0, largest_here / limit, 1.0).to(dtype).clamp(min=smallest)
-        )
-        step = scale.float()
-    ratio = tiles / step[:, None, :, None]
-    if weights.format.startswith("int"):
-        if not weights.symmetric:
+@dataclass(frozen=True)
+class _Rounding:
+    """How the rows of one weight are rounded, wherever they stand in it."""
+
+    weights: Weights
+    dtype: torch.dtype
+    """Of scales that are floats of 16 or 32 bits."""
+    amax: Tensor | None
+    """Of the whole weight, f32 scalar, where one scale covers all of it."""
+    scale2: Tensor | None
+    """f32 scalar, over e4m3 scales."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, scheme: Scheme) -> _Rounding:
+        """Look at the whole ``tensor``, if its scales depend on all of it."""
+        weights, amax, scale2 = scheme.weights, None, None
+        if weights.granularity == "tensor" or weights.scale == "e4m3":
+            low, high = torch.aminmax(tensor)
+            amax = torch.maximum(low.float().abs(), high.float().abs())
+        if weights.scale == "e4m3" and amax is not None:
+            # kernels then unpack fp4 to fp8, so scale * code stays below 448
+            over_fp8 = scheme.activations and scheme.activations.format == "fp8"
+            largest_product = amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE)
+            scale2 = torch.where(amax > 0, to_16_bits(amax) / largest_product, 1.0)
+        is_16_bits = tensor.dtype in (torch.bfloat16, torch.float16)
+        return cls(weights, tensor.dtype if is_16_bits else torch.float32, amax, scale2)
+
+    def round(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``."""
+        rows, columns = x.shape
+        padded = torch.nn.functional.pad(x, (0, -columns % width, 0, -rows % height))
+        tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+        low = None if self.weights.symmetric else tiles.amin((1, 3)).clamp(max=0)
+        scale, step = self._scales(tiles, low)
+        codes, zero = self._codes(tiles / step[:, None, :, None], low, step)
+        data = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+        if self.weights.bits == 4:
+            is_fp4 = self.weights.format == "fp4"
+            data = pack_pairs(data if is_fp4 else (data + 8).view(torch.uint8))
+        return data, scale, zero
+
+    def _scales(self, tiles: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the scales as they are stored, and the step between two codes, f32.
+
+        Args:
+            low: the smallest number of each tile, 0 at most, where codes have zero points.
+        """
+        weights = self.weights
+        if low is not None:
+            spans = tiles.amax((1, 3)).clamp(min=0) - low
+        elif weights.granularity == "tensor" and self.amax is not None:
+            spans = self.amax.expand(tiles.shape[0], 1)
+        else:
+            spans = tiles.abs().amax((1, 3))
+        largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format)
+        if largest_code is None:
+            largest_code = (2**weights.bits - 1) / (2 if weights.symmetric else 1)
+        # CUDA multiplies by the reciprocal of a Python number, and the CPU divides
+        limit = tiles.new_tensor(largest_code)
+        if self.scale2 is not None:
+            scale = to_fp8((spans / (limit * self.scale2)).clamp(min=2**-9))
+            return scale, scale.float() * self.scale2
+        if weights.scale == "e8m0":
+            step = mx_scale(spans, largest_code)
+            return step.to(torch.float8_e8m0fnu), step
+        smallest = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+        scale = torch.where(spans > 0, spans / limit, 1.0).to(self.dtype).clamp(min=smallest)
+        return scale, scale.float()
+
+    def _codes(
+        self, ratio: Tensor, low: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the codes of ``ratio``, tiles in steps, which it overwrites; and zero points."""
+        if self.weights.format == "fp8":
+            return to_fp8(ratio), None
+        if self.weights.format == "fp4":
+            return to_fp4(ratio), None
+        top, zero = 2 ** (self.weights.bits - 1), None  # integers run from -top to top - 1
+        if low is not None:
             zero = (-top - low / step).round().clamp(-top, top - 1)
             ratio = ratio.round_().add_(zero[:, None, :, None])
-        codes = ratio.round_().clamp_(-top, top - 1).to(torch.int8)
-    else:
-        codes = to_fp8(ratio) if weights.format == "fp8" else to_fp4(ratio)
-    data = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
-    if weights.bits == 4:
-        data = pack_pairs(data if weights.format == "fp4" else (data + 8).view(torch.uint8))
-    return data, scale, None if zero is None else zero.to(torch.int8)
+            zero = zero.to(torch.int8)
+        return ratio.round_().clamp_(-top, top - 1).to(torch.int8), zero
 
 
 def fake_quantize_input(
@@ -285,41 +305,53 @@ def fake_quantize_input(
     groups, columns = x.float(), x.shape[-1]
     if activation.granularity == "group":
         size = activation.group_size or columns
-        # the last group may be short
-        groups = torch.nn.functional.pad(groups, (0, -columns % size)).reshape(
-            *x.shape[:-1], -1, size
-        )
+        padded = torch.nn.functional.pad(groups, (0, -columns % size))  # the last may be short
+        groups = padded.reshape(*x.shape[:-1], -1, size)
     over = tuple(range(x.dim())) if activation.granularity == "tensor" else -1
-    amax = groups.abs().amax(over, keepdim=True)
-    if activation.scale == "e4m3":
-        scale2 = (
-            static_scale
-            if static_scale is not None
-            else divided(x.float().abs().amax(), NVFP4_RANGE)
-        )
-        scale = to_fp8(amax / (FP4_MAX * scale2)).float() * scale2
-    elif activation.scale == "e8m0":
-        scale = mx_scale(amax, FP4_MAX if activation.format == "fp4" else FP8_MAX)
-    elif static_scale is not None:
-        scale = static_scale
+    is_int = activation.format.startswith("int")
+    if is_int and not activation.symmetric and static_zero is None:
+        rounded = _round_to_range(groups, over, int(largest(activation)))
     else:
-        scale = divided(amax, largest(activation))
-    scale = torch.where(scale > 0, scale, 1.0)
-    if activation.format == "fp8":
-        rounded = to_fp8(groups / scale).float() * scale
-    elif activation.format == "fp4":
-        rounded = codes_to_values(to_fp4(groups / scale), torch.float8_e4m3fn, packed=False) * scale
-    else:
-        top, zero = int(largest(activation)), 0.0 if static_zero is None else static_zero
-        if not activation.symmetric and static_zero is None:
-            low, high = (
-                groups.amin(over, keepdim=True).clamp(max=0),
-                groups.amax(over, keepdim=True).clamp(min=0),
-            )
-            scale = divided(high - low, 2 * top + 1).clamp(min=torch.finfo(torch.float32).tiny)
-            zero = (-top - 1 - low / scale).round()
-        rounded = ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
+        scale = _input_scale(x, groups.abs().amax(over, keepdim=True), activation, static_scale)
+        scale = torch.where(scale > 0, scale, 1.0)
+        rounded = _round_by_scale(groups, scale, activation, static_zero)
     return rounded.reshape(*x.shape[:-1], -1)[..., :columns].to(x.dtype)
+
+
+def _input_scale(
+    x: Tensor, amax: Tensor, activation: Activations, static_scale: Tensor | None
+) -> Tensor:
+    """Return the scale of inputs ``x``; ``amax``: of each part that shares one."""
+    if activation.scale == "e4m3":
+        scale2 = static_scale
+        if scale2 is None:
+            scale2 = divided(x.float().abs().amax(), NVFP4_RANGE)
+        return to_fp8(amax / (FP4_MAX * scale2)).float() * scale2
+    if activation.scale == "e8m0":
+        return mx_scale(amax, FP4_MAX if activation.format == "fp4" else FP8_MAX)
+    if static_scale is not None:
+        return static_scale
+    return divided(amax, largest(activation))
+
+
+def _round_by_scale(
+    groups: Tensor, scale: Tensor, activation: Activations, zero: Tensor | None
+) -> Tensor:
+    if activation.format == "fp8":
+        return to_fp8(groups / scale).float() * scale
+    if activation.format == "fp4":
+        return codes_to_values(to_fp4(groups / scale), torch.float8_e4m3fn, packed=False) * scale
+    top, shift = int(largest(activation)), 0.0 if zero is None else zero
+    return ((groups / scale).round() + shift).clamp(-top - 1, top).sub(shift) * scale
+
+
+def _round_to_range(groups: Tensor, over: int | tuple[int, ...], top: int) -> Tensor:
+    """Round to integers from ``-top - 1`` to ``top`` with the zero point that the range needs."""
+    low = groups.amin(over, keepdim=True).clamp(max=0)
+    high = groups.amax(over, keepdim=True).clamp(min=0)
+    scale = divided(high - low, 2 * top + 1).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-top - 1 - low / scale).round()
+    return ((groups / scale).round() + zero).clamp(-top - 1, top).sub(zero) * scale
 
 
 def divided(x: Tensor, number: float) -> Tensor:

@@ -5,25 +5,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec, bad_line, rows
-from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import DataRefused, nearest
+
+PAIR = {"prompt", "completion"}
+SHOWN_FIELDS = 12  # of a record, in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a record gives: ``ids``, or else ``messages``, or else ``text``; ``where`` says file and
-    line.
-    """
+    """What a record gives: ``ids``, or else ``messages``, or else ``text``."""
 
     where: str
+    """File and line, for messages."""
     text: str = ""
-    messages: Sequence[Json] = ()
+    messages: Sequence[Mapping[str, object]] = ()
     ids: Sequence[int] | None = None
 
     @property
@@ -34,11 +34,9 @@ class Record:
         """
         if self.ids is not None:
             return len(self.ids)
-        return (
-            max(MIN_TOKENS, len(str(self.messages)))
-            if self.messages
-            else len(self.text.strip().encode())
-        )
+        if self.messages:
+            return max(MIN_TOKENS, len(str(self.messages)))
+        return len(self.text.strip().encode())
 
 
 def records(spec: CalibrationSpec) -> Iterator[Record]:
@@ -59,7 +57,7 @@ def records(spec: CalibrationSpec) -> Iterator[Record]:
         )
 
 
-def _record(where: str, fields: Any, text_column: str | None) -> Record:
+def _record(where: str, fields: object, text_column: str | None) -> Record:
     if not isinstance(fields, dict):
         raise bad_line(where, f"found {_kind(fields)}")
     given = {name: value for name, value in fields.items() if value is not None}
@@ -67,44 +65,42 @@ def _record(where: str, fields: Any, text_column: str | None) -> Record:
         return Record(where, ids=_ids(where, given["input_ids"], given.get("attention_mask")))
     if text_column:
         if text_column not in fields:
-            hint = nearest(text_column, fields) or "give one of these as --text-column"
             raise DataRefused(
                 "E_DATA_FIELD",
                 f"{where}: no field `{text_column}`; it has {_listed(fields)}",
-                hint=hint,
+                hint=nearest(text_column, fields) or "give one of these as --text-column",
             )
         return Record(where, _text(where, text_column, given.get(text_column, "")))
     if "messages" in given:
         return Record(where, messages=_messages(where, "messages", given["messages"]))
-    if "prompt" in given and "completion" in given:
-        if isinstance(given["prompt"], list):  # a conversation, cut before its last answer
-            both = [_messages(where, name, given[name]) for name in ("prompt", "completion")]
-            return Record(where, messages=both[0] + both[1])
-        return Record(
-            where,
-            _text(where, "prompt", given["prompt"])
-            + _text(where, "completion", given["completion"]),
-        )
+    if given.keys() >= PAIR:
+        return _completed_prompt(where, given["prompt"], given["completion"])
     if "text" in given:
         return Record(where, _text(where, "text", given["text"]))
-    if {"input_ids", "messages", "text"} & fields.keys() or {
-        "prompt",
-        "completion",
-    } <= fields.keys():
+    if fields.keys() & {"input_ids", "messages", "text"} or fields.keys() >= PAIR:
         return Record(where)  # null: nothing to use, as with an empty text
-    column = next((name for name, value in given.items() if isinstance(value, str)), "NAME")
-    message = (
-        f"{where}: no `text`, `messages`, `prompt` with `completion`, or `input_ids`; it has "
-        f"{_listed(fields)}"
-    )
-    raise DataRefused(
+    raise _no_known_field(where, fields)
+
+
+def _completed_prompt(where: str, prompt: object, completion: object) -> Record:
+    if isinstance(prompt, list):  # a conversation, cut before its last answer
+        start = _messages(where, "prompt", prompt)
+        return Record(where, messages=start + _messages(where, "completion", completion))
+    text = _text(where, "prompt", prompt) + _text(where, "completion", completion)
+    return Record(where, text)
+
+
+def _no_known_field(where: str, fields: Mapping[str, object]) -> DataRefused:
+    column = next((name for name, value in fields.items() if isinstance(value, str)), "NAME")
+    return DataRefused(
         "E_DATA_FIELD",
-        message,
+        f"{where}: no `text`, `messages`, `prompt` with `completion`, or `input_ids`; it has "
+        f"{_listed(fields)}",
         hint=f"say which field holds the text, for example --text-column {column}",
     )
 
 
-def _text(where: str, name: str, value: Any) -> str:
+def _text(where: str, name: str, value: object) -> str:
     if not isinstance(value, str):
         raise _bad_field(where, f"`{name}` is {_kind(value)}", "a string")
     try:
@@ -118,7 +114,7 @@ def _text(where: str, name: str, value: Any) -> str:
     return value
 
 
-def _messages(where: str, name: str, value: Any) -> list[JsonDict]:
+def _messages(where: str, name: str, value: object) -> list[dict[str, object]]:
     if not isinstance(value, list) or not value:
         raise _bad_field(where, f"`{name}` is {_kind(value)}", "a list of messages")
     for number, message in enumerate(value):
@@ -135,24 +131,20 @@ def _messages(where: str, name: str, value: Any) -> list[JsonDict]:
     return value
 
 
-def _ids(where: str, ids: Any, mask: Any) -> list[int]:
+def _ids(where: str, ids: object, mask: object) -> list[int]:
     if not isinstance(ids, list):
         raise _bad_field(where, f"`input_ids` is {_kind(ids)}", "a list of token ids")
     for number, value in enumerate(ids):
         if type(value) is not int or value < 0:
+            shown = json.dumps(value, default=str)[:40]
             raise _bad_field(
-                where,
-                f"`input_ids[{number}]` is {json.dumps(value, default=str)[:40]}",
-                "a whole number, 0 or more",
+                where, f"`input_ids[{number}]` is {shown}", "a whole number, 0 or more"
             )
     if mask is None:
         return ids
     if not isinstance(mask, list) or len(mask) != len(ids):
-        raise _bad_field(
-            where,
-            "`attention_mask` does not go with `input_ids`",
-            f"a list of {len(ids)} zeros and ones",
-        )
+        expected = f"a list of {len(ids)} zeros and ones"
+        raise _bad_field(where, "`attention_mask` does not go with `input_ids`", expected)
     # padding must not enter the statistics
     return [value for value, kept in zip(ids, mask, strict=True) if kept]
 
@@ -168,16 +160,16 @@ _KINDS = {
 }
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "an empty list" if value == [] else _KINDS.get(type(value), type(value).__name__)
 
 
-def _listed(fields: Json) -> str:
-    names = [f"`{name}`" for name in islice(fields, 12)]
-    return (
-        ", ".join(names) + (f" and {len(fields) - 12} more" if len(fields) > 12 else "")
-        or "no fields"
-    )
+def _listed(fields: Mapping[str, object]) -> str:
+    if not fields:
+        return "no fields"
+    names = ", ".join(f"`{name}`" for name in islice(fields, SHOWN_FIELDS))
+    left = len(fields) - SHOWN_FIELDS
+    return f"{names} and {left} more" if left > 0 else names
 
 
 def _bad_field(where: str, what: str, expected: str) -> DataRefused:

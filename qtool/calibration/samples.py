@@ -20,20 +20,19 @@ LONG_TOKEN = 16  # characters; no ordinary text has so many a token on average
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What became of the data.
-
-    ``used`` counts samples and ``tokens`` what they hold, ``dropped`` the texts shorter than 11
-    tokens (packed: the empty texts, and the rest at the end), ``truncated`` the texts cut to
-    ``seq_len``. ``digest``: sha256 of the samples, each as its length and its ids, little-endian
-    uint32.
-    """
+    """What became of the data."""
 
     source: str
     used: int
+    """Samples."""
     tokens: int
+    """Tokens in these samples."""
     dropped: int
+    """Texts shorter than 11 tokens; packed: the empty texts, and the rest at the end."""
     truncated: int
+    """Texts cut to ``seq_len``."""
     digest: str
+    """sha256 of the samples, each as its length and its ids, little-endian uint32."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +76,13 @@ def load_calibration(
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
     """
-    longest = (0, "")
-
-    def texts() -> Iterator[Sequence[int]]:
-        nonlocal longest
-        for record in records(spec):
-            ids = _token_ids(
-                record, tokenizer, spec.seq_len * (spec.num_samples if spec.pack else 1)
-            )
-            if max(ids, default=0) >= vocab_size:
-                message = (
-                    f"{record.where}: token id {max(ids)} is outside the model's vocabulary of "
-                    f"{vocab_size}"
-                )
-                raise DataRefused(
-                    "E_DATA_VOCAB", message, hint="tokenize with the tokenizer of this very model"
-                )
-            longest = max(longest, (len(ids), record.where))
-            yield ids
-
+    texts = _Texts(spec, tokenizer, vocab_size)
+    pieces: Iterable[Sequence[int]] = texts
+    if spec.pack:
+        pieces = _pack(texts, spec.seq_len, tokenizer.eos_token_id)
     samples: list[tuple[int, ...]] = []
     dropped = truncated = 0
-    for ids in _pack(texts(), spec.seq_len, tokenizer.eos_token_id) if spec.pack else texts():
+    for ids in pieces:
         if len(ids) < MIN_TOKENS:
             dropped += 1
             continue
@@ -107,16 +91,43 @@ def load_calibration(
         if len(samples) == spec.num_samples:
             break
     if not samples:
-        raise _useless(spec, longest)
-    digest = hashlib.sha256(
-        b"".join(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in samples)
-    ).hexdigest()
-    return CalibrationSet(
-        tuple(samples),
-        CalibrationReport(
-            spec.source, len(samples), sum(map(len, samples)), dropped, truncated, digest
-        ),
+        raise _useless(spec, texts.longest)
+    packed = (struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in samples)
+    report = CalibrationReport(
+        source=spec.source,
+        used=len(samples),
+        tokens=sum(map(len, samples)),
+        dropped=dropped,
+        truncated=truncated,
+        digest=hashlib.sha256(b"".join(packed)).hexdigest(),
     )
+    return CalibrationSet(tuple(samples), report)
+
+
+class _Texts:
+    """The token ids of each record of ``spec``, in the order of the draw."""
+
+    def __init__(
+        self, spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    ) -> None:
+        self._spec, self._tokenizer, self._vocab_size = spec, tokenizer, vocab_size
+        self.longest = (0, "")
+        """Tokens of the longest record so far, and where it stands."""
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        spec = self._spec
+        limit = spec.seq_len * (spec.num_samples if spec.pack else 1)
+        for record in records(spec):
+            ids = _token_ids(record, self._tokenizer, limit)
+            if max(ids, default=0) >= self._vocab_size:
+                raise DataRefused(
+                    "E_DATA_VOCAB",
+                    f"{record.where}: token id {max(ids)} is outside the model's vocabulary of "
+                    f"{self._vocab_size}",
+                    hint="tokenize with the tokenizer of this very model",
+                )
+            self.longest = max(self.longest, (len(ids), record.where))
+            yield ids
 
 
 def _pack(
@@ -173,9 +184,7 @@ def _rendered(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         text: str = tokenizer.apply_chat_template(record.messages, tokenize=False)
         text.encode()
-    except (
-        Exception
-    ) as error:  # a template is a program of the model's author: it raises what it likes
+    except Exception as error:  # a template is a program, and raises anything
         hint = "roles and their order must be those that the model's chat template knows"
         raise DataRefused(
             "E_DATA_TEMPLATE",

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint.hub import check_hub_is_reachable
 from qtool.errors import DataRefused, ResourceError, UsageError, nearest, one_line
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 MIN_TOKENS = 11  # GPTQModel 7.6 drops rows of 10 tokens and fewer; one rule for every backend
 # what a record is searched for, besides --text-column
@@ -37,22 +40,24 @@ SHUFFLE_BUFFER = 1000  # records of a Hub stream that are fetched before the fir
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Which data, and how it is cut: ``num_samples`` of at most ``seq_len`` tokens; a backend sees
-    ``batch_size`` of them at a time.
-
-    ``source`` is a ``.jsonl``, ``.json``, ``.txt`` or ``.parquet`` file, or a Hub data set
-    ``name[:config][:split]``.
+    """Which data, and how it is cut.
 
     Raises: UsageError, when a number is too small to calibrate with.
     """
 
     source: str
+    """A .jsonl, .json, .txt or .parquet file, or a Hub data set name[:config][:split]."""
     text_column: str | None = None
+    """The field that holds the text; None: one of `FIELDS`."""
     num_samples: int = 512
     seq_len: int = 2048
+    """Tokens of a sample, at most."""
     seed: int = 0
+    """Decides the order in which records are drawn."""
     pack: bool = False
+    """Join the texts and cut them into pieces of ``seq_len`` tokens."""
     batch_size: int = 1
+    """Samples that a backend sees at a time."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("seq_len", MIN_TOKENS), ("batch_size", 1)):
@@ -67,7 +72,7 @@ class CalibrationSpec:
                 )
 
 
-Rows = Iterator[tuple[str, Any]]  # where the record stands, for messages; the record
+Rows = Iterator[tuple[str, object]]  # where the record stands, for messages; the record
 
 
 def rows(spec: CalibrationSpec) -> Rows:
@@ -99,37 +104,43 @@ def bad_line(where: str, what: str) -> DataRefused:
 
 def _reader_of(path: Path) -> Callable[[Path, CalibrationSpec], Rows]:
     """Return the reader for ``path``, after a look at its name and first bytes."""
-    known = ", ".join(READERS)
     if not path.is_file():
-        what = (
-            "is a folder"
-            if path.is_dir()
-            else "is no regular file"
-            if path.exists()
-            else "does not exist"
-        )
-        near = (
-            nearest(path.name, (other.name for other in path.parent.iterdir()))
-            if not path.exists() and path.parent.is_dir()
-            else ""
-        )
-        raise DataRefused(
-            "E_DATA_MISSING",
-            f"{path} {what}",
-            hint=near or f"give a file ({known}) or a Hub data set, name[:config][:split]",
-        )
-    if path.suffix.lower() not in READERS:
+        raise _no_file(path)
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
         raise DataRefused(
             "E_DATA_FORMAT",
             f"{path}: unknown kind of file `{path.suffix}`",
-            hint=f"known: {known}; unpack or convert it first",
+            hint=f"known: {', '.join(READERS)}; unpack or convert it first",
         )
     with path.open("rb") as file:
         head = file.read(8192)
-    if b"\0" in head and path.suffix.lower() != ".parquet":
+    if b"\0" in head and suffix != ".parquet":
         hint = "Parquet needs the suffix .parquet; unpack what is compressed; text must be UTF-8"
         raise DataRefused("E_DATA_BINARY", f"{path} is a binary file, not text", hint=hint)
-    return READERS[path.suffix.lower()] if head else lambda path, spec: iter(())
+    return READERS[suffix] if head else _no_records
+
+
+def _no_file(path: Path) -> DataRefused:
+    near = ""
+    if path.is_dir():
+        what = "is a folder"
+    elif path.exists():
+        what = "is no regular file"
+    else:
+        what = "does not exist"
+        if path.parent.is_dir():
+            near = nearest(path.name, (other.name for other in path.parent.iterdir()))
+    known = ", ".join(READERS)
+    return DataRefused(
+        "E_DATA_MISSING",
+        f"{path} {what}",
+        hint=near or f"give a file ({known}) or a Hub data set, name[:config][:split]",
+    )
+
+
+def _no_records(path: Path, spec: CalibrationSpec) -> Rows:
+    return iter(())
 
 
 def _text(path: Path, spec: CalibrationSpec) -> Rows:
@@ -196,7 +207,7 @@ def _json(path: Path, spec: CalibrationSpec) -> Rows:
             hint="write one object a line and name it .jsonl, which is streamed",
         )
     try:
-        value = json.loads(path.read_bytes())
+        records = _records_in(json.loads(path.read_bytes()), spec)
     except (ValueError, RecursionError) as error:
         # one value ends and the next begins: these are JSON Lines
         if getattr(error, "msg", "") == "Extra data":
@@ -205,15 +216,19 @@ def _json(path: Path, spec: CalibrationSpec) -> Rows:
         raise bad_line(
             f"{path}, line {getattr(error, 'lineno', 1)}", f"this is not JSON: {error}"
         ) from error
-    # {"data": [...]}
-    if isinstance(value, dict) and not value.keys() & {
-        *FIELDS,
-        spec.text_column,
-    }:
-        value = next((part for part in value.values() if isinstance(part, list)), value)
-    records = value if isinstance(value, list) else [value]
     for index in _shuffled(len(records), spec.seed):
         yield f"{path}, item {index + 1}", records[index]
+
+
+def _records_in(value: object, spec: CalibrationSpec) -> list[object]:
+    """Return a list itself, the first list in an object such as ``{"data": [...]}``, or else
+    ``value`` as the only record.
+    """
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict) and not value.keys() & {*FIELDS, spec.text_column}:
+        return next((part for part in value.values() if isinstance(part, list)), [value])
+    return [value]
 
 
 def _parquet(path: Path, spec: CalibrationSpec) -> Rows:
@@ -240,28 +255,22 @@ def _parquet(path: Path, spec: CalibrationSpec) -> Rows:
         ) from error
 
 
-def _parquet_rows(file: Any, numbers: list[int], columns: list[str]) -> dict[int, Any]:
+def _parquet_rows(file: ParquetFile, numbers: list[int], columns: list[str]) -> dict[int, object]:
     """Return the records at ``numbers``, which are sorted; row groups without any of them are not
     read.
     """
-    found: dict[int, Any] = {}
+    found: dict[int, object] = {}
     group_end = 0
     for group in range(file.num_row_groups):
         first, group_end = group_end, group_end + file.metadata.row_group(group).num_rows
         if bisect_left(numbers, first) == bisect_left(numbers, group_end):
             continue
         for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-            here = numbers[
-                bisect_left(numbers, first) : bisect_left(numbers, first + batch.num_rows)
-            ]
+            stop = bisect_left(numbers, first + batch.num_rows)
+            here = numbers[bisect_left(numbers, first) : stop]
             if here:
-                found.update(
-                    zip(
-                        here,
-                        batch.take([number - first for number in here]).to_pylist(),
-                        strict=True,
-                    )
-                )
+                taken = batch.take([number - first for number in here]).to_pylist()
+                found.update(zip(here, taken, strict=True))
             first += batch.num_rows
     return found
 
