@@ -1,18 +1,16 @@
-"""The modules that the layers of a checkpoint become: weights that share an input are joined and
-packed for their kernel.
-"""
+"""The modules that the layers of a checkpoint become, packed for their kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qtool import formats
 from qtool.formats.packing import read_tensor
-from qtool.runtime.kernels import device_of
+from qtool.runtime.kernels import LinearSpec, device_of
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.load_plan import Group, LoadPlan, Source, cached_choice, make_group
 from qtool.runtime.skeleton import Place
@@ -21,77 +19,78 @@ from qtool.weight import Activation, QuantizedWeight, quantize
 RawTensors = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Member:
+    """A layer of a group with its data."""
+
+    source: Source
+    weight: QuantizedWeight
+    bias: Tensor | None
+
+
 def build_modules(
     plan: LoadPlan, group: Group, raw: Sequence[RawTensors]
 ) -> Iterator[tuple[Place, nn.Module]]:
-    """Yield the modules that the layers of ``group`` become: one for all where what they ask of
-    their input is the same.
+    """Yield the modules that the layers of ``group`` become, and where they go.
+
+    Layers become one module if their weights require the same of their input.
     """
-    weights = [
-        _weight(plan, source, tensors) for source, tensors in zip(group.sources, raw, strict=True)
+    members = [
+        _read_member(plan, source, tensors)
+        for source, tensors in zip(group.sources, raw, strict=True)
     ]
     if group.sources[0].experts > 1:
-        (source,), ((weight, _),) = group.sources, weights
-        rows = source.shape[0] // source.experts
-        for expert in range(source.experts):
-            piece = _rows(weight, expert * rows, (expert + 1) * rows)
-            yield (
-                replace(source.place, expert=expert),
-                QuantizedLinear(group.spec, group.choice, piece),
-            )
+        (stack,) = members
+        yield from _unstack_experts(group, stack)
         return
-    members = list(zip(group.sources, weights, strict=True))
-    del weights
     while members:
-        alike = [member for member in members if _same_input(members[0][1][0], member[1][0])]
-        members = [member for member in members if all(member is not other for other in alike)]
-        yield from _fused(plan, alike)
+        same = [_same_input(members[0].weight, member.weight) for member in members]
+        together = [member for member, is_same in zip(members, same, strict=True) if is_same]
+        members = [member for member, is_same in zip(members, same, strict=True) if not is_same]
+        yield from _fuse(plan, together)
 
 
-def _weight(
-    plan: LoadPlan, source: Source, tensors: RawTensors
-) -> tuple[QuantizedWeight, Tensor | None]:
-    """Return the weight that ``tensors``, which are taken, stand for, and its bias, on the
-    device.
-    """
+def _unstack_experts(group: Group, stack: _Member) -> Iterator[tuple[Place, nn.Module]]:
+    """Yield a module for each of the experts that are stacked in one weight."""
+    source = stack.source
+    rows = source.shape[0] // source.experts
+    for expert in range(source.experts):
+        piece = _rows(stack.weight, expert * rows, (expert + 1) * rows)
+        place = replace(source.place, expert=expert)
+        yield place, QuantizedLinear(group.spec, group.choice, piece)
+
+
+def _read_member(plan: LoadPlan, source: Source, tensors: RawTensors) -> _Member:
+    """Return the weight and bias of a layer on the device; empties ``tensors``."""
     moved = {suffix: tensors.pop(suffix).to(plan.device) for suffix in list(tensors)}
     bias = moved.pop("bias", None)
     scheme = source.scheme
     assert scheme is not None
     if plan.layout is None or source.name not in plan.layout.modules:
-        return quantize(moved["weight"], scheme), bias
+        return _Member(source, quantize(moved["weight"], scheme), bias)
     module = plan.layout.modules[source.name]
     weight = formats.FORMATS[plan.layout.format].read(module, moved)
     if scheme.activations != module.scheme.activations:
-        weight = replace(
-            weight, activation=Activation(scheme.activations) if scheme.activations else None
-        )
-    return weight, bias
+        activation = Activation(scheme.activations) if scheme.activations else None
+        weight = replace(weight, activation=activation)
+    return _Member(source, weight, bias)
 
 
-def _fused(
-    plan: LoadPlan, members: list[tuple[Source, tuple[QuantizedWeight, Tensor | None]]]
-) -> Iterator[tuple[Place, nn.Module]]:
-    """Yield the modules of layers that become one matrix; ``members`` are taken, so that their
-    weights need not outlive it.
+def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[Place, nn.Module]]:
+    """Yield the modules of layers that become one matrix.
+
+    Empties ``members``, so that their weights do not outlive the join.
     """
-    sources = [source for source, _ in members]
-    weight, bias = (
-        _stacked([weight for _, (weight, _) in members]),
-        _stacked_bias([bias for _, (_, bias) in members], sources),
-    )
+    sources = [member.source for member in members]
+    weight = _join([member.weight for member in members])
+    bias = _join_biases(members)
     members.clear()
     group = make_group(sources, plan.skeleton.dtype, plan.device, second_copy=plan.second_copy)
     spec, choice = group.spec, group.choice
     if spec.scheme.weights.granularity == "tensor" and bool(
         (weight.scale != weight.scale[0]).any()
     ):
-        spec = replace(
-            spec,
-            scheme=replace(
-                spec.scheme, weights=replace(spec.scheme.weights, granularity="channel")
-            ),
-        )
+        spec = _with_channel_scales(spec)
         choice = cached_choice(spec, device_of(plan.device), second_copy=plan.second_copy)
     whole = QuantizedLinear(spec, choice, weight, bias)
     if len(sources) == 1 or sources[0].place.parameter:
@@ -102,54 +101,60 @@ def _fused(
         yield source.place, FusedLinear(shared, index)
 
 
+def _with_channel_scales(spec: LinearSpec) -> LinearSpec:
+    """Return ``spec`` with one scale for each output instead of one for all."""
+    weights = replace(spec.scheme.weights, granularity="channel")
+    return replace(spec, scheme=replace(spec.scheme, weights=weights))
+
+
 def _same_input(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    pairs = zip(_asked_of_input(one), _asked_of_input(other), strict=True)
+    """Whether two weights reorder, scale and round their input in the same way."""
+    pairs = zip(_input_tensors(one), _input_tensors(other), strict=True)
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-def _asked_of_input(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
+def _input_tensors(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
     activation = weight.activation
     static = (activation.scale, activation.zero) if activation else (None, None)
     return weight.perm, weight.pre_scale, *static
 
 
-def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return ``weights``, which ask the same of their input, as one of all their outputs."""
+def _join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return weights that treat their input alike as one weight with all their outputs."""
     first = weights[0]
     if len(weights) == 1:
         return first
-    dtype = (
-        first.scale.dtype if len({weight.scale.dtype for weight in weights}) == 1 else torch.float32
-    )
-
-    def joined(name: str) -> Tensor | None:
-        parts = [part for weight in weights if (part := getattr(weight, name)) is not None]
-        return torch.cat(parts) if parts else None
-
-    scale = torch.cat([weight.scale.to(dtype) for weight in weights])
+    dtypes = {weight.scale.dtype for weight in weights}
+    dtype = first.scale.dtype if len(dtypes) == 1 else torch.float32
     return replace(
         first,
         data=torch.cat([weight.data for weight in weights]),
-        scale=scale,
-        scale2=joined("scale2"),
-        zero=joined("zero"),
+        scale=torch.cat([weight.scale.to(dtype) for weight in weights]),
+        scale2=_cat_present([weight.scale2 for weight in weights]),
+        zero=_cat_present([weight.zero for weight in weights]),
     )
 
 
-def _stacked_bias(biases: Sequence[Tensor | None], sources: Sequence[Source]) -> Tensor | None:
-    present = next((bias for bias in biases if bias is not None), None)
+def _cat_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
+def _join_biases(members: Sequence[_Member]) -> Tensor | None:
+    """Return the biases in order, zeros where a layer has none; None if no layer has one."""
+    present = next((member.bias for member in members if member.bias is not None), None)
     if present is None:
         return None
     return torch.cat(
         [
-            present.new_zeros(source.shape[0]) if bias is None else bias
-            for bias, source in zip(biases, sources, strict=True)
+            present.new_zeros(member.source.shape[0]) if member.bias is None else member.bias
+            for member in members
         ]
     )
 
 
 def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    """Return the outputs ``start`` to ``stop`` of ``weight``, whose scales cover one row each."""
+    """Return outputs ``start`` to ``stop`` of ``weight``, whose scales cover one row each."""
     parts = {
         name: part[start:stop]
         for name in ("data", "scale", "scale2", "zero")
@@ -160,17 +165,15 @@ def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
 
 def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
     """Read an unquantized linear layer."""
-    weight = read_tensor(plan.checkpoint, f"{source.name}.weight").to(
-        plan.device, plan.skeleton.dtype
-    )
     bias = f"{source.name}.bias"
-    linear = nn.Linear(
-        source.shape[1], source.shape[0], bias=bias in plan.checkpoint.tensors, device="meta"
-    )
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    rows, columns = source.shape
+    linear = nn.Linear(columns, rows, bias=bias in plan.checkpoint.tensors, device="meta")
+    linear.weight = _read_parameter(plan, f"{source.name}.weight")
     if linear.bias is not None:
-        linear.bias = nn.Parameter(
-            read_tensor(plan.checkpoint, bias).to(plan.device, plan.skeleton.dtype),
-            requires_grad=False,
-        )
+        linear.bias = _read_parameter(plan, bias)
     return linear
+
+
+def _read_parameter(plan: LoadPlan, name: str) -> nn.Parameter:
+    tensor = read_tensor(plan.checkpoint, name).to(plan.device, plan.skeleton.dtype)
+    return nn.Parameter(tensor, requires_grad=False)

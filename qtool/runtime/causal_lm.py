@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ class TextConfig(Protocol):
     """The configuration of a language model without towers."""
 
     num_hidden_layers: int
+    tie_word_embeddings: bool
 
 
 class ModelConfig(Protocol):
     """The configuration of any model."""
 
     eos_token_id: int | list[int] | None
+    tie_word_embeddings: bool
+    _experts_implementation: str | None
+    """How layers of experts multiply, by transformers' name."""
 
     def get_text_config(self) -> TextConfig:
         """Return the part that describes the language model; itself, where there is no other."""
@@ -36,6 +40,12 @@ class Decoder(Protocol):
         """Return the hidden states [1, T, H] after the last norm, first in the sequence."""
 
 
+class GenerationConfig(Protocol):
+    """The defaults of ``generate``."""
+
+    eos_token_id: int | list[int] | None
+
+
 class LogitsOutput(Protocol):
     """The output of a forward pass."""
 
@@ -48,19 +58,43 @@ class CausalLM(Protocol):
     dtype: torch.dtype
     device: torch.device
     config: ModelConfig
+    generation_config: GenerationConfig | None
+    base_model_prefix: str
+    """The attribute that holds the model without its head, e.g. ``model``."""
 
     def __call__(
         self,
         *,
         input_ids: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None = None,
         use_cache: bool,
         logits_to_keep: Tensor | int = 0,
     ) -> LogitsOutput:
         """Return the logits [1, R, V] after the tokens to keep; 0: after all."""
 
+    def generate(self, inputs: Tensor, **options: object) -> Tensor:
+        """Continue the prompts ``inputs`` [B, T] of token ids."""
+
+    def eval(self) -> Self:
+        """Switch to evaluation mode."""
+
+    def requires_grad_(self, requires_grad: bool) -> Self:
+        """Say whether gradients are computed."""
+
     def modules(self) -> Iterator[nn.Module]:
         """Return all modules, the model included."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return all modules by name, the model included."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module ``target``."""
+
+    def set_submodule(self, target: str, module: nn.Module) -> None:
+        """Put ``module`` in the place of the module ``target``."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by name."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all parameters."""

@@ -1,19 +1,19 @@
-"""A stack of experts, each of quantized linear layers."""
+"""`ExpertStack`: the quantized layers of all experts, where transformers keeps one 3D weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 
 class ExpertStack(nn.Module):
-    """Stands where transformers keeps the weights of all experts in one tensor: ``stack[e]`` is
-    what ``linear`` and ``@`` multiply with.
+    """Replaces a parameter [experts, ...]: ``stack[e]`` is a weight for ``linear`` and ``@``.
 
-    ``experts``: for each the layers whose outputs, side by side, are those of its weight.
+    Args:
+        experts: for each expert, the layers whose outputs, side by side, are those of its weight.
     """
 
     def __init__(self, experts: Sequence[Sequence[nn.Module]]) -> None:
@@ -25,9 +25,7 @@ class ExpertStack(nn.Module):
 
 
 class ExpertWeight:
-    """The weight of one expert, for ``torch.nn.functional.linear(x, weight)`` and ``x @
-    weight``.
-    """
+    """The weight of one expert, for ``functional.linear(x, weight)`` and ``x @ weight``."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._parts = parts
@@ -35,19 +33,18 @@ class ExpertWeight:
     @classmethod
     def __torch_function__(
         cls,
-        function: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Multiply, when that is what torch was asked for."""
-        if function not in _PRODUCTS or not isinstance(args[1], cls):
+        function: Callable[..., object],
+        types: Collection[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Multiply, if ``function`` is a product with such a weight."""
+        if function not in _PRODUCTS or not isinstance(weight := args[1], cls):
             return NotImplemented
-        x, weight, *rest = args
-        outputs = [part(x) for part in weight._parts]
+        bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+        outputs = [cast(Tensor, part(args[0])) for part in weight._parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        bias = rest[0] if rest else (kwargs or {}).get("bias")
-        return y if bias is None else y + bias
+        return y if bias is None else y + cast(Tensor, bias)
 
 
 _PRODUCTS = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)

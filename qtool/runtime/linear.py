@@ -1,13 +1,11 @@
-"""One quantized linear layer: packed tensors and the kernel that multiplies with them; several that
-share an input.
-"""
+"""`QuantizedLinear`: a linear layer packed for its kernel; and layers fused into one of these."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +16,11 @@ from qtool.weight import QuantizedWeight
 
 
 class QuantizedLinear(nn.Module):
-    """``y = x W^T + bias`` with ``W`` as some kernel keeps it.
+    """``y = x W^T + bias`` with ``W`` packed for one or two kernels.
 
-    What the weight asks of its input comes first: ``x[:, perm]`` for act-order, ``x * pre_scale``.
-    Rounding the input is the kernel's affair, unless it ``takes_codes`` that the layer before has
-    rounded to.
+    Whatever the weight requires of its input is applied first: ``x[:, perm]`` for act-order,
+    ``x * pre_scale``. The kernel rounds the input, unless the layer before it has already rounded
+    to what this layer ``takes_codes`` of.
     """
 
     perm: Tensor | None
@@ -35,26 +33,28 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.spec, self.choice = spec, choice
         self.out_features, self.in_features = spec.shape
-        kernels = [(choice.few.kernel, choice.few.most)] if choice.few else []
-        parts: list[tuple[str, int | None, tuple[str, ...]]] = []
-        for kernel, most in [*kernels, (choice.kernel, None)]:
-            packed = load_kernel(kernel).pack(spec, replace(weight, perm=None, pre_scale=None))
-            parts.append((kernel, most, tuple(packed)))
-            for name, tensor in packed.items():
-                self.register_buffer(f"{kernel}_{name}", tensor, persistent=False)
-        self._names = [f"{kernel}_{name}" for kernel, _, names in parts for name in names]
-        pre_scale = None if weight.pre_scale is None else weight.pre_scale.to(spec.dtype)
-        if pre_scale is not None and weight.perm is not None:
-            pre_scale = pre_scale[weight.perm.long()]
+        kernels = self._pack(replace(weight, perm=None, pre_scale=None))
+        self._names = [f"{kernel}_{name}" for kernel, _, names in kernels for name in names]
         self.register_buffer("perm", weight.perm, persistent=False)
-        self.register_buffer("pre_scale", pre_scale, persistent=False)
+        self.register_buffer("pre_scale", _pre_scale(weight, spec.dtype), persistent=False)
         self.register_buffer(
             "bias", None if bias is None else bias.to(spec.dtype), persistent=False
         )
-        self.takes_codes = (
-            codes_taken(spec, choice) if weight.perm is None and weight.pre_scale is None else None
-        )
-        self._call = number_of(Call(spec, tuple(parts)))
+        changes_input = weight.perm is not None or weight.pre_scale is not None
+        self.takes_codes = None if changes_input else codes_taken(spec, choice)
+        self._call = number_of(Call(spec, kernels))
+
+    def _pack(self, weight: QuantizedWeight) -> tuple[tuple[str, int | None, tuple[str, ...]], ...]:
+        """Register the tensors of each kernel as buffers; return what `Call` says of them."""
+        few = self.choice.few
+        kernels: list[tuple[str, int | None]] = [(few.kernel, few.most)] if few else []
+        calls = []
+        for kernel, most in [*kernels, (self.choice.kernel, None)]:
+            packed = load_kernel(kernel).pack(self.spec, weight)
+            calls.append((kernel, most, tuple(packed)))
+            for name, tensor in packed.items():
+                self.register_buffer(f"{kernel}_{name}", tensor, persistent=False)
+        return tuple(calls)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
@@ -69,8 +69,11 @@ class QuantizedLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def multiply_codes(self, codes: Tensor, row_scale: Tensor) -> Tensor:
-        """Multiply what is rounded to ``takes_codes`` already, ``codes`` [T, K] with ``row_scale``,
-        f32 [T, 1]; the result is [T, N].
+        """Multiply an input that is already rounded to ``takes_codes``; the result is [T, N].
+
+        Args:
+            codes: the rounded input, [T, K].
+            row_scale: the scale of each token, f32 [T, 1].
         """
         y: Tensor = torch.ops.qtool.linear(codes, self._packed(), self.bias, self._call, row_scale)
         return y
@@ -80,34 +83,30 @@ class QuantizedLinear(nn.Module):
         return [self._buffers[name] for name in self._names]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Follow to another device of the kind; no dtype changes, since codes and scales are no
-        numbers to be cast.
-        """
+        """Move to another device of the same type, and keep all dtypes: codes must not be cast."""
         for name, tensor in self.named_buffers(recurse=False):
             device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
             if device.type != tensor.device.type:
-                hint = f"load it with device=`{device}`"
                 raise UsageError(
                     "E_PACKED",
-                    f"the weights are packed for {tensor.device.type}, and cannot move to {device}",
-                    hint=hint,
+                    f"the weights are packed for {tensor.device.type} and cannot move to {device}",
+                    hint=f"load it with device=`{device}`",
                 )
             if device != tensor.device:
                 self._buffers[name] = tensor.to(device)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLinear:
-        """Share the weights, which nothing changes."""
+    def __deepcopy__(self, memo: dict[int, object]) -> QuantizedLinear:
+        """Share the weights: they never change."""
         twin = copy.copy(self)
         twin._buffers = dict(self._buffers)
         return twin
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        hint = "`qtool export` converts the checkpoint it was loaded from"
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise UsageError(
             "E_PACKED",
-            "the weights are packed for a kernel, and a model of them cannot be saved",
-            hint=hint,
+            "a model cannot be saved once its weights are packed for a kernel",
+            hint="`qtool export` converts the checkpoint it was loaded from",
         )
 
     def extra_repr(self) -> str:
@@ -115,33 +114,54 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.spec.scheme.name}, {self.choice}"
 
 
-class SharedInput:
-    """Layers that multiply one input, fused: the first that is called computes for all, and each
-    takes its part of the outputs.
+def _pre_scale(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor | None:
+    """Return the ``pre_scale`` of ``weight`` in the order of the permuted inputs."""
+    if weight.pre_scale is None:
+        return None
+    pre_scale = weight.pre_scale.to(dtype)
+    return pre_scale if weight.perm is None else pre_scale[weight.perm.long()]
 
-    What waits to be taken is one object that is replaced and never changed, so that threads cannot
-    get each other's outputs.
+
+class _Outputs(NamedTuple):
+    """What one product gave to the layers that share it."""
+
+    x: Tensor
+    version: int
+    """How often ``x`` was written to before."""
+    parts: tuple[Tensor | None, ...]
+    """The outputs of each layer; None for those that are already taken."""
+
+
+class SharedInput:
+    """Fused layers: the first that is called multiplies for all, and each takes its outputs.
+
+    The outputs that still wait are one object that is replaced and never changed, so that threads
+    cannot get each other's.
     """
 
     def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
         self.whole, self.sizes = whole, tuple(sizes)
-        self._waiting: tuple[Tensor, int, tuple[Tensor | None, ...]] | None = (
-            None  # the input, how often it was written to, the outputs
-        )
+        self._waiting: _Outputs | None = None
 
     def take(self, x: Tensor, index: int) -> Tensor:
-        """Return what layer ``index`` makes of ``x``."""
+        """Return the outputs of layer ``index`` for ``x``."""
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-        waiting = self._waiting
-        parts = waiting[2] if waiting and waiting[0] is x and waiting[1] == version else None
+        parts = self._parts_for(x, version)
         if parts is None or parts[index] is None:
             parts = self.whole(x).split(self.sizes, dim=-1)
         part = parts[index]
         assert part is not None
-        left = tuple(None if i == index else other for i, other in enumerate(parts))
+        left = (*parts[:index], None, *parts[index + 1 :])
         # nothing outlives its last use
-        self._waiting = (x, version, left) if any(other is not None for other in left) else None
+        wanted = any(other is not None for other in left)
+        self._waiting = _Outputs(x, version, left) if wanted else None
         return part
+
+    def _parts_for(self, x: Tensor, version: int) -> tuple[Tensor | None, ...] | None:
+        waiting = self._waiting
+        if waiting is None or waiting.x is not x or waiting.version != version:
+            return None
+        return waiting.parts
 
 
 class FusedLinear(nn.Module):

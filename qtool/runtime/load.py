@@ -1,6 +1,4 @@
-"""A checkpoint as a model that runs: each linear layer read straight into the form its kernel
-wants, layers that share an input fused.
-"""
+"""`load` makes a checkpoint a model that runs, its layers packed for the fastest kernels."""
 
 from __future__ import annotations
 
@@ -9,9 +7,8 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +18,12 @@ from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
 from qtool.modules import decoder_layer_number, parse_cache_scale
 from qtool.runtime.build import RawTensors, build_modules, build_unquantized
+from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
 from qtool.runtime.experts import ExpertStack
 from qtool.runtime.kernels import current
 from qtool.runtime.load_plan import Group, LoadPlan, Source, plan_load
+from qtool.runtime.skeleton import Place
 
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 READERS = min(8, os.cpu_count() or 1)
@@ -38,84 +37,98 @@ def load(
     quantization: str | None = None,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
-) -> Any:
-    """Return the transformers model of a checkpoint, its quantized layers multiplied by the best
-    kernel of ``device``.
+) -> CausalLM:
+    """Load a checkpoint as a transformers model with the fastest kernels for ``device``.
 
     Args:
         model_path: a folder, or a name on the Hub.
-        device: ``cuda``, ``cuda:1``, ``cpu`` or ``auto``: the first GPU, where there is one.
-        dtype: what is not quantized is computed in: ``bfloat16``, ``float16``, ``float32`` or
-            ``auto``, that of the checkpoint, or bfloat16 on a CPU.
-        quantization: how to quantize a plain model while it loads (`qtool.runtime.online.ONLINE`);
-            a quantized one needs none.
-        on_progress: is called with the number of layers that are ready, and of all.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first GPU, or else the CPU.
+        dtype: what unquantized layers compute in: ``bfloat16``, ``float16``, ``float32``, or
+            ``auto`` for that of the checkpoint; bfloat16 on a CPU.
+        quantization: how to quantize an unquantized model while it loads, a name in
+            `qtool.runtime.online.ONLINE`. A quantized checkpoint needs none.
+        revision: the branch, tag or commit on the Hub.
+        on_progress: called with the number of layers that are ready, and of all layers.
     Returns: the model in evaluation mode; ``generate`` works on it.
     Raises: CheckpointRefused; UsageError, for an unknown ``quantization``; ResourceError, for a
-        device that is not there.
+        device that this machine lacks.
     """
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=revision))
     plan = plan_load(checkpoint, device_named(device), quantization, dtype)
     if plan.layout and plan.layout.kv_cache:
         message = (
-            f"the scales of the KV cache ({plan.layout.kv_cache}) are used by `qtool.Engine` "
-            "alone: here keys and values stay in 16 bits"
+            f"only `qtool.Engine` uses the scales of the KV cache ({plan.layout.kv_cache}): here "
+            "keys and values stay in 16 bits"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return materialize(plan, on_progress=on_progress)
 
 
-def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Any:
-    """Load the weights of ``plan`` and return the model. Holds beside it one group at a time."""
+def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> CausalLM:
+    """Load the weights of ``plan`` and return the model.
+
+    Needs memory for the model and one group of layers.
+    """
     for warning in plan.warnings:
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
-    checkpoint, skeleton = plan.checkpoint, plan.skeleton
-    sources = [source for group in plan.groups for source in group.sources]
-    rounded = {
-        f"{source.name}.{suffix}"
-        for source in [*sources, *plan.beside]
-        for suffix in ("weight", "bias")
-    }
     with ThreadPoolExecutor(READERS) as pool, current(plan.device):
-        names = [
-            name
-            for name in formats.unquantized_tensors(checkpoint, plan.layout)
-            if name not in rounded and not skeleton.beyond(name)
-        ]
-        state = dict(
-            zip(names, pool.map(lambda name: read_tensor(checkpoint, name), names), strict=True)
-        )
-        model = skeleton.materialize(
-            {source.place for source in [*sources, *plan.beside]}, state, plan.device
-        )
-        del state
-        stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
+        model = _load_unquantized(plan, pool)
+        stacks = _ExpertStacks()
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
             for place, module in build_modules(plan, group, raw):
                 if place.parameter:
-                    stacks.setdefault((place.module, place.parameter), {}).setdefault(
-                        place.expert or 0, []
-                    ).append((place.part, module))
+                    stacks.add(place, module)
                 else:
                     model.set_submodule(place.module, module)
-            _give_back()
+            _trim_heap()
             if on_progress:
                 on_progress(done, len(plan.groups))
-        for source in plan.beside:
-            linear = build_unquantized(plan, source)
-            stacks[source.place.module, source.place.parameter].setdefault(
-                source.place.expert or 0, []
-            ).append((source.place.part, linear))
-    for (holder, parameter), experts in stacks.items():
-        parts = [
-            [module for _, module in sorted(experts[number], key=lambda part: part[0])]
-            for number in sorted(experts)
-        ]
-        setattr(model.get_submodule(holder), parameter, ExpertStack(parts))
+        for source in plan.unquantized_experts:
+            stacks.add(source.place, build_unquantized(plan, source))
+    stacks.install(model)
     return model
 
 
-def _give_back() -> None:
+def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
+    """Return the model with its unquantized weights; the other layers are still to be put in."""
+    checkpoint, skeleton = plan.checkpoint, plan.skeleton
+    built_later = {
+        f"{source.name}.{suffix}" for source in plan.sources for suffix in ("weight", "bias")
+    }
+    names = [
+        name
+        for name in formats.unquantized_tensors(checkpoint, plan.layout)
+        if name not in built_later and not skeleton.beyond(name)
+    ]
+    tensors = pool.map(lambda name: read_tensor(checkpoint, name), names)
+    places = {source.place for source in plan.sources}
+    return skeleton.materialize(places, dict(zip(names, tensors, strict=True)), plan.device)
+
+
+class _ExpertStacks:
+    """Collects the layers of experts until each stack is complete."""
+
+    def __init__(self) -> None:
+        # (module, parameter) -> number of the expert -> (part, layer)
+        self._stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
+
+    def add(self, place: Place, layer: nn.Module) -> None:
+        """Note the layer that goes to ``place``."""
+        experts = self._stacks.setdefault((place.module, place.parameter), {})
+        experts.setdefault(place.expert or 0, []).append((place.part, layer))
+
+    def install(self, model: CausalLM) -> None:
+        """Replace the parameters of ``model`` that hold experts."""
+        for (holder, parameter), experts in self._stacks.items():
+            layers = [_in_order(experts[number]) for number in sorted(experts)]
+            setattr(model.get_submodule(holder), parameter, ExpertStack(layers))
+
+
+def _in_order(parts: list[tuple[int, nn.Module]]) -> list[nn.Module]:
+    return [layer for _, layer in sorted(parts, key=lambda part: part[0])]
+
+
+def _trim_heap() -> None:
     """Return freed memory to the system: glibc keeps what each reader had, and that adds up."""
     # musl has none
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
@@ -125,19 +138,21 @@ def _give_back() -> None:
 def _read_ahead(
     plan: LoadPlan, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Group, list[RawTensors]]]:
-    """Yield each group and the tensors of its layers, in host memory, while the next are read: one
-    group on a CPU, else one for each reader.
+    """Yield each group with the tensors of its layers, in host memory, while the next are read.
+
+    On a CPU one group is read ahead, on a GPU one for each reader.
     """
+    most = READERS if plan.device.type == "cuda" else 1
     waiting: deque[tuple[Group, list[Future[RawTensors]]]] = deque()
     for group in plan.groups:
         waiting.append((group, [pool.submit(_read, plan, source) for source in group.sources]))
-        if len(waiting) > (READERS if plan.device.type == "cuda" else 1):
-            yield _ready(*waiting.popleft())
+        if len(waiting) > most:
+            yield _wait(*waiting.popleft())
     while waiting:
-        yield _ready(*waiting.popleft())
+        yield _wait(*waiting.popleft())
 
 
-def _ready(group: Group, reading: Sequence[Future[RawTensors]]) -> tuple[Group, list[RawTensors]]:
+def _wait(group: Group, reading: list[Future[RawTensors]]) -> tuple[Group, list[RawTensors]]:
     return group, [tensors.result() for tensors in reading]
 
 
@@ -155,8 +170,10 @@ def _read(plan: LoadPlan, source: Source) -> RawTensors:
 
 
 def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:
-    """Return by layer what keys and values in an 8-bit cache are multiplied with, where
-    ``checkpoint`` has one number for each.
+    """Return the scales of keys and values in an 8-bit KV cache, by layer.
+
+    Only scales with one number for each layer count; a layer that has just one of them gets 1.0
+    for the other.
     """
     found: dict[int, dict[str, float]] = {}
     for name, tensor in checkpoint.tensors.items():

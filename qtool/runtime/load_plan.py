@@ -1,4 +1,4 @@
-"""What each quantized layer of a checkpoint becomes on a device, decided from headers."""
+"""`LoadPlan`: what each quantized layer of a checkpoint becomes on a device, found from headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -16,40 +15,53 @@ from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
-from qtool.runtime.online import left_plain, schemes_to_run
+from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Place, Skeleton
 from qtool.scheme import Scheme
 
+# of the device's memory, for second copies of weights; the rest is for the KV cache
 SECOND_COPY_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class Source:
-    """A linear layer of the checkpoint: its name there, where it goes, N outputs and K inputs, and
-    the scheme it runs in, None for a plain one.
-
-    ``experts``: how many matrices of N / experts outputs are stacked in it.
-    """
+    """A linear layer of the checkpoint."""
 
     name: str
     place: Place
+    """Where it goes in the model."""
     shape: tuple[int, int]
+    """N outputs, K inputs."""
     scheme: Scheme | None
+    """What it runs in; None for an unquantized layer."""
     experts: int = 1
+    """How many matrices of N / experts outputs are stacked in it."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that become one: they share an input and a scheme."""
+    """Layers that share an input and a scheme, and become one."""
 
     sources: tuple[Source, ...]
     spec: LinearSpec
     choice: Choice
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the group for ``--json``."""
+        few = self.choice.few
+        return {
+            "layers": [source.name for source in self.sources],
+            "shape": self.spec.shape,
+            "scheme": self.spec.scheme.name,
+            "kernel": self.choice.kernel,
+            "few_tokens": few and {"kernel": few.kernel, "most": few.most},
+            "refused": dict(self.choice.refused),
+        }
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What each quantized layer of a checkpoint becomes on a device, decided from headers."""
+    """What each quantized layer of a checkpoint becomes on a device."""
 
     checkpoint: Checkpoint
     layout: Layout | None
@@ -57,29 +69,23 @@ class LoadPlan:
     device: torch.device
     groups: tuple[Group, ...]
     second_copy: bool
-    """Whether kernels for few tokens may have one."""
-    beside: tuple[Source, ...]
-    """Plain layers of experts others of which are quantized."""
+    """Whether there is memory for a second copy of weights, packed for few tokens."""
+    unquantized_experts: tuple[Source, ...]
+    """Experts that stay in 16 bits while others of their stack are quantized."""
     warnings: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def sources(self) -> list[Source]:
+        """All layers that qtool builds itself."""
+        quantized = [source for group in self.groups for source in group.sources]
+        return [*quantized, *self.unquantized_experts]
+
+    def to_dict(self) -> dict[str, object]:
         """Return the plan for ``--json``."""
-        rows = [
-            {
-                "layers": [source.name for source in group.sources],
-                "shape": group.spec.shape,
-                "scheme": group.spec.scheme.name,
-                "kernel": group.choice.kernel,
-                "few_tokens": group.choice.few
-                and {"kernel": group.choice.few.kernel, "most": group.choice.few.most},
-                "refused": dict(group.choice.refused),
-            }
-            for group in self.groups
-        ]
         return {
             "model": str(self.checkpoint.path),
             "device": str(device_of(self.device)),
-            "groups": rows,
+            "groups": [group.to_dict() for group in self.groups],
             "warnings": list(self.warnings),
         }
 
@@ -90,20 +96,23 @@ def plan_load(
     quantization: str | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LoadPlan:
-    """Decide what each quantized layer of ``checkpoint`` becomes on ``device``.
+    """Decide what each quantized layer of ``checkpoint`` becomes; reads no weights.
 
-    Reads no weights.
+    Args:
+        device: where the model will run.
+        quantization: as in `qtool.runtime.online.schemes_to_run`.
+        dtype: what unquantized layers compute in; None for that of the checkpoint.
     """
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
-        raise CheckpointRefused(
-            "E_TRANSFORM",
+        message = (
             f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
-            "does not do",
+            "does not support"
         )
+        raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
-    skeleton = Skeleton(checkpoint, dtype_named(dtype) or _dtype(checkpoint, device))
-    warned = [*left_plain(checkpoint, layout, quantization)]
+    skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
+    warned = list(skip_reasons(checkpoint, layout, quantization))
     if any(skeleton.beyond(name) for name in checkpoint.tensors):
         warned.append("layers after the last, for multi-token prediction, are left out")
     sources = [
@@ -111,106 +120,61 @@ def plan_load(
         for name, scheme in schemes.items()
         if not skeleton.beyond(name)
     ]
-    sharing: list[list[str]] = []
-    if sources:
-        try:
-            called, sharing = skeleton.trace()
-        except Exception as error:  # the code of any architecture
-            warned.append(
-                f"layers are not fused: the model does not run without data ({one_line(error)})"
-            )
-        else:
-            sources = _called(checkpoint, layout, sources, called, warned)
-    members = list(_fusible(sharing, sources))
-    groups = [
-        make_group(together, skeleton.dtype, device, second_copy=True) for together in members
-    ]
-    if not (second_copy := _has_room(groups, device)):
-        groups = [
-            make_group(together, skeleton.dtype, device, second_copy=False) for together in members
-        ]
-    stacks = {
-        (source.place.module, source.place.parameter)
-        for source in sources
-        if source.place.parameter
-    }
-    beside = [
-        Source(name, place, _matrix(checkpoint.tensors[f"{name}.weight"].shape), None)
-        for name in _plain_experts(checkpoint, schemes)
-        if stacks and (place := skeleton.place(name)) and (place.module, place.parameter) in stacks
-    ]
-    if missing := skeleton.missing_experts([source.place for source in [*sources, *beside]]):
-        message = (
-            f"{checkpoint.path} has no weights for {len(missing)} experts or parts of them, e.g. "
-            f"{missing[0]}"
-        )
-        raise CheckpointRefused(
-            "E_TENSORS", message, hint="download or export the checkpoint again"
-        )
-    warned += _dequantized(groups, device)
+    sources, sharing = _trace(skeleton, layout, sources, warned)
+    groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
+    unquantized = _unquantized_experts(skeleton, schemes, sources)
+    _check_experts(skeleton, [*sources, *unquantized])
     return LoadPlan(
-        checkpoint,
-        layout,
-        skeleton,
-        device,
-        tuple(groups),
-        second_copy,
-        tuple(beside),
-        tuple(warned),
+        checkpoint=checkpoint,
+        layout=layout,
+        skeleton=skeleton,
+        device=device,
+        groups=tuple(groups),
+        second_copy=second_copy,
+        unquantized_experts=tuple(unquantized),
+        warnings=(*warned, *_slow_groups(groups, device)),
     )
 
 
-def _dequantized(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
-    """Yield what there is to say of the groups that no kernel but the plain one takes."""
-    slow = Counter(
-        (group.spec.scheme.name, tuple(group.choice.refused.items()))
-        for group in groups
-        if group.choice.kernel == "reference"
-    )
-    for (scheme, refused), count in slow.items():
-        reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
-        yield (
-            f"{count} layers of {scheme} are dequantized at every step, for no kernel of "
-            f"{device_of(device)} takes them ({reasons})"
-        )
-
-
-def _dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    configs = (checkpoint.text_config, checkpoint.config)
-    named = next(
-        (
-            str(name)
-            for config in configs
-            for key in ("dtype", "torch_dtype")
-            if (name := config.get(key))
-        ),
-        "",
-    )
-    return (
-        torch.float16
-        if device.type == "cuda" and named.removeprefix("torch.") == "float16"
-        else torch.bfloat16
-    )
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    rows, columns = shape
-    return rows, columns
+def _checkpoint_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: float16 where the config says so on a GPU, else bfloat16."""
+    for config in (checkpoint.text_config, checkpoint.config):
+        if name := config.get("dtype") or config.get("torch_dtype"):
+            is_half = str(name).removeprefix("torch.") == "float16"
+            return torch.float16 if is_half and device.type == "cuda" else torch.bfloat16
+    return torch.bfloat16
 
 
 def _source(skeleton: Skeleton, layout: Layout | None, name: str, scheme: Scheme) -> Source:
     module = layout.modules.get(name) if layout else None
-    shape = module.shape if module else _matrix(skeleton.checkpoint.tensors[f"{name}.weight"].shape)
-    return Source(name, skeleton.place(name), shape, scheme, module.experts if module else 1)
+    if module:
+        return Source(name, skeleton.place(name), module.shape, scheme, module.experts)
+    shape = _weight_shape(skeleton.checkpoint, name)
+    return Source(name, skeleton.place(name), shape, scheme)
 
 
-def _plain_experts(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[str]:
-    names = (
-        name.removesuffix(".weight")
-        for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
-    )
-    return [name for name in names if ".experts." in name and name not in schemes]
+def _weight_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[f"{name}.weight"].shape
+    return rows, columns
+
+
+def _trace(
+    skeleton: Skeleton, layout: Layout | None, sources: list[Source], warned: list[str]
+) -> tuple[list[Source], list[list[str]]]:
+    """Return the sources that the model calls, and the names of layers that share an input.
+
+    Appends to ``warned`` what goes wrong, and which layers must stay in 16 bits.
+    """
+    if not sources:
+        return sources, []
+    try:
+        called, sharing = skeleton.trace()
+    except Exception as error:  # the code of any architecture
+        warned.append(
+            f"layers are not fused: the model does not run without data ({one_line(error)})"
+        )
+        return sources, []
+    return _called(skeleton.checkpoint, layout, sources, called, warned), sharing
 
 
 def _called(
@@ -220,8 +184,9 @@ def _called(
     called: set[str],
     warned: list[str],
 ) -> list[Source]:
-    """Return the sources whose modules are called; the weight of the others is read by their
-    parents, so they must be plain.
+    """Return the sources whose modules are called.
+
+    The model reads the weights of the others directly, so these must be unquantized.
     """
     read = [
         source.name
@@ -229,57 +194,69 @@ def _called(
         if not source.place.parameter and source.place.module not in called
     ]
     if read and layout:
-        message = (
-            f"{checkpoint.path}: `{read[0]}` is quantized, and the model multiplies with its "
-            "weight by itself"
-        )
         raise CheckpointRefused(
-            "E_NO_LINEAR", message, hint="quantize the model again and leave such layers out"
+            "E_NO_LINEAR",
+            f"{checkpoint.path}: `{read[0]}` is quantized, but the model reads its weight directly",
+            hint="quantize the model again and leave such layers out",
         )
     if read:
         warned.append(
-            f"layers whose weights the model itself multiplies with stay in 16 bits: {len(read)}, "
-            f"e.g. `{read[0]}`"
+            f"layers whose weights the model reads directly stay in 16 bits: {len(read)}, e.g. "
+            f"`{read[0]}`"
         )
     return [source for source in sources if source.name not in read]
 
 
-def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> Iterator[list[Source]]:
-    """Yield the sources in groups of one scheme that share an input, in the order of the
-    checkpoint.
-    """
-    together = {name: number for number, names in enumerate(sharing) for name in names}
+def _make_groups(
+    sources: Sequence[Source],
+    sharing: Sequence[Sequence[str]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[list[Group], bool]:
+    """Return the groups, and whether there is memory for second copies of their weights."""
+    fusible = _fusible(sharing, sources)
+    groups = [make_group(members, dtype, device, second_copy=True) for members in fusible]
+    if _has_room(groups, device):
+        return groups, True
+    return [make_group(members, dtype, device, second_copy=False) for members in fusible], False
+
+
+def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> list[list[Source]]:
+    """Return the sources in lists that share an input and a scheme, in the checkpoint's order."""
+    input_of = {name: number for number, names in enumerate(sharing) for name in names}
     groups: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
-        place = source.place
-        shared = (
-            (place.module, place.parameter, place.expert)
-            if place.parameter
-            else together.get(place.module, place.module)
-        )
-        groups.setdefault((shared, source.scheme, source.shape[1]), []).append(source)
+        key = (_input_key(source.place, input_of), source.scheme, source.shape[1])
+        groups.setdefault(key, []).append(source)
+    fusible = []
     for members in groups.values():
         members.sort(key=lambda source: source.place.part)
-        block = members[0].scheme.weights.block if members[0].scheme else None
-        # a block would reach over two layers
-        if block and any(source.shape[0] % block[0] for source in members):
-            yield from ([source] for source in members)
-        else:
-            yield members
+        fusible += [members] if _blocks_fit(members) else [[source] for source in members]
+    return fusible
+
+
+def _input_key(place: Place, input_of: Mapping[str, int]) -> object:
+    """Return what layers with the same input have in common."""
+    if place.parameter:
+        return place.module, place.parameter, place.expert
+    return input_of.get(place.module, place.module)
+
+
+def _blocks_fit(members: Sequence[Source]) -> bool:
+    """Whether no block of weights under one scale would reach over two of the layers."""
+    block = members[0].scheme.weights.block if members[0].scheme else None
+    return not block or all(source.shape[0] % block[0] == 0 for source in members)
 
 
 def _has_room(groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether the second copies that `FEW_TOKENS` asks for take at most a share of the memory of
-    the device: the KV cache lives there too.
-    """
+    """Whether the second copies that `FEW_TOKENS` asks for take no more than their share."""
     repacked = [source for group in groups if group.choice.few for source in group.sources]
     size = sum(
         source.scheme.weights.size_bytes(*source.shape) for source in repacked if source.scheme
     )
-    return (
-        not size
-        or size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
-    )
+    if not size:
+        return True
+    return size <= torch.cuda.get_device_properties(device).total_memory * SECOND_COPY_SHARE
 
 
 def make_group(
@@ -292,9 +269,63 @@ def make_group(
     activations = scheme.activations
     static = activations is not None and activations.needs_data
     spec = LinearSpec(scheme, (rows, sources[0].shape[1]), dtype, static)
-    return Group(
-        tuple(sources), spec, cached_choice(spec, device_of(device), second_copy=second_copy)
-    )
+    choice = cached_choice(spec, device_of(device), second_copy=second_copy)
+    return Group(tuple(sources), spec, choice)
 
 
 cached_choice = lru_cache(maxsize=None)(choose)
+
+
+def _unquantized_experts(
+    skeleton: Skeleton, schemes: Mapping[str, Scheme], sources: Sequence[Source]
+) -> list[Source]:
+    """Return the experts that are not quantized, of stacks in which others are."""
+    places = [source.place for source in sources if source.place.parameter]
+    stacks = {(place.module, place.parameter) for place in places}
+    if not stacks:
+        return []
+    experts = []
+    for name in _expert_layers(skeleton.checkpoint):
+        if name in schemes:
+            continue
+        place = skeleton.place(name)
+        if (place.module, place.parameter) in stacks:
+            shape = _weight_shape(skeleton.checkpoint, name)
+            experts.append(Source(name, place, shape, scheme=None))
+    return experts
+
+
+def _expert_layers(checkpoint: Checkpoint) -> list[str]:
+    weights = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    ]
+    return [name.removesuffix(".weight") for name in weights if ".experts." in name]
+
+
+def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
+    """Raise CheckpointRefused if a stack of experts is not complete."""
+    missing = skeleton.missing_experts([source.place for source in sources])
+    if missing:
+        raise CheckpointRefused(
+            "E_TENSORS",
+            f"{skeleton.checkpoint.path} lacks the weights of {len(missing)} experts or parts of "
+            f"them, e.g. {missing[0]}",
+            hint="download or export the checkpoint again",
+        )
+
+
+def _slow_groups(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
+    """Yield a warning for each kind of layers that only the `reference` kernel takes."""
+    slow = Counter(
+        (group.spec.scheme.name, tuple(group.choice.refused.items()))
+        for group in groups
+        if group.choice.kernel == "reference"
+    )
+    for (scheme, refused), count in slow.items():
+        reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
+        yield (
+            f"{count} layers of {scheme} are dequantized at every step: no kernel for "
+            f"{device_of(device)} takes them ({reasons})"
+        )

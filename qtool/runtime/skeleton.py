@@ -1,13 +1,12 @@
-"""What transformers knows of a model: where each tensor of the checkpoint goes, which layers share
-an input, and how the plain weights are loaded.
-"""
+"""`Skeleton`: a model of transformers without data, which tells where each tensor goes."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,30 +17,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.modules import decoder_layer_number
+from qtool.runtime.causal_lm import CausalLM, ModelConfig
+
+REPORTS = {  # what transformers reports after loading -> what that means for a checkpoint
+    "missing_keys": "lacks {count} tensors of the model",
+    "unexpected_keys": "has {count} tensors that the model lacks",
+    "mismatched_keys": "has {count} tensors whose shape is not the model's",
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a linear layer of a checkpoint goes: a module of the model.
-
-    Of experts that the model stacks in one tensor, ``module`` is what holds the tensor,
-    ``parameter`` its name there, ``expert`` the number of the expert, None for all of them
-    together, and ``part`` the position among the ``parts`` layers whose outputs lie side by side
-    (gate, up).
-    """
+    """Where a linear layer of a checkpoint goes in the model."""
 
     module: str
+    """A linear layer; for experts that the model stacks in one tensor, the holder of the tensor."""
     parameter: str = ""
+    """The name of the stack of experts in its module."""
     expert: int | None = None
+    """The number of the expert; None for all experts together."""
     part: int = 0
+    """The position among the layers of an expert whose outputs lie side by side (gate, up)."""
     parts: int = 1
+    """How many such layers an expert has."""
 
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keep torchao, which comes with transformers, from telling which of its libraries do not fit
-    this machine.
-    """
+    """Silence torchao, imported by transformers, about libraries that do not fit this machine."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -66,16 +69,14 @@ class Skeleton:
         # and not the meta device, on whose masks transformers would look for data
         self._no_data = FakeTensorMode()
         try:
-            self.config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-            if hasattr(self.config, "quantization_config"):
-                del self.config.quantization_config
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
             with quiet_imports(), self._no_data:
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
-        except (
-            Exception
-        ) as error:  # a config comes from outside, and transformers finds many ways to fail on one
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        except Exception as error:  # transformers finds many ways to fail on a config from outside
             message = (
-                f"{checkpoint.path}: transformers makes no language model of its config "
+                f"{checkpoint.path}: transformers cannot build a language model from its config "
                 f"({one_line(error)})"
             )
             raise CheckpointRefused(
@@ -83,6 +84,8 @@ class Skeleton:
                 message,
                 hint="qtool runs the causal language models of transformers",
             ) from error
+        self.config: ModelConfig = config
+        self.model: CausalLM = model
         self.modules: Mapping[str, nn.Module] = dict(self.model.named_modules())
         self._parameters = self.model.state_dict()
         mapping = get_model_conversion_mapping(self.model)
@@ -106,7 +109,7 @@ class Skeleton:
         if f"{name}.weight" in self._parameters and found not in self._parameters:
             found, pattern = f"{name}.weight", None
         if pattern is not None:
-            return self._among_experts(name, found, pattern)
+            return self._place_expert(name, found, pattern)
         module = found.removesuffix(".weight")
         if isinstance(self.modules.get(module), nn.Linear):
             return Place(module)
@@ -116,11 +119,12 @@ class Skeleton:
         what = type(self.modules[module]).__name__ if module in self.modules else "nothing"
         raise CheckpointRefused(
             "E_NO_LINEAR",
-            f"{self.checkpoint.path}: `{name}` is quantized, and the model has {what} in its "
-            "place, no linear layer",
+            f"{self.checkpoint.path}: `{name}` is quantized, but the model has {what} in its "
+            "place instead of a linear layer",
         )
 
-    def _among_experts(self, name: str, parameter: str, pattern: str) -> Place:
+    def _place_expert(self, name: str, parameter: str, pattern: str) -> Place:
+        """Return the place of one expert of a stack that transformers makes of ``pattern``."""
         converter = next(entry for entry in self._converters if pattern in entry.source_patterns)
         operations = [type(operation).__name__ for operation in converter.operations]
         expert = re.search(
@@ -131,94 +135,74 @@ class Skeleton:
             or expert is None
         ):
             message = (
-                f"{self.checkpoint.path}: transformers makes `{parameter}` of `{name}` by "
-                f"{', '.join(operations)}, which qtool does not do"
+                f"{self.checkpoint.path}: transformers converts `{name}` to `{parameter}` by "
+                f"{', '.join(operations)}, which qtool does not support"
             )
             raise CheckpointRefused(
                 "E_NO_LINEAR", message, hint="open an issue that names the model"
             )
         holder, _, attribute = parameter.rpartition(".")
-        self._experts_of(parameter)
+        self._expert_count(parameter)
         return Place(
-            holder,
-            attribute,
-            int(expert[1]),
-            converter.source_patterns.index(pattern),
-            len(converter.source_patterns),
+            module=holder,
+            parameter=attribute,
+            expert=int(expert[1]),
+            part=converter.source_patterns.index(pattern),
+            parts=len(converter.source_patterns),
         )
 
-    def _experts_of(self, parameter: str) -> int:
+    def _expert_count(self, parameter: str) -> int:
         if parameter not in self._parameters:
             raise CheckpointRefused(
                 "E_NO_LINEAR",
-                f"{self.checkpoint.path} has experts for `{parameter}`, which the model does not "
-                "have",
+                f"{self.checkpoint.path} has experts for `{parameter}`, which the model lacks",
             )
         return int(self._parameters[parameter].shape[0])
 
     def missing_experts(self, places: Collection[Place]) -> list[str]:
-        """Return which experts, or parts of them, of the stacks at ``places`` are not among
-        these.
-        """
+        """Return which experts, or parts of them, the stacks at ``places`` still lack."""
+        present: dict[tuple[str, str, int], set[tuple[int | None, int]]] = {}
+        for place in places:
+            if place.parameter:
+                stack = (place.module, place.parameter, place.parts)
+                present.setdefault(stack, set()).add((place.expert, place.part))
         missing = []
-        for module, parameter, parts in sorted(
-            {(place.module, place.parameter, place.parts) for place in places if place.parameter}
-        ):
-            there = {
-                (place.expert, place.part)
-                for place in places
-                if (place.module, place.parameter) == (module, parameter)
-            }
-            if there != {(None, 0)}:
-                wanted = {
-                    (expert, part)
-                    for expert in range(self._experts_of(f"{module}.{parameter}"))
-                    for part in range(parts)
-                }
-                missing += [
-                    f"{module}.{parameter}, expert {expert}, part {part}"
-                    for expert, part in sorted(wanted - there)
-                ]
+        for (module, parameter, parts), found in sorted(present.items()):
+            if found == {(None, 0)}:  # all of them together
+                continue
+            count = self._expert_count(f"{module}.{parameter}")
+            wanted = set(itertools.product(range(count), range(parts)))
+            missing += [
+                f"{module}.{parameter}, expert {expert}, part {part}"
+                for expert, part in sorted(wanted - found)
+            ]
         return missing
 
     def beyond(self, name: str) -> bool:
-        """Whether the tensor or layer ``name`` belongs to a decoder layer after the last, for
-        multi-token prediction.
+        """Whether the tensor or layer ``name`` belongs to a decoder layer after the last.
+
+        Such layers are for multi-token prediction.
         """
         layer = decoder_layer_number(name)
         count = self.checkpoint.text_config.get("num_hidden_layers")
         return layer is not None and isinstance(count, int) and layer >= count
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
-        """Run the model without data. Return the names of the linear layers that are called, and of
-        those that multiply one input, in order of use.
+        """Run the model without data, to see which linear layers are called, and with what.
 
-        A layer that is not called has its weight read by its parent. Raises: whatever the model
-        does when it needs data.
+        Returns: the names of the layers that are called, and lists of those that share an input,
+            in order of use. A layer that is not called has its weight read by its parent.
+        Raises: whatever the model does when it needs data.
         """
-        inputs: dict[tuple[str, int], list[str]] = {}
-        alive: list[Tensor] = []  # so that no two inputs get the same id
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(
-                module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-            ) -> None:
-                alive.append(args[0] if args else kwargs["input"])
-                inputs.setdefault((name.rpartition(".")[0], id(alive[-1])), []).append(name)
-
-            return hook
-
-        linears = {
-            name: module for name, module in self.modules.items() if isinstance(module, nn.Linear)
-        }
+        calls = _Calls()
         handles = [
-            module.register_forward_pre_hook(note(name), with_kwargs=True)
-            for name, module in linears.items()
+            module.register_forward_pre_hook(calls.hook(name), with_kwargs=True)
+            for name, module in self.modules.items()
+            if isinstance(module, nn.Linear)
         ]
         experts = self.config._experts_implementation
-        self.config._experts_implementation = (
-            "batched_mm"  # the only one that does not look at data
-        )
+        # the only one that does not look at data
+        self.config._experts_implementation = "batched_mm"
         try:
             with torch.no_grad(), self._no_data:
                 self.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
@@ -226,92 +210,135 @@ class Skeleton:
             self.config._experts_implementation = experts
             for handle in handles:
                 handle.remove()
-        called = {name for names in inputs.values() for name in names}
-        return called, [
-            names for names in inputs.values() if len(names) > 1 and len(set(names)) == len(names)
+        names = list(calls.names.values())
+        return set(itertools.chain.from_iterable(names)), [
+            each for each in names if _is_shared(each)
         ]
 
     def materialize(
         self, removed: Collection[Place], state: dict[str, Tensor], device: torch.device
-    ) -> Any:
-        """Return the model with its plain weights, ``state``, on ``device``; the layers at
-        ``removed`` are left out for the caller to put in.
+    ) -> CausalLM:
+        """Return the model on ``device`` with its unquantized weights.
 
-        Raises: CheckpointRefused, when ``state`` is not what the rest of the model needs.
+        Args:
+            removed: the layers that the caller will put in; they are left out.
+            state: all other weights of the model.
+            device: where the model goes.
+        Raises: CheckpointRefused, when ``state`` does not fit the model.
         """
         from transformers import GenerationConfig
-        from transformers.utils import logging as said
 
+        head = self.model.get_output_embeddings()
+        if any(self.modules[place.module] is head for place in removed):
+            self._untie_head()
+        if any(place.parameter for place in removed):
+            # one expert after another, through `linear`
+            self.config._experts_implementation = "eager"
         model_class = type(self.model)
-
-        def initialize(model: Any, config: Any) -> None:
-            model_class.__init__(model, config)
-            for place in removed:
-                if place.parameter:
-                    experts = model.get_submodule(place.module)
-                    experts._parameters.pop(place.parameter, None)
-                    # or transformers would look for the parameter, to give it random numbers
-                    experts._is_hf_initialized = True
-                else:
-                    model.set_submodule(place.module, nn.Identity())
-                    model.get_submodule(
-                        place.module.rpartition(".")[0]
-                    )._is_hf_initialized = True  # the same
-
         # a subclass for as long as loading takes: transformers then never asks for the weights of
         # the layers that are left out
-        names = {
-            "__init__": initialize,
-            "__module__": model_class.__module__,
-            "__qualname__": model_class.__qualname__,
-        }
-        without: Any = type(model_class.__name__, (model_class,), names)
-        head = self.model.get_output_embeddings()
-        # a head of its own, whatever the config says
-        if any(self.modules[place.module] is head for place in removed):
-            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = (
-                False
-            )
-        if any(place.parameter for place in removed):
-            self.config._experts_implementation = (
-                "eager"  # one expert after another, through `linear`
-            )
-        bars, level = said.is_progress_bar_enabled(), said.get_verbosity()
-        said.disable_progress_bar()  # its bar ignores whether there is a terminal
-        said.set_verbosity_error()
-        try:
-            options = {
-                "device_map": {"": device},
-                "ignore_mismatched_sizes": True,
-                "output_loading_info": True,
-            }
+        without = _class_without(model_class, removed)
+        with _quiet_loading():
             model, report = without.from_pretrained(
-                None, config=self.config, state_dict=state, dtype=self.dtype, **options
+                None,
+                config=self.config,
+                state_dict=state,
+                dtype=self.dtype,
+                device_map={"": device},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-        finally:
-            said.set_verbosity(level)
-            if bars:
-                said.enable_progress_bar()
         model.__class__ = model_class
-        for kind, what in (
-            ("missing_keys", "lacks"),
-            ("unexpected_keys", "has what the model does not:"),
-            ("mismatched_keys", "has in another shape"),
-        ):
-            if found := sorted(
-                str(name[0] if isinstance(name, tuple) else name) for name in report.get(kind) or ()
-            ):
-                message = (
-                    f"{self.checkpoint.path} {what} {len(found)} tensors, e.g. "
-                    f"{', '.join(f'`{name}`' for name in found[:3])}"
-                )
-                raise CheckpointRefused(
-                    "E_TENSORS",
-                    message,
-                    hint=(
-                        "config.json and weights are not of one model: download or export it again"
-                    ),
-                )
+        self._check_report(report)
         if (self.checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
-        return model.requires_grad_(False).eval()
+        loaded: CausalLM = model
+        return loaded.requires_grad_(False).eval()
+
+    def _untie_head(self) -> None:
+        """Give the model an output head of its own, whatever the config says."""
+        self.config.tie_word_embeddings = False
+        self.config.get_text_config().tie_word_embeddings = False
+
+    def _check_report(self, report: Mapping[str, Collection[str | tuple[str, ...]]]) -> None:
+        """Raise CheckpointRefused if transformers reports that tensors are missing or left over."""
+        for kind, problem in REPORTS.items():
+            keys = report.get(kind) or ()
+            if not keys:
+                continue
+            names = sorted(key[0] if isinstance(key, tuple) else str(key) for key in keys)
+            examples = ", ".join(f"`{name}`" for name in names[:3])
+            raise CheckpointRefused(
+                "E_TENSORS",
+                f"{self.checkpoint.path} {problem.format(count=len(names))}, e.g. {examples}",
+                hint="config.json and the weights are of different models: download or export it "
+                "again",
+            )
+
+
+class _Calls:
+    """Notes the linear layers that are called, by parent and input."""
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[str, int], list[str]] = {}
+        self._alive: list[Tensor] = []  # so that no two inputs get the same id
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """Return a forward pre-hook for the layer ``name``."""
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            self._alive.append(x)
+            self.names.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
+
+        return note
+
+
+def _is_shared(names: Sequence[str]) -> bool:
+    """Whether several layers, each called once, have one input."""
+    return 1 < len(names) == len(set(names))
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence transformers while it loads: its bar ignores whether there is a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _class_without(model_class: type, removed: Collection[Place]) -> Any:
+    """Return a subclass of ``model_class`` whose models lack the layers at ``removed``."""
+
+    def initialize(model: nn.Module, config: ModelConfig) -> None:
+        model_class.__init__(model, config)  # type: ignore[misc]
+        for place in removed:
+            _remove(model, place)
+
+    members = {
+        "__init__": initialize,
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
+    return type(model_class.__name__, (model_class,), members)
+
+
+def _remove(model: nn.Module, place: Place) -> None:
+    """Take the layer at ``place`` out of ``model``, and keep transformers from initializing it."""
+    if place.parameter:
+        holder = model.get_submodule(place.module)
+        holder._parameters.pop(place.parameter, None)
+    else:
+        model.set_submodule(place.module, nn.Identity())
+        holder = model.get_submodule(place.module.rpartition(".")[0])
+    # or transformers would look for the parameter, to give it random numbers
+    holder._is_hf_initialized = True  # type: ignore[assignment]

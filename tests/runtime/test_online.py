@@ -13,7 +13,7 @@ from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
 from qtool.formats.packing import read_tensor
 from qtool.modules import is_linear
-from qtool.runtime.online import ONLINE, TORCHAO, flag_named, left_plain, schemes_to_run
+from qtool.runtime.online import ONLINE, TORCHAO, flag_named, schemes_to_run, skip_reasons
 from qtool.weight import dequantize, fake_quantize_input, quantize, unpack_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +107,7 @@ def test_a_name_quantizes_all_projections_and_nothing_else(tiny, name):
         tensor.removesuffix(".weight") for tensor in tiny.tensors if tensor.endswith("_proj.weight")
     }
     assert schemes_to_run(tiny, None, name) == dict.fromkeys(projections, ONLINE[name])
-    assert left_plain(tiny, None, name) == ()
+    assert skip_reasons(tiny, None, name) == ()
 
 
 def test_experts_are_quantized_and_routers_heads_and_towers_are_not(experts):
@@ -136,7 +136,7 @@ def test_a_layer_whose_inputs_the_groups_do_not_divide_stays_plain(experts, name
 
 
 def test_what_stays_plain_is_reported_by_reason(experts):
-    assert left_plain(experts, None, "int4wo-128") == (
+    assert skip_reasons(experts, None, "int4wo-128") == (
         "groups of 128 do not divide the inputs of layers, which stay in 16 bits: "
         "`model.layers.0.mlp.experts.1.down_proj`",
         "experts are stacked in tensors of three dimensions, which stay in 16 bits: "
@@ -235,7 +235,7 @@ def of_sample(sample):
     def get(name, flag):
         checkpoint = open_checkpoint(sample(name))
         layout = detect(checkpoint)
-        assert left_plain(checkpoint, layout, flag) == ()
+        assert skip_reasons(checkpoint, layout, flag) == ()
         return schemes_to_run(checkpoint, layout, flag), {
             layer: module.scheme for layer, module in layout.modules.items()
         }

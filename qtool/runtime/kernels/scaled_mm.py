@@ -1,9 +1,8 @@
-"""PyTorch's own matmuls of codes, for weights and inputs of one format: `torch._scaled_mm` for fp8,
-`torch._int_mm` for int8.
-"""
+"""PyTorch's own matmuls of codes: `torch._scaled_mm` for fp8, `torch._int_mm` for int8."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -18,21 +17,21 @@ from qtool.weight import QuantizedWeight, divided, largest, to_fp8
 # sums and scaling them afterwards costs more.
 MANY_TOKENS = 512
 FEWEST_INT8 = 32  # `torch._int_mm` wants more than 16 tokens
+# of weights and of inputs
+GRANULARITIES = frozenset(itertools.product(("tensor", "channel"), ("tensor", "token")))
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take fp8 weights with fp8 inputs and int8 weights with int8 inputs, one scale for each output
-    and each token or for all of them.
+    """Support fp8 weights with fp8 inputs, and int8 weights with int8 inputs.
+
+    There is one scale for each output and each token, or for all of them.
     """
     weights, inputs, (rows, columns) = spec.scheme.weights, spec.scheme.activations, spec.shape
     if inputs is None:
         return "inputs stay in 16 bits"
     if weights.format not in ("fp8", "int8") or weights.format != inputs.format:
         return f"weights are {weights.format} and inputs {inputs.format}"
-    if weights.granularity not in ("tensor", "channel") or inputs.granularity not in (
-        "tensor",
-        "token",
-    ):
+    if (weights.granularity, inputs.granularity) not in GRANULARITIES:
         return (
             f"weights have a scale for each {weights.granularity}, inputs for each "
             f"{inputs.granularity}"
@@ -107,8 +106,9 @@ def scale_of_all(x: Tensor, inputs: Activations) -> Tensor:
 def rounded_rows(
     x: Tensor, inputs: Activations, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1], as
-    `fake_quantize_input` finds them: ``scale`` or one a row.
+    """Return the codes of ``x`` [M, K], fp8 or int8, and their scales, f32 [M, 1].
+
+    They are those of `fake_quantize_input`; the scale of each row is ``scale``, if given.
     """
     if x.is_cuda:
         from qtool.runtime.triton.row_quantize import quantize_rows
@@ -121,17 +121,15 @@ def rounded_rows(
         scale = divided(wide.abs().amax(1, keepdim=True), largest(inputs))
     scale = torch.where(scale > 0, scale, 1.0).expand(x.shape[0], 1).contiguous()
     ratio = wide / scale
-    return to_fp8(ratio) if inputs.format == "fp8" else ratio.round_().clamp_(-128, 127).to(
-        torch.int8
-    ), scale
+    if inputs.format == "fp8":
+        return to_fp8(ratio), scale
+    return ratio.round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def rescaled(
     sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``sums * rows * columns + bias`` in ``dtype``, for f32 ``rows`` [M, 1] and ``columns``
-    [N].
-    """
+    """Return ``sums * rows * columns + bias``, for f32 ``rows`` [M, 1] and ``columns`` [N]."""
     if sums.is_cuda:
         from qtool.runtime.triton.rescale import rescale
 

@@ -1,5 +1,6 @@
-"""Weights of 8 bits times inputs rounded to 8 bits, in Triton: int8, or fp8 E4M3, one scale for
-each output and for each token, or fewer.
+"""Weights of 8 bits times inputs rounded to 8 bits, int8 or fp8 E4M3, in Triton.
+
+There is one scale for each output and each token, or for all of them.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -47,26 +48,29 @@ TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take int8 or fp8 weights with a scale for each output or one, and inputs of the same format
-    with a scale for each token, or a static one.
+    """Support int8 or fp8 weights and inputs of the same format.
+
+    Weights have a scale for each output or one for all, inputs one for each token or a static one.
     """
-    weights, inputs = spec.scheme.weights, spec.scheme.activations
+    weights = spec.scheme.weights
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
-    if (
-        weights.format not in TILES
-        or weights.granularity not in ("channel", "tensor")
-        or not weights.symmetric
-    ):
+    row_scales = weights.granularity in ("channel", "tensor") and weights.symmetric
+    if weights.format not in TILES or not row_scales:
         return f"it takes int8 or fp8 weights with a scale a row, not {weights}"
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        return f"its inputs have 16 bits, not {spec.dtype}"
+    return _unsupported_inputs(spec)
+
+
+def _unsupported_inputs(spec: LinearSpec) -> str | None:
+    weights, inputs = spec.scheme.weights, spec.scheme.activations
     if inputs is None or inputs.format != weights.format or not inputs.symmetric:
         return f"its inputs are symmetric {weights.format}"
     if inputs.granularity == "tensor" and not spec.static_input:
         return "it finds scales for each token, not for all together"
     if inputs.granularity not in ("token", "tensor") or inputs.scale != "float":
         return f"it has no inputs of {inputs}"
-    if spec.dtype not in (torch.bfloat16, torch.float16):
-        return f"its inputs have 16 bits, not {spec.dtype}"
     return None
 
 
@@ -103,7 +107,7 @@ def apply_codes(
         packed,
         bias,
         pick(TILES[spec.scheme.weights.format], codes.shape[0], *spec.shape),
-        row_scale,
+        row_scale=row_scale,
     )
 
 

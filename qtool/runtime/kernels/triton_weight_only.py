@@ -1,12 +1,11 @@
 """Weights of 4 or 8 bits times 16-bit inputs, in Triton: int4, int8, fp8, NVFP4 and MXFP4.
 
 The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a
-    nibble or a byte) of each of the ``codes`` runs
-of ``width`` inputs of a block, so that a shift and a mask of a tile of words give a tile of codes:
-no permutation, and two codes per instruction. The words of a block lie together, [K/block, N,
-width]. Its scales are 2 or 4 fields of one integer [K/block, N], each for some of the runs. In fp4
-a run has several scales, [K/block, N, groups]. Its weights are multiplied by them in 16 bits, which
-is exact: 2 bits times 4, in range.
+nibble or a byte) of each of the ``codes`` runs of ``width`` inputs of a block. A shift and a mask
+of a tile of words then give a tile of codes: no permutation, and two codes per instruction. The
+words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer
+[K/block, N], each for some of the runs. In fp4 a run has several scales, [K/block, N, groups]; they
+multiply its weights in 16 bits, which is exact: 2 bits times 4, in range.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -94,22 +93,26 @@ class Layout:
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take weight-only schemes of 4 and 8 bits with a scale for each output, or for groups of a
-    multiple of 16 inputs.
+    """Support weight-only schemes of 4 and 8 bits.
+
+    There is a scale for each output, or for groups of a multiple of 16 inputs.
     """
-    weights = spec.scheme.weights
     if device.type == "cuda" and device.capability < 90:
         return f"it is written for sm_90, not {device}"
     if spec.scheme.activations:
         return "it does not round inputs"
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies in 16 bits, not {spec.dtype}"
+    return _unsupported_weights(spec.scheme.weights)
+
+
+def _unsupported_weights(weights: Weights) -> str | None:
     if weights.format not in TILES:
         return f"it unpacks {', '.join(TILES)}, not {weights.format}"
     if weights.granularity == "block" or (weights.group_size or 16) % 16:
         return f"it has no scales per {weights}"
     if weights.format == "fp4" and (weights.scale == "float" or weights.granularity != "group"):
         return f"its fp4 is NVFP4 or MXFP4, not {weights}"
-    if spec.dtype not in (torch.bfloat16, torch.float16):
-        return f"it multiplies in 16 bits, not {spec.dtype}"
     return None
 
 
@@ -135,44 +138,50 @@ def _run(group: int, most: int) -> int:
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Interleave the codes as words, and gather the scales of a block in one integer."""
-    layout, (rows, columns) = layout_of(spec.scheme.weights), spec.shape
-    if spec.scheme.weights.format == "fp4":
-        weight = _without_zero_scales(weight, spec.scheme.weights.group_size or columns)
+    weights, (rows, columns) = spec.scheme.weights, spec.shape
+    layout, format = layout_of(weights), weights.format
     padded = (-(-rows // ROWS) * ROWS, -(-columns // INPUTS) * INPUTS)
-    words = _words(weight.data, layout, _DECODE[spec.scheme.weights.format, spec.dtype], padded)
+    group = weights.group_size or columns
+    if format == "fp4":
+        weight = _without_zero_scales(weight, group)
+    words = _words(weight.data, layout, _DECODE[format, spec.dtype], padded)
     packed = {"words": words, "counters": counters(words.device)}
     if not layout.fields:
-        scale = weight.scale.float().expand(rows, -1)[:, 0]
-        packed["row_scale"] = (
-            scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
-        )
-        if weight.zero is not None:
-            offset = weight.zero.to(spec.dtype).expand(rows, -1) + _base(spec)
-            packed["offsets"] = torch.nn.functional.pad(offset[:, 0], (0, padded[0] - rows))
-        return packed
-    group, scale = spec.scheme.weights.group_size or columns, weight.scale
-    if spec.scheme.weights.format == "fp4":
+        return packed | _row_scales(spec, weight, padded[0] - rows)
+    if format == "fp4":
         fields, row_scale = _fp4_scales(spec, weight)
         return {**packed, "scales": _fields(fields, layout, group, padded), "row_scale": row_scale}
-    if scale.dtype == torch.float8_e8m0fnu and spec.scheme.weights.format == "fp8":
-        scale = scale.to(spec.dtype)
-    scale = (
-        scale.view(torch.uint8)
-        if scale.element_size() == 1
-        else scale.to(spec.dtype).view(torch.int16)
-    )
-    packed["scales"] = _fields(scale, layout, group, padded)
+    packed["scales"] = _fields(_scale_bits(spec, weight.scale), layout, group, padded)
     if weight.zero is not None:
-        packed["offsets"] = _fields(
-            (weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16), layout, group, padded
-        )
+        offsets = (weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16)
+        packed["offsets"] = _fields(offsets, layout, group, padded)
     return packed
 
 
+def _row_scales(spec: LinearSpec, weight: QuantizedWeight, missing: int) -> dict[str, Tensor]:
+    """Return scales and offsets of a weight with one for each row; ``missing`` rows are added."""
+    rows = spec.shape[0]
+    scale = weight.scale.float().expand(rows, -1)[:, 0]
+    packed = {
+        "row_scale": scale * weight.scale2 if weight.scale2 is not None else scale.contiguous()
+    }
+    if weight.zero is not None:
+        offset = weight.zero.to(spec.dtype).expand(rows, -1) + _base(spec)
+        packed["offsets"] = torch.nn.functional.pad(offset[:, 0], (0, missing))
+    return packed
+
+
+def _scale_bits(spec: LinearSpec, scale: Tensor) -> Tensor:
+    """Return the scales of groups as integers of 8 or 16 bits."""
+    if scale.dtype == torch.float8_e8m0fnu and spec.scheme.weights.format == "fp8":
+        scale = scale.to(spec.dtype)
+    if scale.element_size() == 1:
+        return scale.view(torch.uint8)
+    return scale.to(spec.dtype).view(torch.int16)
+
+
 def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight:
-    """Return ``weight`` with codes of zero wherever its scale is zero, for which a field has no
-    bits.
-    """
+    """Return ``weight`` with zero codes where its scale is zero: a field has no bits for that."""
     used = (weight.scale.float() != 0).repeat_interleave(group // 2, dim=1)[
         :, : weight.data.shape[1]
     ]
@@ -185,10 +194,8 @@ def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tens
     The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the
     exponents that the decoded codes lack.
     """
-    ((((shift, _),), base), _), scale = (
-        _SCALES[spec.scheme.weights.scale, spec.dtype],
-        weight.scale.float(),
-    )
+    (((shift, _),), base), _ = _SCALES[spec.scheme.weights.scale, spec.dtype]
+    scale = weight.scale.float()
     most = (
         torch.full_like(scale[:, :1], 2.0**8)
         if spec.scheme.weights.scale == "e4m3"
@@ -197,9 +204,9 @@ def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tens
     largest = 2.0 ** (math.frexp(torch.finfo(spec.dtype).max)[1] - 1)
     bits = (scale / most * largest).to(spec.dtype).view(torch.int16).int()
     row_scale = most[:, 0] * (_DECODE["fp4", spec.dtype].scale_by / largest)
-    return ((bits - base) >> -shift).clamp(min=0).to(
-        torch.uint8
-    ), row_scale if weight.scale2 is None else row_scale * weight.scale2
+    if weight.scale2 is not None:
+        row_scale = row_scale * weight.scale2
+    return ((bits - base) >> -shift).clamp(min=0).to(torch.uint8), row_scale
 
 
 def _base(spec: LinearSpec) -> float:
