@@ -68,27 +68,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     flags = set(itertools.takewhile(lambda argument: argument != "--", arguments))
     signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # a terminal that knows no box characters is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+    _print_on_any_terminal()
     try:
         exit_code = app(args=arguments, prog_name="qtool", standalone_mode=False)
     except QtoolError as error:
         _fail(error, flags)
     except CLICK_USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "qtool"
-        _fail(
-            UsageError(
-                "E_USAGE", error.format_message(), hint=f"`{command} --help` shows the options"
-            ),
-            flags,
-        )
+        hint = f"`{command} --help` shows the options"
+        _fail(UsageError("E_USAGE", error.format_message(), hint=hint), flags)
     except (KeyboardInterrupt, typer.Abort):
         exit_code = 130
     if exit_code == 130:
         typer.echo("interrupted; no output was written", err=True)
     sys.exit(exit_code)
+
+
+def _print_on_any_terminal() -> None:
+    """Escape what a terminal has no characters for, e.g. the lines of a table."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(error: QtoolError, flags: Set[str]) -> NoReturn:

@@ -82,11 +82,7 @@ def inspect(
             hint="add --engine vllm",
         )
     if html:
-        place = html if html.exists() else html.parent
-        if html.is_dir() or not os.access(place, os.W_OK):
-            raise ResourceError(
-                "E_OUTPUT_PLACE", f"{html}: cannot write there", hint="choose another file"
-            )
+        _check_writable(html)
     found = run(
         open_checkpoint(resolve_model(model_path, revision=revision)),
         deep=deep,
@@ -101,3 +97,11 @@ def inspect(
     show(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
+
+
+def _check_writable(file: Path) -> None:
+    place = file if file.exists() else file.parent
+    if file.is_dir() or not os.access(place, os.W_OK):
+        raise ResourceError(
+            "E_OUTPUT_PLACE", f"{file}: cannot write there", hint="choose another file"
+        )

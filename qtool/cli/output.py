@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
 
-def show(data: Callable[[], Any], shown: Any, as_json: bool) -> None:
+def show(data: Callable[[], object], shown: object, as_json: bool) -> None:
     """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can
     draw.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qtool.plan import sizes_by_kind
+from qtool.checkpoint.strict_json import JsonDict
+from qtool.plan import Plan, sizes_by_kind
 from qtool.recipe import Auto, Recipe, catalogue
 from qtool.sizes import format_size
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from qtool.runtime.load_plan import Group, LoadPlan
 
 
-def methods_dict(with_experimental: bool) -> list[dict[str, Any]]:
+def methods_dict(with_experimental: bool) -> list[JsonDict]:
     """Return one entry for each method, for ``--json``."""
     return [
         {
@@ -92,41 +93,39 @@ def plan(request: Request) -> RenderableType:
     table.add_row(
         "all", "", "", format_size(plan.bytes_before), format_size(plan.bytes_after), style="bold"
     )
-    whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
-    kv_cache = f", {recipe.kv_cache} scales for the KV cache" if recipe.kv_cache else ""
-    missing = (
-        " (--calibration is still missing)"
-        if recipe.needs_data and request.calibration is None
-        else ""
-    )
-    data = (
-        f"{recipe.calibration.num_samples} samples of up to {recipe.calibration.seq_len} tokens"
-        if recipe.needs_data
-        else "no calibration data"
-    )
-    memory = (
-        f"about {format_size(by_layer)} (layer by layer)"
-        if recipe.backend == "gptqmodel"
-        else f"about {format_size(whole)}"
-    )
-    gpu = (
-        f", on the GPU about {format_size(by_layer)}"
-        if recipe.backend == "llmcompressor" and recipe.needs_data
-        else ""
-    )
     return Group(
         f"{recipe.name}: {recipe.summary}",
         f"backend {recipe.backend}, algorithm "
-        f"{' + '.join(step.name for step in recipe.algorithm)}, {data}{missing}{kv_cache}",
+        f"{' + '.join(step.name for step in recipe.algorithm)}, {_data(request)}",
         *(
             f"sizes are those of {recipe.schemes[0].name} everywhere; the search chooses within "
             f"{step.effective_bits:g} bits"
             for step in recipe.steps(Auto)
         ),
         table,
-        f"memory: {memory}{gpu}; runs native from {_native_gpu(recipe)}",
+        f"memory: {_memory(plan)}; runs native from {_native_gpu(recipe)}",
         f"output: {request.output}" + (" (exists)" if request.output.exists() else ""),
     )
+
+
+def _data(request: Request) -> str:
+    recipe = request.plan.recipe
+    kv_cache = f", {recipe.kv_cache} scales for the KV cache" if recipe.kv_cache else ""
+    if not recipe.needs_data:
+        return f"no calibration data{kv_cache}"
+    data = recipe.calibration
+    missing = " (--calibration is still missing)" if request.calibration is None else ""
+    return f"{data.num_samples} samples of up to {data.seq_len} tokens{missing}{kv_cache}"
+
+
+def _memory(plan: Plan) -> str:
+    recipe = plan.recipe
+    whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
+    if recipe.backend == "gptqmodel":
+        return f"about {format_size(by_layer)} (layer by layer)"
+    if recipe.backend == "llmcompressor" and recipe.needs_data:
+        return f"about {format_size(whole)}, on the GPU about {format_size(by_layer)}"
+    return f"about {format_size(whole)}"
 
 
 def _scheme(recipe: Recipe) -> str:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qtool import __version__
 from qtool.backends import Job, load_backend
@@ -20,6 +19,7 @@ from qtool.checkpoint import (
     stage_output,
 )
 from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import (
     BackendFailed,
     InputRefused,
@@ -54,7 +54,7 @@ class QuantizeResult:
     bytes_before: int
     bytes_after: int
     seconds: float
-    calibration: Mapping[str, Any] | None
+    calibration: Mapping[str, str | int] | None
 
     def summary(self) -> str:
         """Return the result in a few lines."""
@@ -73,7 +73,7 @@ class QuantizeResult:
             )
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Return the result for ``--json``."""
         return {
             key: str(value) if isinstance(value, Path) else value
@@ -85,82 +85,38 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     """Run a prepared request in a worker, verify what it wrote, and put it in its place."""
     start = time.monotonic()
     plan = request.plan
-    source = plan.checkpoint.path
-    need_bytes = int(plan.bytes_after * 1.05) + (
-        plan.bytes_before if plan.recipe.backend == "gptqmodel" else 0
-    )
+    source = plan.checkpoint
     with ExitStack() as stack:
-        inputs = [
-            source,
-            *_paths(
-                request.state_restore,
-                Path(request.calibration.source) if request.calibration else None,
-            ),
-        ]
-        others = [*inputs, *_paths(request.state_save)]
-        staging = stack.enter_context(
-            stage_output(
-                request.output, inputs=others, overwrite=request.overwrite, need_bytes=need_bytes
-            )
-        )
-        state = None
-        if request.state_save:
-            state = stack.enter_context(
-                stage_output(
-                    request.state_save,
-                    inputs=inputs,
-                    overwrite=request.overwrite,
-                    need_bytes=plan.bytes_before,
-                )
-            )
+        staging, state = _stage(request, stack)
         log = stack.enter_context(_kept_log(staging, request.log))
-        helpers = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+        threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         stop = threading.Event()
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
         # while the worker is busy
-        source_digests = helpers.submit(digest_files, plan.checkpoint.weight_files, stop=stop)
-        calibration: dict[str, Any] | None = None
-
-        def handle(event: Event) -> None:
-            nonlocal calibration
-            if isinstance(event, CalibrationEvent):
-                calibration = {
-                    **event.report,
-                    "asked": request.calibration.num_samples if request.calibration else 0,
-                }
-            if isinstance(event, StateSavedEvent) and state is not None:
-                state.publish()  # at once: what follows may fail, and calibration was the long part
-            on_event(event)
-
+        source_digests = threads.submit(digest_files, source.weight_files, stop=stop)
+        listener = _Listener(request, state, on_event)
         for note in request.notes:
             on_event(NoteEvent(note))
-        job = Job(
-            model=str(source.resolve()),
-            recipe=plan.recipe.to_dict(),
-            output=str(staging.checkpoint),
-            scratch=str(staging.scratch),
-            device=request.device,
-            calibration=request.calibration,
-            trust_remote_code=request.trust_remote_code,
-            state_save=str(state.checkpoint) if state else None,
-            state_restore=str(request.state_restore) if request.state_restore else None,
-        )
         versions = run_job(
-            job,
+            _job(request, staging, state),
             plan,
             log=log,
-            on_event=handle,
+            on_event=listener.handle,
             python=request.backend_python,
             keep_open=staging.lock_fd,
         )
         on_event(StageEvent("checking the result"))
-        finish_files(source, staging.checkpoint)
+        finish_files(source.path, staging.checkpoint)
         # hashing, writing out and checking share the time
-        digests = helpers.submit(digest_files, staging.files())
-        flushed = helpers.submit(staging.flush)
+        digests = threads.submit(digest_files, staging.files())
+        flushed = threads.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system tells of a write that failed once
-        manifest = _manifest(plan, calibration, versions, source_digests.result(), digests.result())
+        manifest = {
+            **_manifest(plan, listener.calibration, versions),
+            "source_files": source_digests.result(),
+            "files": digests.result(),
+        }
         write_json(staging.checkpoint / MANIFEST, manifest)
         staging.publish()
     library = load_backend(plan.recipe.backend).distribution
@@ -173,7 +129,69 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         bytes_before=plan.bytes_before,
         bytes_after=written.size_bytes,
         seconds=time.monotonic() - start,
-        calibration=calibration,
+        calibration=listener.calibration,
+    )
+
+
+class _Listener:
+    """Passes events on, keeps the calibration report, and publishes the state once it is saved."""
+
+    def __init__(self, request: Request, state: Staging | None, on_event: OnEvent) -> None:
+        self.calibration: Mapping[str, str | int] | None = None
+        self._spec = request.calibration
+        self._state = state
+        self._on_event = on_event
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, CalibrationEvent):
+            asked = self._spec.num_samples if self._spec else 0
+            self.calibration = {**event.report, "asked": asked}
+        if isinstance(event, StateSavedEvent) and self._state is not None:
+            # at once: what follows may fail, and calibration was the long part
+            self._state.publish()
+        self._on_event(event)
+
+
+def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]:
+    """Return the places where the checkpoint and the calibrated state are written."""
+    plan = request.plan
+    data = Path(request.calibration.source) if request.calibration else None
+    inputs = [plan.checkpoint.path, *_paths(request.state_restore, data)]
+    need_bytes = int(plan.bytes_after * 1.05)
+    if plan.recipe.backend == "gptqmodel":
+        need_bytes += plan.bytes_before
+    staging = stack.enter_context(
+        stage_output(
+            request.output,
+            inputs=[*inputs, *_paths(request.state_save)],
+            overwrite=request.overwrite,
+            need_bytes=need_bytes,
+        )
+    )
+    if request.state_save is None:
+        return staging, None
+    state = stack.enter_context(
+        stage_output(
+            request.state_save,
+            inputs=inputs,
+            overwrite=request.overwrite,
+            need_bytes=plan.bytes_before,
+        )
+    )
+    return staging, state
+
+
+def _job(request: Request, staging: Staging, state: Staging | None) -> Job:
+    return Job(
+        model=str(request.plan.checkpoint.path.resolve()),
+        recipe=request.plan.recipe.to_dict(),
+        output=str(staging.checkpoint),
+        scratch=str(staging.scratch),
+        device=request.device,
+        calibration=request.calibration,
+        trust_remote_code=request.trust_remote_code,
+        state_save=str(state.checkpoint) if state else None,
+        state_restore=str(request.state_restore) if request.state_restore else None,
     )
 
 
@@ -203,24 +221,19 @@ def _paths(*paths: Path | None) -> list[Path]:
 
 
 def _manifest(
-    plan: Plan,
-    calibration: dict[str, Any] | None,
-    versions: dict[str, str],
-    source: dict[str, Any],
-    files: dict[str, Any],
-) -> dict[str, Any]:
+    plan: Plan, calibration: Mapping[str, str | int] | None, versions: Mapping[str, str]
+) -> JsonDict:
     """Return what a reader needs to trust the checkpoint and to make it again; no path, no user, no
     time.
     """
+    recipe = plan.recipe.to_dict()
+    recipe.pop("calibration", None)
+    if calibration:
+        calibration = {**calibration, "source": Path(str(calibration["source"])).name}
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": plan.checkpoint.name,
-        "recipe": {
-            key: value for key, value in plan.recipe.to_dict().items() if key != "calibration"
-        },
-        "calibration": calibration
-        and {**calibration, "source": Path(str(calibration["source"])).name},
+        "recipe": recipe,
+        "calibration": calibration,
         "versions": {"qtool": __version__, **versions},
-        "source_files": source,
-        "files": files,
     }

@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qtool.backends import check_backend
 from qtool.backends.modelopt_state import check_state, state_recipe
@@ -16,6 +15,7 @@ from qtool.checkpoint import (
     open_checkpoint,
     resolve_model,
 )
+from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name
 from qtool.errors import (
     UsageError,
@@ -47,7 +47,7 @@ class Request:
         """The file beside the output that takes what the library prints."""
         return self.output.with_name(f"{self.output.name}.qtool.log")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Return the plan and where it would go, for ``--json``."""
         return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
 
@@ -61,11 +61,8 @@ def prepare(
     Without ``need_data``, calibration data may be missing, as for a dry run.
     """
     recipe = _recipe(options)
-    save = options.checkpoint_save_path
     restore = options.checkpoint_restore_path
-    if (save or restore) and recipe.backend != "modelopt":
-        message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
-        raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
+    _check_state_backend(options, recipe)
     device = check_device_name(options.device)
     calibration = None
     if recipe.needs_data and not restore and (need_data or recipe.calibration.source):
@@ -77,7 +74,7 @@ def prepare(
     check_backend(plan)
     notes = []
     context = _context_length(plan.checkpoint)
-    if calibration and context and context < calibration.seq_len:
+    if calibration and 0 < context < calibration.seq_len:
         notes.append(
             f"samples are cut at {context} tokens, the model's context, not at "
             f"{calibration.seq_len}"
@@ -93,11 +90,18 @@ def prepare(
         calibration=calibration,
         overwrite=options.overwrite,
         trust_remote_code=options.trust_remote_code,
-        state_save=_absolute(save),
+        state_save=_absolute(options.checkpoint_save_path),
         state_restore=_absolute(restore),
         notes=tuple(notes),
         backend_python=_python(options.backend_python or sys.executable),
     )
+
+
+def _check_state_backend(options: QuantizeOptions, recipe: Recipe) -> None:
+    states = (options.checkpoint_save_path, options.checkpoint_restore_path)
+    if any(states) and recipe.backend != "modelopt":
+        message = f"only ModelOpt keeps calibrated states, and this run is by {recipe.backend}"
+        raise UsageError("E_STATE_BACKEND", message, hint="add --backend modelopt")
 
 
 def _recipe(options: QuantizeOptions) -> Recipe:

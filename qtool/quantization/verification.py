@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from qtool.backends import load_backend, version_of
 from qtool.checkpoint import (
@@ -18,23 +17,18 @@ from qtool.errors import (
 from qtool.formats import check_values, detect
 from qtool.plan import Plan
 from qtool.recipe import Auto
+from qtool.scheme import Scheme
 
 
 def verify(plan: Plan, folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder`` and hold it against the plan.
+    """Open the checkpoint in ``folder`` and compare it with the plan.
 
-    Raises: BackendFailed, when a module has not the planned scheme, one was changed that should not
-        be, or a value is NaN or an impossible scale.
+    Raises: BackendFailed, when a module does not have the planned scheme, one was changed that
+        should not be, or a value is NaN or an impossible scale.
     """
     try:
         written = open_checkpoint(folder)
-        layout = detect(written)
-        found = {name: module.scheme for name, module in layout.modules.items()} if layout else {}
-        problems = [*_differences(plan, found), *check_values(written, layout)]
-        if plan.recipe.kv_cache and (layout is None or layout.kv_cache != plan.recipe.kv_cache):
-            problems.append(
-                f"the KV cache is {layout.kv_cache if layout else None}, not {plan.recipe.kv_cache}"
-            )
+        problems = list(_problems(plan, written))
     except InputRefused as error:
         problems = [error.message]
     if problems:
@@ -50,22 +44,34 @@ def verify(plan: Plan, folder: Path) -> Checkpoint:
     return written
 
 
-def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
+def _problems(plan: Plan, written: Checkpoint) -> Iterator[str]:
+    layout = detect(written)
+    modules = layout.modules if layout else {}
+    found = {name: module.scheme for name, module in modules.items()}
+    yield from _wrong_schemes(plan, found)
+    yield from _unplanned(plan, found)
+    yield from check_values(written, layout)
+    kv_cache = layout.kv_cache if layout else None
+    if plan.recipe.kv_cache and kv_cache != plan.recipe.kv_cache:
+        yield f"the KV cache is {kv_cache}, not {plan.recipe.kv_cache}"
+
+
+def _wrong_schemes(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:
+    """Say which modules do not have the planned scheme, or one that the search may choose."""
     searched = plan.recipe.steps(Auto)
     for module in plan.quantized:
         scheme = found.get(module.name)
         if searched and scheme in (None, *searched[0].candidates):
             continue
+        planned = module.scheme and module.scheme.name
         if scheme is None:
-            yield (
-                f"`{module.name}` was to become {module.scheme and module.scheme.name} and was "
-                "left in 16 bits"
-            )
+            yield f"`{module.name}` was to become {planned} and was left in 16 bits"
         elif scheme != module.scheme:
-            yield (
-                f"`{module.name}` was to become {module.scheme and module.scheme.name} and is "
-                f"{scheme.name}"
-            )
+            yield f"`{module.name}` was to become {planned} and is {scheme.name}"
+
+
+def _unplanned(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:
+    """Say which modules are quantized and should not be."""
     for module in plan.left_alone:
         if module.name in found:
             yield (
@@ -75,4 +81,4 @@ def _differences(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
     planned = {module.name for module in plan.modules}
     for name in found:
         if name not in planned:
-            yield f"`{name}` is {found[name].name} and is no linear module of the source"
+            yield f"`{name}` is {found[name].name} and not a linear module of the source"

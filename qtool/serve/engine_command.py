@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -31,25 +30,48 @@ HIDDEN = "***"
 
 
 class Counterpart(BaseModel):
-    """What stands for one of our options in an engine; `flags.yaml` says what each field means."""
+    """What stands for one of our options on an engine's command line: a flag, an environment
+    variable, or nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     flag: str = ""
+    """The engine's flag; a switch is the flag alone, any other option the flag and its value."""
+
     positional: bool = False
+    """The value stands alone, before all flags."""
+
     environment: str = ""
+    """The variable that carries the value, beside the flag or instead of one."""
+
     values: Mapping[str, str | None] | None = None
+    """Our value to the engine's; None needs no flag, and a value that is missing is refused."""
+
     beside: tuple[str, ...] = ()
+    """Further arguments that the flag needs."""
+
     default: str = ""
+    """What is passed when the option was not given."""
+
     whole: bool = False
+    """The engine takes a whole number: ours is rounded up."""
+
     since: str = ""
+    """The first version known to have the flag; an older one is not given it."""
+
     note: str = ""
+    """What the user should know of the difference."""
+
     dropped: str = ""
+    """Why nothing stands for it; the engine runs without, and the user is warned."""
+
     refused: str = ""
+    """Why nothing stands for it, where the engine would compute something else without."""
 
     @field_validator("values", mode="before")
     @classmethod
-    def _same_names(cls, values: Any) -> Any:
+    def _same_names(cls, values: object) -> object:
         return {value: value for value in values} if isinstance(values, list) else values
 
     @model_validator(mode="after")
@@ -61,27 +83,35 @@ class Counterpart(BaseModel):
 
 
 class Target(BaseModel):
-    """One engine's command line, read from its ``version``: what starts it, and what stands for our
-    options, in the order it gets them.
-    """
+    """The command line of one engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str
+    """The version whose flags were read."""
+
     launch: tuple[str, ...]
+    """The arguments of Python that start the engine."""
+
     options: Mapping[str, Counterpart]
+    """What stands for our options, in the order in which the engine gets them."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A process that serves: what to run, what to add to the environment, and what its user should
-    know first.
-    """
+    """A process that serves."""
 
     engine: str
+    """The name of the engine."""
+
     arguments: tuple[str, ...] = field(repr=False)
+    """What to run, the interpreter first."""
+
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What to add to the environment."""
+
     warnings: tuple[str, ...] = ()
+    """What the user should know first."""
 
     def __str__(self) -> str:
         """Return the command as a shell takes it, without its secrets."""
@@ -89,17 +119,11 @@ class Command:
             f"{name}={HIDDEN if name in SECRETS else shlex.quote(value)}"
             for name, value in self.environment.items()
         ]
-        return " ".join(
-            [
-                *variables,
-                *(
-                    HIDDEN if word == HIDDEN else shlex.quote(word)
-                    for word in _without_secrets(self.arguments)
-                ),
-            ]
-        )
+        words = _without_secrets(self.arguments)
+        quoted = [HIDDEN if word == HIDDEN else shlex.quote(word) for word in words]
+        return " ".join([*variables, *quoted])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the command for ``--json``, without its secrets."""
         variables = {
             name: HIDDEN if name in SECRETS else value for name, value in self.environment.items()

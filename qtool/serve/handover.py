@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,21 +59,16 @@ def prepare(
     checkpoint = open_checkpoint(folder)
     report = _check(checkpoint, engine, options)
     override = None
-    if options.quantization and _is_quantized(checkpoint):
+    if options.quantization:
         override = _override(checkpoint, options.quantization)
-        options = replace(options, quantization=None)
-    elif options.quantization:
-        schemes_to_run(checkpoint, formats.detect(checkpoint), options.quantization)
+        if _is_quantized(checkpoint):
+            options = replace(options, quantization=None)
     # of the Hub: the folder that was checked is served, under the name that was asked for
     if folder != Path(options.model_path):
         name = options.served_model_name or options.model_path
         options = replace(options, model_path=str(folder), served_model_name=name)
     command = make_command(engine, replace(options, revision=None), extra, override=override)
-    warnings = [
-        finding.message + (f"; {finding.hint}" if finding.hint else "")
-        for finding in report.findings
-        if finding.severity == "warning" or finding.code == "N_ENGINE_VERSION"
-    ]
+    warnings = _warnings(report)
     warnings += _check_installed(engine, dry_run=dry_run)
     return replace(command, warnings=(*warnings, *command.warnings))
 
@@ -90,37 +86,55 @@ def _check(checkpoint: Checkpoint, engine: str, options: ServeOptions) -> Engine
 
     Raises: CheckpointRefused, when it does not load it.
     """
-    ranks = options.tp or 1
-    model_path = options.model_path
     gpu = None if options.device == "cpu" else _gpu(options.device or "auto")
-    version = installed_version(engine)
-
-    def ask(name: str, version: str | None = None) -> EngineReport:
-        report = inspect(
-            checkpoint, engine=name, engine_version=version, gpu=gpu, tensor_parallel=ranks
-        ).engine
-        assert report is not None  # it is there when an engine is asked for
-        return report
-
-    report = ask(engine, version)
+    ask = partial(_ask, checkpoint, gpu=gpu, ranks=options.tp or 1)
+    report = ask(engine, version=installed_version(engine))
     if report.loads:
         return report
-    reasons = [finding for finding in report.findings if finding.severity == "refused"]
-    hints = [hint for hint in dict.fromkeys(finding.hint for finding in reasons[:REASONS]) if hint]
-    hints += [
-        f"{other} loads it: --engine {other}"
-        for other in targets()
-        if other != engine and ask(other).loads
-    ]
+    others = [other for other in targets() if other != engine and ask(other).loads]
+    hints = [f"{other} loads it: --engine {other}" for other in others]
     hints.append(
-        f"`qtool inspect --model-path {shlex.quote(model_path)} --engine {engine} --tp {ranks}` "
-        "says more"
+        f"`qtool inspect --model-path {shlex.quote(options.model_path)} --engine {engine} --tp "
+        f"{options.tp or 1}` says more"
     )
-    where = f"{engine} {report.version}" + (f" on {gpu}" if gpu else "")
-    told = [finding.message for finding in reasons[:REASONS]]
-    told += [f"and {len(reasons) - REASONS} more"] if len(reasons) > REASONS else []
-    message = f"{where} does not load {model_path}: {'; '.join(told)}"
-    raise CheckpointRefused("E_ENGINE_REFUSES", message, hint="; ".join(hints))
+    place = f" on {gpu}" if gpu else ""
+    raise _refusal(report, f"{engine} {report.version}{place}", options.model_path, hints)
+
+
+def _refusal(
+    report: EngineReport, where: str, model_path: str, hints: Sequence[str]
+) -> CheckpointRefused:
+    """Return the error that gives the first reasons of ``report``, and hints after theirs."""
+    reasons = [finding for finding in report.findings if finding.severity == "refused"]
+    shown = reasons[:REASONS]
+    messages = [finding.message for finding in shown]
+    if len(reasons) > REASONS:
+        messages.append(f"and {len(reasons) - REASONS} more")
+    theirs = dict.fromkeys(finding.hint for finding in shown if finding.hint)
+    return CheckpointRefused(
+        "E_ENGINE_REFUSES",
+        f"{where} does not load {model_path}: {'; '.join(messages)}",
+        hint="; ".join([*theirs, *hints]),
+    )
+
+
+def _ask(
+    checkpoint: Checkpoint, engine: str, *, gpu: str | None, ranks: int, version: str | None = None
+) -> EngineReport:
+    """Return what ``engine`` does with the checkpoint."""
+    report = inspect(
+        checkpoint, engine=engine, engine_version=version, gpu=gpu, tensor_parallel=ranks
+    ).engine
+    assert report is not None  # it is there when an engine is asked for
+    return report
+
+
+def _warnings(report: EngineReport) -> list[str]:
+    return [
+        finding.message + (f"; {finding.hint}" if finding.hint else "")
+        for finding in report.findings
+        if finding.severity == "warning" or finding.code == "N_ENGINE_VERSION"
+    ]
 
 
 def _is_quantized(checkpoint: Checkpoint) -> bool:
@@ -130,12 +144,15 @@ def _is_quantized(checkpoint: Checkpoint) -> bool:
 
 def _override(checkpoint: Checkpoint, name: str) -> str | None:
     """Return ``name`` where it rounds the inputs of a quantized checkpoint otherwise; None where it
-    is what an engine reads from the checkpoint.
+    is what an engine reads from the checkpoint, or the checkpoint is not quantized.
+
+    Raises: UsageError, for a name that does not fit the checkpoint.
     """
     layout = formats.detect(checkpoint)
     schemes = schemes_to_run(checkpoint, layout, name)
-    modules = layout.modules if layout else {}
-    same = schemes == {layer: module.scheme for layer, module in modules.items()}
+    if layout is None or not layout.modules:
+        return None
+    same = schemes == {layer: module.scheme for layer, module in layout.modules.items()}
     return None if same else name
 
 
@@ -171,16 +188,16 @@ def _gpu(device: str) -> str | None:
         if device.startswith("cuda:")
         else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     )
-    ask = [
+    query = [
         tool,
         "--query-gpu=compute_cap",
         "--format=csv,noheader",
         *(["-i", shown] if shown else []),
     ]
     try:
-        said = subprocess.run(
-            ask, capture_output=True, text=True, timeout=10, check=True
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=10, check=True
         ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return None
-    return said[0] if said and numbers(said[0]) else None
+    return answer[0] if answer and numbers(answer[0]) else None
