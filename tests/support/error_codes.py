@@ -54,6 +54,7 @@ MEANINGS = {  # codes whose message is put together elsewhere
     "E_TENSOR_SHAPE": "a tensor of a quantized layer does not have its scheme's shape",
     "E_TENSOR_DTYPE": "a tensor of a quantized layer does not have its scheme's dtype",
     "E_EFFECTIVE_BITS": "the recipe's `effective_bits` cannot be reached",
+    "E_VERIFY": "a converted checkpoint does not read back as it was planned",
     "E_SCHEME": "a scheme is written wrongly, or holds what no format can",
 }
 
