@@ -1,1 +1,1 @@
-"""Whether a quantized checkpoint is still good."""
+"""Measures how good a quantized checkpoint is."""
