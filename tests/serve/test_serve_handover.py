@@ -13,8 +13,8 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.headers_only import Gptq, build, fp8, int8
 from support.hub_server import HubServer
-from test_engines import Gptq, build, fp8, int8
 
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.serve.engine_command import HIDDEN, Command, make_command, targets
