@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qtool.errors import RecipeRefused, nearest
 
@@ -19,6 +19,11 @@ ScaleFormat = Literal["float", "e4m3", "e8m0"]
 
 FORMAT_BITS: Mapping[str, int] = {"fp4": 4, "fp8": 8} | {f"int{bits}": bits for bits in range(2, 9)}
 SCALE_BITS: Mapping[str, int] = {"float": 16, "e4m3": 8, "e8m0": 8}
+
+
+def number_format(bits: int, *, is_float: bool) -> Format:
+    """Return the name of a format; whether there is one, `Weights` and `Activations` check."""
+    return cast(Format, f"{'fp' if is_float else 'int'}{bits}")
 
 
 @dataclass(frozen=True)
