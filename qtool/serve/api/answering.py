@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Protocol
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from qtool.engine.outputs import CompletionOutput
-from qtool.errors import QtoolError, ResourceError
-from qtool.serve.api.schemas import ErrorDetail, ErrorReply
+from qtool.errors import QtoolError
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
-from qtool.serve.prompts.sandbox import TooManyWaiting
-from qtool.serve.service import Busy, ModelNotFound, Service, Slot
+from qtool.serve.http.errors import error_detail
+from qtool.serve.service import Busy, Service, Slot
 
 DONE = b"data: [DONE]\n\n"
 
@@ -125,7 +125,7 @@ class EventStream(Response):
             async for some in self._events:
                 await send({"type": "http.response.body", "body": some, "more_body": True})
         except (QtoolError, Busy) as error:
-            last = event(error_reply(error)[1].model_dump()) + DONE
+            last = event({"error": error_detail(error).model_dump()}) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -136,47 +136,24 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """Return status and body for ``error``, in OpenAI's shape."""
-    if isinstance(error, TooManyWaiting):
-        return 429, ErrorReply(
-            error=ErrorDetail(
-                message=f"the server is busy: {error}", type="rate_limit_error", code="queue_full"
-            )
-        )
-    if isinstance(error, Busy):
-        kind = "rate_limit_error" if error.status == 429 else "service_unavailable_error"
-        return error.status, ErrorReply(
-            error=ErrorDetail(message=error.message, type=kind, code=error.code)
-        )
-    if isinstance(error, ModelNotFound):
-        return 404, ErrorReply(
-            error=ErrorDetail(
-                message=str(error.args[0]),
-                type="invalid_request_error",
-                param="model",
-                code="model_not_found",
-            )
-        )
-    assert isinstance(error, QtoolError)
-    message = f"{error.message}; {error.hint}" if error.hint else error.message
-    if isinstance(error, ResourceError):
-        return 503, ErrorReply(
-            error=ErrorDetail(message=message, type="service_unavailable_error", code=_code(error))
-        )
-    if error.exit_code in (2, 3):
-        return 400, ErrorReply(
-            error=ErrorDetail(message=message, type="invalid_request_error", code=_code(error))
-        )
-    return 500, ErrorReply(
-        error=ErrorDetail(message=message, type="server_error", code=_code(error))
-    )
-
-
-def _code(error: QtoolError) -> str:
-    return {"E_TOO_LONG": "context_length_exceeded"}.get(
-        error.code, error.code.removeprefix("E_").lower()
-    )
+async def while_connected(
+    service: Service, request: Request, answer: Awaitable[Response]
+) -> Response:
+    """Return ``answer``, unless the client leaves first: then it is cancelled, and what runs for it
+    ends. Raises: Busy.
+    """
+    answering = asyncio.ensure_future(answer)
+    watching = asyncio.create_task(gone(request.receive))
+    try:
+        service.check_ready()
+        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            return Response(status_code=499)  # nobody reads it
+        return answering.result()
+    finally:
+        for task in (answering, watching):
+            task.cancel()
+        await asyncio.gather(answering, watching, return_exceptions=True)
 
 
 def json_reply(

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import json
 
-# What the server itself refuses: code -> status
-STATUSES = {
+from qtool.errors import InputRefused, QtoolError, ResourceError, UsageError
+from qtool.serve.api.schemas import ErrorDetail
+from qtool.serve.prompts.sandbox import TooManyWaiting
+from qtool.serve.service import Busy, ModelNotFound
+
+# An error of the server itself: its code, or else its class -> status
+STATUSES: dict[str | type[Exception], int] = {
     "bad_request": 400,
     "too_many_values": 400,
+    UsageError: 400,
+    InputRefused: 400,
     "invalid_api_key": 401,
     "host_not_allowed": 403,
+    ModelNotFound: 404,
     "body_timeout": 408,
     "header_timeout": 408,
     "body_too_large": 413,
     "unsupported_encoding": 415,
     "unsupported_media_type": 415,
+    "queue_full": 429,
+    TooManyWaiting: 429,
     "headers_too_large": 431,
+    Exception: 500,
     "busy": 503,
+    "loading": 503,
     "draining": 503,
     "too_many_connections": 503,
+    ResourceError: 503,
 }
-# OpenAI's type of an error: status -> type
+# status -> OpenAI's type of an error; of the others below 500, invalid_request_error
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
+    429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+QTOOL_CODES = {"E_TOO_LONG": "context_length_exceeded"}  # those with a name at OpenAI
 
 
 class Refused(Exception):
@@ -39,10 +55,41 @@ class Refused(Exception):
 
     def to_json(self) -> bytes:
         """Return the error in OpenAI's shape."""
-        detail = {
-            "message": self.message,
-            "type": TYPES.get(self.status, "invalid_request_error"),
-            "param": None,
-            "code": self.code,
-        }
-        return json.dumps({"error": detail}).encode()
+        return json.dumps({"error": error_detail(self).model_dump()}).encode()
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status of ``error``."""
+    if isinstance(error, Busy | Refused):
+        return STATUSES[error.code]
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+
+
+def error_detail(error: Exception) -> ErrorDetail:
+    """Return what the client learns about ``error``."""
+    kind = type_of(status_of(error))
+    match error:
+        case Busy() | Refused():
+            return ErrorDetail(message=error.message, type=kind, code=error.code)
+        case TooManyWaiting():
+            message = f"the server is busy: {error}"
+            return ErrorDetail(message=message, type=kind, code="queue_full")
+        case ModelNotFound():
+            message = str(error.args[0])
+            return ErrorDetail(message=message, type=kind, param="model", code="model_not_found")
+        case QtoolError():
+            message = f"{error.message}; {error.hint}" if error.hint else error.message
+            code = QTOOL_CODES.get(error.code, error.code.removeprefix("E_").lower())
+            return ErrorDetail(message=message, type=kind, code=code)
+    return ErrorDetail(message=f"a bug in qtool: {type(error).__name__}", type=kind, code="bug")
+
+
+def http_error_detail(status: int, message: str) -> ErrorDetail:
+    """Return the detail of an error that has its status already, such as an unknown path."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return ErrorDetail(message=message, type=kind, code=HTTP_CODES.get(status))
+
+
+def type_of(status: int) -> str:
+    """Return OpenAI's type of the errors with ``status``."""
+    return TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

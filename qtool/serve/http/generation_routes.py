@@ -1,0 +1,61 @@
+"""The routes that generate text: OpenAI's and SGLang's."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from qtool.serve.api.answering import while_connected
+from qtool.serve.api.chat import chat
+from qtool.serve.api.completions import complete
+from qtool.serve.api.native import generate
+from qtool.serve.api.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
+from qtool.serve.api.schemas import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Generation,
+    GenerationChunk,
+    Success,
+)
+from qtool.serve.http.openapi import ERRORS, whole_or_streamed
+from qtool.serve.service import Service
+
+
+def add_generation_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that generate text, and the one that aborts them."""
+
+    @app.post(
+        "/v1/chat/completions",
+        responses=whole_or_streamed(ChatCompletion, ChatChunk),
+        tags=["OpenAI"],
+    )
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a chat."""
+        return await while_connected(service, request, chat(service, body))
+
+    @app.post(
+        "/v1/completions",
+        responses=whole_or_streamed(Completion, CompletionChunk),
+        tags=["OpenAI"],
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        return await while_connected(service, request, complete(service, body))
+
+    @app.post(
+        "/generate",
+        responses=whole_or_streamed(Generation | list[Generation], GenerationChunk),
+        tags=["SGLang"],
+    )
+    async def generate_text(body: GenerateRequest, request: Request) -> Response:
+        """Continue one or several prompts, as SGLang's native route does."""
+        return await while_connected(service, request, generate(service, body))
+
+    @app.post("/abort_request", responses=ERRORS, tags=["SGLang"])
+    async def abort_request(body: AbortRequest) -> Success:
+        """Abort the requests with that ``rid``: they answer with what they have."""
+        service.check_ready()
+        service.engine.abort(body.rid)
+        return Success(success=True)

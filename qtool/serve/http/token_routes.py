@@ -1,0 +1,86 @@
+"""The routes that tokenize and detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from qtool.errors import UsageError
+from qtool.serve.api.answering import json_reply
+from qtool.serve.api.fields import as_lists
+from qtool.serve.api.prompt import render_prompt
+from qtool.serve.api.protocol import DetokenizeRequest, TokenizeRequest
+from qtool.serve.api.schemas import Text, Tokens
+from qtool.serve.http.openapi import ERRORS
+from qtool.serve.service import Service
+
+MAX_CHARACTERS = 1 << 20  # of several prompts in one request
+
+
+def add_token_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that tokenize and detokenize."""
+
+    @app.post("/tokenize", responses={**ERRORS, 200: {"model": Tokens}}, tags=["tokens"])
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Return the tokens of a prompt, or of messages through the chat template."""
+        service.check_ready()
+        service.check_model(body.model)
+        return json_reply(await _tokenize(service, body))
+
+    @app.post("/detokenize", responses=ERRORS, tags=["tokens"])
+    async def detokenize(body: DetokenizeRequest) -> Text:
+        """Return the text of tokens, or of several lists of them."""
+        service.check_ready()
+        service.check_model(body.model)
+        skip_special = body.skip_special_tokens is not False
+        texts = [_decode(service, tokens, skip_special) for tokens in as_lists(body.tokens)]
+        text = texts if isinstance(body.tokens[0], list) else texts[0]
+        return Text(text=text, prompt=text)
+
+
+async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, object]:
+    """Return the reply to ``body``. Raises: UsageError."""
+    if (body.prompt is None) == (body.messages is None):
+        raise UsageError(
+            "E_PROMPT", "give either prompt or messages", hint="one of them, and not both"
+        )
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    if isinstance(body.prompt, list):
+        tokens = await _encode_all(service, body.prompt, body)
+        count = [len(one) for one in tokens]
+    elif body.prompt is not None:
+        tokens = (await _encode_all(service, [body.prompt], body))[0]
+        count = len(tokens)
+    else:
+        _, tokens = await render_prompt(service, body.tools or (), body)
+        count = len(tokens)
+    return {"tokens": tokens, "count": count, "max_model_len": service.info.context_length}
+
+
+async def _encode_all(
+    service: Service, prompts: Sequence[str], body: TokenizeRequest
+) -> list[list[int]]:
+    if isinstance(body.prompt, list) and sum(map(len, prompts)) > MAX_CHARACTERS:
+        raise UsageError(
+            "E_PROMPT",
+            "the prompts are too long for one request",
+            hint=f"{MAX_CHARACTERS:,} characters at a time",
+        )
+    special = body.add_special_tokens is not False
+    return [
+        await service.vocabulary.encode(prompt, add_special_tokens=special) for prompt in prompts
+    ]
+
+
+def _decode(service: Service, tokens: Sequence[int], skip_special: bool) -> str:
+    """Return the text of ``tokens``. Raises: UsageError, if the model lacks one of them."""
+    if max(tokens) >= service.info.vocab_size:
+        raise UsageError(
+            "E_PROMPT",
+            f"there is no token {max(tokens)}",
+            hint=f"token ids are whole numbers from 0 to {service.info.vocab_size - 1}",
+        )
+    return service.vocabulary.decode(tokens, skip_special_tokens=skip_special)
