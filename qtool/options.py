@@ -10,11 +10,11 @@ import dataclasses
 import inspect
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from qtool.errors import UsageError, nearest
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from qtool.recipe import Recipe
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
 
@@ -95,6 +96,25 @@ def make_options(kind: type[Options], keywords: Mapping[str, object]) -> Options
                 "E_UNKNOWN_OPTION", f"unknown option `{name}`", hint=nearest(name, known)
             )
     return kind(**keywords)
+
+
+def keywords_of(
+    kind: type[DataclassInstance],
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Show the fields of ``kind`` in the signature of a function, in place of ``**options``."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+        options = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for each in inspect.signature(kind).parameters.values()
+        ]
+        shown = signature.replace(parameters=[*own, *options])
+        function.__signature__ = shown  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def flag_of(name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 
 import pytest
 
+import qtool
 from qtool.engine.config import EngineConfig
 from qtool.errors import UsageError
 from qtool.options import ExportOptions, QuantizeOptions, field_docs, make_options
@@ -90,3 +92,14 @@ def test_two_flags_name_one_quantization_in_lower_case(given):
     options = ServeOptions(model_path="M", **given)
     assert options.quantization == next(iter(given.values())).lower()
     assert options.torchao_config is None
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(qtool.quantize, QuantizeOptions), (qtool.export, ExportOptions)],
+    ids=["quantize", "export"],
+)
+def test_help_of_a_function_shows_its_options(function, kind):
+    shown = inspect.signature(function).parameters
+    assert {field.name for field in fields(kind)} <= shown.keys()
+    assert "options" not in shown

@@ -9,7 +9,7 @@ from qtool.conversion.convert import ConversionResult, convert
 from qtool.conversion.targets import TARGETS
 from qtool.errors import UsageError
 from qtool.events import OnEvent, ignore_event
-from qtool.options import ExportOptions, QuantizeOptions, make_options
+from qtool.options import ExportOptions, QuantizeOptions, keywords_of, make_options
 from qtool.quantization import QuantizeResult, prepare, run
 
 __all__ = ["TARGETS", "ConversionResult", "export"]
@@ -19,6 +19,7 @@ FOR_STATES = ("method", "trust_pickle", "trust_remote_code", "device")
 FOR_FORMATS = ("scheme", "requantize", "max_shard_size")
 
 
+@keywords_of(ExportOptions)
 def export(
     model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: object
 ) -> ConversionResult | QuantizeResult:

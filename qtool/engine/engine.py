@@ -37,7 +37,7 @@ from qtool.engine.results import CompletionResult, Result
 from qtool.engine.scheduler import Limits
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
-from qtool.options import make_options
+from qtool.options import keywords_of, make_options
 from qtool.runtime.devices import device_named
 from qtool.runtime.load import cache_scales, materialize
 from qtool.runtime.load_plan import plan_load
@@ -60,6 +60,7 @@ class Engine:
     Raises: CheckpointRefused, UsageError, ResourceError.
     """
 
+    @keywords_of(EngineConfig)
     def __init__(self, model_path: str | os.PathLike[str], **options: object) -> None:
         config = make_options(EngineConfig, options)
         device = device_named(config.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from qtool.events import OnEvent, ignore_event
-from qtool.options import QuantizeOptions, make_options
+from qtool.options import QuantizeOptions, keywords_of, make_options
 from qtool.quantization.execution import QuantizeResult, run
 from qtool.quantization.request import Request, prepare
 from qtool.quantization.verification import verify
@@ -13,6 +13,7 @@ from qtool.quantization.verification import verify
 __all__ = ["QuantizeResult", "Request", "prepare", "quantize", "run", "verify"]
 
 
+@keywords_of(QuantizeOptions)
 def quantize(
     model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: object
 ) -> QuantizeResult:

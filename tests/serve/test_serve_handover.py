@@ -28,24 +28,37 @@ KEY = "not-for-your-eyes"
 # pass.
 THEIRS = {
     "vllm": """
-        chat-template chat-template-content-format data-parallel-address data-parallel-backend data-parallel-external-lb data-parallel-hybrid-lb
-        data-parallel-multi-port-external-lb data-parallel-rank data-parallel-rpc-port data-parallel-size data-parallel-size-local
-        data-parallel-start-rank data-parallel-supervisor-port disable-log-stats dtype enable-auto-tool-choice enable-chunked-prefill
-        enable-log-requests enforce-eager generation-config gpu-memory-utilization headless host kv-cache-dtype master-addr master-port max-log-len
-        max-logprobs max-model-len max-num-active-seqs max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens max-num-scheduled-tokens
-        max-num-seqs max-parallel-loading-workers nnodes no-async-scheduling no-enable-chunked-prefill
-        no-enable-prefix-caching node-rank pipeline-parallel-size port
-        quantization quantization-config revision seed served-model-name shutdown-timeout skip-tokenizer-init structured-outputs-config
-        tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tool-call-parser tool-parser-plugin tool-server tool-strict-level
-        trust-remote-code trust-request-chat-template trust-request-mm-kwargs uvicorn-log-level""",
+        chat-template chat-template-content-format data-parallel-address
+        data-parallel-backend data-parallel-external-lb data-parallel-hybrid-lb
+        data-parallel-multi-port-external-lb data-parallel-rank data-parallel-rpc-port
+        data-parallel-size data-parallel-size-local data-parallel-start-rank
+        data-parallel-supervisor-port disable-log-stats dtype enable-auto-tool-choice
+        enable-chunked-prefill enable-log-requests enforce-eager generation-config
+        gpu-memory-utilization headless host kv-cache-dtype master-addr master-port
+        max-log-len max-logprobs max-model-len max-num-active-seqs
+        max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens
+        max-num-scheduled-tokens max-num-seqs max-parallel-loading-workers nnodes
+        no-async-scheduling no-enable-chunked-prefill no-enable-prefix-caching node-rank
+        pipeline-parallel-size port quantization quantization-config revision seed
+        served-model-name shutdown-timeout skip-tokenizer-init structured-outputs-config
+        tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision
+        tool-call-parser tool-parser-plugin tool-server tool-strict-level
+        trust-remote-code trust-request-chat-template trust-request-mm-kwargs
+        uvicorn-log-level""",
     "sglang": """
-        api-key chat-template chunked-prefill-size context-bucket context-length device disable-cuda-graph disable-overlap-schedule
-        disable-radix-cache dist-init-addr dist-timeout dp-size dtype enable-dp-attention enable-metrics enable-torch-compile grammar-backend host
-        kv-cache-dtype log-level log-level-http log-requests log-requests-format log-requests-level log-requests-target max-ep-size
-        max-mamba-cache-size max-prefill-tokens max-queued-requests max-running-requests max-total-tokens mem-fraction-static model model-checksum
-        model-config-parser model-impl model-loader-extra-config model-path nnodes node-rank port pp-async-batch-depth pp-max-micro-batch-size
-        pp-size quantization quantization-param-path random-seed revision sampling-backend sampling-defaults served-model-name skip-tokenizer-init
-        tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num tool-call-parser tool-server tp-size trust-remote-code
+        api-key chat-template chunked-prefill-size context-bucket context-length device
+        disable-cuda-graph disable-overlap-schedule disable-radix-cache dist-init-addr
+        dist-timeout dp-size dtype enable-dp-attention enable-metrics
+        enable-torch-compile grammar-backend host kv-cache-dtype log-level
+        log-level-http log-requests log-requests-format log-requests-level
+        log-requests-target max-ep-size max-mamba-cache-size max-prefill-tokens
+        max-queued-requests max-running-requests max-total-tokens mem-fraction-static
+        model model-checksum model-config-parser model-impl model-loader-extra-config
+        model-path nnodes node-rank port pp-async-batch-depth pp-max-micro-batch-size
+        pp-size quantization quantization-param-path random-seed revision
+        sampling-backend sampling-defaults served-model-name skip-tokenizer-init
+        tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num
+        tool-call-parser tool-server tp-size trust-remote-code
         trust-request-chat-template""",
 }
 
@@ -592,7 +605,8 @@ def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(
 
 ENGINE = """
 import json, os, pathlib, sys
-seen = {"argv": sys.argv[1:], "pid": os.getpid(), "key": os.environ.get("VLLM_API_KEY"), "kept": os.environ.get("KEPT")}
+seen = {"argv": sys.argv[1:], "pid": os.getpid()}
+seen |= {"key": os.environ.get("VLLM_API_KEY"), "kept": os.environ.get("KEPT")}
 pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(seen))
 """
 
@@ -610,7 +624,8 @@ def test_the_process_becomes_the_engines(engine, module, tiny_model, tmp_path):
 import os
 from qtool.serve.handover import hand_over, prepare
 from qtool.serve.settings import ServeOptions
-print(os.getpid())  # not flushed: the pipe gets it only if it is flushed before the process is replaced
+# not flushed: the pipe gets it only if it is flushed before the process is replaced
+print(os.getpid())
 options = ServeOptions(model_path={str(tiny_model)!r}, port=8001, api_key={KEY!r})
 hand_over(prepare({engine!r}, options, ["--seed", "3"]))
 """
