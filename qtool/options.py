@@ -154,21 +154,21 @@ class WriteOptions:
     """auto, cpu, cuda or cuda:<n>."""
 
     checkpoint_restore_path: str | os.PathLike[str] | None = None
-    """ModelOpt: skip calibration, take the state kept here."""
+    """ModelOpt: skip calibration and load the state saved here."""
 
     trust_pickle: bool = False
     """Accept a state file of mto.save; ModelOpt loads it with weights-only loading."""
 
     overwrite: bool = False
-    """Replace an output that exists, at the very end."""
+    """Replace an existing output, once the new one is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(WriteOptions):
-    """Everything that `quantize` takes beside the model; None stands for the recipe's value."""
+    """Everything that `quantize` takes apart from the model; None stands for the recipe's value."""
 
     method: str | None = None
-    """What to do, by name; --list shows them."""
+    """Quantization method; --list shows them."""
 
     recipe: str | Recipe | None = None
     """A recipe file instead of a method."""
@@ -189,19 +189,19 @@ class QuantizeOptions(WriteOptions):
     """Calibration samples. [recipe: 512]"""
 
     seq_len: int | None = bounded(None, 16)
-    """Tokens of a sample, at most. [recipe: 2048]"""
+    """Maximum tokens of a sample. [recipe: 2048]"""
 
     batch_size: int | None = bounded(None, 1)
-    """Samples in one forward pass; only equal lengths share one. [recipe: 1]"""
+    """Samples in one forward pass, all of one length. [recipe: 1]"""
 
     pack: bool | None = None
     """Join texts and cut them at SEQ_LEN, or cut each text."""
 
     seed: int | None = bounded(None, 0)
-    """For shuffling and the library. [recipe: 0]"""
+    """Seed for shuffling and for the library. [recipe: 0]"""
 
     group_size: int | None = bounded(None, -1)
-    """Inputs that share a scale; -1 for one a row. [recipe]"""
+    """Inputs that share a scale; -1 for one scale per row. [recipe]"""
 
     kv_cache: str | None = None
     """KV cache scales: fp8 or nvfp4. [recipe]"""
@@ -216,15 +216,15 @@ class QuantizeOptions(WriteOptions):
     """Round to nearest instead of the recipe's algorithm."""
 
     checkpoint_save_path: str | os.PathLike[str] | None = None
-    """ModelOpt: keep the calibrated state here."""
+    """ModelOpt: save the calibrated state here."""
 
     backend_python: str | None = None
-    """Interpreter whose environment has the library."""
+    """Python interpreter whose environment has the library."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(WriteOptions):
-    """Everything that `export` takes beside the model."""
+    """Everything that `export` takes apart from the model."""
 
     output: str | os.PathLike[str]
     """Folder to write."""
@@ -233,13 +233,13 @@ class ExportOptions(WriteOptions):
     """compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16 or f16."""
 
     requantize: bool = False
-    """Round again what the format cannot hold as it is."""
+    """Round weights again that the format cannot hold as they are."""
 
     scheme: str | None = None
-    """What --requantize rounds to, e.g. W4A16. [the nearest]"""
+    """Scheme that --requantize rounds to, e.g. W4A16. [the nearest]"""
 
     max_shard_size: str = "5GB"
-    """Begin a new file before this size."""
+    """Maximum size of one safetensors file."""
 
     method: str | None = None
-    """How a file of mto.save was made."""
+    """Method that made the state, for files of mto.save."""

@@ -75,12 +75,8 @@ def inspect(
 
     # the objects of a large checkpoint are many, none is garbage, and the process ends soon
     gc.disable()
-    if engine is None and (engine_version or gpu or tensor_parallel != 1):
-        raise UsageError(
-            "E_NO_ENGINE",
-            "--engine-version, --gpu and --tp are questions to an engine",
-            hint="add --engine vllm",
-        )
+    if engine is None:
+        _check_unused(engine_version, gpu, tensor_parallel)
     if html:
         _check_writable(html)
     found = run(
@@ -97,6 +93,15 @@ def inspect(
     show(found.to_dict, render(found, modules=modules), as_json)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
+
+
+def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:
+    if engine_version or gpu or tensor_parallel != 1:
+        raise UsageError(
+            "E_NO_ENGINE",
+            "--engine-version, --gpu and --tp need an engine",
+            hint="add --engine vllm",
+        )
 
 
 def _check_writable(file: Path) -> None:

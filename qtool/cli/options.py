@@ -1,4 +1,4 @@
-"""Options of commands: those that several have, and those that are fields of a dataclass."""
+"""Options of commands: those of every command, and those that a dataclass has as fields."""
 
 from __future__ import annotations
 

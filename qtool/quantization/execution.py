@@ -1,4 +1,4 @@
-"""A worker does what a `Request` says; what it wrote is verified and published."""
+"""`run` has a worker quantize, verifies what it wrote, and publishes it."""
 
 from __future__ import annotations
 
@@ -44,17 +44,34 @@ from qtool.sizes import format_size
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a run wrote: ``output`` is complete, checked, and described by its manifest."""
+    """What a run wrote."""
 
     output: Path
+    """The checkpoint folder: complete, checked, and described by its manifest."""
+
     log: Path
+    """What the library printed."""
+
     method: str
+    """The name of the recipe."""
+
     backend: str
+    """The library and its version."""
+
     quantized_modules: int
+    """How many linear layers are quantized."""
+
     bytes_before: int
+    """The size of the source."""
+
     bytes_after: int
+    """The size of the output."""
+
     seconds: float
+    """How long the run took."""
+
     calibration: Mapping[str, str | int] | None
+    """The report on the calibration data; None when the method needs none."""
 
     def summary(self) -> str:
         """Return the result in a few lines."""
@@ -111,7 +128,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         digests = threads.submit(digest_files, staging.files())
         flushed = threads.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
-        flushed.result()  # the system tells of a write that failed once
+        flushed.result()  # the system reports a failed write only once
         manifest = {
             **_manifest(plan, listener.calibration, versions),
             "source_files": source_digests.result(),
@@ -210,7 +227,7 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
             log.replace(place)
             if isinstance(error, BackendFailed | ResourceError):
                 error.hint = "; ".join(
-                    filter(None, (error.hint, f"what the library said is in {place}"))
+                    filter(None, (error.hint, f"the output of the library is in {place}"))
                 )
         raise
     log.replace(place)

@@ -27,24 +27,41 @@ from qtool.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Request:
-    """One run, decided: the plan is made, the backend accepts it, the data can be read. Nothing has
-    been written.
-    """
+    """One run that has been checked and not begun; nothing has been written."""
 
     plan: Plan
+    """What each module becomes; the backend accepts it."""
+
     output: Path
+    """The folder to write."""
+
     device: str
+    """auto, cpu, cuda or cuda:<n>."""
+
     calibration: CalibrationSpec | None
+    """The calibration data, which can be read; None when there is none."""
+
     overwrite: bool
+    """Whether an existing output is replaced."""
+
     trust_remote_code: bool
+    """Whether code that comes with the checkpoint may run."""
+
     state_save: Path | None
+    """Where ModelOpt's calibrated state is saved."""
+
     state_restore: Path | None
+    """Where ModelOpt's calibrated state is loaded from."""
+
     backend_python: str
+    """The interpreter of the worker."""
+
     notes: tuple[str, ...] = ()
+    """What the user should know of the run."""
 
     @property
     def log(self) -> Path:
-        """The file beside the output that takes what the library prints."""
+        """The log file next to the output, with all that the library prints."""
         return self.output.with_name(f"{self.output.name}.qtool.log")
 
     def to_dict(self) -> JsonDict:
@@ -55,10 +72,13 @@ class Request:
 def prepare(
     model_path: str | os.PathLike[str], options: QuantizeOptions, *, need_data: bool = True
 ) -> Request:
-    """Decide a run from headers and configs alone, refusing what cannot work. Writes nothing and
-    imports no torch.
+    """Decide a run from headers and configs alone. Writes nothing and imports no torch.
 
-    Without ``need_data``, calibration data may be missing, as for a dry run.
+    Args:
+        model_path: a checkpoint folder or a Hub name.
+        options: what was asked for.
+        need_data: whether calibration data must be given; a dry run does without.
+    Raises: QtoolError, for what cannot work.
     """
     recipe = _recipe(options)
     restore = options.checkpoint_restore_path
@@ -105,9 +125,7 @@ def _check_state_backend(options: QuantizeOptions, recipe: Recipe) -> None:
 
 
 def _recipe(options: QuantizeOptions) -> Recipe:
-    """Return the recipe that method, recipe or state name, with the changes that the options ask
-    for.
-    """
+    """Return the recipe that the options name, with the changes that they ask for."""
     recipe = _named_recipe(options)
     group_size = options.group_size
     scheme = None
@@ -194,7 +212,7 @@ def _calibration(recipe: Recipe) -> CalibrationSpec:
 
 
 def _context_length(checkpoint: Checkpoint) -> int:
-    """Return the length of the model's context; 0 when its config does not say."""
+    """Return the length of the model's context; 0 when its config has none."""
     length = checkpoint.text_config.get("max_position_embeddings")
     return length if isinstance(length, int) and length > 0 else 0
 

@@ -1,6 +1,6 @@
 """The command lines of other engines: `make_command` writes our options as vLLM or SGLang has them.
 
-`flags.yaml` beside this file says what stands for each option.
+`flags.yaml` maps each option to the flag of each engine.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Counterpart(BaseModel):
     """The value stands alone, before all flags."""
 
     environment: str = ""
-    """The variable that carries the value, beside the flag or instead of one."""
+    """The variable that carries the value, with the flag or instead of one."""
 
     values: Mapping[str, str | None] | None = None
     """Our value to the engine's; None needs no flag, and a value that is missing is refused."""
 
-    beside: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     """Further arguments that the flag needs."""
 
     default: str = ""
@@ -339,12 +339,12 @@ def _words(counterpart: Counterpart, value: str, *, is_switch: bool) -> list[str
     if not counterpart.flag:
         return []
     if is_switch:
-        return [counterpart.flag, *counterpart.beside]
+        return [counterpart.flag, *counterpart.extra]
     joined = value.startswith("-")  # argparse would take it for a flag
     return (
-        [f"{counterpart.flag}={value}", *counterpart.beside]
+        [f"{counterpart.flag}={value}", *counterpart.extra]
         if joined
-        else [counterpart.flag, value, *counterpart.beside]
+        else [counterpart.flag, value, *counterpart.extra]
     )
 
 

@@ -32,13 +32,13 @@ class HandoverOptions:
     """GPUs that share each layer.*"""
 
     pp: int | None = bounded(None, 1)
-    """GPUs that share the layers out.*"""
+    """GPUs that each hold some of the layers.*"""
 
     dp: int | None = bounded(None, 1)
     """Copies of the model.*"""
 
     nnodes: int | None = bounded(None, 1)
-    """Machines.*"""
+    """Number of machines.*"""
 
     node_rank: int | None = bounded(None, 0)
     """Rank of this machine, from 0.*"""
@@ -55,7 +55,7 @@ class ServeOptions(EngineConfig, HandoverOptions):
     """Checkpoint folder or Hub name."""
 
     torchao_config: str | None = None
-    """The same by torchao's names, e.g. int4wo-128."""
+    """--quantization by torchao's names, e.g. int4wo-128."""
 
     enable_torch_compile: bool = False
     """Compile decoder layers that qtool has no kernels for; starts take longer."""
@@ -70,28 +70,28 @@ class ServeOptions(EngineConfig, HandoverOptions):
     """Port to listen on."""
 
     api_key: str | None = field(default=None, repr=False)
-    """What clients must send as Bearer token."""
+    """Bearer token that clients must send."""
 
     chat_template: str | None = None
-    """A Jinja file in place of the model's template."""
+    """Jinja file that replaces the model's chat template."""
 
     tool_call_parser: str | None = None
     """hermes or llama3_json. [as the template shows]"""
 
     sampling_defaults: str | None = None
-    """model: those of generation_config.json; openai: OpenAI's."""
+    """Default sampling fields: model for those of generation_config.json, or openai."""
 
     max_queued_requests: int | None = bounded(None, 0)
     """Requests that may wait for the engine; more get 429."""
 
     log_requests: bool = False
-    """Write prompts to the log; else it has none."""
+    """Write prompts to the log."""
 
     log_level: str | None = None
     """debug, info, warning or error."""
 
     drain_timeout_s: float | None = bounded(None, 0, whole=False)
-    """Seconds for requests to end after SIGTERM."""
+    """Seconds that running requests have to end after SIGTERM."""
 
     trust_remote_code: bool = False
     """Run model code of the checkpoint; the builtin engine never does.*"""
@@ -131,7 +131,7 @@ class ServeSettings(ServeOptions):
     max_queued_requests: int = 512
     log_level: str = "info"
     drain_timeout_s: float = 20.0
-    # with what comes after it less than the 30 s that Kubernetes gives
+    # with the shutdown after it, less than the 30 s that Kubernetes gives
 
     def check(self) -> None:
         """Check every option by itself.
@@ -176,7 +176,7 @@ class ServeSettings(ServeOptions):
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody but this machine's users can reach it."""
+        """Whether only users of this machine can reach it."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -253,7 +253,7 @@ def bind(settings: ServeSettings) -> socket.socket:
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
-        taken.listen(BACKLOG)  # from now on nobody else can
+        taken.listen(BACKLOG)  # from now on the port is taken
     except (OSError, OverflowError, UnicodeError) as error:
         hint = (
             "choose another --port, or end what listens there"

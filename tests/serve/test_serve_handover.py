@@ -309,7 +309,7 @@ def test_every_flag_is_one_the_engine_has(engine):
     flags = {
         word
         for option in targets()[engine].options.values()
-        for word in (option.flag, *option.beside)
+        for word in (option.flag, *option.extra)
         if word
     }
     assert flags <= {f"--{name}" for name in THEIRS[engine].split()}
