@@ -1,5 +1,5 @@
-"""A server from its start to its end: the address first, then the model, then requests; at a signal
-no more of them, and at last the processes.
+"""Runs a server from start to end: it binds the address, loads the model, serves requests, drains
+at a signal, and ends its processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from socket import socket
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -26,18 +25,19 @@ from qtool import formats
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError
 from qtool.runtime.online import schemes_to_run
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.app import make_app
 from qtool.serve.http.connection import limited_connection
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
-from qtool.serve.service import Service
+from qtool.serve.service import Service, open_service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
 from qtool.sizes import format_size
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
-ACCEPT_S = 0.3  # for who has just connected to be told that the server ends
-ENGINE_S = 3.0  # for the engine to end what it was told to end: a step of its may be long
-LAST_WORDS_S = 2.0  # for readers to take the end of what they were promised
+ACCEPT_S = 0.3  # to refuse clients that have just connected
+ENGINE_S = 3.0  # for the engine to abort requests: one of its steps may be long
+LAST_WORDS_S = 2.0  # for clients to read the end of their replies
 OWN_FILES = 256  # open files beside connections
 
 
@@ -115,9 +115,9 @@ async def _serve(
     address: socket,
     on_ready: Callable[[Service], None],
 ) -> None:
-    service = Service(settings)
+    host = ServiceHost(settings)
     config = uvicorn.Config(
-        LimitsMiddleware(make_app(service), settings, limits),
+        LimitsMiddleware(make_app(host), settings, limits),
         http=limited_connection(limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
@@ -128,67 +128,60 @@ async def _serve(
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=BACKLOG,
     )
-    server = _Server(config, service)
+    server = _Server(config, host)
     with server.signals_taken():
-        starting = asyncio.create_task(_start(service, server, on_ready))
-        watching = asyncio.create_task(_watch(service, server))
+        running = asyncio.create_task(_run_service(host, server, on_ready))
         try:
             await server.serve(sockets=[address])
         finally:
-            for task in (starting, watching):
-                task.cancel()
-            await asyncio.gather(starting, watching, return_exceptions=True)
-            await service.close()
-    if service.failure is not None and not server.was_asked_to_end:
-        raise service.failure
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    if server.failure is not None and not server.was_asked_to_end:
+        raise server.failure
 
 
-async def _start(
-    service: Service, server: uvicorn.Server, on_ready: Callable[[Service], None]
+async def _run_service(
+    host: ServiceHost, server: _Server, on_ready: Callable[[Service], None]
 ) -> None:
+    """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
-        await service.start()
+        async with open_service(host.settings, host.metrics, server.fail) as service:
+            host.set_service(service)
+            _announce(service, on_ready)
+            await asyncio.Event().wait()
     except QtoolError as error:
-        service.failure = service.failure or error
-        server.should_exit = True
+        server.fail(error)
     except Exception as error:
-        service.failure = QtoolError(
-            "E_BUG", f"the server did not start: {type(error).__name__}: {error}"
-        )
         LOG.exception("the server did not start")
-        server.should_exit = True
-    else:
+        message = f"the server did not start: {type(error).__name__}: {error}"
+        server.fail(QtoolError("E_BUG", message))
+
+
+def _announce(service: Service, on_ready: Callable[[Service], None]) -> None:
+    try:
         on_ready(service)
-
-
-async def _watch(service: Service, server: uvicorn.Server) -> None:
-    await service.failed.wait()
-    server.should_exit = True
+    except Exception:  # a closed stdout, say
+        LOG.exception("the server is ready, and cannot say so")
 
 
 def ready_text(service: Service) -> str:
     """Return what is served, where, and a command to try it."""
-    settings, facts = service.settings, service.info
-    size = format_size(facts.weights_bytes)
+    settings = service.settings
+    info = service.info
+    size = format_size(info.weights_bytes)
     what = (
-        f"{facts.quantization or facts.dtype}, {size} on {facts.device}, "
-        f"{facts.max_total_tokens:,} tokens of KV cache"
+        f"{info.quantization or info.dtype}, {size} on {info.device}, "
+        f"{info.max_total_tokens:,} tokens of KV cache"
     )
     key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
+    body: dict[str, object] = {"model": settings.name}
     if service.templates.text is None:
-        path, body = (
-            "/v1/completions",
-            {"model": settings.name, "prompt": "Hello", "max_tokens": 32},
-        )
+        path = "/v1/completions"
+        body["prompt"] = "Hello"
     else:
-        path, body = (
-            "/v1/chat/completions",
-            {
-                "model": settings.name,
-                "messages": [{"role": "user", "content": "Hello"}],
-                "max_tokens": 32,
-            },
-        )
+        path = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": "Hello"}]
+    body["max_tokens"] = 32
     return (
         f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
         f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d "
@@ -196,14 +189,14 @@ def ready_text(service: Service) -> str:
     )
 
 
-def ready_dict(service: Service) -> dict[str, Any]:
+def ready_dict(service: Service) -> dict[str, object]:
     """Return what is served, and where, as plain data."""
-    facts = {
+    info = {
         name: value
         for name, value in asdict(service.info).items()
         if name not in ("tokenizer", "eos_ids")
     }
-    return {"url": service.settings.url, "model": service.settings.name, **facts}
+    return {"url": service.settings.url, "model": service.settings.name, **info}
 
 
 def _quoted(body: object) -> str:
@@ -211,15 +204,20 @@ def _quoted(body: object) -> str:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends as ours does: requests that run get their time, then each is
-    told that it was ended.
-    """
+    """uvicorn's server, but it gives running requests time to finish, and then aborts them."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, host: ServiceHost) -> None:
         super().__init__(config)
-        self._service = service
+        self._host = host
         self._signals = 0
+        self.failure: QtoolError | None = None
+        """Why the server ends though nobody asked it to."""
         self._hurry = asyncio.Event()
+
+    def fail(self, error: QtoolError) -> None:
+        """End the server because of ``error``."""
+        self.failure = self.failure or error
+        self.should_exit = True
 
     @property
     def was_asked_to_end(self) -> bool:
@@ -249,12 +247,12 @@ class _Server(uvicorn.Server):
         """Drain at the first signal; at the second end what runs; at the third leave."""
         self._signals += 1
         self.should_exit = True
-        if self._signals == 1 and self._service.slots_in_use:
-            limit = self._service.settings.drain_timeout_s
+        running = self._host.current.slots_in_use
+        if self._signals == 1 and running:
             LOG.warning(
                 "ending: %d answers are on their way and have %g s; another signal ends them now",
-                self._service.slots_in_use,
-                limit,
+                running,
+                self._host.settings.drain_timeout_s,
             )
         self.force_exit = self._signals > 2
         if self._signals > 1:
@@ -262,7 +260,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop taking requests, wait for those that run, and after the drain's time end them."""
-        self._service.drain()
+        self._host.current.drain()
         ending = asyncio.create_task(self._end_what_runs())
         try:
             await asyncio.sleep(ACCEPT_S)
@@ -271,14 +269,14 @@ class _Server(uvicorn.Server):
             ending.cancel()
 
     async def _end_what_runs(self) -> None:
-        """After the drain's time tell the engine, then whoever waits for it, then whoever does
-        anything else, and at last hang up.
+        """After the drain's time abort the requests in the engine, then fail those that still wait
+        for it, then cancel all other work, and at last close the connections.
         """
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), self._service.settings.drain_timeout_s)
-        self._service.abort_all()
+            await asyncio.wait_for(self._hurry.wait(), self._host.settings.drain_timeout_s)
+        self._host.current.abort_all()
         await asyncio.sleep(ENGINE_S)
-        self._service.fail_all()
+        self._host.current.fail_all()
         await asyncio.sleep(LAST_WORDS_S / 2)
         for task in self.server_state.tasks:
             task.cancel()

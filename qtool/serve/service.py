@@ -1,5 +1,5 @@
-"""What stands behind the routes: the engine, the tokenizer, the chat template, who may come in, and
-whether the server is ready.
+"""What the routes call: `Loading`, and then the `Service`, which has the engine, the tokenizer, the
+chat template and the queue.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import NoReturn, Self
 
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.api.tools import styles
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
-from qtool.serve.backend.messages import EngineInfo, Submission
+from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.templates import Templates
@@ -26,20 +28,11 @@ from qtool.serve.settings import ServeSettings
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
-# of a request, of all: each is some 150 bytes, here and in the engine
-MAX_LOGPROBS, MAX_LOGPROBS_HELD = (
-    1 << 19,
-    1 << 24,
-)
+# log probabilities of one request and of all: each is some 150 bytes, here and in the engine
+MAX_LOGPROBS = 1 << 19
+MAX_LOGPROBS_HELD = 1 << 24
 # of generation_config.json
-DEFAULTS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "max_new_tokens",
-)
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 class ModelNotFound(Exception):
@@ -51,7 +44,9 @@ class Busy(Exception):
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status = status
+        self.code = code
+        self.message = message
 
 
 class Slot:
@@ -88,84 +83,77 @@ class Slot:
                 self._service.engine.cancel(self.stream)
 
 
+class Loading:
+    """Stands in for the `Service` while the model is loading: it refuses every request."""
+
+    slots_in_use = 0
+
+    def __init__(self) -> None:
+        self.draining = False
+
+    def ready(self) -> NoReturn:
+        """Raise: Busy."""
+        raise _draining() if self.draining else Busy(503, "loading", "the model is still loading")
+
+    async def stats(self) -> None:
+        """Return None: there is no engine yet."""
+
+    def drain(self) -> None:
+        """Refuse requests because the server ends."""
+        self.draining = True
+
+    def abort_all(self) -> None:
+        """Do nothing: no request runs."""
+
+    def fail_all(self) -> None:
+        """Do nothing: no request runs."""
+
+
+@dataclass(eq=False, kw_only=True)
 class Service:
-    """One served model.
+    """One served model; `open_service` makes it."""
 
-    ``state`` goes from loading to ready, then draining; ``failure`` says why it must end.
-    """
-
-    def __init__(self, settings: ServeSettings) -> None:
-        self.settings = settings
-        self.state: Literal["loading", "ready", "draining"] = "loading"
-        self.failure: QtoolError | None = None
-        self.failed = asyncio.Event()
-        self.started = int(time.time())
-        self.slots_in_use = self.logprobs_held = 0
-        self._aborted = False
-        self.engine = EngineProcess(self._ended)
-        self.metrics = Metrics(settings.name)
-        self.defaults: dict[str, Any] = {}
-
+    settings: ServeSettings
+    metrics: Metrics
+    engine: EngineProcess
     info: EngineInfo
     vocabulary: Vocabulary
     templates: Templates
     grammars: Grammars
     tool_style: str | None
+    """How the model writes tool calls; None if it does not."""
+    defaults: Mapping[str, object]
+    """The model's own sampling parameters."""
+    started: int = field(default_factory=lambda: int(time.time()))
+    slots_in_use: int = 0
+    """Completions that run or wait."""
+    logprobs_held: int = 0
+    draining: bool = False
+    """No more requests are taken."""
+    aborted: bool = False
+    """All requests were aborted, and no submission is taken."""
 
-    async def start(self) -> None:
-        """Load everything, and let the model answer once. Raises: QtoolError."""
-        settings = self.settings
-        options = {
-            **vars(settings.engine_config),
-            "model_path": settings.model_path,
-            "log_level": settings.log_level.upper(),
-        }
-        engine = asyncio.create_task(self.engine.start(options))
-        folder = Path(settings.tokenizer_path or settings.model_path)
+    def ready(self) -> Self:
+        """Return the service. Raises: Busy, unless it takes requests."""
+        if self.draining or self.engine.error is not None:
+            raise _draining()
+        return self
+
+    async def stats(self) -> EngineStats | None:
+        """Return what the engine is doing; None if it does not answer."""
         try:
-            # a name on the Hub: the engine's process finds it, and may be ended while it does
-            if not folder.is_dir():
-                folder = Path((await engine).tokenizer_path)
-            self.templates = await Templates.open(folder, settings.chat_template)
-            self.info = await engine
-        finally:
-            engine.cancel()
-        self.tool_style = (
-            styles.style_named(settings.tool_call_parser)
-            if settings.tool_call_parser
-            else styles.detect(self.templates.text)
-        )
-        if self.templates.template is not None and not self.templates.template.accepts_tools:
-            LOG.info(
-                "the chat template does not show tools to the model: it calls them only if it must"
-            )
-        self.grammars = Grammars(self.info)
-        self.vocabulary = Vocabulary(self.info.tokenizer, self.info.context_length)
-        if settings.sampling_defaults == "model":
-            self.defaults = await asyncio.to_thread(_generation_config, Path(self.info.model_path))
-        await self.warm_up()
-        if self.state == "loading":
-            self.state = "ready"
-
-    async def close(self) -> None:
-        """End the engine and every other process."""
-        await self.engine.close()
-        if hasattr(self, "templates"):
-            await self.templates.close()
-        if hasattr(self, "grammars"):
-            await self.grammars.close()
-        if hasattr(self, "vocabulary"):
-            self.vocabulary.close()
+            return await self.engine.stats()
+        except TimeoutError:
+            return None
 
     def drain(self) -> None:
         """Take no more requests."""
-        self.state = "draining"
+        self.draining = True
 
     def abort_all(self) -> None:
         """End every request with what it has, and let no other begin."""
-        self._aborted = True
-        if hasattr(self, "info"):
-            self.engine.abort()
+        self.aborted = True
+        self.engine.abort()
 
     def fail_all(self) -> None:
         """End every request that the engine has not ended."""
@@ -174,13 +162,6 @@ class Service:
                 "E_DRAINING", "the server ended before the answer was complete", hint="ask again"
             )
         )
-
-    def check_ready(self) -> None:
-        """Raise: Busy, unless requests are taken."""
-        if self.state == "loading":
-            raise Busy(503, "loading", "the model is still loading")
-        if self.state == "draining" or self.failure is not None:
-            raise Busy(503, "draining", "the server is ending")
 
     def acquire(self, completions: int) -> Slot:
         """Return a slot for ``completions``.
@@ -203,16 +184,20 @@ class Service:
             )
         return Slot(self, completions)
 
-    def submit(self, slot: Slot, submission: Submission, asked: int | None) -> OutputStream:
-        """Let the engine work on ``submission``; ``asked``: tokens that must fit beside the prompt,
-        and not only as many as there is room for.
+    def submit(self, slot: Slot, submission: Submission, max_tokens: int | None) -> OutputStream:
+        """Let the engine work on ``submission``.
 
-        Raises: UsageError, for a prompt that cannot be; Busy, when all are ended.
+        Args:
+            slot: of the request; releasing it cancels the submission.
+            submission: what the engine computes.
+            max_tokens: tokens that must fit into the context after the prompt; None: as many as
+                there is room for.
+        Raises: UsageError, for an invalid prompt; Busy, when the server is ending.
         """
-        if self._aborted:
-            raise Busy(503, "draining", "the server is ending")
+        if self.aborted:
+            raise _draining()
         for prompt in submission.prompts:
-            self._check_prompt(prompt, asked or 1)
+            self._check_prompt(prompt, max_tokens or 1)
         submission.params.check_vocabulary(self.info.vocab_size)
         self._hold_logprobs(slot, submission)
         slot.stream = self.engine.submit(submission)
@@ -252,46 +237,31 @@ class Service:
                 f"there is no model `{name[:200]}` here; `{self.settings.name}` is served"
             )
 
-    def _check_prompt(self, prompt: Sequence[int], asked: int) -> None:
+    def _check_prompt(self, prompt: Sequence[int], new_tokens: int) -> None:
         context = self.info.context_length
+        vocab_size = self.info.vocab_size
         if not prompt:
             raise UsageError(
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
-        if len(prompt) + asked > context:
+        if len(prompt) + new_tokens > context:
             message = (
-                f"the context holds {context} tokens; the prompt has {len(prompt)}, and {asked} "
-                "are asked for"
+                f"the context holds {context} tokens; the prompt has {len(prompt)}, and "
+                f"{new_tokens} are asked for"
             )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
-        if max(prompt) >= self.info.vocab_size:
-            message = (
-                f"the prompt has a token {max(prompt)}, and the model knows {self.info.vocab_size}"
-            )
-            raise UsageError(
-                "E_PROMPT",
-                message,
-                hint=f"tokens are whole numbers from 0 to {self.info.vocab_size - 1}",
-            )
+        if max(prompt) >= vocab_size:
+            message = f"the prompt has a token {max(prompt)}, and the model knows {vocab_size}"
+            hint = f"tokens are whole numbers from 0 to {vocab_size - 1}"
+            raise UsageError("E_PROMPT", message, hint=hint)
 
     def _hold_logprobs(self, slot: Slot, submission: Submission) -> None:
-        """Count what ``submission`` may make of them: kept until it is read, they are the largest
-        part of an answer. Raises: UsageError, Busy.
+        """Reserve room for the log probabilities of ``submission``: kept until they are read, they
+        are the largest part of an answer.
+
+        Raises: UsageError, Busy.
         """
-        if submission.top_logprobs is None:
-            return
-        tokens = 0
-        for prompt in submission.prompts:
-            room = self.info.context_length - len(prompt)
-            most = (
-                room
-                if submission.params.max_new_tokens is None
-                else submission.params.max_new_tokens
-            )
-            tokens += (
-                most + (len(prompt) if submission.prompt_logprobs_from >= 0 else 0)
-            ) * submission.params.n
-        logprobs = tokens * (1 + submission.top_logprobs)
+        logprobs = submission.max_logprobs(self.info.context_length)
         if logprobs > MAX_LOGPROBS:
             message = (
                 f"{logprobs:,} log probabilities in one request; the server gives {MAX_LOGPROBS:,}"
@@ -324,19 +294,92 @@ class Service:
         finally:
             self.engine.cancel(stream)
 
-    def _ended(self, error: QtoolError) -> None:
-        self.failure = error
-        self.failed.set()
+
+@asynccontextmanager
+async def open_service(
+    settings: ServeSettings, metrics: Metrics, on_failure: Callable[[QtoolError], None]
+) -> AsyncIterator[Service]:
+    """Load everything, let the model answer once, and give the service; end all processes after.
+
+    Args:
+        settings: what is served, and how.
+        metrics: of this server.
+        on_failure: called with the reason when the engine ends by itself.
+    Raises: QtoolError.
+    """
+    async with AsyncExitStack() as stack:
+        engine = EngineProcess(on_failure)
+        stack.push_async_callback(engine.close)
+        templates, info = await _load(settings, engine, stack)
+        vocabulary = Vocabulary(info.tokenizer, info.context_length)
+        stack.callback(vocabulary.close)
+        grammars = Grammars(info)
+        stack.push_async_callback(grammars.close)
+        service = Service(
+            settings=settings,
+            metrics=metrics,
+            engine=engine,
+            info=info,
+            vocabulary=vocabulary,
+            templates=templates,
+            grammars=grammars,
+            tool_style=_tool_style(settings, templates),
+            defaults=await _sampling_defaults(settings, info),
+        )
+        await service.warm_up()
+        yield service
 
 
-def _generation_config(path: Path) -> dict[str, Any]:
+async def _load(
+    settings: ServeSettings, engine: EngineProcess, stack: AsyncExitStack
+) -> tuple[Templates, EngineInfo]:
+    """Start the engine, and open the chat templates meanwhile."""
+    options = {
+        **vars(settings.engine_config),
+        "model_path": settings.model_path,
+        "log_level": settings.log_level.upper(),
+    }
+    starting = asyncio.create_task(engine.start(options))
+    folder = Path(settings.tokenizer_path or settings.model_path)
+    try:
+        # a name on the Hub: the engine's process finds it, and may be ended while it does
+        if not folder.is_dir():
+            folder = Path((await starting).tokenizer_path)
+        templates = await Templates.open(folder, settings.chat_template)
+        stack.push_async_callback(templates.close)
+        return templates, await starting
+    finally:
+        starting.cancel()
+
+
+def _tool_style(settings: ServeSettings, templates: Templates) -> str | None:
+    if templates.template is not None and not templates.template.accepts_tools:
+        LOG.info(
+            "the chat template does not show tools to the model: it calls them only if it must"
+        )
+    if settings.tool_call_parser:
+        return styles.style_named(settings.tool_call_parser)
+    return styles.detect(templates.text)
+
+
+async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[str, object]:
+    if settings.sampling_defaults != "model":
+        return {}
+    return await asyncio.to_thread(_generation_config, Path(info.model_path))
+
+
+def _draining() -> Busy:
+    return Busy(503, "draining", "the server is ending")
+
+
+def _generation_config(path: Path) -> dict[str, object]:
     """Return the model's own sampling defaults; what is not usable is left out, with a warning."""
     file = path / "generation_config.json"
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError):
         config = {}
-    found = {}
+    found: dict[str, object] = {}
     for name in DEFAULTS:
         value = config.get(name) if isinstance(config, Mapping) else None
         value = -1 if name == "top_k" and value == 0 else value

@@ -136,16 +136,13 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def while_connected(
-    service: Service, request: Request, answer: Awaitable[Response]
-) -> Response:
+async def while_connected(request: Request, answer: Awaitable[Response]) -> Response:
     """Return ``answer``, unless the client leaves first: then it is cancelled, and what runs for it
-    ends. Raises: Busy.
+    ends.
     """
     answering = asyncio.ensure_future(answer)
     watching = asyncio.create_task(gone(request.receive))
     try:
-        service.check_ready()
         await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
             return Response(status_code=499)  # nobody reads it

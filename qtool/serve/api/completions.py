@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, cast
 
 from starlette.responses import Response
 
@@ -40,11 +40,8 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
         )
     if body.echo and body.stream and body.logprobs is not None:
         raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
-    asked = (
-        body.max_tokens
-        if body.max_tokens is not None
-        else service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
-    )
+    default = cast(int, service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS))
+    asked = default if body.max_tokens is None else body.max_tokens
     params = sampling_params(body, service.defaults, max(asked, 1))
     prompts: list[Any] = (
         body.prompt

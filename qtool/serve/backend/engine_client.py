@@ -106,7 +106,7 @@ class EngineProcess:
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._keys = itertools.count()
         self._closing = False
-        self._error: QtoolError | None = None
+        self.error: QtoolError | None = None
         """Why the engine answers no more."""
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -145,8 +145,8 @@ class EngineProcess:
         Whoever stops reading its outputs must `cancel` them. Raises: ResourceError, when the engine
         is gone.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         key = next(self._keys)
         stream = self._streams[key] = OutputStream(key, submission.completions)
         self._send(Submit(key, submission))
@@ -165,7 +165,7 @@ class EngineProcess:
 
     def fail_all(self, error: QtoolError) -> None:
         """Stop waiting for the engine: every reader gets ``error``, now and from now on."""
-        self._error = error
+        self.error = error
         for stream in self._streams.values():
             stream.fail(error)
         for future in self._stats.values():
@@ -174,7 +174,7 @@ class EngineProcess:
 
     async def stats(self) -> EngineStats:
         """Return what the engine is doing. Raises: TimeoutError."""
-        if self._error is not None:
+        if self.error is not None:
             raise TimeoutError
         key = next(self._keys)
         future = self._stats[key] = asyncio.get_running_loop().create_future()
@@ -197,6 +197,8 @@ class EngineProcess:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
         if self._listening is not None:
+            # it ends with the connection, and may be about to report why the engine ended
+            await asyncio.wait({self._listening}, timeout=END_TIMEOUT_S)
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._listening
@@ -237,7 +239,7 @@ class EngineProcess:
             stream.fail(from_wire(dict(keyed.output)))
 
     def _send(self, message: ToEngine) -> None:
-        if self._error is None and self._writer is not None:
+        if self.error is None and self._writer is not None:
             self._writer.write(encode(message))
 
 

@@ -42,6 +42,17 @@ class Submission:
         """How many completions are requested."""
         return len(self.prompts) * self.params.n
 
+    def max_logprobs(self, context_length: int) -> int:
+        """Return how many log probabilities there may be."""
+        if self.top_logprobs is None:
+            return 0
+        tokens = 0
+        for prompt in self.prompts:
+            new_tokens = self.params.max_new_tokens
+            tokens += context_length - len(prompt) if new_tokens is None else new_tokens
+            tokens += len(prompt) if self.prompt_logprobs_from >= 0 else 0
+        return tokens * self.params.n * (1 + self.top_logprobs)
+
 
 @dataclass(frozen=True)
 class EngineInfo:

@@ -17,6 +17,7 @@ from qtool.errors import QtoolError
 from qtool.serve.api.answering import json_reply
 from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.api.validation import describe_invalid_body
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.errors import error_detail, http_error_detail, status_of
 from qtool.serve.http.generation_routes import add_generation_routes
 from qtool.serve.http.info_routes import add_model_routes, add_server_routes
@@ -24,14 +25,14 @@ from qtool.serve.http.json_body import JsonRoute
 from qtool.serve.http.openapi import make_openapi
 from qtool.serve.http.token_routes import add_token_routes
 from qtool.serve.prompts.sandbox import TooManyWaiting
-from qtool.serve.service import Busy, ModelNotFound, Service
+from qtool.serve.service import Busy, ModelNotFound
 from qtool.serve.settings import RETRY_AFTER_S
 
 LOG = logging.getLogger("qtool.serve")
 
 
-def make_app(service: Service) -> FastAPI:
-    """Return the application that serves ``service``."""
+def make_app(host: ServiceHost) -> FastAPI:
+    """Return the application whose routes call the service of ``host``."""
     app = FastAPI(
         title="qtool",
         version=__version__,
@@ -43,10 +44,10 @@ def make_app(service: Service) -> FastAPI:
     app.router.route_class = JsonRoute
     app.openapi = partial(make_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
-    add_generation_routes(app, service)
-    add_token_routes(app, service)
-    add_server_routes(app, service)
-    add_model_routes(app, service)
+    add_generation_routes(app, host)
+    add_token_routes(app, host)
+    add_server_routes(app, host)
+    add_model_routes(app, host)
     return app
 
 

@@ -19,11 +19,11 @@ from qtool.serve.api.schemas import (
     GenerationChunk,
     Success,
 )
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS, whole_or_streamed
-from qtool.serve.service import Service
 
 
-def add_generation_routes(app: FastAPI, service: Service) -> None:
+def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
     """Add the routes that generate text, and the one that aborts them."""
 
     @app.post(
@@ -33,7 +33,7 @@ def add_generation_routes(app: FastAPI, service: Service) -> None:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        return await while_connected(service, request, chat(service, body))
+        return await while_connected(request, chat(host.ready(), body))
 
     @app.post(
         "/v1/completions",
@@ -42,7 +42,7 @@ def add_generation_routes(app: FastAPI, service: Service) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        return await while_connected(service, request, complete(service, body))
+        return await while_connected(request, complete(host.ready(), body))
 
     @app.post(
         "/generate",
@@ -51,11 +51,10 @@ def add_generation_routes(app: FastAPI, service: Service) -> None:
     )
     async def generate_text(body: GenerateRequest, request: Request) -> Response:
         """Continue one or several prompts, as SGLang's native route does."""
-        return await while_connected(service, request, generate(service, body))
+        return await while_connected(request, generate(host.ready(), body))
 
     @app.post("/abort_request", responses=ERRORS, tags=["SGLang"])
     async def abort_request(body: AbortRequest) -> Success:
         """Abort the requests with that ``rid``: they answer with what they have."""
-        service.check_ready()
-        service.engine.abort(body.rid)
+        host.ready().engine.abort(body.rid)
         return Success(success=True)

@@ -12,6 +12,7 @@ from qtool import __version__
 from qtool.serve.api.answering import json_reply, while_connected
 from qtool.serve.api.schemas import Model, ModelInfo, Models, ServerInfo, Status, Version
 from qtool.serve.backend.messages import EngineStats
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS, GET_ERRORS
 from qtool.serve.metrics import CONTENT_TYPE
 from qtool.serve.service import Service
@@ -27,7 +28,7 @@ PAGE_HEADERS = {
 }
 
 
-def add_server_routes(app: FastAPI, service: Service) -> None:
+def add_server_routes(app: FastAPI, host: ServiceHost) -> None:
     """Add the page to try the model, health, metrics and version."""
     page = (resources.files("qtool.serve.http") / "page.html").read_text(encoding="utf-8")
 
@@ -39,7 +40,7 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={403: ERRORS[403], 503: ERRORS[503]}, tags=["server"])
     async def health() -> Status:
         """Answer 200 once the model has answered, until the server ends."""
-        service.check_ready()
+        host.ready()
         return Status(status="ok")
 
     @app.get(
@@ -49,15 +50,15 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
     )
     async def health_generate(request: Request) -> Response:
         """Let the model answer once more, and answer 200 if it does."""
-        return await while_connected(service, request, _answer_once(service))
+        return await while_connected(request, _answer_once(host.ready()))
 
     @app.get(
         "/metrics", response_class=PlainTextResponse, responses={403: ERRORS[403]}, tags=["server"]
     )
     async def metrics() -> Response:
         """Return counts and times for Prometheus."""
-        stats = await _engine_stats(service)
-        return Response(service.metrics.render(stats), media_type=CONTENT_TYPE)
+        stats = await host.current.stats()
+        return Response(host.metrics.render(stats), media_type=CONTENT_TYPE)
 
     @app.get("/version", responses={403: ERRORS[403]}, tags=["server"])
     async def version() -> Version:
@@ -65,26 +66,25 @@ def add_server_routes(app: FastAPI, service: Service) -> None:
         return Version(version=__version__)
 
 
-def add_model_routes(app: FastAPI, service: Service) -> None:
+def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
     """Add the routes that describe the model."""
 
     @app.get("/v1/models", responses=GET_ERRORS, tags=["OpenAI"])
     async def models() -> Models:
         """List the one model that is served."""
-        service.check_ready()
-        return Models(object="list", data=[_model(service)])
+        return Models(object="list", data=[_model(host.ready())])
 
     @app.get("/v1/models/{name:path}", responses={**GET_ERRORS, 404: ERRORS[404]}, tags=["OpenAI"])
     async def model(name: str) -> Model:
         """Return the model, if it has that name."""
-        service.check_ready()
+        service = host.ready()
         service.find_model(name)
         return _model(service)
 
     @app.get("/get_model_info", responses=GET_ERRORS, tags=["SGLang"])
     async def get_model_info() -> ModelInfo:
         """Return the paths of the model and its tokenizer."""
-        service.check_ready()
+        service = host.ready()
         tokenizer_path = service.settings.tokenizer_path or service.settings.model_path
         return ModelInfo(
             model_path=service.settings.model_path,
@@ -97,8 +97,8 @@ def add_model_routes(app: FastAPI, service: Service) -> None:
     )
     async def get_server_info() -> Response:
         """Return how the server runs, and what it is doing."""
-        service.check_ready()
-        return json_reply(_server_info(service, await _engine_stats(service)))
+        service = host.ready()
+        return json_reply(_server_info(service, await service.stats()))
 
 
 def _server_info(service: Service, stats: EngineStats | None) -> dict[str, object]:
@@ -112,7 +112,7 @@ def _server_info(service: Service, stats: EngineStats | None) -> dict[str, objec
         **service.settings.to_dict(),
         **info,
         "served_model_name": service.settings.name,
-        "status": service.state,
+        "status": "ready",
         "version": __version__,
         "max_total_num_tokens": service.info.max_total_tokens,
         "internal_states": [state],
@@ -134,12 +134,3 @@ def _model(service: Service) -> Model:
         root=service.settings.model_path,
         max_model_len=service.info.context_length,
     )
-
-
-async def _engine_stats(service: Service) -> EngineStats | None:
-    if service.state == "loading" or service.failure is not None:
-        return None
-    try:
-        return await service.engine.stats()
-    except TimeoutError:
-        return None

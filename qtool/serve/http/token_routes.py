@@ -13,26 +13,27 @@ from qtool.serve.api.fields import as_lists
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import DetokenizeRequest, TokenizeRequest
 from qtool.serve.api.schemas import Text, Tokens
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS
 from qtool.serve.service import Service
 
 MAX_CHARACTERS = 1 << 20  # of several prompts in one request
 
 
-def add_token_routes(app: FastAPI, service: Service) -> None:
+def add_token_routes(app: FastAPI, host: ServiceHost) -> None:
     """Add the routes that tokenize and detokenize."""
 
     @app.post("/tokenize", responses={**ERRORS, 200: {"model": Tokens}}, tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the tokens of a prompt, or of messages through the chat template."""
-        service.check_ready()
+        service = host.ready()
         service.check_model(body.model)
         return json_reply(await _tokenize(service, body))
 
     @app.post("/detokenize", responses=ERRORS, tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> Text:
         """Return the text of tokens, or of several lists of them."""
-        service.check_ready()
+        service = host.ready()
         service.check_model(body.model)
         skip_special = body.skip_special_tokens is not False
         texts = [_decode(service, tokens, skip_special) for tokens in as_lists(body.tokens)]

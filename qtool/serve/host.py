@@ -1,0 +1,25 @@
+"""`ServiceHost`: what stands behind the routes, first `Loading` and then the `Service`."""
+
+from __future__ import annotations
+
+from qtool.serve.metrics import Metrics
+from qtool.serve.service import Loading, Service
+from qtool.serve.settings import ServeSettings
+
+
+class ServiceHost:
+    """Holds what the routes call, from the start of the server to its end."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics(settings.name)
+        self.current: Loading | Service = Loading()
+
+    def ready(self) -> Service:
+        """Return the service. Raises: Busy, unless it takes requests."""
+        return self.current.ready()
+
+    def set_service(self, service: Service) -> None:
+        """Let requests reach ``service``, unless the server is ending."""
+        service.draining = self.current.draining
+        self.current = service
