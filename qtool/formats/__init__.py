@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
 from qtool.formats.layout import (
@@ -47,6 +48,15 @@ WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself f
     "mxfp4": mxfp4,
 }
 FORMATS: Mapping[str, Detector] = {**WRITABLE, "torchao": torchao}
+# what a config raises that holds something else than it should: it comes from outside
+MISSHAPEN = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"})
 
 
@@ -58,53 +68,46 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     """
     config = checkpoint.quantization_config
     if config is None:
-        for parts in modules_of(checkpoint):
-            if (
-                "qweight" in parts
-                or "weight_packed" in parts
-                or ("weight" in parts and parts["weight"].dtype in PACKED_DTYPES)
-            ):
-                message = (
-                    f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} "
-                    "says how"
-                )
-                raise refused(
-                    "E_NO_QUANT_CONFIG",
-                    message,
-                    "config.json has lost its `quantization_config`: take it from the original",
-                )
+        _check_unquantized(checkpoint)
         return None
     for format in FORMATS.values():
         if format.matches_config(config):
-            try:
-                return format.detect(checkpoint, config)
-            except RecipeRefused as error:  # the scheme the config describes is none
-                raise refused(
-                    "E_QUANT_CONFIG",
-                    f"{checkpoint.path}: {error.message}",
-                    error.hint or "take config.json from the original",
-                ) from error
-            except (
-                TypeError,
-                ValueError,
-                LookupError,
-                AttributeError,
-                ArithmeticError,
-                RecursionError,
-            ) as error:  # it comes from outside, in any shape
-                message = (
-                    f"{checkpoint.path}: its quantization config cannot be understood "
-                    f"({type(error).__name__}: {error})"
-                )
-                raise refused(
-                    "E_QUANT_CONFIG_TYPE", message, "take config.json from the original"
-                ) from error
+            return _detect(format, checkpoint, config)
     method = config.get("quant_method", "unnamed")
     raise refused(
         "E_QUANT_METHOD",
         f"{checkpoint.path}: quantization method `{method}` is not one qtool reads",
         f"it reads {', '.join(FORMATS)}",
     )
+
+
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointRefused when a tensor is quantized and no config says how."""
+    for parts in modules_of(checkpoint):
+        is_packed = "weight" in parts and parts["weight"].dtype in PACKED_DTYPES
+        if is_packed or "qweight" in parts or "weight_packed" in parts:
+            raise refused(
+                "E_NO_QUANT_CONFIG",
+                f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says "
+                "how",
+                "config.json has lost its `quantization_config`: take it from the original",
+            )
+
+
+def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
+    """Return what ``format`` detects; what it trips over in ``config`` becomes a refusal."""
+    hint = "take config.json from the original"
+    try:
+        return format.detect(checkpoint, config)
+    except RecipeRefused as error:  # the scheme the config describes is none
+        message = f"{checkpoint.path}: {error.message}"
+        raise refused("E_QUANT_CONFIG", message, error.hint or hint) from error
+    except MISSHAPEN as error:
+        message = (
+            f"{checkpoint.path}: its quantization config cannot be understood "
+            f"({type(error).__name__}: {error})"
+        )
+        raise refused("E_QUANT_CONFIG_TYPE", message, hint) from error
 
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:

@@ -47,7 +47,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
-    skipped = [*(config.get("modules_to_not_convert") or []), *(config.get("ignored_layers") or [])]
+    skipped = _skipped(config)
     for parts in modules_of(checkpoint):
         scale = next((name for name in SCALE_NAMES if name in parts), None)
         if "weight" in parts and parts["weight"].dtype in ("F8_E4M3", "I8", "U8"):
@@ -58,12 +58,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
             warnings.append(
                 f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight"
             )
-    has_cache = any(
-        scale.kind in ("k", "kv") and scale.spelling != "proj.output_scale"
-        for scale in map(parse_cache_scale, checkpoint.tensors)
-        if scale
-    )
-    return Layout("fp8_block", modules, "fp8" if has_cache else None, tuple(warnings))
+    return Layout("fp8_block", modules, _kv_cache(checkpoint), tuple(warnings))
 
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -163,32 +158,55 @@ def _block_inputs(size: int) -> Activations:
     return Activations("fp8", "group", size)
 
 
+def _skipped(config: Json) -> list[str]:
+    return [*(config.get("modules_to_not_convert") or []), *(config.get("ignored_layers") or [])]
+
+
+def _kv_cache(checkpoint: Checkpoint) -> str | None:
+    """Return the format of the KV cache: the config does not say, and scales tell."""
+    return "fp8" if any(_is_key_scale(name) for name in checkpoint.tensors) else None
+
+
+def _is_key_scale(name: str) -> bool:
+    """Whether ``name`` is a scale of cached keys, or of keys and values together."""
+    scale = parse_cache_scale(name)
+    return scale is not None and "k" in scale.kind and scale.spelling != "proj.output_scale"
+
+
 def _module(parts: Parts, config: Json, scale_name: str) -> QuantizedModule:
-    rows, columns = parts.matrix("weight", "F8_E4M3")
-    scale, block = parts[scale_name], config.get("weight_block_size")
+    shape = parts.matrix("weight", "F8_E4M3")
     variant = INVERSE if config.get("weight_scale_semantics") == INVERSE else ""
-    if scale.dtype not in SCALE_DTYPES:
+    if parts[scale_name].dtype not in SCALE_DTYPES:
         raise parts.misfit(scale_name, f"scales of {' or '.join(SCALE_DTYPES)}")
-    if block:
+    if block := config.get("weight_block_size"):
         height, width = (int(size) for size in block)
-        if scale.shape != (math.ceil(rows / height), math.ceil(columns / width)):
-            raise parts.misfit(
-                scale_name, f"one scale for each block of {height} x {width} of {rows} x {columns}"
-            )
-        scheme = Scheme(Weights("fp8", "block", block=(height, width)), _block_inputs(width))
-    elif scale.count == 1:
-        is_static = config.get("activation_scheme") == "static"
-        if is_static and not any(name in parts for name in INPUT_SCALE_NAMES):
-            parts[INPUT_SCALE_NAMES[0]]
-        scheme = (
-            SCHEMES["FP8"]
-            if is_static
-            else Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
-        )
-    elif scale.count == rows:
+        scheme = _block_scheme(parts, scale_name, shape, (height, width))
+    elif parts[scale_name].count == 1:
+        scheme = _tensor_scheme(parts, is_static=config.get("activation_scheme") == "static")
+    elif parts[scale_name].count == shape[0]:
         scheme = SCHEMES["FP8_W8A16" if variant else "FP8_DYNAMIC"]
     else:
         raise parts.misfit(
-            scale_name, f"one scale, or {rows}, or blocks that the config's weight_block_size names"
+            scale_name,
+            f"one scale, or {shape[0]}, or blocks that the config's weight_block_size names",
         )
-    return QuantizedModule(parts.name, scheme, (rows, columns), parts.tensors, variant)
+    return QuantizedModule(parts.name, scheme, shape, parts.tensors, variant)
+
+
+def _block_scheme(
+    parts: Parts, scale_name: str, shape: tuple[int, int], block: tuple[int, int]
+) -> Scheme:
+    (rows, columns), (height, width) = shape, block
+    if parts[scale_name].shape != (math.ceil(rows / height), math.ceil(columns / width)):
+        raise parts.misfit(
+            scale_name, f"one scale for each block of {height} x {width} of {rows} x {columns}"
+        )
+    return Scheme(Weights("fp8", "block", block=block), _block_inputs(width))
+
+
+def _tensor_scheme(parts: Parts, *, is_static: bool) -> Scheme:
+    if not is_static:
+        return Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
+    if not any(name in parts for name in INPUT_SCALE_NAMES):
+        parts[INPUT_SCALE_NAMES[0]]
+    return SCHEMES["FP8"]

@@ -25,7 +25,8 @@ from qtool.formats.layout import (
     shared_unsupported_reason,
 )
 from qtool.formats.patterns import patterns_of
-from qtool.scheme import Scheme
+from qtool.modules import last_part
+from qtool.scheme import Scheme, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,19 +90,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     """Return the common form of ``tensors``, the inputs sorted by group when act-order has
     scattered them.
     """
-    import torch
-
-    from qtool.formats.packing import (
-        check_constant,
-        data_from_words,
-        permutation,
-        reorder,
-        signed,
-        unpack_bits,
-    )
+    from qtool.formats.packing import data_from_words, permutation, reorder
     from qtool.weight import QuantizedWeight, uneven_block
 
-    weights, (rows, columns) = module.scheme.weights, module.shape
+    weights, columns = module.scheme.weights, module.shape[1]
     bits = weights.bits
     if bits not in BITS or (module.variant == "gptq_p" and bits == 3):
         raise refused(
@@ -110,32 +102,16 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
         )
     data = data_from_words(tensors["qweight"].T.contiguous(), bits, columns)
     scale = tensors["scales"].T.contiguous()
-    zero = None
-    if weights.symmetric:
-        middle = 2 ** (bits - 1)
-        # either version: who reads symmetric weights does not look
-        check_constant(module, tensors["qzeros"], bits, rows, {middle - 1, middle})
-    else:
-        words = tensors["qzeros"]
-        # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
-        if module.variant == "gptq" and bits != 3:
-            words = (
-                ((words.long() + ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF)
-                .to(torch.uint32)
-                .view(torch.int32)
-            )
-        zero = unpack_bits(words, bits, rows)
-        if module.variant == "gptq" and bits == 3:
-            zero = (zero + 1) % 8
-        zero = signed(zero, bits).T.contiguous()
-    perm = (
-        permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns)
-        if "g_idx" in tensors
-        else None
+    perm = None
+    if "g_idx" in tensors:
+        perm = permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns)
+    return QuantizedWeight(
+        data if perm is None else reorder(data, perm),
+        scale,
+        zero=_read_zeros(module, tensors["qzeros"]),
+        perm=perm,
+        block=uneven_block(weights, module.shape),
     )
-    if perm is not None:
-        data = reorder(data, perm)
-    return QuantizedWeight(data, scale, None, zero, perm, block=uneven_block(weights, module.shape))
 
 
 def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -186,11 +162,7 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
         codes = (codes + 7) % 8
     words = pack_bits(codes, bits)
     if module.variant == "gptq" and bits != 3:
-        words = (
-            ((words.long() - ONE_IN_EVERY_FIELD[bits]) & 0xFFFFFFFF)
-            .to(torch.uint32)
-            .view(torch.int32)
-        )
+        words = _added(words, -ONE_IN_EVERY_FIELD[bits])
     return {
         "qweight": words_from_data(data, bits).T.contiguous(),
         "qzeros": words,
@@ -207,37 +179,21 @@ def quantization_config(
     """Return the config, which also stands in a file of its own; layers that differ from most are
     in ``dynamic``.
     """
-    options = {module.name: (module.scheme.weights, module.act_order) for module in modules}
-    (weights, act_order), _ = Counter(options.values()).most_common(1)[0]
-    group_size = weights.group_size or -1
-    differing = {
-        name: {
-            "bits": own.bits,
-            "group_size": own.group_size or -1,
-            "sym": own.symmetric,
-            "desc_act": own_order,
-        }
-        for name, (own, own_order) in options.items()
-        if (own, own_order) != (weights, act_order)
-    }
-    skipped: dict[str, JsonDict] = {
-        name: {} for name in unquantized if name.rpartition(".")[2] != "lm_head"
-    }
-    dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, [*options, *unquantized])}
-    dynamic |= {
-        f"+:{pattern}": own for pattern, own in _patterns(differing, [*options, *unquantized])
-    }
+    kinds = Counter((module.scheme.weights, module.act_order) for module in modules)
+    (weights, act_order), _ = kinds.most_common(1)[0]
+    usual = _options(weights, act_order=act_order)
     config = {
         "quant_method": "gptq",
-        "bits": weights.bits,
-        "group_size": group_size,
-        "desc_act": act_order,
-        "sym": weights.symmetric,
+        "bits": usual["bits"],
+        "group_size": usual["group_size"],
+        "desc_act": usual["desc_act"],
+        "sym": usual["sym"],
         "checkpoint_format": modules[0].variant,
         "pack_dtype": "int32",
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in options),
-        **({"dynamic": dynamic} if dynamic else {}),
+        "lm_head": any(last_part(module.name) == "lm_head" for module in modules),
     }
+    if dynamic := _dynamic(modules, unquantized, usual):
+        config["dynamic"] = dynamic
     return {"config.json": {"quantization_config": config}, "quantize_config.json": config}
 
 
@@ -253,6 +209,59 @@ def fallbacks() -> tuple[str, ...]:
     return "W2A16", "W3A16", "W4A16", "W8A16"
 
 
+def _read_zeros(module: QuantizedModule, words: Tensor) -> Tensor | None:
+    """Return the zero points, int8 [N, G]; of symmetric weights check ``words`` and return None."""
+    from qtool.formats.packing import check_constant, signed, unpack_bits
+
+    weights, rows = module.scheme.weights, module.shape[0]
+    bits = weights.bits
+    if weights.symmetric:
+        middle = 2 ** (bits - 1)
+        # either version: who reads symmetric weights does not look
+        check_constant(module, words, bits, rows, {middle - 1, middle})
+        return None
+    # v1 keeps zero - 1, taken from whole words: a zero of 0 has borrowed from its neighbour
+    if module.variant == "gptq" and bits != 3:
+        words = _added(words, ONE_IN_EVERY_FIELD[bits])
+    zero = unpack_bits(words, bits, rows)
+    if module.variant == "gptq" and bits == 3:
+        zero = (zero + 1) % 8
+    return signed(zero, bits).T.contiguous()
+
+
+def _added(words: Tensor, number: int) -> Tensor:
+    """Return ``words`` + ``number`` as unsigned words of 32 bits add, int32."""
+    import torch
+
+    return ((words.long() + number) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+
+
+def _options(weights: Weights, *, act_order: bool) -> JsonDict:
+    return {
+        "bits": weights.bits,
+        "group_size": weights.group_size or -1,
+        "sym": weights.symmetric,
+        "desc_act": act_order,
+    }
+
+
+def _dynamic(
+    modules: Sequence[QuantizedModule], unquantized: Sequence[str], usual: JsonDict
+) -> JsonDict:
+    """Return what the config says of single layers: those to skip, those that are not as usual."""
+    names = [*(module.name for module in modules), *unquantized]
+    skipped: dict[str, JsonDict] = {
+        name: {} for name in unquantized if last_part(name) != "lm_head"
+    }
+    differing: dict[str, JsonDict] = {}
+    for module in modules:
+        options = _options(module.scheme.weights, act_order=module.act_order)
+        if options != usual:
+            differing[module.name] = options
+    dynamic = {f"-:{pattern}": own for pattern, own in _patterns(skipped, names)}
+    return dynamic | {f"+:{pattern}": own for pattern, own in _patterns(differing, names)}
+
+
 def _patterns(
     wanted: Mapping[str, JsonDict], names: Sequence[str]
 ) -> Iterator[tuple[str, JsonDict]]:
@@ -264,19 +273,26 @@ def _patterns(
         everywhere.setdefault(_without_numbers(name), []).append(name)
     agreed: dict[str, JsonDict] = {}
     for kind, members in everywhere.items():
-        found = [wanted.get(name) for name in members]
-        if found[0] is not None and all(options == found[0] for options in found):
-            agreed[kind] = found[0]
+        first = wanted.get(members[0])
+        if first is not None and all(wanted.get(name) == first for name in members):
+            agreed[kind] = first
         else:
             yield from ((re.escape(name) + "$", wanted[name]) for name in members if name in wanted)
     for kind, options in agreed.items():
         yield kind + "$", options
-        for shards, fused in FUSED:
-            parent, _, last = kind.rpartition(r"\.")
-            if last == shards[-1] and all(
-                agreed.get(rf"{parent}\.{shard}") == options for shard in shards
-            ):
-                yield rf"{parent}\.{fused}$", options
+        if fused := _fused_kind(kind, agreed):
+            yield fused + "$", options
+
+
+def _fused_kind(kind: str, agreed: Mapping[str, JsonDict]) -> str | None:
+    """Return the regex of the fused layer whose last shard is ``kind``, if all shards agree."""
+    parent, _, last = kind.rpartition(r"\.")
+    for shards, fused in FUSED:
+        if last == shards[-1] and all(
+            agreed.get(rf"{parent}\.{shard}") == agreed[kind] for shard in shards
+        ):
+            return rf"{parent}\.{fused}"
+    return None
 
 
 def _without_numbers(name: str) -> str:

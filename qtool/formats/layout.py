@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import CheckpointRefused
-from qtool.scheme import Scheme, Weights
+from qtool.scheme import Scheme, Weights, number_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,7 +202,7 @@ def grouped_integers(
     channel's, unless the config has that group.
     """
     size = group_size(columns, groups, configured)
-    format: Any = f"int{bits}"
+    format = number_format(bits, is_float=False)
     if groups == 1 and configured != size:
         return Weights(format, "channel", symmetric=symmetric)
     return Weights(format, "group", size, symmetric=symmetric)
@@ -250,17 +250,18 @@ def shared_unsupported_reason(
             "pre_quant_scale: the input is multiplied by a stored factor, and there is no place "
             "for one here"
         )
+    return _input_scale_reason(module, weight)
+
+
+def _input_scale_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     activations = module.scheme.activations
-    if (
-        activations
-        and activations.needs_data
-        and (weight.activation is None or weight.activation.scale is None)
-    ):
-        return (
-            f"input_scale: {activations} inputs need a scale that calibration finds, and there is "
-            "none"
-        )
-    return None
+    if activations is None or not activations.needs_data:
+        return None
+    if weight.activation is not None and weight.activation.scale is not None:
+        return None
+    return (
+        f"input_scale: {activations} inputs need a scale that calibration finds, and there is none"
+    )
 
 
 def check_skipped(unquantized: Sequence[str], modules: Sequence[QuantizedModule]) -> None:

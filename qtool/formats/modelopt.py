@@ -8,34 +8,57 @@ Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unifi
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import translate
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from qtool.checkpoint import Checkpoint, TensorInfo, read_json
-from qtool.checkpoint.strict_json import Json, JsonDict
+from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
     Parts,
     QuantizedModule,
     block_size,
-    by_scheme,
-    check_skipped,
     group_size,
     modules_of,
     refused,
     shared_unsupported_reason,
 )
+from qtool.formats.modelopt_config import (
+    ALGORITHM_OF_SCHEME,
+    MIXED,
+    WITH_INPUT_FACTORS,
+    algorithm_of,
+    kv_cache_format,
+    merged_config,
+    name_matcher,
+    quantization_config,
+)
 from qtool.modules import parse_cache_scale
-from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights
+from qtool.scheme import (
+    SCHEMES,
+    Activations,
+    Format,
+    ScaleFormat,
+    Scheme,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qtool.weight import QuantizedWeight
 
+__all__ = [
+    "cache_scale",
+    "detect",
+    "fallbacks",
+    "matches_config",
+    "quantization_config",
+    "read",
+    "unsupported_reason",
+    "write",
+]
 KEPT_SUFFIXES = (
     "weight",
     "bias",
@@ -61,28 +84,7 @@ INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
     "W8A8_SQ_PER_CHANNEL": SCHEMES["W8A8_STATIC"].activations,
     "W8A16": None,
 }
-ALGORITHM_OF_SCHEME: Mapping[str, str] = {  # spelled as ModelOpt spells them
-    "FP8": "FP8",
-    "FP8_DYNAMIC": "FP8_PER_CHANNEL_PER_TOKEN",
-    "FP8_BLOCK_W8A16": "fp8_pb_wo",
-    # TensorRT-LLM's name; ModelOpt's own blocks leave inputs in 16 bits
-    "FP8_BLOCK": "FP8_BLOCK_SCALES",
-    "NVFP4": "NVFP4",
-    "NVFP4A16": "W4A16_NVFP4",
-    "NVFP4AFP8": "W4A8_NVFP4_FP8",
-    "MXFP4": "mxfp4",
-    "MXFP4AFP8": "W4A8_MXFP4_FP8",
-    "MXFP8": "MXFP8",
-    "W4A16": "W4A16_AWQ",
-    "W4AFP8_STATIC": "W4A8_AWQ",
-    "W8A8_STATIC": "W8A8_SQ_PER_CHANNEL",
-    "W8A16_CHANNEL": "W8A16",
-}
 BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")
-WITH_INPUT_FACTORS = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4")
-WITH_GROUPS_IN_CONFIG = ("FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
-WILDCARDS = frozenset("*?[")
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def matches_config(config: Json) -> bool:
@@ -94,38 +96,25 @@ def matches_config(config: Json) -> bool:
 
 def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout; hf_quant_config.json, if there is one, adds what config.json has lost."""
-    config = _merged(checkpoint, config)
+    config = merged_config(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
     per_layer = config.get("quantized_layers") or {}
-    excluded = _names(config.get("exclude_modules") or config.get("ignore") or [])
+    excluded = name_matcher(config.get("exclude_modules") or config.get("ignore") or [])
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         own = per_layer.get(parts.name)
         if _is_quantized(parts):
-            if own is None and algorithm == "MIXED_PRECISION":
-                raise refused(
-                    "E_QUANT_TARGET",
-                    f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does "
-                    "not name it",
-                )
+            own_algorithm = _own_algorithm(checkpoint, parts, own, algorithm)
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
-            modules[parts.name] = _module(
-                parts, str(own["quant_algo"]).upper() if own else algorithm
-            )
+            modules[parts.name] = _module(parts, own_algorithm)
         elif own:
             warnings.append(
                 f"`{parts.name}` is in `quantized_layers` and is stored as {parts['weight'].dtype}"
             )
-    kv_cache = _kv_cache(config)
-    has_scales = any(
-        scale.kind == "k" and scale.spelling != "proj.output_scale"
-        for scale in map(parse_cache_scale, checkpoint.tensors)
-        if scale
-    )
-    if has_scales and kv_cache is None:
-        warnings.append("KV-cache scales are stored and the config names no KV-cache format")
+    kv_cache = kv_cache_format(config)
+    warnings += _kv_cache_warnings(checkpoint, kv_cache)
     if not modules and algorithm:
         warnings.append(f"the config says {algorithm} and no tensor is quantized")
     return Layout("modelopt", modules, kv_cache, tuple(warnings))
@@ -173,7 +162,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
 def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     """Return the constraint that keeps ModelOpt from holding ``weight``."""
     scheme, (rows, columns) = module.scheme, module.shape
-    algorithm = _algorithm(module)
+    algorithm = algorithm_of(module)
     if algorithm is None:
         return (
             f"scheme: ModelOpt's export has no algorithm for {scheme.name}; it has "
@@ -200,99 +189,22 @@ def write(module: QuantizedModule, weight: QuantizedWeight) -> dict[str, Tensor]
     """
     import torch
 
-    weights, data, scale = module.scheme.weights, weight.data, weight.scale
-    tensors: dict[str, Tensor] = {}
-    if weights.format == "int4":
+    data = weight.data
+    if module.scheme.weights.format == "int4":
         even, odd = (data ^ 0x88).reshape(data.shape[0] // 2, 2, -1).unbind(1)
-        data = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(
-            1
-        )
-    if weights.granularity == "tensor":
-        scale = scale[0, 0]
-    elif weights.granularity == "channel":
-        scale = scale.flatten()
-    elif weights.granularity == "block" and _algorithm(module) == "fp8_pb_wo":
-        scale = scale[:, None, :, None]
-    elif weights.scale == "e8m0":
-        scale = scale.view(torch.uint8)
-    tensors |= {"weight": data, "weight_scale": scale}
+        pairs = ((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0))
+        data = torch.stack(pairs, dim=-1).flatten(1)
+    tensors = {"weight": data, "weight_scale": _written_scale(module, weight.scale)}
     if weight.scale2 is not None:
         tensors["weight_scale_2"] = weight.scale2[0]
     # kernels that unpack to fp8 divide by it; fused layers share one, which only ModelOpt knows
-    elif _algorithm(module) == "W4A8_AWQ":
+    elif algorithm_of(module) == "W4A8_AWQ":
         tensors["weight_scale_2"] = _as_found(module.tensors["weight_scale_2"])
     if weight.activation and weight.activation.scale is not None:
         tensors["input_scale"] = weight.activation.scale
     if weight.pre_scale is not None:
         tensors["pre_quant_scale"] = weight.pre_scale
     return tensors
-
-
-def quantization_config(
-    modules: Sequence[QuantizedModule], unquantized: Sequence[str], kv_cache: str | None
-) -> dict[str, JsonDict]:
-    """Return the flat config and the nested one of hf_quant_config.json, which says more.
-
-    Raises: CheckpointRefused, when layers of one algorithm have different groups, or engines would
-        skip a quantized layer.
-    """
-    layers = {module.name: {"quant_algo": _name(module), **_group(module)} for module in modules}
-    kinds = {tuple(layer.items()) for layer in layers.values()}
-    algorithms = {_name(module) for module in modules}
-    if len(kinds) > len(algorithms):
-        raise refused(
-            "E_CANNOT_HOLD",
-            f"group_size: ModelOpt has one for each algorithm, found {sorted(map(str, kinds))}",
-            "convert to gptq",
-        )
-    check_skipped(unquantized, modules)
-    # of the KV cache alone
-    algorithm = (
-        "MIXED_PRECISION" if len(algorithms) > 1 else algorithms.pop() if algorithms else None
-    )
-    shared: JsonDict = (
-        {}
-        if algorithm is None
-        else {"quantized_layers": layers}
-        if algorithm == "MIXED_PRECISION"
-        else dict(next(iter(layers.values())))
-    )
-    shared["quant_algo"] = algorithm
-    if algorithm in WITH_INPUT_FACTORS and algorithm != "NVFP4":
-        shared |= {
-            "has_zero_point": False,
-            "pre_quant_scale": any("pre_quant_scale" in module.tensors for module in modules),
-        }
-    nested = {
-        **shared,
-        "kv_cache_quant_algo": "FP8" if kv_cache else None,
-        "exclude_modules": list(unquantized),
-    }
-    flat: JsonDict = {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": list(unquantized),
-        "producer": PRODUCER,
-    }
-    if algorithm == "MIXED_PRECISION":
-        flat["quantized_layers"] = layers
-    if algorithm in WITH_GROUPS_IN_CONFIG:
-        flat["config_groups"] = {
-            f"group_{index}": {
-                "weights": _arguments(scheme.weights),
-                "input_activations": _arguments(scheme.activations) if scheme.activations else None,
-                "targets": ["Linear"]
-                if algorithm != "MIXED_PRECISION"
-                else [module.name for module in members],
-            }
-            for index, (scheme, members) in enumerate(by_scheme(modules).items())
-        }
-    if kv_cache:
-        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    return {
-        "config.json": {"quantization_config": flat},
-        "hf_quant_config.json": {"producer": PRODUCER, "quantization": nested},
-    }
 
 
 def cache_scale(attention: str, which: str, count: int) -> tuple[str, tuple[int, ...]] | None:
@@ -317,57 +229,34 @@ def _as_found(tensor: TensorInfo) -> Tensor:
     )
 
 
-def _algorithm(module: QuantizedModule) -> str | None:
-    scheme = module.scheme
-    if scheme.weights.format == "int4" and scheme.weights.granularity == "group":
-        scheme = scheme.with_group_size(128)  # the algorithms are named for any group size
-    return ALGORITHM_OF_SCHEME.get(scheme.name)
-
-
-def _name(module: QuantizedModule) -> str:
-    name = _algorithm(module) or ""
-    return "NVFP4_AWQ" if name == "NVFP4" and "pre_quant_scale" in module.tensors else name
-
-
-def _group(module: QuantizedModule) -> dict[str, int]:
-    size = module.scheme.weights.group_size
-    return {"group_size": size} if size and _name(module) != "mxfp4" else {}
-
-
-def _arguments(numbers: Weights | Activations) -> JsonDict:
-    size = {"group_size": numbers.group_size} if numbers.group_size else {}
-    return {
-        "dynamic": False,
-        "num_bits": FORMAT_BITS[numbers.format],
-        "type": "float" if numbers.format.startswith("fp") else "int",
-        **size,
-    }
-
-
-def _names(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Return a function that says whether a name is one of ``patterns``, names and globs."""
-    exact = frozenset(pattern for pattern in patterns if WILDCARDS.isdisjoint(pattern))
-    globs = re.compile(
-        "|".join(translate(pattern) for pattern in patterns if pattern not in exact) or "(?!)"
-    )
-    return lambda name: name in exact or globs.match(name) is not None
-
-
-def _merged(checkpoint: Checkpoint, config: Json) -> Json:
-    file = checkpoint.path / "hf_quant_config.json"
-    nested = (
-        config.get("quantization")
-        or (read_json(file).get("quantization") if file.is_file() else None)
-        or {}
-    )
-    flat = {key: value for key, value in config.items() if value is not None}
-    return {**nested, **flat}  # config.json wins where both speak
-
-
 def _is_quantized(parts: Parts) -> bool:
     if "weight" in parts:
         return parts["weight"].dtype not in SCALE_DTYPES
     return "weight_scale" in parts  # a quantized module that has lost its weight
+
+
+def _kv_cache_warnings(checkpoint: Checkpoint, kv_cache: str | None) -> Iterator[str]:
+    if kv_cache is None and any(_is_key_scale(name) for name in checkpoint.tensors):
+        yield "KV-cache scales are stored and the config names no KV-cache format"
+
+
+def _is_key_scale(name: str) -> bool:
+    """Whether ``name`` is a scale of cached keys, however its projection stands in the name."""
+    scale = parse_cache_scale(name)
+    return scale is not None and scale.kind == "k" and scale.spelling != "proj.output_scale"
+
+
+def _own_algorithm(checkpoint: Checkpoint, parts: Parts, own: Json | None, shared: str) -> str:
+    """Return the algorithm of a layer: its ``own``, or the ``shared`` one of the config."""
+    if own:
+        return str(own["quant_algo"]).upper()
+    if own is None and shared == MIXED:
+        raise refused(
+            "E_QUANT_TARGET",
+            f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name "
+            "it",
+        )
+    return shared
 
 
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:
@@ -390,40 +279,61 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
 def _weights(parts: Parts, *, in_blocks: bool) -> tuple[Weights, tuple[int, int]]:
     weight, scale = parts["weight"], parts["weight_scale"]
     rows, columns = parts.matrix("weight", "U8", "I8", "F8_E4M3")
-    if weight.dtype == "U8" and scale.dtype in SCALE_DTYPES:
+    if weight.dtype != "U8":
+        format: Format = "int8" if weight.dtype == "I8" else "fp8"
+        return _of_bytes(parts, format, rows, columns, in_blocks=in_blocks), (rows, columns)
+    if scale.dtype in SCALE_DTYPES:
         rows *= 2  # int4 is packed along the outputs
         return Weights("int4", "group", _grouped(parts, rows, columns)), (rows, columns)
-    if weight.dtype == "U8":
-        columns *= 2
-        if scale.dtype == "F8_E4M3":
-            parts["weight_scale_2"]
-        return Weights(
-            "fp4",
-            "group",
-            _grouped(parts, rows, columns),
-            scale="e4m3" if scale.dtype == "F8_E4M3" else "e8m0",
-        ), (rows, columns)
-    format: Any = "int8" if weight.dtype == "I8" else "fp8"
+    columns *= 2
+    two_levels = scale.dtype == "F8_E4M3"
+    if two_levels:
+        parts["weight_scale_2"]
+    size = _grouped(parts, rows, columns)
+    scale_format: ScaleFormat = "e4m3" if two_levels else "e8m0"
+    return Weights("fp4", "group", size, scale=scale_format), (rows, columns)
+
+
+def _of_bytes(parts: Parts, format: Format, rows: int, columns: int, *, in_blocks: bool) -> Weights:
+    scale = parts["weight_scale"]
     if scale.dtype in ("U8", "F8_E8M0"):
-        return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0"), (
-            rows,
-            columns,
-        )
+        return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0")
     if scale.dtype not in SCALE_DTYPES:
         raise parts.misfit(
-            "weight_scale", f"{' or '.join(SCALE_DTYPES)} scales of a {weight.dtype} weight"
+            "weight_scale",
+            f"{' or '.join(SCALE_DTYPES)} scales of a {parts['weight'].dtype} weight",
         )
-    if scale.count == 1 and not in_blocks:
-        return Weights(format, "tensor"), (rows, columns)
-    if not in_blocks and scale.shape in ((rows,), (rows, 1)):
-        return Weights(format, "channel"), (rows, columns)
+    if in_blocks:
+        return _in_blocks(parts, format, rows, columns)
+    if scale.count == 1:
+        return Weights(format, "tensor")
+    if scale.shape in ((rows,), (rows, 1)):
+        return Weights(format, "channel")
+    return _in_blocks(parts, format, rows, columns)
+
+
+def _in_blocks(parts: Parts, format: Format, rows: int, columns: int) -> Weights:
+    scale = parts["weight_scale"]
     blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     if len(blocks) != 2 or scale.count != math.prod(blocks):
         raise parts.misfit(
             "weight_scale", f"one scale, {rows}, or one for each block of {rows} x {columns}"
         )
     block = block_size(rows, blocks[0]), block_size(columns, blocks[1])
-    return Weights(format, "block", block=block), (rows, columns)
+    return Weights(format, "block", block=block)
+
+
+def _written_scale(module: QuantizedModule, scale: Tensor) -> Tensor:
+    import torch
+
+    weights = module.scheme.weights
+    if weights.granularity == "tensor":
+        return scale[0, 0]
+    if weights.granularity == "channel":
+        return scale.flatten()
+    if weights.granularity == "block" and algorithm_of(module) == "fp8_pb_wo":
+        return scale[:, None, :, None]
+    return scale.view(torch.uint8) if weights.scale == "e8m0" else scale
 
 
 def _grouped(parts: Parts, rows: int, columns: int) -> int:
@@ -436,11 +346,3 @@ def _grouped(parts: Parts, rows: int, columns: int) -> int:
     ):
         raise parts.misfit("weight_scale", f"one scale for each group of {rows} x {columns}")
     return group_size(columns, scale.shape[1])
-
-
-def _kv_cache(config: Json) -> str | None:
-    name, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
-    if name is None and isinstance(scheme, Mapping):
-        name = f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', 8)}"
-    said = str(name or scheme or "").lower()
-    return (said if said.isalnum() else "unknown") if said else None

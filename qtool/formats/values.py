@@ -10,15 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.formats import mxfp4
-from qtool.formats.layout import Layout
+from qtool.formats.layout import Layout, QuantizedModule
 from qtool.modules import CACHE_SCALES
 
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+Word: TypeAlias = "type[np.integer[Any]]"
 PIECE_BYTES = 64 << 20  # what one thread takes at a time
 # what is in memory at a time: it fits a core's cache, so a second pass over it is free
 BLOCK_BYTES = 1 << 20
@@ -43,15 +45,19 @@ class Bits:
     least ``limit``.
     """
 
-    word: type
+    word: Word
     mask: int
     limit: int
     sign: int
 
-    def has_not_finite(self, words: Any, scratch: Any) -> bool:
+    def has_not_finite(self, words: Words, scratch: Words) -> bool:
         """Whether one of ``words`` is NaN or infinite."""
         masked = np.bitwise_and(words, self.word(self.mask), out=scratch[: len(words)])
         return bool(masked.max() >= self.limit)
+
+    def problem(self, words: Words, scratch: Words) -> str | None:
+        """Return what is wrong with ``words``, which need not be scales."""
+        return "holds NaN or infinity" if self.has_not_finite(words, scratch) else None
 
 
 FLOATS: Mapping[str, Bits] = {
@@ -96,7 +102,7 @@ def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[
     return [f"{by_name[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
 
 
-Check = Callable[[Any, Any], str | None]  # words, scratch -> what is wrong
+Check = Callable[[Words, Words], str | None]  # words, scratch -> what is wrong
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,16 @@ class _Piece:
     tensor: TensorInfo
     start: int
     size: int
-    word: type
+    word: Word
     check: Check
 
     def problem(self, files: _Files) -> str | None:
         for offset in range(self.start, self.start + self.size, BLOCK_BYTES):
             count = min(BLOCK_BYTES, self.start + self.size - offset)
-            block, scratch = files.read(self.tensor.file, self.tensor.offset + offset, count)
-            if block is None:
+            read = files.read(self.tensor.file, self.tensor.offset + offset, count)
+            if read is None:
                 return "cannot be read: the file ends inside it"
+            block, scratch = read
             problem = self.check(block.view(self.word), scratch.view(self.word))
             if problem:
                 return problem
@@ -133,7 +140,7 @@ class _Files:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def read(self, path: Path, offset: int, size: int) -> tuple[Any, Any]:
+    def read(self, path: Path, offset: int, size: int) -> tuple[Words, Words] | None:
         if not hasattr(self._blocks, "pair"):
             self._blocks.pair = np.empty(BLOCK_BYTES, np.uint8), np.empty(BLOCK_BYTES, np.uint8)
         block, scratch = self._blocks.pair
@@ -141,7 +148,7 @@ class _Files:
         while done < size:
             count = os.preadv(self._descriptor(path), [memoryview(block)[done:size]], offset + done)
             if not count:
-                return None, None
+                return None
             done += count
         return block[:size], scratch
 
@@ -154,7 +161,7 @@ class _Files:
         return self._descriptors[path]
 
 
-def _pieces(tensor: TensorInfo, word_and_check: tuple[type, Check] | None) -> Iterator[_Piece]:
+def _pieces(tensor: TensorInfo, word_and_check: tuple[Word, Check] | None) -> Iterator[_Piece]:
     if word_and_check:
         for start in range(0, tensor.size_bytes, PIECE_BYTES):
             yield _Piece(
@@ -162,55 +169,63 @@ def _pieces(tensor: TensorInfo, word_and_check: tuple[type, Check] | None) -> It
             )
 
 
-def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[type, Check] | None:
+def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] | None:
     """Return the word that ``tensor`` is read as and what is looked for in it; None when it can
     hold nothing wrong.
     """
-    owner, _, suffix = tensor.name.rpartition(".")
-    module = layout.modules.get(owner) if layout else None
-    if layout and tensor.name.endswith(mxfp4.SCALES):
-        module = layout.modules.get(tensor.name.removesuffix(mxfp4.SCALES))
-        suffix = "weight_scale" if module else suffix
-    if tensor.dtype == "F8_E8M0" or (
-        suffix == "weight_scale"
-        and tensor.dtype == "U8"
-        and module
-        and module.scheme.weights.scale == "e8m0"
-    ):
-        return (
-            E8M0.word,
-            lambda words, scratch: (
-                "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
-            ),
-        )
-    if suffix in ("g_idx", "weight_g_idx") and module and tensor.dtype == "I32":
+    module, suffix = _owner(tensor, layout)
+    weights = module.scheme.weights if module else None
+    is_e8m0 = suffix == "weight_scale" and weights is not None and weights.scale == "e8m0"
+    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and is_e8m0):
+        return E8M0.word, _e8m0_problem
+    if tensor.dtype == "I32" and module and suffix in ("g_idx", "weight_g_idx"):
         groups = module.scheme.weights.scale_count(1, module.shape[1])
         return np.int32, lambda words, _: _group_problem(words, groups)
     if tensor.dtype not in FLOATS:
         return None
     bits = FLOATS[tensor.dtype]
-    is_scale = suffix in SCALES and (module is not None or suffix in CACHE_SCALES)
-    zero_allowed = tensor.dtype == "F8_E4M3"
-    # AutoRound flips a group to reach the code -8
-    negative_allowed = bool(module and module.scheme.weights.format.startswith("int"))
-    return bits.word, lambda words, scratch: _float_problem(
-        words, scratch, bits, is_scale, zero_allowed, negative_allowed
-    )
+    if suffix in CACHE_SCALES or (module is not None and suffix in SCALES):
+        # AutoRound flips a group to reach the code -8
+        negative_allowed = weights is not None and weights.format.startswith("int")
+        check = _ScaleCheck(
+            bits, zero_allowed=tensor.dtype == "F8_E4M3", negative_allowed=negative_allowed
+        )
+        return bits.word, check.problem
+    return bits.word, bits.problem
 
 
-def _float_problem(
-    words: Any, scratch: Any, bits: Bits, is_scale: bool, zero_allowed: bool, negative_allowed: bool
-) -> str | None:
-    if bits.has_not_finite(words, scratch):
-        return "holds NaN or infinity"
-    if is_scale and not negative_allowed and words.max() >= bits.sign:
-        return "holds a negative scale"
-    if is_scale and not zero_allowed and not words.min():
-        return "holds a zero scale"
-    return None
+def _owner(tensor: TensorInfo, layout: Layout | None) -> tuple[QuantizedModule | None, str]:
+    """Return the quantized layer that ``tensor`` is of, if any, and what it is there."""
+    owner, _, suffix = tensor.name.rpartition(".")
+    if layout is None:
+        return None, suffix
+    if tensor.name.endswith(mxfp4.SCALES):
+        module = layout.modules.get(tensor.name.removesuffix(mxfp4.SCALES))
+        return module, "weight_scale" if module else suffix
+    return layout.modules.get(owner), suffix
 
 
-def _group_problem(words: Any, groups: int) -> str | None:
+def _e8m0_problem(words: Words, scratch: Words) -> str | None:
+    return "holds a NaN scale (255)" if E8M0.has_not_finite(words, scratch) else None
+
+
+@dataclass(frozen=True)
+class _ScaleCheck:
+    bits: Bits
+    zero_allowed: bool
+    negative_allowed: bool
+
+    def problem(self, words: Words, scratch: Words) -> str | None:
+        if problem := self.bits.problem(words, scratch):
+            return problem
+        if not self.negative_allowed and words.max() >= self.bits.sign:
+            return "holds a negative scale"
+        if not self.zero_allowed and not words.min():
+            return "holds a zero scale"
+        return None
+
+
+def _group_problem(words: Words, groups: int) -> str | None:
     low, high = int(words.min()), int(words.max())
     return (
         f"names the groups {low}..{high} and there are {groups}"
