@@ -10,12 +10,11 @@ import qtool
 
 
 def main() -> None:
-    """Generate, and print."""
-    given = sys.argv[1] if len(sys.argv) > 1 else None
-    model_path, quantization = (
-        (given, None) if given else (Path(__file__).parent / "tiny-python-llama", "fp8")
-    )
-    llm = qtool.Engine(model_path=model_path, quantization=quantization)
+    if len(sys.argv) > 1:
+        llm = qtool.Engine(model_path=sys.argv[1])
+    else:
+        tiny = Path(__file__).parent / "tiny-python-llama"
+        llm = qtool.Engine(model_path=tiny, quantization="fp8")
     prompts = ["def fibonacci(n):", "import os\n", "class Stack:\n    def __init__(self"]
     sampling_params = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 40}
     outputs = llm.generate(prompts, sampling_params)

@@ -1,5 +1,6 @@
-"""Serve a checkpoint, ask it one thing over HTTP, and end the server: python examples/serve.py
-CHECKPOINT [PROMPT].
+"""Serve a checkpoint, ask it one thing over HTTP, and stop the server.
+
+python examples/serve.py CHECKPOINT [PROMPT]
 """
 
 from __future__ import annotations
@@ -19,34 +20,26 @@ def free_port() -> int:
 
 
 def main() -> None:
-    checkpoint, prompt = sys.argv[1], (sys.argv[2:] or ["def add(a, b):\n"])[0]
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        sys.executable,
-        "-m",
-        "qtool.cli",
-        "serve",
-        "--model-path",
-        checkpoint,
-        "--port",
-        str(port),
-        "--log-level",
-        "warning",
-    ]
-    server = subprocess.Popen(command)
+    checkpoint = sys.argv[1]
+    prompt = sys.argv[2] if len(sys.argv) > 2 else "with open(path, 'rb') as"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    qtool = [sys.executable, "-m", "qtool.cli"]
+    options = ["--model-path", checkpoint, "--port", str(port), "--log-level", "warning"]
+    server = subprocess.Popen([*qtool, "serve", *options])
     try:
         while server.poll() is None:
             try:
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
             except httpx.ConnectError:
-                pass  # it does not listen yet
+                pass  # it is not listening yet
             time.sleep(0.2)
         else:
-            sys.exit(server.returncode)  # it said why on stderr
+            sys.exit(server.returncode)  # the reason is on stderr
         answer = httpx.post(
             f"{url}/v1/completions",
-            json={"prompt": prompt, "max_tokens": 24, "temperature": 0},
+            json={"prompt": prompt, "max_tokens": 8, "temperature": 0},
             timeout=60,
         )
         answer.raise_for_status()
