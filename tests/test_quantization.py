@@ -64,15 +64,19 @@ def plain_perplexity(held_out):
 
 
 BOUNDS = {"modelopt_fp8": 1.02, "w4a16_gptq": 1.05, "gptq_int4": 1.05}
+EACH_METHOD = pytest.mark.parametrize(
+    "method",  # in one process, so that `quantized` runs it once
+    [pytest.param(name, marks=pytest.mark.xdist_group(f"quantize {name}")) for name in BOUNDS],
+)
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@EACH_METHOD
 def test_each_backend_keeps_one_method_to_its_bound(method, quantized, held_out, plain_perplexity):
     found = perplexity(load_dequantized(open_checkpoint(quantized(method))), held_out)
     assert found <= BOUNDS[method] * plain_perplexity
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@EACH_METHOD
 def test_the_output_is_complete_and_its_manifest_is_true(method, quantized):
     output = quantized(method)
     manifest = json.loads((output / "qtool-manifest.json").read_text())
@@ -89,7 +93,7 @@ def test_the_output_is_complete_and_its_manifest_is_true(method, quantized):
     )
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@EACH_METHOD
 def test_tokenizer_template_and_generation_config_are_those_of_the_source(method, quantized):
     for name in (
         "tokenizer.json",
@@ -100,14 +104,14 @@ def test_tokenizer_template_and_generation_config_are_those_of_the_source(method
         assert (quantized(method) / name).read_bytes() == (MODEL / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@EACH_METHOD
 def test_no_written_config_names_a_path_of_this_machine(method, quantized):
     for path in quantized(method).glob("*.json"):
         if not path.name.startswith("tokenizer"):
             assert not re.search(r'"[/~][^"]*/', path.read_text()), path.name
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@EACH_METHOD
 def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
     again = qtool.quantize(MODEL, method=method, output=tmp_path / "again", **DATA).output
     assert (again / "model.safetensors").read_bytes() == (
@@ -115,6 +119,7 @@ def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_gptq_checkpoint_has_the_group_size_and_the_modules_that_were_asked_for(tmp_path):
     options = {**DATA, "num_samples": 8, "group_size": 64, "ignore": ["down_proj"]}
     layout = detect(
@@ -127,6 +132,7 @@ def test_a_gptq_checkpoint_has_the_group_size_and_the_modules_that_were_asked_fo
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g64"}
 
 
+@pytest.mark.slow
 def test_rules_give_modules_other_schemes(tmp_path):
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(
@@ -144,6 +150,7 @@ def test_rules_give_modules_other_schemes(tmp_path):
     assert "model.layers.0.mlp.down_proj" not in layout.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel"])
 def test_awq_runs_without_a_gpu(backend, tmp_path):
     options = {**DATA, "num_samples": 4, "seq_len": 128}
@@ -155,6 +162,7 @@ def test_awq_runs_without_a_gpu(backend, tmp_path):
     assert layout.format == {"llmcompressor": "compressed-tensors", "gptqmodel": "awq"}[backend]
 
 
+@pytest.mark.slow
 def test_kv_cache_scales_can_be_all_that_is_added(tmp_path):
     output = qtool.quantize(
         MODEL, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}
@@ -187,6 +195,7 @@ def wait_for_worker(run: subprocess.Popen) -> int:
     raise AssertionError("the run ended before its worker began")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(number, exit_code, tmp_path):
     run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
@@ -198,6 +207,7 @@ def test_an_interrupted_run_leaves_nothing(number, exit_code, tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_for_memory_says_what_was_needed(tmp_path):
     run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
     os.kill(wait_for_worker(run), signal.SIGKILL)  # as the system does when memory runs out
@@ -208,6 +218,7 @@ def test_a_worker_killed_for_memory_says_what_was_needed(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
     worker = wait_for_worker(run)
@@ -219,6 +230,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
+@pytest.mark.slow
 def test_a_library_error_names_library_place_and_log(tmp_path):
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
@@ -243,6 +255,7 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "qtool-manifest.json").write_text("{}")
@@ -295,6 +308,7 @@ def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
     assert data.exists()
 
 
+@pytest.mark.slow
 def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
@@ -311,6 +325,7 @@ def test_neither_code_nor_pickles_nor_links_to_elsewhere_are_carried_along(tmp_p
     assert not names & {"tokenizer.py", "vocab.pkl", "LICENSE", "corpus.py", "train.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel", "modelopt"])
 def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -339,6 +354,7 @@ def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
     assert detect(open_checkpoint(output)).modules["lm_head"].scheme.name == "W4A16"
 
 
+@pytest.mark.slow
 def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 

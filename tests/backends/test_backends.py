@@ -96,6 +96,9 @@ def test_batches_never_mix_lengths():
     assert [{len(sample) for sample in batch} for batch in work.batches()] == [{2}, {2}, {1}]
 
 
+SHARED = pytest.mark.xdist_group("backends fp8")  # one process, so that `fp8` runs once
+
+
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     """A good FP8 checkpoint, to be spoilt in copies."""
@@ -126,6 +129,7 @@ def problem(folder: Path, method: str = "fp8_dynamic", **changes) -> str:
     return caught.value.message
 
 
+@SHARED
 def test_a_good_checkpoint_passes(fp8):
     verify(plan_for("fp8_dynamic"), fp8)
 
@@ -135,6 +139,7 @@ def test_trap_nothing_was_quantized_without_an_error(tmp_path):
     assert "was left in 16 bits" in problem(tmp_path / "plain")
 
 
+@SHARED
 def test_trap_embeddings_were_quantized_too(spoilt):
     def quantize_embeddings(tensors):
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(
@@ -145,20 +150,24 @@ def test_trap_embeddings_were_quantized_too(spoilt):
     assert "`model.embed_tokens`" in problem(spoilt(quantize_embeddings))
 
 
+@SHARED
 def test_trap_an_ignored_module_was_quantized_all_the_same(fp8):
     assert "was to be left alone (ignored by the recipe)" in problem(
         fp8, ignore=["model.layers.3.mlp.up_proj"]
     )
 
 
+@SHARED
 def test_trap_another_scheme_was_written(fp8):
     assert "was to become FP8_BLOCK and is FP8_DYNAMIC" in problem(fp8, method="fp8_block")
 
 
+@SHARED
 def test_trap_static_scales_are_missing_when_no_data_was_seen(fp8):
     assert "was to become FP8 and is" in problem(fp8, method="fp8_static")
 
 
+@SHARED
 def test_trap_a_scale_is_zero_nan_or_negative(spoilt):
     for value in (0.0, float("nan"), -1.0):
 
@@ -170,6 +179,7 @@ def test_trap_a_scale_is_zero_nan_or_negative(spoilt):
         shutil.rmtree(folder)
 
 
+@SHARED
 def test_trap_kv_cache_scales_are_missing(fp8):
     assert "the KV cache is None, not fp8" in problem(fp8, kv_cache="fp8")
 
@@ -190,6 +200,7 @@ def test_trap_w4a8_of_llm_compressor_is_stored_at_eight_bits():
     assert plan.bytes_after > 1.4 * packed.bytes_after
 
 
+@pytest.mark.slow
 def test_trap_actorder_without_groups_is_not_written(tmp_path):
     options = {"calibration": DATA, "num_samples": 2, "seq_len": 64, "device": "cpu"}
     output = qtool.quantize(MODEL, method="w8a8_int8", output=tmp_path / "out", **options).output

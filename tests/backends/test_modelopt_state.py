@@ -18,6 +18,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
 
 MODEL = EXAMPLE
+pytestmark = pytest.mark.xdist_group("modelopt state")  # one process, so that `saved` runs once
 DATA = {
     "calibration": str(MODEL / "calibration.jsonl"),
     "num_samples": 8,
@@ -68,6 +69,7 @@ def test_a_state_is_json_and_safetensors(saved):
     }
 
 
+@pytest.mark.slow
 def test_awq_survives_the_state(tmp_path):
     options = {**DATA, "num_samples": 2, "seq_len": 128}
     qtool.quantize(
@@ -110,6 +112,7 @@ def test_a_foreign_pickle_is_refused_unless_trusted(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_even_a_trusted_pickle_runs_no_code(tmp_path):
     torch.save(_Payload(str(tmp_path / "ran")), tmp_path / "state.pt")
     error = refusal(
