@@ -23,6 +23,21 @@ from support.server import Server, start_server
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
 settings.load_profile("qtool")
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
+SLOW_FIXTURES = {  # whoever uses one of these is slow
+    "sample",  # makes checkpoints with all three libraries
+    "quantized",  # runs a library
+    "saved",
+    "fp8",
+    "run_here",  # compiles or interprets Triton kernels
+    "browser",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)

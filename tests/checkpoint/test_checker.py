@@ -101,6 +101,7 @@ def peak_of(folder: Path) -> tuple[float, float, str]:
     return float(words[0]), float(words[1]), words[2] if len(words) > 2 else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["config", "header"])
 @pytest.mark.parametrize("case", HEAVY)
 def test_json_that_costs_much_stays_within_time_and_memory(folder, case, place):
@@ -117,6 +118,7 @@ def test_json_that_costs_much_stays_within_time_and_memory(folder, case, place):
     assert code or place == "config"
 
 
+@pytest.mark.slow
 def test_many_shards_of_long_names_stay_within_time_and_memory(folder):
     files()(folder)
     for shard in range(12):
@@ -287,6 +289,7 @@ def test_the_config_of_the_language_model_counts(folder):
         open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_two_thousand_mutations_are_opened_or_refused_and_nothing_else(tmp_path):
     outcome = run_mutations(2_000, tmp_path)
     assert not outcome.wrong

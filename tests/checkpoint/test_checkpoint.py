@@ -570,6 +570,7 @@ def test_random_bytes_are_refused_and_nothing_else(tmp_path, content):
     read_or_refused(tmp_path / "x")
 
 
+@pytest.mark.slow
 @given(headers, st.binary(max_size=40), st.integers(-3, 3))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_header_is_read_or_refused(tmp_path, header, data, error):

@@ -1114,6 +1114,7 @@ def test_a_write_that_fails_on_its_way_to_the_disk_is_no_success(sample, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_more_files_than_a_process_may_open_are_written(sample, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(list(Path("/proc/self/fd").iterdir()))
@@ -1152,6 +1153,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(sample, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["middle", "checking"])
 def test_killed_at_any_moment_it_leaves_no_checkpoint_and_the_next_run_cleans_up(
     sample, tmp_path, moment
@@ -1185,6 +1187,7 @@ def test_an_error_in_the_middle_leaves_nothing(sample, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_converting_holds_less_than_two_files_in_memory(tmp_path):
     layer = random_weight(1024, 1024), SCHEMES["W4A16"]
     source = write_layers(
@@ -1211,6 +1214,7 @@ def test_converting_holds_less_than_two_files_in_memory(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_converts_and_says_what_it_did(run_cli, sample, tmp_path):
     result = run_cli(
         "export", "--model-path", sample("ct/W4A16"), "--to", "gptq", "--output", "out"

@@ -246,6 +246,7 @@ def tiny(kind: str, **options):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_computes_what_it_does_on_its_own(kind):

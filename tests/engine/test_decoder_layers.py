@@ -118,6 +118,7 @@ def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
 IDS = torch.arange(1, 18)[None] * 7 % 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_model_computes_what_it_did(name, dtype):
@@ -128,6 +129,7 @@ def test_a_fused_model_computes_what_it_did(name, dtype):
     assert distance(logits_of(model, IDS), expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_a_model_of_another_kind_is_left_alone_and_says_why(name, caplog):
     options, reason = LEFT_ALONE[name]

@@ -161,6 +161,7 @@ def cut(text: str, stops, exempt=0):
     return min(found)[1:] if found else (len(text), None)
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(SEQUENCES, st.booleans())
 def test_the_pieces_are_what_the_tokenizer_decodes_at_once(sequence, skip):
@@ -176,6 +177,7 @@ def test_the_pieces_are_what_the_tokenizer_decodes_at_once(sequence, skip):
     assert taken + stream.finish() == whole == stream.text
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.data(), SEQUENCES, st.booleans(), st.sampled_from([0, 0, 1, 4, 10]), st.booleans())
 def test_the_text_ends_at_the_first_stop_string(data, sequence, keep, least, short):

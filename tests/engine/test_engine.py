@@ -156,6 +156,7 @@ def random_model(model_type: str, folder):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_tokens_are_those_of_transformers(tmp_path, model_type):
     model = random_model(model_type, tmp_path)
@@ -182,6 +183,7 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert becomes(lambda: idle(engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["decode", "all"])
 def test_layers_that_are_not_fused_may_be_compiled(tmp_path, which):
     model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)

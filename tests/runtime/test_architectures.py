@@ -21,6 +21,7 @@ from qtool.scheme import SCHEMES
 from qtool.weight import dequantize, fake_quantize_input, quantize
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*are dequantized at every step"),
 ]

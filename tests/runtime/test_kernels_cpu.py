@@ -158,6 +158,7 @@ def even(inputs: int, weights: Weights) -> int:
     return inputs + inputs % 2 if weights.bits == 4 else inputs
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(weights=weights_of(["int2", "int3", "int4"], groups, st.booleans()), **options)
 def test_int4pack_multiplies_as_the_definition_says(
@@ -166,6 +167,7 @@ def test_int4pack_multiplies_as_the_definition_says(
     check("int4pack", Scheme(weights), (outputs, even(inputs, weights)), tokens, has_bias, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=120)
 @given(
     weights=weights_of([f"int{bits}" for bits in range(2, 9)], st.integers(16, 160), st.booleans()),
@@ -213,6 +215,7 @@ def test_int8pack_multiplies_as_the_definition_says(
     check("int8pack", Scheme(weights), (outputs, inputs), tokens, has_bias, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", HERE)
 def test_4096_tokens_are_no_different(kernel):
     for name in TAKERS[kernel][:3]:

@@ -79,6 +79,7 @@ tokens = st.integers(1, 34) | st.integers(1, 300)
 NVFP4A16 = SCHEMES["NVFP4A16"].weights
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.usefixtures("path")
 @settings(max_examples=150)
@@ -166,6 +167,7 @@ def test_a_bfloat16_product_in_between_changes_nothing():
         assert torch.equal(native.apply(spec, x, packed, None), expected)
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_compiled_graph_has_the_same_outputs():
     spec = spec_of("NVFP4A16", (80, 256))
@@ -264,6 +266,7 @@ print(native._library().amx)
 """
 
 
+@pytest.mark.slow
 @needs_native
 def test_two_processes_compile_at_once_and_a_variable_turns_amx_off(fresh):
     environment = os.environ | {

@@ -20,7 +20,7 @@ from support.server import free_port, start_server
 
 import qtool
 
-pytestmark = pytest.mark.xdist_group("serve")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
 
 CHAT = """curl http://localhost:30000/v1/chat/completions \\
   -H "Content-Type: application/json" \\

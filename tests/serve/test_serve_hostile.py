@@ -26,7 +26,7 @@ from qtool.serve.http.connection import limited_connection
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.settings import ServeSettings
 
-pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 SOON_S = 5.0  # 1 s is what a machine with nothing else to do needs at most
 GROWTH_BYTES = 320 << 20  # the engine keeps 128 MB of grammars, the server 64 MB
 DEEP = 100_000

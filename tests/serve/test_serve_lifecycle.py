@@ -25,7 +25,7 @@ import psutil
 import pytest
 from support.server import Server, free_port, start_server
 
-pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 MARKER = "xyzzy plugh"
 LONG = {"prompt": "def add(a, b):\n", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
 DRAIN_S = 1.5

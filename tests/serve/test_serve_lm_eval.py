@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
 
-pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 QUESTIONS = [
     ("import", [" os", " sys", " banana"], 0),
     ("x = [1, 2]\nfor y", [" in", " while", " 7"], 0),

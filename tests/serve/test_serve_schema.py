@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qtool.serve.api import schemas
 
-pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 MOST_TOKENS = 4
 LIMITS = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens"}
 CHAT = {
