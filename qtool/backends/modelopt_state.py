@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint import Checkpoint, read_json
-from qtool.checkpoint.reader import read_header
+from qtool.checkpoint.header import read_header
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, StateRefused, UsageError, one_line
 from qtool.plan import Plan

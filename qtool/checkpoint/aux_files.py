@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from qtool.checkpoint.reader import PICKLE_SUFFIXES
 from qtool.checkpoint.strict_json import read_json
@@ -47,25 +46,25 @@ def finish_files(source: Path, folder: Path) -> None:
     auxiliary files of ``source`` as they are.
     """
     for path in folder.iterdir():
-        if not any(path.match(pattern) for pattern in WRITTEN):
+        if not _is_written(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in CONFIGS:
         if (folder / name).exists():
             write_json(folder / name, without_paths(read_json(folder / name)))
     for path in source.iterdir():
-        if _is_aux_file(path, source) and not any(path.match(pattern) for pattern in WRITTEN):
+        if _is_aux_file(path, source) and not _is_written(path):
             shutil.copyfile(path, folder / path.name)
     mode = 0o666 & ~_umask()
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes files that only their owner can read
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write ``value`` as people read it."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def without_paths(value: Any) -> Any:
+def without_paths(value: object) -> object:
     """Drop every entry of a config that is an absolute path: temporary folders and user names have
     no place in a checkpoint.
     """
@@ -76,6 +75,11 @@ def without_paths(value: Any) -> Any:
             if not (isinstance(item, str) and item.startswith(("/", "~")))
         }
     return [without_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_written(path: Path) -> bool:
+    """Whether every checkpoint has a file of its own with the name of ``path``."""
+    return any(path.match(pattern) for pattern in WRITTEN)
 
 
 def _is_aux_file(path: Path, source: Path) -> bool:

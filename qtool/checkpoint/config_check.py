@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint.strict_json import Json, refused
@@ -66,19 +66,30 @@ def check_config(checkpoint: Checkpoint) -> None:
     Raises: CheckpointRefused, when a layer is missing or a tensor has not the shape that the
         config's fields give it.
     """
-    stack = next(
-        (
-            stack
-            for stack in STACKS
-            if any(name.startswith(f"{stack}layers.") for name in checkpoint.tensors)
-        ),
-        None,
-    )
+    stack = _stack_of(checkpoint)
     if stack is None or not _is_standard(checkpoint):
         return
-    tensors, sizes = checkpoint.tensors, _sizes(checkpoint.text_config)
+    sizes = _sizes(checkpoint.text_config)
+    layers = _decoder_layers(checkpoint, stack, sizes.get("num_hidden_layers", 0))
+    sizes = {**_head_dim(checkpoint.tensors, layers, sizes), **sizes}
+    _check_shapes(checkpoint, stack, MODEL_RULES, sizes)
+    for layer in layers:
+        _check_shapes(checkpoint, layer, LAYER_RULES, sizes)
+
+
+def _stack_of(checkpoint: Checkpoint) -> str | None:
+    """Return what the names of the decoder's tensors begin with."""
+    for stack in STACKS:
+        if any(name.startswith(f"{stack}layers.") for name in checkpoint.tensors):
+            return stack
+    return None
+
+
+def _decoder_layers(checkpoint: Checkpoint, stack: str, count: int) -> list[str]:
+    """Return what the names of each of ``count`` layers begin with; behind them may come layers
+    that predict further tokens.
+    """
     layers = _layer_numbers(checkpoint, f"{stack}layers.")
-    count = sizes.get("num_hidden_layers", 0)
     present = sorted(layer for layer in layers if layer < count)
     if len(present) < count:
         missing = next(
@@ -89,13 +100,7 @@ def check_config(checkpoint: Checkpoint) -> None:
             f"`{stack}layers.{missing}.*` is not"
         )
         raise _broken("E_LAYER_MISSING", checkpoint, message)
-    # behind them may come layers that predict further tokens
-    decoder = [f"{stack}layers.{layer}." for layer in present]
-    sizes = {**_head_dim(tensors, decoder, sizes), **sizes}
-    for prefix, rules in ((stack, MODEL_RULES), *((layer, LAYER_RULES) for layer in decoder)):
-        for suffix, (code, *dimensions) in rules.items():
-            if tensor := tensors.get(prefix + suffix):
-                _check_shape(checkpoint, tensor, code, dimensions, sizes)
+    return [f"{stack}layers.{layer}." for layer in present]
 
 
 def _is_standard(checkpoint: Checkpoint) -> bool:
@@ -121,14 +126,18 @@ def _is_standard(checkpoint: Checkpoint) -> bool:
 def _sizes(config: Json) -> dict[str, int]:
     """Return the config's positive integers, without those that other fields may overrule."""
     sizes = {key: value for key, value in config.items() if type(value) is int and value > 0}
-    nested = {key for value in config.values() if isinstance(value, Mapping) for key in value}
+    keys = {*config}
+    for value in config.values():
+        if isinstance(value, Mapping):
+            keys |= value.keys()
     for pattern, usual in UNUSUAL.items():
-        if any(
-            pattern.search(key) and key not in usual and not OTHER_TOWERS.match(key)
-            for key in {*config, *nested}
-        ):
+        if any(_is_unusual(key, pattern, usual) for key in keys):
             sizes = {key: value for key, value in sizes.items() if key not in usual}
     return sizes
+
+
+def _is_unusual(key: str, pattern: re.Pattern[str], usual: Collection[str]) -> bool:
+    return bool(pattern.search(key)) and key not in usual and not OTHER_TOWERS.match(key)
 
 
 def _layer_numbers(checkpoint: Checkpoint, prefix: str) -> set[int]:
@@ -163,42 +172,55 @@ def _head_dim(
     )
 
 
-def _check_shape(
-    checkpoint: Checkpoint,
-    tensor: TensorInfo,
-    code: str,
-    dimensions: Iterable[str],
-    sizes: Mapping[str, int],
+def _check_shapes(
+    checkpoint: Checkpoint, prefix: str, rules: Rules, sizes: Mapping[str, int]
 ) -> None:
-    if tensor.dtype not in UNPACKED:
-        return
-    expected = [
-        math.prod(sizes[field] for field in fields.split())
-        if sizes.keys() >= {*fields.split()}
-        else None
-        for fields in dimensions
-    ]
-    rows = tensor.shape[0] if tensor.shape else 0
-    if expected[0] and (
-        rows >= expected[0]
-        if "embed_tokens" in tensor.name
-        else rows == 2 * expected[0] and "q_proj" in tensor.name
-    ):
-        expected[0] = rows  # the vocabulary may be padded, queries may come with a gate each
-    if len(expected) != len(tensor.shape) or any(
-        want not in (None, found) for want, found in zip(expected, tensor.shape, strict=True)
-    ):
-        fields = sorted(
-            {field for fields in dimensions for field in fields.split() if field in sizes}
-        )
-        said = ", ".join(f"{field} {sizes[field]:,}" for field in fields)
-        shape = ", ".join("?" if want is None else str(want) for want in expected)
-        raise _broken(
-            code,
-            checkpoint,
-            f"with {said}, `{tensor.name}` must be [{shape}], and it is {list(tensor.shape)} in "
-            f"{tensor.file.name}",
-        )
+    """Check the tensors that ``prefix`` and the ends of names in ``rules`` name."""
+    for suffix, (code, *dimensions) in rules.items():
+        tensor = checkpoint.tensors.get(prefix + suffix)
+        if tensor is None or tensor.dtype not in UNPACKED:
+            continue
+        expected = _expected_shape(tensor, dimensions, sizes)
+        if not _fits(tensor.shape, expected):
+            names = sorted({*" ".join(dimensions).split()} & sizes.keys())
+            said = ", ".join(f"{name} {sizes[name]:,}" for name in names)
+            shape = ", ".join("?" if size is None else str(size) for size in expected)
+            message = (
+                f"with {said}, `{tensor.name}` must be [{shape}], and it is {list(tensor.shape)} "
+                f"in {tensor.file.name}"
+            )
+            raise _broken(code, checkpoint, message)
+
+
+def _expected_shape(
+    tensor: TensorInfo, dimensions: Iterable[str], sizes: Mapping[str, int]
+) -> list[int | None]:
+    """Return the size of each dimension; None where the config leaves it open."""
+    expected: list[int | None] = []
+    for fields in dimensions:
+        names = fields.split()
+        is_known = sizes.keys() >= {*names}
+        expected.append(math.prod(sizes[name] for name in names) if is_known else None)
+    if tensor.shape and _may_have(tensor.name, tensor.shape[0], expected[0]):
+        expected[0] = tensor.shape[0]
+    return expected
+
+
+def _may_have(name: str, rows: int, expected: int | None) -> bool:
+    """Whether a tensor may have more rows than expected: the vocabulary may be padded, queries may
+    come with a gate each.
+    """
+    if expected is None:
+        return False
+    if "embed_tokens" in name:
+        return rows >= expected
+    return "q_proj" in name and rows == 2 * expected
+
+
+def _fits(shape: tuple[int, ...], expected: list[int | None]) -> bool:
+    return len(shape) == len(expected) and all(
+        size in (None, found) for size, found in zip(expected, shape, strict=True)
+    )
 
 
 def _broken(code: str, checkpoint: Checkpoint, message: str) -> Exception:

@@ -51,6 +51,14 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
     """
     if not _may_be_hub_name(model_path) or os.path.exists(model_path):
         return Path(model_path)
+    patterns = [*WANTED, *(CODE if with_code else ())]
+    unwanted = [pattern for pattern in UNWANTED if not (with_code and pattern in CODE)]
+    return _download(model_path, revision, patterns, unwanted)
+
+
+def _download(
+    model_path: str, revision: str | None, patterns: list[str], unwanted: list[str]
+) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -67,33 +75,30 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         folder = snapshot_download(
             model_path,
             revision=revision,
-            allow_patterns=[*WANTED, *(CODE if with_code else ())],
-            ignore_patterns=[
-                pattern for pattern in UNWANTED if not (with_code and pattern in CODE)
-            ],
+            allow_patterns=patterns,
+            ignore_patterns=unwanted,
             etag_timeout=CONNECT_TIMEOUT_S,
             local_files_only=not _hub_is_reachable(),  # the cache may have it all
         )
     except GatedRepoError as error:
-        hint = "accept its terms on its page, then log in with `hf auth login`"
         raise CheckpointRefused(
             "E_HUB_ACCESS",
             f"Hub model `{model_path}` is gated and this account has no access",
-            hint=hint,
+            hint="accept its terms on its page, then log in with `hf auth login`",
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision `{revision}`" if revision else ""
-        hint = "check the name; a private model needs `hf auth login`"
         raise CheckpointRefused(
-            "E_NO_MODEL", f"no folder and no Hub model `{model_path}`{at}", hint=hint
+            "E_NO_MODEL",
+            f"no folder and no Hub model `{model_path}`{at}",
+            hint="check the name; a private model needs `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(model_path) from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        message = f"Hub model `{model_path}` cannot be downloaded: {one_line(error)}"
         raise ResourceError(
             "E_DOWNLOAD",
-            message,
+            f"Hub model `{model_path}` cannot be downloaded: {one_line(error)}",
             hint="try again: what is complete is kept; check the disk of HF_HOME too",
         ) from error
     return Path(folder)

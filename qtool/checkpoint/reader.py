@@ -1,65 +1,30 @@
 """Open a checkpoint folder from its headers alone: bounded, checked, without torch, and never a
 pickle.
-
-Source of the file format: https://github.com/huggingface/safetensors, section "Format".
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import os
 import reprlib
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from qtool.checkpoint.config_check import check_config
-from qtool.checkpoint.model import DTYPE_BITS, Checkpoint, TensorInfo
+from qtool.checkpoint.header import MAX_NAME, read_header
+from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
-    DAMAGED,
     JsonDict,
-    check_json_size,
-    parse_object,
     read_json,
     refused,
-    regular_size,
 )
 from qtool.errors import CheckpointRefused
 
-FIELDS = {"dtype", "shape", "data_offsets"}
-MAX_DIMENSIONS = 16
-MAX_NUMBER = 1 << 62
-MAX_NAME = 1_000
 MAX_FILE_NAME = 255
 MAX_SHARDS = 10_000
 # of memory, for what is known of all tensors: a third of a million, as Kimi K2 has
 MAX_TENSOR_BYTES = 128 << 20
-IMPOSTORS = (  # how a file starts, code, what it is, what helps
-    (
-        b"version ",
-        "E_LFS_POINTER",
-        "a Git LFS pointer",
-        "run `git lfs pull` in the folder, or download again",
-    ),
-    (b"<", "E_NOT_SAFETENSORS", "an HTML page", "the download failed: fetch it again"),
-    (
-        b"GGUF",
-        "E_GGUF",
-        "a GGUF file under another name",
-        "take the safetensors version it was made from",
-    ),
-    (
-        b"PK\3\4",
-        "E_PICKLE",
-        "a zip archive, as torch.save writes,",
-        "convert it to safetensors first",
-    ),
-    (b"\x80\2", "E_PICKLE", "a pickle", "convert it to safetensors first"),
-)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -99,34 +64,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ) from None
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors that the safetensors file ``path`` declares, after checking every number
-    against the file.
-    """
-    size = regular_size(path)
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = _header_length(path, start, size)
-        text = file.read(length)
-    if not text.startswith(b"{"):
-        raise refused(
-            "E_HEADER_START",
-            f"{path}: the header of {length:,} bytes starts with {text[:8]!r}, not with an "
-            "opening brace",
-        )
-    header = parse_object(
-        text, f"{path}: header", parse_int=_not_minus_zero if b"-0" in text else None
-    )
-    del text
-    _check_metadata(path, header.pop("__metadata__", None))
-    tensors = {
-        name: _tensor_info(path, name, entry, 8 + length, size - 8 - length)
-        for name, entry in header.items()
-    }
-    _check_tiling(path, tensors, 8 + length, size)
-    return tensors
-
-
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Stop the search for reference cycles: headers make none, and a fifth of the time would go
@@ -156,17 +93,19 @@ def _read_config(path: Path) -> JsonDict:
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     single, index_file = path / "model.safetensors", path / "model.safetensors.index.json"
-    if os.path.lexists(
-        single
-        # transformers takes it first; others beside it are not part of the model (e.g.
-        # consolidated.safetensors)
-    ):
+    # transformers takes it first; others, such as consolidated.safetensors, are not of the model
+    if os.path.lexists(single):
         return _read_shards([single])
     if os.path.lexists(index_file):
         return _read_indexed(path, index_file)
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
     if files:
         return _read_shards(files)
+    raise _no_weights(path)
+
+
+def _no_weights(path: Path) -> CheckpointRefused:
+    """Return the error for a folder without safetensors files, by what it has instead."""
     others = sorted(
         file.name for file in path.iterdir() if file.suffix in (*PICKLE_SUFFIXES, ".gguf")
     )
@@ -175,20 +114,20 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never "
             "opens"
         )
-        raise refused(
+        return refused(
             "E_PICKLE",
             message,
             "convert them to safetensors first, or take a revision that has them",
         )
     if others:
         hint = "take the safetensors version it was made from"
-        raise refused(
+        return refused(
             "E_GGUF",
             f"{path}: the weights are GGUF files ({', '.join(others[:3])}), which qtool does not "
             "read",
             hint,
         )
-    raise refused(
+    return refused(
         "E_NO_WEIGHTS",
         f"{path}: no safetensors file",
         "is the download complete? Pickle files are never taken, and never downloaded",
@@ -285,156 +224,3 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
             "the weights were not saved: export them again",
         )
     return tensors
-
-
-def _header_length(path: Path, start: bytes, size: int) -> int:
-    length = int.from_bytes(start, "little")
-    # only then can it be something else: letters make a length beyond any file
-    if len(start) < 8 or length < 2 or 8 + length > size:
-        for mark, code, what, hint in IMPOSTORS:
-            if start.lstrip().startswith(mark):
-                raise refused(
-                    code, f"{path} is {what} of {size:,} bytes, not a safetensors file", hint
-                )
-    again = "the file is truncated or is not safetensors: download it again"
-    if len(start) < 8:
-        raise refused(
-            "E_HEADER_SHORT", f"{path}: {size:,} bytes, too short for the length of a header", again
-        )
-    if length < 2:
-        raise refused(
-            "E_HEADER_EMPTY",
-            f"{path}: a header of {length:,} bytes is declared in a file of {size:,} bytes",
-            again,
-        )
-    if 8 + length > size:
-        raise refused(
-            "E_HEADER_LENGTH",
-            f"{path}: a header of {length:,} bytes is declared in a file of {size:,} bytes",
-            again,
-        )
-    check_json_size(length, f"{path}: header")
-    return length
-
-
-def _not_minus_zero(digits: str) -> int:
-    if digits == "-0":
-        raise ValueError("-0 counts nothing")
-    return int(digits)
-
-
-def _check_metadata(path: Path, metadata: object) -> None:
-    if metadata is not None and (
-        not isinstance(metadata, dict)
-        or not all(isinstance(value, str) for value in metadata.values())
-    ):
-        hint = "safetensors keeps texts only there: save the file again"
-        raise refused(
-            "E_HEADER_METADATA",
-            f"{path}: `__metadata__` is {reprlib.repr(metadata)}, and must map texts to texts",
-            hint,
-        )
-
-
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int, data_size: int) -> TensorInfo:
-    if not name.isprintable() or len(name) > MAX_NAME:
-        raise refused(
-            "E_HEADER_NAME",
-            f"{path}: a tensor is called {reprlib.repr(name)}, {len(name):,} characters",
-            "rename it where it was saved",
-        )
-    if not isinstance(entry, dict):
-        raise refused(
-            "E_HEADER_ENTRY", f"{path}: tensor `{name}` is described by {reprlib.repr(entry)}"
-        )
-    if entry.keys() != FIELDS:
-        raise refused(
-            "E_HEADER_FIELDS",
-            f"{path}: tensor `{name}` is described by {reprlib.repr(sorted(entry))}; expected "
-            f"{sorted(FIELDS)}",
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    bits = DTYPE_BITS.get(dtype, 0) if type(dtype) is str else 0
-    if not bits:
-        raise refused(
-            "E_HEADER_DTYPE",
-            f"{path}: tensor `{name}` has the unknown dtype {reprlib.repr(dtype)}",
-            f"known are {', '.join(DTYPE_BITS)}",
-        )
-    numbers: list[Any] = [*shape, *offsets] if type(shape) is type(offsets) is list else [None]
-    if (
-        set(map(type, numbers)) != {int}
-        or min(numbers) < 0
-        or max(numbers) >= MAX_NUMBER
-        or len(shape) > MAX_DIMENSIONS
-        or len(offsets) != 2
-    ):
-        raise _bad_numbers(path, name, shape, offsets)
-    start, end = offsets
-    if start > end:
-        raise _bad_numbers(path, name, shape, offsets)
-    if end > data_size:
-        message = (
-            f"{path}: tensor `{name}` is said to lie at {reprlib.repr(offsets)} in {data_size:,} "
-            "bytes of data"
-        )
-        raise refused(
-            "E_TRUNCATED", message, "the download or copy was interrupted: fetch the file again"
-        )
-    size_bytes, rest = divmod(math.prod(shape) * bits, 8)
-    if rest:
-        raise refused(
-            "E_HEADER_BITS",
-            f"{path}: tensor `{name}`, {dtype} {shape}, ends inside a byte",
-            "pad its last dimension where it was saved",
-        )
-    if end - start != size_bytes or (
-        not size_bytes and math.prod(size or 1 for size in shape) >= MAX_NUMBER
-    ):
-        raise refused(
-            "E_HEADER_SIZE",
-            f"{path}: tensor `{name}`, {dtype} {shape}, needs {size_bytes:,} bytes and is given "
-            f"{end - start:,}",
-        )
-    return TensorInfo(name, sys.intern(dtype), tuple(shape), path, data_start + start, size_bytes)
-
-
-def _bad_numbers(path: Path, name: str, shape: object, offsets: object) -> CheckpointRefused:
-    if (
-        not isinstance(shape, list)
-        or len(shape) > MAX_DIMENSIONS
-        or any(type(size) is not int or not 0 <= size < MAX_NUMBER for size in shape)
-    ):
-        hint = f"a shape is a list of at most {MAX_DIMENSIONS} whole numbers; {DAMAGED}"
-        return refused(
-            "E_HEADER_SHAPE", f"{path}: tensor `{name}` has the shape {reprlib.repr(shape)}", hint
-        )
-    message = f"{path}: tensor `{name}` is said to lie at {reprlib.repr(offsets)}"
-    return refused(
-        "E_HEADER_OFFSETS", message, f"offsets are two whole numbers, start and end; {DAMAGED}"
-    )
-
-
-def _check_tiling(
-    path: Path, tensors: Mapping[str, TensorInfo], data_start: int, size: int
-) -> None:
-    end, before = data_start, None
-    for tensor in sorted(tensors.values(), key=attrgetter("offset", "size_bytes")):
-        if tensor.offset != end:
-            code, what = (
-                ("E_OVERLAP", "overlaps")
-                if tensor.offset < end
-                else ("E_HOLE", "leaves a hole after")
-            )
-            neighbour = f"`{before.name}`" if before else "the header"
-            raise refused(
-                code,
-                f"{path}: tensor `{tensor.name}` at byte {tensor.offset:,} {what} {neighbour}, "
-                f"which ends at {end:,}",
-            )
-        end, before = tensor.offset + tensor.size_bytes, tensor
-    if end != size:
-        raise refused(
-            "E_TRAILING_BYTES",
-            f"{path}: {size - end:,} bytes behind the last tensor belong to none",
-        )

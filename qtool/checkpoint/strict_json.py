@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,63 +31,15 @@ def parse_object(
 
     Raises: CheckpointRefused, when it is no JSON object, or more of one than any model needs.
     """
-
-    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            repeated = next(
-                key
-                for key, _ in pairs
-                if key in seen or seen.add(key)  # type: ignore[func-returns-value]
-            )
-            raise refused(
-                "E_JSON_DUPLICATE",
-                f"{where}: the key `{repeated[:200]}` appears twice",
-                "two writers or a bad merge: take the file from its source",
-            )
-        return result
-
     # one wide character makes all of them wide in memory
     check_json_size(len(data) if data.isascii() else 4 * len(data), where)
-    if (
-        len(data) > SMALL_BYTES
-        and (values := sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES
-    ):
-        raise refused(
-            "E_JSON_VALUES",
-            f"{where}: {values:,} JSON values; the limit is {MAX_JSON_VALUES:,}",
-            "split the weights into more shards",
-        )
+    _check_value_count(data, where)
     try:
-        value = json.loads(data.decode(), object_pairs_hook=no_duplicates, parse_int=parse_int)
+        value = json.loads(data.decode(), object_pairs_hook=_maker(where), parse_int=parse_int)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise refused(
-            "E_JSON_DEEP",
-            f"{where}: JSON nested too deeply, in {len(data):,} bytes",
-            "a real file is a few levels deep",
-        ) from None
-    except UnicodeDecodeError as error:
-        raise refused(
-            "E_JSON_ENCODING",
-            f"{where}: not JSON in UTF-8 ({error.reason} at byte {error.start:,})",
-            "save it again as UTF-8",
-        ) from None
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(error.object[error.start]):04X}"
-        raise refused(
-            "E_JSON_SURROGATE",
-            f"{where}: {half}, half a character, stands alone",
-            "save it again as UTF-8",
-        ) from None
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
         raise _not_json(data, where, error) from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise refused(
-            "E_JSON_NUMBER", f"{where}: a number cannot be read ({one_line(error)})"
-        ) from None
     if not isinstance(value, dict):
         raise refused(
             "E_JSON_TYPE",
@@ -94,6 +47,36 @@ def parse_object(
             "it must be `{...}`: take it from its source",
         )
     return value
+
+
+def _maker(where: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
+    """Return a function that makes an object of its members and refuses a key that is repeated."""
+
+    def make(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated = next(key for key, count in counts.items() if count > 1)
+            raise refused(
+                "E_JSON_DUPLICATE",
+                f"{where}: the key `{repeated[:200]}` appears twice",
+                "two writers or a bad merge: take the file from its source",
+            )
+        return result
+
+    return make
+
+
+def _check_value_count(data: bytes, where: str) -> None:
+    if len(data) <= SMALL_BYTES:
+        return
+    values = sum(data.count(mark) for mark in (b"[", b"{", b",", b":"))
+    if values > MAX_JSON_VALUES:
+        raise refused(
+            "E_JSON_VALUES",
+            f"{where}: {values:,} JSON values; the limit is {MAX_JSON_VALUES:,}",
+            "split the weights into more shards",
+        )
 
 
 def check_json_size(size: int, where: str) -> None:
@@ -111,7 +94,25 @@ def refused(code: str, message: str, hint: str = DAMAGED) -> CheckpointRefused:
     return CheckpointRefused(code, message, hint=hint)
 
 
-def _not_json(data: bytes, where: str, error: json.JSONDecodeError) -> CheckpointRefused:
+def _not_json(data: bytes, where: str, error: RecursionError | ValueError) -> CheckpointRefused:
+    """Return the error for ``data`` that cannot be read, with what it is instead."""
+    if isinstance(error, RecursionError):
+        message = f"{where}: JSON nested too deeply, in {len(data):,} bytes"
+        return refused("E_JSON_DEEP", message, "a real file is a few levels deep")
+    if isinstance(error, UnicodeDecodeError):
+        message = f"{where}: not JSON in UTF-8 ({error.reason} at byte {error.start:,})"
+        return refused("E_JSON_ENCODING", message, "save it again as UTF-8")
+    if isinstance(error, UnicodeEncodeError):
+        half = f"U+{ord(error.object[error.start]):04X}"
+        message = f"{where}: {half}, half a character, stands alone"
+        return refused("E_JSON_SURROGATE", message, "save it again as UTF-8")
+    if isinstance(error, json.JSONDecodeError):
+        return _not_json_syntax(data, where, error)
+    # an integer of thousands of digits
+    return refused("E_JSON_NUMBER", f"{where}: a number cannot be read ({one_line(error)})")
+
+
+def _not_json_syntax(data: bytes, where: str, error: json.JSONDecodeError) -> CheckpointRefused:
     start = data[:100].lstrip()
     if start.startswith(b"version https://git-lfs"):
         return refused(

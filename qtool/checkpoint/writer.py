@@ -94,7 +94,22 @@ def stage_output(
         writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place
         cannot be written.
     """
-    output, inside = output.absolute(), output.resolve()
+    output = output.absolute()
+    _check_apart(output, inputs)
+    root = output.parent / f".{output.name}.qtool"
+    with _disk_errors(), _locked(root, output) as lock_fd:
+        _recover(root, output)
+        _check_free(output, overwrite=overwrite)
+        check_disk(root, need_bytes)
+        staging = Staging(output, root, lock_fd, overwrite)
+        staging.checkpoint.mkdir()
+        staging.scratch.mkdir()
+        yield staging
+
+
+def _check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise UsageError when ``output`` is one of ``inputs``, inside one, or around one."""
+    inside = output.resolve()
     for path in inputs:
         place = path.resolve()
         if inside == place or place in inside.parents or inside in place.parents:
@@ -103,37 +118,31 @@ def stage_output(
                 f"the output {output} and {path} are one inside the other",
                 hint="write to a folder of its own",
             )
-    root = output.parent / f".{output.name}.qtool"
-    with _disk_errors(), _locked(root, output) as lock_fd:
-        _recover(root, output)
-        if os.path.lexists(output) and not overwrite:
-            raise OutputTaken(
-                "E_OUTPUT_EXISTS",
-                f"{output} exists",
-                hint="choose another place, or replace it with --overwrite",
-            )
-        if os.path.lexists(output) and (output.is_symlink() or not output.is_dir()):
-            raise OutputTaken(
-                "E_OUTPUT_EXISTS",
-                f"{output} exists and is not a folder",
-                hint="choose another --output",
-            )
-        if (
-            output.exists()
-            and any(output.iterdir())
-            and not any((output / name).exists() for name in MARKS)
-        ):
-            hint = "choose another --output, or empty the folder yourself"
-            raise OutputTaken(
-                "E_OUTPUT_EXISTS",
-                f"{output} holds files and is no checkpoint, so --overwrite does not replace it",
-                hint=hint,
-            )
-        check_disk(root, need_bytes)
-        staging = Staging(output, root, lock_fd, overwrite)
-        staging.checkpoint.mkdir()
-        staging.scratch.mkdir()
-        yield staging
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputTaken when ``output`` exists and may not be replaced."""
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise OutputTaken(
+            "E_OUTPUT_EXISTS",
+            f"{output} exists",
+            hint="choose another place, or replace it with --overwrite",
+        )
+    if output.is_symlink() or not output.is_dir():
+        raise OutputTaken(
+            "E_OUTPUT_EXISTS",
+            f"{output} exists and is not a folder",
+            hint="choose another --output",
+        )
+    is_checkpoint = any((output / name).exists() for name in MARKS)
+    if any(output.iterdir()) and not is_checkpoint:
+        raise OutputTaken(
+            "E_OUTPUT_EXISTS",
+            f"{output} holds files and is no checkpoint, so --overwrite does not replace it",
+            hint="choose another --output, or empty the folder yourself",
+        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from qtool.checkpoint import Staging, digest_files
-from qtool.checkpoint.reader import read_header
+from qtool.checkpoint.header import read_header
 from qtool.checkpoint.shards import Shards
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.layers import Layer, Step, Write, convert_layer

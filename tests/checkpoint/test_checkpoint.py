@@ -30,8 +30,8 @@ from qtool.checkpoint import (
     stage_output,
     writer,
 )
+from qtool.checkpoint.header import read_header
 from qtool.checkpoint.model import DTYPE_BITS
-from qtool.checkpoint.reader import read_header
 from qtool.checkpoint.strict_json import MAX_JSON_BYTES
 from qtool.errors import CheckpointRefused, OutputTaken, ResourceError, UsageError
 
