@@ -1,5 +1,5 @@
-"""Turns tokens into text as they come; no half character and no beginning of a stop string is ever
-given out.
+"""Turns tokens into text as they come; it never returns half a character or the beginning of a stop
+string.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tokenizers.decoders import DecodeStream
 from qtool.engine.outputs import FinishReason
 from qtool.engine.sampling_params import SamplingParams
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character decode to
-# tokens that decode to no whole character before some of them are given out as they are
+HALF = "\N{REPLACEMENT CHARACTER}"  # bytes that are not a character decode to it
+# so many tokens without a whole character are held back before some are decoded as they are
 MOST_HELD = 16
 
 
@@ -29,11 +29,14 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class Detokenizer:
-    """The tokens of one text into characters; what comes out, put together, is what the tokenizer
-    decodes all of them to.
+    """Decodes the tokens of one text as they come; its parts, joined, are what the tokenizer makes
+    of all tokens.
 
-    ``context`` are tokens before the text, such as the end of the prompt: a tokenizer that drops a
-    leading space then keeps the text's.
+    Args:
+        tokenizer: the tokenizers library's.
+        skip_special_tokens: leave special tokens out of the text.
+        context: tokens before the text, such as the end of the prompt: a tokenizer that drops a
+            leading space then keeps the text's.
     """
 
     def __init__(
@@ -41,11 +44,12 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
-        # given out already, decoded with what follows
+        # decoded again with what follows
         self._before = [token_id for token_id in context if token_id not in self._skipped]
         if self._decode(self._before).endswith(HALF):
             self._before = []  # nothing to continue
-        self._held: list[int] = []  # not given out yet
+        self._held: list[int] = []
+        """Tokens whose text is not complete."""
         self._stream = self._new_stream()
 
     def push(self, token_id: int) -> str:
@@ -55,20 +59,22 @@ class Detokenizer:
         self._held.append(token_id)
         try:
             text: str | None = self._stream.step(self._tokenizer, token_id)
-        # the tokenizer sees what was given out differently now: some do, for bytes that turn out to
-        # be no character
         except Exception:
+            # Some tokenizers decode what came before differently once bytes turn out not to be a
+            # character, and the stream fails.
             self._before = []
             self._stream = self._new_stream()
             text = self._stream.step(self._tokenizer, self._held)
         if text is not None:
-            self._before, self._held = self._held, []
+            self._before = self._held
+            self._held = []
             return text
         return self._release() if len(self._held) >= MOST_HELD else ""
 
     def flush(self) -> str:
         """Return what is left, half characters as replacement characters."""
-        text, self._held = self._after(self._held), []
+        text = self._after(self._held)
+        self._held = []
         return text
 
     def _new_stream(self) -> DecodeStream:
@@ -81,11 +87,12 @@ class Detokenizer:
 
     def _after(self, ids: list[int]) -> str:
         """Return what ``ids`` add to the text."""
-        before, both = self._decode(self._before), self._decode(self._before + ids)
+        before = self._decode(self._before)
+        both = self._decode(self._before + ids)
         return both[len(before) :] if both.startswith(before) else self._decode(ids)
 
     def _release(self) -> str:
-        """Give out all but the last few of the held tokens, cut where no character lies across; a
+        """Return the text of all but the last few held tokens, cut where no character is split; a
         character has at most four bytes.
         """
         cuts = range(len(self._held) - 4, len(self._held) - 8, -1)
@@ -99,7 +106,9 @@ class Detokenizer:
             cuts[0],
         )
         text = self._after(self._held[:cut])
-        self._before, self._held = [] if text else self._before, self._held[cut:]
+        if text:
+            self._before = []
+        self._held = self._held[cut:]
         self._stream = self._new_stream()
         self._stream.step(self._tokenizer, self._held)
         return text
@@ -111,6 +120,7 @@ class TextStream:
     Args:
         tokenizer: the tokenizers library's (``backend_tokenizer`` of transformers' fast ones); None
             gives no text, and stop strings never match.
+        params: when the text ends, and what is left out of it.
         eos_ids: the model's end tokens, which do not count under ignore_eos; ``params.stop_ids``
             always do.
         max_new_tokens: in place of the parameters', where the context is shorter.
@@ -128,11 +138,13 @@ class TextStream:
         context: Sequence[int] = (),
     ) -> None:
         self.reason: FinishReason | None = None
-        self.tokens = 0  # pushed, the one that ended the text among them
+        self.tokens = 0
+        """Tokens pushed, the one that ended the text among them."""
         self._max_tokens = params.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._min_tokens = params.min_new_tokens
         self.end_ids = frozenset({*params.stop_ids, *(() if params.ignore_eos else eos_ids)})
-        self._stops, self._keep_stop = params.stop_strings, params.no_stop_trim
+        self._stops = params.stop_strings
+        self._keep_stop = params.no_stop_trim
         self._first = "".join({stop[0] for stop in self._stops})
         self._detokenizer = None
         if tokenizer is not None:
@@ -188,7 +200,8 @@ class TextStream:
             self._grow(self._detokenizer.flush(), may_stop)  # may end in a stop string
         if self.reason is None:
             self._safe.append(self._held)
-            self._held, self.reason = "", reason
+            self._held = ""
+            self.reason = reason
 
     def _add(self, token_id: int, may_stop: bool) -> None:
         if self._detokenizer is not None:

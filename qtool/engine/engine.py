@@ -38,6 +38,7 @@ from qtool.engine.scheduler import Limits
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.options import keywords_of, make_options
+from qtool.runtime.causal_lm import CausalLM, ModelConfig
 from qtool.runtime.devices import device_named
 from qtool.runtime.load import cache_scales, materialize
 from qtool.runtime.load_plan import plan_load
@@ -48,7 +49,7 @@ KV_DTYPES = ("auto", "fp8_e4m3")
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 DEFAULT_SHARE = 0.85
-DEFAULT_CONTEXT = 4096  # of models that do not say
+DEFAULT_CONTEXT = 4096  # of models whose config does not have it
 
 
 class Engine:
@@ -106,7 +107,7 @@ class Engine:
             use_prefix=not config.disable_radix_cache,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
         )
-        # also when nobody has it any more, and when the interpreter ends
+        # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
 
     def generate(
@@ -292,7 +293,7 @@ def _close(loop: Loop) -> None:
     loop.runner.close()
 
 
-def _limits(model_config: Any, device: torch.device, config: EngineConfig) -> Limits:
+def _limits(model_config: ModelConfig, device: torch.device, config: EngineConfig) -> Limits:
     context_length = config.context_length
     longest = (
         getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -358,11 +359,13 @@ def _tokenizer(path: str | os.PathLike[str]) -> PromptTokenizer:
     return cast(PromptTokenizer, tokenizer)
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    configured = (
-        model.generation_config.eos_token_id
-        if model.generation_config is not None
-        else model.config.eos_token_id
+def _eos_ids(model: CausalLM, tokenizer: PromptTokenizer | None) -> tuple[int, ...]:
+    """Return the model's end tokens, and the tokenizer's."""
+    config = model.config if model.generation_config is None else model.generation_config
+    configured = config.eos_token_id
+    ids: list[int | None] = (
+        list(configured) if isinstance(configured, (list, tuple)) else [configured]
     )
-    ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    return tuple({id for id in [*ids, tokenizer and tokenizer.eos_token_id] if isinstance(id, int)})
+    if tokenizer is not None:
+        ids.append(tokenizer.eos_token_id)
+    return tuple({token_id for token_id in ids if isinstance(token_id, int)})

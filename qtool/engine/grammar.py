@@ -164,11 +164,7 @@ class Constraint:
     read, and nothing of steps.
 
     An end token may come where the grammar is complete, after min_new_tokens if anything else can
-    come. Special tokens are no text, but for ``structural_tag``, and the model's end tokens never
-    are.
-
-    ``mask``: int32 [ceil(V / 32)], token i has bit i % 32 of word i // 32, set if it may come next;
-        a new array for each token.
+    come. Special tokens are text only for ``structural_tag``, and the model's end tokens never are.
 
     Args:
         compiler: for the model's vocabulary.
@@ -193,6 +189,10 @@ class Constraint:
         self._tokens = 0
         self._cpu_s = 0.0
         self._filled: NDArray[np.int32] = np.empty((1, len(self._ends)), np.int32)
+        self.mask: NDArray[np.int32]
+        """int32 [ceil(V / 32)]: token i has bit i % 32 of word i // 32, set if it may come next; a
+        new array for each token.
+        """
         if not self._look():
             raise UsageError(
                 "E_GRAMMAR",

@@ -103,7 +103,8 @@ class Loop:
     def _turn(self) -> None:
         """Launch a step, and read the one before it."""
         self._handle_inbox()
-        before, self._in_flight = self._in_flight, None
+        before = self._in_flight
+        self._in_flight = None
         if before is not None and not self.overlap:
             self._read(before)
             before = None
@@ -200,7 +201,8 @@ class Loop:
 
     def _fail_in_flight(self, in_flight: InFlightStep, error: Exception) -> None:
         """Fail a step that the device failed, and what was launched since, which is lost too."""
-        later, self._in_flight = self._in_flight, None
+        later = self._in_flight
+        self._in_flight = None
         self._fail_step(in_flight.step, error)
         if later is not None:
             self._fail_step(later.step, error)
@@ -274,8 +276,8 @@ class Loop:
     def _deliver(request: Request, output: CompletionOutput | CompletionError) -> None:
         try:
             request.deliver(output)
-        except Exception:  # the caller is gone
-            LOG.info("nobody takes the output of %s", request.id)
+        except Exception:  # an event loop that was closed, say
+            LOG.info("the caller of %s is gone", request.id)
 
 
 def _stopped() -> ResourceError:

@@ -129,7 +129,8 @@ class Request:
         size = len(sequence.prompt)
         token_ids = sequence.tokens[size + self.delivered :]
         self.delivered += len(token_ids)
-        logprobs, self.new_logprobs = self.new_logprobs, []
+        logprobs = self.new_logprobs
+        self.new_logprobs = []
         return CompletionOutput(
             index=self.index,
             text=self.text.take() if reason is None else self.text.finish(reason),

@@ -56,7 +56,8 @@ class CompletionResult:
         return result
 
     def _meta_info(self) -> dict[str, object]:
-        request, finish = self._request, self._finish
+        request = self._request
+        finish = self._finish
         meta: dict[str, object] = {
             "id": request.id,
             "finish_reason": None if finish is None else finish.reason,

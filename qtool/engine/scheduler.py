@@ -151,8 +151,8 @@ class Scheduler:
             )
         if size >= self.context_length:
             message = (
-                f"the prompt has {size} tokens, the context {self.context_length}, and one must "
-                "be left for the answer"
+                f"the prompt has {size} tokens; the context holds {self.context_length}, and one "
+                "must be left for the answer"
             )
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context_length - size)
@@ -255,8 +255,8 @@ class Scheduler:
         return newest
 
     def fail(self, sequence: SequenceState) -> None:
-        """End ``sequence``, also after `finish`, and let nobody match pages with its tokens: what
-        they hold may be wrong.
+        """End ``sequence``, also after `finish`, and forget its pages for reuse: what they hold may
+        be wrong.
         """
         self.finish(sequence)
         self.pages.forget(sequence.digests)
@@ -279,7 +279,7 @@ class Scheduler:
 
     def _admit(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
-        # who is admitted is in the step: it may share the step's pages, and must fail with it
+        # an admitted sequence must be in the step: it may share its pages, and must fail with it
         if sequence.needs_logits and not self._logits_left:
             return False
         if sequence.pending or sequence.length >= sequence.longest:
@@ -348,7 +348,10 @@ class Scheduler:
         assert sequence.row is not None
         self._rows.append(sequence.row)
         self.pages.release(sequence.pages)
-        sequence.row, sequence.pages, sequence.computed, sequence.registered = None, [], 0, 0
+        sequence.row = None
+        sequence.pages = []
+        sequence.computed = 0
+        sequence.registered = 0
 
     def _register(self, sequence: SequenceState) -> None:
         """Register the pages whose tokens are all known and computed."""
@@ -361,10 +364,8 @@ class Scheduler:
 
     def _digest(self, sequence: SequenceState, count: int) -> None:
         """Extend the digests to the first ``count`` pages."""
-        digests, tokens = sequence.digests, sequence.tokens
+        digests = sequence.digests
+        tokens = sequence.tokens
         for number in range(len(digests), count):
-            digests.append(
-                page_digest(
-                    digests[-1] if digests else b"", tokens[number * PAGE : (number + 1) * PAGE]
-                )
-            )
+            before = digests[-1] if digests else b""
+            digests.append(page_digest(before, tokens[number * PAGE : (number + 1) * PAGE]))

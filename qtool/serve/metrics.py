@@ -1,6 +1,4 @@
-"""What `GET /metrics` tells Prometheus, under the names that dashboards for vLLM and for SGLang
-know.
-"""
+"""The metrics of `GET /metrics`, under the names that dashboards for vLLM and for SGLang use."""
 
 from __future__ import annotations
 
@@ -62,7 +60,7 @@ BETWEEN_TOKENS_S = (
     10,
 )
 WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-# vLLM's name, SGLang's name, what it says; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang
+# vLLM's name, SGLang's name, description; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang
 # 0.5.23 `srt/metrics/collector.py`
 NAMES = {
     "running": (
@@ -111,10 +109,8 @@ class Metrics:
         self._labels = {"model_name": model_name}
         self._registry = CollectorRegistry()
         self._doubled = CollectorRegistry()
-        counted, timed = (
-            ("prompt", "generation"),
-            (("first", FIRST_TOKEN_S), ("between", BETWEEN_TOKENS_S), ("whole", WHOLE_S)),
-        )
+        counted = ("prompt", "generation")
+        timed = (("first", FIRST_TOKEN_S), ("between", BETWEEN_TOKENS_S), ("whole", WHOLE_S))
         self._counters = {
             name: self._counter(NAMES[name][0], NAMES[name][2], self._doubled) for name in counted
         }
@@ -190,7 +186,8 @@ class Metrics:
             vllm, sglang, help = NAMES[name]
             for title in (vllm, sglang):
                 yield self._gauge(title, help, getattr(self._stats, name))
-        hits, queries = self._stats.prefix_hits, self._stats.prefix_queries
+        hits = self._stats.prefix_hits
+        queries = self._stats.prefix_queries
         for title, help, value in (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits),

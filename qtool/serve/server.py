@@ -60,8 +60,8 @@ def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> No
 
 @contextlib.contextmanager
 def _log_on_the_side(level: str) -> Iterator[None]:
-    """Write the log in a thread: a full disk or a pipe that nobody reads holds up no request, and
-    costs lines at most.
+    """Write the log in a thread: a full disk or a pipe that is not read costs lines of the log, and
+    delays no request.
     """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
     stream = logging.StreamHandler(sys.stderr)
@@ -78,7 +78,7 @@ def _log_on_the_side(level: str) -> Iterator[None]:
 
 
 class _Dropping(QueueHandler):
-    """Leaves out what there is no room for."""
+    """Drops records that the queue has no room for."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Put ``record`` into the queue, if there is room."""
@@ -161,7 +161,7 @@ def _announce(service: Service, on_ready: Callable[[Service], None]) -> None:
     try:
         on_ready(service)
     except Exception:  # a closed stdout, say
-        LOG.exception("the server is ready, and cannot say so")
+        LOG.exception("the server is ready, and cannot print that")
 
 
 def ready_text(service: Service) -> str:
@@ -226,7 +226,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def signals_taken(self) -> Iterator[None]:
-        """Take signals until the very end, and then leave them to whoever had them: a server that
+        """Handle signals until the very end, and then restore the earlier handlers: a server that
         was asked to end has done its work.
         """
         before = {

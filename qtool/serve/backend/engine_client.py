@@ -80,7 +80,8 @@ class OutputStream:
             self._came.clear()
             if self._error is not None:
                 raise self._error
-            outputs, self._outputs = self._outputs, []
+            outputs = self._outputs
+            self._outputs = []
             if outputs:
                 yield outputs if len(outputs) == 1 else merge_by_index(outputs)
 
@@ -142,8 +143,8 @@ class EngineProcess:
     def submit(self, submission: Submission) -> OutputStream:
         """Hand ``submission`` to the engine.
 
-        Whoever stops reading its outputs must `cancel` them. Raises: ResourceError, when the engine
-        is gone.
+        A caller that stops reading the outputs must `cancel` them. Raises: ResourceError, when the
+        engine is gone.
         """
         if self.error is not None:
             raise self.error
@@ -254,5 +255,5 @@ async def _death(process: subprocess.Popen[bytes]) -> ResourceError:
     if code == -signal.SIGKILL:
         hint = "it was killed, perhaps for memory: lower mem-fraction-static or max-total-tokens"
     else:
-        hint = "what it printed last says why"
+        hint = "see what it printed last"
     return ResourceError("E_ENGINE_DIED", f"the engine's process ended with {code}", hint=hint)

@@ -182,7 +182,7 @@ def _wire_error(error: Exception) -> WireError:
     if not isinstance(error, QtoolError):
         LOG.error("a request failed: %s: %s", type(error).__name__, one_line(error))
         error = QtoolError(
-            "E_BUG", f"the engine failed: {type(error).__name__}", hint="its log says more"
+            "E_BUG", f"the engine failed: {type(error).__name__}", hint="see the server's log"
         )
     return wire_error(error)
 
@@ -227,9 +227,7 @@ def _engine_info(engine: Engine) -> EngineInfo:
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
-    """Return what tells tensors with memory of their own apart; oneDNN's do not say where theirs
-    is.
-    """
+    """Return a number that tensors share only if they share memory; oneDNN's have no address."""
     return id(tensor) if tensor.is_mkldnn else int(tensor.data_ptr())
 
 
