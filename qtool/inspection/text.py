@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WORST = 10  # layers named in a terminal; --json and --html have all
 Branch: TypeAlias = "dict[str, Branch | Module]"  # modules by the parts of their names
-NO_REASON = "no reason in its name: ignored when it was quantized"
+NO_REASON = "no reason in its name; the quantizer skipped it"
 STYLES = {"refused": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -226,7 +226,7 @@ def _engine(report: EngineReport) -> Iterator[RenderableType]:
 
     gpu = f" on {report.gpu}" if report.gpu else ""
     where = f"{report.engine} {report.version}{gpu}, tensor parallel {report.tensor_parallel}"
-    verdict = "loads" if report.native else "loads, and not in its own formats"
+    verdict = "loads" if report.native else "loads, emulated"
     if not report.loads:
         verdict = "does not load"
     yield Text(f"{where}: {verdict}", style="bold" if report.loads else STYLES["refused"])

@@ -148,8 +148,8 @@ def _error(against: Comparison) -> Measure:
     return Measure(
         title="Error",
         note=(
-            f"Signal to quantization noise against {short(against.base)}. Lower is worse and "
-            "painted stronger; = marks equal weights."
+            f"Signal to quantization noise against {short(against.base)}. Lower is worse and has "
+            "a stronger colour; = marks equal weights."
         ),
         values=decibels,
         low=max(max(finite), min(finite) + MIN_DB_RANGE),
