@@ -52,7 +52,7 @@ def takes(
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
-        (target,) = [name for name, parameter in own.items() if parameter.annotation is kind]
+        target = _name_of_type(own, kind)
 
         @functools.wraps(command)
         def parsed(**values: object) -> None:
@@ -64,6 +64,11 @@ def takes(
         return parsed
 
     return decorate
+
+
+def _name_of_type(parameters: Mapping[str, inspect.Parameter], kind: type) -> str:
+    (name,) = [name for name, each in parameters.items() if each.annotation is kind]
+    return name
 
 
 def _without_none(values: Mapping[str, object]) -> dict[str, object]:

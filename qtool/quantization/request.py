@@ -102,10 +102,9 @@ def prepare(
         calibration = replace(calibration, seq_len=context)
     if restore:
         check_state(os.fspath(restore), plan, trust_pickle=options.trust_pickle)
-    output = f"{plan.checkpoint.name}-{recipe.name}" if options.output is None else options.output
     return Request(
         plan=plan,
-        output=Path(output).absolute(),
+        output=_output(options, plan),
         device=device,
         calibration=calibration,
         overwrite=options.overwrite,
@@ -215,6 +214,12 @@ def _context_length(checkpoint: Checkpoint) -> int:
     """Return the length of the model's context; 0 when its config has none."""
     length = checkpoint.text_config.get("max_position_embeddings")
     return length if isinstance(length, int) and length > 0 else 0
+
+
+def _output(options: QuantizeOptions, plan: Plan) -> Path:
+    if options.output is None:
+        return Path(f"{plan.checkpoint.name}-{plan.recipe.name}").absolute()
+    return Path(options.output).absolute()
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> Path | None:
