@@ -24,7 +24,7 @@ from qtool.engine.config import EngineConfig
 from qtool.engine.grammar import Compiler
 from qtool.engine.loop import Loop
 from qtool.engine.model_runner import Runner
-from qtool.engine.outputs import CompletionError, CompletionOutput
+from qtool.engine.outputs import CompletionError, CompletionOutput, Output
 from qtool.engine.requests import (
     Deliver,
     GenerateRequest,
@@ -44,7 +44,6 @@ from qtool.runtime.load import cache_scales, materialize
 from qtool.runtime.load_plan import plan_load
 
 LOG = logging.getLogger("qtool.engine")
-Output = CompletionOutput | CompletionError
 KV_DTYPES = ("auto", "fp8_e4m3")
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}

@@ -14,7 +14,7 @@ import torch
 
 from qtool.engine.kv_cache import Pages
 from qtool.engine.model_runner import InFlightStep, Runner
-from qtool.engine.outputs import CompletionError, CompletionOutput, FinishReason, TokenLogprob
+from qtool.engine.outputs import CompletionError, FinishReason, Output, TokenLogprob
 from qtool.engine.requests import Request
 from qtool.engine.sampler import Logprobs
 from qtool.engine.sampling_batch import RowRequest
@@ -273,7 +273,7 @@ class Loop:
         self._deliver(request, CompletionError(request.index, error))
 
     @staticmethod
-    def _deliver(request: Request, output: CompletionOutput | CompletionError) -> None:
+    def _deliver(request: Request, output: Output) -> None:
         try:
             request.deliver(output)
         except Exception:  # an event loop that was closed, say

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 from msgspec import Struct
 
@@ -68,6 +68,9 @@ class CompletionError:
 
     index: int
     error: Exception
+
+
+Output: TypeAlias = CompletionOutput | CompletionError
 
 
 def merge(outputs: Sequence[CompletionOutput]) -> CompletionOutput:

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.outputs import (
-    CompletionError,
     CompletionOutput,
     FinishInfo,
     FinishReason,
+    Output,
     TokenLogprob,
 )
 from qtool.engine.sampling_batch import History
@@ -31,7 +31,7 @@ CONTEXT_TOKENS = 8  # tokens of the prompt that the text continues
 PROMPT_HINT = "give text, or a list of texts, or tokens as input_ids"
 
 SamplingFields: TypeAlias = Mapping[str, object] | SamplingParams
-Deliver: TypeAlias = Callable[[CompletionOutput | CompletionError], object]
+Deliver: TypeAlias = Callable[[Output], object]
 
 
 class PromptTokenizer(Protocol):
@@ -74,7 +74,7 @@ class GenerateRequest:
             raise UsageError("E_LOGPROBS", message, hint=f"0 to {MAX_TOP_LOGPROBS}")
 
 
-def _deliver_nothing(output: CompletionOutput | CompletionError) -> None:
+def _deliver_nothing(output: Output) -> None:
     pass
 
 

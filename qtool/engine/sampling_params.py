@@ -221,16 +221,22 @@ def is_token_id(value: object) -> bool:
 
 
 def _checked_number(name: str, value: object) -> int | float:
-    low, high = RANGES[name]
     is_whole = name in WHOLE
-    is_above = name in ABOVE_ZERO
-    if _is_whole(value) or (isinstance(value, float) and not is_whole):
-        number = cast(float, value)
-        # NaN is in no range
-        if low <= number <= high and not (is_above and number == 0):
-            return number if is_whole else float(number)
+    if (_is_whole(value) or (isinstance(value, float) and not is_whole)) and _is_in_range(
+        name, cast(float, value)
+    ):
+        return cast(int, value) if is_whole else float(cast(float, value))
+    low, high = RANGES[name]
     noun = "a whole number" if is_whole else "a number"
-    raise _refusal(name, value, f"{noun} {'above' if is_above else 'from'} {low} to {high}")
+    start = "above" if name in ABOVE_ZERO else "from"
+    raise _refusal(name, value, f"{noun} {start} {low} to {high}")
+
+
+def _is_in_range(name: str, number: float) -> bool:
+    low, high = RANGES[name]
+    if number == 0 and name in ABOVE_ZERO:
+        return False
+    return low <= number <= high  # NaN is in no range
 
 
 def _biases(value: object) -> dict[int, float]:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import qtool
 from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
 from qtool.engine.detokenizer import TextStream
-from qtool.engine.engine import Engine, Output
-from qtool.engine.outputs import CompletionError
+from qtool.engine.engine import Engine
+from qtool.engine.outputs import CompletionError, Output
 from qtool.engine.requests import GenerateRequest
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 
@@ -491,9 +491,9 @@ def test_without_memory_the_newest_fails_and_the_others_are_computed_again(examp
         return launch(step, *rest)
 
     monkeypatch.setattr(example.loop.runner, "launch", failing)
-    told: queue.SimpleQueue[Output] = queue.SimpleQueue()
-    example.submit(GenerateRequest(None, GREEDY, prompts, stream=False), told.put)
-    results = {output.index: output for output in (told.get(timeout=60) for _ in prompts)}
+    delivered: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    example.submit(GenerateRequest(None, GREEDY, prompts, stream=False), delivered.put)
+    results = {output.index: output for output in (delivered.get(timeout=60) for _ in prompts)}
     [failed] = [
         number
         for number, result in results.items()
@@ -528,12 +528,12 @@ def test_async(example):
 
 
 def test_what_is_submitted_is_delivered_until_it_is_cancelled(example):
-    told: queue.SimpleQueue[Output] = queue.SimpleQueue()
+    delivered: queue.SimpleQueue[Output] = queue.SimpleQueue()
     requests = example.submit(
         GenerateRequest(["def f(", "import os"], {"max_new_tokens": 3}, None, stream=False),
-        told.put,
+        delivered.put,
     )
-    outputs = {output.index: output for output in (told.get(timeout=60) for _ in requests)}
+    outputs = {output.index: output for output in (delivered.get(timeout=60) for _ in requests)}
     assert sorted(outputs) == [0, 1]
     assert all(
         0 < output.finish.first_token_s <= output.finish.latency_s for output in outputs.values()
@@ -541,13 +541,13 @@ def test_what_is_submitted_is_delivered_until_it_is_cancelled(example):
     assert all(request.done for request in requests)
     requests = example.submit(
         GenerateRequest("def f(", {"max_new_tokens": 1000, "ignore_eos": True}, None, stream=True),
-        told.put,
+        delivered.put,
     )
-    told.get(timeout=60)
+    delivered.get(timeout=60)
     example.cancel(requests)
     assert becomes(lambda: idle(example))
     with pytest.raises(UsageError):
-        example.submit(GenerateRequest("def f(", {"regex": "("}, None, stream=False), told.put)
+        example.submit(GenerateRequest("def f(", {"regex": "("}, None, stream=False), delivered.put)
     assert idle(example)
 
 

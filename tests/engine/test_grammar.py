@@ -364,13 +364,13 @@ def test_a_grammar_that_fails_on_its_way_harms_nobody(engine, monkeypatch):
     monkeypatch.setattr(grammar, "GRACE_S", -1.0)
     other = {"temperature": 0, "max_new_tokens": 30}
     wanted = engine.generate("import os", other)["text"]
-    told = []
+    delivered = []
     slow = GenerateRequest("def f(", {"regex": "[a-z]{20,30}"}, None, stream=False)
-    requests = engine.submit(slow, told.append)
+    requests = engine.submit(slow, delivered.append)
     assert engine.generate("import os", other)["text"] == wanted
     while not all(request.done for request in requests):
         pass
-    [output] = told
+    [output] = delivered
     assert output.index == 0 and isinstance(output, CompletionError)
     assert isinstance(output.error, UsageError) and output.error.code == "E_GRAMMAR"
 

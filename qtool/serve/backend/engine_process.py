@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from qtool.engine.outputs import CompletionError, CompletionOutput
+from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
 from qtool.serve.backend.messages import (
     LENGTH,
@@ -92,7 +92,7 @@ class EngineServer:
 
         from qtool.engine.requests import GenerateRequest
 
-        def deliver(output: CompletionOutput | CompletionError) -> None:  # in the loop's thread
+        def deliver(output: Output) -> None:  # in the loop's thread
             if isinstance(output, CompletionOutput):
                 self.send(KeyedOutput(key, output))
                 is_last = output.finish is not None
