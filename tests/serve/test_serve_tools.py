@@ -76,9 +76,9 @@ def read(kind, *pieces):
     deltas, parser = deltas_of(kind, pieces)
     content, calls = fold(deltas)
     assert parser.called == bool(calls)
-    assert all(ID.fullmatch(call["id"]) and call["type"] == "function" for call in calls)
-    assert len({call["id"] for call in calls}) == len(calls)
-    return content, [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    assert all(ID.fullmatch(call.id) and call.type == "function" for call in calls)
+    assert len({call.id for call in calls}) == len(calls)
+    return content, [(call.function.name, call.function.arguments) for call in calls]
 
 
 # Whole answers
@@ -659,7 +659,7 @@ def test_what_the_grammar_accepts_is_read_back_as_the_call(grammar_of, choice, t
     parser = parser_for(CHOICES[choice], None)
     content, found = fold([*map(parser.push, text), parser.finish()])
     assert content is None
-    assert [(call["function"]["name"], call["function"]["arguments"]) for call in found] == calls
+    assert [(call.function.name, call.function.arguments) for call in found] == calls
 
 
 @pytest.mark.parametrize(

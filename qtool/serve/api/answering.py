@@ -5,12 +5,12 @@ slot is released.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Protocol
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qtool.engine.outputs import CompletionOutput
@@ -21,6 +21,7 @@ from qtool.serve.http.errors import error_detail
 from qtool.serve.service import Busy, Service, Slot
 
 DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 class Reply(Protocol):
@@ -63,9 +64,7 @@ async def answer(
 
 def event(data: object) -> bytes:
     """Return ``data`` as a server-sent event."""
-    return (
-        b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+    return b"data: " + _encode(data) + b"\n\n"
 
 
 class EventStream(Response):
@@ -155,6 +154,8 @@ async def while_connected(request: Request, answer: Awaitable[Response]) -> Resp
 
 def json_reply(
     content: object, *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """Return a response of JSON."""
-    return JSONResponse(content, status_code=status, headers=dict(headers) if headers else None)
+) -> Response:
+    """Return ``content``, structs or plain data, as a response of JSON."""
+    return Response(
+        _encode(content), status_code=status, headers=headers, media_type="application/json"
+    )

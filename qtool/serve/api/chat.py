@@ -1,14 +1,13 @@
 """`POST /v1/chat/completions`: messages through the model's template, tools, and answers whole or
-as they come.
+streamed.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
@@ -18,8 +17,22 @@ from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.replies import Account, chat_logprobs, finish_reason, log_request
 from qtool.serve.api.sampling import sampling_params
+from qtool.serve.api.schemas import (
+    Answer,
+    CalledPart,
+    CallPart,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    FinishReason,
+    Usage,
+)
+from qtool.serve.api.tools import deltas
 from qtool.serve.api.tools.choice import Choice, choose, schema_for
-from qtool.serve.api.tools.deltas import Delta, ToolParser, fold
+from qtool.serve.api.tools.deltas import CallDelta, ToolParser
 from qtool.serve.api.tools.parsers import parser_for
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
@@ -38,10 +51,10 @@ async def chat(service: Service, body: ChatRequest) -> Response:
         )
     choice = choose(body.tools, body.tool_choice)
     forced = schema_for(choice, parallel=body.parallel_tool_calls is not False)
-    wanted = (
-        body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    )
-    params = sampling_params(body, service.defaults, wanted, forced)
+    max_tokens = body.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = body.max_tokens
+    params = sampling_params(body, service.defaults, max_tokens, forced)
     with service.acquire(params.n) as slot:
         text, prompt = await render_prompt(service, choice.tools, body)
         log_request(text, params, service.settings)
@@ -53,136 +66,140 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=await service.compiled(params),
         )
-        reply = _Chat(service, body, submission.rid, account, choice)
-        return await answer(service, slot, submission, reply, wanted)
+        reply = _ChatReply(service, body, submission.rid, account, choice)
+        return await answer(service, slot, submission, reply, max_tokens)
 
 
-class _Chat:
+class _ChatReply:
     """The reply to one request."""
 
     def __init__(
-        self, service: Service, body: ChatRequest, id: str, account: Account, choice: Choice
+        self, service: Service, body: ChatRequest, rid: str, account: Account, choice: Choice
     ) -> None:
-        self._service, self._body, self._id, self._account = service, body, id, account
+        self._service = service
+        self._body = body
+        self._id = rid
+        self._account = account
         self._choice = choice
-        self._model, self._created = body.model or service.settings.name, int(time.time())
+        self._model = body.model or service.settings.name
+        self._created = int(time.time())
+        self._has_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._parsers: dict[int, ToolParser | None] = {}
+        """Of a streamed reply, by choice."""
 
-    def whole(self, outputs: list[CompletionOutput]) -> dict[str, Any]:
+    def whole(self, outputs: list[CompletionOutput]) -> ChatCompletion:
         """Return the reply as one object."""
-        choices = []
         for output in outputs:
-            assert output.finish is not None
             self._account.note(output, len(outputs))
-            message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
-            reason = finish_reason(output.finish)
-            if parser := parser_for(self._choice, self._service.tool_style):
-                deltas = [parser.push(output.text), parser.finish()]
-                content, calls = fold(deltas)
-                # what a limit cut off is no answer
-                message["content"] = None if self._choice.mode == "required" else content
-                if calls:
-                    message["tool_calls"] = calls
-                    reason = "tool_calls" if reason == "stop" else reason
-            logprobs = (
-                chat_logprobs(output, self._service.vocabulary) if self._body.logprobs else None
-            )
-            matched = output.finish.reason.get("matched")
-            choices.append(
-                {
-                    "index": output.index,
-                    "message": message,
-                    "logprobs": logprobs,
-                    "finish_reason": reason,
-                    "matched_stop": matched,
-                }
-            )
-        return self._head("chat.completion") | {"choices": choices, "usage": self._account.usage()}
+        return ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._whole_choice(output) for output in outputs],
+            usage=self._account.usage(),
+        )
 
     def close(self) -> None:
         """Write down what the request used."""
         self._account.close(self._id)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
-        """Yield the reply as events: the role of each choice, what it gets, why it ends, and at
-        last the usage.
+        """Yield the reply as events: the role of each choice, its text and calls, why it ended, and
+        at last the usage.
         """
-        vocabulary, logprobs = self._service.vocabulary, self._body.logprobs
-        with_usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
-        head = json.dumps(
-            self._head("chat.completion.chunk"), ensure_ascii=False, separators=(",", ":")
-        )[:-1]
-        tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        parsers: dict[int, ToolParser | None] = {}
-        encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-        n = self._body.n or 1
+        each = self._body.n or 1
         async for outputs in stream:
-            lines = []
+            events = []
             for output in outputs:
-                self._account.note(output, n)
-                index, finish = output.index, output.finish
-                start = f'data: {head},"choices":[{{"index":{index},"delta":'
-                if index not in parsers:
-                    parsers[index] = parser_for(self._choice, self._service.tool_style)
-                    lines.append(
-                        f'{start}{{"role":"assistant","content":""}},"logprobs":null,'
-                        f'"finish_reason":null}}]{tail}'
-                    )
-                parser = parsers[index]
-                deltas: list[dict[str, Any]] = []
-                if parser is None:
-                    deltas = (
-                        [{"content": output.text}]
-                        if output.text or (logprobs and output.logprobs)
-                        else []
-                    )
-                else:
-                    deltas = self._deltas(parser.push(output.text)) + (
-                        self._deltas(parser.finish()) if finish else []
-                    )
-                    if not deltas and logprobs and output.logprobs:
-                        deltas = [{}]
-                for number, delta in enumerate(deltas):
-                    shown = (
-                        encode(chat_logprobs(output, vocabulary))
-                        if logprobs and number == 0
-                        else "null"
-                    )
-                    lines.append(
-                        f'{start}{encode(delta)},"logprobs":{shown},"finish_reason":null}}]{tail}'
-                    )
-                if finish is not None:
-                    reason = finish_reason(finish)
-                    if parser is not None and parser.called and reason == "stop":
-                        reason = "tool_calls"
-                    matched = encode(finish.reason.get("matched"))
-                    lines.append(
-                        f'{start}{{}},"logprobs":null,"finish_reason":"{reason}",'
-                        f'"matched_stop":{matched}}}]{tail}'
-                    )
-            if lines:
-                yield "".join(lines).encode()
-        if with_usage:
-            yield event(
-                self._head("chat.completion.chunk")
-                | {"choices": [], "usage": self._account.usage()}
-            )
+                self._account.note(output, each)
+                events += [event(self._chunk(choice)) for choice in self._chunk_choices(output)]
+            if events:
+                yield b"".join(events)
+        if self._has_usage:
+            yield event(self._chunk(usage=self._account.usage()))
         yield DONE
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def _deltas(self, delta: Delta) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (
-            [{"content": delta.content}]
-            if delta.content and self._choice.mode != "required"
-            else []
+    def _whole_choice(self, output: CompletionOutput) -> ChatChoice:
+        assert output.finish is not None
+        message = Answer(role="assistant", content=output.text)
+        reason: FinishReason = finish_reason(output.finish)
+        if parser := parser_for(self._choice, self._service.tool_style):
+            content, calls = deltas.fold([parser.push(output.text), parser.finish()])
+            # without a whole call the text of a forced call is cut off, and no answer
+            message.content = None if self._choice.mode == "required" else content
+            if calls:
+                message.tool_calls = calls
+                reason = "tool_calls" if reason == "stop" else reason
+        return ChatChoice(
+            index=output.index,
+            message=message,
+            logprobs=self._logprobs(output),
+            finish_reason=reason,
+            matched_stop=output.finish.reason.get("matched"),
         )
-        for call in delta.calls:
-            begun = {"id": call.id, "type": "function"} if call.id else {}
-            function = (
-                {"name": call.name, "arguments": call.arguments}
-                if call.name
-                else {"arguments": call.arguments}
+
+    def _chunk(self, *choices: ChatChunkChoice, usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=list(choices),
+            usage=usage if self._has_usage else UNSET,
+        )
+
+    def _chunk_choices(self, output: CompletionOutput) -> Iterator[ChatChunkChoice]:
+        """Yield what ``output`` adds to its choice: a role, deltas, the reason for its end."""
+        index = output.index
+        if index not in self._parsers:
+            self._parsers[index] = parser_for(self._choice, self._service.tool_style)
+            yield _chunk_choice(index, Delta(role="assistant", content=""))
+        parser = self._parsers[index]
+        for number, delta in enumerate(self._deltas(output, parser)):
+            logprobs = self._logprobs(output) if number == 0 else None
+            yield _chunk_choice(index, delta, logprobs)
+        if output.finish is not None:
+            reason: FinishReason = finish_reason(output.finish)
+            if parser is not None and parser.called and reason == "stop":
+                reason = "tool_calls"
+            yield ChatChunkChoice(
+                index,
+                Delta(),
+                logprobs=None,
+                finish_reason=reason,
+                matched_stop=output.finish.reason.get("matched"),
             )
-            found.append({"tool_calls": [{"index": call.index, **begun, "function": function}]})
-        return found
+
+    def _deltas(self, output: CompletionOutput, parser: ToolParser | None) -> list[Delta]:
+        has_logprobs = bool(self._body.logprobs and output.logprobs)
+        if parser is None:
+            return [Delta(content=output.text)] if output.text or has_logprobs else []
+        found = self._parsed_deltas(parser.push(output.text))
+        if output.finish is not None:
+            found += self._parsed_deltas(parser.finish())
+        return found or ([Delta()] if has_logprobs else [])
+
+    def _parsed_deltas(self, parsed: deltas.Delta) -> list[Delta]:
+        found = []
+        if parsed.content and self._choice.mode != "required":
+            found.append(Delta(content=parsed.content))
+        return found + [Delta(tool_calls=[_call_part(call)]) for call in parsed.calls]
+
+    def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(output, self._service.vocabulary)
+
+
+def _chunk_choice(
+    index: int, delta: Delta, logprobs: ChatLogprobs | None = None
+) -> ChatChunkChoice:
+    return ChatChunkChoice(index, delta, logprobs, finish_reason=None)
+
+
+def _call_part(call: CallDelta) -> CallPart:
+    function = CalledPart(name=call.name or UNSET, arguments=call.arguments)
+    if call.id is None:
+        return CallPart(index=call.index, function=function)
+    return CallPart(index=call.index, id=call.id, type="function", function=function)

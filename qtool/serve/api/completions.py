@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncGenerator
-from typing import Any, cast
+from collections.abc import AsyncGenerator, Sequence
+from typing import cast
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
+from qtool.serve.api.fields import PromptOrTokens, as_prompts
+from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import CompletionRequest
 from qtool.serve.api.replies import (
     Account,
@@ -22,6 +24,14 @@ from qtool.serve.api.replies import (
     without_text,
 )
 from qtool.serve.api.sampling import sampling_params
+from qtool.serve.api.schemas import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    CompletionLogprobs,
+    Usage,
+)
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.vocabulary import Offsets
@@ -34,28 +44,15 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     account = Account("completion", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise UsageError(
-            "E_BEST_OF", "best_of beyond n is not offered", hint="leave it out, and choose among n"
-        )
-    if body.echo and body.stream and body.logprobs is not None:
-        raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
-    default = cast(int, service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS))
-    asked = default if body.max_tokens is None else body.max_tokens
-    params = sampling_params(body, service.defaults, max(asked, 1))
-    prompts: list[Any] = (
-        body.prompt
-        if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
-        else [body.prompt]
-    )
+    _check_options(body)
+    max_tokens = body.max_tokens
+    if max_tokens is None:
+        max_tokens = cast(int, service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS))
+    params = sampling_params(body, service.defaults, max(max_tokens, 1))
+    prompts = as_prompts(body.prompt)
     with service.acquire(len(prompts) * params.n) as slot:
         special = body.add_special_tokens is not False
-        tokens = [
-            await service.vocabulary.encode(one, add_special_tokens=special)
-            if isinstance(one, str)
-            else one
-            for one in prompts
-        ]
+        tokens = await tokenize_prompts(service, prompts, add_special_tokens=special)
         log_request(prompts, params, service.settings)
         submission = Submission(
             tokens,
@@ -66,21 +63,24 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
             grammar=await service.compiled(params),
         )
-        echoed = (
-            [one if isinstance(one, str) else service.vocabulary.decode(one) for one in prompts]
-            if body.echo
-            else [""] * len(prompts)
-        )
-        reply = _Completion(service, body, submission, account, echoed, nothing=asked == 0)
+        reply = _CompletionReply(service, body, submission, account, prompts)
         return await answer(service, slot, submission, reply, body.max_tokens)
 
 
-class _Completion:
-    """The reply to one request.
+def _check_options(body: CompletionRequest) -> None:
+    """Raise: UsageError, for options that are not supported."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise UsageError(
+            "E_BEST_OF",
+            "best_of larger than n is not supported",
+            hint="leave it out, and choose among n",
+        )
+    if body.echo and body.stream and body.logprobs is not None:
+        raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
 
-    ``echoed``: the text to repeat before each prompt's choices. ``nothing``: no token is wanted,
-    though one is made.
-    """
+
+class _CompletionReply:
+    """The reply to one request."""
 
     def __init__(
         self,
@@ -88,109 +88,111 @@ class _Completion:
         body: CompletionRequest,
         submission: Submission,
         account: Account,
-        echoed: list[str],
-        *,
-        nothing: bool,
+        prompts: Sequence[PromptOrTokens],
     ) -> None:
-        self._service, self._body, self._submission, self._account = (
-            service,
-            body,
-            submission,
-            account,
-        )
-        self._echoed, self._each, self._nothing = echoed, submission.params.n, nothing
-        self._model, self._created = body.model or service.settings.name, int(time.time())
+        self._vocabulary = service.vocabulary
+        self._body = body
+        self._submission = submission
+        self._account = account
+        self._each = submission.params.n
+        self._no_tokens = body.max_tokens == 0
+        """Whether the text and tokens of the answer are left out."""
+        self._echoed = [self._echo(prompt) for prompt in prompts]
+        """The text to repeat before each prompt's choices."""
+        self._model = body.model or service.settings.name
+        self._created = int(time.time())
+        self._has_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._offsets: dict[int, Offsets] = {}
+        """Of a streamed reply, by choice."""
 
-    def whole(self, outputs: list[CompletionOutput]) -> dict[str, Any]:
+    def whole(self, outputs: list[CompletionOutput]) -> Completion:
         """Return the reply as one object."""
-        choices = []
-        for output in outputs:
-            output = without_text(output) if self._nothing else output
-            assert output.finish is not None
-            self._account.note(output, self._each)
-            choices.append(
-                {
-                    "index": output.index,
-                    "text": self._echoed[output.index // self._each] + output.text,
-                    "logprobs": self._logprobs(output),
-                    "finish_reason": finish_reason(output.finish),
-                    "matched_stop": output.finish.reason.get("matched"),
-                }
-            )
-        return self._head() | {"choices": choices, "usage": self._account.usage()}
+        return Completion(
+            id=self._submission.rid,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._whole_choice(self._note(output)) for output in outputs],
+            usage=self._account.usage(),
+        )
 
     def close(self) -> None:
         """Write down what the request used."""
         self._account.close(self._submission.rid)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
-        """Yield the reply as events: what each choice gets, why it ends, and at last the usage."""
-        body, vocabulary = self._body, self._service.vocabulary
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        head = json.dumps(self._head(), ensure_ascii=False, separators=(",", ":"))[:-1]
-        tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-        offsets: dict[int, Offsets] = {}
-        skip = self._submission.params.skip_special_tokens
+        """Yield the reply as events: the text of each choice, why it ended, and the usage."""
         async for outputs in stream:
-            lines = []
-            for output in outputs:
-                output = without_text(output) if self._nothing else output
-                self._account.note(output, self._each)
-                index, text, finish = output.index, output.text, output.finish
-                if index not in offsets:
-                    text, offsets[index] = (
-                        self._echoed[index // self._each] + text,
-                        Offsets(vocabulary, 0),
-                    )
-                logprobs = "null"
-                if body.logprobs is not None and output.logprobs:
-                    begins = [
-                        offsets[index].add(token, skip_special_tokens=skip)
-                        for token in output.token_ids
-                    ]
-                    logprobs = encode(completion_logprobs(output.logprobs, vocabulary, begins))
-                if not (text or finish or logprobs != "null"):
-                    continue
-                reason = (
-                    f'"{finish_reason(finish)}",'
-                    f'"matched_stop":{encode(finish.reason.get("matched"))}'
-                    if finish
-                    else "null"
-                )
-                choice = (
-                    f'{{"index":{index},"text":{encode(text)},"logprobs":{logprobs},'
-                    f'"finish_reason":{reason}}}'
-                )
-                lines.append(f'data: {head},"choices":[{choice}]{tail}')
-            if lines:
-                yield "".join(lines).encode()
-        if with_usage:
-            yield event(self._head() | {"choices": [], "usage": self._account.usage()})
+            choices = [self._chunk_choice(self._note(output)) for output in outputs]
+            events = [event(self._chunk(choice)) for choice in choices if choice is not None]
+            if events:
+                yield b"".join(events)
+        if self._has_usage:
+            yield event(self._chunk(usage=self._account.usage()))
         yield DONE
 
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._submission.rid,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-        }
+    def _echo(self, prompt: PromptOrTokens) -> str:
+        if not self._body.echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self._vocabulary.decode(prompt)
 
-    def _logprobs(self, output: CompletionOutput) -> dict[str, object] | None:
+    def _note(self, output: CompletionOutput) -> CompletionOutput:
+        """Count ``output``, and return it as the client gets it."""
+        output = without_text(output) if self._no_tokens else output
+        self._account.note(output, self._each)
+        return output
+
+    def _whole_choice(self, output: CompletionOutput) -> CompletionChoice:
+        assert output.finish is not None
+        return CompletionChoice(
+            index=output.index,
+            text=self._echoed[output.index // self._each] + output.text,
+            logprobs=self._whole_logprobs(output),
+            finish_reason=finish_reason(output.finish),
+            matched_stop=output.finish.reason.get("matched"),
+        )
+
+    def _whole_logprobs(self, output: CompletionOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
         assert output.finish is not None
-        vocabulary, skip, prompt = (
-            self._service.vocabulary,
-            self._submission.params.skip_special_tokens,
-            output.index // self._each,
-        )
+        prompt = output.index // self._each
         before, offsets = prompt_offsets(
             self._submission.prompts[prompt] if self._body.echo else [],
             self._echoed[prompt],
-            vocabulary,
+            self._vocabulary,
         )
-        after = [offsets.add(token, skip_special_tokens=skip) for token in output.token_ids]
+        after = self._add_offsets(offsets, output)
         logprobs = [*output.finish.prompt_logprobs, *output.logprobs]
-        return completion_logprobs(logprobs, vocabulary, [*before, *after])
+        return completion_logprobs(logprobs, self._vocabulary, [*before, *after])
+
+    def _chunk(
+        self, *choices: CompletionChunkChoice, usage: Usage | None = None
+    ) -> CompletionChunk:
+        return CompletionChunk(
+            id=self._submission.rid,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=list(choices),
+            usage=usage if self._has_usage else UNSET,
+        )
+
+    def _chunk_choice(self, output: CompletionOutput) -> CompletionChunkChoice | None:
+        """Return what ``output`` adds to its choice; None if that is nothing to show."""
+        choice = CompletionChunkChoice(output.index, output.text, logprobs=None, finish_reason=None)
+        if output.index not in self._offsets:
+            self._offsets[output.index] = Offsets(self._vocabulary, 0)
+            choice.text = self._echoed[output.index // self._each] + output.text
+        if self._body.logprobs is not None and output.logprobs:
+            offsets = self._add_offsets(self._offsets[output.index], output)
+            choice.logprobs = completion_logprobs(output.logprobs, self._vocabulary, offsets)
+        if output.finish is not None:
+            choice.finish_reason = finish_reason(output.finish)
+            choice.matched_stop = output.finish.reason.get("matched")
+        is_empty = not choice.text and choice.logprobs is None and output.finish is None
+        return None if is_empty else choice
+
+    def _add_offsets(self, offsets: Offsets, output: CompletionOutput) -> list[int]:
+        skip = self._submission.params.skip_special_tokens
+        return [offsets.add(token, skip_special_tokens=skip) for token in output.token_ids]

@@ -87,6 +87,16 @@ def _check_tokens(value: object) -> TokensInput:
     return given
 
 
+def is_single(prompt: PromptInput) -> bool:
+    """Whether ``prompt`` is one text or one list of tokens."""
+    return isinstance(prompt, str) or isinstance(prompt[0], int)
+
+
+def as_prompts(given: PromptInput) -> list[PromptOrTokens]:
+    """Return ``given`` as a list of prompts, also if there is only one."""
+    return cast(list[PromptOrTokens], [given] if is_single(given) else given)
+
+
 def as_lists(tokens: TokensInput) -> list[Tokens]:
     """Return ``tokens`` as a list of lists, also if there is only one."""
     several = isinstance(tokens[0], list)
@@ -121,6 +131,7 @@ _TEXTS_SCHEMA: Json = {
 
 TokensInput = Tokens | list[Tokens]
 PromptInput = str | list[str] | TokensInput
+PromptOrTokens = str | Tokens
 
 Prompt = Annotated[
     PromptInput,
@@ -150,7 +161,7 @@ MaxTokensOrZero = Annotated[int, Field(ge=0, le=RANGES["max_new_tokens"][1])]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
 """Printable, because it is written to the log."""
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 """OpenAI documents it without the dot, and accepts the dot."""
 
 LogitBias = Annotated[

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator
-from typing import Any
+from dataclasses import dataclass
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
-from qtool.serve.api.protocol import GenerateRequest
+from qtool.serve.api.fields import PromptInput, as_prompts, is_single
+from qtool.serve.api.prompt import tokenize_prompts
+from qtool.serve.api.protocol import GenerateRequest, NativeSampling
 from qtool.serve.api.replies import Account, finite, log_request, without_text
+from qtool.serve.api.schemas import Generation, GenerationChunk, GenerationFacts, NativeLogprob
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
@@ -24,24 +28,12 @@ from qtool.serve.service import Service
 async def generate(service: Service, body: GenerateRequest) -> Response:
     """Answer ``body``. Raises: UsageError, Busy."""
     account = Account("generate", service.metrics, streamed=bool(body.stream))
-    if (body.text is None) == (body.input_ids is None):
-        raise UsageError(
-            "E_PROMPT", "give either text or input_ids", hint="one of them, and not both"
-        )
-    given: Any = body.text if body.input_ids is None else body.input_ids
-    single = isinstance(given, str) or isinstance(given[0], int)
-    prompts: list[Any] = [given] if single else given
-    values = (
-        {} if body.sampling_params is None else body.sampling_params.model_dump(exclude_none=True)
-    )
-    nothing = values.get("max_new_tokens") == 0
-    params = SamplingParams.from_dict(
-        {**service.defaults, **values} | ({"max_new_tokens": 1} if nothing else {})
-    )
+    given = _given_prompt(body)
+    prompts = as_prompts(given)
+    sampling = body.sampling_params or NativeSampling()
+    params = _sampling_params(service, sampling)
     with service.acquire(len(prompts) * params.n) as slot:
-        tokens = [
-            await service.vocabulary.encode(one) if isinstance(one, str) else one for one in prompts
-        ]
+        tokens = await tokenize_prompts(service, prompts)
         log_request(prompts, params, service.settings)
         submission = Submission(
             tokens,
@@ -52,17 +44,43 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
             prompt_logprobs_from=-1 if body.logprob_start_len is None else body.logprob_start_len,
             grammar=await service.compiled(params),
         )
-        reply = _Generation(
-            service, body, submission, account, alone=single and params.n == 1, nothing=nothing
+        reply = _GenerationReply(
+            service,
+            body,
+            submission,
+            account,
+            is_list=not is_single(given) or params.n > 1,
+            no_tokens=sampling.max_new_tokens == 0,
         )
-        return await answer(service, slot, submission, reply, values.get("max_new_tokens"))
+        return await answer(service, slot, submission, reply, sampling.max_new_tokens)
 
 
-class _Generation:
-    """The reply to one request.
+def _given_prompt(body: GenerateRequest) -> PromptInput:
+    """Return the text or tokens of ``body``. Raises: UsageError, if there are both or none."""
+    if body.text is not None and body.input_ids is None:
+        return body.text
+    if body.input_ids is not None and body.text is None:
+        return body.input_ids
+    raise UsageError("E_PROMPT", "give either text or input_ids", hint="one of them, and not both")
 
-    ``alone``: it is no list. ``nothing``: no token is wanted, though one was made.
-    """
+
+def _sampling_params(service: Service, sampling: NativeSampling) -> SamplingParams:
+    values = {**service.defaults, **sampling.model_dump(exclude_none=True)}
+    if sampling.max_new_tokens == 0:  # the engine generates at least one
+        values["max_new_tokens"] = 1
+    return SamplingParams.from_dict(values)
+
+
+@dataclass(frozen=True)
+class _Logprobs:
+    """Log probabilities as ``meta_info`` shows them."""
+
+    tokens: list[NativeLogprob]
+    top: list[list[NativeLogprob] | None]
+
+
+class _GenerationReply:
+    """The reply to one request."""
 
     def __init__(
         self,
@@ -71,77 +89,88 @@ class _Generation:
         submission: Submission,
         account: Account,
         *,
-        alone: bool,
-        nothing: bool,
+        is_list: bool,
+        no_tokens: bool,
     ) -> None:
-        self._service, self._body, self._submission, self._account = (
-            service,
-            body,
-            submission,
-            account,
-        )
-        self.alone, self._nothing = alone, nothing
+        self._vocabulary = service.vocabulary
+        self._body = body
+        self._submission = submission
+        self._account = account
+        self._is_list = is_list
+        self._no_tokens = no_tokens
+        """Whether the text and tokens of the answer are left out."""
 
-    def whole(self, outputs: list[CompletionOutput]) -> object:
+    def whole(self, outputs: list[CompletionOutput]) -> Generation | list[Generation]:
         """Return the dictionary of the choice, or of each."""
-        results = []
-        for output in outputs:
-            output = without_text(output) if self._nothing else output
-            self._account.note(output, self._submission.params.n)
-            results.append(self.result(output))
-        return results[0] if self.alone else results
-
-    def result(self, output: CompletionOutput) -> dict[str, object]:
-        """Return the dictionary for a choice, of which ``output`` is all there is so far."""
-        rid = self._submission.rid
-        prompt = self._submission.prompts[output.index // self._submission.params.n]
-        finish = output.finish
-        meta: dict[str, object] = {
-            "id": rid if self.alone else f"{rid}-{output.index}",
-            "finish_reason": None if finish is None else finish.reason,
-            "prompt_tokens": len(prompt),
-            "completion_tokens": len(output.token_ids),
-        }
-        if finish is not None:
-            meta |= {"cached_tokens": finish.cached_tokens, "e2e_latency": finish.latency_s}
-        if self._body.return_logprob:
-            meta |= self._logprobs("output", output.logprobs)
-        if self._body.return_logprob and finish is not None:
-            meta |= self._logprobs("input", finish.prompt_logprobs)
-        return {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
+        generations = []
+        for output in map(self._note, outputs):
+            meta_info = self._meta_info(output)
+            generations.append(Generation(output.text, output.token_ids, meta_info))
+        return generations if self._is_list else generations[0]
 
     def close(self) -> None:
         """Write down what the request used."""
         self._account.close(self._submission.rid)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
-        """Yield each choice with all it has so far, whenever it gets more."""
-        whole: dict[int, CompletionOutput] = {}
+        """Yield all of a choice so far, whenever it gains something."""
+        so_far: dict[int, CompletionOutput] = {}
         async for outputs in stream:
-            for output in outputs:
-                output = without_text(output) if self._nothing else output
-                self._account.note(output, self._submission.params.n)
-                before = whole.get(output.index)
-                so_far = output if before is None else merge([before, output])
-                whole[output.index] = so_far
-                result = self.result(so_far)
-                yield event(result if self.alone else {**result, "index": output.index})
+            for output in map(self._note, outputs):
+                before = so_far.get(output.index)
+                whole = output if before is None else merge([before, output])
+                so_far[output.index] = whole
+                yield event(
+                    GenerationChunk(
+                        whole.text,
+                        whole.token_ids,
+                        self._meta_info(whole),
+                        index=whole.index if self._is_list else UNSET,
+                    )
+                )
         yield DONE
 
-    def _logprobs(self, kind: str, logprobs: list[TokenLogprob]) -> dict[str, object]:
-        """Return the entries of ``meta_info`` for tokens of that kind, "input" or "output"."""
-        shown: dict[str, object] = {
-            f"{kind}_token_logprobs": [self._shown(one.logprob, one.token_id) for one in logprobs]
-        }
+    def _note(self, output: CompletionOutput) -> CompletionOutput:
+        """Count ``output``, and return it as the client gets it."""
+        output = without_text(output) if self._no_tokens else output
+        self._account.note(output, self._submission.params.n)
+        return output
+
+    def _meta_info(self, output: CompletionOutput) -> GenerationFacts:
+        """Return ``meta_info`` for a choice, of which ``output`` is all there is so far."""
+        rid = self._submission.rid
+        prompt = self._submission.prompts[output.index // self._submission.params.n]
+        finish = output.finish
+        meta = GenerationFacts(
+            id=f"{rid}-{output.index}" if self._is_list else rid,
+            finish_reason=None if finish is None else finish.reason,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(output.token_ids),
+        )
+        if self._body.return_logprob:
+            shown = self._show(output.logprobs)
+            meta.output_token_logprobs = shown.tokens
+            meta.output_top_logprobs = shown.top if self._body.top_logprobs_num else UNSET
+        if finish is not None:
+            meta.cached_tokens = finish.cached_tokens
+            meta.e2e_latency = finish.latency_s
+        if finish is not None and self._body.return_logprob:
+            shown = self._show(finish.prompt_logprobs)
+            meta.input_token_logprobs = shown.tokens
+            meta.input_top_logprobs = shown.top if self._body.top_logprobs_num else UNSET
+        return meta
+
+    def _show(self, logprobs: list[TokenLogprob]) -> _Logprobs:
+        top: list[list[NativeLogprob] | None] = []
         if self._body.top_logprobs_num:
-            shown[f"{kind}_top_logprobs"] = [
-                None if one.top is None else list(itertools.starmap(self._shown, one.top))
+            top = [
+                None if one.top is None else list(itertools.starmap(self._show_one, one.top))
                 for one in logprobs
             ]
-        return shown
+        return _Logprobs([self._show_one(one.logprob, one.token_id) for one in logprobs], top)
 
-    def _shown(self, logprob: float | None, token: int) -> tuple[float | None, int, str | None]:
+    def _show_one(self, logprob: float | None, token: int) -> NativeLogprob:
         text = None
         if self._body.return_text_in_logprobs:
-            text = self._service.vocabulary.text_of(token)
+            text = self._vocabulary.text_of(token)
         return finite(logprob), token, text

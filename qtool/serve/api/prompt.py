@@ -1,11 +1,11 @@
-"""The prompt of a chat: its messages and tools through the model's chat template."""
+"""Prompts as tokens; those of chats are made of messages and tools by the chat template."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from qtool.serve.api.fields import Json
+from qtool.serve.api.fields import Json, PromptOrTokens
 from qtool.serve.api.protocol import (
     ChatRequest,
     FunctionCall,
@@ -44,6 +44,18 @@ async def render_prompt(
         kwargs=kwargs,
     )
     return text, await service.vocabulary.encode(text, add_special_tokens=False)
+
+
+async def tokenize_prompts(
+    service: Service, prompts: Sequence[PromptOrTokens], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Return the tokens of each of ``prompts``. Raises: UsageError."""
+    return [
+        await service.vocabulary.encode(prompt, add_special_tokens=add_special_tokens)
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in prompts
+    ]
 
 
 def template_message(message: Message, template: str | None = None) -> Json:

@@ -21,7 +21,6 @@ from qtool.serve.api.fields import (
     MAX_PARTS,
     MAX_PROMPTS,
     MAX_TOOLS,
-    FunctionName,
     Grammar,
     Json,
     LogitBias,
@@ -33,6 +32,7 @@ from qtool.serve.api.fields import (
     StopStrings,
     TokenId,
     TokenLists,
+    ToolName,
     bounded,
 )
 
@@ -204,7 +204,7 @@ class Message(Body):
 class Function(Body):
     """A function that the model may call."""
 
-    name: FunctionName
+    name: ToolName
     description: str | None = None
     parameters: Json | None = None
     """The JSON schema of its arguments."""
@@ -219,17 +219,17 @@ class Tool(Body):
     function: Function
 
 
-class NamedFunction(Body):
+class FunctionName(Body):
     """A function by its name."""
 
-    name: FunctionName
+    name: ToolName
 
 
 class NamedTool(Body):
     """The tool that must be called."""
 
     type: Literal["function"]
-    function: NamedFunction
+    function: FunctionName
 
 
 class Allowed(Body):

@@ -8,53 +8,60 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from typing import Literal, cast
 
 import msgspec
 
 from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
 from qtool.engine.sampling_params import SamplingParams
+from qtool.serve.api import schemas
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.vocabulary import Offsets, Vocabulary
 from qtool.serve.settings import ServeSettings
 
 LOG = logging.getLogger("qtool.serve")
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
-def chat_logprobs(output: CompletionOutput, vocabulary: Vocabulary) -> dict[str, object]:
+def chat_logprobs(output: CompletionOutput, vocabulary: Vocabulary) -> schemas.ChatLogprobs:
     """Return the log probabilities of ``output`` as chats have them."""
     content = []
     for one in output.logprobs:
-        top = [_chat_logprob(value, token, vocabulary) for value, token in one.top or ()]
+        logprob = cast(float, one.logprob)  # None only in prompts
         content.append(
-            {**_chat_logprob(one.logprob, one.token_id, vocabulary), "top_logprobs": top}
+            schemas.TokenLogprob(
+                token=vocabulary.text_of(one.token_id),
+                logprob=max(logprob, MIN_LOGPROB),
+                bytes=list(vocabulary.bytes_of(one.token_id)),
+                top_logprobs=[_top_logprob(*likely, vocabulary) for likely in one.top or ()],
+            )
         )
-    return {"content": content, "refusal": None}
+    return schemas.ChatLogprobs(content)
 
 
-def _chat_logprob(logprob: float | None, token: int, vocabulary: Vocabulary) -> dict[str, object]:
-    return {
-        "token": vocabulary.text_of(token),
-        "logprob": finite(logprob),
-        "bytes": list(vocabulary.bytes_of(token)),
-    }
+def _top_logprob(logprob: float, token: int, vocabulary: Vocabulary) -> schemas.TopLogprob:
+    return schemas.TopLogprob(
+        token=vocabulary.text_of(token),
+        logprob=max(logprob, MIN_LOGPROB),
+        bytes=list(vocabulary.bytes_of(token)),
+    )
 
 
 def finite(logprob: float | None) -> float | None:
     """Return ``logprob`` as JSON can hold it."""
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+    return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 def completion_logprobs(
     logprobs: Sequence[TokenLogprob], vocabulary: Vocabulary, offsets: Sequence[int]
-) -> dict[str, object]:
+) -> schemas.CompletionLogprobs:
     """Return log probabilities as completions have them."""
-    return {
-        "tokens": [vocabulary.label_of(one.token_id) for one in logprobs],
-        "token_logprobs": [finite(one.logprob) for one in logprobs],
-        "top_logprobs": [_most_likely(one, vocabulary) for one in logprobs],
-        "text_offset": list(offsets),
-    }
+    return schemas.CompletionLogprobs(
+        tokens=[vocabulary.label_of(one.token_id) for one in logprobs],
+        token_logprobs=[finite(one.logprob) for one in logprobs],
+        top_logprobs=[_most_likely(one, vocabulary) for one in logprobs],
+        text_offset=list(offsets),
+    )
 
 
 def _most_likely(one: TokenLogprob, vocabulary: Vocabulary) -> dict[str, float | None] | None:
@@ -89,19 +96,9 @@ def without_text(output: CompletionOutput) -> CompletionOutput:
     return CompletionOutput(output.index, text="", token_ids=[], logprobs=[], finish=finish)
 
 
-def finish_reason(finish: FinishInfo) -> str:
-    """Return why a choice ended, in OpenAI's words; ``abort`` when it was aborted."""
+def finish_reason(finish: FinishInfo) -> Literal["stop", "length", "abort"]:
+    """Return why a choice ended, in OpenAI's words; ``abort`` if it was aborted."""
     return finish.reason["type"]
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, object]:
-    """Return OpenAI's count of tokens."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
 
 
 class Account:
@@ -151,9 +148,15 @@ class Account:
             seconds=now - self._began,
         )
 
-    def usage(self) -> dict[str, object]:
+    def usage(self) -> schemas.Usage:
         """Return OpenAI's count of tokens of the whole request."""
-        return usage(*self._totals())
+        prompt_tokens, generated, cached = self._totals()
+        return schemas.Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=prompt_tokens + generated,
+            prompt_tokens_details=schemas.CachedTokens(cached),
+        )
 
     def close(self, request_id: str) -> None:
         """Count the choices that did not finish, and log a line without text."""

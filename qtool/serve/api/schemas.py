@@ -1,27 +1,242 @@
-"""What the routes answer, for /openapi.json; replies are made as plain dictionaries, and tests hold
-them to this.
+"""What the routes reply: schemas for /openapi.json that also encode the replies.
+
+Generated text is in msgspec structs, encoded as they are; the rest is in pydantic models, which
+FastAPI needs.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from msgspec import UNSET, Struct, UnsetType
+from pydantic import BaseModel, ConfigDict
 
+from qtool.engine import outputs
 from qtool.serve.api.fields import Json
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
-# the natural logarithm, the token, its text if that was asked for
 NativeLogprob = tuple[float | None, int, str | None]
+"""The natural logarithm, the token, and its text if that was requested."""
 
 
-class Reply(BaseModel):
-    """A part of a response."""
+class CachedTokens(Struct):
+    """What is known of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class Usage(Struct):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class TopLogprob(Struct):
+    """A likely token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the most likely ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Log probabilities of a chat's answer."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CalledFunction(Struct):
+    """The function that is called."""
+
+    name: str
+    arguments: str
+    """JSON, as text."""
+
+
+class Call(Struct):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Answer(Struct):
+    """The message of the model."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    tool_calls: list[Call] | UnsetType = UNSET
+
+
+class ChatChoice(Struct):
+    """One answer."""
+
+    index: int
+    message: Answer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    matched_stop: str | int | None
+    """The stop string or token that ended it."""
+
+
+class ChatCompletion(Struct):
+    """The reply of ``POST /v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CalledPart(Struct):
+    """A piece of a call: the first has the name, each a part of the arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class CallPart(Struct, kw_only=True):
+    """A piece of the call number ``index``; the first has its id and type."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledPart
+
+
+class Delta(Struct):
+    """What a message has gained since the event before."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    tool_calls: list[CallPart] | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    matched_stop: str | int | UnsetType | None = UNSET
+
+
+class ChatChunk(Struct):
+    """An event of a streamed chat; the last may have the usage, and no choice."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(Struct):
+    """Log probabilities of a completion: one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct):
+    """One text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    matched_stop: str | int | None
+    """The stop string or token that ended it."""
+
+
+class Completion(Struct):
+    """The reply of ``POST /v1/completions``."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunkChoice(Struct):
+    """A piece of one text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    matched_stop: str | int | UnsetType | None = UNSET
+
+
+class CompletionChunk(Struct):
+    """An event of a streamed completion; the last may have the usage, and no choice."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class GenerationFacts(Struct, kw_only=True):
+    """SGLang's ``meta_info``."""
+
+    id: str
+    finish_reason: outputs.FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | UnsetType = UNSET
+    e2e_latency: float | UnsetType = UNSET
+    """Seconds."""
+    output_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
+    output_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
+    input_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
+    input_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
+
+
+class Generation(Struct):
+    """One of the replies of ``POST /generate``."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: GenerationFacts
+
+
+class GenerationChunk(Generation):
+    """An event of a streamed generation: all of one text so far."""
+
+    index: int | UnsetType = UNSET
+    """Which of several texts."""
+
+
+class Info(BaseModel):
+    """A reply about the server, or a part of one."""
 
     model_config = ConfigDict(protected_namespaces=())
 
 
-class ErrorDetail(Reply):
+class ErrorDetail(Info):
     """What went wrong."""
 
     message: str
@@ -33,239 +248,31 @@ class ErrorDetail(Reply):
     """Stays the same across releases."""
 
 
-class ErrorReply(Reply):
+class ErrorReply(Info):
     """Every response without status 2xx, in OpenAI's shape."""
 
     error: ErrorDetail
 
 
-class CachedTokens(Reply):
-    """What is known of the prompt's tokens."""
-
-    cached_tokens: int
-
-
-class Usage(Reply):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class TopLogprob(Reply):
-    """A token that could have come."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """A token that came, and what could have come in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Reply):
-    """Log probabilities of a chat's answer."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class CalledFunction(Reply):
-    """What is called: ``arguments`` is JSON, as text."""
-
-    name: str
-    arguments: str
-
-
-class Call(Reply):
-    """A call of a tool."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class Answer(Reply):
-    """The message of the model."""
-
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None = None
-    tool_calls: list[Call] | None = None
-
-
-class ChatChoice(Reply):
-    """One answer. ``matched_stop``: the stop string or token that ended it."""
-
-    index: int
-    message: Answer
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-    matched_stop: str | int | None
-
-
-class ChatCompletion(Reply):
-    """The reply of ``POST /v1/chat/completions``."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class CalledPart(Reply):
-    """What has come of a call: the name is there once, the arguments in pieces."""
-
-    name: str | None = None
-    arguments: str | None = None
-
-
-class CallPart(Reply):
-    """A piece of the call number ``index``."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: CalledPart
-
-
-class Delta(Reply):
-    """What a message has got since the event before."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    tool_calls: list[CallPart] | None = None
-
-
-class ChatChunkChoice(Reply):
-    """A piece of one answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    matched_stop: str | int | None = None
-
-
-class ChatChunk(Reply):
-    """An event of a chat that is streamed; the last one may have the usage, and no choice."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-
-
-class CompletionLogprobs(Reply):
-    """Log probabilities of a completion: one entry for each token."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(Reply):
-    """One text. ``matched_stop``: the stop string or token that ended it."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason
-    matched_stop: str | int | None
-
-
-class Completion(Reply):
-    """The reply of ``POST /v1/completions``."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class CompletionChunkChoice(Reply):
-    """A piece of one text."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
-    matched_stop: str | int | None = None
-
-
-class CompletionChunk(Reply):
-    """An event of a completion that is streamed; the last one may have the usage, and no choice."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChunkChoice]
-    usage: Usage | None = None
-
-
-class GenerationFacts(Reply):
-    """SGLang's ``meta_info``. ``finish_reason``: its ``type``, and what matched."""
-
-    id: str
-    finish_reason: Json | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int | None = None
-    e2e_latency: float | None = Field(None, description="Seconds.")
-    input_token_logprobs: list[NativeLogprob] | None = None
-    output_token_logprobs: list[NativeLogprob] | None = None
-    input_top_logprobs: list[list[NativeLogprob] | None] | None = None
-    output_top_logprobs: list[list[NativeLogprob] | None] | None = None
-
-
-class Generation(Reply):
-    """One of what ``POST /generate`` replies."""
-
-    text: str
-    output_ids: list[int]
-    meta_info: GenerationFacts
-
-
-class GenerationChunk(Generation):
-    """An event of a generation that is streamed: all there is so far, and which of several
-    it is.
-    """
-
-    index: int | None = None
-
-
-class Success(Reply):
-    """Done."""
+class Success(Info):
+    """The request was done."""
 
     success: bool
 
 
-class Status(Reply):
+class Status(Info):
     """The server answers."""
 
     status: Literal["ok"]
 
 
-class Version(Reply):
-    """What serves."""
+class Version(Info):
+    """The version of qtool."""
 
     version: str
 
 
-class Tokens(Reply):
+class Tokens(Info):
     """The reply of ``POST /tokenize``; lists of lists for several prompts."""
 
     tokens: list[int] | list[list[int]]
@@ -273,16 +280,16 @@ class Tokens(Reply):
     max_model_len: int
 
 
-class Text(Reply):
-    """The reply of ``POST /detokenize``: the same under the names that SGLang and vLLM have for it;
-    lists for several lists of tokens.
+class Text(Info):
+    """The reply of ``POST /detokenize``, under SGLang's name and vLLM's; lists for several lists of
+    tokens.
     """
 
     text: str | list[str]
     prompt: str | list[str]
 
 
-class Model(Reply):
+class Model(Info):
     """A served model."""
 
     id: str
@@ -294,14 +301,14 @@ class Model(Reply):
     max_model_len: int
 
 
-class Models(Reply):
+class Models(Info):
     """The reply of ``GET /v1/models``."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class ModelInfo(Reply):
+class ModelInfo(Info):
     """The reply of ``GET /get_model_info``."""
 
     model_path: str
@@ -309,8 +316,8 @@ class ModelInfo(Reply):
     is_generation: bool
 
 
-class ServerInfo(Reply):
-    """The reply of ``GET /get_server_info``: flags, facts, and what the server does now."""
+class ServerInfo(Info):
+    """The reply of ``GET /get_server_info``: settings, the engine, and what the server is doing."""
 
     model_path: str
     served_model_name: str
@@ -320,4 +327,11 @@ class ServerInfo(Reply):
     internal_states: list[Json]
 
 
-CHUNKS = (ChatChunk, CompletionChunk, GenerationChunk, ErrorReply)
+GENERATED = (
+    ChatCompletion,
+    ChatChunk,
+    Completion,
+    CompletionChunk,
+    Generation,
+    GenerationChunk,
+)

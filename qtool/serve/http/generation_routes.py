@@ -46,7 +46,7 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
 
     @app.post(
         "/generate",
-        responses=whole_or_streamed(Generation | list[Generation], GenerationChunk),
+        responses=whole_or_streamed(Generation, GenerationChunk, may_be_list=True),
         tags=["SGLang"],
     )
     async def generate_text(body: GenerateRequest, request: Request) -> Response:

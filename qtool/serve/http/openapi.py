@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 from fastapi import FastAPI
+from msgspec import Struct
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
-from qtool.serve.api.schemas import CHUNKS, ErrorReply
+from qtool.serve.api.fields import Json
+from qtool.serve.api.schemas import GENERATED, ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
-SCHEMAS = "#/components/schemas/{model}"
+REFERENCE = "#/components/schemas/{name}"
 ERRORS: Responses = {
     status: {"model": ErrorReply, "description": description}
     for status, description in (
@@ -30,28 +32,33 @@ ERRORS: Responses = {
 GET_ERRORS: Responses = {status: ERRORS[status] for status in (401, 403, 503)}
 
 
-def whole_or_streamed(whole: object, chunk: type[BaseModel]) -> Responses:
+def whole_or_streamed(
+    whole: type[Struct], chunk: type[Struct], *, may_be_list: bool = False
+) -> Responses:
     """Return the responses of a route that answers with ``whole``, or with events of ``chunk``."""
+    schema: Json = _reference(whole)
+    if may_be_list:
+        schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
     parts = [
-        {
-            "contentMediaType": "application/json",
-            "contentSchema": {"$ref": SCHEMAS.format(model=kind.__name__)},
-        }
+        {"contentMediaType": "application/json", "contentSchema": _reference(kind)}
         for kind in (chunk, ErrorReply)
     ]
     data = {"type": "string", "anyOf": [*parts, {"const": "[DONE]"}]}
     stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     success = {
-        "model": whole,
         "description": "The whole answer; with `stream`, events, each with a part of it.",
-        "content": {"text/event-stream": stream},
+        "content": {"application/json": {"schema": schema}, "text/event-stream": stream},
     }
     return {**ERRORS, 200: success}
 
 
+def _reference(kind: type[Struct] | type[BaseModel]) -> Json:
+    return {"$ref": REFERENCE.format(name=kind.__name__)}
+
+
 def make_openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of ``app`` with the schemas of events, and without FastAPI's 422, which is
-    a 400 here.
+    """Return the schema of ``app`` with the schemas of generated text, and without FastAPI's 422,
+    which is a 400 here.
     """
     if app.openapi_schema is None:
         schema = make()
@@ -61,8 +68,6 @@ def make_openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, 
         schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        _, events = models_json_schema(
-            [(chunk, "validation") for chunk in CHUNKS], ref_template=SCHEMAS
-        )
-        schemas.update({name: schemas.get(name, one) for name, one in events["$defs"].items()})
+        _, generated = msgspec.json.schema_components(GENERATED, ref_template=REFERENCE)
+        schemas.update(generated)
     return cast(dict[str, Any], app.openapi_schema)

@@ -9,7 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
 
-from qtool.serve.api.fields import Json
+from qtool.serve.api.schemas import Call, CalledFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +50,19 @@ class ToolParser(Protocol):
         """Whether a call was found: `finish_reason` is then ``tool_calls``."""
 
 
-def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[Json]]:
+def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[Call]]:
     """Return the content of a whole answer and its calls in OpenAI's shape; content is None if
     there are only calls.
     """
     deltas = list(deltas)
-    calls: list[Json] = [
-        {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in join_calls(call for delta in deltas for call in delta.calls)
-    ]
+    pieces = (call for delta in deltas for call in delta.calls)
+    calls = [_make_call(call) for call in join_calls(pieces)]
     return "".join(delta.content for delta in deltas) or (None if calls else ""), calls
+
+
+def _make_call(call: CallDelta) -> Call:
+    assert call.id is not None and call.name is not None  # all of its pieces are joined
+    return Call(call.id, "function", CalledFunction(call.name, call.arguments))
 
 
 def join_calls(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
