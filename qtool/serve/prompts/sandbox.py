@@ -1,10 +1,9 @@
-"""Run one function on text that nobody vouches for, in a child process that can be stopped:
-`Sandbox` is the server's end, `main` the child's.
+"""Run one function on untrusted text in a child process with limits: `Sandbox` is the server's end,
+`main` the child's.
 
-The two ends talk over a socket pair, a line of JSON each way: what a child sends is never
-unpickled. The child bounds time, memory and output. It
-keeps no secrets, for its environment has none, but it is no jail: code that breaks out of the
-function has the rights of the user.
+Both ends send lines of JSON over a socket pair; what a child sends is never unpickled. Time, memory
+and output are limited. The child's environment holds no secrets, but the child is not a jail: code
+that escapes from the function has the rights of the user.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qtool.errors import one_line
 
@@ -31,7 +31,7 @@ MAX_WAITING = 4096
 OUTPUT_BYTES = 16 << 20
 START_TIMEOUT_S = 60.0  # imports from a cold disk
 MAX_NAME = 100
-KEPT = (
+PASSED_VARIABLES = (
     "PATH",
     "HOME",
     "TMPDIR",
@@ -44,28 +44,24 @@ KEPT = (
     "LD_LIBRARY_PATH",
     "DYLD_LIBRARY_PATH",
 )
-ADDED = {
-    # it needs neither a device nor the network
-    **{
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    },
-    # each thread and arena reserves memory it may never use
-    **{
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "1",
-    },
+ADDED_VARIABLES = {
+    # the child needs neither a device nor the network
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    # each thread and arena reserves memory that it may never use
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class SandboxError(Exception):
-    """A call came to nothing."""
+    """A call has no result."""
 
 
 class LimitExceeded(SandboxError):
-    """The call took too much of what ``limit`` names: ``time``, ``memory`` or ``output``."""
+    """The call exceeded its ``limit``: ``time``, ``memory`` or ``output``."""
 
     def __init__(self, limit: str, message: str) -> None:
         super().__init__(message)
@@ -73,33 +69,34 @@ class LimitExceeded(SandboxError):
 
 
 class CallRaised(SandboxError):
-    """The function raised an exception: its class's ``name`` and its ``message``, one line."""
+    """The function raised an exception: ``name`` is its class, ``message`` one line."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
-        self.name, self.message = name, message
+        self.name = name
+        self.message = message
 
 
 class ChildDied(SandboxError):
-    """The child ended during the call, cannot be started, or was closed."""
+    """The child ended during the call, could not be started, or was closed."""
 
 
 class TooManyWaiting(SandboxError):
-    """As many calls wait as may wait."""
+    """The queue of calls is full."""
 
 
 class Sandbox:
     """One function in one child process, which starts at the first call, serves calls in order, and
-    is replaced when it ends or goes too far.
+    is replaced if it ends or exceeds a limit.
 
     Args:
-        function: ``module:function``, imported in the child. It takes and returns what JSON holds.
-        init: another such name and its arguments, called once in each child before the first call;
-            neither limit applies to it.
+        function: ``module:function``, imported in the child. Its arguments and its
+            result are JSON.
+        init: another such name and its arguments, called once in each child before the first call,
+            without the limits.
         timeout_s: seconds for one call, from when the child starts on it.
-        memory_bytes: what the child may take beyond what it has after ``init``. It limits address
-            space, the only thing a system refuses
-            at once and to any library; Linux only.
+        memory_bytes: what the child may allocate after ``init``. The limit is on address space,
+            which the system refuses at once and to any library; Linux only.
         output_bytes: of a result, as JSON.
         start_timeout_s: seconds for imports and ``init``.
         max_waiting: calls that may wait while one runs.
@@ -109,14 +106,14 @@ class Sandbox:
         self,
         function: str,
         *,
-        init: Sequence[Any] = (),
+        init: Sequence[object] = (),
         timeout_s: float,
         memory_bytes: int,
         output_bytes: int = OUTPUT_BYTES,
         start_timeout_s: float = START_TIMEOUT_S,
         max_waiting: int = MAX_WAITING,
     ) -> None:
-        self._setup = _line(
+        self._setup = _to_line(
             {
                 "function": function,
                 "init": list(init),
@@ -124,21 +121,18 @@ class Sandbox:
                 "output_bytes": output_bytes,
             }
         )
-        self._timeout_s, self._output_bytes, self._start_timeout_s, self._max_waiting = (
-            timeout_s,
-            output_bytes,
-            start_timeout_s,
-            max_waiting,
-        )
+        self._timeout_s = timeout_s
+        self._output_bytes = output_bytes
+        self._start_timeout_s = start_timeout_s
+        self._max_waiting = max_waiting
         self._waiting: deque[_Call] = deque()
         self._arrived = asyncio.Event()
         self._child: _Child | None = None
         self._serving: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def call(self, *args: Any) -> Any:
-        """Return what the function returns for ``args``. Whoever stops waiting for it disturbs no
-        other call.
+    async def call(self, *args: object) -> object:
+        """Return the function's result for ``args``. Cancelling it does not disturb other calls.
 
         Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
         """
@@ -147,7 +141,7 @@ class Sandbox:
         if len(self._waiting) >= self._max_waiting:
             raise TooManyWaiting(f"{len(self._waiting)} calls are waiting")
         try:
-            line = _line(args)
+            line = _to_line(args)
         except RecursionError:
             raise CallRaised("RecursionError", "the arguments are nested too deeply") from None
         call = _Call(line, asyncio.get_running_loop().create_future())
@@ -178,23 +172,21 @@ class Sandbox:
                 await self._arrived.wait()
             call = self._waiting.popleft()
             try:
-                child = (
-                    self._child
-                    if self._child is not None and self._child.is_alive()
-                    else await self._start_child()
-                )
+                child = self._child
+                if child is None or not child.is_alive():
+                    child = await self._start_child()
                 result = await child.ask(call.line, self._timeout_s)
             except CallRaised as error:
                 call.fail(error)
             except Exception as error:
                 call.fail(error)
-                # the next call tries again, and is told why it fails
+                # if this fails, the next call tries again, and gets the reason
                 with contextlib.suppress(Exception):
                     await self._start_child()
             else:
                 call.succeed(result)
             finally:
-                call.fail(ChildDied("the sandbox was closed"))  # unless it has its answer
+                call.fail(ChildDied("the sandbox was closed"))  # unless it has an answer
 
     async def _start_child(self) -> _Child:
         await self._end_child()
@@ -215,10 +207,11 @@ class Sandbox:
 class _Call:
     """The arguments of one call, and where its answer goes."""
 
-    def __init__(self, line: bytes, answer: asyncio.Future[Any]) -> None:
-        self.line, self.answer = line, answer
+    def __init__(self, line: bytes, answer: asyncio.Future[object]) -> None:
+        self.line = line
+        self.answer = answer
 
-    def succeed(self, result: Any) -> None:
+    def succeed(self, result: object) -> None:
         if not self.answer.done():
             self.answer.set_result(result)
 
@@ -236,7 +229,9 @@ class _Child:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+        self._process = process
+        self._reader = reader
+        self._writer = writer
 
     @classmethod
     async def start(cls, output_bytes: int) -> _Child:
@@ -246,7 +241,8 @@ class _Child:
             f"import sys; sys.path.append({package_parent!r}); from qtool.serve.prompts.sandbox "
             "import main; main()"
         )
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ADDED
+        environment = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+        environment |= ADDED_VARIABLES
         try:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -255,10 +251,10 @@ class _Child:
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-c", code],
                         stdin=theirs.fileno(),
-                        stdout=subprocess.DEVNULL,  # libraries print prompts, too
+                        stdout=subprocess.DEVNULL,  # libraries may print prompts
                         stderr=subprocess.DEVNULL,
                         env=environment,
-                        # what a terminal sends to a group is for the server
+                        # signals of the terminal are for the server
                         start_new_session=True,
                     )
                 except BaseException:
@@ -269,13 +265,13 @@ class _Child:
         return cls(process, reader, writer)
 
     def is_alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
-    async def ask(self, line: bytes, timeout_s: float) -> Any:
+    async def ask(self, line: bytes, timeout_s: float) -> object:
         """Send ``line`` and return the result.
 
-        The child is of no more use after any error but CallRaised.
+        After any error but CallRaised the child cannot be used again.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -284,21 +280,21 @@ class _Child:
                 answer = await self._reader.readline()
         except TimeoutError:
             raise LimitExceeded("time", f"it took more than {timeout_s:g} s") from None
-        except ValueError:  # from a child that does not keep to the limit itself
+        except ValueError:  # the child did not keep the limit itself
             raise LimitExceeded("output", "its result is too long") from None
         except OSError:
             answer = b""
         if not answer.endswith(b"\n"):
             await self.end()
-            raise ChildDied(f"the child process {_how_it_ended(self._process.returncode)}")
-        match _parsed(answer):
+            raise ChildDied(f"the child process {_describe_exit(self._process.returncode)}")
+        match _parse(answer):
             case {"result": result}:
                 return result
             case {"raised": [str(name), str(message)]}:
                 raise CallRaised(name, message)
             case {"limit": [str(limit), str(message)]}:
                 raise LimitExceeded(limit, message)
-        raise ChildDied("the child process sent something that is no answer")
+        raise ChildDied("the child process sent an invalid answer")
 
     async def end(self) -> None:
         """Kill the process and wait until it is gone."""
@@ -307,16 +303,20 @@ class _Child:
         await asyncio.to_thread(self._process.wait)
 
 
-def _line(value: Any) -> bytes:
+def _to_line(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def _parsed(answer: bytes) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(answer)
+def _parse(answer: bytes) -> object:
+    """Return the JSON in ``answer``, None if it is invalid."""
+    try:
+        value: object = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
-def _how_it_ended(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status == -signal.SIGKILL:
         return "was killed, most likely for memory"
     return (
@@ -326,17 +326,23 @@ def _how_it_ended(status: int) -> str:
     )
 
 
+class _Setup(TypedDict):
+    """The first line to a child."""
+
+    function: str
+    init: list[object]
+    memory_bytes: int
+    output_bytes: int
+
+
 def main() -> None:
-    """Be the child: load the function that the first line names, then answer each line that
-    follows, until the other end is closed.
+    """Run the child: load the function that the first line names, then answer each further line
+    until the other end is closed.
     """
-    # of a supervisor, to every process of the server: the server may still need this one
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):
+    # a supervisor may send these to all processes, while the server still needs this one
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError):  # not Linux: it ends after the call that runs
+    with contextlib.suppress(AttributeError):  # not Linux: the child ends after its call
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = socket.socket(fileno=os.dup(0))
@@ -344,27 +350,27 @@ def main() -> None:
         os.dup2(nothing.fileno(), 0)
     lines = connection.makefile("rb")
     if first := lines.readline():
-        setup = json.loads(first)
-        connection.sendall(_answer(_load, setup, output_bytes=setup["output_bytes"]))
+        setup: _Setup = json.loads(first)
+        limit = setup["output_bytes"]
+        connection.sendall(_run(partial(_load, setup), output_bytes=limit))
         for line in lines:
-            connection.sendall(
-                _answer(_call, setup["function"], line, output_bytes=setup["output_bytes"])
-            )
+            call = partial(_call, setup["function"], line)
+            connection.sendall(_run(call, output_bytes=limit))
 
 
-def _load(setup: Mapping[str, Any]) -> None:
-    _imported(setup["function"])
+def _load(setup: _Setup) -> None:
+    _import_function(setup["function"])
     if setup["init"]:
         name, *args = setup["init"]
-        _imported(name)(*args)
+        _import_function(str(name))(*args)
     _limit_memory(setup["memory_bytes"])
 
 
-def _call(name: str, line: bytes) -> Any:
-    return _imported(name)(*json.loads(line))
+def _call(name: str, line: bytes) -> object:
+    return _import_function(name)(*json.loads(line))
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def _import_function(name: str) -> Callable[..., object]:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
@@ -379,18 +385,18 @@ def _limit_memory(extra_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _answer(function: Callable[..., Any], *args: Any, output_bytes: int) -> bytes:
-    """Return the line that says what came of ``function(*args)``."""
+def _run(function: Callable[[], object], *, output_bytes: int) -> bytes:
+    """Return the line with the result of ``function``, or with what it raised."""
     try:
         try:
-            line = _line({"result": function(*args)})
+            line = _to_line({"result": function()})
         except MemoryError:
             raise
         except BaseException as error:
             message = one_line(error)
             if "bad_alloc" in message:  # C++ libraries report it so
                 raise MemoryError from None
-            line = _line({"raised": [type(error).__name__[:MAX_NAME], message]})
+            line = _to_line({"raised": [type(error).__name__[:MAX_NAME], message]})
     except MemoryError:
         line = b'{"limit": ["memory", "it took too much memory"]}\n'
     if len(line) > output_bytes:

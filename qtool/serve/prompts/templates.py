@@ -1,5 +1,5 @@
-"""The chat template of a checkpoint: found where transformers finds it, and rendered by
-transformers, in a `Sandbox`: it is a stranger's program.
+"""The chat template of a checkpoint, found where transformers finds it, and rendered by
+transformers in a `Sandbox`, because it is an untrusted program.
 
 Source: https://huggingface.co/docs/transformers/chat_templating
 """
@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from qtool.checkpoint.strict_json import read_json, refused
+from qtool.checkpoint.strict_json import Json, JsonDict, read_json, refused
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
 from qtool.serve.prompts.sandbox import (
     CallRaised,
@@ -41,38 +41,36 @@ RESERVED = frozenset(  # what `Templates.render` passes itself
     {"self", "messages", "conversations", "tools", "documents", "chat_template"}
     | {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
 )
-ANOTHER = "give another template with --chat-template"
-Json = Mapping[str, Any]
+OTHER_TEMPLATE_HINT = "give another template with --chat-template"
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The source of a template, and the file it is from.
-
-    ``tool_text``: what is rendered when there are tools, mostly the same.
-    """
+    """The source of a template."""
 
     text: str
     tool_text: str
+    """Rendered if there are tools; usually the same as ``text``."""
+
     source: Path
+    """The file it is from."""
 
     @property
     def accepts_tools(self) -> bool:
-        """Whether it looks at the tools of a request at all."""
+        """Whether it uses the tools of a request."""
         return re.search(r"\btools\b", self.tool_text) is not None
 
 
 class Templates:
-    """Renders conversations as the checkpoint's chat template says.
-
-    ``template`` is None when it has none.
-    """
+    """Renders conversations with the checkpoint's chat template."""
 
     def __init__(
         self, template: ChatTemplate | None, special_tokens: Mapping[str, str], sandbox: Sandbox
     ) -> None:
         self.template = template
-        self._special_tokens, self._sandbox = special_tokens, sandbox
+        """None if the checkpoint has none."""
+        self._special_tokens = special_tokens
+        self._sandbox = sandbox
 
     @classmethod
     async def open(
@@ -86,10 +84,12 @@ class Templates:
         """Find the template for the tokenizer in ``folder`` and compile it.
 
         Args:
-            chat_template: a file that takes the place of the checkpoint's own.
-            timeout_s, memory_bytes: for one conversation.
-        Raises: UsageError, when there is no such file; CheckpointRefused for what cannot be read or
-            compiled; ResourceError without a child process.
+            folder: of the tokenizer.
+            chat_template: a file that replaces the checkpoint's own template.
+            timeout_s: for one conversation.
+            memory_bytes: for one conversation.
+        Raises: UsageError, if there is no such file; CheckpointRefused, if the template cannot be
+            read or compiled; ResourceError, if the child process cannot start.
         """
         template = await asyncio.to_thread(find_template, folder, chat_template)
         tokens = await asyncio.to_thread(find_special_tokens, folder)
@@ -127,51 +127,48 @@ class Templates:
         tokenize=False)`` does.
 
         Args:
-            add_generation_prompt: end with the start of an answer. continue_final_message: end
-                inside the last message; not both.
+            messages: of the conversation, in order.
+            tools: the tools that the model may call.
+            documents: for templates that can show them.
+            add_generation_prompt: whether to end with the start of an answer.
+            continue_final_message: whether to end inside the last message; not both.
             kwargs: further variables for the template.
-        Raises: UsageError, when there is no template, it does not take these messages, or takes too
-            long or too much memory for them;
-            TooManyWaiting; ResourceError, when the process cannot start.
+        Raises: UsageError, if there is no template, it refuses these messages, or it exceeds a
+            limit with them; TooManyWaiting; ResourceError, if the process cannot start.
         """
         if self.template is None:
             hint = "send a prompt to /v1/completions, or serve with --chat-template"
             raise UsageError("E_NO_CHAT_TEMPLATE", "the model has no chat template", hint=hint)
         if not messages:
             raise UsageError("E_MESSAGES", "`messages` is empty", hint="send one message at least")
-        if add_generation_prompt and continue_final_message:
-            hint = "a prompt ends inside the last message or behind it"
-            raise UsageError(
-                "E_MESSAGES",
-                "`add_generation_prompt` and `continue_final_message` exclude each other",
-                hint=hint,
-            )
-        if clash := RESERVED.intersection(kwargs or {}):
-            hint = "if it is a field of requests, use that"
-            raise UsageError(
-                "E_CHAT_TEMPLATE_KWARGS",
-                f"`{min(clash)}` cannot be set by chat_template_kwargs",
-                hint=hint,
-            )
+        _check_options(kwargs or {}, add_generation_prompt, continue_final_message)
         text = self.template.text if tools is None else self.template.tool_text
         variables = {**self._special_tokens, **(kwargs or {})}
+        rendered = await self._render(
+            text,
+            [messages],
+            tools,
+            documents,
+            add_generation_prompt,
+            continue_final_message,
+            variables,
+        )
+        return rendered[0]
+
+    async def close(self) -> None:
+        """End the child process."""
+        await self._sandbox.close()
+
+    async def _render(self, *args: object) -> list[str]:
+        """Call `render_conversations` in the child. Raises: as `render`."""
         try:
-            rendered = await self._sandbox.call(
-                text,
-                [messages],
-                tools,
-                documents,
-                add_generation_prompt,
-                continue_final_message,
-                variables,
-            )
+            return cast(list[str], await self._sandbox.call(*args))
         except CallRaised as error:
-            raise _objection(error) from None
+            raise _template_error(error) from None
         except LimitExceeded as error:
-            message = f"the chat template cannot render these messages: {error}"
             raise UsageError(
                 "E_CHAT_TEMPLATE_LIMIT",
-                message,
+                f"the chat template cannot render these messages: {error}",
                 hint="send fewer or shorter messages, or no chat_template_kwargs",
             ) from None
         except TooManyWaiting:
@@ -182,11 +179,6 @@ class Templates:
                 f"rendering the chat template failed: {error}",
                 hint="try again",
             ) from None
-        return str(rendered[0])
-
-    async def close(self) -> None:
-        """End the child process."""
-        await self._sandbox.close()
 
     async def _compile(self) -> None:
         if self.template is None:
@@ -198,7 +190,7 @@ class Templates:
             raise refused(
                 "E_CHAT_TEMPLATE",
                 f"{self.template.source}: the chat template does not compile: {error}",
-                ANOTHER,
+                OTHER_TEMPLATE_HINT,
             ) from None
         except SandboxError as error:
             raise ResourceError(
@@ -206,44 +198,65 @@ class Templates:
             ) from None
 
 
+def _check_options(kwargs: Json, add_generation_prompt: bool, continue_final_message: bool) -> None:
+    """Raise: UsageError, for options of `Templates.render` that exclude each other."""
+    if add_generation_prompt and continue_final_message:
+        raise UsageError(
+            "E_MESSAGES",
+            "`add_generation_prompt` and `continue_final_message` exclude each other",
+            hint="a prompt ends inside the last message or after it",
+        )
+    if clash := RESERVED.intersection(kwargs):
+        raise UsageError(
+            "E_CHAT_TEMPLATE_KWARGS",
+            f"`{min(clash)}` cannot be set by chat_template_kwargs",
+            hint="if it is a field of requests, use that",
+        )
+
+
 def find_template(
     folder: Path, chat_template: str | os.PathLike[str] | None = None
 ) -> ChatTemplate | None:
-    """Return the template in the file ``chat_template``, else the one of the tokenizer in
-    ``folder``; None when it has none.
+    """Return the template in the file ``chat_template``, else the template of the tokenizer in
+    ``folder``; None if it has none.
 
-    Raises: UsageError, when ``chat_template`` is no file; CheckpointRefused, when a template cannot
+    Raises: UsageError, if ``chat_template`` is not a file; CheckpointRefused, if a template cannot
         be read or none of several is the default.
     """
     try:
         if chat_template is not None:
-            path = Path(chat_template)
-            if not path.is_file():
-                hint = (
-                    "it is the path of a file with a Jinja template; names of templates mean "
-                    "nothing here"
-                )
-                raise UsageError(
-                    "E_NO_SUCH_FILE", f"--chat-template {path}: no such file", hint=hint
-                )
-            text = _read(path)
-            return ChatTemplate(text, text, path)
-        files = (
-            {"default": folder / "chat_template.jinja"}
-            if os.path.lexists(folder / "chat_template.jinja")
-            else {}
-        )
-        files |= {
-            path.name.removesuffix(".jinja"): path
-            for path in (folder / NAMED_TEMPLATES).glob("*.jinja")
-        }
-        if files:  # transformers then does not look at tokenizer_config.json
+            return _read_given_template(Path(chat_template))
+        files = _template_files(folder)
+        if files:  # transformers then ignores tokenizer_config.json
             source = files.get("default", folder / NAMED_TEMPLATES)
-            return _chosen({name: _read(path) for name, path in files.items()}, source)
+            texts = {name: _read_text(path) for name, path in files.items()}
+            return _choose_template(texts, source)
         source = folder / "tokenizer_config.json"
-        return _chosen(_by_name(_config(source).get("chat_template"), source), source)
+        texts = _texts_by_name(_read_config(source).get("chat_template"), source)
+        return _choose_template(texts, source)
     except OSError as error:
         raise _unreadable(folder, error) from None
+
+
+def _read_given_template(path: Path) -> ChatTemplate:
+    if not path.is_file():
+        raise UsageError(
+            "E_NO_SUCH_FILE",
+            f"--chat-template {path}: no such file",
+            hint="give the path of a file with a Jinja template; names of templates are unknown",
+        )
+    text = _read_text(path)
+    return ChatTemplate(text, text, path)
+
+
+def _template_files(folder: Path) -> dict[str, Path]:
+    """Return the files of templates by name."""
+    named = {
+        path.name.removesuffix(".jinja"): path
+        for path in (folder / NAMED_TEMPLATES).glob("*.jinja")
+    }
+    default = folder / "chat_template.jinja"
+    return ({"default": default} if os.path.lexists(default) else {}) | named
 
 
 def find_special_tokens(folder: Path) -> dict[str, str]:
@@ -253,45 +266,39 @@ def find_special_tokens(folder: Path) -> dict[str, str]:
     Raises: CheckpointRefused for a file that cannot be read.
     """
     try:
-        config = _config(folder / "tokenizer_config.json")
+        config = _read_config(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # as written before transformers 4.34
-            config |= _config(folder / "special_tokens_map.json")
+            config |= _read_config(folder / "special_tokens_map.json")
     except OSError as error:
         raise _unreadable(folder, error) from None
     own = config.get("extra_special_tokens")
-    config |= own if isinstance(own, dict) else {}
-    names = [
-        *SPECIAL_TOKENS,
-        *(
-            name
-            for name in config
-            if name not in SPECIAL_TOKENS and (name.endswith("_token") or name in (own or ()))
-        ),
-    ]
-    tokens = {name: config.get(name) for name in names}
-    contents = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in tokens.items()
-    }
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
+    if isinstance(own, dict):
+        config |= own
+    extra = [name for name in config if name.endswith("_token") or name in (own or ())]
+    tokens = {name: _content(config.get(name)) for name in (*SPECIAL_TOKENS, *extra)}
+    return {name: content for name, content in tokens.items() if isinstance(content, str)}
+
+
+def _content(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def prepare() -> None:
-    """Import, in the child, what `render_conversations` needs."""
+    """Import in the child what `render_conversations` needs."""
     import transformers.utils.chat_template_utils  # noqa: F401
 
 
 def render_conversations(
     template: str,
-    conversations: list[list[dict[str, Any]]],
-    tools: list[dict[str, Any]] | None,
-    documents: list[dict[str, Any]] | None,
+    conversations: list[list[JsonDict]],
+    tools: list[JsonDict] | None,
+    documents: list[JsonDict] | None,
     add_generation_prompt: bool,
     continue_final_message: bool,
-    variables: dict[str, Any],
+    variables: JsonDict,
 ) -> list[str]:
-    """Return, in the child, the prompts of ``conversations``; without one, the template is compiled
-    all the same.
+    """Return, in the child, the prompts of ``conversations``; without any, only compile the
+    template.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -307,7 +314,7 @@ def render_conversations(
     return list(rendered)
 
 
-def _objection(error: CallRaised) -> UsageError:
+def _template_error(error: CallRaised) -> UsageError:
     if error.name == "TemplateError":  # of raise_exception
         message = f"the chat template refuses these messages: {error.message}"
         return UsageError("E_CHAT_TEMPLATE_REFUSED", message, hint="send messages as it asks for")
@@ -319,21 +326,21 @@ def _objection(error: CallRaised) -> UsageError:
     )
 
 
-def _chosen(texts: Mapping[str, str], source: Path) -> ChatTemplate | None:
+def _choose_template(texts: Mapping[str, str], source: Path) -> ChatTemplate | None:
     if not texts:
         return None
     if "default" not in texts:
         names = ", ".join(f"`{name[:100]}`" for name in sorted(texts)[:5])
         raise refused(
             "E_CHAT_TEMPLATE",
-            f"{source}: the chat templates are {names}, and none is the default",
-            ANOTHER,
+            f"{source}: the chat templates are {names}, none is the default",
+            OTHER_TEMPLATE_HINT,
         )
     return ChatTemplate(texts["default"], texts.get("tool_use", texts["default"]), source)
 
 
-def _by_name(value: object, source: Path) -> dict[str, str]:
-    texts: dict[Any, Any]
+def _texts_by_name(value: object, source: Path) -> dict[str, str]:
+    texts: dict[str, object]
     if value is None:
         texts = {}
     elif isinstance(value, dict):
@@ -348,17 +355,17 @@ def _by_name(value: object, source: Path) -> dict[str, str]:
                 f"{source}: the chat template `{name[:100]}` is of type {type(text).__name__}, "
                 "and must be a text"
             )
-            raise refused("E_CHAT_TEMPLATE", message, ANOTHER)
+            raise refused("E_CHAT_TEMPLATE", message, OTHER_TEMPLATE_HINT)
         _check_size(len(text.encode()), source)
-    return texts
+    return cast(dict[str, str], texts)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> JsonDict:
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():  # a FIFO would never end
+def _read_text(path: Path) -> str:
+    if not path.is_file():  # a FIFO would block
         raise refused(
             "E_CHAT_TEMPLATE", f"{path} is not a regular file", "put the file itself there"
         )
@@ -380,7 +387,7 @@ def _check_size(size: int, source: Path) -> None:
         raise refused(
             "E_CHAT_TEMPLATE",
             f"{source}: a chat template of more than {MAX_TEMPLATE_BYTES:,} bytes",
-            ANOTHER,
+            OTHER_TEMPLATE_HINT,
         )
 
 

@@ -1,5 +1,5 @@
-"""The model's tokenizer as the server uses it: text to tokens off the event loop, and the text and
-bytes of single tokens.
+"""The model's tokenizer: text to tokens outside the event loop, and the text and bytes of single
+tokens.
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
 
 class Vocabulary:
-    """Args: ``text``: a tokenizer.json; empty when there is no tokenizer."""
+    """The tokenizer of a model, which may have none."""
 
     def __init__(self, text: str, context_length: int) -> None:
+        """Load the tokenizer.
+
+        Args:
+            text: a tokenizer.json; empty if there is no tokenizer.
+            context_length: of the model, in tokens.
+        """
         self._tokenizer = Tokenizer.from_str(text) if text else None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="qtool-tokenizer")
         self._characters: dict[str, int] = _byte_level_characters() if '"ByteLevel"' in text else {}
         self._added: set[int] = set()
         self._special: set[int] = set()
-        self._most_characters = 0
+        self._max_characters = 0
         if self._tokenizer is not None:
             added = self._tokenizer.get_added_tokens_decoder()
-            self._added, self._special = (
-                set(added),
-                {token for token, one in added.items() if one.special},
-            )
+            self._added = set(added)
+            self._special = {token for token, one in added.items() if one.special}
             longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-            # fewer tokens than the context has cannot hold more
-            self._most_characters = longest * context_length
+            # of a prompt that fits into the context
+            self._max_characters = longest * context_length
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of ``text``.
 
-        Raises: UsageError, when there is no tokenizer or no context could hold the text.
+        Raises: UsageError, if there is no tokenizer or the context cannot hold the text.
         """
-        tokenizer = self._needed()
-        if len(text) > self._most_characters:
+        tokenizer = self._require_tokenizer()
+        if len(text) > self._max_characters:
             raise UsageError(
                 "E_TOO_LONG",
                 f"the prompt has {len(text):,} characters, more than the context can hold",
@@ -56,7 +60,7 @@ class Vocabulary:
         if len(text) < 256:
             return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         loop = asyncio.get_running_loop()
-        # `encode` keeps the interpreter to itself, `encode_batch_fast` lets other threads run
+        # `encode` holds the GIL, `encode_batch_fast` releases it
         whole = await loop.run_in_executor(
             self._threads,
             lambda: tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens),
@@ -65,15 +69,17 @@ class Vocabulary:
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ``tokens``."""
-        return str(self._needed().decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        return str(
+            self._require_tokenizer().decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        )
 
     def text_of(self, token: int) -> str:
         """Return ``token`` as text, with replacement characters for parts of characters."""
         return self.bytes_of(token).decode(errors="replace")
 
     def label_of(self, token: int) -> str:
-        """Return ``token`` as text, or ``bytes:\\xe2\\x80`` when it is parts of characters: as
-        OpenAI's completions name tokens.
+        """Return ``token`` as text, or as ``bytes:\\xe2\\x80`` if it is not valid UTF-8, like
+        OpenAI's completions.
         """
         data = self.bytes_of(token)
         try:
@@ -82,14 +88,11 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def is_special(self, token: int) -> bool:
-        """Whether `skip_special_tokens` leaves ``token`` out of a text."""
+        """Whether `skip_special_tokens` leaves out ``token``."""
         return token in self._special
 
     def _bytes_of(self, token: int) -> bytes:
-        """Return what ``token`` stands for; it may be part of a character.
-
-        Without a tokenizer nothing is known of it.
-        """
+        """Return the bytes of ``token``, perhaps part of a character; none without a tokenizer."""
         name = self._tokenizer.id_to_token(token) if self._tokenizer else None
         if name is None:
             return b""
@@ -102,10 +105,10 @@ class Vocabulary:
         return name.replace(SPACE, " ").encode()
 
     def close(self) -> None:
-        """Let the threads go."""
+        """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _needed(self) -> Tokenizer:
+    def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise UsageError(
                 "E_NO_TOKENIZER",
@@ -116,15 +119,21 @@ class Vocabulary:
 
 
 class Offsets:
-    """Where in a text its tokens begin, one after the other, in characters; a token that begins
-    inside of a character begins where that does.
+    """Finds where in a text its tokens begin, in characters, one token after the other.
 
-    ``start``: where the first begins; below 0, it and perhaps others are in front of the text, as
-        what a tokenizer adds to a prompt is.
+    A token that begins inside of a character begins where the character does.
     """
 
     def __init__(self, vocabulary: Vocabulary, start: int) -> None:
-        self._vocabulary, self._next = vocabulary, start
+        """Begin with the first token.
+
+        Args:
+            vocabulary: of the tokens.
+            start: where the first token begins; negative if a tokenizer added it, and perhaps
+                others, in front of the text.
+        """
+        self._vocabulary = vocabulary
+        self._next = start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int, *, skip_special_tokens: bool = False) -> int:
