@@ -1,5 +1,4 @@
-"""The kernels that multiply with quantized weights: which one takes a layer, and why another does
-not.
+"""The kernels for quantized weights, and the choice of one for a layer.
 
 A kernel is a module of this package with the functions of `Kernel`. All are called through one
 operator, ``torch.ops.qtool.linear``, which `torch.compile` and CUDA graphs see as a whole.
@@ -20,9 +19,8 @@ from torch import Tensor
 from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
-KERNELS: Mapping[
-    str, tuple[str, ...]
-] = {  # device type -> modules of this package, the best first; `reference` takes everything
+# device type -> modules of this package, the fastest first; `reference` supports everything
+KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
@@ -30,17 +28,18 @@ KERNELS: Mapping[
 
 @dataclass(frozen=True)
 class FewTokens:
-    """A kernel that is faster than the first of `KERNELS` for up to ``most`` tokens, with a copy of
-    the weight of its own.
+    """A kernel that is faster than the first of `KERNELS` for few tokens.
+
+    It packs a second copy of the weight.
     """
 
     kernel: str
     most: int
+    """For how many tokens it is used at most."""
 
 
-FEW_TOKENS: Mapping[
-    tuple[str, str], FewTokens
-] = {  # device type and format of the weights -> measured on an H200, see the README
+# device type and format of the weights -> measured on an H200
+FEW_TOKENS: Mapping[tuple[str, str], FewTokens] = {
     ("cuda", "int4"): FewTokens("triton_weight_only", 16),
     ("cuda", "fp4"): FewTokens("triton_weight_only", 16),
 }
@@ -48,12 +47,12 @@ FEW_TOKENS: Mapping[
 
 @dataclass(frozen=True)
 class Device:
-    """Where a layer runs: ``type`` is cpu or cuda; ``capability`` is that of a CUDA device, 90 for
-    sm_90.
-    """
+    """Where a layer runs."""
 
     type: str
+    """cpu or cuda."""
     capability: int = 0
+    """Of a CUDA device, 90 for sm_90."""
 
     def __str__(self) -> str:
         return f"sm_{self.capability}" if self.type == "cuda" else self.type
@@ -61,42 +60,44 @@ class Device:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A layer as kernels judge it, without data: its scheme, N outputs and K inputs, and the dtype
-    of its input and output.
-
-    ``static_input``: the input's scale (and zero point) was found by calibration and comes with the
-        weight.
-    """
+    """What a kernel is chosen by: a layer without its data."""
 
     scheme: Scheme
     shape: tuple[int, int]
+    """N outputs, K inputs."""
     dtype: torch.dtype
+    """Of its input and output."""
     static_input: bool = False
+    """Whether the scale (and zero point) of the input comes with the weight, from calibration."""
 
 
 class Kernel(Protocol):
     """One way to multiply with weights of some schemes."""
 
     def unsupported_reason(self, spec: LinearSpec, device: Device) -> str | None:
-        """Return why this kernel does not take such layers on ``device``; None when it does."""
+        """Return why this kernel does not support such layers on ``device``; None when it does."""
 
     def pack(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Return what `apply` needs, on the device of ``weight``, which has neither ``perm`` nor
-        ``pre_scale``. May reuse its tensors.
+        """Return the tensors that `apply` needs, on the device of ``weight``.
+
+        May reuse the tensors of ``weight``, which has neither ``perm`` nor ``pre_scale``.
         """
 
     def apply(
         self, spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None
     ) -> Tensor:
-        """Return ``x`` [M, K] times the weight, plus ``bias`` [N]: [M, N] of the dtype of ``x``,
-        which is contiguous. M is at least 1.
+        """Return ``x`` times the weight, plus ``bias``: [M, N] of the dtype of ``x``.
+
+        Args:
+            spec: the layer.
+            x: the input, [M, K], contiguous; M is at least 1.
+            packed: from `pack`.
+            bias: [N], or None.
         """
 
 
 class CodesKernel(Kernel, Protocol):
-    """One that rounds its input to 8 bits by itself, a scale for each token, and also takes what is
-    rounded already, as `row_quantize` does it.
-    """
+    """A kernel that rounds its input to 8 bits, a scale for each token, or takes it rounded."""
 
     def apply_codes(
         self,
@@ -106,33 +107,40 @@ class CodesKernel(Kernel, Protocol):
         packed: Mapping[str, Tensor],
         bias: Tensor | None,
     ) -> Tensor:
-        """Return what `apply` does, in the dtype of ``spec``, from ``codes`` [M, K] and their
-        scales, f32 [M, 1].
+        """Return what `apply` returns, in the dtype of ``spec``, for an input rounded before.
+
+        Args:
+            spec: the layer.
+            codes: [M, K], as `row_quantize` rounds.
+            row_scale: the scale of each token, f32 [M, 1].
+            packed: from `pack`.
+            bias: [N], or None.
         """
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that takes a layer, and of those before it, why they do not; for a few tokens
-    perhaps another, ``few``.
-    """
+    """The kernel of a layer."""
 
     kernel: str
     refused: Mapping[str, str]
+    """Why the faster kernels do not support the layer, by name."""
     few: FewTokens | None = None
+    """Another kernel for few tokens."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.few.kernel} to {self.few.most} tokens, then {self.kernel}"
-            if self.few
-            else self.kernel
-        )
+        if self.few is None:
+            return self.kernel
+        return f"{self.few.kernel} to {self.few.most} tokens, then {self.kernel}"
 
 
 def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Choice:
-    """Return the first kernel for ``device`` that takes ``spec``, and why those before it do not.
+    """Return the fastest kernel for ``device`` that supports ``spec``.
 
-    ``second_copy``: whether there is memory for another packed copy, for the sake of few tokens.
+    Args:
+        spec: the layer.
+        device: where it runs.
+        second_copy: whether there is memory for another packed copy, for few tokens.
     """
     refused: dict[str, str] = {}
     for name in KERNELS[device.type]:
@@ -176,17 +184,15 @@ def no_aten_product(spec: LinearSpec) -> str | None:
 
 
 def codes_taken(spec: LinearSpec, choice: Choice) -> Literal["fp8", "int8"] | None:
-    """Return what every kernel of ``choice`` rounds the input of ``spec`` to, if all are a
-    `CodesKernel` and a token's scale is its own.
+    """Return what the input of ``spec`` may be rounded to before; None when it may not.
+
+    Each kernel of ``choice`` must be a `CodesKernel`, and each token have a scale of its own.
     """
     inputs = spec.scheme.activations
+    if inputs is None or inputs.granularity != "token" or spec.static_input:
+        return None
     kernels = [choice.kernel, *([choice.few.kernel] if choice.few else [])]
-    if (
-        inputs is None
-        or inputs.granularity != "token"
-        or spec.static_input
-        or not all(hasattr(load_kernel(name), "apply_codes") for name in kernels)
-    ):
+    if not all(hasattr(load_kernel(name), "apply_codes") for name in kernels):
         return None
     return "fp8" if inputs.format == "fp8" else "int8"
 
@@ -212,12 +218,12 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Call:
-    """What the operator calls for one kind of layer: (kernel, most tokens, the names of its
-    tensors) in order; None stands for any number.
-    """
+    """What the operator calls for one kind of layer."""
 
     spec: LinearSpec
     kernels: tuple[tuple[str, int | None, tuple[str, ...]], ...]
+    """(kernel, for how many tokens at most, the names of its tensors), in order; None: any number.
+    """
 
 
 _CALLS: list[Call] = []

@@ -1,5 +1,6 @@
-"""Weights of at most 4 bits through ATen's int4 multiplication; for many tokens, and with AMX,
-dequantized in cache.
+"""Weights of at most 4 bits through ATen's int4 multiplication.
+
+For many tokens, and with AMX, weights are dequantized block by block instead.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight, unpack_pairs
 
 MANY = 80  # tokens
-BLOCK = (
-    64  # outputs that the operator packs together for AVX512, the second half in the high nibbles
-)
+# outputs that the operator packs together for AVX512, the second half in the high nibbles
+BLOCK = 64
 GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 4 * BLOCK  # packed at a time
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take weight-only integers of 2, 3 and 4 bits by channel, tensor or the groups that the
-    operator knows, with bfloat16 inputs.
+    """Support weight-only integers of 2, 3 and 4 bits with bfloat16 inputs.
+
+    Scales are by channel, by tensor or by the groups that the operator knows.
     """
     weights = spec.scheme.weights
     if reason := no_aten_product(spec):
@@ -37,8 +38,9 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the operator's blocks of ``codes`` and, interleaved as [G, N, 2], the scale and what
-    code 0 stands for; N and K filled up.
+    """Return ``codes`` in blocks, and ``scale_and_zero`` [G, N, 2]; N and K are filled up.
+
+    The second of each pair is what code 0 stands for.
     """
     (outputs, inputs), width = spec.shape, _width(spec)
     fill, short = -inputs % width, -outputs % BLOCK
@@ -81,19 +83,17 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 
 
 def _width(spec: LinearSpec) -> int:
-    """Return the group size; one scale a row serves groups of any size, the largest that
-    divides K.
-    """
+    """Return the group size; with one scale a row, the largest that divides K."""
     return spec.scheme.weights.group_size or max(32, math.gcd(spec.shape[1], 256))
 
 
 def _by_blocks(x: Tensor, codes: Tensor, scale_and_zero: Tensor) -> Tensor:
-    """Return ``x`` times the weight, [M, N], of which some blocks of outputs are dequantized at a
-    time.
-    """
-    (groups, outputs, _), inputs, step = scale_and_zero.shape, x.shape[1], 4 * BLOCK
+    """Return ``x`` times the weight, [M, N]; dequantizes a few blocks of outputs at a time."""
+    groups, outputs, _ = scale_and_zero.shape
+    inputs, step = x.shape[1], 4 * BLOCK
     y = x.new_empty(x.shape[0], outputs)
-    starts, blocks = range(0, outputs, step), torch.split(codes.view(-1, inputs, BLOCK // 2), 4)
+    starts = range(0, outputs, step)
+    blocks = torch.split(codes.view(-1, inputs, BLOCK // 2), 4)
     for start, block in zip(starts, blocks, strict=True):
         pairs = block.transpose(0, 1).contiguous()
         values = torch.stack((pairs & 15, pairs >> 4), dim=2).view(torch.int8).sub_(8).to(x.dtype)

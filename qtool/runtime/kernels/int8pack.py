@@ -1,6 +1,4 @@
-"""Weight-only int8, one scale a row, through ATen's int8 multiplication: for CPUs on which `onednn`
-cannot multiply integers.
-"""
+"""Weight-only int8 with one scale a row through ATen, for CPUs that `onednn` does not support."""
 
 from __future__ import annotations
 
@@ -13,13 +11,12 @@ from torch.nn.functional import pad
 from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
 from qtool.weight import QuantizedWeight
 
-# the operator reads as many inputs at a time, beyond the last one if need be, and faults where they
-# are not aligned
+# the operator reads so many inputs at a time, even beyond the last, and faults if unaligned
 STEP = 16
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take weight-only integers of 5 to 8 bits by channel or tensor, with bfloat16 inputs."""
+    """Support weight-only integers of 5 to 8 bits by channel or tensor, with bfloat16 inputs."""
     weights = spec.scheme.weights
     if reason := no_aten_product(spec):
         return reason
@@ -50,5 +47,6 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 
 def _steps(x: Tensor) -> Tensor:
     """Return ``x`` [R, K] with K filled up to whole steps, aligned."""
-    missing = -x.shape[1] % STEP
-    return pad(x, (0, missing)) if missing else x.clone() if x.data_ptr() % 32 else x
+    if missing := -x.shape[1] % STEP:
+        return pad(x, (0, missing))
+    return x.clone() if x.data_ptr() % 32 else x

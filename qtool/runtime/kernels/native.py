@@ -1,8 +1,8 @@
-"""Weights of any format in bfloat16 products, decoded in registers and multiplied with AMX or
-AVX512: native.c, compiled on first use.
+"""Weights of any format, decoded in registers and multiplied in bfloat16 with AMX or AVX512.
 
-Inputs are rounded first where the scheme says so, as the definition does. The machine code lies in
-``qtool`` of the user's cache folder, by what made it. ``QTOOL_NO_AMX=1`` leaves AMX out.
+This compiles native.c on first use and keeps the library in ``qtool`` in the user's cache folder,
+under a hash of its source, flags and compiler. Inputs are rounded first if the scheme says so.
+``QTOOL_NO_AMX=1`` leaves AMX out.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ SCALES = {
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take weights of every format, with bfloat16 inputs that are rounded or not, except integers
-    with integers, which oneDNN multiplies.
+    """Support all weights with bfloat16 inputs, rounded or not.
+
+    oneDNN multiplies integers with integers.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return "needs a CPU with AVX512_BF16"
@@ -80,43 +81,18 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``codes`` in native.c's order, f32 ``row_scale``, by group ``scale``, its dtype kept,
-    and ``zero``, and the ``table`` of 4-bit codes.
+    """Return the tensors that native.c reads.
 
-    ``input_scale`` and ``input_zero`` come along where they are static. Codes of NaN are not looked
-    for: fp8 has 480 there.
+    - ``codes``, in its order. NaN codes of fp8 are not looked for: they count as 480.
+    - ``scale`` and ``zero`` of groups, their dtype kept.
+    - ``row_scale``, f32.
+    - ``table``, what 4-bit codes stand for.
+    - ``input_scale`` and ``input_zero``, if static.
     """
-    outputs, nibbles, is_fp4 = (
-        spec.shape[0],
-        spec.scheme.weights.bits < 5,
-        weight.scale.dtype in FP4_SCALES,
-    )
-    parts = (
-        _codes(piece, nibbles, 0 if is_fp4 else 8) for piece in torch.split(weight.data, PIECE)
-    )
-    first = next(parts)
-    codes = first.new_empty(-(-outputs // STRIP), *first.shape[1:])
-    for index, part in enumerate(itertools.chain((first,), parts)):
-        start = index * PIECE // STRIP
-        codes[start : start + part.shape[0]] = part
-    packed = {"codes": codes}
-    scale = (
-        spread(weight.scale.view(_bits(weight.scale)), outputs, weight.tile[0], dim=0)
-        .view(weight.scale.dtype)
-        .expand(outputs, -1)
-    )
-    row_scale = torch.ones(outputs) if weight.scale2 is None else weight.scale2.float()
-    if scale.shape[1] == 1:
-        row_scale = row_scale * scale[:, 0].float()
-    else:
-        packed["scale"] = _by_strips(spec, scale if scale.dtype in SCALES else scale.float())
-    if nibbles:
-        values = torch.tensor(FP4_VALUES) if is_fp4 else torch.arange(-8.0, 8.0)
-        if "scale" in packed and is_fp4:
-            every_scale = torch.arange(256, dtype=torch.uint8).view(weight.scale.dtype).float()
-            values = torch.outer(every_scale, values).to(spec.dtype)
-        packed["table"] = values
-    packed["row_scale"] = pad(row_scale, (0, -outputs % STRIP))
+    outputs = spec.shape[0]
+    packed = {"codes": _pack_codes(spec, weight), **_pack_scales(spec, weight)}
+    if spec.scheme.weights.bits < 5:
+        packed["table"] = _code_values(spec, weight.scale.dtype, in_groups="scale" in packed)
     static = weight.activation
     others = {
         "zero": None if weight.zero is None else _by_strips(spec, weight.zero.expand(outputs, -1)),
@@ -126,8 +102,47 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     return packed | {name: tensor for name, tensor in others.items() if tensor is not None}
 
 
+def _pack_codes(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+    """Return all codes in the order of native.c, packed some rows at a time."""
+    nibbles = spec.scheme.weights.bits < 5
+    zero = 0 if weight.scale.dtype in FP4_SCALES else 8
+    parts = (_codes(piece, nibbles, zero) for piece in torch.split(weight.data, PIECE))
+    first = next(parts)
+    codes = first.new_empty(-(-spec.shape[0] // STRIP), *first.shape[1:])
+    for index, part in enumerate(itertools.chain((first,), parts)):
+        start = index * PIECE // STRIP
+        codes[start : start + part.shape[0]] = part
+    return codes
+
+
+def _pack_scales(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the ``row_scale``, and the ``scale`` of groups if a row has several."""
+    outputs = spec.shape[0]
+    bits = spread(weight.scale.view(_bits(weight.scale)), outputs, weight.tile[0], dim=0)
+    scale = bits.view(weight.scale.dtype).expand(outputs, -1)
+    row_scale = torch.ones(outputs) if weight.scale2 is None else weight.scale2.float()
+    packed = {}
+    if scale.shape[1] == 1:
+        row_scale = row_scale * scale[:, 0].float()
+    else:
+        packed["scale"] = _by_strips(spec, scale if scale.dtype in SCALES else scale.float())
+    packed["row_scale"] = pad(row_scale, (0, -outputs % STRIP))
+    return packed
+
+
+def _code_values(spec: LinearSpec, scale_dtype: torch.dtype, *, in_groups: bool) -> Tensor:
+    """Return what each 4-bit code stands for; with fp4 in groups, times each possible scale."""
+    if scale_dtype not in FP4_SCALES:
+        return torch.arange(-8.0, 8.0)
+    values = torch.tensor(FP4_VALUES)
+    if not in_groups:
+        return values
+    every_scale = torch.arange(256, dtype=torch.uint8).view(scale_dtype).float()
+    return torch.outer(every_scale, values).to(spec.dtype)
+
+
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    """Multiply by weights that are decoded as they are met."""
+    """Multiply; weights are decoded on the way."""
     library = _library()
     assert not isinstance(library, str)
     if spec.scheme.activations:
@@ -165,9 +180,7 @@ def _width(spec: LinearSpec) -> int:
 
 
 def _stored_width(spec: LinearSpec) -> int:
-    """Return how many inputs share a scale as it is packed: a power of two in a chunk, or whole
-    chunks.
-    """
+    """Return how many inputs share a packed scale: whole chunks, or a power of two below one."""
     width = _width(spec)
     if width >= spec.shape[1]:
         return -(-spec.shape[1] // CHUNK) * CHUNK
@@ -179,7 +192,7 @@ def _bits(tensor: Tensor) -> torch.dtype:
 
 
 def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
-    """Return ``entries`` [N, G], one a group, as [S, groups as they are packed, 32]."""
+    """Return ``entries`` [N, G], one for each group, as [S, packed groups, 32]."""
     width, stored = _width(spec), _stored_width(spec)
     chunks = -(-spec.shape[1] // CHUNK)
     count = chunks * CHUNK // stored if stored < CHUNK else -(-chunks * CHUNK // stored)
@@ -193,8 +206,9 @@ def _by_strips(spec: LinearSpec, entries: Tensor) -> Tensor:
 
 
 def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
-    """Return ``data`` [R, K] in the order that native.c says: [R/32, C, 32, 64 or 128]; ``zero`` is
-    the nibble that stands for 0.
+    """Return ``data`` [R, K] in the order of native.c, [R/32, C, 32, 64 or 128].
+
+    ``zero`` is the nibble that stands for 0.
     """
     if nibbles:
         data = unpack_pairs(data) if data.dtype == torch.uint8 else (data + 8).view(torch.uint8)
@@ -241,8 +255,9 @@ _of_thread = threading.local()
 
 
 def _workspace(size: int) -> Tensor:
-    """Return at least ``size`` bytes that are this thread's, aligned as tensors are, to 64; kept,
-    since fresh memory is slow.
+    """Return at least ``size`` bytes of this thread, aligned to 64 as tensors are.
+
+    They are kept, since fresh memory is slow.
     """
     memory: Tensor | None = getattr(_of_thread, "memory", None)
     if memory is None or memory.numel() < size:
@@ -251,7 +266,7 @@ def _workspace(size: int) -> Tensor:
 
 
 class _Library:
-    """The compiled native.c, and the OpenMP that torch runs on, whose threads it borrows."""
+    """The compiled native.c, and the OpenMP of torch, whose threads it uses."""
 
     def __init__(self, path: Path) -> None:
         native = ctypes.CDLL(str(path))
@@ -265,22 +280,25 @@ class _Library:
 
 @cache
 def _library() -> _Library | str:
-    """Compile and load native.c; or return why that cannot be."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [
-        next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")
-    ]
+    """Compile and load native.c; or return why that fails."""
+    compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         return "no C compiler: install gcc or clang, or set CC"
     try:
         return _Library(_compiled(compiler))
     except subprocess.CalledProcessError as error:
-        lines = (error.stderr or "").strip().splitlines()
-        return (
-            f"the C compiler `{shlex.join(compiler)}` failed: "
-            f"{next((line for line in lines if 'error' in line), 'no message')[:200]}"
-        )
+        errors = [line for line in (error.stderr or "").splitlines() if "error" in line]
+        reason = errors[0].strip() if errors else "no message"
+        return f"the C compiler `{shlex.join(compiler)}` failed: {reason[:200]}"
     except (OSError, AttributeError) as error:
         return f"native.c did not load: {error}"
+
+
+def _compiler() -> list[str]:
+    """Return the command of the C compiler: CC, or the first of cc, gcc and clang."""
+    if named := shlex.split(os.environ.get("CC", "")):
+        return named
+    return [next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")]
 
 
 def _compiled(compiler: list[str]) -> Path:
@@ -309,6 +327,6 @@ def _compiled(compiler: list[str]) -> Path:
             capture_output=True,
             text=True,
         )
-        return target.replace(folder / name)  # two processes at once write the same thing
+        return target.replace(folder / name)  # two processes at once write the same file
     finally:
         target.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
-"""Integer weights through oneDNN's int8 multiplication, kept as int8 whatever their bits; each
-group of inputs is multiplied apart.
+"""Integer weights through oneDNN's int8 multiplication, one product for each group of inputs.
 
-Inputs that stay in 16 bits are rounded to 16-bit integers, one scale a token, and multiplied as two
-8-bit digits. That changes an input by at most sqrt(K) / 65000 of its norm, less than rounding the
-output to bfloat16 does.
+Weights of fewer bits become int8. Inputs that stay in 16 bits are rounded to 16-bit integers, with
+one scale a token, and multiplied as two 8-bit digits. That changes an input by at most
+sqrt(K) / 65000 of its norm, less than rounding the output to bfloat16 does.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ LARGEST = 32639  # 127 * 257: both digits stay in a byte
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take integer weights in groups or with one scale a row, with bfloat16 inputs rounded to
-    integers by token or tensor, or not at all.
+    """Support integer weights in groups or with one scale a row.
+
+    Inputs are bfloat16, rounded to integers by token or tensor, or not at all.
     """
     weights, activations = spec.scheme.weights, spec.scheme.activations
     if not torch.cpu._is_vnni_supported():  # without it, pairs of products saturate at 16 bits
@@ -43,11 +43,12 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return ``codes<g>``, each group's codes as oneDNN orders them, and in f32 ``scale`` and, with
-    zero points, ``offset`` [G, N].
+    """Return the tensors of `apply`.
 
-    The input adds ``input_scale`` and ``input_zero`` if static, and, if it has zero points,
-    ``row_sum`` [N] of the weight.
+    - ``codes<g>``: the codes of each group in the order of oneDNN.
+    - ``scale`` and, with zero points, ``offset``: f32 [G, N].
+    - ``input_scale`` and ``input_zero``, if static.
+    - ``row_sum``: [N], of the weight, if inputs have zero points.
     """
     codes = (
         unpack_pairs(weight.data).to(torch.int8) - 8
@@ -122,16 +123,15 @@ def _multiply(spec: LinearSpec, codes: Tensor, packed: Mapping[str, Tensor]) -> 
 def _codes(
     x: Tensor, activation: Activations, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `MIDDLE` plus the codes, uint8 [M, K], that `fake_quantize_input` rounds ``x`` to, and
-    their scale and zero point.
+    """Return `MIDDLE` plus the codes of ``x``, uint8 [M, K], and their scale and zero point.
+
+    They are those of `fake_quantize_input`.
     """
     top = int(largest(activation))
     over = (0, 1) if activation.granularity == "tensor" else 1
     if not activation.symmetric and zero is None:
-        low, high = (
-            x.amin(over, keepdim=True).float().clamp(max=0),
-            x.amax(over, keepdim=True).float().clamp(min=0),
-        )
+        low = x.amin(over, keepdim=True).float().clamp(max=0)
+        high = x.amax(over, keepdim=True).float().clamp(min=0)
         scale = ((high - low) / (2 * top + 1)).clamp(min=TINY)
         zero = (-top - 1 - low / scale).round()
     elif scale is None:

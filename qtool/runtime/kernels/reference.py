@@ -1,5 +1,6 @@
-"""The definition as it stands: round the input, dequantize the weight, multiply. It takes
-everything; the others are tested against it.
+"""The definition of a quantized product: round the input, dequantize the weight, multiply.
+
+It supports every layer; the other kernels are tested against it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, uneve
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Take every layer."""
+    """Support every layer."""
     return None
 
 

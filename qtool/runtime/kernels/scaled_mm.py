@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qtool.runtime.kernels import Device, LinearSpec, device_of
-from qtool.scheme import Activations
+from qtool.scheme import Activations, Scheme
 from qtool.weight import QuantizedWeight, divided, largest, to_fp8
 
 # cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the
@@ -26,7 +26,19 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
 
     There is one scale for each output and each token, or for all of them.
     """
-    weights, inputs, (rows, columns) = spec.scheme.weights, spec.scheme.activations, spec.shape
+    if reason := _unsupported_scheme(spec.scheme):
+        return reason
+    format, (rows, columns) = spec.scheme.weights.format, spec.shape
+    oldest, multiple = (89, 16) if format == "fp8" else (75, 8)
+    if device.capability < oldest:
+        return f"{device} is older than sm_{oldest}, the first with {format} matmuls"
+    if rows % multiple or columns % multiple:
+        return f"{rows} outputs of {columns} inputs are not multiples of {multiple}"
+    return None
+
+
+def _unsupported_scheme(scheme: Scheme) -> str | None:
+    weights, inputs = scheme.weights, scheme.activations
     if inputs is None:
         return "inputs stay in 16 bits"
     if weights.format not in ("fp8", "int8") or weights.format != inputs.format:
@@ -38,11 +50,6 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
         )
     if not (weights.symmetric and inputs.symmetric):
         return "zero points"
-    oldest, multiple = (89, 16) if weights.format == "fp8" else (75, 8)
-    if device.capability < oldest:
-        return f"{device} is older than sm_{oldest}, the first with {weights.format} matmuls"
-    if rows % multiple or columns % multiple:
-        return f"{rows} outputs of {columns} inputs are not multiples of {multiple}"
     return None
 
 
