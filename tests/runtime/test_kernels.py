@@ -31,7 +31,7 @@ def spec_of(name: str, shape: tuple[int, int] = (256, 512)) -> LinearSpec:
 
 @pytest.fixture
 def with_humming(monkeypatch):
-    monkeypatch.setattr(load_kernel("humming"), "_missing", lambda: None)
+    monkeypatch.setattr(load_kernel("humming"), "_unusable_reason", lambda: None)
 
 
 @pytest.mark.parametrize("device", KERNELS)
@@ -67,7 +67,7 @@ def test_a_second_copy_of_the_weight_is_made_only_where_there_is_room(with_hummi
 
 def test_without_humming_triton_serves_all_tokens(monkeypatch):
     monkeypatch.setattr(
-        load_kernel("humming"), "_missing", lambda: "humming-kernels is not installed"
+        load_kernel("humming"), "_unusable_reason", lambda: "humming-kernels is not installed"
     )
     choice = choose(spec_of("W4A16"), H200)
     assert str(choice) == "triton_weight_only"

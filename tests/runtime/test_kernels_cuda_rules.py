@@ -53,17 +53,17 @@ def weight_of(spec: LinearSpec, scale: float | None = None) -> QuantizedWeight:
 
 @pytest.fixture
 def with_humming(monkeypatch):
-    monkeypatch.setattr(humming, "_missing", lambda: None)
+    monkeypatch.setattr(humming, "_unusable_reason", lambda: None)
 
 
 def test_without_humming_the_reason_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "humming", None)  # as if it were not installed
-    humming._missing.cache_clear()
+    humming._unusable_reason.cache_clear()
     assert (
         humming.unsupported_reason(spec_of("W4A16"), H200)
         == "humming-kernels is not installed: pip install 'qtool[cuda]'"
     )
-    humming._missing.cache_clear()
+    humming._unusable_reason.cache_clear()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -359,19 +359,24 @@ RESCALE = """
                 rows, columns = torch.rand(3, 1), torch.rand(1500)
                 expected = sums.float() * rows * columns + (0 if bias is None else bias)
                 y = rescale(sums, rows, columns, bias, dtype)
-                assert y.dtype == dtype and torch.allclose(y.float(), expected.to(dtype).float(), rtol=1e-2, atol=1e-2), (kind, dtype)
+                wanted = expected.to(dtype).float()
+                close = torch.allclose(y.float(), wanted, rtol=1e-2, atol=1e-2)
+                assert y.dtype == dtype and close, (kind, dtype)
     print("same")
 """
 COMPILED = """
+    from functools import partial
     import torch
     from support import triton_cpu
     compiled = []
     triton_cpu.compile_only(compiled)
     from qtool.runtime.triton.rescale import rescale
+    empty = partial(torch.empty, device="meta")
     for kind in (torch.int32, torch.float32, torch.bfloat16):
-        sums, bias = torch.empty(3, 1500, device="meta", dtype=kind), torch.empty(1500, device="meta", dtype=torch.bfloat16)
-        rescale(sums, torch.empty(3, 1, device="meta"), torch.empty(1500, device="meta"), bias, torch.bfloat16)
-    assert len(compiled) == 3 and all(triton_cpu.resources(kernel)["stack"] == 0 for kernel in compiled)
+        sums, bias = empty(3, 1500, dtype=kind), empty(1500, dtype=torch.bfloat16)
+        rescale(sums, empty(3, 1), empty(1500), bias, torch.bfloat16)
+    assert len(compiled) == 3
+    assert all(triton_cpu.resources(kernel)["stack"] == 0 for kernel in compiled)
     print("same")
 """
 

@@ -92,7 +92,8 @@ def interpret() -> None:
         assert not packed["counters"].any(), f"{what}: counters are left"
 
     def group(size: int | None, **options: object) -> Scheme:
-        return Scheme(Weights("int4", "group" if size else "channel", size, **options))  # type: ignore[arg-type]
+        granularity = "group" if size else "channel"
+        return Scheme(Weights("int4", granularity, size, **options))  # type: ignore[arg-type]
 
     def check_fp4(name: str, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
         scheme, kernel = SCHEMES[name], load_kernel("triton_weight_only")

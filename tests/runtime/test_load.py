@@ -318,16 +318,20 @@ from qtool.runtime.load import materialize
 from qtool.runtime.load_plan import plan_load
 
 def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 warm_up = materialize(plan_load(open_checkpoint(Path(sys.argv[1])), torch.device("cpu")))
 plan = plan_load(open_checkpoint(Path(sys.argv[2])), torch.device("cpu"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
 before = status("VmRSS")
 model = materialize(plan)
-size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values())
+tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+size = sum(tensor.nbytes for tensor in tensors.values())
 layers = plan.layout.modules
-group = max(sum(layers[source.name].size_bytes for source in group.sources) for group in plan.groups)
+group = max(
+    sum(layers[source.name].size_bytes for source in group.sources) for group in plan.groups
+)
 print(status("VmHWM") - before, size, group)
 """
 

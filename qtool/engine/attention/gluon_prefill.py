@@ -1,17 +1,16 @@
-"""Attention from chunks in Gluon for sm_90: one warp loads pages, two groups of four warps attend,
-64 rows each.
+"""Prefill of chunks in Gluon for sm_90: one warp loads pages, two groups of four warps attend.
 
-A group's next logits are computed while it is busy with the exponentials of the present ones, after
-FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). Programs stay and draw blocks of queries from
-a counter, so that the loads of the next block begin before one is done.
+Each group has 64 rows. It computes its next logits while it takes the exponentials of the last
+ones, as FlashAttention-3 does (Shah et al. 2024, arXiv:2407.08608). Programs are persistent and
+draw blocks of queries from a counter, so that loads of the next block begin before one is done.
 """
 
 # Constants of a kernel are written in capitals; Gluon has no stars in lists.
 # ruff: noqa: N803, N806, RUF005
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -40,21 +39,16 @@ TURNS = True
 
 
 def applies(q: Tensor, kv: KVPages, out: Tensor, window: int | None, softcap: float | None) -> bool:
-    """Return whether `prefill` can do this."""
-    head_dim = q.shape[2]
-    return (
-        q.dtype == kv.k.dtype == kv.v.dtype == out.dtype
-        and q.dtype in TYPES
-        and head_dim == out.shape[2]
-        and head_dim in (64, 128)
-        and window is None
-        and not softcap
-        and kv.k.is_contiguous()
-        and kv.v.is_contiguous()
-        and out.is_contiguous()
-        and all(stride % 8 == 0 for stride in q.stride()[:2])  # whole 16 bytes, as TMA wants them
-        and q.data_ptr() % 16 == 0
-    )
+    """Whether `prefill` supports this attention."""
+    if window is not None or softcap:
+        return False
+    if not q.dtype == kv.k.dtype == kv.v.dtype == out.dtype or q.dtype not in TYPES:
+        return False
+    if q.shape[2] != out.shape[2] or q.shape[2] not in (64, 128):
+        return False
+    # whole 16 bytes, as TMA wants them
+    aligned = q.stride(0) % 8 == q.stride(1) % 8 == q.data_ptr() % 16 == 0
+    return aligned and all(part.is_contiguous() for part in (kv.k, kv.v, out))
 
 
 def prefill(
@@ -65,10 +59,18 @@ def prefill(
     *,
     factor: float,
     v_scale: float,
-    launch: dict[str, Any],
+    launch: Mapping[str, int | bool],
 ) -> None:
-    """Fill ``out`` for the tokens of chunks where `applies`; ``factor`` makes logits in units of
-    log2. See `triton_paged.prefill`.
+    """Fill ``out`` for the tokens of chunks, if this `applies`. See `triton_paged.prefill`.
+
+    Args:
+        q: queries of all tokens.
+        kv: the pages of the layer.
+        packed: the tokens of the pass.
+        out: where results go.
+        factor: what logits are multiplied with, in units of log2.
+        v_scale: what results are multiplied with.
+        launch: Triton's options.
     """
     assert packed.starts is not None
     (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1

@@ -1,15 +1,15 @@
-"""Causal attention over keys and values kept in pages: `write` stores those of new tokens, `attend`
-reads what each token may see.
+"""Causal attention over a paged KV cache, and its entry in transformers' attention interface.
 
+`write` stores the keys and values of new tokens, `attend` reads those that each token may see.
 Token ``t`` of a forward pass belongs to row ``rows[t]`` of the page table and sees the positions
 ``max(0, p - window + 1) .. p`` of that sequence, ``p = positions[t]``: its own key and value must
-have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot ``p % PAGE``. What
-else a page holds, of earlier owners, never reaches a result, not even as NaN.
+have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot ``p % PAGE``. Numbers
+that earlier owners left in a page never reach a result, not even as NaN.
 
-On CUDA the kernels of `triton_paged` do the work; on a CPU the tokens that count are gathered for
-`torch.nn.functional.scaled_dot_product_attention`. transformers' models come here by its attention
-interface, as ``"qtool"``: inside `running` they compute, and inside `recording` one dry pass tells
-what their layers need, or is refused.
+On CUDA `triton_paged` computes; on a CPU the visible keys and values are gathered for
+`torch.nn.functional.scaled_dot_product_attention`. Models of transformers call this attention as
+``"qtool"``. Inside `running` they compute; inside `recording` a dry pass finds out what their
+layers need, and refuses what is not supported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ with quiet_imports():
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-NAME = "qtool"  # what `attn_implementation` says to have this
+NAME = "qtool"  # the `attn_implementation` of this attention
 MAX_HEAD_DIM = 256
 
 
@@ -63,8 +63,13 @@ def attend(
 ) -> Tensor:
     """Return the attention of ``q`` [T, heads, head_dim]: [T, heads, v_head_dim], of its dtype.
 
-    scaling: what the logits are multiplied with. softcap: then they become ``softcap * tanh(logits
-        / softcap)``.
+    Args:
+        q: queries of all tokens.
+        kv: the pages of the layer.
+        packed: the tokens of the pass.
+        scaling: what logits are multiplied with.
+        window: how many positions a token sees, itself included; None for all before it.
+        softcap: if given, logits then become ``softcap * tanh(logits / softcap)``.
     """
     if not q.is_cuda:
         return _attend_on_cpu(q, kv, packed, scaling, window, softcap)
@@ -77,7 +82,7 @@ def attend(
     return out
 
 
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     from qtool.engine.attention import triton_paged  # needs triton
 
     return triton_paged
@@ -130,31 +135,44 @@ def _attend_one(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend from ``q`` [n, heads, head_dim], at positions from ``first`` on, to ``k`` and ``v``
-    [kv_heads, positions, ...], from ``low`` on.
+    """Return the attention of one sequence.
+
+    Args:
+        q: [n, heads, head_dim].
+        k: [kv_heads, positions, head_dim].
+        v: [kv_heads, positions, v_head_dim].
+        first: the position of the first query.
+        low: the position of the first key.
+        scaling: as in `attend`.
+        window: as in `attend`.
+        softcap: as in `attend`.
     """
-    tokens, heads, _ = q.shape
+    tokens = q.shape[0]
+    is_whole = first == 0 and (window is None or window >= tokens)
     mask = None
-    plain = first == 0 and (window is None or window >= tokens)
-    if tokens > 1 and (softcap or not plain):
-        own, seen = (
-            torch.arange(first, first + tokens)[:, None],
-            torch.arange(low, low + k.shape[1])[None, :],
-        )
+    if tokens > 1 and (softcap or not is_whole):
+        own = torch.arange(first, first + tokens)[:, None]
+        seen = torch.arange(low, low + k.shape[1])[None, :]
         mask = seen <= own
         if window is not None:
             mask &= seen > own - window
-    if not softcap:
-        causal = plain and tokens > 1
-        return nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k[None],
-            v[None],
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=True,
-        )[0].transpose(0, 1)
+    if softcap:
+        return _attend_softcapped(q, k, v, mask=mask, scaling=scaling, softcap=softcap)
+    return nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=is_whole and tokens > 1,
+        scale=scaling,
+        enable_gqa=True,
+    )[0].transpose(0, 1)
+
+
+def _attend_softcapped(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    heads = q.shape[1]
     k, v = (part.float().repeat_interleave(heads // part.shape[0], dim=0) for part in (k, v))
     logits = torch.matmul(q.transpose(0, 1).float(), k.transpose(1, 2)) * scaling
     logits = softcap * torch.tanh(logits / softcap)
@@ -165,12 +183,12 @@ def _attend_one(
 
 @dataclass
 class Recording:
-    """What a dry pass found: the layers in the order of their calls, and the windows of the masks
-    that the model made, None for a causal one.
-    """
+    """What a dry pass found."""
 
     layers: list[LayerGeometry] = field(default_factory=list)
+    """In the order of their calls."""
     windows: set[int | None] = field(default_factory=set)
+    """Of the masks that the model made; None for a causal one."""
 
 
 RUNNING: ContextVar[tuple[Packed, Mapping[int, KVPages]]] = ContextVar("running")
@@ -179,8 +197,7 @@ RECORDING: ContextVar[Recording] = ContextVar("recording")
 
 @contextmanager
 def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
-    """Let the model's attention be over ``packed``, with the pages that ``layers`` has for each
-    ``layer_idx``.
+    """Run the model's attention over ``packed``, with the pages of each ``layer_idx``.
 
     Call the model with ``input_ids`` and ``position_ids`` [1, T] and ``use_cache=False``, without a
     mask.
@@ -194,12 +211,12 @@ def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Let the model's attention return zeros and note each layer's geometry.
+    """Note each layer's geometry; the model's attention returns zeros.
 
     Call the model with ``input_ids`` [1, T] of one sequence, ``use_cache=False``, not on the meta
     device: transformers looks at the positions.
-    Raises: CheckpointRefused, from the pass or at its end, when the model needs what is not
-        computed here.
+    Raises: CheckpointRefused, from the pass or at its end, when the model needs an attention that
+        is not supported.
     """
     found = Recording()
     token = RECORDING.set(found)
@@ -222,33 +239,33 @@ def recording() -> Iterator[Recording]:
 def _refused(reason: str) -> CheckpointRefused:
     return CheckpointRefused(
         "E_ATTENTION",
-        f"the model's attention cannot be run: {reason}",
+        f"the model's attention is not supported: {reason}",
         hint="`--engine vllm` hands the checkpoint to vLLM",
     )
 
 
-# Arguments that models pass through to every attention and that say nothing here, or nothing that
-# `Packed` does not say.
-_HARMLESS = {
-    *(
-        "position_ids",
-        "cache_position",
-        "past_key_value",
-        "past_key_values",
-        "use_cache",
-        "seq_idx",
-        "deterministic",
-    ),
-    *(
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "num_items_in_batch",
-        "logits_to_keep",
-    ),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+# Arguments that models pass through to every attention, and that can be ignored here or repeat what
+# `Packed` says.
+_IGNORED = {
+    "position_ids",
+    "cache_position",
+    "past_key_value",
+    "past_key_values",
+    "use_cache",
+    "seq_idx",
+    "deterministic",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
 }
+_CHECKED = {"is_causal", "s_aux"}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -262,10 +279,12 @@ def _forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """Attend for a model of transformers: ``query`` [1, heads, T, head_dim], the others likewise;
-    the result is [1, T, heads, v_head_dim].
+    """Attend for a model of transformers.
+
+    ``query`` is [1, heads, T, head_dim], keys and values likewise; the result is
+    [1, T, heads, v_head_dim].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
@@ -306,45 +325,41 @@ def _unsupported_reason(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    others: Mapping[str, Any],
+    others: Mapping[str, object],
 ) -> str | None:
+    """Return why the attention of ``module`` cannot be computed here; None when it can."""
     if not isinstance(getattr(module, "layer_idx", None), int):
-        return f"{type(module).__name__} does not say which layer it is"
+        return f"{type(module).__name__} has no `layer_idx` to tell which layer it is"
     if others.get("s_aux") is not None:
         return "it has attention sinks"
     is_causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "it is bidirectional"
-    if (
-        getattr(module, "is_cross_attention", False)
-        or query.shape[2] != key.shape[2]
-        or query.shape[0] != 1
-    ):
+    own_tokens = query.shape[2] == key.shape[2] and query.shape[0] == 1
+    if getattr(module, "is_cross_attention", False) or not own_tokens:
         return "it attends to other tokens than its own sequence's"
     if attention_mask is not None:
         return "it makes a mask of its own"
-    unknown = [
-        name
-        for name, given in others.items()
-        if given is not None and name not in _HARMLESS | {"is_causal", "s_aux"}
-    ]
-    if unknown:
-        return f"it asks for `{unknown[0]}`"
-    if (
-        query.shape[1] % key.shape[1]
-        or value.shape[1] != key.shape[1]
-        or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM
-    ):
-        return (
-            "query, key and value heads of shape "
-            f"{', '.join(str(list(part.shape[1::2])) for part in (query, key, value))}"
-        )
-    return None
+    given = {name for name, value in others.items() if value is not None}
+    if unknown := sorted(given - _IGNORED - _CHECKED):
+        return f"it passes `{unknown[0]}`"
+    return _unsupported_heads(query, key, value)
 
 
-def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", **_: Any) -> None:
-    """Note the window of the mask that a model makes during `recording`; it must see an unbroken
-    range of positions up to its own.
+def _unsupported_heads(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    grouped = query.shape[1] % key.shape[1] == 0 and value.shape[1] == key.shape[1]
+    if grouped and max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+        return None
+    shapes = ", ".join(str(list(part.shape[1::2])) for part in (query, key, value))
+    return f"query, key and value heads of shape {shapes}"
+
+
+def _record_mask(
+    *, mask_function: Callable[..., Tensor], device: torch.device | str = "cpu", **_: object
+) -> None:
+    """Note the window of a mask that a model makes during `recording`.
+
+    A token must see an unbroken range of positions up to its own.
     """
     found = RECORDING.get(None)
     if found is None:  # another thread, with a model of its own
@@ -357,7 +372,7 @@ def _record_mask(*, mask_function: Callable[..., Tensor], device: Any = "cpu", *
             mask = mask_function(zero, zero, torch.full_like(seen, own), seen).expand(own + 2).cpu()
         except IndexError:
             raise _refused("its mask depends on the input") from None
-        # of a window of 0, which a model makes that has no layer with a window
+        # the mask of a window of 0: a model without such layers makes one
         if not bool(mask.any()):
             return
         first = int(mask.int().argmax())

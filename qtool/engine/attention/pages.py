@@ -29,26 +29,24 @@ class LayerGeometry:
 
 @dataclass
 class KVPages:
-    """The keys and values of one layer; page 0 belongs to nobody. 8-bit pages hold ``value /
-    scale``.
-
-    k: [pages, kv_heads, PAGE, head_dim], bf16, f16, f32 or float8_e4m3fn; v: [pages, kv_heads,
-        PAGE, v_head_dim], the same dtype.
-    """
+    """The keys and values of one layer; page 0 belongs to no sequence."""
 
     k: Tensor
+    """[pages, kv_heads, PAGE, head_dim], bf16, f16, f32 or float8_e4m3fn."""
     v: Tensor
+    """[pages, kv_heads, PAGE, v_head_dim], the dtype of ``k``."""
     k_scale: float = 1.0
+    """8-bit pages hold the keys divided by this,"""
     v_scale: float = 1.0
+    """and the values divided by this."""
 
 
 @dataclass
 class Packed:
-    """The tokens of one forward pass, sequences side by side; T tokens of S + ``decodes``
-    sequences. A captured graph reads the same tensors again.
+    """The tokens of one forward pass: T tokens of S + ``decodes`` sequences, side by side.
 
-    Padding tokens stand among the decodes, at position 0 of a row whose pages are page 0; what they
-    get is of no use.
+    A captured graph reads the same tensors again. Padding tokens stand among the decodes, at
+    position 0 of a row whose pages are page 0; their results are ignored.
     """
 
     table: Tensor
@@ -68,17 +66,20 @@ class Packed:
     longest: int = 0
     """Tokens of the longest chunk, or any number above."""
     most: int = 0
-    """No position of a decode reaches this number, now and in replays of the graph; 0: the width of
-    the table says. A tight bound helps a little.
+    """No position of a decode reaches this number, now and in replays of the graph.
+
+    0 stands for all that the table can hold. A tight bound helps a little.
     """
     counters: Tensor | None = None
-    """From `new_counters`: what split decodes count arrivals with. One for each stream that runs at
-    the same time; None allocates in each call.
+    """From `new_counters`: split decodes count arrived parts with them.
+
+    Streams that run at the same time need their own; None allocates them in each call.
     """
 
 
 def new_counters(rows: int, heads: int, device: torch.device) -> Tensor:
-    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads; every launch
-    leaves them at zero.
+    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads.
+
+    Every launch leaves them at zero.
     """
     return torch.zeros(rows * heads, dtype=torch.int32, device=device)

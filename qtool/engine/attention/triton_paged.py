@@ -1,8 +1,7 @@
-"""The Triton kernels of `attention`, for CUDA: store keys and values in pages, attend from one
-token a sequence, attend from chunks.
+"""Paged attention in Triton: writing to the KV cache, decode, and prefill of chunks.
 
-Both attentions take the query heads that share a KV head as rows of one tile, so that keys and
-values are read once for all of them. Everything a launch depends on is known to the host without
+Decode and prefill take the query heads that share a KV head as rows of one tile, so that keys and
+values are read once for all of them. The host knows everything that a launch depends on without
 asking the device; programs that find no work end at once. Logits are kept in units of log2.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +20,7 @@ from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 LOG2_E = 1.4426950408889634
-# What a kernel should not be compiled anew for.
+# arguments whose values must not make Triton compile a kernel again
 _ANY = {
     "do_not_specialize": ["stride_table_row", "window", "least", "decodes"],
     "do_not_specialize_on_alignment": [
@@ -39,25 +37,30 @@ _ANY = {
 
 @dataclass(frozen=True)
 class Tile:
-    """How attention is cut: query rows of a program (of chunks only), keys of a step, and Triton's
-    warps and stages.
-
-    parts: into how many a decode's keys are cut at most, each of at least ``least`` steps. pdl:
-        start while the kernel before ends.
-    """
+    """How the work of attention is cut."""
 
     keys: int
+    """Of a step."""
     warps: int
     stages: int
     rows: int = 16
+    """Query rows of a program of prefill."""
     parts: int = 1
+    """Into how many parts the keys of a decode are cut at most,"""
     least: int = 1
+    """each of at least so many steps."""
     pdl: bool = True
+    """Whether the kernel starts while the one before it ends."""
 
 
 def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
-    """Choose for so many sequences times KV heads, which have up to ``most`` tokens; ``itemsize``:
-    bytes of a number in the queries.
+    """Choose for decode.
+
+    Args:
+        programs: sequences times KV heads.
+        most: tokens of the longest sequence.
+        head_dim: of keys or values, the larger.
+        itemsize: bytes of a number in the queries.
     """
     keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
     # few: cut until the machine is full; each number of parts is a kernel of its own to compile
@@ -69,14 +72,14 @@ def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
 
 
 def prefill_tile(head_dim: int, itemsize: int) -> Tile:
-    """Choose for chunks."""
+    """Choose for prefill of chunks."""
     if itemsize == 4:
         return Tile(16, 4, 2, rows=32)
     return Tile(64, 8, 3, rows=128) if head_dim <= 128 else Tile(32, 8, 2, rows=128)
 
 
 def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
-    """Store the keys and values of new tokens, see `attention.write`."""
+    """Store the keys and values of new tokens, see `interface.write`."""
     k, v = _inner_contiguous(k), _inner_contiguous(v)
     if not k.shape[0]:
         return
@@ -120,9 +123,7 @@ def decode(
     softcap: float | None,
     tile: Tile | None = None,
 ) -> None:
-    """Fill ``out`` [T, heads, v_head_dim] for the tokens that are one of a sequence, see
-    `attention.attend`.
-    """
+    """Fill ``out`` [T, heads, v_head_dim] for the decodes, see `interface.attend`."""
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
     most = packed.most or packed.table.shape[1] * PAGE
@@ -196,7 +197,7 @@ def prefill(
     softcap: float | None,
     tile: Tile | None = None,
 ) -> None:
-    """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `attention.attend`."""
+    """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `interface.attend`."""
     assert packed.starts is not None
     q, kv_heads = _inner_contiguous(q), kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
@@ -260,18 +261,14 @@ def _inner_contiguous(x: Tensor) -> Tensor:
 
 
 def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
-    """Return what to multiply the logits with, then what limits them, both in units of log2, and
-    what to multiply the result with.
-    """
+    """Return the factor and the limit of the logits, in units of log2, and that of the result."""
     scale = scaling * kv.k_scale
-    return (
-        (scale / softcap, softcap * LOG2_E, kv.v_scale)
-        if softcap
-        else (scale * LOG2_E, 0.0, kv.v_scale)
-    )
+    if softcap:
+        return scale / softcap, softcap * LOG2_E, kv.v_scale
+    return scale * LOG2_E, 0.0, kv.v_scale
 
 
-def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
+def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, int | bool]:
     early = pdl and not _old(x.device)
     return {
         "num_warps": warps,
@@ -283,17 +280,13 @@ def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, Any]:
 
 @cache
 def _old(device: torch.device) -> bool:
-    """Return whether ``device`` is a GPU before Hopper, which cannot start a kernel before the last
-    one ended.
-    """
+    """Whether ``device`` is older than Hopper: no kernel starts there before the last one ends."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
 
 
 @cache
 def _hopper(device: torch.device) -> bool:
-    """Return whether kernels for ``device`` are for sm_90; those that are only compiled, without a
-    GPU, are.
-    """
+    """Whether kernels for ``device`` are for sm_90, as those for the meta device are."""
     return device.type == "meta" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     )
