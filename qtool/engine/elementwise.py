@@ -1,15 +1,14 @@
-"""What a decoder layer does between its matmuls and attention, in Triton, a launch each: norms,
-rotary embedding and KV cache, gated activations.
+"""Triton kernels for the rest of a decoder layer: norms, rotary embedding, gated activations.
 
-Each computes in f32 and rounds where the model's own code rounds, so that both say the same; codes
-are those `row_quantize` finds.
+Each is one launch. It computes in f32 and rounds where the model's own code rounds, so that the
+results are the same; codes are those of `row_quantize`.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
@@ -21,9 +20,9 @@ from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
 Codes = Literal["fp8", "int8"]
-TILE = 1024  # numbers a program takes at least, where it does not need a whole row
-WARP = 512  # numbers of each warp
-PIECE = 16384  # the most numbers of a row that a program keeps
+TILE = 1024  # elements of a program at least, unless it needs a whole row
+WARP = 512  # elements of each warp
+PIECE = 16384  # elements of a row that a program keeps at most
 
 
 def add_norm(
@@ -36,11 +35,16 @@ def add_norm(
     late: bool,
     codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the RMSNorm of ``x + residual`` [T, K], contiguous, or its codes; their scales, f32
-    [T, 1]; and the sum.
+    """Return the RMSNorm of ``x + residual`` or its codes, the scales of codes, and the sum.
 
-    ``plus_one``: the weight is what is added to 1. ``late``: the norm is rounded after it is
-        multiplied by the weight, and not before too.
+    Args:
+        x: [T, K], contiguous.
+        residual: the same shape, or None.
+        weight: of the norm, [K].
+        eps: of the norm.
+        plus_one: whether 1 is added to the weight.
+        late: whether to round only after the product with the weight, not before as well.
+        codes: the format to round the norm to; scales are f32 [T, 1].
     """
     tokens, width = x.shape
     total = x if residual is None else torch.empty_like(x)
@@ -80,17 +84,21 @@ def rotate_and_write(
     rows: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Return the queries of ``qkv`` [T, ...], normed and rotated, [T, heads, D]; write keys and
-    values to their pages.
+    """Norm and rotate queries and keys; return queries [T, heads, D], write the others to pages.
 
     Args:
+        qkv: queries, keys and values of each token, [T, ...].
         at: where the queries, keys and values of a token begin.
+        heads: of queries.
         norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and
             ``late``.
         rotary: cosines and sines, [T, at most D].
-        k_pages, v_pages: [pages, KV heads, page, D]; ``scales``: what their numbers are in units
-            of, for fp8.
-        table, rows, positions: as in `qtool.engine.attention.interface.Packed`.
+        k_pages: [pages, KV heads, page, D].
+        v_pages: [pages, KV heads, page, D].
+        scales: of keys and values in fp8 pages.
+        table: as in `qtool.engine.attention.pages.Packed`.
+        rows: likewise.
+        positions: likewise.
     """
     tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
     q = qkv.new_empty(tokens, heads, width)
@@ -141,8 +149,14 @@ def gated(
     activation: Literal["silu", "gelu_tanh"],
     codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``activation(gate) * up`` [T, width], or its codes, and their scales; ``at``: where
-    gate and up begin in the rows of ``x``.
+    """Return ``activation(gate) * up`` [T, width] or its codes, and the scales of codes.
+
+    Args:
+        x: gate and up of each token, [T, ...].
+        at: where gate and up begin in a row of ``x``.
+        width: of gate and of up.
+        activation: of the gate.
+        codes: the format to round the result to.
     """
     tokens = x.shape[0]
     out, scale = _outputs(x, width, codes)
@@ -165,16 +179,16 @@ def gated(
 
 
 def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
-    """Return where [T, width] numbers or codes, and their scales, go."""
+    """Allocate [T, width] results or codes, and the scales of codes."""
     dtype = {None: x.dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[codes]
-    return x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(
-        x.shape[0], 1, dtype=torch.float32
-    ) if codes else None
+    out = x.new_empty(x.shape[0], width, dtype=dtype)
+    return out, x.new_empty(x.shape[0], 1, dtype=torch.float32) if codes else None
 
 
-def _launch(device: torch.device, size: int) -> dict[str, Any]:
-    """Return how to launch programs of ``size`` numbers: on Hopper while the launch before them
-    still runs.
+def _launch(device: torch.device, size: int) -> dict[str, int | bool]:
+    """Return Triton's options for programs of ``size`` elements.
+
+    On Hopper they start while the kernel before them still runs.
     """
     early = _starts_early(device)
     return {
@@ -244,7 +258,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store ``value``, f32, in units of ``scale`` for fp8."""
+    """Store ``value``, f32; divided by ``scale`` for fp8."""
     if FP8:
         inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
         # not infinite, which the next line would make NaN
@@ -288,12 +302,11 @@ def _put_heads(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Norm the heads at ``x`` [H, 1], rotate them by the angles of their token, and store them at
-    ``out`` [H, 1], those ``inside``.
+    """Norm the heads at ``x`` [H, 1], rotate them, and store those ``inside`` at ``out`` [H, 1].
 
-    Of the channels that are rotated, one of the first half turns with one of the second. All loads
-    have the shape [H, ...], those of the angles too: of another shape they would have another
-    layout, and go through shared memory.
+    Each rotated channel of the first half turns with one of the second half. All loads have the
+    shape [H, ...], those of the angles too: with another shape they would have another layout, and
+    go through shared memory.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = ROTATED // 2
@@ -461,8 +474,9 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _share(x):  # type: ignore[no-untyped-def]
-    """Return ``1 / (1 + 2^x)``, f32, in three instructions: `tl.exp2` and division handle subnormal
-    numbers, with more work than all the rest is.
+    """Return ``1 / (1 + 2^x)``, f32, in three instructions.
+
+    `tl.exp2` and division also handle subnormal numbers, which costs more than all the rest.
     """
     share: tl.constexpr = (
         "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 "

@@ -30,10 +30,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-ROWS = 64  # of a group: queries, times the heads that are computed with one another
+ROWS = 64  # of a group: queries, times the heads that are computed together
 KEYS = 128  # of a step
 STAGES = 2
-WIDE = 64  # numbers of a row that lie together in shared memory: 128 bytes, swizzled
+WIDE = 64  # elements of a row that lie together in shared memory: 128 bytes, swizzled
 # the groups issue products in turns, so that one multiplies while the other takes exponentials
 TURNS = True
 
@@ -168,8 +168,8 @@ def _prefill(  # type: ignore[no-untyped-def]
         v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout
     )
     mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # When queries (and mail), keys and values are there, when both groups are done with them, and
-    # whose turn it is.
+    # queries (and mail), keys and values have arrived; both groups are done with them; whose turn
+    # it is
     queries_in, queries_out, first_turn, second_turn = (
         _barriers(1, 1),
         _barriers(1, 2),
@@ -283,10 +283,9 @@ def _sum(a, b):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return where the chunk starts that has block ``index``, its tokens, the number of the block
-    in it, -1 if none has; and how many there are.
+    """Return start and size of the chunk with block ``index``, the block's number, and the total.
 
-    The last block of a chunk, which sees most keys, is the first.
+    The number counts in the chunk, from its last block, which sees most keys; -1: no chunk has it.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     start, count, block, total = 0, 0, -1, 0
@@ -308,8 +307,8 @@ def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyp
 def _work(  # type: ignore[no-untyped-def]
     item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr
 ):
-    """Return the first token of block ``item``, how many of its chunk there are from it on, 0 if
-    none, its position and its row of the table.
+    """Return the first token of block ``item``, how many tokens its chunk has from there on, its
+    position, its row of the table, and the number of blocks; 0 tokens if no block is left.
     """
     start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
     there = block >= 0
@@ -346,8 +345,9 @@ def _load(  # type: ignore[no-untyped-def]
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Draw blocks of queries, tell the groups, and load what they need, each as soon as both are
-    done with its place.
+    """Draw blocks of queries, mail them to the groups, and load what these need.
+
+    Each load starts as soon as both groups are done with its place in shared memory.
     """
     HALF: gl.constexpr = q.block_type.shape[0]
     TOGETHER: gl.constexpr = q.block_type.shape[1]
@@ -359,7 +359,7 @@ def _load(  # type: ignore[no-untyped-def]
     queries_out, keys_out, values_out = emptied
     LETTER: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if PDL:
-        gdc_wait()  # the groups do nothing before the first letter
+        gdc_wait()  # the groups do nothing before the first mail
     item = gl.program_id(0)
     token, left, position, row, total = _work(
         item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF
@@ -391,7 +391,7 @@ def _load(  # type: ignore[no-untyped-def]
                 page = gl.load(
                     table + row.to(gl.int64) * stride_table_row + first + i, mask=inside, other=0
                 )
-                # What lies outside becomes zeros: what a page held before might be NaN.
+                # Keys outside become zeros: old numbers of a page might be NaN.
                 pages = pages + (
                     gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),
                 )  # type: ignore[assignment]
@@ -416,7 +416,7 @@ def _load(  # type: ignore[no-untyped-def]
                     values.index(stage * PARTS * PAGES + i),
                 )
             step += 1
-            if tile == gl.minimum(tiles, STAGES) - 1:  # while all places are taken
+            if tile == gl.minimum(tiles, STAGES) - 1:  # while all stages are full
                 drawn = gl.atomic_add(counter, 1)
                 if drawn == total - 1:  # nobody will draw again
                     gl.store(counter, 0)
@@ -450,9 +450,7 @@ def _soften(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
-    """Return the weights of ``keys`` as operand of a product, the new ``top`` and ``total`` of each
-    row, and what is kept of earlier sums.
-    """
+    """Return the weights of ``keys``, the new ``top`` and ``total``, and the factor of old sums."""
     if MASKED:
         logits = gl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
     new_top = gl.maximum(top, gl.max(logits, 1))
@@ -565,8 +563,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 new_weights, top, total, kept = _soften(
                     logits, top, total, factor, own, tile * KEYS + key, masked == 1, dtype, OPERAND
                 )
-                # A loop, however short, that the compiler does not move the next wait across: it
-                # would come before the exponentials.
+                # The compiler does not move this wait before the exponentials: it is a loop,
+                # however short.
                 mbarrier.wait(
                     keys_in.index((step + 1) % STAGES),
                     (step + 1) // STAGES % 2,
@@ -586,11 +584,8 @@ def _attend(  # type: ignore[no-untyped-def]
         stage = step % STAGES
         mbarrier.wait(values_in.index(stage), step // STAGES % 2)
         slot = gl.arange(0, PAGE, gl.SliceLayout(1, CLEANED))
-        for part in gl.static_range(
-            PARTS
-            # in the last page, what it held before might be NaN. The other group may do the same
-            # meanwhile.
-        ):
+        # In the last page, old numbers might be NaN. The other group may do the same meanwhile.
+        for part in gl.static_range(PARTS):
             page = values.index((stage * PARTS + part) * PAGES + last // PAGE % PAGES)
             page.store(gl.where((slot <= last % PAGE)[:, None], page.load(CLEANED), 0.0))
         fence_async_shared()

@@ -382,7 +382,7 @@ def _load(  # type: ignore[no-untyped-def]
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Return keys or values [KEYS, D_PADDED] of ``place``, zeros where nothing is visible."""
+    """Return the keys or values [KEYS, D_PADDED] at ``place``; zeros where none is visible."""
     d = tl.arange(0, D_PADDED)
     pointers = pages + place[:, None] + (keys % PAGE)[:, None] * D + d[None, :]
     if MASKED and D != D_PADDED:
@@ -397,8 +397,9 @@ def _load(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _half(q, factor, pages):  # type: ignore[no-untyped-def]
-    """Return ``q`` [ROWS, head_dim] in the dtype to compute in, and what to multiply the logits
-    with: fp8 becomes f16 at once, bf16 by a detour.
+    """Return ``q`` [ROWS, head_dim] in the dtype to compute in, and the factor of the logits.
+
+    fp8 pages are read as f16, so bf16 queries become f16 too, scaled into its range.
     """
     if pages.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
         largest = tl.max(tl.abs(q.to(tl.float32)), 1, keep_dims=True)
@@ -412,8 +413,8 @@ def _half(q, factor, pages):  # type: ignore[no-untyped-def]
 def _numbers(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return keys or values from pages in ``dtype``."""
     if x.dtype == tl.float8e4nv and dtype == tl.float16:
-        # Assembly that is not pure stays before the change of layout: Triton would read single
-        # bytes in the layout of the dot, then convert those.
+        # As impure assembly, this stays before the change of layout. Otherwise Triton would read
+        # single bytes in the layout of the dot, and convert those.
         convert: tl.constexpr = (
             "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 "
             "$1, b;}"
@@ -451,17 +452,17 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add tiles ``begin`` to ``end`` - 1 of keys to ``acc`` [ROWS, v_head_dim], ``total`` and
-    ``top`` [ROWS]: the sums, and the largest logit.
+    """Add tiles ``begin`` to ``end`` - 1 of keys to ``acc``, ``total`` and ``top``.
 
-    own: the position of each row [ROWS]. q and factor: from `_half`. low, last: what lies outside
-        of these positions is not even read.
+    ``acc`` [ROWS, v_head_dim] and ``total`` [ROWS] are sums, ``top`` [ROWS] the largest logit.
+    ``own`` is the position of each row. ``q`` and ``factor`` come from `_half`. Nothing outside of
+    the positions ``low`` to ``last`` is read.
     """
     keys = begin * KEYS + tl.arange(0, KEYS)
     page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
     for _ in tl.range(begin, end, num_stages=STAGES):
         visible = (keys >= low) & (keys <= last)
-        # a step ahead: loads wait for none in their step
+        # a step ahead, so that no load waits for another of its step
         next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
         k = _load(
             k_pages, page.to(tl.int64) * stride_k_page, keys, visible, MASKED, D, q.shape[1], PAGE
@@ -640,8 +641,9 @@ def _add_parts(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Write to ``out`` what the ``parts`` parts of the heads at ``place`` add up to, always in the
-    same order, ``TOGETHER`` at a time.
+    """Write the sum of the ``parts`` parts of the heads at ``place`` to ``out``.
+
+    Parts are always added in the same order, ``TOGETHER`` at a time.
     """
     member, dv = tl.arange(0, SHARED_PADDED), tl.arange(0, DV_PADDED)
     acc = tl.zeros((SHARED_PADDED, DV_PADDED), tl.float32)

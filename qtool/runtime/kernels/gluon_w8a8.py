@@ -1,8 +1,7 @@
-"""Codes of 8 bits times codes of 8 bits for many tokens, in Gluon for sm_90: one warp loads, two
-groups of four multiply.
+"""Products of 8-bit codes for many tokens, in Gluon for sm_90: one warp loads, two groups multiply.
 
 Triton waits for each int8 product before it starts the next (3.6: ``warp_group_dot_wait {pendings =
-0}``), and does not divide int8 loops among warps. Here the next product always waits in line, and
+0}``), and does not specialize warps in int8 loops. Here the next product is always queued, and
 loads go on while a tile is scaled and stored.
 """
 
@@ -33,7 +32,7 @@ TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
 }
-# outputs that a group stores at once: there is room for 16 KiB each beside four stages of loads
+# outputs that a group stores at once: 16 KiB each fit next to four stages of loads
 STORED = 8192
 
 
@@ -46,11 +45,17 @@ def multiply_codes(
     dtype: torch.dtype,
     tile: Tile,
 ) -> Tensor:
-    """Return ``codes`` [M, K] times ``data`` [N, K], times their scales, f32 [M, 1] and [N], plus
-    ``bias`` [N]: [M, N], in ``dtype``.
+    """Return ``codes`` times ``data``, times their scales, plus ``bias``: [M, N].
 
-    K is a multiple of 16, N of 8. ``tile.programs`` go through the tiles, each over all of K;
-    ``tile.m`` is 128 or 256, half for each group.
+    Args:
+        codes: the input, [M, K]; K is a multiple of 16.
+        row_scale: of the tokens, f32 [M, 1].
+        data: the weight, [N, K]; N is a multiple of 8.
+        scale: of the outputs, f32 [N].
+        bias: [N], or None.
+        dtype: of the result.
+        tile: ``tile.programs`` programs go through the tiles, each over all of K; ``tile.m`` is 128
+            or 256, half for each group.
     """
     (tokens, columns), rows, half = codes.shape, data.shape[0], tile.m // 2
     y = codes.new_empty((tokens, rows), dtype=dtype)
@@ -118,8 +123,9 @@ def _position(  # type: ignore[no-untyped-def]
     TILE_N: gl.constexpr,
     BAND: gl.constexpr,
 ):
-    """Return the first token and the first output of a tile: neighbours share weights, `BAND` tiles
-    of tokens at a time.
+    """Return the first token and the first output of a tile.
+
+    Neighbours share weights, `BAND` tiles of tokens at a time.
     """
     tiles_m, tiles_n = gl.cdiv(M, TILE_M), gl.cdiv(N, TILE_N)
     band, rest = tile // (BAND * tiles_n), tile % (BAND * tiles_n)
@@ -248,9 +254,7 @@ def _cut(sums, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _store(sums, m, n, stored, y, row_scale, scale, bias, M, N):  # type: ignore[no-untyped-def]
-    """Write ``sums`` times their scales to ``y``, from [m, n] on, through the shared memory
-    ``stored``.
-    """
+    """Write ``sums`` times their scales to ``y`` from [m, n] on, through ``stored``."""
     LAYOUT: gl.constexpr = sums.type.layout
     rows = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
     columns = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))

@@ -71,20 +71,20 @@ TILES: Mapping[str, Table] = {"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8":
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format is packed: ``codes`` a word, runs of ``width`` inputs, ``fields`` scales an
-    integer (0: one scale a row).
-
-    A block and row has ``groups`` such integers, each for its share of all runs.
-    """
+    """How a format is packed."""
 
     codes: int
+    """Of a word."""
     width: int
+    """Inputs of a run."""
     fields: int
+    """Scales of an integer; 0: there is one scale a row."""
     groups: int = 1
+    """Such integers of a block and row, each for its share of all runs."""
 
     @property
     def block(self) -> int:
-        """How many inputs a block has."""
+        """Inputs of a block."""
         return self.codes * self.width
 
     def field(self, code: int) -> int:
@@ -189,10 +189,10 @@ def _without_zero_scales(weight: QuantizedWeight, group: int) -> QuantizedWeight
 
 
 def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Return the scales as fields of 8 bits, and what is left for each row.
+    """Return the scales as fields of 8 bits, and the factor that is left for each row.
 
-    The scales are moved as far up as ``spec.dtype`` allows: they then also make up for the
-    exponents that the decoded codes lack.
+    The scales are as large as ``spec.dtype`` allows: they then also make up for the exponents that
+    the decoded codes lack.
     """
     (((shift, _),), base), _ = _SCALES[spec.scheme.weights.scale, spec.dtype]
     scale = weight.scale.float()
@@ -210,12 +210,12 @@ def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tens
 
 
 def _base(spec: LinearSpec) -> float:
-    """Return what the decoded number of an integer code exceeds it by."""
+    """Return by how much the decoded number of an integer code is too large."""
     return _DECODE[spec.scheme.weights.format, spec.dtype].base
 
 
 def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]) -> Tensor:
-    """Put the bits of each number where ``decode`` takes them from."""
+    """Put the bits of each code where ``decode`` reads them."""
     codes = unpack_pairs(data) if data.dtype == torch.uint8 else data.view(torch.uint8)
     codes = torch.nn.functional.pad(
         codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0])
@@ -230,8 +230,9 @@ def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]
 
 
 def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int]) -> Tensor:
-    """Spread ``values`` [N, K/group] of 8 or 16 bits over the fields of the blocks: int32 or int64
-    [K/block, N, groups].
+    """Pack ``values`` [N, K/group] of 8 or 16 bits as fields of the blocks.
+
+    The result is int32 or int64 [K/block, N, groups].
     """
     bits, share = values.element_size() * 8, layout.block // (layout.fields * layout.groups)
     each = values.repeat_interleave(group // share, dim=1)[:, : padded[1] // share]
@@ -296,9 +297,8 @@ def multiply(
         WIDTH=layout.width,
         GROUPS=layout.groups,
         UNROLL=unroll,
-        SCALE_SUMS=tile.m <= 32
-        # then scaling what a group sums to is less work than scaling its weights
-        and not scale_bits,
+        # for few tokens, scaling the sums of a group is less work than scaling its weights
+        SCALE_SUMS=tile.m <= 32 and not scale_bits,
         EVEN=columns % (unroll * layout.block) == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -318,17 +318,20 @@ Bits = tuple[tuple[tuple[int, int], ...], int]
 
 @dataclass(frozen=True)
 class Decode:
-    """How the codes of a word become numbers: the bits of each, and where needed of one to
-    subtract, then ``- base`` and ``* scale_by``.
-    """
+    """How the codes of a word become numbers."""
 
     bits: tuple[Bits, ...]
+    """Of each number."""
     subtract: tuple[Bits, ...] = ()
+    """Of a number to subtract from each."""
     base: float = 0.0
+    """Subtracted next."""
     scale_by: float = 1.0
+    """Multiplied last."""
     size: int = 0
-    """Of a float: the bits of its magnitude, and how far up these go."""
+    """Of a float: the bits of its magnitude,"""
     up: int = 0
+    """and by how many bits these are shifted up."""
 
     def place(self, codes: Tensor) -> Tensor:
         """Return the codes with their bits where those of the numbers are."""
@@ -339,16 +342,15 @@ class Decode:
         )
 
     def parts(self, code: int) -> tuple[tuple[int, int], ...]:
-        """Return from where the bits of the number ``code`` of a word come, as pairs of a shift and
-        a mask.
-        """
+        """Return where the bits of the number ``code`` are in a word: pairs of shift and mask."""
         return (*self.bits[code][0], *(self.subtract[code][0] if self.subtract else ()))
 
 
 @lru_cache
 def _assembly(codes: tuple[Bits, ...]) -> tuple[str, ...] | None:
-    """Return PTX that makes two words in one register two numbers, for each code: Triton itself
-    would take the words one by one.
+    """Return PTX that decodes two words in one register at once, for each code.
+
+    Triton itself would decode the words one by one.
     """
     return tuple(_instructions(*bits) for bits in codes) or None
 
@@ -369,8 +371,9 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
 
 
 def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int = 0) -> Decode:
-    """Decode ``count`` integers a word, or'ed into the low bits of a number of bits ``constant``;
-    ``sign`` likewise into one to subtract.
+    """Decode ``count`` integers a word, or'ed into the low bits of ``constant``.
+
+    The bit ``sign`` is or'ed into another ``constant``, which is subtracted.
     """
     shifts = [16 // count * code for code in range(count)]
     subtract = tuple((((shift, sign),), constant) for shift in shifts) if sign else ()
@@ -380,8 +383,9 @@ def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int 
 def _float(
     count: int, exponent: int, mantissa: int, target_exponent: int, target_mantissa: int
 ) -> Decode:
-    """Decode ``count`` small floats a word: sign, exponent and mantissa move to their places, the
-    difference of the biases is multiplied in.
+    """Decode ``count`` small floats a word.
+
+    Sign, exponent and mantissa move to their places; the difference of the biases is a factor.
     """
     size, up = exponent + mantissa, target_mantissa - mantissa
     places = (
@@ -397,15 +401,13 @@ def _float(
 
 
 def _fp4(places: tuple[tuple[tuple[int, int], ...], ...], up: int, scale_by: float) -> Decode:
-    """Decode four fp4 a word, whose bits are so arranged that few shifts bring all to their
-    places.
-    """
+    """Decode four fp4 a word, whose bits are arranged so that few shifts move all of them."""
     return Decode(tuple((parts, 0) for parts in places), scale_by=scale_by, size=3, up=up)
 
 
 # An integer or'ed into the low bits of 128.0 (bfloat16) or 1024.0 (float16) is added to it.
-# bfloat16 has 7 such bits, so the sign of an int8 is
-# or'ed into another 128.0, which makes it 256.0, and that is subtracted.
+# bfloat16 has 7 such bits, so the sign of an int8 is or'ed into another 128.0, which makes that
+# 256.0, and it is subtracted.
 _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
     ("int4", torch.bfloat16): _integer(4, 0x0F, 0x4300, base=136.0),
     ("int4", torch.float16): _integer(4, 0x0F, 0x6400, base=1032.0),
@@ -437,15 +439,12 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
 
 
 def _scale(shift: int, base: int = 0) -> tuple[Bits, ...]:
-    """Decode two scales a word: the 8 bits of each lie ``shift`` bits up in its number, over those
-    of ``base``, which never change.
-    """
+    """Decode two scales a word: 8 bits each, shifted up by ``shift`` over the bits of ``base``."""
     return tuple((((place - shift, 0xFF << shift),), base) for place in (0, 8))
 
 
-_SCALES: Mapping[
-    tuple[str, torch.dtype], tuple[Bits, ...]
-] = {  # of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
+# of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
+_SCALES: Mapping[tuple[str, torch.dtype], tuple[Bits, ...]] = {
     ("e4m3", torch.bfloat16): _scale(4, 0x7000),
     ("e4m3", torch.float16): _scale(7),
     ("e8m0", torch.bfloat16): _scale(7),
@@ -460,9 +459,7 @@ def _number(  # type: ignore[no-untyped-def]
     CODE: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Return the numbers of ``dtype`` that ``ASM`` makes of code ``CODE`` of ``words``, two at a
-    time.
-    """
+    """Return the numbers that ``ASM`` decodes from code ``CODE`` of ``words``, two at a time."""
     return tl.inline_asm_elementwise(ASM[CODE], "=r,r", [words], tl.int16, is_pure=True, pack=2).to(
         dtype, bitcast=True
     )
@@ -475,9 +472,7 @@ def _field(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Return field ``INDEX`` of ``fields`` as numbers: they have 16 bits, of one of ``dtype``, or
-    8, of an E8M0 number, then f32.
-    """
+    """Return field ``INDEX`` of ``fields``: 16 bits of a ``dtype``, or 8 of E8M0, then in f32."""
     BITS: tl.constexpr = fields.dtype.primitive_bitwidth // FIELDS
     field = (fields >> (BITS * INDEX)).to(tl.int32) & ((1 << BITS) - 1)
     if BITS == 16:
@@ -536,7 +531,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             )
             prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
     start_early(PDL)
-    # said here, it also fetches the scales ahead
+    # with `num_stages` here, the scales are fetched ahead too
     for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             block = step * UNROLL + u

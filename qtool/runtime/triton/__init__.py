@@ -1,1 +1,1 @@
-"""What our Triton kernels share."""
+"""Functions that several Triton kernels share."""

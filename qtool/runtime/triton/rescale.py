@@ -1,6 +1,4 @@
-"""What follows a matmul of codes, in one launch: each sum times the scales of its row and its
-column, plus the bias.
-"""
+"""Scaling the sums of a matmul of codes: times the scales of row and column, plus the bias."""
 
 from __future__ import annotations
 
@@ -43,6 +41,7 @@ def rescale(
         rows: f32 [M, 1].
         columns: f32 [N].
         bias: [N], or None.
+        dtype: of the result.
     """
     height, width = sums.shape
     out = torch.empty_like(sums, dtype=dtype)

@@ -1,6 +1,4 @@
-"""Rounding the rows of an input to 8 bits, in Triton: what `fake_quantize_input` does, kept as
-codes and scales.
-"""
+"""Rounding the rows of an input to 8-bit codes and scales, in Triton, as `fake_quantize_input`."""
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from qtool.runtime.triton.tiles import start_early
 
-PIECE = 16384  # inputs of a row at a time
+PIECE = 16384  # elements of a row at a time
 
 
 def quantize_rows(
@@ -24,11 +22,14 @@ def quantize_rows(
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes [M, K] of ``x`` [M, K], contiguous, and their scales, f32 [M, 1];
-    ``static_scale``, a scalar, is that of every row.
+    """Return the codes of ``x`` [M, K], and the scales of its rows, f32 [M, 1].
 
-    ``pdl``: on sm_90, start while the kernel before ends; the next one may do so too, if it waits
-        for this one by itself.
+    Args:
+        x: contiguous.
+        format: of the codes.
+        static_scale: one scale for all rows, a scalar.
+        pdl: on sm_90, start while the kernel before it ends. The next kernel may do so too, if it
+            waits for this one by itself.
     """
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
@@ -54,7 +55,7 @@ def quantize_rows(
 def scale_of(amax, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the scale of rows with the largest magnitudes ``amax`` [R, 1]."""
     scale = tl.div_rn(amax, tl.full((1, 1), 448.0 if FP8 else 127.0, tl.float32))
-    return tl.where(scale > 1e-36, scale, 1.0)  # what is below has no f32 reciprocal
+    return tl.where(scale > 1e-36, scale, 1.0)  # a smaller scale has no f32 reciprocal
 
 
 @triton.jit
@@ -65,15 +66,13 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     inverse = tl.broadcast_to(tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale), x.shape)
     scale = tl.broadcast_to(scale, x.shape)
     ratio = x * inverse
-    # with this step of Newton's it is x / scale, correctly rounded
+    # after this Newton step it is x / scale, correctly rounded
     ratio = tl.fma(tl.fma(-ratio, scale, x), inverse, ratio)
     if FP8:
         return tl.clamp(ratio, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
     else:
-        magic = (
-            12582912.0  # 1.5 * 2^23: what is added to it is rounded to a whole number, half to even
-        )
-        # the lowest bits of a code stand last
+        # 1.5 * 2^23: a number added to it is rounded to an integer, half to even, in the last bits
+        magic = 12582912.0
         return (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)
 
 

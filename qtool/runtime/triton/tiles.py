@@ -1,10 +1,9 @@
-"""What our Triton matmuls share: how the work is cut, and how the parts of one output tile become
-the output.
+"""Tiles of Triton matmuls: how the work is cut, and how parts are added up.
 
-All compute ``W x^T``, tiles [TILE_N, TILE_M]: the weight is then the operand of 64 rows that the
-tensor cores of Hopper want, however few tokens there are. Where the tiles are too few to fill the
-machine, K is cut too. Each part then goes to a workspace, and the last program of a tile to arrive
-adds them in their order, so that results never depend on timing.
+All matmuls compute ``W x^T`` in tiles [TILE_N, TILE_M]: the weight is then the operand with the 64
+rows that the tensor cores of Hopper need, however few tokens there are. If there are too few tiles
+to fill the GPU, K is cut as well (split-K). Each part then goes to a workspace, and the last
+program of a tile to arrive adds the parts in a fixed order, so that results never depend on timing.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -19,11 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-GLUON = triton.__version__.startswith(
-    "3.6."
-    # Gluon is experimental: with a Triton that our kernels in it were not seen to work with, others
-    # do
-)
+# Gluon is experimental: with versions of Triton that were not tested, other kernels are used
+GLUON = triton.__version__.startswith("3.6.")
 COUNTERS = 8192  # tiles that may be cut along K
 # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
 BAND = 16
@@ -31,25 +27,27 @@ BAND = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """How a matmul is cut: the outputs, tokens and inputs of a step, about how many programs, and
-    Triton's warps and stages.
-
-    ``pdl``: the kernel starts while the one before it ends. ``bulk``: a warp that does nothing else
-        loads whole tiles, by TMA (`gluon_w8a8`).
-    """
+    """How a matmul is cut."""
 
     n: int
+    """Outputs of a tile."""
     m: int
+    """Tokens of a tile."""
     k: int
+    """Inputs of a step."""
     programs: int = 0
+    """About how many programs there should be; 0: K is never cut."""
     warps: int = 4
     stages: int = 4
     pdl: bool = False
+    """Whether the kernel starts while the one before it ends."""
     bulk: bool = False
+    """Whether a warp of its own loads whole tiles by TMA (`gluon_w8a8`)."""
 
     def split(self, n: int, m: int, steps: int) -> int:
-        """Return in how many parts to cut ``steps`` steps along K, each of at least two, for an
-        output of ``m`` tokens and ``n`` outputs.
+        """Return into how many parts to cut ``steps`` steps along K, each of at least two.
+
+        The output has ``n`` outputs of ``m`` tokens.
         """
         tiles = triton.cdiv(n, self.n) * triton.cdiv(m, self.m)
         parts = max(1, min(self.programs // tiles, steps // 2)) if tiles <= COUNTERS else 1
@@ -67,8 +65,9 @@ def pick(table: Table, tokens: int, n: int, k: int) -> Tile:
 
 
 def shape_class(n: int, k: int) -> str:
-    """Say what limits a weight [n, k]: `wide` ones have tiles for the whole machine, `deep` ones
-    few tiles with long sums, `small` ones neither.
+    """Return ``wide``, ``deep`` or ``small`` for a weight [n, k].
+
+    Wide ones have tiles for the whole GPU, deep ones few tiles with long sums, small ones neither.
     """
     if n >= 16384:
         return "wide"
@@ -81,14 +80,15 @@ def counters(device: torch.device) -> Tensor:
 
 
 def workspace(x: Tensor, parts: int, n: int) -> Tensor:
-    """Return where ``parts`` parts of an output of the tokens ``x`` go."""
+    """Allocate the ``parts`` parts of an output for the tokens ``x``."""
     return x.new_empty((parts, x.shape[0], n) if parts > 1 else 1, dtype=torch.float32)
 
 
 @triton.jit
 def tile_position(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return which tile (of outputs, of tokens) this program computes: neighbours share weights, 16
-    tiles of tokens at a time.
+    """Return which tile (of outputs, of tokens) this program computes.
+
+    Neighbours share weights, 16 tiles of tokens at a time.
     """
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     band = tl.program_id(0) // (16 * tiles_n)
@@ -99,7 +99,7 @@ def tile_position(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):  # type: ig
 
 @triton.jit
 def start_early(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Let the next kernel start, and wait until the one before has written its output."""
+    """Allow the next kernel to start, and wait for the output of the one before."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -131,8 +131,9 @@ def store_tile(  # type: ignore[no-untyped-def]
     N,
     SPLIT: tl.constexpr,
 ):
-    """Write ``acc`` [TILE_N, TILE_M], f32, to ``y`` [M, N], plus ``bias``; with several parts only
-    the last to arrive does, after adding all.
+    """Write ``acc`` [TILE_N, TILE_M], f32, plus ``bias`` to ``y`` [M, N].
+
+    With several parts, the last program to arrive does so, after it has added all parts.
     """
     place = m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (n[:, None] < N) & (m[None, :] < M)
