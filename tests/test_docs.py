@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def commands(path: Path) -> Iterator[list[str]]:
             yield ours.split()
 
 
+@cache
 def options_of(command: str) -> set[str]:
     """Return the names of the options of ``command``."""
     from qtool.cli import app

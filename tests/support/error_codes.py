@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -158,6 +159,7 @@ def _value_for(node: ast.Assign | ast.AnnAssign, name: str) -> ast.AST | None:
     return None
 
 
+@cache
 def uses() -> list[Use]:
     """Return every place of the package that names an error code."""
     modules = [_Module(path) for path in sorted(PACKAGE.rglob("*.py"))]
