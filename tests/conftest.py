@@ -67,6 +67,14 @@ def tiny_copy(tmp_path, tiny_model) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory, tiny_model) -> Path:
+    """The tiny model with its first two layers, for algorithms that take their time for each."""
+    from support.samples import shorten
+
+    return shorten(tiny_model, tmp_path_factory.mktemp("short") / "two-layers")
+
+
 @pytest.fixture
 def run_cli(tmp_path):
     """A function that runs qtool in ``tmp_path`` as a process of its own, without the caller's

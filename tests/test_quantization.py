@@ -152,10 +152,10 @@ def test_rules_give_modules_other_schemes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel"])
-def test_awq_runs_without_a_gpu(backend, tmp_path):
+def test_awq_runs_without_a_gpu(backend, two_layers, tmp_path):
     options = {**DATA, "num_samples": 4, "seq_len": 128}
     output = qtool.quantize(
-        MODEL, method="awq_int4", backend=backend, output=tmp_path / "out", **options
+        two_layers, method="awq_int4", backend=backend, output=tmp_path / "out", **options
     ).output
     layout = detect(open_checkpoint(output))
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g128 asym"}

@@ -70,17 +70,17 @@ def test_a_state_is_json_and_safetensors(saved):
 
 
 @pytest.mark.slow
-def test_awq_survives_the_state(tmp_path):
+def test_awq_survives_the_state(two_layers, tmp_path):
     options = {**DATA, "num_samples": 2, "seq_len": 128}
     qtool.quantize(
-        MODEL,
+        two_layers,
         method="modelopt_int4_awq",
         output=tmp_path / "out",
         checkpoint_save_path=tmp_path / "state",
         **options,
     )
     exported = qtool.export(
-        MODEL,
+        two_layers,
         checkpoint_restore_path=tmp_path / "state",
         output=tmp_path / "exported",
         device="cpu",

@@ -412,9 +412,8 @@ def interpret() -> None:
     from qtool.engine.attention.triton_paged import Tile
 
     triton_cpu.repair()
-    attention.write = triton_paged.write
+    attention.write = triton_paged.write  # `Batch` fills the pages without: the interpreter is slow
     torch.manual_seed(4)
-    globals()["write"] = triton_paged.write
     triton_paged._numbers = lambda x, dtype: x.to(dtype)  # the interpreter knows no assembly
 
     def compare(chunks, what: str, decode_tile: Tile, prefill_tile: Tile, options, **shape) -> None:
