@@ -14,7 +14,6 @@ from qtool.quantization import QuantizeResult, prepare, run
 
 __all__ = ["TARGETS", "ConversionResult", "export"]
 
-
 FOR_STATES = ("method", "trust_pickle", "trust_remote_code", "device")
 FOR_FORMATS = ("scheme", "requantize", "max_shard_size")
 
@@ -74,13 +73,9 @@ def _check_options(options: ExportOptions) -> None:
     for field in fields(options):
         if field.name not in other or getattr(options, field.name) in (field.default, None, ""):
             continue
-        what = "a conversion, and a state is exported"
-        flag = "--to"
-        if options.to:
-            what = "a ModelOpt state, and a checkpoint is converted"
-            flag = "--checkpoint-restore-path"
+        flag = "--checkpoint-restore-path" if options.to else "--to"
         raise UsageError(
             "E_EXPORT_UNUSED",
-            f"`{field.name}` is for {what}",
+            f"`{field.name}` has a meaning only with {flag}",
             hint=f"leave it out, or give {flag}",
         )
