@@ -1,6 +1,4 @@
-"""Each rule of each engine fires on a checkpoint made for it, and the real samples get the verdicts
-of the compatibility matrix.
-"""
+"""The rules of engines: each fires on a checkpoint made for it, and says what is true."""
 
 from __future__ import annotations
 
@@ -14,23 +12,21 @@ from itertools import product
 
 import pytest
 from pydantic import ValidationError
+from support.engine_findings import ENGINES, FIRES, check
 from support.headers_only import (
     EXPERTS,
     HEAD,
     MLP,
     MODEL,
-    TOKEN_FP8,
     Awq,
     Fp8,
     Gptq,
     ModelOpt,
     build,
     fp8,
-    int8,
     nvfp4,
     packed,
     plain,
-    write,
 )
 
 from qtool.checkpoint.reader import open_checkpoint
@@ -39,180 +35,6 @@ from qtool.formats import detect
 from qtool.inspection.engines import check_engine, engines
 from qtool.inspection.engines.names import matcher
 from qtool.inspection.engines.rules import FOLDER, SHARED, Rule, Ruleset, load_rules
-
-pytest_plugins = ["support.sample_plugin"]
-ENGINES = ("sglang", "tensorrt-llm", "transformers", "vllm")
-
-
-def only_config(**config):
-    """A checkpoint of a method that qtool does not read."""
-    return lambda folder: write(
-        folder, plain("model.layers.0.mlp.up_proj", (64, 64)), quantization_config=config
-    )
-
-
-def of(format, **options):
-    return lambda folder: build(folder, format, **options)
-
-
-def check(checkpoint, engine, **options):
-    try:
-        layout = detect(checkpoint)
-    except CheckpointRefused:
-        layout = None
-    return check_engine(checkpoint, layout, engine, **options)
-
-
-def by_name(value, **others):
-    return lambda name: next((other for part, other in others.items() if part in name), value)
-
-
-def transforms_at(location):
-    group = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
-    return {"config_groups": {"v": group}}
-
-
-FP8_CACHE = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "tensor",
-    "dynamic": False,
-    "symmetric": True,
-}
-INT8_CACHE = FP8_CACHE | {"type": "int"}
-ORDERED = by_name(0, q_proj=1)
-SCALED = by_name(1.0, q_proj=2.0)
-
-FIRES = {  # code, or engine and code -> the checkpoint that fires it, and options of the check
-    "E_ENGINE_METHOD": (only_config(quant_method="nothing_known"), {}),
-    "N_ENGINE_NOT_READ": (only_config(quant_method="quark"), {}),
-    "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
-    "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
-    "E_ENGINE_SPARSE": (
-        only_config(
-            quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}
-        ),
-        {},
-    ),
-    "E_ENGINE_GPTQ_KEYS": (lambda folder: build(folder, without(Gptq(), "desc_act")), {}),
-    "E_ENGINE_GPTQ_TENSORS": (
-        of(Awq(quant_method="gptq", checkpoint_format="gemm", sym=False)),
-        {},
-    ),
-    "E_ENGINE_GPTQ_ORDER": (of(Gptq(desc_act=True)), {}),
-    "E_ENGINE_GPTQ_BITS": (of(Gptq(sym=False)), {}),
-    "E_ENGINE_GPTQ_GROUP": (of(Gptq(group=16)), {}),
-    "E_ENGINE_AWQ_KEYS": (lambda folder: build(folder, without(Awq(), "zero_point")), {}),
-    "W_ENGINE_AWQ_GROUP": (of(Awq(16)), {}),
-    "E_ENGINE_MODELOPT_ALGORITHM": (of(ModelOpt("MXFP4")), {}),
-    "E_ENGINE_MODELOPT_SIDECAR": (of(ModelOpt("MXFP8"), sidecar=True), {}),
-    "E_ENGINE_SCHEME": (of(int8(inputs=None)), {}),
-    "E_ENGINE_INT8_AS_FP8": (of(int8()), {}),
-    "E_ENGINE_W4A8_CPU": (of(int8(4, group=128)), {}),
-    "E_ENGINE_W4AFP8": (of(packed(inputs=TOKEN_FP8)), {"gpu": "b200"}),
-    "E_ENGINE_PADDED": (of(packed(5, padded=True)), {}),
-    "W_ENGINE_HUMMING": (of(packed(3)), {}),
-    "E_ENGINE_BITS": (of(packed(3)), {}),
-    "E_ENGINE_GROUP": (of(packed(group=16)), {}),
-    "E_ENGINE_EXPERTS_INT8": (of(int8(), shapes=EXPERTS), {}),
-    "W_ENGINE_STATIC_INT8": (of(int8(inputs={"strategy": "tensor", "dynamic": False})), {}),
-    "E_ENGINE_TRANSFORMS": (of(packed(transform_config=transforms_at("q_attn"))), {}),
-    "N_ENGINE_TRANSFORMS": (of(packed(transform_config=transforms_at("input"))), {}),
-    "E_ENGINE_GPU": (of(packed()), {"gpu": "v100"}),
-    "tensorrt-llm E_ENGINE_GPU": (of(fp8()), {"gpu": "l4"}),
-    "W_ENGINE_WEIGHT_ONLY": (of(nvfp4()), {"gpu": "h100"}),
-    "W_ENGINE_GPU_TOO_NEW": (of(ModelOpt("FP8_PER_CHANNEL_PER_TOKEN")), {"gpu": "b200"}),
-    "tensorrt-llm N_ENGINE_DEQUANTIZED": (of(ModelOpt("W4A16_NVFP4")), {}),
-    "N_ENGINE_DEQUANTIZED": (of(fp8()), {}),
-    "E_ENGINE_GROUPS_CUT": (of(packed()), {"tensor_parallel": 8}),
-    "tensorrt-llm E_ENGINE_GROUPS_CUT": (
-        of(nvfp4(), shapes={"model.layers.0.mlp.down_proj": (256, 320)}),
-        {"tensor_parallel": 8},
-    ),
-    "E_ENGINE_BLOCKS_CUT": (
-        of(
-            fp8("block", {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True})
-        ),
-        {"tensor_parallel": 4},
-    ),
-    "E_ENGINE_BLOCK_SIZE": (of(ModelOpt("FP8_PB_WO")), {}),
-    "N_ENGINE_PADDING": (of(packed(group=32)), {"tensor_parallel": 8}),
-    "E_ENGINE_SHAPE": (of(packed(group=32)), {"tensor_parallel": 8}),
-    "E_ENGINE_HEAD_BLOCKS": (
-        of(fp8("block", targets=["Linear", "lm_head"], ignore=[]), shapes=MODEL | HEAD),
-        {},
-    ),
-    "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
-    "tensorrt-llm E_ENGINE_SKIPS": (of(ModelOpt("FP8", ignore=["*mlp*"])), {}),
-    "E_ENGINE_EXPECTS": (of(packed(), but=["down_proj"]), {}),
-    "transformers E_ENGINE_EXPECTS": (of(Awq(), but=["down_proj"]), {}),
-    "tensorrt-llm E_ENGINE_EXPECTS": (of(ModelOpt("FP8"), but=["down_proj"]), {}),
-    "W_ENGINE_MAY_EXPECT": (
-        of(packed(), tensors=plain("model.layers.0.memory_proj", (256, 256))),
-        {},
-    ),
-    "tensorrt-llm W_ENGINE_MAY_EXPECT": (
-        of(ModelOpt("FP8"), tensors=plain("model.layers.0.memory_proj", (256, 256))),
-        {},
-    ),
-    "E_ENGINE_OTHER_WEIGHTS": (
-        of(Gptq(dynamic={r".*\.q_proj": {"bits": 8}}), others={"q_proj": Gptq(8)}),
-        {},
-    ),
-    "E_ENGINE_CACHE": (of(packed(kv_cache_scheme=INT8_CACHE)), {}),
-    "W_ENGINE_CACHE_IGNORED": (of(ModelOpt("FP8", kv_cache_scheme="INT8")), {}),
-    "N_ENGINE_CACHE_SCALES": (of(packed(kv_cache_scheme=FP8_CACHE)), {}),
-    "N_ENGINE_PACKAGE": (of(Gptq()), {}),
-    "E_ENGINE_RAW_CODES": (of(ModelOpt("FP8")), {}),
-    "E_ENGINE_RAW_SHAPE": (of(ModelOpt("W4A16_AWQ")), {}),
-    "E_ENGINE_SHARD_LEFT_OUT": (of(packed(), but=["v_proj"]), {}),
-    "E_ENGINE_SHARD_SCHEMES": (of(Gptq(), others={"v_proj": Gptq(8)}), {}),
-    "E_ENGINE_EXPERT_SCHEMES": (of(Gptq(), shapes=EXPERTS, others={"experts.1": Gptq(8)}), {}),
-    "E_ENGINE_SHARD_ORDERS": (of(Gptq(desc_act=True, order=ORDERED)), {}),
-    "N_ENGINE_SHARD_SCALES": (of(ModelOpt("FP8", scale=SCALED)), {}),
-    "W_ENGINE_SHARD_GLOBAL_SCALES": (of(nvfp4(SCALED)), {}),
-    "E_ENGINE_INVERSE_SCALES": (of(Fp8(weight_scale_semantics="inverse")), {}),
-    "E_ENGINE_FP8_KEYS": (lambda folder: build(folder, without(Fp8(), "activation_scheme")), {}),
-    "E_ENGINE_FP8_AS_BLOCKS": (of(Fp8()), {}),
-    "E_ENGINE_HEADS": (of(packed()), {"tensor_parallel": 3}),
-    "E_ENGINE_CACHE_HEADS": (
-        of(packed(), model={"num_key_value_heads": 6}),
-        {"tensor_parallel": 4},
-    ),
-    "E_ENGINE_UNEVEN": (of(packed()), {"tensor_parallel": 3}),
-    "E_ENGINE_TIED_HEAD": (
-        of(
-            packed(targets=["Linear", "lm_head"], ignore=[]),
-            shapes=MODEL | HEAD,
-            model={"tie_word_embeddings": True},
-        ),
-        {},
-    ),
-}
-
-
-def without(format, key):
-    format.config = {name: value for name, value in format.config.items() if name != key}
-    return format
-
-
-def with_weights(format, **keys):
-    """``format`` with more keys in the arguments of its weights."""
-    group = format.config["config_groups"]["g"]
-    format.config = format.config | {
-        "config_groups": {"g": group | {"weights": group["weights"] | keys}}
-    }
-    return format
-
-
-FIRES["E_ENGINE_CONFIG_KEYS"] = (of(with_weights(packed(), new_key=1)), {})
-FIRES["E_ENGINE_ORDER"] = (of(with_weights(packed(), actorder="group")), {})
-FIRES["N_ENGINE_ORDER_WITHOUT_GROUPS"] = (of(with_weights(int8(), actorder="static")), {})
-two_groups = fp8()
-two_groups.config["config_groups"]["h"] = packed(targets=["re:.*nothing"]).config["config_groups"][
-    "g"
-]
-FIRES["E_ENGINE_CLASS_TARGETS"] = (of(two_groups), {})
 
 RULES = [(engine, rule.code) for engine in ENGINES for rule in load_rules(engine).rules]
 
@@ -489,90 +311,6 @@ def test_experts_of_one_scheme_load_with_their_router_in_16_bits(tmp_path):
     router = plain("model.layers.0.mlp.gate", (2, 256))
     for engine in ("vllm", "sglang"):
         assert check(build(tmp_path / engine, Gptq(), shapes=EXPERTS, tensors=router), engine).loads
-
-
-# --- the compatibility matrix
-
-
-# sample -> which of sglang, tensorrt-llm, transformers, vllm load it: formats.md, section 16
-VERDICTS = {
-    "ct/W4A16": "s-tv",
-    "ct/W8A16": "s-tv",
-    "ct/W2A16": "--tv",
-    "ct/W3A16": "--tv",
-    "ct/W5A16_ASYM": "--tv",
-    "ct/W7A16": "--tv",
-    "ct/FP8": "s-tv",
-    "ct/FP8_DYNAMIC": "sTtv",
-    "ct/FP8_BLOCK": "sTtv",
-    "ct/fp8_weight_only": "s-tv",
-    "ct/W8A8": "s-tv",
-    "ct/W8A8_STATIC_ASYM": "s-tv",
-    "ct/W4A8": "--t-",
-    "ct/W4AFP8": "--t-",
-    "ct/NVFP4": "sTtv",
-    "ct/NVFP4A16": "s-tv",
-    "ct/MXFP4": "--tv",
-    "ct/MXFP4A16": "-Ttv",
-    "ct/MXFP8": "--tv",
-    "ct/mixed": "s-tv",
-    "ct/kv_fp8": "sTtv",
-    "gptq/rtn4": "s-tv",
-    "gptq/desc_act": "s-t-",
-    "gptq/dynamic": "s-tv",
-    "gptq/gptq3": "--t-",
-    "gptq/channel2": "--t-",
-    "gptq/asym_v1": "--t-",
-    "gptq/asym_v2": "--t-",
-    "gptq/rtn_gemm": "--t-",
-    "modelopt/FP8": "sT-v",
-    "modelopt/FP8_KV": "sT-v",
-    "modelopt/FP8_PC_PT": "-T-v",
-    "modelopt/FP8_PB_WO": "-T-v",
-    "modelopt/NVFP4": "sT-v",
-    "modelopt/W4A16_NVFP4": "sT-v",
-    "modelopt/MXFP8": "sT-v",
-    "modelopt/MXFP4": "----",
-    "modelopt/INT4_AWQ": "-T--",
-    "modelopt/W4A8_AWQ": "-T--",
-    "modelopt/INT8_SQ": "----",
-    "modelopt/MIXED": "sT-v",
-}
-
-
-@pytest.mark.parametrize("name", VERDICTS)
-def test_real_checkpoints_get_the_verdicts_of_the_matrix(name, sample):
-    checkpoint = open_checkpoint(sample(name))
-    loads = "".join(
-        letter if check(checkpoint, engine).loads else "-"
-        for engine, letter in zip(ENGINES, "sTtv", strict=True)
-    )
-    assert loads == VERDICTS[name]
-
-
-MINIMUM_GPU = {  # sample -> the first architecture for sglang and vllm
-    "ct/W4A16": (80, 75),
-    "ct/FP8_DYNAMIC": (80, 75),
-    "ct/W8A8": (80, 75),
-    "ct/NVFP4": (80, 75),
-    "ct/MXFP4A16": (None, 80),
-    "gptq/rtn4": (80, 75),
-    "modelopt/FP8": (89, 80),
-    "modelopt/NVFP4": (80, 75),
-    "modelopt/MXFP8": (100, 80),
-}
-
-
-@pytest.mark.parametrize("name", MINIMUM_GPU)
-def test_the_first_gpu_is_that_of_the_matrix(name, sample):
-    checkpoint = open_checkpoint(sample(name))
-    for engine, minimum in zip(("sglang", "vllm"), MINIMUM_GPU[name], strict=True):
-        loading = [
-            gpu
-            for gpu in (70, 75, 80, 86, 89, 90, 100, 120)
-            if check(checkpoint, engine, gpu=str(gpu)).loads
-        ]
-        assert (loading[0] if loading else None) == minimum
 
 
 # --- speed

@@ -1,10 +1,7 @@
-"""What inspect finds in the numbers themselves, beside another checkpoint, and in front of an
-engine; and how the command shows it.
-"""
+"""What `inspect --deep` finds in the data of a checkpoint."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -12,65 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support import EXAMPLE
+from support.small_checkpoints import (
+    COLUMNS,
+    NAME,
+    ROWS,
+    against,
+    printed,
+    stored,
+)
 
 from qtool.checkpoint import open_checkpoint
 from qtool.conversion import export
-from qtool.errors import CheckpointRefused
-from qtool.formats import WRITABLE, QuantizedModule, detect
-from qtool.inspection import inspect, render
-from qtool.scheme import SCHEMES, Scheme, Weights
-from qtool.weight import QuantizedWeight, pack_pairs, quantize
+from qtool.formats import detect
+from qtool.inspection import inspect
+from qtool.scheme import SCHEMES
+from qtool.weight import QuantizedWeight, pack_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
-
-NAME = "model.layers.0.mlp.up_proj"
-ROWS, COLUMNS = 32, 128
-
-
-def stored(
-    folder: Path, layers: dict[str, tuple[QuantizedWeight, Scheme]], **plain: torch.Tensor
-) -> Path:
-    """Write a compressed-tensors checkpoint of some layers and plain tensors."""
-    folder.mkdir()
-    modules = [
-        QuantizedModule(name, scheme, weight.shape, {}) for name, (weight, scheme) in layers.items()
-    ]
-    written = {
-        module.name: WRITABLE["compressed-tensors"].write(module, layers[module.name][0])
-        for module in modules
-    }
-    tensors = {
-        f"{name}.{suffix}": tensor.clone()
-        for name, parts in written.items()
-        for suffix, tensor in parts.items()
-    }
-    save_file(
-        tensors | {name: tensor.clone() for name, tensor in plain.items()},
-        folder / "model.safetensors",
-    )
-    own = (
-        WRITABLE["compressed-tensors"].quantization_config(modules, [], None)["config.json"]
-        if modules
-        else {}
-    )
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **own}))
-    return folder
-
-
-def plain_model(folder: Path, **weights: torch.Tensor) -> Path:
-    return stored(
-        folder,
-        {},
-        **{f"model.layers.0.mlp.{kind}_proj.weight": weight for kind, weight in weights.items()},
-    )
-
-
-def random_weight(rows=ROWS, columns=COLUMNS, seed=0):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def numbers(folder, name=NAME):
@@ -79,12 +37,6 @@ def numbers(folder, name=NAME):
         for found in inspect(open_checkpoint(folder), deep=True).deep.modules
         if found.name == name
     )
-
-
-def printed(found, **options):
-    text = io.StringIO()
-    Console(file=text, width=140).print(render(found, **options))
-    return text.getvalue()
 
 
 def int4(codes):
@@ -266,264 +218,3 @@ def test_the_terminal_shows_the_most_saturated_first(sample):
     assert shares[0] == pytest.approx(
         100 * max(one.saturated for one in found.deep.modules), abs=0.01
     )
-
-
-# Beside another checkpoint
-
-
-def against(folder, base):
-    return inspect(open_checkpoint(folder), against=open_checkpoint(base)).against
-
-
-def test_the_worst_layer_comes_first_and_equal_ones_last(tmp_path):
-    weight = torch.ones(ROWS, COLUMNS)
-    base = plain_model(tmp_path / "base", gate=weight, up=weight, down=weight)
-    found = against(
-        plain_model(tmp_path / "here", gate=weight * 1.01, up=weight, down=weight * 1.1), base
-    )
-    assert [one.name.rpartition(".")[2] for one in found.modules] == [
-        "down_proj",
-        "gate_proj",
-        "up_proj",
-    ]
-    assert [one.sqnr_db for one in found.modules] == [
-        pytest.approx(20, abs=0.01),
-        pytest.approx(40, abs=0.01),
-        None,
-    ]
-    assert [one.max_error for one in found.modules] == [
-        pytest.approx(0.1, abs=1e-5),
-        pytest.approx(0.01, abs=1e-5),
-        0,
-    ]
-    assert not [one for one in found.modules if one.rescaled]
-
-
-@pytest.mark.parametrize("scaled", ["columns", "rows", "both"])
-def test_scaled_rows_and_columns_are_recognised_and_undone(tmp_path, scaled):
-    weight, noise = (
-        torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
-    )
-    columns, rows = torch.logspace(-0.5, 0.5, COLUMNS), torch.logspace(-0.5, 0.5, ROWS)[:, None]
-    factors = {"columns": columns, "rows": rows, "both": columns * rows}[scaled]
-    base, here = (
-        plain_model(tmp_path / "base", up=weight),
-        plain_model(tmp_path / "here", up=(weight + noise / 100) * factors),
-    )
-    (found,) = against(here, base).modules
-    assert found.rescaled
-    assert 37 < found.sqnr_db < 43
-    assert "rows or columns rescaled" in printed(
-        inspect(open_checkpoint(here), against=open_checkpoint(base))
-    )
-
-
-def test_another_weight_altogether_is_not_taken_for_a_rescaled_one(tmp_path):
-    base, here = (
-        plain_model(tmp_path / name, up=random_weight(seed=seed))
-        for seed, name in enumerate(("base", "here"))
-    )
-    (found,) = against(here, base).modules
-    assert (found.rescaled, found.sqnr_db < 0) == (False, True)
-
-
-def test_the_factors_that_awq_folds_into_the_layer_before_are_undone(sample):
-    found = against(sample("modelopt/INT4_AWQ"), EXAMPLE)
-    assert min(one.sqnr_db for one in found.modules) > 15
-    plain_rounding = against(sample("modelopt/INT4"), EXAMPLE)
-    assert not [one for one in plain_rounding.modules if one.rescaled]
-
-
-@pytest.mark.parametrize(
-    ("name", "low", "high"),
-    [
-        ("ct/W2A16", 1, 8),
-        ("ct/W4A16", 17, 22),
-        ("ct/NVFP4", 17, 22),
-        ("ct/FP8_DYNAMIC", 29, 34),
-        ("ct/W8A16", 42, 47),
-    ],
-)
-def test_the_noise_of_a_scheme_is_what_its_bits_give(sample, name, low, high):
-    found = against(sample(name), EXAMPLE)
-    assert (len(found.modules), found.only_here, found.only_there) == (42, (), ())
-    assert low < found.modules[0].sqnr_db <= found.modules[-1].sqnr_db < high
-
-
-def test_two_quantized_checkpoints_are_compared_with_each_other(sample, tmp_path):
-    export(sample("ct/W4A16"), to="awq", output=tmp_path / "awq")
-    assert {one.sqnr_db for one in against(tmp_path / "awq", sample("ct/W4A16")).modules} == {None}
-    text = printed(
-        inspect(open_checkpoint(tmp_path / "awq"), against=open_checkpoint(sample("ct/W4A16")))
-    )
-    assert "all 42 layers equal those of" in " ".join(text.split())
-    assert 17 < against(sample("ct/W8A16"), sample("ct/W4A16")).modules[0].sqnr_db < 22
-
-
-def test_stacked_experts_are_compared_with_those_in_16_bits(tmp_path):
-    experts = torch.randn(
-        4, 64, 96, generator=torch.Generator().manual_seed(0)
-    ).bfloat16()  # [experts, inputs, outputs]
-    name, scheme = "model.layers.0.mlp.experts.gate_up_proj", SCHEMES["MXFP4A16"]
-    weight = quantize(experts.transpose(1, 2).flatten(0, 1).contiguous(), scheme)
-    packed = WRITABLE["mxfp4"].write(
-        QuantizedModule(name, scheme, weight.shape, {}, experts=4), weight
-    )
-    base, here = (
-        stored(tmp_path / "base", {}, **{name: experts}),
-        stored(tmp_path / "here", {}, **{f"{name}{key}": part for key, part in packed.items()}),
-    )
-    (here / "config.json").write_text(
-        json.dumps({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
-    )
-    (found,) = against(here, base).modules
-    assert found.name == name
-    assert 15 < found.sqnr_db < 20
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    base = plain_model(
-        tmp_path / "base", gate=torch.ones(ROWS, COLUMNS), up=torch.ones(ROWS, COLUMNS)
-    )
-    longer = plain_model(tmp_path / "longer", gate=torch.ones(ROWS + 1, COLUMNS))
-    other = stored(
-        tmp_path / "other", {}, **{"transformer.h.0.c_fc.weight": torch.ones(ROWS, COLUMNS)}
-    )
-    for folder, says in (
-        (
-            longer,
-            r"`model\.layers\.0\.mlp\.gate_proj` is \[33, 128\] here and \[32, 128\] in the base",
-        ),
-        (other, "no linear layer"),
-    ):
-        with pytest.raises(CheckpointRefused, match=says) as caught:
-            against(folder, base)
-        assert caught.value.code == "E_NOT_COMPARABLE"
-
-
-def test_layers_that_only_one_has_are_named(tmp_path):
-    base = plain_model(
-        tmp_path / "base", gate=torch.ones(ROWS, COLUMNS), up=torch.ones(ROWS, COLUMNS)
-    )
-    here = plain_model(
-        tmp_path / "here", gate=torch.ones(ROWS, COLUMNS), down=torch.ones(ROWS, COLUMNS)
-    )
-    found = against(here, base)
-    assert (found.only_here, found.only_there) == (
-        ("model.layers.0.mlp.down_proj",),
-        ("model.layers.0.mlp.up_proj",),
-    )
-    assert "only in the base: model.layers.0.mlp.up_proj" in printed(
-        inspect(open_checkpoint(here), against=open_checkpoint(base))
-    )
-
-
-# The tree
-
-
-def test_the_tree_joins_layers_that_are_alike_and_shows_the_one_that_is_not(tmp_path):
-    four, eight = SCHEMES["W4A16"], Scheme(Weights("int8", "group", 128))
-    layers = {
-        f"model.layers.{number}.mlp.up_proj": eight if number == 2 else four for number in range(6)
-    }
-    folder = stored(
-        tmp_path / "model",
-        {name: (quantize(random_weight(), scheme), scheme) for name, scheme in layers.items()},
-    )
-    text = printed(inspect(open_checkpoint(folder)), modules=True)
-    branches = [line.strip(" │├└─") for line in text[text.index("linear layers") :].splitlines()]
-    assert [branch for branch in branches if re.match(r"\d", branch)] == ["0 to 1", "2", "3 to 5"]
-    assert [branch.split("  ")[1] for branch in branches if branch.startswith("up_proj")] == [
-        "W4A16",
-        "W8A16",
-        "W4A16",
-    ]
-    assert "32 x 128, 4.1" in text
-
-
-def test_without_modules_there_is_no_tree_and_with_it_every_kind_is_there(sample):
-    found = inspect(open_checkpoint(sample("gptq/dynamic")))
-    assert "linear layers" not in printed(found)
-    text = printed(found, modules=True)
-    assert "0 to 1" in text
-    assert re.search(r"down_proj +int8 g64", text)
-    assert re.search(r"o_proj +16 bit", text)
-
-
-# The command
-
-
-def test_an_engine_that_cannot_load_it_gives_exit_code_3_and_the_whole_report(run_cli, sample):
-    result = run_cli(
-        "inspect",
-        "--model-path",
-        sample("gptq/desc_act"),
-        "--engine",
-        "vllm",
-        "--gpu",
-        "h100",
-        "--json",
-    )
-    data = json.loads(result.stdout)
-    assert (result.exit_code, data["format"], data["engine"]["loads"]) == (3, "gptq", False)
-    assert [finding["code"] for finding in data["engine"]["findings"]] == ["E_ENGINE_GPTQ_ORDER"]
-    assert result.stderr == ""
-
-
-def test_an_engine_that_loads_it_gives_exit_code_0(run_cli, sample):
-    result = run_cli(
-        "inspect",
-        "--model-path",
-        sample("ct/W4A16"),
-        "--engine",
-        "sglang",
-        "--gpu",
-        "sm_90",
-        "--tp",
-        "2",
-    )
-    assert result.exit_code == 0, result.stderr
-    assert re.search(r"SGLang .* on sm_90, tensor parallel 2: loads", result.stdout, re.IGNORECASE)
-
-
-@pytest.mark.parametrize(
-    "question", [["--gpu", "sm_90"], ["--tp", "2"], ["--engine-version", "0.33"]]
-)
-def test_a_question_to_an_engine_needs_its_name(run_cli, question):
-    result = run_cli("inspect", "--model-path", EXAMPLE, *question)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "error[E_NO_ENGINE]" in result.stderr
-    assert "--engine vllm" in result.stderr
-
-
-def test_the_page_is_written_beside_what_is_printed(run_cli, sample, tmp_path):
-    options = ["--deep", "--against", EXAMPLE, "--html", "report.html", "--json"]
-    result = run_cli("inspect", "--model-path", sample("ct/mixed"), *options)
-    data = json.loads(result.stdout)
-    assert (result.exit_code, len(data["deep"]["modules"]), len(data["against"]["modules"])) == (
-        0,
-        36,
-        42,
-    )
-    assert data["against"]["modules"][0]["sqnr_db"] < 22
-    page = (tmp_path / "report.html").read_text()
-    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
-    assert all(part in page for part in ("model.layers.5.mlp.gate_proj", "FP8_DYNAMIC", "W4A16"))
-
-
-def test_a_place_that_cannot_be_written_is_an_error_and_no_traceback(run_cli, sample):
-    result = run_cli(
-        "inspect", "--model-path", sample("ct/W4A16"), "--html", "no/such/folder/report.html"
-    )
-    assert result.exit_code == 4
-    assert re.match(
-        r"error\[E_OUTPUT_PLACE\]: no/such/folder/report\.html: cannot write there", result.stderr
-    )
-
-
-def test_a_base_of_another_shape_is_refused_by_the_command(run_cli, sample, tmp_path):
-    plain_model(tmp_path / "base", up=torch.ones(3, 5))
-    result = run_cli(
-        "inspect", "--model-path", sample("ct/W4A16"), "--against", tmp_path / "base", "--json"
-    )
-    assert (result.exit_code, json.loads(result.stdout)["error"]["code"]) == (3, "E_NOT_COMPARABLE")
