@@ -40,11 +40,13 @@ class ModelNotFound(Exception):
 
 
 class Busy(Exception):
-    """The server cannot take the request now; the client may come again."""
+    """The server cannot take the request now; the client may try again.
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    ``code`` is a key of the table of HTTP statuses, `qtool.serve.http.errors.STATUSES`.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
         self.code = code
         self.message = message
 
@@ -93,7 +95,7 @@ class Loading:
 
     def ready(self) -> NoReturn:
         """Raise: Busy."""
-        raise _draining() if self.draining else Busy(503, "loading", "the model is still loading")
+        raise _draining() if self.draining else Busy("loading", "the model is still loading")
 
     async def stats(self) -> None:
         """Return None: there is no engine yet."""
@@ -178,7 +180,6 @@ class Service:
         if self.slots_in_use + completions > most:
             self.metrics.refused()
             raise Busy(
-                429,
                 "queue_full",
                 f"{self.slots_in_use} requests run or wait, which is what the server takes",
             )
@@ -272,7 +273,6 @@ class Service:
         if self.logprobs_held + logprobs > MAX_LOGPROBS_HELD:
             self.metrics.refused()
             raise Busy(
-                429,
                 "queue_full",
                 "other requests hold as many log probabilities as the server keeps",
             )
@@ -369,7 +369,7 @@ async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[
 
 
 def _draining() -> Busy:
-    return Busy(503, "draining", "the server is ending")
+    return Busy("draining", "the server is ending")
 
 
 def _generation_config(path: Path) -> dict[str, object]:
