@@ -100,9 +100,11 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
         yield "ebnf", "root ::= " + " | ".join(quoted)
     if given.json_object:
         yield "json_schema", ANY_JSON_OBJECT
-    if given.regex:
-        yield "regex", given.regex
-    if given.grammar:
-        yield "ebnf", given.grammar
-    if given.structural_tag:
-        yield "structural_tag", given.structural_tag
+    texts = {
+        "regex": given.regex,
+        "ebnf": given.grammar,
+        "structural_tag": given.structural_tag,
+    }
+    for name, text in texts.items():
+        if text:
+            yield name, text

@@ -265,18 +265,24 @@ def find_special_tokens(folder: Path) -> dict[str, str]:
 
     Raises: CheckpointRefused for a file that cannot be read.
     """
-    try:
-        config = _read_config(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # as written before transformers 4.34
-            config |= _read_config(folder / "special_tokens_map.json")
-    except OSError as error:
-        raise _unreadable(folder, error) from None
+    config = _tokenizer_config(folder)
     own = config.get("extra_special_tokens")
     if isinstance(own, dict):
         config |= own
     extra = [name for name in config if name.endswith("_token") or name in (own or ())]
     tokens = {name: _content(config.get(name)) for name in (*SPECIAL_TOKENS, *extra)}
     return {name: content for name, content in tokens.items() if isinstance(content, str)}
+
+
+def _tokenizer_config(folder: Path) -> JsonDict:
+    """Return the file that names special tokens, or both of an old checkpoint."""
+    try:
+        config = _read_config(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # as written before transformers 4.34
+            config |= _read_config(folder / "special_tokens_map.json")
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return config
 
 
 def _content(token: object) -> object:

@@ -149,11 +149,15 @@ def _rebase(schema: object, root: str) -> object:
     for key, value in schema.items():
         if _is_own_reference(key, value):
             copy[key] = root + value[1:]
-        elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+        elif _holds_schemas_by_name(key, value):
             copy[key] = {name: _rebase(part, root) for name, part in value.items()}
         else:
             copy[key] = value if key in _DATA else _rebase(value, root)
     return copy
+
+
+def _holds_schemas_by_name(key: str, value: object) -> bool:
+    return key in _SCHEMAS_BY_NAME and isinstance(value, dict)
 
 
 def _is_own_reference(key: str, value: object) -> bool:
