@@ -147,7 +147,10 @@ def outcomes(checkpoint):
 
         outcomes = []
         for folder, flag in json.load(sys.stdin):
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()) as error,
+            ):
                 try:
                     main(["serve", "--model-path", folder, "--quantization", flag, "--dry-run"])
                 except SystemExit as end:

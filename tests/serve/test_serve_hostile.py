@@ -672,6 +672,7 @@ def test_a_path_that_leads_nowhere_is_404(served, path):
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
 
 
+GENERATE = b"POST /generate HTTP/1.1\r\nhost: localhost\r\n"
 HEADS = {
     "no HTTP": b"hello\r\n\r\n",
     "TLS": bytes.fromhex("16030100a5010000a10303") + os.urandom(160),
@@ -679,13 +680,14 @@ HEADS = {
     "zeros": bytes(1000),
     "a version that is none": b"GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
     "a method that is none": b"GRAB / HTTP/1.1\r\nhost: localhost\r\n\r\n",
-    "a length below zero": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+    "a length below zero": GENERATE + b"content-length: -1\r\n\r\n",
     "a length of many digits": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: "
     + b"9" * 1000
     + b"\r\n\r\n",
-    "two lengths": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}",
-    "a length and chunks": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-    "a chunk whose size is none": b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    "two lengths": GENERATE + b"content-length: 1\r\ncontent-length: 2\r\n\r\n{}",
+    "a length and chunks": GENERATE
+    + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a chunk whose size is none": GENERATE + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
     "a header of a megabyte": b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: "
     + b"a" * (1 << 20)
     + b"\r\n\r\n",
@@ -973,7 +975,8 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(limited):
     port, _ = limited
     with connect(port) as connection:
         connection.sendall(
-            b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+            b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 100\r\n\r\n{"
         )
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -1008,7 +1011,10 @@ def test_a_slow_reader_that_takes_something_gets_it_all(limited):
 
 def test_all_bodies_together_are_bounded(limited):
     port, _ = limited
-    head = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1048576\r\n\r\n"
+    head = (
+        b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: 1048576\r\n\r\n"
+    )
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(connect(port)) for _ in range(5)]
         for connection in connections:

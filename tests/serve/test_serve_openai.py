@@ -634,7 +634,8 @@ def test_no_tool_is_called_that_must_not_be(ask):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_calls_that_a_model_makes_itself_are_found(other_client, stream):
     spelled = (
-        r'Let me see\. <tool_call>\n\{"name": "get_weather", "arguments": \{"city": "Paris", "days": 2\}\}\n</tool_call>'
+        r'Let me see\. <tool_call>\n\{"name": "get_weather", '
+        r'"arguments": \{"city": "Paris", "days": 2\}\}\n</tool_call>'
         r'<tool_call>\n\{"name": "clock", "arguments": \{\}\}\n</tool_call>'
     )
     options = {

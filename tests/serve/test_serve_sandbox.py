@@ -365,7 +365,9 @@ import asyncio
 from qtool.serve.prompts.sandbox import Sandbox
 
 async def main():
-    sandboxes = [Sandbox("test_serve_sandbox:do", timeout_s=100, memory_bytes=100 << 20) for _ in range(2)]
+    sandboxes = [
+        Sandbox("test_serve_sandbox:do", timeout_s=100, memory_bytes=100 << 20) for _ in range(2)
+    ]
     print(*[await sandbox.call("pid") for sandbox in sandboxes], flush=True)
     await sandboxes[0].call("spin")
 

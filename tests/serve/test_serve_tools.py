@@ -95,7 +95,8 @@ ANSWERS = [
         f'<tool_call>\n{{"name": "f", "arguments": '
         f'{ARGUMENTS}}}\n</tool_call>'
     ), None, [("f", ARGUMENTS)]),
-    ("hermes", f'<tool_call>{{"arguments":{ARGUMENTS},"name":"f"}}</tool_call>', None, [("f", ARGUMENTS)]),
+    ("hermes", f'<tool_call>{{"arguments":{ARGUMENTS},"name":"f"}}</tool_call>',
+     None, [("f", ARGUMENTS)]),
     ("hermes", (
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "f", '
         '"arguments": {"a":1}}\n</tool_call>\n'
@@ -143,7 +144,8 @@ ANSWERS = [
     ("hermes", "<tool_call>", "<tool_call>", []),
     ("hermes", "  <tool_call>\nsorry\n</tool_call>\n", "  <tool_call>\nsorry\n</tool_call>\n", []),
     ("hermes", "a </tool_call> b", "a </tool_call> b", []),
-    ("hermes", '<tool_call>{"name": "f", "arguments": ', '<tool_call>{"name": "f", "arguments": ', []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": ',
+     '<tool_call>{"name": "f", "arguments": ', []),
     ("hermes", (
         '<tool_call>{"name": "f", "arguments": '
         '}</tool_call>'
@@ -170,7 +172,8 @@ ANSWERS = [
     ), "<tool_", [("f", "{}")]),
     ("llama3_json", "Hello {1} <|python_ta", "Hello {1} <|python_ta", []),
     ("llama3_json", f'{{"name": "f", "parameters": {ARGUMENTS}}}', None, [("f", ARGUMENTS)]),
-    ("llama3_json", f'\n{{"type": "function", "parameters": {ARGUMENTS}, "name": "f"}}', None, [("f", ARGUMENTS)]),
+    ("llama3_json", f'\n{{"type": "function", "parameters": {ARGUMENTS}, "name": "f"}}',
+     None, [("f", ARGUMENTS)]),
     ("llama3_json", (
         '<|python_tag|>{"name": "f", "arguments": {}}; {"name": "weather", "parameters": {"a": '
         '1}}'
@@ -197,7 +200,8 @@ ANSWERS = [
         '{}}'
     ), 'See {"name": "f", "parameters": {}}', []),
     ("required", f'[{{"name": "f", "parameters": {ARGUMENTS}}}]', None, [("f", ARGUMENTS)]),
-    ("required", ' [ {"name":"f","parameters":{}} ,\n{"name":"weather","parameters":{"a":[1]}} ] ', None, [("f", "{}"), ("weather", '{"a":[1]}')]),
+    ("required", ' [ {"name":"f","parameters":{}} ,\n{"name":"weather","parameters":{"a":[1]}} ] ',
+     None, [("f", "{}"), ("weather", '{"a":[1]}')]),
     ("required", '[{"name": "f", "par', '[{"name": "f", "par', []),
     ("required", (
         '[{"name": "f", "parameters": {}}, {"name": '
@@ -244,10 +248,9 @@ def written_calls(draw, kind):
     name = draw(st.sampled_from(NAMES))
     indent, ascii_only = draw(st.sampled_from([None, 2])), draw(st.booleans())
     arguments = json.dumps(draw(objects), indent=indent, ensure_ascii=ascii_only)
-    parts = [
-        f'"name": "{name}"',
-        f'"{"arguments" if kind == "hermes" else "parameters"}":{draw(st.sampled_from(["", " "]))}{arguments}',
-    ]
+    key = "arguments" if kind == "hermes" else "parameters"
+    space = draw(st.sampled_from(["", " "]))
+    parts = [f'"name": "{name}"', f'"{key}":{space}{arguments}']
     text = "{" + ", ".join(draw(st.permutations(parts))) + "}"
     if kind == "hermes":
         text = f"<tool_call>\n{text}\n</tool_call>"
@@ -413,7 +416,8 @@ def test_two_calls_in_one_piece_are_two_deltas():
         '<tool_call>{"name": "f", "arguments": {"a": '
         '"'
     ) + "x\\n" * 6_600,
-     '<tool_call>{"arguments": ' + "[" * 20_000, '{"parameters": {"a": "' + "{" * 20_000, '<tool_call>{"name": "' + "f" * 20_000],
+     '<tool_call>{"arguments": ' + "[" * 20_000, '{"parameters": {"a": "' + "{" * 20_000,
+     '<tool_call>{"name": "' + "f" * 20_000],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [*STYLES, "required"])
 def test_twenty_thousand_pieces_are_read_as_the_whole(kind, text):
@@ -426,8 +430,11 @@ def test_twenty_thousand_pieces_are_read_as_the_whole(kind, text):
 
 def test_flags_of_both_engines_name_a_style():
     assert {name: style_named(name) for name in ("hermes", "qwen25", "llama3", "llama4_json")} == {
-        "hermes": "hermes", "qwen25": "hermes", "llama3": "llama3_json", "llama4_json": "llama3_json",
-    }  # fmt: skip
+        "hermes": "hermes",
+        "qwen25": "hermes",
+        "llama3": "llama3_json",
+        "llama4_json": "llama3_json",
+    }
     with pytest.raises(UsageError) as caught:
         style_named("hermess")
     assert caught.value.code == "E_TOOLS"
@@ -437,8 +444,10 @@ def test_flags_of_both_engines_name_a_style():
 TEMPLATES = {
     'a json object within tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": '
     "<args-json-object>}\\n</tool_call>": "hermes",
-    """{{- '<tool_call>\n' }}{{- '{"name": <function-name>, "arguments": <args-dict>}\n' }}{{- '</tool_call>' }}""": "hermes",
-    """{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.' }}""": "llama3_json",
+    """{{- '<tool_call>\n' }}{{- '{"name": <function-name>, "arguments": <args-dict>}\n' }}"""
+    "{{- '</tool_call>' }}": "hermes",
+    """{{- 'Respond in the format {"name": function name, """
+    """"parameters": dictionary of argument name and its value}.' }}""": "llama3_json",
     """{{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }} "arguments" """: None,
     """{{ '<tool_call>' + name }}<arg_key>{{ k }}</arg_key>{{ "arguments" }}""": None,
     "{% for m in messages %}{{ m.content }}{% endfor %}": None,
@@ -494,9 +503,12 @@ def test_a_choice_says_what_may_be_called(tools, tool_choice, mode, names):
 def test_the_parser_fits_the_choice():
     assert parser_for(choose([F], "auto"), None) is None
     assert parser_for(choose([F], "none"), "hermes") is None
-    assert [type(parser_for(choose([F], choice), "hermes")).__name__ for choice in ("auto", "required", named("f"))] == [
-        "HermesParser", "RequiredParser", "NamedParser",
-    ]  # fmt: skip
+    choices = [choose([F], choice) for choice in ("auto", "required", named("f"))]
+    assert [type(parser_for(choice, "hermes")).__name__ for choice in choices] == [
+        "HermesParser",
+        "RequiredParser",
+        "NamedParser",
+    ]
     assert type(parser_for(choose([F], "auto"), "llama3_json")).__name__ == "LlamaParser"
     # the schema says the form, the template need not
     assert parser_for(choose([F], "required"), None) is not None
@@ -573,8 +585,15 @@ TREE = tool(
     },
     strict=True,
 )
-LIST = tool("list", {"type": "object", "properties": {"n": {"$ref": "#/definitions/Node"}, "again": {"$ref": "#"}}, "required": ["n"],
-                     "definitions": {"Node": {"type": "integer"}}})  # fmt: skip
+LIST = tool(
+    "list",
+    {
+        "type": "object",
+        "properties": {"n": {"$ref": "#/definitions/Node"}, "again": {"$ref": "#"}},
+        "required": ["n"],
+        "definitions": {"Node": {"type": "integer"}},
+    },
+)
 ALL = [F, G, TREE, LIST]
 CHOICES = {
     "required": choose(ALL, "required"),
