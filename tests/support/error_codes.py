@@ -40,11 +40,24 @@ TABLES_OF_CODES = {  # package -> class of the errors whose codes stand in its t
     "checkpoint": "CheckpointRefused",
     "formats": "CheckpointRefused",
 }
-MEANINGS = {  # codes whose message is put together elsewhere
+MEANINGS = {  # of codes whose messages do not tell it here; "Class CODE" where two classes share it
     "E_ATTENTION_SHAPE": "a projection of the attention has a shape that config.json excludes",
     "E_EMBEDDING_SHAPE": "the embeddings have a shape that config.json excludes",
     "E_MLP_SHAPE": "a projection of the MLP has a shape that config.json excludes",
     "E_NORM_SHAPE": "a norm has a shape that config.json excludes",
+    "E_BACKEND_DIED": "the library's process ended without a result, and without saying why",
+    "E_BACKEND_FAILED": "the library raised an error; the message names it, its version and its log",
+    "E_DATA_MISSING": "the calibration file is not there or cannot be read",
+    "E_ENGINE_REFUSES": "vLLM or SGLang does not load this checkpoint; the message says why",
+    "E_GGUF": "the weights are GGUF files, perhaps under another name",
+    "E_HEADER_SIZE": "a tensor is given more or fewer bytes than its shape and dtype need",
+    "E_INDEX_PATH": "the index names a file outside of the model folder",
+    "E_INDEX_TYPE": "the index maps a tensor to something that is not a file name",
+    "E_LFS_POINTER": "a file is a Git LFS pointer, not the file itself",
+    "E_LIMIT": "a number is out of its bounds",
+    "E_NOT_SAFETENSORS": "a .safetensors file is something else, for example an HTML page",
+    "E_PICKLE": "the weights are pickle files, perhaps under another name; qtool never opens them",
+    "E_QUANT_CONFIG": "the quantization config has keys or values that its format does not have",
     "E_OVERLAP": "two tensors of a file overlap",
     "E_HOLE": "a file has bytes between two tensors that belong to neither",
     "E_VALUES": "the weights have values that cannot be converted, such as NaN",
@@ -55,7 +68,7 @@ MEANINGS = {  # codes whose message is put together elsewhere
     "E_TENSOR_SHAPE": "a tensor of a quantized layer does not have its scheme's shape",
     "E_TENSOR_DTYPE": "a tensor of a quantized layer does not have its scheme's dtype",
     "E_EFFECTIVE_BITS": "the recipe's `effective_bits` cannot be reached",
-    "E_VERIFY": "a converted checkpoint does not read back as it was planned",
+    "QtoolError E_VERIFY": "a converted checkpoint does not read back as it was planned",
     "E_SCHEME": "a scheme is written wrongly, or holds what no format can",
 }
 
@@ -215,10 +228,11 @@ def codes() -> dict[str, dict[str, Entry]]:
     for use in uses():
         class_name = use.class_name if use.class_name in tables else "QtoolError"
         tables[class_name].setdefault(use.code, Entry()).add(use.message, use.hint)
-    for table in tables.values():
+    for class_name, table in tables.items():
         for code, entry in table.items():
-            if code in MEANINGS:
-                entry.messages = [MEANINGS[code]]
+            meaning = MEANINGS.get(f"{class_name} {code}") or MEANINGS.get(code)
+            if meaning:
+                entry.messages = [meaning]
     return tables
 
 
