@@ -317,7 +317,7 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
 
 
 def _slow_groups(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
-    """Yield a warning for each kind of layers that only the `reference` kernel takes."""
+    """Yield a warning for each kind of layers that only the `reference` kernel supports."""
     slow = Counter(
         (group.spec.scheme.name, tuple(group.choice.refused.items()))
         for group in groups
@@ -327,5 +327,5 @@ def _slow_groups(groups: Sequence[Group], device: torch.device) -> Iterator[str]
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
         yield (
             f"{count} layers of {scheme} are dequantized at every step: no kernel for "
-            f"{device_of(device)} takes them ({reasons})"
+            f"{device_of(device)} supports them ({reasons})"
         )

@@ -126,14 +126,11 @@ def flag_named(quantization: str | None, torchao_config: str | None) -> str | No
     if not torchao_config:
         return quantization and quantization.lower()
     if quantization is not None:
-        message = (
-            f"--quantization {quantization} and --torchao-config {torchao_config} cannot both be "
-            "meant"
-        )
         raise UsageError(
             "E_QUANTIZATION",
-            message,
-            hint="give one of them: --quantization takes torchao's names too",
+            f"--quantization {quantization} and --torchao-config {torchao_config} exclude each "
+            "other",
+            hint="give one of them: --quantization also takes the names of torchao",
         )
     return _known(torchao_config, TORCHAO, "torchao config")
 

@@ -1,4 +1,4 @@
-"""`Skeleton`: a model of transformers without data, which tells where each tensor goes."""
+"""`Skeleton`: a model of transformers without data, which knows where each tensor goes."""
 
 from __future__ import annotations
 

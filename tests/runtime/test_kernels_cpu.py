@@ -286,41 +286,41 @@ def test_the_operator_and_the_blocks_agree(monkeypatch):
 
 
 OBJECTIONS = [
-    ("int4pack", spec_of("W4A16", dtype=torch.float16), "float16: takes bfloat16 only"),
-    ("int4pack", spec_of("W4A8"), "inputs int8 token: takes 16 bits only"),
+    ("int4pack", spec_of("W4A16", dtype=torch.float16), "float16: supports bfloat16 only"),
+    ("int4pack", spec_of("W4A8"), "inputs int8 token: supports 16 bits only"),
     (
         "int4pack",
         spec_of("FP8_W8A16"),
-        "weights fp8 channel: takes int2, int3 and int4 by group, channel or tensor",
+        "weights fp8 channel: supports int2, int3 and int4 by group, channel or tensor",
     ),
     (
         "int4pack",
         spec_of(Scheme(Weights("int4", "group", 48))),
         "needs groups of 32, 64, 128 or 256, found 48",
     ),
-    ("onednn", spec_of("W8A8", dtype=torch.float32), "float32: takes bfloat16 only"),
+    ("onednn", spec_of("W8A8", dtype=torch.float32), "float32: supports bfloat16 only"),
     (
         "onednn",
         spec_of("NVFP4A16"),
-        "weights nvfp4 g16: takes integers by group, channel or tensor",
+        "weights nvfp4 g16: supports integers by group, channel or tensor",
     ),
     (
         "onednn",
         spec_of(Scheme(Weights("int8", "block", block=(64, 64)))),
-        "weights int8 64x64: takes integers by group, channel or tensor",
+        "weights int8 64x64: supports integers by group, channel or tensor",
     ),
-    ("onednn", spec_of("W4AFP8"), "inputs fp8 token: takes integers by token or tensor"),
+    ("onednn", spec_of("W4AFP8"), "inputs fp8 token: supports integers by token or tensor"),
     (
         "onednn",
         spec_of(Scheme(Weights("int8"), Activations("int8", "group", 128))),
-        "inputs int8 g128: takes integers by token or tensor",
+        "inputs int8 g128: supports integers by token or tensor",
     ),
-    ("int8pack", spec_of("W8A16_CHANNEL", dtype=torch.float16), "float16: takes bfloat16 only"),
-    ("int8pack", spec_of("W8A8"), "inputs int8 token: takes 16 bits only"),
+    ("int8pack", spec_of("W8A16_CHANNEL", dtype=torch.float16), "float16: supports bfloat16 only"),
+    ("int8pack", spec_of("W8A8"), "inputs int8 token: supports 16 bits only"),
     (
         "int8pack",
         spec_of("W8A16"),
-        "weights int8 g128: takes int5 to int8 by channel or tensor, without zero points",
+        "weights int8 g128: supports int5 to int8 by channel or tensor, without zero points",
     ),
 ]
 

@@ -202,12 +202,12 @@ def test_an_unsupported_reason_says_what_was_found_and_what_is_taken(monkeypatch
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert (
         native.unsupported_reason(spec_of("W4A16", dtype=torch.float16), CPU)
-        == "float16: takes bfloat16 only"
+        == "float16: supports bfloat16 only"
     )
     odd = spec_of(Scheme(Weights("int4", "group", 40)))
     assert (
         native.unsupported_reason(odd, CPU)
-        == "weights int4 g40: takes groups of a multiple of 16 inputs"
+        == "weights int4 g40: supports groups of a multiple of 16 inputs"
     )
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert native.unsupported_reason(spec_of("W4A16"), CPU) == "needs a CPU with AVX512_BF16"

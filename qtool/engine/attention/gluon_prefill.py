@@ -46,7 +46,7 @@ def applies(q: Tensor, kv: KVPages, out: Tensor, window: int | None, softcap: fl
         return False
     if q.shape[2] != out.shape[2] or q.shape[2] not in (64, 128):
         return False
-    # whole 16 bytes, as TMA wants them
+    # whole 16 bytes, as TMA needs them
     aligned = q.stride(0) % 8 == q.stride(1) % 8 == q.data_ptr() % 16 == 0
     return aligned and all(part.is_contiguous() for part in (kv.k, kv.v, out))
 

@@ -165,11 +165,9 @@ def _unsupported_reason(name: str, spec: LinearSpec, device: Device) -> str | No
 
 def not_bfloat16(spec: LinearSpec) -> str | None:
     """Return why a kernel that computes in bfloat16 alone, as all on a CPU do, refuses ``spec``."""
-    return (
-        None
-        if spec.dtype == torch.bfloat16
-        else f"{str(spec.dtype).removeprefix('torch.')}: takes bfloat16 only"
-    )
+    if spec.dtype == torch.bfloat16:
+        return None
+    return f"{str(spec.dtype).removeprefix('torch.')}: supports bfloat16 only"
 
 
 def no_aten_product(spec: LinearSpec) -> str | None:
@@ -178,9 +176,9 @@ def no_aten_product(spec: LinearSpec) -> str | None:
         return "needs a CPU with AVX2 or AVX512"
     if reason := not_bfloat16(spec):
         return reason
-    return (
-        f"inputs {spec.scheme.activations}: takes 16 bits only" if spec.scheme.activations else None
-    )
+    if spec.scheme.activations:
+        return f"inputs {spec.scheme.activations}: supports 16 bits only"
+    return None
 
 
 def codes_taken(spec: LinearSpec, choice: Choice) -> Literal["fp8", "int8"] | None:

@@ -31,7 +31,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     if reason := no_aten_product(spec):
         return reason
     if weights.format not in ("int2", "int3", "int4") or weights.granularity == "block":
-        return f"weights {weights}: takes int2, int3 and int4 by group, channel or tensor"
+        return f"weights {weights}: supports int2, int3 and int4 by group, channel or tensor"
     if weights.group_size not in (None, *GROUP_SIZES):
         return f"needs groups of 32, 64, 128 or 256, found {weights.group_size}"
     return None

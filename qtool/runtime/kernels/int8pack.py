@@ -25,7 +25,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
         or weights.granularity not in ("channel", "tensor")
         or not weights.symmetric
     ):
-        return f"weights {weights}: takes int5 to int8 by channel or tensor, without zero points"
+        return f"weights {weights}: supports int5 to int8 by channel or tensor, without zero points"
     return None
 
 

@@ -73,7 +73,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
         return reason
     width = _width(spec)
     if width < spec.shape[1] and width % 16:
-        return f"weights {spec.scheme.weights}: takes groups of a multiple of 16 inputs"
+        return f"weights {spec.scheme.weights}: supports groups of a multiple of 16 inputs"
     if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
         return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
     library = _library()

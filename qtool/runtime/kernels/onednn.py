@@ -34,11 +34,11 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     if reason := not_bfloat16(spec):
         return reason
     if not weights.format.startswith("int") or weights.granularity == "block":
-        return f"weights {weights}: takes integers by group, channel or tensor"
+        return f"weights {weights}: supports integers by group, channel or tensor"
     if activations and not (
         activations.format.startswith("int") and activations.granularity in ("token", "tensor")
     ):
-        return f"inputs {activations}: takes integers by token or tensor"
+        return f"inputs {activations}: supports integers by token or tensor"
     return None
 
 

@@ -16,7 +16,7 @@ from qtool.weight import QuantizedWeight, divided, largest, to_fp8
 # cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the
 # sums and scaling them afterwards costs more.
 MANY_TOKENS = 512
-FEWEST_INT8 = 32  # `torch._int_mm` wants more than 16 tokens
+FEWEST_INT8 = 32  # `torch._int_mm` needs more than 16 tokens
 # of weights and of inputs
 GRANULARITIES = frozenset(itertools.product(("tensor", "channel"), ("tensor", "token")))
 

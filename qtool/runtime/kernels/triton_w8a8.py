@@ -57,7 +57,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
         return f"it is written for sm_90, not {device}"
     row_scales = weights.granularity in ("channel", "tensor") and weights.symmetric
     if weights.format not in TILES or not row_scales:
-        return f"it takes int8 or fp8 weights with a scale a row, not {weights}"
+        return f"it supports int8 or fp8 weights with a scale a row, not {weights}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return f"its inputs have 16 bits, not {spec.dtype}"
     return _unsupported_inputs(spec)
@@ -126,7 +126,7 @@ def multiply(
         x, row_scale = quantize_rows(
             x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True
         )
-    # rows of whole 16 bytes, as TMA wants them
+    # rows of whole 16 bytes, as TMA needs them
     if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
 
