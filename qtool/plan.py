@@ -5,7 +5,7 @@ what it costs. Made from headers alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,17 +16,20 @@ from qtool.modules import is_head, is_linear, last_part, layer_name, skip_reason
 from qtool.recipe import Auto, Recipe, check_pattern, matches
 from qtool.scheme import Scheme, Weights
 
+USUAL_GROUP_SIZES = (128, 64, 32, 16)
+
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One linear module [N, K]: the scheme it gets, or with ``scheme`` None, the ``reason`` it is
-    left alone.
-    """
+    """One linear module and what happens to it."""
 
     name: str
     shape: tuple[int, int]
+    """Outputs N and inputs K."""
     scheme: Scheme | None
+    """None when it stays in 16 bits."""
     reason: str
+    """Why it stays in 16 bits."""
     bytes_before: int
     bytes_after: int
 
@@ -111,52 +114,63 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         that matches nothing, an output head that cannot be quantized apart from the embeddings, a
         group size that does not divide, or a plan that would change nothing.
     """
-    config = checkpoint.quantization_config
-    if config is not None:
-        producer = config.get("producer")
-        method = config.get("quant_method") or (
-            producer.get("name") if isinstance(producer, Mapping) else producer
-        )
-        message = (
-            f"{checkpoint.path} is quantized already "
-            f"({f'by `{method}`' if method else 'its config says so'})"
-        )
-        raise CheckpointRefused(
-            "E_ALREADY_QUANTIZED", message, hint="start from the 16-bit model it was made of"
-        )
+    _check_unquantized(checkpoint)
     linears = {
         tensor.name.removesuffix(".weight"): tensor
         for tensor in checkpoint.tensors.values()
         if is_linear(tensor)
     }
-    for pattern in recipe.ignore:
-        # a module, though it has no tensor of its own
-        check_pattern(pattern, [*linears, *(["lm_head"] if checkpoint.tied_embeddings else [])])
-    for rule in recipe.rules:
-        check_pattern(rule.modules, linears)
+    _check_patterns(checkpoint, recipe, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
         message = (
             f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, "
             "which stays in 16 bits"
         )
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
-    plan = Plan(
-        checkpoint,
-        recipe,
-        tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items()),
-    )
+    modules = tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items())
+    plan = Plan(checkpoint, recipe, modules)
     if not plan.quantized and recipe.kv_cache is None:
-        reasons = Counter(module.reason for module in plan.modules)
-        why = (
-            "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-            or "no linear module was found"
-        )
-        hint = "ignore fewer modules, or check that this is a language model with linear layers"
-        raise RecipeRefused(
-            "E_NOTHING_TO_DO", f"nothing in {checkpoint.path} would be quantized: {why}", hint=hint
-        )
+        raise _nothing_to_do(plan)
     _check_groups(plan)
     return plan
+
+
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.quantization_config
+    if config is None:
+        return
+    producer = config.get("producer")
+    if isinstance(producer, Mapping):
+        producer = producer.get("name")
+    method = config.get("quant_method") or producer
+    how = f"by `{method}`" if method else "its config says so"
+    raise CheckpointRefused(
+        "E_ALREADY_QUANTIZED",
+        f"{checkpoint.path} is quantized already ({how})",
+        hint="start from the 16-bit model it was made of",
+    )
+
+
+def _check_patterns(checkpoint: Checkpoint, recipe: Recipe, linears: Iterable[str]) -> None:
+    """Raise RecipeRefused when a pattern of ``recipe`` matches no layer."""
+    names = [*linears]
+    # a head that is the embedding matrix is a module, though it has no tensor of its own
+    ignorable = [*names, "lm_head"] if checkpoint.tied_embeddings else names
+    for pattern in recipe.ignore:
+        check_pattern(pattern, ignorable)
+    for rule in recipe.rules:
+        check_pattern(rule.modules, names)
+
+
+def _nothing_to_do(plan: Plan) -> RecipeRefused:
+    reasons = Counter(module.reason for module in plan.modules)
+    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    path = plan.checkpoint.path
+    return RecipeRefused(
+        "E_NOTHING_TO_DO",
+        f"nothing in {path} would be quantized: {why or 'no linear module was found'}",
+        hint="ignore fewer modules, or check that this is a language model with linear layers",
+    )
 
 
 def _planned(
@@ -176,6 +190,7 @@ def _planned(
 
 
 def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
+    """Return the scheme of the layer ``name``, or None and why it stays in 16 bits."""
     if any(matches(pattern, name) for pattern in recipe.ignore):
         return None, "ignored by the recipe"
     if is_head(name) and checkpoint.tied_embeddings:
@@ -183,12 +198,10 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
     for rule in recipe.rules:
         if matches(rule.modules, name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
+    if is_head(name) and recipe.lm_head:
+        return recipe.scheme, ""
     if is_head(name):
-        return (
-            (recipe.scheme, "")
-            if recipe.lm_head
-            else (None, "output head (`lm_head: true` quantizes it)")
-        )
+        return None, "output head (`lm_head: true` quantizes it)"
     if reason := skip_reason(checkpoint, name):
         return None, reason
     return recipe.scheme, "" if recipe.scheme else "the recipe has no weight scheme"
@@ -214,31 +227,29 @@ def stored_weights(scheme: Scheme, backend: str) -> Weights:
 
 
 def _check_groups(plan: Plan) -> None:
+    """Raise RecipeRefused when the groups of a scheme do not divide the inputs of a layer."""
+    searched = plan.recipe.schemes if plan.recipe.steps(Auto) else None
     for module in plan.quantized:
-        schemes = plan.recipe.schemes if plan.recipe.steps(Auto) else [module.scheme]
-        for scheme in schemes:
+        for scheme in searched or (module.scheme,):
             group_size = scheme.weights.group_size if scheme else None
             if scheme and group_size and module.shape[1] % group_size:
-                sizes = (
-                    (128, 64, 32, 16)
-                    if scheme == plan.recipe.scheme and scheme.weights.format.startswith("int")
-                    else ()
-                )
-                fits = [
-                    size
-                    for size in sizes
-                    if all(each.shape[1] % size == 0 for each in plan.quantized)
-                ]
-                hint = (
-                    f"use --group-size {fits[0]}, or leave the module out with --ignore"
-                    if fits
-                    else "leave the module out with --ignore"
-                )
-                message = (
+                raise RecipeRefused(
+                    "E_GROUP_SIZE",
                     f"group_size {group_size} does not divide the {module.shape[1]} inputs of "
-                    f"`{module.name}`"
+                    f"`{module.name}`",
+                    hint=_group_size_hint(plan, scheme),
                 )
-                raise RecipeRefused("E_GROUP_SIZE", message, hint=hint)
+
+
+def _group_size_hint(plan: Plan, scheme: Scheme) -> str:
+    """Return what helps when the groups of ``scheme`` do not divide: a usual size that does."""
+    leave_out = "leave the module out with --ignore"
+    if scheme != plan.recipe.scheme or not scheme.weights.format.startswith("int"):
+        return leave_out
+    for size in USUAL_GROUP_SIZES:
+        if all(module.shape[1] % size == 0 for module in plan.quantized):
+            return f"use --group-size {size}, or {leave_out}"
+    return leave_out
 
 
 def _count(checkpoint: Checkpoint, key: str, default: int) -> int:

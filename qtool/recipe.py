@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -29,20 +28,11 @@ from pydantic import (
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.scheme import Scheme, scheme_from
+from qtool.strict_yaml import YAML_ERRORS, parse_yaml
 
 BackendName = Literal["llmcompressor", "gptqmodel", "modelopt", "torchao"]
 BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
 MAX_RECIPE_BYTES = 1 << 20
-# PyYAML raises all of them
-YAML_ERRORS = (
-    yaml.YAMLError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 EXAMPLES_HINT = "recipes/ in the source holds examples"
 _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next(
@@ -153,12 +143,16 @@ STEPS: Mapping[str, type[Step]] = {
 }
 
 
-def _step_from(value: Any) -> Step:
+def _step_from(value: object) -> Step:
+    """Return the step that a recipe names (``gptq``) or spells out (``{gptq: {dampening: 0.1}}``).
+
+    Raises: RecipeRefused, with the nearest name or the options that are known.
+    """
     if isinstance(value, Step):
         return value
-    name, options = (
-        next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
-    )
+    name, options = value, None
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, options),) = value.items()
     if not isinstance(name, str) or name not in STEPS:
         raise RecipeRefused(
             "E_RECIPE",
@@ -174,14 +168,15 @@ def _step_from(value: Any) -> Step:
     try:
         return STEPS[name](**(options or {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        hint = (
-            nearest(str(first["loc"][-1]), STEPS[name].model_fields)
-            or f"`{name}` takes {', '.join(STEPS[name].model_fields) or 'no options'}"
-        )
-        raise RecipeRefused(
-            "E_RECIPE", f"algorithm step `{name}`: `{first['loc'][-1]}`: {first['msg']}", hint=hint
-        ) from None
+        raise _bad_option(name, error) from None
+
+
+def _bad_option(name: str, error: ValidationError) -> RecipeRefused:
+    first = error.errors()[0]
+    option, known = str(first["loc"][-1]), STEPS[name].model_fields
+    hint = nearest(option, known) or f"`{name}` takes {', '.join(known) or 'no options'}"
+    message = f"algorithm step `{name}`: `{option}`: {first['msg']}"
+    return RecipeRefused("E_RECIPE", message, hint=hint)
 
 
 S = TypeVar("S", bound=Step)
@@ -380,32 +375,6 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which otherwise keeps the last of two equal keys in silence, and knows
-    aliases, a few of which make gigabytes.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "`*` makes an alias, which no recipe needs: quote a pattern, write a value out",
-                mark,
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` appears twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> Recipe:
     try:
         size = path.stat().st_size
@@ -421,7 +390,7 @@ def _read(path: Path) -> Recipe:
             "E_RECIPE", f"{path}: {size:,} bytes is too large for a recipe", hint=EXAMPLES_HINT
         )
     try:
-        data = yaml.load(text.decode(), Loader=_StrictLoader)
+        data = parse_yaml(text)
     except YAML_ERRORS as error:
         hint = (
             f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs "
@@ -441,26 +410,29 @@ def _validated(data: JsonDict, where: str) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:
-        # a misspelt key is why another one is missing
-        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        field = ".".join(map(str, first["loc"])) or "recipe"
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(first["loc"])
-            hint = nearest(str(first["loc"][-1]), known) or f"known: {', '.join(known)}"
-            raise RecipeRefused("E_RECIPE", f"{where}: unknown key `{field}`", hint=hint) from None
-        values = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
-        hint = nearest(str(first["input"]), values) or EXAMPLES_HINT
-        raise RecipeRefused(
-            "E_RECIPE",
-            f"{where}: `{field}`: {first['msg']}, found {reprlib.repr(first['input'])}",
-            hint=hint,
-        ) from None
+        raise _bad_field(error, where) from None
     except RecipeRefused as error:
         raise RecipeRefused(
             error.code, f"{where}: {error.message}", hint=error.hint or EXAMPLES_HINT
         ) from None
     except TypeError as error:
         raise RecipeRefused("E_RECIPE", f"{where}: {error}", hint=EXAMPLES_HINT) from None
+
+
+def _bad_field(error: ValidationError, where: str) -> RecipeRefused:
+    # a misspelt key is why another one is missing
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    field = ".".join(map(str, first["loc"])) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        hint = nearest(str(first["loc"][-1]), known) or f"known: {', '.join(known)}"
+        return RecipeRefused("E_RECIPE", f"{where}: unknown key `{field}`", hint=hint)
+    values = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
+    return RecipeRefused(
+        "E_RECIPE",
+        f"{where}: `{field}`: {first['msg']}, found {reprlib.repr(first['input'])}",
+        hint=nearest(str(first["input"]), values) or EXAMPLES_HINT,
+    )
 
 
 def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:

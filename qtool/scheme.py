@@ -28,42 +28,32 @@ def number_format(bits: int, *, is_float: bool) -> Format:
 
 @dataclass(frozen=True)
 class Weights:
-    """How weights [N, K] are stored.
-
-    ``group_size`` is the number of neighbouring inputs that share a scale, for ``group``; ``block``
-    is (rows, columns), for ``block``.
-    ``scale`` is the format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of
-    two of the MX formats.
-    """
+    """How weights [N, K] are stored."""
 
     format: Format
     granularity: Granularity = "channel"
     group_size: int | None = None
+    """Neighbouring inputs that share a scale, for the granularity ``group``."""
     block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, for the granularity ``block``."""
     symmetric: bool = True
     scale: ScaleFormat = "float"
+    """Format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of two of the MX
+    formats.
+    """
 
     def __post_init__(self) -> None:
         _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
-        if (self.granularity == "block") != (self.block is not None):
-            raise _invalid(
-                f"weights: granularity `{self.granularity}` and block {self.block} do not go "
-                "together"
-            )
-        if self.block is not None and (
-            len(self.block) != 2 or any(type(size) is not int or size < 1 for size in self.block)
-        ):
-            raise _invalid(
-                "weights: block must be two positive whole numbers, rows and columns, found "
-                f"{list(self.block)!r}"
-            )
+        _check_block(self.granularity, self.block)
         if self.granularity == "token":
             raise _invalid(
                 "weights: granularity `token` is for activations; weights know `channel`"
             )
-        if not self.symmetric and self.granularity == "block":
+        if self.symmetric:
+            return
+        if self.granularity == "block":
             raise _invalid("weights: blocks have no zero points; `symmetric` must stay true")
-        if not self.symmetric and self.format.startswith("fp"):
+        if self.format.startswith("fp"):
             raise _invalid(f"weights: {self.format} has no zero point; `symmetric` must stay true")
 
     @property
@@ -105,14 +95,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Activations:
-    """How a layer's input [T, K] is rounded: ``dynamic`` scales are found at run time, static ones
-    by calibration.
-    """
+    """How a layer's input [T, K] is rounded."""
 
     format: Format
     granularity: Granularity = "token"
     group_size: int | None = None
     dynamic: bool = True
+    """Whether scales are found at run time; static ones are found by calibration."""
     symmetric: bool = True
     scale: ScaleFormat = "float"
 
@@ -134,12 +123,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What one linear layer stores and computes with; ``activations`` is None when inputs stay in
-    16 bits.
-    """
+    """What one linear layer stores and computes with."""
 
     weights: Weights
     activations: Activations | None = None
+    """None when inputs stay in 16 bits."""
 
     @property
     def name(self) -> str:
@@ -189,7 +177,7 @@ class Scheme:
             weights = replace(self.weights, granularity="group", group_size=group_size)
         return replace(self, weights=weights)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the scheme as it stands in a recipe or a manifest."""
         return asdict(self)
 
@@ -206,7 +194,7 @@ def _name_of(scheme: Scheme) -> str:
     return next((name for name, known in SCHEMES.items() if known == scheme), str(scheme))
 
 
-def scheme_from(value: str | Mapping[str, Any]) -> Scheme:
+def scheme_from(value: str | Mapping[str, object]) -> Scheme:
     """Return the scheme that a recipe names (``W4A16``) or spells out (``{weights: {...},
     activations: {...}}``).
 
@@ -264,11 +252,23 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 _EXAMPLES: Mapping[type, str] = {str: "int4", bool: "true", int: "128", list: "[128, 128]"}
 
 
-def _refuse_unknown_keys(where: str, value: Mapping[str, Any], known: set[str]) -> None:
+def _refuse_unknown_keys(where: str, value: Mapping[str, object], known: set[str]) -> None:
     for key in value:
         if key not in known:
             hint = nearest(str(key), known) or f"known: {', '.join(sorted(known))}"
             raise _invalid(f"{where}: unknown key `{key}`", hint=hint)
+
+
+def _check_block(granularity: str, block: tuple[int, int] | None) -> None:
+    if (granularity == "block") != (block is not None):
+        raise _invalid(f"weights: granularity `{granularity}` and block {block} do not go together")
+    if block is None:
+        return
+    if len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+        raise _invalid(
+            "weights: block must be two positive whole numbers, rows and columns, found "
+            f"{list(block)!r}"
+        )
 
 
 def _check_numbers(
@@ -288,6 +288,10 @@ def _check_numbers(
         raise _invalid(f"{where}: {format} has float scales, not {scale}")
     if scale not in SCALE_BITS:
         raise _invalid(f"{where}: unknown scale `{scale}`", hint=f"one of {', '.join(SCALE_BITS)}")
+    _check_group_size(where, granularity, group_size)
+
+
+def _check_group_size(where: str, granularity: str, group_size: int | None) -> None:
     if (granularity == "group") != (group_size is not None):
         raise _invalid(
             f"{where}: granularity `{granularity}` and group_size {group_size} do not go together"

@@ -16,6 +16,7 @@ ORDER = (
         "devices",
         "events",
         "scheme",
+        "strict_yaml",
         "checkpoint",
         "modules",
         "recipe",
