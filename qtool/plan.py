@@ -198,6 +198,10 @@ def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme
     for rule in recipe.rules:
         if matches(rule.modules, name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
+    return _usual_decision(checkpoint, recipe, name)
+
+
+def _usual_decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
     if is_head(name) and recipe.lm_head:
         return recipe.scheme, ""
     if is_head(name):

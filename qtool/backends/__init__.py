@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -17,6 +17,7 @@ from typing import Protocol, cast
 from qtool.calibration import CalibrationSpec
 from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
+from qtool.modules import last_part
 from qtool.plan import Plan
 from qtool.scheme import Scheme
 
@@ -183,18 +184,20 @@ def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
     for name in linears:
         scheme = planned.get(name)
         by_scheme.setdefault(scheme, []).append(name)
-        kinds.setdefault(name.rpartition(".")[2], set()).add(scheme)
-    groups = []
-    for scheme, names in by_scheme.items():
-        whole = [
-            kind
-            for kind in dict.fromkeys(name.rpartition(".")[2] for name in names)
-            if len(kinds[kind]) == 1
-        ]
-        fused = [kind for kind, parts in FUSED.items() if parts <= set(whole)]
-        patterns = [rf"(?:.*\.)?({'|'.join([*whole, *fused])})$"] if whole else []
-        patterns += [
-            name.replace(".", r"\.") + "$" for name in names if name.rpartition(".")[2] not in whole
-        ]
-        groups.append(Group(scheme, tuple(names), tuple(patterns)))
-    return groups
+        kinds.setdefault(last_part(name), set()).add(scheme)
+    whole = {kind for kind, schemes in kinds.items() if len(schemes) == 1}
+    return [
+        Group(scheme, tuple(names), tuple(_patterns_of(names, whole)))
+        for scheme, names in by_scheme.items()
+    ]
+
+
+def _patterns_of(names: Sequence[str], whole: Collection[str]) -> Iterator[str]:
+    """Yield regular expressions for ``names``; of the kinds in ``whole`` they hold every layer."""
+    kinds = [kind for kind in dict.fromkeys(map(last_part, names)) if kind in whole]
+    fused = [kind for kind, parts in FUSED.items() if parts <= set(kinds)]
+    if kinds:
+        yield rf"(?:.*\.)?({'|'.join([*kinds, *fused])})$"
+    for name in names:
+        if last_part(name) not in whole:
+            yield name.replace(".", r"\.") + "$"

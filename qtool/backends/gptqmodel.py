@@ -10,16 +10,20 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.modules import is_head
 from qtool.plan import Plan
-from qtool.recipe import Awq, Gptq
+from qtool.recipe import Awq, Gptq, Recipe
 from qtool.scheme import Scheme
 
+if TYPE_CHECKING:
+    from gptqmodel.quantization.config import BaseQuantizeConfig
+
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
+INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
 class GPTQModelBackend:
@@ -41,27 +45,7 @@ class GPTQModelBackend:
             reasons.append("`checkpoint_format` is for its GPTQ")
         if recipe.scheme is None:
             return [*reasons, "it needs a scheme of its own, not rules alone"]
-        awq = [step.name for step in recipe.algorithm] == ["awq"]
-        for scheme in recipe.schemes:
-            weights = scheme.weights
-            if (
-                scheme.activations
-                or weights.format not in {f"int{bits}" for bits in BITS}
-                or weights.granularity not in ("group", "channel")
-            ):
-                reasons.append(
-                    f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit "
-                    f"activations, not `{scheme.name}`"
-                )
-            elif awq and weights.bits != 4:
-                reasons.append("its AWQ has 4 bits")
-        for module in plan.quantized:
-            if module.scheme and any(
-                size * module.scheme.weights.bits % 32 for size in module.shape
-            ):
-                reasons.append(f"{module.shape} of `{module.name}` does not pack into 32-bit words")
-                break
-        return reasons
+        return reasons + _scheme_refusals(recipe) + _shape_refusals(plan)
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
         """Variables for the worker.
@@ -118,42 +102,82 @@ class GPTQModelBackend:
         model.save(str(work.output), max_shard_size=MAX_SHARD_SIZE)
 
 
-def _config(work: Work) -> Any:
+def _scheme_refusals(recipe: Recipe) -> list[str]:
+    awq = [step.name for step in recipe.algorithm] == ["awq"]
+    reasons = []
+    for scheme in recipe.schemes:
+        if not _is_written(scheme):
+            reasons.append(
+                f"it writes integer weights of {', '.join(map(str, BITS))} bits with 16-bit "
+                f"activations, not `{scheme.name}`"
+            )
+        elif awq and scheme.weights.bits != 4:
+            reasons.append("its AWQ has 4 bits")
+    return reasons
+
+
+def _is_written(scheme: Scheme) -> bool:
+    """Whether GPTQModel's formats hold ``scheme``."""
+    weights = scheme.weights
+    return (
+        scheme.activations is None
+        and weights.format in INTEGERS
+        and weights.granularity in ("group", "channel")
+    )
+
+
+def _shape_refusals(plan: Plan) -> list[str]:
+    """Return a reason for the first layer whose codes do not fill whole words."""
+    for module in plan.quantized:
+        bits = module.scheme.weights.bits if module.scheme else 32
+        if any(size * bits % 32 for size in module.shape):
+            return [f"{module.shape} of `{module.name}` does not pack into 32-bit words"]
+    return []
+
+
+def _config(work: Work) -> BaseQuantizeConfig:
+    """Return GPTQModel's configuration for the recipe."""
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig
 
     recipe = work.plan.recipe
     base = recipe.scheme
     assert base is not None
-    dynamic: dict[str, JsonDict] = {}
-    for group in groups_of(work.plan, [module.name for module in work.plan.modules]):
-        if group.scheme is None:
-            # it leaves heads alone unasked
-            left_alone = [name for name in group.names if not is_head(name)]
-            dynamic |= {f"-:{pattern}": {} for pattern in group.patterns} if left_alone else {}
-        elif group.scheme != base:
-            dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
+    dynamic = _dynamic(work.plan, base)
     options: JsonDict = {
         **_numbers(base),
         "offload_to_disk_path": str(work.scratch / "offload"),
         "device": work.device,
+        "dynamic": dynamic or None,
     }
-    for module in work.plan.quantized:
-        if is_head(module.name) and module.scheme:
-            options["lm_head"] = True
+    if any(is_head(module.name) for module in work.plan.quantized):
+        options["lm_head"] = True
+    step = recipe.algorithm[-1]
+    if not isinstance(step, Gptq):
+        return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)
+    options |= {
+        "desc_act": step.act_order,
+        "act_group_aware": not step.act_order,
+        "format": recipe.checkpoint_format or "gptq",
+    }
+    if step.dampening:
+        options["damp_percent"] = step.dampening
+    return GPTQConfig(**options)
+
+
+def _dynamic(plan: Plan, base: Scheme) -> dict[str, JsonDict]:
+    """Return the patterns of layers to skip, and of those with other numbers than ``base``."""
+    dynamic: dict[str, JsonDict] = {}
+    for group in groups_of(plan, [module.name for module in plan.modules]):
+        if group.scheme is not None and group.scheme != base:
+            dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
+        # it leaves heads alone unasked
+        if group.scheme is None and not all(map(is_head, group.names)):
+            dynamic |= {f"-:{pattern}": {} for pattern in group.patterns}
+    for module in plan.quantized:
+        if module.scheme and is_head(module.name):
             # without an entry a head gets 8 bits in groups of 32
             dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)
-    options["dynamic"] = dynamic or None
-    step = recipe.algorithm[-1]
-    if isinstance(step, Gptq):
-        options |= {
-            "desc_act": step.act_order,
-            "act_group_aware": not step.act_order,
-            "format": recipe.checkpoint_format or "gptq",
-        }
-        if step.dampening:
-            options["damp_percent"] = step.dampening
-        return GPTQConfig(**options)
-    return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)
+    return dynamic
 
 
 def _numbers(scheme: Scheme) -> JsonDict:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from qtool.backends import MAX_SHARD_SIZE, Reporter, Work, groups_of, step_refusals
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.plan import Plan
-from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant
+from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant, Step
 from qtool.scheme import Activations, Scheme, Weights
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers import Modifier
+    from torch.utils.data import Dataset
 
 ROUNDERS = ("rtn", "mse", "gptq", "autoround")
 TRANSFORMS = ("awq", "smoothquant", "spinquant")
@@ -48,19 +53,10 @@ class LLMCompressorBackend:
             )
         if any(step.search != "lite" for step in recipe.steps(Awq)):
             reasons.append("its AWQ has one search, `lite`")
-        if recipe.steps(AutoRound) and any(
-            scheme.weights.scale != "float" for scheme in recipe.schemes
-        ):
+        scales = {scheme.weights.scale for scheme in recipe.schemes}
+        if recipe.steps(AutoRound) and scales != {"float"}:
             reasons.append("AutoRound is driven here for integer and FP8 weights")
-        for scheme in recipe.schemes:
-            activations = scheme.activations
-            if activations and activations.format not in ("int4", "int8", "fp4", "fp8"):
-                reasons.append(f"it has no activations in {activations.format}")
-            if scheme.weights.scale == "e4m3" and (
-                scheme.weights.group_size != 16 or (activations and activations.format != "fp4")
-            ):
-                reasons.append(f"it has no scheme `{scheme.name}`")
-        return reasons
+        return reasons + _scheme_refusals(recipe.schemes)
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
         """Variables for the worker; ``LLM_COMPRESSOR_LOG_DISABLED`` would break GPTQ, so it is
@@ -85,16 +81,29 @@ class LLMCompressorBackend:
         model = load_model(work)
         linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
+        loader = DataLoader(cast("Dataset[object]", batches), batch_size=None)
         oneshot(
             model=model,
             recipe=_modifiers(work, linears),
-            dataset=DataLoader(cast(Any, batches), batch_size=None) if batches else None,
+            dataset=loader if batches else None,
             num_calibration_samples=len(batches),
             shuffle_calibration_samples=False,
         )
         work.report.stage("saving")
         model.save_pretrained(work.output, max_shard_size=MAX_SHARD_SIZE)
         _clear_actorder(work.output / "config.json")
+
+
+def _scheme_refusals(schemes: Iterable[Scheme]) -> list[str]:
+    reasons = []
+    for scheme in schemes:
+        format = scheme.activations.format if scheme.activations else None
+        if format not in (None, "int4", "int8", "fp4", "fp8"):
+            reasons.append(f"it has no activations in {format}")
+        is_nvfp4 = scheme.weights.group_size == 16 and format in (None, "fp4")
+        if scheme.weights.scale == "e4m3" and not is_nvfp4:
+            reasons.append(f"it has no scheme `{scheme.name}`")
+    return reasons
 
 
 def _clear_actorder(config_file: Path) -> None:
@@ -109,65 +118,77 @@ def _clear_actorder(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2))
 
 
-def _modifiers(work: Work, linears: list[str]) -> list[Any]:
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
+def _modifiers(work: Work, linears: list[str]) -> list[Modifier]:
+    """Return the steps of the recipe as the library's modifiers, the one that rounds last."""
+    recipe = work.plan.recipe
+    transforms = [_transform(step, recipe) for step in recipe.algorithm]
+    rounder = _rounder(work, _quantization_options(work, linears))
+    return [*(transform for transform in transforms if transform is not None), rounder]
+
+
+def _quantization_options(work: Work, linears: list[str]) -> JsonDict:
+    """Return what the modifier that rounds is told: groups of layers, and those to leave alone."""
+    recipe = work.plan.recipe
+    ignore: list[str] = []
+    quantized: dict[Scheme, list[str]] = {}
+    for group in groups_of(work.plan, linears):
+        if group.scheme is None:
+            ignore += group.names
+        else:
+            quantized[group.scheme] = [f"re:{pattern}" for pattern in group.patterns]
+    if len(quantized) == 1:
+        quantized = {scheme: ["Linear"] for scheme in quantized}
+    config_groups = {
+        f"group_{index}": _config_group(scheme, targets, recipe)
+        for index, (scheme, targets) in enumerate(quantized.items())
+    }
+    options: JsonDict = {"config_groups": config_groups or None, "ignore": ignore}
+    if not config_groups:
+        options["targets"] = []
+    if recipe.kv_cache:
+        options["kv_cache_scheme"] = _kv_cache_args()
+    return options
+
+
+def _transform(step: Step, recipe: Recipe) -> Modifier | None:
+    """Return the modifier that changes weights before they are rounded; None for other steps."""
     from llmcompressor.modifiers.transform import (
         AWQModifier,
         SmoothQuantModifier,
         SpinQuantModifier,
     )
 
-    recipe = work.plan.recipe
-    groups = groups_of(work.plan, linears)
-    ignore = [name for group in groups if group.scheme is None for name in group.names]
-    quantized = [group for group in groups if group.scheme is not None]
-    config_groups = {
-        f"group_{index}": _config_group(
-            group.scheme,
-            ["Linear"] if len(quantized) == 1 else [f"re:{pattern}" for pattern in group.patterns],
-            recipe,
-        )
-        for index, group in enumerate(quantized)
-        if group.scheme is not None
-    }
-    options: JsonDict = {"config_groups": config_groups or None, "ignore": ignore}
-    if not config_groups:
-        options |= {"targets": []}
-    if recipe.kv_cache:
-        options["kv_cache_scheme"] = _kv_cache_args()
+    if isinstance(step, SmoothQuant):
+        return SmoothQuantModifier(smoothing_strength=step.strength)
+    if isinstance(step, SpinQuant):
+        return SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
+    if isinstance(step, Awq):
+        # duo scaling is not defined for FP8 weights
+        fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
+        return AWQModifier(duo_scaling=not fp8)
+    return None
 
-    modifiers: list[Any] = []
-    for step in recipe.algorithm:
-        if isinstance(step, SmoothQuant):
-            modifiers.append(SmoothQuantModifier(smoothing_strength=step.strength))
-        elif isinstance(step, SpinQuant):
-            modifiers.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard"))
-        elif isinstance(step, Awq):
-            fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
-            # duo scaling is not defined for FP8 weights
-            modifiers.append(AWQModifier(duo_scaling=not fp8))
-    rounder = recipe.algorithm[-1]
-    if isinstance(rounder, Gptq):
-        dampening = {"dampening_frac": rounder.dampening} if rounder.dampening else {}
-        modifiers.append(GPTQModifier(**dampening, **options))
-    elif isinstance(rounder, AutoRound):
+
+def _rounder(work: Work, options: JsonDict) -> Modifier:
+    """Return the modifier of the last step of the algorithm."""
+    step = work.plan.recipe.algorithm[-1]
+    if isinstance(step, Gptq):
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        dampening = {"dampening_frac": step.dampening} if step.dampening else {}
+        return GPTQModifier(**dampening, **options)
+    if isinstance(step, AutoRound):
         # a library of its own, slow to import
-        from llmcompressor.modifiers.autoround import (
-            AutoRoundModifier,
-        )
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
 
-        modifiers.append(
-            AutoRoundModifier(
-                iters=rounder.iterations, enable_torch_compile=work.device != "cpu", **options
-            )
-        )
-    else:
-        modifiers.append(QuantizationModifier(**options))
-    return modifiers
+        compiles = work.device != "cpu"
+        return AutoRoundModifier(iters=step.iterations, enable_torch_compile=compiles, **options)
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return QuantizationModifier(**options)
 
 
-def _config_group(scheme: Scheme, targets: list[str], recipe: Recipe) -> Any:
+def _config_group(scheme: Scheme, targets: list[str], recipe: Recipe) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
 
     weights = _weight_arguments(scheme.weights)
@@ -177,7 +198,7 @@ def _config_group(scheme: Scheme, targets: list[str], recipe: Recipe) -> Any:
     return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
 
 
-def _weight_arguments(weights: Weights) -> Any:
+def _weight_arguments(weights: Weights) -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs
 
     strategy = "tensor_group" if weights.scale == "e4m3" else weights.granularity
@@ -194,7 +215,7 @@ def _weight_arguments(weights: Weights) -> Any:
     )
 
 
-def _activation_arguments(activations: Activations) -> Any:
+def _activation_arguments(activations: Activations) -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs
 
     two_levels = activations.scale == "e4m3"
@@ -223,7 +244,7 @@ def _type(format: str) -> str:
     return "float" if format.startswith("fp") else "int"
 
 
-def _kv_cache_args() -> Any:
+def _kv_cache_args() -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs
 
     return QuantizationArgs(
@@ -240,11 +261,11 @@ class _Bar:
 
     def __init__(
         self,
-        iterable: Iterable[Any] | None = None,
+        iterable: Iterable[object] | None = None,
         *,
         desc: str = "",
         total: int | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         self._iterable = iterable
         self._layer = re.match(r"\((\d+)/(\d+)\): (\w+)", desc)
@@ -252,7 +273,7 @@ class _Bar:
         if not self._layer and desc and iterable is not None:
             self.report.stage(desc[0].lower() + desc[1:])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         assert self._iterable is not None
         if not self._layer:
             yield from self._iterable
@@ -266,7 +287,7 @@ class _Bar:
         if phase == "Propagating":
             self.report.progress("layers", layer, layers)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **options: None  # update, close, set_postfix ...
 
 

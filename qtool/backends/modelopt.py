@@ -7,8 +7,9 @@ Source: nvidia-modelopt 0.47.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.modelopt_state import restore_state, save_state
@@ -25,6 +26,10 @@ from qtool.plan import Plan
 from qtool.recipe import Auto, Awq, Gptq, Recipe, Rtn, SmoothQuant
 from qtool.scheme import SCHEMES, Scheme
 from qtool.sizes import format_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 PRESETS = {  # scheme -> the library's configuration with these numbers
     SCHEMES["FP8"]: "FP8_DEFAULT_CFG",
@@ -46,9 +51,8 @@ FORWARD_PASSES = {
     "awq": 2,
     "gptq": 2,
 }
-GPU_FRACTION = (
-    0.8  # of the free memory of the GPU may be weights; more is left to accelerate's offloading
-)
+# of the free memory of the GPU that may be weights; more is left to accelerate's offloading
+GPU_FRACTION = 0.8
 
 
 class ModelOptBackend:
@@ -72,10 +76,8 @@ class ModelOptBackend:
             )
         if recipe.scheme is None:
             reasons.append("it needs a scheme for the weights")
-        for scheme in recipe.schemes:
-            if _fixed_groups(scheme) not in PRESETS:
-                reasons.append(f"it exports no scheme `{scheme.name}`")
-        return reasons
+        unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]
+        return reasons + [f"it exports no scheme `{scheme.name}`" for scheme in unknown]
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
         """Variables for the worker; the one that would let a state file run code is cleared."""
@@ -112,7 +114,7 @@ class ModelOptBackend:
         export_hf_checkpoint(model, export_dir=work.output, max_shard_size=MAX_SHARD_SIZE)
 
 
-def _load(work: Work) -> Any:
+def _load(work: Work) -> PreTrainedModel:
     import torch
 
     if work.device == "cpu":
@@ -134,14 +136,14 @@ def _load(work: Work) -> Any:
     )
 
 
-def _forward_loop(work: Work) -> Callable[[Any], None]:
+def _forward_loop(work: Work) -> Callable[[PreTrainedModel], None]:
     import torch
 
     batches = batch_tensors(work)
     total = len(batches) * FORWARD_PASSES.get(work.plan.recipe.algorithm[-1].name, 1)
     done = 0
 
-    def run(model: Any) -> None:
+    def run(model: PreTrainedModel) -> None:
         nonlocal done
         with torch.no_grad():
             for batch in batches:
@@ -165,13 +167,14 @@ def _fixed_groups(scheme: Scheme) -> Scheme:
     )
 
 
-def _preset(scheme: Scheme, recipe: Recipe, mtq: Any) -> Any:
+def _preset(scheme: Scheme, recipe: Recipe, mtq: ModuleType) -> JsonDict:
     names = PRESETS | AWQ_PRESETS if recipe.steps(Awq) else PRESETS
-    return copy.deepcopy(getattr(mtq, names[_fixed_groups(scheme)]))
+    preset: JsonDict = copy.deepcopy(getattr(mtq, names[_fixed_groups(scheme)]))
+    return preset
 
 
 def _quantizers(
-    work: Work, mtq: Any, linears: Iterable[str], fused: Sequence[str]
+    work: Work, mtq: ModuleType, linears: Iterable[str], fused: Sequence[str]
 ) -> list[JsonDict]:
     """Return the ordered list that switches everything off and then on what the plan names.
 
@@ -180,39 +183,44 @@ def _quantizers(
     """
     recipe = work.plan.recipe
     entries: list[JsonDict] = [{"quantizer_name": "*", "enable": False}]
-    expert_schemes = (
-        {module.scheme for module in work.plan.modules if is_expert(module.name)}
-        if fused
-        else set()
-    )
-    if len(expert_schemes) > 1:
-        message = "ModelOpt gives all experts one scheme, and the recipe gives them several"
-        raise RecipeRefused(
-            "E_EXPERTS",
-            message,
-            hint="let the rules name all experts, or use --backend llmcompressor",
-        )
+    experts_scheme = _experts_scheme(work.plan) if fused else None
     for group in groups_of(work.plan, linears):
-        if group.scheme is not None:
-            preset = [
-                entry
-                for entry in _preset(group.scheme, recipe, mtq)["quant_cfg"]
-                if _is_linear_entry(entry)
-            ]
-            names = [f"{name}." for name in group.names if not (fused and is_expert(name))]
-            names += [f"{name}.*" for name in fused if group.scheme in expert_schemes]
-            entries += [
-                _for_module(entry, name, group.scheme) for name in names for entry in preset
-            ]
+        if group.scheme is None:
+            continue
+        names = [name for name in group.names if not (fused and is_expert(name))]
+        prefixes = [f"{name}." for name in names]
+        if group.scheme == experts_scheme:
+            prefixes += [f"{name}.*" for name in fused]
+        preset = _preset(group.scheme, recipe, mtq)["quant_cfg"]
+        entries += _entries(prefixes, group.scheme, preset)
     if recipe.kv_cache:
         entries += copy.deepcopy(getattr(mtq, f"{recipe.kv_cache.upper()}_KV_CFG")["quant_cfg"])
     return entries
 
 
+def _experts_scheme(plan: Plan) -> Scheme | None:
+    """Return the scheme of all experts. RecipeRefused when they have several."""
+    schemes = {module.scheme for module in plan.modules if is_expert(module.name)}
+    if len(schemes) > 1:
+        raise RecipeRefused(
+            "E_EXPERTS",
+            "ModelOpt gives all experts one scheme, and the recipe gives them several",
+            hint="let the rules name all experts, or use --backend llmcompressor",
+        )
+    return schemes.pop() if schemes else None
+
+
+def _entries(prefixes: Iterable[str], scheme: Scheme, preset: Iterable[JsonDict]) -> list[JsonDict]:
+    """Return the entries of ``preset`` for linear layers, for each of the modules that ``prefixes``
+    name.
+    """
+    entries = [entry for entry in preset if _is_linear_entry(entry)]
+    return [_for_module(entry, name, scheme) for name in prefixes for entry in entries]
+
+
 def _is_linear_entry(entry: JsonDict) -> bool:
-    return entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer") and entry.get(
-        "enable", True
-    )
+    is_linear = entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer")
+    return is_linear and bool(entry.get("enable", True))
 
 
 def _for_module(entry: JsonDict, prefix: str, scheme: Scheme) -> JsonDict:
@@ -231,12 +239,11 @@ def _for_module(entry: JsonDict, prefix: str, scheme: Scheme) -> JsonDict:
     return entry
 
 
-def _algorithm(recipe: Recipe, mtq: Any) -> Any:
+def _algorithm(recipe: Recipe, mtq: ModuleType) -> str | JsonDict | None:
     assert recipe.scheme is not None
     step = recipe.algorithm[-1]
     if isinstance(step, Rtn):
-        algorithm = _preset(recipe.scheme, recipe, mtq)["algorithm"]
-        return algorithm if algorithm in (None, "max") else "max"
+        return None if _preset(recipe.scheme, recipe, mtq)["algorithm"] is None else "max"
     if isinstance(step, Awq):
         return {"method": f"awq_{step.search}"}
     if isinstance(step, SmoothQuant):
@@ -246,39 +253,34 @@ def _algorithm(recipe: Recipe, mtq: Any) -> Any:
     return {"method": step.name}
 
 
-def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
+def _auto_quantize(model: PreTrainedModel, work: Work, linears: Iterable[str]) -> None:
+    """Search a scheme for each layer within the recipe's budget of bits."""
     import modelopt.torch.quantization as mtq
 
-    step = work.plan.recipe.steps(Auto)[0]
-    planned = {module.name for module in work.plan.quantized}
+    recipe = work.plan.recipe
+    step = recipe.steps(Auto)[0]
+    by_gradient = step.score == "gradient"
     batches = [
         {"input_ids": batch.to(model.device), "labels": batch.to(model.device)}
         for batch in batch_tensors(work)
     ]
+
+    def forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> object:
+        output = model(**batch, use_cache=False)
+        return output if by_gradient else output.logits
+
     work.report.stage("searching a scheme for each layer")
     try:
         mtq.auto_quantize(
             model,
             constraints={"effective_bits": step.effective_bits},
-            quantization_formats=[
-                _preset(scheme, work.plan.recipe, mtq) for scheme in step.candidates
-            ],
+            quantization_formats=[_preset(scheme, recipe, mtq) for scheme in step.candidates],
             data_loader=batches,
-            forward_step=lambda model, batch: (
-                model(**batch, use_cache=False)
-                if step.score == "gradient"
-                else model(**batch, use_cache=False).logits
-            ),
-            loss_func=(lambda output, batch: output.loss) if step.score == "gradient" else None,
+            forward_step=forward,
+            loss_func=(lambda output, batch: output.loss) if by_gradient else None,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
-            disabled_layers=[
-                pattern
-                for name in linears
-                if name not in planned
-                for pattern in (name, f"{name}.*")
-            ]
-            or None,
+            disabled_layers=_disabled(work.plan, linears) or None,
             method=step.score,
             verbose=True,
         )
@@ -290,3 +292,10 @@ def _auto_quantize(model: Any, work: Work, linears: Iterable[str]) -> None:
             one_line(error),
             hint="raise `effective_bits`, or add a smaller candidate",
         ) from error
+
+
+def _disabled(plan: Plan, linears: Iterable[str]) -> list[str]:
+    """Return patterns of the layers that stay as they are, and of what is in them."""
+    planned = {module.name for module in plan.quantized}
+    unplanned = [name for name in linears if name not in planned]
+    return [pattern for name in unplanned for pattern in (name, f"{name}.*")]

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.header import read_header
@@ -22,6 +22,11 @@ from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, StateRefused, UsageError, one_line
 from qtool.plan import Plan
 from qtool.recipe import Recipe, recipe_from
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Module
 
 STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
@@ -38,12 +43,12 @@ WHAT_COUNTS = {
 }
 
 
-def save_state(model: Any, folder: str, plan: Plan) -> None:
+def save_state(model: Module, folder: str, plan: Plan) -> None:
     """Write the state of ``model`` to the empty ``folder``."""
     import modelopt.torch.opt as mto
     from safetensors.torch import save_file
 
-    tensors: JsonDict = {}
+    tensors: dict[str, Tensor] = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
@@ -65,7 +70,7 @@ def save_state(model: Any, folder: str, plan: Plan) -> None:
     (Path(folder) / STATE_FILE).write_text(json.dumps(state))
 
 
-def restore_state(model: Any, path: str, plan: Plan) -> None:
+def restore_state(model: Module, path: str, plan: Plan) -> None:
     """Put the state in ``path`` back onto ``model``, freshly loaded from the checkpoint it was made
     of.
     """
@@ -206,7 +211,7 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     """Encode what ModelOpt's state is made of; lists, tuples, sizes, dtypes and dictionaries with
     other keys than strings get a tag.
     """
@@ -214,36 +219,51 @@ def _to_json(value: Any) -> Any:
 
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, torch.Size | tuple):
-        return {"tuple" if type(value) is tuple else "size": [_to_json(item) for item in value]}
     if isinstance(value, list):
-        return [_to_json(item) for item in value]
+        return _to_json_list(value)
+    if isinstance(value, torch.Size | tuple):
+        return {"tuple" if type(value) is tuple else "size": _to_json_list(value)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
-        return {"dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
+        return {"dict": [_to_json_list(item) for item in value.items()]}
     raise TypeError(
         f"ModelOpt's state holds a {type(value).__name__}, which this version of the state file "
         "does not know"
     )
 
 
-def _from_json(value: Any) -> Any:
+def _to_json_list(values: Iterable[object]) -> list[object]:
+    return [_to_json(value) for value in values]
+
+
+def _from_json(value: object) -> object:
+    """Return what `_to_json` encoded. Raises: StateRefused, when it encoded no such thing."""
     import torch
 
     if isinstance(value, list):
-        return [_from_json(item) for item in value]
+        return _from_json_list(value)
     if not isinstance(value, dict):
         return value
     (kind, content), *rest = value.items()
     if rest or kind not in ("tuple", "size", "dtype", "dict"):
         raise StateRefused("E_STATE", f"the state holds an unknown entry `{kind}`")
     if kind == "dtype":
-        dtype = getattr(torch, str(content), None)
-        if not isinstance(dtype, torch.dtype):
-            raise StateRefused("E_STATE", f"the state holds an unknown dtype `{content}`")
-        return dtype
+        return _dtype_named(str(content))
     if kind == "dict":
         return {_from_json(key): _from_json(item) for key, item in content}
-    items = tuple(_from_json(item) for item in content)
-    return torch.Size(items) if kind == "size" else items
+    items = _from_json_list(content)
+    return torch.Size(cast("list[int]", items)) if kind == "size" else tuple(items)
+
+
+def _from_json_list(values: Iterable[object]) -> list[object]:
+    return [_from_json(value) for value in values]
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateRefused("E_STATE", f"the state holds an unknown dtype `{name}`")
+    return dtype

@@ -4,7 +4,7 @@ of its linear modules.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.backends import Work
 from qtool.errors import BackendFailed
@@ -12,9 +12,11 @@ from qtool.modules import is_expert
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
 
 
-def load_model(work: Work, **options: Any) -> Any:
+def load_model(work: Work, **options: object) -> PreTrainedModel:
     """Return the job's model in its own dtype, on the CPU unless ``options`` say otherwise."""
     from transformers import AutoModelForCausalLM
 
@@ -27,14 +29,14 @@ def load_model(work: Work, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(work.job.model, **options)
 
 
-def linear_names(model: Any) -> list[str]:
+def linear_names(model: Module) -> list[str]:
     """Return the dotted names of the model's ``nn.Linear`` modules."""
     import torch
 
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
-def fused_experts(model: Any) -> list[str]:
+def fused_experts(model: Module) -> list[str]:
     """Return the names of modules that hold all experts of a layer in tensors [E, ...]; on disk the
     experts are linear modules of their own.
     """
@@ -46,7 +48,7 @@ def fused_experts(model: Any) -> list[str]:
     ]
 
 
-def loaded_linears(work: Work, model: Any) -> list[str]:
+def loaded_linears(work: Work, model: Module) -> list[str]:
     """Return the linear modules of the loaded model, those inside fused experts under their names
     on disk.
 

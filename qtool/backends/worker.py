@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
 from qtool.calibration import CalibrationSpec, load_calibration
@@ -54,6 +54,9 @@ from qtool.events import (
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 from qtool.sizes import format_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
@@ -283,7 +286,7 @@ def _run(job: Job, report: _PipeReporter) -> None:
     load_backend(recipe.backend).quantize(Work(job, plan, samples, device, report))
 
 
-def _tokenizer(job: Job) -> Any:
+def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
@@ -340,6 +343,7 @@ def _seed(seed: int) -> None:
 
 
 def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
+    """Return ``error`` as one that the user can act on; ``where`` says how far the work was."""
     if isinstance(error, QtoolError):
         return error
     library = version_of(load_backend(str(job.recipe["backend"])))
@@ -348,22 +352,13 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
         return ResourceError(
             "E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {one_line(error)}", hint=hint
         )
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and error.name.partition(".")[0] in (*BACKENDS, "torch", "transformers")
-    ):
-        distribution = (
-            load_backend(error.name).distribution if error.name in BACKENDS else error.name
-        )
+    if isinstance(error, ModuleNotFoundError) and (missing := _distribution(error.name or "")):
         return ResourceError(
             "E_NOT_INSTALLED",
             f"{library} needs the package `{error.name}`",
-            hint=f"pip install {distribution}",
+            hint=f"pip install {missing}",
         )
-    if (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    ) or "No space left on device" in str(error):
+    if _is_full_disk(error):
         return ResourceError(
             "E_DISK",
             f"the disk is full {where}",
@@ -372,6 +367,20 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     return BackendFailed(
         "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
     )
+
+
+def _distribution(module: str) -> str:
+    """Return what to install for ``module``; empty when it is none that qtool asks for."""
+    if module in BACKENDS:
+        return load_backend(module).distribution
+    known = (*BACKENDS, "torch", "transformers")
+    return module if module.partition(".")[0] in known else ""
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)
 
 
 def _die_with_parent() -> None:
