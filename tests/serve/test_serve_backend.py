@@ -22,6 +22,7 @@ from qtool.serve.backend.messages import (
     encode,
     wire_error,
 )
+from qtool.serve.http.errors import status_of
 from qtool.serve.service import Busy, Loading
 
 FINISH = FinishInfo(
@@ -98,4 +99,4 @@ def test_a_server_that_is_loading_refuses_requests(draining, code):
         loading.drain()
     with pytest.raises(Busy) as refusal:
         loading.ready()
-    assert (refusal.value.status, refusal.value.code) == (503, code)
+    assert (status_of(refusal.value), refusal.value.code) == (503, code)
