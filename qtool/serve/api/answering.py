@@ -25,7 +25,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reply(Protocol):
-    """What one route makes of the engine's outputs."""
+    """Makes the reply of one route from the engine's outputs."""
 
     def whole(self, outputs: list[CompletionOutput]) -> object:
         """Return the reply to a request that is not streamed; one output for each choice, in
@@ -36,7 +36,7 @@ class Reply(Protocol):
         """Yield the reply to a streamed request."""
 
     def close(self) -> None:
-        """Write down what the request used; called at its end, however it ends."""
+        """Record what the request used; called however it ends."""
 
 
 async def answer(
@@ -87,8 +87,8 @@ class EventStream(Response):
 
     @classmethod
     async def started(cls, reply: Reply, stream: OutputStream, slot: Slot) -> EventStream:
-        """Return the stream once its first event is there, so that an error before it has a status
-        of its own.
+        """Return the stream once it has its first event, so that an error before that gets its own
+        status.
         """
         events = reply.events(stream)
         try:

@@ -101,7 +101,7 @@ class _ChatReply:
         )
 
     def close(self) -> None:
-        """Write down what the request used."""
+        """Record what the request used."""
         self._account.close(self._id)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:

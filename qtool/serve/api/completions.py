@@ -117,7 +117,7 @@ class _CompletionReply:
         )
 
     def close(self) -> None:
-        """Write down what the request used."""
+        """Record what the request used."""
         self._account.close(self._submission.rid)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:

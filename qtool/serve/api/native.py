@@ -109,7 +109,7 @@ class _GenerationReply:
         return generations if self._is_list else generations[0]
 
     def close(self) -> None:
-        """Write down what the request used."""
+        """Record what the request used."""
         self._account.close(self._submission.rid)
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:

@@ -1,5 +1,5 @@
-"""What replies are made of: log probabilities as OpenAI shows them, counts of tokens, and what is
-written down of each request.
+"""The parts of replies: log probabilities in OpenAI's shape, counts of tokens, and the log line of
+each request.
 """
 
 from __future__ import annotations
@@ -191,6 +191,6 @@ class Account:
 
 
 def log_request(prompts: object, params: SamplingParams, settings: ServeSettings) -> None:
-    """Write what is asked for to the log, if the server is to show it."""
+    """Log the prompts and parameters of a request, if --log-requests is set."""
     if settings.log_requests:
         LOG.info("request: %s, %s", json.dumps(prompts, ensure_ascii=False), params)

@@ -1,1 +1,1 @@
-"""HTTP: the routes, and the limits on whoever sends and reads."""
+"""The HTTP routes, and the limits for clients."""

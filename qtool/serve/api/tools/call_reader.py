@@ -234,7 +234,7 @@ class CallReader(ABC):
         return call.name is not None and call.arguments is not None
 
     def _take_member(self, call: _PartialCall, known: Collection[str] | None) -> Reading[bool]:
-        """Take a key and its value into ``call``; return False if this is no call, or it breaks."""
+        """Take a key and its value into ``call``; return False if it is not one of a call."""
         key = yield from self._take_name()
         if key is None or (known is not None and key not in _KEYS):
             return False
@@ -276,4 +276,4 @@ class CallReader(ABC):
 
 
 def _ignore(text: str) -> None:
-    """Leave a piece of a value that nobody needs; it stays held."""
+    """Ignore a piece of a value; it stays held."""
