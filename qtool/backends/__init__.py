@@ -32,19 +32,23 @@ MAX_SHARD_SIZE = "1GB"  # several files are hashed, checked and loaded at once
 
 @dataclass(frozen=True)
 class Job:
-    """One run as it travels to a worker, as JSON: every path is absolute, ``output`` and
-    ``scratch`` are empty folders.
-    """
+    """One run as it travels to a worker, as JSON; every path is absolute."""
 
     model: str
+    """The folder of the checkpoint."""
     recipe: Json
     output: str
+    """An empty folder for the result."""
     scratch: str
+    """An empty folder that is thrown away afterwards."""
     device: str
     calibration: CalibrationSpec | None
+    """None when the recipe needs no data."""
     trust_remote_code: bool = False
     state_save: str | None = None
+    """The folder to write a calibrated state to."""
     state_restore: str | None = None
+    """The state to quantize from."""
 
 
 class Reporter(Protocol):
@@ -62,12 +66,14 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """A job inside its worker: the plan made again, the samples tokenized, the device found."""
+    """A job inside its worker."""
 
     job: Job
     plan: Plan
     samples: Sequence[Sequence[int]]
+    """Token ids of each sample of the calibration data."""
     device: str
+    """The device that was found: ``cpu`` or ``cuda:0``."""
     report: Reporter
 
     @property
@@ -158,13 +164,13 @@ def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that share a scheme, and short regular expressions for exactly them, among the names
-    they were chosen from.
-    """
+    """Modules that share a scheme."""
 
     scheme: Scheme | None
+    """None when they stay in 16 bits."""
     names: tuple[str, ...]
     patterns: tuple[str, ...]
+    """Short regular expressions for exactly them, among the names they were chosen from."""
 
 
 FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}

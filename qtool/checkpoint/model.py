@@ -40,13 +40,15 @@ FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 # made faster than a dataclass, and there may be a quarter of a million
 class TensorInfo(NamedTuple):
-    """One tensor as its header describes it; ``offset`` counts bytes from the start of ``file``."""
+    """One tensor as its header describes it."""
 
     name: str
     dtype: str
+    """As safetensors writes it, e.g. ``BF16``."""
     shape: tuple[int, ...]
     file: Path
     offset: int
+    """Bytes from the start of ``file``."""
     size_bytes: int
 
     @property
@@ -67,6 +69,7 @@ class Checkpoint:
 
     path: Path
     config: Json
+    """What config.json holds."""
     tensors: Mapping[str, TensorInfo]
 
     @property

@@ -1,5 +1,5 @@
-"""One way to write a checkpoint folder: staged beside its place, made durable, then renamed. Killed
-at any moment, it is absent or whole.
+"""Write a checkpoint folder: stage it next to its place, make it durable, rename it. Killed at any
+moment, it is absent or whole.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 @dataclass(frozen=True)
 class Staging:
-    """A folder beside the output: ``checkpoint`` becomes the output, ``scratch`` is thrown away,
-    ``lock_fd`` keeps others out.
+    """A folder next to the output: ``checkpoint`` in it becomes the output, ``scratch`` is thrown
+    away.
     """
 
     output: Path
     root: Path
+    """The staging folder itself."""
     lock_fd: int
+    """An open descriptor of the lock that keeps other runs out."""
     overwrite: bool
+    """Whether `publish` may replace a former output."""
 
     @property
     def checkpoint(self) -> Path:

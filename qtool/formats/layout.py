@@ -25,22 +25,22 @@ PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one f
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """One linear layer: its scheme, its logical shape (N outputs, K inputs), and its tensors by
-    suffix, e.g. ``weight_packed``.
-
-    ``variant`` tells layouts of one format apart, e.g. GPTQ's versions. ``experts``: how many
-    matrices of N / experts outputs lie stacked in it.
-    ``act_order``: its groups are scattered over the inputs; only data can tell, so detection leaves
-        it False and `export` finds it.
-    """
+    """One quantized linear layer."""
 
     name: str
     scheme: Scheme
     shape: tuple[int, int]
+    """N outputs and K inputs, whatever the shapes of packed tensors."""
     tensors: Mapping[str, TensorInfo]
+    """By suffix, e.g. ``weight_packed``."""
     variant: str = ""
+    """Tells layouts of one format apart, e.g. GPTQ's versions."""
     experts: int = 1
+    """How many matrices of N / experts outputs are stacked in it."""
     act_order: bool = False
+    """Whether its groups are scattered over the inputs; only data can tell, so detection leaves it
+    False and `export` finds it.
+    """
 
     @property
     def size_bytes(self) -> int:
@@ -55,17 +55,17 @@ class QuantizedModule:
 
 @dataclass(frozen=True)
 class Layout:
-    """A quantized checkpoint as its headers and configs show it; ``warnings`` say where the config
-    and the tensors disagree.
-    """
+    """A quantized checkpoint as its headers and configs show it."""
 
     format: str
     modules: Mapping[str, QuantizedModule]
+    """The quantized layers by name."""
     kv_cache: str | None
+    """Format of the KV cache, e.g. ``fp8``; None when it is not quantized."""
     warnings: tuple[str, ...]
-    rotates_inputs: bool = (
-        False  # at run time (QuIP, SpinQuant R3/R4): the weights alone are not the model
-    )
+    """Where the config and the tensors disagree."""
+    rotates_inputs: bool = False
+    """At run time (QuIP, SpinQuant R3/R4): the weights alone are not the model."""
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -131,6 +131,7 @@ class Parts:
 
     name: str
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """By suffix, e.g. ``weight``."""
 
     def __contains__(self, suffix: str) -> bool:
         return suffix in self.tensors
@@ -162,13 +163,10 @@ class Parts:
     def misfit(self, suffix: str, expected: str, *, code: str = "") -> CheckpointRefused:
         """Return the error that says that the tensor ``suffix`` is not what was ``expected``."""
         tensor = self[suffix]
-        code = code or (
-            "E_SCALE_SHAPE"
-            if "scale" in suffix
-            else "E_ZERO_SHAPE"
-            if "zero" in suffix
-            else "E_TENSOR_SHAPE"
-        )
+        if not code and "scale" in suffix:
+            code = "E_SCALE_SHAPE"
+        elif not code:
+            code = "E_ZERO_SHAPE" if "zero" in suffix else "E_TENSOR_SHAPE"
         return refused(
             code,
             f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype} {list(tensor.shape)}; "

@@ -41,14 +41,16 @@ SCALES = (
 
 @dataclass(frozen=True)
 class Bits:
-    """A float format as its bit pattern: words of ``word``; under ``mask`` a NaN or infinity is at
-    least ``limit``.
-    """
+    """A float format as its bit pattern."""
 
     word: Word
+    """The unsigned integer of its width."""
     mask: int
+    """All bits but the sign, or those of the exponent."""
     limit: int
+    """A number is NaN or infinite when it has this or more under ``mask``."""
     sign: int
+    """The bit of the sign."""
 
     def has_not_finite(self, words: Words, scratch: Words) -> bool:
         """Whether one of ``words`` is NaN or infinite."""
