@@ -21,10 +21,10 @@ BRANCHES = (
 )
 LIMITS = {  # name -> (limit of today, target)
     "lines over 100 columns": (0, 0),
-    "Any in 1,000 lines": (2.7, 8.0),
+    "Any in 1,000 lines": (1.6, 8.0),
     "branches of the 90th-percentile function": (6, 8),
     "functions over 80 lines": (0, 0),
-    "files over 450 lines": (1, 0),
+    "files over 450 lines": (0, 0),
     "share of the largest folder in percent": (25.0, 25.0),
 }
 

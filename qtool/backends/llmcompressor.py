@@ -127,7 +127,7 @@ def _modifiers(work: Work, linears: list[str]) -> list[Modifier]:
 
 
 def _quantization_options(work: Work, linears: list[str]) -> JsonDict:
-    """Return what the modifier that rounds is told: groups of layers, and those to leave alone."""
+    """Return the options of the modifier that rounds: groups of layers, and those to ignore."""
     recipe = work.plan.recipe
     ignore: list[str] = []
     quantized: dict[Scheme, list[str]] = {}

@@ -121,7 +121,7 @@ def _messages(where: str, name: str, value: object) -> list[dict[str, object]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _bad_field(
                 where,
-                f"`{name}[{number}]` is no message",
+                f"`{name}[{number}]` is not a message",
                 'an object such as {"role": "user", "content": "..."}',
             )
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):

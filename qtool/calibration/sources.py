@@ -126,7 +126,7 @@ def _no_file(path: Path) -> DataRefused:
     if path.is_dir():
         what = "is a folder"
     elif path.exists():
-        what = "is no regular file"
+        what = "is not a regular file"
     else:
         what = "does not exist"
         if path.parent.is_dir():
@@ -293,7 +293,8 @@ def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Ro
         )
         raise ResourceError(
             "E_HUB_UNREACHABLE",
-            f"data set `{name}` is no local file, is not in the Hub cache, and: {one_line(error)}",
+            f"data set `{name}` is not a local file, is not in the Hub cache, and: "
+            f"{one_line(error)}",
             hint=hint,
         ) from error
     # the library raises what its readers raise: a wrong name, config or split, a broken file

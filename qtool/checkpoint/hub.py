@@ -142,7 +142,7 @@ def _unreachable(name: str) -> ResourceError:
     )
     return ResourceError(
         "E_HUB_UNREACHABLE",
-        f"`{name}` is no local folder or file, is not in the Hub cache, and {why}",
+        f"`{name}` is not a local folder or file, is not in the Hub cache, and {why}",
         hint=(
             "give a path that exists, or download it where there is a network and set HF_HOME to "
             "that cache"

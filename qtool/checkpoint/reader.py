@@ -164,7 +164,7 @@ def _read_indexed(path: Path, index_file: Path) -> dict[str, TensorInfo]:
 def _shard_path(path: Path, index_file: Path, tensor: str, shard: object) -> Path:
     said = f"{index_file}: tensor `{tensor[:MAX_NAME]}` is said to be in {reprlib.repr(shard)}"
     if not isinstance(shard, str):
-        raise refused("E_INDEX_TYPE", f"{said}, which is no file name")
+        raise refused("E_INDEX_TYPE", f"{said}, which is not a file name")
     if Path(shard).name != shard or not shard.isprintable() or len(shard) > MAX_FILE_NAME:
         raise refused(
             "E_INDEX_PATH",

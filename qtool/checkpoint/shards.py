@@ -191,7 +191,7 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS:
-        raise UsageError("E_SIZE", f"`{text}` is no size", hint="for example 5GB, 500MB or 2GiB")
+        raise UsageError("E_SIZE", f"`{text}` is not a size", hint="for example 5GB, 500MB or 2GiB")
     size = int(float(found[1]) * UNITS[found[2].upper()])
     if size < MIN_SHARD_BYTES:
         raise UsageError(

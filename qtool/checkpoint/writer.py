@@ -143,7 +143,7 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
     if any(output.iterdir()) and not is_checkpoint:
         raise OutputTaken(
             "E_OUTPUT_EXISTS",
-            f"{output} holds files and is no checkpoint, so --overwrite does not replace it",
+            f"{output} holds files and is not a checkpoint, so --overwrite does not replace it",
             hint="choose another --output, or empty the folder yourself",
         )
 

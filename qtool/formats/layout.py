@@ -233,7 +233,7 @@ def shared_unsupported_reason(
     act_order: bool = False,
     pre_scale: bool = False,
 ) -> str | None:
-    """Return the constraint that a format without stacked experts and, unless told otherwise,
+    """Return the constraint that a format without stacked experts and, by default, without
     act-order and input factors, does not meet.
     """
     if module.experts > 1:

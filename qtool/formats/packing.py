@@ -70,8 +70,9 @@ def from_divisor(divisor: Tensor) -> Tensor:
     does, f32.
 
     A reciprocal of a reciprocal is often another number, so the numbers that libraries write are
-    told by their form: the divisor is 2688 / amax of a 16-bit amax, and then ModelOpt's multiplier
-    is amax / 2688; or it was itself rounded to 16 bits, and then the multiplier is its reciprocal.
+    recognized by their form: the divisor is 2688 / amax of a 16-bit amax, and then ModelOpt's
+    multiplier is amax / 2688; or it was itself rounded to 16 bits, and then the multiplier is its
+    reciprocal.
     """
     amax = to_16_bits(NVFP4_RANGE / divisor)
     return torch.where(NVFP4_RANGE / amax == divisor, amax / NVFP4_RANGE, 1 / divisor)

@@ -33,7 +33,7 @@ class Pattern:
         except (regex.error, RecursionError) as error:
             raise refused(
                 "E_QUANT_PATTERN",
-                f"the config's pattern `{pattern[:200]}` is no regular expression: {error}",
+                f"the config's pattern `{pattern[:200]}` is not a regular expression: {error}",
             ) from error
         self._pattern, self._left = pattern, BUDGET_S
 

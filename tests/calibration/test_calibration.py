@@ -388,7 +388,7 @@ def test_binary_and_broken_files_are_refused(write, name, content):
         (b'{"text": "caf\xe9"}', "E_DATA_BINARY", "0xe9"),
         (b'{"messages": "hi"}', "E_DATA_FIELD", "`messages` is a string"),
         (b'{"messages": []}', "E_DATA_FIELD", "`messages` is an empty list"),
-        (b'{"messages": [{"content": "hi"}]}', "E_DATA_FIELD", "`messages[0]` is no message"),
+        (b'{"messages": [{"content": "hi"}]}', "E_DATA_FIELD", "`messages[0]` is not a message"),
         (
             b'{"messages": [{"role": "user", "content": 3}]}',
             "E_DATA_FIELD",

@@ -428,7 +428,7 @@ BAD_FOLDERS = {  # files -> code, part of the message
     "index to a number": (
         {"model.safetensors.index.json": {"weight_map": {"a": 1}}},
         "E_INDEX_TYPE",
-        "no file name",
+        "not a file name",
     ),
     "index to a long name": (
         {"model.safetensors.index.json": {"weight_map": {"a": "x" * 4000 + ".safetensors"}}},
@@ -761,7 +761,7 @@ def test_an_empty_folder_may_be_overwritten_but_not_one_of_other_files(tmp_path,
     publish(tmp_path / "out", overwrite=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("x")
-    with pytest.raises(OutputTaken, match="no checkpoint"):
+    with pytest.raises(OutputTaken, match="not a checkpoint"):
         publish(tmp_path / "photos", overwrite=True)
     assert files_below(tmp_path / "photos") == {"me.jpg"}
 
