@@ -34,7 +34,7 @@ from qtool.formats import (
 from qtool.scheme import SCHEMES, Scheme, Weights
 from qtool.weight import codes_to_values, dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = ["support.sample_plugin"]
 
 few = settings(max_examples=10)
