@@ -173,11 +173,16 @@ def _dynamic(plan: Plan, base: Scheme) -> dict[str, JsonDict]:
         # it leaves heads alone unasked
         if group.scheme is None and not all(map(is_head, group.names)):
             dynamic |= {f"-:{pattern}": {} for pattern in group.patterns}
-    for module in plan.quantized:
-        if module.scheme and is_head(module.name):
-            # without an entry a head gets 8 bits in groups of 32
-            dynamic[f"+:{re.escape(module.name)}$"] = _numbers(module.scheme)
-    return dynamic
+    return dynamic | _heads(plan)
+
+
+def _heads(plan: Plan) -> dict[str, JsonDict]:
+    """Return a pattern for each output head: without one it gets 8 bits in groups of 32."""
+    return {
+        f"+:{re.escape(module.name)}$": _numbers(module.scheme)
+        for module in plan.quantized
+        if module.scheme and is_head(module.name)
+    }
 
 
 def _numbers(scheme: Scheme) -> JsonDict:

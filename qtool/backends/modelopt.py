@@ -70,7 +70,8 @@ class ModelOptBackend:
             reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
         if any(step.act_order for step in recipe.steps(Gptq)):
             reasons.append("its GPTQ has no `act_order`")
-        if recipe.steps(Auto) and (recipe.kv_cache or any(rule.scheme for rule in recipe.rules)):
+        has_rules = any(rule.scheme for rule in recipe.rules)
+        if recipe.steps(Auto) and (recipe.kv_cache or has_rules):
             reasons.append(
                 "`auto` chooses every scheme itself, without rules and without a KV cache"
             )

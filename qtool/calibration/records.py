@@ -64,13 +64,7 @@ def _record(where: str, fields: object, text_column: str | None) -> Record:
     if "input_ids" in given:
         return Record(where, ids=_ids(where, given["input_ids"], given.get("attention_mask")))
     if text_column:
-        if text_column not in fields:
-            raise DataRefused(
-                "E_DATA_FIELD",
-                f"{where}: no field `{text_column}`; it has {_listed(fields)}",
-                hint=nearest(text_column, fields) or "give one of these as --text-column",
-            )
-        return Record(where, _text(where, text_column, given.get(text_column, "")))
+        return _column(where, fields, text_column)
     if "messages" in given:
         return Record(where, messages=_messages(where, "messages", given["messages"]))
     if given.keys() >= PAIR:
@@ -80,6 +74,17 @@ def _record(where: str, fields: object, text_column: str | None) -> Record:
     if fields.keys() & {"input_ids", "messages", "text"} or fields.keys() >= PAIR:
         return Record(where)  # null: nothing to use, as with an empty text
     raise _no_known_field(where, fields)
+
+
+def _column(where: str, fields: Mapping[str, object], text_column: str) -> Record:
+    if text_column not in fields:
+        raise DataRefused(
+            "E_DATA_FIELD",
+            f"{where}: no field `{text_column}`; it has {_listed(fields)}",
+            hint=nearest(text_column, fields) or "give one of these as --text-column",
+        )
+    text = fields[text_column]
+    return Record(where, _text(where, text_column, "" if text is None else text))
 
 
 def _completed_prompt(where: str, prompt: object, completion: object) -> Record:
