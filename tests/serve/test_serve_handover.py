@@ -536,7 +536,7 @@ def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(
 ):
     folder = build(tmp_path / "m", Gptq(desc_act=True)).path
     with pytest.raises(
-        CheckpointRefused, match=r"act-order in groups \(desc_act\) is no longer run"
+        CheckpointRefused, match=r"act-order in groups \(desc_act\) is no longer supported"
     ) as caught:
         prepare("vllm", options_of({"model_path": str(folder)}))
     assert caught.value.code == "E_ENGINE_REFUSES"
@@ -549,14 +549,14 @@ def test_a_checkpoint_the_engine_does_not_load_is_refused_before_anything_else(
 
 def test_of_several_reasons_the_first_are_told(tmp_path, not_installed):
     folder = build(tmp_path / "m", Gptq()).path
-    with pytest.raises(CheckpointRefused, match="3 ranks; and 8 more"):
+    with pytest.raises(CheckpointRefused, match="divide the attention heads evenly; and 8 more"):
         prepare("vllm", options_of({"model_path": str(folder), "tp": 3}), dry_run=True)
 
 
 def test_groups_that_the_ranks_would_cut_are_refused(tmp_path, not_installed):
     folder = build(tmp_path / "m", Gptq()).path
     prepare("vllm", options_of({"model_path": str(folder), "tp": 2}), dry_run=True)
-    with pytest.raises(CheckpointRefused, match="85 inputs on each rank of 3"):
+    with pytest.raises(CheckpointRefused, match="85 inputs on each of 3 ranks"):
         prepare("vllm", options_of({"model_path": str(folder), "tp": 3}), dry_run=True)
 
 
