@@ -30,6 +30,10 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "fp8",
     "run_here",  # compiles or interprets Triton kernels
     "browser",
+    "engine",  # starts an Engine, or two
+    "example",
+    "other",  # starts a server beside `served`
+    "uniform_draws",
 }
 
 

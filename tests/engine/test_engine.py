@@ -739,6 +739,7 @@ class EagerGraph:
         self.tokens.copy_(tokens)
 
 
+@pytest.mark.slow
 def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
     """What CUDA graphs do, by hand: padding, tokens that only the device knows, changes of the page
     table.
@@ -784,6 +785,7 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
         assert not results[3]["text"].strip("0123456789 ")
 
 
+@pytest.mark.slow
 def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, monkeypatch):
     """As above for steps that have pieces of prompts: several, later chunks, beside sequences that
     decode, more than a shape holds.

@@ -148,6 +148,7 @@ def test_a_draw_tells_nothing_of_a_later_one(uniform_draws, lag):
     assert abs(chi_square(np.bincount(pairs, minlength=256), [len(pairs) / 256] * 256)) < 4
 
 
+@pytest.mark.slow
 def test_neighbouring_seeds_draw_apart():
     draws = (
         Sampler(16, "cpu")
@@ -158,6 +159,7 @@ def test_neighbouring_seeds_draw_apart():
     assert abs(chi_square(np.bincount(pairs, minlength=256), [len(pairs) / 256] * 256)) < 4
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_by_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 1.5])
     draws = (
@@ -205,6 +207,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(SETTINGS, min_size=1, max_size=6),
@@ -309,6 +312,7 @@ def support_and_draws(logits, params, history=None, count=3000):
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.25, 2.0, -3.0, 0.5, 1.5, -1.0, 0.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", [1024, 0], ids=["narrow", "wide"])
 @pytest.mark.parametrize(
     "params",
@@ -539,6 +543,7 @@ def test_the_default_dtype_changes_no_draw():
 # masks
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_a_mask_leaves_what_it_names_and_other_rows_alone(data):

@@ -200,6 +200,7 @@ def test_onednn_multiplies_as_the_definition_says(
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     weights=st.builds(

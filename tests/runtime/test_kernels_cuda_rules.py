@@ -381,6 +381,7 @@ COMPILED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "interpret"),
     [(RESCALE, "1"), (COMPILED, "0")],

@@ -505,6 +505,7 @@ def test_transformers_computes_fp4_and_mx_weights_in_bf16_models_only(export, pr
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "variant"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (8, "gptq_v2"), (4, "gptq")]
 )

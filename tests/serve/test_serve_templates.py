@@ -371,6 +371,7 @@ HOSTILE = {  # what it does -> a template that does it when a user says so, and 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_fails_within_the_limits_and_the_next_call_works(
     name, run, open_templates
@@ -388,6 +389,7 @@ def test_a_hostile_template_fails_within_the_limits_and_the_next_call_works(
     assert run(templates.render(messages)) == "good"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
