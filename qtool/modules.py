@@ -54,7 +54,7 @@ class CacheScale:
 
 
 def parse_cache_scale(name: str) -> CacheScale | None:
-    """Return what the tensor ``name`` scales in the KV cache; None when it is no such scale."""
+    """Return what the tensor ``name`` scales in the KV cache; None for any other tensor."""
     owner, _, suffix = name.rpartition(".")
     if not owner:
         return None
@@ -125,7 +125,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_stack(name: str) -> str | None:
-    """Return the module that holds all experts beside the one that ``name`` is part of."""
+    """Return the module that holds all experts, of which ``name`` is part of one."""
     found = ONE_EXPERT.match(name)
     return found[1] if found else None
 

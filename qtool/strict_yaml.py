@@ -19,7 +19,7 @@ YAML_ERRORS = (
 
 
 def parse_yaml(data: bytes) -> object:
-    """Return the value that ``data`` is. Raises: one of `YAML_ERRORS`, when it is none."""
+    """Return the value in ``data``. Raises: one of `YAML_ERRORS`, when it is not YAML."""
     value: object = yaml.load(data.decode(), Loader=_StrictLoader)
     return value
 

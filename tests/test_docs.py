@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
@@ -22,7 +23,11 @@ from support.imports import PACKAGE
 from test_layers import ORDER
 
 import qtool
-from qtool.options import field_docs
+from qtool.conversion import TARGETS
+from qtool.engine.sampling_params import SamplingParams
+from qtool.formats import FORMATS
+from qtool.inspection.engines.rule_inputs import Format
+from qtool.options import ExportOptions, field_docs
 
 ROOT = PACKAGE.parent
 FOLDERS = {"": "*.md", "docs": "*.md", "qtool": "*.md", "recipes": "*.md", "examples": "**/*.md"}
@@ -181,6 +186,16 @@ def test_targets_of_make_exist(path):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = re.findall(r"(?:^    |`)make (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(named) <= set(targets)
+
+
+def test_every_sampling_field_and_format_is_documented():
+    engine = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert not {name for name in fields if f"`{name}`" not in engine}
+    convert = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    help_text = field_docs(ExportOptions)["to"]
+    assert not {name for name in TARGETS if f"`{name}`" not in convert or name not in help_text}
+    assert set(get_args(Format)) == set(FORMATS)
 
 
 def test_the_map_has_every_module_in_the_order_of_imports():

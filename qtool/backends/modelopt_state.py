@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
+CALIBRATE_AGAIN = "calibrate again with --checkpoint-save-path"
 STATE_KEYS = {"state_version", "modelopt_version", "model", "recipe", "tied", "modelopt_state"}
 SAMPLE_BYTES = 4096
 # of a recipe; a state is of one choice of these
@@ -81,7 +82,9 @@ def restore_state(model: Module, path: str, plan: Plan) -> None:
             mto.restore(model, path)
         except Exception as error:
             raise StateRefused(
-                "E_STATE", f"{path}: ModelOpt cannot restore it: {one_line(error)}"
+                "E_STATE",
+                f"{path}: ModelOpt cannot restore it: {one_line(error)}",
+                hint=CALIBRATE_AGAIN,
             ) from error
         return
     from safetensors.torch import load_file
@@ -175,25 +178,26 @@ def _read(path: str) -> JsonDict:
         )
     if not (folder / STATE_FILE).is_file():
         raise StateRefused(
-            "E_STATE", f"{path} has no {STATE_FILE}, so it is not a state written by qtool"
+            "E_STATE",
+            f"{path} has no {STATE_FILE}, so it is not a state written by qtool",
+            hint="give the folder that --checkpoint-save-path wrote",
         )
     try:
         state = read_json(folder / STATE_FILE)
         read_header(folder / WEIGHTS_FILE)
     except CheckpointRefused as error:
-        raise StateRefused(
-            "E_STATE", error.message, hint="calibrate again with --checkpoint-save-path"
-        ) from error
+        raise StateRefused("E_STATE", error.message, hint=CALIBRATE_AGAIN) from error
     if not state.keys() >= STATE_KEYS:
         raise StateRefused(
             "E_STATE",
             f"{path}: {STATE_FILE} lacks {', '.join(sorted(STATE_KEYS - state.keys()))}",
-            hint="calibrate again",
+            hint=CALIBRATE_AGAIN,
         )
     if state["state_version"] != STATE_VERSION:
         raise StateRefused(
             "E_STATE_VERSION",
             f"{path}: state version {state.get('state_version')!r} is not {STATE_VERSION}",
+            hint=CALIBRATE_AGAIN,
         )
     return state
 
@@ -247,7 +251,9 @@ def _from_json(value: object) -> object:
         return value
     (kind, content), *rest = value.items()
     if rest or kind not in ("tuple", "size", "dtype", "dict"):
-        raise StateRefused("E_STATE", f"the state holds an unknown entry `{kind}`")
+        raise StateRefused(
+            "E_STATE", f"the state holds an unknown entry `{kind}`", hint=CALIBRATE_AGAIN
+        )
     if kind == "dtype":
         return _dtype_named(str(content))
     if kind == "dict":
@@ -265,5 +271,7 @@ def _dtype_named(name: str) -> torch.dtype:
 
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise StateRefused("E_STATE", f"the state holds an unknown dtype `{name}`")
+        raise StateRefused(
+            "E_STATE", f"the state holds an unknown dtype `{name}`", hint=CALIBRATE_AGAIN
+        )
     return dtype

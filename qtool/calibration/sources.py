@@ -97,7 +97,7 @@ def rows(spec: CalibrationSpec) -> Rows:
 
 
 def bad_line(where: str, what: str) -> DataRefused:
-    """Return the refusal of what is no JSON object."""
+    """Return the refusal of a line that is not a JSON object."""
     hint = 'a record looks like {"text": "..."}; in JSON Lines each stands on a line of its own'
     return DataRefused("E_DATA_LINE", f"{where}: expected a JSON object; {what}", hint=hint)
 

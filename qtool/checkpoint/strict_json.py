@@ -29,7 +29,7 @@ def parse_object(
 ) -> JsonDict:
     """Return the JSON object that ``data`` is; ``where`` names it in a refusal.
 
-    Raises: CheckpointRefused, when it is no JSON object, or more of one than any model needs.
+    Raises: CheckpointRefused, when it is not a JSON object, or is larger than any model needs.
     """
     # one wide character makes all of them wide in memory
     check_json_size(len(data) if data.isascii() else 4 * len(data), where)

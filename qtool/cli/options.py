@@ -44,7 +44,7 @@ def takes(
 
     Args:
         kind: a dataclass of options. The command's parameter of this type takes the object.
-        without: fields that are no options of the command.
+        without: fields that the command does not offer.
         defaults: a subclass whose defaults the help shows.
     """
     known = [field for field in fields(kind) if field.name not in without]

@@ -171,7 +171,7 @@ class RMSNorm(nn.Module):
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         is_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1
         if not is_vector or not isinstance(eps, float) or getattr(module, "bias", None) is not None:
-            raise NotFused(f"{name} is no RMSNorm")
+            raise NotFused(f"{name} is not an RMSNorm")
         weight = cast(nn.Parameter, weight)
         sizes = torch.tensor([[1e-3], [0.1], [1], [10]], device=weight.device)
         x = random_input((4, len(weight)), weight) * sizes.to(weight.dtype)
@@ -184,7 +184,7 @@ class RMSNorm(nn.Module):
         best = min(range(len(kinds)), key=errors.__getitem__)
         if expected.dtype != x.dtype or not errors[best] <= TOLERANCE[x.dtype]:
             raise NotFused(
-                f"{name} is no RMSNorm that is known (relative error {errors[best]:.1e})"
+                f"{name} is not a known kind of RMSNorm (relative error {errors[best]:.1e})"
             )
         return kinds[best]
 

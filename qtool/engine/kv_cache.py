@@ -147,7 +147,7 @@ def cache_room(device: torch.device, *, static_share: float, step_bytes: int, bu
         static_share: of a GPU's memory, for weights and cache together. On a CPU the cache takes
             `CPU_SHARE` of what is free.
         step_bytes: what the largest step and the CUDA graphs still need; the cache shrinks,
-            with a warning, when they would not fit beside it.
+            with a warning, when they would not fit as well.
         budget: tokens of that step.
     """
     if device.type != "cuda":

@@ -36,11 +36,9 @@ class History:
         """Return the history that ``params`` need, None when they penalize nothing; only
         repetition_penalty counts the prompt.
         """
-        return (
-            cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids)
-            if params.penalizes
-            else None
-        )
+        if not params.penalizes:
+            return None
+        return cls(prompt_ids if params.repetition_penalty != 1 else (), output_ids)
 
     def append(self, token: int) -> None:
         """Count one generated token."""

@@ -76,6 +76,7 @@ class SamplingParams:
     min_new_tokens: int = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    """Accepted without effect."""
     no_stop_trim: bool = False
     """Keep the stop string or token in the text."""
     json_schema: str | Mapping[str, object] | None = None
@@ -123,7 +124,7 @@ class SamplingParams:
         if not isinstance(values, Mapping):
             raise UsageError(
                 "E_SAMPLING",
-                "sampling_params is no dictionary",
+                "sampling_params is not a dictionary",
                 hint="give names and values, such as temperature: 0.8",
             )
         given = dict(values)

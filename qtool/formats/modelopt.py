@@ -143,11 +143,10 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     elif weights.granularity in ("tensor", "channel"):
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     input_scale = tensors.get("input_scale")
-    activation = (
-        Activation(activations, None if input_scale is None else input_scale.reshape(()))
-        if activations
-        else None
-    )
+    activation = None
+    if activations:
+        static_scale = None if input_scale is None else input_scale.reshape(())
+        activation = Activation(activations, static_scale)
     block = uneven_block(weights, module.shape)
     return QuantizedWeight(
         data,

@@ -173,4 +173,6 @@ def kv_cache_format(config: Json) -> str | None:
     if name is None and isinstance(scheme, Mapping):
         name = f"{'FP' if scheme.get('type') == 'float' else 'INT'}{scheme.get('num_bits', 8)}"
     said = str(name or scheme or "").lower()
-    return (said if said.isalnum() else "unknown") if said else None
+    if not said:
+        return None
+    return said if said.isalnum() else "unknown"

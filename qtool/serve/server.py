@@ -38,7 +38,7 @@ MAX_LINES = 10_000  # of the log that wait to be written
 ACCEPT_S = 0.3  # to refuse clients that have just connected
 ENGINE_S = 3.0  # for the engine to abort requests: one of its steps may be long
 LAST_WORDS_S = 2.0  # for clients to read the end of their replies
-OWN_FILES = 256  # open files beside connections
+OWN_FILES = 256  # open files besides connections
 
 
 def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> None:

@@ -26,12 +26,12 @@ from qtool.serve.api.protocol import (
 from qtool.serve.api.tools.choice import choose, schema_for
 from qtool.serve.api.tools.deltas import fold
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
-from qtool.serve.api.tools.parsers import make_parser, parser_for
+from qtool.serve.api.tools.parsers import PARSERS, make_parser, parser_for
 from qtool.serve.api.tools.styles import detect, style_named
 from qtool.serve.api.validation import describe_invalid_body
 
 NAMES = ("weather", "f", "g.h-1")
-STYLES = ("hermes", "llama3_json")
+STYLES = tuple(PARSERS)
 ID = re.compile(r"call_[0-9a-f]{24}")
 
 

@@ -36,9 +36,9 @@ class KVPages:
     v: Tensor
     """[pages, kv_heads, PAGE, v_head_dim], the dtype of ``k``."""
     k_scale: float = 1.0
-    """8-bit pages hold the keys divided by this,"""
+    """What keys were divided by, in 8-bit pages."""
     v_scale: float = 1.0
-    """and the values divided by this."""
+    """What values were divided by, in 8-bit pages."""
 
 
 @dataclass

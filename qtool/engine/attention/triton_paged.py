@@ -46,9 +46,9 @@ class Tile:
     rows: int = 16
     """Query rows of a program of prefill."""
     parts: int = 1
-    """Into how many parts the keys of a decode are cut at most,"""
+    """Into how many parts the keys of a decode are cut, at most."""
     least: int = 1
-    """each of at least so many steps."""
+    """Steps of each part, at least."""
     pdl: bool = True
     """Whether the kernel starts while the one before it ends."""
 
@@ -62,7 +62,9 @@ def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
         head_dim: of keys or values, the larger.
         itemsize: bytes of a number in the queries.
     """
-    keys = 16 if itemsize == 4 else 64 if head_dim <= 128 else 32
+    keys = 64 if head_dim <= 128 else 32
+    if itemsize == 4:
+        keys = 16
     # few: cut until the machine is full; each number of parts is a kernel of its own to compile
     if programs < 512:
         parts, least = 16 if programs <= 64 else 512 // programs, 1

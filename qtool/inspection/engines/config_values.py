@@ -8,17 +8,17 @@ MAX_WORD = 60  # characters of a value that messages repeat
 
 
 def as_mapping(value: object) -> Mapping[str, object]:
-    """Return ``value``; an empty mapping when it is none."""
+    """Return ``value`` if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def as_list(value: object) -> list[object]:
-    """Return ``value``; an empty list when it is none."""
+    """Return ``value`` if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
 def as_strings(value: object) -> list[str]:
-    """Return the strings of the list ``value``; an empty list when it is none."""
+    """Return the strings in ``value`` if it is a list, else an empty list."""
     return [entry for entry in as_list(value) if isinstance(entry, str)]
 
 

@@ -177,7 +177,7 @@ def load_rules(engine: str) -> Ruleset:
 
 
 def read_yaml(name: str, kind: type[T]) -> T:
-    """Return the data of ``name``.yaml beside this file as a ``kind``."""
+    """Return the data of ``name``.yaml, in this folder, as a ``kind``."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     data = yaml.load((FOLDER / f"{name}.yaml").read_bytes(), Loader=loader)
     return TypeAdapter(kind).validate_python(data)

@@ -294,9 +294,9 @@ class Measured:
     kind: str
     """Of the shape, see `shape_class`."""
     above: int
-    """It is for more tokens than this,"""
+    """It is for more tokens than this."""
     up_to: int
-    """and at most as many tokens as this."""
+    """It is for at most this many tokens."""
     schedule: Mapping[str, Any]
 
     def takes(self, weights: Weights, shape: tuple[int, int], tokens: int) -> bool:

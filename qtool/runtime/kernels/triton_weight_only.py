@@ -329,9 +329,9 @@ class Decode:
     scale_by: float = 1.0
     """Multiplied last."""
     size: int = 0
-    """Of a float: the bits of its magnitude,"""
+    """Of a float: the bits of its magnitude."""
     up: int = 0
-    """and by how many bits these are shifted up."""
+    """Of a float: by how many bits these are shifted up."""
 
     def place(self, codes: Tensor) -> Tensor:
         """Return the codes with their bits where those of the numbers are."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from qtool.serve.api.tools.choice import Choice
 from qtool.serve.api.tools.deltas import ToolParser
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
 from qtool.serve.api.tools.hermes import HermesParser
 from qtool.serve.api.tools.llama import LlamaParser
+
+# One for each style: from the names of the tools to the parser of an answer.
+PARSERS: Mapping[str, Callable[[Iterable[str]], ToolParser]] = {
+    "hermes": lambda tool_names: HermesParser(),
+    "llama3_json": LlamaParser,
+}
 
 
 def parser_for(choice: Choice, style: str | None) -> ToolParser | None:
@@ -30,4 +36,4 @@ def parser_for(choice: Choice, style: str | None) -> ToolParser | None:
 
 def make_parser(style: str, tool_names: Iterable[str]) -> ToolParser:
     """Return a parser of free answers in ``style``, one of the values of `STYLES`."""
-    return HermesParser() if style == "hermes" else LlamaParser(tool_names)
+    return PARSERS[style](tool_names)
