@@ -89,7 +89,7 @@ def test_an_unknown_name_is_answered_with_the_right_one():
     with pytest.raises(UsageError) as refusal:
         SamplingParams.from_dict({"temprature": 1})
     assert "`temperature`" in refusal.value.hint
-    with pytest.raises(UsageError, match="no dictionary"):
+    with pytest.raises(UsageError, match="not a dictionary"):
         SamplingParams.from_dict([("temperature", 1)])
 
 
