@@ -214,7 +214,7 @@ def test_a_worker_killed_for_memory_says_what_was_needed(tmp_path):
     _, stderr = run.communicate(timeout=20)
     assert run.returncode == 4
     assert "error[E_OUT_OF_MEMORY]" in stderr
-    assert "GB were needed" in stderr
+    assert "MB were needed" in stderr
     assert not (tmp_path / "out").exists()
 
 
