@@ -157,8 +157,7 @@ class Engine:
         results = [CompletionResult(request) for request in requests]
         for output in self._outputs(requests):
             results[output.index].add(output)
-        whole = [result.to_dict() for result in results]
-        return whole[0] if single else whole
+        return _whole(results, single)
 
     async def async_generate(
         self,
@@ -193,8 +192,7 @@ class Engine:
         results = [CompletionResult(request) for request in requests]
         async for output in self._async_outputs(requests):
             results[output.index].add(output)
-        whole = [result.to_dict() for result in results]
-        return whole[0] if single else whole
+        return _whole(results, single)
 
     def submit(self, given: GenerateRequest, deliver: Deliver) -> list[Request]:
         """Start the requests for ``given``, and return them; the loop's thread calls ``deliver``
@@ -285,6 +283,12 @@ def _checked(output: Output) -> CompletionOutput:
     if isinstance(output, CompletionError):
         raise output.error
     return output
+
+
+def _whole(results: Sequence[CompletionResult], single: bool) -> Result | list[Result]:
+    """Return the dictionaries of complete requests; ``single``: that of the only one."""
+    whole = [result.to_dict() for result in results]
+    return whole[0] if single else whole
 
 
 def _close(loop: Loop) -> None:

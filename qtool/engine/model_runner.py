@@ -20,7 +20,7 @@ from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, n
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.fusion import fuse
 from qtool.engine.rotary import freeze_rotary
-from qtool.engine.sampler import Logprobs, Sampler, Samples, greedy, logprobs_of
+from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
 from qtool.engine.sampling_batch import History, RowRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.engine.scheduler import PROMPT_LOGITS, Limits, Step
@@ -269,8 +269,9 @@ class Runner:
         logits, tokens, prompt_logprobs = self._forward(step, prompts)
         launched = InFlightStep(step, self._sampled[turn][: len(requests)], done=None)
         if requests and (tokens is None or not all(map(_takes_largest, requests))):
-            samples = self._sample(step, logits, requests)
+            samples = self.sampler.sample(logits, requests)
             tokens = samples.tokens.int()
+            self._remember(step, tokens)
             if samples.logprobs is not None:
                 launched.logprobs = _on_host(samples.logprobs)
                 launched.logprob_rows = samples.logprob_rows
@@ -298,13 +299,11 @@ class Runner:
             return self.graphs.kept_logits.index_select(0, self._to_device(rows)), None, {}
         return self._run(step), None, {}
 
-    def _sample(self, step: Step, logits: Tensor, requests: Sequence[RowRequest]) -> Samples:
-        """Draw the tokens of ``step``, and remember them as the last of their rows."""
-        samples = self.sampler.sample(logits, requests)
+    def _remember(self, step: Step, tokens: Tensor) -> None:
+        """Keep ``tokens``, int32, as the last of the rows of ``step`` that sample."""
         rows = self._to_device([chunk.sequence.row for chunk in step.chunks if chunk.samples])
         # of logits that are not finite the next step gets some token, until they are read
-        self._last.index_put_((rows,), samples.tokens.int().clamp(min=0))
-        return samples
+        self._last.index_put_((rows,), tokens.clamp(min=0))
 
     def decode(self, inputs: StepInputs[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits and most probable tokens of a step that only decodes: what its graph
