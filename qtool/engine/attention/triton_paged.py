@@ -141,41 +141,14 @@ def decode(
     counters = packed.counters
     if counters is None or counters.numel() < tokens * kv_heads:
         counters = q.new_zeros(tokens * kv_heads if split else 1, dtype=torch.int32)
-    factor, limit, v_scale = _factors(kv, scaling, softcap)
     shared_padded, dv_padded = triton.next_power_of_2(shared), triton.next_power_of_2(v_head_dim)
     _decode[(kv_heads, tile.parts, tokens)](
-        q=q,
-        k_pages=kv.k,
-        v_pages=kv.v,
-        table=packed.table,
-        rows=packed.rows,
-        positions=packed.positions,
-        out=out,
         partial=partial,
         sums=sums,
         arrived=counters,
-        stride_table_row=packed.table.shape[1],
-        stride_q_token=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_k_page=kv.k.stride(0),
-        stride_k_page_head=kv.k.stride(1),
-        stride_v_page=kv.v.stride(0),
-        stride_v_page_head=kv.v.stride(1),
-        factor=factor,
-        limit=limit,
-        v_scale=v_scale,
-        window=window or 0,
         least=tile.least,
-        WINDOWED=window is not None,
-        SOFTCAP=bool(softcap),
-        SHARED=shared,
         SHARED_PADDED=shared_padded,
         ROWS=max(16, shared_padded),
-        D=head_dim,
-        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        DV=v_head_dim,
-        DV_PADDED=max(16, dv_padded),
-        PAGE=PAGE,
         KEYS=tile.keys,
         PARTS=tile.parts,
         TOGETHER=max(
@@ -185,6 +158,7 @@ def decode(
             ),
         ),
         STAGES=tile.stages,
+        **_inputs(q, kv, packed, out, scaling, window, softcap),
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
 
@@ -219,47 +193,63 @@ def prefill(
             )
             return
     tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
-    factor, limit, v_scale = _factors(kv, scaling, softcap)
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
     _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
-        q=q,
-        k_pages=kv.k,
-        v_pages=kv.v,
-        table=packed.table,
-        rows=packed.rows,
-        positions=packed.positions,
         starts=packed.starts,
-        out=out,
         decodes=packed.decodes,
-        stride_table_row=packed.table.shape[1],
-        stride_q_token=q.stride(0),
-        stride_q_head=q.stride(1),
-        stride_k_page=kv.k.stride(0),
-        stride_k_page_head=kv.k.stride(1),
-        stride_v_page=kv.v.stride(0),
-        stride_v_page_head=kv.v.stride(1),
-        factor=factor,
-        limit=limit,
-        v_scale=v_scale,
-        window=window or 0,
-        WINDOWED=window is not None,
-        SOFTCAP=bool(softcap),
-        SHARED=shared,
         ROWS=rows,
-        D=head_dim,
-        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        DV=v_head_dim,
-        DV_PADDED=max(16, triton.next_power_of_2(v_head_dim)),
-        PAGE=PAGE,
         KEYS=tile.keys,
         STAGES=tile.stages,
+        **_inputs(q, kv, packed, out, scaling, window, softcap),
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _inputs(
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    out: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> dict[str, object]:
+    """Return the arguments that the kernels of decode and prefill share, by name."""
+    factor, limit, v_scale = _factors(kv, scaling, softcap)
+    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    return {
+        "q": q,
+        "k_pages": kv.k,
+        "v_pages": kv.v,
+        "table": packed.table,
+        "rows": packed.rows,
+        "positions": packed.positions,
+        "out": out,
+        "stride_table_row": packed.table.shape[1],
+        "stride_q_token": q.stride(0),
+        "stride_q_head": q.stride(1),
+        "stride_k_page": kv.k.stride(0),
+        "stride_k_page_head": kv.k.stride(1),
+        "stride_v_page": kv.v.stride(0),
+        "stride_v_page_head": kv.v.stride(1),
+        "factor": factor,
+        "limit": limit,
+        "v_scale": v_scale,
+        "window": window or 0,
+        "WINDOWED": window is not None,
+        "SOFTCAP": bool(softcap),
+        "SHARED": q.shape[1] // kv.k.shape[1],
+        "D": head_dim,
+        "D_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "DV": v_head_dim,
+        "DV_PADDED": max(16, triton.next_power_of_2(v_head_dim)),
+        "PAGE": PAGE,
+    }
 
 
 def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float, float, float]:
