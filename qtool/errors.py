@@ -16,10 +16,22 @@ QtoolError                     1  a bug, unless a branch below says otherwise
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 MAX_MESSAGE = 300
+# whatever was being done, these are about the machine, not about one file
+_MACHINE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.EROFS, errno.EIO),
+)
+ANY_FILE = Path("/")  # for what reads files and writes none
+_TAKEN = (errno.EBUSY, errno.ETXTBSY, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV)
 
 
 class QtoolError(Exception):
@@ -127,6 +139,117 @@ def from_wire(data: Mapping[str, object]) -> QtoolError:
     """Rebuild an error that a worker sent with `to_wire`."""
     kind = _BY_NAME[str(data["type"])]
     return kind(str(data["code"]), str(data["message"]), hint=str(data["hint"]))
+
+
+def from_os_error(error: OSError, *, reading: Iterable[Path] = (), where: str = "") -> QtoolError:
+    """Return what a failed file operation means to the user.
+
+    Args:
+        error: what the system said.
+        reading: the files and folders that the run reads; whatever else is named is written.
+        where: how far the work was, e.g. ``while saving``.
+    """
+    name = _file_name(error) or "a file"
+    at = f" {where}" if where else ""
+    said = (error.strerror or one_line(error)) + at
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            "E_DISK",
+            f"the disk is full{at}: {name}",
+            hint="free some space, or write to another disk with --output",
+        )
+    if error.errno == errno.EFBIG:
+        return ResourceError(
+            "E_FILE_SIZE",
+            f"{name} would be larger than the file system or `ulimit -f` allows",
+            hint="write to another disk, raise the limit, or lower --max-shard-size",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(
+            "E_OPEN_FILES", f"too many files are open: {name}", hint="raise `ulimit -n`"
+        )
+    if error.errno == errno.ENOMEM:
+        return ResourceError(
+            "E_OUT_OF_MEMORY",
+            f"the system gave no memory for {name}: {said}",
+            hint="end other programs, or use a machine with more memory",
+        )
+    if _is_below(name, reading):
+        return CheckpointRefused(
+            "E_UNREADABLE",
+            f"{name} cannot be read: {said}",
+            hint="check its name, its permissions and the disk",
+        )
+    if error.errno in _TAKEN:
+        return OutputTaken(
+            "E_OUTPUT_IN_USE",
+            f"{name} is in use or appeared meanwhile: {said}",
+            hint="end the program that uses it, or choose another --output",
+        )
+    return ResourceError(
+        "E_UNWRITABLE",
+        f"{name} cannot be written: {said}",
+        hint="check its permissions and the disk, or choose another --output",
+    )
+
+
+@contextlib.contextmanager
+def file_errors(*, reading: Iterable[Path] = ()) -> Iterator[None]:
+    """Turn every OSError of the block into the QtoolError that `from_os_error` makes of it."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, reading=reading) from error
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError of the block that names no file, as those of reads do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | None:
+    """Return the failed file operation that ``error``, raised by a library, comes from; None when
+    it is none of the machine and of no file below ``places``.
+    """
+    if isinstance(error, OSError) and _is_below(_file_name(error), places):
+        return error
+    seen: BaseException | None = error
+    for _ in range(8):  # causes of causes
+        if seen is None:
+            return None
+        code = seen.errno if isinstance(seen, OSError) and seen.errno else _code_in(str(seen))
+        if code in _MACHINE_ERRORS:
+            return seen if isinstance(seen, OSError) else OSError(code, os.strerror(code))
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _code_in(text: str) -> int:
+    """Return the number of the system's error that ``text`` quotes; 0 when it quotes none."""
+    if found := re.search(r"\(os error (\d{1,3})\)", text):  # as Rust writes it
+        return int(found[1])
+    return next((code for code in _MACHINE_ERRORS if os.strerror(code) in text), 0)
+
+
+def _file_name(error: OSError) -> str:
+    """Return the name that ``error`` is about; of two, as a rename has, the second."""
+    name = error.filename2 or error.filename
+    return os.fsdecode(name) if isinstance(name, str | bytes) else ""
+
+
+def _is_below(name: str, places: Iterable[Path]) -> bool:
+    """Whether the file ``name`` is one of ``places`` or inside one."""
+    if not name:
+        return False
+    file = Path(name).absolute()
+    roots = {root for place in places for root in (place.absolute(), Path(os.path.realpath(place)))}
+    return any(file.is_relative_to(root) for root in roots)
 
 
 def one_line(error: BaseException) -> str:

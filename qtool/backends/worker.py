@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib.metadata
 import json
 import os
@@ -35,7 +34,9 @@ from qtool.errors import (
     CheckpointRefused,
     QtoolError,
     ResourceError,
+    from_os_error,
     from_wire,
+    library_os_error,
     one_line,
     to_wire,
 )
@@ -358,12 +359,9 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
             f"{library} needs the package `{error.name}`",
             hint=f"pip install {missing}",
         )
-    if _is_full_disk(error):
-        return ResourceError(
-            "E_DISK",
-            f"the disk is full {where}",
-            hint="free some space, or write to another disk with --output",
-        )
+    inputs, outputs = _places(job)
+    if file_error := library_os_error(error, [*inputs, *outputs]):
+        return from_os_error(file_error, reading=inputs, where=where)
     return BackendFailed(
         "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
     )
@@ -377,10 +375,12 @@ def _distribution(module: str) -> str:
     return module if module.partition(".")[0] in known else ""
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error)
+def _places(job: Job) -> tuple[list[Path], list[Path]]:
+    """Return what the job reads and what it writes."""
+    source = job.calibration.source if job.calibration else None
+    inputs = [job.model, source, job.state_restore]
+    outputs = [job.output, job.scratch, job.state_save]
+    return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
 
 
 def _die_with_parent() -> None:

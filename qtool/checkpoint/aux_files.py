@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qtool.checkpoint.reader import PICKLE_SUFFIXES
 from qtool.checkpoint.strict_json import read_json
+from qtool.errors import naming
 
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
@@ -61,7 +62,8 @@ def finish_files(source: Path, folder: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as people read it."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def without_paths(value: object) -> object:

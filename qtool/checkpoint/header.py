@@ -21,7 +21,7 @@ from qtool.checkpoint.strict_json import (
     refused,
     regular_size,
 )
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, naming
 
 FIELDS = {"dtype", "shape", "data_offsets"}
 INTEGERS = {int}  # without booleans
@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     against the file.
     """
     size = regular_size(path)
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         start = file.read(8)
         length = _header_length(path, start, size)
         text = file.read(length)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qtool.checkpoint.strict_json import Json, read_json
+from qtool.errors import naming
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -58,7 +59,7 @@ class TensorInfo(NamedTuple):
 
     def read(self) -> bytes:
         """Return its bytes as they lie in the file, little-endian, row-major."""
-        with self.file.open("rb") as file:
+        with naming(self.file), self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size_bytes)
 

@@ -19,7 +19,7 @@ from qtool.checkpoint.strict_json import (
     read_json,
     refused,
 )
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, file_errors
 
 MAX_FILE_NAME = 255
 MAX_SHARDS = 10_000
@@ -33,7 +33,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises: CheckpointRefused, naming the file, the tensor and the numbers that do not fit.
     """
-    try:
+    with file_errors(reading=[path]):
         if not path.exists():
             raise refused(
                 "E_NO_MODEL",
@@ -56,12 +56,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
             checkpoint = Checkpoint(path, _read_config(path / "config.json"), _read_tensors(path))
         check_config(checkpoint)
         return checkpoint
-    except OSError as error:
-        raise refused(
-            "E_UNREADABLE",
-            f"{error.filename or path} cannot be read: {error.strerror}",
-            "check its name, its permissions and the disk",
-        ) from None
 
 
 @contextmanager

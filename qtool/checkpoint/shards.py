@@ -16,7 +16,7 @@ from typing import Any
 
 from qtool.checkpoint.model import DTYPE_BITS, TensorInfo
 from qtool.checkpoint.strict_json import JsonDict
-from qtool.errors import CheckpointRefused, UsageError
+from qtool.errors import CheckpointRefused, UsageError, naming
 
 UNITS = {
     "": 1,
@@ -97,7 +97,7 @@ class Shards:
         if len(view) != size:
             raise ValueError(f"{name}: {len(view)} bytes for a place of {size}")
         done = 0
-        with self._writing:
+        with self._writing, naming(path):
             target = self._open(path)
             while done < size:
                 done += os.pwrite(target, view[done:], offset + done)
@@ -111,7 +111,7 @@ class Shards:
         done = 0
         with source.file.open("rb", buffering=0) as file:
             read_ahead(file.fileno(), source.offset, size)
-            with self._writing:
+            with self._writing, naming(path):
                 target = self._open(path)
                 while done < size:
                     count = _copy_range(
@@ -137,7 +137,7 @@ class Shards:
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with path.open("xb") as file:
+        with naming(path), path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
         self._left[path] = len(specs)

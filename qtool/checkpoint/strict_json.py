@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.errors import CheckpointRefused, one_line
+from qtool.errors import CheckpointRefused, naming, one_line
 
 Json = Mapping[str, Any]  # a JSON object: what it holds is checked where it is used
 JsonDict = dict[str, Any]
@@ -141,7 +141,7 @@ def read_json(path: Path) -> JsonDict:
     """
     size = regular_size(path)
     check_json_size(size, str(path))
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return parse_object(file.read(size), str(path))
 
 

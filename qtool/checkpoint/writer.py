@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.errors import OutputTaken, ResourceError, UsageError
+from qtool.errors import OutputTaken, ResourceError, UsageError, file_errors, naming
 from qtool.sizes import format_size
 
 CHUNK_BYTES = 4 << 20
@@ -98,9 +98,10 @@ def stage_output(
         cannot be written.
     """
     output = output.absolute()
+    inputs = list(inputs)
     _check_apart(output, inputs)
     root = output.parent / f".{output.name}.qtool"
-    with _disk_errors(), _locked(root, output) as lock_fd:
+    with file_errors(reading=inputs), _locked(root, output) as lock_fd:
         _recover(root, output)
         _check_free(output, overwrite=overwrite)
         check_disk(root, need_bytes)
@@ -148,21 +149,6 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn a full disk, wherever it shows, into the error it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            "E_DISK",
-            f"the disk is full: {error.filename or error}",
-            hint="free some space, or write to another disk",
-        ) from error
-
-
 def check_disk(folder: Path, need_bytes: int) -> None:
     """Raise ResourceError when ``folder``'s disk has less than ``need_bytes`` free."""
     free = shutil.disk_usage(folder).free
@@ -206,7 +192,7 @@ def sample_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
 def _sampled(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         digest.update(file.read(CHUNK_BYTES))
         for start in range(SAMPLE_EVERY, size, SAMPLE_EVERY):
             file.seek(start)
@@ -216,7 +202,7 @@ def _sampled(path: Path) -> str:
 
 def _sha256(path: Path, stop: threading.Event) -> str:
     digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         while (count := file.readinto(buffer)) and not stop.is_set():
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
@@ -319,6 +305,7 @@ def make_durable(path: Path) -> None:
     """Wait until ``path``, a file or a folder, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -24,7 +24,7 @@ from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files,
 from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.request import make_request
 from qtool.conversion.targets import UNQUANTIZED, target_named
-from qtool.errors import CheckpointRefused, QtoolError, UsageError
+from qtool.errors import ANY_FILE, CheckpointRefused, QtoolError, UsageError, file_errors
 from qtool.events import NoteEvent, OnEvent
 from qtool.formats import Layout, detect
 from qtool.options import ExportOptions
@@ -83,6 +83,7 @@ class ConversionResult:
         return {**vars(self), "output": str(self.output), "notes": list(self.notes)}
 
 
+@file_errors(reading=[ANY_FILE])
 def convert(
     model_path: str | os.PathLike[str], to: str, options: ExportOptions, *, on_event: OnEvent
 ) -> ConversionResult:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qtool import formats
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
-from qtool.errors import CheckpointRefused
+from qtool.errors import ANY_FILE, CheckpointRefused, file_errors
 from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.comparison import Comparison, compare
 from qtool.inspection.deep import DeepReport, measure
@@ -122,6 +122,7 @@ def _dicts(rows: Iterable[Row | Module]) -> list[dict[str, object]]:
     return [{**vars(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in rows]
 
 
+@file_errors(reading=[ANY_FILE])
 def inspect(
     checkpoint: Checkpoint,
     *,

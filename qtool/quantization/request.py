@@ -17,9 +17,7 @@ from qtool.checkpoint import (
 )
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name
-from qtool.errors import (
-    UsageError,
-)
+from qtool.errors import ANY_FILE, UsageError, file_errors
 from qtool.options import QuantizeOptions
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Recipe, load_recipe
@@ -69,6 +67,7 @@ class Request:
         return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
 
 
+@file_errors(reading=[ANY_FILE])
 def prepare(
     model_path: str | os.PathLike[str], options: QuantizeOptions, *, need_data: bool = True
 ) -> Request:

@@ -218,8 +218,9 @@ def test_a_write_that_fails_on_its_way_to_the_disk_is_no_success(sample, tmp_pat
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(importlib.import_module("qtool.conversion.streaming"), "make_durable", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(ResourceError, match="Input/output error") as caught:
         export(sample("ct/W4A16"), to=GPTQ, output=tmp_path / "out")
+    assert caught.value.code == "E_UNWRITABLE"
     assert list(tmp_path.iterdir()) == []
 
 
