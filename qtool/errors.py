@@ -22,9 +22,13 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 MAX_MESSAGE = 300
+# of `nearest`, whose time grows with both
+MAX_NAME = 200
+MAX_KNOWN = 10_000
 # whatever was being done, these are about the machine, not about one file
 _MACHINE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
@@ -263,6 +267,6 @@ def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return `` did you mean `a` or `b`?`` for the known names closest to ``name``; empty when none
     is close.
     """
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.4)
+    by_lower = {candidate[:MAX_NAME].lower(): candidate for candidate in islice(known, MAX_KNOWN)}
+    close = difflib.get_close_matches(name[:MAX_NAME].lower(), by_lower, n=count, cutoff=0.4)
     return f"did you mean {' or '.join(f'`{by_lower[c]}`' for c in close)}?" if close else ""

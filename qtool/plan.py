@@ -5,7 +5,7 @@ what it costs. Made from headers alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, RecipeRefused
 from qtool.modules import is_head, is_linear, last_part, layer_name, skip_reason
-from qtool.recipe import Auto, Recipe, check_pattern, matches
+from qtool.recipe import Auto, ModulePatterns, Recipe, Rule, check_pattern
 from qtool.scheme import Scheme, Weights
 
 USUAL_GROUP_SIZES = (128, 64, 32, 16)
@@ -120,14 +120,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         for tensor in checkpoint.tensors.values()
         if is_linear(tensor)
     }
-    _check_patterns(checkpoint, recipe, linears)
+    selection = _selection(checkpoint, recipe, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
         message = (
             f"`lm_head: true`, and the output head of {checkpoint.path} is its embedding matrix, "
             "which stays in 16 bits"
         )
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
-    modules = tuple(_planned(checkpoint, recipe, name, tensor) for name, tensor in linears.items())
+    modules = tuple(_planned(checkpoint, recipe, selection, tensor) for tensor in linears.values())
     plan = Plan(checkpoint, recipe, modules)
     if not plan.quantized and recipe.kv_cache is None:
         raise _nothing_to_do(plan)
@@ -151,15 +151,30 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
     )
 
 
-def _check_patterns(checkpoint: Checkpoint, recipe: Recipe, linears: Iterable[str]) -> None:
-    """Raise RecipeRefused when a pattern of ``recipe`` matches no layer."""
+@dataclass(frozen=True)
+class _Selection:
+    """Which layers the patterns of a recipe match."""
+
+    ignored: tuple[Callable[[str], bool], ...]
+    rules: tuple[tuple[Callable[[str], bool], Rule], ...]
+
+
+def _selection(checkpoint: Checkpoint, recipe: Recipe, linears: Iterable[str]) -> _Selection:
+    """Compile the patterns of ``recipe``.
+
+    Raises: RecipeRefused, when one matches no layer, is not a regular expression or takes too long.
+    """
+    patterns = ModulePatterns()
+    ignored = tuple(map(patterns.matcher, recipe.ignore))
+    rules = tuple((patterns.matcher(rule.modules), rule) for rule in recipe.rules)
     names = [*linears]
     # a head that is the embedding matrix is a module, though it has no tensor of its own
     ignorable = [*names, "lm_head"] if checkpoint.tied_embeddings else names
-    for pattern in recipe.ignore:
-        check_pattern(pattern, ignorable)
-    for rule in recipe.rules:
-        check_pattern(rule.modules, names)
+    for pattern, matches in zip(recipe.ignore, ignored, strict=True):
+        check_pattern(pattern, matches, ignorable)
+    for matches, rule in rules:
+        check_pattern(rule.modules, matches, names)
+    return _Selection(ignored, rules)
 
 
 def _nothing_to_do(plan: Plan) -> RecipeRefused:
@@ -174,10 +189,11 @@ def _nothing_to_do(plan: Plan) -> RecipeRefused:
 
 
 def _planned(
-    checkpoint: Checkpoint, recipe: Recipe, name: str, tensor: TensorInfo
+    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, tensor: TensorInfo
 ) -> PlannedModule:
+    name = tensor.name.removesuffix(".weight")
     rows, columns = tensor.shape
-    scheme, reason = _decision(checkpoint, recipe, name)
+    scheme, reason = _decision(checkpoint, recipe, selection, name)
     stored = stored_weights(scheme, recipe.backend) if scheme else None
     return PlannedModule(
         name,
@@ -189,14 +205,16 @@ def _planned(
     )
 
 
-def _decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[Scheme | None, str]:
+def _decision(
+    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, name: str
+) -> tuple[Scheme | None, str]:
     """Return the scheme of the layer ``name``, or None and why it stays in 16 bits."""
-    if any(matches(pattern, name) for pattern in recipe.ignore):
+    if any(matches(name) for matches in selection.ignored):
         return None, "ignored by the recipe"
     if is_head(name) and checkpoint.tied_embeddings:
         return None, "tied to the embeddings"
-    for rule in recipe.rules:
-        if matches(rule.modules, name):
+    for matches, rule in selection.rules:
+        if matches(name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"
     return _usual_decision(checkpoint, recipe, name)
 

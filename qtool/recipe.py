@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -27,12 +27,13 @@ from pydantic import (
 
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
+from qtool.patterns import PatternCompiler
 from qtool.scheme import Scheme, scheme_from
-from qtool.strict_yaml import YAML_ERRORS, parse_yaml
+from qtool.strict_yaml import MAX_YAML_BYTES, YAML_ERRORS, YamlLimitExceeded, parse_yaml
 
 BackendName = Literal["llmcompressor", "gptqmodel", "modelopt", "torchao"]
 BACKEND_NAMES: tuple[BackendName, ...] = get_args(BackendName)
-MAX_RECIPE_BYTES = 1 << 20
+WILDCARDS = frozenset("*?[")
 EXAMPLES_HINT = "recipes/ in the source holds examples"
 _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next(
@@ -156,13 +157,13 @@ def _step_from(value: object) -> Step:
     if not isinstance(name, str) or name not in STEPS:
         raise RecipeRefused(
             "E_RECIPE",
-            f"unknown algorithm step {value!r}",
+            f"unknown algorithm step {reprlib.repr(value)}",
             hint=nearest(str(name), STEPS) or f"known: {', '.join(STEPS)}",
         )
     if not isinstance(options, dict | None):
         raise RecipeRefused(
             "E_RECIPE",
-            f"algorithm step `{name}`: its options are a mapping, found {options!r}",
+            f"algorithm step `{name}`: its options are a mapping, found {reprlib.repr(options)}",
             hint=f"write `{name}` alone, without any",
         )
     try:
@@ -328,24 +329,36 @@ def catalogue() -> Mapping[str, Recipe]:
     }
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether ``pattern`` means ``module``, a dotted name.
+class ModulePatterns:
+    """What a recipe calls modules by; all patterns of one recipe share their limits."""
 
-    ``re:...`` is a regular expression anchored at the start, as in compressed-tensors. Anything
-    else is a name or a glob, for the whole
-    dotted name or for its end: ``lm_head``, ``down_proj`` and ``model.layers.0.*`` all work.
-    """
-    if pattern.startswith("re:"):
-        return _regex(pattern[3:]).match(module) is not None
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
+    def __init__(self) -> None:
+        self._compiler = PatternCompiler(
+            "the recipe", lambda message, hint: RecipeRefused("E_PATTERN", message, hint=hint)
+        )
+
+    def matcher(self, pattern: str) -> Callable[[str], bool]:
+        """Return a function that says whether ``pattern`` means a module, by its dotted name.
+
+        ``re:...`` is a regular expression anchored at the start, as in compressed-tensors. Anything
+        else is a name or a glob, for the whole dotted name or for its end: ``lm_head``,
+        ``down_proj`` and ``model.layers.0.*`` all work.
+
+        Raises: RecipeRefused, as the function does, when a pattern is not a regular expression or
+            takes too long.
+        """
+        if pattern.startswith("re:"):
+            return self._compiler.compile(pattern[3:]).match
+        if WILDCARDS.isdisjoint(pattern):
+            return lambda module: module == pattern or module.endswith(f".{pattern}")
+        return self._compiler.compile(rf"(?s:.*\.)?{fnmatch.translate(pattern)}").match
 
 
-def check_pattern(pattern: str, modules: Iterable[str]) -> None:
+def check_pattern(pattern: str, matches: Callable[[str], bool], modules: Collection[str]) -> None:
     """Raise RecipeRefused when ``pattern`` means none of ``modules``, with the nearest name it
     could have meant.
     """
-    modules = list(modules)
-    if any(matches(pattern, module) for module in modules):
+    if any(map(matches, modules)):
         return
     last_parts = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     hint = (
@@ -353,22 +366,10 @@ def check_pattern(pattern: str, modules: Iterable[str]) -> None:
         or f"modules are called {', '.join(list(last_parts)[:8])}"
     )
     raise RecipeRefused(
-        "E_PATTERN", f"the pattern `{pattern}` matches no linear module of this model", hint=hint
+        "E_PATTERN",
+        f"the pattern `{pattern[:200]}` matches no linear module of this model",
+        hint=hint,
     )
-
-
-@cache
-def _regex(expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        hint = (
-            "leave out `re:` for a name or a glob; a regular expression looks like "
-            "`re:.*mlp.*down_proj$`"
-        )
-        raise RecipeRefused(
-            "E_PATTERN", f"`re:{expression}` is not a regular expression: {error}", hint=hint
-        ) from None
 
 
 def _plain(name: str) -> str:
@@ -377,20 +378,20 @@ def _plain(name: str) -> str:
 
 def _read(path: Path) -> Recipe:
     try:
-        size = path.stat().st_size
-        text = path.read_bytes() if size <= MAX_RECIPE_BYTES else b""
+        with path.open("rb") as file:
+            text = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise RecipeRefused(
             "E_RECIPE",
             f"{path} cannot be read: {error.strerror}",
             hint="check the path and its permissions",
         ) from None
-    if size > MAX_RECIPE_BYTES:
-        raise RecipeRefused(
-            "E_RECIPE", f"{path}: {size:,} bytes is too large for a recipe", hint=EXAMPLES_HINT
-        )
     try:
         data = parse_yaml(text)
+    except YamlLimitExceeded as error:
+        raise RecipeRefused(
+            "E_RECIPE", f"{path}: not a recipe: {error}", hint=EXAMPLES_HINT
+        ) from None
     except YAML_ERRORS as error:
         hint = (
             f"{EXAMPLES_HINT}; a value with `: ` in it, or a pattern with `*` in front, needs "

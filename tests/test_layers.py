@@ -16,6 +16,7 @@ ORDER = (
         "devices",
         "events",
         "scheme",
+        "patterns",
         "strict_yaml",
         "checkpoint",
         "modules",

@@ -5,6 +5,7 @@ back.
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import yaml
@@ -21,12 +22,12 @@ from qtool.recipe import (
     RECIPES_FOLDER,
     STEPS,
     Gptq,
+    ModulePatterns,
     Recipe,
     Rtn,
     catalogue,
     check_pattern,
     load_recipe,
-    matches,
     recipe_from,
 )
 from qtool.scheme import SCHEMES, Scheme
@@ -256,7 +257,10 @@ REFUSED = {
     "not UTF-8": (b"summary: caf\xe9\n", "not YAML", ""),
     "two documents": ("a: 1\n---\nb: 2\n", "not YAML", ""),
     "Python object": ("summary: !!python/object/apply:os.system ['true']\n", "not YAML", ""),
-    "nested deeply": ("[" * 100_000, "not YAML", ""),
+    "nested deeply": ("[" * 100_000, "nested more than", ""),
+    "90,000 keys": ("".join(f"k{i}: 1\n" for i in range(90_000)), "too large", ""),
+    "12,000 values": ("a: [" + "1, " * 12_000 + "]", "keys and values", ""),
+    "10,000 keys": ("".join(f"k{i}: 1\n" for i in range(4_900)) + "k7: 1", "appears twice", ""),
     "too large": ("#" * (1 << 20) + "\n", "too large", ""),
     "millions of laughs": (
         "a: &a [l, l, l, l, l, l, l, l, l, l]\n"
@@ -275,7 +279,7 @@ REFUSED = {
     "day that is none": (HEAD + "scheme: FP8\ncalibration: {source: 2024-13-45}\n", "not YAML", ""),
     "number of 5000 digits": (HEAD + f"scheme: FP8\nseed: {'9' * 5000}\n", "not YAML", ""),
     "wrong tag": (HEAD + "scheme: FP8\nseed: !!bool maybe\n", "not YAML", ""),
-    "long value": (HEAD + f"scheme: FP8\nseed: {'x' * 100_000}\n", "`seed`", ""),
+    "long value": (HEAD + f"scheme: FP8\nseed: {'x' * 100_000}\n", "longer than 10,000", ""),
 }
 
 
@@ -319,7 +323,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
 def test_a_pattern_is_a_name_a_glob_or_an_anchored_expression_for_a_whole_name_or_its_end(
     pattern, count
 ):
-    assert sum(matches(pattern, module) for module in MODULES) == count
+    assert sum(map(ModulePatterns().matcher(pattern), MODULES)) == count
 
 
 @pytest.mark.parametrize(
@@ -333,15 +337,72 @@ def test_a_pattern_is_a_name_a_glob_or_an_anchored_expression_for_a_whole_name_o
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(pattern, hint):
     with pytest.raises(RecipeRefused, match="matches no linear module") as caught:
-        check_pattern(pattern, MODULES)
+        check_pattern(pattern, ModulePatterns().matcher(pattern), MODULES)
     assert caught.value.code == "E_PATTERN"
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("expression", ["(", "[", "*", "a{99999999999}", "(?P<x>a)(?P<x>b)"])
+@pytest.mark.parametrize("expression", ["(", "[", "*", "(?P<x>a)(?P<x>b)", "(?R)?x", "(" * 900])
 def test_an_expression_that_is_none_is_refused(expression):
-    with pytest.raises(RecipeRefused, match="not a regular expression"):
-        check_pattern(f"re:{expression}", MODULES)
+    with pytest.raises(RecipeRefused, match="not a regular expression") as caught:
+        ModulePatterns().matcher(f"re:{expression}")
+    assert caught.value.code == "E_PATTERN"
+
+
+HOSTILE_NAME = "model.layers.10.self_attn.x_proj" * 20
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "re:([a-z._0-9]+)+x$",
+        "re:(.|..)*(.|..)*x$",
+        "re:(((((((.*)*)*)*)*)*)*)*x$",
+        "re:" + ".*" * 900 + "x$",
+        "re:(?:" + "a?" * 400 + ".?)*x$",
+        "re:a{99999999999}",
+        "re:(a{1,1000}){1,1000}",
+        "re:((.?){200}){200}x$",
+        "re:(" + "ab|" * 300 + "c){1000}",
+        "re:" + "(?:)" * 1_000,
+        "re:" + "x" * 2_001,
+    ],
+)
+def test_no_pattern_takes_much_time_or_memory(pattern, monkeypatch):
+    monkeypatch.setattr("qtool.patterns.BUDGET_S", 0.5)
+    start = time.thread_time()
+    with pytest.raises(RecipeRefused) as caught:
+        matches = ModulePatterns().matcher(pattern)
+        for number in range(10_000):
+            matches(f"{HOSTILE_NAME}.{number}")
+    assert caught.value.code == "E_PATTERN"
+    assert time.thread_time() - start < 2
+
+
+def test_all_patterns_of_a_recipe_share_their_limits(monkeypatch):
+    monkeypatch.setattr("qtool.patterns.BUDGET_S", 0.5)
+    patterns = ModulePatterns()
+    slow = [patterns.matcher(f"re:(?:{'a?' * 150}){{1,{n}}}.*x$") for n in range(50, 60)]
+    start = time.thread_time()
+    with pytest.raises(RecipeRefused, match="took too long"):
+        for number in range(10_000):
+            for matches in slow:
+                matches("a" * 40 + f"x{number}")
+    assert time.thread_time() - start < 2
+    patterns = ModulePatterns()
+    with pytest.raises(RecipeRefused, match="more patterns than 200"):
+        for number in range(201):
+            patterns.matcher(f"re:{number}")
+
+
+def test_many_ordinary_patterns_over_many_layers_are_allowed():
+    patterns = ModulePatterns()
+    matchers = [
+        patterns.matcher(rf"re:.*layers\.{n}\.mlp\.experts\.\d{{1,3}}\.down_proj$")
+        for n in range(40)
+    ]
+    names = [f"model.layers.{n}.mlp.experts.{e}.down_proj" for n in range(60) for e in range(60)]
+    assert sum(sum(map(matches, names)) for matches in matchers) == 40 * 60
 
 
 # To plain data and back

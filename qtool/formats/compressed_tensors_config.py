@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import PER_HEAD, QuantizedModule, by_scheme, refused
-from qtool.formats.patterns import Names
+from qtool.formats.patterns import Names, config_patterns
 from qtool.modules import last_part
 from qtool.scheme import FORMAT_BITS, Activations, Format, Scheme, Weights, number_format
 
@@ -199,7 +199,10 @@ def _targets_by_name(groups: Sequence[Group]) -> list[tuple[Names, Group]]:
         names = [target for target in group.targets if target != CLASS]
         exact.append((Names(name for name in names if not name.startswith("re:")), group))
         patterns += [(name, index) for name in names if name.startswith("re:")]
-    return exact + [(Names([pattern]), groups[index]) for pattern, index in sorted(patterns)]
+    compiler = config_patterns()
+    return exact + [
+        (Names([pattern], compiler), groups[index]) for pattern, index in sorted(patterns)
+    ]
 
 
 def _group_config(scheme: Scheme, members: Sequence[QuantizedModule], *, is_only: bool) -> JsonDict:

@@ -24,7 +24,7 @@ from qtool.formats.layout import (
     refused,
     shared_unsupported_reason,
 )
-from qtool.formats.patterns import patterns_of
+from qtool.formats.patterns import config_patterns
 from qtool.modules import last_part
 from qtool.scheme import Scheme, Weights
 
@@ -311,10 +311,14 @@ class _Dynamic:
         rules = sorted(
             (config.get("dynamic") or {}).items(), key=lambda item: not item[0].startswith("-:")
         )
-        patterns = patterns_of([key.removeprefix("-:").removeprefix("+:") for key, _ in rules])
+        compiler = config_patterns()
         self._rules = [
-            (pattern, key.startswith("-:"), options)
-            for pattern, (key, options) in zip(patterns, rules, strict=True)
+            (
+                compiler.compile(key.removeprefix("-:").removeprefix("+:")),
+                key.startswith("-:"),
+                options,
+            )
+            for key, options in rules
         ]
 
     def options(self, name: str) -> Json | None:

@@ -253,7 +253,7 @@ def test_a_pattern_that_is_none_or_takes_too_long_is_refused(edited, monkeypatch
         return error.value.code
 
     assert detected("re:(") == "E_QUANT_PATTERN"
-    monkeypatch.setattr("qtool.formats.patterns.BUDGET_S", 1e-6)
+    monkeypatch.setattr("qtool.patterns.BUDGET_S", 1e-9)
     assert detected("re:.*nothing") == "E_QUANT_PATTERN"
 
 

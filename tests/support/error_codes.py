@@ -50,6 +50,10 @@ MEANINGS = {  # of codes whose messages do not tell it here; "Class CODE" where 
     "E_DATA_MISSING": "the calibration file is not there or cannot be read",
     "E_ENGINE_REFUSES": "vLLM or SGLang does not load this checkpoint; the message says why",
     "E_GGUF": "the weights are GGUF files, perhaps under another name",
+    "E_PATTERN": "a pattern of the recipe or of --ignore matches no linear module of this model, is "
+    "not a regular expression, or takes too much time or memory",
+    "E_QUANT_PATTERN": "a pattern of the quantization config is not a regular expression, or takes "
+    "too much time or memory",
     "E_HEADER_SIZE": "a tensor is given more or fewer bytes than its shape and dtype need",
     "E_INDEX_PATH": "the index names a file outside of the model folder",
     "E_INDEX_TYPE": "the index maps a tensor to something that is not a file name",

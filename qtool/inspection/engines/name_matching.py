@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from qtool.formats.patterns import config_patterns
 from qtool.inspection.engines.config_values import as_int, as_mapping, as_strings
 from qtool.inspection.engines.layers import Linear
 from qtool.inspection.engines.names import compiled, matcher
 from qtool.inspection.engines.rule_inputs import Stored
 from qtool.inspection.engines.rules import Matching
+from qtool.patterns import PatternCompiler
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,15 @@ class _Override:
     settings: Mapping[str, object]
 
     @classmethod
-    def of(cls, key: str, value: object) -> _Override:
+    def of(cls, key: str, value: object, compiler: PatternCompiler) -> _Override:
         pattern = re.sub(r"^[+-]:", "", key)
-        return cls(key.startswith("-:"), compiled(pattern), as_mapping(value))
+        return cls(key.startswith("-:"), compiled(pattern, compiler), as_mapping(value))
 
 
 def _by_overrides(dynamic: Mapping[str, object], config: Mapping[str, object]) -> MatchName:
     """Return the function for GPTQ's ``dynamic``: the first pattern that matches decides."""
-    overrides = [_Override.of(key, value) for key, value in dynamic.items()]
+    compiler = config_patterns()
+    overrides = [_Override.of(key, value, compiler) for key, value in dynamic.items()]
 
     def match_name(linear: Linear) -> NameMatch:
         override = next((each for each in overrides if each.matches(linear.runs_in)), None)

@@ -8,7 +8,8 @@ from fnmatch import translate
 from typing import Literal
 
 from qtool.errors import CheckpointRefused
-from qtool.formats.patterns import Pattern
+from qtool.formats.patterns import config_patterns
+from qtool.patterns import PatternCompiler
 
 Matcher = Literal[
     "exact", "regex", "suffix", "ending", "substring", "component", "glob", "part_glob", "start"
@@ -23,13 +24,13 @@ def matcher(kinds: Iterable[Matcher], entries: Iterable[str]) -> Callable[[str],
     return lambda name: any(test(name) for test in tests)
 
 
-def compiled(pattern: str) -> Callable[[str], bool]:
+def compiled(pattern: str, compiler: PatternCompiler) -> Callable[[str], bool]:
     """Return a function that says whether the regex ``pattern`` matches the start of a name.
 
     A pattern that is not a valid regex matches nothing.
     """
     try:
-        return Pattern(pattern).match
+        return compiler.compile(pattern).match
     except CheckpointRefused:
         return lambda name: False
 
@@ -71,7 +72,8 @@ def _part_glob(entries: list[str]) -> Callable[[str], bool]:
 
 
 def _start(entries: list[str]) -> Callable[[str], bool]:
-    patterns = [compiled(entry) for entry in entries]
+    compiler = config_patterns()
+    patterns = [compiled(entry, compiler) for entry in entries]
     return lambda name: any(matches(name) for matches in patterns)
 
 
