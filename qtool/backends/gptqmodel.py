@@ -156,12 +156,17 @@ def _config(work: Work) -> BaseQuantizeConfig:
         return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)
     options |= {
         "desc_act": step.act_order,
-        "act_group_aware": not step.act_order,
+        # it reorders whole groups, so each scheme must have some
+        "act_group_aware": not step.act_order and _have_groups(recipe),
         "format": recipe.checkpoint_format or "gptq",
     }
     if step.dampening:
         options["damp_percent"] = step.dampening
     return GPTQConfig(**options)
+
+
+def _have_groups(recipe: Recipe) -> bool:
+    return all(scheme.weights.group_size for scheme in recipe.schemes)
 
 
 def _dynamic(plan: Plan, base: Scheme) -> dict[str, JsonDict]:

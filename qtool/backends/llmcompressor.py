@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qtool.backends import MAX_SHARD_SIZE, Reporter, Work, groups_of, step_refusals
+from qtool.backends import MAX_SHARD_SIZE, Group, Reporter, Work, groups_of, step_refusals
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.checkpoint.strict_json import JsonDict
+from qtool.formats.compressed_tensors_config import only_targets
 from qtool.plan import Plan
 from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant, Step
 from qtool.scheme import Activations, Scheme, Weights
@@ -129,18 +130,14 @@ def _modifiers(work: Work, linears: list[str]) -> list[Modifier]:
 def _quantization_options(work: Work, linears: list[str]) -> JsonDict:
     """Return the options of the modifier that rounds: groups of layers, and those to ignore."""
     recipe = work.plan.recipe
-    ignore: list[str] = []
-    quantized: dict[Scheme, list[str]] = {}
-    for group in groups_of(work.plan, linears):
-        if group.scheme is None:
-            ignore += group.names
-        else:
-            quantized[group.scheme] = [f"re:{pattern}" for pattern in group.patterns]
-    if len(quantized) == 1:
-        quantized = {scheme: ["Linear"] for scheme in quantized}
+    groups = groups_of(work.plan, linears)
+    ignore = [name for group in groups if group.scheme is None for name in group.names]
+    quantized = {group.scheme: group for group in groups if group.scheme is not None}
     config_groups = {
-        f"group_{index}": _config_group(scheme, targets, recipe)
-        for index, (scheme, targets) in enumerate(quantized.items())
+        f"group_{index}": _config_group(
+            scheme, _targets(group, is_only=len(quantized) == 1), recipe
+        )
+        for index, (scheme, group) in enumerate(quantized.items())
     }
     options: JsonDict = {"config_groups": config_groups or None, "ignore": ignore}
     if not config_groups:
@@ -148,6 +145,10 @@ def _quantization_options(work: Work, linears: list[str]) -> JsonDict:
     if recipe.kv_cache:
         options["kv_cache_scheme"] = _kv_cache_args()
     return options
+
+
+def _targets(group: Group, *, is_only: bool) -> list[str]:
+    return only_targets(group.names) if is_only else [f"re:{each}" for each in group.patterns]
 
 
 def _transform(step: Step, recipe: Recipe) -> Modifier | None:

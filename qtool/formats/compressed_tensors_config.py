@@ -5,13 +5,13 @@ Source: compressed-tensors 0.19, `quantization/quant_args.py`, `utils/match.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import PER_HEAD, QuantizedModule, by_scheme, refused
 from qtool.formats.patterns import Names, config_patterns
-from qtool.modules import last_part
+from qtool.modules import is_head
 from qtool.scheme import FORMAT_BITS, Activations, Format, Scheme, Weights, number_format
 
 VERSION = "0.19.0"  # from 0.18 on, codes of 3, 5, 6 and 7 bits are packed densely
@@ -159,6 +159,13 @@ def quantization_config(
     return {"config.json": {"quantization_config": config}}
 
 
+def only_targets(names: Iterable[str]) -> list[str]:
+    """Return the targets of the only group there is, of the layers ``names``: their class, and the
+    output head by its name, since no engine takes a class for it.
+    """
+    return [CLASS, *(name for name in names if is_head(name))]
+
+
 def _group(group: Json) -> Group:
     targets = group.get("targets") or ()
     inputs = group.get("input_activations")
@@ -207,11 +214,9 @@ def _targets_by_name(groups: Sequence[Group]) -> list[tuple[Names, Group]]:
 
 def _group_config(scheme: Scheme, members: Sequence[QuantizedModule], *, is_only: bool) -> JsonDict:
     names = [module.name for module in members]
-    # SGLang takes it for a target only by name
-    heads = [name for name in names if last_part(name) == "lm_head"]
     act_order = any(module.act_order for module in members)
     return {
-        "targets": [CLASS, *heads] if is_only else names,
+        "targets": only_targets(names) if is_only else names,
         "weights": _arguments_config(scheme.weights, act_order=act_order),
         "input_activations": _arguments_config(scheme.activations) if scheme.activations else None,
         "output_activations": None,

@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import EXAMPLE
+from support.headers_only import HEAD, LAYER, plain, write
 
 import qtool
 from qtool.backends import BACKENDS, Job, Work, groups_of, load_backend, step_refusals
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import BackendFailed, RecipeRefused, UsageError
+from qtool.formats import QuantizedModule
+from qtool.formats.compressed_tensors_config import Targets, quantization_config, weight_groups
 from qtool.options import QuantizeOptions
 from qtool.plan import make_plan
 from qtool.quantization import prepare, verify
-from qtool.recipe import BACKEND_NAMES, catalogue, load_recipe
+from qtool.recipe import BACKEND_NAMES, Gptq, catalogue, load_recipe
 
 MODEL = EXAMPLE
 DATA = str(MODEL / "calibration.jsonl")
@@ -215,3 +218,85 @@ def test_gptqmodel_gets_two_workers_on_any_machine():
     assert int(environment["GPTQMODEL_CPU_WORKERS"]) >= 2
     assert environment["GPTQMODEL_DISABLE_PACK_EXT"] == "1"
     assert "HF_HOME" in environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [name for name, recipe in catalogue().items() if recipe.backend == "gptqmodel"]
+)
+def test_gptqmodel_orders_groups_only_where_there_are_some(method, tmp_path):
+    from qtool.backends.gptqmodel import _config
+
+    recipe = load_recipe(method)
+    for scheme in (recipe.scheme, recipe.scheme.with_group_size(-1)):
+        plan = plan_for(method, scheme=scheme.to_dict())
+        job = Job(str(MODEL), {}, str(tmp_path), str(tmp_path), "cpu", None)
+        config = _config(Work(job, plan, [], "cpu", report=None))
+        act_order = recipe.steps(Gptq)[0].act_order
+        assert config.act_group_aware == bool(scheme.weights.group_size and not act_order)
+        assert config.group_size == (scheme.weights.group_size or -1)
+
+
+CHANGES = {
+    "head": {"lm_head": True},
+    "ignored": {"lm_head": True, "ignore": ["model.layers.0.*", "down_proj"]},
+    "rules": {
+        "lm_head": True,
+        "rules": [
+            {"modules": "down_proj", "scheme": "W8A16"},
+            {"modules": "lm_head", "scheme": "FP8_DYNAMIC"},
+        ],
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_llm_compressor_is_given_the_config_that_export_writes(change, tmp_path):
+    from compressed_tensors.quantization import QuantizationConfig
+
+    from qtool.backends.llmcompressor import _quantization_options
+
+    model = plain_checkpoint(tmp_path / "model")
+    methods = [name for name, recipe in catalogue().items() if recipe.backend == "llmcompressor"]
+    for recipe in (load_recipe(name) for name in methods if load_recipe(name).scheme):
+        plan = make_plan(model, recipe.changed(**CHANGES[change]))
+        job = Job(str(model.path), {}, str(tmp_path), str(tmp_path), "cpu", None)
+        names = [module.name for module in plan.modules]
+        options = _quantization_options(Work(job, plan, [], "cpu", report=None), names)
+        options.pop("kv_cache_scheme", None)
+        ours = QuantizationConfig(**options).model_dump(mode="json")
+        modules = [
+            QuantizedModule(module.name, module.scheme, module.shape, {})
+            for module in plan.quantized
+        ]
+        unquantized = [module.name for module in plan.modules if module.scheme is None]
+        written = quantization_config(modules, unquantized, None)["config.json"]
+        exported = written["quantization_config"]
+        assert set(ours["ignore"]) == set(exported["ignore"])
+        groups = [Targets(weight_groups(config)) for config in (ours, exported)]
+        for name in (module.name for module in modules):
+            mine, theirs = (group.group_of(name) for group in groups)
+            assert numbers_of(mine.weights) == numbers_of(theirs.weights), (recipe.name, name)
+            assert (mine.inputs is None) == (theirs.inputs is None)
+        if change != "rules":
+            targets = [config["config_groups"]["group_0"]["targets"] for config in (ours, exported)]
+            assert targets == [["Linear", "lm_head"]] * 2
+
+
+def numbers_of(arguments):
+    """The arguments that decide what codes mean."""
+    block = arguments.block_structure
+    return (
+        *(arguments.format, arguments.symmetric, arguments.strategy, arguments.group_size),
+        *(list(block) if block else None, arguments.scale_dtype),
+    )
+
+
+def plain_checkpoint(folder):
+    """Two layers and an untied head."""
+    shapes = {f"model.layers.{i}.{kind}": shape for i in range(2) for kind, shape in LAYER.items()}
+    tensors = {"model.embed_tokens.weight": ("BF16", (512, 256))}
+    for name, shape in (shapes | HEAD).items():
+        tensors |= plain(name, shape)
+    return write(folder, tensors, architectures=["LlamaForCausalLM"], num_hidden_layers=2)
