@@ -12,6 +12,7 @@ QtoolError                     1  a bug, unless a branch below says otherwise
 +- BackendFailed               5  a library failed on input that was accepted
 +- OutputTaken                 6  the output exists or another run is writing it
 +- GateFailed                  7  the quality gate
++- Interruption              129  SIGHUP; 130 SIGINT; 143 SIGTERM
 """
 
 from __future__ import annotations
@@ -114,6 +115,14 @@ class GateFailed(QtoolError):
     """The result is complete, and worse than the gate allows."""
 
     exit_code = 7
+
+
+class Interruption(QtoolError):
+    """A signal ended the command."""
+
+    def __init__(self, code: str, message: str, *, exit_code: int) -> None:
+        super().__init__(code, message)
+        self.exit_code = exit_code
 
 
 _BY_NAME = {

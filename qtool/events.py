@@ -58,6 +58,14 @@ class StateSavedEvent:
 
 
 @dataclass(frozen=True)
+class PublishedEvent:
+    """A folder is complete and in its place, whatever comes next."""
+
+    name: ClassVar[str] = "published"
+    path: str
+
+
+@dataclass(frozen=True)
 class DoneEvent:
     """The worker has written the checkpoint; it sends nothing more."""
 
@@ -81,6 +89,7 @@ Event = (
     | NoteEvent
     | CalibrationEvent
     | StateSavedEvent
+    | PublishedEvent
     | DoneEvent
     | ErrorEvent
 )
@@ -93,6 +102,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
         NoteEvent,
         CalibrationEvent,
         StateSavedEvent,
+        PublishedEvent,
         DoneEvent,
         ErrorEvent,
     )

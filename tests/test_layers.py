@@ -12,6 +12,8 @@ from support.imports import PACKAGE, imports_of
 ORDER = (
     *(
         "errors",
+        "terminal",
+        "memory",
         "sizes",
         "devices",
         "events",

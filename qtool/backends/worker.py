@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -52,9 +55,16 @@ from qtool.events import (
     from_line,
     to_line,
 )
+from qtool.memory import (
+    address_space_is_limited,
+    limit_bytes,
+    memory_error,
+    says_no_memory,
+)
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 from qtool.sizes import format_size
+from qtool.terminal import lossy_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +72,10 @@ if TYPE_CHECKING:
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
+TAIL_BYTES = 4096  # of the log: what a worker printed last
+FULL_BYTES = 1 << 16  # a disk with less is full
+# signals that code sends itself; all others come from outside
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -132,7 +146,7 @@ def run_job(
                 on_event(event)
                 if isinstance(event, DoneEvent):
                     return dict(event.versions)
-            raise _died(worker.wait(), plan, job, version_of(backend))
+            raise _died(worker.wait(), plan, job, log)
         finally:
             _kill(worker)
 
@@ -165,22 +179,44 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
             worker.stdin.close()
 
 
-def _died(status: int, plan: Plan, job: Job, library: str) -> QtoolError:
-    if status == -signal.SIGKILL:
-        spec = job.calibration
-        needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        message = (
-            f"{library} was killed, most likely for memory: about {format_size(needed)} were "
-            f"needed, this machine has {format_size(have)}"
-        )
+def _died(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
+    """Return why a worker ended that sent neither a result nor an error."""
+    library = version_of(load_backend(plan.recipe.backend))
+    last_words = _tail(log)
+    ended = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with {status}"
+    crashed = -status in CRASHES and address_space_is_limited()
+    if status == -signal.SIGKILL or crashed or says_no_memory(last_words):
+        return _too_little_memory(library, ended, plan, job)
+    if shutil.disk_usage(log.parent).free < FULL_BYTES:
+        return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
+    machine_error = library_os_error(BackendFailed("E_BACKEND_DIED", last_words), ())
+    if machine_error is not None:
+        return from_os_error(machine_error, where="while the library ran")
+    if status < 0 and -status not in CRASHES:
         return ResourceError(
-            "E_OUT_OF_MEMORY",
-            message,
-            hint="lower --num-samples or --seq-len, or use a machine with more memory",
+            "E_WORKER_KILLED",
+            f"{library} was ended {ended}, which somebody sent it",
+            hint="run it again; `ulimit -t` and memory watchers send such signals",
         )
-    how = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
+    how = ended if status < 0 else f"with exit code {status}"
     return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
+
+
+def _too_little_memory(library: str, ended: str, plan: Plan, job: Job) -> ResourceError:
+    spec = job.calibration
+    needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
+    return ResourceError(
+        "E_OUT_OF_MEMORY",
+        f"{library} was ended {ended}, most likely for memory: about {format_size(needed)} were "
+        f"needed, and it may have {format_size(limit_bytes())}",
+        hint="lower --num-samples or --seq-len, or use a machine with more memory",
+    )
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def _device_environment(device: str) -> dict[str, str]:
@@ -210,13 +246,14 @@ class _PipeReporter:
     """Sends events over the pipe, and remembers the last one for an error's message."""
 
     def __init__(self, write_fd: int) -> None:
-        self._file = os.fdopen(write_fd, "w", buffering=1)
+        self._descriptor = write_fd
         self._lock = threading.Lock()
-        self.where = ""
+        self.where = "while starting"
 
     def send(self, event: Event) -> None:
+        line = to_line(event).encode()
         with self._lock:
-            self._file.write(to_line(event))
+            _write_all(self._descriptor, line)
 
     def stage(self, what: str) -> None:
         self.where = f"while {what}"
@@ -229,34 +266,53 @@ class _PipeReporter:
     def state_saved(self) -> None:
         self.send(StateSavedEvent())
 
+    def fail(self, error: BaseException, job: Job) -> None:
+        """Send ``error``; where there is no memory to describe it, one that was made before."""
+        try:
+            self.send(ErrorEvent(to_wire(_as_qtool_error(error, job, self.where))))
+        except MemoryError:
+            _write_all(self._descriptor, _NO_MEMORY_LINE)
+
+
+_NO_MEMORY_LINE = to_line(
+    ErrorEvent(
+        to_wire(
+            ResourceError(
+                "E_OUT_OF_MEMORY",
+                "the library's process ran out of memory",
+                hint="use a machine with more memory, or raise the limit",
+            )
+        )
+    )
+).encode()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
 
 def main(write_fd: int) -> None:
     """Run the job that stdin brings, and end the process."""
     _die_with_parent()
     os.set_inheritable(write_fd, False)
+    # the log may stand on the disk that is full: a line that it does not take ends nothing
+    sys.stdout = lossy_stream(1)
+    sys.stderr = lossy_stream(2)
     report = _PipeReporter(write_fd)
-    line = sys.stdin.readline()
-    data = json.loads(line)
+    data = json.loads(sys.stdin.readline())
     if data["calibration"] is not None:
         data["calibration"] = CalibrationSpec(**data["calibration"])
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    job = Job(**data)
     try:
-        _run(Job(**data), report)
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        _run(job, report)
+        report.send(DoneEvent(_versions(str(job.recipe["backend"]))))
     except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        report.send(ErrorEvent(to_wire(_as_qtool_error(error, Job(**data), report.where))))
-    else:
-        _flush()
-        report.send(DoneEvent(_versions(str(data["recipe"]["backend"]))))
-    _flush()
+        report.fail(error, job)
+        with contextlib.suppress(Exception):
+            traceback.print_exception(error)
     os._exit(0)  # libraries leave threads and exit hooks that can take seconds or hang
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
 
 
 def _versions(backend: str) -> dict[str, str]:
@@ -348,11 +404,10 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     if isinstance(error, QtoolError):
         return error
     library = version_of(load_backend(str(job.recipe["backend"])))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
-        return ResourceError(
-            "E_OUT_OF_MEMORY", f"{library} ran out of memory {where}: {one_line(error)}", hint=hint
-        )
+    hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
+    no_memory = memory_error(error, f"{library} {where}", hint)
+    if no_memory is not None:
+        return no_memory
     if isinstance(error, ModuleNotFoundError) and (missing := _distribution(error.name or "")):
         return ResourceError(
             "E_NOT_INSTALLED",
@@ -362,6 +417,9 @@ def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
     inputs, outputs = _places(job)
     if file_error := library_os_error(error, [*inputs, *outputs]):
         return from_os_error(file_error, reading=inputs, where=where)
+    if shutil.disk_usage(job.output).free < FULL_BYTES:  # torch does not say why a write failed
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job.output)
+        return from_os_error(full, where=where)
     return BackendFailed(
         "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
     )

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,10 @@ def parse_size(text: str) -> int:
     """Return the bytes that ``text``, e.g. ``5GB`` or ``500 MiB``, stands for. Raises: UsageError,
     also for less than 1 MiB.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS:
         raise UsageError("E_SIZE", f"`{text}` is not a size", hint="for example 5GB, 500MB or 2GiB")
-    size = int(float(found[1]) * UNITS[found[2].upper()])
+    size = int(Decimal(found[1]) * UNITS[found[2].upper()])
     if size < MIN_SHARD_BYTES:
         raise UsageError(
             "E_SIZE", f"a shard of {size:,} bytes is too small", hint="1MiB at least; usual is 5GB"

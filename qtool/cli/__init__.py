@@ -1,108 +1,81 @@
-"""The command line: parse, call one function, print what it returns. Errors become one message and
-an exit code, here alone.
+"""The command line: parse, call one function, print what it returns. Whatever ends a command
+becomes one message and an exit code, here alone.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import signal
 import sys
 import traceback
 from collections.abc import Sequence, Set
-from io import TextIOWrapper
-from types import FrameType
-from typing import Annotated, Any, NoReturn
 
-import typer
-
-from qtool import __version__
-from qtool.cli.export import export
-from qtool.cli.help import GroupedCommand
-from qtool.cli.inspect import inspect
-from qtool.cli.output import printable
-from qtool.cli.quantize import quantize
-from qtool.cli.serve import serve
-from qtool.errors import QtoolError, UsageError
-
-# typer has a click of its own and shows it nowhere
-CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__
-app = typer.Typer(
-    name="qtool",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"qtool {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def qtool(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
-        ),
-    ] = False,
-) -> None:
-    """Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints
-    that load.
-    """
-
-
-for command in (quantize, export, inspect):
-    app.command(cls=GroupedCommand)(command)
-app.command(cls=GroupedCommand, context_settings={"allow_extra_args": True})(serve)
+from qtool.cli.output import begin, current, discard_stdout, document, message
+from qtool.cli.signals import Interrupted, catch_signals, ignore_signals
+from qtool.errors import Interruption, QtoolError, from_os_error, one_line
+from qtool.memory import memory_error
+from qtool.terminal import guard_streams
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run qtool; a QtoolError becomes one message on stderr, or a JSON document on stdout, and its
-    exit code.
+    """Run qtool; an error becomes one message on stderr, with --json also the one document on
+    stdout, and its exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    # what follows `--` is the engine's
     flags = set(itertools.takewhile(lambda argument: argument != "--", arguments))
-    signal.signal(signal.SIGTERM, _terminate)
-    _print_on_any_terminal()
+    guard_streams()
+    begin()
+    exit_code, failure = 0, None
     try:
-        exit_code = app(args=arguments, prog_name="qtool", standalone_mode=False)
-    except QtoolError as error:
-        _fail(error, flags)
-    except CLICK_USAGE_ERROR as error:
-        command = error.ctx.command_path if error.ctx else "qtool"
-        hint = f"`{command} --help` shows the options"
-        _fail(UsageError("E_USAGE", error.format_message(), hint=hint), flags)
-    except (KeyboardInterrupt, typer.Abort):
-        exit_code = 130
-    if exit_code == 130:
-        typer.echo("interrupted; no output was written", err=True)
+        catch_signals()
+        from qtool.cli.app import run  # what ends this import has an exit code too
+
+        exit_code = run(arguments)
+    except BaseException as error:
+        failure = _as_qtool_error(error)
+        ignore_signals()
+        if "--debug" in flags and failure.code != "E_BUG":
+            traceback.print_exc()
+    ignore_signals()
+    if failure is not None:
+        _report(failure, flags)
+        exit_code = failure.exit_code
     sys.exit(exit_code)
 
 
-def _print_on_any_terminal() -> None:
-    """Escape what a terminal has no characters for, e.g. the lines of a table."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def _as_qtool_error(error: BaseException) -> QtoolError:
+    """Return what the user is told of ``error``; a bug keeps its traceback."""
+    if isinstance(error, QtoolError):
+        return error
+    if isinstance(error, Interrupted):
+        done = "; ".join(f"{path} is complete" for path in current().published)
+        text = f"interrupted by {error.name}; {done or 'no output was written'}"
+        return Interruption("E_INTERRUPTED", text, exit_code=128 + error.number)
+    no_memory = memory_error(error, "qtool")
+    if no_memory is not None:
+        return no_memory
+    if isinstance(error, OSError) and error.errno is not None:
+        return from_os_error(error)
+    traceback.print_exception(error)
+    return QtoolError(
+        "E_BUG",
+        f"{type(error).__name__}: {one_line(error)}",
+        hint="this is a bug in qtool: please report it with the traceback",
+    )
 
 
-def _fail(error: QtoolError, flags: Set[str]) -> NoReturn:
-    """Report ``error`` and exit; ``flags`` are the arguments before `--`, the rest is the
-    engine's.
-    """
-    if "--debug" in flags:
-        traceback.print_exc()
-    if "--json" in flags:
-        print(json.dumps({"error": error.to_dict()}))
-    hint = f"\nhint: {printable(error.hint)}" if error.hint else ""
-    typer.echo(f"error[{error.code}]: {printable(error.message)}{hint}", err=True)
-    sys.exit(error.exit_code)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(143)
+def _report(error: QtoolError, flags: Set[str]) -> None:
+    """Print ``error`` on stderr, and as the document if there is none yet."""
+    outcome = current()
+    if "--json" in flags and not outcome.has_result:
+        published = {"published": outcome.published} if outcome.published else {}
+        try:
+            outcome.stdout.write(document({"error": {**error.to_dict(), **published}}))
+            outcome.stdout.flush()
+        except OSError:
+            discard_stdout()  # stderr says it
+    if isinstance(error.__cause__, BrokenPipeError):
+        return  # who reads the result has seen enough
+    message(f"error[{error.code}]: {error.message}")
+    if error.hint:
+        message(f"hint: {error.hint}")

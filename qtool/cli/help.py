@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 from typer.core import TyperCommand
@@ -46,6 +48,11 @@ def _place(parameter: Any) -> int:
 
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options by `GROUPS`; an option of no group stands first."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what libraries print is no result and goes to stderr."""
+        with contextlib.redirect_stdout(sys.stderr):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group under its heading; names are never cut."""

@@ -1,28 +1,113 @@
-"""What a command prints: its result, as text or JSON, on stdout."""
+"""What a command prints: its result, as text or as one JSON document, on stdout; all else on
+stderr.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
+
+from qtool.errors import ResourceError
+from qtool.terminal import printable, printable_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WIDTH = 160  # of tables that no terminal shows
 
 
-def show(data: Callable[[], object], shown: object, as_json: bool) -> None:
-    """Print the result: what ``data`` returns as JSON, or ``shown``, a text or something rich can
-    draw.
+@dataclass
+class Outcome:
+    """What a command has told and done so far; whatever ends it says the rest."""
+
+    stdout: TextIO
+    """Where the result goes; libraries that print to ``sys.stdout`` reach stderr."""
+
+    has_result: bool = False
+    """Whether the result was printed: under --json no second document may follow."""
+
+    published: list[str] = field(default_factory=list)
+    """Folders that are complete and in their place."""
+
+
+_outcome = Outcome(sys.stdout)
+
+
+def begin() -> Outcome:
+    """Return the outcome of the command that begins."""
+    global _outcome  # a process runs one command
+    _outcome = Outcome(sys.stdout)
+    return _outcome
+
+
+def current() -> Outcome:
+    """Return the outcome of the command that runs."""
+    return _outcome
+
+
+def show(data: Callable[[], object], shown: RenderableType, as_json: bool) -> None:
+    """Print the result: what ``data`` returns as JSON, or ``shown``.
+
+    Raises: ResourceError, when stdout cannot be written.
     """
-    if as_json:
-        print(json.dumps(data(), indent=2))
-    elif isinstance(shown, str):
-        print(shown)
-    else:
-        from rich.console import Console
+    text = document(data()) if as_json else _drawn(shown)
+    _outcome.has_result = True
+    try:
+        _outcome.stdout.write(text)
+        _outcome.stdout.flush()
+    except OSError as error:
+        discard_stdout()
+        kept = [f"what was written is complete: {path}" for path in _outcome.published]
+        raise ResourceError(
+            "E_STDOUT",
+            f"the result cannot be written to stdout: {error.strerror}",
+            hint="; ".join(kept) or "write it to a file on another disk",
+        ) from error
 
-        Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160).print(shown)
+
+def discard_stdout() -> None:
+    """Forget what stdout does not take, so that the end of the process does not try it again."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, _outcome.stdout.fileno())
+        os.close(nowhere)
 
 
-def printable(text: str) -> str:
-    """Return ``text``, which may quote names from hostile files, without line breaks and terminal
-    commands.
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def message(text: str) -> None:
+    """Print ``text`` on one line of stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def document(data: object) -> str:
+    """Return ``data`` as JSON; numbers that JSON does not have are null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
+
+
+def _drawn(shown: RenderableType) -> str:
+    if isinstance(shown, str):
+        return printable_lines(shown) + "\n"
+    from qtool.cli.console import EscapingConsole
+
+    stdout = _outcome.stdout
+    console = EscapingConsole(
+        file=stdout, soft_wrap=False, width=None if stdout.isatty() else WIDTH
+    )
+    with console.capture() as capture:
+        console.print(shown)
+    return capture.get()

@@ -7,7 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 
-from qtool.events import Event, NoteEvent, OnEvent, ProgressEvent, StageEvent, ignore_event
+from qtool.cli.output import current, message
+from qtool.events import (
+    Event,
+    NoteEvent,
+    OnEvent,
+    ProgressEvent,
+    PublishedEvent,
+    StageEvent,
+    ignore_event,
+)
+from qtool.terminal import lossy_stream, printable
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -17,6 +27,18 @@ def progress(*, quiet: bool, verbose: bool = False) -> Iterator[OnEvent]:
     """Give a function that shows events: nothing if ``quiet``, every one on a line if
     ``verbose``.
     """
+    with _shown(quiet=quiet, verbose=verbose) as show:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, PublishedEvent):
+                current().published.append(event.path)
+            show(event)
+
+        yield on_event
+
+
+@contextlib.contextmanager
+def _shown(*, quiet: bool, verbose: bool) -> Iterator[OnEvent]:
     if quiet:
         yield ignore_event
     elif verbose:
@@ -30,7 +52,6 @@ def progress(*, quiet: bool, verbose: bool = False) -> Iterator[OnEvent]:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[OnEvent]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -41,27 +62,32 @@ def _bar() -> Iterator[OnEvent]:
         TimeRemainingColumn,
     )
 
+    from qtool.cli.console import EscapingConsole
+
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # the bar itself is commands of the terminal, so it does not go through `sys.stderr`
+    console = EscapingConsole(file=lossy_stream(sys.stderr.fileno()))
+    with Progress(*columns, console=console, transient=True, redirect_stderr=False) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(event: Event) -> None:
             nonlocal task
             if isinstance(event, StageEvent):
                 bar.remove_task(task)  # a task that had a total keeps it
-                task = bar.add_task(event.what, total=None)
+                task = bar.add_task(printable(event.what), total=None)
             elif isinstance(event, NoteEvent):
                 bar.print(f"note: {event.text}")
             elif isinstance(event, ProgressEvent):
-                bar.update(task, description=event.what, completed=event.done, total=event.total)
+                what = printable(event.what)
+                bar.update(task, description=what, completed=event.done, total=event.total)
 
         yield show
 
@@ -75,15 +101,11 @@ class _Lines:
     def show(self, event: Event) -> None:
         now = time.monotonic() - self._start
         if isinstance(event, StageEvent):
-            print(f"[{now:6.1f} s] {event.what}", file=sys.stderr, flush=True)
+            message(f"[{now:6.1f} s] {event.what}")
         elif isinstance(event, NoteEvent):
-            print(f"note: {event.text}", file=sys.stderr, flush=True)
+            message(f"note: {event.text}")
         elif isinstance(event, ProgressEvent) and (
             event.done == event.total or now - self._last > self._interval_s
         ):
             self._last = now
-            print(
-                f"[{now:6.1f} s] {event.what}: {event.done} of {event.total}",
-                file=sys.stderr,
-                flush=True,
-            )
+            message(f"[{now:6.1f} s] {event.what}: {event.done} of {event.total}")

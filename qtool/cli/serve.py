@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtool.cli.options import Debug, Json, Quiet, Verbose, takes
-from qtool.cli.output import printable, show
-from qtool.errors import UsageError
+from qtool.cli.output import current, message, show
+from qtool.cli.signals import ignore_signals
+from qtool.errors import ResourceError, UsageError
 from qtool.serve.settings import ServeOptions, ServeSettings, make_settings
 
 if TYPE_CHECKING:
@@ -58,13 +57,16 @@ def serve(
     from qtool.serve.server import serve as run
 
     def ready(service: Service) -> None:
-        show(lambda: ready_dict(service), ready_text(service), as_json)
-        sys.stdout.flush()
+        try:
+            show(lambda: ready_dict(service), ready_text(service), as_json)
+        except ResourceError as error:
+            message(f"warning: {error.message}")
 
     run(settings, on_ready=ready)
-    # everything has ended; one more signal does not make a failure of it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()  # everything has ended; one more does not make a failure of it
+    if as_json and not current().has_result:
+        ended = {"url": settings.url, "model": settings.name, "ready": False}
+        show(lambda: ended, "", as_json)
 
 
 def _hand_over(
@@ -74,10 +76,10 @@ def _hand_over(
 
     command = prepare(engine, options, extra, dry_run=dry_run)
     for warning in command.warnings:
-        typer.echo(f"warning: {printable(warning)}", err=True)
+        message(f"warning: {warning}")
     if dry_run:
         return show(command.to_dict, str(command), as_json)
-    typer.echo(str(command), err=True)
+    message(str(command))
     hand_over(command)
 
 
@@ -90,5 +92,5 @@ def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
     plan = plan_load(checkpoint, device_named(settings.device), settings.quantization)
     for warning in plan.warnings:
-        typer.echo(f"warning: {printable(warning)}", err=True)
+        message(f"warning: {warning}")
     show(plan.to_dict, kernels(plan), as_json)

@@ -25,11 +25,12 @@ from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.request import make_request
 from qtool.conversion.targets import UNQUANTIZED, target_named
 from qtool.errors import ANY_FILE, CheckpointRefused, QtoolError, UsageError, file_errors
-from qtool.events import NoteEvent, OnEvent
+from qtool.events import NoteEvent, OnEvent, PublishedEvent
 from qtool.formats import Layout, detect
 from qtool.options import ExportOptions
 from qtool.scheme import scheme_from
 from qtool.sizes import format_size
+from qtool.terminal import printable
 
 if TYPE_CHECKING:
     from qtool.conversion.plan import ConversionPlan
@@ -63,11 +64,10 @@ class ConversionResult:
         plural = "s" if self.files > 1 else ""
         return "\n".join(
             [
-                f"{self.output}: {self.source_format} -> {self.format}, {self.layers} layers, "
-                f"{self._change()}, {self.seconds:.1f} s",
+                f"{printable(str(self.output))}: {self.source_format} -> {self.format}, "
+                f"{self.layers} layers, {self._change()}, {self.seconds:.1f} s",
                 f"size: {format_size(self.bytes_before)} -> {format_size(self.bytes_after)} in "
                 f"{self.files} file{plural}",
-                *(f"note: {note}" for note in self.notes),
             ]
         )
 
@@ -120,6 +120,7 @@ def convert(
     ) as staging:
         written = _write(plan, staging, shard_bytes, on_event)
         staging.publish()
+        on_event(PublishedEvent(str(staging.output)))
     return ConversionResult(
         output=output.absolute(),
         source_format=plan.source_format or "16 bit",

@@ -32,6 +32,7 @@ from qtool.events import (
     Event,
     NoteEvent,
     OnEvent,
+    PublishedEvent,
     StageEvent,
     StateSavedEvent,
     ignore_event,
@@ -136,6 +137,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
         staging.publish()
+        on_event(PublishedEvent(str(staging.output)))
     library = load_backend(plan.recipe.backend).distribution
     return QuantizeResult(
         output=request.output,
@@ -166,6 +168,7 @@ class _Listener:
         if isinstance(event, StateSavedEvent) and self._state is not None:
             # at once: what follows may fail, and calibration was the long part
             self._state.publish()
+            self._on_event(PublishedEvent(str(self._state.output)))
         self._on_event(event)
 
 

@@ -196,7 +196,7 @@ def ready_dict(service: Service) -> dict[str, object]:
         for name, value in asdict(service.info).items()
         if name not in ("tokenizer", "eos_ids")
     }
-    return {"url": service.settings.url, "model": service.settings.name, **info}
+    return {"url": service.settings.url, "model": service.settings.name, "ready": True, **info}
 
 
 def _quoted(body: object) -> str:
@@ -231,7 +231,8 @@ class _Server(uvicorn.Server):
         """
         before = {
             number: signal.signal(number, self.handle_exit)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN
         }
         try:
             yield

@@ -1,0 +1,66 @@
+"""The commands and what they share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qtool import __version__
+from qtool.cli.export import export
+from qtool.cli.help import GroupedCommand
+from qtool.cli.inspect import inspect
+from qtool.cli.quantize import quantize
+from qtool.cli.serve import serve
+from qtool.errors import UsageError
+
+# typer has a click of its own and shows it nowhere
+CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__
+CODES = {"NoSuchOption": "E_UNKNOWN_OPTION", "BadParameter": "E_LIMIT"}  # as Python callers get
+
+app = typer.Typer(
+    name="qtool",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def qtool(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Quantize language models with GPTQModel, LLM Compressor or NVIDIA ModelOpt, into checkpoints
+    that load.
+    """
+
+
+for command in (quantize, export, inspect):
+    app.command(cls=GroupedCommand)(command)
+app.command(cls=GroupedCommand, context_settings={"allow_extra_args": True})(serve)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that ``arguments`` name and return its exit code.
+
+    Raises: QtoolError, also for arguments that no command takes.
+    """
+    try:
+        return app(args=arguments, prog_name="qtool", standalone_mode=False) or 0
+    except CLICK_USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "qtool"
+        hint = f"`{command} --help` shows the options"
+        code = CODES.get(type(error).__name__, "E_USAGE")
+        raise UsageError(code, error.format_message(), hint=hint) from None

@@ -1,0 +1,116 @@
+"""How much memory a process may have, and whether an error says that it had too little."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from qtool.errors import ResourceError, one_line
+from qtool.sizes import format_size
+
+# what the system, the loader of libraries, C++, Rust, torch and OpenBLAS say
+_NO_MEMORY = re.compile(
+    r"cannot allocate memory|can't allocate memory|failed to map segment|bad_?alloc"
+    r"|memory allocation of \d+ bytes failed|not enough memory|out of memory|unable to allocate"
+    r"|can't start new thread|unable to mmap|alloc_failed|memory exhausted",
+    re.IGNORECASE,
+)
+
+
+def limit_bytes(process: Path = Path("/proc/self")) -> int:
+    """Return how much memory this process may have: the least of the machine's, of each control
+    group that it is in (version 1 or 2, a container's too), and of its own limits.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for number in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft = resource.getrlimit(number)[0]
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft)
+    return min([*limits, *_cgroup_limits(process)])
+
+
+def address_space_is_limited() -> bool:
+    """Whether `ulimit -v` is set, so that allocations fail while there is memory."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or what it came from, says that memory was missing."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(map(_says_no_memory, seen))
+
+
+def says_no_memory(text: str) -> bool:
+    """Whether ``text``, what a library printed last, says that memory was missing."""
+    return _NO_MEMORY.search(text) is not None
+
+
+def memory_error(error: BaseException, who: str, hint: str = "") -> ResourceError | None:
+    """Return what the user is told when ``error`` says that ``who`` had too little memory; None
+    when it says something else.
+    """
+    if not is_out_of_memory(error):
+        return None
+    text = one_line(error)
+    reason = f": {text}" if text else ""
+    return ResourceError(
+        "E_OUT_OF_MEMORY",
+        f"{who} ran out of memory{reason}; it may have {format_size(limit_bytes())}",
+        hint=hint or "use a machine with more memory, or raise the limit (`ulimit -v`, a cgroup)",
+    )
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, Exception) and says_no_memory(str(error))
+
+
+def _cgroup_limits(process: Path) -> Iterator[int]:
+    """Yield the limit of each control group of ``process`` that has one."""
+    try:
+        groups = (process / "cgroup").read_text().splitlines()
+        mounts = (process / "mountinfo").read_text().splitlines()
+    except OSError:
+        return  # not Linux
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        kind = "cgroup" if controllers else "cgroup2"
+        for mount in mounts:
+            for folder in _folders(mount, kind, path):
+                yield from _limit_in(folder)
+
+
+def _folders(mount: str, kind: str, path: str) -> Iterator[Path]:
+    """Yield the folder of the group ``path`` and of those that it is in, as ``mount``, a line of
+    mountinfo, has them; nothing when it is of another kind.
+    """
+    where, _, what = mount.partition(" - ")
+    fields, (found, _, options) = where.split(), what.split(maxsplit=2)
+    if found != kind or (kind == "cgroup" and "memory" not in options.split(",")):
+        return
+    root, point = PurePosixPath(fields[3]), Path(fields[4])
+    group = PurePosixPath(path)
+    inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
+    yield point / inside
+    yield from (point / outer for outer in inside.parents)
+
+
+def _limit_in(folder: Path) -> Iterator[int]:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        # a version has one of them, and it may say `max`
+        with contextlib.suppress(OSError, ValueError):
+            yield int((folder / name).read_text())

@@ -1,0 +1,109 @@
+"""Text for a terminal: nothing in it commands the terminal, and when it cannot be written it is
+lost and the work is not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+_TQDM_MOVES = re.compile(r"(?:\r|\n|\x1b\[A)*")  # how progress bars of libraries redraw a line
+
+
+def printable(text: str) -> str:
+    """Return ``text``, which may quote names from hostile files, on one line and with every
+    character that is not printed (commands of terminals, marks of direction, halves of surrogate
+    pairs) as its escape.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return ``text`` as `printable` does, but with its line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def guard_streams() -> None:
+    """Let no standard stream end the work.
+
+    A descriptor that is closed leads nowhere from now on, so that no file gets its number. What is
+    written to stderr, by whatever library, is printed escaped, and is lost when it cannot be
+    written.
+    """
+    for descriptor in (_STDIN, _STDOUT, _STDERR):
+        _open_if_closed(descriptor)
+    if sys.stdout is None:
+        sys.stdout = lossy_stream(_STDOUT)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        # what the terminal has no characters for, e.g. the lines of a table
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _EscapedText(_LossyFile(_STDERR), encoding=_encoding(sys.stderr))
+
+
+def lossy_stream(descriptor: int) -> TextIO:
+    """Return a stream whose writes never fail: what cannot be written is lost."""
+    return _LossyText(_LossyFile(descriptor), encoding="utf-8")
+
+
+def _open_if_closed(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        os.set_inheritable(nowhere, True)
+        assert nowhere == descriptor
+
+
+def _encoding(stream: TextIO | None) -> str:
+    return stream.encoding if stream is not None else "utf-8"
+
+
+class _LossyFile(io.FileIO):
+    """A descriptor, left open at the end, whose writes never fail."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write ``data``, or lose it."""
+        size = memoryview(data).nbytes
+        try:
+            return super().write(data) or size  # a pipe that is full and does not wait takes None
+        except OSError:
+            return size
+
+
+class _LossyText(io.TextIOWrapper):
+    """Text to a `_LossyFile`, line by line."""
+
+    def __init__(self, file: _LossyFile, encoding: str) -> None:
+        super().__init__(
+            io.BufferedWriter(file),
+            encoding=encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+            write_through=True,
+        )
+
+
+class _EscapedText(_LossyText):
+    """Messages of qtool and of libraries: line breaks are the only control characters, and on a
+    terminal what moves the cursor between progress bars.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write ``text`` escaped."""
+        moves = _TQDM_MOVES.match(text) if self.isatty() else None
+        start = moves.end() if moves else 0
+        super().write(text[:start] + printable_lines(text[start:]))
+        return len(text)
