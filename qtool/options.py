@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
+LARGEST = 2**31 - 1  # of numbers without a maximum: libraries keep them in a C int
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class Bounds:
     def reason(self, value: object) -> str:
         """Return what ``value`` must be; empty when it is within the bounds."""
         maximum = self.maximum if self.own_maximum is None else self.own_maximum
+        if maximum is None:
+            maximum = LARGEST
         kinds = (int,) if self.whole else (int, float)
         if type(value) in kinds:
             number = cast(float, value)
-            if self.minimum <= number and (maximum is None or number <= maximum):
+            if self.minimum <= number <= maximum:
                 return ""
         noun = "a whole number" if self.whole else "a number"
-        return f"{noun} from {self.minimum} {'on' if maximum is None else f'to {maximum}'}"
+        return f"{noun} from {self.minimum} to {maximum}"
 
 
 def bounded(
@@ -197,7 +200,7 @@ class QuantizeOptions(WriteOptions):
     pack: bool | None = None
     """Join texts and cut them at SEQ_LEN, or cut each text."""
 
-    seed: int | None = bounded(None, 0)
+    seed: int | None = bounded(None, 0, 2**32 - 1)
     """Seed for shuffling and for the library. [recipe: 0]"""
 
     group_size: int | None = bounded(None, -1)
@@ -220,6 +223,9 @@ class QuantizeOptions(WriteOptions):
 
     backend_python: str | None = None
     """Python interpreter whose environment has the library."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, QuantizeOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ lost and the work is not.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,17 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return ``text`` as `printable` does, but with its line breaks."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+class EscapingFormatter(logging.Formatter):
+    """Formats each record on one line, `printable`; below it a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """Return the line of ``record``."""
+        return printable(super().formatMessage(record))
 
 
 def guard_streams() -> None:

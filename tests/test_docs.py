@@ -110,7 +110,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 @cache
 def options_of(command: str) -> set[str]:
     """Return the names of the options of ``command``."""
-    from qtool.cli import app
+    from qtool.cli.app import app
 
     found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     return {name for each in found.params for name in (*each.opts, *each.secondary_opts)} | {

@@ -13,8 +13,8 @@ ORDER = (
     *(
         "errors",
         "terminal",
-        "memory",
         "sizes",
+        "memory",
         "devices",
         "events",
         "scheme",

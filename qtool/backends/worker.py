@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,18 +26,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from qtool.backends import BACKENDS, Job, Work, load_backend, version_of
+from qtool.backends import Job, Work, load_backend
+from qtool.backends.failures import died, raised
 from qtool.calibration import CalibrationSpec, load_calibration
 from qtool.checkpoint import open_checkpoint
 from qtool.devices import gpu_number
 from qtool.errors import (
-    BackendFailed,
     CheckpointRefused,
-    QtoolError,
     ResourceError,
-    from_os_error,
     from_wire,
-    library_os_error,
     one_line,
     to_wire,
 )
@@ -55,15 +50,8 @@ from qtool.events import (
     from_line,
     to_line,
 )
-from qtool.memory import (
-    address_space_is_limited,
-    limit_bytes,
-    memory_error,
-    says_no_memory,
-)
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
-from qtool.sizes import format_size
 from qtool.terminal import lossy_stream
 
 if TYPE_CHECKING:
@@ -72,10 +60,6 @@ if TYPE_CHECKING:
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
-TAIL_BYTES = 4096  # of the log: what a worker printed last
-FULL_BYTES = 1 << 16  # a disk with less is full
-# signals that code sends itself; all others come from outside
-CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -146,7 +130,7 @@ def run_job(
                 on_event(event)
                 if isinstance(event, DoneEvent):
                     return dict(event.versions)
-            raise _died(worker.wait(), plan, job, log)
+            raise died(worker.wait(), plan, job, log)
         finally:
             _kill(worker)
 
@@ -177,46 +161,6 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
     if worker.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.close()
-
-
-def _died(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
-    """Return why a worker ended that sent neither a result nor an error."""
-    library = version_of(load_backend(plan.recipe.backend))
-    last_words = _tail(log)
-    ended = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with {status}"
-    crashed = -status in CRASHES and address_space_is_limited()
-    if status == -signal.SIGKILL or crashed or says_no_memory(last_words):
-        return _too_little_memory(library, ended, plan, job)
-    if shutil.disk_usage(log.parent).free < FULL_BYTES:
-        return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
-    machine_error = library_os_error(BackendFailed("E_BACKEND_DIED", last_words), ())
-    if machine_error is not None:
-        return from_os_error(machine_error, where="while the library ran")
-    if status < 0 and -status not in CRASHES:
-        return ResourceError(
-            "E_WORKER_KILLED",
-            f"{library} was ended {ended}, which somebody sent it",
-            hint="run it again; `ulimit -t` and memory watchers send such signals",
-        )
-    how = ended if status < 0 else f"with exit code {status}"
-    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
-
-
-def _too_little_memory(library: str, ended: str, plan: Plan, job: Job) -> ResourceError:
-    spec = job.calibration
-    needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
-    return ResourceError(
-        "E_OUT_OF_MEMORY",
-        f"{library} was ended {ended}, most likely for memory: about {format_size(needed)} were "
-        f"needed, and it may have {format_size(limit_bytes())}",
-        hint="lower --num-samples or --seq-len, or use a machine with more memory",
-    )
-
-
-def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        return file.read().decode(errors="replace")
 
 
 def _device_environment(device: str) -> dict[str, str]:
@@ -269,7 +213,7 @@ class _PipeReporter:
     def fail(self, error: BaseException, job: Job) -> None:
         """Send ``error``; where there is no memory to describe it, one that was made before."""
         try:
-            self.send(ErrorEvent(to_wire(_as_qtool_error(error, job, self.where))))
+            self.send(ErrorEvent(to_wire(raised(error, job, self.where))))
         except MemoryError:
             _write_all(self._descriptor, _NO_MEMORY_LINE)
 
@@ -397,48 +341,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _as_qtool_error(error: BaseException, job: Job, where: str) -> QtoolError:
-    """Return ``error`` as one that the user can act on; ``where`` says how far the work was."""
-    if isinstance(error, QtoolError):
-        return error
-    library = version_of(load_backend(str(job.recipe["backend"])))
-    hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
-    no_memory = memory_error(error, f"{library} {where}", hint)
-    if no_memory is not None:
-        return no_memory
-    if isinstance(error, ModuleNotFoundError) and (missing := _distribution(error.name or "")):
-        return ResourceError(
-            "E_NOT_INSTALLED",
-            f"{library} needs the package `{error.name}`",
-            hint=f"pip install {missing}",
-        )
-    inputs, outputs = _places(job)
-    if file_error := library_os_error(error, [*inputs, *outputs]):
-        return from_os_error(file_error, reading=inputs, where=where)
-    if shutil.disk_usage(job.output).free < FULL_BYTES:  # torch does not say why a write failed
-        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job.output)
-        return from_os_error(full, where=where)
-    return BackendFailed(
-        "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
-    )
-
-
-def _distribution(module: str) -> str:
-    """Return what to install for ``module``; empty when it is none that qtool asks for."""
-    if module in BACKENDS:
-        return load_backend(module).distribution
-    known = (*BACKENDS, "torch", "transformers")
-    return module if module.partition(".")[0] in known else ""
-
-
-def _places(job: Job) -> tuple[list[Path], list[Path]]:
-    """Return what the job reads and what it writes."""
-    source = job.calibration.source if job.calibration else None
-    inputs = [job.model, source, job.state_restore]
-    outputs = [job.output, job.scratch, job.state_save]
-    return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
 
 
 def _die_with_parent() -> None:

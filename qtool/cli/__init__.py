@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BaseException as error:
         failure = _as_qtool_error(error)
         ignore_signals()
-        if "--debug" in flags and failure.code != "E_BUG":
+        if "--debug" in flags and isinstance(error, QtoolError):
             traceback.print_exc()
     ignore_signals()
     if failure is not None:

@@ -16,7 +16,6 @@ from qtool.errors import UsageError
 
 # typer has a click of its own and shows it nowhere
 CLICK_USAGE_ERROR: Any = typer.BadParameter.__base__
-CODES = {"NoSuchOption": "E_UNKNOWN_OPTION", "BadParameter": "E_LIMIT"}  # as Python callers get
 
 app = typer.Typer(
     name="qtool",
@@ -60,7 +59,17 @@ def run(arguments: list[str]) -> int:
     try:
         return app(args=arguments, prog_name="qtool", standalone_mode=False) or 0
     except CLICK_USAGE_ERROR as error:
-        command = error.ctx.command_path if error.ctx else "qtool"
-        hint = f"`{command} --help` shows the options"
-        code = CODES.get(type(error).__name__, "E_USAGE")
-        raise UsageError(code, error.format_message(), hint=hint) from None
+        raise _usage_error(error) from None
+
+
+def _usage_error(error: Any) -> UsageError:
+    """Return ``error`` with the code that Python callers get for the same mistake."""
+    command = error.ctx.command_path if error.ctx else "qtool"
+    hint = f"`{command} --help` shows the options"
+    text = error.format_message()
+    kind = type(error).__name__
+    if kind == "NoSuchOption":
+        return UsageError("E_UNKNOWN_OPTION", text, hint=hint)
+    if kind == "BadParameter":  # only numbers are converted
+        return UsageError("E_LIMIT", text, hint=hint)
+    return UsageError("E_USAGE", text, hint=hint)

@@ -10,9 +10,11 @@ from qtool.checkpoint.strict_json import JsonDict
 from qtool.plan import Plan, sizes_by_kind
 from qtool.recipe import Auto, Recipe, catalogue
 from qtool.sizes import format_size
+from qtool.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
     from qtool.quantization import Request
     from qtool.runtime.load_plan import Group, LoadPlan
@@ -163,7 +165,7 @@ def kernels(plan: LoadPlan) -> RenderableType:
     for heading in ("layers", "fused", "scheme", "kernel", "not taken by"):
         table.add_column(heading, no_wrap=heading != "not taken by")
     for (kind, scheme, kernel, reasons), count in counts.items():
-        table.add_row(str(count), kind, scheme, kernel, reasons)
+        table.add_row(str(count), kind, scheme, _lines(kernel), _lines(reasons))
     if not counts:
         table.caption = "no quantized layers: all run in 16 bits"
     return table
@@ -173,9 +175,16 @@ def _kind(names: Sequence[str]) -> str:
     return " | ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def _kernels(group: Group) -> str:
-    return str(group.choice).replace(", ", ",\n")
+def _kernels(group: Group) -> tuple[str, ...]:
+    names = str(group.choice).split(", ")
+    return *(f"{name}," for name in names[:-1]), names[-1]
 
 
-def _reasons(group: Group) -> str:
-    return "\n".join(f"{kernel}: {reason}" for kernel, reason in group.choice.refused.items())
+def _reasons(group: Group) -> tuple[str, ...]:
+    return tuple(f"{kernel}: {reason}" for kernel, reason in group.choice.refused.items())
+
+
+def _lines(lines: Sequence[str]) -> Text:
+    from rich.text import Text
+
+    return Text("\n").join(Text(printable(line)) for line in lines)

@@ -67,7 +67,7 @@ class EngineConfig:
     """Run decoder layers that qtool has no kernels for through torch.compile, in decode steps or in
     all; starts take longer."""
 
-    random_seed: int | None = bounded(None, 0)
+    random_seed: int | None = bounded(None, 0, own_maximum=2**64 - 1)
     """Makes requests without a seed repeat."""
 
     revision: str | None = None

@@ -12,9 +12,11 @@ from qtool.inspection.deep import DeepReport
 from qtool.inspection.engines import EngineReport
 from qtool.inspection.report import Inspection, Module, Row
 from qtool.sizes import format_size
+from qtool.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
     from rich.tree import Tree
 
 WORST = 10  # layers named in a terminal; --json and --html have all
@@ -31,15 +33,13 @@ def render(inspection: Inspection, *, modules: bool = False) -> RenderableType:
 
 
 def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]:
-    from rich.text import Text
-
-    yield Text(_summary(inspection))
+    yield from map(_line, _summary(inspection))
     if inspection.quantized:
         yield _rows("quantized", inspection.quantized)
     if inspection.unquantized:
         yield _rows("not quantized", inspection.unquantized)
     if inspection.quantized:
-        yield from (Text(f"in 16 bits: {line}") for line in _reasons(inspection.modules))
+        yield from (_line(f"in 16 bits: {line}") for line in _reasons(inspection.modules))
     if modules:
         yield _tree(inspection.modules)
     if inspection.deep:
@@ -48,36 +48,46 @@ def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]
         yield from _against(inspection.against)
     if inspection.engine:
         yield from _engine(inspection.engine)
-    yield from (Text(f"warning: {text}", style=STYLES["warning"]) for text in inspection.warnings)
+    yield from (_line(f"warning: {text}", style=STYLES["warning"]) for text in inspection.warnings)
 
 
-def _summary(inspection: Inspection) -> str:
+def _line(text: str, style: str = "") -> Text:
+    """Return a line that may quote names from files."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
+def _summary(inspection: Inspection) -> tuple[str, ...]:
     millions = inspection.parameters / 1e6
     tied = "tied" if inspection.tied_embeddings else "not tied"
-    return "\n".join(
-        (
-            f"{inspection.name}: {inspection.architecture}, {millions:,.2f} M parameters",
-            f"format {inspection.format or 'none (not quantized)'}, KV cache "
-            f"{inspection.kv_cache or 'not quantized'}, embeddings {tied}",
-            f"{format_size(inspection.size_bytes)}, {inspection.bits_per_weight:.2f} bits per "
-            f"weight; in 16 bits {format_size(inspection.unquantized_bytes)}",
-        )
+    return (
+        f"{inspection.name}: {inspection.architecture}, {millions:,.2f} M parameters",
+        f"format {inspection.format or 'none (not quantized)'}, KV cache "
+        f"{inspection.kv_cache or 'not quantized'}, embeddings {tied}",
+        f"{format_size(inspection.size_bytes)}, {inspection.bits_per_weight:.2f} bits per "
+        f"weight; in 16 bits {format_size(inspection.unquantized_bytes)}",
     )
 
 
 def _table(
     title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> RenderableType:
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=_line(title, "table.title"),
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+    )
     for heading in left:
         table.add_column(heading)
     for heading in right:
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_line, row))
     return table
 
 
@@ -138,12 +148,10 @@ class _Run:
 
 
 def _grow(tree: Tree, branch: Branch) -> None:
-    from rich.markup import escape
-
     for run in _runs(branch):
-        label = escape(run.first if run.first == run.last else f"{run.first} to {run.last}")
+        label = _line(run.first if run.first == run.last else f"{run.first} to {run.last}")
         if isinstance(run.inner, Module):
-            tree.add(f"{label}  {_stored(run.inner)}")
+            tree.add(label.append_text(_stored(run.inner)))
         else:
             _grow(tree.add(label), run.inner)
 
@@ -158,13 +166,12 @@ def _runs(branch: Branch) -> list[_Run]:
     return runs
 
 
-def _stored(module: Module) -> str:
-    from rich.markup import escape
-
+def _stored(module: Module) -> Text:
     rows, columns = module.shape
     stored = module.scheme or (f"16 bit ({module.reason})" if module.reason else "16 bit")
     bits = module.bits_per_weight
-    return f"[bold]{escape(stored)}[/bold]  {rows} x {columns}, {bits:.2f} bits"
+    shape = _line(f"  {rows} x {columns}, {bits:.2f} bits")
+    return _line("  ").append_text(_line(stored, "bold")).append_text(shape)
 
 
 def _outline(branch: Branch | Module) -> tuple[object, ...]:
@@ -175,8 +182,6 @@ def _outline(branch: Branch | Module) -> tuple[object, ...]:
 
 
 def _deep(deep: DeepReport) -> Iterator[RenderableType]:
-    from rich.text import Text
-
     worst = sorted(deep.modules, key=lambda numbers: -numbers.saturated)[:WORST]
     cells = (
         (
@@ -192,12 +197,10 @@ def _deep(deep: DeepReport) -> Iterator[RenderableType]:
     if worst:
         columns = ("saturated", "dead outputs", "dead inputs", "smallest scale", "largest scale")
         yield _table(f"most saturated of {len(deep.modules)}", ("layer",), columns, cells)
-    yield Text(f"digests: {deep.digests}")
+    yield _line(f"digests: {deep.digests}")
 
 
 def _against(against: Comparison) -> Iterator[RenderableType]:
-    from rich.text import Text
-
     differing = [found for found in against.modules if found.sqnr_db is not None]
     cells = (
         (
@@ -214,29 +217,27 @@ def _against(against: Comparison) -> Iterator[RenderableType]:
     if differing:
         yield _table(title, ("layer",), ("SQNR, dB", "largest error"), cells)
     else:
-        yield Text(f"all {len(against.modules)} layers equal those of {against.base}")
+        yield _line(f"all {len(against.modules)} layers equal those of {against.base}")
     for only, names in (("here", against.only_here), ("in the base", against.only_there)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield Text(f"only {only}: {', '.join(names[:3])}{more}")
+            yield _line(f"only {only}: {', '.join(names[:3])}{more}")
 
 
 def _engine(report: EngineReport) -> Iterator[RenderableType]:
-    from rich.text import Text
-
     gpu = f" on {report.gpu}" if report.gpu else ""
     where = f"{report.engine} {report.version}{gpu}, tensor parallel {report.tensor_parallel}"
     verdict = "loads" if report.native else "loads, emulated"
     if not report.loads:
         verdict = "does not load"
-    yield Text(f"{where}: {verdict}", style="bold" if report.loads else STYLES["refused"])
+    yield _line(f"{where}: {verdict}", style="bold" if report.loads else STYLES["refused"])
     for finding in report.findings:
         layers = f" ({finding.count} layers, e.g. {finding.modules[0]})" if finding.modules else ""
-        yield Text(
+        yield _line(
             f"  {finding.severity}[{finding.code}]: {finding.message}{layers}",
             style=STYLES[finding.severity],
         )
-        yield Text(
+        yield _line(
             f"    hint: {finding.hint}" if finding.hint else f"    source: {finding.source}",
             style="dim",
         )

@@ -41,6 +41,7 @@ from qtool.plan import Plan
 from qtool.quantization.request import Request
 from qtool.quantization.verification import verify
 from qtool.sizes import format_size
+from qtool.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class QuantizeResult:
     def summary(self) -> str:
         """Return the result in a few lines."""
         lines = [
-            f"{self.output}: {self.method} by {self.backend}, {self.quantized_modules} modules "
+            f"{printable(str(self.output))}: {printable(self.method)} by {self.backend}, "
+            f"{self.quantized_modules} modules "
             f"quantized in {self.seconds:.1f} s",
             f"size: {format_size(self.bytes_before)} -> {format_size(self.bytes_after)} "
             f"({self.bytes_after / self.bytes_before:.0%})",
@@ -228,7 +230,7 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
     except Exception as error:
         if log.exists():
             log.replace(place)
-            if isinstance(error, BackendFailed | ResourceError):
+            if isinstance(error, BackendFailed | ResourceError) and place.stat().st_size:
                 error.hint = "; ".join(
                     filter(None, (error.hint, f"the output of the library is in {place}"))
                 )

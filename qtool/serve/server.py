@@ -32,6 +32,7 @@ from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service, open_service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
 from qtool.sizes import format_size
+from qtool.terminal import EscapingFormatter
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
@@ -65,7 +66,7 @@ def _log_on_the_side(level: str) -> Iterator[None]:
     """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
     stream = logging.StreamHandler(sys.stderr)
-    stream.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    stream.setFormatter(EscapingFormatter())
     listener = QueueListener(lines, stream)
     logging.getLogger().addHandler(handler := _Dropping(lines))
     logging.getLogger("qtool").setLevel(level.upper())

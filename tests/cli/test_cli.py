@@ -182,8 +182,8 @@ def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_pat
         (["--checkpoint-restore-path", "none"], 3, "E_STATE", ""),
         (["--method", "modelopt_fp8"], 2, "E_NEEDS_DATA", "--calibration"),
         ([], 2, "E_NO_METHOD", "--list"),
-        (["--metod", "fp8"], 2, "E_USAGE", "qtool quantize --help"),
-        (["--method", "fp8_dynamic", "--num-samples", "0"], 2, "E_USAGE", "qtool quantize --help"),
+        (["--metod", "fp8"], 2, "E_UNKNOWN_OPTION", "qtool quantize --help"),
+        (["--method", "fp8_dynamic", "--num-samples", "0"], 2, "E_LIMIT", "qtool quantize --help"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused_with_what_can(
@@ -313,7 +313,7 @@ def test_a_disk_that_is_too_small_is_refused(refused, make_model, tmp_path):
 def test_an_error_under_json_is_a_document_on_stdout(run_cli, tiny_model):
     for arguments, code, exit_code in (
         (["--method", "fp9"], "E_UNKNOWN_METHOD", 2),
-        (["--seed", "x"], "E_USAGE", 2),
+        (["--seed", "x"], "E_LIMIT", 2),
     ):
         result = run_cli("quantize", "--model-path", tiny_model, "--json", *arguments)
         error = json.loads(result.stdout)["error"]
@@ -503,7 +503,7 @@ COMMANDS = ("quantize", "export", "inspect", "serve")
 def test_help_shows_every_option_whole_at_80_columns(run_cli, command):
     import typer.main
 
-    from qtool.cli import app
+    from qtool.cli.app import app
     from qtool.cli.help import GROUP_OF
 
     result = run_cli(command, "--help", env={"COLUMNS": "80"})

@@ -4,10 +4,10 @@ import io
 import json
 
 import pytest
-from rich.console import Console
 from support import EXAMPLE
 
 from qtool.checkpoint import open_checkpoint
+from qtool.cli.console import EscapingConsole
 from qtool.inspection import inspect, render
 
 pytest_plugins = ["support.sample_plugin"]
@@ -76,7 +76,7 @@ def test_the_report_survives_json_and_names_what_matters_in_print(sample):
     data = json.loads(json.dumps(found.to_dict()))
     assert (data["kv_cache"], data["quantized"][0]["scheme"]) == ("fp8", "FP8_DYNAMIC")
     text = io.StringIO()
-    Console(file=text, width=120).print(render(found))
+    EscapingConsole(file=text, width=120).print(render(found))
     assert all(
         part in text.getvalue()
         for part in (

@@ -35,6 +35,7 @@ HEADINGS = {  # class -> heading of its table, in the order of the page
     "BackendFailed": "A library failed on input that qtool had accepted (exit code 5)",
     "OutputTaken": "The output exists or is in use (exit code 6)",
     "QtoolError": "A bug in qtool (exit code 1)",
+    "Interruption": "A signal ended the command (exit code 129, 130 or 143)",
 }
 TABLES_OF_CODES = {  # package -> class of the errors whose codes stand in its tables
     "checkpoint": "CheckpointRefused",
@@ -58,6 +59,7 @@ MEANINGS = {  # of codes whose messages do not tell it here; "Class CODE" where 
     "E_INDEX_PATH": "the index names a file outside of the model folder",
     "E_INDEX_TYPE": "the index maps a tensor to something that is not a file name",
     "E_LFS_POINTER": "a file is a Git LFS pointer, not the file itself",
+    "E_INTERRUPTED": "SIGHUP, SIGINT or SIGTERM came; the message names what was published before",
     "E_LIMIT": "a number is out of its bounds",
     "E_NOT_SAFETENSORS": "a .safetensors file is something else, for example an HTML page",
     "E_PICKLE": "the weights are pickle files, perhaps under another name; qtool never opens them",

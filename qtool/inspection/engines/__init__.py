@@ -38,6 +38,7 @@ from qtool.inspection.engines.rules import (
     numbers,
     read_yaml,
 )
+from qtool.options import LARGEST
 
 __all__ = ["EngineReport", "Finding", "Severity", "check_engine", "engines"]
 
@@ -114,9 +115,11 @@ def check_engine(
     Raises: UsageError, for an unknown engine, version, GPU or number of ranks.
     """
     ruleset = load_rules(engine)
-    if tensor_parallel < 1:
+    if not 1 <= tensor_parallel <= LARGEST:
         raise UsageError(
-            "E_TENSOR_PARALLEL", f"tensor_parallel is {tensor_parallel}; it must be at least 1"
+            "E_TENSOR_PARALLEL",
+            f"tensor_parallel is {tensor_parallel}",
+            hint="a whole number from 1 on",
         )
     other_version = _other_version(ruleset, version)
     architecture = _architecture(gpu) if gpu is not None else None

@@ -41,6 +41,7 @@ from qtool.serve.backend.messages import (
     encode,
     wire_error,
 )
+from qtool.terminal import EscapingFormatter, guard_streams
 
 if TYPE_CHECKING:  # torch is loaded once the socket is served
     import torch
@@ -291,10 +292,11 @@ def main(descriptor: int) -> None:
     start = server.receive()
     assert isinstance(start, Start)
     options = start.options
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")
+    _log_to_stderr()
     logging.getLogger("qtool").setLevel(str(options.pop("log_level")))
     logging.captureWarnings(True)
     try:
+        _log_as_transformers_says()
         from qtool.engine.engine import Engine
 
         engine = Engine(**options)  # type: ignore[arg-type]
@@ -312,6 +314,22 @@ def main(descriptor: int) -> None:
         ).start()
         server.serve(engine)
     server.receive()  # nothing comes but the end of the connection
+
+
+def _log_to_stderr() -> None:
+    """Write what qtool and the libraries log to stderr, escaped: it may quote the model's files."""
+    guard_streams()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(EscapingFormatter())
+    logging.basicConfig(handlers=[handler])
+
+
+def _log_as_transformers_says() -> None:
+    """Let transformers log by our handler instead of its own, which escapes nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
 
 
 def _start_error(error: Exception, options: EngineOptions) -> QtoolError:

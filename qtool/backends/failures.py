@@ -1,0 +1,111 @@
+"""What the failure of a worker means to the user: of an error that was raised in it, and of an end
+without one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from qtool.backends import BACKENDS, Job, load_backend, version_of
+from qtool.errors import (
+    BackendFailed,
+    QtoolError,
+    ResourceError,
+    from_os_error,
+    library_os_error,
+    one_line,
+)
+from qtool.memory import address_space_is_limited, limit_bytes, memory_error, says_no_memory
+from qtool.plan import Plan
+from qtool.sizes import format_size
+
+TAIL_BYTES = 4096  # of the log: what a worker printed last
+FULL_BYTES = 1 << 16  # a disk with less is full
+# signals that code sends itself; all others come from outside
+CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+
+
+def raised(error: BaseException, job: Job, where: str) -> QtoolError:
+    """Return ``error`` as one that the user can act on; ``where`` says how far the work was."""
+    if isinstance(error, QtoolError):
+        return error
+    library = version_of(load_backend(str(job.recipe["backend"])))
+    hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
+    no_memory = memory_error(error, f"{library} {where}", hint)
+    if no_memory is not None:
+        return no_memory
+    if isinstance(error, ModuleNotFoundError) and (missing := _distribution(error.name or "")):
+        return ResourceError(
+            "E_NOT_INSTALLED",
+            f"{library} needs the package `{error.name}`",
+            hint=f"pip install {missing}",
+        )
+    inputs, outputs = _places(job)
+    if file_error := library_os_error(error, [*inputs, *outputs]):
+        return from_os_error(file_error, reading=inputs, where=where)
+    if shutil.disk_usage(job.output).free < FULL_BYTES:  # torch does not say why a write failed
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job.output)
+        return from_os_error(full, where=where)
+    return BackendFailed(
+        "E_BACKEND_FAILED", f"{library} failed {where}: {type(error).__name__}: {one_line(error)}"
+    )
+
+
+def _distribution(module: str) -> str:
+    """Return what to install for ``module``; empty when it is none that qtool asks for."""
+    if module in BACKENDS:
+        return load_backend(module).distribution
+    known = (*BACKENDS, "torch", "transformers")
+    return module if module.partition(".")[0] in known else ""
+
+
+def _places(job: Job) -> tuple[list[Path], list[Path]]:
+    """Return what the job reads and what it writes."""
+    source = job.calibration.source if job.calibration else None
+    inputs = [job.model, source, job.state_restore]
+    outputs = [job.output, job.scratch, job.state_save]
+    return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
+
+
+def died(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
+    """Return why a worker ended that sent neither a result nor an error."""
+    library = version_of(load_backend(plan.recipe.backend))
+    last_words = _tail(log)
+    ended = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with {status}"
+    crashed = -status in CRASHES and address_space_is_limited()
+    if status == -signal.SIGKILL or crashed or says_no_memory(last_words):
+        return _too_little_memory(library, ended, plan, job)
+    if shutil.disk_usage(log.parent).free < FULL_BYTES:
+        return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
+    machine_error = library_os_error(RuntimeError(last_words), ())
+    if machine_error is not None:
+        return from_os_error(machine_error, where="while the library ran")
+    if status < 0 and -status not in CRASHES:
+        return ResourceError(
+            "E_WORKER_KILLED",
+            f"{library} was ended {ended}, which somebody sent it",
+            hint="run it again; `ulimit -t` and memory watchers send such signals",
+        )
+    how = ended if status < 0 else f"with exit code {status}"
+    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
+
+
+def _too_little_memory(library: str, ended: str, plan: Plan, job: Job) -> ResourceError:
+    spec = job.calibration
+    needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
+    return ResourceError(
+        "E_OUT_OF_MEMORY",
+        f"{library} was ended {ended}, most likely for memory: about {format_size(needed)} were "
+        f"needed, and it may have {format_size(limit_bytes())}",
+        hint="lower --num-samples or --seq-len, or use a machine with more memory",
+    )
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
