@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtool.checkpoint.hub import check_hub_is_reachable
+from qtool.checkpoint.hub import is_offline, unreachable
 from qtool.errors import DataRefused, ResourceError, UsageError, nearest, one_line
 
 if TYPE_CHECKING:
@@ -276,7 +276,11 @@ def _parquet_rows(file: ParquetFile, numbers: list[int], columns: list[str]) -> 
 
 
 def _hub(spec: CalibrationSpec, name: str, config: str | None, split: str) -> Rows:
-    check_hub_is_reachable(spec.source)
+    from qtool.checkpoint.hub_download import is_reachable
+
+    # offline, the cache answers, or the library refuses at once
+    if not is_offline() and not is_reachable():
+        raise unreachable(spec.source)
     import datasets
     import httpx
 

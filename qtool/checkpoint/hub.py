@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import select
+import subprocess
+import sys
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
-from qtool.errors import CheckpointRefused, ResourceError, one_line
+from qtool.errors import ResourceError, from_wire
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.hub_download import DownloadRequest
 
 WANTED = (
     "*.safetensors",
@@ -36,7 +45,9 @@ UNWANTED = (
     "consolidated*",
 )
 CODE = ("*.py",)
-CONNECT_TIMEOUT_S = 5.0
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+METADATA_S = 30.0  # for the endpoint to say what there is to download, all requests together
+STALL_S = 60.0  # without progress
 
 
 def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
@@ -51,93 +62,89 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
     """
     if not _may_be_hub_name(model_path) or os.path.exists(model_path):
         return Path(model_path)
-    patterns = [*WANTED, *(CODE if with_code else ())]
-    unwanted = [pattern for pattern in UNWANTED if not (with_code and pattern in CODE)]
-    return _download(model_path, revision, patterns, unwanted)
+    request: DownloadRequest = {
+        "name": model_path,
+        "revision": revision,
+        "wanted": [*WANTED, *(CODE if with_code else ())],
+        "unwanted": [pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
+    }
+    return Path(_find_cached(request) if is_offline() else _download(request))
 
 
-def _download(
-    model_path: str, revision: str | None, patterns: list[str], unwanted: list[str]
-) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def is_offline() -> bool:
+    """Whether an environment variable says to use the cache alone."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _find_cached(request: DownloadRequest) -> str:
+    from qtool.checkpoint.hub_download import Unreachable, download
+
+    try:
+        return download(request, local_only=True)
+    except Unreachable as error:
+        raise unreachable(request["name"]) from error
+
+
+def _download(request: DownloadRequest) -> str:
+    """Run `hub_download.main`, and end it when nothing arrives."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    code = (
+        f"import sys; sys.path.append({package_parent!r}); from qtool.checkpoint.hub_download "
+        "import main; main()"
     )
-
-    try:
-        folder = snapshot_download(
-            model_path,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=unwanted,
-            etag_timeout=CONNECT_TIMEOUT_S,
-            local_files_only=not _hub_is_reachable(),  # the cache may have it all
-        )
-    except GatedRepoError as error:
-        raise CheckpointRefused(
-            "E_HUB_ACCESS",
-            f"Hub model `{model_path}` is gated and this account has no access",
-            hint="accept its terms on its page, then log in with `hf auth login`",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision `{revision}`" if revision else ""
-        raise CheckpointRefused(
-            "E_NO_MODEL",
-            f"no folder and no Hub model `{model_path}`{at}",
-            hint="check the name; a private model needs `hf auth login`",
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _unreachable(model_path) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise ResourceError(
-            "E_DOWNLOAD",
-            f"Hub model `{model_path}` cannot be downloaded: {one_line(error)}",
-            hint="try again: what is complete is kept; check the disk of HF_HOME too",
-        ) from error
-    return Path(folder)
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+                stdin.write(json.dumps(request).encode() + b"\n")
+            return _answer(request, child.stdout)
+        finally:
+            child.kill()
 
 
-def check_hub_is_reachable(name: str) -> None:
-    """Raise ResourceError within seconds when the Hub is needed for ``name`` and does not answer;
-    do nothing when offline mode is set.
-    """
-    from huggingface_hub import constants
+def _answer(request: DownloadRequest, pipe: IO[bytes]) -> str:
+    """Return the folder that the download process ends with."""
+    from qtool.checkpoint.hub_download import failed
 
-    # offline, the cache answers, or the download call refuses at once
-    if not constants.HF_HUB_OFFLINE and not _hub_is_reachable():
-        raise _unreachable(name)
-
-
-def _hub_is_reachable() -> bool:
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True
+    deadline_s, buffer = METADATA_S, b""
+    while True:
+        if not select.select([pipe], [], [], deadline_s)[0]:
+            if deadline_s == METADATA_S:
+                return _find_cached(request)  # as without a network
+            raise failed(request["name"], f"nothing has arrived for {STALL_S:.0f} s")
+        chunk = os.read(pipe.fileno(), 1 << 16)
+        if not chunk:
+            raise failed(request["name"], "the process that downloads it ended")
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in map(json.loads, lines):
+            match line:
+                case {"folder": str(folder)}:
+                    return folder
+                case {"error": dict(error)}:
+                    raise from_wire(error)
+                case {"unreachable": True}:
+                    raise unreachable(request["name"])
+        deadline_s = STALL_S
 
 
 def _may_be_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
 
 
-def _unreachable(name: str) -> ResourceError:
+def unreachable(name: str) -> ResourceError:
+    """Return the error for a Hub name that is neither in the cache nor can be asked for."""
     from huggingface_hub import constants
 
+    offline = next(
+        (each for each in OFFLINE_VARIABLES if os.environ.get(each, "0") not in ("", "0")), None
+    )
     why = (
-        "HF_HUB_OFFLINE is set"
-        if constants.HF_HUB_OFFLINE
+        f"{offline or 'HF_HUB_OFFLINE'} is set"
+        if offline or constants.HF_HUB_OFFLINE
         else f"{constants.ENDPOINT} does not answer"
     )
     return ResourceError(
