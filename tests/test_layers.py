@@ -12,6 +12,7 @@ from support.imports import PACKAGE, imports_of
 ORDER = (
     *(
         "errors",
+        "sandbox",
         "terminal",
         "sizes",
         "memory",

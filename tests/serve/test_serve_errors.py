@@ -7,8 +7,8 @@ import json
 import pytest
 
 from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, UsageError
+from qtool.sandbox import TooManyWaiting
 from qtool.serve.http.errors import STATUSES, Refused, error_detail, http_error_detail, status_of
-from qtool.serve.prompts.sandbox import TooManyWaiting
 from qtool.serve.service import Busy, ModelNotFound
 
 

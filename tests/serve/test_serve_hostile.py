@@ -451,7 +451,7 @@ def resident(served: Server) -> int:
     return sum(
         process.memory_info().rss
         for process in [own, *own.children()]
-        if "qtool.serve.prompts.sandbox" not in " ".join(process.cmdline())
+        if "qtool.sandbox" not in " ".join(process.cmdline())
     )
 
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from qtool import __version__
 from qtool.errors import QtoolError
+from qtool.sandbox import TooManyWaiting
 from qtool.serve.api.answering import json_reply
 from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.api.validation import describe_invalid_body
@@ -24,7 +25,6 @@ from qtool.serve.http.info_routes import add_model_routes, add_server_routes
 from qtool.serve.http.json_body import JsonRoute
 from qtool.serve.http.openapi import make_openapi
 from qtool.serve.http.token_routes import add_token_routes
-from qtool.serve.prompts.sandbox import TooManyWaiting
 from qtool.serve.service import Busy, ModelNotFound
 from qtool.serve.settings import RETRY_AFTER_S
 

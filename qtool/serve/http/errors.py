@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from qtool.errors import InputRefused, QtoolError, ResourceError, UsageError
+from qtool.sandbox import TooManyWaiting
 from qtool.serve.api.schemas import ErrorDetail
-from qtool.serve.prompts.sandbox import TooManyWaiting
 from qtool.serve.service import Busy, ModelNotFound
 
 # An error of the server itself: its code, or else its class -> status

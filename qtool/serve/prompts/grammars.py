@@ -11,14 +11,14 @@ from cachetools import LRUCache
 
 from qtool.engine.sampling_params import MAX_GRAMMAR
 from qtool.errors import ResourceError, UsageError
-from qtool.serve.backend.messages import EngineInfo
-from qtool.serve.prompts.sandbox import (
+from qtool.sandbox import (
     CallRaised,
     LimitExceeded,
     Sandbox,
     SandboxError,
     TooManyWaiting,
 )
+from qtool.serve.backend.messages import EngineInfo
 
 TIMEOUT_S = 10.0
 MEMORY_BYTES = 1 << 30

@@ -16,7 +16,7 @@ from typing import cast
 
 from qtool.checkpoint.strict_json import Json, JsonDict, read_json, refused
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
-from qtool.serve.prompts.sandbox import (
+from qtool.sandbox import (
     CallRaised,
     LimitExceeded,
     Sandbox,

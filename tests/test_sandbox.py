@@ -15,7 +15,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.serve.prompts.sandbox import (
+from qtool.sandbox import (
     CallRaised,
     ChildDied,
     LimitExceeded,
@@ -99,7 +99,7 @@ DEEDS = {
 @pytest.fixture(autouse=True)
 def children(monkeypatch):
     """A function that returns the processes that the test has started; none is left at its end."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     before = set(psutil.Process().children(recursive=True))
     yield lambda: set(psutil.Process().children(recursive=True)) - before
     assert set(psutil.Process().children(recursive=True)) <= before
@@ -362,11 +362,11 @@ def test_signals_for_the_whole_server_do_not_end_the_child(run, make):
 
 PARENT = """
 import asyncio
-from qtool.serve.prompts.sandbox import Sandbox
+from qtool.sandbox import Sandbox
 
 async def main():
     sandboxes = [
-        Sandbox("test_serve_sandbox:do", timeout_s=100, memory_bytes=100 << 20) for _ in range(2)
+        Sandbox("test_sandbox:do", timeout_s=100, memory_bytes=100 << 20) for _ in range(2)
     ]
     print(*[await sandbox.call("pid") for sandbox in sandboxes], flush=True)
     await sandboxes[0].call("spin")

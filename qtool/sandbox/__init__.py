@@ -1,5 +1,5 @@
-"""Run one function on untrusted text in a child process with limits: `Sandbox` is the server's end,
-`main` the child's.
+"""Run one function on untrusted text in a child process with limits: `Sandbox` is our end, `child`
+the other, `blocking` is for callers without an event loop.
 
 Both ends send lines of JSON over a socket pair; what a child sends is never unpickled. Time, memory
 and output are limited. The child's environment holds no secrets, but the child is not a jail: code
@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import importlib
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
-from qtool.errors import one_line
+from qtool.sandbox.child import to_line
 
 MAX_WAITING = 4096
 OUTPUT_BYTES = 16 << 20
 START_TIMEOUT_S = 60.0  # imports from a cold disk
-MAX_NAME = 100
 PASSED_VARIABLES = (
     "PATH",
     "HOME",
@@ -53,7 +47,6 @@ ADDED_VARIABLES = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class SandboxError(Exception):
@@ -100,6 +93,7 @@ class Sandbox:
         output_bytes: of a result, as JSON.
         start_timeout_s: seconds for imports and ``init``.
         max_waiting: calls that may wait while one runs.
+        environment: variables that the child gets besides `PASSED_VARIABLES`.
     """
 
     def __init__(
@@ -112,8 +106,9 @@ class Sandbox:
         output_bytes: int = OUTPUT_BYTES,
         start_timeout_s: float = START_TIMEOUT_S,
         max_waiting: int = MAX_WAITING,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._setup = _to_line(
+        self._setup = to_line(
             {
                 "function": function,
                 "init": list(init),
@@ -125,14 +120,30 @@ class Sandbox:
         self._output_bytes = output_bytes
         self._start_timeout_s = start_timeout_s
         self._max_waiting = max_waiting
+        self._environment = environment or {}
         self._waiting: deque[_Call] = deque()
         self._arrived = asyncio.Event()
         self._child: _Child | None = None
         self._serving: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def call(self, *args: object) -> object:
+    async def call(self, *args: object, timeout_s: float | None = None) -> object:
         """Return the function's result for ``args``. Cancelling it does not disturb other calls.
+
+        Args:
+            args: JSON.
+            timeout_s: in place of the sandbox's own.
+        Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
+        """
+        try:
+            line = to_line(args)
+        except RecursionError:
+            raise CallRaised("RecursionError", "the arguments are nested too deeply") from None
+        return await self.call_with(line, timeout_s=timeout_s)
+
+    async def call_with(self, line: bytes, *, timeout_s: float | None = None) -> object:
+        """Return the function's result for the arguments in ``line``, a JSON array and a line
+        break. Cancelling it does not disturb other calls.
 
         Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
         """
@@ -140,11 +151,8 @@ class Sandbox:
             raise ChildDied("the sandbox is closed")
         if len(self._waiting) >= self._max_waiting:
             raise TooManyWaiting(f"{len(self._waiting)} calls are waiting")
-        try:
-            line = _to_line(args)
-        except RecursionError:
-            raise CallRaised("RecursionError", "the arguments are nested too deeply") from None
-        call = _Call(line, asyncio.get_running_loop().create_future())
+        answer = asyncio.get_running_loop().create_future()
+        call = _Call(line, timeout_s or self._timeout_s, answer)
         self._waiting.append(call)
         self._arrived.set()
         if self._serving is None:
@@ -175,7 +183,7 @@ class Sandbox:
                 child = self._child
                 if child is None or not child.is_alive():
                     child = await self._start_child()
-                result = await child.ask(call.line, self._timeout_s)
+                result = await child.ask(call.line, call.timeout_s)
             except CallRaised as error:
                 call.fail(error)
             except Exception as error:
@@ -190,7 +198,7 @@ class Sandbox:
 
     async def _start_child(self) -> _Child:
         await self._end_child()
-        self._child = await _Child.start(self._output_bytes)
+        self._child = await _Child.start(self._output_bytes, self._environment)
         try:
             await self._child.ask(self._setup, self._start_timeout_s)
         except SandboxError as error:
@@ -205,10 +213,11 @@ class Sandbox:
 
 
 class _Call:
-    """The arguments of one call, and where its answer goes."""
+    """The arguments of one call, its limit, and where its answer goes."""
 
-    def __init__(self, line: bytes, answer: asyncio.Future[object]) -> None:
+    def __init__(self, line: bytes, timeout_s: float, answer: asyncio.Future[object]) -> None:
         self.line = line
+        self.timeout_s = timeout_s
         self.answer = answer
 
     def succeed(self, result: object) -> None:
@@ -234,15 +243,15 @@ class _Child:
         self._writer = writer
 
     @classmethod
-    async def start(cls, output_bytes: int) -> _Child:
+    async def start(cls, output_bytes: int, extra: Mapping[str, str]) -> _Child:
         """Start a process; its function is not loaded yet. Raises: ChildDied."""
-        package_parent = str(Path(__file__).resolve().parents[3])
+        package_parent = str(Path(__file__).resolve().parents[2])
         code = (
-            f"import sys; sys.path.append({package_parent!r}); from qtool.serve.prompts.sandbox "
+            f"import sys; sys.path.append({package_parent!r}); from qtool.sandbox.child "
             "import main; main()"
         )
         environment = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
-        environment |= ADDED_VARIABLES
+        environment |= {**ADDED_VARIABLES, **extra}
         try:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -303,10 +312,6 @@ class _Child:
         await asyncio.to_thread(self._process.wait)
 
 
-def _to_line(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-
-
 def _parse(answer: bytes) -> object:
     """Return the JSON in ``answer``, None if it is invalid."""
     try:
@@ -324,81 +329,3 @@ def _describe_exit(status: int) -> str:
         if status < 0
         else f"ended with exit code {status}"
     )
-
-
-class _Setup(TypedDict):
-    """The first line to a child."""
-
-    function: str
-    init: list[object]
-    memory_bytes: int
-    output_bytes: int
-
-
-def main() -> None:
-    """Run the child: load the function that the first line names, then answer each further line
-    until the other end is closed.
-    """
-    # a supervisor may send these to all processes, while the server still needs this one
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError):  # not Linux: the child ends after its call
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = socket.socket(fileno=os.dup(0))
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
-    lines = connection.makefile("rb")
-    if first := lines.readline():
-        setup: _Setup = json.loads(first)
-        limit = setup["output_bytes"]
-        connection.sendall(_run(partial(_load, setup), output_bytes=limit))
-        for line in lines:
-            call = partial(_call, setup["function"], line)
-            connection.sendall(_run(call, output_bytes=limit))
-
-
-def _load(setup: _Setup) -> None:
-    _import_function(setup["function"])
-    if setup["init"]:
-        name, *args = setup["init"]
-        _import_function(str(name))(*args)
-    _limit_memory(setup["memory_bytes"])
-
-
-def _call(name: str, line: bytes) -> object:
-    return _import_function(name)(*json.loads(line))
-
-
-def _import_function(name: str) -> Callable[..., object]:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-
-
-def _limit_memory(extra_bytes: int) -> None:
-    # not Linux, where nothing enforces the limit either
-    with contextlib.suppress(FileNotFoundError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + extra_bytes
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _run(function: Callable[[], object], *, output_bytes: int) -> bytes:
-    """Return the line with the result of ``function``, or with what it raised."""
-    try:
-        try:
-            line = _to_line({"result": function()})
-        except MemoryError:
-            raise
-        except BaseException as error:
-            message = one_line(error)
-            if "bad_alloc" in message:  # C++ libraries report it so
-                raise MemoryError from None
-            line = _to_line({"raised": [type(error).__name__[:MAX_NAME], message]})
-    except MemoryError:
-        line = b'{"limit": ["memory", "it took too much memory"]}\n'
-    if len(line) > output_bytes:
-        line = b'{"limit": ["output", "its result is too long"]}\n'
-    return line
