@@ -28,6 +28,7 @@ ORDER = (
         "plan",
         "weight",
         "formats",
+        "architecture",
         "calibration",
         "backends",
         "quantization",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtool import __version__
+from qtool.architecture import check_model
 from qtool.checkpoint import (
     Checkpoint,
     Staging,
@@ -105,6 +106,7 @@ def convert(
         requantize=options.requantize,
         scheme=scheme_from(options.scheme) if options.scheme else None,
     )
+    check_model(checkpoint, request.layout)
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
     from qtool.conversion.plan import plan_conversion

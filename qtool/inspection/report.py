@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qtool import formats
+from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import ANY_FILE, CheckpointRefused, file_errors
@@ -148,6 +149,8 @@ def inspect(
         unknown.
     """
     layout, warnings = _detect(checkpoint, engine_may_know=engine is not None)
+    if deep:
+        check_model(checkpoint, layout)
     modules = tuple(_modules(checkpoint, layout.modules if layout else {}))
     quantized = _quantized_rows(modules)
     unquantized = _unquantized_rows(checkpoint, layout)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qtool.architecture import check_model
 from qtool.backends import check_backend
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.calibration import CalibrationSpec, check_source
@@ -18,6 +19,7 @@ from qtool.checkpoint import (
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name
 from qtool.errors import ANY_FILE, UsageError, file_errors
+from qtool.formats import detect
 from qtool.options import QuantizeOptions
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Recipe, load_recipe
@@ -91,6 +93,7 @@ def prepare(
     )
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
+    check_model(plan.checkpoint, detect(plan.checkpoint))
     notes = []
     context = _context_length(plan.checkpoint)
     if calibration and 0 < context < calibration.seq_len:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from qtool import formats
+from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
@@ -111,6 +112,7 @@ def plan_load(
         )
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
+    check_model(checkpoint, layout)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
     warned = list(skip_reasons(checkpoint, layout, quantization))
     if any(skeleton.beyond(name) for name in checkpoint.tensors):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qtool.architecture.meta import (
+    building,
+    check_report,
+    is_beyond,
+    quiet_imports,
+    quiet_loading,
+    read_config,
+)
 from qtool.checkpoint import Checkpoint
-from qtool.errors import CheckpointRefused, one_line
-from qtool.modules import decoder_layer_number
+from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM, ModelConfig
-
-REPORTS = {  # what transformers reports after loading -> what that means for a checkpoint
-    "missing_keys": "lacks {count} tensors of the model",
-    "unexpected_keys": "has {count} tensors that the model lacks",
-    "mismatched_keys": "has {count} tensors whose shape is not the model's",
-}
 
 
 @dataclass(frozen=True)
@@ -42,48 +41,22 @@ class Place:
     """How many such layers an expert has."""
 
 
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Silence torchao, imported by transformers, about libraries that do not fit this machine."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 class Skeleton:
     """The transformers model of a checkpoint, without data."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         with quiet_imports():
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.checkpoint, self.dtype = checkpoint, dtype
         # and not the meta device, on whose masks transformers would look for data
         self._no_data = FakeTensorMode()
-        try:
-            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            with quiet_imports(), self._no_data:
+        with building(checkpoint):
+            config = read_config(checkpoint)
+            with self._no_data:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        except Exception as error:  # transformers finds many ways to fail on a config from outside
-            message = (
-                f"{checkpoint.path}: transformers cannot build a language model from its config "
-                f"({one_line(error)})"
-            )
-            raise CheckpointRefused(
-                "E_ARCHITECTURE",
-                message,
-                hint="qtool runs the causal language models of transformers",
-            ) from error
         self.config: ModelConfig = config
         self.model: CausalLM = model
         self.modules: Mapping[str, nn.Module] = dict(self.model.named_modules())
@@ -183,9 +156,7 @@ class Skeleton:
 
         Such layers are for multi-token prediction.
         """
-        layer = decoder_layer_number(name)
-        count = self.checkpoint.text_config.get("num_hidden_layers")
-        return layer is not None and isinstance(count, int) and layer >= count
+        return is_beyond(self.checkpoint, name)
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
         """Run the model without data, to see which linear layers are called, and with what.
@@ -238,7 +209,7 @@ class Skeleton:
         # a subclass for as long as loading takes: transformers then never asks for the weights of
         # the layers that are left out
         without = _class_without(model_class, removed)
-        with _quiet_loading():
+        with quiet_loading():
             model, report = without.from_pretrained(
                 None,
                 config=self.config,
@@ -249,7 +220,7 @@ class Skeleton:
                 output_loading_info=True,
             )
         model.__class__ = model_class
-        self._check_report(report)
+        check_report(self.checkpoint, report)
         if (self.checkpoint.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.checkpoint.path)
         loaded: CausalLM = model
@@ -259,21 +230,6 @@ class Skeleton:
         """Give the model an output head of its own, whatever the config says."""
         self.config.tie_word_embeddings = False
         self.config.get_text_config().tie_word_embeddings = False
-
-    def _check_report(self, report: Mapping[str, Collection[str | tuple[str, ...]]]) -> None:
-        """Raise CheckpointRefused if transformers reports that tensors are missing or left over."""
-        for kind, problem in REPORTS.items():
-            keys = report.get(kind) or ()
-            if not keys:
-                continue
-            names = sorted(key[0] if isinstance(key, tuple) else str(key) for key in keys)
-            examples = ", ".join(f"`{name}`" for name in names[:3])
-            raise CheckpointRefused(
-                "E_TENSORS",
-                f"{self.checkpoint.path} {problem.format(count=len(names))}, e.g. {examples}",
-                hint="config.json and the weights are of different models: download or export it "
-                "again",
-            )
 
 
 class _Calls:
@@ -297,23 +253,6 @@ class _Calls:
 def _is_shared(names: Sequence[str]) -> bool:
     """Whether several layers, each called once, have one input."""
     return 1 < len(names) == len(set(names))
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence transformers while it loads: its bar ignores whether there is a terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _class_without(model_class: type, removed: Collection[Place]) -> Any:

@@ -549,8 +549,8 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
     ),
     "billions of layers": (
         llama({"num_hidden_layers": 10**15}),
-        "E_LAYER_MISSING",
-        ("1,000,000,000,000,000", "model.layers.2."),
+        "E_CONFIG_FIELD",
+        ("`num_hidden_layers`", "1000000000000000"),
     ),
     "layer with two numbers": (
         llama(model__layers__01__self_attn__q_proj__weight=(64, 64)),

@@ -24,10 +24,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from qtool.architecture.meta import quiet_imports
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
-from qtool.runtime.skeleton import quiet_imports
 from qtool.weight import to_fp8
 
 with quiet_imports():

@@ -1,0 +1,29 @@
+"""Whether config and tensors are one model: the check that every command makes before it reads
+weights.
+"""
+
+from __future__ import annotations
+
+from qtool.architecture.standard import is_standard
+from qtool.architecture.vocabulary import check_vocabulary
+from qtool.checkpoint import Checkpoint
+from qtool.formats import Layout
+
+__all__ = ["check_model"]
+
+
+def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
+    """Refuse ``checkpoint`` if the model that its config describes has other tensors.
+
+    Headers decide for the usual architectures; for all others transformers does, which builds the
+    model without data. What transformers does not know, or a config without `architectures`, is
+    let pass.
+
+    Raises: CheckpointRefused.
+    """
+    check_vocabulary(checkpoint)
+    if is_standard(checkpoint, layout):
+        return
+    from qtool.architecture.meta import check_tensors
+
+    check_tensors(checkpoint, layout)

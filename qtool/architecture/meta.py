@@ -1,0 +1,154 @@
+"""transformers' own verdict on a checkpoint: its model is made without data, and its tensors are
+loaded as if they had some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from qtool.architecture.standard import model_tensors
+from qtool.checkpoint import Checkpoint
+from qtool.errors import CheckpointRefused, one_line
+from qtool.formats import Layout
+from qtool.modules import decoder_layer_number, tower_of
+
+REPORTS = {  # what transformers reports after loading -> what that means for a checkpoint
+    "missing_keys": "lacks {count} tensors of the model",
+    "unexpected_keys": "has {count} tensors that the model lacks",
+    "mismatched_keys": "has {count} tensors whose shape is not the model's",
+}
+
+
+def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
+    """Refuse ``checkpoint`` if transformers would find tensors missing, left over or misshapen.
+
+    Raises: CheckpointRefused; nothing for a class that transformers does not have.
+    """
+    model_class = _class_of(checkpoint)
+    if model_class is None:
+        return
+    with building(checkpoint), torch.device("meta"):
+        config = read_config(checkpoint)
+        model = model_class._from_config(config, dtype=torch.bfloat16)
+        shapes = {
+            name: shape
+            for name, shape in model_tensors(checkpoint, layout).items()
+            if not is_beyond(checkpoint, name)
+        }
+        state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        with quiet_loading():
+            _, report = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=torch.bfloat16,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    towers = {key for key in report.get("unexpected_keys") or () if tower_of(key)}
+    report["unexpected_keys"] = {*(report.get("unexpected_keys") or ())} - towers
+    check_report(checkpoint, report)
+
+
+def _class_of(checkpoint: Checkpoint) -> Any:
+    """Return the class that the config names; None when transformers lacks it."""
+    names = checkpoint.config.get("architectures") or [""]
+    if checkpoint.config.get("auto_map") or not names[0]:
+        return None
+    with quiet_imports():
+        import transformers
+
+        found = getattr(transformers, names[0], None)
+    return found if hasattr(found, "_from_config") else None
+
+
+@contextlib.contextmanager
+def building(checkpoint: Checkpoint) -> Iterator[None]:
+    """Make whatever transformers finds wrong with a config from outside a refusal."""
+    try:
+        with quiet_imports():
+            yield
+    except Exception as error:  # transformers finds many ways to fail on a config from outside
+        message = (
+            f"{checkpoint.path}: transformers cannot build a language model from its config "
+            f"({one_line(error)})"
+        )
+        raise CheckpointRefused(
+            "E_ARCHITECTURE",
+            message,
+            hint="qtool runs the causal language models of transformers",
+        ) from error
+
+
+def read_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' config of ``checkpoint``, without quantization."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def is_beyond(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor or layer ``name`` belongs to a decoder layer after the last.
+
+    Such layers are for multi-token prediction.
+    """
+    layer = decoder_layer_number(name)
+    count = checkpoint.text_config.get("num_hidden_layers")
+    return layer is not None and isinstance(count, int) and layer >= count
+
+
+def check_report(
+    checkpoint: Checkpoint, report: Mapping[str, Collection[str | tuple[str, ...]]]
+) -> None:
+    """Raise CheckpointRefused if transformers reports that tensors are missing or left over."""
+    for kind, problem in REPORTS.items():
+        keys = report.get(kind) or ()
+        if not keys:
+            continue
+        names = sorted(key[0] if isinstance(key, tuple) else str(key) for key in keys)
+        examples = ", ".join(f"`{name}`" for name in names[:3])
+        raise CheckpointRefused(
+            "E_TENSORS",
+            f"{checkpoint.path} {problem.format(count=len(names))}, e.g. {examples}",
+            hint="config.json and the weights are of different models: download or export it again",
+        )
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Silence torchao, imported by transformers, about libraries that do not fit this machine."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers while it loads: its bar ignores whether there is a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
