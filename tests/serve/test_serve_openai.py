@@ -261,6 +261,14 @@ def test_a_stream_has_no_usage_unless_asked(ask):
     assert all(chunk.choices and "usage" not in chunk.model_fields_set for chunk in chunks)
 
 
+def test_each_chunk_counts_the_tokens_so_far_if_asked(ask, tokens_of):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *told, last = ask(temperature=0, n=2, stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in told]
+    assert counts == sorted(counts) and counts[-1] == last.usage.completion_tokens == 32
+    assert {chunk.usage.prompt_tokens for chunk in told} == {len(tokens_of(ASKED))}
+
+
 def test_tokens_that_were_computed_before_are_told(ask):
     messages = [{"role": "user", "content": f"The numbers up to {list(range(40))}"}]
     first, again = (ask(messages=messages, n=2).usage for _ in range(2))

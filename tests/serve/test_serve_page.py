@@ -270,9 +270,9 @@ def test_a_stream_is_stopped(visit, served, by):
         assert page.locator(".exchange").count() == 0
     else:
         exchange = last(page)
-        assert re.search(r"stopped · about [\d,]+ tokens", exchange.inner_text()) and text_of(
-            exchange
-        )
+        assert re.search(
+            r"stopped · [\d,]+ tokens in, [\d,]+ out", exchange.inner_text()
+        ) and text_of(exchange)
     assert page.locator("#send").is_visible() and page.locator("#text").evaluate(
         "element => element === document.activeElement"
     )

@@ -15,7 +15,13 @@ from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
-from qtool.serve.api.replies import Account, chat_logprobs, finish_reason, log_request
+from qtool.serve.api.replies import (
+    Account,
+    StreamUsage,
+    chat_logprobs,
+    finish_reason,
+    log_request,
+)
 from qtool.serve.api.sampling import sampling_params
 from qtool.serve.api.schemas import (
     Answer,
@@ -66,6 +72,7 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=await service.compiled(params),
         )
+        account.expect(submission.prompts)
         reply = _ChatReply(service, body, submission.rid, account, choice)
         return await answer(service, slot, submission, reply, max_tokens)
 
@@ -83,7 +90,7 @@ class _ChatReply:
         self._choice = choice
         self._model = body.model or service.settings.name
         self._created = int(time.time())
-        self._has_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._stream_usage = StreamUsage(body.stream_options, account)
         self._parsers: dict[int, ToolParser | None] = {}
         """Of a streamed reply, by choice."""
 
@@ -116,7 +123,7 @@ class _ChatReply:
                 events += [event(self._chunk(choice)) for choice in self._chunk_choices(output)]
             if events:
                 yield b"".join(events)
-        if self._has_usage:
+        if self._stream_usage.at_end:
             yield event(self._chunk(usage=self._account.usage()))
         yield DONE
 
@@ -146,7 +153,7 @@ class _ChatReply:
             created=self._created,
             model=self._model,
             choices=list(choices),
-            usage=usage if self._has_usage else UNSET,
+            usage=self._stream_usage.of_chunk() if usage is None else usage,
         )
 
     def _chunk_choices(self, output: CompletionOutput) -> Iterator[ChatChunkChoice]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import cast
 
-from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
@@ -17,6 +16,7 @@ from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import CompletionRequest
 from qtool.serve.api.replies import (
     Account,
+    StreamUsage,
     completion_logprobs,
     finish_reason,
     log_request,
@@ -63,6 +63,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
             grammar=await service.compiled(params),
         )
+        account.expect(submission.prompts)
         reply = _CompletionReply(service, body, submission, account, prompts)
         return await answer(service, slot, submission, reply, body.max_tokens)
 
@@ -101,7 +102,7 @@ class _CompletionReply:
         """The text to repeat before each prompt's choices."""
         self._model = body.model or service.settings.name
         self._created = int(time.time())
-        self._has_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._stream_usage = StreamUsage(body.stream_options, account)
         self._offsets: dict[int, Offsets] = {}
         """Of a streamed reply, by choice."""
 
@@ -127,7 +128,7 @@ class _CompletionReply:
             events = [event(self._chunk(choice)) for choice in choices if choice is not None]
             if events:
                 yield b"".join(events)
-        if self._has_usage:
+        if self._stream_usage.at_end:
             yield event(self._chunk(usage=self._account.usage()))
         yield DONE
 
@@ -175,7 +176,7 @@ class _CompletionReply:
             created=self._created,
             model=self._model,
             choices=list(choices),
-            usage=usage if self._has_usage else UNSET,
+            usage=self._stream_usage.of_chunk() if usage is None else usage,
         )
 
     def _chunk_choice(self, output: CompletionOutput) -> CompletionChunkChoice | None:

@@ -44,6 +44,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
             prompt_logprobs_from=-1 if body.logprob_start_len is None else body.logprob_start_len,
             grammar=await service.compiled(params),
         )
+        account.expect(submission.prompts)
         reply = _GenerationReply(
             service,
             body,

@@ -54,6 +54,9 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     """Whether a last chunk gives the number of tokens."""
 
+    continuous_usage_stats: bool | None = None
+    """Whether each chunk gives the number of tokens so far, with ``include_usage`` (as in vLLM)."""
+
     include_obfuscation: bool | None = None  # OpenAI's padding; there is none here
 
 

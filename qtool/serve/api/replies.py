@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
 from qtool.engine.sampling_params import SamplingParams
 from qtool.serve.api import schemas
+from qtool.serve.api.protocol import StreamOptions
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.vocabulary import Offsets, Vocabulary
 from qtool.serve.settings import ServeSettings
@@ -116,6 +118,10 @@ class Account:
         """By prompt: its tokens, and those found in the cache."""
         self._reasons: dict[int, str] = {}
 
+    def expect(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Count the tokens of ``prompts`` before the first output comes."""
+        self._prompts = {number: (len(prompt), 0) for number, prompt in enumerate(prompts)}
+
     def note(self, output: CompletionOutput, choices_each: int) -> None:
         """Count ``output``; a prompt counts once, however many choices it has."""
         now = time.monotonic()
@@ -188,6 +194,22 @@ class Account:
             sum(self._tokens.values()),
             sum(cached for _, cached in prompts),
         )
+
+
+class StreamUsage:
+    """Where the counts of tokens stand in a stream, as its ``stream_options`` ask."""
+
+    def __init__(self, options: StreamOptions | None, account: Account) -> None:
+        self._account = account
+        self.at_end: bool = bool(options and options.include_usage)
+        """Whether a last chunk without choices gives the counts."""
+        self._in_chunks = self.at_end and bool(options and options.continuous_usage_stats)
+
+    def of_chunk(self) -> schemas.Usage | UnsetType | None:
+        """Return what a chunk with choices says: the counts so far, null, or nothing."""
+        if self._in_chunks:
+            return self._account.usage()
+        return None if self.at_end else UNSET
 
 
 def log_request(prompts: object, params: SamplingParams, settings: ServeSettings) -> None:
