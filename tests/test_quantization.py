@@ -25,7 +25,7 @@ from qtool.formats import detect
 MODEL = ROOT / "examples" / "tiny-python-llama"
 DATA = {
     "calibration": str(MODEL / "calibration.jsonl"),
-    "num_samples": 48,
+    "num_samples": 16,
     "seq_len": 512,
     "pack": True,
     "device": "cpu",

@@ -49,12 +49,11 @@ MADE = {  # a checkpoint that no calibration is needed for -> its format and sch
     "modelopt_fp4": ("modelopt", "MXFP4"),
     "blocks": ("fp8_block", "FP8_BLOCK"),
 }
-# what is served, the flags of the documentation's line, what an Engine is told for the same
+# what is served, the flags of the documentation's line, what an Engine is told for the same;
+# `tests/benchmarks/serve_formats.py` starts a server for all of them
 DEPLOYED = [
     ("modelopt_fp8", ["--quantization", "modelopt"], None),
-    ("awq", [], None),
     ("plain", ["--quantization", "fp8"], "fp8"),
-    ("plain", ["--torchao-config", "int4wo-128"], "int4wo-128"),
     ("plain", ["--torchao-config", "int8dq", "--disable-cuda-graph"], "int8dq"),
 ]
 FITTING = {  # what `--quantization` may say, and of which checkpoints
