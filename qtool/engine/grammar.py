@@ -5,6 +5,7 @@ each text what may come next.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import threading
 import time
@@ -114,7 +115,7 @@ class Compiler:
                 case "ebnf":
                     return compiler.compile_grammar(text)
                 case _:
-                    return compiler.compile_structural_tag(text)
+                    return compiler.compile_structural_tag(_bound_whitespace(text))
         except RuntimeError as error:
             reason = _WHERE.sub("", str(error)).partition(" The JSON string is:")[0]
             message = f"{kind}: {' '.join(reason.split())}"[:MAX_MESSAGE]
@@ -261,6 +262,24 @@ class Constraint:
         elif complete:
             self.mask = self._text | self._ends
         return True
+
+
+def _bound_whitespace(tag: str) -> str:
+    """Return the structural tag with `MAX_WHITESPACE` for each of its JSON schemas that names no
+    other bound.
+    """
+    try:
+        value = json.loads(tag)
+    except ValueError:
+        return tag  # xgrammar says what is wrong with it
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict) and one.get("type") == "json_schema":
+            one.setdefault("max_whitespace_cnt", MAX_WHITESPACE)
+        elif isinstance(one, (dict, list)):
+            waiting += one.values() if isinstance(one, dict) else one
+    return json.dumps(value)
 
 
 def load(tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:

@@ -82,6 +82,24 @@ def is_person(text: str) -> bool:
 # what may come next
 
 
+@pytest.mark.parametrize("kind", ["json_schema", "structural_tag"])
+def test_no_model_is_let_go_on_with_whitespace_for_ever(kind):
+    if kind == "json_schema":
+        text, start = json.dumps(PERSON), ""
+    else:
+        content = {"type": "json_schema", "json_schema": PERSON}
+        tag = {"type": "tag", "begin": "<f>", "content": content, "end": "</f>"}
+        text, start = json.dumps({"type": "structural_tag", "format": tag}), "<f>"
+    compiled = COMPILER.compile(kind, text)
+    for begin in ("{", '{"name"', '{"name":', '{"name": "abc"', '{"name": "abc", '):
+        matcher = grammar._xgrammar().GrammarMatcher(compiled)
+        assert matcher.accept_string(start + begin)
+        count = begin.endswith(" ")
+        while matcher.accept_string(" "):
+            count += 1
+            assert count <= grammar.MAX_WHITESPACE
+
+
 @settings(max_examples=20)
 @given(
     st.sampled_from(
