@@ -24,7 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Report": ("modules", "deep", "against", "html", "engine_version", "gpu", "tensor_parallel"),
     "Server": (
-        *("host", "port", "api_key", "max_queued_requests", "drain_timeout_s", "log_requests"),
+        *("host", "port", "api_key", "max_queued_requests", "drain_timeout_s"),
+        *("watchdog_timeout_s", "log_requests"),
         *("log_level", "tool_call_parser", "sampling_defaults"),
     ),
     "Engine": (

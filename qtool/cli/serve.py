@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.cli.options import Debug, Json, Quiet, Verbose, takes
+from qtool.cli.options import ENVIRONMENT, Debug, Json, Quiet, Verbose, takes
 from qtool.cli.output import current, message, show
 from qtool.cli.signals import ignore_signals
 from qtool.errors import ResourceError, UsageError
@@ -40,6 +41,8 @@ def serve(
     Options with a * are for --engine vllm and sglang, which this process is handed to; what follows
     `--` is theirs.
     """
+    if os.environ.get(ENVIRONMENT["api_key"]) == "":  # which typer takes for no variable
+        options = replace(options, api_key=options.api_key or "")
     if options.log_level is None and (quiet or verbose):
         options = replace(options, log_level="warning" if quiet else "debug")
     if engine != "builtin":

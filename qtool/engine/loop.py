@@ -45,6 +45,8 @@ class Loop:
             Pages(runner.page_count), limits.max_running, limits.token_budget, limits.context_length
         )
         self.requests: dict[str, Request] = {}
+        self.steps = 0
+        """Steps launched so far: what a watchdog looks at."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: InFlightStep | None = None
         self._stopping = False
@@ -111,6 +113,7 @@ class Loop:
         step = self.scheduler.schedule()
         if step is not None:
             self._in_flight = self._launch(step)
+            self.steps += 1
         if before is not None:
             self._read(before)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qtool.serve.metrics import Metrics
 from qtool.serve.service import Loading, Service
 from qtool.serve.settings import ServeSettings
+from qtool.serve.threads import Threads
 
 
 class ServiceHost:
@@ -13,6 +14,7 @@ class ServiceHost:
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
         self.metrics = Metrics(settings.name)
+        self.threads = Threads()
         self.current: Loading | Service = Loading()
 
     def ready(self) -> Service:

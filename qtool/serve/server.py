@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import queue
 import resource
 import signal
@@ -118,7 +119,7 @@ async def _serve(
 ) -> None:
     host = ServiceHost(settings)
     config = uvicorn.Config(
-        LimitsMiddleware(make_app(host), settings, limits),
+        LimitsMiddleware(make_app(host), settings, limits, host.threads),
         http=limited_connection(limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
@@ -126,6 +127,8 @@ async def _serve(
         log_level="error",  # what clients do wrong is their affair
         access_log=False,
         server_header=False,
+        # a client that is believed says itself who it is: uvicorn's variable names proxies
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=BACKLOG,
     )
@@ -137,6 +140,7 @@ async def _serve(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+            host.threads.close()
     if server.failure is not None and not server.was_asked_to_end:
         raise server.failure
 
@@ -146,7 +150,7 @@ async def _run_service(
 ) -> None:
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
-        async with open_service(host.settings, host.metrics, server.fail) as service:
+        async with open_service(host.settings, host.metrics, host.threads, server.fail) as service:
             host.set_service(service)
             _announce(service, on_ready)
             await asyncio.Event().wait()

@@ -7,8 +7,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,12 +26,14 @@ from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary
-from qtool.serve.settings import ServeSettings
+from qtool.serve.settings import CLIENT_SHARE, ServeSettings
+from qtool.serve.threads import Threads
+from qtool.serve.turns import current_origin
 
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
 # log probabilities of one request and of all: each is some 150 bytes, here and in the engine
-MAX_LOGPROBS = 1 << 19
+MAX_LOGPROBS = 1 << 18
 MAX_LOGPROBS_HELD = 1 << 24
 # of generation_config.json
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -60,6 +64,7 @@ class Slot:
 
     def __init__(self, service: Service, completions: int) -> None:
         self._service = service
+        self._client = current_origin().client
         self._completions = completions
         self._held = True
         self.stream: OutputStream | None = None
@@ -67,6 +72,7 @@ class Slot:
         """Log probabilities that the request may hold."""
         self.belongs_to_stream = False
         service.slots_in_use += completions
+        service.slots_of[self._client] += completions
 
     def __enter__(self) -> Slot:
         return self
@@ -80,6 +86,9 @@ class Slot:
         if self._held:
             self._held = False
             self._service.slots_in_use -= self._completions
+            self._service.slots_of[self._client] -= self._completions
+            if not self._service.slots_of[self._client]:
+                del self._service.slots_of[self._client]
             self._service.logprobs_held -= self.logprobs
             if self.stream is not None:
                 self._service.engine.cancel(self.stream)
@@ -97,7 +106,7 @@ class Loading:
         """Raise: Busy."""
         raise _draining() if self.draining else Busy("loading", "the model is still loading")
 
-    async def stats(self) -> None:
+    async def stats(self, *, timeout_s: float) -> None:
         """Return None: there is no engine yet."""
 
     def drain(self) -> None:
@@ -119,6 +128,7 @@ class Service:
     metrics: Metrics
     engine: EngineProcess
     info: EngineInfo
+    threads: Threads
     vocabulary: Vocabulary
     templates: Templates
     grammars: Grammars
@@ -129,6 +139,8 @@ class Service:
     started: int = field(default_factory=lambda: int(time.time()))
     slots_in_use: int = 0
     """Completions that run or wait."""
+    slots_of: Counter[str] = field(default_factory=Counter)
+    """The same of each client."""
     logprobs_held: int = 0
     draining: bool = False
     """No more requests are taken."""
@@ -141,10 +153,10 @@ class Service:
             raise _draining()
         return self
 
-    async def stats(self) -> EngineStats | None:
-        """Return what the engine is doing; None if it does not answer."""
+    async def stats(self, *, timeout_s: float) -> EngineStats | None:
+        """Return what the engine is doing; None if it does not answer in time."""
         try:
-            return await self.engine.stats()
+            return await self.engine.stats(timeout_s=timeout_s)
         except TimeoutError:
             return None
 
@@ -171,11 +183,20 @@ class Service:
         Raises: Busy, when the queue is full; UsageError, when they never fit.
         """
         most = self.info.max_running + self.settings.max_queued_requests
-        if completions > most:
+        most_each = math.ceil(most * CLIENT_SHARE)
+        if completions > most_each:
             raise UsageError(
                 "E_TOO_MANY",
-                f"{completions} completions in one request; the server takes {most} at a time",
+                f"{completions} completions in one request; the server takes {most_each} at a "
+                "time of one client",
                 hint="send fewer prompts or a lower n",
+            )
+        own = self.slots_of[current_origin().client]
+        if own + completions > most_each:
+            self.metrics.refused()
+            raise Busy(
+                "queue_full",
+                f"{own} requests of this client run or wait, which is what the server takes",
             )
         if self.slots_in_use + completions > most:
             self.metrics.refused()
@@ -297,22 +318,25 @@ class Service:
 
 @asynccontextmanager
 async def open_service(
-    settings: ServeSettings, metrics: Metrics, on_failure: Callable[[QtoolError], None]
+    settings: ServeSettings,
+    metrics: Metrics,
+    threads: Threads,
+    on_failure: Callable[[QtoolError], None],
 ) -> AsyncIterator[Service]:
     """Load everything, let the model answer once, and give the service; end all processes after.
 
     Args:
         settings: what is served, and how.
         metrics: of this server.
+        threads: of this server.
         on_failure: called with the reason when the engine ends by itself.
     Raises: QtoolError.
     """
     async with AsyncExitStack() as stack:
-        engine = EngineProcess(on_failure)
+        engine = EngineProcess(on_failure, watchdog_timeout_s=settings.watchdog_timeout_s)
         stack.push_async_callback(engine.close)
         templates, info = await _load(settings, engine, stack)
-        vocabulary = Vocabulary(info.tokenizer, info.context_length)
-        stack.callback(vocabulary.close)
+        vocabulary = Vocabulary(info.tokenizer, info.context_length, threads)
         grammars = Grammars(info)
         stack.push_async_callback(grammars.close)
         service = Service(
@@ -320,6 +344,7 @@ async def open_service(
             metrics=metrics,
             engine=engine,
             info=info,
+            threads=threads,
             vocabulary=vocabulary,
             templates=templates,
             grammars=grammars,

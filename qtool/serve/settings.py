@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import shlex
 import socket
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from ipaddress import ip_address
+from pathlib import Path
 
 from qtool.engine.config import EngineConfig
 from qtool.errors import ResourceError, UsageError
@@ -16,12 +19,14 @@ from qtool.serve.api.tools.styles import style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
+CLIENT_SHARE = 0.75  # of what the server has that one client may hold: the rest is for others
 BACKLOG = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "openai")
 # share of a GPU's memory for KV cache, activations and graphs, when the number of GPUs is guessed
 KEPT_FOR_CACHE = 0.3
 MAX_PORT = 65535
+KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class ServeOptions(EngineConfig, HandoverOptions):
     """Compile decoder layers that qtool has no kernels for; starts take longer."""
 
     served_model_name: str | None = None
-    """The model's name for clients. [--model-path]"""
+    """The model's name for clients. [name of the folder, or on the Hub]"""
 
     host: str | None = None
     """Address to listen on; 0.0.0.0 is all of this machine's."""
@@ -93,6 +98,9 @@ class ServeOptions(EngineConfig, HandoverOptions):
     drain_timeout_s: float | None = bounded(None, 0, whole=False)
     """Seconds that running requests have to end after SIGTERM."""
 
+    watchdog_timeout_s: float | None = bounded(None, 1, whole=False)
+    """Seconds without a step after which an engine that has work is ended."""
+
     trust_remote_code: bool = False
     """Run model code of the checkpoint; the builtin engine never does.*"""
 
@@ -110,6 +118,12 @@ class ServeOptions(EngineConfig, HandoverOptions):
         """Check what holds for every engine; each has further limits of its own."""
         check_bounds(self, HandoverOptions)
         check_bounds(self, ServeOptions)
+        if self.api_key is not None and not KEY.fullmatch(self.api_key):
+            raise UsageError(
+                "E_API_KEY",
+                "the API key is empty, or has spaces or control characters",
+                hint="give --api-key or QTOOL_API_KEY a text without them, or leave it out",
+            )
 
     def given(self) -> dict[str, object]:
         """Return the options that were given, by name: those that differ from their default."""
@@ -132,6 +146,7 @@ class ServeSettings(ServeOptions):
     log_level: str = "info"
     drain_timeout_s: float = 20.0
     # with the shutdown after it, less than the 30 s that Kubernetes gives
+    watchdog_timeout_s: float = 300.0
 
     def check(self) -> None:
         """Check every option by itself.
@@ -164,7 +179,7 @@ class ServeSettings(ServeOptions):
     @property
     def name(self) -> str:
         """The model's name for clients."""
-        return self.served_model_name or self.model_path
+        return self.served_model_name or shown_name(self.model_path)
 
     @property
     def url(self) -> str:
@@ -190,7 +205,21 @@ class ServeSettings(ServeOptions):
         hidden |= {"trust_remote_code"}
         shown = {name: value for name, value in config.items() if value is not None}
         own = {name: value for name, value in vars(self).items() if name not in hidden}
-        return {**shown, **own, "revision": self.revision}
+        found = {**shown, **own, "model_path": self.name, "revision": self.revision}
+        for name in ("tokenizer_path", "chat_template"):
+            if isinstance(path := found.get(name), str):
+                found[name] = shown_name(path)
+        return found
+
+
+@lru_cache
+def shown_name(path: str) -> str:
+    """Return what clients learn of ``path``: the name of a folder or file, not where it is; a name
+    on the Hub is shown whole.
+    """
+    if not Path(path).exists():
+        return path
+    return Path(path).resolve().name or "model"
 
 
 def make_settings(options: ServeOptions) -> ServeSettings:

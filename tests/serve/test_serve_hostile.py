@@ -25,6 +25,7 @@ from support.server import Server
 from qtool.serve.http.connection import limited_connection
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.settings import ServeSettings
+from qtool.serve.threads import Threads
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 SOON_S = 5.0  # 1 s is what a machine with nothing else to do needs at most
@@ -94,7 +95,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
         CHAT,
         lambda: raw(chat(temperature="X"), '"X"', "1e999"),
         400,
-        "temperature",
+        "out of range",
     ),
     "a body of brackets": (CHAT, lambda: "[" * DEEP + "]" * DEEP, 400, ""),
     "a body of open brackets": (CHAT, lambda: "[" * DEEP, 400, ""),
@@ -155,7 +156,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
         CHAT,
         lambda: raw(chat(temperature="X"), '"X"', "9" * 5000 + ".5"),
         400,
-        "temperature",
+        "out of range",
     ),
     "half a surrogate pair in a message": (
         CHAT,
@@ -809,12 +810,19 @@ def test_a_name_that_was_made_to_lead_here_is_refused(served, host, status):
     assert answer.split()[1] == str(status).encode()
 
 
-def test_of_a_key_that_is_there_twice_the_last_counts(served):
-    status, text, _ = send(
-        served, COMPLETION, '{"prompt": "a", "max_tokens": 1, "ignore_eos": true, "max_tokens": 3}'
-    )
-    assert status == 200
-    assert json.loads(text)["usage"]["completion_tokens"] == 3
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "a", "max_tokens": 1, "max_tokens": 3}',
+        '{"prompt": "a", "max_tokens": 1, "max\\u005ftokens": 3}',
+        '{"prompt": "a", "metadata": {"deep": [{"a:\\"b": 1, "c": {}, "a:\\"b": ":"}]}}',
+        '{"prompt": "a", "metadata": {"": 1, "": 1}}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(served, body):
+    status, text, _ = send(served, COMPLETION, body)
+    assert status == 400
+    assert "is there twice" in json.loads(text)["error"]["message"]
 
 
 @pytest.mark.parametrize("big", ["prompt", "ids", "keys", "escapes"])
@@ -897,7 +905,7 @@ def limited() -> Iterator[tuple[int, threading.Event]]:
     async def application(scope, receive, send):
         await echo({**scope, "app": {"left": left}}, receive, send)
 
-    middleware = LimitsMiddleware(application, ServeSettings(model_path=""), SLOW)
+    middleware = LimitsMiddleware(application, ServeSettings(model_path=""), SLOW, Threads())
     config = uvicorn.Config(
         middleware,
         http=limited_connection(SLOW),
@@ -1027,10 +1035,28 @@ def test_all_bodies_together_are_bounded(limited):
         assert everything(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_one_connection_too_many_is_told_so(limited):
+def test_idle_connections_give_way_to_new_ones(limited):
     port, _ = limited
+    get = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(connect(port))
+        for number in range(2 * SLOW.connections):
+            connection = stack.enter_context(connect(port))
+            if number % 2:
+                connection.sendall(get)
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert everything(first).startswith(b"HTTP/1.1 503 ")
+
+
+def test_one_client_cannot_have_all_connections(limited):
+    port, _ = limited
+    wait = b"GET /wait HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(SLOW.connections):
-            stack.enter_context(connect(port))
-        time.sleep(0.1)
+            stack.enter_context(connect(port)).sendall(wait)
+        time.sleep(0.3)
         assert everything(stack.enter_context(connect(port))).startswith(b"HTTP/1.1 503 ")
+        other = socket.create_connection(("127.0.0.1", port), 20, ("127.0.0.2", 0))
+        stack.enter_context(other)
+        other.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert everything(other).startswith(b"HTTP/1.1 200 ")

@@ -25,6 +25,9 @@ import psutil
 import pytest
 from support.server import Server, free_port, start_server
 
+from qtool.cli import app
+from qtool.errors import UsageError
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 MARKER = "xyzzy plugh"
 LONG = {"prompt": "def add(a, b):\n", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
@@ -298,6 +301,66 @@ def test_without_its_engine_a_server_says_so_and_ends(started):
     assert server.process.wait(20) == 4
     assert "error[E_ENGINE_DIED]" in server.said()
     assert "it was killed" in server.said()
+
+
+def test_an_engine_that_hangs_is_ended_and_clients_learn_no_paths(tmp_path, quantized_model):
+    server = start_server(tmp_path, quantized_model, "--watchdog-timeout", 3)
+    try:
+        check_what_clients_learn(server, quantized_model)
+        engine = next(
+            child
+            for child in family(server)
+            if "qtool.serve.backend.engine_process" in child.cmdline()
+        )
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, server.url, {**LONG, "stream": True}) for _ in range(4)]
+            wait_until(lambda: doing(server)["running"] == 4, 20)
+            engine.suspend()
+            for path, status in (("health", 200), ("metrics", 200)):
+                began = time.monotonic()
+                assert httpx.get(f"{server.url}/{path}", timeout=10).status_code == status
+                assert time.monotonic() - began < 2  # of a busy machine; 0.5 s of a quiet one
+            wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 20)
+            assert {request.result(20) for request in asked} == {"error: engine_hangs"}
+        assert server.process.wait(20) == 4
+        said = server.said()
+        assert "error[E_ENGINE_HANGS]" in said
+        assert 'File "' in said and "engine_process.py" in said
+        assert not engine.is_running()
+    finally:
+        server.process.kill()
+
+
+def check_what_clients_learn(server: Server, folder: Path) -> None:
+    """Check the answers about a model that was given by its path."""
+    for path in ("v1/models", "get_model_info", "get_server_info", "metrics", "", "openapi.json"):
+        answer = httpx.get(f"{server.url}/{path}")
+        assert answer.status_code == 200
+        assert str(folder.parent) not in answer.text
+        without = httpx.head(f"{server.url}/{path}")
+        assert (without.status_code, without.content) == (200, b"")
+    assert httpx.head(f"{server.url}/v1/completions").status_code == 405
+    model = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+    assert (model["id"], model["root"]) == (folder.name, folder.name)
+    refused = httpx.get(f"{server.url}/v1/models/other")
+    assert refused.status_code == 404 and str(folder.parent) not in refused.text
+    with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "a\n"])
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_key_that_is_none_is_refused(tiny_model, monkeypatch, key, how):
+    if how == "option":
+        arguments = ["--api-key", key]
+    else:
+        monkeypatch.setenv("QTOOL_API_KEY", key)
+        arguments = []
+    command = ["serve", "--model-path", str(tiny_model), *arguments]
+    with pytest.raises(UsageError) as refused:
+        app(command, standalone_mode=False)
+    assert refused.value.code == "E_API_KEY"
 
 
 def test_more_than_it_takes_is_told_to_come_back(started):

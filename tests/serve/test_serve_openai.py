@@ -22,6 +22,7 @@ from qtool.serve.api.protocol import ChatRequest, CompletionRequest
 from qtool.serve.api.replies import prompt_offsets
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.prompts.vocabulary import Vocabulary
+from qtool.serve.threads import Threads
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
 ASKED = [{"role": "user", "content": "Hello"}]
@@ -823,9 +824,9 @@ def test_what_a_tokenizer_puts_in_front_is_not_in_the_text():
         decoders.Strip(" ", 1, 0),
     ]
     tokenizer.decoder = decoders.Sequence(steps)
-    vocabulary = Vocabulary(tokenizer.to_str(), 100)
+    vocabulary = Vocabulary(tokenizer.to_str(), 100, Threads())
     prompt = [0, 4, 5, 2, 3, 6]  # a space in front, as SentencePiece has it
-    assert vocabulary.decode(prompt, skip_special_tokens=True) == "aéb"
+    assert asyncio.run(vocabulary.decode([prompt], skip_special_tokens=True)) == ["aéb"]
     told, rest = prompt_offsets(prompt, "aéb", vocabulary)
     assert told == [0, 0, 0, 1, 1, 2]
     assert [rest.add(token, skip_special_tokens=True) for token in (4, 1, 5, 2, 3, 6)] == [
@@ -842,7 +843,6 @@ def test_what_a_tokenizer_puts_in_front_is_not_in_the_text():
         " ",
         "",
     ]
-    vocabulary.close()
 
 
 def test_log_probabilities_of_a_prompt_are_the_engines(served, complete, tokens_of):

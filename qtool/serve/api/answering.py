@@ -5,7 +5,7 @@ slot is released.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,6 +20,7 @@ from qtool.serve.backend.messages import Submission
 from qtool.serve.http.errors import error_detail
 from qtool.serve.service import Busy, Service, Slot
 
+LOGPROB_BYTES = 80
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
@@ -57,9 +58,24 @@ async def answer(
     if submission.stream:
         return await EventStream.started(reply, stream, slot)
     try:
-        return json_reply(reply.whole(await stream.collect()))
+        outputs = await stream.collect()
+        return await service.threads.run(
+            reply_bytes(outputs, submission), lambda: json_reply(reply.whole(outputs))
+        )
     finally:
         reply.close()
+
+
+def reply_bytes(outputs: Sequence[CompletionOutput], submission: Submission) -> int:
+    """Return about how many bytes a reply with ``outputs`` has."""
+    logprobs = 0
+    for output in outputs:
+        logprobs += len(output.logprobs)
+        if output.finish is not None:
+            logprobs += len(output.finish.prompt_logprobs)
+    each = LOGPROB_BYTES * (1 + (submission.top_logprobs or 0))
+    prompts = sum(map(len, submission.prompts))  # they may be repeated in it
+    return sum(len(output.text) for output in outputs) + prompts + logprobs * each
 
 
 def event(data: object) -> bytes:

@@ -11,6 +11,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
+from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.prompt import render_prompt
@@ -43,6 +44,7 @@ from qtool.serve.api.tools.parsers import parser_for
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
+from qtool.serve.turns import current_origin
 
 
 async def chat(service: Service, body: ChatRequest) -> Response:
@@ -55,12 +57,12 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             "top_logprobs is set, and logprobs is not",
             hint="set logprobs to true, too",
         )
-    choice = choose(body.tools, body.tool_choice)
-    forced = schema_for(choice, parallel=body.parallel_tool_calls is not False)
     max_tokens = body.max_completion_tokens
     if max_tokens is None:
         max_tokens = body.max_tokens
-    params = sampling_params(body, service.defaults, max_tokens, forced)
+    choice, params = await service.threads.run(
+        current_origin().body_bytes, _choice_and_params, service, body, max_tokens
+    )
     with service.acquire(params.n) as slot:
         text, prompt = await render_prompt(service, choice.tools, body)
         log_request(text, params, service.settings)
@@ -75,6 +77,14 @@ async def chat(service: Service, body: ChatRequest) -> Response:
         account.expect(submission.prompts)
         reply = _ChatReply(service, body, submission.rid, account, choice)
         return await answer(service, slot, submission, reply, max_tokens)
+
+
+def _choice_and_params(
+    service: Service, body: ChatRequest, max_tokens: int | None
+) -> tuple[Choice, SamplingParams]:
+    choice = choose(body.tools, body.tool_choice)
+    forced = schema_for(choice, parallel=body.parallel_tool_calls is not False)
+    return choice, sampling_params(body, service.defaults, max_tokens, forced)
 
 
 class _ChatReply:

@@ -36,6 +36,7 @@ from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.vocabulary import Offsets
 from qtool.serve.service import Service
+from qtool.serve.turns import current_origin
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -48,7 +49,13 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = cast(int, service.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS))
-    params = sampling_params(body, service.defaults, max(max_tokens, 1))
+    params = await service.threads.run(
+        current_origin().body_bytes,
+        sampling_params,
+        body,
+        service.defaults,
+        max(max_tokens, 1),
+    )
     prompts = as_prompts(body.prompt)
     with service.acquire(len(prompts) * params.n) as slot:
         special = body.add_special_tokens is not False
@@ -64,8 +71,16 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)
-        reply = _CompletionReply(service, body, submission, account, prompts)
+        echoed = await _echoed(service, prompts) if body.echo else [""] * len(prompts)
+        reply = _CompletionReply(service, body, submission, account, echoed)
         return await answer(service, slot, submission, reply, body.max_tokens)
+
+
+async def _echoed(service: Service, prompts: Sequence[PromptOrTokens]) -> Sequence[str]:
+    """Return the text of each of ``prompts``."""
+    if any(isinstance(prompt, str) for prompt in prompts):  # then all are
+        return cast(Sequence[str], prompts)
+    return await service.vocabulary.decode(cast(Sequence[Sequence[int]], prompts))
 
 
 def _check_options(body: CompletionRequest) -> None:
@@ -89,7 +104,7 @@ class _CompletionReply:
         body: CompletionRequest,
         submission: Submission,
         account: Account,
-        prompts: Sequence[PromptOrTokens],
+        echoed: Sequence[str],
     ) -> None:
         self._vocabulary = service.vocabulary
         self._body = body
@@ -98,7 +113,7 @@ class _CompletionReply:
         self._each = submission.params.n
         self._no_tokens = body.max_tokens == 0
         """Whether the text and tokens of the answer are left out."""
-        self._echoed = [self._echo(prompt) for prompt in prompts]
+        self._echoed = echoed
         """The text to repeat before each prompt's choices."""
         self._model = body.model or service.settings.name
         self._created = int(time.time())
@@ -131,11 +146,6 @@ class _CompletionReply:
         if self._stream_usage.at_end:
             yield event(self._chunk(usage=self._account.usage()))
         yield DONE
-
-    def _echo(self, prompt: PromptOrTokens) -> str:
-        if not self._body.echo:
-            return ""
-        return prompt if isinstance(prompt, str) else self._vocabulary.decode(prompt)
 
     def _note(self, output: CompletionOutput) -> CompletionOutput:
         """Count ``output``, and return it as the client gets it."""

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
-from qtool.serve.api.answering import DONE, answer, event
+from qtool.serve.api.answering import DONE, answer, event, reply_bytes
 from qtool.serve.api.fields import PromptInput, as_prompts, is_single
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import GenerateRequest, NativeSampling
@@ -23,6 +23,7 @@ from qtool.serve.api.schemas import Generation, GenerationChunk, GenerationFacts
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
+from qtool.serve.turns import current_origin
 
 
 async def generate(service: Service, body: GenerateRequest) -> Response:
@@ -31,7 +32,9 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     given = _given_prompt(body)
     prompts = as_prompts(given)
     sampling = body.sampling_params or NativeSampling()
-    params = _sampling_params(service, sampling)
+    params = await service.threads.run(
+        current_origin().body_bytes, _sampling_params, service, sampling
+    )
     with service.acquire(len(prompts) * params.n) as slot:
         tokens = await tokenize_prompts(service, prompts)
         log_request(prompts, params, service.settings)
@@ -94,6 +97,7 @@ class _GenerationReply:
         no_tokens: bool,
     ) -> None:
         self._vocabulary = service.vocabulary
+        self._threads = service.threads
         self._body = body
         self._submission = submission
         self._account = account
@@ -121,15 +125,19 @@ class _GenerationReply:
                 before = so_far.get(output.index)
                 whole = output if before is None else merge([before, output])
                 so_far[output.index] = whole
-                yield event(
-                    GenerationChunk(
-                        whole.text,
-                        whole.token_ids,
-                        self._meta_info(whole),
-                        index=whole.index if self._is_list else UNSET,
-                    )
-                )
+                size = reply_bytes([whole], self._submission)
+                yield await self._threads.run(size, self._event, whole)
         yield DONE
+
+    def _event(self, output: CompletionOutput) -> bytes:
+        return event(
+            GenerationChunk(
+                output.text,
+                output.token_ids,
+                self._meta_info(output),
+                index=output.index if self._is_list else UNSET,
+            )
+        )
 
     def _note(self, output: CompletionOutput) -> CompletionOutput:
         """Count ``output``, and return it as the client gets it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import cast
 
 from qtool.serve.api.fields import Json, PromptOrTokens
 from qtool.serve.api.protocol import (
@@ -16,6 +17,7 @@ from qtool.serve.api.protocol import (
     ToolCall,
 )
 from qtool.serve.service import Service
+from qtool.serve.turns import current_origin
 
 
 async def render_prompt(
@@ -35,27 +37,39 @@ async def render_prompt(
             kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     continued = bool(body.continue_final_message)
     generate = body.add_generation_prompt
+    messages, shown_tools = await service.threads.run(
+        current_origin().body_bytes, _for_template, body, tools, service.templates.text
+    )
     text = await service.templates.render(
-        [template_message(message, service.templates.text) for message in body.messages or ()],
-        tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+        messages,
+        tools=shown_tools or None,
         documents=documents,
         add_generation_prompt=not continued if generate is None else generate,
         continue_final_message=continued,
         kwargs=kwargs,
     )
-    return text, await service.vocabulary.encode(text, add_special_tokens=False)
+    [tokens] = await service.vocabulary.encode([text], add_special_tokens=False)
+    return text, tokens
+
+
+def _for_template(
+    body: ChatRequest | TokenizeRequest, tools: Sequence[Tool], template: str | None
+) -> tuple[list[Json], list[Json]]:
+    """Return the messages of ``body``, and ``tools``, in the form that chat templates expect."""
+    return (
+        [template_message(message, template) for message in body.messages or ()],
+        [tool.model_dump(exclude_none=True) for tool in tools],
+    )
 
 
 async def tokenize_prompts(
     service: Service, prompts: Sequence[PromptOrTokens], *, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """Return the tokens of each of ``prompts``. Raises: UsageError."""
-    return [
-        await service.vocabulary.encode(prompt, add_special_tokens=add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in prompts
-    ]
+    if any(isinstance(prompt, str) for prompt in prompts):  # then all are, by `fields.Prompt`
+        texts = cast(Sequence[str], prompts)
+        return await service.vocabulary.encode(texts, add_special_tokens=add_special_tokens)
+    return cast(list[list[int]], list(prompts))
 
 
 def template_message(message: Message, template: str | None = None) -> Json:

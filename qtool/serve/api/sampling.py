@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+import msgspec
+
 from qtool.engine.sampling_params import ANY_JSON_OBJECT, CONSTRAINTS, SamplingParams
 from qtool.errors import UsageError
 from qtool.serve.api.fields import Json
@@ -52,7 +54,7 @@ def _find_constraint(request: OpenAISamplingFields, forced_schema: Json | None) 
         *_structured_outputs(request.structured_outputs),
     ]
     if forced_schema is not None:
-        found.append(("json_schema", json.dumps(forced_schema)))
+        found.append(("json_schema", _dumps(forced_schema)))
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise UsageError(
@@ -84,7 +86,7 @@ def _response_format(form: ResponseFormat | None) -> Iterator[Constraint]:
             hint="give json_schema: {name, schema}",
         )
     else:
-        yield "json_schema", json.dumps(form.json_schema.schema_)
+        yield "json_schema", _dumps(form.json_schema.schema_)
 
 
 def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]:
@@ -94,7 +96,7 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
     if isinstance(given.json_, str):
         yield "json_schema", given.json_
     elif given.json_ is not None:
-        yield "json_schema", json.dumps(given.json_)
+        yield "json_schema", _dumps(given.json_)
     if given.choice is not None:
         quoted = [json.dumps(choice, ensure_ascii=False) for choice in given.choice]
         yield "ebnf", "root ::= " + " | ".join(quoted)
@@ -108,3 +110,8 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
     for name, text in texts.items():
         if text:
             yield name, text
+
+
+def _dumps(schema: Json) -> str:
+    """Return ``schema`` as JSON; the standard library would hold the GIL for long."""
+    return msgspec.json.encode(schema).decode()

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 
 from qtool.engine.outputs import CompletionOutput, merge_by_index
@@ -42,7 +43,9 @@ from qtool.serve.backend.messages import (
 )
 
 LOG = logging.getLogger("qtool.serve")
-STATS_TIMEOUT_S = 15.0  # a step of the engine may be long
+MAX_MERGED = 64  # outputs that become one
+STACK_S = 1.0  # for the engine to write its stack
+WATCH_S = 5.0  # at most, between looks at the engine
 END_TIMEOUT_S = 5.0  # for the engine to end by itself
 
 
@@ -80,10 +83,12 @@ class OutputStream:
             self._came.clear()
             if self._error is not None:
                 raise self._error
-            outputs = self._outputs
-            self._outputs = []
-            if outputs:
+            while self._outputs:
+                outputs = self._outputs[:MAX_MERGED]
+                del self._outputs[:MAX_MERGED]
                 yield outputs if len(outputs) == 1 else merge_by_index(outputs)
+                if self._outputs:
+                    await asyncio.sleep(0)  # a reader that was far behind holds up nobody else
 
     async def collect(self) -> list[CompletionOutput]:
         """Wait for all completions, and return one output of each, in order.
@@ -98,11 +103,13 @@ class EngineProcess:
     """The engine's process, as the server sees it.
 
     Args:
-        on_end: called with the reason when the engine ends by itself.
+        on_end: called with the reason when the engine ends by itself, or hangs and is ended.
+        watchdog_timeout_s: the engine hangs when it makes no step for so long though it has work.
     """
 
-    def __init__(self, on_end: Callable[[QtoolError], None]) -> None:
+    def __init__(self, on_end: Callable[[QtoolError], None], *, watchdog_timeout_s: float) -> None:
         self._on_end = on_end
+        self._watchdog_timeout_s = watchdog_timeout_s
         self._streams: dict[int, OutputStream] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._keys = itertools.count()
@@ -112,6 +119,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self, options: EngineOptions) -> EngineInfo:
         """Start the process, load the model and return what the engine reports.
@@ -138,6 +146,7 @@ class EngineProcess:
             raise from_wire(dict(message.error))
         assert isinstance(message, Ready)
         self._listening = asyncio.create_task(self._listen(reader, self._process))
+        self._watching = asyncio.create_task(self._watch(self._process))
         return message.info
 
     def submit(self, submission: Submission) -> OutputStream:
@@ -173,7 +182,7 @@ class EngineProcess:
             if not future.done():
                 future.set_exception(TimeoutError())
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, *, timeout_s: float) -> EngineStats:
         """Return what the engine is doing. Raises: TimeoutError."""
         if self.error is not None:
             raise TimeoutError
@@ -181,13 +190,15 @@ class EngineProcess:
         future = self._stats[key] = asyncio.get_running_loop().create_future()
         try:
             self._send(GetStats(key))
-            return await asyncio.wait_for(future, STATS_TIMEOUT_S)
+            return await asyncio.wait_for(future, timeout_s)
         finally:
             del self._stats[key]
 
     async def close(self) -> None:
         """End the process, whatever it does, and wait for it."""
         self._closing = True
+        if self._watching is not None:
+            self._watching.cancel()
         if self._process is None:
             return
         if self._writer is not None:
@@ -208,8 +219,9 @@ class EngineProcess:
         try:
             while True:
                 self._handle(await _receive(reader))
+                await asyncio.sleep(0)  # the next may be there already
         except Exception as error:  # of the connection, or of a message that cannot be read
-            if self._closing:
+            if self._closing or self.error is not None:
                 return
             if not isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
                 LOG.exception("a message of the engine cannot be read")
@@ -220,6 +232,41 @@ class EngineProcess:
                 )
             )
             self._on_end(await _death(process))
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """End an engine that hangs. Only the time between looks counts: after a pause of the whole
+        machine the engine has its time again.
+        """
+        steps = -1
+        hung_s = 0.0
+        interval_s = min(self._watchdog_timeout_s / 10, WATCH_S)
+        while hung_s < self._watchdog_timeout_s:
+            began = time.monotonic()
+            await asyncio.sleep(interval_s / 2)
+            before = steps
+            has_work = any(stream.running for stream in self._streams.values())
+            if has_work:
+                with contextlib.suppress(TimeoutError):
+                    steps = (await self.stats(timeout_s=interval_s / 2)).steps
+            hangs = has_work and steps == before
+            hung_s = hung_s + min(time.monotonic() - began, interval_s) if hangs else 0.0
+        if not self._closing and self.error is None:
+            await self._end_hung(process)
+
+    async def _end_hung(self, process: subprocess.Popen[bytes]) -> None:
+        """Fail all requests, let the engine write its stack to the log, and kill it."""
+        error = ResourceError(
+            "E_ENGINE_HANGS",
+            f"the engine has made no step for {self._watchdog_timeout_s:g} s though it has work",
+            hint="the log has its stack; --watchdog-timeout gives it more time",
+        )
+        self.fail_all(error)
+        LOG.error("%s; the stack of its threads follows", error.message)
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGCONT)  # it may have been stopped
+        await asyncio.sleep(STACK_S)
+        process.kill()
+        self._on_end(error)
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, Outputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib.util
 import itertools
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # torch is loaded once the socket is served
     from qtool.engine.engine import Engine
     from qtool.engine.requests import Request
 
+MAX_LOGPROBS = 1024  # tokens of one message, beyond those of one output
 LOG = logging.getLogger("qtool.serve")
 
 
@@ -167,16 +169,29 @@ class EngineServer:
 
 
 def _grouped(payloads: list[FromEngine | KeyedOutput]) -> list[FromEngine]:
-    """Return messages for ``payloads``: the outputs of one step become one message."""
+    """Return messages for ``payloads``: the outputs of one step become one message, unless it would
+    take long to decode.
+    """
     messages: list[FromEngine] = []
+    logprobs = 0
     for payload in payloads:
         if not isinstance(payload, KeyedOutput):
             messages.append(payload)
-        elif messages and isinstance(messages[-1], Outputs):
+            continue
+        logprobs += _logprob_count(payload)
+        if messages and isinstance(messages[-1], Outputs) and logprobs <= MAX_LOGPROBS:
             messages[-1].outputs.append(payload)
         else:
             messages.append(Outputs([payload]))
+            logprobs = _logprob_count(payload)
     return messages
+
+
+def _logprob_count(payload: KeyedOutput) -> int:
+    if not isinstance(payload.output, CompletionOutput):
+        return 0
+    finish = payload.output.finish
+    return len(payload.output.logprobs) + (len(finish.prompt_logprobs) if finish else 0)
 
 
 def _wire_error(error: Exception) -> WireError:
@@ -197,6 +212,7 @@ def _stats(engine: Engine) -> EngineStats:
         prefix_queries=scheduler.prefix_queries,
         prefix_hits=scheduler.prefix_hits,
         preemptions=scheduler.preemptions,
+        steps=engine.loop.steps,
     )
 
 
@@ -288,6 +304,7 @@ def main(descriptor: int) -> None:
     # a terminal's signals: the server decides when the engine ends
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # the server asks for the stack of an engine that hangs
     server = EngineServer(socket.socket(fileno=descriptor))
     start = server.receive()
     assert isinstance(start, Start)

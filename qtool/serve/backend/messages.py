@@ -86,6 +86,8 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    steps: int
+    """Since the start."""
 
 
 class Start(Struct, tag=True):

@@ -41,6 +41,7 @@ def make_app(host: ServiceHost) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.threads = host.threads
     app.router.route_class = JsonRoute
     app.openapi = partial(make_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)

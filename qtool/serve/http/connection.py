@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from asyncio import Transport
+from collections import Counter
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -12,7 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qtool.serve.http.errors import Refused
 from qtool.serve.http.limits import RequestLimits
-from qtool.serve.settings import RETRY_AFTER_S
+from qtool.serve.settings import CLIENT_SHARE, RETRY_AFTER_S
+from qtool.serve.turns import client_at
 
 MIN_READ_BYTES = 64 << 10  # that a client reads in `RequestLimits.stall_s`, if it is sent so many
 
@@ -24,9 +27,10 @@ class Connection(HttpToolsProtocol):
     The event loop and httptools call the public methods; each does its part and calls its parent's.
     """
 
-    def __init__(self, *, limits: RequestLimits, **options: Any) -> None:
+    def __init__(self, *, limits: RequestLimits, peers: Peers, **options: Any) -> None:
         super().__init__(**options)
         self._limits = limits
+        self._peers = peers
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._in_head = True
@@ -36,15 +40,25 @@ class Connection(HttpToolsProtocol):
         self._framing_bytes = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request; close the connection if there are too many."""
+        """Begin to wait for a request; if there are too many connections, close an idle one, or
+        else this one.
+        """
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
-            self._end(Refused("too_many_connections", "the server has too many connections"))
-        else:
+        if self._peers.add(self, client_at((self.client or ("",))[0])):
             self._expect_head()
+        else:
+            self._end(Refused("too_many_connections", "the server has too many connections"))
+
+    def give_way(self) -> None:
+        """Close the connection, which is idle, for a new one."""
+        if self._is_used and not self._head_bytes:
+            self.transport.close()  # as after `KEEP_ALIVE_S`
+        else:
+            self._end(Refused("too_many_connections", "the server has too many connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
+        self._peers.remove(self)
         self._stop_head_timer()
         self._stop_stall_timer()
         super().connection_lost(exc)
@@ -77,6 +91,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Stop waiting for the head."""
+        self._peers.set_idle(self, False)
         self._in_head = False
         self._head_bytes = 0
         self._framing_bytes = 0
@@ -100,6 +115,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Watch the client of a closing connection: it may never read the last bytes."""
         super().on_response_complete()
+        if self._in_head and not self._is_answering():  # no pipelined request
+            self._peers.set_idle(self, True)
         self._watch_reader_if_closing()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -186,6 +203,60 @@ class Connection(HttpToolsProtocol):
             self._stall_timer = None
 
 
+class Peers:
+    """The open connections of each client, and which of them are idle.
+
+    A new connection that is one too many, of its client or of all, takes the place of the one that
+    has been idle longest.
+    """
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._most = limits.connections
+        self._most_each = math.ceil(limits.connections * CLIENT_SHARE)
+        self._clients: dict[Connection, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._idle: dict[Connection, None] = {}
+        """The one that has been idle longest stands first."""
+
+    def add(self, connection: Connection, client: str) -> bool:
+        """Return whether there is room for ``connection``, which counts in any case."""
+        has_room = True
+        if self._counts[client] >= self._most_each:
+            has_room = self._make_room(client)
+        elif len(self._clients) >= self._most:
+            has_room = self._make_room(None)
+        self._clients[connection] = client
+        self._counts[client] += 1
+        self.set_idle(connection, has_room)
+        return has_room
+
+    def remove(self, connection: Connection) -> None:
+        """Forget ``connection``; more than once does nothing more."""
+        self._idle.pop(connection, None)
+        client = self._clients.pop(connection, None)
+        if client is not None:
+            self._counts[client] -= 1
+            if not self._counts[client]:
+                del self._counts[client]
+
+    def set_idle(self, connection: Connection, idle: bool) -> None:
+        """Note whether ``connection`` waits for a request."""
+        self._idle.pop(connection, None)
+        if idle and connection in self._clients:
+            self._idle[connection] = None
+
+    def _make_room(self, client: str | None) -> bool:
+        """Close the connection that has been idle longest, of ``client`` if there is one; return
+        whether there was one.
+        """
+        for connection in self._idle:
+            if client in (None, self._clients[connection]):
+                self.remove(connection)
+                connection.give_way()
+                return True
+        return False
+
+
 def limited_connection(limits: RequestLimits) -> partial[Connection]:
     """Return the factory of connections for uvicorn."""
-    return partial(Connection, limits=limits)
+    return partial(Connection, limits=limits, peers=Peers(limits))

@@ -16,7 +16,11 @@ from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS, GET_ERRORS
 from qtool.serve.metrics import CONTENT_TYPE
 from qtool.serve.service import Service
+from qtool.serve.settings import shown_name
 
+# for the engine to say what it is doing: a step may be long
+METRICS_S = 0.5
+STATS_S = 5.0
 PAGE_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -57,7 +61,7 @@ def add_server_routes(app: FastAPI, host: ServiceHost) -> None:
     )
     async def metrics() -> Response:
         """Return counts and times for Prometheus."""
-        stats = await host.current.stats()
+        stats = await host.current.stats(timeout_s=METRICS_S)
         return Response(host.metrics.render(stats), media_type=CONTENT_TYPE)
 
     @app.get("/version", responses={403: ERRORS[403]}, tags=["server"])
@@ -83,12 +87,12 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
 
     @app.get("/get_model_info", responses=GET_ERRORS, tags=["SGLang"])
     async def get_model_info() -> ModelInfo:
-        """Return the paths of the model and its tokenizer."""
-        service = host.ready()
-        tokenizer_path = service.settings.tokenizer_path or service.settings.model_path
+        """Return the names of the model and its tokenizer; where they are is not told."""
+        settings = host.ready().settings
+        own = settings.tokenizer_path
         return ModelInfo(
-            model_path=service.settings.model_path,
-            tokenizer_path=str(tokenizer_path),
+            model_path=settings.name,
+            tokenizer_path=settings.name if own is None else shown_name(str(own)),
             is_generation=True,
         )
 
@@ -98,7 +102,7 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
     async def get_server_info() -> Response:
         """Return how the server runs, and what it is doing."""
         service = host.ready()
-        return json_reply(_server_info(service, await service.stats()))
+        return json_reply(_server_info(service, await service.stats(timeout_s=STATS_S)))
 
 
 def _server_info(service: Service, stats: EngineStats | None) -> dict[str, object]:
@@ -131,6 +135,6 @@ def _model(service: Service) -> Model:
         object="model",
         created=service.started,
         owned_by="qtool",
-        root=service.settings.model_path,
+        root=service.settings.name,
         max_model_len=service.info.context_length,
     )

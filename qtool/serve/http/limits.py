@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections import Counter
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import cast
@@ -15,8 +16,12 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qtool.sandbox import TooManyWaiting
 from qtool.serve.http.errors import Refused
-from qtool.serve.settings import RETRY_AFTER_S, ServeSettings
+from qtool.serve.http.json_body import outside_strings
+from qtool.serve.settings import CLIENT_SHARE, RETRY_AFTER_S, ServeSettings
+from qtool.serve.threads import Threads
+from qtool.serve.turns import Origin, client_at, set_origin
 
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})  # without a key
 
@@ -64,17 +69,24 @@ class LimitsMiddleware:
     requests that it refuses.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, limits: RequestLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, limits: RequestLimits, threads: Threads
+    ) -> None:
         self._app = app
+        self._threads = threads
         self._settings = settings
         self._limits = limits
         self._key = settings.api_key.encode() if settings.api_key else None
-        self._held_bytes = 0
+        self._held_bytes: Counter[str] = Counter()
+        """By client."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request that is complete and allowed."""
         assert scope["type"] == "http"
         headers = dict(scope["headers"])
+        client = client_at((scope["client"] or ("",))[0])
+        if scope["method"] == "HEAD":  # uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}
         chunks: list[bytes] = []
         complete = False
         answering = False
@@ -85,34 +97,42 @@ class LimitsMiddleware:
             await send(message)
 
         try:
-            self._check_client(scope["path"], headers)
-            if not await self._read(headers, receive, chunks):
+            self._check_client(scope, headers)
+            if not await self._read(headers, receive, client, chunks):
                 return
             complete = True
             body = b"".join(chunks)
-            self._check_body(scope["method"], headers, body)
+            set_origin(Origin(client, len(body)))
+            await self._check_body(scope["method"], headers, body)
             given = [cast(Message, {"type": "http.request", "body": body, "more_body": False})]
 
             async def replay() -> Message:
                 return given.pop() if given else await receive()
 
             await self._app(scope, replay, answer)
+        except TooManyWaiting:
+            await self._refuse(Refused("busy", "the server reads other bodies"), None, send)
         except Refused as error:
-            self._release(chunks)
+            self._release(client, chunks)
             await self._refuse(error, None if complete else receive, send)
         except asyncio.CancelledError:  # the time to drain is over
             if not answering:
                 await self._refuse(Refused("draining", "the server is ending"), None, send)
         finally:
-            self._release(chunks)
+            self._release(client, chunks)
 
-    def _release(self, chunks: list[bytes]) -> None:
-        self._held_bytes -= sum(map(len, chunks))
+    def _release(self, client: str, chunks: list[bytes]) -> None:
+        self._held_bytes[client] -= sum(map(len, chunks))
+        if not self._held_bytes[client]:
+            del self._held_bytes[client]
         chunks.clear()
 
-    def _check_client(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _check_client(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            raise Refused("bad_request", "the request has several Host headers")
         if self._key is not None:
-            if path in OPEN_PATHS or _is_key(headers.get(b"authorization", b""), self._key):
+            given = headers.get(b"authorization", b"")
+            if scope["path"] in OPEN_PATHS or _is_key(given, self._key):
                 return
             raise Refused(
                 "invalid_api_key",
@@ -128,7 +148,7 @@ class LimitsMiddleware:
             )
 
     async def _read(
-        self, headers: dict[bytes, bytes], receive: Receive, chunks: list[bytes]
+        self, headers: dict[bytes, bytes], receive: Receive, client: str, chunks: list[bytes]
     ) -> bool:
         """Put the body into ``chunks``; return False if the client left before it was complete.
 
@@ -150,10 +170,13 @@ class LimitsMiddleware:
                         return False
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
-                    self._held_bytes += len(chunks[-1])
+                    self._held_bytes[client] += len(chunks[-1])
                     if size > limits.body_bytes:
                         raise too_large
-                    if self._held_bytes > limits.held_bytes:
+                    if (
+                        self._held_bytes[client] > limits.held_bytes * CLIENT_SHARE
+                        or self._held_bytes.total() > limits.held_bytes
+                    ):
                         raise Refused(
                             "busy", "the server holds as many bytes of requests as it can"
                         )
@@ -164,7 +187,7 @@ class LimitsMiddleware:
                 "body_timeout", f"the body was not complete after {limits.body_s:g} s"
             ) from None
 
-    def _check_body(self, method: str, headers: dict[bytes, bytes], body: bytes) -> None:
+    async def _check_body(self, method: str, headers: dict[bytes, bytes], body: bytes) -> None:
         if method != "POST" or not body:
             return
         if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
@@ -175,7 +198,9 @@ class LimitsMiddleware:
                 "unsupported_media_type",
                 "send JSON, with the header `Content-Type: application/json`",
             )
-        if len(body) > self._limits.values and _is_crowded(body, self._limits):
+        if len(body) > self._limits.values and await self._threads.run(
+            len(body), _is_crowded, body, self._limits
+        ):
             raise Refused(
                 "too_many_values",
                 f"the body has more than {self._limits.values:,} objects, arrays and members, or "
@@ -235,10 +260,9 @@ def _is_crowded(body: bytes, limits: RequestLimits) -> bool:
     """Whether a body, if it is JSON, has too many values to validate; they are counted without
     parsing it, in some hundredths of a second.
     """
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if plain.count(b'"') > 4 * limits.values:
+    if body.count(b'"') - body.count(b'\\"') > 4 * limits.values:
         return True
-    outside = b"".join(plain.split(b'"')[::2])  # of strings
+    outside = outside_strings(body)
     return (
         outside.count(b"[") + outside.count(b"{") + outside.count(b":") > limits.values
         or outside.count(b",") > limits.items

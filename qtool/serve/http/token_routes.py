@@ -16,6 +16,7 @@ from qtool.serve.api.schemas import Text, Tokens
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS
 from qtool.serve.service import Service
+from qtool.serve.turns import current_origin
 
 MAX_CHARACTERS = 1 << 20  # of several prompts in one request
 
@@ -35,8 +36,11 @@ def add_token_routes(app: FastAPI, host: ServiceHost) -> None:
         """Return the text of tokens, or of several lists of them."""
         service = host.ready()
         service.check_model(body.model)
-        skip_special = body.skip_special_tokens is not False
-        texts = [_decode(service, tokens, skip_special) for tokens in as_lists(body.tokens)]
+        lists = as_lists(body.tokens)
+        await service.threads.run(current_origin().body_bytes, _check_tokens, service, lists)
+        texts = await service.vocabulary.decode(
+            lists, skip_special_tokens=body.skip_special_tokens is not False
+        )
         text = texts if isinstance(body.tokens[0], list) else texts[0]
         return Text(text=text, prompt=text)
 
@@ -71,17 +75,15 @@ async def _encode_all(
             hint=f"{MAX_CHARACTERS:,} characters at a time",
         )
     special = body.add_special_tokens is not False
-    return [
-        await service.vocabulary.encode(prompt, add_special_tokens=special) for prompt in prompts
-    ]
+    return await service.vocabulary.encode(prompts, add_special_tokens=special)
 
 
-def _decode(service: Service, tokens: Sequence[int], skip_special: bool) -> str:
-    """Return the text of ``tokens``. Raises: UsageError, if the model lacks one of them."""
-    if max(tokens) >= service.info.vocab_size:
+def _check_tokens(service: Service, lists: Sequence[Sequence[int]]) -> None:
+    """Raise: UsageError, if the model lacks one of the tokens."""
+    largest = max(map(max, lists))
+    if largest >= service.info.vocab_size:
         raise UsageError(
             "E_PROMPT",
-            f"there is no token {max(tokens)}",
+            f"there is no token {largest}",
             hint=f"token ids are whole numbers from 0 to {service.info.vocab_size - 1}",
         )
-    return service.vocabulary.decode(tokens, skip_special_tokens=skip_special)

@@ -19,23 +19,38 @@ from qtool.sandbox import (
     TooManyWaiting,
 )
 from qtool.serve.backend.messages import EngineInfo
+from qtool.serve.prompts.pool import SandboxPool
+from qtool.serve.turns import current_origin
 
 TIMEOUT_S = 10.0
 MEMORY_BYTES = 1 << 30
 MAX_WAITING = 64
+MAX_WAITING_EACH = 16  # of one client
 CACHE_BYTES = 64 << 20
 
 Compiled = str | UsageError
 
 
+class _Compilation:
+    """A compilation that runs or waits, and how many requests of one client wait for it."""
+
+    def __init__(self, task: asyncio.Task[Compiled]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
 class Grammars:
-    """Compiles grammars for the vocabulary of ``info``; the child starts with the first one."""
+    """Compiles grammars for the vocabulary of ``info``; a child starts with the first one.
+
+    A compilation that nobody waits for any more is cancelled.
+    """
 
     def __init__(self, info: EngineInfo) -> None:
         self._info = info
-        self._sandbox: Sandbox | None = None
+        self._pool: SandboxPool | None = None
         self._cache: LRUCache[tuple[str, str], Compiled] = LRUCache(CACHE_BYTES, getsizeof=_size)
-        self._compiling: dict[tuple[str, str], asyncio.Task[Compiled]] = {}
+        self._compiling: dict[tuple[str, str, str], _Compilation] = {}
+        """By client and grammar: no client waits in the turns of another."""
 
     async def compiled(self, kind: str, text: str) -> str:
         """Return what `Compiler.take` reads.
@@ -50,31 +65,48 @@ class Grammars:
             )
         result = self._cache.get((kind, text))
         if result is None:
-            # shielded, because others may wait for the same
-            result = await asyncio.shield(self._start_compiling(kind, text))
+            result = await self._compile_once(kind, text)
         if isinstance(result, UsageError):
             raise UsageError(result.code, result.message, hint=result.hint)
         return result
 
     async def close(self) -> None:
-        """End the child process."""
-        if self._sandbox is not None:
-            await self._sandbox.close()
+        """End the child processes."""
+        if self._pool is not None:
+            await self._pool.close()
 
-    def _start_compiling(self, kind: str, text: str) -> asyncio.Task[Compiled]:
-        """Return the task that compiles the grammar, which may be running already."""
-        task = self._compiling.get((kind, text))
-        if task is None:
-            task = asyncio.create_task(self._compile(kind, text))
-            task.add_done_callback(lambda done: self._finish(kind, text, done))
-            self._compiling[kind, text] = task
-        return task
+    async def _compile_once(self, kind: str, text: str) -> Compiled:
+        """Compile the grammar, or wait for another request of the client that compiles it."""
+        key = (current_origin().client, kind, text)
+        compilation = self._compiling.get(key)
+        if compilation is None:
+            compilation = _Compilation(asyncio.create_task(self._compile(kind, text)))
+            self._compiling[key] = compilation
+        compilation.waiters += 1
+        try:
+            return await asyncio.shield(compilation.task)
+        finally:
+            compilation.waiters -= 1
+            if not compilation.waiters:
+                compilation.task.cancel()
+                del self._compiling[key]
 
     async def _compile(self, kind: str, text: str) -> Compiled:
-        if self._sandbox is None:
-            self._sandbox = self._make_sandbox()
+        """Return the compiled grammar, or why there is none, and keep it."""
+        result = await self._compile_in_pool(kind, text)
+        self._cache[kind, text] = result
+        return result
+
+    async def _compile_in_pool(self, kind: str, text: str) -> Compiled:
+        if self._pool is None:
+            self._pool = SandboxPool(
+                self._make_sandbox,
+                ("regex", "a"),
+                max_waiting=MAX_WAITING,
+                max_waiting_each=MAX_WAITING_EACH,
+            )
         try:
-            return str(await self._sandbox.call(kind, text))
+            return str(await self._pool.call(kind, text))
         except CallRaised as error:
             return UsageError(
                 "E_GRAMMAR",
@@ -104,13 +136,7 @@ class Grammars:
             init=init,
             timeout_s=TIMEOUT_S,
             memory_bytes=MEMORY_BYTES,
-            max_waiting=MAX_WAITING,
         )
-
-    def _finish(self, kind: str, text: str, task: asyncio.Task[Compiled]) -> None:
-        del self._compiling[kind, text]
-        if not task.cancelled() and task.exception() is None:
-            self._cache[kind, text] = task.result()
 
 
 def _size(result: Compiled) -> int:

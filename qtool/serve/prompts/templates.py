@@ -23,6 +23,7 @@ from qtool.sandbox import (
     SandboxError,
     TooManyWaiting,
 )
+from qtool.serve.prompts.pool import SandboxPool
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the largest of a public model are below 50 kB
 NAMED_TEMPLATES = "additional_chat_templates"  # the folder of transformers
@@ -65,12 +66,12 @@ class Templates:
     """Renders conversations with the checkpoint's chat template."""
 
     def __init__(
-        self, template: ChatTemplate | None, special_tokens: Mapping[str, str], sandbox: Sandbox
+        self, template: ChatTemplate | None, special_tokens: Mapping[str, str], pool: SandboxPool
     ) -> None:
         self.template = template
         """None if the checkpoint has none."""
         self._special_tokens = special_tokens
-        self._sandbox = sandbox
+        self._pool = pool
 
     @classmethod
     async def open(
@@ -93,18 +94,21 @@ class Templates:
         """
         template = await asyncio.to_thread(find_template, folder, chat_template)
         tokens = await asyncio.to_thread(find_special_tokens, folder)
-        name = f"{__name__}:{render_conversations.__name__}"
-        sandbox = Sandbox(
-            name,
-            init=[f"{__name__}:{prepare.__name__}"],
-            timeout_s=timeout_s,
-            memory_bytes=memory_bytes,
-        )
-        templates = cls(template, tokens, sandbox)
+
+        def make_sandbox() -> Sandbox:
+            return Sandbox(
+                f"{__name__}:{render_conversations.__name__}",
+                init=[f"{__name__}:{prepare.__name__}"],
+                timeout_s=timeout_s,
+                memory_bytes=memory_bytes,
+            )
+
+        pool = SandboxPool(make_sandbox, ("", [], None, None, False, False, {}))
+        templates = cls(template, tokens, pool)
         try:
             await templates._compile()
         except BaseException:
-            await sandbox.close()
+            await pool.close()
             raise
         return templates
 
@@ -156,13 +160,13 @@ class Templates:
         return rendered[0]
 
     async def close(self) -> None:
-        """End the child process."""
-        await self._sandbox.close()
+        """End the child processes."""
+        await self._pool.close()
 
     async def _render(self, *args: object) -> list[str]:
         """Call `render_conversations` in the child. Raises: as `render`."""
         try:
-            return cast(list[str], await self._sandbox.call(*args))
+            return cast(list[str], await self._pool.call(*args))
         except CallRaised as error:
             raise _template_error(error) from None
         except LimitExceeded as error:
@@ -185,7 +189,7 @@ class Templates:
             return
         try:
             for text in {self.template.text, self.template.tool_text}:
-                await self._sandbox.call(text, [], None, None, False, False, {})
+                await self._pool.call(text, [], None, None, False, False, {})
         except (CallRaised, LimitExceeded) as error:
             raise refused(
                 "E_CHAT_TEMPLATE",

@@ -4,18 +4,21 @@ tokens.
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 from tokenizers import Tokenizer
 
 from qtool.errors import UsageError
+from qtool.serve.threads import Threads
 
-THREADS = 4
+# what a token takes to decode, a character to encode, and a text besides, in bytes for `Threads`
+TOKEN_BYTES = 16
+CHARACTER_BYTES = 16
+TEXT_BYTES = 128
+MAX_TOKENS = 1 << 20  # of a text, unless the context holds more: making the list holds the GIL
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
@@ -23,15 +26,17 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 class Vocabulary:
     """The tokenizer of a model, which may have none."""
 
-    def __init__(self, text: str, context_length: int) -> None:
+    def __init__(self, text: str, context_length: int, threads: Threads) -> None:
         """Load the tokenizer.
 
         Args:
             text: a tokenizer.json; empty if there is no tokenizer.
             context_length: of the model, in tokens.
+            threads: for long texts.
         """
         self._tokenizer = Tokenizer.from_str(text) if text else None
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="qtool-tokenizer")
+        self._threads = threads
+        self._context_length = context_length
         self._characters: dict[str, int] = _byte_level_characters() if '"ByteLevel"' in text else {}
         self._added: set[int] = set()
         self._special: set[int] = set()
@@ -45,32 +50,45 @@ class Vocabulary:
             self._max_characters = longest * context_length
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the tokens of ``text``.
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Return the tokens of each of ``texts``.
 
-        Raises: UsageError, if there is no tokenizer or the context cannot hold the text.
+        Raises: UsageError, if there is no tokenizer or the context cannot hold a text.
         """
         tokenizer = self._require_tokenizer()
-        if len(text) > self._max_characters:
+        longest = max(map(len, texts), default=0)
+        if longest > self._max_characters:
             raise UsageError(
                 "E_TOO_LONG",
-                f"the prompt has {len(text):,} characters, more than the context can hold",
+                f"the prompt has {longest:,} characters, more than the context can hold",
                 hint="shorten the prompt",
             )
-        if len(text) < 256:
-            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        loop = asyncio.get_running_loop()
-        # `encode` holds the GIL, `encode_batch_fast` releases it
-        whole = await loop.run_in_executor(
-            self._threads,
-            lambda: tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens),
-        )
-        return list(whole[0].ids)
 
-    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``tokens``."""
-        return str(
-            self._require_tokenizer().decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        def encode_all() -> list[list[int]]:
+            # `encode` holds the GIL, `encode_batch_fast` releases it
+            encoded = tokenizer.encode_batch_fast(
+                list(texts), add_special_tokens=add_special_tokens
+            )
+            most = max(map(len, encoded), default=0)
+            if most > max(MAX_TOKENS, self._context_length):
+                raise UsageError(
+                    "E_TOO_LONG", f"the prompt has {most:,} tokens", hint="shorten the prompt"
+                )
+            return [one.ids for one in encoded]
+
+        size = CHARACTER_BYTES * sum(map(len, texts)) + TEXT_BYTES * len(texts)
+        return await self._threads.run(size, encode_all)
+
+    async def decode(
+        self, lists: Sequence[Sequence[int]], *, skip_special_tokens: bool = False
+    ) -> list[str]:
+        """Return the text of each of ``lists`` of tokens."""
+        tokenizer = self._require_tokenizer()
+        size = TOKEN_BYTES * sum(map(len, lists))
+        return await self._threads.run(
+            size, lambda: tokenizer.decode_batch(lists, skip_special_tokens=skip_special_tokens)
         )
 
     def text_of(self, token: int) -> str:
@@ -103,10 +121,6 @@ class Vocabulary:
         if found := BYTE_TOKEN.fullmatch(name):
             return bytes.fromhex(found[1])
         return name.replace(SPACE, " ").encode()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
