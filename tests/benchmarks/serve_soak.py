@@ -5,15 +5,22 @@ python tests/benchmarks/serve_soak.py leave /tmp/tiny-fp8 --clients 1000   # dis
 python tests/benchmarks/serve_soak.py end /tmp/tiny-fp8 --moments 20       # signals at random moments: in time, no child left, every request ended
 python tests/benchmarks/serve_soak.py press /tmp/tiny-fp8 --seconds 60     # four times what it takes: only 200, 429, 503; memory flat
 python tests/benchmarks/serve_soak.py stall /tmp/tiny-fp8                  # readers that take nothing: cut after 30 s, the engine's pages free
+python tests/benchmarks/serve_soak.py mixed /tmp/tiny-fp8 --seconds 600    # ten good clients beside hostile ones: what `mixed` says
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
 import os
+import queue
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,6 +48,7 @@ from test_serve_lifecycle import (  # noqa: E402
     serve_command,
     wait_until,
 )
+from test_serve_loop import BODIES  # noqa: E402
 
 DRAIN_S = 2.0
 # after the drain: 3 s for the engine, 2 s for readers, 5 s for an engine that does not end by
@@ -275,12 +283,172 @@ def stall(server: Server, readers: int) -> None:
     assert server.end() == 0
 
 
+GOOD = 10
+BODY = {"prompt": "def add(a, b):\n", "max_tokens": 48, "ignore_eos": True, "temperature": 0}
+PAUSE_S = 0.2  # of a client between two requests
+WARM_UP = 0.2  # of the time, before memory is looked at
+MOST_MB_A_MINUTE = 1.0
+
+
+def good_client(url: str, number: int, deadline: float) -> list[float]:
+    """Ask again and again, and return the seconds of each answer."""
+    seconds = []
+    transport = httpx.HTTPTransport(local_address=f"127.0.0.{10 + number}")
+    with httpx.Client(base_url=url, transport=transport, timeout=120) as client:
+        while time.monotonic() < deadline:
+            body = {**BODY, "stream": number % 2 == 0}
+            if number == 9:
+                body |= {"regex": "[a-z ]{40,60}", "ignore_eos": False}
+            began = time.monotonic()
+            answer = client.post("/v1/completions", json=body)
+            seconds.append(time.monotonic() - began)
+            assert answer.status_code == 200, answer.text
+            assert number % 2 or answer.text.endswith("data: [DONE]\n\n")
+            time.sleep(PAUSE_S)
+    return seconds
+
+
+def good_clients(url: str, seconds: float) -> list[float]:
+    """Return the seconds of all answers of ten clients, in order."""
+    deadline = time.monotonic() + seconds
+    with ThreadPoolExecutor(GOOD) as pool:
+        asked = [pool.submit(good_client, url, number, deadline) for number in range(GOOD)]
+        return sorted(itertools.chain.from_iterable(one.result() for one in asked))
+
+
+def hostile_client(url: str, kind: str, deadline: float, statuses: queue.Queue[object]) -> None:
+    """Send one kind of what good clients do not send, from an address of its own."""
+    draw = random.Random(kind)
+    port = httpx.URL(url).port
+    address = f"127.0.0.{100 + sorted(HOSTILE).index(kind)}"
+    transport = httpx.HTTPTransport(local_address=address)
+    number = 0
+    with httpx.Client(base_url=url, transport=transport, timeout=120) as client:
+        while time.monotonic() < deadline:
+            number += 1
+            time.sleep(HOSTILE[kind])
+            match kind:
+                case "bodies":
+                    path, given = draw.choice(list(BODIES.values()))
+                    data = given if isinstance(given, str) else json.dumps(given)
+                    headers = {"content-type": "application/json"}
+                    with contextlib.suppress(httpx.TransportError):
+                        status = client.post(path, content=data.encode(), headers=headers)
+                        statuses.put(status.status_code)
+                case "grammars":
+                    body = {
+                        "prompt": "a",
+                        "max_tokens": 2,
+                        "regex": f"x{number}(a{{1,900}}){{1,900}}",
+                    }
+                    with socket.create_connection(("127.0.0.1", port), 20, (address, 0)) as gone:
+                        gone.sendall(request_bytes("/v1/completions", body))
+                        time.sleep(0.05)
+                case "leavers":
+                    leave_early(port, draw)
+                case "readers":
+                    body = {**LONG, "max_tokens": 1000, "stream": True, "logprobs": 5}
+                    with socket.create_connection(("127.0.0.1", port), 20, (address, 0)) as slow:
+                        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                        slow.sendall(request_bytes("/v1/completions", body))
+                        for _ in range(20):
+                            slow.recv(2048)
+                            time.sleep(0.5)
+                case "idlers":
+                    idle = [
+                        socket.create_connection(("127.0.0.1", port), 20, (address, 0))
+                        for _ in range(50)
+                    ]
+                    time.sleep(2)
+                    for one in idle:
+                        one.close()
+
+
+HOSTILE = {"bodies": 2.0, "grammars": 0.5, "leavers": 0.3, "readers": 1.0, "idlers": 3.0}
+"""What hostile clients do, and the seconds between two of it."""
+
+
+def megabytes(server: Server) -> dict[str, float]:
+    """Return the memory of the server and of its engine."""
+    own = psutil.Process(server.process.pid)
+    engine = next(one for one in own.children() if "engine_process" in " ".join(one.cmdline()))
+    processes = {"server": own, "engine": engine}
+    return {name: one.memory_info().rss / (1 << 20) for name, one in processes.items()}
+
+
+def slope(samples: list[tuple[float, float]]) -> float:
+    """Return how much the least-squares line through (seconds, megabytes) rises in a minute."""
+    times, sizes = zip(*samples, strict=True)
+    return 60 * statistics.linear_regression(times, sizes).slope
+
+
+def mixed(server: Server, seconds: float) -> None:
+    """Serve ten good clients alone, and then beside clients that send hostile bodies, grammars that
+    nobody waits for, leave, read slowly, or do nothing.
+
+    No status is 5xx but 503, the good clients' p99 is within twice what it is alone, and memory
+    rises by less than 1 MB a minute.
+    """
+    good_clients(server.url, 5)
+    alone = good_clients(server.url, seconds / 5)
+    samples: list[tuple[float, dict[str, float]]] = []
+    statuses: queue.Queue[object] = multiprocessing.get_context("spawn").Queue()
+    began = time.monotonic()
+    hostile = [
+        multiprocessing.get_context("spawn").Process(
+            target=hostile_client, args=(server.url, kind, began + seconds, statuses)
+        )
+        for kind in HOSTILE
+    ]
+    for process in hostile:
+        process.start()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(good_clients, server.url, seconds)
+        while not asked.done():
+            time.sleep(1)
+            samples.append((time.monotonic() - began, megabytes(server)))
+        beside = asked.result()
+    seen: Counter[object] = Counter()
+    for process in hostile:
+        while process.is_alive():
+            seen.update(_drained(statuses))
+            process.join(1)
+    seen.update(_drained(statuses))
+    late = [sample for sample in samples if sample[0] > seconds * WARM_UP]
+    rises = {
+        name: slope([(at, sizes[name]) for at, sizes in late]) for name in ("server", "engine")
+    }
+    p99 = [one[int(len(one) * 0.99)] for one in (alone, beside)]
+    p50 = [statistics.median(one) for one in (alone, beside)]
+    print(
+        f"{GOOD} good clients: {len(alone)} answers alone, p50 {p50[0]:.3f} s, p99 {p99[0]:.3f} s; "
+        f"{len(beside)} beside hostile ones for {seconds:g} s, p50 {p50[1]:.3f} s, p99 "
+        f"{p99[1]:.3f} s; hostile bodies: {dict(seen)}; MB a minute: "
+        + ", ".join(f"{name} {rise:+.2f}" for name, rise in rises.items())
+        + f"; MB at the end: {samples[-1][1]}"
+    )
+    assert not [status for status in seen if int(str(status)) >= 500 and status != 503]
+    assert "Traceback" not in server.said()
+    assert wait_until(lambda: is_idle(server), 30) < 30
+    assert p99[1] < 2 * p99[0]
+    assert all(rise < MOST_MB_A_MINUTE for rise in rises.values())
+    assert server.end() == 0
+
+
+def _drained(statuses: queue.Queue[object]) -> list[object]:
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(statuses.get_nowait())
+    return found
+
+
 def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["leave", "end", "press", "stall"])
+    parser.add_argument("what", choices=["leave", "end", "press", "stall", "mixed"])
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--moments", type=int, default=20)
@@ -301,6 +469,8 @@ def main() -> None:
                 leave(server, given.clients)
             elif given.what == "press":
                 press(server, given.seconds, 4 * (8 + 24))
+            elif given.what == "mixed":
+                mixed(server, given.seconds)
             else:
                 stall(server, 4)
         finally:
