@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.header import read_header
+from qtool.checkpoint.manifest import STATE_FILE, STATE_WEIGHTS
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, StateRefused, UsageError, one_line
 from qtool.plan import Plan
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-STATE_FILE, WEIGHTS_FILE = "qtool-state.json", "model.safetensors"
 STATE_VERSION = 1
 CALIBRATE_AGAIN = "calibrate again with --checkpoint-save-path"
 STATE_KEYS = {"state_version", "modelopt_version", "model", "recipe", "tied", "modelopt_state"}
@@ -59,7 +59,7 @@ def save_state(model: Module, folder: str, plan: Plan) -> None:
             continue
         seen[place] = name
         tensors[name] = tensor.detach().contiguous().cpu()
-    save_file(tensors, Path(folder) / WEIGHTS_FILE)
+    save_file(tensors, Path(folder) / STATE_WEIGHTS)
     state = {
         "state_version": STATE_VERSION,
         "modelopt_version": importlib.metadata.version("nvidia-modelopt"),
@@ -91,7 +91,7 @@ def restore_state(model: Module, path: str, plan: Plan) -> None:
 
     state = read_state(path, plan.checkpoint)
     mto.restore_from_modelopt_state(model, modelopt_state=_from_json(state["modelopt_state"]))
-    tensors = load_file(Path(path) / WEIGHTS_FILE)
+    tensors = load_file(Path(path) / STATE_WEIGHTS)
     tensors |= {name: tensors[source] for name, source in state["tied"].items()}
     try:
         model.load_state_dict(tensors)
@@ -184,7 +184,7 @@ def _read(path: str) -> JsonDict:
         )
     try:
         state = read_json(folder / STATE_FILE)
-        read_header(folder / WEIGHTS_FILE)
+        read_header(folder / STATE_WEIGHTS)
     except CheckpointRefused as error:
         raise StateRefused("E_STATE", error.message, hint=CALIBRATE_AGAIN) from error
     if not state.keys() >= STATE_KEYS:

@@ -76,7 +76,7 @@ def run_job(
     when it is done.
 
     Args:
-        log: the file to write everything to that the library prints.
+        log: the file to append everything to that the library prints.
         python: the interpreter to run in; its environment needs the library, pydantic and PyYAML,
             not qtool.
         keep_open: a descriptor the worker inherits; it holds the output's lock until the last of
@@ -99,7 +99,7 @@ def run_job(
         "TMPDIR": job.scratch,
         **backend.environment(plan, job.device),
     }
-    with log.open("wb") as log_file, os.fdopen(read_fd, "rb") as pipe:
+    with log.open("ab") as log_file, os.fdopen(read_fd, "rb") as pipe:
         try:
             worker = subprocess.Popen(
                 [python, "-P", "-c", code],

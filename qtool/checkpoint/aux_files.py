@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from qtool.checkpoint.reader import PICKLE_SUFFIXES
-from qtool.checkpoint.strict_json import read_json
+from qtool.checkpoint.strict_json import read_json, refused, regular_size
 from qtool.errors import naming
 
-MANIFEST = "qtool-manifest.json"
-MANIFEST_VERSION = 1
 CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
 AUX_FILES = (
     *(
@@ -39,12 +38,39 @@ AUX_FILES = (
     ),
 )
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
-WRITTEN = ("*.safetensors", "model.safetensors.index.json", *CONFIGS)
+INDEX = "model.safetensors.index.json"
+WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
 
 
-def finish_files(source: Path, folder: Path) -> None:
+def aux_files(source: Path) -> list[Path]:
+    """Return the auxiliary files of the model folder ``source``, in name order.
+
+    Raises: CheckpointRefused, when one of them cannot be carried: it is missing behind its link, is
+        no regular file, or is a link to something that is named as no auxiliary file is; an OSError
+        when it cannot be read.
+    """
+    found = []
+    for path in sorted(source.iterdir()):
+        if _is_aux_name(path) and not _is_written(path):
+            _check_carried(path, source)
+            found.append(path)
+        elif path.suffix == ".json" and not (path.is_dir() or _is_dangling(path)):
+            regular_size(path)  # libraries open what they find, and a FIFO would hold them up
+    return found
+
+
+def links_outside(files: Iterable[Path], source: Path) -> list[str]:
+    """Say which of the auxiliary ``files`` lie outside of the model folder ``source``."""
+    return [
+        f"{path.name} is a link out of the model folder; what {path.resolve()} holds is copied"
+        for path in files
+        if not _is_inside(path, source)
+    ]
+
+
+def finish_files(aux: Iterable[Path], folder: Path) -> None:
     """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and add the
-    auxiliary files of ``source`` as they are.
+    auxiliary files ``aux`` as they are.
     """
     for path in folder.iterdir():
         if not _is_written(path):
@@ -52,9 +78,8 @@ def finish_files(source: Path, folder: Path) -> None:
     for name in CONFIGS:
         if (folder / name).exists():
             write_json(folder / name, without_paths(read_json(folder / name)))
-    for path in source.iterdir():
-        if _is_aux_file(path, source) and not _is_written(path):
-            shutil.copyfile(path, folder / path.name)
+    for path in aux:
+        shutil.copyfile(path, folder / path.name)
     mode = 0o666 & ~_umask()
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes files that only their owner can read
@@ -84,22 +109,37 @@ def _is_written(path: Path) -> bool:
     return any(path.match(pattern) for pattern in WRITTEN)
 
 
-def _is_aux_file(path: Path, source: Path) -> bool:
-    """Whether ``path`` is an auxiliary file to copy.
+def _is_aux_name(path: Path) -> bool:
+    """Whether auxiliary files are named as ``path`` is."""
+    return path.suffix not in CODE_OR_PICKLE and any(path.match(name) for name in AUX_FILES)
 
-    A link must stay in the model folder, or in the blobs of the Hub cache that the folder belongs
-    to.
+
+def _check_carried(path: Path, source: Path) -> None:
+    """Raise when the auxiliary file ``path`` cannot be copied, or would carry a file that has
+    nothing to do with a model.
     """
-    if (
-        path.suffix in CODE_OR_PICKLE
-        or not path.is_file()
-        or not any(path.match(pattern) for pattern in AUX_FILES)
-    ):
-        return False
-    target = path.resolve()
-    return target.is_relative_to(source.resolve()) or target.is_relative_to(
-        source.resolve().parent.parent / "blobs"
-    )
+    regular_size(path)
+    if not _is_inside(path, source) and not _is_aux_name(path.resolve()):
+        raise refused(
+            "E_LINK_OUTSIDE",
+            f"{path} is a link to {path.resolve()}, outside of the model folder and named "
+            "otherwise",
+            "put the file itself there, or remove the link",
+        )
+    with path.open("rb"):
+        pass  # it can be read
+
+
+def _is_inside(path: Path, source: Path) -> bool:
+    """Whether ``path`` lies in the model folder, or in the blobs of the Hub cache that the folder
+    belongs to.
+    """
+    target, folder = path.resolve(), source.resolve()
+    return target.is_relative_to(folder) or target.is_relative_to(folder.parent.parent / "blobs")
+
+
+def _is_dangling(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _umask() -> int:

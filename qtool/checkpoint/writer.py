@@ -7,30 +7,34 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.errors import OutputTaken, ResourceError, UsageError, file_errors, naming
+from qtool.checkpoint.aux_files import INDEX
+from qtool.checkpoint.manifest import written_files
+from qtool.checkpoint.staging_folder import (
+    CHECKPOINT,
+    LOG,
+    PREVIOUS,
+    SCRATCH,
+    StagingFolder,
+    check_staging_folder,
+    is_mount_point,
+    lock_staging_folder,
+)
+from qtool.errors import (
+    OutputTaken,
+    ResourceError,
+    UsageError,
+    file_errors,
+    naming,
+)
 from qtool.sizes import format_size
 
-CHUNK_BYTES = 4 << 20
-SAMPLE_EVERY, SAMPLE_BYTES = 64 << 20, 64 << 10
-LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
-# what has one may be overwritten
-MARKS = (
-    "qtool-manifest.json",
-    "qtool-state.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
+LOG_MARK = b"# qtool: what the quantization library printed\n"  # the first line of a log
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 
 
@@ -41,22 +45,24 @@ class Staging:
     """
 
     output: Path
-    root: Path
-    """The staging folder itself."""
-    lock_fd: int
-    """An open descriptor of the lock that keeps other runs out."""
+    folder: StagingFolder
     overwrite: bool
     """Whether `publish` may replace a former output."""
 
     @property
     def checkpoint(self) -> Path:
         """What `publish` will move into place."""
-        return self.root / "checkpoint"
+        return self.folder.path / CHECKPOINT
 
     @property
     def scratch(self) -> Path:
         """Where a library may put what it likes."""
-        return self.root / "scratch"
+        return self.folder.path / SCRATCH
+
+    @property
+    def log(self) -> Path:
+        """Where the output of a library goes."""
+        return self.folder.path / LOG
 
     def files(self) -> list[Path]:
         """Return the files in ``checkpoint`` so far."""
@@ -73,17 +79,23 @@ class Staging:
         former output if that was asked for.
         """
         self.flush()
-        if self.overwrite and self.output.exists():
-            _exchange(self.checkpoint, self.output, aside=self.root / "previous")
-        elif os.path.lexists(self.output):
-            raise OutputTaken(
-                "E_OUTPUT_EXISTS",
-                f"{self.output} appeared meanwhile",
-                hint="choose another --output, or replace it with --overwrite",
-            )
+        if os.path.lexists(self.output):
+            if not self.overwrite:
+                raise OutputTaken(
+                    "E_OUTPUT_EXISTS",
+                    f"{self.output} appeared meanwhile",
+                    hint="choose another --output, or replace it with --overwrite",
+                )
+            _check_free(self.output, overwrite=True)  # it may be another one than before
+            _exchange(self.folder, self.output)
         else:
-            self.checkpoint.rename(self.output)
+            self.folder.move_out(CHECKPOINT, self.output)
         make_durable(self.output.parent)
+
+    def publish_log(self, place: Path) -> None:
+        """Put the log at ``place``, replacing one of a former run."""
+        check_log(place)
+        self.folder.move_out(LOG, place)
 
 
 @contextlib.contextmanager
@@ -92,23 +104,95 @@ def stage_output(
 ) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
-    Raises: UsageError, when ``output`` is one of the run's ``inputs``, inside one, or around one;
-        OutputTaken, when it exists (without ``overwrite``), is no checkpoint, or another run is
-        writing it; ResourceError, when the disk has less than ``need_bytes`` free or the place
-        cannot be written.
+    Raises: what `check_place` does, and OutputTaken, when another run is writing ``output``;
+        ResourceError, when the disk has less than ``need_bytes`` free.
     """
     output = output.absolute()
     inputs = list(inputs)
+    with file_errors(reading=inputs):
+        _check_apart(output, inputs)
+        _check_writable(output.parent, [_staging_path(output)])
+        with lock_staging_folder(_staging_path(output), output) as folder:
+            folder.recover(output)
+            _check_free(output, overwrite=overwrite)
+            check_disk(folder.path, need_bytes)
+            folder.make_folder(CHECKPOINT)
+            folder.make_folder(SCRATCH)
+            yield Staging(output, folder, overwrite)
+
+
+def check_place(
+    output: Path,
+    *,
+    inputs: Iterable[Path],
+    overwrite: bool,
+    names: Iterable[str] = (),
+    log: Path | None = None,
+) -> None:
+    """Find what would end a run that writes ``output``, before it begins; write nothing.
+
+    Args:
+        output: the folder to write.
+        inputs: what the run reads.
+        overwrite: whether a former output may be replaced.
+        names: of the files that will be carried into it.
+        log: where the log goes.
+    Raises: UsageError, when ``output`` is one of ``inputs``, inside one, or around one;
+        OutputTaken, when it exists and may not be replaced, or the staging folder or the log would
+        take the place of something else; ResourceError, when the place cannot be written.
+    """
+    output = output.absolute()
     _check_apart(output, inputs)
-    root = output.parent / f".{output.name}.qtool"
-    with file_errors(reading=inputs), _locked(root, output) as lock_fd:
-        _recover(root, output)
+    staging = _staging_path(output)
+    _check_writable(output.parent, [staging / CHECKPOINT / name for name in (INDEX, *names)])
+    check_staging_folder(staging)
+    if not os.path.lexists(staging / PREVIOUS):  # else that one is put back first
         _check_free(output, overwrite=overwrite)
-        check_disk(root, need_bytes)
-        staging = Staging(output, root, lock_fd, overwrite)
-        staging.checkpoint.mkdir()
-        staging.scratch.mkdir()
-        yield staging
+    if log:
+        _check_writable(log.parent, [log])
+        check_log(log)
+
+
+def check_log(place: Path) -> None:
+    """Raise OutputTaken when something else than the log of a former run stands at ``place``."""
+    if not os.path.lexists(place):
+        return
+    if place.is_file() and not place.is_symlink():
+        with place.open("rb") as file:
+            if file.read(len(LOG_MARK)) in (b"", LOG_MARK):
+                return
+    raise OutputTaken(
+        "E_LOG_PLACE",
+        f"{place} is where the log goes, and it is not the log of a former run",
+        hint="move it away, or choose another --output",
+    )
+
+
+def _staging_path(output: Path) -> Path:
+    return output.parent / f".{output.name}.qtool"
+
+
+def _check_writable(folder: Path, files: Iterable[Path]) -> None:
+    """Raise ResourceError when ``files`` cannot be made in ``folder``, which may be missing yet."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    why = ""
+    if not there.is_dir():
+        why = os.strerror(errno.ENOTDIR)
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EACCES)
+    else:
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        deepest = os.pathconf(there, "PC_PATH_MAX")
+        for file in files:
+            parts = [len(os.fsencode(part)) for part in file.parts]
+            if max(parts) > longest or len(os.fsencode(file)) >= deepest:
+                why = os.strerror(errno.ENAMETOOLONG)
+    if why:
+        raise ResourceError(
+            "E_OUTPUT_PLACE",
+            f"{folder}: cannot write there ({why})",
+            hint="choose another --output",
+        )
 
 
 def _check_apart(output: Path, inputs: Iterable[Path]) -> None:
@@ -140,13 +224,31 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
             f"{output} exists and is not a folder",
             hint="choose another --output",
         )
-    is_checkpoint = any((output / name).exists() for name in MARKS)
-    if any(output.iterdir()) and not is_checkpoint:
+    if is_mount_point(output):
+        raise OutputTaken(
+            "E_OUTPUT_IN_USE",
+            f"{output} is a mount point, which cannot be renamed",
+            hint="write to a folder inside it",
+        )
+    if strangers := _not_written_by_qtool(output):
         raise OutputTaken(
             "E_OUTPUT_EXISTS",
-            f"{output} holds files and is not a checkpoint, so --overwrite does not replace it",
-            hint="choose another --output, or empty the folder yourself",
+            f"{output} holds {strangers}, which qtool did not write, so --overwrite does not "
+            "replace it",
+            hint="move it away, or choose another --output",
         )
+
+
+def _not_written_by_qtool(output: Path) -> str:
+    """Return what ``output`` holds beside a checkpoint or a state that qtool wrote, in words."""
+    written = written_files(output)
+    strangers = sorted(
+        path.name
+        for path in output.iterdir()
+        if path.name not in written or path.is_symlink() or not path.is_file()
+    )
+    more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+    return ", ".join(f"`{name}`" for name in strangers[:3]) + more
 
 
 def check_disk(folder: Path, need_bytes: int) -> None:
@@ -162,143 +264,22 @@ def check_disk(folder: Path, need_bytes: int) -> None:
         )
 
 
-def digest_files(
-    files: Iterable[Path], *, stop: threading.Event | None = None
-) -> dict[str, dict[str, object]]:
-    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once
-    ``stop`` is set, of as much as was read.
-    """
-    ordered = sorted(files)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda file: _sha256(file, stop or threading.Event()), ordered)
-        return {
-            file.name: {"sha256": digest, "size_bytes": file.stat().st_size}
-            for file, digest in zip(ordered, digests, strict=True)
-        }
-
-
-def sample_files(files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Return ``{name: {"sample_sha256": ..., "size_bytes": ...}}``: of the size, the first 4 MB,
-    where the header is, and 64 kB of each 64 MB.
-
-    Tells which file it was in a fraction of the time that all its bytes take.
-    """
-    return {
-        path.name: {"sample_sha256": _sampled(path), "size_bytes": path.stat().st_size}
-        for path in sorted(files)
-    }
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with naming(path), path.open("rb", buffering=0) as file:
-        digest.update(file.read(CHUNK_BYTES))
-        for start in range(SAMPLE_EVERY, size, SAMPLE_EVERY):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path, stop: threading.Event) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
-    with naming(path), path.open("rb", buffering=0) as file:
-        while (count := file.readinto(buffer)) and not stop.is_set():
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(root: Path, output: Path) -> Iterator[int]:
-    """Hold ``root``'s lock, and leave no ``root`` behind.
-
-    The lock file goes with its holder, so a waiter checks that it still has the real one.
-    """
-    made = [parent for parent in root.parents if not parent.exists()]  # innermost first
-    try:
-        lock_fd = _acquire(root, output)
-        try:
-            yield lock_fd
-        finally:
-            with contextlib.suppress(OSError):
-                _recover(root, output)
-                (root / "lock").unlink()  # last: from here on the next run may begin
-                root.rmdir()
-            os.close(lock_fd)
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()  # fails, and ends this, where something was written
-
-
-def _acquire(root: Path, output: Path) -> int:
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            if (
-                isinstance(error, FileNotFoundError | FileExistsError)
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.01)
-                continue  # another run just ended and took the folder away
-            raise ResourceError(
-                "E_OUTPUT_PLACE",
-                f"{root.parent}: cannot write there ({error.strerror})",
-                hint="choose another --output",
-            ) from error
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (root / "lock").exists() and os.path.samestat(
-                os.fstat(lock_fd), (root / "lock").stat()
-            ):
-                return lock_fd
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                hint = "wait for the other run, or choose another --output"
-                raise OutputTaken(
-                    "E_OUTPUT_IN_USE", f"another run is writing {output}", hint=hint
-                ) from None
-        os.close(lock_fd)
-        time.sleep(0.1)
-
-
-def _recover(root: Path, output: Path) -> None:
-    """Finish what a killed run left: a replaced output goes back to its place, the rest
-    goes away.
-    """
-    previous = root / "previous"
-    if previous.exists() and not output.exists():
-        previous.rename(output)
-    for path in root.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "lock":
-            path.unlink()
-
-
-def _exchange(new: Path, old: Path, *, aside: Path) -> None:
-    """Swap two folders in one step where the system can; else in two, which `_recover` can
-    finish.
+def _exchange(folder: StagingFolder, output: Path) -> None:
+    """Swap the new checkpoint and ``output`` in one step where the system can; else in two, which
+    `recover` can finish.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        if (
-            libc.renameat2(
-                _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
-            )
-            == 0
-        ):
+        old, new = os.fsencode(output), os.fsencode(CHECKPOINT)
+        if libc.renameat2(folder.fd, new, _AT_FDCWD, old, _RENAME_EXCHANGE) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), str(old))
+            raise OSError(code, os.strerror(code), str(output))
     except AttributeError:
         pass  # not Linux
-    old.rename(aside)
-    new.rename(old)
+    folder.move_in(output, PREVIOUS)
+    folder.move_out(CHECKPOINT, output)
 
 
 def make_durable(path: Path) -> None:

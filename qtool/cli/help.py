@@ -22,7 +22,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("calibration", "num_samples", "seq_len", "batch_size", "text_column", "pack"),
         *("checkpoint_save_path", "checkpoint_restore_path", "trust_pickle"),
     ),
-    "Report": ("modules", "deep", "against", "html", "engine_version", "gpu", "tensor_parallel"),
+    "Report": (
+        *("modules", "deep", "verify", "against", "html"),
+        *("engine_version", "gpu", "tensor_parallel"),
+    ),
     "Server": (
         *("host", "port", "api_key", "max_queued_requests", "drain_timeout_s"),
         *("watchdog_timeout_s", "log_requests"),

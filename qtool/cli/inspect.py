@@ -32,6 +32,10 @@ def inspect(
             "--deep", help="Read all data: bad values, saturation, dead channels, scales, digests."
         ),
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare every file with the manifest; 3 when one differs."),
+    ] = False,
     against: Annotated[
         str | None,
         typer.Option(
@@ -82,6 +86,7 @@ def inspect(
     found = run(
         open_checkpoint(resolve_model(model_path, revision=revision)),
         deep=deep,
+        verify=verify,
         against=open_checkpoint(resolve_model(against)) if against else None,
         engine=engine,
         engine_version=engine_version,
@@ -91,7 +96,7 @@ def inspect(
     if html:
         html.write_text(render_html(found), encoding="utf-8")
     show(found.to_dict, render(found, modules=modules), as_json)
-    if found.engine and not found.engine.loads:
+    if (found.engine and not found.engine.loads) or (found.manifest and not found.manifest.matches):
         raise typer.Exit(3)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +16,25 @@ from qtool import __version__
 from qtool.architecture import check_model
 from qtool.checkpoint import (
     Checkpoint,
+    SourceFiles,
     Staging,
+    check_place,
     digest_files,
     open_checkpoint,
-    read_json,
     resolve_model,
     sample_files,
+    source_files,
     stage_output,
 )
-from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.checkpoint.aux_files import finish_files, write_json
+from qtool.checkpoint.digests import Digests
+from qtool.checkpoint.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    check_manifest,
+    has_manifest,
+    read_manifest,
+)
 from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.request import make_request
 from qtool.conversion.targets import UNQUANTIZED, target_named
@@ -100,6 +113,14 @@ def convert(
     output = Path(options.output)
     shard_bytes = parse_size(options.max_shard_size)
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
+    source = source_files(checkpoint)
+    source_manifest = _source_manifest(checkpoint)
+    check_place(
+        output,
+        inputs=[checkpoint.path],
+        overwrite=options.overwrite,
+        names=[file.name for file in source.aux],
+    )
     request = make_request(
         checkpoint,
         to,
@@ -112,15 +133,32 @@ def convert(
     from qtool.conversion.plan import plan_conversion
 
     plan = plan_conversion(request)
-    for note in plan.notes:
+    notes = (*source.notes, *plan.notes)
+    for note in notes:
         on_event(NoteEvent(note))
-    with stage_output(
-        output,
-        inputs=[checkpoint.path],
-        overwrite=options.overwrite,
-        need_bytes=sum(spec.size_bytes for spec in plan.specs) + FREE_BYTES,
-    ) as staging:
-        written = _write(plan, staging, shard_bytes, on_event)
+    need_bytes = sum(spec.size_bytes for spec in plan.specs) + FREE_BYTES
+    with ExitStack() as stack:
+        staging = stack.enter_context(
+            stage_output(
+                output,
+                inputs=[checkpoint.path],
+                overwrite=options.overwrite,
+                need_bytes=need_bytes,
+            )
+        )
+        thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        stop = threading.Event()
+        stack.callback(stop.set)  # a run that ends early does not wait for its digests
+        source_digests = thread.submit(_source_digests, checkpoint, stop)
+        written, digests = _write(plan, source, staging, shard_bytes, on_event)
+        manifest = {
+            **_manifest(plan),
+            "source_files": source_digests.result(),
+            "source_manifest": source_manifest,
+            "files": digests,
+        }
+        write_json(staging.checkpoint / MANIFEST, manifest)
+        source.check_unchanged(source_digests.result())
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
     return ConversionResult(
@@ -133,35 +171,38 @@ def convert(
         bytes_before=checkpoint.size_bytes,
         bytes_after=written.size_bytes,
         seconds=time.monotonic() - start,
-        notes=plan.notes,
+        notes=notes,
     )
 
 
 def _write(
-    plan: ConversionPlan, staging: Staging, shard_bytes: int, on_event: OnEvent
-) -> Checkpoint:
-    """Write the whole checkpoint, check it, and return it as it reads back."""
+    plan: ConversionPlan,
+    source: SourceFiles,
+    staging: Staging,
+    shard_bytes: int,
+    on_event: OnEvent,
+) -> tuple[Checkpoint, Digests]:
+    """Write the whole checkpoint but its manifest, check it, and return it as it reads back, with
+    the digests of its files.
+    """
     from qtool.conversion.streaming import stream
 
-    source = plan.request.checkpoint
-    source_manifest = _source_manifest(source)  # it is gone once the output replaces the source
     digests, problems = stream(plan, staging, shard_bytes, on_event)
     if problems:
         raise CheckpointRefused(
             "E_VALUES",
             problems[0],
             hint=(
-                f"nothing was published; either {source.path} holds the same value, or the value "
+                f"nothing was published; either {source.folder} holds the same value, or the value "
                 f"does not fit {plan.request.to}"
             ),
         )
     for name, content in plan.files.items():
         write_json(staging.checkpoint / name, content)
-    finish_files(source.path, staging.checkpoint)
+    finish_files(source.aux, staging.checkpoint)
     written = _verify(plan, staging)
     digests |= digest_files(path for path in staging.files() if path.name not in digests)
-    write_json(staging.checkpoint / MANIFEST, _manifest(plan, digests, source_manifest))
-    return written
+    return written, digests
 
 
 def _verify(plan: ConversionPlan, staging: Staging) -> Checkpoint:
@@ -195,16 +236,34 @@ def _bug(message: str) -> QtoolError:
 
 
 def _source_manifest(checkpoint: Checkpoint) -> dict[str, object] | None:
-    """Return what the source's own manifest says of how it was made."""
-    path = checkpoint.path / MANIFEST
-    if not path.is_file():
+    """Return what the source's own manifest says of how it was made; None when it has none.
+
+    Raises: CheckpointRefused, when the names or sizes of the files are not those of the manifest.
+        Their data is compared during the run, where it is read anyway.
+    """
+    if not has_manifest(checkpoint.path):
         return None
-    return {key: value for key, value in read_json(path).items() if key != "files"}
+    check = check_manifest(checkpoint.path, read_data=False)
+    if not check.matches:
+        raise check.refusal(checkpoint.path)
+    return {key: value for key, value in read_manifest(checkpoint.path).items() if key != "files"}
 
 
-def _manifest(
-    plan: ConversionPlan, files: Mapping[str, object], source: Mapping[str, object] | None
-) -> dict[str, object]:
+def _source_digests(checkpoint: Checkpoint, stop: threading.Event) -> Digests:
+    """Return the digests of the source's weights: of all bytes when its manifest has them to
+    compare with, else of samples.
+
+    Raises: CheckpointRefused, when a file differs from the manifest.
+    """
+    if not has_manifest(checkpoint.path):
+        return sample_files(checkpoint.weight_files)
+    check = check_manifest(checkpoint.path, stop=stop)
+    if not check.matches:
+        raise check.refusal(checkpoint.path)
+    return {file.name: check.digests[file.name] for file in checkpoint.weight_files}
+
+
+def _manifest(plan: ConversionPlan) -> dict[str, object]:
     """Return what a reader needs to trust the checkpoint."""
     rounded = {
         layer.target.name: str(layer.target.scheme)
@@ -222,7 +281,4 @@ def _manifest(
             "notes": list(plan.notes),
         },
         "versions": {"qtool": __version__},
-        "source_files": sample_files(checkpoint.weight_files),
-        "source_manifest": source,
-        "files": files,
     }

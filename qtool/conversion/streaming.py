@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from qtool.checkpoint import Staging, digest_files
+from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.shards import Shards
 from qtool.checkpoint.writer import make_durable
@@ -26,7 +27,6 @@ from qtool.formats.packing import TORCH_DTYPES, read_tensor
 WORKERS = min(8, os.cpu_count() or 1)
 MEMORY_BYTES = 8 << 30  # of layers that are converted at once; one layer always is
 BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
-Digests = dict[str, dict[str, object]]  # by file name
 CompleteFiles = list[Path]
 
 

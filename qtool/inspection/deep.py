@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qtool.checkpoint import Checkpoint, digest_files, read_json
-from qtool.checkpoint.aux_files import MANIFEST
+from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.manifest import ManifestCheck, check_manifest, has_manifest
 from qtool.formats import Layout, read
 
 if TYPE_CHECKING:
@@ -46,30 +45,40 @@ class DeepReport:
     digests: str
     """The result of comparing files with the manifest, in words."""
     changed: tuple[str, ...] = ()
-    """The files that differ from the manifest."""
+    """The files that differ from the manifest, or are missing or added."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the numbers for ``--json``."""
         return asdict(self)
 
 
-def measure(checkpoint: Checkpoint, layout: Layout | None) -> DeepReport:
-    """Read every quantized layer and every file; a few layers are in memory at a time."""
+def measure(
+    checkpoint: Checkpoint, layout: Layout | None
+) -> tuple[DeepReport, ManifestCheck | None]:
+    """Read every quantized layer and every file; a few layers are in memory at a time.
+
+    The comparison with the manifest is None when there is none.
+    """
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = pool.submit(_compared_digests, checkpoint)
+            comparing = None
+            if has_manifest(checkpoint.path):
+                comparing = pool.submit(check_manifest, checkpoint.path)
             modules: tuple[ModuleNumbers, ...] = ()
             if layout:
                 numbers = partial(_numbers, checkpoint, layout)
                 modules = tuple(pool.map(numbers, layout.modules))
-            text, changed = digests.result()
+            check = comparing.result() if comparing else None
     finally:
         torch.set_num_threads(before)
-    return DeepReport(modules, text, changed)
+    if check is None:
+        return DeepReport(modules, "there is no manifest to compare the files with"), None
+    names = (*check.changed, *check.missing, *check.added)
+    return DeepReport(modules, check.summary(), names), check
 
 
 def _numbers(checkpoint: Checkpoint, layout: Layout, name: str) -> ModuleNumbers:
@@ -116,22 +125,3 @@ def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
     top = 2 ** (bits - 1)
     zero = 0 if weight.zero is None else spread(weight.zero, codes.shape[1], weight.tile[1], dim=1)
     return (codes == -top) | (codes == top - 1), codes == zero
-
-
-def _compared_digests(checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
-    path = checkpoint.path / MANIFEST
-    if not path.is_file():
-        return "there is no manifest to compare the files with", ()
-    expected = read_json(path).get("files")
-    if not isinstance(expected, Mapping):
-        return "the manifest lists no files", ()
-    present = [
-        checkpoint.path / name
-        for name in expected
-        if os.sep not in name and (checkpoint.path / name).is_file()
-    ]
-    found = digest_files(present)
-    changed = tuple(name for name, digest in expected.items() if found.get(name) != digest)
-    if changed:
-        return f"{len(changed)} of {len(expected)} files are not those of the manifest", changed
-    return f"all {len(expected)} files match the manifest", ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qtool import formats
 from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.manifest import ManifestCheck, check_manifest
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import ANY_FILE, CheckpointRefused, file_errors
 from qtool.formats import Layout, QuantizedModule
@@ -83,6 +84,8 @@ class Inspection:
     warnings: tuple[str, ...]
     deep: DeepReport | None = None
     """The numbers of the data, when asked for."""
+    manifest: ManifestCheck | None = None
+    """The comparison of the files with the manifest, when asked for."""
     against: Comparison | None = None
     """The comparison with another checkpoint, when asked for."""
     engine: EngineReport | None = None
@@ -109,6 +112,7 @@ class Inspection:
             "tied_embeddings": self.tied_embeddings,
             "warnings": list(self.warnings),
             "deep": self.deep.to_dict() if self.deep else None,
+            "manifest": self.manifest.to_dict() if self.manifest else None,
             "against": self.against.to_dict() if self.against else None,
             "engine": self.engine.to_dict() if self.engine else None,
             "bits_per_weight": round(self.bits_per_weight, 4),
@@ -128,6 +132,7 @@ def inspect(
     checkpoint: Checkpoint,
     *,
     deep: bool = False,
+    verify: bool = False,
     against: Checkpoint | None = None,
     engine: str | None = None,
     engine_version: str | None = None,
@@ -140,6 +145,7 @@ def inspect(
         checkpoint: the checkpoint to inspect.
         deep: read all data; warn of NaN, infinity, bad scales and files that differ from the
             manifest.
+        verify: compare every file with the manifest, which must be there.
         against: a checkpoint to compare each linear layer with.
         engine: the engine to check whether ``checkpoint`` loads in.
         engine_version: of ``engine``; the version its rules were written for when None.
@@ -154,13 +160,13 @@ def inspect(
     modules = tuple(_modules(checkpoint, layout.modules if layout else {}))
     quantized = _quantized_rows(modules)
     unquantized = _unquantized_rows(checkpoint, layout)
-    measured = None
+    measured, compared = None, None
     if deep:
         warnings += formats.check_values(checkpoint, layout)
-        measured = measure(checkpoint, layout)
-        warnings += [
-            f"{name} is not the file that the manifest describes" for name in measured.changed
-        ]
+        measured, compared = measure(checkpoint, layout)
+    if verify and compared is None:
+        compared = check_manifest(checkpoint.path)
+    warnings += compared.differences() if compared else []
     engine_report = None
     if engine:
         engine_report = check_engine(
@@ -186,6 +192,7 @@ def inspect(
         tied_embeddings=checkpoint.tied_embeddings,
         warnings=tuple(warnings),
         deep=measured,
+        manifest=compared if verify else None,
         against=compare(checkpoint, against) if against else None,
         engine=engine_report,
     )

@@ -44,6 +44,8 @@ def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]
         yield _tree(inspection.modules)
     if inspection.deep:
         yield from _deep(inspection.deep)
+    if inspection.manifest:
+        yield _line(f"manifest: {inspection.manifest.summary()}")
     if inspection.against:
         yield from _against(inspection.against)
     if inspection.engine:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from qtool.checkpoint import (
     digest_files,
     stage_output,
 )
-from qtool.checkpoint.aux_files import MANIFEST, MANIFEST_VERSION, finish_files, write_json
+from qtool.checkpoint.aux_files import finish_files, write_json
+from qtool.checkpoint.manifest import MANIFEST, MANIFEST_VERSION
 from qtool.checkpoint.strict_json import JsonDict
+from qtool.checkpoint.writer import LOG_MARK
 from qtool.errors import (
     BackendFailed,
     InputRefused,
@@ -108,7 +110,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
     source = plan.checkpoint
     with ExitStack() as stack:
         staging, state = _stage(request, stack)
-        log = stack.enter_context(_kept_log(staging, request.log))
+        stack.enter_context(_kept_log(staging, request.log))
         threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
         stop = threading.Event()
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
@@ -117,16 +119,20 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         listener = _Listener(request, state, on_event)
         for note in request.notes:
             on_event(NoteEvent(note))
-        versions = run_job(
-            _job(request, staging, state),
-            plan,
-            log=log,
-            on_event=listener.handle,
-            python=request.backend_python,
-            keep_open=staging.lock_fd,
-        )
+        try:
+            versions = run_job(
+                _job(request, staging, state),
+                plan,
+                log=staging.log,
+                on_event=listener.handle,
+                python=request.backend_python,
+                keep_open=staging.folder.lock_fd,
+            )
+        except BackendFailed:
+            request.source.check_unchanged({})  # a file that changed is why
+            raise
         on_event(StageEvent("checking the result"))
-        finish_files(source.path, staging.checkpoint)
+        finish_files(request.source.aux, staging.checkpoint)
         # hashing, writing out and checking share the time
         digests = threads.submit(digest_files, staging.files())
         flushed = threads.submit(staging.flush)
@@ -138,6 +144,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             "files": digests.result(),
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
+        request.source.check_unchanged(source_digests.result())
+        staging.publish_log(request.log)
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
     library = load_backend(plan.recipe.backend).distribution
@@ -177,15 +185,14 @@ class _Listener:
 def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]:
     """Return the places where the checkpoint and the calibrated state are written."""
     plan = request.plan
-    data = Path(request.calibration.source) if request.calibration else None
-    inputs = [plan.checkpoint.path, *_paths(request.state_restore, data)]
+    inputs = request.inputs
     need_bytes = int(plan.bytes_after * 1.05)
     if plan.recipe.backend == "gptqmodel":
         need_bytes += plan.bytes_before
     staging = stack.enter_context(
         stage_output(
             request.output,
-            inputs=[*inputs, *_paths(request.state_save)],
+            inputs=[*inputs, *([request.state_save] if request.state_save else [])],
             overwrite=request.overwrite,
             need_bytes=need_bytes,
         )
@@ -218,28 +225,24 @@ def _job(request: Request, staging: Staging, state: Staging | None) -> Job:
 
 
 @contextmanager
-def _kept_log(staging: Staging, place: Path) -> Iterator[Path]:
-    """Give the run's log; it goes to ``place`` when the run ended well or a library failed, and
-    away when it was refused or interrupted.
+def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
+    """Begin the run's log, and keep it at ``place`` when the run fails, but not when it was refused
+    or interrupted.
     """
-    log = staging.root / "log"
+    staging.log.write_bytes(LOG_MARK)
     try:
-        yield log
+        yield
     except (InputRefused, UsageError, OutputTaken):
         raise
     except Exception as error:
-        if log.exists():
-            log.replace(place)
-            if isinstance(error, BackendFailed | ResourceError) and place.stat().st_size:
+        with suppress(OSError, OutputTaken):  # what failed first counts
+            staging.publish_log(place)
+            has_output = place.stat().st_size > len(LOG_MARK)
+            if isinstance(error, BackendFailed | ResourceError) and has_output:
                 error.hint = "; ".join(
                     filter(None, (error.hint, f"the output of the library is in {place}"))
                 )
         raise
-    log.replace(place)
-
-
-def _paths(*paths: Path | None) -> list[Path]:
-    return [path for path in paths if path is not None]
 
 
 def _manifest(

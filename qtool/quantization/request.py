@@ -13,8 +13,11 @@ from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import (
     Checkpoint,
+    SourceFiles,
+    check_place,
     open_checkpoint,
     resolve_model,
+    source_files,
 )
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name
@@ -31,6 +34,9 @@ class Request:
 
     plan: Plan
     """What each module becomes; the backend accepts it."""
+
+    source: SourceFiles
+    """The files of the model, as they were when the plan was made."""
 
     output: Path
     """The folder to write."""
@@ -64,6 +70,25 @@ class Request:
         """The log file next to the output, with all that the library prints."""
         return self.output.with_name(f"{self.output.name}.qtool.log")
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that the run reads."""
+        data = Path(self.calibration.source) if self.calibration else None
+        return [path for path in (self.plan.checkpoint.path, self.state_restore, data) if path]
+
+    def check_places(self) -> None:
+        """Find what would end the run where it writes; see `checkpoint.check_place`."""
+        save = self.state_save
+        check_place(
+            self.output,
+            inputs=[*self.inputs, *([save] if save else [])],
+            overwrite=self.overwrite,
+            names=[file.name for file in self.source.aux],
+            log=self.log,
+        )
+        if save:
+            check_place(save, inputs=self.inputs, overwrite=self.overwrite)
+
     def to_dict(self) -> JsonDict:
         """Return the plan and where it would go, for ``--json``."""
         return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
@@ -93,8 +118,9 @@ def prepare(
     )
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
+    files = source_files(plan.checkpoint)
     check_model(plan.checkpoint, detect(plan.checkpoint))
-    notes = []
+    notes = [*files.notes]
     context = _context_length(plan.checkpoint)
     if calibration and 0 < context < calibration.seq_len:
         notes.append(
@@ -104,8 +130,9 @@ def prepare(
         calibration = replace(calibration, seq_len=context)
     if restore:
         check_state(os.fspath(restore), plan, trust_pickle=options.trust_pickle)
-    return Request(
+    request = Request(
         plan=plan,
+        source=files,
         output=_output(options, plan),
         device=device,
         calibration=calibration,
@@ -116,6 +143,8 @@ def prepare(
         notes=tuple(notes),
         backend_python=_python(options.backend_python or sys.executable),
     )
+    request.check_places()
+    return request
 
 
 def _check_state_backend(options: QuantizeOptions, recipe: Recipe) -> None:

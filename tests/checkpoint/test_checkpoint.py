@@ -28,6 +28,7 @@ from qtool.checkpoint import (
     read_json,
     resolve_model,
     stage_output,
+    staging_folder,
     writer,
 )
 from qtool.checkpoint.header import read_header
@@ -651,12 +652,15 @@ def publish(source):
     return publish
 
 
+OLD = '{"files": {"extra": {}}}'
+
+
 @pytest.fixture
 def former(tmp_path):
     """An output that exists already."""
     path = tmp_path / "out"
     path.mkdir()
-    (path / "qtool-manifest.json").write_text("old")
+    (path / "qtool-manifest.json").write_text(OLD)
     (path / "extra").write_text("old")
     return path
 
@@ -666,7 +670,7 @@ def test_the_output_appears_at_once_and_nothing_else_stays(tmp_path, source):
     with stage_output(output, inputs=[source], overwrite=False, need_bytes=0) as staging:
         (staging.checkpoint / "qtool-manifest.json").write_text("new")
         assert not output.exists()
-        assert staging.root.parent == output.parent  # a rename must not cross file systems
+        assert staging.folder.path.parent == output.parent  # a rename must not cross file systems
         staging.publish()
         assert (output / "qtool-manifest.json").read_text() == "new"
     assert files_below(tmp_path) == {
@@ -701,14 +705,14 @@ def test_an_output_that_exists_is_refused_and_kept(former, publish, tmp_path):
         publish(former)
     assert caught.value.code == "E_OUTPUT_EXISTS"
     assert "--overwrite" in caught.value.hint
-    assert (former / "qtool-manifest.json").read_text() == "old"
+    assert (former / "qtool-manifest.json").read_text() == OLD
     assert not list(tmp_path.glob(".*"))
 
 
 def test_overwrite_keeps_the_former_output_until_the_new_one_is_there(former, source, tmp_path):
     with stage_output(former, inputs=[source], overwrite=True, need_bytes=0) as staging:
         (staging.checkpoint / "qtool-manifest.json").write_text("new")
-        assert (former / "qtool-manifest.json").read_text() == "old"
+        assert (former / "qtool-manifest.json").read_text() == OLD
         staging.publish()
         assert (former / "qtool-manifest.json").read_text() == "new"
     assert files_below(former) == {"qtool-manifest.json"}
@@ -722,7 +726,7 @@ def test_overwrite_that_fails_keeps_the_former_output(former, source, tmp_path):
     ):
         (staging.checkpoint / "qtool-manifest.json").write_text("new")
         raise ValueError
-    assert (former / "qtool-manifest.json").read_text() == "old"
+    assert (former / "qtool-manifest.json").read_text() == OLD
     assert files_below(former) == {"qtool-manifest.json", "extra"}
     assert not list(tmp_path.glob(".*"))
 
@@ -739,19 +743,19 @@ def test_overwrite_works_where_folders_cannot_be_exchanged_in_one_step(
 
 def test_a_stop_between_the_two_steps_brings_the_former_output_back(former, source, monkeypatch):
     monkeypatch.setattr(writer, "_RENAME_EXCHANGE", 1 << 20)
-    rename = Path.rename
+    rename = os.rename
     with (
         pytest.raises(KeyboardInterrupt),
         stage_output(former, inputs=[source], overwrite=True, need_bytes=0) as staging,
     ):
         (staging.checkpoint / "qtool-manifest.json").write_text("new")
 
-        def stop(path, target):
-            if path == staging.checkpoint:
+        def stop(name, target, **folders):
+            if name == "checkpoint":
                 raise KeyboardInterrupt
-            return rename(path, target)
+            return rename(name, target, **folders)
 
-        monkeypatch.setattr(Path, "rename", stop)
+        monkeypatch.setattr(os, "rename", stop)
         staging.publish()
     assert files_below(former) == {"qtool-manifest.json", "extra"}
 
@@ -761,7 +765,7 @@ def test_an_empty_folder_may_be_overwritten_but_not_one_of_other_files(tmp_path,
     publish(tmp_path / "out", overwrite=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("x")
-    with pytest.raises(OutputTaken, match="not a checkpoint"):
+    with pytest.raises(OutputTaken, match="qtool did not write"):
         publish(tmp_path / "photos", overwrite=True)
     assert files_below(tmp_path / "photos") == {"me.jpg"}
 
@@ -837,7 +841,7 @@ HOLDER = """
         (staging.checkpoint / "qtool-manifest.json").write_text("half")
         (staging.scratch / "layer-7").mkdir()
         if len(sys.argv) > 3:
-            output.rename(staging.root / "previous")
+            output.rename(staging.folder.path / "previous")
         print("held", flush=True)
         time.sleep(60)
 """
@@ -869,7 +873,7 @@ def holder(source):
 
 
 def test_a_second_writer_is_kept_out_and_harms_nothing(tmp_path, publish, holder, monkeypatch):
-    monkeypatch.setattr(writer, "LOCK_WAIT_S", 0.3)
+    monkeypatch.setattr(staging_folder, "LOCK_WAIT_S", 0.3)
     holder(tmp_path / "out")
     before = files_below(tmp_path)
     with pytest.raises(OutputTaken) as caught:
@@ -918,14 +922,16 @@ def test_an_output_that_a_killed_run_had_put_aside_comes_back(former, publish, h
 
 def test_many_writers_of_one_output_take_turns(tmp_path, source):
     code = """
-        import sys
+        import json, sys
         from pathlib import Path
         from qtool.checkpoint import stage_output
         output, source, me = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
         for _ in range(20):
             with stage_output(output, inputs=[source], overwrite=True, need_bytes=0) as staging:
-                for name in ("qtool-manifest.json", "weights"):
-                    (staging.checkpoint / name).write_text(me)
+                (staging.checkpoint / "qtool-manifest.json").write_text(
+                    json.dumps({"files": {"weights": {"me": me}}})
+                )
+                (staging.checkpoint / "weights").write_text(me)
                 assert sorted(path.name for path in staging.checkpoint.iterdir()) == ["qtool-manifest.json", "weights"]
                 staging.publish()
     """
@@ -936,10 +942,8 @@ def test_many_writers_of_one_output_take_turns(tmp_path, source):
     ]
     errors = [process.communicate(timeout=60)[1] for process in writers]
     assert errors == [""] * 3
-    assert (
-        len({(tmp_path / "out" / name).read_text() for name in ("qtool-manifest.json", "weights")})
-        == 1
-    )
+    manifest = json.loads((tmp_path / "out" / "qtool-manifest.json").read_text())
+    assert manifest["files"]["weights"]["me"] == (tmp_path / "out" / "weights").read_text()
     assert files_below(tmp_path) == {
         "source",
         "source/qtool-manifest.json",

@@ -138,13 +138,20 @@ def test_the_output_never_touches_what_is_there(sample, copy, tmp_path):
         with pytest.raises(UsageError) as caught:
             export(source, to=GPTQ, output=place)
         assert caught.value.code == "E_OUTPUT_PLACE"
-    taken = shutil.copytree(sample("ct/FP8"), tmp_path / "taken")
-    with pytest.raises(OutputTaken) as caught:
-        export(source, to=GPTQ, output=taken)
-    assert (caught.value.code, detect(open_checkpoint(taken)).format) == ("E_OUTPUT_EXISTS", CT)
-    export(source, to=GPTQ, output=taken, overwrite=True)
-    assert detect(open_checkpoint(taken)).format == GPTQ
-    assert {path.name for path in tmp_path.iterdir()} == {"copy", "taken"}
+    foreign = shutil.copytree(sample("ct/FP8"), tmp_path / "foreign")
+    own = export(source, to="bf16", output=tmp_path / "own").output
+    for taken, overwrite, format_there in (
+        (foreign, False, CT),
+        (foreign, True, CT),  # qtool did not write it
+        (own, False, None),
+    ):
+        with pytest.raises(OutputTaken) as caught:
+            export(source, to=GPTQ, output=taken, overwrite=overwrite)
+        layout = detect(open_checkpoint(taken))
+        assert (caught.value.code, layout and layout.format) == ("E_OUTPUT_EXISTS", format_there)
+    export(source, to=GPTQ, output=own, overwrite=True)
+    assert detect(open_checkpoint(own)).format == GPTQ
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "foreign", "own"}
 
 
 @pytest.mark.parametrize(

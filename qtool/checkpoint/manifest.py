@@ -1,0 +1,147 @@
+"""The manifest of a checkpoint that qtool wrote: which files it has, and whether they are those."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from qtool.checkpoint.digests import Digests, digest_files
+from qtool.checkpoint.strict_json import JsonDict, read_json, refused
+from qtool.errors import CheckpointRefused
+
+MANIFEST = "qtool-manifest.json"
+MANIFEST_VERSION = 1
+STATE_FILE = "qtool-state.json"  # of a saved ModelOpt state, which has no manifest
+STATE_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ManifestCheck:
+    """The files of a folder, compared with its manifest."""
+
+    files: int
+    """How many files the manifest lists."""
+    changed: tuple[str, ...]
+    """Listed files of another size or digest."""
+    missing: tuple[str, ...]
+    """Listed files that are not there."""
+    added: tuple[str, ...]
+    """What is there and not listed."""
+    digests: Digests = field(repr=False)
+    """Of the listed files that are there; empty when only names and sizes were compared."""
+
+    @property
+    def matches(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.changed or self.missing or self.added)
+
+    def differences(self) -> list[str]:
+        """Return each difference in words."""
+        return [
+            *(f"{name} is not the file that the manifest describes" for name in self.changed),
+            *(f"{name} is in the manifest and missing" for name in self.missing),
+            *(f"{name} is not in the manifest" for name in self.added),
+        ]
+
+    def summary(self) -> str:
+        """Return the result in a line."""
+        if self.matches:
+            return f"all {self.files} files match the manifest"
+        counts = {"changed": self.changed, "missing": self.missing, "added": self.added}
+        parts = [f"{len(names)} {what}" for what, names in counts.items() if names]
+        return f"the files are not those of the manifest: {', '.join(parts)}"
+
+    def to_dict(self) -> JsonDict:
+        """Return the result for ``--json``."""
+        values = asdict(self)
+        del values["digests"]
+        return {"matches": self.matches, **values}
+
+    def refusal(self, folder: Path) -> CheckpointRefused:
+        """Return the error for a source that differs from its manifest."""
+        differences = self.differences()
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        return refused(
+            "E_MANIFEST_DIFFERS",
+            f"{folder}: {differences[0]}{more}",
+            f"copy or download it again; if the change is meant, remove {MANIFEST} first",
+        )
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest, however broken."""
+    return os.path.lexists(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> JsonDict:
+    """Return the manifest of ``folder``.
+
+    Raises: CheckpointRefused, when there is none or it is not one of qtool's.
+    """
+    path = folder / MANIFEST
+    if not has_manifest(folder):
+        raise refused(
+            "E_NO_MANIFEST",
+            f"{folder} has no {MANIFEST}, so there is nothing to verify it with",
+            "only checkpoints that qtool wrote have one",
+        )
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, Mapping) or not all(
+        Path(name).name == name and isinstance(facts, Mapping) for name, facts in files.items()
+    ):
+        raise refused("E_MANIFEST", f"{path}: `files` does not list files of the folder")
+    return manifest
+
+
+def check_manifest(
+    folder: Path, *, read_data: bool = True, stop: threading.Event | None = None
+) -> ManifestCheck:
+    """Compare the files of ``folder`` with its manifest.
+
+    Args:
+        folder: a checkpoint that has a manifest.
+        read_data: whether digests are compared, or names and sizes only.
+        stop: ends the reading early; the result is then of no use.
+    Raises: CheckpointRefused, when there is no manifest that can be read.
+    """
+    listed: Mapping[str, Mapping[str, object]] = read_manifest(folder)["files"]
+    present = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+    there = [path for name, path in present.items() if name in listed and path.is_file()]
+    digests = digest_files(there, stop=stop) if read_data else {}
+    changed = [
+        name
+        for name, facts in sorted(listed.items())
+        if name in present
+        and (not _has_size(present[name], facts) or (read_data and digests.get(name) != facts))
+    ]
+    return ManifestCheck(
+        files=len(listed),
+        changed=tuple(changed),
+        missing=tuple(sorted(listed.keys() - present.keys())),
+        added=tuple(sorted(present.keys() - listed.keys())),
+        digests=digests,
+    )
+
+
+def written_files(folder: Path) -> set[str]:
+    """Return the names of the files in ``folder`` that qtool wrote, by its manifest or as a saved
+    state.
+    """
+    try:
+        if has_manifest(folder):
+            return {MANIFEST, *read_manifest(folder)["files"]}
+        if os.path.lexists(folder / STATE_FILE) and "state_version" in read_json(
+            folder / STATE_FILE
+        ):
+            return {STATE_FILE, STATE_WEIGHTS}
+    except CheckpointRefused:
+        pass  # then nothing tells that qtool wrote them
+    return set()
+
+
+def _has_size(path: Path, facts: Mapping[str, object]) -> bool:
+    return path.is_file() and path.stat().st_size == facts.get("size_bytes")

@@ -1,0 +1,85 @@
+"""The files of a model folder that a run reads or carries: checked before the run, and compared
+after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from qtool.checkpoint.aux_files import CONFIGS, INDEX, aux_files, links_outside
+from qtool.checkpoint.digests import Digests, digest_files
+from qtool.checkpoint.model import Checkpoint
+from qtool.errors import CheckpointRefused
+
+
+class FileState(NamedTuple):
+    """What tells that a file was written to, without reading it."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    ctime_ns: int
+    """Also changes with permissions and links; cannot be set back."""
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a model folder as they were when a run began."""
+
+    folder: Path
+    aux: tuple[Path, ...]
+    """The auxiliary files that are carried into the output."""
+    notes: tuple[str, ...]
+    """What the user should know of them."""
+    states: Mapping[Path, FileState]
+    digests: Digests
+    """Of the small files. Those of the weights are taken during the run."""
+
+    def check_unchanged(self, weight_digests: Digests) -> None:
+        """Raise CheckpointRefused when a file is not what it was when the run began.
+
+        Nothing is read again, but for files whose status alone changed, as by ``chmod``: these are
+        compared with their digest.
+        """
+        digests = {**self.digests, **weight_digests}
+        for file, before in self.states.items():
+            now = _state_of(file)
+            if now == before:
+                continue
+            is_same = now is not None and now[:3] == before[:3]
+            if is_same and digest_files([file])[file.name] == digests.get(file.name):
+                continue
+            raise CheckpointRefused(
+                "E_SOURCE_CHANGED",
+                f"{file} was changed during the run",
+                hint="nothing was published; run again when nobody writes to the source",
+            )
+
+
+def source_files(checkpoint: Checkpoint) -> SourceFiles:
+    """Return the files of ``checkpoint`` that a run needs.
+
+    Raises: CheckpointRefused, when a file that is to be carried cannot be.
+    """
+    folder = checkpoint.path
+    aux = aux_files(folder)
+    small = [*aux, *(folder / name for name in (*CONFIGS, INDEX) if (folder / name).is_file())]
+    states = {file: _state_of(file) for file in (*checkpoint.weight_files, *small)}
+    return SourceFiles(
+        folder=folder,
+        aux=tuple(aux),
+        notes=tuple(links_outside(aux, folder)),
+        states={file: state for file, state in states.items() if state},
+        digests=digest_files(small),
+    )
+
+
+def _state_of(file: Path) -> FileState | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
