@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -40,6 +42,10 @@ MAX_LINES = 10_000  # of the log that wait to be written
 ACCEPT_S = 0.3  # to refuse clients that have just connected
 ENGINE_S = 3.0  # for the engine to abort requests: one of its steps may be long
 LAST_WORDS_S = 2.0  # for clients to read the end of their replies
+MAPPED_BYTES = 256 << 10
+ARENAS = 2  # heaps for threads: each keeps what it once needed
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_ARENA_MAX = -8
 OWN_FILES = 256  # open files besides connections
 
 
@@ -49,6 +55,7 @@ def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> No
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
         for a model that cannot be served.
     """
+    _return_memory()
     _check_quantization(settings)
     address = bind(settings)
     limits = RequestLimits()
@@ -98,6 +105,16 @@ def _warn_of_strangers(settings: ServeSettings) -> None:
             if settings.host in ("", "0.0.0.0", "::")
             else settings.host,
         )
+
+
+def _return_memory() -> None:
+    """Let large buffers, such as bodies, be mapped: what is freed then goes back to the system,
+    whatever small things were allocated behind it.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        library.mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def _check_quantization(settings: ServeSettings) -> None:
@@ -151,6 +168,8 @@ async def _run_service(
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
         async with open_service(host.settings, host.metrics, host.threads, server.fail) as service:
+            gc.collect()
+            gc.freeze()  # what lives as long as the server is never looked at again
             host.set_service(service)
             _announce(service, on_ready)
             await asyncio.Event().wait()
