@@ -425,7 +425,7 @@ def mixed(server: Server, seconds: float) -> None:
         f"{len(beside)} beside hostile ones for {seconds:g} s, p50 {p50[1]:.3f} s, p99 "
         f"{p99[1]:.3f} s; hostile bodies: {dict(seen)}; MB a minute: "
         + ", ".join(f"{name} {rise:+.2f}" for name, rise in rises.items())
-        + f"; MB at the end: {samples[-1][1]}"
+        + f"; MB: {[{name: round(size) for name, size in one.items()} for _, one in samples[:: max(len(samples) // 10, 1)]]}"
     )
     assert not [status for status in seen if int(str(status)) >= 500 and status != 503]
     assert "Traceback" not in server.said()
