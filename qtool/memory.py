@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from qtool.errors import ResourceError, one_line
 from qtool.sizes import format_size
 
+LEAST_ADDRESS_SPACE = 256 << 20
 # what the system, the loader of libraries, C++, Rust, torch and OpenBLAS say
 _NO_MEMORY = re.compile(
     r"cannot allocate memory|can't allocate memory|failed to map segment|bad_?alloc"
@@ -32,6 +33,20 @@ def limit_bytes(process: Path = Path("/proc/self")) -> int:
         if soft != resource.RLIM_INFINITY:
             limits.append(soft)
     return min([*limits, *_cgroup_limits(process)])
+
+
+def check_address_space() -> None:
+    """Raise ResourceError when `ulimit -v` leaves less than numpy needs to be imported: its BLAS
+    then asks for memory for ever, and no signal ends it.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        raise ResourceError(
+            "E_OUT_OF_MEMORY",
+            f"`ulimit -v` leaves {format_size(limit)} and {format_size(LEAST_ADDRESS_SPACE)} are "
+            "the least to start with",
+            hint="raise `ulimit -v`",
+        )
 
 
 def address_space_is_limited() -> bool:
@@ -60,8 +75,7 @@ def memory_error(error: BaseException, who: str, hint: str = "") -> ResourceErro
     """
     if not is_out_of_memory(error):
         return None
-    text = one_line(error)
-    reason = f": {text}" if text else ""
+    reason = f": {text}" if (text := one_line(error)) else ""
     return ResourceError(
         "E_OUT_OF_MEMORY",
         f"{who} ran out of memory{reason}; it may have {format_size(limit_bytes())}",

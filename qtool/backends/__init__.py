@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from qtool.calibration import CalibrationSpec
+from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
-from qtool.errors import RecipeRefused
+from qtool.devices import gpu_number
+from qtool.errors import CheckpointRefused, RecipeRefused, ResourceError
 from qtool.modules import last_part
 from qtool.plan import Plan
+from qtool.recipe import Recipe
 from qtool.scheme import Scheme
 
 BACKENDS: Mapping[str, str] = {  # one of `BACKEND_NAMES` -> its class, imported when first used
@@ -110,6 +115,8 @@ class Backend(Protocol):
     """One quantization library. How it loads, calibrates and saves is its own affair."""
 
     distribution: str
+    base_memory_bytes: int
+    """What the process takes beside the model: Python, torch, the library. Measured on a CPU."""
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here, one reason each; empty when it can. Imports no library."""
@@ -137,6 +144,14 @@ def version_of(backend: Backend) -> str:
         return backend.distribution
 
 
+def host_memory_bytes(plan: Plan) -> int:
+    """Estimate the peak memory of the worker, on the host."""
+    data = plan.recipe.calibration
+    whole, by_layer = plan.peak_memory(data.num_samples, data.seq_len)
+    model = by_layer if plan.recipe.backend == "gptqmodel" else whole
+    return load_backend(plan.recipe.backend).base_memory_bytes + model
+
+
 def check_backend(plan: Plan) -> None:
     """Raise RecipeRefused when the plan's backend cannot run it, with its reasons and a backend
     that can.
@@ -154,6 +169,58 @@ def check_backend(plan: Plan) -> None:
     raise RecipeRefused(
         "E_BACKEND_REFUSES", f"{name} cannot run this recipe: {'; '.join(reasons)}", hint=hint
     )
+
+
+def check_device(device: str, recipe: Recipe, *, gpus: int) -> None:
+    """Raise ResourceError when ``recipe`` cannot run on ``device`` of a machine with ``gpus``."""
+    if device.startswith("cuda") and gpus <= (gpu_number(device) or 0):
+        raise ResourceError(
+            "E_NO_DEVICE",
+            f"device `{device}` was asked for and there is no such GPU",
+            hint="check the driver, or use --device cpu",
+        )
+    if "cpu" not in recipe.runs_on and (device == "cpu" or not gpus):
+        raise ResourceError(
+            "E_NEEDS_GPU",
+            f"`{recipe.name}` needs an NVIDIA GPU",
+            hint="run it on a machine with one, and without --device cpu",
+        )
+
+
+def check_model_code(checkpoint: Checkpoint, *, trusted: bool) -> None:
+    """Raise CheckpointRefused when only code in the model folder, which is not ``trusted``, defines
+    the model.
+    """
+    if trusted or "auto_map" not in checkpoint.config:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        message = (
+            f"{checkpoint.path}: model type `{model_type}` is defined by code in the model folder, "
+            "which qtool does not run unasked"
+        )
+        raise CheckpointRefused(
+            "E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code"
+        )
+
+
+def check_python(python: str, backend: str) -> None:
+    """Raise ResourceError when ``python`` cannot be started, or has not the library of ``backend``,
+    where that can be seen without starting it.
+    """
+    if shutil.which(python) is None:
+        raise ResourceError(
+            "E_BACKEND_PYTHON", f"{python} cannot be started", hint="check --backend-python"
+        )
+    library = load_backend(backend).distribution
+    if python == sys.executable and version_of(load_backend(backend)) == library:
+        raise ResourceError(
+            "E_NOT_INSTALLED",
+            f"backend `{backend}` needs the package `{library}`",
+            hint=f"pip install {library}",
+        )
 
 
 def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:

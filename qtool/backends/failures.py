@@ -10,7 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from qtool.backends import BACKENDS, Job, load_backend, version_of
+from qtool.backends import BACKENDS, Job, host_memory_bytes, load_backend, version_of
 from qtool.errors import (
     BackendFailed,
     QtoolError,
@@ -71,14 +71,14 @@ def _places(job: Job) -> tuple[list[Path], list[Path]]:
     return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
 
 
-def died(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
+def died(status: int, plan: Plan, log: Path) -> QtoolError:
     """Return why a worker ended that sent neither a result nor an error."""
     library = version_of(load_backend(plan.recipe.backend))
     last_words = _tail(log)
     ended = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with {status}"
     crashed = -status in CRASHES and address_space_is_limited()
     if status == -signal.SIGKILL or crashed or says_no_memory(last_words):
-        return _too_little_memory(library, ended, plan, job)
+        return _too_little_memory(library, ended, plan)
     if shutil.disk_usage(log.parent).free < FULL_BYTES:
         return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
     machine_error = library_os_error(RuntimeError(last_words), ())
@@ -94,9 +94,8 @@ def died(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
     return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
 
 
-def _too_little_memory(library: str, ended: str, plan: Plan, job: Job) -> ResourceError:
-    spec = job.calibration
-    needed = plan.peak_memory(spec.num_samples if spec else 0, spec.seq_len if spec else 0)[0]
+def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
+    needed = host_memory_bytes(plan)
     return ResourceError(
         "E_OUT_OF_MEMORY",
         f"{library} was ended {ended}, most likely for memory: about {format_size(needed)} were "

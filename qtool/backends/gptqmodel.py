@@ -32,6 +32,7 @@ class GPTQModelBackend:
     """
 
     distribution = "gptqmodel"
+    base_memory_bytes = 740_000_000
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""

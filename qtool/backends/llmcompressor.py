@@ -39,6 +39,7 @@ class LLMCompressorBackend:
     """
 
     distribution = "llmcompressor"
+    base_memory_bytes = 650_000_000
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""

@@ -59,6 +59,7 @@ class ModelOptBackend:
     """Drives ``mtq.quantize`` and ``export_hf_checkpoint``."""
 
     distribution = "nvidia-modelopt"
+    base_memory_bytes = 720_000_000
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""

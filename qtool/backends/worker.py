@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from qtool.backends import Job, Work, load_backend
+from qtool.backends import Job, Work, check_device, check_model_code, load_backend
 from qtool.backends.failures import died, raised
 from qtool.calibration import CalibrationSpec, load_calibration
 from qtool.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ def run_job(
                 on_event(event)
                 if isinstance(event, DoneEvent):
                     return dict(event.versions)
-            raise died(worker.wait(), plan, job, log)
+            raise died(worker.wait(), plan, log)
         finally:
             _kill(worker)
 
@@ -282,7 +282,7 @@ def _run(job: Job, report: _PipeReporter) -> None:
         report.send(CalibrationEvent(asdict(calibration.report)))
     report.stage(f"importing {load_backend(recipe.backend).distribution}")
     device = _find_device(job.device, plan)
-    _check_model_code(job, plan)
+    check_model_code(plan.checkpoint, trusted=job.trust_remote_code)
     _seed(recipe.seed)
     load_backend(recipe.backend).quantize(Work(job, plan, samples, device, report))
 
@@ -303,35 +303,9 @@ def _find_device(device: str, plan: Plan) -> str:
     import torch
 
     found = torch.cuda.is_available()
-    if device.startswith("cuda") and not found:
-        raise ResourceError(
-            "E_NO_DEVICE",
-            f"device `{device}` was asked for and torch sees no such GPU",
-            hint="check the driver, or use --device cpu",
-        )
-    if not found and "cpu" not in plan.recipe.runs_on:
-        raise ResourceError(
-            "E_NEEDS_GPU",
-            f"`{plan.recipe.name}` needs an NVIDIA GPU and torch sees none",
-            hint="run it on a machine with one",
-        )
+    # the environment shows the worker one device alone
+    check_device(device.partition(":")[0], plan.recipe, gpus=int(found))
     return "cuda:0" if found else "cpu"
-
-
-def _check_model_code(job: Job, plan: Plan) -> None:
-    if job.trust_remote_code or "auto_map" not in plan.checkpoint.config:
-        return
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    model_type = plan.checkpoint.config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
-        message = (
-            f"{job.model}: model type `{model_type}` is defined by code in the model folder, "
-            "which qtool does not run unasked"
-        )
-        raise CheckpointRefused(
-            "E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code"
-        )
 
 
 def _seed(seed: int) -> None:

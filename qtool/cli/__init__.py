@@ -12,7 +12,7 @@ from collections.abc import Sequence, Set
 from qtool.cli.output import begin, current, discard_stdout, document, message
 from qtool.cli.signals import Interrupted, catch_signals, ignore_signals
 from qtool.errors import Interruption, QtoolError, from_os_error, one_line
-from qtool.memory import memory_error
+from qtool.memory import check_address_space, memory_error
 from qtool.terminal import guard_streams
 
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     exit_code, failure = 0, None
     try:
         catch_signals()
+        check_address_space()
         from qtool.cli.app import run  # what ends this import has an exit code too
 
         exit_code = run(arguments)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qtool.backends import host_memory_bytes
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.plan import Plan, sizes_by_kind
 from qtool.recipe import Auto, Recipe, catalogue
@@ -122,12 +123,14 @@ def _data(request: Request) -> str:
 
 def _memory(plan: Plan) -> str:
     recipe = plan.recipe
-    whole, by_layer = plan.peak_memory(recipe.calibration.num_samples, recipe.calibration.seq_len)
+    host = f"about {format_size(host_memory_bytes(plan))} with Python and the libraries"
     if recipe.backend == "gptqmodel":
-        return f"about {format_size(by_layer)} (layer by layer)"
+        return f"{host} (layer by layer)"
     if recipe.backend == "llmcompressor" and recipe.needs_data:
-        return f"about {format_size(whole)}, on the GPU about {format_size(by_layer)}"
-    return f"about {format_size(whole)}"
+        data = recipe.calibration
+        _, by_layer = plan.peak_memory(data.num_samples, data.seq_len)
+        return f"{host}, on the GPU about {format_size(by_layer)}"
+    return host
 
 
 def _scheme(recipe: Recipe) -> str:

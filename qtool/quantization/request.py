@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qtool.architecture import check_model
-from qtool.backends import check_backend
+from qtool.backends import (
+    check_backend,
+    check_device,
+    check_model_code,
+    check_python,
+    host_memory_bytes,
+)
 from qtool.backends.modelopt_state import check_state, state_recipe
 from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import (
@@ -20,7 +26,7 @@ from qtool.checkpoint import (
     source_files,
 )
 from qtool.checkpoint.strict_json import JsonDict
-from qtool.devices import check_device_name
+from qtool.devices import check_device_name, gpu_count
 from qtool.errors import ANY_FILE, UsageError, file_errors
 from qtool.formats import detect
 from qtool.options import QuantizeOptions
@@ -91,7 +97,12 @@ class Request:
 
     def to_dict(self) -> JsonDict:
         """Return the plan and where it would go, for ``--json``."""
-        return {**self.plan.to_dict(), "output": str(self.output), "device": self.device}
+        return {
+            **self.plan.to_dict(),
+            "output": str(self.output),
+            "device": self.device,
+            "host_memory_bytes": host_memory_bytes(self.plan),
+        }
 
 
 @file_errors(reading=[ANY_FILE])
@@ -119,6 +130,11 @@ def prepare(
     plan = make_plan(open_checkpoint(source), recipe)
     check_backend(plan)
     files = source_files(plan.checkpoint)
+    python = _python(options.backend_python or sys.executable)
+    check_python(python, recipe.backend)
+    check_model_code(plan.checkpoint, trusted=options.trust_remote_code)
+    if device.startswith("cuda") or "cpu" not in recipe.runs_on:
+        check_device(device, recipe, gpus=gpu_count())
     check_model(plan.checkpoint, detect(plan.checkpoint))
     notes = [*files.notes]
     context = _context_length(plan.checkpoint)
@@ -141,7 +157,7 @@ def prepare(
         state_save=_absolute(options.checkpoint_save_path),
         state_restore=_absolute(restore),
         notes=tuple(notes),
-        backend_python=_python(options.backend_python or sys.executable),
+        backend_python=python,
     )
     request.check_places()
     return request

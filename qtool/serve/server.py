@@ -26,7 +26,8 @@ import uvicorn
 
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, one_line
+from qtool.memory import memory_error
 from qtool.runtime.online import schemes_to_run
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.app import make_app
@@ -73,10 +74,10 @@ def _log_on_the_side(level: str) -> Iterator[None]:
     delays no request.
     """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LINES)
-    stream = logging.StreamHandler(sys.stderr)
-    stream.setFormatter(EscapingFormatter())
-    listener = QueueListener(lines, stream)
-    logging.getLogger().addHandler(handler := _Dropping(lines))
+    listener = QueueListener(lines, logging.StreamHandler(sys.stderr))
+    handler = _Dropping(lines)
+    handler.setFormatter(EscapingFormatter())
+    logging.getLogger().addHandler(handler)
     logging.getLogger("qtool").setLevel(level.upper())
     listener.start()
     try:
@@ -176,9 +177,13 @@ async def _run_service(
     except QtoolError as error:
         server.fail(error)
     except Exception as error:
-        LOG.exception("the server did not start")
-        message = f"the server did not start: {type(error).__name__}: {error}"
-        server.fail(QtoolError("E_BUG", message))
+        server.fail(memory_error(error, "the server") or _bug(error))
+
+
+def _bug(error: Exception) -> QtoolError:
+    LOG.error("the server did not start", exc_info=error)
+    message = f"the server did not start: {type(error).__name__}: {one_line(error)}"
+    return QtoolError("E_BUG", message)
 
 
 def _announce(service: Service, on_ready: Callable[[Service], None]) -> None:

@@ -155,6 +155,7 @@ class ServeSettings(ServeOptions):
         """
         ServeOptions.check(self)
         EngineConfig.check(self)
+        _check_text(self)
         if self.sampling_defaults not in SAMPLING_DEFAULTS:
             raise UsageError(
                 "E_SAMPLING_DEFAULTS",
@@ -220,6 +221,18 @@ def shown_name(path: str) -> str:
     if not Path(path).exists():
         return path
     return Path(path).resolve().name or "model"
+
+
+def _check_text(settings: ServeSettings) -> None:
+    """Raise UsageError for text that is not UTF-8: clients and the engine's process get it."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise UsageError(
+                "E_NOT_UTF8",
+                f"{flag_of(each.name)} is not UTF-8: {value}",
+                hint="of a folder: rename it, or give a link to it that has another name",
+            )
 
 
 def make_settings(options: ServeOptions) -> ServeSettings:

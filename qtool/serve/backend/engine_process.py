@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
+from qtool.memory import memory_error
 from qtool.serve.backend.messages import (
     LENGTH,
     Abort,
@@ -361,6 +362,9 @@ def _start_error(error: Exception, options: EngineOptions) -> QtoolError:
             f"the device has no memory for the weights: {one_line(error)}",
             hint=f"quantize it, or {_with_more_gpus(options)}",
         )
+    no_memory = memory_error(error, "the engine")
+    if no_memory is not None:
+        return no_memory
     LOG.error("the engine did not start", exc_info=error)
     return QtoolError(
         "E_BUG", f"the engine did not start: {type(error).__name__}: {one_line(error)}"
