@@ -416,7 +416,9 @@ def test_dry_run_shows_modules_schemes_bytes_and_needs_and_writes_nothing(
         r"v_proj +16 bit: ignored by the recipe +6 +393\.22 kB +393\.22 kB", result.stdout
     )
     assert re.search(r"all +11\.54 MB +\d\.\d\d MB", result.stdout)
-    assert re.search(r"memory: about [67]\d\d\.\d\d MB with .*; runs native from sm_75", result.stdout)
+    assert re.search(
+        r"memory: about [67]\d\d\.\d\d MB with .*; runs native from sm_75", result.stdout
+    )
     assert re.search(r"output: .*out$", result.stdout, re.MULTILINE)
 
 
