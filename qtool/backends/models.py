@@ -58,12 +58,16 @@ def loaded_linears(work: Work, model: Module) -> list[str]:
     linears = linear_names(model)
     found, fused = set(linears), fused_experts(model)
     missing = [module.name for module in work.plan.quantized if module.name not in found]
-    experts = [name for name in missing if fused and is_expert(name)]
-    if len(experts) < len(missing):
-        first = next(name for name in missing if name not in set(experts))
+    experts = [
+        module.name
+        for module in work.plan.modules
+        if fused and is_expert(module.name) and module.name not in found
+    ]
+    unknown = [name for name in missing if name not in set(experts)]
+    if unknown:
         message = (
-            f"{len(missing) - len(experts)} planned modules are not linear modules of the loaded "
-            f"model, the first is `{first}`"
+            f"{len(unknown)} planned modules are not linear modules of the loaded model, the "
+            f"first is `{unknown[0]}`"
         )
         raise BackendFailed(
             "E_PLAN_MISMATCH",

@@ -58,7 +58,7 @@ class Counterpart(BaseModel):
     """The engine takes a whole number: ours is rounded up."""
 
     since: str = ""
-    """The first version known to have the flag; an older one is not given it."""
+    """The first version that has the flag; an older one is not given it."""
 
     note: str = ""
     """What the user should know of the difference."""

@@ -12,7 +12,7 @@ from itertools import product
 
 import pytest
 from pydantic import ValidationError
-from support.engine_findings import ENGINES, FIRES, check
+from support.engine_findings import ENGINES, FIRES, check, mixed_precision, with_weights
 from support.headers_only import (
     EXPERTS,
     HEAD,
@@ -24,6 +24,9 @@ from support.headers_only import (
     ModelOpt,
     build,
     fp8,
+    fp8_group,
+    int8,
+    mxfp4,
     nvfp4,
     packed,
     plain,
@@ -34,7 +37,14 @@ from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
 from qtool.inspection.engines import check_engine, engines
 from qtool.inspection.engines.names import matcher
-from qtool.inspection.engines.rules import FOLDER, SHARED, Rule, Ruleset, load_rules
+from qtool.inspection.engines.rules import (
+    FOLDER,
+    SHARED,
+    Rule,
+    Ruleset,
+    load_rules,
+    numbers,
+)
 
 RULES = [(engine, rule.code) for engine in ENGINES for rule in load_rules(engine).rules]
 
@@ -104,13 +114,18 @@ def test_a_code_stands_for_one_rule():
 
 def test_a_rule_holds_since_one_version_and_until_another():
     rule = Rule.model_validate(RULE | {"since": "0.9", "until": "0.33"})
-    assert [rule.is_of(version) for version in ((0, 8), (0, 9), (0, 32, 1), (0, 33), None)] == [
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
+    versions = ((0, 8), (0, 9), (0, 32, 1), (0, 33), ())
+    assert [rule.is_of(version) for version in versions] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rule_was_seen_where_it_holds_and_ends_before_it_was_read(engine):
+    ruleset = load_rules(engine)
+    read = numbers(ruleset.version)
+    for rule in ruleset.rules:
+        assert all(rule.is_of(numbers(version)) for version in rule.seen), rule.code
+        for version in filter(None, (rule.since, rule.until)):
+            assert not read or numbers(version) <= read, rule.code
 
 
 def test_no_yaml_file_is_left_unread():
@@ -143,6 +158,7 @@ def test_a_report_crosses_json(tmp_path):
         "sm_90",
         2,
     )
+    assert (data["read"], data["findings"][0]["read"]) == ("0.5.23", "0.5.23")
     assert data["findings"][0]["count"] == 7 and len(data["findings"][0]["modules"]) == 3
 
 
@@ -177,6 +193,32 @@ def test_another_version_is_noted_and_its_rules_apply(tmp_path):
         == {"E_ENGINE_GPTQ_ORDER"}
     )
     assert codes(check(checkpoint, "vllm", version="0.20.0")) == {"N_ENGINE_VERSION"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "code", "version", "make"),
+    [
+        ("vllm", "E_ENGINE_GPTQ_ORDER", "0.30.0", Gptq(desc_act=True)),
+        ("vllm", "E_ENGINE_ORDER", "0.30.0", with_weights(packed(), actorder="group")),
+        ("vllm", "E_ENGINE_GPTQ_BITS", "0.22.0", Gptq(8, sym=False)),
+    ],
+)
+def test_since_is_the_first_version_that_does_it(engine, code, version, make, tmp_path):
+    major, minor, _ = version.split(".")
+    before = f"{major}.{int(minor) - 1}.0"
+    checkpoint = build(tmp_path, make)
+    for later in (version, "0.32.0", "0.32.0+cpu", load_rules(engine).version):
+        assert code in codes(check(checkpoint, engine, version=later))
+    assert code not in codes(check(checkpoint, engine, version=before))
+
+
+def test_a_version_that_was_run_needs_no_warning(tmp_path):
+    checkpoint = build(tmp_path, packed())
+    assert codes(check(checkpoint, "vllm", version="0.32.0+cpu")) == set()
+    report = check(checkpoint, "vllm")
+    assert (report.read, "0.32.0" in report.seen) == ("0.33.0", True)
+    refused = check(build(tmp_path / "order", Gptq(desc_act=True)), "vllm").findings[0]
+    assert (refused.read, refused.seen) == ("0.33.0", ("0.32.0",))
 
 
 @pytest.mark.parametrize(
@@ -390,3 +432,98 @@ def test_a_config_of_any_shape_gets_a_report(key, value, tmp_path):
         for engine, layout in product(ENGINES, layouts):
             report = check_engine(broken, layout, engine, tensor_parallel=2)
             assert "\x1b" not in "".join(finding.message for finding in report.findings)
+
+
+# --- transformers 5: experts are one tensor a layer, and GPTQ replaces whole decoder layers
+
+BLOCKS = {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+REFUSED_EXPERTS = {
+    "gptq": Gptq(),
+    "gptq 8": Gptq(8),
+    "awq": Awq(),
+    "asymmetric": packed(symmetric=False),
+    "int8": int8(),
+    "int8 static": int8(inputs={"strategy": "tensor", "dynamic": False}),
+    "codes in bytes": int8(4, group=128),
+    "blocks": fp8("block", BLOCKS),
+    "nvfp4": nvfp4(),
+    "nvfp4a16": nvfp4(inputs=False),
+    "mxfp4": mxfp4(),
+    "mxfp8": fp8_group(),
+}
+LOADED_EXPERTS = {
+    "w4a16": packed(),
+    "w8a16": packed(8),
+    "w3a16": packed(3),
+    "fp8 channel": fp8(),
+    "fp8 tensor": fp8("tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_EXPERTS | LOADED_EXPERTS)
+def test_transformers_reads_experts_in_two_ways_only(name, tmp_path):
+    format = (REFUSED_EXPERTS | LOADED_EXPERTS)[name]
+    report = check(build(tmp_path / "experts", format, shapes=EXPERTS), "transformers")
+    assert report.loads == (name in LOADED_EXPERTS)
+    old = check(build(tmp_path / "old", format, shapes=EXPERTS), "transformers", version="4.57.0")
+    assert old.loads
+    shared = {f"model.layers.0.mlp.shared_experts.{kind}": shape for kind, shape in MLP.items()}
+    assert check(build(tmp_path / "shared", format, shapes=shared), "transformers").loads
+
+
+def test_transformers_reads_all_experts_by_one_group(tmp_path):
+    eight, four = packed(8, targets=["re:.*self_attn.*"]), packed(4, targets=["re:.*mlp.*"])
+    groups = {"a": eight.config["config_groups"]["g"], "b": four.config["config_groups"]["g"]}
+    attention = {name: shape for name, shape in MODEL.items() if "self_attn" in name}
+    shapes = EXPERTS | attention
+    for targets, loads in (["re:.*mlp.*"], False), (["re:.*experts.*"], True), (["Linear"], True):
+        groups["b"] = groups["b"] | {"targets": targets}
+        four.config["config_groups"] = groups
+        folder = tmp_path / targets[0].strip("re:.*")
+        checkpoint = build(folder, four, shapes=shapes, others={"self_attn": eight})
+        assert check(checkpoint, "transformers").loads == loads
+
+
+def test_experts_in_16_bits_load_in_transformers_unless_others_are_packed(tmp_path):
+    shapes = EXPERTS | MODEL
+    for name, format, loads in ("fp8", fp8(), True), ("int4", packed(), False):
+        checkpoint = build(tmp_path / name, format, shapes=shapes, but=["experts"])
+        assert check(checkpoint, "transformers").loads == loads
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "code"),
+    [
+        (Gptq(lm_head=True), {"shapes": MODEL | HEAD}, "E_ENGINE_SKIPS"),
+        (Gptq(dynamic={"-:.*down_proj": {}}), {"but": ["down_proj"]}, "E_ENGINE_EXPECTS"),
+        (
+            Gptq(dynamic={".*down_proj": {"bits": 8}}),
+            {"others": {"down_proj": Gptq(8)}},
+            "E_ENGINE_OTHER_WEIGHTS",
+        ),
+        (
+            Gptq(modules_in_block_to_quantize=[["self_attn.q_proj"], ["mlp.up_proj"]]),
+            {"but": ["k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]},
+            None,
+        ),
+        (Gptq(), {"tensors": plain("lm_head", (512, 256))}, None),
+    ],
+)
+def test_gptq_in_transformers_replaces_whole_decoder_layers(format, options, code, tmp_path):
+    report = check(build(tmp_path, format, **options), "transformers")
+    assert codes(report) == {"N_ENGINE_PACKAGE", *([code] if code else [])}
+
+
+# --- ModelOpt, mixed
+
+READ_MIXED = {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO"}
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "MXFP4", *READ_MIXED])
+def test_each_layer_of_a_mixed_checkpoint_needs_a_method(algorithm, tmp_path):
+    checkpoint = build(tmp_path, mixed_precision(algorithm))
+    unknown = READ_MIXED - {"FP8_PER_CHANNEL_PER_TOKEN"}
+    for engine, known in (("vllm", READ_MIXED), ("sglang", unknown)):
+        refused = "E_ENGINE_MODELOPT_LAYER" in codes(check(checkpoint, engine))
+        assert refused == (algorithm not in known)
+    assert check(checkpoint, "tensorrt-llm").loads or algorithm in ("MXFP4", "FP8_PB_WO")

@@ -33,6 +33,14 @@ def only_config(**config):
     )
 
 
+def mixed_precision(algorithm):
+    """ModelOpt's MIXED_PRECISION with ``algorithm`` in every layer."""
+    format = ModelOpt(algorithm)
+    layers = {name: {"quant_algo": algorithm, "group_size": 128} for name in MODEL}
+    format.config |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    return format
+
+
 def of(format, **options):
     return lambda folder: build(folder, format, **options)
 
@@ -70,6 +78,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "N_ENGINE_NOT_READ": (only_config(quant_method="quark"), {}),
     "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
     "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
+    "E_ENGINE_BITSANDBYTES": (only_config(quant_method="bitsandbytes"), {}),
     "E_ENGINE_SPARSE": (
         only_config(
             quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}
@@ -87,6 +96,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_AWQ_KEYS": (lambda folder: build(folder, without(Awq(), "zero_point")), {}),
     "W_ENGINE_AWQ_GROUP": (of(Awq(16)), {}),
     "E_ENGINE_MODELOPT_ALGORITHM": (of(ModelOpt("MXFP4")), {}),
+    "E_ENGINE_MODELOPT_LAYER": (of(mixed_precision("W4A16_AWQ")), {}),
     "E_ENGINE_MODELOPT_SIDECAR": (of(ModelOpt("MXFP8"), sidecar=True), {}),
     "E_ENGINE_SCHEME": (of(int8(inputs=None)), {}),
     "E_ENGINE_INT8_AS_FP8": (of(int8()), {}),
@@ -125,6 +135,18 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
         {},
     ),
     "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
+    "E_ENGINE_EXPERTS": (of(Gptq(), shapes=EXPERTS), {}),
+    "E_ENGINE_EXPERTS_SCHEME": (of(nvfp4(), shapes=EXPERTS), {}),
+    "E_ENGINE_EXPERTS_NO_GROUP": (
+        of(
+            packed(config_groups={}, kv_cache_scheme=FP8_CACHE),
+            shapes=EXPERTS,
+            but=["experts"],
+        ),
+        {},
+    ),
+    "E_ENGINE_EXPERTS_PACKED": (of(packed(), shapes=EXPERTS), {"version": "5.12.0"}),
+    "E_ENGINE_EXPERTS_FP8": (of(fp8(), shapes=EXPERTS), {"version": "5.14.0"}),
     "tensorrt-llm E_ENGINE_SKIPS": (of(ModelOpt("FP8", ignore=["*mlp*"])), {}),
     "E_ENGINE_EXPECTS": (of(packed(), but=["down_proj"]), {}),
     "transformers E_ENGINE_EXPECTS": (of(Awq(), but=["down_proj"]), {}),

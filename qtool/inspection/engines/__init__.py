@@ -18,6 +18,7 @@ from qtool.inspection.engines.collect import (
     collect_checkpoint,
     collect_groups,
     collect_modules,
+    layer_algorithms,
 )
 from qtool.inspection.engines.layers import linear_layers
 from qtool.inspection.engines.name_matching import name_matching
@@ -56,6 +57,10 @@ class Finding:
     hint: str
     source: str
     """Where in the engine this was read."""
+    read: str = ""
+    """The version of the engine in which it was read."""
+    seen: tuple[str, ...] = ()
+    """Versions that did it when they were run."""
     modules: tuple[str, ...] = ()
     """Examples of the modules it is about."""
     count: int = 0
@@ -68,6 +73,10 @@ class EngineReport:
 
     engine: str
     version: str
+    read: str
+    """The version whose source the rules were read from."""
+    seen: tuple[str, ...]
+    """Versions whose own verdicts on checkpoints were compared with those of the rules."""
     gpu: str | None
     tensor_parallel: int
     loads: bool
@@ -109,7 +118,7 @@ def check_engine(
         layout: what `formats.detect` returned; None for an unquantized model, or for a format that
             qtool does not read.
         engine: name of the engine.
-        version: of the engine; the one its rules were written for when None.
+        version: of the engine; the one its rules were read in when None.
         gpu: an architecture (``sm_90``, ``90``, ``9.0``) or a name (``h100``).
         tensor_parallel: number of ranks.
     Raises: UsageError, for an unknown engine, version, GPU or number of ranks.
@@ -126,8 +135,8 @@ def check_engine(
     whole = collect_checkpoint(checkpoint, layout, architecture, tensor_parallel)
     cases = _cases(checkpoint, layout, whole, ruleset)
     hits = [*_hits(ruleset.rules_of(other_version), cases)]
-    findings = _findings(hits)
-    if version and other_version:
+    findings = _findings(hits, ruleset)
+    if version and other_version and not ruleset.has_seen(version):
         findings.append(_version_note(ruleset, version))
     findings.sort(key=lambda finding: ORDER[finding.severity])
     loads = all(finding.severity != "refused" for finding in findings)
@@ -135,6 +144,8 @@ def check_engine(
     return EngineReport(
         engine=engine,
         version=version or ruleset.version,
+        read=ruleset.version,
+        seen=ruleset.seen,
         gpu=_gpu_name(architecture),
         tensor_parallel=tensor_parallel,
         loads=loads,
@@ -169,12 +180,14 @@ def _cases(
     if layout is None:
         return {"checkpoint": [(inputs, [])]}
     linears, fused = linear_layers(checkpoint, layout)
+    config = checkpoint.quantization_config or {}
     is_mixed = whole.algorithm == "MIXED_PRECISION"
     matching = None if is_mixed else ruleset.matching.get(layout.format)
     modules = collect_modules(
         linears,
         fused,
-        name_matching(matching, checkpoint.quantization_config or {}),
+        name_matching(matching, config),
+        layer_algorithms(config) if is_mixed else {},
         ranks=whole.ranks,
         cache_heads=cache_head_count(checkpoint),
     )
@@ -199,7 +212,7 @@ def _hits(rules: Iterable[Rule], cases: Cases) -> Iterator[_Hit]:
                 yield _Hit(rule, rule.message.format_map(inputs), names)
 
 
-def _findings(hits: Iterable[_Hit]) -> list[Finding]:
+def _findings(hits: Iterable[_Hit], ruleset: Ruleset) -> list[Finding]:
     """Return the hits as findings; those of one rule with one message become one."""
     merged: dict[tuple[str, str], tuple[Rule, list[str]]] = {}
     for hit in hits:
@@ -212,6 +225,8 @@ def _findings(hits: Iterable[_Hit]) -> list[Finding]:
             message=message,
             hint=rule.hint,
             source=rule.source,
+            read=ruleset.version,
+            seen=rule.seen,
             modules=tuple(names[:EXAMPLES]),
             count=len(names),
         )
@@ -220,7 +235,7 @@ def _findings(hits: Iterable[_Hit]) -> list[Finding]:
 
 
 def _other_version(ruleset: Ruleset, version: str | None) -> tuple[int, ...] | None:
-    """Return ``version`` as numbers; None when it is the one that the rules were written for."""
+    """Return ``version`` as numbers; None when it is the one that the rules were read in."""
     if version is None or version == ruleset.version:
         return None
     found = numbers(version)
@@ -238,7 +253,7 @@ def _version_note(ruleset: Ruleset, version: str) -> Finding:
         code="N_ENGINE_VERSION",
         severity="note",
         message=(
-            f"the rules were written for {ruleset.engine} {ruleset.version}; {version} may differ"
+            f"the rules were read in {ruleset.engine} {ruleset.version}; {version} may differ"
         ),
         hint="try it there before you rely on it",
         source=f"{ruleset.engine}.yaml",

@@ -86,6 +86,7 @@ def collect_modules(
     linears: Iterable[Linear],
     fused: Iterable[Fused],
     match_name: MatchName,
+    algorithms: Mapping[str, str],
     *,
     ranks: int,
     cache_heads: int,
@@ -97,7 +98,13 @@ def collect_modules(
     for linear in linears:
         part = parts[linear.name]
         alone = _Merged(fused_rows=part.rows, last=True)
-        inputs = _module_inputs(linear, match_name(linear), part, merged.get(linear.name, alone))
+        inputs = _module_inputs(
+            linear,
+            match_name(linear),
+            algorithms.get(linear.name),
+            part,
+            merged.get(linear.name, alone),
+        )
         found[inputs].append(linear.name)
     return found
 
@@ -123,7 +130,7 @@ def _merge_shards(fused: Iterable[Fused], parts: Mapping[str, Partition]) -> dic
 
 
 def _module_inputs(
-    linear: Linear, match: NameMatch, part: Partition, merged: _Merged
+    linear: Linear, match: NameMatch, algorithm: str | None, part: Partition, merged: _Merged
 ) -> ModuleInputs:
     module = linear.module
     return ModuleInputs(
@@ -134,6 +141,7 @@ def _module_inputs(
         says=match.stored,
         says_weights=cast(Weight, match.weights),
         differs=match.differs(linear),
+        algorithm_here=algorithm,
         container=_container(module) if module else None,
         padded=module is not None and _is_padded(module),
         pre_scale=module is not None and "pre_quant_scale" in module.tensors,
@@ -171,6 +179,15 @@ def collect_groups(
         )
         found[inputs].append(group.name)
     return found
+
+
+def layer_algorithms(config: Mapping[str, object]) -> dict[str, str]:
+    """Return the ``quant_algo`` of each layer that ModelOpt's MIXED_PRECISION names."""
+    layers = as_mapping(_Config(config).nested.get("quantized_layers"))
+    return {
+        name: as_word(as_mapping(settings).get("quant_algo")).upper()
+        for name, settings in layers.items()
+    }
 
 
 def cache_head_count(checkpoint: Checkpoint) -> int:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from qtool.formats.patterns import config_patterns
-from qtool.inspection.engines.config_values import as_int, as_mapping, as_strings
+from qtool.inspection.engines.config_values import as_int, as_list, as_mapping, as_strings
 from qtool.inspection.engines.layers import Linear
 from qtool.inspection.engines.names import compiled, matcher
 from qtool.inspection.engines.rule_inputs import Stored
 from qtool.inspection.engines.rules import Matching
+from qtool.modules import layer_number
 from qtool.patterns import PatternCompiler
 
 
@@ -38,6 +39,7 @@ class NameMatch:
 
 
 MatchName = Callable[[Linear], NameMatch]
+PLAIN = NameMatch("plain")
 
 
 def name_matching(matching: Matching | None, config: Mapping[str, object]) -> MatchName:
@@ -46,7 +48,11 @@ def name_matching(matching: Matching | None, config: Mapping[str, object]) -> Ma
     Without ``matching``, the engine believes the tensors.
     """
     if matching is None:
-        return lambda linear: NameMatch(linear.stored)
+        return _believe_tensors
+    if matching.blocks:
+        return _by_blocks(config)
+    if matching.experts:
+        return _by_experts_group(config)
     entries = _list_entries(matching, config)
     if isinstance(entries, Mapping):
         match_name = _by_overrides(entries, config)
@@ -57,6 +63,69 @@ def name_matching(matching: Matching | None, config: Mapping[str, object]) -> Ma
             targets=_targets(config) if matching.targets else None,
         )
     return partial(_match, matching=matching, config=config, match_name=match_name)
+
+
+def _believe_tensors(linear: Linear) -> NameMatch:
+    return NameMatch(linear.stored)
+
+
+def _by_blocks(config: Mapping[str, object]) -> MatchName:
+    """Return the function for GPTQ in optimum, which replaces every linear layer of the decoder
+    layers, or those that ``modules_in_block_to_quantize`` names, and reads no overrides.
+    """
+    kinds = tuple(
+        kind
+        for group in as_list(config.get("modules_in_block_to_quantize"))
+        for kind in as_strings(group)
+    )
+    found = _match_of_numbers(config)
+
+    def match_name(linear: Linear) -> NameMatch:
+        # its router is a class of its own but for this gate
+        if linear.role in ("expert", "tower") or (
+            linear.role == "router" and linear.kind != "shared_expert_gate"
+        ):
+            return NameMatch(linear.stored)
+        is_replaced = not kinds or linear.name.endswith(kinds)
+        return found if is_replaced and layer_number(linear.name) is not None else PLAIN
+
+    return match_name
+
+
+def _by_experts_group(config: Mapping[str, object]) -> MatchName:
+    """Return the function for compressed-tensors in transformers: one group says what experts are.
+
+    FP8 experts and those in 16 bits have one name there, `weight`; packed ones have another.
+    """
+    weights = as_mapping(_experts_group(config).get("weights"))
+    found = _match_of_weights(weights) if weights else PLAIN
+    reads_plain = found.weights in (None, "fp8")
+
+    def match_name(linear: Linear) -> NameMatch:
+        if linear.role != "expert" or (linear.stored == "plain" and reads_plain):
+            return NameMatch(linear.stored)
+        return found
+
+    return match_name
+
+
+def _experts_group(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the first group whose patterns name experts, else the first with a target that is no
+    pattern, else the first.
+    """
+    groups = [as_mapping(group) for group in as_mapping(config.get("config_groups")).values()]
+    targets = [(group, as_strings(group.get("targets"))) for group in groups]
+    named = [group for group, names in targets if any(map(_names_experts, names))]
+    unnamed = [group for group, names in targets if not all(map(_is_pattern, names))]
+    return next(iter([*named, *unnamed, *groups]), {})
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _names_experts(target: str) -> bool:
+    return _is_pattern(target) and "experts" in target
 
 
 def _match(
@@ -125,16 +194,16 @@ def _by_overrides(dynamic: Mapping[str, object], config: Mapping[str, object]) -
         override = next((each for each in overrides if each.matches(linear.runs_in)), None)
         if override and override.is_skip:
             return NameMatch("plain")
-        settings = {
-            "bits": as_int(config.get("bits")),
-            "group_size": as_int(config.get("group_size")),
-            **(override.settings if override else {}),
-        }
-        bits = as_int(settings["bits"])
-        group_size = as_int(settings["group_size"]) or 0
-        return NameMatch("quantized", f"int{bits}" if bits else None, max(group_size, 0))
+        return _match_of_numbers({**config, **(override.settings if override else {})})
 
     return match_name
+
+
+def _match_of_numbers(settings: Mapping[str, object]) -> NameMatch:
+    """Return what layers with GPTQ's ``bits`` and ``group_size`` are."""
+    bits = as_int(settings.get("bits"))
+    group_size = as_int(settings.get("group_size")) or 0
+    return NameMatch("quantized", f"int{bits}" if bits else None, max(group_size, 0))
 
 
 def _targets(config: Mapping[str, object]) -> list[_Target]:

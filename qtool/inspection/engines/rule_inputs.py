@@ -107,6 +107,8 @@ class ModuleInputs(SchemeInputs):
     """The weight format that the config gives it."""
     differs: bool
     """Whether its weight format or group size is not what the config gives it."""
+    algorithm_here: str | None
+    """Its own ``quant_algo`` in a checkpoint of MIXED_PRECISION; None when the config has none."""
     container: Container | None
     """The dtype of its codes."""
     padded: bool

@@ -64,9 +64,11 @@ class Rule(Strict):
     hint: str = ""
     source: str = Field(min_length=1)
     since: str | None = None
-    """The first version that does it."""
+    """The first version that does it, not the one in which it was read."""
     until: str | None = None
     """The first version that no longer does it."""
+    seen: tuple[str, ...] = ()
+    """Versions that did it when they were run; `Ruleset.version` is the one that was read."""
     emulated: bool = False
     """Whether the GPU then does not multiply in the formats of the scheme."""
     tests: tuple[tuple[tuple[Test, ...], ...], ...] = Field(default=(), exclude=True)
@@ -106,10 +108,10 @@ class Rule(Strict):
         when, unless = self.tests
         return _one_holds(when, inputs) and not _one_holds(unless, inputs)
 
-    def is_of(self, version: tuple[int, ...] | None) -> bool:
-        """Whether the rule holds in ``version``; None is the version the rules were written for."""
-        if version is None:
-            return True
+    def is_of(self, version: tuple[int, ...]) -> bool:
+        """Whether the rule holds in ``version``; an empty one is newer than all."""
+        if not version:
+            return self.until is None
         if self.since and version < numbers(self.since):
             return False
         return not self.until or version < numbers(self.until)
@@ -131,6 +133,10 @@ class Matching(Strict):
     head: Literal["list", "flag", "name"] = "list"
     """What decides about the output head: ``list``, a flag of the config, or a target that is its
     name, as class names do not reach it."""
+    blocks: bool = False
+    """Whether all linear layers of the decoder layers are quantized alike, and no others."""
+    experts: bool = False
+    """Whether only experts are looked up: one config group holds for all of them."""
 
 
 class Ruleset(Strict):
@@ -138,7 +144,9 @@ class Ruleset(Strict):
 
     engine: str
     version: str
-    """The version of the engine that the rules were written for."""
+    """The version of the engine whose source was read for the rules."""
+    seen: tuple[str, ...] = ()
+    """Versions whose own verdicts on checkpoints were compared with those of the rules."""
     include: tuple[str, ...] = ()
     """YAML files of rules that several engines share."""
     matching: Mapping[str, Matching] = {}
@@ -153,8 +161,13 @@ class Ruleset(Strict):
         return self
 
     def rules_of(self, version: tuple[int, ...] | None) -> list[Rule]:
-        """Return the rules that hold in ``version``; None is the version they were written for."""
-        return [rule for rule in self.rules if rule.is_of(version)]
+        """Return the rules that hold in ``version``; None is the version they were read in."""
+        asked = numbers(self.version) if version is None else version
+        return [rule for rule in self.rules if rule.is_of(asked)]
+
+    def has_seen(self, version: str) -> bool:
+        """Whether the verdicts of ``version`` were compared."""
+        return numbers(version) in map(numbers, self.seen)
 
 
 def engines() -> tuple[str, ...]:
