@@ -230,17 +230,25 @@ def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | 
     """Return the failed file operation that ``error``, raised by a library, comes from; None when
     it is none of the machine and of no file below ``places``.
     """
-    if isinstance(error, OSError) and _is_below(_file_name(error), places):
-        return error
+    places = list(places)
     seen: BaseException | None = error
     for _ in range(8):  # causes of causes
         if seen is None:
             return None
-        code = seen.errno if isinstance(seen, OSError) and seen.errno else _code_in(str(seen))
-        if code in _MACHINE_ERRORS:
-            return seen if isinstance(seen, OSError) else OSError(code, os.strerror(code))
+        found = _os_error_in(seen, places)
+        # libraries look for files that may be missing, and go on to fail elsewhere
+        if found and (seen is error or found.errno != errno.ENOENT):
+            return found
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None:
+    if isinstance(error, OSError) and error.errno:
+        is_ours = error.errno in _MACHINE_ERRORS or _is_below(_file_name(error), places)
+        return error if is_ours else None
+    code = _code_in(str(error))
+    return OSError(code, os.strerror(code)) if code else None
 
 
 def _code_in(text: str) -> int:

@@ -29,12 +29,15 @@ MAX_TENSOR_BYTES = 128 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
     """Read config, index and every safetensors header below ``path``.
 
+    Args:
+        path: the folder.
+        is_written: whether this run wrote it; a file that cannot be read is then no bad input.
     Raises: CheckpointRefused, naming the file, the tensor and the numbers that do not fit.
     """
-    with file_errors(reading=[path]):
+    with file_errors(reading=[] if is_written else [path]):
         if not path.exists():
             raise refused(
                 "E_NO_MODEL",

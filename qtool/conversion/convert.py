@@ -207,7 +207,7 @@ def _write(
 
 def _verify(plan: ConversionPlan, staging: Staging) -> Checkpoint:
     """Open what was written, and compare its schemes and its KV cache with the plan."""
-    written = open_checkpoint(staging.checkpoint)
+    written = open_checkpoint(staging.checkpoint, is_written=True)
     layout = detect(written)
     _verify_cache(plan, layout)
     modules = layout.modules if layout else {}

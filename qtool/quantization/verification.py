@@ -27,7 +27,7 @@ def verify(plan: Plan, folder: Path) -> Checkpoint:
         should not be, or a value is NaN or an impossible scale.
     """
     try:
-        written = open_checkpoint(folder)
+        written = open_checkpoint(folder, is_written=True)
         problems = list(_problems(plan, written))
     except InputRefused as error:
         problems = [error.message]

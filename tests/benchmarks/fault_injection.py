@@ -1,0 +1,78 @@
+"""Let every file operation of `quantize`, `export` and `inspect` fail, in the command and in the
+worker, with each error of the system: a code and exit 3, 4 or 6, nothing half-written, no
+traceback, and the next run works.
+
+    python tests/benchmarks/fault_injection.py [--scenario export ...] [--sample 200] [--seed 0]
+
+Without ``--sample`` every operation gets every error, which takes hours. Of a worker, ``stat`` is
+left out: libraries take an error there for a file that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.faults import ERRORS, SCENARIOS, Fault, Faults, may_fail
+
+
+def main() -> None:
+    """Inject, print a table, and exit with 1 when something was not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--sample", type=int, help="faults in each process of each scenario")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tolerated", action="store_true", help="show faults with exit code 0")
+    arguments = parser.parse_args()
+    bad = 0
+    for name in arguments.scenario:
+        dice = random.Random(arguments.seed)
+        bad += inject(name, arguments.sample, dice, show_tolerated=arguments.tolerated)
+    print(f"{bad} faults were not handled")
+    sys.exit(bool(bad))
+
+
+def inject(scenario: str, sample: int | None, dice: random.Random, *, show_tolerated: bool) -> int:
+    """Inject faults into one scenario; return how many were not handled."""
+    bad = 0
+    processes = ["command"] if "quantize" not in SCENARIOS[scenario][0] else ["command", "worker"]
+    with tempfile.TemporaryDirectory() as folder, Faults(scenario, Path(folder)) as faults:
+        for process in processes:
+            start = time.monotonic()
+            clean = faults.run(Fault(process, -1))
+            assert not clean.problems, (clean.problems, clean.stderr)
+            faulty = [
+                Fault(process, number, error)
+                for number, operation in enumerate(clean.operations)
+                if may_fail(process, operation)
+                for error in ERRORS
+            ]
+            chosen = dice.sample(faulty, min(sample, len(faulty))) if sample else faulty
+            ends: collections.Counter[str] = collections.Counter()
+            for fault in chosen:
+                found = faults.run(fault)
+                ends[f"{found.exit_code} {found.code}".strip()] += 1
+                where = found.operations[fault.number : fault.number + 1]
+                if show_tolerated and not found.exit_code:
+                    print(f"{scenario}, {process}: {fault} {where}: tolerated", flush=True)
+                if found.problems:
+                    bad += 1
+                    print(f"{scenario}, {process}: {fault} {where}: {found.problems}", flush=True)
+                    print(f"    {found.stderr.strip()[-600:]}", flush=True)
+            print(
+                f"{scenario:20} {process:8} {len(clean.operations):5} operations, "
+                f"{len(chosen):5} faults, {time.monotonic() - start:6.1f} s: {dict(ends)}",
+                flush=True,
+            )
+    return bad
+
+
+if __name__ == "__main__":
+    main()
