@@ -23,6 +23,7 @@ from socket import socket
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
@@ -136,8 +137,9 @@ async def _serve(
     on_ready: Callable[[Service], None],
 ) -> None:
     host = ServiceHost(settings)
+    app = make_app(host)
     config = uvicorn.Config(
-        LimitsMiddleware(make_app(host), settings, limits, host.threads),
+        LimitsMiddleware(app, settings, limits, host.threads),
         http=limited_connection(limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
@@ -152,7 +154,7 @@ async def _serve(
     )
     server = _Server(config, host)
     with server.signals_taken():
-        running = asyncio.create_task(_run_service(host, server, on_ready))
+        running = asyncio.create_task(_run_service(app, host, server, on_ready))
         try:
             await server.serve(sockets=[address])
         finally:
@@ -164,11 +166,12 @@ async def _serve(
 
 
 async def _run_service(
-    host: ServiceHost, server: _Server, on_ready: Callable[[Service], None]
+    app: FastAPI, host: ServiceHost, server: _Server, on_ready: Callable[[Service], None]
 ) -> None:
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
         async with open_service(host.settings, host.metrics, host.threads, server.fail) as service:
+            await asyncio.to_thread(app.openapi)  # it takes long, and is kept
             gc.collect()
             gc.freeze()  # what lives as long as the server is never looked at again
             host.set_service(service)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from qtool.serve.turns import Turns, current_origin
 
-WORKERS = 4
+# at least one for others than the client with the most; the engine needs the other cores
+WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 MAX_WAITING = 4096
 MAX_WAITING_EACH = 1024
 SMALL_BYTES = 16 << 10  # what takes less time than handing it to a thread is worth

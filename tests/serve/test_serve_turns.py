@@ -11,7 +11,7 @@ import pytest
 
 from qtool.sandbox import ChildDied, Sandbox, TooManyWaiting
 from qtool.serve.prompts.pool import SandboxPool
-from qtool.serve.threads import SMALL_BYTES, Threads
+from qtool.serve.threads import SMALL_BYTES, WORKERS, Threads
 from qtool.serve.turns import Origin, Turns, client_at, set_origin
 
 
@@ -92,7 +92,7 @@ def test_a_client_keeps_its_thread_until_it_has_finished():
     async def main() -> None:
         threads = Threads()
         set_origin(Origin("a"))
-        going_on = [asyncio.Event() for _ in range(3)]
+        going_on = [asyncio.Event() for _ in range(WORKERS - 1)]
         loop = asyncio.get_running_loop()
 
         def block(event: asyncio.Event) -> None:
