@@ -69,16 +69,19 @@ def says_no_memory(text: str) -> bool:
     return _NO_MEMORY.search(text) is not None
 
 
-def memory_error(error: BaseException, who: str, hint: str = "") -> ResourceError | None:
+def memory_error(
+    error: BaseException, who: str, *, where: str = "", hint: str = ""
+) -> ResourceError | None:
     """Return what the user is told when ``error`` says that ``who`` had too little memory; None
-    when it says something else.
+    when it says something else. ``where`` is how far the work was.
     """
     if not is_out_of_memory(error):
         return None
+    at = f" {where}" if where else ""
     reason = f": {text}" if (text := one_line(error)) else ""
     return ResourceError(
         "E_OUT_OF_MEMORY",
-        f"{who} ran out of memory{reason}; it may have {format_size(limit_bytes())}",
+        f"{who} ran out of memory{at}{reason}; it may have {format_size(limit_bytes())}",
         hint=hint or "use a machine with more memory, or raise the limit (`ulimit -v`, a cgroup)",
     )
 

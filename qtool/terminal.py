@@ -109,13 +109,16 @@ class _LossyText(io.TextIOWrapper):
 
 
 class _EscapedText(_LossyText):
-    """Messages of qtool and of libraries: line breaks are the only control characters, and on a
+    """Messages of qtool and of libraries. Line breaks are the only control characters, and on a
     terminal what moves the cursor between progress bars.
     """
 
     def write(self, text: str, /) -> int:
-        """Write ``text`` escaped."""
+        """Write ``text`` escaped. Its further lines are indented, so that none of them looks like a
+        message of its own.
+        """
         moves = _TQDM_MOVES.match(text) if self.isatty() else None
         start = moves.end() if moves else 0
-        super().write(text[:start] + printable_lines(text[start:]))
+        lines = printable_lines(text[start:])
+        super().write(text[:start] + lines[:-1].replace("\n", "\n  ") + lines[-1:])
         return len(text)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from rich.table import Table
@@ -49,6 +52,21 @@ def test_plain_text_stays_as_it_is():
     out = io.StringIO()
     EscapingConsole(file=out, width=200).print(text, Text("[b]z[/b]"))
     assert out.getvalue() == f"{text} [b]z[/b]\n"
+
+
+def test_a_message_of_a_library_forges_no_line():
+    code = """
+        import logging, sys, warnings
+        from qtool.terminal import guard_streams
+        guard_streams()
+        logging.warning("a\\nerror: forged\\x1b[2J")
+        warnings.warn("b\\nerror: forged\\x9b")
+        print("c\\nerror: forged", file=sys.stderr)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split("\n")
+    assert sum(line.startswith("  error: forged") for line in lines) == 3
+    assert all(line.isprintable() and not line.startswith("error") for line in lines)
 
 
 def test_a_stream_that_cannot_be_written_loses_its_lines():

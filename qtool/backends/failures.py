@@ -35,7 +35,7 @@ def raised(error: BaseException, job: Job, where: str) -> QtoolError:
         return error
     library = version_of(load_backend(str(job.recipe["backend"])))
     hint = "lower --num-samples, --seq-len or --batch-size, or run it with --device cpu"
-    no_memory = memory_error(error, f"{library} {where}", hint)
+    no_memory = memory_error(error, library, where=where, hint=hint)
     if no_memory is not None:
         return no_memory
     if isinstance(error, ModuleNotFoundError) and (missing := _distribution(error.name or "")):

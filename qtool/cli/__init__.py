@@ -80,3 +80,6 @@ def _report(error: QtoolError, flags: Set[str]) -> None:
     message(f"error[{error.code}]: {error.message}")
     if error.hint:
         message(f"hint: {error.hint}")
+    for path in outcome.published:
+        if path not in error.message + error.hint:
+            message(f"note: {path} is complete")

@@ -101,6 +101,31 @@ def test_every_outcome_is_one_json_document(tiny_model, what, exit_code, code):
     assert "\x1b" not in done.stderr
 
 
+PUBLISHED = """
+import os, sys, qtool.quantization as module
+from qtool.errors import BackendFailed
+from qtool.events import PublishedEvent
+module.prepare = lambda *arguments, **options: None
+def run(request, *, on_event):
+    on_event(PublishedEvent("/x/state"))
+    {what}
+module.run = run
+from qtool.cli import main
+main(["quantize", "--model-path", "m", "--method", "modelopt_fp8", "--json"])
+"""
+
+
+@pytest.mark.parametrize(
+    "what", ["os.kill(os.getpid(), 15)", "raise BackendFailed('E_BACKEND_FAILED', 'x')"]
+)
+def test_what_was_published_before_the_end_is_named(what):
+    command = [sys.executable, "-c", PUBLISHED.format(what=what)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["error"]["published"] == ["/x/state"]
+    assert "/x/state is complete" in done.stderr
+    assert "no output was written" not in done.stderr
+
+
 def test_ignored_signals_stay_ignored(tiny_model):
     code = BUG.format(what="import os; os.kill(os.getpid(), 1); raise ValueError('went on')")
     command = ["nohup", sys.executable, "-c", code, str(tiny_model)]

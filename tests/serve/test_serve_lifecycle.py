@@ -238,10 +238,11 @@ def test_at_a_signal_every_request_gets_an_end(started, signals):
 
 
 def test_a_signal_while_it_loads_ends_it(started):
-    server = started(ready=False)
+    server = started("--json", ready=False)
     children = family(server)
     os.kill(server.process.pid, signal.SIGTERM)
     assert server.process.wait(END_S) == 0
+    assert json.loads(server.out.read_text())["ready"] is False
     assert are_gone(children)
     assert "Traceback" not in server.said()
 
@@ -252,7 +253,7 @@ def test_a_signal_when_nothing_runs_ends_it_at_once(started):
     with httpx.Client() as idle, socket.create_connection(("127.0.0.1", server.port)) as silent:
         assert idle.get(f"{server.url}/health").status_code == 200
         began = time.monotonic()
-        assert server.end(signal.SIGTERM) == 0
+        assert server.end(signal.SIGHUP) == 0
         assert time.monotonic() - began < 10
         assert silent.recv(10) == b""
     assert are_gone(children)
@@ -286,7 +287,7 @@ def _ignore(function, *arguments) -> None:
 
 
 def test_without_its_engine_a_server_says_so_and_ends(started):
-    server = started()
+    server = started("--json")
     engine = next(
         child for child in family(server) if "qtool.serve.backend.engine_process" in child.cmdline()
     )
@@ -300,6 +301,7 @@ def test_without_its_engine_a_server_says_so_and_ends(started):
     assert set(ends) == {"503", "error: engine_died"}
     assert server.process.wait(20) == 4
     assert "error[E_ENGINE_DIED]" in server.said()
+    assert json.loads(server.out.read_text())["ready"] is True  # the one document
     assert "it was killed" in server.said()
 
 
