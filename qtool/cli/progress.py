@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from qtool.cli.output import current, message
+from qtool.cli.signals import check_interrupted
 from qtool.events import (
     Event,
     NoteEvent,
@@ -32,6 +33,7 @@ def progress(*, quiet: bool, verbose: bool = False) -> Iterator[OnEvent]:
         def on_event(event: Event) -> None:
             if isinstance(event, PublishedEvent):
                 current().published.append(event.path)
+            check_interrupted()
             show(event)
 
         yield on_event

@@ -22,22 +22,33 @@ class Interrupted(SystemExit):
 class _Handler:
     def __init__(self) -> None:
         self._last = -ONE_REQUEST_S
+        self.number: int | None = None
+        """The signal that came."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        self.number = number
         if now - self._last >= ONE_REQUEST_S:
             self._last = now
             raise Interrupted(number)
+
+
+_handler = _Handler()
 
 
 def catch_signals() -> None:
     """Raise `Interrupted` at each signal that asks to end; those that are ignored, as `nohup` does,
     stay ignored.
     """
-    handler = _Handler()
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, _handler)
+
+
+def check_interrupted() -> None:
+    """Raise `Interrupted` again: libraries catch what is raised while they are imported."""
+    if _handler.number is not None:
+        raise Interrupted(_handler.number)
 
 
 def ignore_signals() -> None:

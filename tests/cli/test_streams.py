@@ -104,7 +104,7 @@ def test_every_outcome_is_one_json_document(tiny_model, what, exit_code, code):
 PUBLISHED = """
 import os, sys, qtool.quantization as module
 from qtool.errors import BackendFailed
-from qtool.events import PublishedEvent
+from qtool.events import PublishedEvent, StageEvent
 module.prepare = lambda *arguments, **options: None
 def run(request, *, on_event):
     on_event(PublishedEvent("/x/state"))
@@ -116,7 +116,15 @@ main(["quantize", "--model-path", "m", "--method", "modelopt_fp8", "--json"])
 
 
 @pytest.mark.parametrize(
-    "what", ["os.kill(os.getpid(), 15)", "raise BackendFailed('E_BACKEND_FAILED', 'x')"]
+    "what",
+    [
+        "os.kill(os.getpid(), 15)",
+        "raise BackendFailed('E_BACKEND_FAILED', 'x')",
+        """try: os.kill(os.getpid(), 15)
+    except BaseException: pass  # a library that is imported
+    on_event(StageEvent("next"))
+    raise ValueError""",
+    ],
 )
 def test_what_was_published_before_the_end_is_named(what):
     command = [sys.executable, "-c", PUBLISHED.format(what=what)]
@@ -135,19 +143,22 @@ def test_ignored_signals_stay_ignored(tiny_model):
 
 def test_an_interrupted_export_is_one_document_and_leaves_nothing(tmp_path, make_model):
     number = signal.SIGHUP
-    rows = {f"model.layers.{layer}.mlp.up_proj.weight": (8192, 8192) for layer in range(8)}
+    rows = {f"model.layers.{layer}.mlp.up_proj.weight": (8192, 4096) for layer in range(8)}
     arguments = ["--model-path", make_model(rows), "--to", "f16", "--output", tmp_path / "out"]
     command = [sys.executable, "-m", "qtool.cli", "export", "--json", *map(str, arguments)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         staging = tmp_path / ".out.qtool"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
         process.send_signal(number)  # to the process and to its group
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + number, err
     assert json.loads(out)["error"]["message"].startswith(f"interrupted by {number.name}")
     assert not (tmp_path / "out").exists() and not staging.exists()
