@@ -32,8 +32,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("log_level", "tool_call_parser", "sampling_defaults"),
     ),
     "Engine": (
-        *("engine", "device", "kv_cache_dtype", "mem_fraction_static", "max_running_requests"),
-        *("max_total_tokens", "chunked_prefill_size", "disable_cuda_graph", "random_seed"),
+        *("engine", "engine_python", "device", "kv_cache_dtype", "mem_fraction_static"),
+        *(
+            "max_running_requests",
+            "max_total_tokens",
+            "chunked_prefill_size",
+            "disable_cuda_graph",
+            "random_seed",
+        ),
         *("disable_radix_cache", "disable_overlap_schedule", "enable_torch_compile"),
     ),
     "Parallelism": ("tp", "pp", "dp", "nnodes", "node_rank", "dist_init_addr"),

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from qtool.errors import UsageError, nearest
 from qtool.inspection.engines.rules import numbers
 from qtool.options import flag_of
+from qtool.serve.engine_install import find_installation
 from qtool.serve.settings import ServeOptions
 
 FLAGS = Path(__file__).with_name("flags.yaml")
@@ -169,17 +167,20 @@ def make_command(
     target = _target(engine)
     _check_nodes(options)
     given = options.given()
+    installed = find_installation(engine, options.engine_python)
+    given.pop("engine_python", None)
     if override is not None:
         given["override"] = override
     environment = _visible_gpu(options)
     if environment:
         given["device"] = "cuda"
     warnings = _convert_to_vllm(options, given) if engine == "vllm" else []
-    arguments = [sys.executable, *target.launch]
+    arguments = [installed.python, *target.launch]
     for name, counterpart in target.options.items():
         if name not in given and not counterpart.default:
             continue
-        passed = _pass_on(engine, name, given.pop(name, counterpart.default), counterpart)
+        value = given.pop(name, counterpart.default)
+        passed = _pass_on(engine, name, value, counterpart, installed.version)
         arguments += passed.arguments
         environment |= passed.environment
         warnings += passed.warnings
@@ -290,16 +291,17 @@ def _convert_chunks(options: ServeOptions, given: dict[str, object]) -> list[str
     return []
 
 
-def _pass_on(engine: str, name: str, value: object, counterpart: Counterpart) -> Command:
-    """Return the part of a command that passes one option on."""
+def _pass_on(
+    engine: str, name: str, value: object, counterpart: Counterpart, version: str | None
+) -> Command:
+    """Return the part of a command that passes one option on to an engine of ``version``."""
     flag = flag_of(name)
     if counterpart.refused:
         raise _refused(engine, name, value, counterpart.refused)
     if counterpart.dropped:
         warning = f"{flag} is left out: {counterpart.dropped}"
         return Command(engine, (), warnings=(warning,))
-    version = installed_version(engine) if counterpart.since else None
-    if version and numbers(version) < numbers(counterpart.since):
+    if version and counterpart.since and numbers(version) < numbers(counterpart.since):
         warning = f"{flag} is left out: {engine} {version} has no {counterpart.flag}"
         return Command(engine, (), warnings=(warning,))
     passed = _value_of(engine, name, value, counterpart)
@@ -362,14 +364,3 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
         else:
             first = False
             yield HIDDEN if secret else word
-
-
-def installed_version(engine: str) -> str | None:
-    """Return the version of the engine that would run; None when it is not installed or does not
-    say.
-    """
-    try:
-        version = importlib.metadata.version(engine)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return version if numbers(version) else None

@@ -5,8 +5,6 @@ qtool has no code for several GPUs or machines; vLLM and SGLang have.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import shlex
 import shutil
@@ -27,11 +25,11 @@ from qtool.inspection.engines.rules import numbers
 from qtool.runtime.online import schemes_to_run
 from qtool.serve.engine_command import (
     Command,
-    installed_version,
     make_command,
     targets,
     visible_device,
 )
+from qtool.serve.engine_install import Installation, find_installation
 from qtool.serve.settings import ServeOptions
 
 REASONS = 3
@@ -57,7 +55,8 @@ def prepare(
         options.model_path, revision=options.revision, with_code=options.trust_remote_code
     )
     checkpoint = open_checkpoint(folder)
-    report = _check(checkpoint, engine, options)
+    installed = find_installation(engine, options.engine_python)
+    report = _check(checkpoint, engine, installed.version, options)
     override = None
     if options.quantization:
         override = _override(checkpoint, options.quantization)
@@ -69,7 +68,7 @@ def prepare(
         options = replace(options, model_path=str(folder), served_model_name=name)
     command = make_command(engine, replace(options, revision=None), extra, override=override)
     warnings = _warnings(report)
-    warnings += _check_installed(engine, dry_run=dry_run)
+    warnings += _check_installed(engine, installed, dry_run=dry_run)
     return replace(command, warnings=(*warnings, *command.warnings))
 
 
@@ -80,15 +79,17 @@ def hand_over(command: Command) -> NoReturn:
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
 
 
-def _check(checkpoint: Checkpoint, engine: str, options: ServeOptions) -> EngineReport:
-    """Return what ``engine``, in the version that is installed, does with the checkpoint on this
-    machine's GPU.
+def _check(
+    checkpoint: Checkpoint, engine: str, version: str | None, options: ServeOptions
+) -> EngineReport:
+    """Return what ``engine``, in the ``version`` that is installed, does with the checkpoint on
+    this machine's GPU.
 
     Raises: CheckpointRefused, when it does not load it.
     """
     gpu = None if options.device == "cpu" else _gpu(options.device or "auto")
     ask = partial(_ask, checkpoint, gpu=gpu, ranks=options.tp or 1)
-    report = ask(engine, version=installed_version(engine))
+    report = ask(engine, version=version)
     if report.loads:
         return report
     others = [other for other in targets() if other != engine and ask(other).loads]
@@ -156,24 +157,21 @@ def _override(checkpoint: Checkpoint, name: str) -> str | None:
     return None if same else name
 
 
-def _check_installed(engine: str, *, dry_run: bool) -> list[str]:
+def _check_installed(engine: str, installed: Installation, *, dry_run: bool) -> list[str]:
     """Return a warning when ``engine`` is not installed, and it need not be.
 
     Raises: ResourceError, when it must be.
     """
-    if _is_installed(engine):
+    if installed.is_there:
         return []
-    message = f"{engine} is not installed in the environment of {sys.executable}"
-    hint = f"pip install {engine}"
+    message = f"{engine} is not installed in the environment of {installed.python}"
+    hint = (
+        f"pip install {engine} in an environment of its own, whose packages do not change those of "
+        "qtool, and name it: --engine-python ENVIRONMENT/bin/python"
+    )
     if not dry_run:
         raise ResourceError("E_NO_ENGINE_PACKAGE", message, hint=hint)
     return [f"{message}: {hint}"]
-
-
-def _is_installed(engine: str) -> bool:
-    found = importlib.util.find_spec(engine)
-    # a folder of that name in the working directory has none
-    return found is not None and found.origin is not None
 
 
 def _gpu(device: str) -> str | None:

@@ -31,7 +31,7 @@ KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 
 @dataclass(frozen=True, kw_only=True)
 class HandoverOptions:
-    """Options for several GPUs, which only other engines use."""
+    """Options that only other engines use: for several GPUs, and where the engine is."""
 
     tp: int | None = bounded(None, 1)
     """GPUs that share each layer.*"""
@@ -50,6 +50,10 @@ class HandoverOptions:
 
     dist_init_addr: str | None = None
     """HOST:PORT of the first machine.*"""
+
+    engine_python: str | None = None
+    """Python interpreter whose environment has the engine. [this one, else that of the engine's
+    command in PATH]*"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +248,12 @@ def make_settings(options: ServeOptions) -> ServeSettings:
     if any(count not in (None, 1) for count in counts) or options.dist_init_addr:
         raise UsageError(
             "E_ONE_GPU", "the builtin engine runs on one GPU", hint=suggestion(options)
+        )
+    if options.engine_python is not None:
+        raise UsageError(
+            "E_USAGE",
+            "--engine-python is given, and the builtin engine runs in this environment",
+            hint="add --engine vllm or sglang",
         )
     given = options.given()
     if options.enable_torch_compile:

@@ -19,7 +19,12 @@ from support.hub_server import HubServer
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.serve.engine_command import HIDDEN, Command, make_command, targets
 from qtool.serve.handover import prepare
-from qtool.serve.settings import ServeOptions, least_tensor_parallel, suggestion
+from qtool.serve.settings import (
+    ServeOptions,
+    least_tensor_parallel,
+    make_settings,
+    suggestion,
+)
 
 KEY = "not-for-your-eyes"
 # Names of flags, without the dashes. vLLM 0.33.0: engine/arg_utils.py,
@@ -58,7 +63,7 @@ THEIRS = {
         pp-size quantization quantization-param-path random-seed revision
         sampling-backend sampling-defaults served-model-name skip-tokenizer-init
         tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num
-        tool-call-parser tool-server tp-size trust-remote-code
+        tool-call-parser tool-server tp-size trust-remote-code watchdog-timeout
         trust-request-chat-template""",
 }
 
@@ -511,7 +516,7 @@ def test_a_plain_model_is_prepared_without_the_engine_when_nothing_runs(
     assert isinstance(command, Command)
     assert str(tiny_model) in command.arguments
     assert "--quantization" in command.arguments
-    assert any(f"pip install {engine}" in warning for warning in command.warnings)
+    assert any("--engine-python" in warning for warning in command.warnings)
 
 
 @pytest.mark.parametrize("engine", THEIRS)
@@ -521,7 +526,8 @@ def test_an_engine_that_is_not_installed_is_named_with_the_line_that_installs_it
     with pytest.raises(ResourceError) as caught:
         prepare(engine, options_of({"model_path": str(tiny_model)}))
     assert caught.value.exit_code == 4
-    assert caught.value.hint == f"pip install {engine}"
+    assert caught.value.hint.startswith(f"pip install {engine} in an environment of its own")
+    assert "--engine-python" in caught.value.hint
 
 
 def test_a_folder_with_the_engines_name_is_no_engine(tiny_model, tmp_path, monkeypatch):
@@ -601,6 +607,87 @@ def test_inputs_rounded_otherwise_than_the_checkpoint_says_are_sglangs_alone(
     )
     with pytest.raises(UsageError, match="--quantization w8a8_int8 cannot be passed to vllm"):
         prepare("vllm", options_of(options), dry_run=True)
+
+
+@pytest.fixture
+def engine_environment(tmp_path):
+    """An interpreter whose environment has an engine of some version; nothing else."""
+
+    def make(engine, version):
+        root = tmp_path / f"{engine}-{version}"
+        site = root / "site"
+        (site / engine).mkdir(parents=True)
+        (site / engine / "__init__.py").touch()
+        metadata = site / f"{engine}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {engine}\nVersion: {version}\n")
+        python = root / "bin" / "python3"
+        python.parent.mkdir()
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+        command = root / "bin" / engine
+        command.write_text(f"#!{python}\n")
+        for file in (python, command):
+            file.chmod(0o755)
+        return python
+
+    return make
+
+
+@pytest.mark.parametrize("engine", THEIRS)
+def test_an_engine_runs_in_an_environment_of_its_own(engine, engine_environment, tiny_model):
+    python = engine_environment(engine, "0.25.1")
+    options = options_of({"model_path": str(tiny_model), "engine_python": str(python)})
+    command = prepare(engine, options)
+    assert command.arguments[0] == str(python)
+    assert not any("--engine-python" in warning for warning in command.warnings)
+    assert "--engine-python" not in command.arguments
+
+
+def test_the_version_is_that_of_the_engines_own_environment(engine_environment, tmp_path):
+    folder = build(tmp_path / "m", Gptq(desc_act=True)).path
+    given = {"model_path": str(folder), "max_running_requests": 8, "max_queued_requests": 8}
+    old, new = (str(engine_environment("vllm", each)) for each in ("0.28.0", "0.32.0+cpu"))
+    command = prepare("vllm", options_of({**given, "engine_python": old}))
+    assert any("vllm 0.28.0 has no --max-num-queued-reqs" in each for each in command.warnings)
+    with pytest.raises(CheckpointRefused, match=r"vllm 0\.32\.0\+cpu does not load"):
+        prepare("vllm", options_of({**given, "engine_python": new}))
+    command = make_command("vllm", options_of({**given, "engine_python": new}))
+    assert "--max-num-queued-reqs" in command.arguments
+
+
+@pytest.mark.parametrize("engine", THEIRS)
+def test_the_engines_command_in_path_tells_its_environment(
+    engine, engine_environment, tiny_model, not_installed, monkeypatch
+):
+    python = engine_environment(engine, "0.25.1")
+    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}/usr/bin:/bin")
+    command = prepare(engine, options_of({"model_path": str(tiny_model)}))
+    assert command.arguments[0] == str(python)
+
+
+def test_a_command_in_path_that_is_no_script_of_python_is_left_alone(
+    tmp_path, tiny_model, not_installed, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for content in (b"#!/bin/sh\n", b"\x7fELF\xff\xfe", b"", b"#!/nowhere/python3\n"):
+        (tmp_path / "vllm").write_bytes(content)
+        (tmp_path / "vllm").chmod(0o755)
+        with pytest.raises(ResourceError) as caught:
+            prepare("vllm", options_of({"model_path": str(tiny_model)}))
+        assert caught.value.code == "E_NO_ENGINE_PACKAGE"
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", "no-such-python", "/bin/true", "/tmp"])
+def test_an_interpreter_that_does_not_start_is_named(python):
+    with pytest.raises(ResourceError, match=python) as caught:
+        make_command("vllm", options_of({"engine_python": python}))
+    assert caught.value.code == "E_ENGINE_PYTHON"
+
+
+def test_the_builtin_engine_has_no_interpreter_of_its_own():
+    with pytest.raises(UsageError, match="--engine-python") as caught:
+        make_settings(ServeOptions(model_path="M", engine_python=sys.executable))
+    assert "--engine vllm" in caught.value.hint
 
 
 ENGINE = """
