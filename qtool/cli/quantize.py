@@ -30,8 +30,10 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize a model by METHOD and write the checkpoint to OUTPUT."""
+    from qtool.checkpoint import open_checkpoint
     from qtool.cli import tables
     from qtool.cli.progress import progress
+    from qtool.inspection.engines import check_engines, shown_verdicts, verdicts_dict
     from qtool.quantization import prepare, run
 
     if list_methods:
@@ -47,4 +49,9 @@ def quantize(
         return show(request.to_dict, tables.plan(request), as_json)
     with progress(quiet=quiet, verbose=verbose) as on_event:
         result = run(request, on_event=on_event)
-    show(result.to_dict, result.summary(), as_json)
+    reports = check_engines(open_checkpoint(result.output))
+    show(
+        lambda: {**result.to_dict(), "engines": verdicts_dict(reports)},
+        f"{result.summary()}\n{shown_verdicts(reports)}",
+        as_json,
+    )

@@ -35,7 +35,13 @@ from support.headers_only import (
 from qtool.checkpoint.reader import open_checkpoint
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
-from qtool.inspection.engines import check_engine, engines
+from qtool.inspection.engines import (
+    check_engine,
+    check_engines,
+    engines,
+    shown_verdicts,
+    verdicts_dict,
+)
 from qtool.inspection.engines.names import matcher
 from qtool.inspection.engines.rules import (
     FOLDER,
@@ -512,6 +518,24 @@ def test_experts_in_16_bits_load_in_transformers_unless_others_are_packed(tmp_pa
 def test_gptq_in_transformers_replaces_whole_decoder_layers(format, options, code, tmp_path):
     report = check(build(tmp_path, format, **options), "transformers")
     assert codes(report) == {"N_ENGINE_PACKAGE", *([code] if code else [])}
+
+
+# --- the line that `quantize` ends with
+
+
+def test_all_engines_are_asked_in_one_line(tmp_path):
+    reports = check_engines(build(tmp_path, Gptq(desc_act=True)))
+    assert shown_verdicts(reports) == (
+        "loads in sglang, transformers; not in tensorrt-llm (E_ENGINE_METHOD), vllm "
+        "(E_ENGINE_GPTQ_ORDER)"
+    )
+    assert verdicts_dict(reports)["vllm"] == {
+        "version": "0.33.0",
+        "loads": False,
+        "refused": ["E_ENGINE_GPTQ_ORDER"],
+    }
+    unknown = [report for report in reports if not report.loads]
+    assert shown_verdicts(unknown).startswith("loads in none of the known engines; not in tensorrt")
 
 
 # --- ModelOpt, mixed

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from qtool.checkpoint import Checkpoint
 from qtool.errors import UsageError, nearest
-from qtool.formats import Layout
+from qtool.formats import Layout, detect
 from qtool.inspection.engines.collect import (
     cache_head_count,
     collect_checkpoint,
@@ -41,7 +41,16 @@ from qtool.inspection.engines.rules import (
 )
 from qtool.options import LARGEST
 
-__all__ = ["EngineReport", "Finding", "Severity", "check_engine", "engines"]
+__all__ = [
+    "EngineReport",
+    "Finding",
+    "Severity",
+    "check_engine",
+    "check_engines",
+    "engines",
+    "shown_verdicts",
+    "verdicts_dict",
+]
 
 EXAMPLES = 3
 ORDER: Mapping[Severity, int] = {"refused": 0, "warning": 1, "note": 2}
@@ -87,6 +96,12 @@ class EngineReport:
     False where qtool cannot read the layers.
     """
     findings: tuple[Finding, ...]
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """The codes of the findings that refuse the checkpoint."""
+        refused = (each.code for each in self.findings if each.severity == "refused")
+        return tuple(dict.fromkeys(refused))
 
     def to_dict(self) -> dict[str, object]:
         """Return the report for ``--json``."""
@@ -152,6 +167,36 @@ def check_engine(
         native=loads and whole.readable and not emulated,
         findings=tuple(findings),
     )
+
+
+def check_engines(checkpoint: Checkpoint) -> list[EngineReport]:
+    """Return what each engine does with ``checkpoint`` on one GPU, some that it supports."""
+    layout = detect(checkpoint)
+    return [check_engine(checkpoint, layout, engine) for engine in engines()]
+
+
+def verdicts_dict(reports: Iterable[EngineReport]) -> dict[str, dict[str, object]]:
+    """Return by engine whether it loads a checkpoint and the codes of what refuses it."""
+    return {
+        report.engine: {
+            "version": report.version,
+            "loads": report.loads,
+            "refused": list(report.refusals),
+        }
+        for report in reports
+    }
+
+
+def shown_verdicts(reports: Iterable[EngineReport]) -> str:
+    """Return in one line which engines load a checkpoint, and why others do not."""
+    loading, refusing = [], []
+    for report in reports:
+        if report.loads:
+            loading.append(report.engine)
+        else:
+            refusing.append(f"{report.engine} ({', '.join(report.refusals)})")
+    shown = f"loads in {', '.join(loading)}" if loading else "loads in none of the known engines"
+    return shown + (f"; not in {', '.join(refusing)}" if refusing else "")
 
 
 def _gpu_name(architecture: int | None) -> str | None:
