@@ -86,12 +86,15 @@ def message(text: str) -> None:
 
 def document(data: object) -> str:
     """Return ``data`` as JSON; numbers that JSON does not have are null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    try:
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+    except ValueError:  # NaN or infinity
+        return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(data: object) -> object:
     if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):

@@ -13,6 +13,7 @@ import torch
 
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry
 from qtool.errors import ResourceError
+from qtool.memory import limit_bytes
 from qtool.sizes import format_size
 
 CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
@@ -146,13 +147,14 @@ def cache_room(device: torch.device, *, static_share: float, step_bytes: int, bu
 
     Args:
         static_share: of a GPU's memory, for weights and cache together. On a CPU the cache takes
-            `CPU_SHARE` of what is free.
+            `CPU_SHARE` of what is free, for this machine and for the process's control group.
         step_bytes: what the largest step and the CUDA graphs still need; the cache shrinks,
             with a warning, when they would not fit as well.
         budget: tokens of that step.
     """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available * CPU_SHARE)
+        ours = limit_bytes() - psutil.Process().memory_info().rss
+        return int(max(0, min(psutil.virtual_memory().available, ours)) * CPU_SHARE)
     free, total = torch.cuda.mem_get_info(device)
     room = int(total * static_share) - (total - free)
     if free - room >= step_bytes:
