@@ -36,6 +36,11 @@ _MACHINE_ERRORS = (
     *(errno.EROFS, errno.EIO),
 )
 ANY_FILE = Path("/")  # for what reads files and writes none
+# these are of a file, though a library does not always say of which
+_FILE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EBUSY, errno.ETXTBSY, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV),
+)
 _TAKEN = (errno.EBUSY, errno.ETXTBSY, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV)
 
 
@@ -245,17 +250,30 @@ def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | 
 
 def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None:
     if isinstance(error, OSError) and error.errno:
-        is_ours = error.errno in _MACHINE_ERRORS or _is_below(_file_name(error), places)
-        return error if is_ours else None
-    code = _code_in(str(error))
-    return OSError(code, os.strerror(code)) if code else None
+        name = _file_name(error)
+        known = _MACHINE_ERRORS if name else (*_MACHINE_ERRORS, *_FILE_ERRORS)
+        return error if error.errno in known or _is_below(name, places) else None
+    text = str(error)
+    file = _file_in(text, places)
+    code = _code_in(text, (*_MACHINE_ERRORS, *_FILE_ERRORS) if file else _MACHINE_ERRORS)
+    if file and not code and isinstance(error, FileNotFoundError):
+        code = errno.ENOENT  # as safetensors reports whatever it cannot open
+    return OSError(code, os.strerror(code), file) if code else None
 
 
-def _code_in(text: str) -> int:
+def _code_in(text: str, codes: Iterable[int]) -> int:
     """Return the number of the system's error that ``text`` quotes; 0 when it quotes none."""
     if found := re.search(r"\(os error (\d{1,3})\)", text):  # as Rust writes it
         return int(found[1])
-    return next((code for code in _MACHINE_ERRORS if os.strerror(code) in text), 0)
+    return next((code for code in codes if os.strerror(code) in text), 0)
+
+
+def _file_in(text: str, places: Iterable[Path]) -> str | None:
+    """Return the name of a file below ``places`` that ``text`` quotes."""
+    for place in places:
+        if found := re.search(re.escape(str(place)) + r"[^\s<>'\"]*", text):
+            return found[0].rstrip(".,:;)")
+    return None
 
 
 def _file_name(error: OSError) -> str:
