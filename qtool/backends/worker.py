@@ -28,14 +28,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from qtool.backends import Job, Work, check_device, check_model_code, load_backend
 from qtool.backends.failures import died, raised
-from qtool.calibration import CalibrationSpec, load_calibration
+from qtool.calibration import CalibrationSpec, isolated_tokenizing, load_calibration
 from qtool.checkpoint import open_checkpoint
 from qtool.devices import gpu_number
 from qtool.errors import (
-    CheckpointRefused,
     ResourceError,
     from_wire,
-    one_line,
     to_wire,
 )
 from qtool.events import (
@@ -55,7 +53,7 @@ from qtool.recipe import recipe_from
 from qtool.terminal import lossy_stream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
@@ -273,11 +271,14 @@ def _run(job: Job, report: _PipeReporter) -> None:
     samples: tuple[tuple[int, ...], ...] = ()
     if job.calibration is not None:
         report.stage("reading calibration data")
-        calibration = load_calibration(
+        vocab_size = int(plan.checkpoint.text_config.get("vocab_size", 1 << 31))
+        with isolated_tokenizing(
             job.calibration,
-            _tokenizer(job),
-            int(plan.checkpoint.text_config.get("vocab_size", 1 << 31)),
-        )
+            Path(job.model),
+            vocab_size,
+            trust_remote_code=job.trust_remote_code,
+        ) as steps:
+            calibration = load_calibration(job.calibration, steps)
         samples = calibration.samples
         report.send(CalibrationEvent(asdict(calibration.report)))
     report.stage(f"importing {load_backend(recipe.backend).distribution}")
@@ -285,18 +286,6 @@ def _run(job: Job, report: _PipeReporter) -> None:
     check_model_code(plan.checkpoint, trusted=job.trust_remote_code)
     _seed(recipe.seed)
     load_backend(recipe.backend).quantize(Work(job, plan, samples, device, report))
-
-
-def _tokenizer(job: Job) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
-    except Exception as error:
-        message = f"{job.model}: the tokenizer cannot be loaded: {one_line(error)}"
-        raise CheckpointRefused(
-            "E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?"
-        ) from error
 
 
 def _find_device(device: str, plan: Plan) -> str:

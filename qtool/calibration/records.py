@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec, bad_line, rows
+from qtool.calibration.sources import bad_line, rows
+from qtool.calibration.spec import MIN_TOKENS, CalibrationSpec
 from qtool.errors import DataRefused, nearest
 
 PAIR = {"prompt", "completion"}
@@ -25,6 +26,8 @@ class Record:
     text: str = ""
     messages: Sequence[Mapping[str, object]] = ()
     ids: Sequence[int] | None = None
+    is_rendered: bool = False
+    """Whether ``text`` is from a chat template, which adds the special tokens itself."""
 
     @property
     def most_tokens(self) -> int:

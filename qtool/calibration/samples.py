@@ -6,16 +6,11 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from qtool.calibration.records import Record, records
-from qtool.calibration.sources import MIN_TOKENS, CalibrationSpec
-from qtool.errors import DataRefused, one_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-LONG_TOKEN = 16  # characters; no ordinary text has so many a token on average
+from qtool.calibration.isolated import isolated_reading
+from qtool.calibration.reading import LONG_TOKEN, Steps, encoded
+from qtool.calibration.spec import MIN_TOKENS, CalibrationSpec
+from qtool.errors import DataRefused
 
 
 @dataclass(frozen=True)
@@ -46,28 +41,34 @@ class CalibrationSet:
 
 
 def check_source(spec: CalibrationSpec) -> None:
-    """Read the records that a run would draw, without a tokenizer; with ``pack`` that is an
-    estimate which errs to more records.
+    """Read the records that a run would draw, without a tokenizer, in a process of its own; with
+    ``pack`` that is an estimate which errs to more records.
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
     """
+    with isolated_reading(spec) as steps:
+        check_records(spec, steps)
+
+
+def check_records(spec: CalibrationSpec, steps: Steps) -> None:
+    """Do what `check_source` does with records that ``steps`` draws."""
     missing = spec.num_samples * (spec.seq_len * LONG_TOKEN if spec.pack else 1)
-    total, longest = 0, (0, "")
-    for record in records(spec):
-        size = record.most_tokens
-        total, longest = total + size, max(longest, (size, record.where))
-        missing -= size if spec.pack else size >= MIN_TOKENS
-        if missing <= 0:
-            return
+    total, longest, more = 0, (0, ""), True
+    while more:
+        drawn, more = steps.read()
+        for record in drawn:
+            size = record.most_tokens
+            total, longest = total + size, max(longest, (size, record.where))
+            missing -= size if spec.pack else size >= MIN_TOKENS
+            if missing <= 0:
+                return
     if (total if spec.pack else longest[0]) < MIN_TOKENS:
-        raise _useless(spec, longest)
+        raise _useless(longest)
 
 
-def load_calibration(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> CalibrationSet:
-    """Draw, tokenize and cut the samples; the same spec and tokenizer give the same samples in the
-    same order.
+def load_calibration(spec: CalibrationSpec, steps: Steps) -> CalibrationSet:
+    """Cut the samples from the records that ``steps`` draws and tokenizes; the same spec and
+    tokenizer give the same samples in the same order.
 
     Texts get the special tokens that the tokenizer adds by itself, messages those of its chat
     template, ``input_ids`` none. Packed, they are joined with the end-of-sequence token between
@@ -76,10 +77,10 @@ def load_calibration(
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
     """
-    texts = _Texts(spec, tokenizer, vocab_size)
+    texts = _Texts(steps)
     pieces: Iterable[Sequence[int]] = texts
     if spec.pack:
-        pieces = _pack(texts, spec.seq_len, tokenizer.eos_token_id)
+        pieces = _pack(texts, spec.seq_len, steps.separator)
     samples: list[tuple[int, ...]] = []
     dropped = truncated = 0
     for ids in pieces:
@@ -91,7 +92,7 @@ def load_calibration(
         if len(samples) == spec.num_samples:
             break
     if not samples:
-        raise _useless(spec, texts.longest)
+        raise _useless(texts.longest)
     packed = (struct.pack(f"<{len(ids) + 1}I", len(ids), *ids) for ids in samples)
     report = CalibrationReport(
         source=spec.source,
@@ -105,28 +106,16 @@ def load_calibration(
 
 
 class _Texts:
-    """The token ids of each record of ``spec``, in the order of the draw."""
+    """The token ids of each record, in the order of the draw."""
 
-    def __init__(
-        self, spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-    ) -> None:
-        self._spec, self._tokenizer, self._vocab_size = spec, tokenizer, vocab_size
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
         self.longest = (0, "")
         """Tokens of the longest record so far, and where it stands."""
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        spec = self._spec
-        limit = spec.seq_len * (spec.num_samples if spec.pack else 1)
-        for record in records(spec):
-            ids = _token_ids(record, self._tokenizer, limit)
-            if max(ids, default=0) >= self._vocab_size:
-                raise DataRefused(
-                    "E_DATA_VOCAB",
-                    f"{record.where}: token id {max(ids)} is outside the model's vocabulary of "
-                    f"{self._vocab_size}",
-                    hint="tokenize with the tokenizer of this very model",
-                )
-            self.longest = max(self.longest, (len(ids), record.where))
+        for where, ids in encoded(self._steps):
+            self.longest = max(self.longest, (len(ids), where))
             yield ids
 
 
@@ -154,47 +143,7 @@ def _pack(
         yield rest
 
 
-def _token_ids(record: Record, tokenizer: PreTrainedTokenizerBase, limit: int) -> Sequence[int]:
-    """Return the ids of ``record``; of a text with far more than ``limit`` only its first ids, and
-    more than ``limit`` of them.
-    """
-    if record.ids is not None:
-        return record.ids
-    text = _rendered(record, tokenizer) if record.messages else record.text
-    if not text.strip():
-        return ()
-    for part in (text[: limit * LONG_TOKEN], text):
-        ids: list[int] = tokenizer(part, add_special_tokens=not record.messages, verbose=False)[
-            "input_ids"
-        ]
-        # a cut changes the last ids; the first half stays as it is
-        if len(ids) >= 2 * limit or len(part) == len(text):
-            break
-    return ids
-
-
-def _rendered(record: Record, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.chat_template:
-        hint = "give plain `text`, or name another field with --text-column"
-        raise DataRefused(
-            "E_DATA_TEMPLATE",
-            f"{record.where}: messages need a chat template, and this tokenizer has none",
-            hint=hint,
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(record.messages, tokenize=False)
-        text.encode()
-    except Exception as error:  # a template is a program, and raises anything
-        hint = "roles and their order must be those that the model's chat template knows"
-        raise DataRefused(
-            "E_DATA_TEMPLATE",
-            f"{record.where}: the chat template refuses these messages: {one_line(error)}",
-            hint=hint,
-        ) from error
-    return text
-
-
-def _useless(spec: CalibrationSpec, longest: tuple[int, str]) -> DataRefused:
+def _useless(longest: tuple[int, str]) -> DataRefused:
     size, where = longest
     message = f"{where}: the longest record gives {size} tokens at most; {MIN_TOKENS} are the least"
     return DataRefused(

@@ -115,10 +115,10 @@ def _answer(request: DownloadRequest, pipe: IO[bytes]) -> str:
         if not select.select([pipe], [], [], deadline_s)[0]:
             if deadline_s == METADATA_S:
                 return _find_cached(request)  # as without a network
-            raise failed(request["name"], f"nothing has arrived for {STALL_S:.0f} s")
+            raise failed(f"model `{request['name']}`", f"nothing has arrived for {STALL_S:.0f} s")
         chunk = os.read(pipe.fileno(), 1 << 16)
         if not chunk:
-            raise failed(request["name"], "the process that downloads it ended")
+            raise failed(f"model `{request['name']}`", "the process that downloads it ended")
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in map(json.loads, lines):
             match line:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import httpx
 import huggingface_hub
@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from qtool.errors import CheckpointRefused, QtoolError, ResourceError, one_line, to_wire
 
@@ -67,7 +68,7 @@ def is_reachable() -> bool:
     return True
 
 
-def download(request: DownloadRequest, *, local_only: bool, bars: type[Any] | None = None) -> str:
+def download(request: DownloadRequest, *, local_only: bool, bars: type[tqdm] | None = None) -> str:
     """Return the folder of a model in the cache, downloaded unless ``local_only``.
 
     Raises: Unreachable; CheckpointRefused, when there is no such model or no access to it;
@@ -101,23 +102,43 @@ def download(request: DownloadRequest, *, local_only: bool, bars: type[Any] | No
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, HfHubHTTPError):
-            raise failed(name, one_line(error.__cause__)) from error
+            raise failed(f"model `{name}`", one_line(error.__cause__)) from error
         raise Unreachable from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise failed(name, one_line(error)) from error
+        raise failed(f"model `{name}`", one_line(error)) from error
     except NOT_THE_HUB as error:
-        raise failed(
-            name,
-            f"its answer is not one of the Hub's ({type(error).__name__}: {one_line(error)})",
-            hint="check HF_ENDPOINT, and whether a proxy or a login page answers in its place",
-        ) from error
+        raise _not_the_hub(f"model `{name}`", error) from error
 
 
-def failed(name: str, why: str, *, hint: str = "") -> ResourceError:
+def check_data_set(name: str) -> None:
+    """Raise ResourceError when the endpoint's answer about the data set ``name`` is not the Hub's.
+
+    That there is no such data set, or no access, is an answer.
+    """
+    subject = f"data set `{name}`"
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError):
+        return
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise failed(subject, one_line(error)) from error
+    except NOT_THE_HUB as error:
+        raise _not_the_hub(subject, error) from error
+
+
+def _not_the_hub(subject: str, error: Exception) -> ResourceError:
+    return failed(
+        subject,
+        f"its answer is not one of the Hub's ({type(error).__name__}: {one_line(error)})",
+        hint="check HF_ENDPOINT, and whether a proxy or a login page answers in its place",
+    )
+
+
+def failed(subject: str, why: str, *, hint: str = "") -> ResourceError:
     """Return the error for a download that the endpoint did not let finish."""
     return ResourceError(
         "E_DOWNLOAD",
-        f"Hub model `{name}` cannot be downloaded from {constants.ENDPOINT}: {why}",
+        f"Hub {subject} cannot be downloaded from {constants.ENDPOINT}: {why}",
         hint=hint or "try again: what is complete is kept; check the disk of HF_HOME too",
     )
 
@@ -191,12 +212,11 @@ def _client_factory(output: _Output) -> httpx.Client:
     return client
 
 
-def _bars(output: _Output) -> type[Any]:
+def _bars(output: _Output) -> type[tqdm]:
     """Return the library's progress bar, which also tells the parent."""
-    from huggingface_hub.utils.tqdm import tqdm
 
     class Bars(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             output.send({"moved": True})  # it is known what to download
             self._counts_bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]

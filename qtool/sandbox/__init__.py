@@ -295,15 +295,8 @@ class _Child:
             answer = b""
         if not answer.endswith(b"\n"):
             await self.end()
-            raise ChildDied(f"the child process {_describe_exit(self._process.returncode)}")
-        match _parse(answer):
-            case {"result": result}:
-                return result
-            case {"raised": [str(name), str(message)]}:
-                raise CallRaised(name, message)
-            case {"limit": [str(limit), str(message)]}:
-                raise LimitExceeded(limit, message)
-        raise ChildDied("the child process sent an invalid answer")
+            raise ChildDied(f"the child process {describe_exit(self._process.returncode)}")
+        return result_in(answer)
 
     async def end(self) -> None:
         """Kill the process and wait until it is gone."""
@@ -312,16 +305,27 @@ class _Child:
         await asyncio.to_thread(self._process.wait)
 
 
-def _parse(answer: bytes) -> object:
-    """Return the JSON in ``answer``, None if it is invalid."""
+def result_in(answer: bytes) -> object:
+    """Return the result in the line that a child sent.
+
+    Raises: CallRaised, LimitExceeded, ChildDied.
+    """
     try:
         value: object = json.loads(answer)
     except (ValueError, RecursionError):
-        return None
-    return value
+        value = None
+    match value:
+        case {"result": result}:
+            return result
+        case {"raised": [str(name), str(message)]}:
+            raise CallRaised(name, message)
+        case {"limit": [str(limit), str(message)]}:
+            raise LimitExceeded(limit, message)
+    raise ChildDied("the child process sent an invalid answer")
 
 
-def _describe_exit(status: int) -> str:
+def describe_exit(status: int) -> str:
+    """Return how a child ended, as the end of a sentence."""
     if status == -signal.SIGKILL:
         return "was killed, most likely for memory"
     return (

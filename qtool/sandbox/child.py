@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -34,15 +34,10 @@ def main() -> None:
     """Run the child: load the function that the first line names, then answer each further line
     until the other end is closed.
     """
-    # a supervisor may send these to all processes, while the server still needs this one
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError):  # not Linux: the child ends after its call
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection = socket.socket(fileno=os.dup(0))
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
+    _settle()
     lines = connection.makefile("rb")
     if first := lines.readline():
         setup: _Setup = json.loads(first)
@@ -51,6 +46,45 @@ def main() -> None:
         for line in lines:
             call = partial(_call, setup["function"], line)
             connection.sendall(_run(call, output_bytes=limit))
+
+
+def serve(
+    connection: socket.socket,
+    function: Callable[..., object],
+    *,
+    memory_bytes: int,
+    output_bytes: int,
+) -> None:
+    """Answer each line of ``connection`` in a process that was forked for it."""
+    _settle()
+    _limit_memory(memory_bytes)
+
+    def call(line: bytes) -> object:
+        return function(*json.loads(line))
+
+    for line in connection.makefile("rb"):
+        connection.sendall(_run(partial(call, line), output_bytes=output_bytes))
+
+
+def _settle() -> None:
+    # a supervisor may send these to all processes, while the parent still needs this one
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # not Linux: the child ends after its call
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@contextlib.contextmanager
+def limited_memory(extra_bytes: int) -> Iterator[None]:
+    """Limit what this process may allocate inside ``with``, within the limit that it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if limit := _limit(extra_bytes):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _load(setup: _Setup) -> None:
@@ -71,13 +105,21 @@ def _import_function(name: str) -> Callable[..., object]:
 
 
 def _limit_memory(extra_bytes: int) -> None:
-    # not Linux, where nothing enforces the limit either
-    with contextlib.suppress(FileNotFoundError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + extra_bytes
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    if limit := _limit(extra_bytes):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit(extra_bytes: int) -> int:
+    """Return the address space of this process with ``extra_bytes`` more; 0 where it is not known,
+    not on Linux, where nothing enforces the limit either.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except FileNotFoundError:
+        return 0
+    limit = pages * resource.getpagesize() + extra_bytes
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def _run(function: Callable[[], object], *, output_bytes: int) -> bytes:

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
-from qtool.calibration import CalibrationSpec, check_source, load_calibration
+from qtool.calibration import CalibrationSpec, check_source
+from qtool.calibration import load_calibration as load_from_steps
+from qtool.calibration.reading import Reading
+from qtool.calibration.samples import check_records
 from qtool.errors import DataRefused, UsageError
 
 MODEL = ROOT / "examples" / "tiny-python-llama"
@@ -49,12 +52,21 @@ def write(tmp_path):
     return write
 
 
+def load_calibration(spec, tokenizer, vocab_size):
+    """Do in this process what `isolated_tokenizing` does in another."""
+    return load_from_steps(spec, Reading(spec, tokenizer, vocab_size))
+
+
+def check(spec):
+    check_records(spec, Reading(spec))
+
+
 def refusal(spec, tokenizer=None):
     """Return the error of the check, or with a tokenizer of the load; every one has a hint and
     names the file.
     """
     with pytest.raises(DataRefused) as caught:
-        load_calibration(spec, tokenizer, VOCAB) if tokenizer else check_source(spec)
+        load_calibration(spec, tokenizer, VOCAB) if tokenizer else check(spec)
     assert caught.value.hint
     assert spec.source in caught.value.message
     assert "\n" not in caught.value.message
@@ -287,7 +299,7 @@ def test_packing_keeps_all_tokens_in_order_with_one_separator_between_texts(
     if sum(map(len, lists)) < 11:
         return
     spec = CalibrationSpec(str(path), seq_len=seq_len, seed=seed, pack=True)
-    check_source(spec)
+    check(spec)
     result = load_calibration(spec, tokenizer, VOCAB)
     joined = [token for ids in result.samples for token in ids]
     texts = [ids for ids in lists if ids]
@@ -320,7 +332,7 @@ def test_samples_are_beginnings_of_texts_and_the_counts_add_up(
     if not usable:
         assert refusal(spec).code == refusal(spec, tokenizer).code == "E_DATA_USELESS"
         return
-    check_source(spec)
+    check(spec)
     result = load_calibration(spec, tokenizer, VOCAB)
     assert len(result.samples) == min(num_samples, len(usable)) == result.report.used
     assert all(usable.count(ids) >= result.samples.count(ids) for ids in result.samples)
