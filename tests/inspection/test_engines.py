@@ -454,10 +454,10 @@ REFUSED_EXPERTS = {
     "blocks": fp8("block", BLOCKS),
     "nvfp4": nvfp4(),
     "nvfp4a16": nvfp4(inputs=False),
-    "mxfp4": mxfp4(),
     "mxfp8": fp8_group(),
 }
 LOADED_EXPERTS = {
+    "mxfp4": mxfp4(),
     "w4a16": packed(),
     "w8a16": packed(8),
     "w3a16": packed(3),

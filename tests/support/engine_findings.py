@@ -137,6 +137,8 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
     "E_ENGINE_EXPERTS": (of(Gptq(), shapes=EXPERTS), {}),
     "E_ENGINE_EXPERTS_SCHEME": (of(nvfp4(), shapes=EXPERTS), {}),
+    "N_ENGINE_EXPERTS_INPUTS": (of(fp8(), shapes=EXPERTS), {}),
+    "W_ENGINE_CPU_GROUP": (of(Gptq(group=256, group_size=-1)), {}),
     "E_ENGINE_EXPERTS_NO_GROUP": (
         of(
             packed(config_groups={}, kv_cache_scheme=FP8_CACHE),
