@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import threading
 import time
@@ -25,6 +26,7 @@ from qtool.errors import MAX_MESSAGE, ResourceError, UsageError
 # characters in a row between the parts of a JSON text: a weak model would go on for ever
 MAX_WHITESPACE = 32
 CACHE_BYTES = 128 << 20
+NICENESS = 10  # of a process that only compiles: what others generate meanwhile goes first
 # CPU time that a text may cost, at the start and for each token: all others wait meanwhile
 GRACE_S = 0.25
 TOKEN_S = 0.005
@@ -291,6 +293,7 @@ def load(tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
         eos_ids: as `Compiler` takes them.
     """
     global _loaded
+    os.nice(NICENESS)
     _loaded = Compiler(Tokenizer.from_str(tokenizer), vocab_size, eos_ids)
     _loaded.compile("regex", "a")  # imports and makes what all grammars need
 
