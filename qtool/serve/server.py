@@ -45,6 +45,7 @@ ACCEPT_S = 0.3  # to refuse clients that have just connected
 ENGINE_S = 3.0  # for the engine to abort requests: one of its steps may be long
 LAST_WORDS_S = 2.0  # for clients to read the end of their replies
 MAPPED_BYTES = 256 << 10
+TRIM_S = 10.0
 ARENAS = 2  # heaps for threads: each keeps what it once needed
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _M_ARENA_MAX = -8
@@ -57,7 +58,7 @@ def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> No
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
         for a model that cannot be served.
     """
-    _return_memory()
+    _keep_heap_small()
     _check_quantization(settings)
     address = bind(settings)
     limits = RequestLimits()
@@ -109,7 +110,7 @@ def _warn_of_strangers(settings: ServeSettings) -> None:
         )
 
 
-def _return_memory() -> None:
+def _keep_heap_small() -> None:
     """Let large buffers, such as bodies, be mapped: what is freed then goes back to the system,
     whatever small things were allocated behind it.
     """
@@ -117,6 +118,14 @@ def _return_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
         library.mallopt(_M_ARENA_MAX, ARENAS)
+
+
+async def _trim_heap() -> None:
+    """Give what is free between small things back to the system, again and again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", int)  # not glibc
+    while True:
+        await asyncio.sleep(TRIM_S)
+        await asyncio.to_thread(trim, 0)
 
 
 def _check_quantization(settings: ServeSettings) -> None:
@@ -176,7 +185,7 @@ async def _run_service(
             gc.freeze()  # what lives as long as the server is never looked at again
             host.set_service(service)
             _announce(service, on_ready)
-            await asyncio.Event().wait()
+            await _trim_heap()
     except QtoolError as error:
         server.fail(error)
     except Exception as error:

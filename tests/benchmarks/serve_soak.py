@@ -286,7 +286,7 @@ def stall(server: Server, readers: int) -> None:
 GOOD = 10
 BODY = {"prompt": "def add(a, b):\n", "max_tokens": 48, "ignore_eos": True, "temperature": 0}
 PAUSE_S = 0.2  # of a client between two requests
-WARM_UP = 0.2  # of the time, before memory is looked at
+WARM_UP = 0.3  # of the time, before memory is looked at
 MOST_MB_A_MINUTE = 1.0
 
 
