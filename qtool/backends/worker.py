@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib.metadata
 import json
 import os
@@ -110,6 +111,12 @@ def run_job(
                 start_new_session=True,
             )
         except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOMEM):
+                raise ResourceError(
+                    "E_OUT_OF_MEMORY",
+                    f"the system starts no process for the library: {error.strerror}",
+                    hint="end other programs, or raise `ulimit -u`",
+                ) from error
             raise ResourceError(
                 "E_BACKEND_PYTHON",
                 f"{python} cannot be started: {error.strerror}",

@@ -94,10 +94,21 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        html.write_text(render_html(found), encoding="utf-8")
+        _write_page(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
     if (found.engine and not found.engine.loads) or (found.manifest and not found.manifest.matches):
         raise typer.Exit(3)
+
+
+def _write_page(file: Path, page: str) -> None:
+    """Write ``page``; of a new file nothing stays when that fails."""
+    is_new = not file.exists()
+    try:
+        file.write_text(page, encoding="utf-8")
+    except BaseException:
+        if is_new:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:

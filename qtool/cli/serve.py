@@ -13,6 +13,7 @@ from qtool.cli.output import current, message, show
 from qtool.cli.signals import ignore_signals
 from qtool.errors import ResourceError, UsageError
 from qtool.serve.settings import ServeOptions, ServeSettings, make_settings
+from qtool.terminal import printable
 
 if TYPE_CHECKING:
     from qtool.serve.service import Service
@@ -81,7 +82,7 @@ def _hand_over(
     for warning in command.warnings:
         message(f"warning: {warning}")
     if dry_run:
-        return show(command.to_dict, str(command), as_json)
+        return show(command.to_dict, printable(str(command)), as_json)
     message(str(command))
     hand_over(command)
 

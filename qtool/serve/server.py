@@ -37,7 +37,7 @@ from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service, open_service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
 from qtool.sizes import format_size
-from qtool.terminal import EscapingFormatter
+from qtool.terminal import EscapingFormatter, printable
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
@@ -224,7 +224,8 @@ def ready_text(service: Service) -> str:
         body["messages"] = [{"role": "user", "content": "Hello"}]
     body["max_tokens"] = 32
     return (
-        f"{settings.name}: {what}\nserved at {settings.url} (open it in a browser), or\n\n"
+        f"{printable(settings.name)}: {what}\n"
+        f"served at {settings.url} (open it in a browser), or\n\n"
         f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d "
         f"'{_quoted(body)}'\n"
     )
