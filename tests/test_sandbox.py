@@ -22,6 +22,8 @@ from qtool.sandbox import (
     Sandbox,
     TooManyWaiting,
 )
+from qtool.sandbox.blocking import BlockingSandbox
+from qtool.sandbox.forked import ForkedSandbox
 
 HERE = Path(__file__).stem
 MB = 1 << 20
@@ -358,6 +360,47 @@ def test_signals_for_the_whole_server_do_not_end_the_child(run, make):
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(first, number)
     assert run(sandbox.call("pid")) == first
+
+
+# Without an event loop
+
+
+def test_an_interrupted_call_ends_at_once_with_its_child(children):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    start = time.monotonic()
+    sandbox = Sandbox(f"{HERE}:do", timeout_s=100, memory_bytes=200 * MB)
+    try:
+        with pytest.raises(KeyboardInterrupt), BlockingSandbox(sandbox) as blocking:
+            assert blocking.call("echo", 1, timeout_s=50) == 1
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            blocking.call("spin", timeout_s=50)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 20
+    assert not children()
+
+
+def test_a_forked_sandbox_has_the_same_limits(children):
+    def fork():
+        return ForkedSandbox(do, memory_bytes=100 * MB, output_bytes=MB)
+
+    limits = {"time": ("spin", None), "memory": ("eat", 200), "output": ("text", 2 * MB)}
+    for limit, deed in limits.items():
+        with pytest.raises(LimitExceeded) as caught, fork() as sandbox:
+            sandbox.call(*deed, timeout_s=1)
+        assert caught.value.limit == limit
+    for deed, how in ((("exit", 3), "exit code 3"), (("kill", 9), "memory")):
+        with pytest.raises(ChildDied, match=how), fork() as sandbox:
+            sandbox.call(*deed, timeout_s=20)
+    with fork() as sandbox:
+        assert sandbox.call("echo", "\ud800", timeout_s=20) == "\ud800"
+        with pytest.raises(CallRaised, match="KeyError"):
+            sandbox.call("complain", "a", timeout_s=20)
+        assert sandbox.call("pid", timeout_s=20) != os.getpid()
+    assert not children()
 
 
 PARENT = """

@@ -225,7 +225,7 @@ def _start(spec: JsonDict, model: str | None, trust: bool, vocab_size: int) -> R
 
 
 def _hub_environment() -> dict[str, str]:
-    found = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+    found = {"HF_HUB_OFFLINE": ""}  # a sandbox sets it
     for name, value in os.environ.items():
         is_hub = name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name in HUB_VARIABLES
         if is_hub or name.lower().endswith("_proxy"):
