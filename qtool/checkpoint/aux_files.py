@@ -118,6 +118,12 @@ def _check_carried(path: Path, source: Path) -> None:
     """Raise when the auxiliary file ``path`` cannot be copied, or would carry a file that has
     nothing to do with a model.
     """
+    if not path.name.isprintable():
+        raise refused(
+            "E_FILE_NAME",
+            f"{path} has a name that no manifest can hold",
+            "rename it: letters in UTF-8, no control characters",
+        )
     regular_size(path)
     if not _is_inside(path, source) and not _is_aux_name(path.resolve()):
         raise refused(

@@ -38,6 +38,11 @@ class SourceFiles:
     digests: Digests
     """Of the small files. Those of the weights are taken during the run."""
 
+    @property
+    def aux_bytes(self) -> int:
+        """How many bytes are carried."""
+        return sum(self.states[file].size_bytes for file in self.aux if file in self.states)
+
     def check_unchanged(self, weight_digests: Digests) -> None:
         """Raise CheckpointRefused when a file is not what it was when the run began.
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from qtool.conversion.plan import ConversionPlan
 
 READ_AHEAD_BYTES = 1 << 30
-FREE_BYTES = 16 << 20  # beside the tensors: headers, JSON files, tokenizer
+FREE_BYTES = 16 << 20  # beside tensors and auxiliary files: headers and JSON files
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def convert(
     notes = (*source.notes, *plan.notes)
     for note in notes:
         on_event(NoteEvent(note))
-    need_bytes = sum(spec.size_bytes for spec in plan.specs) + FREE_BYTES
+    need_bytes = sum(spec.size_bytes for spec in plan.specs) + source.aux_bytes + FREE_BYTES
     with ExitStack() as stack:
         staging = stack.enter_context(
             stage_output(

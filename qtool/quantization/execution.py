@@ -186,7 +186,7 @@ def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]
     """Return the places where the checkpoint and the calibrated state are written."""
     plan = request.plan
     inputs = request.inputs
-    need_bytes = int(plan.bytes_after * 1.05)
+    need_bytes = int(plan.bytes_after * 1.05) + request.source.aux_bytes
     if plan.recipe.backend == "gptqmodel":
         need_bytes += plan.bytes_before
     staging = stack.enter_context(

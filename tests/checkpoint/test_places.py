@@ -285,6 +285,14 @@ def test_an_auxiliary_file_without_permission_is_refused(name, tiny_copy):
     assert (caught.value.code, caught.value.exit_code) == ("E_UNREADABLE", 3)
 
 
+@pytest.mark.parametrize("name", [b"tokenizer\xff.json", b"LICENSE\n", b"vocab\x1b[2J"])
+def test_an_auxiliary_file_whose_name_no_manifest_can_hold_is_refused(name, tiny_copy):
+    (tiny_copy / os.fsdecode(name)).write_text("x")
+    with pytest.raises(CheckpointRefused) as caught:
+        source_files(open_checkpoint(tiny_copy))
+    assert caught.value.code == "E_FILE_NAME"
+
+
 def test_a_link_to_an_auxiliary_file_elsewhere_is_followed_and_said(tiny_copy, tmp_path):
     (tmp_path / "shared").mkdir()
     (tiny_copy / "tokenizer.json").rename(tmp_path / "shared" / "tokenizer.json")

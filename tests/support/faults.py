@@ -67,6 +67,8 @@ class Outcome:
     """Of the process that was asked for: what and on which file."""
     problems: tuple[str, ...]
     """What should not be."""
+    log: str
+    """The end of what the library printed."""
 
     @property
     def code(self) -> str:
@@ -141,6 +143,8 @@ def main(scenario: str, folder: Path) -> None:
         fault = Fault(**json.loads(line))
         exit_code, stderr, operations = _run(command, folder, fault)
         problems = list(_problems(exit_code, stderr, fault))
+        log = folder / "out.qtool.log"
+        log_text = log.read_text(errors="replace")[-3000:] if log.exists() else ""
         if _contents(folder / "model") != source:
             problems.append("the source was changed")
         if expects_output:
@@ -150,6 +154,7 @@ def main(scenario: str, folder: Path) -> None:
             "stderr": stderr[-3000:],
             "operations": operations,
             "problems": problems,
+            "log": log_text,
         }
         answers.write(json.dumps(outcome) + "\n")
 
