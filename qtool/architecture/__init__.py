@@ -4,6 +4,8 @@ weights.
 
 from __future__ import annotations
 
+from qtool.architecture.dtypes import check_dtypes
+from qtool.architecture.generation import check_generation
 from qtool.architecture.standard import is_standard
 from qtool.architecture.vocabulary import check_vocabulary
 from qtool.checkpoint import Checkpoint
@@ -12,18 +14,24 @@ from qtool.formats import Layout
 __all__ = ["check_model"]
 
 
-def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
+def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: bool = False) -> None:
     """Refuse ``checkpoint`` if the model that its config describes has other tensors.
 
     Headers decide for the usual architectures; for all others transformers does, which builds the
     model without data. What transformers does not know, or a config without `architectures`, is
     let pass.
 
+    Args:
+        checkpoint: the checkpoint.
+        layout: what `formats.detect` returned.
+        is_causal: whether it must load as a causal language model, whatever class it names.
     Raises: CheckpointRefused.
     """
+    check_dtypes(checkpoint, layout)
     check_vocabulary(checkpoint)
+    check_generation(checkpoint)
     if is_standard(checkpoint, layout):
         return
     from qtool.architecture.meta import check_tensors
 
-    check_tensors(checkpoint, layout)
+    check_tensors(checkpoint, layout, is_causal=is_causal)

@@ -24,16 +24,25 @@ REPORTS = {  # what transformers reports after loading -> what that means for a 
 }
 
 
-def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, layout: Layout | None, *, is_causal: bool = False
+) -> None:
     """Refuse ``checkpoint`` if transformers would find tensors missing, left over or misshapen.
 
+    Args:
+        checkpoint: the checkpoint.
+        layout: what `formats.detect` returned.
+        is_causal: whether it must load as a causal language model, whatever class it names.
     Raises: CheckpointRefused; nothing for a class that transformers does not have.
     """
-    model_class = _class_of(checkpoint)
-    if model_class is None:
+    named = _named_class(checkpoint)
+    if named is None and not is_causal:
         return
     with building(checkpoint), torch.device("meta"):
         config = read_config(checkpoint)
+        model_class = _class_for(config, named, is_causal=is_causal)
+        if model_class is None:
+            return
         model = model_class._from_config(config, dtype=torch.bfloat16)
         shapes = {
             name: shape
@@ -51,21 +60,33 @@ def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    towers = {key for key in report.get("unexpected_keys") or () if tower_of(key)}
-    report["unexpected_keys"] = {*(report.get("unexpected_keys") or ())} - towers
+    if not is_causal:
+        left_over = report.get("unexpected_keys") or ()
+        report["unexpected_keys"] = {key for key in left_over if not tower_of(key)}
     check_report(checkpoint, report)
 
 
-def _class_of(checkpoint: Checkpoint) -> Any:
+def _named_class(checkpoint: Checkpoint) -> Any:
     """Return the class that the config names; None when transformers lacks it."""
     names = checkpoint.config.get("architectures") or [""]
-    if checkpoint.config.get("auto_map") or not names[0]:
+    if checkpoint.config.get("auto_map"):
         return None
     with quiet_imports():
         import transformers
 
         found = getattr(transformers, names[0], None)
     return found if hasattr(found, "_from_config") else None
+
+
+def _class_for(config: object, named: Any, *, is_causal: bool) -> Any:
+    """Return the class that ``config`` is loaded as: ``named``, if it is made of such a config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not is_causal and isinstance(config, named.config_class):
+        return named
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 @contextlib.contextmanager

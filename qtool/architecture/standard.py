@@ -41,6 +41,9 @@ def is_standard(checkpoint: Checkpoint, layout: Layout | None) -> bool:
     has the tensors that the config describes, no more and no less.
     """
     config = checkpoint.config
+    said = config.get("quantization_config")
+    if said is not None and not isinstance(said, Mapping):
+        return False
     if CLASSES.get(str(config.get("model_type"))) not in (config.get("architectures") or ()):
         return False
     if not _has_usual_fields(config) or not _has_usual_rope(config):
@@ -113,12 +116,13 @@ UNUSUAL = frozenset(
         "per_layer_config",
         "problem_type",
         "text_config",
+        "llm_config",
     }
 )
 
 
 def _has_usual_fields(config: Json) -> bool:
-    if UNUSUAL & {key for key, value in config.items() if value}:
+    if UNUSUAL & {key for key, value in config.items() if value not in (None, False)}:
         return False
     sizes = (*SIZES, *(EXPERT_SIZES if config["model_type"] == "qwen3_moe" else ()))
     if any(config.get(key) is None for key in sizes):
@@ -137,6 +141,8 @@ def _has_usual_fields(config: Json) -> bool:
 def _has_usual_rope(config: Json) -> bool:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", "default")
+    if not is_positive(rope.get("rope_theta", 1)):
+        return False
     if kind == "llama3":
         return all(is_positive(rope.get(key)) for key in LLAMA3_ROPE)
     return bool(kind == "default")

@@ -55,7 +55,7 @@ UNUSUAL = {
 }
 OTHER_TOWERS = re.compile("linear_|mamba_|ssm_|vision|audio|mm_|index_|hidden_size_per_layer_input")
 # in fields, and in names of tensors, of layers that predict further tokens
-PREDICTORS = re.compile("nextn|mtp|num_layers|n_layers|eh_proj|enorm|hnorm")
+PREDICTORS = re.compile("nextn|mtp|^num_layers|^n_layers|eh_proj|enorm|hnorm")
 HINT = (
     "config.json and the weights are of different models, or one was edited: take both from the "
     "same place"

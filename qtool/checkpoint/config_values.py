@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from qtool.checkpoint.strict_json import Json, refused
+from qtool.errors import CheckpointRefused
 
 MAX_SIZE = 1 << 31
 MAX_LAYERS = 1 << 16  # one object each
@@ -93,7 +94,7 @@ def check_values(path: Path, config: Json) -> None:
     for part in _parts(config):
         for key, value in part.items():
             if value is not None and (wanted := _wanted(key, value)):
-                raise _bad(path, key, value, wanted)
+                raise bad_field(path, key, value, wanted)
         for key in ROPE:
             _check_rope(path, key, part.get(key))
         _check_experts(path, part)
@@ -171,7 +172,7 @@ def _check_finite(path: Path, value: object, key: str = "config") -> None:
     elif isinstance(value, float) and (
         math.isnan(value) or (math.isinf(value) and not key.startswith("time_step"))
     ):
-        raise _bad(path, key, value, "a finite number")
+        raise bad_field(path, key, value, "a finite number")
 
 
 def _check_rope(path: Path, key: str, rope: object) -> None:
@@ -179,17 +180,17 @@ def _check_rope(path: Path, key: str, rope: object) -> None:
     if rope is None:
         return
     if not isinstance(rope, Mapping):
-        raise _bad(path, key, rope, "an object")
+        raise bad_field(path, key, rope, "an object")
     for name, value in rope.items():
         if isinstance(value, Mapping):
             _check_rope(path, f"{key}.{name}", value)
         elif name in ROPE_NUMBERS and value is not None and not is_positive(value):
-            raise _bad(path, f"{key}.{name}", value, "a number greater than zero")
+            raise bad_field(path, f"{key}.{name}", value, "a number greater than zero")
         elif name in ("short_factor", "long_factor"):
             if not isinstance(value, list) or not all(map(is_positive, value)):
-                raise _bad(path, f"{key}.{name}", value, "a list of numbers greater than zero")
+                raise bad_field(path, f"{key}.{name}", value, "a list of numbers greater than zero")
         elif name in ("rope_type", "type") and not _is_name(value):
-            raise _bad(path, f"{key}.{name}", value, "a name")
+            raise bad_field(path, f"{key}.{name}", value, "a name")
 
 
 def _check_experts(path: Path, config: Json) -> None:
@@ -199,29 +200,32 @@ def _check_experts(path: Path, config: Json) -> None:
         if type(count) is not int or count == 0:
             continue
         if type(chosen) is int and not 0 < chosen <= count:
-            raise _bad(path, "num_experts_per_tok", chosen, f"from 1 to {key}, {count:,}")
+            raise bad_field(path, "num_experts_per_tok", chosen, f"from 1 to {key}, {count:,}")
         groups = config.get("n_group")
         if type(groups) is int and groups and count % groups:
-            raise _bad(path, "n_group", groups, f"a divisor of {key}, {count:,}")
+            raise bad_field(path, "n_group", groups, f"a divisor of {key}, {count:,}")
     groups, chosen = config.get("n_group"), config.get("topk_group")
-    if type(groups) is int and type(chosen) is int and chosen > groups:
-        raise _bad(path, "topk_group", chosen, f"at most n_group, {groups:,}")
+    if type(groups) is int and groups and type(chosen) is int and not 0 < chosen <= groups:
+        raise bad_field(path, "topk_group", chosen, f"from 1 to n_group, {groups:,}")
 
 
 def _check_layers(path: Path, config: Json) -> None:
     count = config.get("num_hidden_layers")
     if type(count) is int and count > MAX_LAYERS:
-        raise _bad(path, "num_hidden_layers", count, f"at most {MAX_LAYERS:,}")
+        raise bad_field(path, "num_hidden_layers", count, f"at most {MAX_LAYERS:,}")
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if type(heads) is int and type(shared) is int and heads % shared:
+        raise bad_field(path, "num_key_value_heads", shared, f"a divisor of the {heads:,} heads")
     kinds = config.get("layer_types")
     if kinds is None:
         return
     if not isinstance(kinds, list) or not all(map(_is_name, kinds)):
-        raise _bad(path, "layer_types", kinds, "a list of names")
+        raise bad_field(path, "layer_types", kinds, "a list of names")
     if type(count) is int and len(kinds) < count:
-        raise _bad(path, "layer_types", kinds, f"a name for each of {count:,} layers")
-    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if type(heads) is int and type(shared) is int and heads % shared:
-        raise _bad(path, "num_key_value_heads", shared, f"a divisor of the {heads:,} heads")
+        raise bad_field(path, "layer_types", kinds, f"a name for each of {count:,} layers")
+    window = config.get("sliding_window")
+    if "sliding_attention" in kinds and "sliding_window" in config and not is_size(window):
+        raise bad_field(path, "sliding_window", window, "the number of tokens in a window")
 
 
 def _check_tokens(path: Path, config: Json) -> None:
@@ -233,11 +237,14 @@ def _check_tokens(path: Path, config: Json) -> None:
             if token is None:
                 continue
             if type(token) is not int or token < -1:
-                raise _bad(path, key, value, "a token's number")
+                raise bad_field(path, key, value, "a token's number")
             if type(vocabulary) is int and token >= vocabulary:
-                raise _bad(path, key, value, f"below vocab_size, {vocabulary:,}")
+                raise bad_field(path, key, value, f"below vocab_size, {vocabulary:,}")
 
 
-def _bad(path: Path, key: str, value: object, wanted: str) -> Exception:
+def bad_field(
+    path: Path, key: str, value: object, wanted: str, hint: str = HINT
+) -> CheckpointRefused:
+    """Return the error for a field of the config ``path`` that must be ``wanted``."""
     said = reprlib.repr(value)
-    return refused("E_CONFIG_FIELD", f"{path}: `{key}` is {said}, and must be {wanted}", HINT)
+    return refused("E_CONFIG_FIELD", f"{path}: `{key}` is {said}, and must be {wanted}", hint)

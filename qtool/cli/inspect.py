@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from qtool.cli.options import (
     Verbose,
 )
 from qtool.cli.output import show
-from qtool.errors import ResourceError, UsageError
+from qtool.errors import CheckpointRefused, ResourceError, UsageError
 
 
 def inspect(
@@ -71,7 +72,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit
-    code 3 when it will not.
+    code 3 when it will not, or when its data is damaged.
     """
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
@@ -96,6 +97,7 @@ def inspect(
     if html:
         _write_page(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
+    _check_damage(found.damage)
     if (found.engine and not found.engine.loads) or (found.manifest and not found.manifest.matches):
         raise typer.Exit(3)
 
@@ -109,6 +111,16 @@ def _write_page(file: Path, page: str) -> None:
         if is_new:
             file.unlink(missing_ok=True)
         raise
+
+
+def _check_damage(damage: Sequence[str]) -> None:
+    if damage:
+        more = f" and {len(damage) - 1} more" if damage[1:] else ""
+        raise CheckpointRefused(
+            "E_VALUES",
+            f"{damage[0]}{more}",
+            hint="the weights are damaged: download the checkpoint or quantize the model again",
+        )
 
 
 def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:

@@ -11,6 +11,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
 from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
+from qtool.formats.config_fields import check_fields
 from qtool.formats.layout import (
     Detector,
     Format,
@@ -19,7 +20,7 @@ from qtool.formats.layout import (
     modules_of,
     refused,
 )
-from qtool.formats.values import check_tensors, check_values
+from qtool.formats.values import check_tensors, check_values, problem_in
 from qtool.modules import CACHE_SUFFIXES, last_part
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "check_tensors",
     "check_values",
     "detect",
+    "problem_in",
     "read",
     "tensor_name",
     "unquantized_tensors",
@@ -98,7 +100,8 @@ def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
     """Return what ``format`` detects; what it trips over in ``config`` becomes a refusal."""
     hint = "take config.json from the original"
     try:
-        return format.detect(checkpoint, config)
+        check_fields(str(checkpoint.path), config)
+        layout = format.detect(checkpoint, config)
     except RecipeRefused as error:  # the scheme the config describes is none
         message = f"{checkpoint.path}: {error.message}"
         raise refused("E_QUANT_CONFIG", message, error.hint or hint) from error
@@ -108,6 +111,13 @@ def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
             f"({type(error).__name__}: {error})"
         )
         raise refused("E_QUANT_CONFIG_TYPE", message, hint) from error
+    if not layout.modules and layout.kv_cache is None:
+        raise refused(
+            "E_NOTHING_QUANTIZED",
+            f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
+            "the weights are of the original: remove `quantization_config`",
+        )
+    return layout
 
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:

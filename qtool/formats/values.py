@@ -104,6 +104,19 @@ def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[
     return [f"{by_name[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
 
 
+def problem_in(tensor: TensorInfo, data: Words, layout: Layout | None) -> str | None:
+    """Return what is wrong with ``tensor``, whose bytes ``data`` holds; None when all is well."""
+    word_and_check = _check_for(tensor, layout)
+    if word_and_check is None:
+        return None
+    word, check = word_and_check
+    scratch = np.empty(min(BLOCK_BYTES, len(data)), np.uint8).view(word)
+    for start in range(0, len(data), BLOCK_BYTES):
+        if problem := check(data[start : start + BLOCK_BYTES].view(word), scratch):
+            return problem
+    return None
+
+
 Check = Callable[[Words, Words], str | None]  # words, scratch -> what is wrong
 
 

@@ -88,6 +88,8 @@ class Inspection:
     """The comparison of the files with the manifest, when asked for."""
     against: Comparison | None = None
     """The comparison with another checkpoint, when asked for."""
+    damage: tuple[str, ...] = ()
+    """Numbers that no weights have, when all data was read; they are among the warnings too."""
     engine: EngineReport | None = None
     """Whether an engine loads the checkpoint, when asked for."""
 
@@ -113,6 +115,7 @@ class Inspection:
             "warnings": list(self.warnings),
             "deep": self.deep.to_dict() if self.deep else None,
             "manifest": self.manifest.to_dict() if self.manifest else None,
+            "damage": list(self.damage),
             "against": self.against.to_dict() if self.against else None,
             "engine": self.engine.to_dict() if self.engine else None,
             "bits_per_weight": round(self.bits_per_weight, 4),
@@ -161,8 +164,10 @@ def inspect(
     quantized = _quantized_rows(modules)
     unquantized = _unquantized_rows(checkpoint, layout)
     measured, compared = None, None
+    damage: list[str] = []
     if deep:
-        warnings += formats.check_values(checkpoint, layout)
+        damage = formats.check_values(checkpoint, layout)
+        warnings += damage
         measured, compared = measure(checkpoint, layout)
     if verify and compared is None:
         compared = check_manifest(checkpoint.path)
@@ -193,6 +198,7 @@ def inspect(
         warnings=tuple(warnings),
         deep=measured,
         manifest=compared if verify else None,
+        damage=tuple(damage),
         against=compare(checkpoint, against) if against else None,
         engine=engine_report,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import formats
+from qtool.errors import CheckpointRefused
 from qtool.formats.packing import read_tensor
 from qtool.runtime.kernels import LinearSpec, device_of
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
@@ -174,6 +175,25 @@ def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
     return linear
 
 
+def read_checked(plan: LoadPlan, name: str) -> Tensor:
+    """Return the tensor ``name``; its numbers are looked at while they are in the cache.
+
+    Raises: CheckpointRefused, for NaN, infinity and scales that are none.
+    """
+    tensor = read_tensor(plan.checkpoint, name)
+    if not tensor.numel():
+        return tensor
+    info = plan.checkpoint.tensors[name]
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    if problem := formats.problem_in(info, data, plan.layout):
+        raise CheckpointRefused(
+            "E_VALUES",
+            f"{info.file}: `{name}` {problem}",
+            hint="the weights are damaged: download the checkpoint or quantize the model again",
+        )
+    return tensor
+
+
 def _read_parameter(plan: LoadPlan, name: str) -> nn.Parameter:
-    tensor = read_tensor(plan.checkpoint, name).to(plan.device, plan.skeleton.dtype)
+    tensor = read_checked(plan, name).to(plan.device, plan.skeleton.dtype)
     return nn.Parameter(tensor, requires_grad=False)

@@ -17,7 +17,7 @@ from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
 from qtool.modules import decoder_layer_number, parse_cache_scale
-from qtool.runtime.build import RawTensors, build_modules, build_unquantized
+from qtool.runtime.build import RawTensors, build_modules, build_unquantized, read_checked
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
 from qtool.runtime.experts import ExpertStack
@@ -100,7 +100,7 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
         for name in formats.unquantized_tensors(checkpoint, plan.layout)
         if name not in built_later and not skeleton.beyond(name)
     ]
-    tensors = pool.map(lambda name: read_tensor(checkpoint, name), names)
+    tensors = pool.map(lambda name: read_checked(plan, name), names)
     places = {source.place for source in plan.sources}
     return skeleton.materialize(places, dict(zip(names, tensors, strict=True)), plan.device)
 
@@ -166,7 +166,7 @@ def _read(plan: LoadPlan, source: Source) -> RawTensors:
     )
     if (bias := f"{source.name}.bias") in plan.checkpoint.tensors:
         names["bias"] = bias
-    return {suffix: read_tensor(plan.checkpoint, name) for suffix, name in names.items()}
+    return {suffix: read_checked(plan, name) for suffix, name in names.items()}
 
 
 def cache_scales(checkpoint: Checkpoint) -> dict[int, tuple[float, float]]:

@@ -112,7 +112,7 @@ def plan_load(
         )
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
-    check_model(checkpoint, layout)
+    check_model(checkpoint, layout, is_causal=True)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
     warned = list(skip_reasons(checkpoint, layout, quantization))
     if any(skeleton.beyond(name) for name in checkpoint.tensors):

@@ -1,0 +1,138 @@
+"""Whether tensors are of the dtype that their header says.
+
+A relabelled tensor has the same bytes, so its numbers give it away: bfloat16 read as float16 lies
+between 1/4 and 2, float16 read as bfloat16 below 2^-30. A few thousand numbers of each are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.model import FLOAT_DTYPES
+from qtool.errors import CheckpointRefused
+from qtool.formats import Layout, unquantized_tensors
+from qtool.formats.layout import refused
+from qtool.formats.values import SCALES as ALL_SCALES
+from qtool.modules import decoder_layer_number
+
+Exponents: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+SAMPLE = 4096  # numbers of one tensor
+LEAST = 256
+UNREADABLE = frozenset({"U16", "U32", "U64", "C64"})  # torch computes with none of them
+GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale")
+INTEGERS = ("I8", "I16", "I32", "I64")  # scales may be U8, as e8m0
+MX_GROUP = 32
+INDICES = ("g_idx", "weight_g_idx", "weight_shape")
+HALVES = ("F16", "BF16")
+SCALES = ("weight_scale", "scales", "weight_scale_inv")
+HINT = "the header was edited, or a tool wrote it wrong: take the file from its source"
+
+
+def check_dtypes(checkpoint: Checkpoint, layout: Layout | None) -> None:
+    """Refuse weights that are no floats, and those whose numbers are of another dtype.
+
+    Raises: CheckpointRefused.
+    """
+    names = unquantized_tensors(checkpoint, layout)
+    weights = [checkpoint.tensors[name] for name in names if name.endswith((".weight", ".bias"))]
+    for tensor in weights:
+        if tensor.dtype not in FLOAT_DTYPES:
+            message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}; expected floats"
+            raise refused("E_TENSOR_DTYPE", message, HINT)
+    _check_same(checkpoint, [tensor for tensor in weights if _is_of_decoder(tensor)])
+    scales = [*_scales(layout)]
+    for suffix in SCALES:
+        _check_same(checkpoint, [tensor for tensor in scales if _ends(tensor, suffix)])
+    matrices = [tensor for tensor in weights if len(tensor.shape) == 2 and min(tensor.shape) >= 32]
+    for tensor in (*matrices, *scales):
+        _check_numbers(tensor)
+
+
+def _is_of_decoder(tensor: TensorInfo) -> bool:
+    name = tensor.name
+    is_outside = name.endswith(("embed_tokens.weight", "lm_head.weight", "model.norm.weight"))
+    return decoder_layer_number(name) is not None or is_outside
+
+
+def _ends(tensor: TensorInfo, suffix: str) -> bool:
+    return tensor.name.endswith(f".{suffix}")
+
+
+def _scales(layout: Layout | None) -> Iterator[TensorInfo]:
+    """Yield the 16-bit scales of weights; refuse what no format has beside them."""
+    for module in layout.modules.values() if layout else ():
+        weights = module.scheme.weights
+        for suffix, tensor in module.tensors.items():
+            if expected := _expected(suffix, tensor):
+                message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}"
+                raise refused(
+                    "E_TENSOR_DTYPE", f"{message} {[*tensor.shape]}; expected {expected}", HINT
+                )
+            if suffix in SCALES and tensor.dtype in HALVES:
+                yield tensor
+        if weights.scale == "e8m0" and weights.group_size not in (None, MX_GROUP):
+            message = f"`{module.name}` has MX scales for groups of {weights.group_size}"
+            raise refused("E_MX_GROUP", f"{message}; they are for groups of {MX_GROUP}", HINT)
+
+
+def _expected(suffix: str, tensor: TensorInfo) -> str:
+    """Return what a part of a quantized layer must be; empty when it is that."""
+    if suffix in INDICES and tensor.dtype in FLOAT_DTYPES:
+        return "integers"
+    if tensor.dtype in UNREADABLE or (suffix in ALL_SCALES and tensor.dtype in INTEGERS):
+        return "a dtype that weights have"
+    if suffix in GLOBAL_SCALES and (tensor.dtype != "F32" or len(tensor.shape) > 1):
+        return "one F32"
+    return ""
+
+
+def _check_same(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
+    """Refuse float16 beside bfloat16: one model is trained in one of them."""
+    first = {tensor.dtype: tensor for tensor in reversed(tensors)}
+    if all(dtype in first for dtype in HALVES):
+        one, other = (first[dtype] for dtype in HALVES)
+        message = (
+            f"{checkpoint.path}: `{one.name}` is {one.dtype} and `{other.name}` is {other.dtype}"
+        )
+        raise refused("E_MIXED_DTYPES", message, HINT)
+
+
+def _check_numbers(tensor: TensorInfo) -> None:
+    """Refuse a matrix, or the scales of one, whose sampled numbers are those of another dtype."""
+    if tensor.dtype not in HALVES or tensor.count < LEAST:
+        return
+    words = _sample(tensor)
+    words = words[(words & 0x7FFF) != 0]
+    if len(words) < LEAST // 2:
+        return
+    if tensor.dtype == "F16":
+        exponents = (words >> 10) & 0x1F
+        if np.mean((exponents >= 13) & (exponents <= 15)) > 0.99:
+            raise _relabelled(tensor, "bfloat16")
+    elif np.median((words >> 7) & 0xFF) < 96:
+        raise _relabelled(tensor, "float16")
+
+
+def _sample(tensor: TensorInfo) -> Exponents:
+    """Return words from the middle: the first rows of embeddings are often empty."""
+    count = min(SAMPLE, tensor.count)
+    start = (tensor.count - count) // 2
+    descriptor = os.open(tensor.file, os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, 2 * count, tensor.offset + 2 * start)
+    finally:
+        os.close(descriptor)
+    return np.frombuffer(data[: len(data) // 2 * 2], "<u2").astype(np.int64)
+
+
+def _relabelled(tensor: TensorInfo, dtype: str) -> CheckpointRefused:
+    message = (
+        f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}, and its numbers are those of "
+        f"{dtype}"
+    )
+    return refused("E_RELABELLED", message, HINT)

@@ -1,0 +1,85 @@
+"""The fields of quantization configs: numbers, flags and lists that no format has are refused.
+
+What a field says may still differ from the tensors: those decide, and each format warns.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+
+from qtool.checkpoint.strict_json import Json
+from qtool.formats.layout import refused
+
+MAX_BITS = 32
+
+
+def check_fields(where: str, config: Json) -> None:
+    """Refuse a quantization ``config``, which ``where`` names, for a value that no format has.
+
+    Raises: CheckpointRefused, with the field and its value.
+    """
+    for key, value in _fields(config):
+        holds, wanted = FIELDS[key]
+        if value is not None and not holds(value):
+            raise refused(
+                "E_QUANT_CONFIG",
+                f"{where}: `{key}` of its quantization config is {reprlib.repr(value)}, and must "
+                f"be {wanted}",
+                "take config.json from the original",
+            )
+
+
+def _fields(config: Json) -> Iterator[tuple[str, object]]:
+    """Yield the fields that are checked, with those of groups and layers, as deep as they go."""
+    parts: list[object] = [config]
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, Mapping):
+            continue
+        for key, value in part.items():
+            if key in FIELDS:
+                yield key, value
+            parts.append(value)
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and 0 < value <= MAX_BITS
+
+
+def _is_group_size(value: object) -> bool:
+    return type(value) is int and (value == -1 or 0 < value < 1 << 31)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+BITS = (_is_bits, f"a whole number from 1 to {MAX_BITS}")
+FLAG = (_is_flag, "true or false")
+NAMES = (_are_names, "a list of names")
+FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "bits": BITS,
+    "checkpoint_format": (_is_name, "a name"),
+    "desc_act": FLAG,
+    "format": (_is_name, "a name"),
+    "group_size": (_is_group_size, "-1 or a whole number greater than zero"),
+    "ignore": NAMES,
+    "lm_head": FLAG,
+    "modules_to_not_convert": NAMES,
+    "num_bits": BITS,
+    "strategy": (_is_name, "a name"),
+    "sym": FLAG,
+    "symmetric": FLAG,
+    "targets": (lambda value: _are_names(value) and value != [], "a list of names"),
+    "type": (lambda value: value in ("int", "float"), "int or float"),
+    "zero_point": FLAG,
+}

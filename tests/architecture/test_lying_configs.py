@@ -1,0 +1,63 @@
+"""A config that lies is refused by every command alike, before any weight is read.
+
+`tests/benchmarks/lying_configs.py` makes every folder; some of each kind are made here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from support.lying_configs import LIES, MODELS, QUANTIZED, harmless_reason, make_bases, make_folder
+
+from qtool.cli.app import run
+from qtool.errors import QtoolError
+
+SAMPLE = [lie for lie in LIES if not harmless_reason(*lie)][::16]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+def commands(base, folder):
+    """The command lines that must agree on ``folder``."""
+    place = ["--model-path", os.fspath(folder)]
+    output = ["--output", os.fspath(folder.with_name("out"))]
+    target = ["--to", "bf16"]
+    if base in MODELS:
+        target = ["--to", "compressed-tensors", "--requantize", "--scheme", "FP8_DYNAMIC"]
+    return {
+        "quantize": ["quantize", *place, *output, "--method", "modelopt_fp8", "--dry-run"],
+        "export": ["export", *place, *output, *target, "--quiet"],
+        "serve": ["serve", *place, "--device", "cpu", "--dry-run"],
+        "inspect": ["inspect", *place, "--deep"],
+    }
+
+
+def outcome(command):
+    """The exit code of a command and its error's, if that has a hint."""
+    try:
+        return run(command), ""
+    except QtoolError as error:
+        return error.exit_code, error.code if error.hint else f"{error.code} without a hint"
+
+
+@pytest.mark.parametrize("base", [*MODELS, *QUANTIZED])
+def test_what_the_lies_are_made_of_is_true(base, bases, tmp_path):
+    folder = make_folder(bases[base], tmp_path / "model", lambda folder: None)
+    found = {name: outcome(command) for name, command in commands(base, folder).items()}
+    if base in QUANTIZED:
+        assert found.pop("quantize") == (3, "E_ALREADY_QUANTIZED")
+    assert set(found.values()) == {(0, "")}
+
+
+@pytest.mark.parametrize(("base", "name"), SAMPLE, ids=lambda part: str(part))
+def test_a_lie_is_refused_by_every_command(base, name, bases, tmp_path):
+    folder = make_folder(bases[base], tmp_path / "model", LIES[base, name])
+    found = {name: outcome(command) for name, command in commands(base, folder).items()}
+    shutil.rmtree(tmp_path)
+    assert {code for code, _ in found.values()} == {3}, found
+    assert not any("without" in code for _, code in found.values()), found
