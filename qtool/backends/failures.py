@@ -46,6 +46,8 @@ def raised(error: BaseException, job: Job, where: str) -> QtoolError:
         )
     inputs, outputs = _places(job)
     if file_error := library_os_error(error, [*inputs, *outputs]):
+        if file_error.filename is None and file_error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file_error.filename = job.output
         return from_os_error(file_error, reading=inputs, where=where)
     if shutil.disk_usage(job.output).free < FULL_BYTES:  # torch does not say why a write failed
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job.output)

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         exit_code = run(arguments)
     except BaseException as error:
-        failure = _as_qtool_error(error)
         ignore_signals()
+        failure = _as_qtool_error(error)
         if "--debug" in flags and isinstance(error, QtoolError):
             traceback.print_exc()
     ignore_signals()
