@@ -383,7 +383,9 @@ def test_an_interrupted_call_ends_at_once_with_its_child(children):
     assert not children()
 
 
-def test_a_forked_sandbox_has_the_same_limits(children):
+def test_a_forked_sandbox_has_the_same_limits(children, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
     def fork():
         return ForkedSandbox(do, memory_bytes=100 * MB, output_bytes=MB)
 
@@ -400,6 +402,7 @@ def test_a_forked_sandbox_has_the_same_limits(children):
         with pytest.raises(CallRaised, match="KeyError"):
             sandbox.call("complain", "a", timeout_s=20)
         assert sandbox.call("pid", timeout_s=20) != os.getpid()
+        assert "hf_secret" not in sandbox.call("environment", timeout_s=20).values()
     assert not children()
 
 

@@ -64,7 +64,7 @@ def isolated_reading(spec: CalibrationSpec) -> Iterator[IsolatedReading]:
         timeout_s=READ_S,
         memory_bytes=READ_BYTES,
         output_bytes=OUTPUT_BYTES,
-        environment=QUIET_VARIABLES | (_hub_environment() if is_hub_source(spec.source) else {}),
+        environment=_environment(spec),
     )
     with BlockingSandbox(sandbox) as caller:
         yield IsolatedReading(caller, spec)
@@ -81,7 +81,10 @@ def isolated_tokenizing(
     from transformers import AutoTokenizer  # noqa: F401
 
     with ForkedSandbox(
-        answer, memory_bytes=READ_BYTES, output_bytes=OUTPUT_BYTES, environment=QUIET_VARIABLES
+        answer,
+        memory_bytes=READ_BYTES,
+        output_bytes=OUTPUT_BYTES,
+        environment=_environment(spec),
     ) as caller:
         yield IsolatedReading(
             caller, spec, model=str(model), trust=trust_remote_code, vocab_size=vocab_size
@@ -224,8 +227,11 @@ def _start(spec: JsonDict, model: str | None, trust: bool, vocab_size: int) -> R
     return Reading(CalibrationSpec(**spec), tokenizer, vocab_size)
 
 
-def _hub_environment() -> dict[str, str]:
-    found = {"HF_HUB_OFFLINE": ""}  # a sandbox sets it
+def _environment(spec: CalibrationSpec) -> dict[str, str]:
+    """Return what the process needs; the token and the proxies only for data of the Hub."""
+    if not is_hub_source(spec.source):
+        return QUIET_VARIABLES
+    found = {**QUIET_VARIABLES, "HF_HUB_OFFLINE": ""}  # a sandbox sets it
     for name, value in os.environ.items():
         is_hub = name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name in HUB_VARIABLES
         if is_hub or name.lower().endswith("_proxy"):

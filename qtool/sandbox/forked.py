@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from qtool.sandbox import ChildDied, LimitExceeded, describe_exit, result_in
+from qtool.sandbox import PASSED_VARIABLES, ChildDied, LimitExceeded, describe_exit, result_in
 from qtool.sandbox.child import serve, to_line
 
 
@@ -23,7 +23,7 @@ class ForkedSandbox:
         function: its arguments and its result are JSON.
         memory_bytes: what the child may allocate. The limit is on address space; Linux only.
         output_bytes: of a result, as JSON.
-        environment: variables that the child gets.
+        environment: variables that the child gets besides `PASSED_VARIABLES`.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class ForkedSandbox:
         if self._pid == 0:
             try:
                 self._socket.close()
-                os.environ.update(environment or {})
+                passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+                os.environ.clear()
+                os.environ.update({**passed, **(environment or {})})
                 serve(theirs, function, memory_bytes=memory_bytes, output_bytes=output_bytes)
             finally:
                 os._exit(0)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import constants
 
+from qtool.calibration import CalibrationSpec, check_source, isolated
 from qtool.checkpoint import hub, resolve_model
 from qtool.errors import ResourceError
 
@@ -220,3 +221,15 @@ def test_a_model_in_the_cache_is_used_when_the_endpoint_fails(endpoint, monkeypa
         with pytest.raises(ResourceError, match=f"{name} is set"):
             resolve_model("org/other")
         monkeypatch.setenv(name, "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["page", "silent", "drip"])
+def test_a_data_set_of_an_endpoint_that_does_not_behave_ends_with_4(endpoint, monkeypatch, how):
+    monkeypatch.setattr(isolated, "HUB_S", 8.0)
+    answer = Endpoint.page(200, b"<html>") if how == "page" else getattr(endpoint, how)
+    endpoint.answers["info"] = answer
+    with pytest.raises(ResourceError) as caught:
+        check_source(CalibrationSpec("org/data"))
+    assert caught.value.code in ("E_DOWNLOAD", "E_HUB_UNREACHABLE")
+    assert endpoint.url in caught.value.message
