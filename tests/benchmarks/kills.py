@@ -196,6 +196,8 @@ def main() -> None:
             target = dice.choice(TARGETS if METHODS[method][0] == "quantize" else TARGETS[::2])
             kill = kill_once(place, method, whole_s[method], target, dice)
             kills.append(kill)
+            if kill.hit == "too late":
+                whole_s[method] *= 0.8  # the machine has less to do than when it was measured
             problems = problems_of(kill, place)
             if number % arguments.check_next == 0 or number == arguments.times - 1:
                 problems += next_run_works(place, method)
