@@ -29,6 +29,7 @@ TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D
 # last parts of names: of the KV cache, on modules that hold other things
 CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
 CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")
+NOT_TEXT = "not part of the language model"
 CACHE_PROJECTIONS = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 DECODER_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
@@ -157,5 +158,5 @@ def skip_reason(checkpoint: Checkpoint, name: str) -> str:
     if is_router(name):
         return "router of experts"
     if tower_of(name):
-        return "not part of the language model"
+        return NOT_TEXT
     return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""

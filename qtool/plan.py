@@ -4,15 +4,17 @@ what it costs. Made from headers alone.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from qtool.checkpoint.model import Checkpoint, TensorInfo
+from qtool.checkpoint.model import DTYPE_BITS, FLOAT_DTYPES, Checkpoint
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, RecipeRefused
-from qtool.modules import is_head, is_linear, last_part, layer_name, skip_reason
+from qtool.modules import NOT_TEXT, is_head, is_linear, last_part, layer_name, skip_reason
+from qtool.name_map import LinearWeight, NameMap, names_from_headers
 from qtool.recipe import Auto, ModulePatterns, Recipe, Rule, check_pattern
 from qtool.scheme import Scheme, Weights
 
@@ -26,6 +28,8 @@ class PlannedModule:
     name: str
     shape: tuple[int, int]
     """Outputs N and inputs K."""
+    layer: str
+    """Its name in the loaded model, with the experts of a stack as layers of their own."""
     scheme: Scheme | None
     """None when it stays in 16 bits."""
     reason: str
@@ -40,6 +44,7 @@ class Plan:
 
     checkpoint: Checkpoint
     recipe: Recipe
+    names: NameMap
     modules: tuple[PlannedModule, ...]
 
     @property
@@ -62,6 +67,51 @@ class Plan:
         """Estimated bytes of all tensors of the result."""
         return self.bytes_before + sum(
             module.bytes_after - module.bytes_before for module in self.modules
+        )
+
+    @cached_property
+    def other_matrices(self) -> Mapping[str, str]:
+        """Tensors of two or more dimensions beside embeddings and linear layers -> why they stay in
+        16 bits: e.g. experts of a layout that nothing here quantizes.
+        """
+        listed = {f"{module.name}.weight" for module in self.modules}
+        reasons = {**self.names.untaken, **self.names.others}
+        return {
+            name: reason
+            for name, reason in reasons.items()
+            if name not in listed
+            and len(self.checkpoint.tensors[name].shape) > 1
+            and not name.endswith("bias")
+        }
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of the parameters that change, of all matrices of the language model but
+        embeddings and heads.
+        """
+        rest = sum(math.prod(self.checkpoint.tensors[name].shape) for name in self.other_matrices)
+        sizes = {
+            module.name: math.prod(module.shape)
+            for module in self.modules
+            if not is_head(module.name) and module.reason != NOT_TEXT
+        }
+        changed = sum(sizes.get(module.name, 0) for module in self.quantized)
+        return changed / max(1, sum(sizes.values()) + rest)
+
+    @property
+    def mostly_unquantized(self) -> str:
+        """A line that says so if most parameters stay in 16 bits, and why; else empty."""
+        if self.quantized_share >= 0.5 or not self.quantized:
+            return ""
+        sizes: Counter[str] = Counter()
+        for module in self.left_alone:
+            sizes[module.reason] += math.prod(module.shape)
+        for name, reason in self.other_matrices.items():
+            sizes[reason] += math.prod(self.checkpoint.tensors[name].shape)
+        why = "; ".join(reason for reason, _ in sizes.most_common(3))
+        return (
+            f"only {self.quantized_share:.0%} of the parameters in matrices are quantized; "
+            f"the others stay in 16 bits: {why}"
         )
 
     @cached_property
@@ -102,24 +152,27 @@ class Plan:
                 }
                 for module in self.modules
             ],
+            "other_matrices": dict(self.other_matrices),
+            "quantized_share": self.quantized_share,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, names: NameMap | None = None) -> Plan:
     """Decide for every linear module of ``checkpoint`` what ``recipe`` does to it.
 
+    Args:
+        checkpoint: the model in 16 or 32 bits.
+        recipe: what to do.
+        names: where the layers of the model lie; without one, each lies under its own name.
     Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern
         that matches nothing, an output head that cannot be quantized apart from the embeddings, a
         group size that does not divide, or a plan that would change nothing.
     """
     _check_unquantized(checkpoint)
-    linears = {
-        tensor.name.removesuffix(".weight"): tensor
-        for tensor in checkpoint.tensors.values()
-        if is_linear(tensor)
-    }
+    names = names or names_from_headers(checkpoint)
+    linears = _linears(checkpoint, names)
     selection = _selection(checkpoint, recipe, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
         message = (
@@ -127,12 +180,28 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             "which stays in 16 bits"
         )
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
-    modules = tuple(_planned(checkpoint, recipe, selection, tensor) for tensor in linears.values())
-    plan = Plan(checkpoint, recipe, modules)
+    modules = tuple(_planned(checkpoint, recipe, selection, each) for each in linears.values())
+    plan = Plan(checkpoint, recipe, names, modules)
     if not plan.quantized and recipe.kv_cache is None:
         raise _nothing_to_do(plan)
     _check_groups(plan)
     return plan
+
+
+def _linears(checkpoint: Checkpoint, names: NameMap) -> dict[str, LinearWeight]:
+    """Return what the plan decides about: linear layers, and matrices that look like one."""
+    linears = {
+        name: linear
+        for name, linear in names.linears.items()
+        if checkpoint.tensors[linear.tensor].dtype in FLOAT_DTYPES
+    }
+    for tensor in checkpoint.tensors.values():
+        name = tensor.name.removesuffix(".weight")
+        reason = names.untaken.get(tensor.name) or names.others.get(tensor.name)
+        if reason and is_linear(tensor):
+            rows, columns = tensor.shape
+            linears[name] = LinearWeight(name, (rows, columns), tensor.name, name, reason=reason)
+    return linears
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
@@ -189,30 +258,35 @@ def _nothing_to_do(plan: Plan) -> RecipeRefused:
 
 
 def _planned(
-    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, tensor: TensorInfo
+    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, linear: LinearWeight
 ) -> PlannedModule:
-    name = tensor.name.removesuffix(".weight")
-    rows, columns = tensor.shape
-    scheme, reason = _decision(checkpoint, recipe, selection, name)
+    rows, columns = linear.shape
+    tensor = checkpoint.tensors[linear.tensor]
+    size_bytes = rows * columns * DTYPE_BITS[tensor.dtype] // 8
+    scheme, reason = _decision(checkpoint, recipe, selection, linear)
     stored = stored_weights(scheme, recipe.backend) if scheme else None
     return PlannedModule(
-        name,
+        linear.name,
         (rows, columns),
+        linear.layer,
         scheme,
         reason,
-        tensor.size_bytes,
-        stored.size_bytes(rows, columns) if stored else tensor.size_bytes,
+        size_bytes,
+        stored.size_bytes(rows, columns) if stored else size_bytes,
     )
 
 
 def _decision(
-    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, name: str
+    checkpoint: Checkpoint, recipe: Recipe, selection: _Selection, linear: LinearWeight
 ) -> tuple[Scheme | None, str]:
-    """Return the scheme of the layer ``name``, or None and why it stays in 16 bits."""
+    """Return the scheme of a layer, or None and why it stays in 16 bits."""
+    name = linear.name
     if any(matches(name) for matches in selection.ignored):
         return None, "ignored by the recipe"
     if is_head(name) and checkpoint.tied_embeddings:
         return None, "tied to the embeddings"
+    if linear.reason:
+        return None, skip_reason(checkpoint, name) or linear.reason
     for matches, rule in selection.rules:
         if matches(name):
             return rule.scheme, "" if rule.scheme else f"left alone by the rule `{rule.modules}`"

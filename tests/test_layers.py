@@ -23,6 +23,7 @@ ORDER = (
         "strict_yaml",
         "checkpoint",
         "modules",
+        "name_map",
         "recipe",
         "options",
         "plan",

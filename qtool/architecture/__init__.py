@@ -10,8 +10,9 @@ from qtool.architecture.standard import is_standard
 from qtool.architecture.vocabulary import check_vocabulary
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout
+from qtool.name_map import NameMap, names_from_headers
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "map_names"]
 
 
 def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: bool = False) -> None:
@@ -35,3 +36,19 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: boo
     from qtool.architecture.meta import check_tensors
 
     check_tensors(checkpoint, layout, is_causal=is_causal)
+
+
+def map_names(checkpoint: Checkpoint) -> NameMap:
+    """Return how the tensors of ``checkpoint`` and the modules of its model correspond.
+
+    Headers say it for the usual architectures; for all others transformers does. Of a model that
+    brings its own code, or a config without `architectures`, the names are taken as they stand.
+
+    Raises: CheckpointRefused, when transformers cannot build the model.
+    """
+    config = checkpoint.config
+    if config.get("auto_map") or not config.get("architectures") or is_standard(checkpoint, None):
+        return names_from_headers(checkpoint)
+    from qtool.architecture.names import names_from_model
+
+    return names_from_model(checkpoint)

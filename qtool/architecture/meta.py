@@ -35,7 +35,7 @@ def check_tensors(
         is_causal: whether it must load as a causal language model, whatever class it names.
     Raises: CheckpointRefused; nothing for a class that transformers does not have.
     """
-    named = _named_class(checkpoint)
+    named = class_of(checkpoint)
     if named is None and not is_causal:
         return
     with building(checkpoint), torch.device("meta"):
@@ -66,7 +66,7 @@ def check_tensors(
     check_report(checkpoint, report)
 
 
-def _named_class(checkpoint: Checkpoint) -> Any:
+def class_of(checkpoint: Checkpoint) -> Any:
     """Return the class that the config names; None when transformers lacks it."""
     names = checkpoint.config.get("architectures") or [""]
     if checkpoint.config.get("auto_map"):
@@ -82,11 +82,24 @@ def _class_for(config: object, named: Any, *, is_causal: bool) -> Any:
     """Return the class that ``config`` is loaded as: ``named``, if it is made of such a config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if not is_causal and isinstance(config, named.config_class):
+    if not is_causal and named is not None and isinstance(config, named.config_class):
         return named
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def build_model(checkpoint: Checkpoint) -> Any:
+    """Return the model that the config names, without data, in evaluation mode.
+
+    Raises: CheckpointRefused, when transformers has no such class or cannot build it.
+    """
+    with building(checkpoint), torch.device("meta"):
+        config = read_config(checkpoint)
+        model_class = _class_for(config, class_of(checkpoint), is_causal=False)
+        if model_class is None:
+            raise ValueError(f"no class for {type(config).__name__}")
+        return model_class._from_config(config, dtype=torch.bfloat16).eval()
 
 
 @contextlib.contextmanager

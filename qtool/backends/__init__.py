@@ -251,7 +251,7 @@ def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
     lies in one group, else single modules. The fused names are there because vLLM and SGLang
     match such patterns against their fused layers.
     """
-    planned = {module.name: module.scheme for module in plan.quantized}
+    planned = {module.layer: module.scheme for module in plan.quantized}
     by_scheme: dict[Scheme | None, list[str]] = {}
     kinds: dict[str, set[Scheme | None]] = {}
     for name in linears:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from gptqmodel.quantization.config import BaseQuantizeConfig
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
+# as defuser 0.0.28, which it needs, writes their experts, these take no router of transformers 5
+BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -44,6 +47,9 @@ class GPTQModelBackend:
             reasons.append("its AWQ has one search, `lite`")
         if recipe.checkpoint_format and not recipe.steps(Gptq):
             reasons.append("`checkpoint_format` is for its GPTQ")
+        kind = str(plan.checkpoint.config.get("model_type"))
+        if kind in BROKEN_EXPERTS:
+            reasons.append(f"its definition of `{kind}` does not fit the router of transformers 5")
         if recipe.scheme is None:
             return [*reasons, "it needs a scheme of its own, not rules alone"]
         return reasons + _scheme_refusals(recipe) + _shape_refusals(plan)
@@ -72,6 +78,7 @@ class GPTQModelBackend:
     def quantize(self, work: Work) -> None:
         """Quantize as planned and write a complete checkpoint folder to ``work.output``."""
         from gptqmodel import BACKEND, GPTQModel
+        from gptqmodel.models.base import BaseQModel
         from gptqmodel.utils import logger
         from logbar import LogBar
 
@@ -81,6 +88,8 @@ class GPTQModelBackend:
         config = _config(work)
         work.report.stage("loading the model")
         model = GPTQModel.load(work.job.model, config, trust_remote_code=work.job.trust_remote_code)
+        # definitions of models with towers want conversations with images, the base takes tokens
+        model.prepare_dataset = MethodType(BaseQModel.prepare_dataset, model)
         layers = work.plan.layer_count
 
         def on_layer(layer_idx: int, submodule_finalized: bool) -> None:
@@ -173,7 +182,7 @@ def _have_groups(recipe: Recipe) -> bool:
 def _dynamic(plan: Plan, base: Scheme) -> dict[str, JsonDict]:
     """Return the patterns of layers to skip, and of those with other numbers than ``base``."""
     dynamic: dict[str, JsonDict] = {}
-    for group in groups_of(plan, [module.name for module in plan.modules]):
+    for group in groups_of(plan, [module.layer for module in plan.modules]):
         if group.scheme is not None and group.scheme != base:
             dynamic |= {f"+:{pattern}": _numbers(group.scheme) for pattern in group.patterns}
         # it leaves heads alone unasked
@@ -185,7 +194,7 @@ def _dynamic(plan: Plan, base: Scheme) -> dict[str, JsonDict]:
 def _heads(plan: Plan) -> dict[str, JsonDict]:
     """Return a pattern for each output head: without one it gets 8 bits in groups of 32."""
     return {
-        f"+:{re.escape(module.name)}$": _numbers(module.scheme)
+        f"+:{re.escape(module.layer)}$": _numbers(module.scheme)
         for module in plan.quantized
         if module.scheme and is_head(module.name)
     }

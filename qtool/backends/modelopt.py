@@ -51,6 +51,8 @@ FORWARD_PASSES = {
     "awq": 2,
     "gptq": 2,
 }
+# models whose experts it writes as [E, inputs, outputs] with one scale
+STACKED_EXPORTS = frozenset({"gpt_oss", "llama4_text"})
 # of the free memory of the GPU that may be weights; more is left to accelerate's offloading
 GPU_FRACTION = 0.8
 
@@ -78,6 +80,10 @@ class ModelOptBackend:
             )
         if recipe.scheme is None:
             reasons.append("it needs a scheme for the weights")
+        if str(plan.checkpoint.text_config.get("model_type")) in STACKED_EXPORTS:
+            reasons.append(
+                "it exports the experts of this model in stacks, a layout that qtool does not read"
+            )
         unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]
         return reasons + [f"it exports no scheme `{scheme.name}`" for scheme in unknown]
 
@@ -202,7 +208,7 @@ def _quantizers(
 
 def _experts_scheme(plan: Plan) -> Scheme | None:
     """Return the scheme of all experts. RecipeRefused when they have several."""
-    schemes = {module.scheme for module in plan.modules if is_expert(module.name)}
+    schemes = {module.scheme for module in plan.modules if is_expert(module.layer)}
     if len(schemes) > 1:
         raise RecipeRefused(
             "E_EXPERTS",
@@ -298,6 +304,6 @@ def _auto_quantize(model: PreTrainedModel, work: Work, linears: Iterable[str]) -
 
 def _disabled(plan: Plan, linears: Iterable[str]) -> list[str]:
     """Return patterns of the layers that stay as they are, and of what is in them."""
-    planned = {module.name for module in plan.quantized}
+    planned = {module.layer for module in plan.quantized}
     unplanned = [name for name in linears if name not in planned]
     return [pattern for name in unplanned for pattern in (name, f"{name}.*")]

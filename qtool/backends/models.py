@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qtool.backends import Work
 from qtool.errors import BackendFailed
-from qtool.modules import is_expert
+from qtool.modules import expert_stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,16 +17,25 @@ if TYPE_CHECKING:
 
 
 def load_model(work: Work, **options: object) -> PreTrainedModel:
-    """Return the job's model in its own dtype, on the CPU unless ``options`` say otherwise."""
-    from transformers import AutoModelForCausalLM
+    """Return the job's model, of the class that its config names and in its own dtype.
 
+    It is on the CPU unless ``options`` say otherwise.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from qtool.architecture.meta import class_of
+
+    model_class = class_of(work.plan.checkpoint) or AutoModelForCausalLM
     work.report.stage("loading the model")
     options |= {
         "dtype": "auto",
         "use_safetensors": True,
         "trust_remote_code": work.job.trust_remote_code,
     }
-    return AutoModelForCausalLM.from_pretrained(work.job.model, **options)
+    model: PreTrainedModel = model_class.from_pretrained(work.job.model, **options)
+    if model.can_generate():  # the file of the source is carried over; transformers may refuse it
+        model.generation_config = GenerationConfig()
+    return model
 
 
 def linear_names(model: Module) -> list[str]:
@@ -49,21 +58,17 @@ def fused_experts(model: Module) -> list[str]:
 
 
 def loaded_linears(work: Work, model: Module) -> list[str]:
-    """Return the linear modules of the loaded model, those inside fused experts under their names
-    on disk.
+    """Return the linear modules of the loaded model; the library takes stacks of experts apart, so
+    theirs are here under the names that they then have.
 
     Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants
         to change.
     """
     linears = linear_names(model)
-    found, fused = set(linears), fused_experts(model)
-    missing = [module.name for module in work.plan.quantized if module.name not in found]
-    experts = [
-        module.name
-        for module in work.plan.modules
-        if fused and is_expert(module.name) and module.name not in found
-    ]
-    unknown = [name for name in missing if name not in set(experts)]
+    found, stacks = set(linears), fused_experts(model)
+    stacked = [each.layer for each in work.plan.modules if expert_stack(each.layer) in stacks]
+    found.update(stacked)
+    unknown = [each.name for each in work.plan.quantized if each.layer not in found]
     if unknown:
         message = (
             f"{len(unknown)} planned modules are not linear modules of the loaded model, the "
@@ -74,7 +79,7 @@ def loaded_linears(work: Work, model: Module) -> list[str]:
             message,
             hint="leave them out with --ignore, or try another --backend",
         )
-    return linears + experts
+    return [*linears, *stacked]
 
 
 def batch_tensors(work: Work) -> list[Tensor]:

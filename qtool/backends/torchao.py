@@ -62,7 +62,7 @@ class TorchAOBackend:
                 ),
                 trust_remote_code=work.job.trust_remote_code,
             )
-        planned = {module.name for module in work.plan.quantized}
+        planned = {module.layer for module in work.plan.quantized}
         skipped = [name for name in linear_names(skeleton) if name not in planned]
         model = load_model(
             work,

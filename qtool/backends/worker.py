@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from qtool.architecture import map_names
 from qtool.backends import Job, Work, check_device, check_model_code, load_backend
 from qtool.backends.failures import died, raised
 from qtool.calibration import CalibrationSpec, isolated_tokenizing, load_calibration
@@ -274,7 +275,8 @@ def _versions(backend: str) -> dict[str, str]:
 
 def _run(job: Job, report: _PipeReporter) -> None:
     recipe = recipe_from(job.recipe)
-    plan = make_plan(open_checkpoint(Path(job.model)), recipe)
+    checkpoint = open_checkpoint(Path(job.model))
+    plan = make_plan(checkpoint, recipe, map_names(checkpoint))
     samples: tuple[tuple[int, ...], ...] = ()
     if job.calibration is not None:
         report.stage("reading calibration data")

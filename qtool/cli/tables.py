@@ -91,7 +91,12 @@ def plan(request: Request) -> RenderableType:
         table.add_column(heading, justify="left" if heading in ("module", "scheme") else "right")
     for (kind, scheme), (count, before, after) in sizes_by_kind(plan).items():
         table.add_row(kind, scheme, str(count), format_size(before), format_size(after))
-    rest = plan.bytes_before - sum(module.bytes_before for module in plan.modules)
+    others = Counter[str]()
+    for name, reason in plan.other_matrices.items():
+        others[reason] += plan.checkpoint.tensors[name].size_bytes
+    for reason, size in others.items():
+        table.add_row("other", f"16 bit: {reason}", "", format_size(size), format_size(size))
+    rest = plan.bytes_before - others.total() - sum(each.bytes_before for each in plan.modules)
     table.add_row("embeddings, norms", "16 bit", "", format_size(rest), format_size(rest))
     table.add_row(
         "all", "", "", format_size(plan.bytes_before), format_size(plan.bytes_after), style="bold"
@@ -106,8 +111,10 @@ def plan(request: Request) -> RenderableType:
             for step in recipe.steps(Auto)
         ),
         table,
+        f"quantized: {plan.quantized_share:.0%} of the language model's matrices",
         f"memory: {_memory(plan)}; runs native from {_native_gpu(recipe)}",
         f"output: {request.output}" + (" (exists)" if request.output.exists() else ""),
+        *(f"note: {note}" for note in request.notes),
     )
 
 

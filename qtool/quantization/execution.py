@@ -41,6 +41,7 @@ from qtool.events import (
 )
 from qtool.plan import Plan
 from qtool.quantization.request import Request
+from qtool.quantization.restoration import restore_source
 from qtool.quantization.verification import verify
 from qtool.sizes import format_size
 from qtool.terminal import printable
@@ -133,6 +134,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
             raise
         on_event(StageEvent("checking the result"))
         finish_files(request.source.aux, staging.checkpoint)
+        restore_source(plan, staging.checkpoint)
         # hashing, writing out and checking share the time
         digests = threads.submit(digest_files, staging.files())
         flushed = threads.submit(staging.flush)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qtool.architecture import check_model
+from qtool.architecture import check_model, map_names
 from qtool.backends import (
     check_backend,
     check_device,
@@ -127,7 +127,8 @@ def prepare(
     source = resolve_model(
         os.fspath(model_path), revision=options.revision, with_code=options.trust_remote_code
     )
-    plan = make_plan(open_checkpoint(source), recipe)
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, recipe, map_names(checkpoint))
     check_backend(plan)
     files = source_files(plan.checkpoint)
     python = _python(options.backend_python or sys.executable)
@@ -136,7 +137,7 @@ def prepare(
     if device.startswith("cuda") or "cpu" not in recipe.runs_on:
         check_device(device, recipe, gpus=gpu_count())
     check_model(plan.checkpoint, detect(plan.checkpoint))
-    notes = [*files.notes]
+    notes = [*files.notes, *filter(None, [plan.mostly_unquantized])]
     context = _context_length(plan.checkpoint)
     if calibration and 0 < context < calibration.seq_len:
         notes.append(

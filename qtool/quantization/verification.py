@@ -14,7 +14,8 @@ from qtool.errors import (
     BackendFailed,
     InputRefused,
 )
-from qtool.formats import check_values, detect
+from qtool.formats import Layout, check_values, detect, unquantized_tensors
+from qtool.modules import parse_cache_scale
 from qtool.plan import Plan
 from qtool.recipe import Auto
 from qtool.scheme import Scheme
@@ -50,6 +51,7 @@ def _problems(plan: Plan, written: Checkpoint) -> Iterator[str]:
     found = {name: module.scheme for name, module in modules.items()}
     yield from _wrong_schemes(plan, found)
     yield from _unplanned(plan, found)
+    yield from _invented(plan, written, layout)
     yield from check_values(written, layout)
     kv_cache = layout.kv_cache if layout else None
     if plan.recipe.kv_cache and kv_cache != plan.recipe.kv_cache:
@@ -68,6 +70,16 @@ def _wrong_schemes(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:
             yield f"`{module.name}` was to become {planned} and was left in 16 bits"
         elif scheme != module.scheme:
             yield f"`{module.name}` was to become {planned} and is {scheme.name}"
+
+
+def _invented(plan: Plan, written: Checkpoint, layout: Layout | None) -> Iterator[str]:
+    """Say which tensors are neither the source's nor parts of quantized layers."""
+    layers = {module.name for module in plan.quantized}
+    for name in unquantized_tensors(written, layout):
+        owner = name.rpartition(".")[0]
+        is_known = name in plan.checkpoint.tensors or owner in layers
+        if not is_known and parse_cache_scale(name) is None:
+            yield f"`{name}` is not a tensor of the source"
 
 
 def _unplanned(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:

@@ -1,0 +1,134 @@
+"""What a library wrote, under the names of the source again, and with every tensor of the source
+that the library lost or changed unasked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.checkpoint.aux_files import write_json
+from qtool.checkpoint.model import TensorInfo
+from qtool.checkpoint.shards import Shards, TensorSpec
+from qtool.modules import last_part
+from qtool.plan import Plan
+from qtool.recipe import Awq, SmoothQuant, SpinQuant
+
+MAX_SHARD_BYTES = 1 << 30
+COMPARED_BYTES = 16 << 20
+INDEX = "model.safetensors.index.json"
+TRANSFORMS = (Awq, SmoothQuant, SpinQuant)
+"""Steps that change tensors beside those that they quantize."""
+
+
+def restore_source(plan: Plan, folder: Path) -> None:
+    """Give the checkpoint in ``folder`` the names of the source, and all of its tensors.
+
+    Raises: InputRefused, when it is no checkpoint; OSError.
+    """
+    written = open_checkpoint(folder)
+    tensors = dict(_renamed(plan, written))
+    missing = [name for name in plan.checkpoint.tensors if _is_missing(plan, tensors, name)]
+    is_transformed = any(isinstance(step, TRANSFORMS) for step in plan.recipe.algorithm)
+    changed = [] if is_transformed else list(_changed(plan, tensors))
+    for name in (*missing, *changed):
+        tensors[name] = plan.checkpoint.tensors[name]
+    if any(written.tensors.get(name) is not tensor for name, tensor in tensors.items()):
+        _write(folder, written, tensors)
+    _rename_in_config(plan, folder / "config.json")
+
+
+def _renamed(plan: Plan, written: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield the tensors of ``written`` under the names that the source has for their layers."""
+    names: dict[str, str] = {}
+    for module in plan.modules:
+        kind = last_part(module.layer)
+        for used in (module.layer, f"{module.name.rpartition('.')[0]}.{kind}"):
+            names.setdefault(used, module.name)
+    source = plan.checkpoint.tensors
+    for name, tensor in written.tensors.items():
+        owner, _, rest = name.rpartition(".")
+        if name in source or f"{owner}.weight" in source:
+            yield name, tensor
+        else:
+            there = plan.names.renamed.get(name)
+            yield there or f"{names.get(owner, owner)}.{rest}".lstrip("."), tensor
+
+
+def _is_missing(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> bool:
+    """Whether the tensor ``name`` of the source has been lost."""
+    if name in tensors or name in _quantized_tensors(plan):
+        return False
+    if name == "lm_head.weight" and plan.checkpoint.tied_embeddings:
+        return False
+    stack = plan.names.stacks.get(name.removesuffix("_bias"))
+    return not (stack and f"{stack[0].name}.bias" in tensors)
+
+
+def _quantized_tensors(plan: Plan) -> set[str]:
+    return {plan.names.linears[module.name].tensor for module in plan.quantized}
+
+
+def _changed(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield the tensors that are not planned and differ from the source."""
+    quantized = _quantized_tensors(plan)
+    for name, source in plan.checkpoint.tensors.items():
+        found = tensors.get(name)
+        if found is not None and name not in quantized and not _is_same(source, found):
+            yield name
+
+
+def _is_same(source: TensorInfo, found: TensorInfo) -> bool:
+    if (source.dtype, source.shape) != (found.dtype, found.shape):
+        return False
+    with source.file.open("rb") as one, found.file.open("rb") as other:
+        one.seek(source.offset)
+        other.seek(found.offset)
+        left = source.size_bytes
+        while left:
+            size = min(left, COMPARED_BYTES)
+            if one.read(size) != other.read(size):
+                return False
+            left -= size
+    return True
+
+
+def _write(folder: Path, written: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Replace the weight files in ``folder`` by files with ``tensors``."""
+    old = folder / "library"
+    old.mkdir()
+    for file in written.weight_files:
+        file.rename(old / file.name)
+    (folder / INDEX).unlink(missing_ok=True)
+    specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with Shards(folder, specs, MAX_SHARD_BYTES) as shards:
+        for name, tensor in tensors.items():
+            is_written = tensor.file.parent == folder
+            file = old / tensor.file.name if is_written else tensor.file
+            shards.copy(name, tensor._replace(file=file))
+    for file in old.iterdir():
+        file.unlink()
+    old.rmdir()
+
+
+def _rename_in_config(plan: Plan, path: Path) -> None:
+    """Name the layers in a config of the output as engines look them up: as the source has them,
+    and as transformers does.
+    """
+    names = {module.layer: module.name for module in plan.modules if module.layer != module.name}
+    config = json.loads(path.read_text())
+    renamed = _renamed_lists(config, names)
+    if renamed != config:
+        write_json(path, renamed)
+
+
+def _renamed_lists(value: object, names: Mapping[str, str]) -> object:
+    """Return ``value`` with both names of a layer wherever a list has the library's."""
+    if isinstance(value, dict):
+        return {key: _renamed_lists(each, names) for key, each in value.items()}
+    if isinstance(value, list) and any(isinstance(each, str) and each in names for each in value):
+        both = [each for name in value for each in (names.get(name, name), name)]
+        return [*dict.fromkeys(both)]
+    return value

@@ -1,0 +1,199 @@
+"""The name map of checkpoints as transformers publishes them: every matrix is compared with the one
+that the loaded model multiplies with.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from qtool.architecture import map_names
+from qtool.checkpoint import open_checkpoint
+from qtool.modules import NOT_TEXT
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+WIDTH = {"moe_intermediate_size": 24}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+NO_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
+MODELS = {  # architecture -> model type and config
+    "LlamaForCausalLM": ("llama", SIZES),
+    "Qwen3ForSequenceClassification": ("qwen3", {**SIZES, "num_labels": 1}),
+    "Qwen3Model": ("qwen3", SIZES),
+    "Phi3ForCausalLM": ("phi3", {**NO_HEAD_DIM, "bos_token_id": 1, "eos_token_id": 2}),
+    "MixtralForCausalLM": ("mixtral", {**SIZES, **EXPERTS}),  # w1, w2, w3
+    "GptOssForCausalLM": ("gpt_oss", {**SIZES, **EXPERTS}),  # stacks, gate and up alternate
+    "GraniteMoeForCausalLM": ("granitemoe", {**SIZES, **EXPERTS}),
+    "JambaForCausalLM": (
+        "jamba",
+        {
+            **NO_HEAD_DIM,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 16,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "Gemma3ForConditionalGeneration": (
+        "gemma3",
+        {
+            "text_config": {**SIZES, "tie_word_embeddings": True},
+            "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 7,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (  # stacks that transformers transposes
+        "qwen3_vl_moe",
+        {
+            "text_config": {**SIZES, **EXPERTS, **WIDTH, "rope_parameters": ROPE},
+            "vision_config": VISION,
+        },
+    ),
+    "Qwen3_5MoeForConditionalGeneration": (
+        "qwen3_5_moe",
+        {
+            "text_config": {
+                **SIZES,
+                **EXPERTS,
+                **WIDTH,
+                "shared_expert_intermediate_size": 24,
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_num_value_heads": 2,
+                "linear_num_key_heads": 1,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+            },
+            "vision_config": VISION,
+        },
+    ),
+}
+UNQUANTIZED = {  # architecture -> the layers with a reason
+    "JambaForCausalLM": {"dt_proj"},
+}
+
+
+def publish(architecture: str, folder):
+    """Write a small checkpoint as transformers publishes it; return its folder and its model."""
+    kind, values = MODELS[architecture]
+    config = AutoConfig.for_model(kind, **values)
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def used(model, linear) -> torch.Tensor:
+    """Return the matrix [N, K] that the model multiplies with."""
+    if not linear.parameter:
+        return model.get_submodule(linear.module).weight
+    holder = model.get_submodule(linear.module)
+    matrix = holder.get_parameter(linear.parameter)[linear.expert]
+    if getattr(holder, "is_transposed", False):
+        matrix = matrix.T
+    if linear.is_interleaved:
+        return matrix[linear.part :: linear.parts]
+    return matrix.chunk(linear.parts)[linear.part]
+
+
+def stored(tensors, linear) -> torch.Tensor:
+    """Return the matrix [N, K] that the checkpoint has."""
+    matrix = tensors[linear.tensor]
+    if not linear.is_stacked:
+        return matrix
+    matrix = matrix[linear.expert]
+    matrix = matrix.T if linear.is_transposed else matrix
+    if linear.is_interleaved:
+        return matrix[linear.part :: linear.parts]
+    return matrix.chunk(linear.parts)[linear.part]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_each_layer_is_mapped_to_the_matrix_that_the_model_uses(architecture, tmp_path):
+    folder, model = publish(architecture, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    names = map_names(open_checkpoint(folder))
+    for linear in names.linears.values():
+        assert linear.shape == tuple(stored(tensors, linear).shape)
+        assert torch.equal(stored(tensors, linear), used(model, linear)), linear
+    taken = {linear.tensor for linear in names.linears.values()}
+    matrices = {
+        name
+        for name, tensor in tensors.items()
+        if tensor.dim() in (2, 3) and name.endswith(("proj", "proj.weight"))
+    }
+    assert {name for name in matrices if not name.endswith("bias")} <= taken
+    assert not names.untaken
+    assert {
+        linear.name.rpartition(".")[2]
+        for linear in names.linears.values()
+        if linear.reason and linear.reason != NOT_TEXT
+    } == UNQUANTIZED.get(architecture, set())
+
+
+def test_a_tower_is_not_part_of_the_language_model(tmp_path):
+    folder, _ = publish("Gemma3ForConditionalGeneration", tmp_path / "model")
+    names = map_names(open_checkpoint(folder))
+    towers = {name.split(".")[0] for name, each in names.linears.items() if each.reason == NOT_TEXT}
+    texts = {name.split(".")[0] for name, each in names.linears.items() if not each.reason}
+    assert towers == {"vision_tower"} and texts == {"language_model"}
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.0.mlp.up_proj", "model.layers.2.eh_proj"])
+def test_layers_that_predict_further_tokens_are_known(tmp_path, name):
+    folder, _ = publish("MixtralForCausalLM", tmp_path / "model")
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), f"{name}.weight": torch.ones(32, 32)}, file, {"format": "pt"})
+    assert map_names(open_checkpoint(folder)).untaken == {
+        f"{name}.weight": "predicts further tokens"
+    }
+
+
+def test_a_config_without_architectures_names_its_layers_itself(tmp_path):
+    folder, _ = publish("LlamaForCausalLM", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    linears = map_names(open_checkpoint(folder)).linears
+    assert {linear.module for linear in linears.values()} == set(linears)
