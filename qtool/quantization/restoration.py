@@ -1,5 +1,5 @@
-"""What a library wrote, under the names of the source again, and with every tensor of the source
-that the library lost or changed unasked.
+"""Gives what a library wrote the names of the source again, and every tensor of the source that the
+library lost or changed unasked.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ from pathlib import Path
 
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.checkpoint.aux_files import write_json
-from qtool.checkpoint.model import TensorInfo
+from qtool.checkpoint.model import INDEX, TensorInfo
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.modules import last_part
 from qtool.plan import Plan
 from qtool.recipe import Awq, SmoothQuant, SpinQuant
 
 MAX_SHARD_BYTES = 1 << 30
-COMPARED_BYTES = 16 << 20
-INDEX = "model.safetensors.index.json"
+CHUNK_BYTES = 16 << 20
+# steps that also change tensors which are not quantized
 TRANSFORMS = (Awq, SmoothQuant, SpinQuant)
-"""Steps that change tensors beside those that they quantize."""
 
 
 def restore_source(plan: Plan, folder: Path) -> None:
     """Give the checkpoint in ``folder`` the names of the source, and all of its tensors.
 
-    Raises: InputRefused, when it is no checkpoint; OSError.
+    Raises: InputRefused, when ``folder`` is not a checkpoint; OSError.
     """
     written = open_checkpoint(folder)
     tensors = dict(_renamed(plan, written))
-    missing = [name for name in plan.checkpoint.tensors if _is_missing(plan, tensors, name)]
+    quantized = {plan.names.linears[module.name].tensor for module in plan.quantized}
+    kept = [name for name in plan.checkpoint.tensors if name not in quantized]
+    missing = [name for name in kept if _is_missing(plan, tensors, name)]
     is_transformed = any(isinstance(step, TRANSFORMS) for step in plan.recipe.algorithm)
-    changed = [] if is_transformed else list(_changed(plan, tensors))
+    changed = [] if is_transformed else [name for name in kept if _is_changed(plan, tensors, name)]
     for name in (*missing, *changed):
         tensors[name] = plan.checkpoint.tensors[name]
     if any(written.tensors.get(name) is not tensor for name, tensor in tensors.items()):
@@ -53,13 +54,13 @@ def _renamed(plan: Plan, written: Checkpoint) -> Iterator[tuple[str, TensorInfo]
         if name in source or f"{owner}.weight" in source:
             yield name, tensor
         else:
-            there = plan.names.renamed.get(name)
-            yield there or f"{names.get(owner, owner)}.{rest}".lstrip("."), tensor
+            in_source = plan.names.renamed.get(name)
+            yield in_source or f"{names.get(owner, owner)}.{rest}".lstrip("."), tensor
 
 
 def _is_missing(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> bool:
-    """Whether the tensor ``name`` of the source has been lost."""
-    if name in tensors or name in _quantized_tensors(plan):
+    """Whether the library lost the tensor ``name`` of the source."""
+    if name in tensors:
         return False
     if name == "lm_head.weight" and plan.checkpoint.tied_embeddings:
         return False
@@ -67,17 +68,9 @@ def _is_missing(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> boo
     return not (stack and f"{stack[0].name}.bias" in tensors)
 
 
-def _quantized_tensors(plan: Plan) -> set[str]:
-    return {plan.names.linears[module.name].tensor for module in plan.quantized}
-
-
-def _changed(plan: Plan, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Yield the tensors that are not planned and differ from the source."""
-    quantized = _quantized_tensors(plan)
-    for name, source in plan.checkpoint.tensors.items():
-        found = tensors.get(name)
-        if found is not None and name not in quantized and not _is_same(source, found):
-            yield name
+def _is_changed(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> bool:
+    """Whether the library wrote another tensor ``name`` than the source has."""
+    return name in tensors and not _is_same(plan.checkpoint.tensors[name], tensors[name])
 
 
 def _is_same(source: TensorInfo, found: TensorInfo) -> bool:
@@ -88,7 +81,7 @@ def _is_same(source: TensorInfo, found: TensorInfo) -> bool:
         other.seek(found.offset)
         left = source.size_bytes
         while left:
-            size = min(left, COMPARED_BYTES)
+            size = min(left, CHUNK_BYTES)
             if one.read(size) != other.read(size):
                 return False
             left -= size
@@ -96,7 +89,7 @@ def _is_same(source: TensorInfo, found: TensorInfo) -> bool:
 
 
 def _write(folder: Path, written: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
-    """Replace the weight files in ``folder`` by files with ``tensors``."""
+    """Replace the weight files in ``folder`` by shards with ``tensors``."""
     old = folder / "library"
     old.mkdir()
     for file in written.weight_files:

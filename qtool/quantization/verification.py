@@ -6,14 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qtool.backends import load_backend, version_of
-from qtool.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
-from qtool.errors import (
-    BackendFailed,
-    InputRefused,
-)
+from qtool.checkpoint import Checkpoint, open_checkpoint
+from qtool.errors import BackendFailed, InputRefused
 from qtool.formats import Layout, check_values, detect, unquantized_tensors
 from qtool.modules import parse_cache_scale
 from qtool.plan import Plan
@@ -51,7 +45,7 @@ def _problems(plan: Plan, written: Checkpoint) -> Iterator[str]:
     found = {name: module.scheme for name, module in modules.items()}
     yield from _wrong_schemes(plan, found)
     yield from _unplanned(plan, found)
-    yield from _invented(plan, written, layout)
+    yield from _unknown_tensors(plan, written, layout)
     yield from check_values(written, layout)
     kv_cache = layout.kv_cache if layout else None
     if plan.recipe.kv_cache and kv_cache != plan.recipe.kv_cache:
@@ -72,8 +66,8 @@ def _wrong_schemes(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:
             yield f"`{module.name}` was to become {planned} and is {scheme.name}"
 
 
-def _invented(plan: Plan, written: Checkpoint, layout: Layout | None) -> Iterator[str]:
-    """Say which tensors are neither the source's nor parts of quantized layers."""
+def _unknown_tensors(plan: Plan, written: Checkpoint, layout: Layout | None) -> Iterator[str]:
+    """Say which tensors are neither of the source nor parts of quantized layers."""
     layers = {module.name for module in plan.quantized}
     for name in unquantized_tensors(written, layout):
         owner = name.rpartition(".")[0]
