@@ -91,6 +91,15 @@ def decoder_layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_mtp_layer(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor or module ``name`` is in a decoder layer after the last: such layers are
+    for multi-token prediction (MTP), and transformers does not load them.
+    """
+    layer = decoder_layer_number(name)
+    count = checkpoint.text_config.get("num_hidden_layers")
+    return layer is not None and isinstance(count, int) and layer >= count
+
+
 def layer_name(name: str) -> str:
     """Return ``name`` up to its first number, e.g. ``model.layers.0``; empty outside the layers."""
     parts = name.split(".")

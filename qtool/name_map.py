@@ -1,7 +1,7 @@
 """`NameMap`: which matrix of a checkpoint each linear layer of the model multiplies with.
 
-It is made in `architecture`; plans, libraries and the runtime ask it, so that a layer is the same
-layer everywhere.
+`architecture` makes it; plans, backends and the check of the output use it, so that a name means
+the same layer in all of them.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class NameMap:
 
     linears: Mapping[str, LinearWeight]
     """The linear layers, by name."""
-    untaken: Mapping[str, str]
-    """The tensors that the model does not take -> why."""
-    others: Mapping[str, str]
+    unused: Mapping[str, str]
+    """The tensors that the model does not load -> why."""
+    not_linear: Mapping[str, str]
     """Other tensors of two or more dimensions, which no linear layer multiplies with -> why."""
     renamed: Mapping[str, str]
     """Parameters of the model -> the tensors that go there as they are, where the names differ."""
@@ -91,4 +91,4 @@ def names_from_headers(checkpoint: Checkpoint) -> NameMap:
             name = tensor.name.removesuffix(".weight")
             rows, columns = tensor.shape
             linears[name] = LinearWeight(name, (rows, columns), tensor.name, name)
-    return NameMap(linears, untaken={}, others={}, renamed={})
+    return NameMap(linears, unused={}, not_linear={}, renamed={})

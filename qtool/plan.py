@@ -75,7 +75,7 @@ class Plan:
         16 bits: e.g. experts of a layout that nothing here quantizes.
         """
         listed = {f"{module.name}.weight" for module in self.modules}
-        reasons = {**self.names.untaken, **self.names.others}
+        reasons = {**self.names.unused, **self.names.not_linear}
         return {
             name: reason
             for name, reason in reasons.items()
@@ -197,7 +197,7 @@ def _linears(checkpoint: Checkpoint, names: NameMap) -> dict[str, LinearWeight]:
     }
     for tensor in checkpoint.tensors.values():
         name = tensor.name.removesuffix(".weight")
-        reason = names.untaken.get(tensor.name) or names.others.get(tensor.name)
+        reason = names.unused.get(tensor.name) or names.not_linear.get(tensor.name)
         if reason and is_linear(tensor):
             rows, columns = tensor.shape
             linears[name] = LinearWeight(name, (rows, columns), tensor.name, name, reason=reason)

@@ -1,5 +1,5 @@
-"""Whether config and tensors are one model: the check that every command makes before it reads
-weights.
+"""`check_model`: whether config and tensors are one model, which every command asks before it reads
+weights. `map_names`: which tensor each layer of that model is made from.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: boo
     """Refuse ``checkpoint`` if the model that its config describes has other tensors.
 
     Headers decide for the usual architectures; for all others transformers does, which builds the
-    model without data. What transformers does not know, or a config without `architectures`, is
-    let pass.
+    model without data. A class that transformers does not have, and a config without
+    `architectures`, pass.
 
     Args:
         checkpoint: the checkpoint.
@@ -41,8 +41,8 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: boo
 def map_names(checkpoint: Checkpoint) -> NameMap:
     """Return how the tensors of ``checkpoint`` and the modules of its model correspond.
 
-    Headers say it for the usual architectures; for all others transformers does. Of a model that
-    brings its own code, or a config without `architectures`, the names are taken as they stand.
+    Headers tell it for the usual architectures, transformers for all others. With code of its own,
+    or without `architectures` in its config, a model has the names of its checkpoint.
 
     Raises: CheckpointRefused, when transformers cannot build the model.
     """

@@ -7,7 +7,6 @@ between 1/4 and 2, float16 read as bfloat16 below 2^-30. A few thousand numbers 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,26 +14,27 @@ import numpy as np
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused
-from qtool.formats import Layout, unquantized_tensors
+from qtool.formats import Layout, QuantizedModule, unquantized_tensors
 from qtool.formats.layout import refused
-from qtool.formats.values import SCALES as ALL_SCALES
+from qtool.formats.values import SCALES
 from qtool.modules import decoder_layer_number
 
-Exponents: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
-SAMPLE = 4096  # numbers of one tensor
-LEAST = 256
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+SAMPLE_SIZE = 4096  # numbers of one tensor
+MIN_SAMPLE = 256  # fewer tell nothing
 UNREADABLE = frozenset({"U16", "U32", "U64", "C64"})  # torch computes with none of them
 GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale")
-INTEGERS = ("I8", "I16", "I32", "I64")  # scales may be U8, as e8m0
+INTEGER_DTYPES = ("I8", "I16", "I32", "I64")  # scales may be U8, as e8m0
 MX_GROUP = 32
-INDICES = ("g_idx", "weight_g_idx", "weight_shape")
+INTEGER_PARTS = ("g_idx", "weight_g_idx", "weight_shape")
 HALVES = ("F16", "BF16")
-SCALES = ("weight_scale", "scales", "weight_scale_inv")
+WEIGHT_SCALES = ("weight_scale", "scales", "weight_scale_inv")
 HINT = "the header was edited, or a tool wrote it wrong: take the file from its source"
 
 
 def check_dtypes(checkpoint: Checkpoint, layout: Layout | None) -> None:
-    """Refuse weights that are no floats, and those whose numbers are of another dtype.
+    """Refuse weights that are not floats, parts of quantized layers in a dtype that no format has,
+    and numbers of another dtype than the header says.
 
     Raises: CheckpointRefused.
     """
@@ -44,10 +44,16 @@ def check_dtypes(checkpoint: Checkpoint, layout: Layout | None) -> None:
         if tensor.dtype not in FLOAT_DTYPES:
             message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}; expected floats"
             raise refused("E_TENSOR_DTYPE", message, HINT)
-    _check_same(checkpoint, [tensor for tensor in weights if _is_of_decoder(tensor)])
-    scales = [*_scales(layout)]
-    for suffix in SCALES:
-        _check_same(checkpoint, [tensor for tensor in scales if _ends(tensor, suffix)])
+    _check_one_dtype(checkpoint, [tensor for tensor in weights if _is_of_decoder(tensor)])
+    modules = [*layout.modules.values()] if layout else []
+    for module in modules:
+        _check_parts(module)
+    scales: list[TensorInfo] = []
+    for suffix in WEIGHT_SCALES:
+        found = [module.tensors[suffix] for module in modules if suffix in module.tensors]
+        halves = [tensor for tensor in found if tensor.dtype in HALVES]
+        _check_one_dtype(checkpoint, halves)
+        scales += halves
     matrices = [tensor for tensor in weights if len(tensor.shape) == 2 and min(tensor.shape) >= 32]
     for tensor in (*matrices, *scales):
         _check_numbers(tensor)
@@ -59,39 +65,32 @@ def _is_of_decoder(tensor: TensorInfo) -> bool:
     return decoder_layer_number(name) is not None or is_outside
 
 
-def _ends(tensor: TensorInfo, suffix: str) -> bool:
-    return tensor.name.endswith(f".{suffix}")
-
-
-def _scales(layout: Layout | None) -> Iterator[TensorInfo]:
-    """Yield the 16-bit scales of weights; refuse what no format has beside them."""
-    for module in layout.modules.values() if layout else ():
-        weights = module.scheme.weights
-        for suffix, tensor in module.tensors.items():
-            if expected := _expected(suffix, tensor):
-                message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}"
-                raise refused(
-                    "E_TENSOR_DTYPE", f"{message} {[*tensor.shape]}; expected {expected}", HINT
-                )
-            if suffix in SCALES and tensor.dtype in HALVES:
-                yield tensor
-        if weights.scale == "e8m0" and weights.group_size not in (None, MX_GROUP):
-            message = f"`{module.name}` has MX scales for groups of {weights.group_size}"
-            raise refused("E_MX_GROUP", f"{message}; they are for groups of {MX_GROUP}", HINT)
+def _check_parts(module: QuantizedModule) -> None:
+    """Refuse a quantized layer whose parts have a dtype or a group size that no format has."""
+    for suffix, tensor in module.tensors.items():
+        if expected := _expected(suffix, tensor):
+            message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}"
+            raise refused(
+                "E_TENSOR_DTYPE", f"{message} {[*tensor.shape]}; expected {expected}", HINT
+            )
+    weights = module.scheme.weights
+    if weights.scale == "e8m0" and weights.group_size not in (None, MX_GROUP):
+        message = f"`{module.name}` has MX scales for groups of {weights.group_size}"
+        raise refused("E_MX_GROUP", f"{message}; they are for groups of {MX_GROUP}", HINT)
 
 
 def _expected(suffix: str, tensor: TensorInfo) -> str:
     """Return what a part of a quantized layer must be; empty when it is that."""
-    if suffix in INDICES and tensor.dtype in FLOAT_DTYPES:
+    if suffix in INTEGER_PARTS and tensor.dtype in FLOAT_DTYPES:
         return "integers"
-    if tensor.dtype in UNREADABLE or (suffix in ALL_SCALES and tensor.dtype in INTEGERS):
+    if tensor.dtype in UNREADABLE or (suffix in SCALES and tensor.dtype in INTEGER_DTYPES):
         return "a dtype that weights have"
     if suffix in GLOBAL_SCALES and (tensor.dtype != "F32" or len(tensor.shape) > 1):
         return "one F32"
     return ""
 
 
-def _check_same(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
+def _check_one_dtype(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
     """Refuse float16 beside bfloat16: one model is trained in one of them."""
     first = {tensor.dtype: tensor for tensor in reversed(tensors)}
     if all(dtype in first for dtype in HALVES):
@@ -104,11 +103,11 @@ def _check_same(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
 
 def _check_numbers(tensor: TensorInfo) -> None:
     """Refuse a matrix, or the scales of one, whose sampled numbers are those of another dtype."""
-    if tensor.dtype not in HALVES or tensor.count < LEAST:
+    if tensor.dtype not in HALVES or tensor.count < MIN_SAMPLE:
         return
     words = _sample(tensor)
     words = words[(words & 0x7FFF) != 0]
-    if len(words) < LEAST // 2:
+    if len(words) < MIN_SAMPLE // 2:
         return
     if tensor.dtype == "F16":
         exponents = (words >> 10) & 0x1F
@@ -118,9 +117,9 @@ def _check_numbers(tensor: TensorInfo) -> None:
         raise _relabelled(tensor, "float16")
 
 
-def _sample(tensor: TensorInfo) -> Exponents:
-    """Return words from the middle: the first rows of embeddings are often empty."""
-    count = min(SAMPLE, tensor.count)
+def _sample(tensor: TensorInfo) -> Words:
+    """Return 16-bit words from the middle: the first rows of embeddings are often empty."""
+    count = min(SAMPLE_SIZE, tensor.count)
     start = (tensor.count - count) // 2
     descriptor = os.open(tensor.file, os.O_RDONLY)
     try:

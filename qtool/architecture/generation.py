@@ -1,4 +1,4 @@
-"""Whether generation_config.json can be read, and its fields have values that sampling knows."""
+"""Whether generation_config.json can be read, with values that a sampler takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.config_values import bad_field, is_positive
 
-NAME = "generation_config.json"
+FILE_NAME = "generation_config.json"
 
 
 def check_generation(checkpoint: Checkpoint) -> None:
@@ -15,7 +15,7 @@ def check_generation(checkpoint: Checkpoint) -> None:
 
     Raises: CheckpointRefused.
     """
-    path = checkpoint.path / NAME
+    path = checkpoint.path / FILE_NAME
     if not path.is_file():
         return
     config = read_json(path)
@@ -31,7 +31,7 @@ def check_generation(checkpoint: Checkpoint) -> None:
                 raise bad_field(path, key, value, f"below vocab_size, {vocabulary:,}")
 
 
-def _is_share(value: object) -> bool:
+def _is_fraction(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
 
 
@@ -44,8 +44,8 @@ def _is_token(value: object) -> bool:
     return all(type(each) is int and each >= -1 for each in values)
 
 
-SHARE = (_is_share, "a number from 0 to 1")
-TOKEN = (_is_token, "a token's number, or a list of them")
+FRACTION = (_is_fraction, "a number from 0 to 1")
+TOKEN = (_is_token, "a token id, or a list of them")
 LENGTH = (lambda value: type(value) is int and value > 0, "a whole number greater than zero")
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "bos_token_id": TOKEN,
@@ -53,10 +53,10 @@ FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "eos_token_id": TOKEN,
     "max_length": LENGTH,
     "max_new_tokens": LENGTH,
-    "min_p": SHARE,
+    "min_p": FRACTION,
     "pad_token_id": TOKEN,
     "repetition_penalty": (is_positive, "a number greater than zero"),
     "temperature": (_is_temperature, "a number, zero or more"),
     "top_k": (lambda value: type(value) is int and value >= -1, "a whole number, -1 or more"),
-    "top_p": SHARE,
+    "top_p": FRACTION,
 }

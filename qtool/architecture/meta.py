@@ -1,5 +1,5 @@
-"""transformers' own verdict on a checkpoint: its model is made without data, and its tensors are
-loaded as if they had some.
+"""What transformers makes of a checkpoint: the model is built on the meta device, and tensors
+without data are loaded into it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qtool.architecture.standard import model_tensors
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
-from qtool.modules import decoder_layer_number, tower_of
+from qtool.modules import is_mtp_layer, tower_of
 
 REPORTS = {  # what transformers reports after loading -> what that means for a checkpoint
     "missing_keys": "lacks {count} tensors of the model",
@@ -33,7 +33,7 @@ def check_tensors(
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
         is_causal: whether it must load as a causal language model, whatever class it names.
-    Raises: CheckpointRefused; nothing for a class that transformers does not have.
+    Raises: CheckpointRefused. A class that transformers does not have passes.
     """
     named = class_of(checkpoint)
     if named is None and not is_causal:
@@ -47,7 +47,7 @@ def check_tensors(
         shapes = {
             name: shape
             for name, shape in model_tensors(checkpoint, layout).items()
-            if not is_beyond(checkpoint, name)
+            if not is_mtp_layer(checkpoint, name)
         }
         state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         with quiet_loading():
@@ -67,7 +67,7 @@ def check_tensors(
 
 
 def class_of(checkpoint: Checkpoint) -> Any:
-    """Return the class that the config names; None when transformers lacks it."""
+    """Return the class that the config names; None when transformers does not have it."""
     names = checkpoint.config.get("architectures") or [""]
     if checkpoint.config.get("auto_map"):
         return None
@@ -104,7 +104,7 @@ def build_model(checkpoint: Checkpoint) -> Any:
 
 @contextlib.contextmanager
 def building(checkpoint: Checkpoint) -> Iterator[None]:
-    """Make whatever transformers finds wrong with a config from outside a refusal."""
+    """Turn whatever transformers raises about a config from outside into CheckpointRefused."""
     try:
         with quiet_imports():
             yield
@@ -128,16 +128,6 @@ def read_config(checkpoint: Checkpoint) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def is_beyond(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor or layer ``name`` belongs to a decoder layer after the last.
-
-    Such layers are for multi-token prediction.
-    """
-    layer = decoder_layer_number(name)
-    count = checkpoint.text_config.get("num_hidden_layers")
-    return layer is not None and isinstance(count, int) and layer >= count
 
 
 def check_report(

@@ -17,10 +17,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from qtool.architecture.meta import build_model, is_beyond
+from qtool.architecture.meta import build_model
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.model import TensorInfo
-from qtool.modules import NOT_TEXT
+from qtool.modules import NOT_TEXT, is_mtp_layer
 from qtool.name_map import GATED, LinearWeight, NameMap
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
-FURTHER_TOKENS = "predicts further tokens"
+MTP = "multi-token prediction"
 
 
 def names_from_model(checkpoint: Checkpoint) -> NameMap:
@@ -40,7 +40,7 @@ def names_from_model(checkpoint: Checkpoint) -> NameMap:
     mapper = _Mapper(checkpoint, build_model(checkpoint))
     for tensor in checkpoint.tensors.values():
         mapper.place(tensor)
-    return NameMap(mapper.linears, mapper.untaken, mapper.others, mapper.renamed)
+    return NameMap(mapper.linears, mapper.unused, mapper.not_linear, mapper.renamed)
 
 
 class _Mapper:
@@ -51,8 +51,8 @@ class _Mapper:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.linears: dict[str, LinearWeight] = {}
-        self.untaken: dict[str, str] = {}
-        self.others: dict[str, str] = {}
+        self.unused: dict[str, str] = {}
+        self.not_linear: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
         self._checkpoint = checkpoint
         self._model = model
@@ -69,7 +69,7 @@ class _Mapper:
         renamed = self._renamed(tensor.name)
         parameter, converter = self._target(tensor.name, renamed)
         if parameter not in self._parameters:
-            self.untaken[tensor.name] = self._why_untaken(tensor.name)
+            self.unused[tensor.name] = self._why_unused(tensor.name)
         elif converter is None:
             self._place_as_it_is(tensor, parameter)
         else:
@@ -93,10 +93,10 @@ class _Mapper:
             return found, None
         return found, next(each for each in self._converters if pattern in each.source_patterns)
 
-    def _why_untaken(self, name: str) -> str:
-        if is_beyond(self._checkpoint, name) or "mtp" in name.split("."):
-            return FURTHER_TOKENS
-        return f"{type(self._model).__name__} does not take it"
+    def _why_unused(self, name: str) -> str:
+        if is_mtp_layer(self._checkpoint, name) or "mtp" in name.split("."):
+            return MTP
+        return f"{type(self._model).__name__} does not load it"
 
     def _place_as_it_is(self, tensor: TensorInfo, parameter: str) -> None:
         if parameter != tensor.name:
@@ -108,7 +108,7 @@ class _Mapper:
         elif len(tensor.shape) == 3 and last in STACKS:
             self._add_stack(tensor, module, last)
         elif len(tensor.shape) > 1 and not isinstance(holder, nn.Embedding):
-            self.others[tensor.name] = f"{type(holder).__name__}, not Linear"
+            self.not_linear[tensor.name] = f"{type(holder).__name__}, not Linear"
 
     def _place_converted(
         self, tensor: TensorInfo, renamed: str, parameter: str, converter: WeightConverter
@@ -132,7 +132,7 @@ class _Mapper:
         elif operations == ["Transpose"] and len(tensor.shape) == 3 and attribute in STACKS:
             self._add_stack(tensor, holder, attribute)
         elif len(tensor.shape) > 1:
-            self.others[tensor.name] = f"transformers converts it by {', '.join(operations)}"
+            self.not_linear[tensor.name] = f"transformers converts it by {', '.join(operations)}"
 
     def _add(self, tensor: TensorInfo, module: str) -> None:
         name = _layer_name(tensor.name)
@@ -191,7 +191,7 @@ def _layer_name(tensor: str) -> str:
 
 
 def _expert_of(renamed: str, patterns: Sequence[str]) -> tuple[int, int]:
-    """Return which of ``patterns`` the tensor ``renamed`` matches, and the number of its expert."""
+    """Return which of ``patterns`` the name ``renamed`` matches, and the number of its expert."""
     for part, pattern in enumerate(patterns):
         found = re.search(pattern.replace("*", r"(\d+)"), renamed)
         if found and found.groups():
@@ -210,8 +210,8 @@ def _text_part(model: PreTrainedModel) -> str:
 def _uncalled(model: PreTrainedModel) -> set[str]:
     """Return the linear layers that a pass does not call, though it calls others beside them.
 
-    Their module multiplies with their weight by itself, as Mamba does with ``dt_proj``. Empty for a
-    model that cannot run without data.
+    Their parent reads their weight and multiplies by itself, as Mamba does with ``dt_proj``. Empty
+    for a model that cannot run without data.
     """
     called: set[str] = set()
     linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]

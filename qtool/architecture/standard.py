@@ -1,4 +1,4 @@
-"""Decoders built like Llama, of which headers alone tell that config and tensors are one model."""
+"""Decoders built like Llama: headers alone tell whether config and tensors are one model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.config_values import is_dtype, is_positive, is_size
 from qtool.checkpoint.strict_json import Json
 from qtool.formats import Layout, unquantized_tensors
-from qtool.modules import decoder_layer_number
+from qtool.modules import is_mtp_layer
 
 Shape = tuple[int, ...]
 CLASSES = {
@@ -41,8 +41,8 @@ def is_standard(checkpoint: Checkpoint, layout: Layout | None) -> bool:
     has the tensors that the config describes, no more and no less.
     """
     config = checkpoint.config
-    said = config.get("quantization_config")
-    if said is not None and not isinstance(said, Mapping):
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, Mapping):
         return False
     if CLASSES.get(str(config.get("model_type"))) not in (config.get("architectures") or ()):
         return False
@@ -70,11 +70,11 @@ def _is_token(value: object) -> bool:
     return all(type(each) is int for each in values)
 
 
-def _is_full_attention(value: object) -> bool:
+def _are_layer_types(value: object) -> bool:
     return isinstance(value, list) and {*value} <= {"full_attention", "sliding_attention"}
 
 
-FIELDS: Mapping[str, Callable[[object], bool]] = {  # those whose type transformers checks
+FIELDS: Mapping[str, Callable[[object], bool]] = {  # transformers checks their types
     **dict.fromkeys((*SIZES, *EXPERT_SIZES), is_size),
     **dict.fromkeys(("num_experts", "num_local_experts", "decoder_sparse_step"), is_size),
     **dict.fromkeys(("head_dim", "max_position_embeddings", "sliding_window"), is_size),
@@ -89,7 +89,7 @@ FIELDS: Mapping[str, Callable[[object], bool]] = {  # those whose type transform
     **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), _is_bool),
     "hidden_act": lambda value: value == "silu",
     "transformers_version": lambda value: isinstance(value, str),
-    "layer_types": _is_full_attention,
+    "layer_types": _are_layer_types,
     "mlp_only_layers": lambda value: value == [],
 }
 NULLABLE = frozenset(
@@ -149,7 +149,7 @@ def _has_usual_rope(config: Json) -> bool:
 
 
 def _tensors(config: Json) -> Iterator[tuple[str, Shape]]:
-    """Yield the tensors that ``config`` describes, but for an output head."""
+    """Yield the tensors that ``config`` describes, except the output head."""
     hidden = config["hidden_size"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
@@ -163,8 +163,8 @@ def _tensors(config: Json) -> Iterator[tuple[str, Shape]]:
 
 def _attention(config: Json) -> Iterator[tuple[str, Shape]]:
     kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
-    own = 128 if kind in ("qwen3", "qwen3_moe") else hidden // heads
-    head_dim = config.get("head_dim") or own
+    default = 128 if kind in ("qwen3", "qwen3_moe") else hidden // heads
+    head_dim = config.get("head_dim") or default
     rows = {
         "q_proj": heads * head_dim,
         "k_proj": config["num_key_value_heads"] * head_dim,
@@ -196,9 +196,9 @@ def _mlp(config: Json) -> Iterator[tuple[str, Shape]]:
         yield from _gated(name, hidden, config["moe_intermediate_size"], has_bias=False)
 
 
-def _gated(name: str, hidden: int, wide: int, *, has_bias: bool) -> Iterator[tuple[str, Shape]]:
+def _gated(name: str, hidden: int, inner: int, *, has_bias: bool) -> Iterator[tuple[str, Shape]]:
     for part in ("gate_proj", "up_proj", "down_proj"):
-        rows, columns = (hidden, wide) if part == "down_proj" else (wide, hidden)
+        rows, columns = (hidden, inner) if part == "down_proj" else (inner, hidden)
         yield f"{name}.{part}.weight", (rows, columns)
         if has_bias:
             yield f"{name}.{part}.bias", (rows,)
@@ -206,11 +206,8 @@ def _gated(name: str, hidden: int, wide: int, *, has_bias: bool) -> Iterator[tup
 
 def _found(checkpoint: Checkpoint, layout: Layout | None) -> Iterator[tuple[str, Shape]]:
     """Yield the tensors that there are, quantized layers as the matrices they stand for."""
-    layers = checkpoint.config["num_hidden_layers"]
     for name, shape in model_tensors(checkpoint, layout).items():
-        number = decoder_layer_number(name)
-        is_beyond = number is not None and number >= layers
-        if not is_beyond and not name.endswith(ROTARY_BUFFER):
+        if not is_mtp_layer(checkpoint, name) and not name.endswith(ROTARY_BUFFER):
             yield name, shape
 
 

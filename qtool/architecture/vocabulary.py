@@ -1,4 +1,4 @@
-"""Whether the tokens of tokenizer.json have rows in the embeddings."""
+"""Whether every token of tokenizer.json has a row in the embeddings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.we
 def check_vocabulary(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer with tokens that the embeddings have no row for.
 
-    Added tokens may be beyond them when no text has them: many models have such a pad token.
+    A pad token may be beyond them, as no text has it and many models have such a one.
 
     Raises: CheckpointRefused.
     """
@@ -27,7 +27,7 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
     try:
         tokenizer = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        return  # whoever needs it says what is wrong with it
+        return  # whatever loads the tokenizer says what is wrong with it
     rows = table.shape[0]
     for token, number in _tokens(tokenizer):
         if number >= rows:
@@ -40,15 +40,17 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
 
 
 def _tokens(tokenizer: object) -> Iterator[tuple[str, int]]:
-    """Yield the tokens that a text may have, with their numbers."""
+    """Yield the last token of the vocabulary and the added tokens that a text may have, with their
+    ids.
+    """
     if not isinstance(tokenizer, Mapping):
         return
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocabulary, Mapping):
-        numbers = {name: number for name, number in vocabulary.items() if type(number) is int}
-        if numbers:
-            yield max(numbers.items(), key=lambda token: token[1])
+        ids = {name: number for name, number in vocabulary.items() if type(number) is int}
+        if ids:
+            yield max(ids.items(), key=lambda token: token[1])
     elif isinstance(vocabulary, list) and vocabulary:
         yield str(vocabulary[-1]), len(vocabulary) - 1
     added = tokenizer.get("added_tokens")

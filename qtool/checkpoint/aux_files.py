@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from qtool.checkpoint.model import INDEX
 from qtool.checkpoint.reader import PICKLE_SUFFIXES
 from qtool.checkpoint.strict_json import read_json, refused, regular_size
 from qtool.errors import naming
@@ -38,7 +39,6 @@ AUX_FILES = (
     ),
 )
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
-INDEX = "model.safetensors.index.json"
 WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
 
 

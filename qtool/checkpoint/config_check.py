@@ -54,8 +54,8 @@ UNUSUAL = {
     re.compile("num_layers|n_layers"): ("num_hidden_layers",),
 }
 OTHER_TOWERS = re.compile("linear_|mamba_|ssm_|vision|audio|mm_|index_|hidden_size_per_layer_input")
-# in fields, and in names of tensors, of layers that predict further tokens
-PREDICTORS = re.compile("nextn|mtp|^num_layers|^n_layers|eh_proj|enorm|hnorm")
+# fields and tensors of layers for multi-token prediction (MTP) have one of these in their names
+MTP = re.compile("nextn|mtp|^num_layers|^n_layers|eh_proj|enorm|hnorm")
 HINT = (
     "config.json and the weights are of different models, or one was edited: take both from the "
     "same place"
@@ -88,8 +88,8 @@ def _stack_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _decoder_layers(checkpoint: Checkpoint, stack: str, count: int) -> list[str]:
-    """Return what the names of each of ``count`` layers begin with; behind them may come layers
-    that predict further tokens.
+    """Return what the names of each of ``count`` layers begin with; after them may come layers for
+    multi-token prediction.
     """
     layers = _layer_numbers(checkpoint, f"{stack}layers.")
     present = sorted(layer for layer in layers if layer < count)
@@ -103,16 +103,16 @@ def _decoder_layers(checkpoint: Checkpoint, stack: str, count: int) -> list[str]
         )
         raise _broken("E_LAYER_MISSING", checkpoint, message)
     if count and (beyond := [layer for layer in layers if layer >= count]):
-        _check_predictors(checkpoint, f"{stack}layers.{min(beyond)}.", count)
+        _check_extra_layer(checkpoint, f"{stack}layers.{min(beyond)}.", count)
     return [f"{stack}layers.{layer}." for layer in present]
 
 
-def _check_predictors(checkpoint: Checkpoint, layer: str, count: int) -> None:
-    """Refuse a layer behind the last of ``count`` that does not predict further tokens."""
+def _check_extra_layer(checkpoint: Checkpoint, layer: str, count: int) -> None:
+    """Refuse a layer after the last of ``count`` that is not for multi-token prediction."""
     texts = (checkpoint.config, checkpoint.text_config)
-    is_said = any(PREDICTORS.search(key) for text in texts for key in text)
+    in_config = any(MTP.search(key) for text in texts for key in text)
     names = [name for name in checkpoint.tensors if name.startswith(layer)]
-    if not is_said and not any(PREDICTORS.search(name) for name in names):
+    if not in_config and not any(MTP.search(name) for name in names):
         message = f"num_hidden_layers is {count:,}, and there is `{names[0]}` as well"
         raise _broken("E_LAYER_EXTRA", checkpoint, message)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from qtool.checkpoint.strict_json import Json, read_json
 from qtool.errors import naming
 
+INDEX = "model.safetensors.index.json"
+
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
     "F4": 4,

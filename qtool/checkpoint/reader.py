@@ -14,7 +14,7 @@ from pathlib import Path
 from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.config_values import check_values
 from qtool.checkpoint.header import MAX_NAME, read_header
-from qtool.checkpoint.model import Checkpoint, TensorInfo
+from qtool.checkpoint.model import INDEX, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
     JsonDict,
     read_json,
@@ -91,7 +91,7 @@ def _read_config(path: Path) -> JsonDict:
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
-    single, index_file = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index_file = path / "model.safetensors", path / INDEX
     # transformers takes it first; others, such as consolidated.safetensors, are not of the model
     if os.path.lexists(single):
         return _read_shards([single])
@@ -198,10 +198,7 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
         found = read_header(file)
         if not tensors.keys().isdisjoint(found):
             name = next(name for name in found if name in tensors)
-            hint = (
-                "remove the file that is not part of the model, or add its "
-                "model.safetensors.index.json"
-            )
+            hint = f"remove the file that is not part of the model, or add its {INDEX}"
             raise refused(
                 "E_DUPLICATE",
                 f"tensor `{name}` is in {tensors[name].file} and in {file.name}",

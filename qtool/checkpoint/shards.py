@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.model import DTYPE_BITS, TensorInfo
+from qtool.checkpoint.model import DTYPE_BITS, INDEX, TensorInfo
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, UsageError, naming
 
@@ -220,4 +220,4 @@ def _write_index(
         "metadata": {"total_size": sum(size for _, _, size in places.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qtool.checkpoint.aux_files import CONFIGS, INDEX, aux_files, links_outside
+from qtool.checkpoint.aux_files import CONFIGS, aux_files, links_outside
 from qtool.checkpoint.digests import Digests, digest_files
-from qtool.checkpoint.model import Checkpoint
+from qtool.checkpoint.model import INDEX, Checkpoint
 from qtool.errors import CheckpointRefused
 
 

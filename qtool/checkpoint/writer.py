@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.checkpoint.aux_files import INDEX
 from qtool.checkpoint.manifest import written_files
+from qtool.checkpoint.model import INDEX
 from qtool.checkpoint.staging_folder import (
     CHECKPOINT,
     LOG,

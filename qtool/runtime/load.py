@@ -16,7 +16,7 @@ from torch import nn
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
-from qtool.modules import decoder_layer_number, parse_cache_scale
+from qtool.modules import decoder_layer_number, is_mtp_layer, parse_cache_scale
 from qtool.runtime.build import RawTensors, build_modules, build_unquantized, read_checked
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
@@ -98,7 +98,7 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
     names = [
         name
         for name in formats.unquantized_tensors(checkpoint, plan.layout)
-        if name not in built_later and not skeleton.beyond(name)
+        if name not in built_later and not is_mtp_layer(checkpoint, name)
     ]
     tensors = pool.map(lambda name: read_checked(plan, name), names)
     places = {source.place for source in plan.sources}

@@ -14,6 +14,7 @@ from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
+from qtool.modules import is_mtp_layer
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
 from qtool.runtime.online import schemes_to_run, skip_reasons
@@ -115,12 +116,12 @@ def plan_load(
     check_model(checkpoint, layout, is_causal=True)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
     warned = list(skip_reasons(checkpoint, layout, quantization))
-    if any(skeleton.beyond(name) for name in checkpoint.tensors):
+    if any(is_mtp_layer(checkpoint, name) for name in checkpoint.tensors):
         warned.append("layers after the last, for multi-token prediction, are left out")
     sources = [
         _source(skeleton, layout, name, scheme)
         for name, scheme in schemes.items()
-        if not skeleton.beyond(name)
+        if not is_mtp_layer(checkpoint, name)
     ]
     sources, sharing = _trace(skeleton, layout, sources, warned)
     groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qtool.architecture.meta import (
     building,
     check_report,
-    is_beyond,
     quiet_imports,
     quiet_loading,
     read_config,
@@ -150,13 +149,6 @@ class Skeleton:
                 for expert, part in sorted(wanted - found)
             ]
         return missing
-
-    def beyond(self, name: str) -> bool:
-        """Whether the tensor or layer ``name`` belongs to a decoder layer after the last.
-
-        Such layers are for multi-token prediction.
-        """
-        return is_beyond(self.checkpoint, name)
 
     def trace(self) -> tuple[set[str], list[list[str]]]:
         """Run the model without data, to see which linear layers are called, and with what.

@@ -164,7 +164,7 @@ def test_each_layer_is_mapped_to_the_matrix_that_the_model_uses(architecture, tm
         if tensor.dim() in (2, 3) and name.endswith(("proj", "proj.weight"))
     }
     assert {name for name in matrices if not name.endswith("bias")} <= taken
-    assert not names.untaken
+    assert not names.unused
     assert {
         linear.name.rpartition(".")[2]
         for linear in names.linears.values()
@@ -185,9 +185,7 @@ def test_layers_that_predict_further_tokens_are_known(tmp_path, name):
     folder, _ = publish("MixtralForCausalLM", tmp_path / "model")
     file = folder / "model.safetensors"
     save_file({**load_file(file), f"{name}.weight": torch.ones(32, 32)}, file, {"format": "pt"})
-    assert map_names(open_checkpoint(folder)).untaken == {
-        f"{name}.weight": "predicts further tokens"
-    }
+    assert map_names(open_checkpoint(folder)).unused == {f"{name}.weight": "multi-token prediction"}
 
 
 def test_a_config_without_architectures_names_its_layers_itself(tmp_path):
