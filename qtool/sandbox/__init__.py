@@ -1,5 +1,6 @@
-"""Run one function on untrusted text in a child process with limits: `Sandbox` is our end, `child`
-the other, `blocking` is for callers without an event loop.
+"""Run one function on untrusted text in a child process with limits. `Sandbox` is the parent's end,
+`blocking` has one for callers without an event loop, `forked` one that starts at once; `child` is the
+other end.
 
 Both ends send lines of JSON over a socket pair; what a child sends is never unpickled. Time, memory
 and output are limited. The child's environment holds no secrets, but the child is not a jail: code
@@ -131,8 +132,8 @@ class Sandbox:
         """Return the function's result for ``args``. Cancelling it does not disturb other calls.
 
         Args:
-            args: JSON.
-            timeout_s: in place of the sandbox's own.
+            args: as JSON knows them.
+            timeout_s: seconds for this call, in place of those of the sandbox.
         Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
         """
         try:
@@ -142,8 +143,8 @@ class Sandbox:
         return await self.call_with(line, timeout_s=timeout_s)
 
     async def call_with(self, line: bytes, *, timeout_s: float | None = None) -> object:
-        """Return the function's result for the arguments in ``line``, a JSON array and a line
-        break. Cancelling it does not disturb other calls.
+        """Return the function's result for the arguments in ``line``, a JSON array that ends with a
+        line break. Cancelling it does not disturb other calls.
 
         Raises: LimitExceeded, CallRaised, ChildDied, TooManyWaiting.
         """
@@ -250,8 +251,7 @@ class _Child:
             f"import sys; sys.path.append({package_parent!r}); from qtool.sandbox.child "
             "import main; main()"
         )
-        environment = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
-        environment |= {**ADDED_VARIABLES, **extra}
+        environment = {**passed_variables(), **ADDED_VARIABLES, **extra}
         try:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -305,6 +305,11 @@ class _Child:
         await asyncio.to_thread(self._process.wait)
 
 
+def passed_variables() -> dict[str, str]:
+    """Return the environment variables of this process that a child gets."""
+    return {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+
+
 def result_in(answer: bytes) -> object:
     """Return the result in the line that a child sent.
 
@@ -325,7 +330,7 @@ def result_in(answer: bytes) -> object:
 
 
 def describe_exit(status: int) -> str:
-    """Return how a child ended, as the end of a sentence."""
+    """Return how a child with the exit code ``status`` ended, as the end of a sentence."""
     if status == -signal.SIGKILL:
         return "was killed, most likely for memory"
     return (

@@ -1,11 +1,10 @@
-"""A sandbox for callers without an event loop, or inside one that is not theirs."""
+"""A sandbox for callers without an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Coroutine
-from types import TracebackType
 from typing import TypeVar
 
 from qtool.sandbox import Sandbox
@@ -14,11 +13,11 @@ T = TypeVar("T")
 
 
 class BlockingSandbox:
-    """A `Sandbox` whose calls return when they are answered; the end of ``with`` closes it, also
-    during a call, as when the user interrupts it.
+    """A `Sandbox` whose calls return when they are answered. The end of ``with`` closes it, even
+    during a call that the user interrupted.
 
-    Its event loop has a thread of its own, which lives as long as the child: the system ends a
-    child with the thread that started it.
+    Its event loop has a thread of its own, which lives as long as the child: Linux ends a child
+    together with the thread that started it.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -36,12 +35,7 @@ class BlockingSandbox:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._run(self._sandbox.close())
         self._run(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -55,7 +55,7 @@ def serve(
     memory_bytes: int,
     output_bytes: int,
 ) -> None:
-    """Answer each line of ``connection`` in a process that was forked for it."""
+    """Answer each line of ``connection``, in a child that was forked."""
     _settle()
     _limit_memory(memory_bytes)
 
@@ -67,6 +67,7 @@ def serve(
 
 
 def _settle() -> None:
+    """Make this process end with its parent, and not by the signals that end the parent."""
     # a supervisor may send these to all processes, while the parent still needs this one
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -77,7 +78,7 @@ def _settle() -> None:
 
 @contextlib.contextmanager
 def limited_memory(extra_bytes: int) -> Iterator[None]:
-    """Limit what this process may allocate inside ``with``, within the limit that it has."""
+    """Limit what this process may allocate inside ``with`` to ``extra_bytes``."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     if limit := _limit(extra_bytes):
         resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
@@ -110,8 +111,8 @@ def _limit_memory(extra_bytes: int) -> None:
 
 
 def _limit(extra_bytes: int) -> int:
-    """Return the address space of this process with ``extra_bytes`` more; 0 where it is not known,
-    not on Linux, where nothing enforces the limit either.
+    """Return the address space of this process with ``extra_bytes`` more. 0 where it is not known:
+    only Linux tells, and only Linux enforces the limit.
     """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

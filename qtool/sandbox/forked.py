@@ -1,4 +1,4 @@
-"""A sandbox that is a copy of this process: it starts at once, with all that is imported."""
+"""A sandbox that is forked from this process: it starts at once, with all modules imported."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
-from qtool.sandbox import PASSED_VARIABLES, ChildDied, LimitExceeded, describe_exit, result_in
+from qtool.sandbox import ChildDied, LimitExceeded, describe_exit, passed_variables, result_in
 from qtool.sandbox.child import serve, to_line
 
 
 class ForkedSandbox:
-    """One function in one child process, forked from this one; it ends with ``with``, or with this
-    process. For a process with no threads that hold locks.
+    """One function in one child process, forked from this one. The child ends with ``with``, or
+    with this process. Other threads of this process must hold no locks.
 
     Args:
         function: its arguments and its result are JSON.
@@ -47,16 +46,16 @@ class ForkedSandbox:
         if self._pid == 0:
             try:
                 self._socket.close()
-                passed = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
+                variables = {**passed_variables(), **(environment or {})}
                 os.environ.clear()
-                os.environ.update({**passed, **(environment or {})})
+                os.environ.update(variables)
                 serve(theirs, function, memory_bytes=memory_bytes, output_bytes=output_bytes)
             finally:
                 os._exit(0)
 
     def call(self, *args: object, timeout_s: float) -> object:
-        """Return the function's result for ``args``. After any error but CallRaised there is no
-        further call.
+        """Return the function's result for ``args``. Only CallRaised leaves a child that takes
+        further calls.
 
         Raises: LimitExceeded, CallRaised, ChildDied.
         """
@@ -88,7 +87,7 @@ class ForkedSandbox:
         return b"".join(chunks)
 
     def _end(self) -> int:
-        """Wait for the child and return how it ended, as `subprocess` counts."""
+        """Wait for the child and return its exit code; negative for a signal, as in `subprocess`."""
         pid, self._pid = self._pid, 0
         if not pid:
             return 0
@@ -97,12 +96,7 @@ class ForkedSandbox:
     def __enter__(self) -> ForkedSandbox:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
