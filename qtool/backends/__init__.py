@@ -116,7 +116,7 @@ class Backend(Protocol):
 
     distribution: str
     base_memory_bytes: int
-    """What the process takes beside the model: Python, torch, the library. Measured on a CPU."""
+    """What the process needs besides the model: Python, torch, the library. Measured on a CPU."""
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here, one reason each; empty when it can. Imports no library."""
@@ -145,7 +145,7 @@ def version_of(backend: Backend) -> str:
 
 
 def host_memory_bytes(plan: Plan) -> int:
-    """Estimate the peak memory of the worker, on the host."""
+    """Return an estimate of the worker's peak memory on the host."""
     data = plan.recipe.calibration
     whole, by_layer = plan.peak_memory(data.num_samples, data.seq_len)
     model = by_layer if plan.recipe.backend == "gptqmodel" else whole
@@ -172,7 +172,9 @@ def check_backend(plan: Plan) -> None:
 
 
 def check_device(device: str, recipe: Recipe, *, gpus: int) -> None:
-    """Raise ResourceError when ``recipe`` cannot run on ``device`` of a machine with ``gpus``."""
+    """Raise ResourceError when ``recipe`` cannot run on ``device`` of a machine with so many
+    ``gpus``.
+    """
     if device.startswith("cuda") and gpus <= (gpu_number(device) or 0):
         raise ResourceError(
             "E_NO_DEVICE",
@@ -207,15 +209,16 @@ def check_model_code(checkpoint: Checkpoint, *, trusted: bool) -> None:
 
 
 def check_python(python: str, backend: str) -> None:
-    """Raise ResourceError when ``python`` cannot be started, or has not the library of ``backend``,
-    where that can be seen without starting it.
+    """Raise ResourceError when ``python`` cannot be started, or is this interpreter and lacks the
+    library of ``backend``. Another interpreter says so itself, in the worker.
     """
     if shutil.which(python) is None:
         raise ResourceError(
             "E_BACKEND_PYTHON", f"{python} cannot be started", hint="check --backend-python"
         )
-    library = load_backend(backend).distribution
-    if python == sys.executable and version_of(load_backend(backend)) == library:
+    found = load_backend(backend)
+    library = found.distribution
+    if python == sys.executable and version_of(found) == library:
         raise ResourceError(
             "E_NOT_INSTALLED",
             f"backend `{backend}` needs the package `{library}`",

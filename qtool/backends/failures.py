@@ -1,6 +1,4 @@
-"""What the failure of a worker means to the user: of an error that was raised in it, and of an end
-without one.
-"""
+"""What the failure of a worker means to the user: an exception, or an end without a result."""
 
 from __future__ import annotations
 
@@ -29,8 +27,10 @@ FULL_BYTES = 1 << 16  # a disk with less is full
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 
 
-def raised(error: BaseException, job: Job, where: str) -> QtoolError:
-    """Return ``error`` as one that the user can act on; ``where`` says how far the work was."""
+def from_exception(error: BaseException, job: Job, where: str) -> QtoolError:
+    """Return what ``error``, raised in a worker, means to the user; ``where`` says how far the work
+    was, e.g. ``while saving``.
+    """
     if isinstance(error, QtoolError):
         return error
     library = version_of(load_backend(str(job.recipe["backend"])))
@@ -58,7 +58,7 @@ def raised(error: BaseException, job: Job, where: str) -> QtoolError:
 
 
 def _distribution(module: str) -> str:
-    """Return what to install for ``module``; empty when it is none that qtool asks for."""
+    """Return what to install for ``module``; empty when qtool does not ask for it."""
     if module in BACKENDS:
         return load_backend(module).distribution
     known = (*BACKENDS, "torch", "transformers")
@@ -73,11 +73,19 @@ def _places(job: Job) -> tuple[list[Path], list[Path]]:
     return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
 
 
-def died(status: int, plan: Plan, log: Path) -> QtoolError:
-    """Return why a worker ended that sent neither a result nor an error."""
+def from_exit(status: int, plan: Plan, log: Path) -> QtoolError:
+    """Return why a worker ended that sent neither a result nor an error.
+
+    Args:
+        status: its exit code; negative for the signal that ended it.
+        plan: what it worked on.
+        log: what it printed.
+    """
     library = version_of(load_backend(plan.recipe.backend))
     last_words = _tail(log)
-    ended = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with {status}"
+    ended = f"with exit code {status}"
+    if status < 0:
+        ended = f"by signal {signal.Signals(-status).name}"
     crashed = -status in CRASHES and address_space_is_limited()
     if status == -signal.SIGKILL or crashed or says_no_memory(last_words):
         return _too_little_memory(library, ended, plan)
@@ -89,18 +97,17 @@ def died(status: int, plan: Plan, log: Path) -> QtoolError:
     if status < 0 and -status not in CRASHES:
         return ResourceError(
             "E_WORKER_KILLED",
-            f"{library} was ended {ended}, which somebody sent it",
+            f"{library} was ended {ended}, which came from outside",
             hint="run it again; `ulimit -t` and memory watchers send such signals",
         )
-    how = ended if status < 0 else f"with exit code {status}"
-    return BackendFailed("E_BACKEND_DIED", f"{library} ended {how} without a result")
+    return BackendFailed("E_BACKEND_DIED", f"{library} ended {ended} without a result")
 
 
 def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
     needed = host_memory_bytes(plan)
     return ResourceError(
         "E_OUT_OF_MEMORY",
-        f"{library} was ended {ended}, most likely for memory: about {format_size(needed)} were "
+        f"{library} ended {ended}, most likely for memory: about {format_size(needed)} were "
         f"needed, and it may have {format_size(limit_bytes())}",
         hint="lower --num-samples or --seq-len, or use a machine with more memory",
     )

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from gptqmodel.quantization.config import BaseQuantizeConfig
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
-# as defuser 0.0.28, which it needs, writes their experts, these take no router of transformers 5
+# defuser 0.0.28, which GPTQModel needs, rewrites their experts so that they do not fit the router of
+# transformers 5
 BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
@@ -88,7 +89,7 @@ class GPTQModelBackend:
         config = _config(work)
         work.report.stage("loading the model")
         model = GPTQModel.load(work.job.model, config, trust_remote_code=work.job.trust_remote_code)
-        # definitions of models with towers want conversations with images, the base takes tokens
+        # classes of models with towers expect images in conversations; the base class takes tokens
         model.prepare_dataset = MethodType(BaseQModel.prepare_dataset, model)
         layers = work.plan.layer_count
 
@@ -166,7 +167,7 @@ def _config(work: Work) -> BaseQuantizeConfig:
         return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)
     options |= {
         "desc_act": step.act_order,
-        # it reorders whole groups, so each scheme must have some
+        # it reorders whole groups, so every scheme needs groups
         "act_group_aware": not step.act_order and _have_groups(recipe),
         "format": recipe.checkpoint_format or "gptq",
     }

@@ -57,7 +57,7 @@ class LLMCompressorBackend:
             reasons.append("its AWQ has one search, `lite`")
         scales = {scheme.weights.scale for scheme in recipe.schemes}
         if recipe.steps(AutoRound) and scales != {"float"}:
-            reasons.append("its AutoRound has integer and FP8 weights, and fails on FP4")
+            reasons.append("its AutoRound takes integer and FP8 weights, and fails on FP4")
         return reasons + _scheme_refusals(recipe.schemes)
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:

@@ -58,8 +58,8 @@ def fused_experts(model: Module) -> list[str]:
 
 
 def loaded_linears(work: Work, model: Module) -> list[str]:
-    """Return the linear modules of the loaded model; the library takes stacks of experts apart, so
-    theirs are here under the names that they then have.
+    """Return the linear modules of the loaded model. Experts in a stack are among them, under the
+    names that they get when the library splits the stack.
 
     Raises: BackendFailed, when the model lacks a module that the plan, made from the files, wants
         to change.

@@ -25,11 +25,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from qtool.architecture import map_names
 from qtool.backends import Job, Work, check_device, check_model_code, load_backend
-from qtool.backends.failures import died, raised
+from qtool.backends.failures import from_exception, from_exit
 from qtool.calibration import CalibrationSpec, isolated_tokenizing, load_calibration
 from qtool.checkpoint import open_checkpoint
 from qtool.devices import gpu_number
@@ -54,9 +54,6 @@ from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 from qtool.terminal import lossy_stream
 
-if TYPE_CHECKING:
-    pass
-
 # threads that spin while they wait starve whoever shares the cores
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
@@ -76,7 +73,7 @@ def run_job(
     when it is done.
 
     Args:
-        log: the file to append everything to that the library prints.
+        log: the file to which everything is appended that the library prints.
         python: the interpreter to run in; its environment needs the library, pydantic and PyYAML,
             not qtool.
         keep_open: a descriptor the worker inherits; it holds the output's lock until the last of
@@ -115,7 +112,7 @@ def run_job(
             if error.errno in (errno.EAGAIN, errno.ENOMEM):
                 raise ResourceError(
                     "E_OUT_OF_MEMORY",
-                    f"the system starts no process for the library: {error.strerror}",
+                    f"the system cannot start a process for the library: {error.strerror}",
                     hint="end other programs, or raise `ulimit -u`",
                 ) from error
             raise ResourceError(
@@ -136,7 +133,7 @@ def run_job(
                 on_event(event)
                 if isinstance(event, DoneEvent):
                     return dict(event.versions)
-            raise died(worker.wait(), plan, log)
+            raise from_exit(worker.wait(), plan, log)
         finally:
             _kill(worker)
 
@@ -217,9 +214,9 @@ class _PipeReporter:
         self.send(StateSavedEvent())
 
     def fail(self, error: BaseException, job: Job) -> None:
-        """Send ``error``; where there is no memory to describe it, one that was made before."""
+        """Send ``error``, or an error that was made before if there is no memory to describe it."""
         try:
-            self.send(ErrorEvent(to_wire(raised(error, job, self.where))))
+            self.send(ErrorEvent(to_wire(from_exception(error, job, self.where))))
         except MemoryError:
             _write_all(self._descriptor, _NO_MEMORY_LINE)
 
@@ -246,7 +243,7 @@ def main(write_fd: int) -> None:
     """Run the job that stdin brings, and end the process."""
     _die_with_parent()
     os.set_inheritable(write_fd, False)
-    # the log may stand on the disk that is full: a line that it does not take ends nothing
+    # the log may be on a full disk: a line that cannot be written must not end the work
     sys.stdout = lossy_stream(1)
     sys.stderr = lossy_stream(2)
     report = _PipeReporter(write_fd)

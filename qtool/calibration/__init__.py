@@ -1,5 +1,5 @@
 """Calibration data: `sources` finds and shuffles records, `records` picks the field that counts,
-`reading` renders and tokenizes, in a process of its own by `isolated`, and `samples` cuts.
+`reading` renders and tokenizes (`isolated` does it in a process of its own), `samples` cuts.
 
 No code that comes with data is run and no pickle is opened. Each module imports only what a source
 needs: `check_source` on a file of JSON or text runs on the standard library alone.

@@ -47,7 +47,7 @@ def hub_rows(spec: CalibrationSpec, name: str, config: str | None, split: str) -
             f"{one_line(error)}",
             hint=hint,
         ) from error
-    # the library raises what its readers raise: a wrong name, config or split, a broken file
+    # a wrong name, config or split, a broken file: the library raises whatever its readers do
     except Exception as error:
         is_http = isinstance(error, HfHubHTTPError | httpx.HTTPError)
         if is_http and not isinstance(error, RepositoryNotFoundError):

@@ -1,5 +1,5 @@
-"""`Reading` in a process of its own: a file, a chat template or a tokenizer that does not end, that
-fills the memory or that crashes a library is refused.
+"""`Reading` in a process of its own: files, chat templates and tokenizers that do not end, fill the
+memory or crash a library are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
-from qtool.calibration.reading import Drawn, Reading
+from qtool.calibration.reading import TOKENIZER_HINT, Drawn, Reading
 from qtool.calibration.sources import is_hub_source
 from qtool.calibration.spec import CalibrationSpec
 from qtool.checkpoint.strict_json import JsonDict
@@ -31,11 +31,13 @@ from qtool.sandbox.blocking import BlockingSandbox
 from qtool.sandbox.child import limited_memory
 from qtool.sandbox.forked import ForkedSandbox
 
-READ_S = 300.0  # without a record; text files say that they go on
+# time limits of one step
+READ_S = 300.0  # until the next record
 HUB_S = 100.0
 LOAD_S = 120.0  # a tokenizer
-TEXT_S = 15.0  # rendering or tokenizing, and what follows
+TEXT_S = 15.0  # rendering or tokenizing; longer for more text:
 SLOW_BYTES_PER_S = 200_000
+# memory limits
 READ_BYTES = 4 << 30
 TEXT_BYTES = 1 << 30
 OUTPUT_BYTES = 256 << 20
@@ -50,7 +52,7 @@ QUIET_VARIABLES = {
 
 
 class Caller(Protocol):
-    """A sandbox."""
+    """A sandbox whose calls return when they are answered."""
 
     def call(self, *args: object, timeout_s: float) -> object:
         """Return the function's result."""
@@ -74,9 +76,10 @@ def isolated_reading(spec: CalibrationSpec) -> Iterator[IsolatedReading]:
 def isolated_tokenizing(
     spec: CalibrationSpec, model: Path, vocab_size: int, *, trust_remote_code: bool = False
 ) -> Iterator[IsolatedReading]:
-    """Copy this process to one that also tokenizes, with the tokenizer in the folder ``model``.
+    """Fork a process that reads the records of ``spec`` and tokenizes them, with the tokenizer in
+    the folder ``model``.
 
-    What tokenizers need is imported before: that takes seconds.
+    The libraries are imported before the fork, as that takes seconds.
     """
     from transformers import AutoTokenizer  # noqa: F401
 
@@ -105,7 +108,8 @@ class IsolatedReading:
     ) -> None:
         self._caller, self._spec = caller, spec
         self._drawn: deque[Drawn] = deque()
-        self._left = 0  # to render
+        self._left = 0
+        """Records that are not rendered yet."""
         self.separator: int | None = None
         """The end-of-sequence token."""
         found = self._call("start", asdict(spec), model, trust, vocab_size, timeout_s=LOAD_S)
@@ -174,16 +178,14 @@ class IsolatedReading:
         message = f"the tokenizer cannot be loaded: {why}"
         if what == "encode":
             message = f"{self._drawn[0].where}, or soon after: the tokenizer fails: {why}"
-        raise CheckpointRefused(
-            "E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?"
-        ) from None
+        raise CheckpointRefused("E_TOKENIZER", message, hint=TOKENIZER_HINT) from None
 
 
-_reading: Reading | None = None  # of this process, the child
+_reading: Reading | None = None  # in the child
 
 
 def answer(what: str, *args: object) -> object:
-    """Do, in the child, what the parent asks for."""
+    """Run, in the child, the step ``what`` for the parent."""
     global _reading
     try:
         if what == "start":
@@ -221,9 +223,7 @@ def _start(spec: JsonDict, model: str | None, trust: bool, vocab_size: int) -> R
         raise
     except Exception as error:
         message = f"{model}: the tokenizer cannot be loaded: {one_line(error)}"
-        raise CheckpointRefused(
-            "E_TOKENIZER", message, hint="is tokenizer.json there, and of this model?"
-        ) from error
+        raise CheckpointRefused("E_TOKENIZER", message, hint=TOKENIZER_HINT) from error
     return Reading(CalibrationSpec(**spec), tokenizer, vocab_size)
 
 

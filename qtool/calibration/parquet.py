@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 << 20
-SMALL_BYTES = 64 << 20  # of the rows of one pass: with less, the next pass takes more rows
+SMALL_BYTES = 64 << 20  # if the rows of one pass have less, the next pass takes more rows
 
 
 def parquet_rows(path: Path, spec: CalibrationSpec) -> Rows:
     """Yield the records of the file ``path`` in random order.
 
-    One pass through the file finds as many rows as samples are wanted. Where many of them are of
-    no use, each further pass takes four times as many.
+    One pass through the file reads as many rows as samples are wanted. If too many of them are
+    unusable, each further pass reads four times as many.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -62,6 +62,8 @@ def _columns(path: Path, names: list[str], spec: CalibrationSpec) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unreadable:
+    """A row that is refused when it is used."""
+
     why: str
 
 
@@ -94,7 +96,7 @@ def _read(
 
 
 def _values(batch: RecordBatch) -> list[object]:
-    """Return the rows of ``batch``; one that cannot be read is refused when it is used."""
+    """Return the rows of ``batch``, with `_Unreadable` for those that cannot be read."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError as error:

@@ -1,5 +1,5 @@
-"""Drawing, rendering and tokenizing records, a few at a time: `Reading` does it, and runs in a
-process with limits, because files, chat templates and tokenizers are of strangers.
+"""`Reading` draws, renders and tokenizes records, a few at a time. It runs in a process with
+limits, because files, chat templates and tokenizers come from strangers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONG_TOKEN = 16  # characters; no ordinary text has so many a token on average
-# of one step
+TOKENIZER_HINT = "is tokenizer.json there, and of this model?"
+# limits of one step
 STEP_S = 0.5
 STEP_RECORDS = 64
 STEP_BYTES = 16 << 20
@@ -33,11 +34,11 @@ class Drawn:
     where: str
     """File and line, for messages."""
     most_tokens: int
-    """A bound."""
+    """An upper bound of its tokens."""
 
 
 class Steps(Protocol):
-    """What gives samples from records; `Reading` itself, or what calls one in another process."""
+    """The steps from records to token ids: a `Reading`, or one in another process."""
 
     @property
     def separator(self) -> int | None:
@@ -56,8 +57,8 @@ class Steps(Protocol):
 
 
 class Reading:
-    """The records of ``spec``, in the order of the draw. Each step ends after half a second, or
-    with the record that takes longer.
+    """The records of ``spec``, in the order of the draw. A step ends with the record during which
+    half a second is over.
 
     Args:
         spec: what to read.
@@ -82,8 +83,8 @@ class Reading:
         self.separator: int | None = tokenizer.eos_token_id if tokenizer else None
 
     def read(self) -> tuple[list[Drawn], bool]:
-        """Draw the next records. A record that is refused is told when it is needed: not before
-        those in front of it were used.
+        """Draw the next records. The error of a record is raised by the next call, after those
+        before it were returned.
         """
         if self._error:
             raise self._error
@@ -108,8 +109,8 @@ class Reading:
         return drawn, False
 
     def render(self) -> int:
-        """Render the next conversation with the chat template: one at a time, so that it is known
-        which does not end.
+        """Render the next conversation with the chat template. One at a time, so that the parent
+        knows which one does not end.
         """
         assert self._tokenizer is not None
         while self._drawn:
@@ -122,7 +123,7 @@ class Reading:
         return len(self._drawn)
 
     def encode(self) -> list[list[int]]:
-        """Return token ids; of a text with far more than is needed only its first ids."""
+        """Return token ids; of a text with far more than are needed only the first."""
         found: list[list[int]] = []
         count, step = 0, _Step()
         while self._rendered and not step.is_over() and count < STEP_IDS:
@@ -141,7 +142,7 @@ class Reading:
             raise CheckpointRefused(
                 "E_TOKENIZER",
                 f"{record.where}: the tokenizer fails on this text: {one_line(error)}",
-                hint="is tokenizer.json there, and of this model?",
+                hint=TOKENIZER_HINT,
             ) from error
         if max(ids, default=0) >= self._vocab_size:
             raise DataRefused(
@@ -154,7 +155,7 @@ class Reading:
 
 
 def encoded(steps: Steps) -> Iterator[tuple[str, list[int]]]:
-    """Yield where each record stands, and its token ids."""
+    """Yield where each record comes from, and its token ids."""
     more = True
     while more:
         drawn, more = steps.read()
@@ -166,6 +167,8 @@ def encoded(steps: Steps) -> Iterator[tuple[str, list[int]]]:
 
 
 class _Step:
+    """The time limit of one step."""
+
     def __init__(self) -> None:
         self._end = time.monotonic() + STEP_S
 

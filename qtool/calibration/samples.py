@@ -41,8 +41,8 @@ class CalibrationSet:
 
 
 def check_source(spec: CalibrationSpec) -> None:
-    """Read the records that a run would draw, without a tokenizer, in a process of its own; with
-    ``pack`` that is an estimate which errs to more records.
+    """Read the records that a run would draw, without a tokenizer, in a process of its own. With
+    ``pack`` their number is estimated, rather too high.
 
     Raises: DataRefused, naming file, line and field; ResourceError, when the Hub does not answer.
     """
@@ -51,7 +51,7 @@ def check_source(spec: CalibrationSpec) -> None:
 
 
 def check_records(spec: CalibrationSpec, steps: Steps) -> None:
-    """Do what `check_source` does with records that ``steps`` draws."""
+    """Check the records that ``steps`` draws, as `check_source` does."""
     missing = spec.num_samples * (spec.seq_len * LONG_TOKEN if spec.pack else 1)
     total, longest, more = 0, (0, ""), True
     while more:

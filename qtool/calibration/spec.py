@@ -1,4 +1,4 @@
-"""What calibration data is asked for, and the order in which it is drawn."""
+"""`CalibrationSpec`: which calibration data, and in which order it is drawn."""
 
 from __future__ import annotations
 

@@ -198,7 +198,10 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorInfo]:
         found = read_header(file)
         if not tensors.keys().isdisjoint(found):
             name = next(name for name in found if name in tensors)
-            hint = f"remove the file that is not part of the model, or add its {INDEX}"
+            hint = (
+                "remove the file that is not part of the model, or add its "
+                "model.safetensors.index.json"
+            )
             raise refused(
                 "E_DUPLICATE",
                 f"tensor `{name}` is in {tensors[name].file} and in {file.name}",

@@ -17,7 +17,7 @@ import pytest
 from support import EXAMPLE
 
 from qtool.backends import Job, check_device, failures
-from qtool.backends.failures import died, raised
+from qtool.backends.failures import from_exception, from_exit
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import ResourceError
 from qtool.events import from_line
@@ -53,7 +53,7 @@ def plan():
 )
 def test_a_worker_that_sent_nothing_is_understood(plan, tmp_path, status, log, code):
     (tmp_path / "log").write_bytes(log)
-    error = died(status, plan, tmp_path / "log")
+    error = from_exit(status, plan, tmp_path / "log")
     assert error.code == code
     assert error.exit_code == (5 if code == "E_BACKEND_DIED" else 4)
 
@@ -61,15 +61,15 @@ def test_a_worker_that_sent_nothing_is_understood(plan, tmp_path, status, log, c
 def test_a_crash_below_ulimit_v_is_one_of_memory(plan, tmp_path, monkeypatch):
     (tmp_path / "log").touch()
     monkeypatch.setattr(failures, "address_space_is_limited", lambda: True)
-    assert died(-signal.SIGSEGV, plan, tmp_path / "log").code == "E_OUT_OF_MEMORY"
+    assert from_exit(-signal.SIGSEGV, plan, tmp_path / "log").code == "E_OUT_OF_MEMORY"
 
 
 @pytest.mark.parametrize("status", [1, -signal.SIGBUS])
 def test_a_disk_that_is_full_is_seen_without_a_log(plan, job, tmp_path, monkeypatch, status):
     (tmp_path / "log").touch()
     monkeypatch.setattr(failures, "FULL_BYTES", 1 << 62)
-    assert died(status, plan, tmp_path / "log").code == "E_DISK"
-    assert raised(RuntimeError("file write failed"), job, "while saving").code == "E_DISK"
+    assert from_exit(status, plan, tmp_path / "log").code == "E_DISK"
+    assert from_exception(RuntimeError("file write failed"), job, "while saving").code == "E_DISK"
 
 
 WORKER = """
@@ -90,7 +90,7 @@ worker.main(int(sys.argv[1]))
         ("raise OSError(28, 'No space left on device', job.output)", "E_DISK"),
         ("raise RuntimeError('Cannot allocate memory')", "E_OUT_OF_MEMORY"),
         (
-            "worker.raised = broken_too = lambda *_: [0] * 2**62; raise ValueError",
+            "worker.from_exception = broken_too = lambda *_: [0] * 2**62; raise ValueError",
             "E_OUT_OF_MEMORY",
         ),
         ("raise SystemExit(3)", "E_BACKEND_FAILED"),
