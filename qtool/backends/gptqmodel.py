@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gptqmodel.quantization.config import BaseQuantizeConfig
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
-# defuser 0.0.28, which GPTQModel needs, rewrites their experts so that they do not fit the router of
-# transformers 5
+# defuser 0.0.28, which GPTQModel needs, rewrites their experts; the router of transformers 5 does
+# not fit those
 BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 

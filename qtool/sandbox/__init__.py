@@ -1,6 +1,6 @@
 """Run one function on untrusted text in a child process with limits. `Sandbox` is the parent's end,
-`blocking` has one for callers without an event loop, `forked` one that starts at once; `child` is the
-other end.
+`blocking` has one for callers without an event loop, `forked` one that starts at once; `child` is
+the other end.
 
 Both ends send lines of JSON over a socket pair; what a child sends is never unpickled. Time, memory
 and output are limited. The child's environment holds no secrets, but the child is not a jail: code

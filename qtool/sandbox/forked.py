@@ -87,7 +87,7 @@ class ForkedSandbox:
         return b"".join(chunks)
 
     def _end(self) -> int:
-        """Wait for the child and return its exit code; negative for a signal, as in `subprocess`."""
+        """Wait for the child and return its exit code, negative for a signal as in `subprocess`."""
         pid, self._pid = self._pid, 0
         if not pid:
             return 0
