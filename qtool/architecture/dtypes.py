@@ -1,7 +1,8 @@
 """Whether tensors are of the dtype that their header says.
 
 A relabelled tensor has the same bytes, so its numbers give it away: bfloat16 read as float16 lies
-between 1/4 and 2, float16 read as bfloat16 below 2^-30. A few thousand numbers of each are read.
+between 1/4 and 2, float16 read as bfloat16 below 2^-30 and over 8 times as many powers of two as
+weights have. A few thousand numbers of each are read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from qtool.modules import decoder_layer_number
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 SAMPLE_SIZE = 4096  # numbers of one tensor
 MIN_SAMPLE = 256  # fewer tell nothing
+MIN_VALUES = 8
+MIN_SPREAD = 5  # powers of two between the quartiles: a bell has 2, and read wrong 16
 UNREADABLE = frozenset({"U16", "U32", "U64", "C64"})  # torch computes with none of them
 GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale")
 INTEGER_DTYPES = ("I8", "I16", "I32", "I64")  # scales may be U8, as e8m0
@@ -44,7 +47,8 @@ def check_dtypes(checkpoint: Checkpoint, layout: Layout | None) -> None:
         if tensor.dtype not in FLOAT_DTYPES:
             message = f"`{tensor.name}` in {tensor.file.name} is {tensor.dtype}; expected floats"
             raise refused("E_TENSOR_DTYPE", message, HINT)
-    _check_one_dtype(checkpoint, [tensor for tensor in weights if _is_of_decoder(tensor)])
+    vectors = [tensor for tensor in weights if len(tensor.shape) == 1]
+    _check_one_dtype(checkpoint, [tensor for tensor in vectors if _is_of_decoder(tensor)])
     modules = [*layout.modules.values()] if layout else []
     for module in modules:
         _check_parts(module)
@@ -102,18 +106,24 @@ def _check_one_dtype(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
 
 
 def _check_numbers(tensor: TensorInfo) -> None:
-    """Refuse a matrix, or the scales of one, whose sampled numbers are those of another dtype."""
+    """Refuse a matrix, or the scales of one, whose sampled numbers are those of another dtype.
+
+    A few values again and again, such as 1 and -1, tell nothing. Weights of experts and tokens that
+    are never used may be tiny, but all are about as small.
+    """
     if tensor.dtype not in HALVES or tensor.count < MIN_SAMPLE:
         return
     words = _sample(tensor)
     words = words[(words & 0x7FFF) != 0]
-    if len(words) < MIN_SAMPLE // 2:
+    if len(words) < MIN_SAMPLE // 2 or len(np.unique(words & 0x7FFF)) < MIN_VALUES:
         return
     if tensor.dtype == "F16":
         exponents = (words >> 10) & 0x1F
         if np.mean((exponents >= 13) & (exponents <= 15)) > 0.99:
             raise _relabelled(tensor, "bfloat16")
-    elif np.median((words >> 7) & 0xFF) < 96:
+        return
+    low, middle, high = np.percentile((words >> 7) & 0xFF, (25, 50, 75))
+    if middle < 96 and high - low >= MIN_SPREAD:
         raise _relabelled(tensor, "float16")
 
 

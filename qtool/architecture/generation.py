@@ -11,7 +11,7 @@ FILE_NAME = "generation_config.json"
 
 
 def check_generation(checkpoint: Checkpoint) -> None:
-    """Refuse values that no sampler takes, and tokens beyond the vocabulary.
+    """Refuse values that no sampler takes.
 
     Raises: CheckpointRefused.
     """
@@ -23,12 +23,6 @@ def check_generation(checkpoint: Checkpoint) -> None:
         holds, wanted = FIELDS.get(key, (None, ""))
         if holds and value is not None and not holds(value):
             raise bad_field(path, key, value, wanted)
-    vocabulary = checkpoint.text_config.get("vocab_size")
-    for key in ("bos_token_id", "eos_token_id"):
-        value = config.get(key)
-        for token in value if isinstance(value, list) else [value]:
-            if type(token) is int and type(vocabulary) is int and token >= vocabulary:
-                raise bad_field(path, key, value, f"below vocab_size, {vocabulary:,}")
 
 
 def _is_fraction(value: object) -> bool:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,12 @@ REPORTS = {  # what transformers reports after loading -> what that means for a 
     "missing_keys": "lacks {count} tensors of the model",
     "unexpected_keys": "has {count} tensors that the model lacks",
     "mismatched_keys": "has {count} tensors whose shape is not the model's",
+}
+EXPERT_PARTS = {  # of a stack in transformers -> of one expert
+    "gate_up_proj": (r"gate_proj\.weight", r"up_proj\.weight"),
+    "gate_up_proj_bias": (r"gate_proj\.bias", r"up_proj\.bias"),
+    "down_proj": (r"down_proj\.weight",),
+    "down_proj_bias": (r"down_proj\.bias",),
 }
 
 
@@ -61,9 +69,37 @@ def check_tensors(
                 output_loading_info=True,
             )
     if not is_causal:
+        stacks = {name: part.numel() for name, part in model.named_parameters()}
+        split = _split_experts(stacks, report.get("missing_keys") or (), shapes)
         left_over = report.get("unexpected_keys") or ()
-        report["unexpected_keys"] = {key for key in left_over if not tower_of(key)}
+        report["missing_keys"] = {*(report.get("missing_keys") or ())} - split
+        report["unexpected_keys"] = {
+            key for key in left_over if key not in split and not tower_of(key)
+        }
     check_report(checkpoint, report)
+
+
+def _split_experts(
+    stacks: Mapping[str, int], missing: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> set[str]:
+    """Return which of the ``missing`` stacks are there expert by expert, and what stands for them.
+
+    Quantizers write so, and engines read it, also where transformers has only the stack.
+
+    Args:
+        stacks: the number of weights of each parameter of transformers' model.
+        missing: the parameters that the checkpoint lacks.
+        shapes: the tensors of the checkpoint.
+    """
+    split: set[str] = set()
+    for stack in missing:
+        owner, _, kind = stack.rpartition(".")
+        parts = EXPERT_PARTS.get(kind, ())
+        name = re.compile(rf"{re.escape(owner)}\.(?:0|[1-9][0-9]*)\.(?:{'|'.join(parts)})")
+        found = {key: math.prod(shape) for key, shape in shapes.items() if name.fullmatch(key)}
+        if parts and sum(found.values()) == stacks.get(stack) and len({*found.values()}) == 1:
+            split |= {stack, *found}
+    return split
 
 
 def class_of(checkpoint: Checkpoint) -> Any:

@@ -16,7 +16,8 @@ EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.we
 def check_vocabulary(checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer with tokens that the embeddings have no row for.
 
-    A pad token may be beyond them, as no text has it and many models have such a one.
+    Special tokens may be beyond them, since plain text has none: Gemma 3 1B shares the tokenizer of
+    the larger models and their image token, and many models have such a pad token.
 
     Raises: CheckpointRefused.
     """
@@ -58,5 +59,5 @@ def _tokens(tokenizer: object) -> Iterator[tuple[str, int]]:
         if not isinstance(token, Mapping) or type(token.get("id")) is not int:
             continue
         content = str(token.get("content"))
-        if "pad" not in content.lower():
+        if token.get("special") is not True and "pad" not in content.lower():
             yield content, token["id"]

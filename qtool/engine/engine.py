@@ -363,7 +363,9 @@ def _tokenizer(path: str | os.PathLike[str]) -> PromptTokenizer:
 
 
 def _eos_ids(model: CausalLM, tokenizer: PromptTokenizer | None) -> tuple[int, ...]:
-    """Return the model's end tokens, and the tokenizer's."""
+    """Return the model's end tokens, and the tokenizer's; -1, or one beyond the vocabulary, is none
+    of them.
+    """
     config = model.config if model.generation_config is None else model.generation_config
     configured = config.eos_token_id
     ids: list[int | None] = (
@@ -371,4 +373,5 @@ def _eos_ids(model: CausalLM, tokenizer: PromptTokenizer | None) -> tuple[int, .
     )
     if tokenizer is not None:
         ids.append(tokenizer.eos_token_id)
-    return tuple({token_id for token_id in ids if isinstance(token_id, int)})
+    size = model.get_output_embeddings().out_features
+    return tuple({each for each in ids if isinstance(each, int) and 0 <= each < size})

@@ -12,6 +12,7 @@ from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import refused
 
 MAX_BITS = 32
+OTHERS = ("sparsity_config", "transform_config")  # of compressed-tensors: not about numbers
 
 
 def check_fields(where: str, config: Json) -> None:
@@ -40,7 +41,8 @@ def _fields(config: Json) -> Iterator[tuple[str, object]]:
         for key, value in part.items():
             if key in FIELDS:
                 yield key, value
-            parts.append(value)
+            if key not in OTHERS:
+                parts.append(value)
 
 
 def _is_bits(value: object) -> bool:

@@ -1,5 +1,5 @@
-"""The deep check of a checkpoint: no NaN, no infinity, no zero or negative scale, no group out of
-range. numpy on raw bytes, at memory speed.
+"""The deep check of a checkpoint: no NaN, no infinity, no negative scale, no zero where it divides,
+no group out of range. numpy on raw bytes, at memory speed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SCALES = (
     "pre_quant_scale",
     *CACHE_SCALES,
 )
+MULTIPLIERS = ("weight_scale", "_weight_scale", "weight_scale_2", "weight_scale_inv", "scales")
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     file, tensor and value; empty when all is well.
 
     A negative scale is wrong, except one of integer weights, of which AutoRound writes some. A zero
-    scale is wrong, except an e4m3 block scale (a group of zeros) and an e8m0 one (2^-127). Reads
-    every float tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong
-    value and are not read.
+    scale of weights is right: rows and experts that are never used have it, and engines load them;
+    one that is divided by, of activations or inverse, is wrong. Reads every float tensor and
+    ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong value and are not
+    read.
     """
     return check_tensors(checkpoint.tensors.values(), layout)
 
@@ -203,7 +205,7 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
         # AutoRound flips a group to reach the code -8
         negative_allowed = weights is not None and weights.format.startswith("int")
         check = _ScaleCheck(
-            bits, zero_allowed=tensor.dtype == "F8_E4M3", negative_allowed=negative_allowed
+            bits, zero_allowed=suffix in MULTIPLIERS, negative_allowed=negative_allowed
         )
         return bits.word, check.problem
     return bits.word, bits.problem

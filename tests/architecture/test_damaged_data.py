@@ -1,4 +1,4 @@
-"""Weights and scales that are NaN, infinite or zero: `inspect --deep` ends with 3, and `load` too."""
+"""Weights and scales that are NaN or infinite: `inspect --deep` ends with 3, and `load` too."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ DAMAGE = {  # base, end of a tensor's name, bytes at its start
     "block code NaN": ("fp8-block", "q_proj.weight", b"\x7f"),
     "scale NaN": ("ct-int4", "q_proj.weight_scale", NAN_16),
     "scale infinite": ("gptq", "q_proj.scales", b"\x80\x7f"),
-    "scale zero": ("awq", "q_proj.scales", b"\0\0"),
-    "scale zero of a tensor": ("modelopt-fp8", "q_proj.weight_scale", b"\0\0"),
+    "global scale zero": ("ct-nvfp4", "q_proj.weight_global_scale", bytes(4)),
     "MX scale NaN": ("ct-mxfp4", "q_proj.weight_scale", b"\xff"),
     "block scale NaN": ("ct-nvfp4", "q_proj.weight_scale", b"\x7f"),
     "global scale NaN": ("ct-nvfp4", "q_proj.weight_global_scale", NAN_32),

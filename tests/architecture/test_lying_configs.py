@@ -9,7 +9,15 @@ import os
 import shutil
 
 import pytest
-from support.lying_configs import LIES, MODELS, QUANTIZED, harmless_reason, make_bases, make_folder
+from support.lying_configs import (
+    LIES,
+    MODELS,
+    ODD,
+    QUANTIZED,
+    harmless_reason,
+    make_bases,
+    make_folder,
+)
 
 from qtool.cli.app import run
 from qtool.errors import QtoolError
@@ -45,9 +53,13 @@ def outcome(command):
         return error.exit_code, error.code if error.hint else f"{error.code} without a hint"
 
 
-@pytest.mark.parametrize("base", [*MODELS, *QUANTIZED])
-def test_what_the_lies_are_made_of_is_true(base, bases, tmp_path):
-    folder = make_folder(bases[base], tmp_path / "model", lambda folder: None)
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [*((base, lambda folder: None) for base in (*MODELS, *QUANTIZED)), *ODD.values()],
+    ids=[*MODELS, *QUANTIZED, *ODD],
+)
+def test_what_is_true_or_only_odd_is_accepted(base, change, bases, tmp_path):
+    folder = make_folder(bases[base], tmp_path / "model", change)
     found = {name: outcome(command) for name, command in commands(base, folder).items()}
     if base in QUANTIZED:
         assert found.pop("quantize") == (3, "E_ALREADY_QUANTIZED")

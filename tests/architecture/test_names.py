@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from qtool.architecture import map_names
+from qtool.architecture import check_model, map_names
 from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointRefused
 from qtool.modules import NOT_TEXT
 
 SIZES = {
@@ -195,3 +196,29 @@ def test_a_config_without_architectures_names_its_layers_itself(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     linears = map_names(open_checkpoint(folder)).linears
     assert {linear.module for linear in linears.values()} == set(linears)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration"]
+)
+def test_experts_one_by_one_stand_for_a_stack_of_transformers(architecture, tmp_path):
+    folder, _ = publish(architecture, tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        owner, _, kind = name.rpartition(".")
+        part, is_bias, _ = kind.partition("_bias")
+        if not owner.endswith("experts"):
+            tensors[name] = tensor
+            continue
+        parts = ["gate_proj", "up_proj"] if part == "gate_up_proj" else [part]
+        for number, expert in enumerate(tensor):
+            for each, matrix in zip(parts, expert.chunk(len(parts), dim=-1), strict=True):
+                suffix = "bias" if is_bias else "weight"
+                tensors[f"{owner}.{number}.{each}.{suffix}"] = matrix.t().contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    check_model(open_checkpoint(folder), None)
+    tensors = {name: each for name, each in tensors.items() if not name.endswith("2.up_proj.weight")}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointRefused, match="lacks"):
+        check_model(open_checkpoint(folder), None)

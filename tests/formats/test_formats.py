@@ -348,7 +348,7 @@ def break_one(random, config):
     [
         ("ct/W4A16", "model.norm.weight", float("nan"), "NaN or infinity"),
         ("ct/W4A16", "model.embed_tokens.weight", float("-inf"), "NaN or infinity"),
-        ("ct/W4A16", "model.layers.1.mlp.up_proj.weight_scale", 0.0, "zero scale"),
+        ("ct/W4A16", "model.layers.1.mlp.up_proj.weight_scale", 0.0, None),
         ("ct/W4A16", "model.layers.1.mlp.up_proj.weight_scale", -1.0, None),
         ("ct/FP8_DYNAMIC", "model.layers.1.mlp.up_proj.weight_scale", -1.0, "negative scale"),
         ("ct/FP8_DYNAMIC", "model.layers.1.mlp.up_proj.weight", float("nan"), "NaN or infinity"),
@@ -362,7 +362,7 @@ def break_one(random, config):
         ("gptq/rtn4", "model.layers.1.mlp.up_proj.scales", float("inf"), "NaN or infinity"),
         ("gptq/rtn4", "model.layers.1.mlp.up_proj.g_idx", 2, "and there are 2"),
         ("gptq/rtn4", "model.layers.1.mlp.up_proj.g_idx", -1, "and there are 2"),
-        ("modelopt/FP8", "model.layers.1.mlp.up_proj.weight_scale", 0.0, "zero scale"),
+        ("modelopt/FP8", "model.layers.1.mlp.up_proj.weight_scale", 0.0, None),
         (
             "modelopt/NVFP4",
             "model.layers.1.mlp.up_proj.weight_scale_2",

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qtool.formats import WRITABLE, QuantizedModule
 from qtool.scheme import scheme_from
 from qtool.weight import Activation, quantize
@@ -380,7 +382,7 @@ def _model_lies() -> dict[str, Change]:
     lies |= _all_of({f"{value!r}": value for value in types}, "model_type")
     lies |= _all_of({"a string": "yes", "1": 1, "a list": [], "null": None}, "tie_word_embeddings")
     for key in ("bos_token_id", "eos_token_id"):
-        values = (10**6, 4096, "a", 1.5, NAN, [10**6], [[]], -5, {}, True)
+        values = ("a", 1.5, NAN, [[]], -5, {}, True)
         lies |= _all_of({f"{value!r}": value for value in values}, key)
     lies |= _all_of({"a string": "a", "1.5": 1.5, "an object": {}}, "pad_token_id")
     lies |= _all_of({"unknown": "nope", "a number": 5, "null": None}, "hidden_act")
@@ -440,7 +442,7 @@ def generation_lies() -> dict[str, Change]:
         "temperature": ("hot", NAN, -1, INFINITY, []),
         "top_p": ("x", NAN, 2, -1),
         "top_k": ("x", NAN, -5, 1.5),
-        "eos_token_id": ("x", 10**6, 1.5, [10**6]),
+        "eos_token_id": ("x", 1.5),
         "repetition_penalty": ("x", NAN, 0),
         "max_new_tokens": ("x", -1),
         "do_sample": ("x",),
@@ -469,9 +471,57 @@ def beyond_tokenizer(folder: Path) -> None:
 
 def beyond_added(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    token = {**tokenizer["added_tokens"][0], "id": 4100, "content": "<|more|>"}
+    token = {**tokenizer["added_tokens"][0], "id": 4100, "content": "more", "special": False}
     tokenizer["added_tokens"].append(token)
     rewrite(folder / "tokenizer.json", json.dumps(tokenizer).encode())
+
+
+def with_numbers(suffix: str, dtype: str, numbers: Callable[[int], object]) -> Change:
+    """Return what gives the first tensor that ends with ``suffix`` other numbers: ``numbers`` takes
+    how many, and returns an array.
+    """
+
+    def edit(entries: dict[str, Entry]) -> None:
+        import torch
+
+        entry = entries[_named(entries, suffix)]
+        values = torch.as_tensor(numbers(math.prod(entry["shape"])))
+        values = values.to({"F16": torch.float16, "BF16": torch.bfloat16}[dtype])
+        entry.update(dtype=dtype, data=values.view(torch.uint8).numpy().tobytes())
+
+    return tensors(edit)
+
+
+def special_token(folder: Path) -> None:
+    """Give the tokenizer a special token beyond the embeddings, as that of Gemma 3 1B has one."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    token = {**tokenizer["added_tokens"][0], "id": 4096, "content": "<image>", "special": True}
+    tokenizer["added_tokens"].append(token)
+    rewrite(folder / "tokenizer.json", json.dumps(tokenizer).encode())
+
+
+def _bell(size: float) -> Callable[[int], object]:
+    return lambda count: np.random.default_rng(0).normal(0, size, count)
+
+
+ODD: Mapping[str, tuple[str, Change]] = {  # what looks like a lie and is published -> base, change
+    "eos beyond": ("llama", config("eos_token_id", value=128_002)),
+    "bos beyond": ("sliding", config("bos_token_id", value=10**6)),
+    "eos beyond for sampling": (
+        "llama",
+        config("eos_token_id", file="generation_config.json", value=[-1, 10**6]),
+    ),
+    "special token beyond": ("sliding", special_token),
+    "head in the other dtype": ("llama", with_numbers("lm_head.weight", "F16", _bell(0.02))),
+    "layer never used": ("llama", with_numbers("up_proj.weight", "BF16", _bell(1e-13))),
+    "signs": ("llama", with_numbers("up_proj.weight", "F16", lambda n: np.arange(n) % 3 - 1)),
+    "sparsity without targets": (
+        "ct-int4",
+        config("quantization_config", "sparsity_config", value={"format": "dense", "targets": []}),
+    ),
+    "scale zero": ("awq", filled("q_proj.scales", b"\0\0")),
+    "scale zero of a tensor": ("modelopt-fp8", filled("q_proj.weight_scale", b"\0\0")),
+}
 
 
 def _plain_lies() -> dict[str, Change]:
