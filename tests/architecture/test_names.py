@@ -218,7 +218,9 @@ def test_experts_one_by_one_stand_for_a_stack_of_transformers(architecture, tmp_
                 tensors[f"{owner}.{number}.{each}.{suffix}"] = matrix.t().contiguous()
     save_file(tensors, file, {"format": "pt"})
     check_model(open_checkpoint(folder), None)
-    tensors = {name: each for name, each in tensors.items() if not name.endswith("2.up_proj.weight")}
+    tensors = {
+        name: each for name, each in tensors.items() if not name.endswith("2.up_proj.weight")
+    }
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointRefused, match="lacks"):
         check_model(open_checkpoint(folder), None)
