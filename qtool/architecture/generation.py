@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from qtool.checkpoint import Checkpoint, read_json
-from qtool.checkpoint.config_values import bad_field, is_positive
+from qtool.checkpoint.config_values import bad_field, is_flag, is_positive
 
 FILE_NAME = "generation_config.json"
 
@@ -43,7 +43,7 @@ TOKEN = (_is_token, "a token id, or a list of them")
 LENGTH = (lambda value: type(value) is int and value > 0, "a whole number greater than zero")
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "bos_token_id": TOKEN,
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "do_sample": (is_flag, "true or false"),
     "eos_token_id": TOKEN,
     "max_length": LENGTH,
     "max_new_tokens": LENGTH,

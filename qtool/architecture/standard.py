@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.config_values import is_dtype, is_positive, is_size
+from qtool.checkpoint.config_values import is_dtype, is_flag, is_positive, is_size
 from qtool.checkpoint.strict_json import Json
 from qtool.formats import Layout, unquantized_tensors
 from qtool.modules import is_mtp_layer
@@ -57,10 +57,6 @@ def is_standard(checkpoint: Checkpoint, layout: Layout | None) -> bool:
     return expected == found
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
@@ -84,9 +80,9 @@ FIELDS: Mapping[str, Callable[[object], bool]] = {  # transformers checks their 
     **dict.fromkeys(("rope_theta", "partial_rotary_factor"), is_positive),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _is_token),
     **dict.fromkeys(("dtype", "torch_dtype"), is_dtype),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"), _is_bool),
-    **dict.fromkeys(("use_sliding_window", "norm_topk_prob", "output_router_logits"), _is_bool),
-    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), _is_bool),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"), is_flag),
+    **dict.fromkeys(("use_sliding_window", "norm_topk_prob", "output_router_logits"), is_flag),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), is_flag),
     "hidden_act": lambda value: value == "silu",
     "transformers_version": lambda value: isinstance(value, str),
     "layer_types": _are_layer_types,

@@ -45,22 +45,24 @@ WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
 def aux_files(source: Path) -> list[Path]:
     """Return the auxiliary files of the model folder ``source``, in name order.
 
-    Raises: CheckpointRefused, when one of them cannot be carried: it is missing behind its link, is
-        no regular file, or is a link to something that is named as no auxiliary file is; an OSError
-        when it cannot be read.
+    Raises: CheckpointRefused, when one of them cannot be copied: its link is broken, it is not a
+        regular file, or it is a link out of the folder to a file with another kind of name;
+        OSError, when it cannot be read.
     """
     found = []
     for path in sorted(source.iterdir()):
         if _is_aux_name(path) and not _is_written(path):
-            _check_carried(path, source)
+            _check_copyable(path, source)
             found.append(path)
         elif path.suffix == ".json" and not (path.is_dir() or _is_dangling(path)):
-            regular_size(path)  # libraries open what they find, and a FIFO would hold them up
+            regular_size(path)  # libraries open every JSON file, and a FIFO would block them
     return found
 
 
 def links_outside(files: Iterable[Path], source: Path) -> list[str]:
-    """Say which of the auxiliary ``files`` lie outside of the model folder ``source``."""
+    """Return a note for each of the auxiliary ``files`` that lies outside of the model folder
+    ``source``.
+    """
     return [
         f"{path.name} is a link out of the model folder; what {path.resolve()} holds is copied"
         for path in files
@@ -110,30 +112,30 @@ def _is_written(path: Path) -> bool:
 
 
 def _is_aux_name(path: Path) -> bool:
-    """Whether auxiliary files are named as ``path`` is."""
+    """Whether ``path`` has the name of an auxiliary file."""
     return path.suffix not in CODE_OR_PICKLE and any(path.match(name) for name in AUX_FILES)
 
 
-def _check_carried(path: Path, source: Path) -> None:
-    """Raise when the auxiliary file ``path`` cannot be copied, or would carry a file that has
-    nothing to do with a model.
+def _check_copyable(path: Path, source: Path) -> None:
+    """Raise CheckpointRefused or OSError when the auxiliary file ``path`` cannot be copied, or is a
+    link to a file that has nothing to do with a model.
     """
     if not path.name.isprintable():
         raise refused(
             "E_FILE_NAME",
             f"{path} has a name that no manifest can hold",
-            "rename it: letters in UTF-8, no control characters",
+            "rename it: UTF-8 without control characters",
         )
     regular_size(path)
     if not _is_inside(path, source) and not _is_aux_name(path.resolve()):
         raise refused(
             "E_LINK_OUTSIDE",
-            f"{path} is a link to {path.resolve()}, outside of the model folder and named "
-            "otherwise",
+            f"{path} is a link to {path.resolve()}, outside of the model folder and with a name "
+            "that no auxiliary file has",
             "put the file itself there, or remove the link",
         )
     with path.open("rb"):
-        pass  # it can be read
+        pass  # only to see that it can be read
 
 
 def _is_inside(path: Path, source: Path) -> bool:

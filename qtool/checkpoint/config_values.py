@@ -1,8 +1,7 @@
-"""The values of config.json: sizes, constants, rotary embeddings and dtypes that no model has are
-refused.
+"""Checks the values of config.json: sizes, constants, rotary embeddings and dtypes.
 
-Most would be refused by transformers too, but not all, and not before torch is imported. A null is
-the default of the class.
+transformers checks most of them too, but not all, and only once torch is imported. A null is the
+default of the class.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from qtool.checkpoint.strict_json import Json, refused
 from qtool.errors import CheckpointRefused
 
 MAX_SIZE = 1 << 31
-MAX_LAYERS = 1 << 16  # one object each
+MAX_LAYERS = 1 << 16  # each becomes an object
 SIZES = frozenset(
     {
         "head_dim",
@@ -119,7 +118,7 @@ def _wanted(key: str, value: object) -> str:
 
 
 def is_size(value: object, *, least: int = 1) -> bool:
-    """Whether ``value`` is a number of things, or one for each layer."""
+    """Whether ``value`` is a whole number from ``least`` on, or one for each layer."""
     values = value if isinstance(value, list) and value else [value]
     return all(type(each) is int and least <= each < MAX_SIZE for each in values)
 
@@ -146,7 +145,8 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_flag(value: object) -> bool:
+def is_flag(value: object) -> bool:
+    """Whether ``value`` is true or false."""
     return isinstance(value, bool)
 
 
@@ -155,14 +155,14 @@ CHECKS: tuple[tuple[frozenset[str], Callable[[object], bool], str], ...] = (
     (COUNTS, _is_count, f"a whole number from 0 to {MAX_SIZE - 1:,}"),
     (EPSILONS, _is_epsilon, "a number between 0 and 1"),
     (POSITIVE, is_positive, "a number greater than zero"),
-    (FLAGS, _is_flag, "true or false"),
+    (FLAGS, is_flag, "true or false"),
     (NAMES, _is_name, "a name"),
     (frozenset({"dtype", "torch_dtype"}), is_dtype, "the dtype of weights, such as bfloat16"),
 )
 
 
 def _check_finite(path: Path, value: object, key: str = "config") -> None:
-    """Refuse NaN anywhere, and infinity but for time steps, which Mamba bounds by it."""
+    """Refuse NaN, and infinity except in the time step limits of Mamba."""
     if isinstance(value, Mapping):
         for name, each in value.items():
             _check_finite(path, each, name)
@@ -176,7 +176,7 @@ def _check_finite(path: Path, value: object, key: str = "config") -> None:
 
 
 def _check_rope(path: Path, key: str, rope: object) -> None:
-    """Refuse a rotary embedding that is none; it may be one for each kind of layer."""
+    """Refuse impossible values of a rotary embedding; there may be one for each kind of layer."""
     if rope is None:
         return
     if not isinstance(rope, Mapping):
@@ -229,19 +229,19 @@ def _check_layers(path: Path, config: Json) -> None:
 
 
 def _check_tokens(path: Path, config: Json) -> None:
-    """Refuse what is no token; -1 stands for none, and one beyond the vocabulary never comes."""
+    """Refuse what is not a token id. -1 means none; an id beyond the vocabulary is never generated."""
     for key in TOKENS:
         value = config.get(key)
         for token in value if isinstance(value, list) else [value]:
             if token is None:
                 continue
             if type(token) is not int or token < -1:
-                raise bad_field(path, key, value, "a token's number")
+                raise bad_field(path, key, value, "a token id")
 
 
 def bad_field(
     path: Path, key: str, value: object, wanted: str, hint: str = HINT
 ) -> CheckpointRefused:
     """Return the error for a field of the config ``path`` that must be ``wanted``."""
-    said = reprlib.repr(value)
-    return refused("E_CONFIG_FIELD", f"{path}: `{key}` is {said}, and must be {wanted}", hint)
+    found = reprlib.repr(value)
+    return refused("E_CONFIG_FIELD", f"{path}: `{key}` is {found}, and must be {wanted}", hint)

@@ -17,8 +17,8 @@ Digests = dict[str, dict[str, object]]  # by file name
 
 
 def digest_files(files: Iterable[Path], *, stop: threading.Event | None = None) -> Digests:
-    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel; once
-    ``stop`` is set, of as much as was read.
+    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel. Once
+    ``stop`` is set, reading ends and the digests are useless.
     """
     ordered = sorted(files)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

@@ -46,7 +46,7 @@ UNWANTED = (
 )
 CODE = ("*.py",)
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-METADATA_S = 30.0  # for the endpoint to say what there is to download, all requests together
+METADATA_S = 30.0  # until the endpoint has told what there is to download
 STALL_S = 60.0  # without progress
 
 
@@ -72,7 +72,7 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
 
 
 def is_offline() -> bool:
-    """Whether an environment variable says to use the cache alone."""
+    """Whether an environment variable allows the cache alone."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -88,7 +88,7 @@ def _find_cached(request: DownloadRequest) -> str:
 
 
 def _download(request: DownloadRequest) -> str:
-    """Run `hub_download.main`, and end it when nothing arrives."""
+    """Run `hub_download.main` in a child process, and kill it when nothing arrives."""
     package_parent = str(Path(__file__).resolve().parents[2])
     code = (
         f"import sys; sys.path.append({package_parent!r}); from qtool.checkpoint.hub_download "
@@ -101,20 +101,23 @@ def _download(request: DownloadRequest) -> str:
         try:
             with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
                 stdin.write(json.dumps(request).encode() + b"\n")
-            return _answer(request, child.stdout)
+            return _folder_from(request, child.stdout)
         finally:
             child.kill()
 
 
-def _answer(request: DownloadRequest, pipe: IO[bytes]) -> str:
-    """Return the folder that the download process ends with."""
+def _folder_from(request: DownloadRequest, pipe: IO[bytes]) -> str:
+    """Return the folder that the download process sends at the end.
+
+    Raises: what `hub_download.download` raises there; ResourceError, when nothing arrives in time.
+    """
     from qtool.checkpoint.hub_download import failed
 
     deadline_s, buffer = METADATA_S, b""
     while True:
         if not select.select([pipe], [], [], deadline_s)[0]:
             if deadline_s == METADATA_S:
-                return _find_cached(request)  # as without a network
+                return _find_cached(request)  # as if there were no network
             raise failed(f"model `{request['name']}`", f"nothing has arrived for {STALL_S:.0f} s")
         chunk = os.read(pipe.fileno(), 1 << 16)
         if not chunk:
@@ -136,7 +139,7 @@ def _may_be_hub_name(name: str) -> bool:
 
 
 def unreachable(name: str) -> ResourceError:
-    """Return the error for a Hub name that is neither in the cache nor can be asked for."""
+    """Return the error for a Hub name that is not in the cache while the Hub cannot be asked."""
     from huggingface_hub import constants
 
     offline = next(

@@ -1,7 +1,7 @@
-"""Download one model from the Hub, in a process that can be ended: `main` runs there.
+"""Downloads one model from the Hub, in a process that can be killed: `main` runs there.
 
-It gets what to download as one JSON line on stdin and sends JSON lines on stdout: whenever
-something has arrived, and the folder or an error at the end. Progress bars go to stderr.
+It reads a `DownloadRequest` as one JSON line from stdin and writes JSON lines to stdout: one
+whenever something has arrived, and the folder or an error at the end. Progress bars go to stderr.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from huggingface_hub.utils.tqdm import tqdm
 from qtool.errors import CheckpointRefused, QtoolError, ResourceError, one_line, to_wire
 
 CONNECT_TIMEOUT_S = 5.0
-PROGRESS_BYTES = 64 << 10  # less than this is no progress: it may drip for years
+PROGRESS_BYTES = 64 << 10  # fewer do not count: an endpoint may send a byte at a time
 PROGRESS_INTERVAL_S = 0.5
 MAX_METADATA_BYTES = 64 << 20
 METADATA_HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
-# what the Hub's library makes of an answer that is not the Hub's
+# what huggingface_hub raises for an answer that is not the Hub's
 NOT_THE_HUB = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -68,7 +68,9 @@ def is_reachable() -> bool:
     return True
 
 
-def download(request: DownloadRequest, *, local_only: bool, bars: type[tqdm] | None = None) -> str:
+def download(
+    request: DownloadRequest, *, local_only: bool, bar_class: type[tqdm] | None = None
+) -> str:
     """Return the folder of a model in the cache, downloaded unless ``local_only``.
 
     Raises: Unreachable; CheckpointRefused, when there is no such model or no access to it;
@@ -84,7 +86,7 @@ def download(request: DownloadRequest, *, local_only: bool, bars: type[tqdm] | N
                 ignore_patterns=request["unwanted"],
                 etag_timeout=CONNECT_TIMEOUT_S,
                 local_files_only=local_only,
-                tqdm_class=bars,
+                tqdm_class=bar_class,
             )
         )
     except GatedRepoError as error:
@@ -113,7 +115,7 @@ def download(request: DownloadRequest, *, local_only: bool, bars: type[tqdm] | N
 def check_data_set(name: str) -> None:
     """Raise ResourceError when the endpoint's answer about the data set ``name`` is not the Hub's.
 
-    That there is no such data set, or no access, is an answer.
+    An answer that there is no such data set, or no access to it, passes.
     """
     subject = f"data set `{name}`"
     try:
@@ -144,10 +146,10 @@ def failed(subject: str, why: str, *, hint: str = "") -> ResourceError:
 
 
 class _Output:
-    """Sends lines to the parent."""
+    """Sends JSON lines to the parent."""
 
     def __init__(self) -> None:
-        # whatever the library prints must not be taken for a line
+        # what the library prints must not get between the lines
         self._file = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._lock = threading.Lock()
@@ -157,19 +159,19 @@ class _Output:
         with self._lock:
             self._file.write(json.dumps(line) + "\n")
 
-    def moved(self, size: float) -> None:
-        """Say that ``size`` more bytes have arrived, when they are enough to be progress."""
+    def add_bytes(self, size: float) -> None:
+        """Count ``size`` more bytes that arrived, and report progress once they are enough."""
         with self._lock:
             self._arrived += int(size)
             now = time.monotonic()
             if self._arrived < PROGRESS_BYTES or now < self._last + PROGRESS_INTERVAL_S:
                 return
             self._arrived, self._last = 0, now
-            self._file.write('{"moved": true}\n')
+            self._file.write('{"progress": true}\n')
 
 
-class _Counted(httpx.SyncByteStream):
-    """The body of an answer: its bytes are progress, and those of metadata are limited."""
+class _CountedBody(httpx.SyncByteStream):
+    """The body of an answer: bytes of files count as progress, those of metadata are limited."""
 
     def __init__(self, stream: httpx.SyncByteStream, output: _Output, limit: int | None) -> None:
         self._stream, self._output, self._limit = stream, output, limit
@@ -179,7 +181,7 @@ class _Counted(httpx.SyncByteStream):
         for chunk in self._stream:
             size += len(chunk)
             if self._limit is None:
-                self._output.moved(len(chunk))
+                self._output.add_bytes(len(chunk))
             elif size > self._limit:
                 raise httpx.RemoteProtocolError("the answer is larger than any of the Hub's")
             yield chunk
@@ -188,19 +190,19 @@ class _Counted(httpx.SyncByteStream):
         self._stream.close()
 
 
-def _client_factory(output: _Output) -> httpx.Client:
-    """Return the library's client, with a look at every answer."""
+def _make_client(output: _Output) -> httpx.Client:
+    """Return the library's HTTP client, with a check of every answer."""
     from huggingface_hub.utils import _http
 
     def check(response: httpx.Response) -> None:
-        for name in METADATA_HEADERS:  # they become names of files in the cache
+        for name in METADATA_HEADERS:  # the library names files in the cache by them
             value = response.headers.get(name, "")
             if not re.fullmatch(r'(W/)?"?[\w.+=:-]*"?', value) or ".." in value:
                 raise httpx.RemoteProtocolError(f"its header {name} is `{value[:100]}`")
         is_api = "/api/" in response.request.url.path
         assert isinstance(response.stream, httpx.SyncByteStream)
         limit = MAX_METADATA_BYTES if is_api else None
-        response.stream = _Counted(response.stream, output, limit)
+        response.stream = _CountedBody(response.stream, output, limit)
         if is_api and response.is_success and "/revision/" in response.request.url.path:
             response.read()
             if not re.fullmatch("[0-9a-f]{40}", str(response.json()["sha"])):
@@ -212,36 +214,36 @@ def _client_factory(output: _Output) -> httpx.Client:
     return client
 
 
-def _bars(output: _Output) -> type[tqdm]:
-    """Return the library's progress bar, which also tells the parent."""
+def _bar_class(output: _Output) -> type[tqdm]:
+    """Return a class of progress bars that also report to the parent."""
 
-    class Bars(tqdm):
+    class ReportingBar(tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
-            output.send({"moved": True})  # it is known what to download
+            output.send({"progress": True})  # it is known what to download
             self._counts_bytes = kwargs.get("unit") == "B"
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             if self._counts_bytes:
-                output.moved(n or 0)
+                output.add_bytes(n or 0)
             else:
-                output.send({"moved": True})  # a file is complete
+                output.send({"progress": True})  # a file is complete
             return bool(super().update(n))
 
-    return Bars
+    return ReportingBar
 
 
 def main() -> None:
-    """Download what the line on stdin says."""
+    """Download what the line on stdin asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     output = _Output()
     request: DownloadRequest = json.loads(sys.stdin.readline())
-    huggingface_hub.set_client_factory(lambda: _client_factory(output))
+    huggingface_hub.set_client_factory(lambda: _make_client(output))
     try:
         line: dict[str, object] = {
-            "folder": download(request, local_only=not is_reachable(), bars=_bars(output))
+            "folder": download(request, local_only=not is_reachable(), bar_class=_bar_class(output))
         }
     except Unreachable:
         line = {"unreachable": True}

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint that qtool wrote: which files it has, and whether they are those."""
+"""The manifest of a checkpoint that qtool wrote, and whether its files are still the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ManifestCheck:
     missing: tuple[str, ...]
     """Listed files that are not there."""
     added: tuple[str, ...]
-    """What is there and not listed."""
+    """Files that are there and not listed."""
     digests: Digests = field(repr=False)
     """Of the listed files that are there; empty when only names and sizes were compared."""
 
@@ -39,7 +39,7 @@ class ManifestCheck:
         return not (self.changed or self.missing or self.added)
 
     def differences(self) -> list[str]:
-        """Return each difference in words."""
+        """Return a sentence for each difference."""
         return [
             *(f"{name} is not the file that the manifest describes" for name in self.changed),
             *(f"{name} is in the manifest and missing" for name in self.missing),
@@ -72,7 +72,7 @@ class ManifestCheck:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest, however broken."""
+    """Whether ``folder`` has a manifest, readable or not."""
     return os.path.lexists(folder / MANIFEST)
 
 
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> JsonDict:
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, Mapping) or not all(
-        Path(name).name == name and isinstance(facts, Mapping) for name, facts in files.items()
+        Path(name).name == name and isinstance(entry, Mapping) for name, entry in files.items()
     ):
         raise refused("E_MANIFEST", f"{path}: `files` does not list files of the folder")
     return manifest
@@ -105,18 +105,18 @@ def check_manifest(
     Args:
         folder: a checkpoint that has a manifest.
         read_data: whether digests are compared, or names and sizes only.
-        stop: ends the reading early; the result is then of no use.
-    Raises: CheckpointRefused, when there is no manifest that can be read.
+        stop: once it is set, reading ends and the result is useless.
+    Raises: CheckpointRefused, when there is no manifest or it cannot be read.
     """
     listed: Mapping[str, Mapping[str, object]] = read_manifest(folder)["files"]
     present = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
-    there = [path for name, path in present.items() if name in listed and path.is_file()]
-    digests = digest_files(there, stop=stop) if read_data else {}
+    files = [path for name, path in present.items() if name in listed and path.is_file()]
+    digests = digest_files(files, stop=stop) if read_data else {}
     changed = [
         name
-        for name, facts in sorted(listed.items())
+        for name, entry in sorted(listed.items())
         if name in present
-        and (not _has_size(present[name], facts) or (read_data and digests.get(name) != facts))
+        and (not _has_size(present[name], entry) or (read_data and digests.get(name) != entry))
     ]
     return ManifestCheck(
         files=len(listed),
@@ -139,9 +139,9 @@ def written_files(folder: Path) -> set[str]:
         ):
             return {STATE_FILE, STATE_WEIGHTS}
     except CheckpointRefused:
-        pass  # then nothing tells that qtool wrote them
+        pass  # nothing shows that qtool wrote them
     return set()
 
 
-def _has_size(path: Path, facts: Mapping[str, object]) -> bool:
-    return path.is_file() and path.stat().st_size == facts.get("size_bytes")
+def _has_size(path: Path, entry: Mapping[str, object]) -> bool:
+    return path.is_file() and path.stat().st_size == entry.get("size_bytes")

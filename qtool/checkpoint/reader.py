@@ -34,7 +34,8 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
 
     Args:
         path: the folder.
-        is_written: whether this run wrote it; a file that cannot be read is then no bad input.
+        is_written: whether this run wrote it: then a file that cannot be read is an error of the
+            disk, not a refused input.
     Raises: CheckpointRefused, naming the file, the tensor and the numbers that do not fit.
     """
     with file_errors(reading=[] if is_written else [path]):

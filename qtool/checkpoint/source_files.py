@@ -1,4 +1,4 @@
-"""The files of a model folder that a run reads or carries: checked before the run, and compared
+"""The files of a model folder that a run reads or copies: checked before the run, and compared
 after it.
 """
 
@@ -16,13 +16,13 @@ from qtool.errors import CheckpointRefused
 
 
 class FileState(NamedTuple):
-    """What tells that a file was written to, without reading it."""
+    """What changes when a file is written to; it is known without reading the file."""
 
     size_bytes: int
     mtime_ns: int
     inode: int
     ctime_ns: int
-    """Also changes with permissions and links; cannot be set back."""
+    """Also changes with permissions and links, and nobody can set it back."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,26 @@ class SourceFiles:
 
     folder: Path
     aux: tuple[Path, ...]
-    """The auxiliary files that are carried into the output."""
+    """The auxiliary files that are copied to the output."""
     notes: tuple[str, ...]
-    """What the user should know of them."""
+    """What the user should know about them."""
     states: Mapping[Path, FileState]
     digests: Digests
-    """Of the small files. Those of the weights are taken during the run."""
+    """Of the small files. The weights are hashed during the run."""
 
     @property
     def aux_bytes(self) -> int:
-        """How many bytes are carried."""
+        """How many bytes are copied."""
         return sum(self.states[file].size_bytes for file in self.aux if file in self.states)
 
     def check_unchanged(self, weight_digests: Digests) -> None:
         """Raise CheckpointRefused when a file is not what it was when the run began.
 
-        Nothing is read again, but for files whose status alone changed, as by ``chmod``: these are
-        compared with their digest.
+        Only a file whose status alone changed, e.g. by ``chmod``, is read again and compared with
+        its digest.
+
+        Args:
+            weight_digests: of the weights, as they were read during the run.
         """
         digests = {**self.digests, **weight_digests}
         for file, before in self.states.items():
@@ -67,7 +70,7 @@ class SourceFiles:
 def source_files(checkpoint: Checkpoint) -> SourceFiles:
     """Return the files of ``checkpoint`` that a run needs.
 
-    Raises: CheckpointRefused, when a file that is to be carried cannot be.
+    Raises: CheckpointRefused, when an auxiliary file cannot be copied.
     """
     folder = checkpoint.path
     aux = aux_files(folder)

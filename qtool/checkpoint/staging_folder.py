@@ -32,7 +32,7 @@ class StagingFolder:
 
     path: Path
     fd: int
-    """The folder itself, whatever stands at ``path`` meanwhile."""
+    """An open descriptor of the folder: ``path`` may lead to another one by now."""
     lock_fd: int
     """An open descriptor of the lock that keeps other runs out."""
 
@@ -49,15 +49,15 @@ class StagingFolder:
         os.rename(place, name, dst_dir_fd=self.fd)
 
     def recover(self, output: Path) -> None:
-        """Finish what a killed run left: a replaced output goes back to its place, the rest goes
-        away.
+        """Clean up after a killed run: an output that it was replacing goes back to its place, the
+        rest is removed.
         """
         if self._holds(PREVIOUS) and not os.path.lexists(output):
             self.move_out(PREVIOUS, output)
         for name in (CHECKPOINT, SCRATCH):
             self._remove(name)
         if self._holds(PREVIOUS):
-            # if this is killed halfway, what is left must not come back as the output
+            # renamed, so that it does not come back as the output if this is killed halfway
             os.rename(PREVIOUS, CHECKPOINT, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             self._remove(CHECKPOINT)
         if self._holds(LOG):
@@ -73,10 +73,10 @@ class StagingFolder:
 
 @contextlib.contextmanager
 def lock_staging_folder(path: Path, output: Path) -> Iterator[StagingFolder]:
-    """Make or take over the staging folder ``path`` of ``output``, hold its lock, and leave nothing
-    of it behind.
+    """Make or take over the staging folder ``path`` of ``output``, hold its lock, and remove it at
+    the end.
 
-    The lock file goes with its holder, so a waiter checks that it still has the real one.
+    The holder removes the lock file at the end, so a waiter checks that its file is still there.
 
     Raises: OutputTaken, when another run holds it, or it is not a folder that qtool made.
     """
@@ -88,7 +88,7 @@ def lock_staging_folder(path: Path, output: Path) -> Iterator[StagingFolder]:
         finally:
             with contextlib.suppress(OSError):
                 folder.recover(output)
-                os.unlink(LOCK, dir_fd=folder.fd)  # last: from here on the next run may begin
+                os.unlink(LOCK, dir_fd=folder.fd)  # last: after this the next run may begin
                 if _is_at(folder.fd, path):
                     path.rmdir()
             os.close(folder.lock_fd)
@@ -100,7 +100,7 @@ def lock_staging_folder(path: Path, output: Path) -> Iterator[StagingFolder]:
 
 
 def check_staging_folder(path: Path) -> None:
-    """Raise OutputTaken when something stands at ``path`` that is not a folder qtool made."""
+    """Raise OutputTaken when something else than a staging folder of qtool is at ``path``."""
     with contextlib.ExitStack() as opened, contextlib.suppress(FileNotFoundError):
         fd = _open_folder(path)
         opened.callback(os.close, fd)
@@ -111,7 +111,7 @@ def check_staging_folder(path: Path) -> None:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Whether something is mounted at ``path``, be it another folder of the same disk."""
+    """Whether something is mounted at ``path``, bind mounts included."""
     if path.is_mount():
         return True
     try:
@@ -147,8 +147,8 @@ def _acquire(path: Path, output: Path) -> StagingFolder:
 
 
 def _try_to_acquire(path: Path) -> StagingFolder | None:
-    """Return the folder at ``path``, locked; None when it was replaced meanwhile. What ends this,
-    be it a signal, leaves no folder that was not there.
+    """Return the folder at ``path``, locked; None when it was replaced meanwhile. An exception, also
+    that of a signal, leaves no new folder behind.
     """
     with contextlib.ExitStack() as undo:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,8 +187,8 @@ def _open_folder(path: Path) -> int:
 
 
 def _open_lock(fd: int, path: Path, *, make: bool) -> int | None:
-    """Return a descriptor of the lock in the folder ``fd``; None when it has none and none is to be
-    made.
+    """Return a descriptor of the lock in the folder ``fd``; None when it has none and ``make`` is
+    false.
     """
     if os.fstat(fd).st_uid != os.geteuid():
         raise _not_ours(path, "it belongs to another user")
@@ -212,10 +212,10 @@ def _open_lock(fd: int, path: Path, *, make: bool) -> int | None:
 
 
 def _check_is_ours(fd: int, lock_fd: int, path: Path) -> None:
-    """Raise OutputTaken when the folder is not one that a run of this user made and left."""
+    """Raise OutputTaken unless a run of this user made the folder."""
     entries = set(os.listdir(fd))
     mark = os.pread(lock_fd, len(MARK) + 1, 0)
-    # a run that is killed before it wrote its mark has made nothing else
+    # a run that was killed before it wrote its mark left an empty lock alone
     if mark != MARK and not (mark == b"" and entries == {LOCK}):
         raise _not_ours(path, "it does not carry qtool's mark")
     if strangers := entries - {LOCK, LOG, *FOLDERS}:
@@ -233,7 +233,7 @@ def _is_in(folder: int, name: str) -> bool:
 
 
 def _is_at(fd: int, name: Path | str, folder: int | None = None) -> bool:
-    """Whether ``name`` is the file or folder that ``fd`` is of."""
+    """Whether ``fd`` is a descriptor of the file or folder ``name``."""
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -244,6 +244,6 @@ def _is_at(fd: int, name: Path | str, folder: int | None = None) -> bool:
 def _not_ours(path: Path, why: str) -> OutputTaken:
     return OutputTaken(
         "E_STAGING_PLACE",
-        f"{path} is where this run would work, and it is not a folder that qtool left: {why}",
+        f"{path} is in the place of the staging folder, and qtool did not make it: {why}",
         hint="move it away, or choose another --output",
     )

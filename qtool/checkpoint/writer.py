@@ -86,7 +86,7 @@ class Staging:
                     f"{self.output} appeared meanwhile",
                     hint="choose another --output, or replace it with --overwrite",
                 )
-            _check_free(self.output, overwrite=True)  # it may be another one than before
+            _check_free(self.output, overwrite=True)  # it may have been replaced meanwhile
             _exchange(self.folder, self.output)
         else:
             self.folder.move_out(CHECKPOINT, self.output)
@@ -129,24 +129,24 @@ def check_place(
     names: Iterable[str] = (),
     log: Path | None = None,
 ) -> None:
-    """Find what would end a run that writes ``output``, before it begins; write nothing.
+    """Check, before a run begins, that ``output`` can be written; write nothing.
 
     Args:
         output: the folder to write.
         inputs: what the run reads.
         overwrite: whether a former output may be replaced.
-        names: of the files that will be carried into it.
+        names: of the files that will be copied into it.
         log: where the log goes.
     Raises: UsageError, when ``output`` is one of ``inputs``, inside one, or around one;
-        OutputTaken, when it exists and may not be replaced, or the staging folder or the log would
-        take the place of something else; ResourceError, when the place cannot be written.
+        OutputTaken, when it exists and may not be replaced, or something else is in the place of
+        the staging folder or the log; ResourceError, when the place cannot be written.
     """
     output = output.absolute()
     _check_apart(output, inputs)
     staging = _staging_path(output)
     _check_writable(output.parent, [staging / CHECKPOINT / name for name in (INDEX, *names)])
     check_staging_folder(staging)
-    if not os.path.lexists(staging / PREVIOUS):  # else that one is put back first
+    if not os.path.lexists(staging / PREVIOUS):  # `recover` puts that one back first
         _check_free(output, overwrite=overwrite)
     if log:
         _check_writable(log.parent, [log])
@@ -154,7 +154,7 @@ def check_place(
 
 
 def check_log(place: Path) -> None:
-    """Raise OutputTaken when something else than the log of a former run stands at ``place``."""
+    """Raise OutputTaken when something else than the log of a former run is at ``place``."""
     if not os.path.lexists(place):
         return
     if place.is_file() and not place.is_symlink():
@@ -163,7 +163,7 @@ def check_log(place: Path) -> None:
                 return
     raise OutputTaken(
         "E_LOG_PLACE",
-        f"{place} is where the log goes, and it is not the log of a former run",
+        f"{place} is in the place of the log, and it is not the log of a former run",
         hint="move it away, or choose another --output",
     )
 
@@ -173,16 +173,16 @@ def _staging_path(output: Path) -> Path:
 
 
 def _check_writable(folder: Path, files: Iterable[Path]) -> None:
-    """Raise ResourceError when ``files`` cannot be made in ``folder``, which may be missing yet."""
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    """Raise ResourceError when ``files`` cannot be made in ``folder``, which need not exist yet."""
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     why = ""
-    if not there.is_dir():
+    if not existing.is_dir():
         why = os.strerror(errno.ENOTDIR)
-    elif not os.access(there, os.W_OK | os.X_OK):
+    elif not os.access(existing, os.W_OK | os.X_OK):
         why = os.strerror(errno.EACCES)
     else:
-        longest = os.pathconf(there, "PC_NAME_MAX")
-        deepest = os.pathconf(there, "PC_PATH_MAX")
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+        deepest = os.pathconf(existing, "PC_PATH_MAX")
         for file in files:
             parts = [len(os.fsencode(part)) for part in file.parts]
             if max(parts) > longest or len(os.fsencode(file)) >= deepest:
@@ -240,7 +240,7 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
 
 
 def _not_written_by_qtool(output: Path) -> str:
-    """Return what ``output`` holds beside a checkpoint or a state that qtool wrote, in words."""
+    """Return the names in ``output`` of what qtool did not write, as a part of a sentence."""
     written = written_files(output)
     strangers = sorted(
         path.name

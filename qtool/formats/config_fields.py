@@ -1,6 +1,6 @@
-"""The fields of quantization configs: numbers, flags and lists that no format has are refused.
+"""Checks the fields of quantization configs: numbers, flags and lists of names.
 
-What a field says may still differ from the tensors: those decide, and each format warns.
+A field may still contradict the tensors: then the tensors decide, and the format warns.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 
+from qtool.checkpoint.config_values import is_flag
 from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import refused
 
@@ -32,7 +33,7 @@ def check_fields(where: str, config: Json) -> None:
 
 
 def _fields(config: Json) -> Iterator[tuple[str, object]]:
-    """Yield the fields that are checked, with those of groups and layers, as deep as they go."""
+    """Yield the fields that are checked, those of groups and layers included."""
     parts: list[object] = [config]
     while parts:
         part = parts.pop()
@@ -53,10 +54,6 @@ def _is_group_size(value: object) -> bool:
     return type(value) is int and (value == -1 or 0 < value < 1 << 31)
 
 
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
@@ -66,7 +63,7 @@ def _are_names(value: object) -> bool:
 
 
 BITS = (_is_bits, f"a whole number from 1 to {MAX_BITS}")
-FLAG = (_is_flag, "true or false")
+FLAG = (is_flag, "true or false")
 NAMES = (_are_names, "a list of names")
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "bits": BITS,
