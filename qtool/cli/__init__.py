@@ -17,8 +17,8 @@ from qtool.terminal import guard_streams
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run qtool; an error becomes one message on stderr, with --json also the one document on
-    stdout, and its exit code.
+    """Run qtool. An error becomes one message on stderr, with --json also the one document on
+    stdout, and the exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     # what follows `--` is the engine's
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         catch_signals()
         check_address_space()
-        from qtool.cli.app import run  # what ends this import has an exit code too
+        from qtool.cli.app import run  # in the block, so that a failed import has an exit code too
 
         exit_code = run(arguments)
     except BaseException as error:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _as_qtool_error(error: BaseException) -> QtoolError:
-    """Return what the user is told of ``error``; a bug keeps its traceback."""
+    """Return ``error`` as the user sees it; the traceback of a bug is printed."""
     if isinstance(error, QtoolError):
         return error
     if isinstance(error, Interrupted):
@@ -66,7 +66,7 @@ def _as_qtool_error(error: BaseException) -> QtoolError:
 
 
 def _report(error: QtoolError, flags: Set[str]) -> None:
-    """Print ``error`` on stderr, and as the document if there is none yet."""
+    """Print ``error`` on stderr, and with --json as the document if none was printed yet."""
     outcome = current()
     if "--json" in flags and not outcome.has_result:
         published = {"published": outcome.published} if outcome.published else {}
@@ -74,9 +74,9 @@ def _report(error: QtoolError, flags: Set[str]) -> None:
             outcome.stdout.write(document({"error": {**error.to_dict(), **published}}))
             outcome.stdout.flush()
         except OSError:
-            discard_stdout()  # stderr says it
+            discard_stdout()  # the message on stderr is enough
     if isinstance(error.__cause__, BrokenPipeError):
-        return  # who reads the result has seen enough
+        return  # the reader of the result closed the pipe, e.g. `head`
     message(f"error[{error.code}]: {error.message}")
     if error.hint:
         message(f"hint: {error.hint}")

@@ -1,4 +1,4 @@
-"""The commands and what they share."""
+"""The typer application: the commands, `--version`, and errors of the command line."""
 
 from __future__ import annotations
 

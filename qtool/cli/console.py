@@ -12,8 +12,8 @@ from qtool.terminal import printable
 
 
 class EscapingConsole(Console):
-    """A console on which a string is text and nothing else: no markup, no emoji, no line break, no
-    command of a terminal. Only a `Text` has more.
+    """A console that prints strings as they are: without markup, emoji, line breaks or control
+    characters. Only a `Text` has styles and lines.
     """
 
     def render_str(
@@ -28,7 +28,7 @@ class EscapingConsole(Console):
         highlight: bool | None = None,
         highlighter: Callable[[str | Text], Text] | None = None,
     ) -> Text:
-        """Return ``text`` escaped; rich draws every string by way of this method."""
+        """Return ``text`` escaped; rich calls this method for every string."""
         return super().render_str(
             printable(text),
             style=style,

@@ -33,13 +33,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Engine": (
         *("engine", "engine_python", "device", "kv_cache_dtype", "mem_fraction_static"),
-        *(
-            "max_running_requests",
-            "max_total_tokens",
-            "chunked_prefill_size",
-            "disable_cuda_graph",
-            "random_seed",
-        ),
+        *("max_running_requests", "max_total_tokens", "chunked_prefill_size"),
+        *("disable_cuda_graph", "random_seed"),
         *("disable_radix_cache", "disable_overlap_schedule", "enable_torch_compile"),
     ),
     "Parallelism": ("tp", "pp", "dp", "nnodes", "node_rank", "dist_init_addr"),
@@ -60,7 +55,7 @@ class GroupedCommand(TyperCommand):
     """A command whose help shows its options by `GROUPS`; an option of no group stands first."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; what libraries print is no result and goes to stderr."""
+        """Run the command; what libraries print goes to stderr, as it is not the result."""
         with contextlib.redirect_stdout(sys.stderr):
             return super().invoke(ctx)
 

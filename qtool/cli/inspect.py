@@ -95,15 +95,15 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        _write_page(html, render_html(found))
+        _write_html(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
     _check_damage(found.damage)
     if (found.engine and not found.engine.loads) or (found.manifest and not found.manifest.matches):
         raise typer.Exit(3)
 
 
-def _write_page(file: Path, page: str) -> None:
-    """Write ``page``; of a new file nothing stays when that fails."""
+def _write_html(file: Path, page: str) -> None:
+    """Write ``page`` to ``file``; when that fails, remove a file that was not there before."""
     is_new = not file.exists()
     try:
         file.write_text(page, encoding="utf-8")
@@ -114,6 +114,7 @@ def _write_page(file: Path, page: str) -> None:
 
 
 def _check_damage(damage: Sequence[str]) -> None:
+    """Raise CheckpointRefused when the data is damaged."""
     if damage:
         more = f" and {len(damage) - 1} more" if damage[1:] else ""
         raise CheckpointRefused(

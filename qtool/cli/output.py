@@ -19,28 +19,30 @@ from qtool.terminal import printable, printable_lines
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-WIDTH = 160  # of tables that no terminal shows
+WIDTH = 160  # of tables, when stdout is not a terminal
 
 
 @dataclass
 class Outcome:
-    """What a command has told and done so far; whatever ends it says the rest."""
+    """What a command has printed and published so far; an error report depends on both."""
 
     stdout: TextIO
-    """Where the result goes; libraries that print to ``sys.stdout`` reach stderr."""
+    """Where the result goes. ``sys.stdout`` is stderr while a command runs, for what libraries
+    print.
+    """
 
     has_result: bool = False
     """Whether the result was printed: under --json no second document may follow."""
 
     published: list[str] = field(default_factory=list)
-    """Folders that are complete and in their place."""
+    """Output folders that are complete."""
 
 
 _outcome = Outcome(sys.stdout)
 
 
 def begin() -> Outcome:
-    """Return the outcome of the command that begins."""
+    """Start and return the outcome of a command."""
     global _outcome  # a process runs one command
     _outcome = Outcome(sys.stdout)
     return _outcome
@@ -63,7 +65,7 @@ def show(data: Callable[[], object], shown: RenderableType, as_json: bool) -> No
         _outcome.stdout.flush()
     except OSError as error:
         discard_stdout()
-        kept = [f"what was written is complete: {path}" for path in _outcome.published]
+        kept = [f"the output is complete: {path}" for path in _outcome.published]
         raise ResourceError(
             "E_STDOUT",
             f"the result cannot be written to stdout: {error.strerror}",
@@ -72,7 +74,7 @@ def show(data: Callable[[], object], shown: RenderableType, as_json: bool) -> No
 
 
 def discard_stdout() -> None:
-    """Forget what stdout does not take, so that the end of the process does not try it again."""
+    """Redirect stdout to nowhere, so that Python does not fail to flush it at the end."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, _outcome.stdout.fileno())
@@ -85,7 +87,7 @@ def message(text: str) -> None:
 
 
 def document(data: object) -> str:
-    """Return ``data`` as JSON; numbers that JSON does not have are null."""
+    """Return ``data`` as JSON; NaN and infinity become null."""
     try:
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
     except ValueError:  # NaN or infinity

@@ -75,7 +75,7 @@ def _bar() -> Iterator[OnEvent]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # the bar itself is commands of the terminal, so it does not go through `sys.stderr`
+    # the bar is made of terminal control sequences, which `sys.stderr` would escape
     console = EscapingConsole(file=lossy_stream(sys.stderr.fileno()))
     with Progress(*columns, console=console, transient=True, redirect_stderr=False) as bar:
         task = bar.add_task("starting", total=None)

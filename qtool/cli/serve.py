@@ -42,7 +42,7 @@ def serve(
     Options with a * are for --engine vllm and sglang, which this process is handed to; what follows
     `--` is theirs.
     """
-    if os.environ.get(ENVIRONMENT["api_key"]) == "":  # which typer takes for no variable
+    if os.environ.get(ENVIRONMENT["api_key"]) == "":  # typer ignores an empty variable
         options = replace(options, api_key=options.api_key or "")
     if options.log_level is None and (quiet or verbose):
         options = replace(options, log_level="warning" if quiet else "debug")
@@ -67,7 +67,7 @@ def serve(
             message(f"warning: {error.message}")
 
     run(settings, on_ready=ready)
-    ignore_signals()  # everything has ended; one more does not make a failure of it
+    ignore_signals()  # everything has ended: a late signal must not turn it into a failure
     if as_json and not current().has_result:
         ended = {"url": settings.url, "model": settings.name, "ready": False}
         show(lambda: ended, "", as_json)

@@ -1,4 +1,4 @@
-"""Signals that end a command: each unwinds it, so that nothing half-written stays."""
+"""Signals that end a command: each raises `Interrupted`, so that nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_REQUEST_S = 1.0  # a signal to a process and to its group is one request to end
+ONE_REQUEST_S = 1.0  # signals within this time are one request, e.g. to a process and its group
 
 
 class Interrupted(SystemExit):
-    """A signal came; the exit code is the one that shells give it."""
+    """A signal asked the command to end; the exit code is 128 and its number, as in shells."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -23,7 +23,7 @@ class _Handler:
     def __init__(self) -> None:
         self._last = -ONE_REQUEST_S
         self.number: int | None = None
-        """The signal that came."""
+        """The last signal that arrived."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -37,8 +37,8 @@ _handler = _Handler()
 
 
 def catch_signals() -> None:
-    """Raise `Interrupted` at each signal that asks to end; those that are ignored, as `nohup` does,
-    stay ignored.
+    """Raise `Interrupted` at each signal that asks to end. What is ignored, e.g. by `nohup`, stays
+    ignored.
     """
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -46,12 +46,12 @@ def catch_signals() -> None:
 
 
 def check_interrupted() -> None:
-    """Raise `Interrupted` again: libraries catch what is raised while they are imported."""
+    """Raise `Interrupted` again after a signal: some libraries swallow it during their import."""
     if _handler.number is not None:
         raise Interrupted(_handler.number)
 
 
 def ignore_signals() -> None:
-    """Let nothing interrupt what is left: the work has ended."""
+    """Ignore all ending signals: what is left must not be interrupted."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
