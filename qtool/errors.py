@@ -27,16 +27,16 @@ from itertools import islice
 from pathlib import Path
 
 MAX_MESSAGE = 300
-# of `nearest`, whose time grows with both
+# limits of `nearest`, whose time grows with both
 MAX_NAME = 200
 MAX_KNOWN = 10_000
-# whatever was being done, these are about the machine, not about one file
+# these are about the machine, whatever file they name
 _MACHINE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.EROFS, errno.EIO),
 )
-ANY_FILE = Path("/")  # for what reads files and writes none
-# these are of a file, though a library does not always say of which
+ANY_FILE = Path("/")  # `reading` of code that writes no files
+# these are about one file, which libraries do not always name
 _FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EBUSY, errno.ETXTBSY, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV),
@@ -163,13 +163,13 @@ def from_os_error(error: OSError, *, reading: Iterable[Path] = (), where: str = 
     """Return what a failed file operation means to the user.
 
     Args:
-        error: what the system said.
-        reading: the files and folders that the run reads; whatever else is named is written.
+        error: the error of the operation.
+        reading: the files and folders that the run reads; all others are taken for written ones.
         where: how far the work was, e.g. ``while saving``.
     """
     name = _file_name(error) or "a file"
     at = f" {where}" if where else ""
-    said = (error.strerror or one_line(error)) + at
+    reason = (error.strerror or one_line(error)) + at
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             "E_DISK",
@@ -189,31 +189,31 @@ def from_os_error(error: OSError, *, reading: Iterable[Path] = (), where: str = 
     if error.errno == errno.ENOMEM:
         return ResourceError(
             "E_OUT_OF_MEMORY",
-            f"the system gave no memory for {name}: {said}",
+            f"the system has no memory for {name}: {reason}",
             hint="end other programs, or use a machine with more memory",
         )
     if _is_below(name, reading):
         return CheckpointRefused(
             "E_UNREADABLE",
-            f"{name} cannot be read: {said}",
+            f"{name} cannot be read: {reason}",
             hint="check its name, its permissions and the disk",
         )
     if error.errno in _TAKEN:
         return OutputTaken(
             "E_OUTPUT_IN_USE",
-            f"{name} is in use or appeared meanwhile: {said}",
+            f"{name} is in use or appeared meanwhile: {reason}",
             hint="end the program that uses it, or choose another --output",
         )
     return ResourceError(
         "E_UNWRITABLE",
-        f"{name} cannot be written: {said}",
+        f"{name} cannot be written: {reason}",
         hint="check its permissions and the disk, or choose another --output",
     )
 
 
 @contextlib.contextmanager
 def file_errors(*, reading: Iterable[Path] = ()) -> Iterator[None]:
-    """Turn every OSError of the block into the QtoolError that `from_os_error` makes of it."""
+    """Turn an OSError of the block into a QtoolError by `from_os_error`."""
     try:
         yield
     except OSError as error:
@@ -222,7 +222,7 @@ def file_errors(*, reading: Iterable[Path] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name ``path`` in an OSError of the block that names no file, as those of reads do not."""
+    """Add ``path`` to an OSError of the block that names no file, as those of reads and writes."""
     try:
         yield
     except OSError as error:
@@ -232,8 +232,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | None:
-    """Return the failed file operation that ``error``, raised by a library, comes from; None when
-    it is none of the machine and of no file below ``places``.
+    """Return the failed file operation behind ``error``, which a library raised; None when there is
+    none, or it concerns neither the machine nor a file below ``places``.
     """
     places = list(places)
     seen: BaseException | None = error
@@ -249,6 +249,7 @@ def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | 
 
 
 def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None:
+    """Return the OSError that ``error`` is or quotes; None as in `library_os_error`."""
     if isinstance(error, OSError) and error.errno:
         name = _file_name(error)
         known = _MACHINE_ERRORS if name else (*_MACHINE_ERRORS, *_FILE_ERRORS)
@@ -262,14 +263,14 @@ def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None
 
 
 def _code_in(text: str, codes: Iterable[int]) -> int:
-    """Return the number of the system's error that ``text`` quotes; 0 when it quotes none."""
+    """Return the errno that ``text`` quotes by number or message; 0 when it quotes none."""
     if found := re.search(r"\(os error (\d{1,3})\)", text):  # as Rust writes it
         return int(found[1])
     return next((code for code in codes if os.strerror(code) in text), 0)
 
 
 def _file_in(text: str, places: Iterable[Path]) -> str | None:
-    """Return the name of a file below ``places`` that ``text`` quotes."""
+    """Return the name of a file below ``places`` that ``text`` quotes; None when it quotes none."""
     for place in places:
         if found := re.search(re.escape(str(place)) + r"[^\s<>'\"]*", text):
             return found[0].rstrip(".,:;)")
@@ -277,7 +278,7 @@ def _file_in(text: str, places: Iterable[Path]) -> str | None:
 
 
 def _file_name(error: OSError) -> str:
-    """Return the name that ``error`` is about; of two, as a rename has, the second."""
+    """Return the file that ``error`` names, of a rename the new name; empty when it names none."""
     name = error.filename2 or error.filename
     return os.fsdecode(name) if isinstance(name, str | bytes) else ""
 

@@ -59,7 +59,7 @@ class StateSavedEvent:
 
 @dataclass(frozen=True)
 class PublishedEvent:
-    """A folder is complete and in its place, whatever comes next."""
+    """An output folder is complete and in its place; later failures do not change it."""
 
     name: ClassVar[str] = "published"
     path: str

@@ -1,4 +1,4 @@
-"""How much memory a process may have, and whether an error says that it had too little."""
+"""How much memory a process may have, and whether an error says that it was too little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qtool.errors import ResourceError, one_line
 from qtool.sizes import format_size
 
 LEAST_ADDRESS_SPACE = 256 << 20
-# what the system, the loader of libraries, C++, Rust, torch and OpenBLAS say
+# messages of the system, the dynamic loader, C++, Rust, torch and OpenBLAS
 _NO_MEMORY = re.compile(
     r"cannot allocate memory|can't allocate memory|failed to map segment|bad_?alloc"
     r"|memory allocation of \d+ bytes failed|not enough memory|out of memory|unable to allocate"
@@ -24,8 +24,8 @@ _NO_MEMORY = re.compile(
 
 
 def limit_bytes(process: Path = Path("/proc/self")) -> int:
-    """Return how much memory this process may have: the least of the machine's, of each control
-    group that it is in (version 1 or 2, a container's too), and of its own limits.
+    """Return how much memory ``process`` may have: the least of the machine's memory, the limits of
+    its control groups (version 1 or 2, a container's too), and the `ulimit` of this process.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for number in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
@@ -36,8 +36,8 @@ def limit_bytes(process: Path = Path("/proc/self")) -> int:
 
 
 def check_address_space() -> None:
-    """Raise ResourceError when `ulimit -v` leaves less than numpy needs to be imported: its BLAS
-    then asks for memory for ever, and no signal ends it.
+    """Raise ResourceError when `ulimit -v` leaves less than the import of numpy needs: its BLAS
+    would ask for memory for ever, and no signal would end it.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
@@ -50,7 +50,7 @@ def check_address_space() -> None:
 
 
 def address_space_is_limited() -> bool:
-    """Whether `ulimit -v` is set, so that allocations fail while there is memory."""
+    """Whether `ulimit -v` is set, so that allocations can fail while there is free memory."""
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
@@ -65,15 +65,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def says_no_memory(text: str) -> bool:
-    """Whether ``text``, what a library printed last, says that memory was missing."""
+    """Whether ``text``, the last output of a library, says that memory was missing."""
     return _NO_MEMORY.search(text) is not None
 
 
 def memory_error(
     error: BaseException, who: str, *, where: str = "", hint: str = ""
 ) -> ResourceError | None:
-    """Return what the user is told when ``error`` says that ``who`` had too little memory; None
-    when it says something else. ``where`` is how far the work was.
+    """Return the error for the user when ``error`` says that ``who`` had too little memory; None
+    when it says something else. ``where`` says how far the work was.
     """
     if not is_out_of_memory(error):
         return None
@@ -112,8 +112,8 @@ def _cgroup_limits(process: Path) -> Iterator[int]:
 
 
 def _folders(mount: str, kind: str, path: str) -> Iterator[Path]:
-    """Yield the folder of the group ``path`` and of those that it is in, as ``mount``, a line of
-    mountinfo, has them; nothing when it is of another kind.
+    """Yield the folders of the group ``path`` and of its parents below ``mount``, a line of
+    mountinfo; nothing when it is of another ``kind``.
     """
     where, _, what = mount.partition(" - ")
     fields, (found, _, options) = where.split(), what.split(maxsplit=2)
@@ -128,6 +128,6 @@ def _folders(mount: str, kind: str, path: str) -> Iterator[Path]:
 
 def _limit_in(folder: Path) -> Iterator[int]:
     for name in ("memory.max", "memory.limit_in_bytes"):
-        # a version has one of them, and it may say `max`
+        # each version of cgroups has one of them; `max` is no limit
         with contextlib.suppress(OSError, ValueError):
             yield int((folder / name).read_text())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
-LARGEST = 2**31 - 1  # of numbers without a maximum: libraries keep them in a C int
+LARGEST = 2**31 - 1  # for numbers without a maximum: libraries keep them in a C int
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qtool.errors import QtoolError
 
 BUDGET_S = 2.0  # of CPU time, for all patterns of one recipe or config together
 MATCH_S = 0.1  # an ordinary match takes microseconds; a runaway one stores 1 GB a second
-FREE_S = 5e-6  # of each match: many layers and many patterns are no offence
+FREE_S = 5e-6  # of each match does not count: many layers and many patterns are allowed
 MAX_PATTERN = 2_000
 MAX_PATTERNS = 200
 MAX_EXPANSION = 100_000  # characters of a pattern whose repeats are written out
@@ -28,7 +28,7 @@ class PatternCompiler:
     """Compiles the patterns of one recipe or config, which share a budget of time.
 
     Args:
-        owner: who has the patterns, as messages say it, such as ``the config``.
+        owner: where the patterns are from, for messages, e.g. ``the config``.
         refused: makes the error from a message and a hint.
     """
 
@@ -37,15 +37,17 @@ class PatternCompiler:
         self._left_s, self._count = BUDGET_S, 0
 
     def compile(self, text: str) -> Pattern:
-        """Return the pattern ``text``. Raises: what ``refused`` returns, when it is not a regular
-        expression, or when it, or all of them together, exceed a limit.
+        """Return the pattern ``text``.
+
+        Raises: what ``refused`` returns, when it is not a regular expression, or when it or all
+            patterns together exceed a limit.
         """
         import regex
 
         self._check_limits(text)
         start = time.thread_time()
         try:
-            # what it means to the libraries; `regex` knows more, such as recursion
+            # libraries use `re`: what only `regex` knows, such as recursion, is refused
             re.compile(text)
             match: _Match = regex.compile(text).match
         except (re.error, regex.error, OverflowError, RecursionError) as error:
@@ -61,7 +63,7 @@ class PatternCompiler:
         self._count += 1
         if self._count > MAX_PATTERNS:
             raise self._refused(
-                f"{self._owner} has more patterns than {MAX_PATTERNS}", "list the names instead"
+                f"{self._owner} has more than {MAX_PATTERNS} patterns", "list the names instead"
             )
         if len(text) > MAX_PATTERN:
             raise self._refused(

@@ -29,7 +29,7 @@ class PlannedModule:
     shape: tuple[int, int]
     """Outputs N and inputs K."""
     layer: str
-    """Its name in the loaded model, with the experts of a stack as layers of their own."""
+    """Its name in the loaded model, where the experts of a stack are layers of their own."""
     scheme: Scheme | None
     """None when it stays in 16 bits."""
     reason: str
@@ -71,8 +71,8 @@ class Plan:
 
     @cached_property
     def other_matrices(self) -> Mapping[str, str]:
-        """Tensors of two or more dimensions beside embeddings and linear layers -> why they stay in
-        16 bits: e.g. experts of a layout that nothing here quantizes.
+        """Tensors of two or more dimensions that are neither embeddings nor linear layers -> why
+        they stay in 16 bits, e.g. experts in a layout that no backend quantizes.
         """
         listed = {f"{module.name}.weight" for module in self.modules}
         reasons = {**self.names.unused, **self.names.not_linear}
@@ -86,8 +86,8 @@ class Plan:
 
     @property
     def quantized_share(self) -> float:
-        """The share of the parameters that change, of all matrices of the language model but
-        embeddings and heads.
+        """The share of the language model's parameters in matrices, without embeddings and heads,
+        that is quantized.
         """
         rest = sum(math.prod(self.checkpoint.tensors[name].shape) for name in self.other_matrices)
         sizes = {
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def mostly_unquantized(self) -> str:
-        """A line that says so if most parameters stay in 16 bits, and why; else empty."""
+        """A note when most parameters stay in 16 bits, and why; else empty."""
         if self.quantized_share >= 0.5 or not self.quantized:
             return ""
         sizes: Counter[str] = Counter()
@@ -165,7 +165,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, names: NameMap | None = No
     Args:
         checkpoint: the model in 16 or 32 bits.
         recipe: what to do.
-        names: where the layers of the model lie; without one, each lies under its own name.
+        names: where the layers of the model are; None when each is under its own name.
     Raises: CheckpointRefused for a model that is quantized already; RecipeRefused for a pattern
         that matches nothing, an output head that cannot be quantized apart from the embeddings, a
         group size that does not divide, or a plan that would change nothing.
@@ -189,7 +189,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, names: NameMap | None = No
 
 
 def _linears(checkpoint: Checkpoint, names: NameMap) -> dict[str, LinearWeight]:
-    """Return what the plan decides about: linear layers, and matrices that look like one."""
+    """Return the linear layers of the model, and matrices that look like one and have a reason to
+    stay in 16 bits.
+    """
     linears = {
         name: linear
         for name, linear in names.linears.items()

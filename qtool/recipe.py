@@ -330,7 +330,7 @@ def catalogue() -> Mapping[str, Recipe]:
 
 
 class ModulePatterns:
-    """What a recipe calls modules by; all patterns of one recipe share their limits."""
+    """The patterns by which a recipe names modules; those of one recipe share their limits."""
 
     def __init__(self) -> None:
         self._compiler = PatternCompiler(
@@ -338,7 +338,7 @@ class ModulePatterns:
         )
 
     def matcher(self, pattern: str) -> Callable[[str], bool]:
-        """Return a function that says whether ``pattern`` means a module, by its dotted name.
+        """Return a function that says whether ``pattern`` matches the dotted name of a module.
 
         ``re:...`` is a regular expression anchored at the start, as in compressed-tensors. Anything
         else is a name or a glob, for the whole dotted name or for its end: ``lm_head``,

@@ -25,7 +25,7 @@ YAML_ERRORS = (
 
 
 class YamlLimitExceeded(Exception):
-    """The file is larger than any that is meant."""
+    """The file exceeds a limit on its size, its number of values or its depth."""
 
 
 def parse_yaml(data: bytes) -> object:

@@ -1,5 +1,5 @@
-"""Text for a terminal: nothing in it commands the terminal, and when it cannot be written it is
-lost and the work is not.
+"""Text for a terminal: control characters are escaped, and text that cannot be written is lost
+without ending the work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ _TQDM_MOVES = re.compile(r"(?:\r|\n|\x1b\[A)*")  # how progress bars of librarie
 
 
 def printable(text: str) -> str:
-    """Return ``text``, which may quote names from hostile files, on one line and with every
-    character that is not printed (commands of terminals, marks of direction, halves of surrogate
-    pairs) as its escape.
+    """Return ``text``, which may quote names from hostile files, on one line. Characters that are
+    not printable (control characters, marks of direction, halves of surrogate pairs) are escaped.
     """
     if text.isprintable():
         return text
@@ -45,18 +44,17 @@ class EscapingFormatter(logging.Formatter):
 
 
 def guard_streams() -> None:
-    """Let no standard stream end the work.
+    """Keep standard streams that are closed or full from ending the work.
 
-    A descriptor that is closed leads nowhere from now on, so that no file gets its number. What is
-    written to stderr, by whatever library, is printed escaped, and is lost when it cannot be
-    written.
+    A closed descriptor is opened on /dev/null, so that no other file gets its number. Text for
+    stderr, also that of libraries, is escaped, and is lost when it cannot be written.
     """
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         _open_if_closed(descriptor)
     if sys.stdout is None:
         sys.stdout = lossy_stream(_STDOUT)
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        # what the terminal has no characters for, e.g. the lines of a table
+        # for characters that the terminal lacks, e.g. the lines of a table
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = _EscapedText(_LossyFile(_STDERR), encoding=_encoding(sys.stderr))
@@ -81,7 +79,7 @@ def _encoding(stream: TextIO | None) -> str:
 
 
 class _LossyFile(io.FileIO):
-    """A descriptor, left open at the end, whose writes never fail."""
+    """A file on a descriptor, which stays open at the end; its writes never fail."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -90,7 +88,7 @@ class _LossyFile(io.FileIO):
         """Write ``data``, or lose it."""
         size = memoryview(data).nbytes
         try:
-            return super().write(data) or size  # a pipe that is full and does not wait takes None
+            return super().write(data) or size  # None: a non-blocking pipe is full
         except OSError:
             return size
 
@@ -109,13 +107,13 @@ class _LossyText(io.TextIOWrapper):
 
 
 class _EscapedText(_LossyText):
-    """Messages of qtool and of libraries. Line breaks are the only control characters, and on a
-    terminal what moves the cursor between progress bars.
+    """Messages of qtool and of libraries. The only control characters in it are line breaks, and on
+    a terminal those by which progress bars move the cursor.
     """
 
     def write(self, text: str, /) -> int:
-        """Write ``text`` escaped. Its further lines are indented, so that none of them looks like a
-        message of its own.
+        """Write ``text`` escaped. All lines after the first are indented, so that they do not look
+        like messages of their own.
         """
         moves = _TQDM_MOVES.match(text) if self.isatty() else None
         start = moves.end() if moves else 0

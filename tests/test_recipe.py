@@ -390,7 +390,7 @@ def test_all_patterns_of_a_recipe_share_their_limits(monkeypatch):
                 matches("a" * 40 + f"x{number}")
     assert time.thread_time() - start < 2
     patterns = ModulePatterns()
-    with pytest.raises(RecipeRefused, match="more patterns than 200"):
+    with pytest.raises(RecipeRefused, match="more than 200 patterns"):
         for number in range(201):
             patterns.matcher(f"re:{number}")
 

@@ -147,8 +147,8 @@ def _acquire(path: Path, output: Path) -> StagingFolder:
 
 
 def _try_to_acquire(path: Path) -> StagingFolder | None:
-    """Return the folder at ``path``, locked; None when it was replaced meanwhile. An exception, also
-    that of a signal, leaves no new folder behind.
+    """Return the folder at ``path``, locked; None when it was replaced meanwhile. An exception
+    leaves no new folder behind.
     """
     with contextlib.ExitStack() as undo:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,7 @@ def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
         raise refused(
             "E_NOTHING_QUANTIZED",
             f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
-            "the weights are of the original: remove `quantization_config`",
+            "the weights are not quantized: remove `quantization_config`",
         )
     return layout
 

@@ -160,8 +160,11 @@ def quantization_config(
 
 
 def only_targets(names: Iterable[str]) -> list[str]:
-    """Return the targets of the only group there is, of the layers ``names``: their class, and the
-    output head by its name, since no engine takes a class for it.
+    """Return the targets of a group that has all quantized layers: their class, and the output head
+    by its name, because no engine matches it by class.
+
+    Args:
+        names: of the layers.
     """
     return [CLASS, *(name for name in names if is_head(name))]
 

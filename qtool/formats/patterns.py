@@ -9,7 +9,7 @@ from qtool.patterns import PatternCompiler
 
 
 def config_patterns() -> PatternCompiler:
-    """Return a compiler that refuses the checkpoint for its patterns."""
+    """Return a compiler for the patterns of one config, whose error is CheckpointRefused."""
     return PatternCompiler(
         "the config", lambda message, hint: refused("E_QUANT_PATTERN", message, hint)
     )
@@ -20,7 +20,7 @@ class Names:
 
     Args:
         entries: the list.
-        compiler: of its patterns, if they share limits with those of other lists.
+        compiler: for its patterns, if other lists share their limits.
     """
 
     def __init__(self, entries: Iterable[str], compiler: PatternCompiler | None = None) -> None:

@@ -176,9 +176,9 @@ def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
 
 
 def read_checked(plan: LoadPlan, name: str) -> Tensor:
-    """Return the tensor ``name``; its numbers are looked at while they are in the cache.
+    """Return the tensor ``name``, whose values are checked while they are in the CPU's cache.
 
-    Raises: CheckpointRefused, for NaN, infinity and scales that are none.
+    Raises: CheckpointRefused, for NaN, infinity and impossible scales.
     """
     tensor = read_tensor(plan.checkpoint, name)
     if not tensor.numel():
