@@ -229,7 +229,7 @@ def _check_layers(path: Path, config: Json) -> None:
 
 
 def _check_tokens(path: Path, config: Json) -> None:
-    """Refuse what is not a token id. -1 means none; an id beyond the vocabulary is never generated."""
+    """Refuse what is not a token id. -1 is no token; an id beyond the vocabulary never comes."""
     for key in TOKENS:
         value = config.get(key)
         for token in value if isinstance(value, list) else [value]:
