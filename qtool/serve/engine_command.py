@@ -56,7 +56,7 @@ class Counterpart(BaseModel):
     """The engine takes a whole number: ours is rounded up."""
 
     since: str = ""
-    """The first version that has the flag; an older one is not given it."""
+    """The first version that has the flag; older ones do not get it."""
 
     note: str = ""
     """What the user should know of the difference."""

@@ -1,6 +1,6 @@
-"""Where another engine is installed: the interpreter that runs it, and the version it has there.
+"""Where vLLM or SGLang is installed: the interpreter that runs it, and its version there.
 
-vLLM and SGLang pin packages that quantization libraries pin otherwise, so an engine usually has an
+They pin other versions of packages than the quantization libraries do, so an engine usually has an
 environment of its own.
 """
 
@@ -42,7 +42,7 @@ class Installation:
     """Whether the engine can be imported there."""
 
     version: str | None
-    """None when it is not there or does not say."""
+    """None when it is not there or has no version number."""
 
 
 def find_installation(engine: str, python: str | None) -> Installation:
@@ -50,8 +50,8 @@ def find_installation(engine: str, python: str | None) -> Installation:
 
     Args:
         engine: the name of its package.
-        python: the interpreter that was given; None for this one, or that of the engine's own
-            command in PATH when this one has not got it.
+        python: the interpreter that was given. None: this one if it has the engine, else that of
+            the engine's command in PATH.
     Raises: ResourceError, for an interpreter that cannot be started.
     """
     if python is not None:
@@ -73,7 +73,7 @@ def _look_here(engine: str) -> Installation:
 
 @cache
 def _ask(engine: str, python: str) -> Installation:
-    """Ask the interpreter ``python``, which imports nothing of the engine."""
+    """Return what the interpreter ``python`` has of ``engine``, which it does not import."""
     try:
         answer = subprocess.run(
             [python, "-c", PROBE, engine],

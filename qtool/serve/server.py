@@ -44,9 +44,9 @@ MAX_LINES = 10_000  # of the log that wait to be written
 ACCEPT_S = 0.3  # to refuse clients that have just connected
 ENGINE_S = 3.0  # for the engine to abort requests: one of its steps may be long
 LAST_WORDS_S = 2.0  # for clients to read the end of their replies
-MAPPED_BYTES = 256 << 10
-TRIM_S = 10.0
-ARENAS = 2  # heaps for threads: each keeps what it once needed
+MAPPED_BYTES = 256 << 10  # allocations from this size on are mapped
+TRIM_S = 10.0  # between trims of the heap
+ARENAS = 2  # heaps for threads: each keeps the most memory that it once needed
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _M_ARENA_MAX = -8
 OWN_FILES = 256  # open files besides connections
@@ -111,8 +111,8 @@ def _warn_of_strangers(settings: ServeSettings) -> None:
 
 
 def _keep_heap_small() -> None:
-    """Let large buffers, such as bodies, be mapped: what is freed then goes back to the system,
-    whatever small things were allocated behind it.
+    """Make malloc map large buffers, such as bodies: when freed they go back to the system, even if
+    small objects were allocated after them.
     """
     with contextlib.suppress(AttributeError):  # not glibc
         library = ctypes.CDLL(None)
@@ -121,7 +121,7 @@ def _keep_heap_small() -> None:
 
 
 async def _trim_heap() -> None:
-    """Give what is free between small things back to the system, again and again."""
+    """Give free memory of the heap back to the system, every `TRIM_S` seconds."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", int)  # not glibc
     while True:
         await asyncio.sleep(TRIM_S)
@@ -156,7 +156,7 @@ async def _serve(
         log_level="error",  # what clients do wrong is their affair
         access_log=False,
         server_header=False,
-        # a client that is believed says itself who it is: uvicorn's variable names proxies
+        # X-Forwarded-For is trusted only if uvicorn's variable names the proxies
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         timeout_keep_alive=KEEP_ALIVE_S,
         backlog=BACKLOG,
@@ -180,9 +180,9 @@ async def _run_service(
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
         async with open_service(host.settings, host.metrics, host.threads, server.fail) as service:
-            await asyncio.to_thread(app.openapi)  # it takes long, and is kept
+            await asyncio.to_thread(app.openapi)  # takes long; the result is cached
             gc.collect()
-            gc.freeze()  # what lives as long as the server is never looked at again
+            gc.freeze()  # the collector need not scan what lives as long as the server
             host.set_service(service)
             _announce(service, on_ready)
             await _trim_heap()
@@ -193,6 +193,7 @@ async def _run_service(
 
 
 def _bug(error: Exception) -> QtoolError:
+    """Log ``error`` with its traceback, and return it as a bug of qtool."""
     LOG.error("the server did not start", exc_info=error)
     message = f"the server did not start: {type(error).__name__}: {one_line(error)}"
     return QtoolError("E_BUG", message)

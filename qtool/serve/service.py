@@ -140,7 +140,7 @@ class Service:
     slots_in_use: int = 0
     """Completions that run or wait."""
     slots_of: Counter[str] = field(default_factory=Counter)
-    """The same of each client."""
+    """The same by client."""
     logprobs_held: int = 0
     draining: bool = False
     """No more requests are taken."""
@@ -188,7 +188,7 @@ class Service:
             raise UsageError(
                 "E_TOO_MANY",
                 f"{completions} completions in one request; the server takes {most_each} at a "
-                "time of one client",
+                "time from one client",
                 hint="send fewer prompts or a lower n",
             )
         own = self.slots_of[current_origin().client]
@@ -196,7 +196,7 @@ class Service:
             self.metrics.refused()
             raise Busy(
                 "queue_full",
-                f"{own} requests of this client run or wait, which is what the server takes",
+                f"{own} completions of this client run or wait; it may have {most_each}",
             )
         if self.slots_in_use + completions > most:
             self.metrics.refused()

@@ -19,7 +19,7 @@ from qtool.serve.api.tools.styles import style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
-CLIENT_SHARE = 0.75  # of what the server has that one client may hold: the rest is for others
+CLIENT_SHARE = 0.75  # of the queue, connections and body memory, for one client at most
 BACKLOG = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SAMPLING_DEFAULTS = ("model", "openai")
@@ -219,8 +219,8 @@ class ServeSettings(ServeOptions):
 
 @lru_cache
 def shown_name(path: str) -> str:
-    """Return what clients learn of ``path``: the name of a folder or file, not where it is; a name
-    on the Hub is shown whole.
+    """Return the name that clients see for ``path``: that of the folder or file without its
+    parents, and a name on the Hub as it is.
     """
     if not Path(path).exists():
         return path
@@ -228,7 +228,7 @@ def shown_name(path: str) -> str:
 
 
 def _check_text(settings: ServeSettings) -> None:
-    """Raise UsageError for text that is not UTF-8: clients and the engine's process get it."""
+    """Raise UsageError for text that is not UTF-8, as it is sent to clients and to the engine."""
     for each in fields(settings):
         value = getattr(settings, each.name)
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):

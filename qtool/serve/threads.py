@@ -1,4 +1,4 @@
-"""Threads for what would hold up the event loop: large bodies, texts and replies."""
+"""Threads for work that would block the event loop: large bodies, texts and replies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ParamSpec, TypeVar
 
 from qtool.serve.turns import Turns, current_origin
 
-# at least one for others than the client with the most; the engine needs the other cores
+# two at least, since one client never has all; the engine needs the other cores
 WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 MAX_WAITING = 4096
 MAX_WAITING_EACH = 1024
-SMALL_BYTES = 16 << 10  # what takes less time than handing it to a thread is worth
+SMALL_BYTES = 16 << 10  # less work than this is done at once: a thread is not worth it
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,8 +23,8 @@ R = TypeVar("R")
 class Threads:
     """A few threads, which the clients share by `Turns`.
 
-    Python's own code gives way to the event loop every few milliseconds; single calls of a library
-    that do not must be quick.
+    Python code yields the GIL to the event loop every few milliseconds. A library call that does
+    not must be quick.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class Threads:
     async def run(
         self, size_bytes: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Return what ``function`` returns; it runs at once if it has only ``size_bytes`` to work
-        on and they are few, and else in a thread.
+        """Return what ``function`` returns. It runs in a thread, or at once if ``size_bytes``, the
+        size of its input, is small.
 
         Raises: TooManyWaiting; what ``function`` raises.
         """
@@ -49,9 +49,9 @@ class Threads:
         def finish(done: asyncio.Future[R]) -> None:
             self._turns.release(client, worker)
             if not done.cancelled():
-                done.exception()  # seen, also if nobody waits for it any more
+                done.exception()  # retrieved, even if nobody waits for it any more
 
-        # a thread cannot be ended: the client has its worker until it has finished
+        # a thread cannot be cancelled: the client keeps its worker until it has finished
         running.add_done_callback(finish)
         return await asyncio.shield(running)
 

@@ -1,7 +1,7 @@
-"""Who the current request is from, and `Turns`, by which clients share what the server has few of.
+"""`Origin`: which client a request is from. `Turns`: how clients share scarce workers.
 
-A client is an address, an IPv6 network of one site counting as one: the server has one API key, so
-keys tell nobody apart.
+A client is an address, for IPv6 the network of a site. The server has one API key, so keys do not
+tell clients apart.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ipaddress import IPv6Address, ip_address
 
 from qtool.sandbox import TooManyWaiting
 
-IPV6_SITE_BITS = 64  # a site gets that many addresses
+IPV6_SITE_BITS = 64  # of an address, for hosts within one site
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a request comes from, and how large it is."""
+    """The client of a request, and the size of its body."""
 
     client: str = ""
     """Empty for the server itself."""
@@ -54,10 +54,10 @@ def client_at(host: str) -> str:
 
 
 class Turns:
-    """Lets as many calls run at a time as there are workers, and takes the calls that wait from
-    each client in turn.
+    """Gives workers to calls, one call at a time each, and takes waiting calls from the clients in
+    turn.
 
-    One client never has all workers, if there are several, and never the whole queue.
+    If there are several workers, one client never has them all, and never the whole queue.
 
     Args:
         workers: calls that run at a time.
@@ -72,7 +72,7 @@ class Turns:
         self._max_waiting_each = max_waiting_each
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[int]]] = {}
-        """By client; the client whose turn is next stands first."""
+        """By client, in the order of their turns."""
 
     async def acquire(self, client: str) -> int:
         """Return the number of a worker, which the caller must `release`.
@@ -109,10 +109,10 @@ class Turns:
             turn = turns.popleft()
             if turns:
                 self._waiting[client] = turns  # behind all others
-            if turn.done():  # its caller was cancelled just now
+            if turn.done():  # its caller has just been cancelled
                 continue
             self._running[client] += 1
-            worker = min(self._free)  # the others may not have been started
+            worker = min(self._free)  # workers with higher numbers may not have been started
             self._free.remove(worker)
             turn.set_result(worker)
 

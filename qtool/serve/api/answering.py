@@ -20,7 +20,7 @@ from qtool.serve.backend.messages import Submission
 from qtool.serve.http.errors import error_detail
 from qtool.serve.service import Busy, Service, Slot
 
-LOGPROB_BYTES = 80
+LOGPROB_BYTES = 80  # of one log probability in a reply
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
@@ -67,14 +67,14 @@ async def answer(
 
 
 def reply_bytes(outputs: Sequence[CompletionOutput], submission: Submission) -> int:
-    """Return about how many bytes a reply with ``outputs`` has."""
+    """Return an estimate of the bytes of a reply with ``outputs``."""
     logprobs = 0
     for output in outputs:
         logprobs += len(output.logprobs)
         if output.finish is not None:
             logprobs += len(output.finish.prompt_logprobs)
     each = LOGPROB_BYTES * (1 + (submission.top_logprobs or 0))
-    prompts = sum(map(len, submission.prompts))  # they may be repeated in it
+    prompts = sum(map(len, submission.prompts))  # the reply may repeat them
     return sum(len(output.text) for output in outputs) + prompts + logprobs * each
 
 

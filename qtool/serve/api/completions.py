@@ -77,7 +77,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
 
 
 async def _echoed(service: Service, prompts: Sequence[PromptOrTokens]) -> Sequence[str]:
-    """Return the text of each of ``prompts``."""
+    """Return the text of each of ``prompts``, to be repeated in the reply."""
     if any(isinstance(prompt, str) for prompt in prompts):  # then all are
         return cast(Sequence[str], prompts)
     return await service.vocabulary.decode(cast(Sequence[Sequence[int]], prompts))

@@ -119,7 +119,7 @@ class Account:
         self._reasons: dict[int, str] = {}
 
     def expect(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Count the tokens of ``prompts`` before the first output comes."""
+        """Count the tokens of ``prompts`` before the first output."""
         self._prompts = {number: (len(prompt), 0) for number, prompt in enumerate(prompts)}
 
     def note(self, output: CompletionOutput, choices_each: int) -> None:
@@ -197,7 +197,7 @@ class Account:
 
 
 class StreamUsage:
-    """Where the counts of tokens stand in a stream, as its ``stream_options`` ask."""
+    """Which chunks of a stream have the number of tokens, by its ``stream_options``."""
 
     def __init__(self, options: StreamOptions | None, account: Account) -> None:
         self._account = account
@@ -206,7 +206,7 @@ class StreamUsage:
         self._in_chunks = self.at_end and bool(options and options.continuous_usage_stats)
 
     def of_chunk(self) -> schemas.Usage | UnsetType | None:
-        """Return what a chunk with choices says: the counts so far, null, or nothing."""
+        """Return the usage in a chunk with choices: the counts so far, null, or no field."""
         if self._in_chunks:
             return self._account.usage()
         return None if self.at_end else UNSET

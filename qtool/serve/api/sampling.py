@@ -113,5 +113,5 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
 
 
 def _dumps(schema: Json) -> str:
-    """Return ``schema`` as JSON; the standard library would hold the GIL for long."""
+    """Return ``schema`` as JSON. msgspec is used because `json` would hold the GIL for long."""
     return msgspec.json.encode(schema).decode()

@@ -43,9 +43,9 @@ from qtool.serve.backend.messages import (
 )
 
 LOG = logging.getLogger("qtool.serve")
-MAX_MERGED = 64  # outputs that become one
+MAX_MERGED = 64  # outputs that are merged at once
 STACK_S = 1.0  # for the engine to write its stack
-WATCH_S = 5.0  # at most, between looks at the engine
+WATCH_S = 5.0  # the longest interval of the watchdog
 END_TIMEOUT_S = 5.0  # for the engine to end by itself
 
 
@@ -88,7 +88,7 @@ class OutputStream:
                 del self._outputs[:MAX_MERGED]
                 yield outputs if len(outputs) == 1 else merge_by_index(outputs)
                 if self._outputs:
-                    await asyncio.sleep(0)  # a reader that was far behind holds up nobody else
+                    await asyncio.sleep(0)  # others get their turn before the rest is merged
 
     async def collect(self) -> list[CompletionOutput]:
         """Wait for all completions, and return one output of each, in order.
@@ -104,7 +104,7 @@ class EngineProcess:
 
     Args:
         on_end: called with the reason when the engine ends by itself, or hangs and is ended.
-        watchdog_timeout_s: the engine hangs when it makes no step for so long though it has work.
+        watchdog_timeout_s: seconds without a step after which an engine that has work hangs.
     """
 
     def __init__(self, on_end: Callable[[QtoolError], None], *, watchdog_timeout_s: float) -> None:
@@ -219,7 +219,7 @@ class EngineProcess:
         try:
             while True:
                 self._handle(await _receive(reader))
-                await asyncio.sleep(0)  # the next may be there already
+                await asyncio.sleep(0)  # others get their turn if more messages are there already
         except Exception as error:  # of the connection, or of a message that cannot be read
             if self._closing or self.error is not None:
                 return
@@ -234,8 +234,8 @@ class EngineProcess:
             self._on_end(await _death(process))
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """End an engine that hangs. Only the time between looks counts: after a pause of the whole
-        machine the engine has its time again.
+        """End an engine that hangs. Each interval counts for its nominal length at most, so that a
+        pause of the whole machine does not count as a hang.
         """
         steps = -1
         hung_s = 0.0

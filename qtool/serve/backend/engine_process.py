@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # torch is loaded once the socket is served
     from qtool.engine.engine import Engine
     from qtool.engine.requests import Request
 
-MAX_LOGPROBS = 1024  # tokens of one message, beyond those of one output
+MAX_LOGPROBS = 1024  # in one message, unless a single output has more
 LOG = logging.getLogger("qtool.serve")
 
 
@@ -170,8 +170,8 @@ class EngineServer:
 
 
 def _grouped(payloads: list[FromEngine | KeyedOutput]) -> list[FromEngine]:
-    """Return messages for ``payloads``: the outputs of one step become one message, unless it would
-    take long to decode.
+    """Return messages for ``payloads``. The outputs of one step become one message, or several when
+    they have many log probabilities: a large message takes long to decode.
     """
     messages: list[FromEngine] = []
     logprobs = 0
@@ -189,6 +189,7 @@ def _grouped(payloads: list[FromEngine | KeyedOutput]) -> list[FromEngine]:
 
 
 def _logprob_count(payload: KeyedOutput) -> int:
+    """Return how many tokens with log probabilities ``payload`` has."""
     if not isinstance(payload.output, CompletionOutput):
         return 0
     finish = payload.output.finish
@@ -314,7 +315,7 @@ def main(descriptor: int) -> None:
     logging.getLogger("qtool").setLevel(str(options.pop("log_level")))
     logging.captureWarnings(True)
     try:
-        _log_as_transformers_says()
+        _redirect_transformers_log()
         from qtool.engine.engine import Engine
 
         engine = Engine(**options)  # type: ignore[arg-type]
@@ -335,15 +336,15 @@ def main(descriptor: int) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Write what qtool and the libraries log to stderr, escaped: it may quote the model's files."""
+    """Log qtool and the libraries to stderr, escaped: records may quote the model's files."""
     guard_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(EscapingFormatter())
     logging.basicConfig(handlers=[handler])
 
 
-def _log_as_transformers_says() -> None:
-    """Let transformers log by our handler instead of its own, which escapes nothing."""
+def _redirect_transformers_log() -> None:
+    """Let transformers log through the root handler; its own would escape nothing."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()

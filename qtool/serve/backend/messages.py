@@ -87,7 +87,7 @@ class EngineStats:
     prefix_hits: int
     preemptions: int
     steps: int
-    """Since the start."""
+    """Steps since the start."""
 
 
 class Start(Struct, tag=True):

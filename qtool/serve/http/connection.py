@@ -40,8 +40,8 @@ class Connection(HttpToolsProtocol):
         self._framing_bytes = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request; if there are too many connections, close an idle one, or
-        else this one.
+        """Wait for a request. If there are too many connections, close an idle one for this one, or
+        else refuse this one.
         """
         super().connection_made(transport)
         if self._peers.add(self, client_at((self.client or ("",))[0])):
@@ -50,7 +50,7 @@ class Connection(HttpToolsProtocol):
             self._end(Refused("too_many_connections", "the server has too many connections"))
 
     def give_way(self) -> None:
-        """Close the connection, which is idle, for a new one."""
+        """Close this idle connection in favour of a new one."""
         if self._is_used and not self._head_bytes:
             self.transport.close()  # as after `KEEP_ALIVE_S`
         else:
@@ -206,8 +206,8 @@ class Connection(HttpToolsProtocol):
 class Peers:
     """The open connections of each client, and which of them are idle.
 
-    A new connection that is one too many, of its client or of all, takes the place of the one that
-    has been idle longest.
+    When a client, or all of them, have too many connections, a new one takes the place of the one
+    that has been idle longest.
     """
 
     def __init__(self, limits: RequestLimits) -> None:
@@ -219,7 +219,7 @@ class Peers:
         """The one that has been idle longest stands first."""
 
     def add(self, connection: Connection, client: str) -> bool:
-        """Return whether there is room for ``connection``, which counts in any case."""
+        """Count ``connection`` of ``client``, and return whether there was room for it."""
         has_room = True
         if self._counts[client] >= self._most_each:
             has_room = self._make_room(client)
@@ -231,7 +231,7 @@ class Peers:
         return has_room
 
     def remove(self, connection: Connection) -> None:
-        """Forget ``connection``; more than once does nothing more."""
+        """Forget ``connection``, if it is known."""
         self._idle.pop(connection, None)
         client = self._clients.pop(connection, None)
         if client is not None:

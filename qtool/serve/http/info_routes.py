@@ -18,7 +18,7 @@ from qtool.serve.metrics import CONTENT_TYPE
 from qtool.serve.service import Service
 from qtool.serve.settings import shown_name
 
-# for the engine to say what it is doing: a step may be long
+# how long routes wait for the engine's statistics: a step may take longer
 METRICS_S = 0.5
 STATS_S = 5.0
 PAGE_HEADERS = {
@@ -87,7 +87,7 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
 
     @app.get("/get_model_info", responses=GET_ERRORS, tags=["SGLang"])
     async def get_model_info() -> ModelInfo:
-        """Return the names of the model and its tokenizer; where they are is not told."""
+        """Return the names of the model and its tokenizer, without their paths."""
         settings = host.ready().settings
         own = settings.tokenizer_path
         return ModelInfo(

@@ -1,4 +1,4 @@
-"""Strict JSON bodies: in UTF-8, of whole characters, without NaN, and no key twice."""
+"""Strict JSON bodies: UTF-8 without lone surrogates, NaN and repeated keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qtool.errors import one_line
 from qtool.serve.threads import Threads
 
 MAX_NAME = 100
-MAX_ERRORS = 1000  # of one body that are described
+MAX_ERRORS = 1000  # that are described for one body
 
 
 class JsonRoute(APIRoute):
@@ -42,13 +42,13 @@ class JsonRoute(APIRoute):
 
 
 class JsonRequest(Request):
-    """A request whose body was parsed already."""
+    """A request whose body has been parsed."""
 
     parsed: BaseModel | None = None
     """None: it has no body."""
 
     async def body(self) -> bytes:
-        """Return something that FastAPI parses with `json`, if there is a body."""
+        """Return a stand-in for the body, so that FastAPI calls `json` if there is one."""
         return b"" if self.parsed is None else b"{}"
 
     async def json(self) -> object:
@@ -71,7 +71,7 @@ def parse_body(body: bytes, model: type[BaseModel]) -> BaseModel:
 
 
 def _too_many(count: int) -> ErrorDetails:
-    """Return one error for ``count``, which would take too long to describe."""
+    """Return one error in place of ``count``, which would take too long to describe."""
     message = f"the body has {count:,} unknown fields or values of another type"
     return {"type": "too_many_errors", "loc": ("body",), "msg": message, "input": None}
 

@@ -111,7 +111,7 @@ class LimitsMiddleware:
 
             await self._app(scope, replay, answer)
         except TooManyWaiting:
-            await self._refuse(Refused("busy", "the server reads other bodies"), None, send)
+            await self._refuse(Refused("busy", "too many bodies wait to be read"), None, send)
         except Refused as error:
             self._release(client, chunks)
             await self._refuse(error, None if complete else receive, send)

@@ -32,7 +32,7 @@ Compiled = str | UsageError
 
 
 class _Compilation:
-    """A compilation that runs or waits, and how many requests of one client wait for it."""
+    """A compilation that runs or is queued, and how many requests of one client wait for it."""
 
     def __init__(self, task: asyncio.Task[Compiled]) -> None:
         self.task = task
@@ -50,7 +50,7 @@ class Grammars:
         self._pool: SandboxPool | None = None
         self._cache: LRUCache[tuple[str, str], Compiled] = LRUCache(CACHE_BYTES, getsizeof=_size)
         self._compiling: dict[tuple[str, str, str], _Compilation] = {}
-        """By client and grammar: no client waits in the turns of another."""
+        """By client and grammar, so that no client waits for the turn of another."""
 
     async def compiled(self, kind: str, text: str) -> str:
         """Return what `Compiler.take` reads.
@@ -76,7 +76,7 @@ class Grammars:
             await self._pool.close()
 
     async def _compile_once(self, kind: str, text: str) -> Compiled:
-        """Compile the grammar, or wait for another request of the client that compiles it."""
+        """Compile the grammar, or wait for a compilation that the same client started."""
         key = (current_origin().client, kind, text)
         compilation = self._compiling.get(key)
         if compilation is None:
@@ -92,7 +92,7 @@ class Grammars:
                 del self._compiling[key]
 
     async def _compile(self, kind: str, text: str) -> Compiled:
-        """Return the compiled grammar, or why there is none, and keep it."""
+        """Return the compiled grammar, or the error, and cache it."""
         result = await self._compile_in_pool(kind, text)
         self._cache[kind, text] = result
         return result

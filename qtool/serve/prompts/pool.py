@@ -1,4 +1,4 @@
-"""`SandboxPool`: several children for one function, which the clients share by `Turns`."""
+"""`SandboxPool`: several child processes for one function, which clients share by `Turns`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qtool.serve.turns import Turns, current_origin
 
 CHILDREN = 2
 MAX_WAITING = 4096
-GRACE_S = 1.0  # for a call that nobody waits for: a new child costs more than most calls
+GRACE_S = 1.0  # to end by itself, for a call without a waiter: a new child costs more than most
 
 
 class SandboxPool:
     """Calls one function in several `Sandbox`es, each with one call at a time.
 
-    A call that is cancelled while it runs is ended, with its child. A client holds its place until
-    a child that it made useless is replaced, so that the next client does not wait for that.
+    A call that is cancelled while it runs is ended with its child. The client keeps its worker
+    until that child is replaced, so that the next client does not wait for the replacement.
 
     Args:
         make_sandbox: returns another sandbox; it starts its child at the first call.
-        first_call: arguments of a call that takes no time, which starts a child.
+        first_call: arguments of a quick call, which starts a child.
         max_waiting: calls that may wait.
         max_waiting_each: calls of one client that may wait.
     """
@@ -67,7 +67,7 @@ class SandboxPool:
                 task.add_done_callback(self._replacing.discard)
 
     async def close(self) -> None:
-        """End the children, and every call with ChildDied."""
+        """End the children; running calls raise ChildDied."""
         self._closed = True
         for task in self._replacing:
             task.cancel()
@@ -91,7 +91,7 @@ class SandboxPool:
 
 
 def _see(calling: asyncio.Future[object]) -> None:
-    """Take notice of an error, also of a call that nobody waits for any more."""
+    """Retrieve the error of a call that nobody waits for, so that asyncio does not log it."""
     if not calling.cancelled():
         calling.exception()
 

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 from qtool.errors import UsageError
 from qtool.serve.threads import Threads
 
-# what a token takes to decode, a character to encode, and a text besides, in bytes for `Threads`
+# cost of decoding a token, encoding a character, and of each text, in bytes for `Threads`
 TOKEN_BYTES = 16
 CHARACTER_BYTES = 16
 TEXT_BYTES = 128
-MAX_TOKENS = 1 << 20  # of a text, unless the context holds more: making the list holds the GIL
+MAX_TOKENS = (
+    1 << 20
+)  # of a text, or the context's length if it is more: making the list holds the GIL
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
@@ -50,7 +52,7 @@ class Vocabulary:
             self._max_characters = longest * context_length
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
         self.byte_list_of = lru_cache(maxsize=1 << 16)(lambda token: [*self.bytes_of(token)])
-        """The same as OpenAI's log probabilities have them; not to be changed."""
+        """The same as a list, as in OpenAI's log probabilities; callers must not change it."""
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
