@@ -130,7 +130,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
                 keep_open=staging.folder.lock_fd,
             )
         except BackendFailed:
-            request.source.check_unchanged({})  # a file that changed is why
+            request.source.check_unchanged({})  # a file that changed may be the reason
             raise
         on_event(StageEvent("checking the result"))
         finish_files(request.source.aux, staging.checkpoint)
@@ -228,8 +228,8 @@ def _job(request: Request, staging: Staging, state: Staging | None) -> Job:
 
 @contextmanager
 def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
-    """Begin the run's log, and keep it at ``place`` when the run fails, but not when it was refused
-    or interrupted.
+    """Begin the run's log, and keep it at ``place`` when the run fails; a run that is refused or
+    interrupted leaves none.
     """
     staging.log.write_bytes(LOG_MARK)
     try:
@@ -237,7 +237,7 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
     except (InputRefused, UsageError, OutputTaken):
         raise
     except Exception as error:
-        with suppress(OSError, OutputTaken):  # what failed first counts
+        with suppress(OSError, OutputTaken):  # the first failure is the one to report
             staging.publish_log(place)
             has_output = place.stat().st_size > len(LOG_MARK)
             if isinstance(error, BackendFailed | ResourceError) and has_output:

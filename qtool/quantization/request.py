@@ -83,7 +83,7 @@ class Request:
         return [path for path in (self.plan.checkpoint.path, self.state_restore, data) if path]
 
     def check_places(self) -> None:
-        """Find what would end the run where it writes; see `checkpoint.check_place`."""
+        """Check that the output, the log and the saved state can be written, by `check_place`."""
         save = self.state_save
         check_place(
             self.output,
@@ -109,7 +109,8 @@ class Request:
 def prepare(
     model_path: str | os.PathLike[str], options: QuantizeOptions, *, need_data: bool = True
 ) -> Request:
-    """Decide a run from headers and configs alone. Writes nothing and imports no torch.
+    """Decide a run from headers and configs alone. Writes nothing, and imports torch only for
+    architectures about which transformers must be asked.
 
     Args:
         model_path: a checkpoint folder or a Hub name.
