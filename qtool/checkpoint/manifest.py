@@ -16,6 +16,7 @@ MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
 STATE_FILE = "qtool-state.json"  # of a saved ModelOpt state, which has no manifest
 STATE_WEIGHTS = "model.safetensors"
+MAX_DIFFERENCES = 100  # that are said one by one
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class ManifestCheck:
     missing: tuple[str, ...]
     """Listed files that are not there."""
     added: tuple[str, ...]
-    """Files that are there and not listed."""
+    """What is there and not listed, without hidden names such as `.git` and `.cache`: tools that
+    copy checkpoints leave them, and no loader reads them.
+    """
     digests: Digests = field(repr=False)
     """Of the listed files that are there; empty when only names and sizes were compared."""
 
@@ -39,12 +42,14 @@ class ManifestCheck:
         return not (self.changed or self.missing or self.added)
 
     def differences(self) -> list[str]:
-        """Return a sentence for each difference."""
-        return [
+        """Return the first differences in words, and how many more there are."""
+        found = [
             *(f"{name} is not the file that the manifest describes" for name in self.changed),
             *(f"{name} is in the manifest and missing" for name in self.missing),
             *(f"{name} is not in the manifest" for name in self.added),
         ]
+        more = len(found) - MAX_DIFFERENCES
+        return found[:MAX_DIFFERENCES] + ([f"{more:,} more files differ"] if more > 0 else [])
 
     def summary(self) -> str:
         """Return the result in a line."""
@@ -62,11 +67,11 @@ class ManifestCheck:
 
     def refusal(self, folder: Path) -> CheckpointRefused:
         """Return the error for a source that differs from its manifest."""
-        differences = self.differences()
-        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        others = len(self.changed) + len(self.missing) + len(self.added) - 1
+        more = f" (and {others:,} more)" if others else ""
         return refused(
             "E_MANIFEST_DIFFERS",
-            f"{folder}: {differences[0]}{more}",
+            f"{folder}: {self.differences()[0]}{more}",
             f"copy or download it again; if the change is meant, remove {MANIFEST} first",
         )
 
@@ -91,7 +96,8 @@ def read_manifest(folder: Path) -> JsonDict:
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, Mapping) or not all(
-        Path(name).name == name and isinstance(entry, Mapping) for name, entry in files.items()
+        Path(name).name == name and name not in ("", "..") and isinstance(entry, Mapping)
+        for name, entry in files.items()
     ):
         raise refused("E_MANIFEST", f"{path}: `files` does not list files of the folder")
     return manifest
@@ -122,7 +128,7 @@ def check_manifest(
         files=len(listed),
         changed=tuple(changed),
         missing=tuple(sorted(listed.keys() - present.keys())),
-        added=tuple(sorted(present.keys() - listed.keys())),
+        added=tuple(sorted(name for name in present.keys() - listed.keys() if name[0] != ".")),
         digests=digests,
     )
 

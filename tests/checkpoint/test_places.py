@@ -4,6 +4,7 @@ name alone, and what would end a run is found before it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -391,6 +392,7 @@ DIFFERENCES = {  # what is done to the folder -> the field that names it
 
 @pytest.mark.parametrize("case", DIFFERENCES)
 def test_what_differs_from_the_manifest_is_named(case, verified):
+    (verified / ".cache").mkdir()  # of `hf download`
     assert check_manifest(verified).matches
     change, field, name = DIFFERENCES[case]
     change(verified)
@@ -398,10 +400,21 @@ def test_what_differs_from_the_manifest_is_named(case, verified):
     assert getattr(found, field) == (name,)
     assert not found.matches
     assert name in " ".join(found.differences())
+    many = dataclasses.replace(found, missing=tuple(map(str, range(200_000)))).differences()
+    assert (len(many), many[-1]) == (101, f"{199_900 + (field != 'missing'):,} more files differ")
 
 
 @pytest.mark.parametrize(
-    "manifest", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"../x": {}}}', "x"]
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"a": 1}}',
+        '{"files": {"../x": {}}}',
+        '{"files": {"..": {}}}',
+        "x",
+    ],
 )
 def test_a_manifest_that_is_none_verifies_nothing(manifest, tiny_copy):
     (tiny_copy / "qtool-manifest.json").write_text(manifest)
