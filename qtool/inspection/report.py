@@ -89,7 +89,7 @@ class Inspection:
     against: Comparison | None = None
     """The comparison with another checkpoint, when asked for."""
     damage: tuple[str, ...] = ()
-    """Numbers that no weights have, when all data was read; they are among the warnings too."""
+    """Wrong values in the data, when it was read; the warnings have them too."""
     engine: EngineReport | None = None
     """Whether an engine loads the checkpoint, when asked for."""
 
@@ -151,7 +151,7 @@ def inspect(
         verify: compare every file with the manifest, which must be there.
         against: a checkpoint to compare each linear layer with.
         engine: the engine to check whether ``checkpoint`` loads in.
-        engine_version: of ``engine``; the version its rules were written for when None.
+        engine_version: of ``engine``; None for the version that its rules were read in.
         gpu: that ``engine`` runs on.
         tensor_parallel: ranks of ``engine``.
     Raises: CheckpointRefused, when config and tensors contradict each other or the format is

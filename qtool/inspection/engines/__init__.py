@@ -83,7 +83,7 @@ class EngineReport:
     engine: str
     version: str
     read: str
-    """The version whose source the rules were read from."""
+    """The version of the engine in whose source the rules were read."""
     seen: tuple[str, ...]
     """Versions whose own verdicts on checkpoints were compared with those of the rules."""
     gpu: str | None
@@ -170,13 +170,13 @@ def check_engine(
 
 
 def check_engines(checkpoint: Checkpoint) -> list[EngineReport]:
-    """Return what each engine does with ``checkpoint`` on one GPU, some that it supports."""
+    """Return what each engine does with ``checkpoint`` on one GPU of a kind that it supports."""
     layout = detect(checkpoint)
     return [check_engine(checkpoint, layout, engine) for engine in engines()]
 
 
 def verdicts_dict(reports: Iterable[EngineReport]) -> dict[str, dict[str, object]]:
-    """Return by engine whether it loads a checkpoint and the codes of what refuses it."""
+    """Return, by engine, whether it loads a checkpoint, and the codes of the refusals."""
     return {
         report.engine: {
             "version": report.version,
@@ -298,7 +298,8 @@ def _version_note(ruleset: Ruleset, version: str) -> Finding:
         code="N_ENGINE_VERSION",
         severity="note",
         message=(
-            f"the rules were read in {ruleset.engine} {ruleset.version}; {version} may differ"
+            f"the rules are from the source of {ruleset.engine} {ruleset.version}; {version} may "
+            "differ"
         ),
         hint="try it there before you rely on it",
         source=f"{ruleset.engine}.yaml",

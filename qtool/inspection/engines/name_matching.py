@@ -66,12 +66,13 @@ def name_matching(matching: Matching | None, config: Mapping[str, object]) -> Ma
 
 
 def _believe_tensors(linear: Linear) -> NameMatch:
+    """Return the match of an engine that looks at the tensors, not at names."""
     return NameMatch(linear.stored)
 
 
 def _by_blocks(config: Mapping[str, object]) -> MatchName:
-    """Return the function for GPTQ in optimum, which replaces every linear layer of the decoder
-    layers, or those that ``modules_in_block_to_quantize`` names, and reads no overrides.
+    """Return the function for GPTQ in optimum. It replaces all linear layers of the decoder layers,
+    or those in ``modules_in_block_to_quantize``, and ignores ``dynamic``.
     """
     kinds = tuple(
         kind
@@ -81,7 +82,7 @@ def _by_blocks(config: Mapping[str, object]) -> MatchName:
     found = _match_of_numbers(config)
 
     def match_name(linear: Linear) -> NameMatch:
-        # its router is a class of its own but for this gate
+        # in transformers routers are classes of their own, except this gate
         if linear.role in ("expert", "tower") or (
             linear.role == "router" and linear.kind != "shared_expert_gate"
         ):
@@ -93,9 +94,10 @@ def _by_blocks(config: Mapping[str, object]) -> MatchName:
 
 
 def _by_experts_group(config: Mapping[str, object]) -> MatchName:
-    """Return the function for compressed-tensors in transformers: one group says what experts are.
+    """Return the function for compressed-tensors in transformers: one group of the config holds for
+    all experts.
 
-    FP8 experts and those in 16 bits have one name there, `weight`; packed ones have another.
+    FP8 and 16-bit experts are both called `weight` there, packed ones have another name.
     """
     weights = as_mapping(_experts_group(config).get("weights"))
     found = _match_of_weights(weights) if weights else PLAIN
@@ -200,7 +202,7 @@ def _by_overrides(dynamic: Mapping[str, object], config: Mapping[str, object]) -
 
 
 def _match_of_numbers(settings: Mapping[str, object]) -> NameMatch:
-    """Return what layers with GPTQ's ``bits`` and ``group_size`` are."""
+    """Return the match of a layer with GPTQ's ``bits`` and ``group_size``."""
     bits = as_int(settings.get("bits"))
     group_size = as_int(settings.get("group_size")) or 0
     return NameMatch("quantized", f"int{bits}" if bits else None, max(group_size, 0))

@@ -68,7 +68,7 @@ class Rule(Strict):
     until: str | None = None
     """The first version that no longer does it."""
     seen: tuple[str, ...] = ()
-    """Versions that did it when they were run; `Ruleset.version` is the one that was read."""
+    """Versions that did it when they were run; the source of `Ruleset.version` was read."""
     emulated: bool = False
     """Whether the GPU then does not multiply in the formats of the scheme."""
     tests: tuple[tuple[tuple[Test, ...], ...], ...] = Field(default=(), exclude=True)
@@ -109,7 +109,7 @@ class Rule(Strict):
         return _one_holds(when, inputs) and not _one_holds(unless, inputs)
 
     def is_of(self, version: tuple[int, ...]) -> bool:
-        """Whether the rule holds in ``version``; an empty one is newer than all."""
+        """Whether the rule holds in ``version``; an empty one is newer than all others."""
         if not version:
             return self.until is None
         if self.since and version < numbers(self.since):
@@ -136,7 +136,7 @@ class Matching(Strict):
     blocks: bool = False
     """Whether all linear layers of the decoder layers are quantized alike, and no others."""
     experts: bool = False
-    """Whether only experts are looked up: one config group holds for all of them."""
+    """Whether names matter only for experts, and one config group holds for all of them."""
 
 
 class Ruleset(Strict):
