@@ -23,8 +23,8 @@ from qtool.modules import decoder_layer_number
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 SAMPLE_SIZE = 4096  # numbers of one tensor
 MIN_SAMPLE = 256  # fewer tell nothing
-MIN_VALUES = 8
-MIN_SPREAD = 5  # powers of two between the quartiles: a bell has 2, and read wrong 16
+MIN_VALUES = 8  # different ones
+MIN_SPREAD = 5  # powers of two between quartiles: 2 of weights, 16 of float16 read as bfloat16
 UNREADABLE = frozenset({"U16", "U32", "U64", "C64"})  # torch computes with none of them
 GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale")
 INTEGER_DTYPES = ("I8", "I16", "I32", "I64")  # scales may be U8, as e8m0
@@ -108,8 +108,8 @@ def _check_one_dtype(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
 def _check_numbers(tensor: TensorInfo) -> None:
     """Refuse a matrix, or the scales of one, whose sampled numbers are those of another dtype.
 
-    A few values again and again, such as 1 and -1, tell nothing. Weights of experts and tokens that
-    are never used may be tiny, but all are about as small.
+    A few repeated values, such as 1 and -1, tell nothing. Weights of experts and tokens that are
+    never used may be tiny, but then they are all of about the same size.
     """
     if tensor.dtype not in HALVES or tensor.count < MIN_SAMPLE:
         return

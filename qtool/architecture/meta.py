@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool.architecture.standard import model_tensors
+from qtool.architecture.standard import Shape, model_tensors
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
@@ -24,7 +24,7 @@ REPORTS = {  # what transformers reports after loading -> what that means for a 
     "unexpected_keys": "has {count} tensors that the model lacks",
     "mismatched_keys": "has {count} tensors whose shape is not the model's",
 }
-EXPERT_PARTS = {  # of a stack in transformers -> of one expert
+EXPERT_PARTS = {  # parameter that stacks experts -> patterns of the tensors of one expert
     "gate_up_proj": (r"gate_proj\.weight", r"up_proj\.weight"),
     "gate_up_proj_bias": (r"gate_proj\.bias", r"up_proj\.bias"),
     "down_proj": (r"down_proj\.weight",),
@@ -57,37 +57,47 @@ def check_tensors(
             for name, shape in model_tensors(checkpoint, layout).items()
             if not is_mtp_layer(checkpoint, name)
         }
-        state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-        with quiet_loading():
-            _, report = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=torch.bfloat16,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        report = _load_without_data(model, config, shapes)
     if not is_causal:
-        stacks = {name: part.numel() for name, part in model.named_parameters()}
-        split = _split_experts(stacks, report.get("missing_keys") or (), shapes)
-        left_over = report.get("unexpected_keys") or ()
-        report["missing_keys"] = {*(report.get("missing_keys") or ())} - split
-        report["unexpected_keys"] = {
-            key for key in left_over if key not in split and not tower_of(key)
-        }
+        parameters = {name: each.numel() for name, each in model.named_parameters()}
+        missing = {*(report.get("missing_keys") or ())}
+        split = _split_experts(parameters, missing, shapes)
+        left_over = {*(report.get("unexpected_keys") or ())} - split
+        report["missing_keys"] = missing - split
+        report["unexpected_keys"] = {key for key in left_over if not tower_of(key)}
     check_report(checkpoint, report)
 
 
-def _split_experts(
-    stacks: Mapping[str, int], missing: Collection[str], shapes: Mapping[str, tuple[int, ...]]
-) -> set[str]:
-    """Return which of the ``missing`` stacks are there expert by expert, and what stands for them.
+def _load_without_data(model: Any, config: object, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Load tensors of ``shapes`` into a model like ``model``, on the meta device.
 
-    Quantizers write so, and engines read it, also where transformers has only the stack.
+    Returns: what transformers reports, by the keys of `REPORTS`.
+    """
+    state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    with quiet_loading():
+        _, report = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.bfloat16,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return dict(report)
+
+
+def _split_experts(
+    parameters: Mapping[str, int], missing: Collection[str], shapes: Mapping[str, Shape]
+) -> set[str]:
+    """Return those ``missing`` stacks of experts that the checkpoint has expert by expert, and the
+    names of these experts' tensors.
+
+    Quantizers write experts in this way and engines read them, even if transformers reads stacks
+    alone.
 
     Args:
-        stacks: the number of weights of each parameter of transformers' model.
+        parameters: of transformers' model -> how many weights each has.
         missing: the parameters that the checkpoint lacks.
         shapes: the tensors of the checkpoint.
     """
@@ -97,7 +107,7 @@ def _split_experts(
         parts = EXPERT_PARTS.get(kind, ())
         name = re.compile(rf"{re.escape(owner)}\.(?:0|[1-9][0-9]*)\.(?:{'|'.join(parts)})")
         found = {key: math.prod(shape) for key, shape in shapes.items() if name.fullmatch(key)}
-        if parts and sum(found.values()) == stacks.get(stack) and len({*found.values()}) == 1:
+        if parts and sum(found.values()) == parameters.get(stack) and len({*found.values()}) == 1:
             split |= {stack, *found}
     return split
 

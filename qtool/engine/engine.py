@@ -363,8 +363,8 @@ def _tokenizer(path: str | os.PathLike[str]) -> PromptTokenizer:
 
 
 def _eos_ids(model: CausalLM, tokenizer: PromptTokenizer | None) -> tuple[int, ...]:
-    """Return the model's end tokens, and the tokenizer's; -1, or one beyond the vocabulary, is none
-    of them.
+    """Return the end tokens of the model and of the tokenizer, without -1 and ids beyond the
+    vocabulary.
     """
     config = model.config if model.generation_config is None else model.generation_config
     configured = config.eos_token_id

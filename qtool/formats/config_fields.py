@@ -13,7 +13,7 @@ from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import refused
 
 MAX_BITS = 32
-OTHERS = ("sparsity_config", "transform_config")  # of compressed-tensors: not about numbers
+OTHER_PARTS = ("sparsity_config", "transform_config")  # their fields mean something else
 
 
 def check_fields(where: str, config: Json) -> None:
@@ -42,7 +42,7 @@ def _fields(config: Json) -> Iterator[tuple[str, object]]:
         for key, value in part.items():
             if key in FIELDS:
                 yield key, value
-            if key not in OTHERS:
+            if key not in OTHER_PARTS:
                 parts.append(value)
 
 

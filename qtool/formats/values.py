@@ -79,16 +79,16 @@ def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     file, tensor and value; empty when all is well.
 
     A negative scale is wrong, except one of integer weights, of which AutoRound writes some. A zero
-    scale of weights is right: rows and experts that are never used have it, and engines load them;
-    one that is divided by, of activations or inverse, is wrong. Reads every float tensor and
-    ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong value and are not
-    read.
+    scale of weights is right: rows and experts that are never used have it, and engines load them.
+    A zero that divides, as a scale of activations or an inverse scale, is wrong. Reads every float
+    tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong value and
+    are not read.
     """
     return check_tensors(checkpoint.tensors.values(), layout)
 
 
 def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[str]:
-    """Do what `check_values` does for some of the tensors of a checkpoint of ``layout``."""
+    """Check some of the tensors of a checkpoint of ``layout``, as `check_values` does."""
     by_name = {tensor.name: tensor for tensor in tensors}
     with _Files() as files:
         pieces = [
