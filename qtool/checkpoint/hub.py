@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from qtool.errors import ResourceError, from_wire
+from qtool.errors import ResourceError, UsageError, from_wire
 
 if TYPE_CHECKING:
     from qtool.checkpoint.hub_download import DownloadRequest
@@ -58,8 +59,9 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
     ``HF_HUB_OFFLINE`` is honoured.
 
     Raises: CheckpointRefused, when there is no such folder and no such model; ResourceError, when
-        the Hub cannot be reached.
+        the Hub cannot be reached; UsageError, when HF_ENDPOINT is not a URL.
     """
+    _check_endpoint()
     if not _may_be_hub_name(model_path) or os.path.exists(model_path):
         return Path(model_path)
     request: DownloadRequest = {
@@ -69,6 +71,19 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         "unwanted": [pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
     }
     return Path(_find_cached(request) if is_offline() else _download(request))
+
+
+def _check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT that libraries cannot even be imported with."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError:
+        raise UsageError(
+            "E_HF_ENDPOINT",
+            f"HF_ENDPOINT is not a URL: {endpoint!r}",
+            hint="it looks like https://huggingface.co; leave it unset for the Hub itself",
+        ) from None
 
 
 def is_offline() -> bool:

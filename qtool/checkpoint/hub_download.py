@@ -37,9 +37,10 @@ CONNECT_TIMEOUT_S = 5.0
 PROGRESS_BYTES = 64 << 10  # fewer do not count: an endpoint may send a byte at a time
 PROGRESS_INTERVAL_S = 0.5
 MAX_METADATA_BYTES = 64 << 20
+MAX_PACKED_METADATA_BYTES = 256 << 10  # gzip makes at most a thousand times as much of them
 METADATA_HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
 # what huggingface_hub raises for an answer that is not the Hub's
-NOT_THE_HUB = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
+NOT_THE_HUB = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -201,7 +202,9 @@ def _make_client(output: _Output) -> httpx.Client:
                 raise httpx.RemoteProtocolError(f"its header {name} is `{value[:100]}`")
         is_api = "/api/" in response.request.url.path
         assert isinstance(response.stream, httpx.SyncByteStream)
-        limit = MAX_METADATA_BYTES if is_api else None
+        is_packed = "Content-Encoding" in response.headers
+        most = MAX_PACKED_METADATA_BYTES if is_packed else MAX_METADATA_BYTES
+        limit = most if is_api else None
         response.stream = _CountedBody(response.stream, output, limit)
         if is_api and response.is_success and "/revision/" in response.request.url.path:
             response.read()

@@ -5,6 +5,7 @@ endpoint, in bounded time, and nothing is written outside of the cache.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import threading
 import time
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 
 from qtool.calibration import CalibrationSpec, check_source, isolated
 from qtool.checkpoint import hub, resolve_model
-from qtool.errors import ResourceError
+from qtool.errors import ResourceError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = b'{"model_type": "llama"}'
@@ -135,6 +136,9 @@ NOT_THE_HUB = {
     "files of another shape": {"tree": Endpoint.page(200, b'{"a": 1}')},
     "files without names": {"tree": Endpoint.page(200, b'[{"type": "file"}]')},
     "deep JSON": {"info": Endpoint.page(200, b"[" * 100_000)},
+    "a gzip bomb": {
+        "info": Endpoint.page(200, gzip.compress(bytes(300 << 20), 1), Content_Encoding="gzip")
+    },
     "not UTF-8": {"info": Endpoint.page(200, b'{"id": "\xff"}')},
     "a teapot": {"info": Endpoint.page(418, b"")},
     "a loop of redirects": {"info": Endpoint.page(302, b"", Location="/api/models/org/model")},
@@ -161,6 +165,7 @@ NOT_THE_HUB = {
 QUICK = {
     "a page in place of the model",
     "a list",
+    "deep JSON",
     "a commit that leaves the cache",
     "an ETag that leaves the cache",
     "a name that leaves the cache",
@@ -175,7 +180,7 @@ def cases(names):
 
 @pytest.mark.parametrize("case", cases(NOT_THE_HUB))
 def test_an_answer_that_is_not_the_hubs_ends_with_4_and_names_the_endpoint(
-    endpoint, tmp_path, monkeypatch, case
+    endpoint, tmp_path, monkeypatch, capfd, case
 ):
     monkeypatch.setattr(hub, "STALL_S", 3.0)
     endpoint.answers |= NOT_THE_HUB[case]
@@ -184,8 +189,17 @@ def test_an_answer_that_is_not_the_hubs_ends_with_4_and_names_the_endpoint(
     assert caught.value.code in ("E_DOWNLOAD", "E_HUB_UNREACHABLE")
     assert endpoint.url in caught.value.message
     assert caught.value.hint
+    assert "Traceback" not in capfd.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
     assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("url", ["http://[", "https://\x1b[31m"])
+def test_an_endpoint_that_is_no_url_is_a_usage_error(tmp_path, monkeypatch, url):
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    for place in ("org/model", str(tmp_path)):
+        with pytest.raises(UsageError, match="not a URL"):
+            resolve_model(place)
 
 
 SLOW = {
