@@ -13,6 +13,7 @@ from qtool.conversion.layer_plan import plan_layers, unquantized_linears
 from qtool.conversion.layers import Layer, Step, Write, writes_like, writes_of
 from qtool.conversion.request import ConversionRequest
 from qtool.conversion.targets import UNQUANTIZED
+from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule
 from qtool.formats.layout import PER_HEAD
 from qtool.modules import last_part
@@ -66,6 +67,12 @@ def plan_conversion(request: ConversionRequest) -> ConversionPlan:
     layers = plan_layers(request, unquantized)
     copies = plan_copies(request, layers)
     targets = [layer.target for layer in layers if layer.target]
+    if not targets and request.layout is None and not request.dequantizes:
+        raise CheckpointRefused(
+            "E_NOTHING_TO_DO",
+            f"{request.checkpoint.path} has no layer that `export` can round",
+            hint="output heads, routers, other towers and Conv1D layers stay in 16 bits",
+        )
     if not targets and request.to not in (*UNQUANTIZED, *HOLD_A_CACHE_ALONE):
         raise request.cannot_hold(
             "layers: no layer is quantized, only the KV cache",

@@ -180,3 +180,13 @@ def test_online_rotations_are_refused_by_every_format(copy, tmp_path):
     )
     for to in (CT, GPTQ, "bf16"):
         assert "rotations: inputs are rotated at run time" in refusal(source, tmp_path, to).message
+
+
+def test_a_model_without_linear_layers_is_refused_before_anything_is_written(make_model, tmp_path):
+    tensors = {"h.0.attn.c_attn.weight": (64, 192)}
+    folder = make_model(tensors, model_type="gpt2")
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(CheckpointRefused, match="no layer") as caught:
+        export(folder, to=CT, output=tmp_path / "out", requantize=True, scheme="FP8_DYNAMIC")
+    assert caught.value.code == "E_NOTHING_TO_DO"
+    assert {*tmp_path.iterdir()} == before
