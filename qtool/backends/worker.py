@@ -52,6 +52,7 @@ from qtool.events import (
 )
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
+from qtool.sandbox import code_of_main
 from qtool.terminal import lossy_stream
 
 # threads that spin while they wait starve whoever shares the cores
@@ -83,11 +84,7 @@ def run_job(
         BackendFailed when it ended in any other way.
     """
     read_fd, write_fd = os.pipe()
-    package_parent = str(Path(__file__).resolve().parents[2])
-    code = (
-        f"import sys; sys.path.append({package_parent!r}); from qtool.backends.worker import "
-        f"main; main({write_fd})"
-    )
+    code = code_of_main("qtool.backends.worker", write_fd)
     backend = load_backend(plan.recipe.backend)
     environment = {
         **QUIET_WAITING,

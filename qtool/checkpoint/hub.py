@@ -104,11 +104,9 @@ def _find_cached(request: DownloadRequest) -> str:
 
 def _download(request: DownloadRequest) -> str:
     """Run `hub_download.main` in a child process, and kill it when nothing arrives."""
-    package_parent = str(Path(__file__).resolve().parents[2])
-    code = (
-        f"import sys; sys.path.append({package_parent!r}); from qtool.checkpoint.hub_download "
-        "import main; main()"
-    )
+    from qtool.sandbox import code_of_main
+
+    code = code_of_main("qtool.checkpoint.hub_download")
     with subprocess.Popen(
         [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:

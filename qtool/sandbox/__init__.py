@@ -246,11 +246,7 @@ class _Child:
     @classmethod
     async def start(cls, output_bytes: int, extra: Mapping[str, str]) -> _Child:
         """Start a process; its function is not loaded yet. Raises: ChildDied."""
-        package_parent = str(Path(__file__).resolve().parents[2])
-        code = (
-            f"import sys; sys.path.append({package_parent!r}); from qtool.sandbox.child "
-            "import main; main()"
-        )
+        code = code_of_main("qtool.sandbox.child")
         environment = {**passed_variables(), **ADDED_VARIABLES, **extra}
         try:
             ours, theirs = socket.socketpair()
@@ -303,6 +299,15 @@ class _Child:
         self._process.kill()
         self._writer.transport.abort()
         await asyncio.to_thread(self._process.wait)
+
+
+def code_of_main(module: str, *arguments: int) -> str:
+    """Return Python code that calls the ``main`` of ``module`` with ``arguments``, for an
+    interpreter whose environment need not have qtool.
+    """
+    parent = str(Path(__file__).resolve().parents[2])
+    given = ", ".join(map(str, arguments))
+    return f"import sys; sys.path.append({parent!r}); from {module} import main; main({given})"
 
 
 def passed_variables() -> dict[str, str]:
