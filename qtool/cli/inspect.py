@@ -19,7 +19,7 @@ from qtool.cli.options import (
     Verbose,
 )
 from qtool.cli.output import show
-from qtool.errors import CheckpointRefused, ResourceError, UsageError
+from qtool.errors import ResourceError, UsageError
 
 
 def inspect(
@@ -116,12 +116,10 @@ def _write_html(file: Path, page: str) -> None:
 def _check_damage(damage: Sequence[str]) -> None:
     """Raise CheckpointRefused when the data is damaged."""
     if damage:
+        from qtool.formats import damaged
+
         more = f" and {len(damage) - 1} more" if damage[1:] else ""
-        raise CheckpointRefused(
-            "E_VALUES",
-            f"{damage[0]}{more}",
-            hint="the weights are damaged: download the checkpoint or quantize the model again",
-        )
+        raise damaged(f"{damage[0]}{more}")
 
 
 def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:

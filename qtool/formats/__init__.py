@@ -20,7 +20,7 @@ from qtool.formats.layout import (
     modules_of,
     refused,
 )
-from qtool.formats.values import check_tensors, check_values, problem_in
+from qtool.formats.values import check_tensors, check_values, damaged, problem_in
 from qtool.modules import CACHE_SUFFIXES, last_part
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "QuantizedModule",
     "check_tensors",
     "check_values",
+    "damaged",
     "detect",
     "problem_in",
     "read",

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.errors import CheckpointRefused
 from qtool.formats import mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
 from qtool.modules import CACHE_SCALES
@@ -104,6 +105,15 @@ def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[
                 if problem
             }
     return [f"{by_name[name].file.name}: `{name}` {problem}" for name, problem in problems.items()]
+
+
+def damaged(message: str) -> CheckpointRefused:
+    """Return the error for a checkpoint with wrong values in its data."""
+    return CheckpointRefused(
+        "E_VALUES",
+        message,
+        hint="the weights are damaged: download the checkpoint or quantize the model again",
+    )
 
 
 def problem_in(tensor: TensorInfo, data: Words, layout: Layout | None) -> str | None:

@@ -187,14 +187,13 @@ class _Listener:
 def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]:
     """Return the places where the checkpoint and the calibrated state are written."""
     plan = request.plan
-    inputs = request.inputs
     need_bytes = int(plan.bytes_after * 1.05) + request.source.aux_bytes
     if plan.recipe.backend == "gptqmodel":
         need_bytes += plan.bytes_before
     staging = stack.enter_context(
         stage_output(
             request.output,
-            inputs=[*inputs, *([request.state_save] if request.state_save else [])],
+            inputs=request.checkpoint_inputs,
             overwrite=request.overwrite,
             need_bytes=need_bytes,
         )
@@ -204,7 +203,7 @@ def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]
     state = stack.enter_context(
         stage_output(
             request.state_save,
-            inputs=inputs,
+            inputs=request.inputs,
             overwrite=request.overwrite,
             need_bytes=plan.bytes_before,
         )

@@ -82,18 +82,22 @@ class Request:
         data = Path(self.calibration.source) if self.calibration else None
         return [path for path in (self.plan.checkpoint.path, self.state_restore, data) if path]
 
+    @property
+    def checkpoint_inputs(self) -> list[Path]:
+        """The inputs, and the folder of the saved state, which the output must not overlap."""
+        return [*self.inputs, *([self.state_save] if self.state_save else [])]
+
     def check_places(self) -> None:
         """Check that the output, the log and the saved state can be written, by `check_place`."""
-        save = self.state_save
         check_place(
             self.output,
-            inputs=[*self.inputs, *([save] if save else [])],
+            inputs=self.checkpoint_inputs,
             overwrite=self.overwrite,
             names=[file.name for file in self.source.aux],
             log=self.log,
         )
-        if save:
-            check_place(save, inputs=self.inputs, overwrite=self.overwrite)
+        if self.state_save:
+            check_place(self.state_save, inputs=self.inputs, overwrite=self.overwrite)
 
     def to_dict(self) -> JsonDict:
         """Return the plan and where it would go, for ``--json``."""

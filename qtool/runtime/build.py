@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qtool import formats
-from qtool.errors import CheckpointRefused
 from qtool.formats.packing import read_tensor
 from qtool.runtime.kernels import LinearSpec, device_of
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
@@ -186,11 +185,7 @@ def read_checked(plan: LoadPlan, name: str) -> Tensor:
     info = plan.checkpoint.tensors[name]
     data = tensor.reshape(-1).view(torch.uint8).numpy()
     if problem := formats.problem_in(info, data, plan.layout):
-        raise CheckpointRefused(
-            "E_VALUES",
-            f"{info.file}: `{name}` {problem}",
-            hint="the weights are damaged: download the checkpoint or quantize the model again",
-        )
+        raise formats.damaged(f"{info.file}: `{name}` {problem}")
     return tensor
 
 
