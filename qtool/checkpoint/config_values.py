@@ -84,7 +84,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 HINT = "take config.json from the model's source"
 
 
-def check_values(path: Path, config: Json) -> None:
+def check_config_values(path: Path, config: Json) -> None:
     """Refuse ``config``, read from ``path``, for a value that no model has.
 
     Raises: CheckpointRefused, with the field and its value.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qtool.checkpoint.config_check import check_config
-from qtool.checkpoint.config_values import check_values
+from qtool.checkpoint.config_values import check_config_values
 from qtool.checkpoint.header import MAX_NAME, read_header
 from qtool.checkpoint.model import INDEX, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
@@ -87,7 +87,7 @@ def _read_config(path: Path) -> JsonDict:
             f"{path}: `architectures` is {reprlib.repr(names)}, and must be a list of names",
             hint,
         )
-    check_values(path, config)
+    check_config_values(path, config)
     return config
 
 
