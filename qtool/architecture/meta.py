@@ -24,6 +24,7 @@ REPORTS = {  # what transformers reports after loading -> what that means for a 
     "unexpected_keys": "has {count} tensors that the model lacks",
     "mismatched_keys": "has {count} tensors whose shape is not the model's",
 }
+OLD_CACHE_SCALE = ".kv_scale"  # that old FP8 checkpoints have for engines
 EXPERT_PARTS = {  # parameter that stacks experts -> patterns of the tensors of one expert
     "gate_up_proj": (r"gate_proj\.weight", r"up_proj\.weight"),
     "gate_up_proj_bias": (r"gate_proj\.bias", r"up_proj\.bias"),
@@ -64,7 +65,9 @@ def check_tensors(
         split = _split_experts(parameters, missing, shapes)
         left_over = {*(report.get("unexpected_keys") or ())} - split
         report["missing_keys"] = missing - split
-        report["unexpected_keys"] = {key for key in left_over if not tower_of(key)}
+        report["unexpected_keys"] = {
+            key for key in left_over if not tower_of(key) and not key.endswith(OLD_CACHE_SCALE)
+        }
     check_report(checkpoint, report)
 
 

@@ -216,7 +216,9 @@ def test_experts_one_by_one_stand_for_a_stack_of_transformers(architecture, tmp_
             for each, matrix in zip(parts, expert.chunk(len(parts), dim=-1), strict=True):
                 suffix = "bias" if is_bias else "weight"
                 tensors[f"{owner}.{number}.{each}.{suffix}"] = matrix.t().contiguous()
-    save_file(tensors, file, {"format": "pt"})
+    keys = next(name for name in tensors if name.endswith(".self_attn.k_proj.weight"))
+    cache_scale = keys.replace("k_proj.weight", "kv_scale")  # of old FP8 checkpoints
+    save_file({**tensors, cache_scale: torch.ones(())}, file, {"format": "pt"})
     check_model(open_checkpoint(folder), None)
     tensors = {
         name: each for name, each in tensors.items() if not name.endswith("2.up_proj.weight")
