@@ -111,7 +111,13 @@ def test_no_written_config_names_a_path_of_this_machine(method, quantized):
             assert not re.search(r'"[/~][^"]*/', path.read_text()), path.name
 
 
-@EACH_METHOD
+@pytest.mark.parametrize(  # those whose sums depend on an order
+    "method",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group(f"quantize {name}"))
+        for name in ("w4a16_gptq", "gptq_int4")
+    ],
+)
 def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
     again = qtool.quantize(MODEL, method=method, output=tmp_path / "again", **DATA).output
     assert (again / "model.safetensors").read_bytes() == (

@@ -48,23 +48,14 @@ def logits(folder: Path) -> torch.Tensor:
         return load_dequantized(open_checkpoint(folder))(input_ids=torch.arange(64)[None]).logits
 
 
-def test_saved_restored_and_exported_checkpoints_have_equal_logits(saved, two_layers, tmp_path):
-    restored = qtool.quantize(
-        two_layers,
-        method="modelopt_int4_awq",
-        output=tmp_path / "restored",
-        checkpoint_restore_path=saved / "state",
-        device="cpu",
-    )
+def test_a_restored_state_is_exported_with_equal_logits(saved, two_layers, tmp_path):
     exported = qtool.export(
         two_layers,
         checkpoint_restore_path=saved / "state",
         output=tmp_path / "exported",
         device="cpu",
     )
-    expected = logits(saved / "out")
-    assert torch.equal(logits(restored.output), expected)
-    assert torch.equal(logits(exported.output), expected)
+    assert torch.equal(logits(exported.output), logits(saved / "out"))
 
 
 def test_a_state_is_json_and_safetensors(saved):

@@ -35,7 +35,7 @@ VERDICTS = {
     "ct/kv_fp8": "sTtv",
     "gptq/rtn4": "s-tv",
     "gptq/desc_act": "s-t-",
-    "gptq/dynamic": "s-tv",
+    "gptq/dynamic": "s--v",
     "gptq/gptq3": "--t-",
     "gptq/channel2": "--t-",
     "gptq/asym_v1": "--t-",

@@ -182,8 +182,8 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_FP8_AS_BLOCKS": (of(Fp8()), {}),
     "E_ENGINE_HEADS": (of(packed()), {"tensor_parallel": 3}),
     "E_ENGINE_CACHE_HEADS": (
-        of(packed(), model={"num_key_value_heads": 6}),
-        {"tensor_parallel": 4},
+        of(packed(), model={"num_key_value_heads": 4}),
+        {"tensor_parallel": 3},
     ),
     "E_ENGINE_UNEVEN": (of(packed()), {"tensor_parallel": 3}),
     "E_ENGINE_TIED_HEAD": (

@@ -180,7 +180,15 @@ def verdict(*, loads: bool = True, native: bool = True) -> EngineReport:
         Finding("V_KV", "note", "the KV cache is read as fp8", "", "vLLM documentation"),
     )
     return EngineReport(
-        "vLLM", "0.33", "sm_90", 8, loads, native, findings if not loads else findings[1:]
+        "vLLM",
+        "0.33",
+        "0.33.0",
+        (),
+        "sm_90",
+        8,
+        loads,
+        native,
+        findings if not loads else findings[1:],
     )
 
 
@@ -209,6 +217,8 @@ def broken() -> Inspection:
     engine = EngineReport(
         HOSTILE,
         HOSTILE,
+        HOSTILE,
+        (HOSTILE,),
         HOSTILE,
         1,
         False,
