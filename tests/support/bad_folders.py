@@ -693,8 +693,8 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
     ),
     "config of nonsense": (
         quantized("fp8", group("fp8", num_bits="eight")),
-        "E_QUANT_CONFIG_TYPE",
-        ("'eight'",),
+        "E_QUANT_CONFIG",
+        ("`num_bits`", "'eight'"),
     ),
     "bits that are none": (quantized("fp8", group("fp8", num_bits=9)), "E_QUANT_CONFIG", ("fp9",)),
     "no config group": (quantized("fp8", {"config_groups": {}}), "E_QUANT_TARGET", (LAYER,)),
