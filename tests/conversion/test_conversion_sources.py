@@ -63,7 +63,7 @@ def test_a_source_that_changes_before_a_library_fails_is_why(tiny_copy, tmp_path
     "change",
     [
         lambda folder: flip_a_bit(folder / "model.safetensors"),
-        lambda folder: flip_a_bit(folder / "generation_config.json"),
+        lambda folder: flip_a_bit(folder / "chat_template.jinja"),
         lambda folder: (folder / "tokenizer_config.json").unlink(),
         lambda folder: (folder / "added.jinja").write_text("x"),
     ],
