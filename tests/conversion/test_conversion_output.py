@@ -22,7 +22,6 @@ from support.conversion import (
     MODELOPT,
     edit,
     random_weight,
-    refusal,
     write_layers,
 )
 
@@ -196,7 +195,7 @@ def test_codes_that_belong_to_no_layer_are_not_passed_off_as_weights(copy, tmp_p
     }
     source = edit(copy("ct/FP8_BLOCK"), lambda tensors: tensors.update(experts))
     for to in ("bf16", CT, FP8):
-        with pytest.raises(CheckpointRefused, match="layers.0.mlp.experts.gate_up_proj"):
+        with pytest.raises(CheckpointRefused, match=r"experts\.gate_up_proj"):
             export(source, to=to, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
