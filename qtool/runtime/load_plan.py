@@ -113,7 +113,6 @@ def plan_load(
         )
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
-    check_model(checkpoint, layout, is_causal=True)
     skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
     warned = list(skip_reasons(checkpoint, layout, quantization))
     if any(is_mtp_layer(checkpoint, name) for name in checkpoint.tensors):
@@ -127,6 +126,7 @@ def plan_load(
     groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
+    check_model(checkpoint, layout, is_causal=True)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,

@@ -23,6 +23,8 @@ from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM, ModelConfig
 
+OTHER_MODEL = "config.json and the weights may be of different models: take both from one place"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -93,6 +95,7 @@ class Skeleton:
             "E_NO_LINEAR",
             f"{self.checkpoint.path}: `{name}` is quantized, but the model has {what} in its "
             "place instead of a linear layer",
+            hint=OTHER_MODEL,
         )
 
     def _place_expert(self, name: str, parameter: str, pattern: str) -> Place:
@@ -128,6 +131,7 @@ class Skeleton:
             raise CheckpointRefused(
                 "E_NO_LINEAR",
                 f"{self.checkpoint.path} has experts for `{parameter}`, which the model lacks",
+                hint=OTHER_MODEL,
             )
         return int(self._parameters[parameter].shape[0])
 

@@ -184,11 +184,10 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["decode", "all"])
-def test_layers_that_are_not_fused_may_be_compiled(tmp_path, which):
+def test_layers_that_are_not_fused_may_be_compiled(tmp_path):
     model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)
     with Engine(
-        tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile=which
+        tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile="all"
     ) as engine:
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == expected(
             model, prompts
