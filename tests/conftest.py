@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,8 @@ from hypothesis import settings
 from support import EXAMPLE, TESTS
 from support.server import Server, start_server
 
+# a runner in the background ignores it, and so would every command that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
 settings.load_profile("qtool")
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
