@@ -4,7 +4,6 @@ library lost or changed unasked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,8 +11,11 @@ from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.checkpoint.aux_files import write_json
 from qtool.checkpoint.model import INDEX, TensorInfo
 from qtool.checkpoint.shards import Shards, TensorSpec
+from qtool.checkpoint.strict_json import read_json
+from qtool.errors import InputRefused
 from qtool.modules import last_part
 from qtool.plan import Plan
+from qtool.quantization.verification import wrong_output
 from qtool.recipe import Awq, SmoothQuant, SpinQuant
 
 MAX_SHARD_BYTES = 1 << 30
@@ -25,9 +27,12 @@ TRANSFORMS = (Awq, SmoothQuant, SpinQuant)
 def restore_source(plan: Plan, folder: Path) -> None:
     """Give the checkpoint in ``folder`` the names of the source, and all of its tensors.
 
-    Raises: InputRefused, when ``folder`` is not a checkpoint; OSError.
+    Raises: BackendFailed, when ``folder`` is not a checkpoint; OSError.
     """
-    written = open_checkpoint(folder)
+    try:
+        written = open_checkpoint(folder, is_written=True)
+    except InputRefused as error:
+        raise wrong_output(plan, folder, [error.message]) from error
     tensors = dict(_renamed(plan, written))
     quantized = {plan.names.linears[module.name].tensor for module in plan.quantized}
     kept = [name for name in plan.checkpoint.tensors if name not in quantized]
@@ -111,7 +116,7 @@ def _rename_in_config(plan: Plan, path: Path) -> None:
     and as transformers does.
     """
     names = {module.layer: module.name for module in plan.modules if module.layer != module.name}
-    config = json.loads(path.read_text())
+    config = read_json(path)
     renamed = _renamed_lists(config, names)
     if renamed != config:
         write_json(path, renamed)

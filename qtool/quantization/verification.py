@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qtool.backends import load_backend, version_of
@@ -27,16 +27,19 @@ def verify(plan: Plan, folder: Path) -> Checkpoint:
     except InputRefused as error:
         problems = [error.message]
     if problems:
-        first = problems[0].replace(str(folder), "output")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        message = (
-            f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what "
-            f"was asked for: {first}{more}"
-        )
-        raise BackendFailed(
-            "E_VERIFY", message, hint="nothing was published; try another --backend"
-        )
+        raise wrong_output(plan, folder, problems)
     return written
+
+
+def wrong_output(plan: Plan, folder: Path, problems: Sequence[str]) -> BackendFailed:
+    """Return the error for a library that wrote to ``folder`` what was not planned."""
+    first = problems[0].replace(str(folder), "output")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = (
+        f"{version_of(load_backend(plan.recipe.backend))} wrote a checkpoint that is not what "
+        f"was asked for: {first}{more}"
+    )
+    return BackendFailed("E_VERIFY", message, hint="nothing was published; try another --backend")
 
 
 def _problems(plan: Plan, written: Checkpoint) -> Iterator[str]:
