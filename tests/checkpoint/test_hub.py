@@ -102,6 +102,7 @@ def endpoint(tmp_path, monkeypatch):
     for name, value in {
         "HF_ENDPOINT": found.url,
         "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),  # GPTQModel sets it when it is imported
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
