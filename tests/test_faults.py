@@ -14,9 +14,9 @@ CHANGING = ("create", "write", "copy", "truncate", "sync", "rename", "mkdir", "l
 @pytest.mark.parametrize(
     ("scenario", "process", "count"),
     [
-        ("overwrite", "command", 24),
-        pytest.param("llmcompressor data", "command", 24, marks=pytest.mark.slow),
-        pytest.param("llmcompressor data", "worker", 36, marks=pytest.mark.slow),
+        ("overwrite", "command", 8),
+        pytest.param("llmcompressor data", "command", 8, marks=pytest.mark.slow),
+        pytest.param("llmcompressor data", "worker", 12, marks=pytest.mark.slow),
     ],
 )
 def test_a_file_operation_that_fails_has_an_exit_code(scenario, process, count, tmp_path):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool.cli.app import run
+from qtool.errors import QtoolError
 from qtool.recipe import catalogue, recipe_from
 
 
@@ -57,6 +59,24 @@ def refused(run_cli, listing):
         return result.exit_code, *found.groups()
 
     return refused
+
+
+@pytest.fixture
+def refused_here(listing, tmp_path, monkeypatch):
+    """The same as ``refused``, in this process: a process of its own for each of many refusals
+    would show nothing more.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def refused_here(*arguments) -> tuple[int, str, str, str]:
+        before = listing()
+        with pytest.raises(QtoolError) as caught:
+            run(list(map(str, arguments)))
+        assert listing() == before
+        assert caught.value.hint
+        return caught.value.exit_code, caught.value.code, caught.value.message, caught.value.hint
+
+    return refused_here
 
 
 QUANTIZE = ("quantize", "--output", "out", "--method", "fp8_dynamic")
@@ -187,9 +207,9 @@ def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_pat
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused_with_what_can(
-    refused, tiny_model, arguments, exit_code, code, hint
+    refused_here, tiny_model, arguments, exit_code, code, hint
 ):
-    found = refused("quantize", "--model-path", tiny_model, "--output", "out", *arguments)
+    found = refused_here("quantize", "--model-path", tiny_model, "--output", "out", *arguments)
     assert found[:2] == (exit_code, code)
     assert hint in found[3]
 
@@ -225,10 +245,10 @@ def test_a_command_that_does_not_exist_is_refused(refused):
     ],
 )
 def test_calibration_data_that_cannot_be_used_is_refused_with_its_line(
-    refused, tiny_model, tmp_path, name, content, code, message
+    refused_here, tiny_model, tmp_path, name, content, code, message
 ):
     (tmp_path / name).write_bytes(content)
-    found = refused(
+    found = refused_here(
         "quantize",
         "--model-path",
         tiny_model,

@@ -40,11 +40,8 @@ def sh(tmp_path, tiny_model):
         ("$QTOOL inspect --model-path $MODEL >&-", 0),  # nobody wants the result
         ("$QTOOL inspect --model-path $MODEL <&- >&- 2>&-", 0),
         ("$QTOOL inspect --model-path $MODEL >/dev/full", 4),
-        ("$QTOOL inspect --model-path $MODEL --json >/dev/full 2>/dev/full", 4),
         ("$QTOOL inspect --model-path $MODEL --modules --html /dev/full", 4),
-        ("$QTOOL --help >/dev/full", 4),
         ("$QTOOL quantize --list >/dev/full", 4),
-        ("$QTOOL inspect --model-path ./none >&- 2>&-", 3),
         ("$QTOOL inspect --model-path ./none --json >/dev/full 2>/dev/full", 3),
         ("$QTOOL inspect --model-path $MODEL --modules | true; exit ${PIPESTATUS[0]}", 4),
     ],
@@ -84,9 +81,7 @@ main(["inspect", "--model-path", sys.argv[1], "--json"])
         ("raise SystemExit(7)", 1, "E_BUG"),
         ("raise MemoryError", 4, "E_OUT_OF_MEMORY"),
         ("raise OSError(28, 'No space left on device', 'x')", 4, "E_DISK"),
-        ("import os; os.kill(os.getpid(), 1)", 129, "E_INTERRUPTED"),
         ("import os; os.kill(os.getpid(), 2)", 130, "E_INTERRUPTED"),
-        ("import os; os.kill(os.getpid(), 15)", 143, "E_INTERRUPTED"),
         ("print('a library says hello'); raise ValueError", 1, "E_BUG"),
     ],
 )

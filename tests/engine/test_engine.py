@@ -45,13 +45,9 @@ SIZES = {
     },
 }
 ARCHITECTURES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "qwen2": {},
     "qwen3": {},
-    "mistral": {"sliding_window": 40},
     "gemma2": {"sliding_window": 40},
     "phi3": {},
-    "olmo2": {},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0},
     "qwen2_moe": {
         "num_experts": 4,
@@ -157,10 +153,12 @@ def random_model(model_type: str, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", "gemma2", "granite", "phi3", "qwen2_moe", "qwen3"]
+)
 def test_tokens_are_those_of_transformers(tmp_path, model_type):
     model = random_model(model_type, tmp_path)
-    prompts = prompts_of(33, 320)
+    prompts = prompts_of(27, 320)
     wanted = expected(model, prompts)
     assert len({token for tokens in wanted for token in tokens}) > 20  # not one token over and over
     options = {"skip_tokenizer_init": True, "dtype": "float32"}
@@ -170,7 +168,7 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert engine.loop.scheduler.prefix_hits > 0
         # all of the prompts are in the cache now
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
-    short = prompts_of(20, 320, longest=20)
+    short = prompts_of(9, 320, longest=20)
     with Engine(
         tmp_path, **options, max_total_tokens=240, chunked_prefill_size=24
     ) as engine:  # three fit with their answers
@@ -322,8 +320,9 @@ def test_logprobs_are_the_models(example, reference):
     assert len(meta["input_top_logprobs"]) == size
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("start", [0, 24, 25, 256, 299])
+@pytest.mark.parametrize(
+    ("start", "overlap"), [(0, False), (0, True), (24, True), (25, False), (256, True), (299, True)]
+)
 def test_logprobs_of_a_prompt_that_is_computed_in_parts(reference, start, overlap):
     prompt = prompts_of(1, 2000, longest=2)[0] + list(range(100, 399))
     prompt = prompt[:300]

@@ -270,17 +270,17 @@ def test_answers_follow_their_grammar_and_others_are_as_alone(engine):
     ]
     asked = [
         {"temperature": 1.0, "seed": seed, "max_new_tokens": 400 if params else 30, **params}
-        for seed in range(5)
+        for seed in range(3)
         for params, _ in kinds
     ]
     results = engine.generate(["def f("] * len(asked), asked)
     ended = set()
-    for number, (result, (params, follows)) in enumerate(zip(results, kinds * 5, strict=True)):
+    for number, (result, (params, follows)) in enumerate(zip(results, kinds * 3, strict=True)):
         if result["meta_info"]["finish_reason"]["type"] == "stop":
             ended.add(number % len(kinds))
             assert follows(result["text"]), (params, result["text"])
     assert ended >= {0, 1, 2, 3}  # one of each kind at least: a number may go on to the last token
-    for params, result in list(zip(asked, results, strict=True))[:10]:
+    for params, result in list(zip(asked, results, strict=True))[:5]:
         assert engine.generate("def f(", params)["output_ids"] == result["output_ids"]
 
 
@@ -288,7 +288,7 @@ def test_any_object(engine):
     texts = [
         result["text"]
         for result in engine.generate(
-            ['x = {"a": 1}\ny = {"'] * 8,
+            ['x = {"a": 1}\ny = {"'] * 4,
             {"seed": 1, "max_new_tokens": 300, "json_schema": "$$ANY$$"},
         )
         if result["meta_info"]["finish_reason"]["type"] == "stop"
@@ -365,16 +365,16 @@ def test_a_preempted_text_goes_on_in_its_grammar(engine):
     asked = [
         {
             "seed": seed,
-            "max_new_tokens": 60,
+            "max_new_tokens": 50,
             "regex": "([a-z]{2,5} ){20,30}",
             **({"presence_penalty": 1} if seed % 2 else {}),
         }
-        for seed in range(8)
+        for seed in range(6)
     ]
     alone = [engine.generate("def f(", params)["output_ids"] for params in asked]
     with Engine(EXAMPLE, dtype="float32", max_total_tokens=256, chunked_prefill_size=16) as small:
         small.loop.overlap = engine.loop.overlap
-        assert [result["output_ids"] for result in small.generate(["def f("] * 8, asked)] == alone
+        assert [result["output_ids"] for result in small.generate(["def f("] * 6, asked)] == alone
         assert small.loop.scheduler.preemptions > 0
 
 

@@ -44,37 +44,9 @@ SIZES = {
         "eos_token_id": 2,
     },
 }
-USUAL = (
-    *(
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "olmo",
-        "olmo2",
-        "granite",
-        "starcoder2",
-    ),
-    *(
-        "stablelm",
-        "cohere",
-        "cohere2",
-        "glm",
-        "glm4",
-        "smollm3",
-        "exaone4",
-        "ernie4_5",
-        "seed_oss",
-        "arcee",
-        "hunyuan_v1_dense",
-        "nemotron",
-    ),
-    *("helium", "apertus", "gpt_neox"),
+USUAL = (  # those that differ in their norms, biases, rotations or fused layers
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "granite"),
+    *("starcoder2", "cohere2", "glm4", "nemotron", "apertus", "gpt_neox"),
 )
 DENSE: dict[str, dict[str, object]] = {
     **{model_type: {} for model_type in USUAL},

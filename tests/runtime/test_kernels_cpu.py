@@ -159,7 +159,7 @@ def even(inputs: int, weights: Weights) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(weights=weights_of(["int2", "int3", "int4"], groups, st.booleans()), **options)
 def test_int4pack_multiplies_as_the_definition_says(
     weights, outputs, inputs, tokens, has_bias, seed
@@ -168,7 +168,7 @@ def test_int4pack_multiplies_as_the_definition_says(
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(
     weights=weights_of([f"int{bits}" for bits in range(2, 9)], st.integers(16, 160), st.booleans()),
     activations=st.none()
@@ -219,7 +219,7 @@ def test_int8pack_multiplies_as_the_definition_says(
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", HERE)
 def test_4096_tokens_are_no_different(kernel):
-    for name in TAKERS[kernel][:3]:
+    for name in TAKERS[kernel][:2]:
         check(kernel, SCHEMES[name], (72, 256), 4096, True, 0)
 
 
@@ -237,8 +237,16 @@ def test_every_kernel_keeps_the_contract(kernel, name):
     assert relative_error(y.flatten(0, 1), exact(spec, x, weight, bias)) <= 1e-2
     one = QuantizedLinear(spec, Choice("reference", {}), weight, bias)(x[:1]).double()
     assert relative_error(layer(x[:1]), one) <= 1e-2 and layer(x[:0]).shape == (0, 80)
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_every_kernel_can_be_in_a_compiled_graph(kernel):
+    for name in TAKERS[kernel][::8]:
+        spec = spec_of(name)
+        x, weight = sample(spec, 6)
+        layer = QuantizedLinear(spec, Choice(kernel, {}), weight, torch.ones(spec.shape[0]))
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
 @pytest.mark.parametrize("kernel", HERE)

@@ -82,7 +82,7 @@ NVFP4A16 = SCHEMES["NVFP4A16"].weights
 @pytest.mark.slow
 @needs_native
 @pytest.mark.usefixtures("path")
-@settings(max_examples=150)
+@settings(max_examples=50)
 @example(NVFP4A16, None, 70, 4300, 300, True, 0)  # more inputs than are decoded at a time
 @example(SCHEMES["W4A16_ASYM"].weights, None, 33, 8200, 33, False, 1)
 @example(SCHEMES["FP8_BLOCK"].weights, SCHEMES["FP8_BLOCK"].activations, 65, 4224, 129, True, 2)

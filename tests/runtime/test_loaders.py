@@ -466,10 +466,18 @@ def test_transformers_computes_the_same_logits_from_compressed_tensors(export, p
         assert found == 0
 
 
+SCALES_IN_16_BITS = [*WEIGHT_ONLY, "NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4", "MXFP8"]
+
+
 @pytest.mark.parametrize(
-    "name", [*WEIGHT_ONLY, "NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4", "MXFP8"]
+    ("name", "scales"),
+    [
+        *((name, torch.bfloat16) for name in SCALES_IN_16_BITS[::3]),
+        *((name, torch.float16) for name in SCALES_IN_16_BITS[::2]),
+        *((name, torch.float32) for name in SCALES_IN_16_BITS[1::2]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_transformers_loads_scales_of_any_dtype_into_a_bf16_model(export, prompt, name, scales):
     found = difference(export("compressed-tensors", name, scales), prompt, torch.bfloat16)
     if (scales == torch.bfloat16 and not name.startswith("NVFP4")) or name.startswith("MX"):
@@ -507,9 +515,15 @@ def test_transformers_computes_fp4_and_mx_weights_in_bf16_models_only(export, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "variant"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (8, "gptq_v2"), (4, "gptq")]
+    ("bits", "variant", "symmetric"),
+    [
+        (2, "gptq", True),
+        (3, "gptq", False),
+        (8, "gptq", True),
+        (8, "gptq_v2", False),
+        (4, "gptq", False),
+    ],
 )
-@pytest.mark.parametrize("symmetric", [True, False])
 def test_transformers_computes_the_same_logits_from_gptq(
     export, prompt, bits, variant, symmetric, monkeypatch
 ):
