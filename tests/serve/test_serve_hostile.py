@@ -394,7 +394,6 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
     "prompts to tokenize of 7 MB": ("/tokenize", lambda: {"prompt": ["a" * 7000] * 1000}, 400, ""),
 }
 BOMBS: dict[str, Callable[[], dict[str, object]]] = {
-    "a nested regex": lambda: {"regex": "((((a+)+)+)+)+" * 200},
     "a regex of many repeats": lambda: {"regex": "(((a{1,99}){1,99}){1,99}){1,99}"},
     "a schema of 10^4 properties": lambda: schema(
         {"type": "object", "properties": {f"p{i}": {} for i in range(10**4)}}
@@ -405,13 +404,13 @@ BOMBS: dict[str, Callable[[], dict[str, object]]] = {
     "a schema with a long string": lambda: schema(
         {"type": "string", "minLength": 10**9, "maxLength": 10**9}
     ),
-    "a grammar of many alternatives": lambda: {
-        "ebnf": "root ::= "
-        + " | ".join(f"r{i}" for i in range(2000))
-        + "\n"
-        + "".join(f"r{i} ::= root root\n" for i in range(2000))
-    },
     "a schema of 80 levels": lambda: schema(_levels(80)),
+}
+MANY_ALTERNATIVES = {
+    "ebnf": "root ::= "
+    + " | ".join(f"r{i}" for i in range(2000))
+    + "\n"
+    + "".join(f"r{i} ::= root root\n" for i in range(2000))
 }
 
 
@@ -540,7 +539,7 @@ def test_a_grammar_that_is_too_much_is_refused_or_served(served, name):
 
 
 def test_a_grammar_that_was_too_much_is_known_the_next_time(served):
-    bomb = chat(**BOMBS["a grammar of many alternatives"]())
+    bomb = chat(**MANY_ALTERNATIVES)
     assert send(served, CHAT, bomb)[0] == 400
     status, text, seconds = send(served, CHAT, bomb)
     assert status == 400

@@ -28,7 +28,8 @@ from support.server import Server, free_port, start_server
 from qtool.cli.app import app
 from qtool.errors import UsageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
+pytestmark = pytest.mark.slow
+SHARED = pytest.mark.xdist_group("serve")  # one server for all tests that use `served`
 MARKER = "xyzzy plugh"
 LONG = {"prompt": "def add(a, b):\n", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
 DRAIN_S = 1.5
@@ -97,6 +98,7 @@ def leave_early(port: int, draw: random.Random) -> None:
                     break
 
 
+@SHARED
 def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
     wait_until(lambda: is_idle(served), 20)
     draw = random.Random(0)
@@ -104,7 +106,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
         list(
             pool.map(
                 lambda seed: leave_early(served.port, random.Random(seed)),
-                [draw.random() for _ in range(60)],
+                [draw.random() for _ in range(36)],
             )
         )
     wait_until(lambda: is_idle(served), 10)  # 2 s on a machine that has nothing else to do
@@ -117,6 +119,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(served):
     )
 
 
+@SHARED
 def test_one_bad_choice_takes_the_others_of_its_request_along(served):
     """What the client was told is an error: nothing of the request goes on."""
     body = {"prompt": "a", "n": 4, "max_tokens": 1500, "ignore_eos": True, "rid": "all-of-it"}
@@ -132,6 +135,7 @@ def test_one_bad_choice_takes_the_others_of_its_request_along(served):
     wait_until(lambda: is_idle(served), 10)
 
 
+@SHARED
 def test_a_reader_that_takes_nothing_disturbs_nobody_and_is_let_go_when_it_leaves(served):
     body = {**LONG, "stream": True, "logprobs": 20, "n": 4}
     with socket.socket() as connection:
@@ -213,26 +217,21 @@ def ask(url: str, body: dict[str, object]) -> str:
     return reasons[-1] if reasons else "error: " + found[-1]["error"]["code"]
 
 
-@pytest.mark.parametrize(
-    "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["TERM", "INT twice"]
-)
-def test_at_a_signal_every_request_gets_an_end(started, signals):
-    server = started("--max-running-requests", 16)
-    with ThreadPoolExecutor(40) as pool:
+def test_at_a_signal_every_request_gets_an_end(started):
+    server = started("--max-running-requests", 8)
+    with ThreadPoolExecutor(20) as pool:
         asked = [
-            pool.submit(ask, server.url, {**LONG, "stream": number % 3 > 0}) for number in range(36)
+            pool.submit(ask, server.url, {**LONG, "stream": number % 3 > 0}) for number in range(18)
         ]
         asked.append(pool.submit(ask, server.url, {**LONG, "regex": "(a|b){2000}"}))
-        wait_until(lambda: doing(server)["places_taken"] == 37, 20)
+        wait_until(lambda: doing(server)["places_taken"] == 19, 20)
         children = family(server)
         assert len(children) >= 2
-        for number in signals:
-            server.process.send_signal(number)
-            time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(END_S) == 0
         ends = [request.result(10) for request in asked]
     assert set(ends) <= {"abort", "length", "stop", "503", "not taken"}, ends
-    assert ends.count("abort") >= 10, ends
+    assert ends.count("abort") >= 5, ends
     assert are_gone(children)
     assert "Traceback" not in server.said()
 
@@ -245,18 +244,6 @@ def test_a_signal_while_it_loads_ends_it(started):
     assert json.loads(server.out.read_text())["ready"] is False
     assert are_gone(children)
     assert "Traceback" not in server.said()
-
-
-def test_a_signal_when_nothing_runs_ends_it_at_once(started):
-    server = started()
-    children = family(server)
-    with httpx.Client() as idle, socket.create_connection(("127.0.0.1", server.port)) as silent:
-        assert idle.get(f"{server.url}/health").status_code == 200
-        began = time.monotonic()
-        assert server.end(signal.SIGHUP) == 0
-        assert time.monotonic() - began < 10
-        assert silent.recv(10) == b""
-    assert are_gone(children)
 
 
 def test_without_its_server_nothing_goes_on(started):
@@ -291,11 +278,11 @@ def test_without_its_engine_a_server_says_so_and_ends(started):
     engine = next(
         child for child in family(server) if "qtool.serve.backend.engine_process" in child.cmdline()
     )
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         asked = [
-            pool.submit(ask, server.url, {**LONG, "stream": number % 2 == 0}) for number in range(8)
+            pool.submit(ask, server.url, {**LONG, "stream": number % 2 == 0}) for number in range(4)
         ]
-        wait_until(lambda: doing(server)["running"] == 8, 10)
+        wait_until(lambda: doing(server)["running"] == 4, 10)
         engine.kill()
         ends = [request.result(20) for request in asked]
     assert set(ends) == {"503", "error: engine_died"}
@@ -365,13 +352,13 @@ def test_a_key_that_is_none_is_refused(tiny_model, monkeypatch, key, how):
     assert refused.value.code == "E_API_KEY"
 
 
-def test_more_than_it_takes_is_told_to_come_back(started):
+def test_more_than_it_takes_is_told_to_come_back_and_a_second_interrupt_ends_all(started):
     server = started("--max-running-requests", 4, "--max-queued-requests", 4)
     process = psutil.Process(server.process.pid)
     ask(server.url, LONG | {"max_tokens": 8})
     before = sum(one.memory_info().rss for one in [process, *family(server)])
     ends: list[str] = []
-    deadline = time.monotonic() + 5  # a minute of it is in benchmarks/serve_soak.py
+    deadline = time.monotonic() + 1.5  # a minute of it is in benchmarks/serve_soak.py
 
     def press(number: int) -> None:
         while time.monotonic() < deadline:
@@ -379,13 +366,21 @@ def test_more_than_it_takes_is_told_to_come_back(started):
             if ends[-1] == "429":
                 time.sleep(0.05)  # a second is what they were asked for
 
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(press, range(32)))
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(press, range(12)))
     assert set(ends) == {"length", "429"}
     assert wait_until(lambda: is_idle(server), 5) < 5
     assert ask(server.url, LONG | {"max_tokens": 8}) == "length"
     assert sum(one.memory_info().rss for one in [process, *family(server)]) - before < 128 << 20
-    assert server.end() == 0
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, server.url, {**LONG, "stream": True}) for _ in range(4)]
+        wait_until(lambda: doing(server)["running"] == 4, 10)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(END_S) == 0
+        assert {request.result(10) for request in asked} == {"abort"}
+    assert "Traceback" not in server.said()
 
 
 def serve_command(model: object, *arguments: object) -> list[str]:
@@ -420,6 +415,7 @@ def test_what_cannot_start_ends_with_its_code(tiny_model, arguments, code, words
     assert "Traceback" not in done.stderr
 
 
+@SHARED
 def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
     began = time.monotonic()
     done = subprocess.run(
@@ -432,22 +428,6 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
     assert "E_PORT" in done.stderr
     assert "weights loaded" not in done.stderr
     assert time.monotonic() - began < 30
-
-
-def test_a_model_that_cannot_be_read_ends_with_3(tmp_path, tiny_model):
-    broken = Path(
-        shutil.copytree(
-            tiny_model, tmp_path / "broken", ignore=shutil.ignore_patterns("*.py", "*.jsonl")
-        )
-    )
-    weights = next(broken.glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    done = subprocess.run(
-        serve_command(broken, "--port", free_port()), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 3, done.stderr
-    assert "error[" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
@@ -468,6 +448,16 @@ def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
     assert done.returncode == 4, done.stderr
     assert "E_NOT_FINITE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def check_openais_defaults(server: Server) -> None:
+    """Check that the defaults of the model are not taken: it would be greedy, and end sooner."""
+    body = {"prompt": "def add(a, b):\n", "ignore_eos": True}
+    answers = [
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json() for _ in range(4)
+    ]
+    assert len({answer["choices"][0]["text"] for answer in answers}) > 1
+    assert {answer["usage"]["completion_tokens"] for answer in answers} == {16}
 
 
 def talk_about(server: Server, word: str, **headers: str) -> None:
@@ -497,72 +487,94 @@ def talk_about(server: Server, word: str, **headers: str) -> None:
     assert broken.status_code == 400
 
 
-def test_an_open_server_warns_and_its_log_has_no_prompts(started):
-    server = started("--host", "0.0.0.0", "--log-level", "debug")
+@pytest.fixture
+def greedy_model(tmp_path, quantized_model) -> Path:
+    """The model with sampling defaults of its own."""
+    folder = Path(shutil.copytree(quantized_model, tmp_path / "greedy"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps({**config, "do_sample": True, "top_k": 1, "max_new_tokens": 7})
+    )
+    return folder
+
+
+def test_an_open_server_warns_logs_no_prompts_and_ends_at_once_when_nothing_runs(
+    started, greedy_model
+):
+    options = ("--host", "0.0.0.0", "--log-level", "debug", "--sampling-defaults", "openai")
+    server = started(*options, model=greedy_model)
     assert "WARNING: anybody who can reach port" in server.said()
     assert (
         httpx.get(f"{server.url}/v1/models", headers={"host": "somewhere.example"}).status_code
         == 200
     )
+    check_openais_defaults(server)
     talk_about(server, MARKER)
-    assert server.end() == 0
+    children = family(server)
+    with httpx.Client() as idle, socket.create_connection(("127.0.0.1", server.port)) as silent:
+        assert idle.get(f"{server.url}/health").status_code == 200
+        began = time.monotonic()
+        assert server.end(signal.SIGHUP) == 0
+        assert time.monotonic() - began < 10
+        assert silent.recv(10) == b""
+    assert are_gone(children)
     assert MARKER not in server.said() + server.out.read_text()
 
 
-def test_a_key_is_asked_for_and_never_shown_and_prompts_are_if_asked_for(started):
-    server = started("--api-key", "s3cret", "--log-level", "debug", "--log-requests")
-    keys = {
-        "none": {},
-        "wrong": {"authorization": "Bearer wrong"},
-        "basic": {"authorization": "Basic s3cret"},
-        "right": {"authorization": "bearer s3cret"},
-    }
-    answers = {
-        name: httpx.get(f"{server.url}/v1/models", headers=headers)
-        for name, headers in keys.items()
-    }
-    assert {name: answer.status_code for name, answer in answers.items()} == {
-        "none": 401,
-        "wrong": 401,
-        "basic": 401,
-        "right": 200,
-    }
-    assert answers["none"].headers["www-authenticate"] == "Bearer"
-    assert answers["none"].json()["error"]["code"] == "invalid_api_key"
-    assert httpx.get(f"{server.url}/openapi.json").status_code == 401
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    info = httpx.get(f"{server.url}/get_server_info", headers=keys["right"]).text
-    talk_about(server, MARKER, **keys["right"])
-    assert server.end() == 0
-    assert "s3cret" not in info + server.said() + server.out.read_text()
-    assert server.said().count(MARKER) == 3
-
-
-def test_a_log_that_nobody_reads_stops_nobody(quantized_model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "qtool.cli",
-        "serve",
-        "--model-path",
-        str(quantized_model),
-        "--port",
-        str(port := free_port()),
-        "--log-requests",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            with contextlib.suppress(httpx.ConnectError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            assert process.poll() is None
-            time.sleep(0.2)
+def test_a_key_is_never_shown_prompts_are_if_asked_for_and_a_log_unread_stops_nobody(
+    quantized_model, tmp_path
+):
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    options = ("--api-key", "s3cret", "--log-level", "debug", "--log-requests")
+    out = tmp_path / "out"
+    with (
+        out.open("wb") as output,
+        subprocess.Popen(
+            serve_command(quantized_model, "--port", port, *options),
+            stdout=output,
+            stderr=subprocess.PIPE,
+        ) as process,
+    ):
+        server = Server(process, url, str(quantized_model), out, out)
+        wait_until(lambda: is_healthy(server), 120)
+        keys = {
+            "none": {},
+            "wrong": {"authorization": "Bearer wrong"},
+            "basic": {"authorization": "Basic s3cret"},
+            "right": {"authorization": "bearer s3cret"},
+        }
+        answers = {
+            name: httpx.get(f"{url}/v1/models", headers=headers) for name, headers in keys.items()
+        }
+        assert {name: answer.status_code for name, answer in answers.items()} == {
+            "none": 401,
+            "wrong": 401,
+            "basic": 401,
+            "right": 200,
+        }
+        assert answers["none"].headers["www-authenticate"] == "Bearer"
+        assert answers["none"].json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/openapi.json").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        info = httpx.get(f"{url}/get_server_info", headers=keys["right"]).text
+        talk_about(server, MARKER, **keys["right"])
         body = {"prompt": "def " * 1500, "max_tokens": 1}
-        for _ in range(40):  # more than a pipe holds
-            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        for _ in range(12):  # more than a pipe holds
+            answer = httpx.post(
+                f"{url}/v1/completions", json=body, headers=keys["right"], timeout=60
+            )
+            assert answer.status_code == 200
         process.terminate()
         assert process.stderr is not None
         log = process.stderr.read().decode()
     assert process.returncode == 0
-    assert log.count("request: ") == 40
+    assert "s3cret" not in info + log + out.read_text()
+    assert log.count(MARKER) == 3
+    assert log.count("def " * 1000) == 12 and len(log) > 65536
+
+
+def is_healthy(server: Server) -> bool:
+    assert server.process.poll() is None
+    with contextlib.suppress(httpx.ConnectError):
+        return httpx.get(f"{server.url}/health").status_code == 200
+    return False

@@ -50,13 +50,11 @@ TOOLS = [
 ]
 BODIES: dict[str, tuple[str, object]] = {
     "a million tokens to decode": ("/detokenize", {"tokens": [300] * (MILLION - 20)}),
-    "many lists to decode": ("/detokenize", {"tokens": [[300] * 1000] * 1000}),
     "tokens that the model lacks": ("/detokenize", {"tokens": [300] * 10**6 + [10**7]}),
     "a text to encode": ("/tokenize", {"prompt": "def f(x):\n" * 50_000}),
     "a text of one word": ("/tokenize", {"prompt": "a" * 300_000}),
     "texts to encode": ("/tokenize", {"prompt": ["a b c " * 50] * 1000}),
     "a prompt of tokens": (COMPLETION, {"prompt": [300] * (CONTEXT - 100), "max_tokens": 1}),
-    "lists of tokens": (COMPLETION, {"prompt": [[300] * 1000] * 1000, "max_tokens": 1}),
     "lists of tokens, echoed": (
         COMPLETION,
         {"prompt": [[300] * 2000] * 500, "max_tokens": 1, "echo": True},
@@ -89,7 +87,6 @@ BODIES: dict[str, tuple[str, object]] = {
             "stream": True,
         },
     ),
-    "texts": (COMPLETION, {"prompt": ["a" * 1000] * 500, "max_tokens": 1}),
     "escapes": (COMPLETION, {"prompt": "\n" * 1_000_000, "max_tokens": 1}),
     "parts": (CHAT, {"messages": PARTS, "max_tokens": 1}),
     "messages": (CHAT, {"messages": HELLO * 4096, "max_tokens": 1}),
@@ -144,7 +141,6 @@ BODIES: dict[str, tuple[str, object]] = {
     "quotes": (CHAT, '"' * 8_000_000),
     "backslashes": (CHAT, '"' + "\\" * 8_000_000),
     "too many values": (CHAT, "[" + "{}," * 2_000_000),
-    "too many numbers": (CHAT, "[" + "1," * 4_000_000),
 }
 
 

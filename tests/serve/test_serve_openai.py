@@ -1026,17 +1026,17 @@ def test_what_is_too_many_is_told_to_come_back(other_client):
         other_client.chat.completions.create(**options, n=2)
 
 
-def test_defaults_are_the_requests_then_the_models_then_openais(
-    other, other_client, other_model, tmp_path
-):
-    def texts(client, count: int = 4, **options) -> set[str]:
+def test_defaults_are_the_requests_then_the_models(other_client):
+    def texts(**options) -> set[str]:
         return {
-            client.completions.create(model="org/tiny", prompt=PROMPT, **options).choices[0].text
-            for _ in range(count)
+            other_client.completions.create(model="org/tiny", prompt=PROMPT, **options)
+            .choices[0]
+            .text
+            for _ in range(4)
         }
 
-    assert len(texts(other_client)) == 1  # top_k 1, of generation_config.json
-    assert len(texts(other_client, temperature=2, extra_body={"top_k": -1})) > 1
+    assert len(texts()) == 1  # top_k 1, of generation_config.json
+    assert len(texts(temperature=2, extra_body={"top_k": -1})) > 1
     assert (
         other_client.completions.create(
             model="org/tiny", prompt=PROMPT, logit_bias={END: -100}
@@ -1049,20 +1049,6 @@ def test_defaults_are_the_requests_then_the_models_then_openais(
         ).usage.completion_tokens
         == 9
     )
-    server = start_server(
-        tmp_path, other_model, "--served-model-name", "org/tiny", "--sampling-defaults", "openai"
-    )
-    try:
-        with client_of(server) as client:
-            assert len(texts(client)) > 1
-            assert (
-                client.completions.create(
-                    model="org/tiny", prompt=PROMPT, logit_bias={END: -100}
-                ).usage.completion_tokens
-                == 16
-            )
-    finally:
-        assert server.end() == 0
 
 
 def test_many_streams_at_once_and_one_that_is_left(served):
@@ -1089,7 +1075,7 @@ def test_many_streams_at_once_and_one_that_is_left(served):
         async with openai.AsyncOpenAI(
             base_url=f"{served.url}/v1", api_key="none", max_retries=0
         ) as client:
-            return await asyncio.gather(*(read(client, number) for number in range(20)))
+            return await asyncio.gather(*(read(client, number) for number in range(12)))
 
     def load() -> dict:
         return (
@@ -1098,6 +1084,6 @@ def test_many_streams_at_once_and_one_that_is_left(served):
             .json()["internal_states"][0]
         )
 
-    assert asyncio.run(read_all()) == [40] * 7 + [-1] + [40] * 12
+    assert asyncio.run(read_all()) == [40] * 7 + [-1] + [40] * 4
     assert becomes(lambda: load()["running"] == load()["waiting"] == 0)
     assert "Traceback" not in served.said()

@@ -61,7 +61,7 @@ def test_every_answer_is_one_that_was_promised(served, mode):
 
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(
-            max_examples=40 if operation.body else 3,
+            max_examples=15 if operation.body else 3,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             database=None,
