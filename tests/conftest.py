@@ -30,7 +30,6 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "sample",  # makes checkpoints with all three libraries
     "quantized",  # runs a library
     "saved",
-    "fp8",
     "run_here",  # compiles or interprets Triton kernels
     "browser",
     "engine",  # starts an Engine, or two

@@ -99,24 +99,13 @@ def test_batches_never_mix_lengths():
     assert [{len(sample) for sample in batch} for batch in work.batches()] == [{2}, {2}, {1}]
 
 
-SHARED = pytest.mark.xdist_group("backends fp8")  # one process, so that `fp8` runs once
-
-
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory):
-    """A good FP8 checkpoint, to be spoilt in copies."""
-    return qtool.quantize(
-        MODEL, method="fp8_dynamic", output=tmp_path_factory.mktemp("fp8") / "out", device="cpu"
-    ).output
-
-
 @pytest.fixture
-def spoilt(fp8, tmp_path):
+def spoilt(quantized_model, tmp_path):
     """Copy the good checkpoint and change its tensors."""
 
     def change(edit) -> Path:
         folder = tmp_path / "spoilt"
-        shutil.copytree(fp8, folder)
+        shutil.copytree(quantized_model, folder)
         tensors = load_file(folder / "model.safetensors")
         edit(tensors)
         save_file(tensors, folder / "model.safetensors")
@@ -132,9 +121,8 @@ def problem(folder: Path, method: str = "fp8_dynamic", **changes) -> str:
     return caught.value.message
 
 
-@SHARED
-def test_a_good_checkpoint_passes(fp8):
-    verify(plan_for("fp8_dynamic"), fp8)
+def test_a_good_checkpoint_passes(quantized_model):
+    verify(plan_for("fp8_dynamic"), quantized_model)
 
 
 def test_trap_nothing_was_quantized_without_an_error(tmp_path):
@@ -142,7 +130,6 @@ def test_trap_nothing_was_quantized_without_an_error(tmp_path):
     assert "was left in 16 bits" in problem(tmp_path / "plain")
 
 
-@SHARED
 def test_trap_embeddings_were_quantized_too(spoilt):
     def quantize_embeddings(tensors):
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(
@@ -153,24 +140,22 @@ def test_trap_embeddings_were_quantized_too(spoilt):
     assert "`model.embed_tokens`" in problem(spoilt(quantize_embeddings))
 
 
-@SHARED
-def test_trap_an_ignored_module_was_quantized_all_the_same(fp8):
+def test_trap_an_ignored_module_was_quantized_all_the_same(quantized_model):
     assert "was to be left alone (ignored by the recipe)" in problem(
-        fp8, ignore=["model.layers.3.mlp.up_proj"]
+        quantized_model, ignore=["model.layers.3.mlp.up_proj"]
     )
 
 
-@SHARED
-def test_trap_another_scheme_was_written(fp8):
-    assert "was to become FP8_BLOCK and is FP8_DYNAMIC" in problem(fp8, method="fp8_block")
+def test_trap_another_scheme_was_written(quantized_model):
+    assert "was to become FP8_BLOCK and is FP8_DYNAMIC" in problem(
+        quantized_model, method="fp8_block"
+    )
 
 
-@SHARED
-def test_trap_static_scales_are_missing_when_no_data_was_seen(fp8):
-    assert "was to become FP8 and is" in problem(fp8, method="fp8_static")
+def test_trap_static_scales_are_missing_when_no_data_was_seen(quantized_model):
+    assert "was to become FP8 and is" in problem(quantized_model, method="fp8_static")
 
 
-@SHARED
 def test_trap_a_scale_is_nan_infinite_or_negative(spoilt):
     for value in (float("nan"), float("inf"), -1.0):
 
@@ -182,9 +167,8 @@ def test_trap_a_scale_is_nan_infinite_or_negative(spoilt):
         shutil.rmtree(folder)
 
 
-@SHARED
-def test_trap_kv_cache_scales_are_missing(fp8):
-    assert "the KV cache is None, not fp8" in problem(fp8, kv_cache="fp8")
+def test_trap_kv_cache_scales_are_missing(quantized_model):
+    assert "the KV cache is None, not fp8" in problem(quantized_model, kv_cache="fp8")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +188,11 @@ def test_trap_w4a8_of_llm_compressor_is_stored_at_eight_bits():
 
 
 @pytest.mark.slow
-def test_trap_actorder_without_groups_is_not_written(tmp_path):
+def test_trap_actorder_without_groups_is_not_written(two_layers, tmp_path):
     options = {"calibration": DATA, "num_samples": 2, "seq_len": 64, "device": "cpu"}
-    output = qtool.quantize(MODEL, method="w8a8_int8", output=tmp_path / "out", **options).output
+    output = qtool.quantize(
+        two_layers, method="w8a8_int8", output=tmp_path / "out", **options
+    ).output
     for group in json.loads((output / "config.json").read_text())["quantization_config"][
         "config_groups"
     ].values():

@@ -63,9 +63,7 @@ def test_the_samples_are_those_of_this_process(load, tiny_model, calibration_fil
         LOOP * 3 + "{% endfor %}" * 3,
         "{% set n = namespace(s='x' * 1000) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}"
         "{% endfor %}{{ n.s }}",
-        "{{ 'x' * 3000000000 }}",
         "{{ 10 ** (10 ** 10) }}",
-        LOOP + "{{ 'x' * 9999 }}{% endfor %}",
         "{{ raise_exception('no') }}",
         "{% for",
         "{{ '\\ud800' }}",
@@ -73,7 +71,7 @@ def test_the_samples_are_those_of_this_process(load, tiny_model, calibration_fil
     ],
 )
 def test_a_hostile_chat_template_is_refused(load, tiny_copy, monkeypatch, template):
-    monkeypatch.setattr(isolated, "TEXT_S", 2.0)
+    monkeypatch.setattr(isolated, "TEXT_S", 1.0)
     (tiny_copy / "chat_template.jinja").write_text(template)
     start = time.monotonic()
     with pytest.raises(InputRefused) as caught:

@@ -91,16 +91,16 @@ def test_a_missing_folder_is_refused(refused):
     assert "none: no such folder" in message
 
 
-def test_a_folder_that_is_no_model_is_refused(refused, tmp_path):
+def test_a_folder_that_is_no_model_is_refused(refused_here, tmp_path):
     (tmp_path / "photos").mkdir()
-    exit_code, code, _, hint = refused(*QUANTIZE, "--model-path", "photos")
+    exit_code, code, _, hint = refused_here(*QUANTIZE, "--model-path", "photos")
     assert (exit_code, code) == (3, "E_NOT_A_MODEL")
     assert "config.json" in hint
 
 
-def test_a_model_of_pickles_is_refused(refused, tiny_copy):
+def test_a_model_of_pickles_is_refused(refused_here, tiny_copy):
     (tiny_copy / "model.safetensors").rename(tiny_copy / "pytorch_model.bin")
-    exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
+    exit_code, code, message, _ = refused_here(*QUANTIZE, "--model-path", tiny_copy)
     assert (exit_code, code) == (3, "E_PICKLE")
     assert "pytorch_model.bin" in message
 
@@ -116,27 +116,27 @@ def test_a_model_of_pickles_is_refused(refused, tiny_copy):
         (b"", "E_HEADER_SHORT"),
     ],
 )
-def test_weights_that_are_something_else_are_refused(refused, tiny_copy, content, code):
+def test_weights_that_are_something_else_are_refused(refused_here, tiny_copy, content, code):
     (tiny_copy / "model.safetensors").write_bytes(content)
-    exit_code, found, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
+    exit_code, found, message, _ = refused_here(*QUANTIZE, "--model-path", tiny_copy)
     assert (exit_code, found) == (3, code)
     assert "model.safetensors" in message
 
 
-def test_a_truncated_model_is_refused_with_the_tensor(refused, tiny_copy):
+def test_a_truncated_model_is_refused_with_the_tensor(refused_here, tiny_copy):
     file = tiny_copy / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
-    exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
+    exit_code, code, message, _ = refused_here(*QUANTIZE, "--model-path", tiny_copy)
     assert (exit_code, code) == (3, "E_TRUNCATED")
     assert "tensor `model.norm.weight`" in message
 
 
-def test_a_model_that_is_quantized_already_is_refused(refused, tiny_copy):
+def test_a_model_that_is_quantized_already_is_refused(refused_here, tiny_copy):
     config = json.loads((tiny_copy / "config.json").read_text())
     (tiny_copy / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "awq"}})
     )
-    exit_code, code, message, _ = refused(*QUANTIZE, "--model-path", tiny_copy)
+    exit_code, code, message, _ = refused_here(*QUANTIZE, "--model-path", tiny_copy)
     assert (exit_code, code) == (3, "E_ALREADY_QUANTIZED")
     assert "awq" in message
 
@@ -214,9 +214,9 @@ def test_a_wish_that_cannot_be_met_is_refused_with_what_can(
     assert hint in found[3]
 
 
-def test_a_command_that_does_not_exist_is_refused(refused):
-    assert refused("quantise")[:2] == (2, "E_USAGE")
-    assert refused("quantize", "--method", "fp8")[:2] == (2, "E_NO_MODEL")
+def test_a_command_that_does_not_exist_is_refused(refused_here):
+    assert refused_here("quantise")[:2] == (2, "E_USAGE")
+    assert refused_here("quantize", "--method", "fp8")[:2] == (2, "E_NO_MODEL")
 
 
 # Calibration data that cannot be used
@@ -263,8 +263,8 @@ def test_calibration_data_that_cannot_be_used_is_refused_with_its_line(
     assert message in found[2]
 
 
-def test_a_missing_calibration_file_is_refused(refused, tiny_model):
-    found = refused(
+def test_a_missing_calibration_file_is_refused(refused_here, tiny_model):
+    found = refused_here(
         "quantize",
         "--model-path",
         tiny_model,
@@ -281,29 +281,31 @@ def test_a_missing_calibration_file_is_refused(refused, tiny_model):
 # An output that cannot be written
 
 
-def test_an_output_that_exists_is_refused_and_kept(refused, tiny_model, tmp_path):
+def test_an_output_that_exists_is_refused_and_kept(refused_here, tiny_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    exit_code, code, _, hint = refused(*QUANTIZE, "--model-path", tiny_model)
+    exit_code, code, _, hint = refused_here(*QUANTIZE, "--model-path", tiny_model)
     assert (exit_code, code) == (6, "E_OUTPUT_EXISTS")
     assert "--overwrite" in hint
     # no checkpoint: not ours to replace
-    assert refused(*QUANTIZE, "--model-path", tiny_model, "--overwrite")[:2] == (
+    assert refused_here(*QUANTIZE, "--model-path", tiny_model, "--overwrite")[:2] == (
         6,
         "E_OUTPUT_EXISTS",
     )
 
 
-def test_a_file_beside_the_output_that_is_named_like_its_log_is_kept(refused, tiny_model, tmp_path):
+def test_a_file_beside_the_output_that_is_named_like_its_log_is_kept(
+    refused_here, tiny_model, tmp_path
+):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.log").write_text("of an earlier run")
-    assert refused(*QUANTIZE, "--model-path", tiny_model)[0] == 6
+    assert refused_here(*QUANTIZE, "--model-path", tiny_model)[0] == 6
 
 
 @pytest.mark.parametrize("output", ["tiny", "tiny/inside", "link/inside", "."])
-def test_an_output_in_or_around_the_source_is_refused(refused, tiny_copy, tmp_path, output):
+def test_an_output_in_or_around_the_source_is_refused(refused_here, tiny_copy, tmp_path, output):
     (tmp_path / "link").symlink_to("tiny")
-    found = refused(
+    found = refused_here(
         "quantize",
         "--model-path",
         tiny_copy,

@@ -128,7 +128,7 @@ def chi_square(counts, expected):
     return (((counts - expected) ** 2 / expected).sum() - free) / math.sqrt(2 * free)
 
 
-DRAWS = 40_000
+DRAWS = 20_000
 
 
 @pytest.fixture(scope="module")
