@@ -14,8 +14,12 @@ import torch
 from support import EXAMPLE
 
 import qtool
+from qtool.backends.modelopt_state import check_state, restore_state
 from qtool.checkpoint import open_checkpoint
+from qtool.errors import StateRefused
 from qtool.evaluation.perplexity import load_dequantized
+from qtool.plan import make_plan
+from qtool.recipe import load_recipe
 
 MODEL = EXAMPLE
 pytestmark = pytest.mark.xdist_group("modelopt state")  # one process, so that `saved` runs once
@@ -90,13 +94,12 @@ def test_a_foreign_pickle_is_refused_unless_trusted(tmp_path):
 @pytest.mark.slow
 def test_even_a_trusted_pickle_runs_no_code(tmp_path):
     torch.save(_Payload(str(tmp_path / "ran")), tmp_path / "state.pt")
-    error = refusal(
-        checkpoint_restore_path=tmp_path / "state.pt",
-        output=tmp_path / "out",
-        trust_pickle=True,
-        method="modelopt_fp8",
-    )
-    assert (error.code, error.exit_code) == ("E_STATE", 3)
+    plan = make_plan(open_checkpoint(MODEL), load_recipe("modelopt_fp8"))
+    path = str(tmp_path / "state.pt")
+    check_state(path, plan, trust_pickle=True)
+    with pytest.raises(StateRefused) as caught:  # in the worker of a run
+        restore_state(torch.nn.Linear(1, 1), path, plan)
+    assert (caught.value.code, caught.value.exit_code) == ("E_STATE", 3)
     assert not (tmp_path / "ran").exists()
 
 

@@ -20,7 +20,7 @@ from support.server import free_port, start_server
 
 import qtool
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve formats")]
 
 CHAT = """curl http://localhost:30000/v1/chat/completions \\
   -H "Content-Type: application/json" \\
@@ -53,7 +53,6 @@ MADE = {  # a checkpoint that no calibration is needed for -> its format and sch
 # `tests/benchmarks/serve_formats.py` starts a server for all of them
 DEPLOYED = [
     ("modelopt_fp8", ["--quantization", "modelopt"], None),
-    ("plain", ["--quantization", "fp8"], "fp8"),
     ("plain", ["--torchao-config", "int8dq", "--disable-cuda-graph"], "int8dq"),
 ]
 FITTING = {  # what `--quantization` may say, and of which checkpoints
