@@ -211,6 +211,18 @@ def from_os_error(error: OSError, *, reading: Iterable[Path] = (), where: str = 
     )
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` exists, be it a link that leads nowhere.
+
+    Raises: OSError, when the disk does not tell; `os.path.lexists` takes that for a no.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # or a name that none can have
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def file_errors(*, reading: Iterable[Path] = ()) -> Iterator[None]:
     """Turn an OSError of the block into a QtoolError by `from_os_error`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.strict_json import JsonDict, read_json, refused
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, is_there
 
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
@@ -78,7 +77,7 @@ class ManifestCheck:
 
 def has_manifest(folder: Path) -> bool:
     """Whether ``folder`` has a manifest, readable or not."""
-    return os.path.lexists(folder / MANIFEST)
+    return is_there(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> JsonDict:
@@ -140,9 +139,7 @@ def written_files(folder: Path) -> set[str]:
     try:
         if has_manifest(folder):
             return {MANIFEST, *read_manifest(folder)["files"]}
-        if os.path.lexists(folder / STATE_FILE) and "state_version" in read_json(
-            folder / STATE_FILE
-        ):
+        if is_there(folder / STATE_FILE) and "state_version" in read_json(folder / STATE_FILE):
             return {STATE_FILE, STATE_WEIGHTS}
     except CheckpointRefused:
         pass  # nothing shows that qtool wrote them

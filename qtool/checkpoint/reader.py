@@ -5,7 +5,6 @@ pickle.
 from __future__ import annotations
 
 import gc
-import os
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from qtool.checkpoint.strict_json import (
     read_json,
     refused,
 )
-from qtool.errors import CheckpointRefused, file_errors
+from qtool.errors import CheckpointRefused, file_errors, is_there
 
 MAX_FILE_NAME = 255
 MAX_SHARDS = 10_000
@@ -51,7 +50,7 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
                 f"{path} is a file, not a model folder",
                 "give the folder that holds config.json",
             )
-        if not os.path.lexists(path / "config.json"):
+        if not is_there(path / "config.json"):
             raise refused(
                 "E_NOT_A_MODEL",
                 f"{path}: no config.json, so this is not a model folder",
@@ -94,9 +93,9 @@ def _read_config(path: Path) -> JsonDict:
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     single, index_file = path / "model.safetensors", path / INDEX
     # transformers takes it first; others, such as consolidated.safetensors, are not of the model
-    if os.path.lexists(single):
+    if is_there(single):
         return _read_shards([single])
-    if os.path.lexists(index_file):
+    if is_there(index_file):
         return _read_indexed(path, index_file)
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
     if files:
@@ -177,7 +176,7 @@ def _shard_path(path: Path, index_file: Path, tensor: str, shard: object) -> Pat
             f"{said}, which is not a safetensors file",
             "take a revision of the model with safetensors weights",
         )
-    if not os.path.lexists(path / shard):
+    if not is_there(path / shard):
         raise refused(
             "E_MISSING_SHARD",
             f"{path / shard} is named by the index and missing",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.errors import OutputTaken
+from qtool.errors import OutputTaken, is_there
 
 LOCK_WAIT_S = 5.0  # a killed run's worker needs a moment to notice and let go
 MARK = b"qtool staging folder\n"  # what the lock file holds
@@ -52,7 +52,7 @@ class StagingFolder:
         """Clean up after a killed run: an output that it was replacing goes back to its place, the
         rest is removed.
         """
-        if self._holds(PREVIOUS) and not os.path.lexists(output):
+        if self._holds(PREVIOUS) and not is_there(output):
             self.move_out(PREVIOUS, output)
         for name in (CHECKPOINT, SCRATCH):
             self._remove(name)

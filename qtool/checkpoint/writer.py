@@ -30,6 +30,7 @@ from qtool.errors import (
     ResourceError,
     UsageError,
     file_errors,
+    is_there,
     naming,
 )
 from qtool.sizes import format_size
@@ -79,7 +80,7 @@ class Staging:
         former output if that was asked for.
         """
         self.flush()
-        if os.path.lexists(self.output):
+        if is_there(self.output):
             if not self.overwrite:
                 raise OutputTaken(
                     "E_OUTPUT_EXISTS",
@@ -146,7 +147,7 @@ def check_place(
     staging = _staging_path(output)
     _check_writable(output.parent, [staging / CHECKPOINT / name for name in (INDEX, *names)])
     check_staging_folder(staging)
-    if not os.path.lexists(staging / PREVIOUS):  # `recover` puts that one back first
+    if not is_there(staging / PREVIOUS):  # `recover` puts that one back first
         _check_free(output, overwrite=overwrite)
     if log:
         _check_writable(log.parent, [log])
@@ -155,7 +156,7 @@ def check_place(
 
 def check_log(place: Path) -> None:
     """Raise OutputTaken when something else than the log of a former run is at ``place``."""
-    if not os.path.lexists(place):
+    if not is_there(place):
         return
     if place.is_file() and not place.is_symlink():
         with place.open("rb") as file:
@@ -174,7 +175,7 @@ def _staging_path(output: Path) -> Path:
 
 def _check_writable(folder: Path, files: Iterable[Path]) -> None:
     """Raise ResourceError when ``files`` cannot be made in ``folder``, which need not exist yet."""
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    existing = next(place for place in (folder, *folder.parents) if is_there(place))
     why = ""
     if not existing.is_dir():
         why = os.strerror(errno.ENOTDIR)
@@ -210,7 +211,7 @@ def _check_apart(output: Path, inputs: Iterable[Path]) -> None:
 
 def _check_free(output: Path, *, overwrite: bool) -> None:
     """Raise OutputTaken when ``output`` exists and may not be replaced."""
-    if not os.path.lexists(output):
+    if not is_there(output):
         return
     if not overwrite:
         raise OutputTaken(

@@ -146,7 +146,8 @@ def test_an_interrupted_export_is_one_document_and_leaves_nothing(tmp_path, make
     ) as process:
         staging = tmp_path / ".out.qtool"
         deadline = time.monotonic() + 60
-        while not staging.exists() and process.poll() is None and time.monotonic() < deadline:
+        begun = staging / "checkpoint"
+        while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
         process.send_signal(number)  # to the process and to its group
