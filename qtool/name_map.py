@@ -42,6 +42,10 @@ class LinearWeight:
     """How many layers of an expert have their outputs in one matrix: gate and up."""
     is_stacked: bool = False
     """Whether ``tensor`` stacks all experts, as the model does."""
+    is_split: bool = False
+    """Whether the checkpoint has experts apart that transformers loads in stacks alone: quantizers
+    write them, and engines read them.
+    """
     is_transposed: bool = False
     """Whether the matrix lies as inputs by outputs in ``tensor``."""
     is_interleaved: bool = False
@@ -72,6 +76,8 @@ class NameMap:
     """Other tensors of two or more dimensions, which no linear layer multiplies with -> why."""
     renamed: Mapping[str, str]
     """Parameters of the model -> the tensors that go there as they are, where the names differ."""
+    towers: frozenset[str] = frozenset()
+    """The tensors of other towers than the language model, e.g. of a vision encoder."""
 
     @cached_property
     def stacks(self) -> Mapping[str, tuple[LinearWeight, ...]]:

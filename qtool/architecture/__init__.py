@@ -15,7 +15,7 @@ from qtool.name_map import NameMap, names_from_headers
 __all__ = ["check_model", "map_names"]
 
 
-def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: bool = False) -> None:
+def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
     """Refuse ``checkpoint`` if the model that its config describes has other tensors.
 
     Headers decide for the usual architectures; for all others transformers does, which builds the
@@ -25,7 +25,6 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: boo
     Args:
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
-        is_causal: whether it must load as a causal language model, whatever class it names.
     Raises: CheckpointRefused.
     """
     check_dtypes(checkpoint, layout)
@@ -35,7 +34,7 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None, *, is_causal: boo
         return
     from qtool.architecture.meta import check_tensors
 
-    check_tensors(checkpoint, layout, is_causal=is_causal)
+    check_tensors(checkpoint, layout)
 
 
 def map_names(checkpoint: Checkpoint) -> NameMap:

@@ -33,23 +33,20 @@ EXPERT_PARTS = {  # parameter that stacks experts -> patterns of the tensors of 
 }
 
 
-def check_tensors(
-    checkpoint: Checkpoint, layout: Layout | None, *, is_causal: bool = False
-) -> None:
+def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
     """Refuse ``checkpoint`` if transformers would find tensors missing, left over or misshapen.
 
     Args:
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
-        is_causal: whether it must load as a causal language model, whatever class it names.
     Raises: CheckpointRefused. A class that transformers does not have passes.
     """
     named = class_of(checkpoint)
-    if named is None and not is_causal:
+    if named is None:
         return
     with building(checkpoint), torch.device("meta"):
         config = read_config(checkpoint)
-        model_class = _class_for(config, named, is_causal=is_causal)
+        model_class = _class_for(config, named)
         if model_class is None:
             return
         model = model_class._from_config(config, dtype=torch.bfloat16)
@@ -59,15 +56,14 @@ def check_tensors(
             if not is_mtp_layer(checkpoint, name)
         }
         report = _load_without_data(model, config, shapes)
-    if not is_causal:
-        parameters = {name: each.numel() for name, each in model.named_parameters()}
-        missing = {*(report.get("missing_keys") or ())}
-        split = _split_experts(parameters, missing, shapes)
-        left_over = {*(report.get("unexpected_keys") or ())} - split
-        report["missing_keys"] = missing - split
-        report["unexpected_keys"] = {
-            key for key in left_over if not tower_of(key) and not key.endswith(OLD_CACHE_SCALE)
-        }
+    parameters = {name: each.numel() for name, each in model.named_parameters()}
+    missing = {*(report.get("missing_keys") or ())}
+    split = _split_experts(parameters, missing, shapes)
+    left_over = {*(report.get("unexpected_keys") or ())} - split
+    report["missing_keys"] = missing - split
+    report["unexpected_keys"] = {
+        key for key in left_over if not tower_of(key) and not key.endswith(OLD_CACHE_SCALE)
+    }
     check_report(checkpoint, report)
 
 
@@ -127,11 +123,11 @@ def class_of(checkpoint: Checkpoint) -> Any:
     return found if hasattr(found, "_from_config") else None
 
 
-def _class_for(config: object, named: Any, *, is_causal: bool) -> Any:
+def _class_for(config: object, named: Any) -> Any:
     """Return the class that ``config`` is loaded as: ``named``, if it is made of such a config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if not is_causal and named is not None and isinstance(config, named.config_class):
+    if named is not None and isinstance(config, named.config_class):
         return named
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
@@ -145,7 +141,7 @@ def build_model(checkpoint: Checkpoint) -> Any:
     """
     with building(checkpoint), torch.device("meta"):
         config = read_config(checkpoint)
-        model_class = _class_for(config, class_of(checkpoint), is_causal=False)
+        model_class = _class_for(config, class_of(checkpoint))
         if model_class is None:
             raise ValueError(f"no class for {type(config).__name__}")
         return model_class._from_config(config, dtype=torch.bfloat16).eval()

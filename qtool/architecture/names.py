@@ -7,19 +7,17 @@ called.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
 from qtool.architecture.meta import build_model
+from qtool.architecture.standard import Shape, model_tensors
+from qtool.architecture.trace import trace_linears
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.model import TensorInfo
+from qtool.formats import Layout
 from qtool.modules import NOT_TEXT, is_mtp_layer
 from qtool.name_map import GATED, LinearWeight, NameMap
 
@@ -30,23 +28,51 @@ if TYPE_CHECKING:
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 MTP = "multi-token prediction"
+ONE_EXPERT = re.compile(r"(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 
 
 def names_from_model(checkpoint: Checkpoint) -> NameMap:
-    """Return the name map of ``checkpoint``.
+    """Return the name map of ``checkpoint``, which is not quantized.
 
     Raises: CheckpointRefused, when transformers cannot build the model.
     """
-    mapper = _Mapper(checkpoint, build_model(checkpoint))
-    for tensor in checkpoint.tensors.values():
-        mapper.place(tensor)
-    return NameMap(mapper.linears, mapper.unused, mapper.not_linear, mapper.renamed)
+    model = build_model(checkpoint)
+    return names_in(model, checkpoint, None, uncalled=_uncalled(model))
+
+
+def names_in(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    layout: Layout | None,
+    *,
+    uncalled: Collection[str] = (),
+) -> NameMap:
+    """Return the name map of ``checkpoint`` for ``model``, which was built from its config.
+
+    Args:
+        model: without data.
+        checkpoint: the checkpoint; quantized layers count as the matrices they stand for.
+        layout: what `formats.detect` returned.
+        uncalled: linear layers of the model whose parent multiplies with the weight by itself.
+    """
+    mapper = _Mapper(checkpoint, model, uncalled)
+    for name, shape in model_tensors(checkpoint, layout).items():
+        mapper.place(name, shape)
+    return NameMap(
+        mapper.linears,
+        mapper.unused,
+        mapper.not_linear,
+        mapper.renamed,
+        frozenset(mapper.towers),
+    )
 
 
 class _Mapper:
     """Finds the place of one tensor after another."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel, uncalled: Collection[str]
+    ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -54,6 +80,7 @@ class _Mapper:
         self.unused: dict[str, str] = {}
         self.not_linear: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
+        self.towers: set[str] = set()
         self._checkpoint = checkpoint
         self._model = model
         self._modules = dict(model.named_modules())
@@ -61,19 +88,21 @@ class _Mapper:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._text = _text_part(model)
-        self._uncalled = _uncalled(model)
+        self._towers = tuple(f"{name}." for name in towers(model))
+        self._uncalled = uncalled
 
-    def place(self, tensor: TensorInfo) -> None:
-        """Find what the model does with ``tensor``."""
-        renamed = self._renamed(tensor.name)
-        parameter, converter = self._target(tensor.name, renamed)
-        if parameter not in self._parameters:
-            self.unused[tensor.name] = self._why_unused(tensor.name)
-        elif converter is None:
-            self._place_as_it_is(tensor, parameter)
-        else:
-            self._place_converted(tensor, renamed, parameter, converter)
+    def place(self, name: str, shape: Shape) -> None:
+        """Find what the model does with the tensor ``name``."""
+        renamed = self._renamed(name)
+        parameter, converter = self._target(name, renamed)
+        if parameter.startswith(self._towers):
+            self.towers.add(name)
+        if parameter in self._parameters and converter is None:
+            self._place_as_it_is(name, shape, parameter)
+        elif parameter in self._parameters and converter:
+            self._place_converted(name, shape, renamed, parameter, converter)
+        elif not self._place_split(name, shape, parameter):
+            self.unused[name] = self._why_unused(name)
 
     def _renamed(self, name: str) -> str:
         for renaming in self._renamings:
@@ -98,72 +127,101 @@ class _Mapper:
             return MTP
         return f"{type(self._model).__name__} does not load it"
 
-    def _place_as_it_is(self, tensor: TensorInfo, parameter: str) -> None:
-        if parameter != tensor.name:
-            self.renamed[parameter] = tensor.name
+    def _place_as_it_is(self, name: str, shape: Shape, parameter: str) -> None:
+        if parameter != name:
+            self.renamed[parameter] = name
         module, _, last = parameter.rpartition(".")
         holder = self._modules[module]
         if isinstance(holder, nn.Linear) and last == "weight":
-            self._add(tensor, module)
-        elif len(tensor.shape) == 3 and last in STACKS:
-            self._add_stack(tensor, module, last)
-        elif len(tensor.shape) > 1 and not isinstance(holder, nn.Embedding):
-            self.not_linear[tensor.name] = f"{type(holder).__name__}, not Linear"
+            self._add(name, shape, module)
+        elif len(shape) == 3 and last in STACKS:
+            self._add_stack(name, shape, module, last)
+        elif len(shape) > 1 and not isinstance(holder, nn.Embedding):
+            self.not_linear[name] = f"{type(holder).__name__}, not Linear"
+
+    def _place_split(self, name: str, shape: Shape, parameter: str) -> bool:
+        """Place a tensor of one expert that the model has in stacks alone; return whether it is."""
+        found = ONE_EXPERT.fullmatch(parameter)
+        if not found:
+            return False
+        holder, expert, kind, last = found[1], int(found[2]), found[3], found[4]
+        for stack, kinds in (("gate_up_proj", GATED), (kind, (kind,))):
+            if kind in kinds and f"{holder}.{stack}" in self._parameters:
+                break
+        else:
+            return False
+        if last == "weight" and len(shape) == 2:
+            layer = _layer_name(name)
+            self.linears[layer] = LinearWeight(
+                layer,
+                (shape[0], shape[1]),
+                name,
+                holder,
+                stack,
+                expert=expert,
+                part=kinds.index(kind),
+                parts=len(kinds),
+                is_split=True,
+                is_interleaved=self._is_interleaved(holder, kinds),
+            )
+        return True
+
+    def _is_interleaved(self, holder: str, kinds: Sequence[str]) -> bool:
+        return len(kinds) > 1 and not getattr(self._modules[holder], "is_concatenated", True)
 
     def _place_converted(
-        self, tensor: TensorInfo, renamed: str, parameter: str, converter: WeightConverter
+        self,
+        name: str,
+        shape: Shape,
+        renamed: str,
+        parameter: str,
+        converter: WeightConverter,
     ) -> None:
         """Place a tensor that transformers changes: one expert of a stack, or all of them."""
         operations = [type(operation).__name__ for operation in converter.operations]
         holder, _, attribute = parameter.rpartition(".")
-        if operations in STACKING and len(tensor.shape) == 2:
+        if operations in STACKING and len(shape) == 2:
             part, expert = _expert_of(renamed, converter.source_patterns)
-            name = _layer_name(tensor.name)
-            self.linears[name] = LinearWeight(
+            layer = _layer_name(name)
+            self.linears[layer] = LinearWeight(
+                layer,
+                (shape[0], shape[1]),
                 name,
-                (tensor.shape[0], tensor.shape[1]),
-                tensor.name,
                 holder,
                 attribute,
                 expert=expert,
                 part=part,
                 parts=len(converter.source_patterns),
             )
-        elif operations == ["Transpose"] and len(tensor.shape) == 3 and attribute in STACKS:
-            self._add_stack(tensor, holder, attribute)
-        elif len(tensor.shape) > 1:
-            self.not_linear[tensor.name] = f"transformers converts it by {', '.join(operations)}"
+        elif operations == ["Transpose"] and len(shape) == 3 and attribute in STACKS:
+            self._add_stack(name, shape, holder, attribute)
+        elif len(shape) > 1:
+            self.not_linear[name] = f"transformers converts it by {', '.join(operations)}"
 
-    def _add(self, tensor: TensorInfo, module: str) -> None:
-        name = _layer_name(tensor.name)
-        rows, columns = tensor.shape
+    def _add(self, tensor: str, shape: Shape, module: str) -> None:
+        name = _layer_name(tensor)
         reason = ""
         if module in self._uncalled:
             reason = "its module multiplies with the weight by itself"
-        elif self._is_tower(module):
+        elif tensor in self.towers:
             reason = NOT_TEXT
-        self.linears[name] = LinearWeight(name, (rows, columns), tensor.name, module, reason=reason)
+        self.linears[name] = LinearWeight(name, (shape[0], shape[1]), tensor, module, reason=reason)
 
-    def _is_tower(self, module: str) -> bool:
-        is_text = not self._text or module.startswith(f"{self._text}.")
-        return not is_text and self._modules[module] is not self._model.get_output_embeddings()
-
-    def _add_stack(self, tensor: TensorInfo, module: str, parameter: str) -> None:
+    def _add_stack(self, tensor: str, shape: Shape, module: str, parameter: str) -> None:
         """Add every expert of a stack, as the layers that libraries and engines make of it."""
-        holder = self._modules[module]
-        stacked = holder.get_parameter(parameter).shape
-        transposed = self._is_transposed(holder, parameter) ^ (tuple(stacked) != tensor.shape)
-        experts, first, second = tensor.shape
+        stacked = self._modules[module].get_parameter(parameter).shape
+        transposed = self._is_transposed(module, parameter) ^ (tuple(stacked) != shape)
+        experts, first, second = shape
         rows, columns = (second, first) if transposed else (first, second)
         kinds = GATED if parameter == "gate_up_proj" else (parameter,)
-        stem = _layer_name(tensor.name).rpartition(".")[0]
+        stem = _layer_name(tensor).rpartition(".")[0]
         for expert in range(experts):
             for part, kind in enumerate(kinds):
                 name = f"{stem}.{expert}.{kind}"
                 self.linears[name] = LinearWeight(
                     name,
                     (rows // len(kinds), columns),
-                    tensor.name,
+                    tensor,
                     module,
                     parameter,
                     expert=expert,
@@ -171,11 +229,12 @@ class _Mapper:
                     parts=len(kinds),
                     is_stacked=True,
                     is_transposed=transposed,
-                    is_interleaved=len(kinds) > 1 and not getattr(holder, "is_concatenated", True),
+                    is_interleaved=self._is_interleaved(module, kinds),
                 )
 
-    def _is_transposed(self, holder: nn.Module, parameter: str) -> bool:
+    def _is_transposed(self, module: str, parameter: str) -> bool:
         """Whether the model stacks [E, inputs, outputs]: its class says so, or the shape does."""
+        holder = self._modules[module]
         said = getattr(holder, "is_transposed", None)
         if isinstance(said, bool):
             return said
@@ -199,12 +258,23 @@ def _expert_of(renamed: str, patterns: Sequence[str]) -> tuple[int, int]:
     raise AssertionError(f"{renamed} matches none of {patterns}")
 
 
-def _text_part(model: PreTrainedModel) -> str:
-    """Return the name of the language model in a model with other towers; empty if it is alone."""
+def towers(model: PreTrainedModel) -> list[str]:
+    """Return the modules of ``model`` that are no part of its language model: encoders of images
+    and sound, and what connects them.
+    """
     if model.config.get_text_config() is model.config:
-        return ""
+        return []
     decoder = model.get_decoder()
-    return next((name for name, module in model.named_modules() if module is decoder), "")
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    kept = {model.get_output_embeddings(), model.get_input_embeddings()}
+    found = []
+    parts = path.split(".") if path else []
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        for name, module in model.get_submodule(above).named_children():
+            if name != part and module not in kept:
+                found.append(f"{above}.{name}".lstrip("."))
+    return found
 
 
 def _uncalled(model: PreTrainedModel) -> set[str]:
@@ -213,30 +283,10 @@ def _uncalled(model: PreTrainedModel) -> set[str]:
     Their parent reads their weight and multiplies by itself, as Mamba does with ``dt_proj``. Empty
     for a model that cannot run without data.
     """
-    called: set[str] = set()
-    linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda *_, name=name, **__: called.add(name), with_kwargs=True
-        )
-        for name in linears
-    ]
-    experts = getattr(model.config, "_experts_implementation", None)
     try:
-        model.config._experts_implementation = "batched_mm"  # the one that does not look at data
-        with torch.no_grad(), FakeTensorMode():
-            # on the CPU: on the meta device transformers looks for data in its masks
-            state = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype)
-                for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
-            }
-            tokens = torch.zeros(1, 2, dtype=torch.long)
-            functional_call(model, state, (), {"input_ids": tokens, "use_cache": False})
+        called = trace_linears(model).called
     except Exception:  # a model that looks at data, or takes more than tokens
         return set()
-    finally:
-        model.config._experts_implementation = experts
-        for handle in handles:
-            handle.remove()
     beside = {name.rpartition(".")[0] for name in called}
+    linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
     return {name for name in linears if name not in called and name.rpartition(".")[0] in beside}

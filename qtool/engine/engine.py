@@ -33,6 +33,7 @@ from qtool.engine.requests import (
     RequestParser,
     SamplingFields,
 )
+from qtool.engine.requirements import check_by_name
 from qtool.engine.results import CompletionResult, Result
 from qtool.engine.scheduler import Limits
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
@@ -66,6 +67,7 @@ class Engine:
         device = device_named(config.device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
         plan = plan_load(checkpoint, device, config.quantization, config.dtype or "auto")
+        check_by_name(plan)
         limits = _limits(plan.skeleton.config, device, config)
         scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
         self.tokenizer = None

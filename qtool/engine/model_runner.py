@@ -19,6 +19,7 @@ from qtool.engine.attention.interface import NAME, recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.fusion import fuse
+from qtool.engine.requirements import HAND_OVER, check_by_numbers
 from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
 from qtool.engine.sampling_batch import History, RowRequest
@@ -163,7 +164,9 @@ class Runner:
         freeze_rotary(self.model, self.limits.context_length)
         self.geometry = self._record()
         self._eager_prefill = compiled == "decode"
-        if not fuse(self.model) and compiled != "off":
+        is_fused = fuse(self.model)
+        check_by_numbers(self.model, self.geometry)
+        if not is_fused and compiled != "off":
             for layer in self.model.get_decoder().layers:
                 layer.compile(dynamic=True)
 
@@ -179,9 +182,7 @@ class Runner:
                 f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
                 "and values"
             )
-            raise CheckpointRefused(
-                "E_ATTENTION", message, hint="`--engine vllm` hands the checkpoint to vLLM"
-            )
+            raise CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
         return found.layers
 
     def close(self) -> None:

@@ -16,13 +16,18 @@ def freeze_rotary(model: CausalLM, context_length: int) -> None:
     x = torch.zeros(1, dtype=model.dtype, device=model.device)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if kinds is None or not any("inv_freq" in name for name, _ in module.named_buffers()):
+        if not any("inv_freq" in name for name, _ in module.named_buffers()):
             continue
-        frozen: str | dict[str, str] = "default"
         if isinstance(kinds, dict):
-            for layer_type in kinds:
-                module(x, last, layer_type)
-            frozen = dict.fromkeys(kinds, "default")
-        else:
+            for layer_type, kind in kinds.items():
+                if _changes(kind):
+                    module(x, last, layer_type)
+                    kinds[layer_type] = "default"
+        elif isinstance(kinds, str) and _changes(kinds):
             module(x, last)
-        module.rope_type = frozen  # type: ignore[assignment]
+            module.rope_type = "default"  # type: ignore[assignment]
+
+
+def _changes(kind: str) -> bool:
+    """Whether transformers computes embeddings of this kind again for longer positions."""
+    return "dynamic" in kind or kind == "longrope"

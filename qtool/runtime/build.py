@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from qtool import formats
 from qtool.formats.packing import read_tensor
+from qtool.name_map import LinearWeight
 from qtool.runtime.kernels import LinearSpec, device_of
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.load_plan import Group, LoadPlan, Source, cached_choice, make_group
-from qtool.runtime.skeleton import Place
 from qtool.weight import Activation, QuantizedWeight, quantize
 
 RawTensors = dict[str, Tensor]
@@ -30,7 +30,7 @@ class _Member:
 
 def build_modules(
     plan: LoadPlan, group: Group, raw: Sequence[RawTensors]
-) -> Iterator[tuple[Place, nn.Module]]:
+) -> Iterator[tuple[LinearWeight, nn.Module]]:
     """Yield the modules that the layers of ``group`` become, and where they go.
 
     Layers become one module if their weights require the same of their input.
@@ -50,13 +50,13 @@ def build_modules(
         yield from _fuse(plan, together)
 
 
-def _unstack_experts(group: Group, stack: _Member) -> Iterator[tuple[Place, nn.Module]]:
+def _unstack_experts(group: Group, stack: _Member) -> Iterator[tuple[LinearWeight, nn.Module]]:
     """Yield a module for each of the experts that are stacked in one weight."""
     source = stack.source
     rows = source.shape[0] // source.experts
     for expert in range(source.experts):
         piece = _rows(stack.weight, expert * rows, (expert + 1) * rows)
-        place = replace(source.place, expert=expert)
+        place = replace(source.place, expert=expert, parts=1)
         yield place, QuantizedLinear(group.spec, group.choice, piece)
 
 
@@ -76,7 +76,7 @@ def _read_member(plan: LoadPlan, source: Source, tensors: RawTensors) -> _Member
     return _Member(source, weight, bias)
 
 
-def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[Place, nn.Module]]:
+def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[LinearWeight, nn.Module]]:
     """Yield the modules of layers that become one matrix.
 
     Empties ``members``, so that their weights do not outlive the join.

@@ -21,6 +21,7 @@ class ModelConfig(Protocol):
 
     eos_token_id: int | list[int] | None
     tie_word_embeddings: bool
+    is_encoder_decoder: bool
     _experts_implementation: str | None
     """How layers of experts multiply, by transformers' name."""
 
@@ -98,6 +99,12 @@ class CausalLM(Protocol):
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return all parameters by name."""
+
+    def can_generate(self) -> bool:
+        """Whether the model continues texts."""
 
     def get_decoder(self) -> Decoder:
         """Return the layers."""

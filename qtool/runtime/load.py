@@ -7,24 +7,26 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
-from qtool.modules import decoder_layer_number, is_mtp_layer, parse_cache_scale
+from qtool.modules import decoder_layer_number, parse_cache_scale
+from qtool.name_map import LinearWeight
 from qtool.runtime.build import RawTensors, build_modules, build_unquantized, read_checked
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
-from qtool.runtime.experts import ExpertStack
+from qtool.runtime.experts import ExpertStack, side_by_side
 from qtool.runtime.kernels import current
 from qtool.runtime.load_plan import Group, LoadPlan, Source, plan_load
-from qtool.runtime.skeleton import Place
 
+T = TypeVar("T")
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 READERS = min(8, os.cpu_count() or 1)
 
@@ -98,11 +100,33 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
     names = [
         name
         for name in formats.unquantized_tensors(checkpoint, plan.layout)
-        if name not in built_later and not is_mtp_layer(checkpoint, name)
+        if name not in built_later and skeleton.is_loaded(name)
     ]
     tensors = pool.map(lambda name: read_checked(plan, name), names)
-    places = {source.place for source in plan.sources}
-    return skeleton.materialize(places, dict(zip(names, tensors, strict=True)), plan.device)
+    state = dict(zip(names, tensors, strict=True)) | _stacked_biases(plan)
+    return skeleton.materialize({source.place for source in plan.sources}, state, plan.device)
+
+
+def _stacked_biases(plan: LoadPlan) -> dict[str, Tensor]:
+    """Return the biases of experts that lie apart, stacked as the parameters of the model."""
+    found: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+    interleaved = {}
+    for source in plan.sources:
+        place, bias = source.place, f"{source.name}.bias"
+        if place.expert is not None and not place.is_stacked and bias in plan.checkpoint.tensors:
+            parameter = f"{place.module}.{place.parameter}_bias"
+            interleaved[parameter] = place.is_interleaved
+            experts = found.setdefault(parameter, {})
+            experts.setdefault(place.expert, []).append((place.part, read_checked(plan, bias)))
+    return {
+        parameter: torch.stack(
+            [
+                side_by_side(_in_order(experts[number]), is_interleaved=interleaved[parameter])
+                for number in sorted(experts)
+            ]
+        )
+        for parameter, experts in found.items()
+    }
 
 
 class _ExpertStacks:
@@ -111,21 +135,26 @@ class _ExpertStacks:
     def __init__(self) -> None:
         # (module, parameter) -> number of the expert -> (part, layer)
         self._stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
+        self._interleaved: set[tuple[str, str]] = set()
 
-    def add(self, place: Place, layer: nn.Module) -> None:
+    def add(self, place: LinearWeight, layer: nn.Module) -> None:
         """Note the layer that goes to ``place``."""
-        experts = self._stacks.setdefault((place.module, place.parameter), {})
+        stack = (place.module, place.parameter)
+        experts = self._stacks.setdefault(stack, {})
         experts.setdefault(place.expert or 0, []).append((place.part, layer))
+        if place.is_interleaved and place.parts > 1:
+            self._interleaved.add(stack)
 
     def install(self, model: CausalLM) -> None:
         """Replace the parameters of ``model`` that hold experts."""
         for (holder, parameter), experts in self._stacks.items():
             layers = [_in_order(experts[number]) for number in sorted(experts)]
-            setattr(model.get_submodule(holder), parameter, ExpertStack(layers))
+            stack = ExpertStack(layers, is_interleaved=(holder, parameter) in self._interleaved)
+            setattr(model.get_submodule(holder), parameter, stack)
 
 
-def _in_order(parts: list[tuple[int, nn.Module]]) -> list[nn.Module]:
-    return [layer for _, layer in sorted(parts, key=lambda part: part[0])]
+def _in_order(parts: Sequence[tuple[int, T]]) -> list[T]:
+    return [each for _, each in sorted(parts, key=lambda part: part[0])]
 
 
 def _trim_heap() -> None:
@@ -162,9 +191,10 @@ def _read(plan: LoadPlan, source: Source) -> RawTensors:
     names = (
         {"weight": f"{source.name}.weight"}
         if module is None
-        else {suffix: tensor.name for suffix, tensor in module.tensors.items()}
+        else {suffix: tensor.name for suffix, tensor in module.tensors.items() if suffix != "bias"}
     )
-    if (bias := f"{source.name}.bias") in plan.checkpoint.tensors:
+    bias = f"{source.name}.bias"
+    if bias in plan.checkpoint.tensors and not source.place.parameter:
         names["bias"] = bias
     return {suffix: read_checked(plan, name) for suffix, name in names.items()}
 

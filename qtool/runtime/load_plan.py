@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,11 +14,11 @@ from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
-from qtool.modules import is_mtp_layer
+from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
 from qtool.runtime.online import schemes_to_run, skip_reasons
-from qtool.runtime.skeleton import Place, Skeleton
+from qtool.runtime.skeleton import Skeleton
 from qtool.scheme import Scheme
 
 # of the device's memory, for second copies of weights; the rest is for the KV cache
@@ -30,7 +30,7 @@ class Source:
     """A linear layer of the checkpoint."""
 
     name: str
-    place: Place
+    place: LinearWeight
     """Where it goes in the model."""
     shape: tuple[int, int]
     """N outputs, K inputs."""
@@ -113,20 +113,19 @@ def plan_load(
         )
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
-    skeleton = Skeleton(checkpoint, dtype_named(dtype) or _checkpoint_dtype(checkpoint, device))
-    warned = list(skip_reasons(checkpoint, layout, quantization))
-    if any(is_mtp_layer(checkpoint, name) for name in checkpoint.tensors):
-        warned.append("layers after the last, for multi-token prediction, are left out")
+    computed_in = dtype_named(dtype) or _checkpoint_dtype(checkpoint, device)
+    skeleton = Skeleton(checkpoint, layout, computed_in)
+    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton)]
     sources = [
         _source(skeleton, layout, name, scheme)
         for name, scheme in schemes.items()
-        if not is_mtp_layer(checkpoint, name)
+        if skeleton.is_loaded(f"{name}.weight")
     ]
     sources, sharing = _trace(skeleton, layout, sources, warned)
     groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
-    check_model(checkpoint, layout, is_causal=True)
+    check_model(checkpoint, layout)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,
@@ -137,6 +136,16 @@ def plan_load(
         unquantized_experts=tuple(unquantized),
         warnings=(*warned, *_slow_groups(groups, device)),
     )
+
+
+def _left_out(skeleton: Skeleton) -> Iterator[str]:
+    """Say what of the checkpoint is not loaded."""
+    unused = Counter(skeleton.names.unused.values())
+    for reason, count in unused.items():
+        yield f"{count} tensors are left out: {reason}"
+    if skeleton.towers:
+        towers = ", ".join(skeleton.towers)
+        yield f"only the language model is loaded, for requests of text, without {towers}"
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -163,7 +172,7 @@ def _weight_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 
 def _trace(
     skeleton: Skeleton, layout: Layout | None, sources: list[Source], warned: list[str]
-) -> tuple[list[Source], list[list[str]]]:
+) -> tuple[list[Source], Sequence[Sequence[str]]]:
     """Return the sources that the model calls, and the names of layers that share an input.
 
     Appends to ``warned`` what goes wrong, and which layers must stay in 16 bits.
@@ -171,20 +180,20 @@ def _trace(
     if not sources:
         return sources, []
     try:
-        called, sharing = skeleton.trace()
+        trace = skeleton.trace()
     except Exception as error:  # the code of any architecture
         warned.append(
             f"layers are not fused: the model does not run without data ({one_line(error)})"
         )
         return sources, []
-    return _called(skeleton.checkpoint, layout, sources, called, warned), sharing
+    return _called(skeleton.checkpoint, layout, sources, trace.called, warned), trace.sharing
 
 
 def _called(
     checkpoint: Checkpoint,
     layout: Layout | None,
     sources: Sequence[Source],
-    called: set[str],
+    called: Collection[str],
     warned: list[str],
 ) -> list[Source]:
     """Return the sources whose modules are called.
@@ -238,7 +247,7 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> lis
     return fusible
 
 
-def _input_key(place: Place, input_of: Mapping[str, int]) -> object:
+def _input_key(place: LinearWeight, input_of: Mapping[str, int]) -> object:
     """Return what layers with the same input have in common."""
     if place.parameter:
         return place.module, place.parameter, place.expert
@@ -282,29 +291,18 @@ cached_choice = lru_cache(maxsize=None)(choose)
 def _unquantized_experts(
     skeleton: Skeleton, schemes: Mapping[str, Scheme], sources: Sequence[Source]
 ) -> list[Source]:
-    """Return the experts that are not quantized, of stacks in which others are."""
-    places = [source.place for source in sources if source.place.parameter]
-    stacks = {(place.module, place.parameter) for place in places}
-    if not stacks:
-        return []
-    experts = []
-    for name in _expert_layers(skeleton.checkpoint):
-        if name in schemes:
-            continue
-        place = skeleton.place(name)
-        if (place.module, place.parameter) in stacks:
-            shape = _weight_shape(skeleton.checkpoint, name)
-            experts.append(Source(name, place, shape, scheme=None))
-    return experts
-
-
-def _expert_layers(checkpoint: Checkpoint) -> list[str]:
-    weights = [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
+    """Return the experts that are not quantized, beside experts that are or that transformers
+    loads in stacks alone.
+    """
+    holders = {source.place.module for source in sources if source.place.parameter}
+    return [
+        Source(name, linear, linear.shape, scheme=None)
+        for name, linear in skeleton.names.linears.items()
+        if linear.parameter
+        and not linear.is_stacked
+        and name not in schemes
+        and (linear.is_split or linear.module in holders)
     ]
-    return [name.removesuffix(".weight") for name in weights if ".experts." in name]
 
 
 def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:

@@ -21,7 +21,7 @@ from qtool.engine.detokenizer import TextStream
 from qtool.engine.engine import Engine
 from qtool.engine.outputs import CompletionError, Output
 from qtool.engine.requests import GenerateRequest
-from qtool.errors import CheckpointRefused, ResourceError, UsageError
+from qtool.errors import ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
@@ -705,22 +705,6 @@ def test_a_cache_of_8_bits(example):
         strict=True,
     )
     assert 0 < max(abs(one[0] - other[0]) for one, other in pairs) < 0.1
-
-
-def test_models_without_a_cache_of_keys_are_refused(tmp_path):
-    config = AutoConfig.for_model(
-        "mamba2",
-        hidden_size=64,
-        num_heads=8,
-        head_dim=16,
-        num_hidden_layers=2,
-        vocab_size=320,
-        state_size=16,
-        n_groups=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointRefused):
-        Engine(tmp_path, skip_tokenizer_init=True, max_total_tokens=256)
 
 
 class EagerGraph:

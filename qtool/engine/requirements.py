@@ -1,0 +1,98 @@
+"""What the engine requires of a model: by name before anything is loaded, by numbers once it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qtool.engine.attention.interface import running
+from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
+from qtool.errors import CheckpointRefused
+from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.load_plan import LoadPlan
+
+HAND_OVER = "`--engine vllm` hands the checkpoint to vLLM"
+ATTENTION = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
+TOKENS = 8
+# Of the deviation of a token's logits. Most models are at zero; products of experts may round
+# differently when other tokens come along.
+TOLERANCE = 0.02
+
+
+def check_by_name(plan: LoadPlan) -> None:
+    """Raise CheckpointRefused for a model that is known not to run in the engine: it generates no
+    text, has attention sinks, or layers that keep a state beside the KV cache.
+    """
+    model, path = plan.skeleton.model, plan.checkpoint.path
+    name = type(model).__name__
+    if plan.skeleton.config.is_encoder_decoder or not model.can_generate():
+        message = f"{path}: {name} does not continue a text, which is all that the engine does"
+        raise CheckpointRefused("E_ARCHITECTURE", message, hint="`qtool.load` loads it")
+    text = plan.skeleton.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    if others := sorted({*kinds} - ATTENTION):
+        raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
+    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
+        raise _refused(f"{name} has attention sinks, which the engine lacks")
+
+
+def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None:
+    """Raise CheckpointRefused when a prompt gets other logits beside another neighbour: then some
+    layer keeps a state beside the KV cache. The same for a model that computes logits unasked.
+
+    Args:
+        model: with the engine's attention.
+        geometry: of the attention of each layer.
+    """
+    size = model.get_output_embeddings().out_features
+    device = next(iter(model.parameters())).device
+    numbers = torch.arange(2 * TOKENS, device=device)
+    first, second = ((numbers * factor + 11) % size for factor in (7, 13))
+    second[TOKENS:] = first[TOKENS:]
+    one, other = (_second_prompt(model, geometry, ids) for ids in (first, second))
+    off = float(((one - other).square().mean(-1).sqrt() / one.std(-1)).max())
+    if not off <= TOLERANCE:
+        raise _refused(
+            f"{type(model).__name__} keeps a state beside the KV cache: a prompt's logits depend "
+            f"on the prompt before it (by {off:.0%} of their deviation)"
+        )
+
+
+def _second_prompt(model: CausalLM, geometry: Sequence[LayerGeometry], ids: Tensor) -> Tensor:
+    """Return the logits [T, V] of the second of two prompts ``ids`` [2 T], packed in one step."""
+    ints = partial(torch.tensor, dtype=torch.int32, device=ids.device)
+    zeros = partial(torch.zeros, dtype=model.dtype, device=ids.device)
+    pages = {
+        layer.layer_idx: KVPages(
+            zeros(3, layer.kv_heads, 16, layer.head_dim),
+            zeros(3, layer.kv_heads, 16, layer.v_head_dim),
+        )
+        for layer in geometry
+    }
+    positions = ints([*range(TOKENS)] * 2)
+    packed = Packed(
+        ints([[1], [2]]),
+        ints([0] * TOKENS + [1] * TOKENS),
+        positions,
+        0,
+        ints([0, TOKENS, 2 * TOKENS]),
+        longest=TOKENS,
+    )
+    with running(packed, pages):
+        logits = model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            logits_to_keep=torch.arange(TOKENS, 2 * TOKENS, device=ids.device),
+            use_cache=False,
+        ).logits[0]
+    if len(logits) != TOKENS:
+        name = type(model).__name__
+        raise _refused(f"{name} computes the logits of all tokens, not of those it is asked for")
+    return logits.float()
+
+
+def _refused(message: str) -> CheckpointRefused:
+    return CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
