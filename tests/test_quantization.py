@@ -15,7 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 import qtool
 from qtool.checkpoint import open_checkpoint
@@ -53,14 +61,30 @@ def held_out():
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     return [
-        tokenizer(json.loads(line)["text"])["input_ids"]
-        for line in (MODEL / "evaluation.jsonl").read_text().splitlines()
+        tokenizer(json.loads(line)["text"])["input_ids"][:384]
+        for line in (MODEL / "evaluation.jsonl").read_text().splitlines()[:10]
     ]
 
 
 @pytest.fixture(scope="session")
 def plain_perplexity(held_out):
-    return perplexity(load_dequantized(open_checkpoint(MODEL)), held_out)
+    return perplexity(load_dequantized(open_checkpoint(MODEL), dtype=torch.float32), held_out)
+
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+def write_random(config: PretrainedConfig, folder: Path) -> Path:
+    """Write a random model with the tiny model's tokenizer, and return its folder."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
 
 
 BOUNDS = {"modelopt_fp8": 1.02, "w4a16_gptq": 1.05, "gptq_int4": 1.05}
@@ -72,7 +96,8 @@ EACH_METHOD = pytest.mark.parametrize(
 
 @EACH_METHOD
 def test_each_backend_keeps_one_method_to_its_bound(method, quantized, held_out, plain_perplexity):
-    found = perplexity(load_dequantized(open_checkpoint(quantized(method))), held_out)
+    model = load_dequantized(open_checkpoint(quantized(method)), dtype=torch.float32)
+    found = perplexity(model, held_out)
     assert found <= BOUNDS[method] * plain_perplexity
 
 
@@ -126,14 +151,18 @@ def test_two_runs_write_the_same_weights(method, quantized, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_gptq_checkpoint_has_the_group_size_and_the_modules_that_were_asked_for(tmp_path):
-    options = {**DATA, "num_samples": 8, "group_size": 64, "ignore": ["down_proj"]}
-    layout = detect(
-        open_checkpoint(
-            qtool.quantize(MODEL, method="gptq_int4", output=tmp_path / "out", **options).output
-        )
-    )
-    assert len(layout.modules) == 36
+def test_a_gptq_checkpoint_has_the_group_size_the_modules_and_the_head_asked_for(tmp_path):
+    config = LlamaConfig(**SIZES, vocab_size=4096, tie_word_embeddings=False)
+    options = {**DATA, "num_samples": 2, "seq_len": 64, "group_size": 64, "ignore": ["down_proj"]}
+    output = qtool.quantize(
+        write_random(config, tmp_path / "model"),
+        method="gptq_int4",
+        lm_head=True,
+        output=tmp_path / "out",
+        **options,
+    ).output
+    layout = detect(open_checkpoint(output))
+    assert len(layout.modules) == 6 + 1
     assert not [name for name in layout.modules if name.endswith("down_proj")]
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g64"}
 
@@ -169,13 +198,13 @@ def test_awq_runs_without_a_gpu(backend, two_layers, tmp_path):
 
 
 @pytest.mark.slow
-def test_kv_cache_scales_can_be_all_that_is_added(tmp_path):
+def test_kv_cache_scales_can_be_all_that_is_added(two_layers, tmp_path):
     output = qtool.quantize(
-        MODEL, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}
+        two_layers, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}
     ).output
     checkpoint = open_checkpoint(output)
     assert detect(checkpoint).kv_cache == "fp8"
-    assert sum(name.endswith("k_scale") for name in checkpoint.tensors) == 6
+    assert sum(name.endswith("k_scale") for name in checkpoint.tensors) == 2
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -202,13 +231,12 @@ def wait_for_worker(run: subprocess.Popen) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing(number, exit_code, tmp_path):
+def test_an_interrupted_run_leaves_nothing(tmp_path):
     run = start("--method", "fp8_dynamic", "--output", str(tmp_path / "out"))
     worker = wait_for_worker(run)
     time.sleep(1)
-    run.send_signal(number)
-    assert run.wait(20) == exit_code
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == 130
     assert list(tmp_path.iterdir()) == []
     assert not Path(f"/proc/{worker}").exists()
 
@@ -238,8 +266,6 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_a_library_error_names_library_place_and_log(tmp_path):
-    from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
     config = FalconMambaConfig(
         hidden_size=128,
         state_size=16,
@@ -248,12 +274,10 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
         vocab_size=4096,
         intermediate_size=128,
     )
-    FalconMambaForCausalLM(config).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((MODEL / name).read_bytes())
+    model = write_random(config, tmp_path / "model")
     options = {**DATA, "num_samples": 2, "group_size": 32}
     with pytest.raises(qtool.QtoolError) as caught:
-        qtool.quantize(tmp_path / "model", method="gptq_int4", output=tmp_path / "out", **options)
+        qtool.quantize(model, method="gptq_int4", output=tmp_path / "out", **options)
     assert caught.value.exit_code == 5
     assert re.search(r"gptqmodel 7\.\d+\.\d+ failed while", caught.value.message)
     assert str(tmp_path / "out.qtool.log") in caught.value.hint
@@ -262,18 +286,25 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
 
 
 @pytest.mark.slow
-def test_overwrite_replaces_an_output_only_when_the_new_one_is_complete(tmp_path):
+def test_overwrite_replaces_a_whole_output_and_neither_code_nor_pickles_are_carried_along(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    for name in ("tokenizer.py", "vocab.pkl"):
+        (model / name).write_text("x")
+    (model / "NOTICE").write_text("kept")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "qtool-manifest.json").write_text('{"files": {"old": {}}}')
     (tmp_path / "out" / "old").write_text("precious")
     with pytest.raises(qtool.QtoolError) as caught:
-        qtool.quantize(MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
+        qtool.quantize(model, method="fp8_dynamic", output=tmp_path / "out", device="cpu")
     assert caught.value.exit_code == 6
     assert (tmp_path / "out" / "old").read_text() == "precious"
     qtool.quantize(
-        MODEL, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True
+        model, method="fp8_dynamic", output=tmp_path / "out", device="cpu", overwrite=True
     )
-    assert not (tmp_path / "out" / "old").exists()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "NOTICE" in names
+    assert not names & {"old", "tokenizer.py", "vocab.pkl", "corpus.py", "train.py"}
     assert detect(open_checkpoint(tmp_path / "out")).format == "compressed-tensors"
 
 
@@ -315,75 +346,22 @@ def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_neither_code_nor_pickles_are_carried_along(tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
-    for name in ("tokenizer.py", "vocab.pkl"):
-        (model / name).write_text("x")
-    (model / "NOTICE").write_text("kept")
-    output = qtool.quantize(
-        model, method="fp8_dynamic", output=tmp_path / "out", device="cpu"
-    ).output
-    names = {path.name for path in output.iterdir()}
-    assert "NOTICE" in names
-    assert not names & {"tokenizer.py", "vocab.pkl", "corpus.py", "train.py"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel", "modelopt"])
-def test_an_output_head_of_its_own_can_be_quantized(backend, tmp_path):
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "vocab_size": 4096,
-    }
-    AutoModelForCausalLM.from_config(
-        LlamaConfig(**sizes, tie_word_embeddings=False)
-    ).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, tmp_path / "model" / name)
-    options = {**DATA, "num_samples": 2, "seq_len": 64}
-    output = qtool.quantize(
-        tmp_path / "model",
-        method="gptq_int4",
-        backend=backend,
-        lm_head=True,
-        output=tmp_path / "out",
-        **options,
-    ).output
-    assert detect(open_checkpoint(output)).modules["lm_head"].scheme.name == "W4A16"
-
-
-@pytest.mark.slow
-def test_experts_are_quantized_and_their_router_is_not(tmp_path):
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    }
+def test_experts_and_an_output_head_are_quantized_and_a_router_is_not(tmp_path):
     config = Qwen3MoeConfig(
-        **sizes, vocab_size=4096, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=4096,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        tie_word_embeddings=False,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, tmp_path / "model" / name)
-    options = {**DATA, "num_samples": 4, "seq_len": 64}
+    model = write_random(config, tmp_path / "model")
+    options = {**DATA, "num_samples": 4, "seq_len": 64, "lm_head": True}
     for method in ("fp8_static", "modelopt_fp8"):
-        layout = detect(
-            open_checkpoint(
-                qtool.quantize(
-                    tmp_path / "model", method=method, output=tmp_path / method, **options
-                ).output
-            )
-        )
+        output = qtool.quantize(model, method=method, output=tmp_path / method, **options).output
+        layout = detect(open_checkpoint(output))
         assert len([name for name in layout.modules if ".experts." in name]) == 12
         assert not [name for name in layout.modules if name.endswith("mlp.gate")]
+        assert layout.modules["lm_head"].scheme.name == "FP8"

@@ -74,6 +74,11 @@ FITTING = {  # what `--quantization` may say, and of which checkpoints
     "w8a8_fp8": ["fp8_dynamic", "modelopt_fp8"],
     "w8a8_int8": [],
 }
+REFUSED = [  # some of all others
+    (name, flag)
+    for number, (flag, names) in enumerate(FITTING.items())
+    for name in [name for name in MADE if name not in names][number % 3 :: 3]
+]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,7 @@ def outcomes(checkpoint):
                     outcomes.append((end.code or 0, error.getvalue()))
         print(json.dumps(outcomes))
     """
-    asked = [(name, flag) for name in MADE for flag in FITTING]
+    asked = [*((name, flag) for flag, names in FITTING.items() for name in names), *REFUSED]
     given = json.dumps([(str(checkpoint(name)), flag) for name, flag in asked])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -175,10 +180,7 @@ def test_a_flag_that_says_what_a_checkpoint_is_is_taken(outcomes, name, flag):
     assert outcomes[name, flag][0] == 0, outcomes[name, flag][1]
 
 
-@pytest.mark.parametrize(
-    ("name", "flag"),
-    [(name, flag) for flag, names in FITTING.items() for name in MADE if name not in names],
-)
+@pytest.mark.parametrize(("name", "flag"), REFUSED)
 def test_any_other_flag_is_a_usage_error_that_names_the_method_found(outcomes, name, flag):
     code, error = outcomes[name, flag]
     method = {"compressed-tensors": "compressed-tensors", "fp8_block": "fp8"}.get(
