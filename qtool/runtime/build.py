@@ -164,13 +164,10 @@ def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
 
 
 def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
-    """Read an unquantized linear layer."""
-    bias = f"{source.name}.bias"
+    """Read one expert that stays in 16 bits; the model has the biases of all experts in a stack."""
     rows, columns = source.shape
-    linear = nn.Linear(columns, rows, bias=bias in plan.checkpoint.tensors, device="meta")
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
     linear.weight = _read_parameter(plan, f"{source.name}.weight")
-    if linear.bias is not None:
-        linear.bias = _read_parameter(plan, bias)
     return linear
 
 

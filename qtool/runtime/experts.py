@@ -25,6 +25,11 @@ class ExpertStack(nn.Module):
         self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
         self.is_interleaved = is_interleaved
 
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of experts, as much of a weight's shape as models ask for."""
+        return (len(self.experts),)
+
     def __getitem__(self, index: int | Tensor) -> ExpertWeight:
         parts = list(self.experts[int(index)].children())
         return ExpertWeight(parts, is_interleaved=self.is_interleaved)

@@ -9,16 +9,27 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.small_models import MODELS, publish
+from support.small_models import publish
 
 from qtool.architecture import check_model, map_names
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
 from qtool.modules import NOT_TEXT
 
-UNQUANTIZED = {  # architecture -> the layers with a reason
-    "JambaForCausalLM": {"dt_proj"},
-}
+MODELS = [
+    "llama",
+    "qwen3_seqcls",
+    "qwen3_embedding",
+    "phi3",
+    "mixtral",  # w1, w2, w3
+    "gpt_oss",  # stacks, gate and up alternate
+    "granitemoe",
+    "jamba",
+    "gemma3",
+    "qwen3_vl_moe",  # stacks that transformers transposes
+    "qwen3_5_moe",
+]
+UNQUANTIZED = {"jamba": {"dt_proj"}}  # the layers with a reason
 
 
 def used(model, linear) -> torch.Tensor:
@@ -70,7 +81,7 @@ def test_each_layer_is_mapped_to_the_matrix_that_the_model_uses(architecture, tm
 
 
 def test_a_tower_is_not_part_of_the_language_model(tmp_path):
-    folder, _ = publish("Gemma3ForConditionalGeneration", tmp_path / "model")
+    folder, _ = publish("gemma3", tmp_path / "model")
     names = map_names(open_checkpoint(folder))
     towers = {name.split(".")[0] for name, each in names.linears.items() if each.reason == NOT_TEXT}
     texts = {name.split(".")[0] for name, each in names.linears.items() if not each.reason}
@@ -79,14 +90,14 @@ def test_a_tower_is_not_part_of_the_language_model(tmp_path):
 
 @pytest.mark.parametrize("name", ["mtp.layers.0.mlp.up_proj", "model.layers.2.eh_proj"])
 def test_layers_that_predict_further_tokens_are_known(tmp_path, name):
-    folder, _ = publish("MixtralForCausalLM", tmp_path / "model")
+    folder, _ = publish("mixtral", tmp_path / "model")
     file = folder / "model.safetensors"
     save_file({**load_file(file), f"{name}.weight": torch.ones(32, 32)}, file, {"format": "pt"})
     assert map_names(open_checkpoint(folder)).unused == {f"{name}.weight": "multi-token prediction"}
 
 
 def test_a_config_without_architectures_names_its_layers_itself(tmp_path):
-    folder, _ = publish("LlamaForCausalLM", tmp_path / "model")
+    folder, _ = publish("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -94,9 +105,7 @@ def test_a_config_without_architectures_names_its_layers_itself(tmp_path):
     assert {linear.module for linear in linears.values()} == set(linears)
 
 
-@pytest.mark.parametrize(
-    "architecture", ["GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration"]
-)
+@pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_vl_moe"])
 def test_experts_one_by_one_stand_for_a_stack_of_transformers(architecture, tmp_path):
     folder, _ = publish(architecture, tmp_path / "model")
     file = folder / "model.safetensors"

@@ -1,122 +1,94 @@
-"""Small random models of many architectures, as transformers publishes them."""
+"""Small random models of many architectures, as they are published."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig
+import yaml
+from safetensors.torch import load_file, save_file
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-WIDTH = {"moe_intermediate_size": 24}
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
-VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 14,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-}
-NO_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
-MODELS = {  # architecture -> model type and config
-    "LlamaForCausalLM": ("llama", SIZES),
-    "Qwen3ForSequenceClassification": ("qwen3", {**SIZES, "num_labels": 1}),
-    "Qwen3Model": ("qwen3", SIZES),
-    "Phi3ForCausalLM": ("phi3", {**NO_HEAD_DIM, "bos_token_id": 1, "eos_token_id": 2}),
-    "MixtralForCausalLM": ("mixtral", {**SIZES, **EXPERTS}),  # w1, w2, w3
-    "GptOssForCausalLM": ("gpt_oss", {**SIZES, **EXPERTS}),  # stacks, gate and up alternate
-    "GraniteMoeForCausalLM": ("granitemoe", {**SIZES, **EXPERTS}),
-    "JambaForCausalLM": (
-        "jamba",
-        {
-            **NO_HEAD_DIM,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 16,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "Gemma3ForConditionalGeneration": (
-        "gemma3",
-        {
-            "text_config": {**SIZES, "tie_word_embeddings": True},
-            "vision_config": {"model_type": "siglip_vision_model", **TOWER},
-            "mm_tokens_per_image": 4,
-            "image_token_index": 7,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "Qwen3VLForConditionalGeneration": (
-        "qwen3_vl",
-        {"text_config": {**SIZES, "rope_parameters": ROPE}, "vision_config": VISION},
-    ),
-    "FalconH1ForCausalLM": (  # attention and a state space in every layer
-        "falcon_h1",
-        {**SIZES, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
-    ),
-    "Qwen3VLMoeForConditionalGeneration": (  # stacks that transformers transposes
-        "qwen3_vl_moe",
-        {
-            "text_config": {**SIZES, **EXPERTS, **WIDTH, "rope_parameters": ROPE},
-            "vision_config": VISION,
-        },
-    ),
-    "Qwen3_5MoeForConditionalGeneration": (
-        "qwen3_5_moe",
-        {
-            "text_config": {
-                **SIZES,
-                **EXPERTS,
-                **WIDTH,
-                "shared_expert_intermediate_size": 24,
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_num_value_heads": 2,
-                "linear_num_key_heads": 1,
-                "linear_key_head_dim": 16,
-                "linear_value_head_dim": 16,
-            },
-            "vision_config": VISION,
-        },
-    ),
-}
+from support import EXAMPLE
+
+ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
+WITH_MTP = "-mtp"  # behind the name of a model that also has layers for multi-token prediction
+WEIGHTS = "model.safetensors"
 
 
-def publish(architecture: str, folder: Path) -> tuple[Path, Any]:
-    """Write a small checkpoint as transformers publishes it; return its folder and its model."""
-    kind, values = MODELS[architecture]
-    config = AutoConfig.for_model(kind, **values)
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load(ARCHITECTURES.read_text())
+    return table
+
+
+def names() -> list[str]:
+    """Return the names of all models, variants included."""
+    return [*_table()["models"], *(f"{name}{WITH_MTP}" for name in _table()["mtp"])]
+
+
+def publish(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Any]:
+    """Write the model ``name`` with the tokenizer of the example; return its folder and what
+    transformers loads from there, in ``dtype``.
+    """
+    import transformers
+
+    base = name.removesuffix(WITH_MTP)
+    entry = _table()["models"][base]
+    config = transformers.AutoConfig.for_model(entry["type"], **entry["config"])
     torch.manual_seed(0)
-    model = getattr(transformers, architecture)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+    model = getattr(transformers, entry["class"])(config).to(torch.bfloat16).eval()
+    model.config.dtype = torch.bfloat16
+    _randomize(model)
     model.save_pretrained(folder)
-    return folder, model
+    for file in EXAMPLE.iterdir():
+        if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
+            shutil.copy(file, folder)
+    if name.endswith(WITH_MTP):
+        _add_mtp(folder, is_apart=_table()["mtp"][base] == "apart")
+    return folder, type(model).from_pretrained(folder, dtype=dtype).eval()
+
+
+def _randomize(model: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.06)
+            elif parameter.numel() > 1 and ("bias" in name or "sink" in name):
+                parameter.normal_(0, 0.05)
+        for name, buffer in model.named_buffers():
+            if "e_score_correction" in name:
+                buffer.zero_()
+
+
+def _add_mtp(folder: Path, *, is_apart: bool) -> None:
+    """Add a copy of the last layer, and what joins it to the model."""
+    tensors = load_file(folder / WEIGHTS)
+    prefix = next(name for name in tensors if ".layers.1." in name).split("layers.1.")[0]
+    added = "mtp.layers.0." if is_apart else f"{prefix}layers.2."
+    size = tensors[f"{prefix}embed_tokens.weight"].shape[1]
+    mtp = {
+        name.replace(f"{prefix}layers.1.", added): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}layers.1.")
+    }
+    joint = torch.randn(size, 2 * size).mul(0.06).bfloat16()
+    norms = torch.ones(size, dtype=torch.bfloat16)
+    if is_apart:
+        mtp["mtp.fc.weight"] = joint
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            mtp[f"mtp.{name}.weight"] = norms.clone()
+    else:
+        mtp[f"{added}eh_proj.weight"] = joint
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            mtp[f"{added}{name}.weight"] = norms.clone()
+        mtp[f"{added}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+        mtp[f"{added}embed_tokens.weight"] = tensors[f"{prefix}embed_tokens.weight"].clone()
+    save_file({**tensors, **mtp}, folder / WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    counted = config.get("text_config", config)
+    counted["mtp_num_hidden_layers" if is_apart else "num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config, indent=2))

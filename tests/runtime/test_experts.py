@@ -1,0 +1,53 @@
+"""Experts that a checkpoint has one by one and transformers in stacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.small_models import WEIGHTS, publish
+
+import qtool
+from qtool.architecture import map_names
+from qtool.checkpoint import open_checkpoint
+
+pytest_plugins = ["support.sample_plugin"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def split_experts(folder) -> None:
+    """Write the stacks of a checkpoint as engines and quantizers have them: one by one."""
+    stacks = map_names(open_checkpoint(folder)).stacks
+    tensors = load_file(folder / WEIGHTS)
+    for name, experts in stacks.items():
+        stack, biases = tensors.pop(name), tensors.pop(f"{name}_bias", None)
+        for linear in experts:
+            rows = slice(linear.part, None, linear.parts)
+            if not linear.is_interleaved:
+                size = linear.shape[0]
+                rows = slice(linear.part * size, (linear.part + 1) * size)
+            matrix = stack[linear.expert]
+            matrix = matrix.T if linear.is_transposed else matrix
+            tensors[f"{linear.name}.weight"] = matrix[rows].contiguous()
+            if biases is not None:
+                tensors[f"{linear.name}.bias"] = biases[linear.expert][rows].contiguous()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:only the language model is loaded")
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "gpt_oss",  # gate and up alternate, and biases
+        "llama4",  # one batched product for all experts
+        "qwen3_5_moe",
+    ],
+)
+def test_experts_one_by_one_compute_what_the_stack_does(architecture, tmp_path):
+    folder, model = publish(architecture, tmp_path / "model", torch.float32)
+    ids = torch.arange(8, 40)[None]
+    expected = model(input_ids=ids, use_cache=False).logits
+    split_experts(folder)
+    loaded = qtool.load(folder, device="cpu", dtype="float32")
+    found = loaded(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
