@@ -233,16 +233,22 @@ class _Mapper:
                 )
 
     def _is_transposed(self, module: str, parameter: str) -> bool:
-        """Whether the model stacks [E, inputs, outputs]: its class says so, or the shape does."""
+        """Whether the model stacks [E, inputs, outputs]: its class says so, or the shapes of its
+        stacks do, the one in question first.
+        """
         holder = self._modules[module]
         said = getattr(holder, "is_transposed", None)
         if isinstance(said, bool):
             return said
         hidden = self._model.config.get_text_config().hidden_size
-        _, rows, columns = holder.get_parameter(parameter).shape
-        if parameter == "down_proj":
-            rows, columns = columns, rows
-        return bool(rows == hidden != columns)
+        for stack in (parameter, *STACKS):
+            if f"{module}.{stack}" not in self._parameters:
+                continue
+            _, rows, columns = holder.get_parameter(stack).shape
+            side = columns if stack == "down_proj" else rows
+            if rows != columns and hidden in (rows, columns):
+                return bool(side == hidden)
+        return False
 
 
 def _layer_name(tensor: str) -> str:
