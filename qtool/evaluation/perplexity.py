@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from qtool import formats
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, DataRefused
-from qtool.formats import Layout
+from qtool.formats import Layout, QuantizedModule
 from qtool.formats.packing import read_tensor
+from qtool.name_map import LinearWeight
+from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.experts import ExpertStacks, stacked_biases
+from qtool.runtime.skeleton import Skeleton
 from qtool.weight import Activation, QuantizedWeight, dequantize, fake_quantize_input
 
-MISFITS = ("missing_keys", "unexpected_keys", "mismatched_keys")  # in transformers' loading report
 
-
-def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloat16) -> CausalLM:
     """Return the transformers model of ``checkpoint``, dequantized, on the CPU, in eval mode.
 
     Each quantized linear layer first multiplies its input by ``pre_scale`` and rounds it as its
@@ -39,65 +41,86 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
             f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
             "does not simulate",
         )
-    state = _unquantized_state(checkpoint, layout)
-    inputs: dict[str, QuantizedWeight] = {}
-    if layout:
-        for name in layout.modules:
-            weight = formats.read(checkpoint, layout, name)
-            state[f"{name}.weight"] = dequantize(weight, dtype)
-            if weight.activation or weight.pre_scale is not None:
-                inputs[name] = weight
-    model = _build_model(checkpoint, state, dtype)
-    _round_inputs(model, inputs, checkpoint)
-    return model.eval()
-
-
-def _unquantized_state(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Tensor]:
-    """Return the tensors that are not quantized, biases included."""
-    modules = layout.modules.values() if layout else ()
-    biases = [module.tensors["bias"].name for module in modules if "bias" in module.tensors]
-    names = [*formats.unquantized_tensors(checkpoint, layout), *biases]
-    return {name: read_tensor(checkpoint, name) for name in names}
-
-
-def _build_model(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], dtype: torch.dtype
-) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # it is shown even where there is no terminal
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    misfits = {kind: sorted(map(str, report[kind])) for kind in MISFITS if report.get(kind)}
-    if misfits:
-        raise CheckpointRefused(
-            "E_TENSORS", f"{checkpoint.path} does not fit its own config: {misfits}"
-        )
-    assert isinstance(model, nn.Module)
+    skeleton = Skeleton(checkpoint, layout, dtype)
+    layers = {
+        name: module
+        for name, module in (layout.modules if layout else {}).items()
+        if skeleton.is_loaded(f"{name}.weight")
+    }
+    apart = _experts_apart(skeleton, layers)
+    state: dict[str, Tensor] = {}
+    rounding: dict[str, _InputRounding] = {}
+    stacks = ExpertStacks()
+    for name, module in layers.items():
+        place = skeleton.place(name)
+        assert layout is not None
+        weight = formats.read(checkpoint, layout, name)
+        matrix, rounds = dequantize(weight, dtype), _InputRounding.of(weight)
+        if name in apart:
+            for number, part in enumerate(matrix.chunk(module.experts)):
+                expert = number if module.experts > 1 else place.expert
+                stacks.add(replace(place, expert=expert), _expert(part, rounds))
+            continue
+        state[f"{name}.weight"] = matrix
+        if rounds.does_something:
+            rounding[place.module] = rounds
+    for name in apart.keys() - layers:
+        stacks.add(apart[name], _expert(read_tensor(checkpoint, f"{name}.weight").to(dtype)))
+    state |= _unquantized_state(skeleton, layout, apart)
+    model = skeleton.materialize({*apart.values()}, state, torch.device("cpu"))
+    for path, rounds in rounding.items():
+        model.get_submodule(path).register_forward_pre_hook(rounds)
+    stacks.install(model)
     return model
 
 
-def _round_inputs(
-    model: nn.Module, weights: Mapping[str, QuantizedWeight], checkpoint: Checkpoint
-) -> None:
-    """Let the linear layers of ``model`` round their inputs as ``weights`` say."""
-    modules = dict(model.named_modules())
-    for name, weight in weights.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            raise CheckpointRefused(
-                "E_FUSED",
-                f"{checkpoint.path}: `{name}` is not a linear layer of the transformers model, so "
-                "its input cannot be rounded",
-            )
-        module.register_forward_pre_hook(_InputRounding.of(weight))
+def _experts_apart(
+    skeleton: Skeleton, layers: Mapping[str, QuantizedModule]
+) -> dict[str, LinearWeight]:
+    """Return the experts, quantized or not, that transformers cannot put in stacks: it has no
+    names for them, or their inputs are rounded.
+    """
+    places = {name: skeleton.place(name) for name in layers}
+    holders = {
+        place.module
+        for name, place in places.items()
+        if place.parameter
+        and (place.is_split or layers[name].experts > 1 or layers[name].scheme.activations)
+    }
+    experts = {
+        name: place
+        for name, place in {**skeleton.names.linears, **places}.items()
+        if place.parameter and (name in places or not place.is_stacked)
+    }
+    return {
+        name: place for name, place in experts.items() if place.is_split or place.module in holders
+    }
+
+
+def _expert(matrix: Tensor, rounds: _InputRounding | None = None) -> nn.Linear:
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
+    if rounds and rounds.does_something:
+        linear.register_forward_pre_hook(rounds)
+    return linear
+
+
+def _unquantized_state(
+    skeleton: Skeleton, layout: Layout | None, apart: Mapping[str, LinearWeight]
+) -> dict[str, Tensor]:
+    """Return the tensors that are not quantized, biases included."""
+    checkpoint = skeleton.checkpoint
+    modules = layout.modules.values() if layout else ()
+    biases = [module.tensors["bias"].name for module in modules if "bias" in module.tensors]
+    built = {f"{name}.{suffix}" for name in apart for suffix in ("weight", "bias")}
+    state = {
+        name: read_tensor(checkpoint, name)
+        for name in (*formats.unquantized_tensors(checkpoint, layout), *biases)
+        if name not in built and skeleton.is_loaded(name)
+    }
+    return state | stacked_biases(
+        apart.items(), lambda name: read_tensor(checkpoint, name), checkpoint.tensors
+    )
 
 
 @torch.inference_mode()
@@ -133,6 +156,10 @@ class _InputRounding:
 
     pre_scale: Tensor | None
     activation: Activation | None
+
+    @property
+    def does_something(self) -> bool:
+        return self.pre_scale is not None or self.activation is not None
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> _InputRounding:

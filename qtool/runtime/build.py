@@ -56,7 +56,7 @@ def _unstack_experts(group: Group, stack: _Member) -> Iterator[tuple[LinearWeigh
     rows = source.shape[0] // source.experts
     for expert in range(source.experts):
         piece = _rows(stack.weight, expert * rows, (expert + 1) * rows)
-        place = replace(source.place, expert=expert, parts=1)
+        place = replace(source.place, expert=expert)
         yield place, QuantizedLinear(group.spec, group.choice, piece)
 
 

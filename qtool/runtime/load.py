@@ -7,26 +7,22 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
 from qtool.modules import decoder_layer_number, parse_cache_scale
-from qtool.name_map import LinearWeight
 from qtool.runtime.build import RawTensors, build_modules, build_unquantized, read_checked
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
-from qtool.runtime.experts import ExpertStack, side_by_side
+from qtool.runtime.experts import ExpertStacks, stacked_biases
 from qtool.runtime.kernels import current
 from qtool.runtime.load_plan import Group, LoadPlan, Source, plan_load
 
-T = TypeVar("T")
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 READERS = min(8, os.cpu_count() or 1)
 
@@ -75,7 +71,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     with ThreadPoolExecutor(READERS) as pool, current(plan.device):
         model = _load_unquantized(plan, pool)
-        stacks = _ExpertStacks()
+        stacks = ExpertStacks()
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
             for place, module in build_modules(plan, group, raw):
                 if place.parameter:
@@ -103,58 +99,12 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
         if name not in built_later and skeleton.is_loaded(name)
     ]
     tensors = pool.map(lambda name: read_checked(plan, name), names)
-    state = dict(zip(names, tensors, strict=True)) | _stacked_biases(plan)
+    state = dict(zip(names, tensors, strict=True)) | stacked_biases(
+        ((source.name, source.place) for source in plan.sources),
+        lambda name: read_checked(plan, name),
+        checkpoint.tensors,
+    )
     return skeleton.materialize({source.place for source in plan.sources}, state, plan.device)
-
-
-def _stacked_biases(plan: LoadPlan) -> dict[str, Tensor]:
-    """Return the biases of experts that lie apart, stacked as the parameters of the model."""
-    found: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
-    interleaved = {}
-    for source in plan.sources:
-        place, bias = source.place, f"{source.name}.bias"
-        if place.expert is not None and not place.is_stacked and bias in plan.checkpoint.tensors:
-            parameter = f"{place.module}.{place.parameter}_bias"
-            interleaved[parameter] = place.is_interleaved
-            experts = found.setdefault(parameter, {})
-            experts.setdefault(place.expert, []).append((place.part, read_checked(plan, bias)))
-    return {
-        parameter: torch.stack(
-            [
-                side_by_side(_in_order(experts[number]), is_interleaved=interleaved[parameter])
-                for number in sorted(experts)
-            ]
-        )
-        for parameter, experts in found.items()
-    }
-
-
-class _ExpertStacks:
-    """Collects the layers of experts until each stack is complete."""
-
-    def __init__(self) -> None:
-        # (module, parameter) -> number of the expert -> (part, layer)
-        self._stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
-        self._interleaved: set[tuple[str, str]] = set()
-
-    def add(self, place: LinearWeight, layer: nn.Module) -> None:
-        """Note the layer that goes to ``place``."""
-        stack = (place.module, place.parameter)
-        experts = self._stacks.setdefault(stack, {})
-        experts.setdefault(place.expert or 0, []).append((place.part, layer))
-        if place.is_interleaved and place.parts > 1:
-            self._interleaved.add(stack)
-
-    def install(self, model: CausalLM) -> None:
-        """Replace the parameters of ``model`` that hold experts."""
-        for (holder, parameter), experts in self._stacks.items():
-            layers = [_in_order(experts[number]) for number in sorted(experts)]
-            stack = ExpertStack(layers, is_interleaved=(holder, parameter) in self._interleaved)
-            setattr(model.get_submodule(holder), parameter, stack)
-
-
-def _in_order(parts: Sequence[tuple[int, T]]) -> list[T]:
-    return [each for _, each in sorted(parts, key=lambda part: part[0])]
 
 
 def _trim_heap() -> None:

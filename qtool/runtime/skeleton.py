@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Skeleton:
         if name in self.names.linears:
             return self.names.linears[name]
         if name in self.names.stacks:
-            return self.names.stacks[name][0]
+            return replace(self.names.stacks[name][0], expert=None, part=0, parts=1)
         found = self.names.not_linear.get(name) or self.names.not_linear.get(f"{name}.weight")
         raise CheckpointRefused(
             "E_NO_LINEAR",
