@@ -75,10 +75,11 @@ def _is_missing(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> boo
 
 def _is_changed(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> bool:
     """Whether the library wrote another tensor ``name`` than the source has."""
-    return name in tensors and not _is_same(plan.checkpoint.tensors[name], tensors[name])
+    return name in tensors and not is_same(plan.checkpoint.tensors[name], tensors[name])
 
 
-def _is_same(source: TensorInfo, found: TensorInfo) -> bool:
+def is_same(source: TensorInfo, found: TensorInfo) -> bool:
+    """Whether two tensors, maybe of different files, have the same bytes."""
     if (source.dtype, source.shape) != (found.dtype, found.shape):
         return False
     with source.file.open("rb") as one, found.file.open("rb") as other:

@@ -243,7 +243,7 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> lis
     fusible = []
     for members in groups.values():
         members.sort(key=lambda source: source.place.part)
-        fusible += [members] if _blocks_fit(members) else [[source] for source in members]
+        fusible += [members] if _can_join(members) else [[source] for source in members]
     return fusible
 
 
@@ -254,8 +254,12 @@ def _input_key(place: LinearWeight, input_of: Mapping[str, int]) -> object:
     return input_of.get(place.module, place.module)
 
 
-def _blocks_fit(members: Sequence[Source]) -> bool:
-    """Whether no block of weights under one scale would reach over two of the layers."""
+def _can_join(members: Sequence[Source]) -> bool:
+    """Whether the outputs of the layers lie side by side, and no block of weights under one scale
+    would reach over two of them.
+    """
+    if any(source.place.is_interleaved for source in members):
+        return False
     block = members[0].scheme.weights.block if members[0].scheme else None
     return not block or all(source.shape[0] % block[0] == 0 for source in members)
 

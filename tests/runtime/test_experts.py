@@ -10,6 +10,7 @@ from support.small_models import WEIGHTS, publish
 import qtool
 from qtool.architecture import map_names
 from qtool.checkpoint import open_checkpoint
+from qtool.evaluation.perplexity import load_dequantized
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,3 +52,15 @@ def test_experts_one_by_one_compute_what_the_stack_does(architecture, tmp_path):
     loaded = qtool.load(folder, device="cpu", dtype="float32")
     found = loaded(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_gate_and_up_that_alternate_are_right_when_they_are_quantized(tmp_path):
+    folder, _ = publish("gpt_oss", tmp_path / "model")
+    split_experts(folder)
+    out = tmp_path / "out"
+    qtool.export(folder, to="compressed-tensors", scheme="W8A16", requantize=True, output=out)
+    ids = torch.arange(8, 40)[None]
+    found = qtool.load(out, device="cpu", dtype="float32")(input_ids=ids, use_cache=False).logits
+    dequantized = load_dequantized(open_checkpoint(out), dtype=torch.float32)
+    expected = dequantized(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)

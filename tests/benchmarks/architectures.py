@@ -1,0 +1,334 @@
+"""Quantize a small random model of every architecture by one method of each kind, and try what
+comes out: the table in docs/models.md.
+
+    python tests/benchmarks/architectures.py [NAME ...] [--methods A,B] [--work DIR]
+        [--results FILE.json] [--jobs 2] [--write docs/models.md]
+
+A cell is `right`, with the share of the language model that is quantized; or it is `refused`, by
+the dry run, with a reason and a way on; or it is `WRONG`. Right means: the run does what its dry run
+said; every tensor of the source is in the output, as it was or quantized; `inspect --deep` finds
+nothing; a matrix is as close to the source as its bits allow; `qtool.load` computes what the
+dequantized model does; the engine continues a prompt alone and beside another as that model does, or
+refuses the model by name; `export --to bf16` gives the same model; and where `inspect --engine
+transformers` says that it loads, it does and computes the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+DATA = ROOT / "examples" / "tiny-python-llama" / "calibration.jsonl"
+METHODS = ("fp8_dynamic", "modelopt_fp8", "w4a16_gptq", "gptq_int4", "awq_int4", "nvfp4")
+START, END = "<!-- table: tests/benchmarks/architectures.py -->", "<!-- end -->"
+PROMPTS = ([*range(20, 44)], [*range(300, 360)])
+WEIGHT_ONLY_KL, KL = 0.002, 0.05
+LEAST_SQNR_DB = {4: 12.0, 8: 25.0}
+TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one method on one model."""
+
+    state: str
+    """`right`, `refused` or `WRONG`."""
+    share: float | None = None
+    """Of the parameters in matrices of the language model that are quantized."""
+    what: str = ""
+    """Why it was refused, what is wrong, or what the engine lacks."""
+
+
+class Wrong(Exception):
+    """What came out is not right."""
+
+
+def try_method(name: str, method: str, work: Path) -> Cell:
+    """Quantize the model ``name`` and check the result."""
+    from qtool.errors import QtoolError
+    from qtool.options import QuantizeOptions
+    from qtool.quantization.execution import run
+    from qtool.quantization.request import prepare
+
+    model, output = work / "models" / name, work / "outputs" / f"{name}-{method}"
+    shutil.rmtree(output, ignore_errors=True)
+    warnings.simplefilter("ignore")
+    options = QuantizeOptions(
+        method=method,
+        calibration=str(DATA),
+        num_samples=8,
+        seq_len=64,
+        device="cpu",
+        output=str(output),
+        overwrite=True,
+    )
+    try:
+        request = prepare(model, options)
+    except QtoolError as error:
+        if not error.hint or error.exit_code == 1:
+            return Cell("WRONG", what=f"refused without a way on: {error.message}")
+        return Cell("refused", what=f"{error.message}; {error.hint}")
+    share = request.plan.quantized_share
+    try:
+        run(request)
+        lacks = check(model, output)
+    except QtoolError as error:
+        return Cell("WRONG", share, f"{error.code} after the dry run: {error.message}")
+    except Wrong as wrong:
+        return Cell("WRONG", share, str(wrong))
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+        return Cell("WRONG", share, what)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return Cell("right", share, lacks)
+
+
+def check(model: Path, output: Path) -> str:
+    """Raise Wrong unless ``output`` is ``model`` quantized; return what the engine lacks for it."""
+    import torch
+
+    import qtool
+    from qtool import formats
+    from qtool.checkpoint import open_checkpoint
+    from qtool.evaluation.perplexity import load_dequantized
+    from qtool.inspection.report import inspect
+
+    source, written = open_checkpoint(model), open_checkpoint(output)
+    layout = formats.detect(written)
+    if layout is None:
+        raise Wrong("nothing is quantized")
+    report = inspect(written, deep=True, against=source)
+    if report.damage or report.warnings:
+        raise Wrong(f"inspect --deep: {(*report.damage, *report.warnings)[0]}")
+    check_tensors(source, written, layout)
+    if report.against is not None:
+        check_matrices(report.against.modules, layout)
+    dequantized = load_dequantized(written)
+    expected = logits(dequantized)
+    weight_only = all(not each.scheme.activations for each in layout.modules.values())
+    bound = WEIGHT_ONLY_KL if weight_only else KL
+    compare("qtool.load", logits(qtool.load(output, device="cpu")), expected, bound)
+    lacks = check_engine(output, dequantized)
+    plain = output.with_name(f"{output.name}-bf16")
+    try:
+        qtool.export(output, to="bf16", output=plain, overwrite=True)
+        found = logits(load_dequantized(open_checkpoint(plain)))
+        if weight_only:
+            compare("export --to bf16", found, expected, WEIGHT_ONLY_KL)
+    finally:
+        shutil.rmtree(plain, ignore_errors=True)
+    verdict = inspect(written, engine="transformers").engine
+    if verdict is not None and verdict.loads:
+        compare("transformers", logits(load_in_transformers(written)), expected, bound)
+    torch.set_num_threads(1)
+    return lacks
+
+
+def check_tensors(source: Any, written: Any, layout: Any) -> None:
+    """Raise Wrong when a tensor of the source is neither there as it was nor quantized."""
+    from qtool.architecture import map_names
+    from qtool.quantization.restoration import is_same
+
+    names = map_names(source)
+    quantized = {names.linears[name].tensor for name in layout.modules if name in names.linears}
+    tied = {"lm_head.weight"} if source.tied_embeddings else set()
+    for name, tensor in source.tensors.items():
+        if name in quantized or name in tied:
+            continue
+        stack = names.stacks.get(name.removesuffix("_bias"))
+        if stack and f"{stack[0].name}.bias" in written.tensors:
+            continue
+        if name not in written.tensors:
+            raise Wrong(f"`{name}` is lost")
+        if tensor.dtype == written.tensors[name].dtype and not is_same(
+            tensor, written.tensors[name]
+        ):
+            raise Wrong(f"`{name}` was changed")
+
+
+def check_matrices(differences: Any, layout: Any) -> None:
+    """Raise Wrong when a quantized matrix is too far from its source."""
+    for each in differences:
+        module = layout.modules.get(each.name)
+        if module is None or each.sqnr_db is None:
+            continue
+        least = LEAST_SQNR_DB[8 if module.scheme.weights.bits == 8 else 4]
+        if each.sqnr_db < least:
+            raise Wrong(f"`{each.name}` is {each.sqnr_db:.1f} dB from the source")
+
+
+def logits(model: Any) -> Any:
+    """Return the log probabilities [T, V] after each token of a prompt."""
+    import torch
+
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False)
+    found = output.logits if hasattr(output, "logits") else output[0]
+    return found[0].float().log_softmax(-1)
+
+
+def compare(what: str, found: Any, expected: Any, bound: float) -> None:
+    """Raise Wrong when the KL divergence is above ``bound``."""
+    off = float((expected.exp() * (expected - found)).sum(-1).mean())
+    if not off <= bound:
+        raise Wrong(f"{what}: KL {off:.1e} to the dequantized model, bound {bound}")
+
+
+def check_engine(folder: Path, model: Any) -> str:
+    """Raise Wrong when the engine answers wrongly; return what it lacks, if it refuses."""
+    import torch
+
+    import qtool
+    from qtool.errors import CheckpointRefused
+
+    greedy = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    options = {"device": "cpu", "max_total_tokens": 2048, "disable_radix_cache": True}
+    try:
+        engine = qtool.Engine(folder, skip_tokenizer_init=True, **options)
+    except CheckpointRefused as error:
+        if error.code not in ("E_ATTENTION", "E_ARCHITECTURE"):
+            raise
+        return f"engine: {error.message}"
+    with engine:
+        alone = engine.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True)
+        both = engine.generate(
+            input_ids=[*reversed(PROMPTS)], sampling_params=greedy, return_logprob=True
+        )
+    ids = alone["output_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([[*PROMPTS[0], *ids]]), use_cache=False).logits[0]
+    expected = whole.float().log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
+    # of random experts a rounding may choose others, and with them another token
+    bound = 2.0 if "expert" in "".join(written_names(folder)) else 0.5
+    for answer, how in ((alone, "alone"), (both[1], "beside another prompt")):
+        # rounding may settle a draw otherwise: a token must be within it of the most probable
+        if answer["output_ids"] != ids:
+            first = next(n for n in range(TOKENS) if answer["output_ids"][n] != ids[n])
+            here, there = (expected[first, each["output_ids"][first]] for each in (answer, alone))
+            if abs(float(here - there)) > bound / 4:
+                raise Wrong(f"engine: another answer {how}")
+            continue
+        found = [each[0] for each in answer["meta_info"]["output_token_logprobs"]]
+        for number, (logprob, token) in enumerate(zip(found, ids, strict=True)):
+            if abs(logprob - float(expected[number, token])) > bound:
+                raise Wrong(f"engine: the log probability of token {number} is off {how}")
+    return ""
+
+
+def written_names(folder: Path) -> list[str]:
+    """Return the names of the tensors in ``folder``."""
+    from qtool.checkpoint import open_checkpoint
+
+    return [*open_checkpoint(folder).tensors]
+
+
+def load_in_transformers(checkpoint: Any) -> Any:
+    """Return the checkpoint as transformers loads it."""
+    import torch
+
+    from qtool.architecture.meta import class_of
+
+    model_class = class_of(checkpoint)
+    return model_class.from_pretrained(checkpoint.path, dtype=torch.bfloat16).eval()
+
+
+def make_model(name: str, work: Path) -> None:
+    """Write the model, unless it is there."""
+    from support.small_models import publish
+
+    folder = work / "models" / name
+    if not folder.exists():
+        publish(name, folder)
+
+
+def try_cell(name: str, method: str, work: Path) -> dict[str, Any]:
+    """Return the cell of a model and a method, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    return asdict(try_method(name, method, work))
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return the results in Markdown, with a list of the reasons below."""
+    methods = [method for method in METHODS if any(method in row for row in results.values())]
+    lines = [
+        f"| model | {' | '.join(f'`{method}`' for method in methods)} |",
+        f"|---|{'---|' * len(methods)}",
+    ]
+    reasons: dict[str, int] = {}
+    for name, row in sorted(results.items()):
+        cells = []
+        for method in methods:
+            cell = row.get(method)
+            if cell is None:
+                cells.append("")
+                continue
+            text = cell["state"]
+            if cell["state"] == "right":
+                text = f"{cell['share']:.0%}"
+            if cell["what"]:
+                number = reasons.setdefault(cell["what"].replace(name, "MODEL"), len(reasons) + 1)
+                text += f" [{number}]"
+            cells.append(text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def main() -> None:
+    """Try what was asked for, print one line a cell, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--results", type=Path, default=Path("architectures.json"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="also what is in the results already")
+    parser.add_argument("--write", type=Path, help="put the table of the results in this file")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    if arguments.results.exists():
+        results = json.loads(arguments.results.read_text())
+    if arguments.write:
+        text = arguments.write.read_text()
+        before, after = text.split(START)[0], text.split(END)[1]
+        arguments.write.write_text(f"{before}{START}\n{table(results)}\n{END}{after}")
+        return
+    from support.small_models import names
+
+    work = arguments.work or Path(tempfile.mkdtemp())
+    methods = arguments.methods.split(",")
+    with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
+        chosen = arguments.names or names()
+        for made in [pool.submit(make_model, name, work) for name in chosen]:
+            made.result()
+        waiting = {
+            pool.submit(try_cell, name, method, work): (name, method)
+            for name in chosen
+            for method in methods
+            if arguments.again or method not in results.get(name, {})
+        }
+        for done in as_completed(waiting):
+            name, method = waiting[done]
+            cell = results.setdefault(name, {})[method] = done.result()
+            shown = "" if cell["share"] is None else f"{cell['share']:.0%}"
+            print(f"{name} {method}: {cell['state']} {shown} {cell['what']}", flush=True)
+            arguments.results.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
