@@ -54,7 +54,7 @@ def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None
     second[TOKENS:] = first[TOKENS:]
     one, other = (_second_prompt(model, geometry, ids) for ids in (first, second))
     off = float(((one - other).square().mean(-1).sqrt() / one.std(-1)).max())
-    if not off <= TOLERANCE:
+    if off > TOLERANCE:  # not a number: that is for others to say
         raise _refused(
             f"{type(model).__name__} keeps a state beside the KV cache: a prompt's logits depend "
             f"on the prompt before it (by {off:.0%} of their deviation)"
