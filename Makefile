@@ -16,10 +16,10 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/serve.py $(DEMO)/tiny-python-llama-fp8
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 3 --dist loadgroup
 
 check: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/pytest -n 3 --dist loadgroup -m 'not slow'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -21,6 +21,8 @@ from hypothesis import settings
 from support import EXAMPLE, TESTS
 from support.server import Server, start_server
 
+# models are too small for two threads, which only wait for each other; so do tests beside each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # a runner in the background ignores it, and so would every command that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
