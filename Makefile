@@ -1,12 +1,13 @@
 # make demo: creates .venv, quantizes a small real model, inspects it, serves it and asks it one thing.
-# make test: creates .venv and runs all tests; make check leaves out the slow ones.
+# make test: creates .venv and runs the tests; make check leaves out the slow ones, make test-all runs
+# the exhaustive ones too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := examples/tiny-python-llama
 DEMO := $(VENV)/demo
 
-.PHONY: demo test check lint docs clean
+.PHONY: demo test test-all check lint docs clean
 
 demo: $(VENV)/ready
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -16,10 +17,13 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/serve.py $(DEMO)/tiny-python-llama-fp8
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n 3 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not exhaustive'
+
+test-all: $(VENV)/ready
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(VENV)/ready
-	$(BIN)/pytest -n 3 --dist loadgroup -m 'not slow'
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not exhaustive'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

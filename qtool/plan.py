@@ -7,13 +7,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qtool.checkpoint.model import DTYPE_BITS, FLOAT_DTYPES, Checkpoint
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.errors import CheckpointRefused, RecipeRefused
-from qtool.modules import NOT_TEXT, is_head, is_linear, last_part, layer_name, skip_reason
+from qtool.modules import (
+    NOT_TEXT,
+    is_head,
+    is_linear,
+    is_router,
+    last_part,
+    layer_name,
+    skip_reason,
+)
 from qtool.name_map import LinearWeight, NameMap, names_from_headers
 from qtool.recipe import Auto, ModulePatterns, Recipe, Rule, check_pattern
 from qtool.scheme import Scheme, Weights
@@ -86,14 +94,20 @@ class Plan:
 
     @property
     def quantized_share(self) -> float:
-        """The share of the language model's parameters in matrices, without embeddings and heads,
-        that is quantized.
+        """The share of the language model's parameters in matrices that is quantized; embeddings,
+        heads, routers and layers for multi-token prediction aside.
         """
-        rest = sum(math.prod(self.checkpoint.tensors[name].shape) for name in self.other_matrices)
+        aside = {*self.names.towers, *self.names.unused}
+        rest = sum(
+            math.prod(self.checkpoint.tensors[name].shape)
+            for name in self.other_matrices
+            if name not in aside and not is_router(name)
+        )
         sizes = {
             module.name: math.prod(module.shape)
             for module in self.modules
-            if not is_head(module.name) and module.reason != NOT_TEXT
+            if not (is_head(module.name) or is_router(module.name) or module.reason == NOT_TEXT)
+            and f"{module.name}.weight" not in aside
         }
         changed = sum(sizes.get(module.name, 0) for module in self.quantized)
         return changed / max(1, sum(sizes.values()) + rest)
@@ -308,19 +322,18 @@ def _usual_decision(checkpoint: Checkpoint, recipe: Recipe, name: str) -> tuple[
 def stored_weights(scheme: Scheme, backend: str) -> Weights:
     """Return how ``backend`` puts the weights of ``scheme`` on disk.
 
-    LLM Compressor stores integer weights that come with activations as one int8 each, whatever
-    their bits (compressed-tensors 0.18 and up).
+    LLM Compressor stores integer weights that come with integer activations as one int8 each,
+    whatever their bits: vLLM's kernel for them takes nothing else.
     """
-    weights = scheme.weights
+    weights, activations = scheme.weights, scheme.activations
     if (
         backend == "llmcompressor"
-        and scheme.activations
+        and activations
+        and activations.format.startswith("int")
         and weights.format.startswith("int")
         and weights.bits < 8
     ):
-        return Weights(
-            "int8", weights.granularity, weights.group_size, weights.block, weights.symmetric
-        )
+        return replace(weights, format="int8")
     return weights
 
 

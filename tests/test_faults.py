@@ -15,8 +15,8 @@ CHANGING = ("create", "write", "copy", "truncate", "sync", "rename", "mkdir", "l
     ("scenario", "process", "count"),
     [
         ("overwrite", "command", 8),
-        pytest.param("llmcompressor data", "command", 6, marks=pytest.mark.slow),
-        pytest.param("llmcompressor data", "worker", 8, marks=pytest.mark.slow),
+        pytest.param("llmcompressor data", "command", 6, marks=pytest.mark.exhaustive),
+        pytest.param("llmcompressor data", "worker", 8, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_file_operation_that_fails_has_an_exit_code(scenario, process, count, tmp_path):

@@ -129,6 +129,7 @@ def test_tokenizer_template_and_generation_config_are_those_of_the_source(method
         assert (quantized(method) / name).read_bytes() == (MODEL / name).read_bytes(), name
 
 
+@pytest.mark.exhaustive
 @EACH_METHOD
 def test_no_written_config_names_a_path_of_this_machine(method, quantized):
     for path in quantized(method).glob("*.json"):
@@ -136,6 +137,7 @@ def test_no_written_config_names_a_path_of_this_machine(method, quantized):
             assert not re.search(r'"[/~][^"]*/', path.read_text()), path.name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(  # those whose sums depend on an order
     "method",
     [
@@ -167,6 +169,7 @@ def test_a_gptq_checkpoint_has_the_group_size_the_modules_and_the_head_asked_for
     assert {str(module.scheme) for module in layout.modules.values()} == {"int4 g64"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_rules_give_modules_other_schemes(tmp_path):
     recipe = tmp_path / "mixed.yaml"
@@ -185,6 +188,7 @@ def test_rules_give_modules_other_schemes(tmp_path):
     assert "model.layers.0.mlp.down_proj" not in layout.modules
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["llmcompressor", "gptqmodel"])
 def test_awq_runs_without_a_gpu(backend, two_layers, tmp_path):

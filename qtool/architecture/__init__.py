@@ -37,8 +37,9 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
     check_tensors(checkpoint, layout)
 
 
-def map_names(checkpoint: Checkpoint) -> NameMap:
-    """Return how the tensors of ``checkpoint`` and the modules of its model correspond.
+def map_names(checkpoint: Checkpoint, layout: Layout | None = None) -> NameMap:
+    """Return how the tensors of ``checkpoint`` and the modules of its model correspond; quantized
+    layers count as the matrices they stand for.
 
     Headers tell it for the usual architectures, transformers for all others. With code of its own,
     or without `architectures` in its config, a model has the names of its checkpoint.
@@ -46,8 +47,8 @@ def map_names(checkpoint: Checkpoint) -> NameMap:
     Raises: CheckpointRefused, when transformers cannot build the model.
     """
     config = checkpoint.config
-    if config.get("auto_map") or not config.get("architectures") or is_standard(checkpoint, None):
+    if config.get("auto_map") or not config.get("architectures") or is_standard(checkpoint, layout):
         return names_from_headers(checkpoint)
     from qtool.architecture.names import names_from_model
 
-    return names_from_model(checkpoint)
+    return names_from_model(checkpoint, layout)

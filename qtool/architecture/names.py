@@ -31,13 +31,13 @@ MTP = "multi-token prediction"
 ONE_EXPERT = re.compile(r"(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 
 
-def names_from_model(checkpoint: Checkpoint) -> NameMap:
-    """Return the name map of ``checkpoint``, which is not quantized.
+def names_from_model(checkpoint: Checkpoint, layout: Layout | None) -> NameMap:
+    """Return the name map of ``checkpoint``.
 
     Raises: CheckpointRefused, when transformers cannot build the model.
     """
     model = build_model(checkpoint)
-    return names_in(model, checkpoint, None, uncalled=_uncalled(model))
+    return names_in(model, checkpoint, layout, uncalled=_uncalled(model))
 
 
 def names_in(
@@ -215,6 +215,8 @@ class _Mapper:
         rows, columns = (second, first) if transposed else (first, second)
         kinds = GATED if parameter == "gate_up_proj" else (parameter,)
         stem = _layer_name(tensor).rpartition(".")[0]
+        if not stem.endswith("experts"):  # as engines call them
+            stem += ".experts"
         for expert in range(experts):
             for part, kind in enumerate(kinds):
                 name = f"{stem}.{expert}.{kind}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.checkpoint.strict_json import JsonDict
-from qtool.modules import is_head
+from qtool.modules import is_expert, is_head
 from qtool.plan import Plan
 from qtool.recipe import Awq, Gptq, Recipe
 from qtool.scheme import Scheme
@@ -148,7 +148,13 @@ def _shape_refusals(plan: Plan) -> list[str]:
 
 def _config(work: Work) -> BaseQuantizeConfig:
     """Return GPTQModel's configuration for the recipe."""
-    from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig
+    from gptqmodel.quantization.config import (
+        AWQConfig,
+        ExpertsRoutingBypass,
+        GPTQConfig,
+        MoEConfig,
+        RTNConfig,
+    )
 
     recipe = work.plan.recipe
     base = recipe.scheme
@@ -162,6 +168,8 @@ def _config(work: Work) -> BaseQuantizeConfig:
     }
     if any(is_head(module.name) for module in work.plan.quantized):
         options["lm_head"] = True
+    if recipe.needs_data and any(is_expert(module.layer) for module in work.plan.quantized):
+        options["moe"] = MoEConfig(ExpertsRoutingBypass())  # every expert sees all data
     step = recipe.algorithm[-1]
     if not isinstance(step, Gptq):
         return AWQConfig(**options) if step.name == "awq" else RTNConfig(**options)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from qtool.backends import MAX_SHARD_SIZE, Group, Reporter, Work, groups_of, step_refusals
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.checkpoint.strict_json import JsonDict
-from qtool.formats.compressed_tensors_config import only_targets
+from qtool.formats.compressed_tensors_config import only_targets, tensor_format
 from qtool.plan import Plan
 from qtool.recipe import AutoRound, Awq, Gptq, Mse, Recipe, SmoothQuant, SpinQuant, Step
 from qtool.scheme import Activations, Scheme, Weights
@@ -197,7 +197,11 @@ def _config_group(scheme: Scheme, targets: list[str], recipe: Recipe) -> Quantiz
     if recipe.steps(Mse):
         weights.observer = "memoryless_mse"
     activations = _activation_arguments(scheme.activations) if scheme.activations else None
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations)
+    # else it is what the library makes of weights and inputs
+    format = "pack-quantized" if tensor_format(scheme) == "pack-quantized" else None
+    return QuantizationScheme(
+        targets=targets, weights=weights, input_activations=activations, format=format
+    )
 
 
 def _weight_arguments(weights: Weights) -> QuantizationArgs:

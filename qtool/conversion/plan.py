@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from qtool.architecture import map_names
 from qtool.checkpoint.shards import TensorSpec
 from qtool.conversion.copies import Copies, plan_copies
 from qtool.conversion.layer_plan import plan_layers, unquantized_linears
@@ -17,6 +18,7 @@ from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule
 from qtool.formats.layout import PER_HEAD
 from qtool.modules import last_part
+from qtool.name_map import NameMap, names_from_headers
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 HOLD_A_CACHE_ALONE = ("compressed-tensors", "modelopt")  # with no layer quantized
@@ -121,7 +123,7 @@ def _files(
         kv_cache = request.layout.kv_cache
     if kv_cache and copies.has_scale_per_head:
         kv_cache += PER_HEAD
-    left = _left_unquantized(unquantized, targets)
+    left = _left_unquantized(request, unquantized, targets)
     files = request.format.quantization_config(targets, left, kv_cache)
     return {**files, "config.json": {**config, **files["config.json"]}}
 
@@ -137,19 +139,38 @@ def _unquantized_config(config: Mapping[str, object], dtype: str | None) -> dict
     return result
 
 
-def _left_unquantized(unquantized: Iterable[str], targets: Iterable[QuantizedModule]) -> list[str]:
-    """Return the linear layers that are not quantized.
+def _left_unquantized(
+    request: ConversionRequest, unquantized: Iterable[str], targets: Iterable[QuantizedModule]
+) -> list[str]:
+    """Return the linear layers that are not quantized, by all names under which engines and
+    transformers look for them.
 
     The output head is one of them also where it is the embedding matrix: engines see a layer there.
     """
-    names = {module.name for module in targets}
-    left = [name for name in unquantized if name not in names]
-    has_head = any(last_part(name) == "lm_head" for name in (*left, *names))
-    return left if has_head else [*left, "lm_head"]
+    quantized = {module.name for module in targets}
+    linears = _model_names(request).linears
+    left = [name for name in dict.fromkeys((*unquantized, *linears)) if name not in quantized]
+    in_model = [linears[name].layer for name in left if name in linears]
+    has_head = any(last_part(name) == "lm_head" for name in (*left, *quantized))
+    return [*dict.fromkeys([*left, *in_model, *(() if has_head else ("lm_head",))])]
+
+
+def _model_names(request: ConversionRequest) -> NameMap:
+    try:
+        return map_names(request.checkpoint, request.layout)
+    except CheckpointRefused:  # a class that transformers lacks: all else was checked before
+        return names_from_headers(request.checkpoint)
 
 
 def _notes(request: ConversionRequest, layers: Sequence[Layer], dropped: int) -> Iterator[str]:
     yield from _cache_notes(request, dropped)
+    if request.layout is None and not request.dequantizes:
+        stacks = [name for name, each in request.checkpoint.tensors.items() if len(each.shape) == 3]
+        if stacks:
+            yield (
+                f"{len(stacks)} tensors of three dimensions stay in 16 bits, e.g. `{stacks[0]}`: "
+                "`quantize` rounds experts that are stacked"
+            )
     yield from _rounding_notes(layers)
     yield from _activation_notes(layers)
     if request.to == "compressed-tensors" and _has_act_order(layers):

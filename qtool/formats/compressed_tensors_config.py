@@ -125,14 +125,18 @@ def has_online_transforms(config: Json) -> bool:
 
 
 def tensor_format(scheme: Scheme) -> str:
-    """Return the name of the tensors' layout, by the rules of compressed-tensors 0.18 and up."""
+    """Return the name of the tensors' layout, by the rules of compressed-tensors 0.18 and up; but
+    integers with FP8 inputs are packed, as vLLM's kernel for them takes nothing else.
+    """
     weights = scheme.weights
     if weights.scale == "e8m0":
         return "mxfp4-pack-quantized" if weights.format == "fp4" else "mxfp8-quantized"
     if weights.format == "fp4":
         return "nvfp4-pack-quantized"
     if weights.format.startswith("int"):
-        return "int-quantized" if scheme.activations else "pack-quantized"
+        activations = scheme.activations
+        is_packed = activations is None or (weights.bits < 8 and activations.format == "fp8")
+        return "pack-quantized" if is_packed else "int-quantized"
     return "float-quantized" if scheme.activations else "naive-quantized"
 
 

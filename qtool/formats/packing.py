@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.formats.layout import QuantizedModule, refused
+from qtool.name_map import LinearWeight
 from qtool.weight import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 
 TORCH_DTYPES = {
@@ -31,11 +32,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return the tensor ``name``.
+    """Return the tensor ``name``; raises what `read_stored` does."""
+    return read_stored(checkpoint.tensors[name])
+
+
+def read_stored(info: TensorInfo) -> Tensor:
+    """Return a tensor of a file.
 
     Raises: CheckpointRefused, when torch has no such dtype or the file is shorter than it was.
     """
-    info = checkpoint.tensors[name]
     dtype = torch_dtype(info)
     data = torch.empty(info.size_bytes, dtype=torch.uint8)
     with info.file.open("rb", buffering=0) as file:
@@ -44,9 +49,18 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         while done < info.size_bytes:
             count = file.readinto(view[done:])
             if not count:
-                raise refused("E_TRUNCATED", f"{info.file} ends inside `{name}`")
+                raise refused("E_TRUNCATED", f"{info.file} ends inside `{info.name}`")
             done += count
     return data.view(dtype).reshape(info.shape)
+
+
+def expert_matrix(stack: Tensor, linear: LinearWeight) -> Tensor:
+    """Return the matrix [N, K] of ``linear``, a layer of one expert of ``stack`` [E, ...]."""
+    matrix = stack[linear.expert]
+    matrix = matrix.T if linear.is_transposed else matrix
+    if linear.is_interleaved:
+        return matrix[linear.part :: linear.parts]
+    return matrix.chunk(linear.parts)[linear.part]
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

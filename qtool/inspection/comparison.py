@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from qtool.architecture import map_names
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule, detect
-from qtool.modules import is_linear
+from qtool.modules import is_expert, is_linear
+from qtool.name_map import LinearWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Linear = QuantizedModule | TensorInfo | LinearWeight
 WORST_DB = -300.0  # also given to NaN, so that it comes first
 RESCALED_BELOW_DB = 15.0  # below this, the layer may have been rescaled
 RESCALED_GAIN_DB = 6.0  # factors of rows and columns that are fitted to noise gain less
@@ -59,7 +63,9 @@ def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
     Raises: CheckpointRefused, when they have no layer in common, or the shapes of a layer differ.
     """
     layout, base_layout = detect(checkpoint), detect(base)
-    here, there = _linears(checkpoint, layout), _linears(base, base_layout)
+    here, there = dict(_linears(checkpoint, layout)), dict(_linears(base, base_layout))
+    here |= _stacked(checkpoint, layout, there.keys() - here)
+    there |= _stacked(base, base_layout, here.keys() - there)
     common = [name for name in here if name in there]
     if not common:
         message = f"{checkpoint.path} and {base.path} have no linear layer in common"
@@ -84,9 +90,21 @@ def _decibels(difference: Difference) -> float:
     return math.inf if difference.sqnr_db is None else difference.sqnr_db
 
 
-def _linears(
-    checkpoint: Checkpoint, layout: Layout | None
-) -> Mapping[str, QuantizedModule | TensorInfo]:
+def _stacked(
+    checkpoint: Checkpoint, layout: Layout | None, wanted: Collection[str]
+) -> Mapping[str, Linear]:
+    """Return those of ``wanted``, layers of the other checkpoint alone, that are experts in a stack
+    here.
+    """
+    if not any(map(_is_expert_stack, checkpoint.tensors.values())) or not any(
+        map(is_expert, wanted)
+    ):
+        return {}
+    linears = map_names(checkpoint, layout).linears
+    return {name: linears[name] for name in wanted if name in linears and linears[name].is_stacked}
+
+
+def _linears(checkpoint: Checkpoint, layout: Layout | None) -> Mapping[str, Linear]:
     """Return every linear layer by name.
 
     Stacked experts in 16 bits, [E, K, N], are among them: in the other checkpoint, MXFP4 may pack
@@ -103,19 +121,27 @@ def _linears(
 
 
 def _is_expert_stack(tensor: TensorInfo) -> bool:
-    return len(tensor.shape) == 3 and ".experts." in tensor.name
+    return len(tensor.shape) == 3 and ("experts." in tensor.name or "moe." in tensor.name)
 
 
-def _values(
-    checkpoint: Checkpoint, layout: Layout | None, source: QuantizedModule | TensorInfo
-) -> Tensor:
+def _values(checkpoint: Checkpoint, layout: Layout | None, source: Linear) -> Tensor:
     import torch
 
     from qtool.conversion.layers import Source, dense, read_value
+    from qtool.formats.packing import expert_matrix
 
+    if isinstance(source, LinearWeight):
+        return expert_matrix(_stack(checkpoint.tensors[source.tensor]), source).float()
     value = read_value(checkpoint, layout, Source.of(checkpoint, source))
     values = dense(value, torch.float32)
     return values.transpose(1, 2).flatten(0, 1) if values.dim() == 3 else values
+
+
+@lru_cache(maxsize=2)  # of either checkpoint: the experts of a stack follow each other
+def _stack(info: TensorInfo) -> Tensor:
+    from qtool.formats.packing import read_stored
+
+    return read_stored(info)
 
 
 def _difference(name: str, here: Tensor, there: Tensor) -> Difference:

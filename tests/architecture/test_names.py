@@ -14,6 +14,7 @@ from support.small_models import publish
 from qtool.architecture import check_model, map_names
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
+from qtool.formats.packing import expert_matrix
 from qtool.modules import NOT_TEXT
 
 MODELS = [
@@ -48,13 +49,7 @@ def used(model, linear) -> torch.Tensor:
 def stored(tensors, linear) -> torch.Tensor:
     """Return the matrix [N, K] that the checkpoint has."""
     matrix = tensors[linear.tensor]
-    if not linear.is_stacked:
-        return matrix
-    matrix = matrix[linear.expert]
-    matrix = matrix.T if linear.is_transposed else matrix
-    if linear.is_interleaved:
-        return matrix[linear.part :: linear.parts]
-    return matrix.chunk(linear.parts)[linear.part]
+    return expert_matrix(matrix, linear) if linear.is_stacked else matrix
 
 
 @pytest.mark.parametrize("architecture", MODELS)

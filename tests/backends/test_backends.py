@@ -187,6 +187,7 @@ def test_trap_w4a8_of_llm_compressor_is_stored_at_eight_bits():
     assert plan.bytes_after > 1.4 * packed.bytes_after
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_trap_actorder_without_groups_is_not_written(two_layers, tmp_path):
     options = {"calibration": DATA, "num_samples": 2, "seq_len": 64, "device": "cpu"}

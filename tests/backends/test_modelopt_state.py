@@ -103,6 +103,7 @@ def test_even_a_trusted_pickle_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_state_of_another_model_is_refused(saved, two_layers, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(two_layers, other)
@@ -119,6 +120,7 @@ def test_a_state_of_another_model_is_refused(saved, two_layers, tmp_path):
     assert caught.value.code == "E_STATE_MODEL"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", [{"modelopt_version": "0.1.0"}, {"state_version": 99}])
 def test_a_state_of_another_version_is_refused(saved, two_layers, tmp_path, change):
     shutil.copytree(saved / "state", tmp_path / "state")

@@ -302,6 +302,7 @@ def test_an_error_in_the_middle_leaves_nothing(sample, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_converting_holds_less_than_two_files_in_memory(tmp_path):
     layer = random_weight(1024, 1024), SCHEMES["W4A16"]

@@ -397,10 +397,12 @@ def test_no_masks_are_made_while_running():
     assert "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS
 
 
+@pytest.mark.exhaustive
 def test_the_kernels_for_cuda_attend_as_float64_does(run_here):
     assert "compared" in run_here("interpret")
 
 
+@pytest.mark.exhaustive
 def test_the_kernels_for_cuda_compile_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 

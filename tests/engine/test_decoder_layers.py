@@ -274,6 +274,7 @@ def test_the_kernels_compute_what_torch_does_and_round_as_row_quantize(run_here)
     assert "compared" in run_here("interpret")
 
 
+@pytest.mark.exhaustive
 def test_the_kernels_compile_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 

@@ -181,6 +181,7 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         assert becomes(lambda: idle(engine))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_layers_that_are_not_fused_may_be_compiled(tmp_path):
     model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)

@@ -208,6 +208,7 @@ def test_the_cache_keeps_what_was_used_last(monkeypatch):
     assert len(compiler._kept) < 4
 
 
+@pytest.mark.exhaustive
 def test_a_grammar_compiled_in_another_process_is_used(monkeypatch):
     code = (
         "import json, sys; from qtool.engine.grammar import load, compile_to_json\n"

@@ -309,6 +309,7 @@ def test_a_field_of_the_map_opens_its_modules(load):
     ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("width", "case"),
     [

@@ -132,6 +132,7 @@ def plain_kernel():
         yield
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", DENSE)
 def test_dense_models_equal_their_dequantized_form(tmp_path, model_type):
     plain = make(tmp_path, model_type, DENSE[model_type])

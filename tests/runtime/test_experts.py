@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +13,7 @@ import qtool
 from qtool.architecture import map_names
 from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
+from qtool.formats.packing import expert_matrix
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,15 +26,10 @@ def split_experts(folder) -> None:
     for name, experts in stacks.items():
         stack, biases = tensors.pop(name), tensors.pop(f"{name}_bias", None)
         for linear in experts:
-            rows = slice(linear.part, None, linear.parts)
-            if not linear.is_interleaved:
-                size = linear.shape[0]
-                rows = slice(linear.part * size, (linear.part + 1) * size)
-            matrix = stack[linear.expert]
-            matrix = matrix.T if linear.is_transposed else matrix
-            tensors[f"{linear.name}.weight"] = matrix[rows].contiguous()
+            tensors[f"{linear.name}.weight"] = expert_matrix(stack, linear).contiguous()
             if biases is not None:
-                tensors[f"{linear.name}.bias"] = biases[linear.expert][rows].contiguous()
+                columns = replace(linear, is_transposed=False)
+                tensors[f"{linear.name}.bias"] = expert_matrix(biases, columns).contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 

@@ -16,10 +16,12 @@ if __name__ != "__main__":
     pytest.importorskip("triton", reason="triton is for Linux only")
 
 
+@pytest.mark.exhaustive
 def test_every_triton_kernel_multiplies_as_the_plain_one_does(run_here):
     assert "compared" in run_here("interpret")
 
 
+@pytest.mark.exhaustive
 def test_every_triton_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
 

@@ -329,6 +329,7 @@ print(status("VmHWM") - before, size, group)
 """
 
 
+@pytest.mark.exhaustive
 def test_loading_holds_the_model_a_tenth_more_and_one_group(tmp_path, sample):
     """Measured in a process of its own, on a model of 150 to 200 MB."""
     scheme = "W4A16"

@@ -173,6 +173,7 @@ def outcomes(checkpoint):
     return dict(zip(asked, json.loads(done.stdout), strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "flag"), [(name, flag) for flag, names in FITTING.items() for name in names]
 )
@@ -180,6 +181,7 @@ def test_a_flag_that_says_what_a_checkpoint_is_is_taken(outcomes, name, flag):
     assert outcomes[name, flag][0] == 0, outcomes[name, flag][1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "flag"), REFUSED)
 def test_any_other_flag_is_a_usage_error_that_names_the_method_found(outcomes, name, flag):
     code, error = outcomes[name, flag]
@@ -191,6 +193,7 @@ def test_any_other_flag_is_a_usage_error_that_names_the_method_found(outcomes, n
     assert f"quantized already: `{method}`" in error
 
 
+@pytest.mark.exhaustive
 def test_a_server_of_another_method_does_not_start(checkpoint, run_cli):
     result = run_cli(
         "serve", "--model-path", checkpoint("gptq"), "--quantization", "awq", "--port", free_port()
@@ -201,6 +204,7 @@ def test_a_server_of_another_method_does_not_start(checkpoint, run_cli):
     assert result.stdout == ""
 
 
+@pytest.mark.exhaustive
 def test_gptq_in_the_layout_of_marlin_is_refused_whatever_the_flag_says(
     checkpoint, tmp_path, run_cli
 ):

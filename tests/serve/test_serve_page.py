@@ -432,6 +432,7 @@ def test_scrolling_up_is_not_fought(visit):
     last(page)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1600, "dark")])
 def test_the_page_is_never_wider_than_the_window(visit, width, scheme):
     body = (

@@ -50,6 +50,7 @@ def keep_short(case: schemathesis.Case) -> None:
             case.body = {**case.body, "sampling_params": {**params, "max_new_tokens": MOST_TOKENS}}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_every_answer_is_one_that_was_promised(served, mode):
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
