@@ -20,6 +20,8 @@ from qtool.recipe import Awq, SmoothQuant, SpinQuant
 
 MAX_SHARD_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
+# keys of configs with the names of what stays in 16 bits
+UNQUANTIZED_LISTS = frozenset({"ignore", "exclude_modules", "modules_to_not_convert"})
 # steps that also change tensors which are not quantized
 TRANSFORMS = (Awq, SmoothQuant, SpinQuant)
 
@@ -43,7 +45,7 @@ def restore_source(plan: Plan, folder: Path) -> None:
         tensors[name] = plan.checkpoint.tensors[name]
     if any(written.tensors.get(name) is not tensor for name, tensor in tensors.items()):
         _write(folder, written, tensors)
-    _rename_in_config(plan, folder / "config.json")
+    _complete_config(plan, folder)
 
 
 def _renamed(plan: Plan, written: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
@@ -112,22 +114,47 @@ def _write(folder: Path, written: Checkpoint, tensors: Mapping[str, TensorInfo])
     old.rmdir()
 
 
-def _rename_in_config(plan: Plan, path: Path) -> None:
-    """Name the layers in a config of the output as engines look them up: as the source has them,
-    and as transformers does.
+def _complete_config(plan: Plan, folder: Path) -> None:
+    """Name the layers in the configs of the output as engines look them up: as the source has them,
+    and as transformers does. Lists of what stays in 16 bits get all of it.
     """
     names = {module.layer: module.name for module in plan.modules if module.layer != module.name}
-    config = read_json(path)
-    renamed = _renamed_lists(config, names)
-    if renamed != config:
-        write_json(path, renamed)
+    left = dict.fromkeys(name for module in plan.left_alone for name in (module.name, module.layer))
+    # of layers that the library does not see, or does not take for linear
+    left |= dict.fromkeys(
+        name.removesuffix(".weight") for name in plan.other_matrices if name.endswith(".weight")
+    )
+    for file in (folder / "config.json", folder / "hf_quant_config.json"):
+        if not file.is_file():
+            continue
+        config = read_json(file)
+        completed = _completed(plan, config, names, [*left])
+        if completed != config:
+            write_json(file, completed)
 
 
-def _renamed_lists(value: object, names: Mapping[str, str]) -> object:
-    """Return ``value`` with both names of a layer wherever a list has the library's."""
+def _completed(plan: Plan, value: object, names: Mapping[str, str], left: list[str]) -> object:
+    """Return ``value``, part of a config, with both names of a layer wherever a list has the
+    library's, and ``left`` in its lists of layers in 16 bits.
+    """
     if isinstance(value, dict):
-        return {key: _renamed_lists(each, names) for key, each in value.items()}
+        completed: dict[str, object] = {
+            key: _completed(plan, each, names, left) for key, each in value.items()
+        }
+        for key in UNQUANTIZED_LISTS & completed.keys():
+            listed = completed[key]
+            if isinstance(listed, list):
+                completed[key] = _with(plan, key, listed, left)
+        return completed
     if isinstance(value, list) and any(isinstance(each, str) and each in names for each in value):
         both = [each for name in value for each in (names.get(name, name), name)]
         return [*dict.fromkeys(both)]
     return value
+
+
+def _with(plan: Plan, key: str, listed: list[str], left: list[str]) -> list[str]:
+    if key == "ignore" and plan.recipe.backend == "llmcompressor":
+        return [*dict.fromkeys([*listed, *left])]
+    # engines look for these inside of names
+    quantized = "\n".join(module.name for module in plan.quantized)
+    return [*dict.fromkeys([*listed, *(name for name in left if name not in quantized)])]

@@ -132,7 +132,9 @@ def check(model: Path, output: Path) -> str:
         shutil.rmtree(plain, ignore_errors=True)
     verdict = inspect(written, engine="transformers").engine
     if verdict is not None and verdict.loads:
-        compare("transformers", logits(load_in_transformers(written)), expected, bound)
+        # which does not round the inputs of experts
+        loose = 2 * bound if "experts" in "".join(written.tensors) else bound
+        compare("transformers", logits(load_in_transformers(written)), expected, loose)
     torch.set_num_threads(1)
     return lacks
 
@@ -211,20 +213,22 @@ def check_engine(folder: Path, model: Any) -> str:
     with torch.no_grad():
         whole = model(input_ids=torch.tensor([[*PROMPTS[0], *ids]]), use_cache=False).logits[0]
     expected = whole.float().log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
-    # of random experts a rounding may choose others, and with them another token
-    bound = 2.0 if "expert" in "".join(written_names(folder)) else 0.5
+    # a rounding may choose other experts of a random router, and with them another token
+    is_mixture = "experts" in "".join(written_names(folder))
     for answer, how in ((alone, "alone"), (both[1], "beside another prompt")):
-        # rounding may settle a draw otherwise: a token must be within it of the most probable
         if answer["output_ids"] != ids:
             first = next(n for n in range(TOKENS) if answer["output_ids"][n] != ids[n])
             here, there = (expected[first, each["output_ids"][first]] for each in (answer, alone))
-            if abs(float(here - there)) > bound / 4:
+            if abs(float(here - there)) > 0.1 and not is_mixture:
                 raise Wrong(f"engine: another answer {how}")
             continue
         found = [each[0] for each in answer["meta_info"]["output_token_logprobs"]]
-        for number, (logprob, token) in enumerate(zip(found, ids, strict=True)):
-            if abs(logprob - float(expected[number, token])) > bound:
-                raise Wrong(f"engine: the log probability of token {number} is off {how}")
+        off = sorted(
+            abs(logprob - float(expected[number, token]))
+            for number, (logprob, token) in enumerate(zip(found, ids, strict=True))
+        )
+        if off[TOKENS // 2 if is_mixture else -1] > 0.5:
+            raise Wrong(f"engine: log probabilities are off {how}: {off}")
     return ""
 
 

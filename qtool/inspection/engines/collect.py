@@ -65,6 +65,7 @@ def collect_checkpoint(
         desc_act=config.desc_act,
         sparse=as_mapping(config.config.get("sparsity_config")).get("format", "dense") != "dense",
         inverse_scales=config.config.get("weight_scale_semantics") == "inverse",
+        model_type=as_word(checkpoint.config.get("model_type")) or None,
         groups=len(config.weights),
         class_targets=config.class_targets,
         transforms=config.transforms,

@@ -46,6 +46,8 @@ class CheckpointInputs:
     sparse: bool
     inverse_scales: bool
     """Whether scales divide, as those of GPTQModel's FP8 do."""
+    model_type: str | None
+    """As config.json has it."""
     groups: int
     """How many config groups name weights."""
     class_targets: bool
