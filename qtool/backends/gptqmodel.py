@@ -27,6 +27,8 @@ BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel rea
 # defuser 0.0.28, which GPTQModel needs, rewrites their experts; the router of transformers 5 does
 # not fit those
 BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
+# models whose experts its definitions leave as they are
+UNKNOWN_EXPERTS = frozenset({"granitemoe", "granitemoehybrid", "minimax_m2"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -51,6 +53,13 @@ class GPTQModelBackend:
         kind = str(plan.checkpoint.config.get("model_type"))
         if kind in BROKEN_EXPERTS:
             reasons.append(f"its definition of `{kind}` does not fit the router of transformers 5")
+        if kind in UNKNOWN_EXPERTS:
+            reasons.append(f"its definition of `{kind}` leaves the experts in 16 bits")
+        if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
+            reasons.append(
+                "it mixes gate and up, which alternate in one tensor of this model, up: it takes "
+                "them for halves"
+            )
         if recipe.scheme is None:
             return [*reasons, "it needs a scheme of its own, not rules alone"]
         return reasons + _scheme_refusals(recipe) + _shape_refusals(plan)

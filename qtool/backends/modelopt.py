@@ -84,6 +84,8 @@ class ModelOptBackend:
             reasons.append(
                 "it exports the experts of this model in stacks, a layout that qtool does not read"
             )
+        if len(_expert_schemes(plan)) > 1:
+            reasons.append("it gives all experts one scheme, and the recipe gives them several")
         unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]
         return reasons + [f"it exports no scheme `{scheme.name}`" for scheme in unknown]
 
@@ -191,7 +193,7 @@ def _quantizers(
     """
     recipe = work.plan.recipe
     entries: list[JsonDict] = [{"quantizer_name": "*", "enable": False}]
-    experts_scheme = _experts_scheme(work.plan) if fused else None
+    experts_scheme = next(iter(_expert_schemes(work.plan)), None) if fused else None
     for group in groups_of(work.plan, linears):
         if group.scheme is None:
             continue
@@ -206,16 +208,14 @@ def _quantizers(
     return entries
 
 
-def _experts_scheme(plan: Plan) -> Scheme | None:
-    """Return the scheme of all experts. RecipeRefused when they have several."""
-    schemes = {module.scheme for module in plan.modules if is_expert(module.layer)}
-    if len(schemes) > 1:
-        raise RecipeRefused(
-            "E_EXPERTS",
-            "ModelOpt gives all experts one scheme, and the recipe gives them several",
-            hint="let the rules name all experts, or use --backend llmcompressor",
-        )
-    return schemes.pop() if schemes else None
+def _expert_schemes(plan: Plan) -> set[Scheme | None]:
+    """Return the schemes of the experts that the model loads."""
+    unused = plan.names.unused
+    return {
+        module.scheme
+        for module in plan.modules
+        if is_expert(module.layer) and f"{module.name}.weight" not in unused
+    }
 
 
 def _entries(prefixes: Iterable[str], scheme: Scheme, preset: Iterable[JsonDict]) -> list[JsonDict]:
