@@ -75,8 +75,10 @@ class LLMCompressorBackend:
         from llmcompressor import oneshot
         from llmcompressor.pipelines.cache import IntermediatesCache
         from torch.utils.data import DataLoader
+        from transformers import AutoTokenizer
 
         _report_bars(work.report)
+        _take_flat_activations()
         if work.device == "cpu":
             # it pins without asking whether there is a GPU
             IntermediatesCache.pin_memory = lambda self, *args, **options: None
@@ -87,6 +89,8 @@ class LLMCompressorBackend:
         oneshot(
             model=model,
             recipe=_modifiers(work, linears),
+            # it asks for one where there are towers, though samples are tokens already
+            processor=AutoTokenizer.from_pretrained(work.job.model) if batches else None,
             dataset=loader if batches else None,
             num_calibration_samples=len(batches),
             shuffle_calibration_samples=False,
@@ -94,6 +98,18 @@ class LLMCompressorBackend:
         work.report.stage("saving")
         model.save_pretrained(work.output, max_shard_size=MAX_SHARD_SIZE)
         _clear_actorder(work.output / "config.json")
+
+
+def _take_flat_activations() -> None:
+    """Let its observers see all inputs as [1, T, K]: those of experts have two or four dimensions,
+    and its groups would lie across tokens.
+    """
+    from llmcompressor.observers import helpers
+
+    flatten = helpers._flatten_activation
+    helpers._flatten_activation = lambda value, args: flatten(
+        value if value.dim() == 3 else value.reshape(1, -1, value.shape[-1]), args
+    )
 
 
 def _scheme_refusals(schemes: Iterable[Scheme]) -> list[str]:
