@@ -29,6 +29,8 @@ BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel rea
 BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
 # models whose experts its definitions leave as they are
 UNKNOWN_EXPERTS = frozenset({"granitemoe", "granitemoehybrid", "minimax_m2"})
+# it reads data of their towers, which it does not load
+BROKEN_TOWERS = frozenset({"mistral3"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -53,6 +55,8 @@ class GPTQModelBackend:
         kind = str(plan.checkpoint.config.get("model_type"))
         if kind in BROKEN_EXPERTS:
             reasons.append(f"its definition of `{kind}` does not fit the router of transformers 5")
+        if kind in BROKEN_TOWERS:
+            reasons.append(f"it reads data of the towers of `{kind}`, which it does not load")
         if kind in UNKNOWN_EXPERTS:
             reasons.append(f"its definition of `{kind}` leaves the experts in 16 bits")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):

@@ -119,17 +119,18 @@ def check(model: Path, output: Path) -> str:
         check_matrices(report.against.modules, layout)
     dequantized = load_dequantized(written)
     expected = logits(dequantized)
-    bound = BOUNDS[min(input_bits(each.scheme) for each in layout.modules.values())]
+    bits = min(input_bits(each.scheme) for each in layout.modules.values())
+    bound = BOUNDS[bits]
     is_mixture = "experts" in "".join(written.tensors)
     if is_mixture:
         bound *= 3  # a rounding may choose other experts of a random router
     compare("qtool.load", logits(qtool.load(output, device="cpu")), expected, bound)
-    lacks = check_engine(output, dequantized, is_mixture=is_mixture)
+    lacks = check_engine(output, dequantized, is_coarse=is_mixture or bits < 8)
     plain = output.with_name(f"{output.name}-bf16")
     try:
         qtool.export(output, to="bf16", output=plain, overwrite=True)
         found = logits(load_dequantized(open_checkpoint(plain)))
-        if bound == BOUNDS[16]:
+        if bits == 16:
             compare("export --to bf16", found, expected, bound)
     finally:
         shutil.rmtree(plain, ignore_errors=True)
@@ -197,8 +198,11 @@ def compare(what: str, found: Any, expected: Any, bound: float) -> None:
         raise Wrong(f"{what}: KL {off:.1e} to the dequantized model, bound {bound}")
 
 
-def check_engine(folder: Path, model: Any, *, is_mixture: bool) -> str:
-    """Raise Wrong when the engine answers wrongly; return what it lacks, if it refuses."""
+def check_engine(folder: Path, model: Any, *, is_coarse: bool) -> str:
+    """Raise Wrong when the engine answers wrongly; return what it lacks, if it refuses.
+
+    Where a rounding may change much (``is_coarse``), half of the tokens must be near.
+    """
     import torch
 
     import qtool
@@ -225,7 +229,7 @@ def check_engine(folder: Path, model: Any, *, is_mixture: bool) -> str:
         if answer["output_ids"] != ids:
             first = next(n for n in range(TOKENS) if answer["output_ids"][n] != ids[n])
             here, there = (expected[first, each["output_ids"][first]] for each in (answer, alone))
-            if abs(float(here - there)) > 0.1 and not is_mixture:
+            if abs(float(here - there)) > 0.1 and not is_coarse:
                 raise Wrong(f"engine: another answer {how}")
             continue
         found = [each[0] for each in answer["meta_info"]["output_token_logprobs"]]
@@ -233,7 +237,7 @@ def check_engine(folder: Path, model: Any, *, is_mixture: bool) -> str:
             abs(logprob - float(expected[number, token]))
             for number, (logprob, token) in enumerate(zip(found, ids, strict=True))
         )
-        if off[TOKENS // 2 if is_mixture else -1] > 0.5:
+        if off[TOKENS // 2 if is_coarse else -1] > 0.5:
             raise Wrong(f"engine: log probabilities are off {how}: {off}")
     return ""
 
