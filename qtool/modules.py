@@ -11,6 +11,8 @@ from typing import Literal
 from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
 
 HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
+# of Gemma 3n and 4, before the first layer: calibration layer by layer does not reach it
+LAYER_EMBEDDINGS = frozenset({"per_layer_model_projection"})
 # and what has `embed` in its name
 EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
@@ -168,4 +170,6 @@ def skip_reason(checkpoint: Checkpoint, name: str) -> str:
         return "router of experts"
     if tower_of(name):
         return NOT_TEXT
+    if last_part(name) in LAYER_EMBEDDINGS:
+        return "makes embeddings for every layer"
     return "Conv1D, not Linear" if checkpoint.config.get("model_type") in TRANSPOSED else ""

@@ -48,7 +48,7 @@ def publish(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tup
         if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
             shutil.copy(file, folder)
     if "vision_config" in entry["config"]:
-        preprocessor = {"image_processor_type": entry["class"], "size": 56}
+        preprocessor = {"image_processor_type": "Qwen2VLImageProcessor"}  # GPTQModel asks for one
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     if name.endswith(WITH_MTP):
         _add_mtp(folder, is_apart=_table()["mtp"][base] == "apart")
