@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from gptqmodel.quantization.config import BaseQuantizeConfig
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
-# defuser 0.0.28, which GPTQModel needs, rewrites their experts; the router of transformers 5 does
-# not fit those
-BROKEN_EXPERTS = frozenset({"glm4_moe", "glm4_moe_lite"})
-# models whose experts its definitions leave as they are
-UNKNOWN_EXPERTS = frozenset({"granitemoe", "granitemoehybrid", "minimax_m2"})
-# it reads data of their towers, which it does not load
-BROKEN_TOWERS = frozenset({"mistral3"})
+_ROUTER = "does not fit the router of transformers 5"  # defuser 0.0.28 rewrites their experts
+_EXPERTS = "leaves the experts in 16 bits"
+BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition of it does
+    "glm4_moe": _ROUTER,
+    "glm4_moe_lite": _ROUTER,
+    "granitemoe": _EXPERTS,
+    "granitemoehybrid": _EXPERTS,
+    "minimax_m2": _EXPERTS,
+    "llama4": "does not see that the stacks of experts are transposed",
+    "mistral3": "reads data of the towers, which it does not load",
+}
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -53,12 +58,8 @@ class GPTQModelBackend:
         if recipe.checkpoint_format and not recipe.steps(Gptq):
             reasons.append("`checkpoint_format` is for its GPTQ")
         kind = str(plan.checkpoint.config.get("model_type"))
-        if kind in BROKEN_EXPERTS:
-            reasons.append(f"its definition of `{kind}` does not fit the router of transformers 5")
-        if kind in BROKEN_TOWERS:
-            reasons.append(f"it reads data of the towers of `{kind}`, which it does not load")
-        if kind in UNKNOWN_EXPERTS:
-            reasons.append(f"its definition of `{kind}` leaves the experts in 16 bits")
+        if kind in BROKEN:
+            reasons.append(f"its definition of `{kind}` {BROKEN[kind]}")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
             reasons.append(
                 "it mixes gate and up, which alternate in one tensor of this model, up: it takes "
