@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition o
     "llama4": "does not see that the stacks of experts are transposed",
     "mistral3": "reads data of the towers, which it does not load",
 }
+# it loads the processors of these, which need torchvision
+NEED_TORCHVISION = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -60,6 +63,8 @@ class GPTQModelBackend:
         kind = str(plan.checkpoint.config.get("model_type"))
         if kind in BROKEN:
             reasons.append(f"its definition of `{kind}` {BROKEN[kind]}")
+        if kind in NEED_TORCHVISION and find_spec("torchvision") is None:
+            reasons.append(f"it loads the image processor of `{kind}`: pip install torchvision")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
             reasons.append(
                 "it mixes gate and up, which alternate in one tensor of this model, up: it takes "
