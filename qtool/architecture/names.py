@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -37,7 +38,9 @@ def names_from_model(checkpoint: Checkpoint, layout: Layout | None) -> NameMap:
     Raises: CheckpointRefused, when transformers cannot build the model.
     """
     model = build_model(checkpoint)
-    return names_in(model, checkpoint, layout, uncalled=_uncalled(model))
+    # only plans ask why a layer stays in 16 bits, and they are of unquantized checkpoints
+    uncalled = _uncalled(model) if layout is None else ()
+    return names_in(model, checkpoint, layout, uncalled=uncalled)
 
 
 def names_in(
@@ -151,20 +154,24 @@ class _Mapper:
         else:
             return False
         if last == "weight" and len(shape) == 2:
-            layer = _layer_name(name)
-            self.linears[layer] = LinearWeight(
-                layer,
-                (shape[0], shape[1]),
-                name,
-                holder,
-                stack,
-                expert=expert,
-                part=kinds.index(kind),
+            one = self._one_expert(name, shape, f"{holder}.{stack}", expert, kinds.index(kind))
+            self.linears[one.name] = replace(
+                one,
                 parts=len(kinds),
                 is_split=True,
                 is_interleaved=self._is_interleaved(holder, kinds),
             )
         return True
+
+    def _one_expert(
+        self, tensor: str, shape: Shape, parameter: str, expert: int, part: int
+    ) -> LinearWeight:
+        """Return a layer of one expert, whose matrix lies apart in the checkpoint."""
+        module, _, stack = parameter.rpartition(".")
+        rows, columns = shape
+        return LinearWeight(
+            _layer_name(tensor), (rows, columns), tensor, module, stack, expert=expert, part=part
+        )
 
     def _is_interleaved(self, holder: str, kinds: Sequence[str]) -> bool:
         return len(kinds) > 1 and not getattr(self._modules[holder], "is_concatenated", True)
@@ -182,17 +189,8 @@ class _Mapper:
         holder, _, attribute = parameter.rpartition(".")
         if operations in STACKING and len(shape) == 2:
             part, expert = _expert_of(renamed, converter.source_patterns)
-            layer = _layer_name(name)
-            self.linears[layer] = LinearWeight(
-                layer,
-                (shape[0], shape[1]),
-                name,
-                holder,
-                attribute,
-                expert=expert,
-                part=part,
-                parts=len(converter.source_patterns),
-            )
+            one = self._one_expert(name, shape, parameter, expert, part)
+            self.linears[one.name] = replace(one, parts=len(converter.source_patterns))
         elif operations == ["Transpose"] and len(shape) == 3 and attribute in STACKS:
             self._add_stack(name, shape, holder, attribute)
         elif len(shape) > 1:

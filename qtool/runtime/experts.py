@@ -93,7 +93,7 @@ class ExpertStacks:
         stack = (place.module, place.parameter)
         experts = self._stacks.setdefault(stack, {})
         experts.setdefault(place.expert or 0, []).append((place.part, layer))
-        if place.is_interleaved and place.parts > 1:
+        if place.is_interleaved:
             self._interleaved.add(stack)
 
     def install(self, model: CausalLM) -> None:

@@ -44,7 +44,9 @@ class Skeleton:
         if name in self.names.linears:
             return self.names.linears[name]
         if name in self.names.stacks:
-            return replace(self.names.stacks[name][0], expert=None, part=0, parts=1)
+            first = self.names.stacks[name][0]
+            # the outputs of an expert are all in one matrix, in the model's order
+            return replace(first, expert=None, part=0, parts=1, is_interleaved=False)
         found = self.names.not_linear.get(name) or self.names.not_linear.get(f"{name}.weight")
         raise CheckpointRefused(
             "E_NO_LINEAR",
