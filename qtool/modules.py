@@ -5,12 +5,13 @@ scale of the KV cache.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
 
-HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "score"})
+HEADS = frozenset({"lm_head", "head", "embed_out", "output_layer", "output", "score"})
 # of Gemma 3n and 4, before the first layer: calibration layer by layer does not reach it
 LAYER_EMBEDDINGS = frozenset({"per_layer_model_projection"})
 # and what has `embed` in its name
@@ -29,8 +30,8 @@ OTHER_TOWERS = frozenset(
 )
 TRANSPOSED = ("gpt2", "gpt_bigcode", "imagegpt")  # their projections are Conv1D, [K, N]
 # last parts of names: of the KV cache, on modules that hold other things
-CACHE_SCALES = ("k_scale", "v_scale", "q_scale")
-CACHE_SUFFIXES = (*CACHE_SCALES, "k_bias", "v_bias")
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
+CACHE_BIASES = ("k_bias", "v_bias")
 NOT_TEXT = "not part of the language model"
 CACHE_PROJECTIONS = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
@@ -50,7 +51,7 @@ class CacheScale:
     """How the rest of the name is written.
 
     ``k_scale`` (or ``kv_scale``), as LLM Compressor and vLLM have it; ``k_proj.k_scale``, as
-    ModelOpt; ``k_proj.output_scale``, as old versions of compressed-tensors.
+    ModelOpt; ``k_proj.output_scale``, as Quark and old versions of compressed-tensors.
     """
     on_attn: bool = False
     """Whether ``attn``, the attention kernel's own module in vLLM, stands after the module."""
@@ -64,9 +65,7 @@ def parse_cache_scale(name: str) -> CacheScale | None:
     parent, _, projection = owner.rpartition(".")
     projects = CACHE_PROJECTIONS.get(projection)
     if suffix == "output_scale":
-        if projects in ("k", "v"):
-            return _cache_scale(parent, projects, "proj.output_scale")
-        return None
+        return _cache_scale(parent, projects, "proj.output_scale") if projects else None
     if suffix == "kv_scale":
         return _cache_scale(owner, "kv", "scale")
     if suffix not in CACHE_SCALES:
@@ -74,6 +73,17 @@ def parse_cache_scale(name: str) -> CacheScale | None:
     if projects:
         return _cache_scale(parent, suffix[0], "proj.scale")
     return _cache_scale(owner, suffix[0], "scale")
+
+
+def is_cache_tensor(name: str) -> bool:
+    """Whether the tensor ``name`` is of the KV cache, on whatever module it lies."""
+    return last_part(name) in CACHE_BIASES or parse_cache_scale(name) is not None
+
+
+def has_key_scales(names: Iterable[str]) -> bool:
+    """Whether one of the tensors ``names`` scales cached keys, alone or with the values."""
+    scales = map(parse_cache_scale, names)
+    return any("k" in scale.kind for scale in scales if scale)
 
 
 def _cache_scale(module: str, kind: str, spelling: str) -> CacheScale:

@@ -25,6 +25,7 @@ CACHE_SCALES = {
     f"{ATTENTION}.attn.v_scale": CacheScale(ATTENTION, "v", "scale", on_attn=True),
     f"{ATTENTION}.k_proj.k_scale": CacheScale(ATTENTION, "k", "proj.scale"),
     f"{ATTENTION}.v_proj.output_scale": CacheScale(ATTENTION, "v", "proj.output_scale"),
+    f"{ATTENTION}.q_proj.output_scale": CacheScale(ATTENTION, "q", "proj.output_scale"),
 }
 
 
@@ -38,7 +39,6 @@ def test_each_spelling_of_a_cache_scale_is_known(name):
     [
         "k_scale",
         f"{ATTENTION}.k_proj.weight_scale",
-        f"{ATTENTION}.q_proj.output_scale",
         f"{ATTENTION}.o_proj.output_scale",
         f"{ATTENTION}.k_bias",
     ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
-from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, torchao
+from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, quark, torchao
 from qtool.formats.config_fields import check_fields
 from qtool.formats.layout import (
     Detector,
@@ -21,7 +21,7 @@ from qtool.formats.layout import (
     refused,
 )
 from qtool.formats.values import check_tensors, check_values, damaged, problem_in
-from qtool.modules import CACHE_SUFFIXES, last_part
+from qtool.modules import is_cache_tensor
 
 if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
@@ -42,7 +42,7 @@ __all__ = [
     "unquantized_tensors",
 ]
 
-WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself first
+WRITABLE: Mapping[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "modelopt": modelopt,
     "awq": awq,
@@ -50,7 +50,13 @@ WRITABLE: Mapping[str, Format] = {  # in the order of trust: what names itself f
     "fp8_block": fp8_block,
     "mxfp4": mxfp4,
 }
-FORMATS: Mapping[str, Detector] = {**WRITABLE, "torchao": torchao}
+# the first that matches a config reads it: ModelOpt's may look like that of compressed-tensors
+FORMATS: Mapping[str, Detector] = {
+    "modelopt": modelopt,
+    **WRITABLE,
+    "quark": quark,
+    "torchao": torchao,
+}
 # what a config raises that holds something else than it should: it comes from outside
 MISSHAPEN = (
     TypeError,
@@ -60,7 +66,7 @@ MISSHAPEN = (
     ArithmeticError,
     RecursionError,
 )
-PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"})
+PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E8M0"})
 
 
 def detect(checkpoint: Checkpoint) -> Layout | None:
@@ -134,11 +140,7 @@ def unquantized_tensors(checkpoint: Checkpoint, layout: Layout | None) -> list[s
     caches.
     """
     owned = layout.owned if layout else frozenset()
-    return [
-        name
-        for name in checkpoint.tensors
-        if name not in owned and last_part(name) not in CACHE_SUFFIXES
-    ]
+    return [name for name in checkpoint.tensors if name not in owned and not is_cache_tensor(name)]
 
 
 def tensor_name(module: QuantizedModule, suffix: str) -> str:

@@ -31,7 +31,7 @@ from qtool.formats.layout import (
     shared_unsupported_reason,
 )
 from qtool.formats.patterns import Names
-from qtool.modules import parse_cache_scale
+from qtool.modules import has_key_scales
 from qtool.scheme import SCHEMES, Activations, Weights
 
 if TYPE_CHECKING:
@@ -208,23 +208,11 @@ def _unquantized_warning(parts: Parts, group: Group | None, ignored: Names) -> s
 
 
 def _kv_cache_warnings(checkpoint: Checkpoint, kv_cache: str | None) -> Iterator[str]:
-    has_scales = any(_is_key_scale(name) for name in checkpoint.tensors)
+    has_scales = has_key_scales(checkpoint.tensors)
     if has_scales and kv_cache is None:
         yield "KV-cache scales are stored and the config has no kv_cache_scheme"
     if kv_cache is not None and not has_scales:
         yield "the KV cache is quantized and has no scales"
-
-
-def _is_key_scale(name: str) -> bool:
-    """Whether ``name`` is the scale of cached keys as compressed-tensors writes and wrote it."""
-    scale = parse_cache_scale(name)
-    return (
-        scale is not None
-        and scale.kind == "k"
-        and scale.spelling in ("scale", "proj.output_scale")
-        and scale.module.endswith("self_attn")
-        and not scale.on_attn
-    )
 
 
 def _read_codes(

@@ -54,6 +54,10 @@ def _is_group_size(value: object) -> bool:
     return type(value) is int and (value == -1 or 0 < value < 1 << 31)
 
 
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
@@ -65,13 +69,20 @@ def _are_names(value: object) -> bool:
 BITS = (_is_bits, f"a whole number from 1 to {MAX_BITS}")
 FLAG = (is_flag, "true or false")
 NAMES = (_are_names, "a list of names")
+BLOCK = (
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)),
+    "two whole numbers greater than zero",
+)
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "bits": BITS,
     "checkpoint_format": (_is_name, "a name"),
     "desc_act": FLAG,
+    "exclude": NAMES,
+    "exclude_modules": NAMES,
     "format": (_is_name, "a name"),
     "group_size": (_is_group_size, "-1 or a whole number greater than zero"),
     "ignore": NAMES,
+    "ignored_layers": NAMES,
     "lm_head": FLAG,
     "modules_to_not_convert": NAMES,
     "num_bits": BITS,
@@ -80,5 +91,6 @@ FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "symmetric": FLAG,
     "targets": (lambda value: _are_names(value) and value != [], "a list of names"),
     "type": (lambda value: value in ("int", "float"), "int or float"),
+    "weight_block_size": BLOCK,
     "zero_point": FLAG,
 }

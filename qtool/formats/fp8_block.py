@@ -1,8 +1,14 @@
 """The `fp8` method of DeepSeek, Qwen and vLLM: float8_e4m3 in blocks of 128 x 128, or with one
-scale for a whole matrix.
+scale for a whole matrix; and those that store the same tensors: `fbgemm_fp8` with one scale for
+each output, and `mxfp8` with a power of two for each 32 inputs.
+
+DeepSeek-V4 calls its scales `scale`, stores them as powers of two, and its experts as FP4; NVIDIA
+stores these experts as NVFP4 beside the rest as it was. Inputs of FP4 experts are left in 16 bits:
+engines round them or not, by GPU.
 
 Source: DeepSeek-V3, `inference/fp8_cast_bf16.py`; transformers 5.17,
-    `integrations/finegrained_fp8.py`; vLLM 0.33, `layers/quantization/fp8.py`.
+    `integrations/finegrained_fp8.py`; vLLM 0.32, `layers/quantization/fp8.py`, `fbgemm_fp8.py`,
+    `modelopt.py` ModelOptMxFp8Config, `models/deepseek_v4/quant_config.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ from qtool.formats.layout import (
     refused,
     shared_unsupported_reason,
 )
-from qtool.modules import parse_cache_scale
+from qtool.formats.scaled import E8M0_DTYPES, kept_tensors, multipliers, weights_of
+from qtool.formats.scaled import read as read_scaled
+from qtool.modules import has_key_scales
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -31,59 +39,70 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 INVERSE = "inverse"  # GPTQModel's variant, whose scale really is a reciprocal
-SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+NVFP4 = "nvfp4"  # the variant of experts as ModelOpt stores them
+METHODS = ("fp8", "fbgemm_fp8", "mxfp8")
+MX_GROUP = 32
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 INPUT_SCALE_NAMES = ("input_scale", "activation_scale")  # the second is transformers'
 STATIC = Activations("fp8", "tensor", dynamic=False)
 
 
 def matches_config(config: Json) -> bool:
     """Whether ``config`` is of this format."""
-    return config.get("quant_method") == "fp8"
+    return config.get("quant_method") in METHODS
 
 
 def detect(checkpoint: Checkpoint, config: Json) -> Layout:
-    """Return the layout: a module is quantized when its weight is float8; the shape of its scale
-    tells tensor from block.
+    """Return the layout: a module is quantized when its weight is float8 or packed; the shape of
+    its scale tells tensor, channel, group and block.
     """
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
-    skipped = _skipped(config)
+    skipped = frozenset(_skipped(config))
     for parts in modules_of(checkpoint):
-        scale = next((name for name in SCALE_NAMES if name in parts), None)
-        if "weight" in parts and parts["weight"].dtype in ("F8_E4M3", "I8", "U8"):
-            modules[parts.name] = _module(parts, config, scale or SCALE_NAMES[0])
+        has_scale = any(name in parts for name in SCALE_NAMES[:2])  # `scale` may be a norm's
+        if "weight" not in parts and not has_scale:
+            continue
+        if parts["weight"].dtype in ("F8_E4M3", "I8", "U8"):
+            modules[parts.name] = _module(parts, config)
             if parts.name in skipped:
                 warnings.append(f"`{parts.name}` is quantized and modules_to_not_convert names it")
-        elif scale:
+        elif has_scale:
             warnings.append(
                 f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight"
             )
-    return Layout("fp8_block", modules, _kv_cache(checkpoint), tuple(warnings))
+    kv_cache = "fp8" if has_key_scales(checkpoint.tensors) else None  # the config does not say
+    return Layout("fp8_block", modules, kv_cache, tuple(warnings))
 
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """Return the common form of ``tensors``; ``weight_scale_inv`` multiplies, whatever its name
     says, but in GPTQModel's variant.
     """
+    import torch
+
     from qtool.weight import Activation, QuantizedWeight, uneven_block
 
-    rows, _ = module.shape
+    if module.variant == NVFP4:
+        return read_scaled(module, tensors)
+    weights, (rows, _) = module.scheme.weights, module.shape
+    data = tensors["weight"]
+    if weights.format == "fp4":
+        data = data.view(torch.uint8)
     scale = next(tensors[name] for name in SCALE_NAMES if name in tensors)
+    if scale.element_size() == 1:
+        scale = multipliers(scale, weights)
     if module.variant == INVERSE:
         scale = 1 / scale.float()
-    if module.scheme.weights.granularity != "block":
+    if weights.granularity in ("tensor", "channel"):
         scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
     activations = module.scheme.activations
     static = next(
         (tensors[name].reshape(()) for name in INPUT_SCALE_NAMES if name in tensors), None
     )
     activation = Activation(activations, static) if activations else None
-    return QuantizedWeight(
-        tensors["weight"],
-        scale,
-        activation=activation,
-        block=uneven_block(module.scheme.weights, module.shape),
-    )
+    block = uneven_block(weights, module.shape)
+    return QuantizedWeight(data, scale, activation=activation, block=block)
 
 
 def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -162,35 +181,65 @@ def _skipped(config: Json) -> list[str]:
     return [*(config.get("modules_to_not_convert") or []), *(config.get("ignored_layers") or [])]
 
 
-def _kv_cache(checkpoint: Checkpoint) -> str | None:
-    """Return the format of the KV cache: the config does not say, and scales tell."""
-    return "fp8" if any(_is_key_scale(name) for name in checkpoint.tensors) else None
-
-
-def _is_key_scale(name: str) -> bool:
-    """Whether ``name`` is a scale of cached keys, or of keys and values together."""
-    scale = parse_cache_scale(name)
-    return scale is not None and "k" in scale.kind and scale.spelling != "proj.output_scale"
-
-
-def _module(parts: Parts, config: Json, scale_name: str) -> QuantizedModule:
-    shape = parts.matrix("weight", "F8_E4M3")
+def _module(parts: Parts, config: Json) -> QuantizedModule:
+    if "weight_scale_2" in parts:
+        return _nvfp4_module(parts)
+    scale_name = next((name for name in SCALE_NAMES if name in parts), SCALE_NAMES[0])
+    scale = parts[scale_name]
+    if scale.dtype not in (*SCALE_DTYPES, *E8M0_DTYPES):
+        raise parts.misfit(scale_name, f"scales of {' or '.join((*SCALE_DTYPES, *E8M0_DTYPES))}")
+    if parts["weight"].dtype != "F8_E4M3":
+        return _fp4_module(parts, scale_name)
+    shape = rows, columns = parts.matrix("weight", "F8_E4M3")
     variant = INVERSE if config.get("weight_scale_semantics") == INVERSE else ""
-    if parts[scale_name].dtype not in SCALE_DTYPES:
-        raise parts.misfit(scale_name, f"scales of {' or '.join(SCALE_DTYPES)}")
-    if block := config.get("weight_block_size"):
-        height, width = (int(size) for size in block)
-        scheme = _block_scheme(parts, scale_name, shape, (height, width))
-    elif parts[scale_name].count == 1:
+    block = _block_of(config)
+    if block == (1, MX_GROUP) and scale.dtype in E8M0_DTYPES:
+        _check_groups(parts, scale_name, rows, columns)
+        scheme = SCHEMES["MXFP8"]
+    elif block:
+        scheme = _block_scheme(parts, scale_name, shape, block)
+    elif scale.count == 1:
         scheme = _tensor_scheme(parts, is_static=config.get("activation_scheme") == "static")
-    elif parts[scale_name].count == shape[0]:
+    elif scale.count == rows:
         scheme = SCHEMES["FP8_W8A16" if variant else "FP8_DYNAMIC"]
     else:
         raise parts.misfit(
             scale_name,
-            f"one scale, or {shape[0]}, or blocks that the config's weight_block_size names",
+            f"one scale, or {rows}, or blocks that the config's weight_block_size names",
         )
     return QuantizedModule(parts.name, scheme, shape, parts.tensors, variant)
+
+
+def _nvfp4_module(parts: Parts) -> QuantizedModule:
+    weights, shape = weights_of(parts)
+    scheme = SCHEMES["NVFP4" if "input_scale" in parts else "NVFP4A16"]
+    if weights != scheme.weights:
+        raise parts.misfit("weight_scale", "an F8_E4M3 scale for each 16 inputs of FP4")
+    return QuantizedModule(parts.name, scheme, shape, kept_tensors(parts), NVFP4)
+
+
+def _fp4_module(parts: Parts, scale_name: str) -> QuantizedModule:
+    """Return a layer of FP4 in pairs, of I8 or U8."""
+    rows, pairs = parts.matrix("weight", "I8", "U8")
+    if parts[scale_name].dtype not in E8M0_DTYPES:
+        raise parts.misfit(scale_name, "powers of two (F8_E8M0), as FP4 in pairs has them here")
+    _check_groups(parts, scale_name, rows, 2 * pairs)
+    return QuantizedModule(parts.name, SCHEMES["MXFP4A16"], (rows, 2 * pairs), parts.tensors)
+
+
+def _check_groups(parts: Parts, scale_name: str, rows: int, columns: int) -> None:
+    if parts[scale_name].shape != (rows, columns // MX_GROUP) or columns % MX_GROUP:
+        raise parts.misfit(
+            scale_name, f"one scale for each {MX_GROUP} inputs of {rows} x {columns}"
+        )
+
+
+def _block_of(config: Json) -> tuple[int, int] | None:
+    """Return the outputs and inputs under one scale; None where the tensors tell."""
+    if block := config.get("weight_block_size"):
+        height, width = block
+        return height, width
+    return (1, MX_GROUP) if config.get("quant_method") == "mxfp8" else None
 
 
 def _block_scheme(

@@ -7,19 +7,15 @@ Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unifi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import (
-    SCALE_DTYPES,
     Layout,
     Parts,
     QuantizedModule,
-    block_size,
-    group_size,
     modules_of,
     refused,
     shared_unsupported_reason,
@@ -34,15 +30,9 @@ from qtool.formats.modelopt_config import (
     name_matcher,
     quantization_config,
 )
-from qtool.modules import parse_cache_scale
-from qtool.scheme import (
-    SCHEMES,
-    Activations,
-    Format,
-    ScaleFormat,
-    Scheme,
-    Weights,
-)
+from qtool.formats.scaled import is_quantized, kept_tensors, read, weights_of
+from qtool.modules import has_key_scales
+from qtool.scheme import SCHEMES, Activations, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,14 +49,6 @@ __all__ = [
     "unsupported_reason",
     "write",
 ]
-KEPT_SUFFIXES = (
-    "weight",
-    "bias",
-    "weight_scale",
-    "weight_scale_2",
-    "input_scale",
-    "pre_quant_scale",
-)
 INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
     "FP8": SCHEMES["FP8"].activations,
     "FP8_PER_CHANNEL_PER_TOKEN": SCHEMES["FP8_DYNAMIC"].activations,
@@ -88,10 +70,15 @@ BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")
 
 
 def matches_config(config: Json) -> bool:
-    """Whether ``config`` is of this format: flat in config.json, nested in hf_quant_config.json."""
-    producer = config.get("producer")
-    name = producer.get("name") if isinstance(producer, Mapping) else None
-    return str(config.get("quant_method", "")).startswith("modelopt") or name == "modelopt"
+    """Whether ``config`` is of this format: flat in config.json, nested in hf_quant_config.json.
+
+    Either may lack the method and then names an algorithm, and both may lack the producer.
+    """
+    if method := config.get("quant_method"):
+        return str(method).startswith("modelopt")
+    parts = (config, config.get("quantization"), config.get("producer"))
+    flat, nested, producer = (part if isinstance(part, Mapping) else {} for part in parts)
+    return producer.get("name") == "modelopt" or "quant_algo" in flat or "quant_algo" in nested
 
 
 def detect(checkpoint: Checkpoint, config: Json) -> Layout:
@@ -104,7 +91,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         own = per_layer.get(parts.name)
-        if _is_quantized(parts):
+        if is_quantized(parts):
             own_algorithm = _own_algorithm(checkpoint, parts, own, algorithm)
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
@@ -118,44 +105,6 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     if not modules and algorithm:
         warnings.append(f"the config says {algorithm} and no tensor is quantized")
     return Layout("modelopt", modules, kv_cache, tuple(warnings))
-
-
-def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Return the common form of ``tensors``."""
-    import torch
-
-    from qtool.weight import Activation, QuantizedWeight, uneven_block
-
-    weights, activations, (rows, _) = module.scheme.weights, module.scheme.activations, module.shape
-    data, scale, scale2 = tensors["weight"], tensors["weight_scale"], None
-    if weights.format == "int4":  # two rows in a byte, the even one low, in two's complement
-        even, odd = data[:, ::2], data[:, 1::2]
-        data = (
-            torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=1).flatten(0, 1)
-            ^ 0x88
-        )
-    if weights.scale == "e8m0":
-        scale = scale.view(torch.float8_e8m0fnu)
-    elif weights.scale == "e4m3":
-        scale2 = tensors["weight_scale_2"].float().reshape(1).expand(rows).contiguous()
-    if weights.granularity == "block":
-        scale = scale.reshape(scale.shape[0], -1)
-    elif weights.granularity in ("tensor", "channel"):
-        scale = scale.reshape(-1, 1).expand(rows, 1).contiguous()
-    input_scale = tensors.get("input_scale")
-    activation = None
-    if activations:
-        static_scale = None if input_scale is None else input_scale.reshape(())
-        activation = Activation(activations, static_scale)
-    block = uneven_block(weights, module.shape)
-    return QuantizedWeight(
-        data,
-        scale,
-        scale2,
-        pre_scale=tensors.get("pre_quant_scale"),
-        activation=activation,
-        block=block,
-    )
 
 
 def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -228,21 +177,9 @@ def _as_found(tensor: TensorInfo) -> Tensor:
     )
 
 
-def _is_quantized(parts: Parts) -> bool:
-    if "weight" in parts:
-        return parts["weight"].dtype not in SCALE_DTYPES
-    return "weight_scale" in parts  # a quantized module that has lost its weight
-
-
 def _kv_cache_warnings(checkpoint: Checkpoint, kv_cache: str | None) -> Iterator[str]:
-    if kv_cache is None and any(_is_key_scale(name) for name in checkpoint.tensors):
+    if kv_cache is None and has_key_scales(checkpoint.tensors):
         yield "KV-cache scales are stored and the config names no KV-cache format"
-
-
-def _is_key_scale(name: str) -> bool:
-    """Whether ``name`` is a scale of cached keys, however its projection stands in the name."""
-    scale = parse_cache_scale(name)
-    return scale is not None and scale.kind == "k" and scale.spelling != "proj.output_scale"
 
 
 def _own_algorithm(checkpoint: Checkpoint, parts: Parts, own: Json | None, shared: str) -> str:
@@ -265,61 +202,11 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
             f"`{parts.name}`: ModelOpt's `{algorithm}` is not read",
             f"read are {', '.join(INPUT_OF_ALGORITHM)}",
         )
-    weights, shape = _weights(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
+    weights, shape = weights_of(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
     activations = INPUT_OF_ALGORITHM[algorithm]
     if activations and activations.needs_data:
         parts["input_scale"]
-    tensors = {
-        suffix: tensor for suffix, tensor in parts.tensors.items() if suffix in KEPT_SUFFIXES
-    }
-    return QuantizedModule(parts.name, Scheme(weights, activations), shape, tensors)
-
-
-def _weights(parts: Parts, *, in_blocks: bool) -> tuple[Weights, tuple[int, int]]:
-    weight, scale = parts["weight"], parts["weight_scale"]
-    rows, columns = parts.matrix("weight", "U8", "I8", "F8_E4M3")
-    if weight.dtype != "U8":
-        format: Format = "int8" if weight.dtype == "I8" else "fp8"
-        return _of_bytes(parts, format, rows, columns, in_blocks=in_blocks), (rows, columns)
-    if scale.dtype in SCALE_DTYPES:
-        rows *= 2  # int4 is packed along the outputs
-        return Weights("int4", "group", _grouped(parts, rows, columns)), (rows, columns)
-    columns *= 2
-    two_levels = scale.dtype == "F8_E4M3"
-    if two_levels:
-        parts["weight_scale_2"]
-    size = _grouped(parts, rows, columns)
-    scale_format: ScaleFormat = "e4m3" if two_levels else "e8m0"
-    return Weights("fp4", "group", size, scale=scale_format), (rows, columns)
-
-
-def _of_bytes(parts: Parts, format: Format, rows: int, columns: int, *, in_blocks: bool) -> Weights:
-    scale = parts["weight_scale"]
-    if scale.dtype in ("U8", "F8_E8M0"):
-        return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0")
-    if scale.dtype not in SCALE_DTYPES:
-        raise parts.misfit(
-            "weight_scale",
-            f"{' or '.join(SCALE_DTYPES)} scales of a {parts['weight'].dtype} weight",
-        )
-    if in_blocks:
-        return _in_blocks(parts, format, rows, columns)
-    if scale.count == 1:
-        return Weights(format, "tensor")
-    if scale.shape in ((rows,), (rows, 1)):
-        return Weights(format, "channel")
-    return _in_blocks(parts, format, rows, columns)
-
-
-def _in_blocks(parts: Parts, format: Format, rows: int, columns: int) -> Weights:
-    scale = parts["weight_scale"]
-    blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
-    if len(blocks) != 2 or scale.count != math.prod(blocks):
-        raise parts.misfit(
-            "weight_scale", f"one scale, {rows}, or one for each block of {rows} x {columns}"
-        )
-    block = block_size(rows, blocks[0]), block_size(columns, blocks[1])
-    return Weights(format, "block", block=block)
+    return QuantizedModule(parts.name, Scheme(weights, activations), shape, kept_tensors(parts))
 
 
 def _written_scale(module: QuantizedModule, scale: Tensor) -> Tensor:
@@ -333,15 +220,3 @@ def _written_scale(module: QuantizedModule, scale: Tensor) -> Tensor:
     if weights.granularity == "block" and algorithm_of(module) == "fp8_pb_wo":
         return scale[:, None, :, None]
     return scale.view(torch.uint8) if weights.scale == "e8m0" else scale
-
-
-def _grouped(parts: Parts, rows: int, columns: int) -> int:
-    scale = parts["weight_scale"]
-    if (
-        len(scale.shape) != 2
-        or scale.shape[0] != rows
-        or not scale.shape[1]
-        or columns % scale.shape[1]
-    ):
-        raise parts.misfit("weight_scale", f"one scale for each group of {rows} x {columns}")
-    return group_size(columns, scale.shape[1])

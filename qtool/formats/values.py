@@ -18,7 +18,7 @@ from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused
 from qtool.formats import mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
-from qtool.modules import CACHE_SCALES
+from qtool.modules import CACHE_SCALES, parse_cache_scale
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
 Word: TypeAlias = "type[np.integer[Any]]"
@@ -31,14 +31,23 @@ SCALES = (
     "weight_scale_2",
     "weight_global_scale",
     "weight_scale_inv",
+    "scale",
     "activation_scale",
     "input_scale",
+    "input_scale_2",
     "input_global_scale",
     "scales",
     "pre_quant_scale",
     *CACHE_SCALES,
 )
-MULTIPLIERS = ("weight_scale", "_weight_scale", "weight_scale_2", "weight_scale_inv", "scales")
+MULTIPLIERS = (
+    "weight_scale",
+    "_weight_scale",
+    "weight_scale_2",
+    "weight_scale_inv",
+    "scale",
+    "scales",
+)
 
 
 @dataclass(frozen=True)
@@ -202,8 +211,8 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
     """
     module, suffix = _owner(tensor, layout)
     weights = module.scheme.weights if module else None
-    is_e8m0 = suffix == "weight_scale" and weights is not None and weights.scale == "e8m0"
-    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and is_e8m0):
+    is_scale = module is not None and suffix in MULTIPLIERS
+    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and is_scale):
         return E8M0.word, _e8m0_problem
     if tensor.dtype == "I32" and module and suffix in ("g_idx", "weight_g_idx"):
         groups = module.scheme.weights.scale_count(1, module.shape[1])
@@ -211,7 +220,7 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
     if tensor.dtype not in FLOATS:
         return None
     bits = FLOATS[tensor.dtype]
-    if suffix in CACHE_SCALES or (module is not None and suffix in SCALES):
+    if parse_cache_scale(tensor.name) or (module is not None and suffix in SCALES):
         # AutoRound flips a group to reach the code -8
         negative_allowed = weights is not None and weights.format.startswith("int")
         check = _ScaleCheck(

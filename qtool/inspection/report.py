@@ -15,10 +15,7 @@ from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.comparison import Comparison, compare
 from qtool.inspection.deep import DeepReport, measure
 from qtool.inspection.engines import EngineReport, check_engine
-from qtool.modules import CACHE_SUFFIXES, is_linear, last_part, layer_number, skip_reason
-
-# Old versions of compressed-tensors wrote `output_scale` for the KV cache.
-SCALE_SUFFIXES = (*CACHE_SUFFIXES, "output_scale")
+from qtool.modules import is_cache_tensor, is_linear, last_part, layer_number, skip_reason
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,7 @@ def _quantized_module(module: QuantizedModule, layer: int | None) -> Module:
 def _unquantized(tensor: TensorInfo) -> tuple[str, str, int, int]:
     """Return kind, dtype, parameters and bytes; scales hold no parameters."""
     owner, _, suffix = tensor.name.rpartition(".")
-    if tensor.dtype in FLOAT_DTYPES and suffix not in SCALE_SUFFIXES:
+    if tensor.dtype in FLOAT_DTYPES and not is_cache_tensor(tensor.name):
         return last_part(owner), tensor.dtype, tensor.count, tensor.size_bytes
     return suffix, tensor.dtype, 0, tensor.size_bytes
 

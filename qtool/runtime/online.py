@@ -56,6 +56,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "modelopt_mixed": (("modelopt",), "mixed"),
     "fp8": (("fp8_block",), ""),
     "fp8_block": (("fp8_block",), ""),
+    "quark": (("quark",), ""),
     "mxfp4": (("mxfp4",), ""),
     "torchao": (("torchao",), ""),
 }

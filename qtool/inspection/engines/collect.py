@@ -25,7 +25,7 @@ from qtool.inspection.engines.rule_inputs import (
     Stored,
     Weight,
 )
-from qtool.modules import HEADS, is_head, parse_cache_scale
+from qtool.modules import HEADS, has_key_scales, is_head
 from qtool.scheme import Scheme
 
 METHOD_ALIASES = {
@@ -73,7 +73,7 @@ def collect_checkpoint(
         kv_granularity=cache_scheme.get("strategy"),  # type: ignore[arg-type]  # unchecked
         kv_symmetric=cache_scheme.get("symmetric") is not False,
         kv_dynamic=bool(cache_scheme.get("dynamic")),
-        kv_scales=_has_cache_scales(checkpoint),
+        kv_scales=has_key_scales(checkpoint.tensors),
         tied=checkpoint.tied_embeddings,
         head=_head(checkpoint, layout),
         spare_heads=_count(checkpoint, "num_attention_heads") % ranks,
@@ -284,11 +284,6 @@ def _is_in_config_json(checkpoint: Checkpoint) -> bool:
         for config in (checkpoint.config, checkpoint.text_config)
         for key in ("quantization_config", "compression_config")
     )
-
-
-def _has_cache_scales(checkpoint: Checkpoint) -> bool:
-    scales = map(parse_cache_scale, checkpoint.tensors)
-    return any(scale.kind in ("k", "kv") for scale in scales if scale)
 
 
 def _are_split(cache_heads: int, ranks: int) -> bool:

@@ -15,7 +15,9 @@ Axis = Literal["rows", "columns"]
 Role = Literal["linear", "expert", "router", "head", "tower"]
 Weight = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
-Format = Literal["compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "torchao"]
+Format = Literal[
+    "compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "quark", "torchao"
+]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 Container = Literal["packed", "int8", "float8", "other"]
 Agreement = Literal["equal", "differ"]

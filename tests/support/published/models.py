@@ -85,6 +85,89 @@ def qwen3_moe() -> Model:
     return config, _random(shapes)
 
 
+def deepseek_v4() -> Model:
+    """Return a DeepSeek-V4 of two layers and one for MTP, by the names of DeepSeek's own files."""
+    config = {
+        **SIZES,
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 128,
+        "o_lora_rank": 128,
+        "o_groups": 2,
+        "qk_rope_head_dim": 32,
+        "index_head_dim": 64,
+        "index_n_heads": 2,
+        "index_topk": 16,
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (512, 256),
+        "head.weight": (512, 256),
+        "norm.weight": (256,),
+        **_hyper_connection("hc_head", 4),
+        "mtp.0.e_proj.weight": (256, 256),
+    }
+    for prefix in ("layers.0.", "layers.1.", "mtp.0."):
+        shapes |= {prefix + name: shape for name, shape in _V4_LAYER.items()}
+    for prefix, ratio, width in (("layers.0.", 128, 128), ("layers.1.", 4, 256)):
+        shapes |= _compressor(f"{prefix}attn.compressor.", ratio, width, head_dim=128)
+    shapes |= {
+        **_compressor("layers.1.attn.indexer.compressor.", 4, 128, head_dim=64),
+        "layers.1.attn.indexer.weights_proj.weight": (2, 256),
+        "layers.1.attn.indexer.wq_b.weight": (128, 128),
+        "layers.1.ffn.gate.bias": (4,),
+    }
+    tensors = _random(shapes)
+    experts_of_token = torch.arange(1024).reshape(512, 2) % 4
+    return config, {**tensors, "layers.0.ffn.gate.tid2eid": experts_of_token}
+
+
+def _hyper_connection(name: str, rows: int) -> dict[str, tuple[int, ...]]:
+    scales = 1 if rows == 4 else 3
+    return {f"{name}_fn": (rows, 1024), f"{name}_base": (rows,), f"{name}_scale": (scales,)}
+
+
+def _compressor(
+    prefix: str, ratio: int, width: int, *, head_dim: int
+) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}ape": (ratio, width),
+        f"{prefix}norm.weight": (head_dim,),
+        f"{prefix}wgate.weight": (width, 256),
+        f"{prefix}wkv.weight": (width, 256),
+    }
+
+
+_V4_LAYER: dict[str, tuple[int, ...]] = {
+    "attn.attn_sink": (4,),
+    "attn.kv_norm.weight": (128,),
+    "attn.q_norm.weight": (128,),
+    "attn.wkv.weight": (128, 256),
+    "attn.wo_a.weight": (256, 256),
+    "attn.wo_b.weight": (256, 256),
+    "attn.wq_a.weight": (128, 256),
+    "attn.wq_b.weight": (512, 128),
+    "attn_norm.weight": (256,),
+    "ffn_norm.weight": (256,),
+    "ffn.gate.weight": (4, 256),
+    **_hyper_connection("hc_attn", 24),
+    **_hyper_connection("hc_ffn", 24),
+    **{
+        f"ffn.{expert}.{kind}.weight": (256, 128) if kind == "w2" else (128, 256)
+        for expert in (*(f"experts.{index}" for index in range(4)), "shared_experts")
+        for kind in ("w1", "w2", "w3")
+    },
+}
+
+
 def _language_model(
     mlp: Callable[[int], Mapping[str, tuple[int, ...]]],
 ) -> dict[str, tuple[int, ...]]:
@@ -116,7 +199,7 @@ def _random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def write(
     folder: Path,
     model: Model,
-    quantizers: Mapping[str, Quantizer],
+    quantizers: Mapping[str, Quantizer | None],
     quantization_config: Json | None,
     *,
     files: Mapping[str, Json] | None = None,
@@ -128,7 +211,7 @@ def write(
         folder: to make.
         model: in 16 bits.
         quantizers: by a regex that is searched in the name of a matrix without ``.weight``; the
-            first that matches wins, and a matrix that none matches stays in 16 bits.
+            first that matches wins. A matrix that none matches, or None, stays in 16 bits.
         quantization_config: of config.json, if it has one.
         files: other JSON files, by name; they may replace config.json.
         tensors: more tensors, e.g. scales of the KV cache.
@@ -141,7 +224,7 @@ def write(
         quantizer = next(
             (make for pattern, make in quantizers.items() if re.search(pattern, layer)), None
         )
-        if quantizer is None or weight.dim() != 2:
+        if quantizer is None or weight.dim() != 2 or name == layer:
             stored[name] = weight
             continue
         parts, expected[layer] = quantizer(weight.float())
