@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from qtool.checkpoint.model import FLOAT_DTYPES, Checkpoint, TensorInfo
@@ -24,6 +25,7 @@ OTHER_TOWERS = frozenset(
         "vision_model",
         "audio_tower",
         "multi_modal_projector",
+        "mm_projector",
         "mtp",
         "speech_encoder",
     }
@@ -34,6 +36,13 @@ CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
 CACHE_BIASES = ("k_bias", "v_bias")
 NOT_TEXT = "not part of the language model"
 CACHE_PROJECTIONS = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""A layer -> what engines run it in."""
+DECODERS = ("language_model.model.", "model.language_model.", "model.")
+"""What the names of the decoder's modules begin with, by version of transformers and by engine."""
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 DECODER_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
@@ -156,6 +165,31 @@ def is_embedding(name: str) -> bool:
     """Whether the module ``name`` looks rows up instead of multiplying."""
     part = last_part(name)
     return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
+
+
+@lru_cache(maxsize=64)  # lists of names ask one after the other
+def other_names(name: str) -> tuple[str, ...]:
+    """Return the names that other tools have for the module ``name``: of the layer that it is
+    merged into, and below another prefix of the decoder.
+    """
+    parent, dot, last = name.rpartition(".")
+    names = [name, *((f"{parent}{dot}{FUSED[last]}",) if last in FUSED else ())]
+    prefix = next((each for each in DECODERS if name.startswith(each)), "")
+    if name.removeprefix(prefix).startswith(("layers.", "embed_tokens")):
+        others = [each for each in DECODERS if each != prefix]
+        names += [other + each.removeprefix(prefix) for other in others for each in names]
+    return tuple(names[1:])
+
+
+def stays_unquantized(name: str) -> bool:
+    """Whether recipes leave the layer ``name`` in 16 bits: a head, a router, another tower."""
+    return (
+        is_head(name)
+        or is_router(name)
+        or bool(tower_of(name))
+        or is_embedding(name)
+        or last_part(name) in LAYER_EMBEDDINGS
+    )
 
 
 def is_linear(tensor: TensorInfo) -> bool:

@@ -232,7 +232,8 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
     raise CheckpointRefused(
         "E_ALREADY_QUANTIZED",
         f"{checkpoint.path} is quantized already ({how})",
-        hint="start from the 16-bit model it was made of",
+        hint="start from the 16-bit model it was made of; where none was published, "
+        "`qtool export --to bf16` makes one",
     )
 
 

@@ -188,7 +188,7 @@ def check_report(
         raise CheckpointRefused(
             "E_TENSORS",
             f"{checkpoint.path} {problem.format(count=len(names))}, e.g. {examples}",
-            hint="config.json and the weights are of different models: download or export it again",
+            hint="config.json and the weights are of different models: take both from one place",
         )
 
 

@@ -129,7 +129,7 @@ def _no_weights(path: Path) -> CheckpointRefused:
     return refused(
         "E_NO_WEIGHTS",
         f"{path}: no safetensors file",
-        "is the download complete? Pickle files are never taken, and never downloaded",
+        "give the folder with the model's safetensors files; pickle files are never taken",
     )
 
 

@@ -77,11 +77,7 @@ def _scattered_groups(checkpoint: Checkpoint, module: QuantizedModule) -> Tensor
     if info is None:
         return None
     g_idx = read_tensor(checkpoint, info.name)
-    weights = module.scheme.weights
-    columns = module.shape[1]
-    groups = weights.scale_count(1, columns)
-    is_scattered = permutation(g_idx, groups, weights.group_size or columns) is not None
-    return g_idx if is_scattered else None
+    return g_idx if permutation(module, g_idx) is not None else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
 from qtool.errors import RecipeRefused
-from qtool.formats import awq, compressed_tensors, fp8_block, gptq, modelopt, mxfp4, quark, torchao
+from qtool.formats import (
+    auto_round,
+    awq,
+    compressed_tensors,
+    fp8_block,
+    gptq,
+    modelopt,
+    mxfp4,
+    quark,
+    torchao,
+    unread,
+)
 from qtool.formats.config_fields import check_fields
 from qtool.formats.layout import (
     Detector,
@@ -76,18 +87,18 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
         contradict each other.
     """
     config = checkpoint.quantization_config
+    unread.check(checkpoint, config)
     if config is None:
         _check_unquantized(checkpoint)
         return None
-    for format in FORMATS.values():
-        if format.matches_config(config):
-            return _detect(format, checkpoint, config)
-    method = config.get("quant_method", "unnamed")
-    raise refused(
-        "E_QUANT_METHOD",
-        f"{checkpoint.path}: quantization method `{method}` is not one qtool reads",
-        f"it reads {', '.join(FORMATS)}",
-    )
+    layout = _understand(checkpoint, config)
+    if not layout.modules and layout.kv_cache is None:
+        raise refused(
+            "E_NOTHING_QUANTIZED",
+            f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
+            "the weights are not quantized: remove `quantization_config`",
+        )
+    return layout
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
@@ -103,12 +114,13 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
             )
 
 
-def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
-    """Return what ``format`` detects; what it trips over in ``config`` becomes a refusal."""
-    hint = "take config.json from the original"
+def _understand(checkpoint: Checkpoint, config: Json) -> Layout:
+    """Return what the format of ``config`` detects; what it trips over there becomes a refusal."""
+    hint = "compare it with the config.json of the original"
     try:
+        config = auto_round.in_words_of_format(config)
         check_fields(str(checkpoint.path), config)
-        layout = format.detect(checkpoint, config)
+        return _format_of(checkpoint, config).detect(checkpoint, config)
     except RecipeRefused as error:  # the scheme the config describes is none
         message = f"{checkpoint.path}: {error.message}"
         raise refused("E_QUANT_CONFIG", message, error.hint or hint) from error
@@ -118,13 +130,19 @@ def _detect(format: Detector, checkpoint: Checkpoint, config: Json) -> Layout:
             f"({type(error).__name__}: {error})"
         )
         raise refused("E_QUANT_CONFIG_TYPE", message, hint) from error
-    if not layout.modules and layout.kv_cache is None:
-        raise refused(
-            "E_NOTHING_QUANTIZED",
-            f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
-            "the weights are not quantized: remove `quantization_config`",
-        )
-    return layout
+
+
+def _format_of(checkpoint: Checkpoint, config: Json) -> Detector:
+    for format in FORMATS.values():
+        if format.matches_config(config):
+            return format
+    method = config.get("quant_method", "unnamed")
+    raise refused(
+        "E_QUANT_METHOD",
+        f"{checkpoint.path}: quantization method `{method}` is not one qtool reads",
+        f"it reads {', '.join((*FORMATS, *auto_round.METHODS[:1]))}; the tool that wrote the "
+        "checkpoint may load it",
+    )
 
 
 def read(checkpoint: Checkpoint, layout: Layout, name: str) -> QuantizedWeight:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json, JsonDict
+from qtool.formats.auto_round import LayerOptions, is_from_auto_round
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -51,7 +52,7 @@ def matches_config(config: Json) -> bool:
     """
     return (
         config.get("quant_method") == "awq"
-        or _version(config) == "gemm"
+        or _named_version(config) == "gemm"
         or ("w_bit" in config and "quant_method" not in config)
     )
 
@@ -71,9 +72,13 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     if config.get("quant_method") == "gptq":
         warnings.append("the config says gptq and the tensors are AWQ gemm: engines misread it")
     skipped = config.get("modules_to_not_convert") or []
+    single = LayerOptions(config) if is_from_auto_round(config) else None
     for parts in modules_of(checkpoint):
         if parts.tensors.keys() & {"qweight", "qzeros", "scales"}:
-            modules[parts.name] = _module(parts, config)
+            options = single.options(parts.name) if single else config
+            modules[parts.name] = _module(parts, {} if options is None else options)
+            if options is None:
+                warnings.append(f"`{parts.name}` is quantized and the config leaves it out")
             if any(entry in parts.name for entry in skipped):
                 warnings.append(f"`{parts.name}` is quantized and modules_to_not_convert names it")
     return Layout("awq", modules, None, tuple(warnings))
@@ -204,12 +209,13 @@ def fallbacks() -> tuple[str, ...]:
 
 
 def _version(config: Json) -> str:
-    return str(
-        config.get("checkpoint_format")
-        or config.get("format")
-        or config.get("version")
-        or ("gemm" if "w_bit" in config else "")
-    ).lower()
+    """Return the layout; `gemm` where none is named, as transformers, vLLM and SGLang take it."""
+    return _named_version(config) or "gemm"
+
+
+def _named_version(config: Json) -> str:
+    named = config.get("checkpoint_format") or config.get("format") or config.get("version")
+    return str(named or "").lower()
 
 
 def _module(parts: Parts, config: Json) -> QuantizedModule:

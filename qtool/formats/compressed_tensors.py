@@ -31,7 +31,7 @@ from qtool.formats.layout import (
     shared_unsupported_reason,
 )
 from qtool.formats.patterns import Names
-from qtool.modules import has_key_scales
+from qtool.modules import has_key_scales, stays_unquantized
 from qtool.scheme import SCHEMES, Activations, Weights
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
             module_group = group or _only_group(groups, checkpoint, parts)
             warnings += _quantized_warnings(parts, group, ignored)
             modules[parts.name] = reader.read(parts, module_group)
-        elif warning := _unquantized_warning(parts, group, ignored):
+        elif warning := _unquantized_warning(parts, targets, ignored):
             warnings.append(warning)
     rotates_inputs = has_online_transforms(config)
     if rotates_inputs:
@@ -91,7 +91,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     from qtool.formats.packing import permutation, reorder
     from qtool.weight import QuantizedWeight, uneven_block
 
-    weights, (rows, columns) = module.scheme.weights, module.shape
+    weights, rows = module.scheme.weights, module.shape[0]
     data, zero = _read_codes(module, tensors)
     scale, scale2 = _read_scales(module, tensors)
     if weights.granularity in ("tensor", "channel"):
@@ -99,8 +99,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
         zero = None if zero is None else zero.reshape(-1, 1).expand(rows, 1).contiguous()
     perm = None
     if "weight_g_idx" in tensors:
-        group_size = weights.group_size or columns
-        perm = permutation(tensors["weight_g_idx"], scale.shape[1], group_size)
+        perm = permutation(module, tensors["weight_g_idx"])
     return QuantizedWeight(
         data if perm is None else reorder(data, perm),
         scale,
@@ -194,15 +193,18 @@ def _quantized_warnings(parts: Parts, group: Group | None, ignored: Names) -> It
         yield f"`{parts.name}` is quantized and the config does not target it"
 
 
-def _unquantized_warning(parts: Parts, group: Group | None, ignored: Names) -> str:
+def _unquantized_warning(parts: Parts, targets: Targets, ignored: Names) -> str:
     if "weight_scale" in parts:
         return (
             f"`{parts.name}` has scales and a plain {parts['weight'].dtype} weight: its "
             "quantization is only simulated"
         )
-    if group is None or parts.name in ignored or "embed" in parts.name:
+    if targets.group_of(parts.name) is None or parts.name in ignored:
         return ""
     if "weight" not in parts or len(parts["weight"].shape) != 2:
+        return ""
+    # no engine quantizes these where only their class is a target
+    if stays_unquantized(parts.name) and not targets.names(parts.name):
         return ""
     return f"`{parts.name}` is a target of the config and is stored as {parts['weight'].dtype}"
 

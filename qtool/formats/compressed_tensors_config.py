@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import PER_HEAD, QuantizedModule, by_scheme, refused
 from qtool.formats.patterns import Names, config_patterns
-from qtool.modules import is_head
+from qtool.modules import is_embedding, is_expert, is_head
 from qtool.scheme import FORMAT_BITS, Activations, Format, Scheme, Weights, number_format
 
 VERSION = "0.19.0"  # from 0.18 on, codes of 3, 5, 6 and 7 bits are packed densely
 ACT_ORDER_VERSION = "0.18.0"  # the last that takes a g_idx
 CLASS = "Linear"  # a target that means every linear layer
+EMBEDDING = "Embedding"
+EXPERTS = "Experts"
 SCALE_DTYPE = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 SPARSE_FORMATS = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")
 KV_CACHE = Activations("fp8", "tensor", dynamic=False)
@@ -72,11 +74,40 @@ class Targets:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._by_name = _targets_by_name(groups)
-        self._by_class = next((group for group in groups if CLASS in group.targets), None)
+        self._by_class: dict[str, Group] = {}
+        for group in groups:
+            for target in group.targets:
+                self._by_class.setdefault(class_of_target(target), group)
 
     def group_of(self, name: str) -> Group | None:
         """Return the group of the layer ``name``: by name, else by class."""
-        return next((group for names, group in self._by_name if name in names), self._by_class)
+        by_name = next((group for names, group in self._by_name if name in names), None)
+        return by_name or next(filter(None, map(self._by_class.get, classes_of(name))), None)
+
+    def names(self, name: str) -> bool:
+        """Whether a target names the layer ``name``, so that its class does not matter."""
+        return any(name in names for names, _ in self._by_name)
+
+
+def class_of_target(target: str) -> str:
+    """Return the class of modules that ``target`` means, `CLASS`, `EMBEDDING` or `EXPERTS`; empty
+    for a name.
+
+    Classes of engines and of transformers have these words in their names, e.g. ``RoutedExperts``,
+    ``Qwen3MoeExperts``, ``VocabParallelEmbedding``, ``QKVParallelLinear``.
+    """
+    if "." in target or target.startswith("re:") or not target[:1].isupper():
+        return ""
+    if EXPERTS in target or "MoE" in target or "Moe" in target:
+        return EXPERTS
+    return next((each for each in (EMBEDDING, CLASS) if each in target), "")
+
+
+def classes_of(name: str) -> tuple[str, ...]:
+    """Return the classes of the module ``name``, as far as its name tells: its own first."""
+    if is_embedding(name):
+        return (EMBEDDING,)
+    return (EXPERTS, CLASS) if is_expert(name) else (CLASS,)
 
 
 def check_dense(config: Json, where: object) -> None:
@@ -210,7 +241,7 @@ def _targets_by_name(groups: Sequence[Group]) -> list[tuple[Names, Group]]:
     """
     exact, patterns = [], []
     for index, group in enumerate(groups):
-        names = [target for target in group.targets if target != CLASS]
+        names = [target for target in group.targets if not class_of_target(target)]
         exact.append((Names(name for name in names if not name.startswith("re:")), group))
         patterns += [(name, index) for name in names if name.startswith("re:")]
     compiler = config_patterns()

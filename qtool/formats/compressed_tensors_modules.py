@@ -7,15 +7,28 @@ Source: compressed-tensors 0.19, `quantization/quant_args.py`, `compressors/`.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Hashable
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.formats.compressed_tensors_config import Arguments, Group
-from qtool.formats.layout import Parts, QuantizedModule, block_size, group_size, refused
+from qtool.formats.layout import (
+    TRUNCATED,
+    Parts,
+    QuantizedModule,
+    block_size,
+    group_size,
+    refused,
+)
 from qtool.scheme import Activations, Granularity, ScaleFormat, Scheme, Weights
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
+NUMBERS = {  # dtype -> its letter in `struct`
+    **{"I64": "q", "I32": "i", "I16": "h", "I8": "b"},
+    **{"U64": "Q", "U32": "I", "U16": "H", "U8": "B"},
+    **{"F64": "d", "F32": "f", "F16": "e", "BF16": "f"},
+}
 SCALE_DTYPES = {"e4m3": ("F8_E4M3",), "e8m0": ("U8", "F8_E8M0"), "float": FLOATS}
 
 
@@ -63,8 +76,8 @@ def _module(checkpoint: Checkpoint, parts: Parts, group: Group) -> QuantizedModu
 
 
 def _packed_shape(checkpoint: Checkpoint, parts: Parts, args: Arguments) -> tuple[int, int]:
-    """Return (N, K) of an integer matrix packed along K; 16 bytes of ``weight_shape`` are read only
-    where the header leaves K open.
+    """Return (N, K) of an integer matrix packed along K; ``weight_shape`` is read only where the
+    header leaves K open.
     """
     bits, group = args.bits, args.group_size
     rows, words = parts.matrix("weight_packed", "I32")
@@ -72,8 +85,7 @@ def _packed_shape(checkpoint: Checkpoint, parts: Parts, args: Arguments) -> tupl
     columns = words * 32 // bits
     if 32 % bits == 0 and group and len(scale.shape) == 2 and columns == scale.shape[1] * group:
         return rows, columns
-    data = checkpoint.read(parts["weight_shape"].name)
-    shape = int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
+    shape = _stored_shape(checkpoint, parts)
     dense, padded = math.ceil(shape[1] * bits / 32), math.ceil(shape[1] / (32 // bits))
     if shape[0] != rows or words not in (dense, padded):
         raise parts.misfit(
@@ -82,6 +94,22 @@ def _packed_shape(checkpoint: Checkpoint, parts: Parts, args: Arguments) -> tupl
             code="E_WEIGHT_SHAPE",
         )
     return shape
+
+
+def _stored_shape(checkpoint: Checkpoint, parts: Parts) -> tuple[int, int]:
+    """Return the two numbers in ``weight_shape``, whatever its dtype."""
+    tensor = parts["weight_shape"]
+    data = checkpoint.read(tensor.name)
+    if tensor.count != 2 or tensor.dtype not in NUMBERS:
+        raise parts.misfit("weight_shape", "two numbers", code="E_WEIGHT_SHAPE")
+    if len(data) != tensor.size_bytes:
+        raise refused("E_TRUNCATED", f"{tensor.file} ends inside `{tensor.name}`", TRUNCATED)
+    if tensor.dtype == "BF16":  # the upper half of an f32
+        data = b"\0\0" + data[:2] + b"\0\0" + data[2:]
+    rows, columns = struct.unpack(f"<2{NUMBERS[tensor.dtype]}", data)
+    if not all(number >= 1 and float(number).is_integer() for number in (rows, columns)):
+        raise parts.misfit("weight_shape", f"two whole numbers, found {[rows, columns]}")
+    return int(rows), int(columns)
 
 
 def _weights(parts: Parts, args: Arguments, shape: tuple[int, int]) -> Weights:

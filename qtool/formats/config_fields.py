@@ -13,6 +13,7 @@ from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import refused
 
 MAX_BITS = 32
+BY_NAME = ("dynamic", "extra_config", "quantized_layers")  # their keys are names of layers
 OTHER_PARTS = ("sparsity_config", "transform_config")  # their fields mean something else
 
 
@@ -28,7 +29,7 @@ def check_fields(where: str, config: Json) -> None:
                 "E_QUANT_CONFIG",
                 f"{where}: `{key}` of its quantization config is {reprlib.repr(value)}, and must "
                 f"be {wanted}",
-                "take config.json from the original",
+                "compare it with the config.json of the original",
             )
 
 
@@ -42,7 +43,9 @@ def _fields(config: Json) -> Iterator[tuple[str, object]]:
         for key, value in part.items():
             if key in FIELDS:
                 yield key, value
-            if key not in OTHER_PARTS:
+            if key in BY_NAME and isinstance(value, Mapping):
+                parts += value.values()
+            elif key not in OTHER_PARTS:
                 parts.append(value)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json, JsonDict
+from qtool.formats.auto_round import LayerOptions, is_from_auto_round
 from qtool.formats.layout import (
     SCALE_DTYPES,
     Layout,
@@ -68,16 +69,16 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
             f"{checkpoint.path}: GPTQ packed in {config['pack_dtype']} is not read; int32 is",
             "quantize the original again",
         )
-    dynamic = _Dynamic(config)
+    single = LayerOptions(config) if is_from_auto_round(config) else _Dynamic(config)
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         if not parts.tensors.keys() & {"qweight", "qzeros", "scales", "g_idx"}:
             continue
-        options = dynamic.options(parts.name)
+        options = single.options(parts.name)
         modules[parts.name] = module = _module(parts, {} if options is None else options, variant)
         if options is None:
-            warnings.append(f"`{parts.name}` is quantized and `dynamic` leaves it out")
+            warnings.append(f"`{parts.name}` is quantized and the config leaves it out")
         elif options.get("bits", module.scheme.weights.bits) != module.scheme.weights.bits:
             warnings.append(
                 f"`{parts.name}` has {module.scheme.weights.bits} bits and the config says "
@@ -104,7 +105,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     scale = tensors["scales"].T.contiguous()
     perm = None
     if "g_idx" in tensors:
-        perm = permutation(tensors["g_idx"], scale.shape[1], weights.group_size or columns)
+        perm = permutation(module, tensors["g_idx"])
     return QuantizedWeight(
         data if perm is None else reorder(data, perm),
         scale,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
+TRUNCATED = "the file is shorter than its header says: download or copy it again"
 PER_HEAD = " per head"  # behind the format of a KV cache whose scales are one for each head
 
 
@@ -146,7 +147,9 @@ class Parts:
                 f"`{self.name}` is quantized and its tensor `{self.name}.{suffix}` is missing "
                 f"(found: {found})"
             )
-            raise refused("E_MISSING_TENSOR", message, "download or export the checkpoint again")
+            raise refused(
+                "E_MISSING_TENSOR", message, "take config.json and all weights from one export"
+            )
         return self.tensors[suffix]
 
     def matrix(self, suffix: str, *dtypes: str) -> tuple[int, int]:
@@ -281,7 +284,7 @@ def check_skipped(unquantized: Sequence[str], modules: Sequence[QuantizedModule]
 def refused(
     code: str,
     message: str,
-    hint: str = "config and tensors are not of one export: download or export it again",
+    hint: str = "config and tensors do not fit each other: take both from one export",
 ) -> CheckpointRefused:
     """Return the error for a checkpoint whose parts do not fit together."""
     return CheckpointRefused(code, message, hint=hint)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.formats.layout import QuantizedModule, refused
+from qtool.formats.layout import TRUNCATED, QuantizedModule, refused
 from qtool.name_map import LinearWeight
 from qtool.weight import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 
@@ -28,6 +28,7 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
+NO_GROUP = -1  # in a g_idx that is stored and not used
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -49,7 +50,11 @@ def read_stored(info: TensorInfo) -> Tensor:
         while done < info.size_bytes:
             count = file.readinto(view[done:])
             if not count:
-                raise refused("E_TRUNCATED", f"{info.file} ends inside `{info.name}`")
+                raise refused(
+                    "E_TRUNCATED",
+                    f"{info.file} ends inside `{info.name}`",
+                    TRUNCATED,
+                )
             done += count
     return data.view(dtype).reshape(info.shape)
 
@@ -66,7 +71,11 @@ def expert_matrix(stack: Tensor, linear: LinearWeight) -> Tensor:
 def torch_dtype(info: TensorInfo) -> torch.dtype:
     """Return torch's name of the dtype; CheckpointRefused when it has none."""
     if info.dtype not in TORCH_DTYPES:
-        raise refused("E_DTYPE", f"`{info.name}` is {info.dtype}, which qtool does not read")
+        raise refused(
+            "E_DTYPE",
+            f"`{info.name}` is {info.dtype}, which qtool does not read",
+            "the tool that wrote the checkpoint may load it",
+        )
     return TORCH_DTYPES[info.dtype]
 
 
@@ -220,18 +229,25 @@ def groups_of_inputs(columns: int, size: int, perm: Tensor | None) -> Tensor:
     )
 
 
-def permutation(g_idx: Tensor, groups: int, size: int) -> Tensor | None:
+def permutation(module: QuantizedModule, g_idx: Tensor) -> Tensor | None:
     """Return the order that sorts inputs by group, int32 [K]; None when they are in order already.
 
-    ``g_idx`` [K] is the group of each input, one of ``groups``, each of ``size``. Raises:
-    CheckpointRefused, when it is something else.
+    ``g_idx`` [K] is the group of each input of ``module``; only -1 means that they are in order,
+    as in compressed-tensors and vLLM. Raises: CheckpointRefused, when it is something else.
     """
     columns = g_idx.numel()
-    if groups == 1 or torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // size):
+    groups = module.scheme.weights.scale_count(1, module.shape[1])
+    size = module.scheme.weights.group_size or module.shape[1]
+    if groups == 1 or bool((g_idx == NO_GROUP).all()):
+        return None
+    if torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // size):
         return None
     in_range = bool(((g_idx >= 0) & (g_idx < groups)).all())
     if not in_range or not bool((torch.bincount(g_idx.long(), minlength=groups) == size).all()):
         raise refused(
-            "E_G_IDX", f"g_idx does not put {size} of {columns} inputs into each of {groups} groups"
+            "E_G_IDX",
+            f"`{module.name}`: g_idx does not put {size} of {columns} inputs into each of "
+            f"{groups} groups",
+            "quantize the 16-bit model again: the weights cannot be told from such a g_idx",
         )
     return torch.argsort(g_idx, stable=True).to(torch.int32)

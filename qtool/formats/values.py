@@ -121,7 +121,8 @@ def damaged(message: str) -> CheckpointRefused:
     return CheckpointRefused(
         "E_VALUES",
         message,
-        hint="the weights are damaged: download the checkpoint or quantize the model again",
+        hint="no quantization ends in such numbers: compare the files' digests with those of their "
+        "source, or quantize the 16-bit model again",
     )
 
 
@@ -263,6 +264,8 @@ class _ScaleCheck:
 
 def _group_problem(words: Words, groups: int) -> str | None:
     low, high = int(words.min()), int(words.max())
+    if low == high == -1:  # stored and not used
+        return None
     return (
         f"names the groups {low}..{high} and there are {groups}"
         if low < 0 or high >= groups

@@ -317,7 +317,7 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
             "E_TENSORS",
             f"{skeleton.checkpoint.path} lacks the weights of {len(missing)} experts or parts of "
             f"them, e.g. {missing[0]}",
-            hint="download or export the checkpoint again",
+            hint="take config.json and all weights from one export",
         )
 
 

@@ -53,7 +53,7 @@ def llama() -> Model:
         **SIZES,
     }
     shapes = _language_model(lambda layer: {f"mlp.{kind}": shape for kind, shape in MLP.items()})
-    return config, _random(shapes)
+    return config, random_tensors(shapes)
 
 
 def qwen3_moe() -> Model:
@@ -82,7 +82,7 @@ def qwen3_moe() -> Model:
     for layer in range(2):
         for kind in ("q_norm", "k_norm"):
             shapes[f"model.layers.{layer}.self_attn.{kind}.weight"] = (64,)
-    return config, _random(shapes)
+    return config, random_tensors(shapes)
 
 
 def deepseek_v4() -> Model:
@@ -125,7 +125,7 @@ def deepseek_v4() -> Model:
         "layers.1.attn.indexer.wq_b.weight": (128, 128),
         "layers.1.ffn.gate.bias": (4,),
     }
-    tensors = _random(shapes)
+    tensors = random_tensors(shapes)
     experts_of_token = torch.arange(1024).reshape(512, 2) % 4
     return config, {**tensors, "layers.0.ffn.gate.tid2eid": experts_of_token}
 
@@ -185,7 +185,7 @@ def _language_model(
     return shapes
 
 
-def _random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return bf16 tensors of ``shapes``: ones for norms, and random matrices."""
     generator = torch.Generator().manual_seed(0)
     return {
