@@ -95,6 +95,13 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_GPTQ_GROUP": (of(Gptq(group=16)), {}),
     "E_ENGINE_AWQ_KEYS": (lambda folder: build(folder, without(Awq(), "zero_point")), {}),
     "W_ENGINE_AWQ_GROUP": (of(Awq(16)), {}),
+    "E_ENGINE_AUTO_ROUND_NAME": (of(Gptq(quant_method="intel/auto-round")), {}),
+    "E_ENGINE_PACKING": (of(Gptq(quant_method="auto-round", packing_format="auto_round:gptq")), {}),
+    "N_ENGINE_AUTO_ROUND": (of(Gptq(quant_method="auto-round")), {}),
+    "E_ENGINE_EMBEDDING": (
+        of(packed(symmetric=False), shapes=MODEL | {"model.embed_tokens": (512, 256)}),
+        {},
+    ),
     "E_ENGINE_MODELOPT_ALGORITHM": (of(ModelOpt("MXFP4")), {}),
     "E_ENGINE_MODELOPT_LAYER": (of(mixed_precision("W4A16_AWQ")), {}),
     "E_ENGINE_MODELOPT_SIDECAR": (of(ModelOpt("MXFP8"), sidecar=True), {}),

@@ -11,6 +11,8 @@ from typing import cast
 
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
+from qtool.formats.auto_round import is_auto_round
+from qtool.formats.unread import method_of
 from qtool.inspection.engines.config_values import as_int, as_list, as_mapping, as_word
 from qtool.inspection.engines.layers import Fused, Linear, Partition, partition
 from qtool.inspection.engines.name_matching import MatchName, NameMatch
@@ -18,6 +20,7 @@ from qtool.inspection.engines.rule_inputs import (
     Agreement,
     CheckpointInputs,
     Container,
+    DataType,
     Format,
     GroupInputs,
     ModuleInputs,
@@ -50,13 +53,16 @@ def collect_checkpoint(
 ) -> CheckpointInputs:
     """Return the inputs of ``checkpoint`` on ``ranks`` GPUs of architecture ``gpu``."""
     config = _Config(checkpoint.quantization_config or {})
+    method = config.method or _unnamed_method(checkpoint, config, layout)
     cache_scheme = as_mapping(config.nested.get("kv_cache_scheme"))
     cache_heads = cache_head_count(checkpoint)
     return CheckpointInputs(
-        quant_method=config.method or _unnamed_method(config, layout),
-        readable=layout is not None or not config.config,
+        quant_method=method,
+        readable=layout is not None or method is None,
         format=cast(Format, layout.format) if layout else None,
         algorithm=as_word(config.nested.get("quant_algo")).upper() or None,
+        packing=as_word(config.config.get("packing_format")) or None,
+        data_type=config.data_type,
         sidecar=bool(config.config) and not _is_in_config_json(checkpoint),
         config_keys=frozenset(config.nested),
         weight_keys=config.weight_keys,
@@ -226,6 +232,15 @@ class _Config:
         return None
 
     @property
+    def data_type(self) -> DataType | None:
+        """The family of AutoRound's ``data_type``; None for other methods."""
+        if not is_auto_round(self.config):
+            return None
+        named = as_word(self.config.get("data_type")) or "int"
+        families: tuple[DataType, ...] = ("mx_fp", "nv_fp", "fp", "int")
+        return next((family for family in families if named.startswith(family)), "other")
+
+    @property
     def weight_keys(self) -> frozenset[str]:
         arguments = (as_mapping(group.get(key)) for group in self.groups for key in ARGUMENTS)
         return frozenset(key for mapping in arguments for key in mapping)
@@ -272,9 +287,12 @@ class _Config:
         return frozenset(place for place in locations if not place.startswith("weight_"))
 
 
-def _unnamed_method(config: _Config, layout: Layout | None) -> str | None:
+def _unnamed_method(checkpoint: Checkpoint, config: _Config, layout: Layout | None) -> str | None:
     if layout:
         return layout.format
+    method = method_of(checkpoint, checkpoint.quantization_config)
+    if method:
+        return method.name
     return "unnamed" if config.config else None
 
 

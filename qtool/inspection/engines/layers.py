@@ -10,7 +10,15 @@ from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.engines.rule_inputs import Axis, Role, Stored
 from qtool.inspection.engines.rules import Strict, read_yaml
-from qtool.modules import expert_stack, is_head, is_linear, is_router, last_part, tower_of
+from qtool.modules import (
+    expert_stack,
+    is_embedding,
+    is_head,
+    is_linear,
+    is_router,
+    last_part,
+    tower_of,
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,8 @@ def _axes() -> Mapping[str, Axis]:
 def _role(name: str) -> Role:
     if is_head(name):
         return "head"
+    if is_embedding(name):
+        return "embedding"
     if is_router(name):
         return "router"
     if tower_of(name):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from qtool.formats.auto_round import LayerOptions, is_auto_round, is_float
 from qtool.formats.patterns import config_patterns
 from qtool.inspection.engines.config_values import as_int, as_list, as_mapping, as_strings
 from qtool.inspection.engines.layers import Linear
 from qtool.inspection.engines.names import compiled, matcher
-from qtool.inspection.engines.rule_inputs import Stored
+from qtool.inspection.engines.rule_inputs import Role, Stored
 from qtool.inspection.engines.rules import Matching
 from qtool.modules import layer_number
 from qtool.patterns import PatternCompiler
@@ -38,6 +39,15 @@ class NameMatch:
         return weights.format.startswith("int") and (weights.group_size or 0) not in group_sizes
 
 
+LINEAR_CLASSES = (
+    "columnparallellinear qkvparallellinear mergedcolumnparallellinear rowparallellinear "
+    "replicatedlinear"
+)
+ENGINE_CLASSES: Mapping[Role, str] = {  # none for heads, which no class reaches
+    **dict.fromkeys(("linear", "router", "tower"), LINEAR_CLASSES),
+    "expert": f"{LINEAR_CLASSES} routedexperts fusedmoe",
+    "embedding": "vocabparallelembedding",
+}
 MatchName = Callable[[Linear], NameMatch]
 PLAIN = NameMatch("plain")
 
@@ -49,6 +59,8 @@ def name_matching(matching: Matching | None, config: Mapping[str, object]) -> Ma
     """
     if matching is None:
         return _believe_tensors
+    if is_auto_round(config):
+        return _by_auto_round(config)
     if matching.blocks:
         return _by_blocks(config)
     if matching.experts:
@@ -68,6 +80,25 @@ def name_matching(matching: Matching | None, config: Mapping[str, object]) -> Ma
 def _believe_tensors(linear: Linear) -> NameMatch:
     """Return the match of an engine that looks at the tensors, not at names."""
     return NameMatch(linear.stored)
+
+
+def _by_auto_round(config: Mapping[str, object]) -> MatchName:
+    """Return the function for AutoRound's words: the output head only where it has options of its
+    own, all other layers as these or the config say.
+    """
+    single = LayerOptions(config)
+    extra = as_mapping(config.get("extra_config"))
+
+    def match_name(linear: Linear) -> NameMatch:
+        is_left_out = linear.role in ("router", "tower") and linear.stored == "plain"
+        if is_left_out or (linear.role == "head" and linear.name not in extra):
+            return PLAIN
+        options = single.options(linear.name)
+        if options is None:
+            return PLAIN
+        return NameMatch("quantized") if is_float(config) else _match_of_numbers(options)
+
+    return match_name
 
 
 def _by_blocks(config: Mapping[str, object]) -> MatchName:
@@ -147,8 +178,13 @@ class _Target:
     """A target of a config group, and what its layers are."""
 
     matches: Callable[[str], bool]
-    is_class: bool
+    """Whether it is or describes a name."""
+    target: str
     found: NameMatch
+
+    def has_class_of(self, linear: Linear) -> bool:
+        """Whether it stands in the name of the class that engines have for ``linear``."""
+        return self.target.lower() in ENGINE_CLASSES.get(linear.role, "")
 
 
 def _by_list(
@@ -168,9 +204,7 @@ def _first_target(linear: Linear, targets: Sequence[_Target]) -> _Target | None:
         for target in targets:
             if target.matches(name):
                 return target
-    if linear.role == "head":
-        return None
-    return next((target for target in targets if target.is_class), None)
+    return next((target for target in targets if target.has_class_of(linear)), None)
 
 
 @dataclass(frozen=True)
@@ -216,7 +250,7 @@ def _targets(config: Mapping[str, object]) -> list[_Target]:
         if weights:
             match = _match_of_weights(weights)
             found += [
-                _Target(matcher(("exact", "regex"), [target]), target == "Linear", match)
+                _Target(matcher(("exact", "regex"), [target]), target, match)
                 for target in as_strings(group.get("targets"))
             ]
     return found

@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 Scope = Literal["checkpoint", "module", "group"]
 Stored = Literal["quantized", "plain"]
 Axis = Literal["rows", "columns"]
-Role = Literal["linear", "expert", "router", "head", "tower"]
+Role = Literal["linear", "expert", "router", "head", "tower", "embedding"]
 Weight = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 Format = Literal[
@@ -20,6 +20,7 @@ Format = Literal[
 ]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 Container = Literal["packed", "int8", "float8", "other"]
+DataType = Literal["int", "fp", "mx_fp", "nv_fp", "other"]
 Agreement = Literal["equal", "differ"]
 
 
@@ -33,6 +34,10 @@ class CheckpointInputs:
     format: Format | None
     algorithm: str | None
     """ModelOpt's ``quant_algo``."""
+    packing: str | None
+    """AutoRound's ``packing_format``."""
+    data_type: DataType | None
+    """The family of AutoRound's ``data_type``."""
     sidecar: bool
     """Whether the quantization config stands in a file beside config.json."""
     config_keys: frozenset[str]
