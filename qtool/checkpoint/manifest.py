@@ -16,11 +16,12 @@ MANIFEST_VERSION = 1
 STATE_FILE = "qtool-state.json"  # of a saved ModelOpt state, which has no manifest
 STATE_WEIGHTS = "model.safetensors"
 MAX_DIFFERENCES = 100  # that are said one by one
+DOCUMENTATION = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
 class ManifestCheck:
-    """The files of a folder, compared with its manifest."""
+    """The files of a folder, compared with its manifest: all but the documentation."""
 
     files: int
     """How many files the manifest lists."""
@@ -107,14 +108,23 @@ def check_manifest(
 ) -> ManifestCheck:
     """Compare the files of ``folder`` with its manifest.
 
+    Documentation may differ: people edit a model card and add pictures, and no engine reads them.
+
     Args:
         folder: a checkpoint that has a manifest.
         read_data: whether digests are compared, or names and sizes only.
         stop: once it is set, reading ends and the result is useless.
     Raises: CheckpointRefused, when there is no manifest or it cannot be read.
     """
-    listed: Mapping[str, Mapping[str, object]] = read_manifest(folder)["files"]
-    present = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+    files_listed: Mapping[str, Mapping[str, object]] = read_manifest(folder)["files"]
+    listed = {
+        name: entry for name, entry in files_listed.items() if not _is_documentation_name(name)
+    }
+    present = {
+        path.name: path
+        for path in folder.iterdir()
+        if path.name != MANIFEST and not _is_documentation(path)
+    }
     files = [path for name, path in present.items() if name in listed and path.is_file()]
     digests = digest_files(files, stop=stop) if read_data else {}
     changed = [
@@ -134,16 +144,33 @@ def check_manifest(
 
 def written_files(folder: Path) -> set[str]:
     """Return the names of the files in ``folder`` that qtool wrote, by its manifest or as a saved
-    state.
+    state; a model card that somebody has edited is not one of them.
     """
     try:
         if has_manifest(folder):
-            return {MANIFEST, *read_manifest(folder)["files"]}
+            files = read_manifest(folder)["files"]
+            edited = {name for name in files if is_edited(folder / name, files[name])}
+            return {MANIFEST, *files} - edited
         if is_there(folder / STATE_FILE) and "state_version" in read_json(folder / STATE_FILE):
             return {STATE_FILE, STATE_WEIGHTS}
     except CheckpointRefused:
         pass  # nothing shows that qtool wrote them
     return set()
+
+
+def is_edited(path: Path, entry: Mapping[str, object]) -> bool:
+    """Whether ``path`` is documentation that is not what ``entry`` of the manifest describes."""
+    if not _is_documentation(path):
+        return False
+    return not _has_size(path, entry) or digest_files([path])[path.name] != entry
+
+
+def _is_documentation_name(name: str) -> bool:
+    return Path(name).suffix.lower() in DOCUMENTATION
+
+
+def _is_documentation(path: Path) -> bool:
+    return _is_documentation_name(path.name) and path.is_file()
 
 
 def _has_size(path: Path, entry: Mapping[str, object]) -> bool:

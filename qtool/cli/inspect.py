@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +20,9 @@ from qtool.cli.options import (
 from qtool.cli.output import show
 from qtool.errors import ResourceError, UsageError
 
+if TYPE_CHECKING:
+    from qtool.inspection import Inspection
+
 
 def inspect(
     model_path: ModelPath,
@@ -30,7 +32,8 @@ def inspect(
     deep: Annotated[
         bool,
         typer.Option(
-            "--deep", help="Read all data: bad values, saturation, dead channels, scales, digests."
+            "--deep",
+            help="Read all data: saturation, dead channels, scales; 3 when it is damaged.",
         ),
     ] = False,
     verify: Annotated[
@@ -72,7 +75,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint holds, whether its numbers are sound, and where it will load; exit
-    code 3 when it will not, or when its data is damaged.
+    code 3 when it will not, or when it is damaged.
     """
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
@@ -84,8 +87,9 @@ def inspect(
         _check_unused(engine_version, gpu, tensor_parallel)
     if html:
         _check_writable(html)
+    folder = resolve_model(model_path, revision=revision)
     found = run(
-        open_checkpoint(resolve_model(model_path, revision=revision)),
+        open_checkpoint(folder),
         deep=deep,
         verify=verify,
         against=open_checkpoint(resolve_model(against)) if against else None,
@@ -97,8 +101,8 @@ def inspect(
     if html:
         _write_html(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
-    _check_damage(found.damage)
-    if (found.engine and not found.engine.loads) or (found.manifest and not found.manifest.matches):
+    _check_damage(found, folder)
+    if found.engine and not found.engine.loads:
         raise typer.Exit(3)
 
 
@@ -113,13 +117,17 @@ def _write_html(file: Path, page: str) -> None:
         raise
 
 
-def _check_damage(damage: Sequence[str]) -> None:
-    """Raise CheckpointRefused when the data is damaged."""
-    if damage:
+def _check_damage(found: Inspection, folder: Path) -> None:
+    """Raise CheckpointRefused when the data of ``folder`` is damaged, or its files are not those
+    of its manifest; the list of damage has been shown.
+    """
+    if found.bad_values:
         from qtool.formats import damaged
 
-        more = f" and {len(damage) - 1} more" if damage[1:] else ""
-        raise damaged(f"{damage[0]}{more}")
+        more = f" (and {len(found.damage) - 1:,} more)" if found.damage[1:] else ""
+        raise damaged(f"{found.bad_values[0]}{more}")
+    if found.manifest and not found.manifest.matches:
+        raise found.manifest.refusal(folder)
 
 
 def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:

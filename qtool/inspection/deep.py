@@ -92,7 +92,7 @@ def _numbers(checkpoint: Checkpoint, layout: Layout, name: str) -> ModuleNumbers
     scale = weight.scale[stored].float().abs()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[stored].abs()[:, None]
-    scale = scale[scale.isfinite()]  # `check_values` warns of others
+    scale = scale[scale.isfinite()]  # others are damage, by `check_values`
     exponents, counts = torch.unique(scale[scale > 0].log2().floor().int(), return_counts=True)
     return ModuleNumbers(
         name=name,

@@ -82,13 +82,20 @@ class Inspection:
     deep: DeepReport | None = None
     """The numbers of the data, when asked for."""
     manifest: ManifestCheck | None = None
-    """The comparison of the files with the manifest, when asked for."""
+    """The comparison of the files with the manifest, when they were read and there is one."""
     against: Comparison | None = None
     """The comparison with another checkpoint, when asked for."""
-    damage: tuple[str, ...] = ()
-    """Wrong values in the data, when it was read; the warnings have them too."""
+    bad_values: tuple[str, ...] = ()
+    """Values that no weight or scale may have, when the data was read: a sentence each."""
     engine: EngineReport | None = None
     """Whether an engine loads the checkpoint, when asked for."""
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """Why the checkpoint must not be used: bad values, and files that differ from the
+        manifest.
+        """
+        return (*self.bad_values, *(self.manifest.differences() if self.manifest else ()))
 
     @property
     def bits_per_weight(self) -> float:
@@ -143,8 +150,8 @@ def inspect(
 
     Args:
         checkpoint: the checkpoint to inspect.
-        deep: read all data; warn of NaN, infinity, bad scales and files that differ from the
-            manifest.
+        deep: read all data; NaN, infinity, impossible scales and files that differ from the
+            manifest, if there is one, are damage.
         verify: compare every file with the manifest, which must be there.
         against: a checkpoint to compare each linear layer with.
         engine: the engine to check whether ``checkpoint`` loads in.
@@ -161,14 +168,12 @@ def inspect(
     quantized = _quantized_rows(modules)
     unquantized = _unquantized_rows(checkpoint, layout)
     measured, compared = None, None
-    damage: list[str] = []
+    bad_values: list[str] = []
     if deep:
-        damage = formats.check_values(checkpoint, layout)
-        warnings += damage
+        bad_values = formats.check_values(checkpoint, layout)
         measured, compared = measure(checkpoint, layout)
     if verify and compared is None:
         compared = check_manifest(checkpoint.path)
-    warnings += compared.differences() if compared else []
     engine_report = None
     if engine:
         engine_report = check_engine(
@@ -194,8 +199,8 @@ def inspect(
         tied_embeddings=checkpoint.tied_embeddings,
         warnings=tuple(warnings),
         deep=measured,
-        manifest=compared if verify else None,
-        damage=tuple(damage),
+        manifest=compared,
+        bad_values=tuple(bad_values),
         against=compare(checkpoint, against) if against else None,
         engine=engine_report,
     )

@@ -44,13 +44,14 @@ def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]
         yield _tree(inspection.modules)
     if inspection.deep:
         yield from _deep(inspection.deep)
-    if inspection.manifest:
+    if inspection.manifest and not inspection.deep:  # which says the same
         yield _line(f"manifest: {inspection.manifest.summary()}")
     if inspection.against:
         yield from _against(inspection.against)
     if inspection.engine:
         yield from _engine(inspection.engine)
     yield from (_line(f"warning: {text}", style=STYLES["warning"]) for text in inspection.warnings)
+    yield from (_line(f"damage: {text}", style=STYLES["refused"]) for text in inspection.damage)
 
 
 def _line(text: str, style: str = "") -> Text:

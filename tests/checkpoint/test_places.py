@@ -139,6 +139,10 @@ FOREIGN_OUTPUTS = {
     "a file beside ours": {"qtool-manifest.json": '{"files": {"a": {}}}', "a": "x", "b": "x"},
     "a folder beside ours": {"qtool-manifest.json": '{"files": {"a": {}}}', "b/c": "x"},
     "a folder named as ours": {"qtool-manifest.json": '{"files": {"a": {}}}', "a/c": "x"},
+    "an edited card": {
+        "qtool-manifest.json": '{"files": {"README.md": {"size_bytes": 5}}}',
+        "README.md": "mine",
+    },
     "a link named as ours": {"qtool-manifest.json": '{"files": {"a": {}}}', "a": "-> /tmp"},
     "a state by name": {"qtool-state.json": "{}"},
     "a file beside a state": {"qtool-state.json": '{"state_version": 1}', "photo": "x"},
@@ -380,6 +384,7 @@ DIFFERENCES = {  # what is done to the folder -> the field that names it
     ),
     "missing": (lambda folder: (folder / "tokenizer.json").unlink(), "missing", "tokenizer.json"),
     "added": (lambda folder: (folder / "evil.jinja").write_text("x"), "added", "evil.jinja"),
+    "added folder named so": (lambda folder: (folder / "x.md").mkdir(), "added", "x.md"),
     "added folder": (lambda folder: (folder / "more").mkdir(), "added", "more"),
     "added fifo": (lambda folder: os.mkfifo(folder / "pipe"), "added", "pipe"),
     "a fifo instead": (
@@ -393,6 +398,8 @@ DIFFERENCES = {  # what is done to the folder -> the field that names it
 @pytest.mark.parametrize("case", DIFFERENCES)
 def test_what_differs_from_the_manifest_is_named(case, verified):
     (verified / ".cache").mkdir()  # of `hf download`
+    (verified / "README.md").write_text("# the card, edited\n![](speed.png)")
+    (verified / "speed.png").write_bytes(b"")
     assert check_manifest(verified).matches
     change, field, name = DIFFERENCES[case]
     change(verified)
@@ -422,22 +429,25 @@ def test_a_manifest_that_is_none_verifies_nothing(manifest, tiny_copy):
         check_manifest(tiny_copy)
 
 
-def test_inspect_verify_ends_with_3_when_a_file_differs(verified, tiny_model):
-    def verify(folder: Path) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", "qtool.cli", "inspect", "--verify", "--json"]
-        done = subprocess.run(
-            [*command, "--model-path", str(folder)], capture_output=True, text=True
-        )
-        return done.returncode, done.stdout, done.stderr
+def inspected(folder: Path, *options: str) -> tuple[int, dict, str]:
+    command = [sys.executable, "-m", "qtool.cli", "inspect", *options, "--json"]
+    done = subprocess.run([*command, "--model-path", str(folder)], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout), done.stderr
 
-    code, stdout, _ = verify(verified)
-    assert (code, json.loads(stdout)["manifest"]["matches"]) == (0, True)
+
+def test_inspect_verify_ends_with_3_when_a_file_differs(verified, tiny_model):
+    code, found, _ = inspected(verified, "--verify")
+    assert (code, found["manifest"]["matches"]) == (0, True)
     flip(verified / "model.safetensors")
     (verified / "added").write_text("x")
-    code, stdout, _ = verify(verified)
-    found = json.loads(stdout)
-    assert (code, found["manifest"]["changed"]) == (3, ["model.safetensors"])
-    assert found["manifest"]["added"] == ["added"]
-    assert len(found["warnings"]) == 2
-    code, stdout, _ = verify(tiny_model)
-    assert (code, json.loads(stdout)["error"]["code"]) == (3, "E_NO_MANIFEST")
+    for option in ("--verify", "--deep"):
+        code, found, stderr = inspected(verified, option)
+        assert (code, found["manifest"]["changed"]) == (3, ["model.safetensors"])
+        assert found["manifest"]["added"] == ["added"]
+        assert len(found["damage"]) == 2
+        assert "error[E_MANIFEST_DIFFERS]" in stderr
+        assert (
+            "model.safetensors is not the file that the manifest describes (and 1 more)" in stderr
+        )
+    code, found, _ = inspected(tiny_model, "--verify")
+    assert (code, found["error"]["code"]) == (3, "E_NO_MANIFEST")

@@ -41,6 +41,7 @@ def full() -> Inspection:
         against=differences(modules),
         engine=verdict(),
         warnings=warnings,
+        bad_values=("model.safetensors: `model.norm.weight` holds NaN or infinity",),
     )
 
 
@@ -129,6 +130,7 @@ def test_the_page_says_what_the_report_holds(full):
         "fp8",
         "not tied",
         *full.warnings,
+        *full.damage,
     ):
         assert text in reader.text
     for text in (

@@ -159,7 +159,7 @@ def test_digests_match_until_one_byte_is_flipped_and_then_its_file_is_named(samp
     ).output
     found = inspect(open_checkpoint(folder), deep=True)
     count = len(list(folder.iterdir())) - 1
-    assert (found.deep.digests, found.deep.changed, found.warnings) == (
+    assert (found.deep.digests, found.deep.changed, found.damage) == (
         f"all {count} files match the manifest",
         (),
         (),
@@ -174,8 +174,9 @@ def test_digests_match_until_one_byte_is_flipped_and_then_its_file_is_named(samp
     found = inspect(open_checkpoint(folder), deep=True)
     assert found.deep.digests == "the files are not those of the manifest: 1 changed, 1 missing"
     assert set(found.deep.changed) == {codes.file.name, "generation_config.json"}
-    assert f"{codes.file.name} is not the file that the manifest describes" in found.warnings
+    assert f"{codes.file.name} is not the file that the manifest describes" in found.damage
     assert found.deep.digests in printed(found)
+    assert printed(found).splitlines()[-1].startswith("damage: generation_config.json is in")
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_bad_values_come_with_the_numbers(with_nan):
     found = inspect(open_checkpoint(with_nan), deep=True)
     assert [
         warning
-        for warning in found.warnings
+        for warning in found.damage
         if "`model.layers.3.mlp.up_proj.weight_scale` holds NaN or infinity" in warning
     ]
     assert (len(found.deep.modules), found.deep.digests) == (
