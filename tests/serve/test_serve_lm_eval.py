@@ -4,65 +4,21 @@ dequantized model in transformers.
 
 from __future__ import annotations
 
-import json
-import os
-
 import httpx
 import pytest
 import torch
+from support.lm_eval_tasks import QUESTIONS, task_folder
 from transformers import AutoTokenizer
 
 from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
-QUESTIONS = [
-    ("import", [" os", " sys", " banana"], 0),
-    ("x = [1, 2]\nfor y", [" in", " while", " 7"], 0),
-    ("for i in", [" range", " def", " return"], 0),
-    ("try:\n    x = 1\nexcept", [" KeyError:", " def", " 日本"], 0),
-    ("return", [" self", " é🎉", " elif"], 0),
-]
-CHOICE = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-WRITE = """
-task: tiny_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[answer]}}}}"
-generation_kwargs: {{until: ["\\n\\n", ")"], max_gen_toks: 10, temperature: 0}}
-metric_list: [{{metric: exact_match}}]
-"""
 
 
 @pytest.fixture(scope="module")
 def evaluate(served, tmp_path_factory):
     """A function that runs the two tasks with lm-eval, and returns its results."""
-    folder = tmp_path_factory.mktemp("lm_eval")
-    data = folder / "questions.jsonl"
-    data.write_text(
-        "".join(
-            json.dumps({"question": question, "choices": choices, "answer": answer}) + "\n"
-            for question, choices, answer in QUESTIONS
-        )
-    )
-    for name, text in (("choice", CHOICE), ("write", WRITE)):
-        (folder / f"{name}.yaml").write_text(text.format(data=data, cache=folder / "cache"))
-    before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    os.environ.update(dict.fromkeys(before, "1"))
 
     def run(**model_args):
         import lm_eval
@@ -82,12 +38,8 @@ def evaluate(served, tmp_path_factory):
             bootstrap_iters=0,
         )
 
-    yield run
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with task_folder(tmp_path_factory.mktemp("lm_eval")) as folder:
+        yield run
 
 
 @pytest.fixture(scope="module")
