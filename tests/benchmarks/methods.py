@@ -1,10 +1,12 @@
-"""Run every method on the tiny model and measure what comes out: the table in recipes/README.md.
+"""Run every method on two models and measure what comes out: the table in recipes/README.md.
 
-    python tests/benchmarks/methods.py [--methods A,B] [--device cpu] [--results FILE.json] [--write
-    recipes/README.md]
+    python tests/benchmarks/methods.py [--models tiny,outliers] [--methods A,B] [--device cpu]
+    python tests/benchmarks/methods.py --write recipes/README.md
 
-Perplexity is that of the first 512 tokens of each text in evaluation.jsonl, on the checkpoint as it
-lies on disk: weights dequantized, inputs rounded as its activation format says.
+The first measures, and keeps what it finds in --results; the second writes the table. `tiny` is the
+bundled model, `outliers` what examples/outlier_model.py makes of it. Perplexity is that of the
+first 512 tokens of each text in evaluation.jsonl, on the checkpoint as it lies on disk: weights
+dequantized, inputs rounded as its activation format says.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from qtool.formats import detect
 from qtool.recipe import Recipe, catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples" / "tiny-python-llama"
+TINY = ROOT / "examples" / "tiny-python-llama"
+MODELS = ("tiny", "outliers")
+Results = dict[str, dict[str, Any]]  # model -> method -> what was measured
 START, END = "<!-- table: tests/benchmarks/methods.py -->", "<!-- end -->"
 
 
 def main() -> None:
     """Measure, print one line a method, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--methods", default="")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-samples", type=int, default=32)
@@ -40,7 +45,7 @@ def main() -> None:
         "--write", type=Path, help="replace the table in this file by the results so far"
     )
     arguments = parser.parse_args()
-    results: dict[str, Any] = (
+    results: Results = (
         json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     )
     if arguments.write:
@@ -52,36 +57,48 @@ def main() -> None:
         if "cpu" in recipe.runs_on or arguments.device != "cpu"
     ]
     texts = held_out()
-    if "bf16" not in results:
-        results["bf16"] = {
-            "perplexity": perplexity(load_dequantized(open_checkpoint(MODEL)), texts)
-        }
-    for name in names:
-        results[name] = measure(catalogue()[name], arguments, texts)
-        print(name, json.dumps(results[name]), flush=True)
-        arguments.results.write_text(json.dumps(results, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        for model in arguments.models.split(","):
+            path = model_folder(model, Path(folder))
+            found = results.setdefault(model, {})
+            if "bf16" not in found:
+                base = load_dequantized(open_checkpoint(path))
+                found["bf16"] = {"perplexity": perplexity(base, texts)}
+            for name in names:
+                found[name] = measure(path, catalogue()[name], arguments, texts)
+                print(model, name, json.dumps(found[name]), flush=True)
+                arguments.results.write_text(json.dumps(results, indent=1))
+
+
+def model_folder(model: str, folder: Path) -> Path:
+    """Return the folder of one of MODELS; those that must be made are put into ``folder``."""
+    if model == "tiny":
+        return TINY
+    script = ROOT / "examples" / "outlier_model.py"
+    subprocess.run([sys.executable, script, folder / model], check=True, stdout=sys.stderr)
+    return folder / model
 
 
 def held_out() -> list[list[int]]:
     """Return the token ids of every text in evaluation.jsonl."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    lines = (MODEL / "evaluation.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    lines = (TINY / "evaluation.jsonl").read_text().splitlines()
     return [tokenizer(json.loads(line)["text"])["input_ids"] for line in lines]
 
 
 def measure(
-    recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]]
+    model: Path, recipe: Recipe, arguments: argparse.Namespace, texts: list[list[int]]
 ) -> dict[str, Any]:
-    """Quantize the tiny model by one method; return seconds, bits per quantized weight and
+    """Quantize ``model`` by one method; return seconds, bits per quantized weight and
     perplexity, or the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         data = [
             "--calibration",
-            str(MODEL / "calibration.jsonl"),
+            str(TINY / "calibration.jsonl"),
             "--num-samples",
             str(arguments.num_samples),
         ]
@@ -92,7 +109,7 @@ def measure(
             "qtool.cli",
             "quantize",
             "--model-path",
-            str(MODEL),
+            str(model),
             "--method",
             recipe.name,
             "--output",
@@ -136,36 +153,44 @@ def load(checkpoint: Checkpoint) -> Any:
     return load_dequantized(checkpoint)
 
 
-def write_table(readme: Path, results: dict[str, Any]) -> None:
+def write_table(readme: Path, results: Results) -> None:
     """Put the results between the marks in ``readme``."""
-    base = results["bf16"]["perplexity"]
+    tiny, outliers = (results[model] for model in MODELS)
     rows = [
-        "| method | backend | scheme | bits a weight | seconds | perplexity | x bf16 |",
-        "|---|---|---|---|---|---|---|",
+        "| method | backend | scheme | bits a weight | seconds | perplexity | x bf16 | with "
+        "outliers | x bf16 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| (bf16) | | | 16 | | "
+        + " | ".join(f"{found['bf16']['perplexity']:.3f} | 1" for found in (tiny, outliers))
+        + " |",
     ]
-    rows.append(f"| (bf16) | | | 16 | | {base:.3f} | 1 |")
     for recipe in catalogue().values():
-        found = results.get(recipe.name)
         name = f"`{recipe.name}`" + (" (experimental)" if recipe.experimental else "")
         scheme = (recipe.scheme.name if recipe.scheme else "") + (
             f" + {recipe.kv_cache} KV" if recipe.kv_cache else ""
         )
-        if found is None or "error" in found:
-            rows.append(
-                f"| {name} | {recipe.backend} | {scheme} | | {'failed' if found else 'not run'} | "
-                "| |"
-            )
-            continue
-        seconds = f"{found['seconds']:.0f}" + (
-            "" if found.get("device", "cpu") == "cpu" else " (GPU)"
-        )
-        ratio = found["perplexity"] / base
-        rows.append(
-            f"| {name} | {recipe.backend} | {scheme} | {found['bits']:.2f} | {seconds} | "
-            f"{found['perplexity']:.3f} | {ratio:.3f} |"
-        )
+        bits, seconds = cost(tiny.get(recipe.name, {}))
+        quality = [shown(found, recipe.name) for found in (tiny, outliers)]
+        cells = [name, recipe.backend, scheme, bits, seconds, *quality]
+        rows.append(f"| {' | '.join(cells)} |")
     before, _, rest = readme.read_text().partition(START)
     readme.write_text(before + START + "\n" + "\n".join(rows) + "\n" + END + rest.partition(END)[2])
+
+
+def cost(found: dict[str, Any]) -> tuple[str, str]:
+    """Return the cells for bits a weight and seconds."""
+    if "bits" not in found:
+        return "", ""
+    device = "" if found.get("device", "cpu") == "cpu" else " (GPU)"
+    return f"{found['bits']:.2f}", f"{found['seconds']:.0f}{device}"
+
+
+def shown(found: dict[str, Any], method: str) -> str:
+    """Return the cells for perplexity and its ratio to that of the model in 16 bits."""
+    value = found.get(method)
+    if value is None or "error" in value:
+        return f"{'failed' if value else 'not run'} | "
+    return f"{value['perplexity']:.3f} | {value['perplexity'] / found['bf16']['perplexity']:.3f}"
 
 
 if __name__ == "__main__":
