@@ -227,7 +227,7 @@ def _cases(
     linears, fused = linear_layers(checkpoint, layout)
     config = checkpoint.quantization_config or {}
     is_mixed = whole.algorithm == "MIXED_PRECISION"
-    matching = None if is_mixed else ruleset.matching.get(layout.format)
+    matching = None if is_mixed else ruleset.matching_of(whole.quant_method, layout.format)
     modules = collect_modules(
         linears,
         fused,

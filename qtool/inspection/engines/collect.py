@@ -45,6 +45,7 @@ WHOLE_MATRIX_SCALES = (
     "weight_scale",
     "weight_scale_inv",
 )
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 ARGUMENTS = ("weights", "input_activations", "output_activations")
 
 
@@ -56,11 +57,14 @@ def collect_checkpoint(
     method = config.method or _unnamed_method(checkpoint, config, layout)
     cache_scheme = as_mapping(config.nested.get("kv_cache_scheme"))
     cache_heads = cache_head_count(checkpoint)
+    algorithm = as_word(config.nested.get("quant_algo")).upper() or None
     return CheckpointInputs(
         quant_method=method,
+        named=bool(config.method),
+        by_modelopt=as_mapping(config.config.get("producer")).get("name") == "modelopt",
         readable=layout is not None or method is None,
         format=cast(Format, layout.format) if layout else None,
-        algorithm=as_word(config.nested.get("quant_algo")).upper() or None,
+        algorithm=algorithm if method == "modelopt" else None,
         packing=as_word(config.config.get("packing_format")) or None,
         data_type=config.data_type,
         sidecar=bool(config.config) and not _is_in_config_json(checkpoint),
@@ -150,6 +154,7 @@ def _module_inputs(
         differs=match.differs(linear),
         algorithm_here=algorithm,
         container=_container(module) if module else None,
+        scale_name=_scale_name(module) if module else None,
         padded=module is not None and _is_padded(module),
         pre_scale=module is not None and "pre_quant_scale" in module.tensors,
         split=part.split,
@@ -338,6 +343,10 @@ def _container(module: QuantizedModule) -> Container:
         return "packed"
     weight = module.tensors.get("weight")
     return CONTAINERS.get(weight.dtype, "other") if weight else "other"
+
+
+def _scale_name(module: QuantizedModule) -> str | None:
+    return next((suffix for suffix in SCALE_NAMES if suffix in module.tensors), None)
 
 
 def _is_padded(module: QuantizedModule) -> bool:

@@ -29,6 +29,10 @@ class CheckpointInputs:
     """The checkpoint as a whole, its config, and the GPUs it is to run on."""
 
     quant_method: str | None
+    named: bool
+    """Whether the config itself names the method, so that it need not be told from other fields."""
+    by_modelopt: bool
+    """Whether the config names ModelOpt as its producer."""
     readable: bool
     """Whether qtool reads the format, so that there are modules to check."""
     format: Format | None
@@ -120,6 +124,8 @@ class ModuleInputs(SchemeInputs):
     """Its own ``quant_algo`` in a checkpoint of MIXED_PRECISION; None when the config has none."""
     container: Container | None
     """The dtype of its codes."""
+    scale_name: str | None
+    """The tensor with the scales of its weight, e.g. ``weight_scale_inv``."""
     padded: bool
     """Whether codes are packed so that none crosses a word."""
     pre_scale: bool

@@ -150,7 +150,7 @@ class Ruleset(Strict):
     include: tuple[str, ...] = ()
     """YAML files of rules that several engines share."""
     matching: Mapping[str, Matching] = {}
-    """By format."""
+    """By quantization method, or else by format."""
     rules: tuple[Rule, ...]
 
     @model_validator(mode="after")
@@ -164,6 +164,10 @@ class Ruleset(Strict):
         """Return the rules that hold in ``version``; None is the version they were read in."""
         asked = numbers(self.version) if version is None else version
         return [rule for rule in self.rules if rule.is_of(asked)]
+
+    def matching_of(self, method: str | None, format: str) -> Matching | None:
+        """Return how names are matched in a checkpoint of ``method``, stored in ``format``."""
+        return self.matching.get(method or format, self.matching.get(format))
 
     def has_seen(self, version: str) -> bool:
         """Whether the verdicts of ``version`` were compared."""
