@@ -17,7 +17,7 @@ from qtool.conversion.targets import UNQUANTIZED
 from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule
 from qtool.formats.layout import PER_HEAD
-from qtool.modules import last_part
+from qtool.modules import has_key_scales, last_part
 from qtool.name_map import NameMap, names_from_headers
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -182,7 +182,8 @@ def _notes(request: ConversionRequest, layers: Sequence[Layer], dropped: int) ->
 
 def _cache_notes(request: ConversionRequest, dropped: int) -> Iterator[str]:
     kv_cache = request.layout.kv_cache if request.layout else None
-    says_cache = request.to in (*HOLD_A_CACHE_ALONE, "fp8_block")
+    has_scales = has_key_scales(request.checkpoint.tensors)
+    says_cache = request.to in HOLD_A_CACHE_ALONE or (request.to == "fp8_block" and has_scales)
     if kv_cache and not says_cache and not dropped:
         yield (
             f"the source asks for a KV cache of {kv_cache}, without scales, and {request.to} has "

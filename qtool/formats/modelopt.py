@@ -26,6 +26,7 @@ from qtool.formats.modelopt_config import (
     WITH_INPUT_FACTORS,
     algorithm_of,
     kv_cache_format,
+    layer_settings,
     merged_config,
     name_matcher,
     quantization_config,
@@ -85,18 +86,21 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """Return the layout; hf_quant_config.json, if there is one, adds what config.json has lost."""
     config = merged_config(checkpoint, config)
     algorithm = str(config.get("quant_algo") or "").upper()
-    per_layer = config.get("quantized_layers") or {}
+    settings_of = layer_settings(config.get("quantized_layers") or {})
     excluded = name_matcher(config.get("exclude_modules") or config.get("ignore") or [])
     modules: dict[str, QuantizedModule] = {}
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
-        own = per_layer.get(parts.name)
+        own = settings_of(parts.name) if "weight" in parts else None
         if is_quantized(parts):
-            own_algorithm = _own_algorithm(checkpoint, parts, own, algorithm)
+            own_algorithm = algorithm if own is None else str(own["quant_algo"]).upper()
+            if own_algorithm == MIXED:
+                own_algorithm = _algorithm_of_tensors(checkpoint, parts)
+                warnings.append(f"`{parts.name}` is quantized and `quantized_layers` lacks it")
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
             modules[parts.name] = _module(parts, own_algorithm)
-        elif own:
+        elif own and len(parts["weight"].shape) == 2 and not excluded(parts.name):
             warnings.append(
                 f"`{parts.name}` is in `quantized_layers` and is stored as {parts['weight'].dtype}"
             )
@@ -182,17 +186,21 @@ def _kv_cache_warnings(checkpoint: Checkpoint, kv_cache: str | None) -> Iterator
         yield "KV-cache scales are stored and the config names no KV-cache format"
 
 
-def _own_algorithm(checkpoint: Checkpoint, parts: Parts, own: Json | None, shared: str) -> str:
-    """Return the algorithm of a layer: its ``own``, or the ``shared`` one of the config."""
-    if own:
-        return str(own["quant_algo"]).upper()
-    if own is None and shared == MIXED:
-        raise refused(
-            "E_QUANT_TARGET",
-            f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name "
-            "it",
-        )
-    return shared
+def _algorithm_of_tensors(checkpoint: Checkpoint, parts: Parts) -> str:
+    """Return the algorithm of a layer that the config does not name.
+
+    Raises: CheckpointRefused, when its tensors leave open what its input is rounded to.
+    """
+    weights, _ = weights_of(parts)
+    has_input_scale = "input_scale" in parts
+    if weights.scale == "e4m3":
+        return "NVFP4" if has_input_scale else "W4A16_NVFP4"
+    if has_input_scale and weights == SCHEMES["FP8"].weights:
+        return "FP8"
+    raise refused(
+        "E_QUANT_TARGET",
+        f"{checkpoint.path}: `{parts.name}` is quantized and `quantized_layers` does not name it",
+    )
 
 
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:

@@ -6,12 +6,13 @@ Source: nvidia-modelopt 0.47, `torch/export/quant_utils.py`, `torch/export/unifi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import translate
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.formats.layout import QuantizedModule, by_scheme, check_skipped, refused
+from qtool.modules import expert_stack, last_part, other_names
 from qtool.scheme import FORMAT_BITS, Activations, Weights
 
 ALGORITHM_OF_SCHEME: Mapping[str, str] = {  # spelled as ModelOpt spells them
@@ -144,6 +145,33 @@ def _arguments(numbers: Weights | Activations) -> JsonDict:
         "type": "float" if numbers.format.startswith("fp") else "int",
         **size,
     }
+
+
+def layer_settings(layers: Json) -> Callable[[str], Json | None]:
+    """Return a function that gives the settings of a layer in ``quantized_layers``.
+
+    They are those of its name, of the layer that engines run it in, or of a module that it is in,
+    as experts are of ``mlp.experts``; under whatever prefix of the decoder.
+    """
+
+    def settings_of(name: str) -> Json | None:
+        return next((layers[each] for each in _names_of(name) if each in layers), None)
+
+    return settings_of
+
+
+def _names_of(name: str) -> Iterator[str]:
+    """Yield the names by which a config may mean the layer ``name``, the most precise first."""
+    stack = expert_stack(name)
+    in_stack = (f"{stack}.{last_part(name)}",) if stack else ()
+    for each in (name, *in_stack, *_parents(name)):
+        yield each
+        yield from other_names(each)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def name_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:

@@ -704,7 +704,11 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
         ("`FP8`",),
     ),
     "layer that the mixture forgets": (
-        quantized("modelopt", {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}}),
+        quantized(
+            "modelopt",
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}},
+            weight_scale=("U8", (128, 8)),  # of NVFP4 the tensors tell all
+        ),
         "E_QUANT_TARGET",
         (LAYER, "quantized_layers"),
     ),

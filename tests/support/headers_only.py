@@ -241,7 +241,8 @@ class Awq:
 class Fp8:
     """The `fp8` method, one scale for each matrix."""
 
-    def __init__(self, **config):
+    def __init__(self, scale_name="weight_scale", **config):
+        self.scale_name = scale_name
         self.config = {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
@@ -249,7 +250,7 @@ class Fp8:
         } | config
 
     def module(self, name, shape):
-        return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.weight_scale": scalar(1.0)}
+        return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.{self.scale_name}": scalar(1.0)}
 
 
 class ModelOpt:

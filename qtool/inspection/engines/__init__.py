@@ -232,7 +232,7 @@ def _cases(
         linears,
         fused,
         name_matching(matching, config),
-        layer_algorithms(config) if is_mixed else {},
+        layer_algorithms(config) if is_mixed else lambda name: None,
         ranks=whole.ranks,
         cache_heads=cache_head_count(checkpoint),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import cast
@@ -28,7 +28,7 @@ from qtool.inspection.engines.rule_inputs import (
     Stored,
     Weight,
 )
-from qtool.modules import HEADS, has_key_scales, is_head
+from qtool.modules import HEADS, expert_stack, has_key_scales, is_head, other_names
 from qtool.scheme import Scheme
 
 METHOD_ALIASES = {
@@ -46,6 +46,7 @@ WHOLE_MATRIX_SCALES = (
     "weight_scale_inv",
 )
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
+AlgorithmOf = Callable[[str], str | None]  # the name of a layer -> its `quant_algo`
 ARGUMENTS = ("weights", "input_activations", "output_activations")
 
 
@@ -97,7 +98,7 @@ def collect_modules(
     linears: Iterable[Linear],
     fused: Iterable[Fused],
     match_name: MatchName,
-    algorithms: Mapping[str, str],
+    algorithm_of: AlgorithmOf,
     *,
     ranks: int,
     cache_heads: int,
@@ -112,7 +113,7 @@ def collect_modules(
         inputs = _module_inputs(
             linear,
             match_name(linear),
-            algorithms.get(linear.name),
+            algorithm_of(linear.name),
             part,
             merged.get(linear.name, alone),
         )
@@ -193,13 +194,18 @@ def collect_groups(
     return found
 
 
-def layer_algorithms(config: Mapping[str, object]) -> dict[str, str]:
-    """Return the ``quant_algo`` of each layer that ModelOpt's MIXED_PRECISION names."""
+def layer_algorithms(config: Mapping[str, object]) -> AlgorithmOf:
+    """Return the function that gives the ``quant_algo`` of a layer in ModelOpt's MIXED_PRECISION,
+    as engines find it: by name, by that of the layer that it is merged into, or of all experts.
+    """
     layers = as_mapping(_Config(config).nested.get("quantized_layers"))
-    return {
-        name: as_word(as_mapping(settings).get("quant_algo")).upper()
-        for name, settings in layers.items()
-    }
+
+    def algorithm_of(name: str) -> str | None:
+        names = (name, *other_names(name), expert_stack(name) or "")
+        found = next((layers[each] for each in names if each in layers), None)
+        return as_word(as_mapping(found).get("quant_algo")).upper() or None
+
+    return algorithm_of
 
 
 def cache_head_count(checkpoint: Checkpoint) -> int:
