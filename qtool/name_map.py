@@ -7,7 +7,7 @@ the same layer in all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from qtool.checkpoint.model import Checkpoint
@@ -76,6 +76,8 @@ class NameMap:
     """Other tensors of two or more dimensions, which no linear layer multiplies with -> why."""
     renamed: Mapping[str, str]
     """Parameters of the model -> the tensors that go there as they are, where the names differ."""
+    embeddings: Mapping[str, LinearWeight] = field(default_factory=dict)
+    """The tables whose rows the model looks up, by name."""
     towers: frozenset[str] = frozenset()
     """The tensors of other towers than the language model, e.g. of a vision encoder."""
 

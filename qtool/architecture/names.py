@@ -62,11 +62,12 @@ def names_in(
     for name, shape in model_tensors(checkpoint, layout).items():
         mapper.place(name, shape)
     return NameMap(
-        mapper.linears,
-        mapper.unused,
-        mapper.not_linear,
-        mapper.renamed,
-        frozenset(mapper.towers),
+        linears=mapper.linears,
+        unused=mapper.unused,
+        not_linear=mapper.not_linear,
+        renamed=mapper.renamed,
+        embeddings=mapper.embeddings,
+        towers=frozenset(mapper.towers),
     )
 
 
@@ -80,6 +81,7 @@ class _Mapper:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.linears: dict[str, LinearWeight] = {}
+        self.embeddings: dict[str, LinearWeight] = {}
         self.unused: dict[str, str] = {}
         self.not_linear: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
@@ -139,6 +141,9 @@ class _Mapper:
             self._add(name, shape, module)
         elif len(shape) == 3 and last in STACKS:
             self._add_stack(name, shape, module, last)
+        elif isinstance(holder, nn.Embedding) and len(shape) == 2:
+            layer = _layer_name(name)
+            self.embeddings[layer] = LinearWeight(layer, (shape[0], shape[1]), name, module)
         elif len(shape) > 1 and not isinstance(holder, nn.Embedding):
             self.not_linear[name] = f"{type(holder).__name__}, not Linear"
 

@@ -128,7 +128,7 @@ def unsupported_reason(module: QuantizedModule, weight: QuantizedWeight) -> str 
         return reason
     if weight.perm is not None and weights.format.startswith("fp"):
         return "act-order: only packed integers have a g_idx here"
-    return shared_unsupported_reason(module, weight, act_order=True)
+    return shared_unsupported_reason(module, weight, act_order=True, embeddings=True)
 
 
 def _activations_reason(weights: Weights, activations: Activations | None) -> str | None:

@@ -195,13 +195,15 @@ def quantization_config(
 
 
 def only_targets(names: Iterable[str]) -> list[str]:
-    """Return the targets of a group that has all quantized layers: their class, and the output head
-    by its name, because no engine matches it by class.
+    """Return the targets of a group that has all quantized layers: their classes, and the output
+    head by its name, because no engine matches it by class.
 
     Args:
         names: of the layers.
     """
-    return [CLASS, *(name for name in names if is_head(name))]
+    names = list(names)
+    classes = dict.fromkeys(classes_of(name)[-1] for name in names)
+    return [*classes, *(name for name in names if is_head(name))]
 
 
 def _group(group: Json) -> Group:

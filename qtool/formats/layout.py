@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import CheckpointRefused
+from qtool.modules import is_embedding
 from qtool.scheme import Scheme, Weights, number_format
 
 if TYPE_CHECKING:
@@ -235,10 +236,13 @@ def shared_unsupported_reason(
     *,
     act_order: bool = False,
     pre_scale: bool = False,
+    embeddings: bool = False,
 ) -> str | None:
     """Return the constraint that a format without stacked experts and, by default, without
-    act-order and input factors, does not meet.
+    act-order, input factors and embeddings, does not meet.
     """
+    if is_embedding(module.name) and not embeddings:
+        return "embeddings: rows are looked up in them, and here all layers multiply"
     if module.experts > 1:
         return (
             f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer "

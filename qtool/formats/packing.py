@@ -27,6 +27,9 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 NO_GROUP = -1  # in a g_idx that is stored and not used
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -14,7 +14,7 @@ from qtool.name_map import LinearWeight
 from qtool.runtime.kernels import LinearSpec, device_of
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.load_plan import Group, LoadPlan, Source, cached_choice, make_group
-from qtool.weight import Activation, QuantizedWeight, quantize
+from qtool.weight import Activation, QuantizedWeight, dequantize, quantize
 
 RawTensors = dict[str, Tensor]
 
@@ -169,6 +169,18 @@ def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
     linear = nn.Linear(columns, rows, bias=False, device="meta")
     linear.weight = _read_parameter(plan, f"{source.name}.weight")
     return linear
+
+
+def dequantized_embeddings(plan: LoadPlan) -> dict[str, Tensor]:
+    """Return the quantized embeddings of ``plan`` in 16 bits, by the names of their tensors."""
+    found = {}
+    for source in plan.embeddings:
+        assert plan.layout is not None
+        module = plan.layout.modules[source.name]
+        raw = {suffix: read_checked(plan, info.name) for suffix, info in module.tensors.items()}
+        weight = formats.FORMATS[plan.layout.format].read(module, raw)
+        found[f"{source.name}.weight"] = dequantize(weight, plan.skeleton.dtype)
+    return found
 
 
 def read_checked(plan: LoadPlan, name: str) -> Tensor:

@@ -16,7 +16,13 @@ from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.formats.packing import read_tensor
 from qtool.modules import decoder_layer_number, parse_cache_scale
-from qtool.runtime.build import RawTensors, build_modules, build_unquantized, read_checked
+from qtool.runtime.build import (
+    RawTensors,
+    build_modules,
+    build_unquantized,
+    dequantized_embeddings,
+    read_checked,
+)
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
 from qtool.runtime.experts import ExpertStacks, stacked_biases
@@ -99,7 +105,8 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
         if name not in built_later and skeleton.is_loaded(name)
     ]
     tensors = pool.map(lambda name: read_checked(plan, name), names)
-    state = dict(zip(names, tensors, strict=True)) | stacked_biases(
+    state = dict(zip(names, tensors, strict=True)) | dequantized_embeddings(plan)
+    state |= stacked_biases(
         ((source.name, source.place) for source in plan.sources),
         lambda name: read_checked(plan, name),
         checkpoint.tensors,

@@ -74,6 +74,8 @@ class LoadPlan:
     """Whether there is memory for a second copy of weights, packed for few tokens."""
     unquantized_experts: tuple[Source, ...]
     """Experts that stay in 16 bits while others of their stack are quantized."""
+    embeddings: tuple[Source, ...] = ()
+    """Quantized embeddings, which are dequantized: the model looks their rows up in 16 bits."""
     warnings: tuple[str, ...]
 
     @property
@@ -121,6 +123,11 @@ def plan_load(
         for name, scheme in schemes.items()
         if skeleton.is_loaded(f"{name}.weight")
     ]
+    embeddings = [source for source in sources if source.name in skeleton.names.embeddings]
+    if embeddings:
+        names = ", ".join(f"`{source.name}`" for source in embeddings)
+        warned.append(f"quantized embeddings are dequantized to 16 bits: {names}")
+        sources = [source for source in sources if source not in embeddings]
     sources, sharing = _trace(skeleton, layout, sources, warned)
     groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
@@ -134,6 +141,7 @@ def plan_load(
         groups=tuple(groups),
         second_copy=second_copy,
         unquantized_experts=tuple(unquantized),
+        embeddings=tuple(embeddings),
         warnings=(*warned, *_slow_groups(groups, device)),
     )
 

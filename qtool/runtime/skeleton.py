@@ -36,8 +36,8 @@ class Skeleton:
         self._modules: Mapping[str, nn.Module] = dict(model.named_modules())
 
     def place(self, name: str) -> LinearWeight:
-        """Return where the linear layer that the checkpoint calls ``name`` goes; a stack of experts
-        counts as one layer.
+        """Return where the layer that the checkpoint calls ``name`` goes, a linear one or one of
+        embeddings; a stack of experts counts as one layer.
 
         Raises: CheckpointRefused, when the model has no place for it.
         """
@@ -47,6 +47,8 @@ class Skeleton:
             first = self.names.stacks[name][0]
             # the outputs of an expert are all in one matrix, in the model's order
             return replace(first, expert=None, part=0, parts=1, is_interleaved=False)
+        if name in self.names.embeddings:
+            return self.names.embeddings[name]
         found = self.names.not_linear.get(name) or self.names.not_linear.get(f"{name}.weight")
         raise CheckpointRefused(
             "E_NO_LINEAR",

@@ -10,6 +10,7 @@ def kimi_k2() -> Model:
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "kimi_k2",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
         "intermediate_size": 384,
         "moe_intermediate_size": 128,
         "n_routed_experts": 4,
