@@ -30,11 +30,12 @@ ORDER = (
         "weight",
         "formats",
         "architecture",
+        "inspection",
         "calibration",
         "backends",
         "quantization",
     ),
-    *("conversion", "inspection", "runtime", "engine", "evaluation", "serve", "cli"),
+    *("conversion", "runtime", "engine", "evaluation", "serve", "cli"),
 )
 FILES = {
     str(path.relative_to(PACKAGE)): path

@@ -30,6 +30,7 @@ WANTED = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
+    "README.md",
 )
 UNWANTED = (
     "*.bin",

@@ -80,11 +80,16 @@ class Checkpoint:
         """The model's name, as default outputs use it: the folder's, or in the Hub's cache the
         repository's.
         """
+        return (self.hub_name or self.path.resolve().name).rpartition("/")[2]
+
+    @property
+    def hub_name(self) -> str | None:
+        """The model's name on the Hub, when it lies in the Hub's cache."""
         folder = self.path.resolve()
         repository = folder.parent.parent.name
         if folder.parent.name == "snapshots" and repository.startswith("models--"):
-            return repository.rpartition("--")[2]
-        return folder.name
+            return repository.removeprefix("models--").replace("--", "/", 1)
+        return None
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:

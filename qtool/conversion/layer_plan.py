@@ -6,10 +6,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from qtool.checkpoint import TensorInfo
-from qtool.conversion.layers import Layer, Source, new_weight, outline_value
+from qtool.conversion.layers import Layer, new_weight
 from qtool.conversion.request import ConversionRequest
 from qtool.formats import QuantizedModule
 from qtool.formats.packing import TORCH_DTYPES
+from qtool.formats.stored_layer import Source, outline_value
 from qtool.modules import is_linear, skip_reason
 from qtool.scheme import SCHEMES, Scheme
 

@@ -127,8 +127,8 @@ def _is_expert_stack(tensor: TensorInfo) -> bool:
 def _values(checkpoint: Checkpoint, layout: Layout | None, source: Linear) -> Tensor:
     import torch
 
-    from qtool.conversion.layers import Source, dense, read_value
     from qtool.formats.packing import expert_matrix
+    from qtool.formats.stored_layer import Source, dense, read_value
 
     if isinstance(source, LinearWeight):
         return expert_matrix(_stack(checkpoint.tensors[source.tensor]), source).float()

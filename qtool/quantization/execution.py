@@ -14,6 +14,7 @@ from qtool import __version__
 from qtool.backends import Job, load_backend
 from qtool.backends.worker import run_job
 from qtool.checkpoint import (
+    Checkpoint,
     Staging,
     digest_files,
     stage_output,
@@ -28,6 +29,7 @@ from qtool.errors import (
     OutputTaken,
     ResourceError,
     UsageError,
+    one_line,
 )
 from qtool.events import (
     CalibrationEvent,
@@ -39,6 +41,7 @@ from qtool.events import (
     StateSavedEvent,
     ignore_event,
 )
+from qtool.inspection.model_card import CARD, render_card, source_metadata
 from qtool.plan import Plan
 from qtool.quantization.request import Request
 from qtool.quantization.restoration import restore_source
@@ -140,10 +143,12 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         flushed = threads.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system reports a failed write only once
+        made = _manifest(plan, listener.calibration, versions)
+        card = _write_card(written, request.output.name, made, on_event)
         manifest = {
-            **_manifest(plan, listener.calibration, versions),
+            **made,
             "source_files": source_digests.result(),
-            "files": digests.result(),
+            "files": {**digests.result(), **digest_files(card)},
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
         request.source.check_unchanged(source_digests.result())
@@ -246,6 +251,20 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
         raise
 
 
+def _write_card(
+    written: Checkpoint, name: str, manifest: JsonDict, on_event: OnEvent
+) -> list[Path]:
+    """Write the model card and return it; without one, the checkpoint is complete all the same."""
+    try:
+        text = render_card(written, name, manifest)
+    except Exception as error:
+        on_event(NoteEvent(f"the model card could not be written: {one_line(error)}"))
+        return []
+    card = written.path / CARD
+    card.write_text(text, encoding="utf-8")
+    return [card]
+
+
 def _manifest(
     plan: Plan, calibration: Mapping[str, str | int] | None, versions: Mapping[str, str]
 ) -> JsonDict:
@@ -259,6 +278,7 @@ def _manifest(
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": plan.checkpoint.name,
+        "source": source_metadata(plan.checkpoint),
         "recipe": recipe,
         "calibration": calibration,
         "versions": {"qtool": __version__, **versions},
