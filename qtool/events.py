@@ -5,7 +5,7 @@ a line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -51,6 +51,15 @@ class CalibrationEvent:
 
 
 @dataclass(frozen=True)
+class ExpertTokensEvent:
+    """Calibration data has run through all layers of a model with experts."""
+
+    name: ClassVar[str] = "expert_tokens"
+    counts: Mapping[str, Sequence[int]]
+    """The module that holds the experts of a layer -> tokens that its router sent to each."""
+
+
+@dataclass(frozen=True)
 class StateSavedEvent:
     """The folder of the calibrated state is complete and may be published."""
 
@@ -88,6 +97,7 @@ Event = (
     | ProgressEvent
     | NoteEvent
     | CalibrationEvent
+    | ExpertTokensEvent
     | StateSavedEvent
     | PublishedEvent
     | DoneEvent
@@ -101,6 +111,7 @@ EVENT_TYPES: Mapping[str, type[Event]] = {
         ProgressEvent,
         NoteEvent,
         CalibrationEvent,
+        ExpertTokensEvent,
         StateSavedEvent,
         PublishedEvent,
         DoneEvent,

@@ -8,6 +8,7 @@ from qtool.events import (
     CalibrationEvent,
     DoneEvent,
     ErrorEvent,
+    ExpertTokensEvent,
     NoteEvent,
     ProgressEvent,
     StageEvent,
@@ -21,6 +22,9 @@ LINES = {
     '{"event": "progress", "what": "layers", "done": 1, "total": 2}': ProgressEvent("layers", 1, 2),
     '{"event": "note", "text": "cut"}': NoteEvent("cut"),
     '{"event": "calibration", "report": {"used": 3}}': CalibrationEvent({"used": 3}),
+    '{"event": "expert_tokens", "counts": {"mlp.experts": [3, 0]}}': ExpertTokensEvent(
+        {"mlp.experts": [3, 0]}
+    ),
     '{"event": "state_saved"}': StateSavedEvent(),
     '{"event": "done", "versions": {"torch": "2.9"}}': DoneEvent({"torch": "2.9"}),
     '{"event": "error", "error": {"code": "E_DISK"}}': ErrorEvent({"code": "E_DISK"}),

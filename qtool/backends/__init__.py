@@ -65,6 +65,11 @@ class Reporter(Protocol):
     def progress(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` units of ``what`` are finished, e.g. layers."""
 
+    def expert_tokens(self, counts: Mapping[str, Sequence[int]]) -> None:
+        """The calibration data has run through all layers; ``counts`` are those of an
+        `ExpertTokensEvent`.
+        """
+
     def state_saved(self) -> None:
         """The state folder is complete and may be published."""
 

@@ -16,6 +16,7 @@ from types import MethodType
 from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
+from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.modules import is_expert, is_head
 from qtool.plan import Plan
@@ -125,9 +126,10 @@ class GPTQModelBackend:
             {"input_ids": list(sample), "attention_mask": [1] * len(sample)}
             for sample in work.samples
         ]
-        model.quantize(
-            samples or None, batch_size=work.batch_size, calibration_sort=None, **options
-        )
+        with counting_expert_tokens(work, model.model):
+            model.quantize(
+                samples or None, batch_size=work.batch_size, calibration_sort=None, **options
+            )
         work.report.stage("saving")
         model.save(str(work.output), max_shard_size=MAX_SHARD_SIZE)
 

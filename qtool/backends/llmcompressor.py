@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from qtool.backends import MAX_SHARD_SIZE, Group, Reporter, Work, groups_of, step_refusals
+from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.formats.compressed_tensors_config import only_targets, tensor_format
@@ -86,15 +87,16 @@ class LLMCompressorBackend:
         linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
         loader = DataLoader(cast("Dataset[object]", batches), batch_size=None)
-        oneshot(
-            model=model,
-            recipe=_modifiers(work, linears),
-            # it asks for one where there are towers, though samples are tokens already
-            processor=AutoTokenizer.from_pretrained(work.job.model) if batches else None,
-            dataset=loader if batches else None,
-            num_calibration_samples=len(batches),
-            shuffle_calibration_samples=False,
-        )
+        with counting_expert_tokens(work, model):
+            oneshot(
+                model=model,
+                recipe=_modifiers(work, linears),
+                # it asks for one where there are towers, though samples are tokens already
+                processor=AutoTokenizer.from_pretrained(work.job.model) if batches else None,
+                dataset=loader if batches else None,
+                num_calibration_samples=len(batches),
+                shuffle_calibration_samples=False,
+            )
         work.report.stage("saving")
         model.save_pretrained(work.output, max_shard_size=MAX_SHARD_SIZE)
         _clear_actorder(work.output / "config.json")

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
+from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import (
     batch_tensors,
@@ -114,7 +115,8 @@ class ModelOptBackend:
                 "algorithm": _algorithm(recipe, mtq),
             }
             work.report.stage("quantizing")
-            mtq.quantize(model, config, _forward_loop(work) if work.samples else None)
+            with counting_expert_tokens(work, model):
+                mtq.quantize(model, config, _forward_loop(work) if work.samples else None)
         if work.job.state_save:
             work.report.stage("saving the state")
             save_state(model, work.job.state_save, work.plan)

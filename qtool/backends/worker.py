@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
@@ -43,6 +43,7 @@ from qtool.events import (
     DoneEvent,
     ErrorEvent,
     Event,
+    ExpertTokensEvent,
     OnEvent,
     ProgressEvent,
     StageEvent,
@@ -206,6 +207,9 @@ class _PipeReporter:
     def progress(self, what: str, done: int, total: int) -> None:
         self.where = f"after {what} {done} of {total}"
         self.send(ProgressEvent(what, done, total))
+
+    def expert_tokens(self, counts: Mapping[str, Sequence[int]]) -> None:
+        self.send(ExpertTokensEvent(counts))
 
     def state_saved(self) -> None:
         self.send(StateSavedEvent())

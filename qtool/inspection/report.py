@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from qtool import formats
 from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.checkpoint.manifest import ManifestCheck, check_manifest
+from qtool.checkpoint.expert_tokens import ExpertTokens, read_expert_tokens
+from qtool.checkpoint.manifest import ManifestCheck, check_manifest, has_manifest
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import ANY_FILE, CheckpointRefused, file_errors
 from qtool.formats import Layout, QuantizedModule
@@ -89,6 +90,8 @@ class Inspection:
     """Values that no weight or scale may have, when the data was read: a sentence each."""
     engine: EngineReport | None = None
     """Whether an engine loads the checkpoint, when asked for."""
+    expert_tokens: ExpertTokens | None = None
+    """The calibration tokens that each expert got, by the manifest."""
 
     @property
     def damage(self) -> tuple[str, ...]:
@@ -122,6 +125,7 @@ class Inspection:
             "damage": list(self.damage),
             "against": self.against.to_dict() if self.against else None,
             "engine": self.engine.to_dict() if self.engine else None,
+            "expert_tokens": self.expert_tokens.counts if self.expert_tokens else None,
             "bits_per_weight": round(self.bits_per_weight, 4),
         }
 
@@ -184,6 +188,7 @@ def inspect(
             gpu=gpu,
             tensor_parallel=tensor_parallel,
         )
+    expert_tokens = _expert_tokens(checkpoint, warnings)
     parameters = sum(row.parameters for row in (*quantized, *unquantized))
     return Inspection(
         name=checkpoint.name,
@@ -203,6 +208,7 @@ def inspect(
         bad_values=tuple(bad_values),
         against=compare(checkpoint, against) if against else None,
         engine=engine_report,
+        expert_tokens=expert_tokens,
     )
 
 
@@ -219,6 +225,17 @@ def _detect(checkpoint: Checkpoint, *, engine_may_know: bool) -> tuple[Layout | 
             raise
         return None, [error.message]
     return layout, list(layout.warnings) if layout else []
+
+
+def _expert_tokens(checkpoint: Checkpoint, warnings: list[str]) -> ExpertTokens | None:
+    """Return the counts of the manifest; a manifest that cannot be read is one of ``warnings``."""
+    if not has_manifest(checkpoint.path):
+        return None
+    try:
+        return read_expert_tokens(checkpoint.path)
+    except CheckpointRefused as error:
+        warnings.append(error.message)
+        return None
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

@@ -40,6 +40,8 @@ def _parts(inspection: Inspection, *, modules: bool) -> Iterator[RenderableType]
         yield _rows("not quantized", inspection.unquantized)
     if inspection.quantized:
         yield from (_line(f"in 16 bits: {line}") for line in _reasons(inspection.modules))
+    if inspection.expert_tokens:
+        yield _line(inspection.expert_tokens.summary())
     if modules:
         yield _tree(inspection.modules)
     if inspection.deep:

@@ -20,6 +20,7 @@ from qtool.checkpoint import (
     stage_output,
 )
 from qtool.checkpoint.aux_files import finish_files, write_json
+from qtool.checkpoint.expert_tokens import ExpertTokens, to_manifest
 from qtool.checkpoint.manifest import MANIFEST, MANIFEST_VERSION
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.checkpoint.writer import LOG_MARK
@@ -34,6 +35,7 @@ from qtool.errors import (
 from qtool.events import (
     CalibrationEvent,
     Event,
+    ExpertTokensEvent,
     NoteEvent,
     OnEvent,
     PublishedEvent,
@@ -81,6 +83,9 @@ class QuantizeResult:
     calibration: Mapping[str, str | int] | None
     """The report on the calibration data; None when the method needs none."""
 
+    expert_tokens: ExpertTokens | None = None
+    """The tokens of it that each expert got; None for a model without experts."""
+
     def summary(self) -> str:
         """Return the result in a few lines."""
         lines = [
@@ -97,14 +102,18 @@ class QuantizeResult:
                 f"calibration: {data['used']} samples{of}, {data['tokens']:,} tokens, "
                 f"{data['truncated']} truncated, {data['dropped']} dropped"
             )
+        if self.expert_tokens:
+            lines.append(printable(self.expert_tokens.summary()))
         return "\n".join(lines)
 
     def to_dict(self) -> JsonDict:
         """Return the result for ``--json``."""
-        return {
+        values = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(self).items()
         }
+        tokens = self.expert_tokens
+        return {**values, "expert_tokens": tokens.counts if tokens else None}
 
 
 def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult:
@@ -147,6 +156,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         card = _write_card(written, request.output.name, made, on_event)
         manifest = {
             **made,
+            **to_manifest(listener.expert_tokens),
             "source_files": source_digests.result(),
             "files": {**digests.result(), **digest_files(card)},
         }
@@ -166,6 +176,7 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         bytes_after=written.size_bytes,
         seconds=time.monotonic() - start,
         calibration=listener.calibration,
+        expert_tokens=listener.expert_tokens,
     )
 
 
@@ -174,6 +185,7 @@ class _Listener:
 
     def __init__(self, request: Request, state: Staging | None, on_event: OnEvent) -> None:
         self.calibration: Mapping[str, str | int] | None = None
+        self.expert_tokens: ExpertTokens | None = None
         self._spec = request.calibration
         self._state = state
         self._on_event = on_event
@@ -182,6 +194,8 @@ class _Listener:
         if isinstance(event, CalibrationEvent):
             asked = self._spec.num_samples if self._spec else 0
             self.calibration = {**event.report, "asked": asked}
+        if isinstance(event, ExpertTokensEvent):
+            self.expert_tokens = ExpertTokens(event.counts)
         if isinstance(event, StateSavedEvent) and self._state is not None:
             # at once: what follows may fail, and calibration was the long part
             self._state.publish()

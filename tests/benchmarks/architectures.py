@@ -117,6 +117,7 @@ def check(model: Path, output: Path) -> str:
     check_tensors(source, written, layout)
     if report.against is not None:
         check_matrices(report.against.modules, layout)
+    check_expert_tokens(written, layout)
     dequantized = load_dequantized(written)
     expected = logits(dequantized)
     bits = min(input_bits(each.scheme) for each in layout.modules.values())
@@ -146,6 +147,25 @@ def input_bits(scheme: Any) -> int:
     from qtool.scheme import FORMAT_BITS
 
     return FORMAT_BITS[scheme.activations.format] if scheme.activations else 16
+
+
+def check_expert_tokens(written: Any, layout: Any) -> None:
+    """Raise Wrong unless the manifest has, for each layer of experts, a count of all tokens."""
+    from qtool.checkpoint.expert_tokens import read_expert_tokens
+    from qtool.checkpoint.manifest import read_manifest
+    from qtool.modules import expert_stack
+
+    calibration = read_manifest(written.path)["calibration"]
+    stacks = {expert_stack(name) for name in layout.modules} - {None}
+    if not calibration or not stacks:
+        return
+    tokens = read_expert_tokens(written.path)
+    counted = tokens.counts if tokens else {}
+    if counted.keys() != stacks:
+        raise Wrong(f"tokens of {len(counted)} of {len(stacks)} layers of experts were counted")
+    each = {sum(counts) / calibration["tokens"] for counts in counted.values()}
+    if len(each) > 1 or not each.pop().is_integer():
+        raise Wrong(f"experts got {counted} of {calibration['tokens']} tokens")
 
 
 def check_tensors(source: Any, written: Any, layout: Any) -> None:
