@@ -21,7 +21,9 @@ class Trace:
     """What a pass showed."""
 
     called: frozenset[str]
-    """The linear layers that are called. The weights of others are read by their parents."""
+    """The linear layers that are called and multiply with the whole of their weight. The weights
+    of others are read by their parents, or in parts.
+    """
     sharing: tuple[tuple[str, ...], ...]
     """Lists of layers with one parent and one input, in order of use."""
 
@@ -33,7 +35,7 @@ def trace_linears(model: PreTrainedModel) -> Trace:
     """
     calls = _Calls()
     handles = [
-        module.register_forward_pre_hook(calls.hook(name), with_kwargs=True)
+        module.register_forward_hook(calls.hook(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -64,9 +66,13 @@ class _Calls:
         self._alive: list[Tensor] = []  # so that no two inputs get the same id
 
     def hook(self, name: str) -> Callable[..., None]:
-        """Return a forward pre-hook for the layer ``name``."""
+        """Return a forward hook for the layer ``name``."""
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        def note(
+            module: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: object
+        ) -> None:
+            if isinstance(y, Tensor) and y.shape[-1] != module.weight.shape[0]:
+                return  # each group of inputs has outputs of its own, as in DeepSeek-V4
             x = args[0] if args else kwargs["input"]
             self._alive.append(x)
             self.names.setdefault((name.rpartition(".")[0], id(x)), []).append(name)

@@ -171,15 +171,22 @@ def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:
     return linear
 
 
-def dequantized_embeddings(plan: LoadPlan) -> dict[str, Tensor]:
-    """Return the quantized embeddings of ``plan`` in 16 bits, by the names of their tensors."""
+def dequantized_weights(plan: LoadPlan) -> dict[str, Tensor]:
+    """Return the quantized layers that the model needs in 16 bits, by the names of their tensors;
+    factors of their inputs are multiplied in.
+    """
     found = {}
-    for source in plan.embeddings:
+    for source in plan.dequantized:
         assert plan.layout is not None
         module = plan.layout.modules[source.name]
         raw = {suffix: read_checked(plan, info.name) for suffix, info in module.tensors.items()}
+        if "bias" in raw:
+            found[f"{source.name}.bias"] = raw.pop("bias")
         weight = formats.FORMATS[plan.layout.format].read(module, raw)
-        found[f"{source.name}.weight"] = dequantize(weight, plan.skeleton.dtype)
+        values = dequantize(weight)
+        if weight.pre_scale is not None:
+            values *= weight.pre_scale.float()
+        found[f"{source.name}.weight"] = values.to(plan.skeleton.dtype)
     return found
 
 

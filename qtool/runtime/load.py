@@ -20,7 +20,7 @@ from qtool.runtime.build import (
     RawTensors,
     build_modules,
     build_unquantized,
-    dequantized_embeddings,
+    dequantized_weights,
     read_checked,
 )
 from qtool.runtime.causal_lm import CausalLM
@@ -105,7 +105,7 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
         if name not in built_later and skeleton.is_loaded(name)
     ]
     tensors = pool.map(lambda name: read_checked(plan, name), names)
-    state = dict(zip(names, tensors, strict=True)) | dequantized_embeddings(plan)
+    state = dict(zip(names, tensors, strict=True)) | dequantized_weights(plan)
     state |= stacked_biases(
         ((source.name, source.place) for source in plan.sources),
         lambda name: read_checked(plan, name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,8 +74,10 @@ class LoadPlan:
     """Whether there is memory for a second copy of weights, packed for few tokens."""
     unquantized_experts: tuple[Source, ...]
     """Experts that stay in 16 bits while others of their stack are quantized."""
-    embeddings: tuple[Source, ...] = ()
-    """Quantized embeddings, which are dequantized: the model looks their rows up in 16 bits."""
+    dequantized: tuple[Source, ...] = ()
+    """Quantized layers that the model needs in 16 bits: embeddings, whose rows it looks up, and
+    those whose weights it reads directly.
+    """
     warnings: tuple[str, ...]
 
     @property
@@ -123,12 +125,18 @@ def plan_load(
         for name, scheme in schemes.items()
         if skeleton.is_loaded(f"{name}.weight")
     ]
-    embeddings = [source for source in sources if source.name in skeleton.names.embeddings]
-    if embeddings:
-        names = ", ".join(f"`{source.name}`" for source in embeddings)
-        warned.append(f"quantized embeddings are dequantized to 16 bits: {names}")
-        sources = [source for source in sources if source not in embeddings]
-    sources, sharing = _trace(skeleton, layout, sources, warned)
+    sources, sharing, read_directly = _trace(skeleton, sources, warned)
+    dequantized = read_directly if layout else []
+    if dequantized:
+        warned.append(
+            "quantized embeddings, and layers whose weights the model reads directly, are "
+            f"dequantized to 16 bits: {_shorten(dequantized)}"
+        )
+    elif read_directly:
+        warned.append(
+            "layers whose weights the model reads directly stay in 16 bits: "
+            f"{_shorten(read_directly)}"
+        )
     groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
@@ -141,7 +149,7 @@ def plan_load(
         groups=tuple(groups),
         second_copy=second_copy,
         unquantized_experts=tuple(unquantized),
-        embeddings=tuple(embeddings),
+        dequantized=tuple(dequantized),
         warnings=(*warned, *_slow_groups(groups, device)),
     )
 
@@ -179,52 +187,34 @@ def _weight_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 
 
 def _trace(
-    skeleton: Skeleton, layout: Layout | None, sources: list[Source], warned: list[str]
-) -> tuple[list[Source], Sequence[Sequence[str]]]:
-    """Return the sources that the model calls, and the names of layers that share an input.
-
-    Appends to ``warned`` what goes wrong, and which layers must stay in 16 bits.
+    skeleton: Skeleton, sources: Sequence[Source], warned: list[str]
+) -> tuple[list[Source], Sequence[Sequence[str]], list[Source]]:
+    """Return the sources that the model calls, the names of layers that share an input, and the
+    sources whose weights the model reads directly. Appends to ``warned`` what goes wrong.
     """
-    if not sources:
-        return sources, []
+    looked_up = [source for source in sources if source.name in skeleton.names.embeddings]
+    linears = [source for source in sources if source not in looked_up]
+    if not linears:
+        return [], [], looked_up
     try:
         trace = skeleton.trace()
     except Exception as error:  # the code of any architecture
         warned.append(
             f"layers are not fused: the model does not run without data ({one_line(error)})"
         )
-        return sources, []
-    return _called(skeleton.checkpoint, layout, sources, trace.called, warned), trace.sharing
-
-
-def _called(
-    checkpoint: Checkpoint,
-    layout: Layout | None,
-    sources: Sequence[Source],
-    called: Collection[str],
-    warned: list[str],
-) -> list[Source]:
-    """Return the sources whose modules are called.
-
-    The model reads the weights of the others directly, so these must be unquantized.
-    """
-    read = [
-        source.name
-        for source in sources
-        if not source.place.parameter and source.place.module not in called
+        return linears, [], looked_up
+    called = [
+        source
+        for source in linears
+        if source.place.parameter or source.place.module in trace.called
     ]
-    if read and layout:
-        raise CheckpointRefused(
-            "E_NO_LINEAR",
-            f"{checkpoint.path}: `{read[0]}` is quantized, but the model reads its weight directly",
-            hint="quantize the model again and leave such layers out",
-        )
-    if read:
-        warned.append(
-            f"layers whose weights the model reads directly stay in 16 bits: {len(read)}, e.g. "
-            f"`{read[0]}`"
-        )
-    return [source for source in sources if source.name not in read]
+    read_directly = [source for source in linears if source not in called]
+    return called, trace.sharing, [*looked_up, *read_directly]
+
+
+def _shorten(sources: Sequence[Source]) -> str:
+    shown = f"`{sources[0].name}`"
+    return f"{shown} and {len(sources) - 1} more" if len(sources) > 1 else shown
 
 
 def _make_groups(
