@@ -25,7 +25,7 @@ from qtool.errors import MAX_MESSAGE, ResourceError, UsageError
 
 # characters in a row between the parts of a JSON text: a weak model would go on for ever
 MAX_WHITESPACE = 32
-CACHE_BYTES = 128 << 20
+CACHE_BYTES = 64 << 20
 NICENESS = 10  # of a process that only compiles: what others generate meanwhile goes first
 # CPU time that a text may cost, at the start and for each token: all others wait meanwhile
 GRACE_S = 0.25

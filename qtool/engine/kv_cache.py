@@ -135,8 +135,9 @@ def allocate_pages(
     for layer in geometry:
         k_scale, v_scale = scales.get(layer.layer_idx, (1.0, 1.0))
         shape = (count + 1, layer.kv_heads, PAGE)
-        k = torch.zeros(*shape, layer.head_dim, dtype=dtype, device=device)
-        v = torch.zeros(*shape, layer.v_head_dim, dtype=dtype, device=device)
+        # written at once: zeros of a CPU would be given memory page by page, while it serves
+        k = torch.empty(*shape, layer.head_dim, dtype=dtype, device=device).zero_()
+        v = torch.empty(*shape, layer.v_head_dim, dtype=dtype, device=device).zero_()
         pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
     return pages
 

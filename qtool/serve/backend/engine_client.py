@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -47,6 +48,9 @@ MAX_MERGED = 64  # outputs that are merged at once
 STACK_S = 1.0  # for the engine to write its stack
 WATCH_S = 5.0  # the longest interval of the watchdog
 END_TIMEOUT_S = 5.0  # for the engine to end by itself
+# On a CPU oneDNN keeps a kernel for each number of tokens that a step has had. By default a
+# thousand, which takes hours of mixed load to fill; these are full within minutes.
+SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 class OutputStream:
@@ -134,6 +138,7 @@ class EngineProcess:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,  # a terminal's signals to the group are for the server
+            env={**SMALL_CACHES, **os.environ},
         )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
