@@ -8,11 +8,11 @@ the same channels in every layer and for every token. Dettmers et al. 2022 (arXi
 (arXiv:2211.10438) saw factors of 100. They are why activations are hard to round, and why
 SmoothQuant and AWQ exist. The tiny model is too small to have grown them.
 
-This script gives it some. In every layer it multiplies the weights of both norms by powers of two
-in a few channels, and divides the columns of the linear layers that read those channels by the
-same: q, k, v and gate, up. Powers of two move only exponents, so in bfloat16 each product is what
-it was, and the logits are equal bit by bit, which is checked. What changes is what a quantizer
-sees: large inputs, and small weights for them beside others that share their scale.
+This script gives it some. In every layer it multiplies the weights of both norms by 32 in six
+channels, and divides the columns of the linear layers that read those channels by the same: q, k, v
+and gate, up. A power of two moves only exponents, so in bfloat16 each product is what it was, and
+the logits are equal bit by bit, which is checked. What changes is what a quantizer sees: large
+inputs, and small weights for them beside others that share their scale.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 TINY = Path(__file__).parent / "tiny-python-llama"
-# channel of the hidden state -> how many times larger it becomes
-OUTLIERS = {19: 32, 67: 16, 101: 32, 150: 16, 201: 32, 246: 16}
+# of the hidden state: those that are largest after the norms as it is, by a fifth
+CHANNELS = torch.tensor([123, 184, 185, 214, 219, 229])
+FACTOR = 32
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def make_outlier_model(model: Path, output: Path) -> None:
-    """Write to ``output`` a copy of ``model`` with the channels of `OUTLIERS` made large."""
+    """Write to ``output`` a copy of ``model`` with `CHANNELS` made large."""
     output.mkdir(parents=True)
     for pattern in COPIED:
         for file in sorted(model.glob(pattern)):
@@ -61,16 +62,13 @@ def make_outlier_model(model: Path, output: Path) -> None:
     with safe_open(model / "model.safetensors", "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    channels = torch.tensor(list(OUTLIERS))
-    factors = torch.tensor(list(OUTLIERS.values()))
     for name, norm in tensors.items():
         found = NORM.fullmatch(name)
         if not found:
             continue
-        norm[channels] *= factors.to(norm.dtype)
+        norm[CHANNELS] *= FACTOR
         for reader in READERS[found["norm"]]:
-            weight = tensors[f"{found['layer']}.{reader}.weight"]
-            weight[:, channels] /= factors.to(weight.dtype)
+            tensors[f"{found['layer']}.{reader}.weight"][:, CHANNELS] /= FACTOR
     save_file(tensors, output / "model.safetensors", metadata)
 
 
