@@ -153,32 +153,37 @@ def _introduction(found: Inspection, manifest: Json) -> str:
 
 
 def _facts(found: Inspection, manifest: Json) -> Iterator[tuple[str, str]]:
-    for row in found.quantized:
-        yield _code(row.kind), f"{row.count} layers, {row.scheme}"
+    for scheme in dict.fromkeys(row.scheme for row in found.quantized):
+        rows = [row for row in found.quantized if row.scheme == scheme]
+        kinds = ", ".join(_code(row.kind) for row in rows)
+        yield _text(scheme), f"{sum(row.count for row in rows)} layers: {kinds}"
     reasons = Counter((one.kind, one.reason) for one in found.modules if one.scheme is None)
     for (kind, reason), count in reasons.most_common(REASONS):
         why = f" ({reason})" if reason else ""
-        yield _code(kind), _text(f"{count} in 16 bits{why}")
+        yield "16 bits", f"{count} {'layer' if count == 1 else 'layers'}: {_code(kind)}{_text(why)}"
     yield "KV cache", found.kv_cache or "not quantized"
     yield "format on disk", found.format or "16 bits"
     share = found.size_bytes / found.unquantized_bytes if found.unquantized_bytes else 1
     size = f"{format_size(found.size_bytes)}, {share:.0%} of 16 bits"
     yield "size", f"{size}, {found.bits_per_weight:.2f} bits a parameter"
-    method = (manifest.get("recipe") or {}).get("name")
-    if method:
-        yield "method", _code(str(method))
 
 
 def _making(manifest: Json) -> Iterator[str]:
     recipe = manifest.get("recipe")
     if recipe:
-        summary = str(recipe.get("summary") or "").rstrip(".")
-        yield f"{_text(summary)}. The recipe, which `qtool quantize --recipe` takes:"
-        shown = {key: value for key, value in recipe.items() if value not in (None, [], {}, "")}
-        yield f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+        summary = _text(str(recipe.get("summary")))
+        yield f"{summary}. The recipe, which `qtool quantize --recipe` takes:"
+        yield f"```yaml\n{yaml.safe_dump(_without_empty(recipe), sort_keys=False)}```"
     yield _calibration(manifest.get("calibration"))
     versions = (f"{name} {version}" for name, version in _versions(manifest).items())
     yield f"Versions: {_text(', '.join(versions))}."
+
+
+def _without_empty(value: object) -> object:
+    """Return a recipe without what it does not say."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_empty(one) for key, one in value.items() if one not in (None, [], {}, "")}
 
 
 def _calibration(data: Json | None) -> str:

@@ -48,7 +48,7 @@ def test_the_card_says_what_how_and_where(sample):
     for part in (
         "# tiny-int4",
         "[org/tiny-python-llama](https://huggingface.co/org/tiny-python-llama) in W4A16",
-        "| `q_proj` | 6 layers, W4A16 |",
+        "| W4A16 | 42 layers: `",
         "32 samples, 16,384 tokens, from `texts.jsonl`",
         "backend: llmcompressor",
         "qtool serve --model-path ./tiny-int4",
