@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
@@ -17,7 +18,7 @@ from qtool.engine.engine import Engine
 from qtool.engine.outputs import CompletionError, CompletionOutput, Output
 from qtool.engine.requests import GenerateRequest
 from qtool.errors import DataRefused, UsageError
-from qtool.events import OnEvent, ProgressEvent, ignore_event
+from qtool.events import NoteEvent, OnEvent, ProgressEvent, ignore_event
 
 MAX_NEW_TOKENS = 256  # of tasks that do not say, as in lm-eval's own models
 GENERATION_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -140,13 +141,20 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as the text of a prompt."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
+        """Return a conversation as the text of a prompt, without the system's turns where the
+        template refuses them.
+        """
+        render = partial(
+            self.tokenizer.apply_chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        try:
+            return render(chat_history)
+        except TemplateError:
+            self._on_event(NoteEvent("the chat template refuses a system turn, which is left out"))
+            return render([turn for turn in chat_history if turn["role"] != "system"])
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object

@@ -61,6 +61,8 @@ def run_tasks(
     tasks: Sequence[str],
     limit: int | None = None,
     *,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
     task_folder: str | os.PathLike[str] | None = None,
     device: str | None = None,
     on_event: OnEvent = ignore_event,
@@ -73,6 +75,8 @@ def run_tasks(
         model_path: a checkpoint folder or a name on the Hub.
         tasks: names of tasks or groups, or patterns such as ``arc_*``.
         limit: documents of each task; None: all.
+        num_fewshot: examples in each prompt; None: what the task says.
+        chat_template: whether prompts are written as the turns of a chat.
         task_folder: a folder with tasks as YAML files, which take the place of lm-eval's own.
         device: cpu, cuda or cuda:<n>; None: a GPU, if there is one.
         on_event: gets what the run reports.
@@ -96,6 +100,8 @@ def run_tasks(
                 model,
                 tasks=names,
                 limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat_template,
                 bootstrap_iters=BOOTSTRAPS,
                 task_manager=manager,
             )

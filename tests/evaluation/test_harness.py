@@ -54,6 +54,13 @@ def test_values_of_documents_are_kept_where_the_score_is_their_mean(ours):
     assert [score.higher_is_better for score in ours] == [True, True, True, False]
 
 
+def test_prompts_may_be_chats_and_documents_a_few(folder):
+    (found,) = run_tasks(
+        EXAMPLE, ["tiny_write"], 2, chat_template=True, task_folder=folder, device="cpu"
+    )
+    assert (found.task, found.documents, found.stderr is not None) == ("tiny_write", 2, True)
+
+
 def test_an_unknown_task_is_refused_with_the_nearest(folder):
     with pytest.raises(UsageError, match="unknown task `tiny_choise`") as caught:
         run_tasks(EXAMPLE, ["tiny_choise"], task_folder=folder)
