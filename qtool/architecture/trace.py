@@ -1,4 +1,6 @@
-"""`trace_linears`: which linear layers a model calls, seen in a pass without data."""
+"""Which linear layers a model calls (`trace_linears`), and what reads the output of a norm
+(`trace_norms`), seen in a pass without data.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,60 @@ def trace_linears(model: PreTrainedModel) -> Trace:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
+    try:
+        _run_without_data(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [tuple(each) for each in calls.names.values()]
+    return Trace(frozenset(itertools.chain.from_iterable(names)), tuple(filter(_is_shared, names)))
+
+
+def trace_norms(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Run ``model`` on two tokens without data; return the norms whose output modules with
+    parameters read as it is -> these modules, in order of use.
+
+    Raises: whatever the model does when it needs data, or more than tokens.
+    """
+    outputs: dict[int, str] = {}
+    readers: dict[str, list[str]] = {}
+    alive: list[Tensor] = []  # so that no two tensors get the same storage
+
+    def note_norm(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: object, output: Tensor) -> None:
+            alive.append(output)
+            outputs[output.untyped_storage()._cdata] = name
+
+        return note
+
+    def note_reader(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            first = next(iter((*args, *kwargs.values())), None)
+            if isinstance(first, Tensor):
+                alive.append(first)
+                norm = outputs.get(first.untyped_storage()._cdata)
+                if norm is not None:
+                    readers.setdefault(norm, []).append(name)
+
+        return note
+
+    handles = []
+    for name, module in model.named_modules():
+        own = [parameter.dim() for parameter in module.parameters(recurse=False)]
+        if own and max(own) == 1 and "norm" in type(module).__name__.lower():
+            handles.append(module.register_forward_hook(note_norm(name)))
+        elif own:
+            handles.append(module.register_forward_pre_hook(note_reader(name), with_kwargs=True))
+    try:
+        _run_without_data(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers
+
+
+def _run_without_data(model: PreTrainedModel) -> None:
+    """Run ``model`` on two tokens, its weights replaced by tensors without data."""
     experts = getattr(model.config, "_experts_implementation", None)
     try:
         model.config._experts_implementation = "batched_mm"  # the one that does not look at data
@@ -52,10 +108,6 @@ def trace_linears(model: PreTrainedModel) -> Trace:
             functional_call(model, state, (), {"input_ids": tokens, "use_cache": False})
     finally:
         model.config._experts_implementation = experts
-        for handle in handles:
-            handle.remove()
-    names = [tuple(each) for each in calls.names.values()]
-    return Trace(frozenset(itertools.chain.from_iterable(names)), tuple(filter(_is_shared, names)))
 
 
 class _Calls:

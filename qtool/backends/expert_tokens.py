@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 from qtool.backends import Work
@@ -21,11 +20,19 @@ TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_t
 
 
 @contextmanager
-def counting_expert_tokens(work: Work, model: Module) -> Iterator[None]:
+def counting_expert_tokens(
+    work: Work, model: Module, *, bypasses_routers: bool = False
+) -> Iterator[None]:
     """Count while calibration data runs through ``model``, and report the counts at the end.
 
     Libraries may run a layer more than once with the same data: a router is watched until it has
     seen all tokens once.
+
+    Args:
+        work: the job that the model is calibrated for.
+        model: the model.
+        bypasses_routers: whether the library runs experts without their router; the router is then
+            asked whenever its block runs.
     """
     experts = _experts(work.plan)
     modules = dict(model.named_modules())
@@ -40,20 +47,29 @@ def counting_expert_tokens(work: Work, model: Module) -> Iterator[None]:
         yield
         return
     top_k = _top_k(work.plan)
-    watchers = {stack: _Watcher(len(experts[stack]), top_k, tokens) for stack in routers}
-    hooks = [
-        router.register_forward_hook(partial(_watch, watchers[stack]))
+    watchers = {
+        stack: _Watcher(router, len(experts[stack]), top_k, tokens)
         for stack, router in routers.items()
+    }
+    hooks = [
+        watcher.router.register_forward_hook(watcher.after_router) for watcher in watchers.values()
     ]
+    if bypasses_routers:
+        blocks = {stack: modules[stack.rpartition(".")[0]] for stack in watchers}
+        hooks += [
+            block.register_forward_pre_hook(watchers[stack].before_block)
+            for stack, block in blocks.items()
+            if routers[stack] in block.children()
+        ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    names = {stack: _stack_name(work.plan, stack) for stack in routers}
-    counts = {names[stack]: each.counts for stack, each in watchers.items() if each.seen}
-    if counts:
-        work.report.expert_tokens(counts)
+    counts = {_stack_name(work.plan, stack): each.result() for stack, each in watchers.items()}
+    seen = {name: each for name, each in counts.items() if any(each)}
+    if seen:
+        work.report.expert_tokens(seen)
 
 
 def _experts(plan: Plan) -> dict[str, set[str]]:
@@ -90,24 +106,46 @@ def _top_k(plan: Plan) -> int:
 class _Watcher:
     """Counts what one router chooses."""
 
-    def __init__(self, experts: int, top_k: int, tokens: int) -> None:
-        self.counts = [0] * experts
-        self.seen = 0
+    def __init__(self, router: Module, experts: int, top_k: int, tokens: int) -> None:
+        self.router = router
+        self._counts = [0] * experts
         self._top_k = top_k
-        self._tokens = tokens
+        self._left = tokens
+        self._asked: Tensor | None = None
+        """What the router answered before its block ran; counts if the block does not run it."""
+        self._is_asking = False
 
-    def count(self, output: object) -> None:
-        """Count a choice, unless all tokens were counted already."""
-        chosen = chosen_experts(output, len(self.counts), self._top_k)
-        if chosen is None or self.seen >= self._tokens:
+    def after_router(self, router: Module, args: object, output: object) -> None:
+        """Count the choice of ``router``, a forward hook."""
+        if not self._is_asking:
+            self._asked = None
+            self._count(self._choice(output))
+
+    def before_block(self, block: Module, args: Sequence[Tensor]) -> None:
+        """Ask the router what it chooses for the inputs [..., H], a forward pre-hook."""
+        import torch
+
+        self._count(self._asked)
+        self._is_asking = True
+        with torch.no_grad():
+            self._asked = self._choice(self.router(args[0].reshape(-1, args[0].shape[-1])))
+        self._is_asking = False
+
+    def result(self) -> list[int]:
+        """Return the number of tokens of each expert."""
+        self._count(self._asked)
+        return self._counts
+
+    def _choice(self, output: object) -> Tensor | None:
+        return chosen_experts(output, len(self._counts), self._top_k)
+
+    def _count(self, chosen: Tensor | None) -> None:
+        """Count ``chosen``, unless all tokens were counted already."""
+        if chosen is None or self._left <= 0:
             return
-        for expert, count in enumerate(chosen.flatten().bincount(minlength=len(self.counts))):
-            self.counts[expert] += int(count)
-        self.seen += len(chosen)
-
-
-def _watch(watcher: _Watcher, module: Module, args: object, output: object) -> None:
-    watcher.count(output)
+        for expert, count in enumerate(chosen.flatten().bincount(minlength=len(self._counts))):
+            self._counts[expert] += int(count)
+        self._left -= len(chosen)
 
 
 def chosen_experts(output: object, experts: int, top_k: int) -> Tensor | None:

@@ -28,15 +28,21 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
 _ROUTER = "does not fit the router of transformers 5"  # defuser 0.0.28 rewrites their experts
-_EXPERTS = "leaves the experts in 16 bits"
 BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition of it does
     "glm4_moe": _ROUTER,
     "glm4_moe_lite": _ROUTER,
-    "granitemoe": _EXPERTS,
-    "granitemoehybrid": _EXPERTS,
-    "minimax_m2": _EXPERTS,
+    "gemma3_text": "cannot build its rotary embeddings",
+    "ernie4_5_moe": "calls what transformers 5 no longer has",
     "llama4": "does not see that the stacks of experts are transposed",
     "mistral3": "reads data of the towers, which it does not load",
+}
+UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its definition lacks
+    "gemma4": "experts",
+    "gemma4_text": "experts",
+    "granitemoe": "experts",
+    "granitemoehybrid": "experts",
+    "minimax_m2": "experts",
+    "qwen3_next": "in_proj_ba",
 }
 # it loads the processors of these, which need torchvision
 NEED_TORCHVISION = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
@@ -64,6 +70,9 @@ class GPTQModelBackend:
         kind = str(plan.checkpoint.config.get("model_type"))
         if kind in BROKEN:
             reasons.append(f"its definition of `{kind}` {BROKEN[kind]}")
+        part = UNREACHED.get(kind)
+        if any(part in module.layer.split(".") for module in plan.quantized):
+            reasons.append(f"its definition of `{kind}` leaves `{part}` in 16 bits")
         if kind in NEED_TORCHVISION and find_spec("torchvision") is None:
             reasons.append(f"it loads the image processor of `{kind}`: pip install torchvision")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
@@ -126,7 +135,7 @@ class GPTQModelBackend:
             {"input_ids": list(sample), "attention_mask": [1] * len(sample)}
             for sample in work.samples
         ]
-        with counting_expert_tokens(work, model.model):
+        with counting_expert_tokens(work, model.model, bypasses_routers=True):
             model.quantize(
                 samples or None, batch_size=work.batch_size, calibration_sort=None, **options
             )

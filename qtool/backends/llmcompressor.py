@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers import Modifier
     from torch.utils.data import Dataset
+    from transformers import PreTrainedModel
 
 ROUNDERS = ("rtn", "mse", "gptq", "autoround")
 TRANSFORMS = ("awq", "smoothquant", "spinquant")
@@ -87,10 +88,11 @@ class LLMCompressorBackend:
         linears = loaded_linears(work, model)
         batches = [{"input_ids": batch} for batch in batch_tensors(work)]
         loader = DataLoader(cast("Dataset[object]", batches), batch_size=None)
+        modifiers = _modifiers(work, model, linears)
         with counting_expert_tokens(work, model):
             oneshot(
                 model=model,
-                recipe=_modifiers(work, linears),
+                recipe=modifiers,
                 # it asks for one where there are towers, though samples are tokens already
                 processor=AutoTokenizer.from_pretrained(work.job.model) if batches else None,
                 dataset=loader if batches else None,
@@ -138,10 +140,10 @@ def _clear_actorder(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2))
 
 
-def _modifiers(work: Work, linears: list[str]) -> list[Modifier]:
+def _modifiers(work: Work, model: PreTrainedModel, linears: list[str]) -> list[Modifier]:
     """Return the steps of the recipe as the library's modifiers, the one that rounds last."""
     recipe = work.plan.recipe
-    transforms = [_transform(step, recipe) for step in recipe.algorithm]
+    transforms = [_transform(step, work.plan, model) for step in recipe.algorithm]
     rounder = _rounder(work, _quantization_options(work, linears))
     return [*(transform for transform in transforms if transform is not None), rounder]
 
@@ -170,13 +172,16 @@ def _targets(group: Group, *, is_only: bool) -> list[str]:
     return only_targets(group.names) if is_only else [f"re:{each}" for each in group.patterns]
 
 
-def _transform(step: Step, recipe: Recipe) -> Modifier | None:
+def _transform(step: Step, plan: Plan, model: PreTrainedModel) -> Modifier | None:
     """Return the modifier that changes weights before they are rounded; None for other steps."""
     from llmcompressor.modifiers.transform import (
         AWQModifier,
         SmoothQuantModifier,
         SpinQuantModifier,
     )
+    from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
+
+    from qtool.backends.awq_mappings import awq_mappings
 
     if isinstance(step, SmoothQuant):
         return SmoothQuantModifier(smoothing_strength=step.strength)
@@ -184,8 +189,11 @@ def _transform(step: Step, recipe: Recipe) -> Modifier | None:
         return SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
     if isinstance(step, Awq):
         # duo scaling is not defined for FP8 weights
-        fp8 = any(scheme.weights.format == "fp8" for scheme in recipe.schemes)
-        return AWQModifier(duo_scaling=not fp8)
+        fp8 = any(scheme.weights.format == "fp8" for scheme in plan.recipe.schemes)
+        # its own lists leave out routers and shared experts, and do not fit models with towers
+        found = awq_mappings(plan, model)
+        mappings = [AWQMapping(each.smooth, [*each.balance]) for each in found]
+        return AWQModifier(duo_scaling=not fp8, mappings=mappings)
     return None
 
 

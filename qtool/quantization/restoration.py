@@ -22,7 +22,7 @@ MAX_SHARD_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
 # keys of configs with the names of what stays in 16 bits
 UNQUANTIZED_LISTS = frozenset({"ignore", "exclude_modules", "modules_to_not_convert"})
-# steps that also change tensors which are not quantized
+# steps that also change weights and biases which are not quantized
 TRANSFORMS = (Awq, SmoothQuant, SpinQuant)
 
 
@@ -40,7 +40,10 @@ def restore_source(plan: Plan, folder: Path) -> None:
     kept = [name for name in plan.checkpoint.tensors if name not in quantized]
     missing = [name for name in kept if _is_missing(plan, tensors, name)]
     is_transformed = any(isinstance(step, TRANSFORMS) for step in plan.recipe.algorithm)
-    changed = [] if is_transformed else [name for name in kept if _is_changed(plan, tensors, name)]
+    scaled = (".weight", ".bias") if is_transformed else ()
+    changed = [
+        name for name in kept if not name.endswith(scaled) and _is_changed(plan, tensors, name)
+    ]
     for name in (*missing, *changed):
         tensors[name] = plan.checkpoint.tensors[name]
     if any(written.tensors.get(name) is not tensor for name, tensor in tensors.items()):

@@ -35,6 +35,7 @@ START, END = "<!-- table: tests/benchmarks/architectures.py -->", "<!-- end -->"
 PROMPTS = ([*range(20, 44)], [*range(300, 360)])
 # KL divergence to the dequantized model, by the bits of inputs
 BOUNDS = {16: 0.002, 8: 0.05, 4: 0.15}
+SCALED_BOUND = 0.3  # to the source, where only the product of norms and matrices is kept
 LEAST_SQNR_DB = {4: 12.0, 8: 25.0}
 TOKENS = 8
 
@@ -61,6 +62,7 @@ def try_method(name: str, method: str, work: Path) -> Cell:
     from qtool.options import QuantizeOptions
     from qtool.quantization.execution import run
     from qtool.quantization.request import prepare
+    from qtool.quantization.restoration import TRANSFORMS
 
     model, output = work / "models" / name, work / "outputs" / f"{name}-{method}"
     shutil.rmtree(output, ignore_errors=True)
@@ -83,7 +85,8 @@ def try_method(name: str, method: str, work: Path) -> Cell:
     share = request.plan.quantized_share
     try:
         run(request)
-        lacks = check(model, output)
+        is_scaled = any(isinstance(step, TRANSFORMS) for step in request.plan.recipe.algorithm)
+        lacks = check(model, output, is_scaled=is_scaled)
     except QtoolError as error:
         return Cell("WRONG", share, f"{error.code} after the dry run: {error.message}")
     except Wrong as wrong:
@@ -97,8 +100,11 @@ def try_method(name: str, method: str, work: Path) -> Cell:
     return Cell("right", share, lacks)
 
 
-def check(model: Path, output: Path) -> str:
-    """Raise Wrong unless ``output`` is ``model`` quantized; return what the engine lacks for it."""
+def check(model: Path, output: Path, *, is_scaled: bool) -> str:
+    """Raise Wrong unless ``output`` is ``model`` quantized; return what the engine lacks for it.
+
+    With ``is_scaled``, norms and matrices are scaled against each other before they are rounded.
+    """
     import torch
 
     import qtool
@@ -114,7 +120,7 @@ def check(model: Path, output: Path) -> str:
     report = inspect(written, deep=True, against=source)
     if report.damage or report.warnings:
         raise Wrong(f"inspect --deep: {(*report.damage, *report.warnings)[0]}")
-    check_tensors(source, written, layout)
+    check_tensors(source, written, layout, is_scaled=is_scaled)
     if report.against is not None:
         check_matrices(report.against.modules, layout)
     check_expert_tokens(written, layout)
@@ -125,8 +131,11 @@ def check(model: Path, output: Path) -> str:
     is_mixture = "experts" in "".join(written.tensors)
     if is_mixture:
         bound *= 3  # a rounding may choose other experts of a random router
-    compare("qtool.load", logits(qtool.load(output, device="cpu")), expected, bound)
-    lacks = check_engine(output, dequantized, is_coarse=is_mixture or bits < 8)
+    if is_scaled:
+        compare("the source", expected, logits(load_dequantized(source)), SCALED_BOUND)
+    loaded = qtool.load(output, device="cpu")
+    compare("qtool.load", logits(loaded), expected, bound)
+    lacks = check_engine(output, loaded, is_coarse=is_mixture or bits < 8)
     plain = output.with_name(f"{output.name}-bf16")
     try:
         qtool.export(output, to="bf16", output=plain, overwrite=True)
@@ -168,8 +177,11 @@ def check_expert_tokens(written: Any, layout: Any) -> None:
         raise Wrong(f"experts got {counted} of {calibration['tokens']} tokens")
 
 
-def check_tensors(source: Any, written: Any, layout: Any) -> None:
-    """Raise Wrong when a tensor of the source is neither there as it was nor quantized."""
+def check_tensors(source: Any, written: Any, layout: Any, *, is_scaled: bool) -> None:
+    """Raise Wrong when a tensor of the source is neither there as it was nor quantized.
+
+    With ``is_scaled``, it may have other values.
+    """
     from qtool.architecture import map_names
     from qtool.quantization.restoration import is_same
 
@@ -184,9 +196,9 @@ def check_tensors(source: Any, written: Any, layout: Any) -> None:
             continue
         if name not in written.tensors:
             raise Wrong(f"`{name}` is lost")
-        if tensor.dtype == written.tensors[name].dtype and not is_same(
-            tensor, written.tensors[name]
-        ):
+        found = written.tensors[name]
+        is_kept = (tensor.dtype, tensor.shape) == (found.dtype, found.shape)
+        if not (is_kept if is_scaled else tensor.dtype != found.dtype or is_same(tensor, found)):
             raise Wrong(f"`{name}` was changed")
 
 
@@ -194,7 +206,7 @@ def check_matrices(differences: Any, layout: Any) -> None:
     """Raise Wrong when a quantized matrix is too far from its source."""
     for each in differences:
         module = layout.modules.get(each.name)
-        if module is None or each.sqnr_db is None:
+        if module is None or each.sqnr_db is None or each.rescaled:
             continue
         least = LEAST_SQNR_DB[8 if module.scheme.weights.bits == 8 else 4]
         if each.sqnr_db < least:
