@@ -1046,13 +1046,12 @@ def test_a_path_that_exists_or_can_be_no_hub_name_is_itself(tmp_path, monkeypatc
 def test_a_model_is_downloaded_without_pickles_and_code(resolve, hub, tiny_model):
     answer = resolve("org/tiny", env={"HF_ENDPOINT": hub.url})
     checkpoint = open_checkpoint(Path(answer["folder"]))
-    assert checkpoint.name == "tiny"
+    assert (checkpoint.name, checkpoint.hub_name) == ("tiny", "org/tiny")
     assert files_below(checkpoint.path) == {path.name for path in tiny_model.iterdir()} - {
         "corpus.py",
         "train.py",
         "calibration.jsonl",
         "evaluation.jsonl",
-        "README.md",
     }
     assert (checkpoint.path / "model.safetensors").read_bytes() == (
         tiny_model / "model.safetensors"
