@@ -77,6 +77,7 @@ MISSHAPEN = (
     ArithmeticError,
     RecursionError,
 )
+PACKED_PARTS = ("qweight", "weight_packed", torchao.DATA, mxfp4.BLOCKS)
 PACKED_DTYPES = frozenset({"U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E8M0"})
 
 
@@ -105,7 +106,7 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
     """Raise CheckpointRefused when a tensor is quantized and no config says how."""
     for parts in modules_of(checkpoint):
         is_packed = "weight" in parts and parts["weight"].dtype in PACKED_DTYPES
-        if is_packed or "qweight" in parts or "weight_packed" in parts:
+        if is_packed or any(suffix.endswith(PACKED_PARTS) for suffix in parts.tensors):
             raise refused(
                 "E_NO_QUANT_CONFIG",
                 f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says "

@@ -100,6 +100,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
         raise refused(
             "E_FORMAT",
             f"`{module.name}`: GPTQModel's planar layout of {bits} bits is not read; {BITS} are",
+            "GPTQModel loads it; or quantize the 16-bit model again",
         )
     data = data_from_words(tensors["qweight"].T.contiguous(), bits, columns)
     scale = tensors["scales"].T.contiguous()

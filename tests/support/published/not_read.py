@@ -248,6 +248,22 @@ NOT_READ: Mapping[str, NotRead] = {
     "ascend-modelslim": NotRead(
         _checkpoint({"quant_method": "modelslim"}, INT8), "E_QUANT_METHOD", ("ModelSlim", "Ascend")
     ),
+    "pytorch-int4-hqq": NotRead(
+        _checkpoint(
+            {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}},
+            },
+            {"_weight_qdata": _zeros(BYTES, 384, 128), "_weight_scale": _zeros(HALF, 2, 384)},
+        ),
+        "E_QUANT_CLASS",
+        ("Int4WeightOnlyConfig", "torchao", "transformers"),
+    ),
+    "torchao-before-0.10": NotRead(
+        _checkpoint({"quant_method": "torchao", "quant_type": "int4_weight_only"}, {}),
+        "E_QUANT_CLASS",
+        ("int4_weight_only", "transformers"),
+    ),
     "autoround-rotated": NotRead(
         _checkpoint(
             {

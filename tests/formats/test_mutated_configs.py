@@ -1,0 +1,90 @@
+"""A changed quantization config ends in a right reading or a coded refusal, at once."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+from support.mutated_configs import mutations
+from support.published import PUBLISHED
+
+from qtool import formats
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointRefused
+from qtool.inspection import inspect, render
+from qtool.weight import dequantize
+
+SLOW_S = 2.0
+LAYOUTS, EACH = 12, 10  # that every run tries
+OTHER_MEANING = {  # keys whose values say what the same tensors mean
+    "backend",
+    "checkpoint_format",
+    "packing_format",
+}
+
+
+def outcome(folder, expected, first):
+    """What is wrong with how a mutated checkpoint is read or refused; empty when nothing is.
+
+    ``first`` is the layout before.
+    """
+    try:
+        checkpoint = open_checkpoint(folder)
+        layout = formats.detect(checkpoint)
+        render(inspect(checkpoint, engine="vllm"))
+        if layout is None:
+            return "taken for a model in 16 bits"
+        changed = [name for name, own in layout.modules.items() if own != first.modules.get(name)]
+        if missing := first.modules.keys() - layout.modules.keys():
+            return f"layers are missing: {sorted(missing)[:2]}"
+        for name in changed:
+            found = dequantize(formats.read(checkpoint, layout, name))
+            if not torch.equal(found, expected[name]):
+                return f"`{name}` has other numbers as {layout.modules[name].scheme}"
+    except CheckpointRefused as error:
+        said = f"{error.message} {error.hint}"
+        if not error.hint or "download" in said.lower():
+            return f"a wrong hint: {error.code} {said}"
+        return ""
+    return ""
+
+
+def wrong(name, tmp_path, chosen):
+    """What goes wrong with some mutations of a layout."""
+    folder = tmp_path / name
+    expected = PUBLISHED[name](folder)
+    first = formats.detect(open_checkpoint(folder))
+    found = []
+    for mutation in chosen(list(mutations(folder))):
+        file = folder / mutation.file
+        before = file.read_text()
+        file.write_text(json.dumps(mutation.content))
+        start = time.perf_counter()
+        try:
+            problem = outcome(folder, expected, first)
+        except Exception as error:  # whatever it is: only refusals are right
+            problem = f"{type(error).__name__}: {error}"
+        if time.perf_counter() - start > SLOW_S:
+            problem = problem or "too slow"
+        if problem and OTHER_MEANING.isdisjoint(mutation.path):
+            found.append(f"{mutation}: {problem}")
+        file.write_text(before)
+    return found
+
+
+def test_a_slice_of_all_mutations_is_read_or_refused(tmp_path):
+    chance = random.Random(0)
+    names = chance.sample(sorted(PUBLISHED), LAYOUTS)
+    found = {
+        name: problems
+        for name in names
+        if (problems := wrong(name, tmp_path, lambda all: chance.sample(all, EACH)))
+    }
+    assert found == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_mutation_is_read_or_refused(tmp_path, name):
+    assert wrong(name, tmp_path, lambda all: all) == []
