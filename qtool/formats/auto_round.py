@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from qtool.checkpoint.strict_json import Json, JsonDict
+from qtool.errors import CheckpointRefused
 from qtool.formats.layout import refused
 from qtool.formats.patterns import config_patterns
 
@@ -27,7 +28,7 @@ class LayerOptions:
 
     def __init__(self, config: Json) -> None:
         self._config = config
-        self._extra: Mapping[str, Json] = config.get("extra_config") or {}
+        self._extra = _extra_config(config)
         self._blocks = tuple(_block_names(config))
         compiler = config_patterns()
         self._patterns = [
@@ -42,9 +43,7 @@ class LayerOptions:
         if extra is None:
             is_inside = not self._blocks or name.startswith(self._blocks)
             return self._config if is_inside else None
-        if extra.get("bits", 0) >= UNQUANTIZED_BITS:
-            return None
-        return {**self._config, **extra}
+        return None if _is_unquantized(extra) else {**self._config, **extra}
 
     def _extra_of(self, name: str) -> Json | None:
         if name in self._extra:
@@ -79,10 +78,11 @@ def in_words_of_format(config: Json) -> Json:
             f"AutoRound's `{rotation}` rotates inputs at run time, which qtool does not support",
             "quantize the 16-bit model again without rotations",
         )
+    LayerOptions(config)  # refuses what it cannot understand
     packing = _packing(config)
     if is_float(config) or "llm_compressor" in packing:
         return _fp8(config) if "fp8" in packing else _compressed_tensors(config)
-    if config.get("act_bits", UNQUANTIZED_BITS) < UNQUANTIZED_BITS:
+    if (config.get("act_bits") or UNQUANTIZED_BITS) < UNQUANTIZED_BITS:
         raise _unknown_packing(f"integers with inputs of {config['act_bits']} bits, `{packing}`")
     if "awq" in packing:
         own = {"quant_method": "awq", "version": "gemm"}
@@ -108,9 +108,31 @@ def _gptq_version(packing: str) -> str:
     return "gptq" if "gptq" in packing and "gptqmodel" not in packing else "gptq_v2"
 
 
+def _extra_config(config: Json) -> Mapping[str, Json]:
+    """Return the options of single layers; CheckpointRefused when they are none."""
+    found = config.get("extra_config") or {}
+    if isinstance(found, Mapping) and all(isinstance(each, Mapping) for each in found.values()):
+        return found
+    raise _bad_field("extra_config", "map names of layers to their options")
+
+
+def _bad_field(key: str, wanted: str) -> CheckpointRefused:
+    return refused(
+        "E_QUANT_CONFIG",
+        f"`{key}` of the quantization config must {wanted}",
+        "compare it with the config.json of the original",
+    )
+
+
+def _is_unquantized(extra: Json) -> bool:
+    return (extra.get("bits") or 0) >= UNQUANTIZED_BITS
+
+
 def _block_names(config: Json) -> Iterable[str]:
     named = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
     names = named.split(",") if isinstance(named, str) else named
+    if not isinstance(names, list | tuple):
+        raise _bad_field("block_name_to_quantize", "be a list of names")
     return (name.strip() for name in names if isinstance(name, str) and name.strip())
 
 
@@ -126,9 +148,9 @@ def _compressed_tensors(config: Json) -> JsonDict:
     """Return the config as compressed-tensors has it: a group for each layer that differs."""
     groups = {"group_0": {"targets": ["Linear"], **_arguments(config)}}
     ignored = []
-    for key, extra in (config.get("extra_config") or {}).items():
+    for key, extra in _extra_config(config).items():
         target = key if REGEX_CHARACTERS.isdisjoint(key) else f"re:.*(?:{key})"
-        if extra.get("bits", 0) >= UNQUANTIZED_BITS:
+        if _is_unquantized(extra):
             ignored.append(target)
         elif extra:
             arguments = _arguments({**config, **extra})
@@ -142,7 +164,7 @@ def _compressed_tensors(config: Json) -> JsonDict:
 
 
 def _arguments(config: Json) -> JsonDict:
-    bits = config.get("act_bits", UNQUANTIZED_BITS)
+    bits = config.get("act_bits") or UNQUANTIZED_BITS
     inputs = None
     if bits < UNQUANTIZED_BITS:
         data_type = config.get("act_data_type") or config.get("data_type")

@@ -222,12 +222,11 @@ def _read_codes(
     module: QuantizedModule, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``data`` and ``zero`` of a `QuantizedWeight`, but for the shape of ``zero``."""
-    import torch
-
-    from qtool.formats.packing import data_from_words, signed, unpack_bits
-    from qtool.weight import pack_pairs
+    from qtool.formats.packing import data_from_bytes, data_from_words, signed, unpack_bits
 
     weights, (rows, columns) = module.scheme.weights, module.shape
+    if weights.symmetric and "weight_zero_point" in tensors:
+        _check_no_zeros(module, tensors["weight_zero_point"])
     zero = None if weights.symmetric else tensors["weight_zero_point"]
     if weights.format == "fp4":
         return tensors["weight_packed"], zero
@@ -237,10 +236,26 @@ def _read_codes(
             codes = unpack_bits(zero.T.contiguous(), weights.bits, rows)
             zero = signed(codes, weights.bits).T.contiguous()
         return data, zero
-    data = tensors["weight"]
-    if weights.format == "int4":
-        data = pack_pairs((data + 8).view(torch.uint8))
-    return data, zero
+    if weights.format.startswith("int"):
+        return data_from_bytes(module, tensors["weight"]), zero
+    return tensors["weight"], zero
+
+
+def _check_no_zeros(module: QuantizedModule, zero: Tensor) -> None:
+    """Raise CheckpointRefused when symmetric weights have zero points, which some tools store."""
+    import torch
+
+    from qtool.formats.packing import check_constant
+
+    bits = module.scheme.weights.bits
+    if zero.dtype == torch.int32:
+        check_constant(module, zero.T.contiguous(), bits, module.shape[0], {2 ** (bits - 1)})
+    elif not zero.is_meta and bool((zero.float() != 0).any()):
+        raise refused(
+            "E_ZERO_POINT",
+            f"`{module.name}` is symmetric, as the config says, and has zero points",
+            "set `symmetric` to false in the quantization config if the weights are asymmetric",
+        )
 
 
 def _read_scales(

@@ -57,8 +57,8 @@ def _is_group_size(value: object) -> bool:
     return type(value) is int and (value == -1 or 0 < value < 1 << 31)
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
+def _is_block(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31 and (value == 1 or value % 8 == 0)
 
 
 def _is_name(value: object) -> bool:
@@ -73,8 +73,8 @@ BITS = (_is_bits, f"a whole number from 1 to {MAX_BITS}")
 FLAG = (is_flag, "true or false")
 NAMES = (_are_names, "a list of names")
 BLOCK = (
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)),
-    "two whole numbers greater than zero",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_block, value)),
+    "two whole numbers, each 1 or in eights",
 )
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "bits": BITS,

@@ -190,11 +190,12 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
 
 def group_size(columns: int, groups: int, configured: int | None = None) -> int:
     """Return how many of ``columns`` inputs share one of ``groups`` scales: ``configured`` where it
-    fits, else what divides evenly.
+    fits, else what divides evenly. The last group may be short, if the others are in eights.
     """
-    if configured and configured > 0 and math.ceil(columns / configured) == groups:
-        return configured
-    return math.ceil(columns / groups)
+    if not configured or configured < 0 or math.ceil(columns / configured) != groups:
+        return math.ceil(columns / groups)
+    is_whole = columns % configured == 0 or configured % 8 == 0
+    return configured if is_whole else math.ceil(columns / groups)
 
 
 def grouped_integers(

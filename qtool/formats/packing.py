@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.errors import CheckpointRefused
 from qtool.formats.layout import TRUNCATED, QuantizedModule, refused
 from qtool.name_map import LinearWeight
 from qtool.weight import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
@@ -124,6 +125,24 @@ def data_from_words(words: Tensor, bits: int, count: int) -> Tensor:
     return signed(unpack_bits(words, bits, count), bits)
 
 
+def data_from_bytes(module: QuantizedModule, codes: Tensor) -> Tensor:
+    """Return the ``data`` of a `QuantizedWeight` for signed codes of ``module``, int8 [N, K].
+
+    Raises: CheckpointRefused, when they have more bits than the config says.
+    """
+    bits = module.scheme.weights.bits
+    limit = 2 ** (bits - 1)
+    if bits < 8 and not codes.is_meta and bool(((codes < -limit) | (codes >= limit)).any()):
+        raise _out_of_range(f"`{module.name}` has codes that are not of {bits} bits")
+    return pack_pairs((codes + 8).view(torch.uint8)) if bits == 4 else codes
+
+
+def _out_of_range(message: str) -> CheckpointRefused:
+    return refused(
+        "E_CODE_RANGE", message, "write the bits that the codes have into the quantization config"
+    )
+
+
 def words_from_data(data: Tensor, bits: int) -> Tensor:
     """Return ``data`` of a `QuantizedWeight` as rows of packed offset-binary codes, int32: the
     inverse of `data_from_words`.
@@ -172,6 +191,9 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
                 codes[i] = codes[i] | (data[..., i * bits // 8 + 1] << (8 - i * bits % 8))
     elif width == -(-count // (32 // bits)):
         codes = [(words >> (i * bits)).to(torch.uint8) for i in range(32 // bits)]
+        spare = 32 % bits
+        if spare and not words.is_meta and bool(((words >> (32 - spare)) & (2**spare - 1)).any()):
+            raise _out_of_range(f"words hold more than {32 // bits} codes of {bits} bits each")
     else:
         raise refused("E_TENSOR_SHAPE", f"{width} words hold no {count} codes of {bits} bits")
     return (

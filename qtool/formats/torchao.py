@@ -71,6 +71,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
 
 def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """Return the common form of ``tensors``."""
+    from qtool.formats.packing import data_from_bytes
     from qtool.weight import Activation, QuantizedWeight
 
     if TILES in tensors:
@@ -83,7 +84,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     if ZERO not in tensors:
         return QuantizedWeight(tensors[DATA], tensors[SCALE], activation=activation)
     return QuantizedWeight(
-        _codes(module, tensors[DATA]),
+        data_from_bytes(module, tensors[DATA]),
         tensors[SCALE],
         zero=_zeros(module, tensors[ZERO]),
         activation=activation,
@@ -162,16 +163,6 @@ def _tiled(parts: Parts) -> QuantizedModule:
     group_size = columns // parts[TILES].shape[0]
     scheme = Scheme(Weights("int4", "group", group_size, symmetric=False))
     return QuantizedModule(parts.name, scheme, (rows, columns), parts.tensors)
-
-
-def _codes(module: QuantizedModule, data: Tensor) -> Tensor:
-    import torch
-
-    from qtool.weight import pack_pairs
-
-    if module.scheme.weights.bits != 4:
-        return data
-    return pack_pairs((data + 8).view(torch.uint8))
 
 
 def _zeros(module: QuantizedModule, zero: Tensor) -> Tensor | None:
