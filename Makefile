@@ -30,9 +30,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict qtool
 
-# the blocks of the documents that the program writes: help, error codes
+# the blocks of the documents that the program writes: help, error codes, published layouts
 docs: $(VENV)/ready
 	$(BIN)/python tests/test_docs.py
+	$(BIN)/python tests/support/published_table.py
 
 # torch is installed first and alone, so that its tested build satisfies everything else
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -176,8 +176,8 @@ def _cells(name: str, folder: Path) -> tuple[str, ...]:
     layout = formats.detect(checkpoint)
     assert layout is not None and writer.__doc__
     schemes = sorted({module.scheme.name for module in layout.modules.values()})
-    is_loaded = _is_loaded(folder)
-    served = (*(("qtool",) if is_loaded else ()), *_engines(checkpoint, layout))
+    is_loaded, is_served = _runs(checkpoint)
+    served = (*(("qtool",) if is_served else ()), *_engines(checkpoint, layout))
     return (
         writer.__doc__.partition("\n")[0].strip().removesuffix(".").replace("``", "`"),
         ", ".join(schemes),
@@ -187,18 +187,23 @@ def _cells(name: str, folder: Path) -> tuple[str, ...]:
     )
 
 
-def _is_loaded(folder: Path) -> bool:
+def _runs(checkpoint) -> tuple[bool, bool]:  # type: ignore[no-untyped-def]
+    """Whether `qtool.load` loads it, and whether the engine serves it."""
     import torch
 
-    from qtool.checkpoint import open_checkpoint
+    from qtool.engine.requirements import check_by_name
     from qtool.errors import QtoolError
     from qtool.runtime.load_plan import plan_load
 
     try:
-        plan_load(open_checkpoint(folder), torch.device("cpu"))
+        plan = plan_load(checkpoint, torch.device("cpu"))
     except QtoolError:
-        return False
-    return True
+        return False, False
+    try:
+        check_by_name(plan)
+    except QtoolError:
+        return True, False
+    return True, True
 
 
 def _engines(checkpoint, layout) -> list[str]:  # type: ignore[no-untyped-def]
