@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     from qtool.conversion import export
     from qtool.engine.engine import Engine
     from qtool.errors import QtoolError
+    from qtool.evaluation.execution import evaluate
     from qtool.quantization import QuantizeResult, quantize
     from qtool.runtime.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "QtoolError", "QuantizeResult", "export", "load", "quantize"]
+__all__ = ["Engine", "QtoolError", "QuantizeResult", "evaluate", "export", "load", "quantize"]
 
 _HOMES = {  # imported when first used
     "Engine": "engine.engine",
     "QtoolError": "errors",
     "QuantizeResult": "quantization",
+    "evaluate": "evaluation.execution",
     "export": "conversion",
     "load": "runtime.load",
     "quantize": "quantization",

@@ -249,3 +249,62 @@ class ExportOptions(WriteOptions):
 
     method: str | None = None
     """Method that made the state, for files of mto.save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Everything that `eval` takes apart from the model."""
+
+    reference: str | os.PathLike[str]
+    """The 16-bit model: folder or Hub name."""
+
+    data: str
+    """File (.jsonl .json .txt .parquet) or Hub data set NAME[:CONFIG][:SPLIT]."""
+
+    text_column: str | None = None
+    """The field that holds the text."""
+
+    max_tokens: int = bounded(32_768, 2, 1 << 30)
+    """Tokens of all texts together, at most. [32768]"""
+
+    seq_len: int = bounded(2048, 16)
+    """Tokens that a model sees at once, at most. [2048]"""
+
+    stride: int | None = bounded(None, 1)
+    """How far windows of one text move. [SEQ_LEN]"""
+
+    seed: int = bounded(0, 0, 2**32 - 1)
+    """Which texts are drawn; of the bootstrap too. [0]"""
+
+    answers: int = bounded(8, 0, 4096)
+    """Greedy answers to look for collapse in. [8]"""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>."""
+
+    dtype: str | None = None
+    """What unquantized layers compute in: bfloat16, float16 or float32. [the model's]"""
+
+    gate: str | Sequence[str] = ()
+    """A limit such as mean_kl<=0.05; `default`: those of the scheme. May repeat."""
+
+    strict: bool = False
+    """Fail too when a limit lies inside the interval of what was measured."""
+
+    cache_dir: str | os.PathLike[str] | None = None
+    """Keep the reference's log-probabilities here, and use them again."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, EvalOptions)
+        if self.stride is not None and self.stride > self.seq_len:
+            raise UsageError(
+                "E_LIMIT",
+                f"stride is {self.stride}, and windows have {self.seq_len} tokens",
+                hint="tokens between two windows would not be measured; 1 to SEQ_LEN",
+            )

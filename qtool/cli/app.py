@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qtool import __version__
+from qtool.cli.eval import evaluate
 from qtool.cli.export import export
 from qtool.cli.help import GroupedCommand
 from qtool.cli.inspect import inspect
@@ -48,6 +49,7 @@ def qtool(
 
 for command in (quantize, export, inspect):
     app.command(cls=GroupedCommand)(command)
+app.command("eval", cls=GroupedCommand)(evaluate)
 app.command(cls=GroupedCommand, context_settings={"allow_extra_args": True})(serve)
 
 

@@ -22,6 +22,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("calibration", "num_samples", "seq_len", "batch_size", "text_column", "pack"),
         *("checkpoint_save_path", "checkpoint_restore_path", "trust_pickle"),
     ),
+    "Comparison": (*("reference", "data", "max_tokens", "stride", "answers", "cache_dir"),),
+    "Gate": ("gate", "strict", "junit"),
     "Report": (
         *("modules", "deep", "verify", "against", "html"),
         *("engine_version", "gpu", "tensor_parallel"),

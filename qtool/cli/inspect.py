@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtool.cli.files import check_writable, write_file
 from qtool.cli.options import (
     Debug,
     Json,
@@ -18,7 +18,7 @@ from qtool.cli.options import (
     Verbose,
 )
 from qtool.cli.output import show
-from qtool.errors import ResourceError, UsageError
+from qtool.errors import UsageError
 
 if TYPE_CHECKING:
     from qtool.inspection import Inspection
@@ -86,7 +86,7 @@ def inspect(
     if engine is None:
         _check_unused(engine_version, gpu, tensor_parallel)
     if html:
-        _check_writable(html)
+        check_writable(html)
     folder = resolve_model(model_path, revision=revision)
     found = run(
         open_checkpoint(folder),
@@ -99,22 +99,11 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        _write_html(html, render_html(found))
+        write_file(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
     _check_damage(found, folder)
     if found.engine and not found.engine.loads:
         raise typer.Exit(3)
-
-
-def _write_html(file: Path, page: str) -> None:
-    """Write ``page`` to ``file``; when that fails, remove a file that was not there before."""
-    is_new = not file.exists()
-    try:
-        file.write_text(page, encoding="utf-8")
-    except BaseException:
-        if is_new:
-            file.unlink(missing_ok=True)
-        raise
 
 
 def _check_damage(found: Inspection, folder: Path) -> None:
@@ -136,12 +125,4 @@ def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: 
             "E_NO_ENGINE",
             "--engine-version, --gpu and --tp need an engine",
             hint="add --engine vllm",
-        )
-
-
-def _check_writable(file: Path) -> None:
-    place = file if file.exists() else file.parent
-    if file.is_dir() or not os.access(place, os.W_OK):
-        raise ResourceError(
-            "E_OUTPUT_PLACE", f"{file}: cannot write there", hint="choose another file"
         )

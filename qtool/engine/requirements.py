@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from qtool.engine.attention.interface import running
-from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
+from qtool.engine.attention.pages import LayerGeometry
+from qtool.engine.kv_cache import allocate_pages
+from qtool.engine.prompt_logits import prompt_logits
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.load_plan import LoadPlan
@@ -63,31 +63,9 @@ def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None
 
 def _second_prompt(model: CausalLM, geometry: Sequence[LayerGeometry], ids: Tensor) -> Tensor:
     """Return the logits [T, V] of the second of two prompts ``ids`` [2 T], packed in one step."""
-    ints = partial(torch.tensor, dtype=torch.int32, device=ids.device)
-    zeros = partial(torch.zeros, dtype=model.dtype, device=ids.device)
-    pages = {
-        layer.layer_idx: KVPages(
-            zeros(3, layer.kv_heads, 16, layer.head_dim),
-            zeros(3, layer.kv_heads, 16, layer.v_head_dim),
-        )
-        for layer in geometry
-    }
-    positions = ints([*range(TOKENS)] * 2)
-    packed = Packed(
-        ints([[1], [2]]),
-        ints([0] * TOKENS + [1] * TOKENS),
-        positions,
-        0,
-        ints([0, TOKENS, 2 * TOKENS]),
-        longest=TOKENS,
-    )
-    with running(packed, pages):
-        logits = model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            logits_to_keep=torch.arange(TOKENS, 2 * TOKENS, device=ids.device),
-            use_cache=False,
-        ).logits[0]
+    first, second = ids.view(2, TOKENS).tolist()
+    pages = allocate_pages(2, geometry, model.dtype, ids.device, {})
+    logits = prompt_logits(model, pages, [first, second], range(TOKENS, 2 * TOKENS))
     if len(logits) != TOKENS:
         name = type(model).__name__
         raise _refused(f"{name} computes the logits of all tokens, not of those it is asked for")

@@ -1,0 +1,28 @@
+"""Reports that commands write beside their result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qtool.errors import ResourceError
+
+
+def check_writable(file: Path) -> None:
+    """Raise ResourceError when ``file`` cannot be written."""
+    place = file if file.exists() else file.parent
+    if file.is_dir() or not os.access(place, os.W_OK):
+        raise ResourceError(
+            "E_OUTPUT_PLACE", f"{file}: cannot write there", hint="choose another file"
+        )
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write ``text`` to ``file``, whole or not at all: what was there stays until then."""
+    part = file.with_name(f"{file.name}.part-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,226 @@
+"""`evaluate` compares a quantized checkpoint with its 16-bit reference, and applies a gate."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from qtool.errors import CheckpointRefused
+from qtool.evaluation.agreement import WorstToken
+from qtool.evaluation.collapse import Collapse, net_share
+from qtool.evaluation.comparison import Compared, Model, Task, compare_models
+from qtool.evaluation.detokenized import as_texts
+from qtool.evaluation.faults import checkpoint_faults, has_tokenizer
+from qtool.evaluation.gate import check_gate, parse_gate
+from qtool.evaluation.measures import Measure, kl_by_position, measures_of
+from qtool.evaluation.report import Data, Evaluation, ShownCollapse, ShownToken, Side
+from qtool.evaluation.served import Kernels, ServeSpec, plan_serving
+from qtool.evaluation.texts import (
+    Document,
+    TextSpec,
+    Window,
+    cut_windows,
+    read_documents,
+    texts_digest,
+    vocab_size,
+)
+from qtool.events import OnEvent, StageEvent, ignore_event
+from qtool.options import EvalOptions, keywords_of, make_options
+from qtool.runtime.devices import device_named
+
+ANSWER_TOKENS = 256
+CONTEXT_TOKENS = 24  # shown before a token
+
+
+@keywords_of(EvalOptions)
+def evaluate(
+    model_path: str | os.PathLike[str], *, on_event: OnEvent = ignore_event, **options: object
+) -> Evaluation:
+    """Compare a quantized checkpoint with its 16-bit reference.
+
+    Args:
+        model_path: a checkpoint folder or a Hub name.
+        on_event: gets what the run reports: an `Event` of `qtool.events`.
+        options: the fields of `qtool.options.EvalOptions`.
+    Returns: all that was measured; a gate that fails is in it, and raises nothing.
+    Raises: QtoolError.
+    """
+    return run_evaluation(model_path, make_options(EvalOptions, options), on_event=on_event)
+
+
+def run_evaluation(
+    model_path: str | os.PathLike[str],
+    options: EvalOptions,
+    *,
+    on_event: OnEvent = ignore_event,
+) -> Evaluation:
+    """Do what `evaluate` says."""
+    began = time.monotonic()
+    quantized, reference = (
+        open_checkpoint(resolve_model(os.fspath(path), revision=revision))
+        for path, revision in ((model_path, options.revision), (options.reference, None))
+    )
+    texts = _text_spec(options, [quantized, reference])
+    spec = ServeSpec(
+        device=device_named(options.device),
+        dtype=options.dtype,
+        seq_len=texts.seq_len,
+        answer_tokens=ANSWER_TOKENS if options.answers else 0,
+    )
+    # before anything else starts threads or a GPU: tokenizers run in a fork of this process
+    on_event(StageEvent("reading the data"))
+    tokenizer = quantized.path if has_tokenizer(quantized) else reference.path
+    documents = read_documents(
+        texts,
+        tokenizer,
+        vocab_size(quantized),
+        trust_remote_code=options.trust_remote_code,
+    )
+    faults = checkpoint_faults(quantized, reference, texts, documents)
+    on_event(StageEvent("planning"))
+    ours, theirs = (Model(each, plan_serving(each, spec)) for each in (quantized, reference))
+    _check_vocabularies(ours, theirs, documents)
+    gate = [options.gate] if isinstance(options.gate, str) else options.gate
+    schemes = {group.spec.scheme: None for group in ours.plan.groups}
+    limits = parse_gate(gate, [*schemes])
+    windows = cut_windows(documents, texts.seq_len, texts.stride)
+    found = compare_models(
+        ours,
+        theirs,
+        Task(spec, windows, options.answers),
+        cache_dir=Path(options.cache_dir) if options.cache_dir else None,
+        on_event=on_event,
+    )
+    measures = {
+        **measures_of(found.agreement, seed=options.seed),
+        **_collapsed(found),
+        "faults": Measure(len(faults)),
+        "size_ratio": Measure(quantized.size_bytes / reference.size_bytes),
+    }
+    return Evaluation(
+        model=_side(ours, found.runs_on[0]),
+        reference=_side(theirs, found.runs_on[1]),
+        data=_data(texts, documents, windows),
+        device=str(spec.device),
+        measures=measures,
+        faults=faults,
+        kl_by_position=kl_by_position(found.agreement),
+        worst=_worst(found.agreement.worst_tokens(), documents, tokenizer),
+        collapsed=_answers(found.collapsed, tokenizer),
+        answers=found.answers,
+        checks=check_gate(limits, measures, strict=options.strict),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _text_spec(options: EvalOptions, checkpoints: Sequence[Checkpoint]) -> TextSpec:
+    """Return which texts are read; windows are no longer than the models' context."""
+    seq_len = options.seq_len
+    for checkpoint in checkpoints:
+        context = checkpoint.text_config.get("max_position_embeddings")
+        if isinstance(context, int) and 0 < context < seq_len:
+            seq_len = context
+    return TextSpec(
+        source=options.data,
+        text_column=options.text_column,
+        max_tokens=options.max_tokens,
+        seq_len=seq_len,
+        stride=min(options.stride or seq_len, seq_len),
+        seed=options.seed,
+    )
+
+
+def _check_vocabularies(quantized: Model, reference: Model, documents: Sequence[Document]) -> None:
+    """Raise CheckpointRefused when the models, or the texts, have different vocabularies."""
+    sizes = (quantized.vocab_size, reference.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise CheckpointRefused(
+            "E_REFERENCE",
+            f"{quantized.checkpoint.path} has a vocabulary of {sizes[0]} tokens, and "
+            f"{reference.checkpoint.path} one of {sizes[1]}",
+            hint="the reference is the 16-bit model that was quantized",
+        )
+    largest = max(max(document.ids) for document in documents)
+    if largest >= sizes[0]:
+        raise CheckpointRefused(
+            "E_TOKENIZER",
+            f"{quantized.checkpoint.path}: its tokenizer gives token {largest}, and the model "
+            f"knows {sizes[0]}",
+            hint="is tokenizer.json of this model?",
+        )
+
+
+def _collapsed(found: Compared) -> dict[str, Measure]:
+    if not found.answers:
+        return {}
+    return {"collapsed": Measure(net_share(found.collapsed, found.answers))}
+
+
+def _side(model: Model, runs_on: str) -> Side:
+    return Side(
+        path=str(model.checkpoint.path),
+        schemes=Kernels.of(model.plan).by_scheme,
+        size_bytes=model.checkpoint.size_bytes,
+        runs_on=runs_on,
+    )
+
+
+def _data(spec: TextSpec, documents: Sequence[Document], windows: Sequence[Window]) -> Data:
+    return Data(
+        source=spec.source,
+        documents=len(documents),
+        windows=len(windows),
+        tokens=sum(window.count for window in windows),
+        seq_len=spec.seq_len,
+        stride=spec.stride,
+        seed=spec.seed,
+        digest=texts_digest(windows),
+    )
+
+
+def _worst(
+    found: Sequence[WorstToken], documents: Sequence[Document], tokenizer: Path
+) -> list[ShownToken]:
+    pieces: list[Sequence[int]] = []
+    for each in found:
+        ids = documents[each.document].ids
+        pieces += [
+            ids[max(0, each.position - CONTEXT_TOKENS) : each.position],
+            [ids[each.position]],
+            [each.reference_token],
+            [each.token],
+        ]
+    texts = iter(as_texts(tokenizer, pieces))
+    return [
+        ShownToken(
+            kl=each.kl,
+            where=documents[each.document].where,
+            position=each.position,
+            context=next(texts),
+            following=next(texts),
+            reference=next(texts),
+            reference_probability=each.reference_probability,
+            quantized=next(texts),
+            probability=each.probability,
+        )
+        for each in found
+    ]
+
+
+def _answers(collapsed: Sequence[Collapse], tokenizer: Path) -> list[ShownCollapse]:
+    found = [each for each in collapsed if not each.of_reference]
+    pieces: list[Sequence[int]] = []
+    for each in found:
+        pieces += [each.prompt, each.tokens]
+    texts = iter(as_texts(tokenizer, pieces))
+    return [
+        ShownCollapse(
+            kind=each.kind,
+            prompt=next(texts),
+            answer=next(texts),
+        )
+        for each in found
+    ]

@@ -1,0 +1,125 @@
+"""The reference's log-probabilities, kept in a file: for models that do not fit side by side, and
+for the next evaluation against the same reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qtool import __version__
+from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.digests import sample_files
+from qtool.errors import ResourceError
+from qtool.evaluation.texts import Window, texts_digest
+
+SUFFIX = ".logprobs"
+MIN_FREE_SHARE = 1.05  # of what the file needs
+
+
+@dataclass(frozen=True)
+class ReferenceFile:
+    """Log-probabilities [N, V], float16, of the tokens that follow N tokens, and greedy answers
+    beside them.
+    """
+
+    path: Path
+    rows: int
+    vocab_size: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the file was written to its end."""
+        return self.path.is_file() and self.path.stat().st_size == self.rows * self.vocab_size * 2
+
+    @property
+    def _answers(self) -> Path:
+        return self.path.with_suffix(".answers.json")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[NDArray[np.float16]]:
+        """Give the array to fill; the file gets its name when the block ends.
+
+        Raises: ResourceError, when the disk has no room.
+        """
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        need = self.rows * self.vocab_size * 2
+        status = os.statvfs(folder)
+        if status.f_bavail * status.f_frsize < need * MIN_FREE_SHARE:
+            raise ResourceError(
+                "E_DISK",
+                f"the reference's log-probabilities need {need / 1e9:.1f} GB in {folder}",
+                hint="lower --max-tokens, or name another disk with --cache-dir",
+            )
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
+        os.close(handle)
+        try:
+            array = np.memmap(name, np.float16, "w+", shape=(self.rows, self.vocab_size))
+            yield array
+            array.flush()
+            Path(name).rename(self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def read(self) -> NDArray[np.float16]:
+        """Return the array, mapped."""
+        return np.memmap(self.path, np.float16, "r", shape=(self.rows, self.vocab_size))
+
+    def write_answers(self, answers: Sequence[Sequence[int]]) -> None:
+        """Keep the greedy answers."""
+        self._answers.write_text(json.dumps([list(each) for each in answers]), encoding="utf-8")
+
+    def read_answers(self) -> list[list[int]] | None:
+        """Return the greedy answers; None when none were kept."""
+        try:
+            found: list[list[int]] = json.loads(self._answers.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
+
+
+def reference_file(
+    folder: Path,
+    checkpoint: Checkpoint,
+    windows: Sequence[Window],
+    *,
+    vocab_size: int,
+    settings: Sequence[object],
+) -> ReferenceFile:
+    """Return the file for ``checkpoint`` on ``windows``; its name depends on both.
+
+    Args:
+        folder: where it is, or will be.
+        checkpoint: the reference.
+        windows: the texts.
+        vocab_size: V.
+        settings: what else the numbers depend on, e.g. the device.
+    """
+    digests = sample_files([*checkpoint.weight_files, checkpoint.path / "config.json"])
+    parts = [__version__, digests, texts_digest(windows), [str(each) for each in settings]]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    rows = sum(window.count for window in windows)
+    return ReferenceFile(folder / f"{key}{SUFFIX}", rows, vocab_size)
+
+
+def as_stored(logits: Tensor) -> NDArray[np.float16]:
+    """Return the log-probabilities of ``logits`` [R, V] as the file holds them."""
+    return logits.float().log_softmax(-1).to("cpu", torch.float16).numpy()
+
+
+def from_stored(rows: NDArray[np.float16]) -> Tensor:
+    """Return log-probabilities [R, V], normalized again after their rounding to float16."""
+    return torch.from_numpy(np.array(rows, np.float32)).log_softmax(-1)

@@ -1,0 +1,235 @@
+"""`qtool eval`: numbers equal transformers' and a few lines of torch; gates decide as they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from support import EXAMPLE
+from support.planted_faults import plant
+from support.samples import load
+
+import qtool
+from qtool.errors import CheckpointRefused, UsageError
+from qtool.evaluation.agreement import Agreement
+from qtool.evaluation.collapse import compare_answers, loops, net_share
+from qtool.evaluation.gate import check_gate, default_gate, parse_gate
+from qtool.evaluation.measures import Measure, measures_of
+from qtool.evaluation.texts import Document, TextSpec, Window, cut_windows, read_documents
+from qtool.scheme import scheme_from
+
+pytest_plugins = ["support.sample_plugin"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA = str(EXAMPLE / "evaluation.jsonl")
+SMALL = {"data": DATA, "max_tokens": 1500, "seq_len": 256, "answers": 0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def int8(sample, tmp_path_factory):
+    """An int8 checkpoint of the bundled model, tokenizer included."""
+    folder = tmp_path_factory.mktemp("int8") / "int8"
+    shutil.copytree(sample("ct/W8A8"), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / name, folder)
+    return folder
+
+
+def evaluate(model, **options):
+    return qtool.evaluate(model, reference=EXAMPLE, **{**SMALL, **options})
+
+
+def test_perplexity_is_transformers_and_kl_a_few_lines_of_torch(sample):
+    found = evaluate(sample("ct/W4A16"), dtype="float32", stride=160, max_tokens=900)
+    texts = TextSpec(DATA, None, 900, 256, 160, 0)
+    documents = read_documents(texts, EXAMPLE, 10**6)
+    from qtool.evaluation.perplexity import load_dequantized
+
+    models = [
+        load(EXAMPLE, dtype=torch.float32),
+        load_dequantized(qtool.checkpoint.open_checkpoint(sample("ct/W4A16")), dtype=torch.float32),
+    ]
+    losses, kls, same = [[], []], [], []
+    for document in documents:  # as transformers' documentation measures perplexity
+        before = 0
+        for begin in range(0, len(document.ids), 160):
+            end = min(begin + 256, len(document.ids))
+            ids = torch.tensor([document.ids[begin:end]])
+            labels = ids.clone()
+            labels[:, : -(end - before)] = -100
+            counted = (labels[0, 1:] != -100).nonzero()[:, 0]
+            logs = []
+            for model, total in zip(models, losses, strict=True):
+                output = model(ids, labels=labels)
+                total.append((float(output.loss) * len(counted), len(counted)))
+                logs.append(output.logits[0, :-1].float().log_softmax(-1)[counted])
+            kls.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+            same.append(logs[0].argmax(-1) == logs[1].argmax(-1))
+            before = end
+            if end == len(document.ids):
+                break
+    expected = [
+        math.exp(sum(loss for loss, _ in total) / sum(count for _, count in total))
+        for total in losses
+    ]
+    kl = torch.cat(kls)
+    measures = {name: each.value for name, each in found.measures.items()}
+    assert found.data.tokens == len(kl)
+    assert measures["reference_ppl"] == pytest.approx(expected[0], rel=1e-4)
+    assert measures["ppl"] == pytest.approx(expected[1], rel=1e-4)
+    assert measures["mean_kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert measures["max_kl"] == pytest.approx(float(kl.max()), rel=1e-3)
+    assert measures["median_kl"] == pytest.approx(float(np.median(kl)), rel=1e-3)
+    assert measures["top1"] == pytest.approx(float(torch.cat(same).float().mean()))
+    assert found.worst[0].kl == pytest.approx(float(kl.max()), rel=1e-3)
+    assert found.model.schemes["W4A16"]
+
+
+@given(
+    sizes=some.lists(some.integers(2, 40), min_size=1, max_size=4),
+    seq_len=some.integers(2, 20),
+    data=some.data(),
+)
+def test_each_token_counts_once_after_as_much_context_as_there_is(sizes, seq_len, data):
+    stride = data.draw(some.integers(1, seq_len))
+    documents = [Document("", tuple(range(size))) for size in sizes]
+    windows = cut_windows(documents, seq_len, stride)
+    for number, document in enumerate(documents):
+        counted = [
+            window.start + place
+            for window in windows
+            if window.document == number
+            for place in range(window.first, len(window.ids))
+        ]
+        assert counted == sorted(set(counted))
+        assert all(
+            window.ids == document.ids[window.start : window.start + seq_len]
+            for window in windows
+            if window.document == number
+        )
+        if stride < seq_len:
+            assert counted == [*range(1, len(document.ids))]
+
+
+def test_side_by_side_and_from_the_cache_are_the_same(int8, tmp_path):
+    live = evaluate(int8, answers=2)
+    first, again = (evaluate(int8, answers=2, cache_dir=tmp_path / "cache") for _ in range(2))
+    assert (live.reference.runs_on, first.reference.runs_on) == ("engine", "engine")
+    assert again.reference.runs_on == "stored"
+    assert first.measures == again.measures
+    for name, measure in live.measures.items():
+        assert first.measures[name].value == pytest.approx(measure.value, rel=0.02, abs=1e-5)
+
+
+def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path):
+    good = evaluate(int8, gate="default", answers=4)
+    assert not good.failed, good.checks
+    for fault in ("scales_doubled", "layers_swapped", "layer_of_zeros", "other_tokenizer"):
+        found = evaluate(plant(int8, fault, tmp_path / fault), gate="default")
+        assert found.failed, fault
+        assert bool(found.faults) == (fault == "other_tokenizer")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="not measured"):
+        evaluate(EXAMPLE, gate="mean_k<=1")
+    with pytest.raises(UsageError, match="--tasks"):
+        evaluate(EXAMPLE, gate="speedup@16>=1")
+    with pytest.raises(UsageError, match="stride is 300"):
+        evaluate(EXAMPLE, stride=300)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    with pytest.raises(CheckpointRefused):
+        qtool.evaluate(EXAMPLE, reference=other, **SMALL)
+
+
+def test_limits_are_parsed_and_judged():
+    limits = parse_gate(["default", "mean_kl <= 0.5", "task:gsm8k.recovery>=0.9"], [])
+    assert [str(each) for each in limits if each.name == "mean_kl"] == ["mean_kl<=0.5"]
+    assert [str(each) for each in limits if each.name.startswith("task")] == [
+        "task:gsm8k.recovery>=0.9"
+    ]
+    for wrong in ("mean_kl", "mean_kl<=x", "mean_kl<=nan", "<=1", "speed>=1"):
+        with pytest.raises(UsageError):
+            parse_gate([wrong], [])
+    measures = {"top1": Measure(0.95, 0.93, 0.97)}
+    verdicts = [
+        check_gate(parse_gate([f"top1>={limit}"], []), measures, strict=strict)[0].verdict
+        for strict in (False, True)
+        for limit in (0.92, 0.94, 0.96, 0.98)
+    ]
+    assert verdicts == [
+        *("pass", "pass", "fail", "fail"),
+        *("pass", "inconclusive", "inconclusive", "fail"),
+    ]
+    nan = check_gate(parse_gate(["top1>=0.5"], []), {"top1": Measure(math.nan)}, strict=False)
+    assert nan[0].verdict == "fail"
+
+
+def test_default_limits_follow_the_scheme():
+    limits = {
+        name: next(each.value for each in default_gate([scheme_from(name)]) if each.name == "top1")
+        for name in ("FP8_DYNAMIC", "W8A8", "W4A16", "NVFP4", "MXFP4")
+    }
+    assert limits["FP8_DYNAMIC"] == limits["W8A8"] > limits["W4A16"] > limits["NVFP4"]
+    assert limits["NVFP4"] > limits["MXFP4"]
+    mixed = default_gate([scheme_from("W8A8"), scheme_from("MXFP4")])
+    assert mixed == default_gate([scheme_from("MXFP4")])
+
+
+def test_a_logit_that_is_not_a_number_fails_the_gate():
+    window = Window(0, 0, (1, 2, 3), 1)
+    logits = torch.zeros(2, 5)
+    broken = logits.clone()
+    broken[1, 2] = math.nan
+    agreement = Agreement()
+    agreement.add([window], logits, broken, is_log=False)
+    checks = check_gate(
+        parse_gate(["mean_kl<=1", "ppl_ratio<=2"], []), measures_of(agreement), strict=False
+    )
+    assert {check.verdict for check in checks} == {"fail"}
+    assert math.isnan(agreement.worst_tokens()[0].kl)
+
+
+def test_loops_and_sudden_ends_are_found():
+    talk = list(range(200))
+    assert not loops(talk) and not loops([1, 2] * 10)
+    assert loops(talk + [7] * 60) and loops(talk + [1, 2, 3] * 30)
+    found = compare_answers(
+        [[0]] * 4,
+        [talk, talk, [5] * 200, talk],
+        [talk, [5] * 200, [5] * 200, [1, 2]],
+    )
+    assert [(each.kind, each.of_reference) for each in found] == [
+        ("loop", False),
+        ("sudden end", False),
+    ]
+    assert net_share(found, 4) == 0.5
+
+
+def test_the_command_reports_and_ends_with_7(run_cli, int8, tmp_path, monkeypatch):
+    summary, junit = tmp_path / "summary.md", tmp_path / "gate.xml"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    result = run_cli(
+        *("eval", "--model-path", int8, "--reference", EXAMPLE, "--data", DATA),
+        *("--max-tokens", 400, "--seq-len", 128, "--answers", 0, "--device", "cpu", "--json"),
+        *("--gate", "default", "--gate", "mean_kl<=1e-9", "--junit", junit),
+    )
+    assert result.exit_code == 7, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"] is False
+    assert [each["limit"] for each in report["checks"] if each["verdict"] == "fail"] == [
+        "mean_kl<=1e-09"
+    ]
+    suite = ElementTree.fromstring(junit.read_text())
+    assert suite.get("failures") == "1" and len(suite.findall("testcase")) == len(report["checks"])
+    assert "gate failed" in summary.read_text()
+    assert "error[E_GATE_FAILED]" in result.stderr
