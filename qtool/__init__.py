@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from qtool.engine.engine import Engine
     from qtool.errors import QtoolError
     from qtool.evaluation.execution import evaluate
-    from qtool.quantization import QuantizeResult, quantize
+    from qtool.evaluation.gated import quantize
+    from qtool.quantization import QuantizeResult
     from qtool.runtime.load import load
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {  # imported when first used
     "evaluate": "evaluation.execution",
     "export": "conversion",
     "load": "runtime.load",
-    "quantize": "quantization",
+    "quantize": "evaluation.gated",
 }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
+PARTS = ("modules", "blocks")  # what `eval` puts into the reference one at a time
 LARGEST = 2**31 - 1  # for numbers without a maximum: libraries keep them in a C int
 
 
@@ -218,6 +219,16 @@ class QuantizeOptions(WriteOptions):
     fast: bool = False
     """Round to nearest instead of the recipe's algorithm."""
 
+    gate: str | Sequence[str] = ()
+    """A limit that the result must keep, such as mean_kl<=0.05; `default`: those of the scheme.
+    May repeat. [recipe]"""
+
+    gate_data: str | None = None
+    """Texts that the gate measures on; a file or a Hub data set. [with --gate: none]"""
+
+    keep_failed: bool = False
+    """Keep an output that fails the gate."""
+
     checkpoint_save_path: str | os.PathLike[str] | None = None
     """ModelOpt: save the calibrated state here."""
 
@@ -279,6 +290,21 @@ class EvalOptions:
     answers: int = bounded(8, 0, 4096)
     """Greedy answers to look for collapse in. [8]"""
 
+    tasks: str | None = None
+    """Tasks of lm-eval, with commas between: gsm8k,mmlu. Both models run them."""
+
+    task_limit: int | None = bounded(None, 1)
+    """Documents of each task. [all]"""
+
+    speed: bool = False
+    """Time both models: a token at batch 1, 16 and 64, and prompts."""
+
+    by_layer: str | None = None
+    """Put one part at a time into the reference, and measure it: modules or blocks."""
+
+    record: bool = False
+    """Write the numbers into the checkpoint's manifest."""
+
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>."""
 
@@ -307,4 +333,8 @@ class EvalOptions:
                 "E_LIMIT",
                 f"stride is {self.stride}, and windows have {self.seq_len} tokens",
                 hint="tokens between two windows would not be measured; 1 to SEQ_LEN",
+            )
+        if self.by_layer not in (None, *PARTS):
+            raise UsageError(
+                "E_PARTS", f"by_layer is `{self.by_layer}`", hint=f"one of {', '.join(PARTS)}"
             )

@@ -227,6 +227,7 @@ class Recipe(BaseModel):
     lm_head: bool = False
     rules: tuple[Rule, ...] = ()
     ignore: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
     calibration: CalibrationDefaults = CalibrationDefaults()
     seed: int = Field(default=0, ge=0, lt=2**32)
     runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")

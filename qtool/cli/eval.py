@@ -25,6 +25,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the gate to this file, as JUnit's XML.", show_default=False),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the report to this file, one page.", show_default=False),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -36,13 +40,16 @@ def evaluate(
     from qtool.cli.progress import progress
     from qtool.evaluation import text
     from qtool.evaluation.execution import run_evaluation
+    from qtool.evaluation.html_report import render_html
 
-    if junit:
-        check_writable(junit)
+    for file in filter(None, (junit, html)):
+        check_writable(file)
     with progress(quiet=quiet, verbose=verbose) as on_event:
         found = run_evaluation(model_path, options, on_event=on_event)
     if junit:
         write_file(junit, text.junit(found))
+    if html:
+        write_file(html, render_html(found))
     _write_summary(text.markdown(found))
     show(found.to_dict, text.render(found), as_json)
     if found.failed:

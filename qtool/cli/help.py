@@ -22,8 +22,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("calibration", "num_samples", "seq_len", "batch_size", "text_column", "pack"),
         *("checkpoint_save_path", "checkpoint_restore_path", "trust_pickle"),
     ),
-    "Comparison": (*("reference", "data", "max_tokens", "stride", "answers", "cache_dir"),),
-    "Gate": ("gate", "strict", "junit"),
+    "Comparison": (
+        *("reference", "data", "max_tokens", "stride", "answers", "cache_dir"),
+        *("tasks", "task_limit", "speed", "by_layer"),
+    ),
+    "Gate": ("gate", "gate_data", "keep_failed", "strict", "junit", "record"),
     "Report": (
         *("modules", "deep", "verify", "against", "html"),
         *("engine_version", "gpu", "tensor_parallel"),

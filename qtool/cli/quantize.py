@@ -33,8 +33,9 @@ def quantize(
     from qtool.checkpoint import open_checkpoint
     from qtool.cli import tables
     from qtool.cli.progress import progress
+    from qtool.evaluation.gated import check_request, run_gated
     from qtool.inspection.engines import check_engines, shown_verdicts, verdicts_dict
-    from qtool.quantization import prepare, run
+    from qtool.quantization import prepare
 
     if list_methods:
         return show(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
@@ -45,10 +46,11 @@ def quantize(
             hint="a checkpoint folder or a Hub name such as `org/model`",
         )
     request = prepare(model_path, options, need_data=not dry_run)
+    check_request(request)
     if dry_run:
         return show(request.to_dict, tables.plan(request), as_json)
     with progress(quiet=quiet, verbose=verbose) as on_event:
-        result = run(request, on_event=on_event)
+        result = run_gated(request, on_event=on_event)
     reports = check_engines(open_checkpoint(result.output))
     show(
         lambda: {**result.to_dict(), "engines": verdicts_dict(reports)},

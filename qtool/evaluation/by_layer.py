@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.strict_json import JsonDict, read_json
 from qtool.evaluation.perplexity import load_dequantized
+from qtool.evaluation.report import PartCost
 from qtool.evaluation.texts import Window
 from qtool.events import OnEvent, ProgressEvent, StageEvent
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.skeleton import Skeleton
 
-Parts = Literal["modules", "blocks"]
 TOKENS = 4096  # that each part is measured on, at most
 _BLOCK = re.compile(r"(.*?\.\d+)(?:\.|$)")  # up to the number of the decoder layer
 _EXPERTS = re.compile(r"(.*\.experts)(?:\.|$)")
-
-
-@dataclass(frozen=True)
-class PartCost:
-    """What one part of the model costs by itself."""
-
-    part: str
-    """A module of the model: a linear layer, the experts of a layer, or a decoder layer."""
-
-    mean_kl: float
-    """KL divergence from the reference with this part alone quantized; nats."""
-
-    schemes: tuple[str, ...]
-    """What its layers are quantized to."""
 
 
 def cost_by_layer(
@@ -46,7 +28,7 @@ def cost_by_layer(
     reference: Checkpoint,
     windows: Sequence[Window],
     *,
-    parts: Parts,
+    parts: str,
     device: torch.device,
     dtype: torch.dtype,
     on_event: OnEvent,
@@ -84,26 +66,7 @@ def cost_by_layer(
     return sorted(found, key=lambda each: -each.mean_kl)
 
 
-def write_costs(file: Path, costs: Sequence[PartCost], *, key: str) -> None:
-    """Keep ``costs`` as JSON, with the ``key`` of what they were measured on."""
-    rows = [{"part": each.part, "mean_kl": each.mean_kl, "schemes": each.schemes} for each in costs]
-    file.write_text(json.dumps({"key": key, "parts": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-def read_costs(file: Path, *, key: str) -> list[PartCost] | None:
-    """Return what `write_costs` kept; None when there is none, or it is about something else."""
-    if not file.is_file():
-        return None
-    data: JsonDict = read_json(file)
-    if data.get("key") != key:
-        return None
-    return [
-        PartCost(str(row["part"]), float(row["mean_kl"]), tuple(row["schemes"]))
-        for row in data["parts"]
-    ]
-
-
-def _schemes(checkpoint: Checkpoint, parts: Parts, dtype: torch.dtype) -> dict[str, set[str]]:
+def _schemes(checkpoint: Checkpoint, parts: str, dtype: torch.dtype) -> dict[str, set[str]]:
     """Return the parts that are quantized, in the model's names, and their schemes."""
     layout = formats.detect(checkpoint)
     skeleton = Skeleton(checkpoint, layout, dtype)
@@ -115,7 +78,7 @@ def _schemes(checkpoint: Checkpoint, parts: Parts, dtype: torch.dtype) -> dict[s
     return found
 
 
-def _part_of(module: str, parts: Parts) -> str:
+def _part_of(module: str, parts: str) -> str:
     pattern = _BLOCK if parts == "blocks" else _EXPERTS
     match = pattern.match(module)
     return match[1] if match else module

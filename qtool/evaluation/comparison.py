@@ -55,10 +55,9 @@ class Task:
 
     @cached_property
     def prompts(self) -> list[tuple[int, ...]]:
-        """The beginnings of windows that are long enough, spread over the texts."""
-        long = [each.ids for each in self.windows if len(each.ids) >= PROMPT_TOKENS]
-        step = max(1, len(long) // self.answers) if self.answers else 1
-        return [ids[:PROMPT_TOKENS] for ids in long[::step][: self.answers]]
+        """The beginnings of the longest windows."""
+        longest = sorted((each.ids for each in self.windows), key=len, reverse=True)
+        return [ids[:PROMPT_TOKENS] for ids in longest[: self.answers]]
 
 
 @dataclass(frozen=True)

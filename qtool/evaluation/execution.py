@@ -5,19 +5,32 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from qtool.checkpoint.manifest import read_manifest, record_quality
 from qtool.errors import CheckpointRefused
 from qtool.evaluation.agreement import WorstToken
+from qtool.evaluation.by_layer import cost_by_layer
 from qtool.evaluation.collapse import Collapse, net_share
 from qtool.evaluation.comparison import Compared, Model, Task, compare_models
 from qtool.evaluation.detokenized import as_texts
 from qtool.evaluation.faults import checkpoint_faults, has_tokenizer
-from qtool.evaluation.gate import check_gate, parse_gate
-from qtool.evaluation.measures import Measure, kl_by_position, measures_of
-from qtool.evaluation.report import Data, Evaluation, ShownCollapse, ShownToken, Side
+from qtool.evaluation.gate import NAMES, Measure, check_gate, parse_gate
+from qtool.evaluation.harness import recovery, run_tasks
+from qtool.evaluation.measures import kl_by_position, measures_of
+from qtool.evaluation.report import (
+    Data,
+    Evaluation,
+    PartCost,
+    ShownCollapse,
+    ShownToken,
+    Side,
+    Speed,
+)
 from qtool.evaluation.served import Kernels, ServeSpec, plan_serving
+from qtool.evaluation.speed import BATCHES, measure_speed, slower_note, speedups
 from qtool.evaluation.texts import (
     Document,
     TextSpec,
@@ -32,6 +45,7 @@ from qtool.options import EvalOptions, keywords_of, make_options
 from qtool.runtime.devices import device_named
 
 ANSWER_TOKENS = 256
+NORMAL_95 = 1.96  # standard errors on either side of a mean
 CONTEXT_TOKENS = 24  # shown before a token
 
 
@@ -63,6 +77,8 @@ def run_evaluation(
         open_checkpoint(resolve_model(os.fspath(path), revision=revision))
         for path, revision in ((model_path, options.revision), (options.reference, None))
     )
+    if options.record:
+        read_manifest(quantized.path)
     texts = _text_spec(options, [quantized, reference])
     spec = ServeSpec(
         device=device_named(options.device),
@@ -85,7 +101,7 @@ def run_evaluation(
     _check_vocabularies(ours, theirs, documents)
     gate = [options.gate] if isinstance(options.gate, str) else options.gate
     schemes = {group.spec.scheme: None for group in ours.plan.groups}
-    limits = parse_gate(gate, [*schemes])
+    limits = parse_gate(gate, [*schemes], partial(_is_measured, options))
     windows = cut_windows(documents, texts.seq_len, texts.stride)
     found = compare_models(
         ours,
@@ -94,13 +110,17 @@ def run_evaluation(
         cache_dir=Path(options.cache_dir) if options.cache_dir else None,
         on_event=on_event,
     )
+    speed = _speed(ours, theirs, spec, on_event) if options.speed else {}
+    faster = speedups(speed["model"], speed["reference"]) if speed else {}
     measures = {
         **measures_of(found.agreement, seed=options.seed),
         **_collapsed(found),
         "faults": Measure(len(faults)),
         "size_ratio": Measure(quantized.size_bytes / reference.size_bytes),
+        **_task_measures(quantized, reference, options, on_event),
+        **{name: Measure(value) for name, value in faster.items()},
     }
-    return Evaluation(
+    evaluation = Evaluation(
         model=_side(ours, found.runs_on[0]),
         reference=_side(theirs, found.runs_on[1]),
         data=_data(texts, documents, windows),
@@ -111,9 +131,15 @@ def run_evaluation(
         worst=_worst(found.agreement.worst_tokens(), documents, tokenizer),
         collapsed=_answers(found.collapsed, tokenizer),
         answers=found.answers,
+        speed=speed,
+        by_layer=_by_layer(ours, theirs, windows, spec, options, on_event),
+        notes=slower_note(faster),
         checks=check_gate(limits, measures, strict=options.strict),
         seconds=time.monotonic() - began,
     )
+    if options.record:
+        record_quality(quantized.path, evaluation.quality())
+    return evaluation
 
 
 def _text_spec(options: EvalOptions, checkpoints: Sequence[Checkpoint]) -> TextSpec:
@@ -151,6 +177,79 @@ def _check_vocabularies(quantized: Model, reference: Model, documents: Sequence[
             f"knows {sizes[0]}",
             hint="is tokenizer.json of this model?",
         )
+
+
+def _is_measured(options: EvalOptions, name: str) -> bool:
+    """Return whether a run with ``options`` measures ``name``."""
+    if name.startswith("task:"):
+        return bool(options.tasks)
+    if name == "prefill_speedup" or name in [f"speedup@{batch}" for batch in BATCHES]:
+        return options.speed
+    return name in NAMES and (name != "collapsed" or options.answers > 0)
+
+
+def _speed(ours: Model, theirs: Model, spec: ServeSpec, on_event: OnEvent) -> dict[str, Speed]:
+    found = {}
+    for name, model in (("reference", theirs), ("model", ours)):
+        on_event(StageEvent(f"timing the {name}"))
+        found[name] = measure_speed(model.checkpoint, spec.device, spec.dtype)
+    return found
+
+
+def _task_measures(
+    quantized: Checkpoint, reference: Checkpoint, options: EvalOptions, on_event: OnEvent
+) -> dict[str, Measure]:
+    """Return each task's score and recovery, by the names that gates use."""
+    if not options.tasks:
+        return {}
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    scores = []
+    for checkpoint in (reference, quantized):
+        on_event(StageEvent(f"tasks of {checkpoint.name}"))
+        found = run_tasks(
+            checkpoint.path,
+            names,
+            options.task_limit,
+            device=options.device,
+            dtype=options.dtype,
+            on_event=on_event,
+        )
+        scores.append({score.task: score for score in reversed(found)})  # the first metric of each
+    before, after = scores
+    measures = {}
+    for task, score in after.items():
+        measures[f"task:{task}"] = _with_interval(score.value, score.stderr)
+        kept = recovery(before[task], score)
+        if kept.value is not None:
+            measures[f"task:{task}.recovery"] = _with_interval(kept.value, kept.stderr)
+    return measures
+
+
+def _with_interval(value: float, stderr: float | None) -> Measure:
+    if stderr is None:
+        return Measure(value)
+    return Measure(value, value - NORMAL_95 * stderr, value + NORMAL_95 * stderr)
+
+
+def _by_layer(
+    ours: Model,
+    theirs: Model,
+    windows: Sequence[Window],
+    spec: ServeSpec,
+    options: EvalOptions,
+    on_event: OnEvent,
+) -> list[PartCost]:
+    if options.by_layer is None:
+        return []
+    return cost_by_layer(
+        ours.checkpoint,
+        theirs.checkpoint,
+        windows,
+        parts=options.by_layer,
+        device=spec.device,
+        dtype=ours.plan.skeleton.dtype,
+        on_event=on_event,
+    )
 
 
 def _collapsed(found: Compared) -> dict[str, Measure]:

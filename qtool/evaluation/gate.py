@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtool.errors import UsageError, nearest
-from qtool.evaluation.measures import Measure
 from qtool.scheme import Scheme
 
+CONFIDENCE = 0.95  # of intervals
 Verdict = Literal["pass", "fail", "inconclusive"]
 NAMES: Mapping[str, str] = {
     "ppl": "perplexity",
@@ -41,6 +41,21 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _LIMIT = re.compile(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number, and the interval that holds it with `CONFIDENCE`."""
+
+    value: float
+    low: float | None = None
+    """None: no interval is known."""
+
+    high: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the number for ``--json``."""
+        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -81,17 +96,35 @@ class Check:
         }
 
 
-def parse_gate(texts: Sequence[str], schemes: Sequence[Scheme]) -> list[Limit]:
+def parse_gate(
+    texts: Sequence[str],
+    schemes: Sequence[Scheme],
+    is_measured: Callable[[str], bool] = lambda name: True,
+) -> list[Limit]:
     """Return the limits that ``texts`` name; ``default`` stands for those of the schemes.
 
     A limit that is named later replaces an earlier one of the same name and direction.
 
+    Args:
+        texts: such as ``mean_kl<=0.05``.
+        schemes: of the quantized layers.
+        is_measured: whether a run measures what a name stands for.
     Raises: UsageError, for a text that is not a limit or names nothing that is measured.
     """
     limits: dict[tuple[str, str], Limit] = {}
     for text in texts:
-        found = default_gate(schemes) if text.strip() == "default" else [_limit(text)]
+        if text.strip() == "default":
+            found = [each for each in default_gate(schemes) if is_measured(each.name)]
+        else:
+            found = [_limit(text)]
         limits.update({(each.name, each.operator[0]): each for each in found})
+    for limit in limits.values():
+        if not is_measured(limit.name):
+            raise UsageError(
+                "E_GATE",
+                f"the gate asks for `{limit.name}`, which is not measured",
+                hint="--tasks, --speed and --answers of `qtool eval` measure more",
+            )
     return list(limits.values())
 
 
@@ -129,11 +162,11 @@ class _Defaults:
 # Recovery: Kurtic et al. 2024, "Give Me BF16 or Give Me Death?" (arXiv:2411.02355), for FP8, INT8
 # and W4A16; NVIDIA's and Red Hat's model cards for NVFP4 and MXFP4. The other limits are about
 # twice what the methods reach on the bundled models (recipes/README.md).
-_EIGHT_BITS = _Defaults(recovery=0.995, ppl_ratio=1.02, mean_kl=0.02, top1=0.95)
-_FOUR_BITS = _Defaults(recovery=0.98, ppl_ratio=1.08, mean_kl=0.08, top1=0.88)
-_NVFP4 = _Defaults(recovery=0.96, ppl_ratio=1.12, mean_kl=0.12, top1=0.85)
-_MXFP4 = _Defaults(recovery=0.95, ppl_ratio=1.18, mean_kl=0.18, top1=0.82)
-_FEWER_BITS = _Defaults(recovery=0.90, ppl_ratio=1.5, mean_kl=0.5, top1=0.7)
+_EIGHT_BITS = _Defaults(recovery=0.995, ppl_ratio=1.02, mean_kl=0.02, top1=0.93)
+_FOUR_BITS = _Defaults(recovery=0.98, ppl_ratio=1.08, mean_kl=0.08, top1=0.82)
+_NVFP4 = _Defaults(recovery=0.96, ppl_ratio=1.12, mean_kl=0.12, top1=0.78)
+_MXFP4 = _Defaults(recovery=0.95, ppl_ratio=1.18, mean_kl=0.18, top1=0.74)
+_FEWER_BITS = _Defaults(recovery=0.90, ppl_ratio=1.5, mean_kl=0.5, top1=0.5)
 
 
 def default_gate(schemes: Sequence[Scheme]) -> list[Limit]:
@@ -172,19 +205,12 @@ def check_gate(
         limits: the gate.
         measures: by name.
         strict: whether a limit inside the interval is ``inconclusive``.
-    Raises: UsageError, for a limit on what was not measured.
     """
-    return [_check(limit, measures, strict) for limit in limits]
+    unknown = Measure(math.nan)  # a task without a score, say: no limit holds
+    return [_check(limit, measures.get(limit.name, unknown), strict) for limit in limits]
 
 
-def _check(limit: Limit, measures: Mapping[str, Measure], strict: bool) -> Check:
-    measure = measures.get(limit.name)
-    if measure is None:
-        raise UsageError(
-            "E_GATE",
-            f"the gate asks for `{limit.name}`, which was not measured",
-            hint=f"measured: {', '.join(measures)}; --tasks and --speed measure more",
-        )
+def _check(limit: Limit, measure: Measure, strict: bool) -> Check:
     holds = _OPERATORS[limit.operator]
     ends = [measure.value if end is None else end for end in (measure.low, measure.high)]
     if strict and len({holds(end, limit.value) for end in ends}) > 1:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qtool.evaluation.agreement import Agreement
+from qtool.evaluation.gate import CONFIDENCE, Measure
 
 RESAMPLES = 2000
-CONFIDENCE = 0.95
 KL_BUCKETS = 32  # of the positions in a window
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number, and the interval that holds it with `CONFIDENCE`."""
-
-    value: float
-    low: float | None = None
-    """None: no interval is known."""
-
-    high: float | None = None
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Return the number for ``--json``."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def measures_of(agreement: Agreement, *, seed: int = 0) -> dict[str, Measure]:
@@ -72,7 +56,7 @@ def kl_by_position(agreement: Agreement) -> list[tuple[int, float]]:
     sums = np.bincount(buckets, np.array(agreement.kl))
     counts = np.bincount(buckets)
     return [
-        (number * width, float(sums[number] / counts[number])) for number in np.flatnonzero(counts)
+        (number * width, float(sums[number] / counts[number])) for number in np.flatnonzero(counts).tolist()
     ]
 
 

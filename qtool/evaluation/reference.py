@@ -80,6 +80,7 @@ class ReferenceFile:
 
     def write_answers(self, answers: Sequence[Sequence[int]]) -> None:
         """Keep the greedy answers."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._answers.write_text(json.dumps([list(each) for each in answers]), encoding="utf-8")
 
     def read_answers(self) -> list[list[int]] | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from qtool.evaluation.gate import Check
-from qtool.evaluation.measures import Measure
+from qtool.evaluation.gate import Check, Measure
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,37 @@ class ShownCollapse:
     answer: str
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How fast one of the models is."""
+
+    decode_ms: Mapping[int, float]
+    """Milliseconds a token, by batch."""
+
+    prefill_tokens_s: float
+    """Prompt tokens a second."""
+
+    weight_bytes: int
+    """What the weights take in the device's memory; of a CPU the size of the checkpoint."""
+
+    cache_tokens: int
+    """Tokens of the KV cache that fit beside the weights."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What one part of the model costs by itself."""
+
+    part: str
+    """A module of the model: a linear layer, the experts of a layer, or a decoder layer."""
+
+    mean_kl: float
+    """KL divergence from the reference with this part alone quantized; nats."""
+
+    schemes: tuple[str, ...]
+    """What its layers are quantized to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A quantized checkpoint, compared with its reference."""
@@ -111,6 +141,12 @@ class Evaluation:
     collapsed: Sequence[ShownCollapse]
     answers: int
     """Greedy answers that were compared."""
+
+    speed: Mapping[str, Speed] = field(default_factory=dict)
+    """Of ``model`` and ``reference``; empty when they were not timed."""
+
+    by_layer: Sequence[PartCost] = ()
+    """What each part costs by itself, worst first."""
 
     checks: Sequence[Check] = ()
     """The gate's limits; empty without a gate."""
@@ -144,4 +180,5 @@ class Evaluation:
                 "digest": self.data.digest,
             },
             "gate": [check.to_dict() for check in self.checks],
+            "by_layer": [asdict(each) for each in self.by_layer],
         }

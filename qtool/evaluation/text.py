@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from qtool.evaluation.gate import NAMES, PATTERNS
-from qtool.evaluation.measures import Measure
-from qtool.evaluation.report import Evaluation, ShownToken, Side
+from qtool.evaluation.gate import NAMES, PATTERNS, Measure
+from qtool.evaluation.report import Evaluation, PartCost, ShownToken, Side, Speed
 from qtool.sizes import format_size
 from qtool.terminal import printable
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WORST_ROWS = 8
+BAR_WIDTH = 30
 CONTEXT_CHARACTERS = 40
 PERCENT = {"top1", "confident_flips", "collapsed", "size_ratio"}
 
@@ -26,6 +26,10 @@ def render(evaluation: Evaluation) -> RenderableType:
     from rich.console import Group
 
     parts: list[RenderableType] = [*_headline(evaluation), _measures_table(evaluation)]
+    if evaluation.speed:
+        parts.append(_speed_table(evaluation.speed))
+    if evaluation.by_layer:
+        parts.append(_layers_table(evaluation.by_layer))
     if evaluation.worst:
         parts.append(_worst_table(evaluation.worst))
     parts += [
@@ -68,7 +72,9 @@ def _measures_table(evaluation: Evaluation) -> Table:
     table.add_column("95 % interval", justify="right", no_wrap=True)
     table.add_column("meaning")
     for name, measure in evaluation.measures.items():
-        table.add_row(name, _number(name, measure.value), _interval(name, measure), meaning(name))
+        table.add_row(
+            name, number_text(name, measure.value), interval_text(name, measure), meaning(name)
+        )
     return table
 
 
@@ -82,14 +88,54 @@ def meaning(name: str) -> str:
     return NAMES.get(name) or next(patterns, "")
 
 
-def _number(name: str, value: float) -> str:
+def number_text(name: str, value: float) -> str:
+    """Return ``value`` as people read the measure ``name``."""
     return f"{value:.2%}" if name in PERCENT else f"{value:.4g}"
 
 
-def _interval(name: str, measure: Measure) -> str:
+def interval_text(name: str, measure: Measure) -> str:
+    """Return the interval of a measure; empty when none is known."""
     if measure.low is None or measure.high is None:
         return ""
-    return f"{_number(name, measure.low)} to {_number(name, measure.high)}"
+    return f"{number_text(name, measure.low)} to {number_text(name, measure.high)}"
+
+
+def _speed_table(speed: Mapping[str, Speed]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, title="speed", title_justify="left")
+    batches = [*speed["model"].decode_ms]
+    table.add_column("")
+    for batch in batches:
+        table.add_column(f"ms a token, batch {batch}", justify="right")
+    for heading in ("prompt tokens/s", "weights", "KV cache, tokens"):
+        table.add_column(heading, justify="right")
+    for name, each in speed.items():
+        table.add_row(
+            "quantized" if name == "model" else name,
+            *(f"{each.decode_ms[batch]:.2f}" for batch in batches),
+            f"{each.prefill_tokens_s:,.0f}",
+            format_size(each.weight_bytes),
+            f"{each.cache_tokens:,}",
+        )
+    return table
+
+
+def _layers_table(costs: Sequence[PartCost]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE, pad_edge=False, title="parts that cost most, alone", title_justify="left"
+    )
+    for heading in ("part", "scheme", "mean KL", ""):
+        table.add_column(heading, no_wrap=True)
+    highest = max(each.mean_kl for each in costs) or 1.0
+    for each in costs[:WORST_ROWS]:
+        bar = "█" * max(1, round(BAR_WIDTH * each.mean_kl / highest))
+        table.add_row(printable(each.part), ", ".join(each.schemes), f"{each.mean_kl:.4g}", bar)
+    return table
 
 
 def _worst_table(worst: Sequence[ShownToken]) -> Table:
@@ -159,7 +205,7 @@ def markdown(evaluation: Evaluation) -> str:
     if evaluation.checks:
         lines += ["| limit | measured | verdict |", "|---|---|---|"]
         lines += [
-            f"| `{check.limit}` | {_number(check.limit.name, check.measure.value)} | "
+            f"| `{check.limit}` | {number_text(check.limit.name, check.measure.value)} | "
             f"{check.verdict} |"
             for check in evaluation.checks
         ]
@@ -167,7 +213,7 @@ def markdown(evaluation: Evaluation) -> str:
     lines += [f"- {_cell(fault)}" for fault in evaluation.faults]
     lines += ["| measure | value | 95 % interval |", "|---|---|---|"]
     lines += [
-        f"| {name} | {_number(name, each.value)} | {_interval(name, each)} |"
+        f"| {name} | {number_text(name, each.value)} | {interval_text(name, each)} |"
         for name, each in evaluation.measures.items()
     ]
     return "\n".join(lines) + "\n"

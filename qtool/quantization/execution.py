@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from qtool.checkpoint.strict_json import JsonDict
 from qtool.checkpoint.writer import LOG_MARK
 from qtool.errors import (
     BackendFailed,
+    GateFailed,
     InputRefused,
     OutputTaken,
     ResourceError,
@@ -50,6 +51,23 @@ from qtool.quantization.restoration import restore_source
 from qtool.quantization.verification import verify
 from qtool.sizes import format_size
 from qtool.terminal import printable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How good a result is."""
+
+    quality: JsonDict
+    """For the manifest."""
+
+    lines: tuple[str, ...]
+    """For people."""
+
+    failure: GateFailed | None
+    """Why the result does not pass its gate."""
+
+
+Measure = Callable[[Path], Measured]
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,12 @@ class QuantizeResult:
     expert_tokens: ExpertTokens | None = None
     """The tokens of it that each expert got; None for a model without experts."""
 
+    quality: JsonDict | None = None
+    """What a gate measured."""
+
+    quality_lines: tuple[str, ...] = ()
+    """The same in words."""
+
     def summary(self) -> str:
         """Return the result in a few lines."""
         lines = [
@@ -104,20 +128,32 @@ class QuantizeResult:
             )
         if self.expert_tokens:
             lines.append(printable(self.expert_tokens.summary()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.quality_lines])
 
     def to_dict(self) -> JsonDict:
         """Return the result for ``--json``."""
         values = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(self).items()
+            if key != "quality_lines"
         }
         tokens = self.expert_tokens
         return {**values, "expert_tokens": tokens.counts if tokens else None}
 
 
-def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult:
-    """Run a prepared request in a worker, verify what it wrote, and put it in its place."""
+def run(
+    request: Request, *, on_event: OnEvent = ignore_event, measure: Measure | None = None
+) -> QuantizeResult:
+    """Run a prepared request in a worker, verify what it wrote, and put it in its place.
+
+    Args:
+        request: what is done.
+        on_event: gets what the run reports.
+        measure: measures the finished checkpoint; one that fails its gate is put in its place only
+            if the request says so.
+    Raises: GateFailed, when the result fails its gate.
+    """
+    assert measure or not request.gate
     start = time.monotonic()
     plan = request.plan
     source = plan.checkpoint
@@ -152,7 +188,13 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         flushed = threads.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system reports a failed write only once
-        made = _manifest(plan, listener.calibration, versions)
+        measured = measure(staging.checkpoint) if measure else None
+        if measured and measured.failure and not request.keep_failed:
+            raise measured.failure
+        made = {
+            **_manifest(plan, listener.calibration, versions),
+            **({"quality": measured.quality} if measured else {}),
+        }
         card = _write_card(written, request.output.name, made, on_event)
         manifest = {
             **made,
@@ -165,6 +207,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         staging.publish_log(request.log)
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
+    if measured and measured.failure:
+        raise measured.failure
     library = load_backend(plan.recipe.backend).distribution
     return QuantizeResult(
         output=request.output,
@@ -177,6 +221,8 @@ def run(request: Request, *, on_event: OnEvent = ignore_event) -> QuantizeResult
         seconds=time.monotonic() - start,
         calibration=listener.calibration,
         expert_tokens=listener.expert_tokens,
+        quality=measured.quality if measured else None,
+        quality_lines=measured.lines if measured else (),
     )
 
 
@@ -252,7 +298,7 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
     staging.log.write_bytes(LOG_MARK)
     try:
         yield
-    except (InputRefused, UsageError, OutputTaken):
+    except (InputRefused, UsageError, OutputTaken, GateFailed):
         raise
     except Exception as error:
         with suppress(OSError, OutputTaken):  # the first failure is the one to report

@@ -68,6 +68,15 @@ class Request:
     backend_python: str
     """The interpreter of the worker."""
 
+    gate: tuple[str, ...] = ()
+    """Limits on the quality of the result; empty: it is not measured."""
+
+    gate_data: str = ""
+    """The texts that the gate measures on."""
+
+    keep_failed: bool = False
+    """Whether an output that fails the gate is kept."""
+
     notes: tuple[str, ...] = ()
     """What the user should know of the run."""
 
@@ -123,6 +132,7 @@ def prepare(
     Raises: QtoolError, for what cannot work.
     """
     recipe = _recipe(options)
+    gate = _gate(options, recipe)
     restore = options.checkpoint_restore_path
     _check_state_backend(options, recipe)
     device = check_device_name(options.device)
@@ -164,6 +174,9 @@ def prepare(
         state_restore=_absolute(restore),
         notes=tuple(notes),
         backend_python=python,
+        gate=gate,
+        gate_data=options.gate_data or "",
+        keep_failed=options.keep_failed,
     )
     request.check_places()
     return request
@@ -209,6 +222,24 @@ def _recipe(options: QuantizeOptions) -> Recipe:
         algorithm=["rtn"] if options.fast else None,
         calibration={**recipe.calibration.model_dump(), **given},
     )
+
+
+def _gate(options: QuantizeOptions, recipe: Recipe) -> tuple[str, ...]:
+    """Return the limits on the result: the recipe's, then those of the options.
+
+    Raises: UsageError, when there are some and no texts to measure on.
+    """
+    given = (options.gate,) if isinstance(options.gate, str) else tuple(options.gate)
+    limits = (*recipe.gate, *given)
+    if options.gate_data and not limits:
+        return ("default",)
+    if limits and not options.gate_data:
+        raise UsageError(
+            "E_GATE_DATA",
+            "a gate needs texts to measure on, and none were given",
+            hint="--gate-data FILE.jsonl with texts that are not those of the calibration",
+        )
+    return limits
 
 
 def _named_recipe(options: QuantizeOptions) -> Recipe:

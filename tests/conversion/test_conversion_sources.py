@@ -12,8 +12,9 @@ import pytest
 from qtool.checkpoint import digest_files
 from qtool.conversion import export
 from qtool.errors import BackendFailed, CheckpointRefused, QtoolError
+from qtool.evaluation.gated import quantize
 from qtool.events import ProgressEvent
-from qtool.quantization import execution, quantize
+from qtool.quantization import execution
 
 
 def flip_a_bit(file):

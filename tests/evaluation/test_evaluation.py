@@ -20,8 +20,8 @@ import qtool
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.collapse import compare_answers, loops, net_share
-from qtool.evaluation.gate import check_gate, default_gate, parse_gate
-from qtool.evaluation.measures import Measure, measures_of
+from qtool.evaluation.gate import Measure, check_gate, default_gate, parse_gate
+from qtool.evaluation.measures import measures_of
 from qtool.evaluation.texts import Document, TextSpec, Window, cut_windows, read_documents
 from qtool.scheme import scheme_from
 
@@ -46,6 +46,7 @@ def evaluate(model, **options):
     return qtool.evaluate(model, reference=EXAMPLE, **{**SMALL, **options})
 
 
+@torch.inference_mode()
 def test_perplexity_is_transformers_and_kl_a_few_lines_of_torch(sample):
     found = evaluate(sample("ct/W4A16"), dtype="float32", stride=160, max_tokens=900)
     texts = TextSpec(DATA, None, 900, 256, 160, 0)
