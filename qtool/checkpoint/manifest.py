@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +9,7 @@ from pathlib import Path
 
 from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.strict_json import JsonDict, read_json, refused
-from qtool.errors import CheckpointRefused, is_there, naming
+from qtool.errors import CheckpointRefused, is_there
 
 MANIFEST = "qtool-manifest.json"
 MANIFEST_VERSION = 1
@@ -177,20 +175,3 @@ def _is_documentation(path: Path) -> bool:
 
 def _has_size(path: Path, entry: Mapping[str, object]) -> bool:
     return path.is_file() and path.stat().st_size == entry.get("size_bytes")
-
-
-def record_quality(folder: Path, quality: JsonDict) -> None:
-    """Put what was measured into the manifest of ``folder``, whole or not at all.
-
-    Raises: CheckpointRefused, as `read_manifest`; OSError.
-    """
-    path = folder / MANIFEST
-    part = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    text = json.dumps({**read_manifest(folder), "quality": quality}, indent=2) + "\n"
-    try:
-        with naming(part):
-            part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -5,7 +5,6 @@ limits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -42,12 +41,7 @@ def as_texts(folder: Path, pieces: Sequence[Sequence[int]]) -> list[str]:
 
 def decode(file: str, pieces: list[list[int]]) -> list[str]:
     """Return the texts of ``pieces``: runs in the child."""
-    tokenizer = _tokenizer(file)
-    return [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]  # type: ignore[attr-defined]
-
-
-@cache
-def _tokenizer(file: str) -> object:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(file)
+    tokenizer = Tokenizer.from_file(file)
+    return [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]

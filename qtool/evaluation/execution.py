@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from qtool.checkpoint.manifest import read_manifest, record_quality
+from qtool.checkpoint.manifest import read_manifest
 from qtool.errors import CheckpointRefused
 from qtool.evaluation.agreement import WorstToken
 from qtool.evaluation.by_layer import cost_by_layer
@@ -17,7 +18,7 @@ from qtool.evaluation.collapse import Collapse, net_share
 from qtool.evaluation.comparison import Compared, Model, Task, compare_models
 from qtool.evaluation.detokenized import as_texts
 from qtool.evaluation.faults import checkpoint_faults, has_tokenizer
-from qtool.evaluation.gate import NAMES, Measure, check_gate, parse_gate
+from qtool.evaluation.gate import NAMES, Limit, Measure, check_gate, parse_gate
 from qtool.evaluation.harness import recovery, run_tasks
 from qtool.evaluation.measures import kl_by_position, measures_of
 from qtool.evaluation.report import (
@@ -41,6 +42,7 @@ from qtool.evaluation.texts import (
     vocab_size,
 )
 from qtool.events import OnEvent, StageEvent, ignore_event
+from qtool.inspection.model_card import record_evaluation
 from qtool.options import EvalOptions, keywords_of, make_options
 from qtool.runtime.devices import device_named
 
@@ -65,6 +67,23 @@ def evaluate(
     return run_evaluation(model_path, make_options(EvalOptions, options), on_event=on_event)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is known before a model is loaded."""
+
+    ours: Model
+    theirs: Model
+    spec: ServeSpec
+    texts: TextSpec
+    tokenizer: Path
+    """The folder whose tokenizer read the texts."""
+
+    documents: Sequence[Document]
+    windows: Sequence[Window]
+    faults: Sequence[str]
+    limits: Sequence[Limit]
+
+
 def run_evaluation(
     model_path: str | os.PathLike[str],
     options: EvalOptions,
@@ -73,6 +92,51 @@ def run_evaluation(
 ) -> Evaluation:
     """Do what `evaluate` says."""
     began = time.monotonic()
+    given = _prepare(model_path, options, on_event)
+    ours, theirs, spec = given.ours, given.theirs, given.spec
+    found = compare_models(
+        ours,
+        theirs,
+        Task(spec, given.windows, options.answers),
+        cache_dir=Path(options.cache_dir) if options.cache_dir else None,
+        on_event=on_event,
+    )
+    speed = _speed(ours, theirs, spec, on_event) if options.speed else {}
+    faster = speedups(speed["model"], speed["reference"]) if speed else {}
+    measures = {
+        **measures_of(found.agreement, seed=options.seed),
+        **_collapsed(found),
+        "faults": Measure(len(given.faults)),
+        "size_ratio": Measure(ours.checkpoint.size_bytes / theirs.checkpoint.size_bytes),
+        **_task_measures(ours.checkpoint, theirs.checkpoint, options, on_event),
+        **{name: Measure(value) for name, value in faster.items()},
+    }
+    evaluation = Evaluation(
+        model=_side(ours, found.runs_on[0]),
+        reference=_side(theirs, found.runs_on[1]),
+        data=_data(given.texts, given.documents, given.windows),
+        device=str(spec.device),
+        measures=measures,
+        faults=given.faults,
+        kl_by_position=kl_by_position(found.agreement),
+        worst=_worst(found.agreement.worst_tokens(), given.documents, given.tokenizer),
+        collapsed=_answers(found.collapsed, given.tokenizer),
+        answers=found.answers,
+        speed=speed,
+        by_layer=_by_layer(ours, theirs, given.windows, spec, options, on_event),
+        notes=slower_note(faster),
+        checks=check_gate(given.limits, measures, strict=options.strict),
+        seconds=time.monotonic() - began,
+    )
+    if options.record:
+        record_evaluation(ours.checkpoint.path, evaluation.for_manifest())
+    return evaluation
+
+
+def _prepare(
+    model_path: str | os.PathLike[str], options: EvalOptions, on_event: OnEvent
+) -> _Prepared:
+    """Read headers and texts, and check all that can be checked without a model."""
     quantized, reference = (
         open_checkpoint(resolve_model(os.fspath(path), revision=revision))
         for path, revision in ((model_path, options.revision), (options.reference, None))
@@ -80,12 +144,6 @@ def run_evaluation(
     if options.record:
         read_manifest(quantized.path)
     texts = _text_spec(options, [quantized, reference])
-    spec = ServeSpec(
-        device=device_named(options.device),
-        dtype=options.dtype,
-        seq_len=texts.seq_len,
-        answer_tokens=ANSWER_TOKENS if options.answers else 0,
-    )
     # before anything else starts threads or a GPU: tokenizers run in a fork of this process
     on_event(StageEvent("reading the data"))
     tokenizer = quantized.path if has_tokenizer(quantized) else reference.path
@@ -97,49 +155,27 @@ def run_evaluation(
     )
     faults = checkpoint_faults(quantized, reference, texts, documents)
     on_event(StageEvent("planning"))
+    spec = ServeSpec(
+        device=device_named(options.device),
+        dtype=options.dtype,
+        seq_len=texts.seq_len,
+        answer_tokens=ANSWER_TOKENS if options.answers else 0,
+    )
     ours, theirs = (Model(each, plan_serving(each, spec)) for each in (quantized, reference))
     _check_vocabularies(ours, theirs, documents)
     gate = [options.gate] if isinstance(options.gate, str) else options.gate
     schemes = {group.spec.scheme: None for group in ours.plan.groups}
-    limits = parse_gate(gate, [*schemes], partial(_is_measured, options))
-    windows = cut_windows(documents, texts.seq_len, texts.stride)
-    found = compare_models(
-        ours,
-        theirs,
-        Task(spec, windows, options.answers),
-        cache_dir=Path(options.cache_dir) if options.cache_dir else None,
-        on_event=on_event,
-    )
-    speed = _speed(ours, theirs, spec, on_event) if options.speed else {}
-    faster = speedups(speed["model"], speed["reference"]) if speed else {}
-    measures = {
-        **measures_of(found.agreement, seed=options.seed),
-        **_collapsed(found),
-        "faults": Measure(len(faults)),
-        "size_ratio": Measure(quantized.size_bytes / reference.size_bytes),
-        **_task_measures(quantized, reference, options, on_event),
-        **{name: Measure(value) for name, value in faster.items()},
-    }
-    evaluation = Evaluation(
-        model=_side(ours, found.runs_on[0]),
-        reference=_side(theirs, found.runs_on[1]),
-        data=_data(texts, documents, windows),
-        device=str(spec.device),
-        measures=measures,
+    return _Prepared(
+        ours=ours,
+        theirs=theirs,
+        spec=spec,
+        texts=texts,
+        tokenizer=tokenizer,
+        documents=documents,
+        windows=cut_windows(documents, texts.seq_len, texts.stride),
         faults=faults,
-        kl_by_position=kl_by_position(found.agreement),
-        worst=_worst(found.agreement.worst_tokens(), documents, tokenizer),
-        collapsed=_answers(found.collapsed, tokenizer),
-        answers=found.answers,
-        speed=speed,
-        by_layer=_by_layer(ours, theirs, windows, spec, options, on_event),
-        notes=slower_note(faster),
-        checks=check_gate(limits, measures, strict=options.strict),
-        seconds=time.monotonic() - began,
+        limits=parse_gate(gate, [*schemes], partial(_is_measured, options), _tasks(options)),
     )
-    if options.record:
-        record_quality(quantized.path, evaluation.quality())
-    return evaluation
 
 
 def _text_spec(options: EvalOptions, checkpoints: Sequence[Checkpoint]) -> TextSpec:
@@ -196,13 +232,17 @@ def _speed(ours: Model, theirs: Model, spec: ServeSpec, on_event: OnEvent) -> di
     return found
 
 
+def _tasks(options: EvalOptions) -> list[str]:
+    return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+
+
 def _task_measures(
     quantized: Checkpoint, reference: Checkpoint, options: EvalOptions, on_event: OnEvent
 ) -> dict[str, Measure]:
     """Return each task's score and recovery, by the names that gates use."""
     if not options.tasks:
         return {}
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    names = _tasks(options)
     scores = []
     for checkpoint in (reference, quantized):
         on_event(StageEvent(f"tasks of {checkpoint.name}"))

@@ -100,6 +100,7 @@ def parse_gate(
     texts: Sequence[str],
     schemes: Sequence[Scheme],
     is_measured: Callable[[str], bool] = lambda name: True,
+    tasks: Sequence[str] = (),
 ) -> list[Limit]:
     """Return the limits that ``texts`` name; ``default`` stands for those of the schemes.
 
@@ -109,12 +110,13 @@ def parse_gate(
         texts: such as ``mean_kl<=0.05``.
         schemes: of the quantized layers.
         is_measured: whether a run measures what a name stands for.
+        tasks: whose recovery ``default`` has limits for.
     Raises: UsageError, for a text that is not a limit or names nothing that is measured.
     """
     limits: dict[tuple[str, str], Limit] = {}
     for text in texts:
         if text.strip() == "default":
-            found = [each for each in default_gate(schemes) if is_measured(each.name)]
+            found = [each for each in default_gate(schemes, tasks) if is_measured(each.name)]
         else:
             found = [_limit(text)]
         limits.update({(each.name, each.operator[0]): each for each in found})
@@ -169,7 +171,7 @@ _MXFP4 = _Defaults(recovery=0.95, ppl_ratio=1.18, mean_kl=0.18, top1=0.74)
 _FEWER_BITS = _Defaults(recovery=0.90, ppl_ratio=1.5, mean_kl=0.5, top1=0.5)
 
 
-def default_gate(schemes: Sequence[Scheme]) -> list[Limit]:
+def default_gate(schemes: Sequence[Scheme], tasks: Sequence[str] = ()) -> list[Limit]:
     """Return the limits for a checkpoint with layers of ``schemes``: those of the loosest one."""
     loosest = max(map(_defaults, schemes), key=lambda each: each.mean_kl, default=_EIGHT_BITS)
     return [
@@ -178,12 +180,8 @@ def default_gate(schemes: Sequence[Scheme]) -> list[Limit]:
         Limit("mean_kl", "<=", loosest.mean_kl),
         Limit("top1", ">=", loosest.top1),
         Limit("collapsed", "<=", 0.5),
+        *(Limit(f"task:{task}.recovery", ">=", loosest.recovery) for task in tasks),
     ]
-
-
-def default_recovery(schemes: Sequence[Scheme]) -> float:
-    """Return the least recovery of a task that is taken for good."""
-    return min((_defaults(scheme).recovery for scheme in schemes), default=1.0)
 
 
 def _defaults(scheme: Scheme) -> _Defaults:

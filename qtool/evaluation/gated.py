@@ -74,7 +74,7 @@ def _measure(request: Request, on_event: OnEvent, written: Path) -> Measured:
     )
     found = run_evaluation(written, options, on_event=on_event)
     failure = _failure(request, found, written) if found.failed else None
-    return Measured(quality=found.quality(), lines=_lines(found), failure=failure)
+    return Measured(evaluation=found.for_manifest(), lines=_lines(found), failure=failure)
 
 
 def _failure(request: Request, found: Evaluation, written: Path) -> GateFailed:

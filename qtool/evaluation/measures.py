@@ -55,9 +55,8 @@ def kl_by_position(agreement: Agreement) -> list[tuple[int, float]]:
     buckets = positions // width
     sums = np.bincount(buckets, np.array(agreement.kl))
     counts = np.bincount(buckets)
-    return [
-        (number * width, float(sums[number] / counts[number])) for number in np.flatnonzero(counts).tolist()
-    ]
+    used: list[int] = np.flatnonzero(counts).tolist()
+    return [(number * width, float(sums[number] / counts[number])) for number in used]
 
 
 def _by_document(columns: Floats, documents: Sequence[int]) -> Floats:

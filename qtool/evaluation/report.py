@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from qtool.evaluation.gate import Check, Measure
@@ -169,8 +169,8 @@ class Evaluation:
             "passed": not self.failed if self.checks else None,
         }
 
-    def quality(self) -> dict[str, object]:
-        """Return the numbers that a manifest keeps."""
+    def for_manifest(self) -> dict[str, object]:
+        """Return the numbers that the manifest and the model card keep."""
         return {
             "measures": {name: each.to_dict() for name, each in self.measures.items()},
             "data": {
@@ -179,6 +179,33 @@ class Evaluation:
                 "seq_len": self.data.seq_len,
                 "digest": self.data.digest,
             },
+            "tasks": [*self._task_rows()],
+            "speed": [*self._speed_rows()],
             "gate": [check.to_dict() for check in self.checks],
             "by_layer": [asdict(each) for each in self.by_layer],
         }
+
+    def _task_rows(self) -> Iterator[dict[str, object]]:
+        for name, measure in self.measures.items():
+            kept = self.measures.get(f"{name}.recovery")
+            if kept and kept.value:
+                reference = measure.value / kept.value
+                yield _compared(name.removeprefix("task:"), reference, measure.value)
+
+    def _speed_rows(self) -> Iterator[dict[str, object]]:
+        if not self.speed:
+            return
+        ours, theirs = self.speed["model"], self.speed["reference"]
+        for batch, value in ours.decode_ms.items():
+            name = f"milliseconds a token, batch {batch}"
+            yield _compared(name, theirs.decode_ms[batch], value)
+        yield _compared("prompt tokens a second", theirs.prefill_tokens_s, ours.prefill_tokens_s)
+
+
+def _compared(name: str, reference: float, quantized: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "reference": reference,
+        "quantized": quantized,
+        "ratio": quantized / reference,
+    }

@@ -28,8 +28,6 @@ from qtool.runtime.load_plan import LoadPlan, plan_load
 
 STEP_TOKENS = {"cpu": 2048, "cuda": 8192}
 ANSWERS = 16  # greedy answers at once
-# the engine has no attention for these models, and transformers has
-NOT_IN_ENGINE = ("E_ATTENTION",)
 
 
 class Served(Protocol):
@@ -86,7 +84,7 @@ def serving(checkpoint: Checkpoint, plan: LoadPlan, spec: ServeSpec) -> Iterator
     try:
         engine = _engine(checkpoint.path, spec)
     except CheckpointRefused as error:
-        if error.code not in NOT_IN_ENGINE:
+        if error.code != "E_ATTENTION":
             raise
         yield _InTransformers(materialize(plan), spec.device)
         return

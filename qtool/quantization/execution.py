@@ -57,8 +57,8 @@ from qtool.terminal import printable
 class Measured:
     """How good a result is."""
 
-    quality: JsonDict
-    """For the manifest."""
+    evaluation: JsonDict
+    """For the manifest and the model card."""
 
     lines: tuple[str, ...]
     """For people."""
@@ -104,10 +104,10 @@ class QuantizeResult:
     expert_tokens: ExpertTokens | None = None
     """The tokens of it that each expert got; None for a model without experts."""
 
-    quality: JsonDict | None = None
+    evaluation: JsonDict | None = None
     """What a gate measured."""
 
-    quality_lines: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     """The same in words."""
 
     def summary(self) -> str:
@@ -128,14 +128,14 @@ class QuantizeResult:
             )
         if self.expert_tokens:
             lines.append(printable(self.expert_tokens.summary()))
-        return "\n".join([*lines, *self.quality_lines])
+        return "\n".join([*lines, *self.measured])
 
     def to_dict(self) -> JsonDict:
         """Return the result for ``--json``."""
         values = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(self).items()
-            if key != "quality_lines"
+            if key != "measured"
         }
         tokens = self.expert_tokens
         return {**values, "expert_tokens": tokens.counts if tokens else None}
@@ -193,7 +193,7 @@ def run(
             raise measured.failure
         made = {
             **_manifest(plan, listener.calibration, versions),
-            **({"quality": measured.quality} if measured else {}),
+            **({"evaluation": measured.evaluation} if measured else {}),
         }
         card = _write_card(written, request.output.name, made, on_event)
         manifest = {
@@ -209,6 +209,18 @@ def run(
         on_event(PublishedEvent(str(staging.output)))
     if measured and measured.failure:
         raise measured.failure
+    return _result(request, listener, versions, written.size_bytes, measured, start)
+
+
+def _result(
+    request: Request,
+    listener: _Listener,
+    versions: Mapping[str, str],
+    size_bytes: int,
+    measured: Measured | None,
+    start: float,
+) -> QuantizeResult:
+    plan = request.plan
     library = load_backend(plan.recipe.backend).distribution
     return QuantizeResult(
         output=request.output,
@@ -217,12 +229,12 @@ def run(
         backend=f"{library} {versions[library]}",
         quantized_modules=len(plan.quantized),
         bytes_before=plan.bytes_before,
-        bytes_after=written.size_bytes,
+        bytes_after=size_bytes,
         seconds=time.monotonic() - start,
         calibration=listener.calibration,
         expert_tokens=listener.expert_tokens,
-        quality=measured.quality if measured else None,
-        quality_lines=measured.lines if measured else (),
+        evaluation=measured.evaluation if measured else None,
+        measured=measured.lines if measured else (),
     )
 
 

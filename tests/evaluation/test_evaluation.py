@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,11 +18,13 @@ from support.planted_faults import plant
 from support.samples import load
 
 import qtool
-from qtool.errors import CheckpointRefused, UsageError
+from qtool.errors import CheckpointRefused, DataRefused, GateFailed, UsageError
 from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.collapse import compare_answers, loops, net_share
 from qtool.evaluation.gate import Measure, check_gate, default_gate, parse_gate
+from qtool.evaluation.html_report import render_html
 from qtool.evaluation.measures import measures_of
+from qtool.evaluation.report import ShownToken
 from qtool.evaluation.texts import Document, TextSpec, Window, cut_windows, read_documents
 from qtool.scheme import scheme_from
 
@@ -234,3 +237,52 @@ def test_the_command_reports_and_ends_with_7(run_cli, int8, tmp_path, monkeypatc
     assert suite.get("failures") == "1" and len(suite.findall("testcase")) == len(report["checks"])
     assert "gate failed" in summary.read_text()
     assert "error[E_GATE_FAILED]" in result.stderr
+
+
+def test_quantize_keeps_only_what_passes_its_gate(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    lines = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[:2]
+    cut = [{"text": json.loads(line)["text"][:800]} for line in lines]
+    texts.write_text("\n".join(map(json.dumps, cut)))
+    output = tmp_path / "out"
+    options = {"method": "fp8_dynamic", "output": output, "device": "cpu", "gate_data": str(texts)}
+    with pytest.raises(GateFailed, match="mean_kl<=1e-09") as error:
+        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", **options)
+    assert "_proj (" in error.value.hint and "dB" in error.value.hint
+    assert not output.exists()
+    with pytest.raises(GateFailed):
+        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", keep_failed=True, **options)
+    assert json.loads((output / "qtool-manifest.json").read_text())["evaluation"]["gate"]
+    result = qtool.quantize(EXAMPLE, gate=("default",), overwrite=True, **options)
+    assert "gate pass: mean_kl<=0.02" in result.summary()
+    kept = json.loads((output / "qtool-manifest.json").read_text())["evaluation"]
+    assert kept["measures"]["mean_kl"]["value"] == result.evaluation["measures"]["mean_kl"]["value"]
+    assert "KL divergence, mean" in (output / "README.md").read_text()
+
+
+def test_a_gate_is_checked_before_the_run(tmp_path):
+    options = {"method": "fp8_dynamic", "output": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(UsageError, match="texts to measure on"):
+        qtool.quantize(EXAMPLE, gate="mean_kl<=1", **options)
+    with pytest.raises(UsageError, match="not measured"):
+        qtool.quantize(EXAMPLE, gate="speedup@1>=1", gate_data=DATA, **options)
+    with pytest.raises(DataRefused):
+        qtool.quantize(EXAMPLE, gate="default", gate_data=str(tmp_path / "no.jsonl"), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layer_that_was_broken_costs_most(int8, tmp_path):
+    broken = plant(int8, "layer_of_zeros", tmp_path / "broken")
+    found = evaluate(broken, by_layer="modules", max_tokens=300)
+    assert found.by_layer[0].part == "model.layers.2.self_attn.o_proj"
+    assert found.by_layer[0].mean_kl > 10 * found.by_layer[1].mean_kl
+    page = render_html(found)
+    assert "KL divergence by layer" in page and "model.layers.2.self_attn.o_proj" in page
+
+
+def test_the_page_escapes_what_files_say(int8):
+    found = evaluate(int8, max_tokens=300)
+    hostile = ShownToken(1.0, "x", 1, "<script>a</script>", "</td>", "<b>", 0.5, "\x1b[31m", 0.1)
+    page = render_html(dataclasses.replace(found, worst=[hostile], faults=["<i>"]))
+    assert "<script>" not in page and "<b>" not in page and "<i>" not in page
+    assert "&lt;script&gt;" in page
