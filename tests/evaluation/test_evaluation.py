@@ -123,8 +123,9 @@ def test_each_token_counts_once_after_as_much_context_as_there_is(sizes, seq_len
 
 
 def test_side_by_side_and_from_the_cache_are_the_same(int8, tmp_path):
-    live = evaluate(int8, answers=2)
-    first, again = (evaluate(int8, answers=2, cache_dir=tmp_path / "cache") for _ in range(2))
+    small = {"answers": 1, "max_tokens": 600}
+    live = evaluate(int8, **small)
+    first, again = (evaluate(int8, cache_dir=tmp_path / "cache", **small) for _ in range(2))
     assert (live.reference.runs_on, first.reference.runs_on) == ("engine", "engine")
     assert again.reference.runs_on == "stored"
     assert first.measures == again.measures
@@ -239,21 +240,35 @@ def test_the_command_reports_and_ends_with_7(run_cli, int8, tmp_path, monkeypatc
     assert "error[E_GATE_FAILED]" in result.stderr
 
 
-def test_quantize_keeps_only_what_passes_its_gate(tmp_path):
+@pytest.fixture
+def gated(tmp_path):
+    """Options of a run with a gate on two short texts."""
     texts = tmp_path / "texts.jsonl"
     lines = (EXAMPLE / "evaluation.jsonl").read_text().splitlines()[:2]
     cut = [{"text": json.loads(line)["text"][:800]} for line in lines]
     texts.write_text("\n".join(map(json.dumps, cut)))
-    output = tmp_path / "out"
-    options = {"method": "fp8_dynamic", "output": output, "device": "cpu", "gate_data": str(texts)}
+    return {
+        "method": "fp8_dynamic",
+        "output": tmp_path / "out",
+        "device": "cpu",
+        "gate_data": str(texts),
+    }
+
+
+def test_quantize_leaves_nothing_that_fails_its_gate(gated):
     with pytest.raises(GateFailed, match="mean_kl<=1e-09") as error:
-        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", **options)
+        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", **gated)
     assert "_proj (" in error.value.hint and "dB" in error.value.hint
-    assert not output.exists()
+    assert not gated["output"].exists()
+
+
+@pytest.mark.exhaustive
+def test_quantize_keeps_what_passes_or_is_wanted_all_the_same(gated):
+    output = gated["output"]
     with pytest.raises(GateFailed):
-        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", keep_failed=True, **options)
+        qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", keep_failed=True, **gated)
     assert json.loads((output / "qtool-manifest.json").read_text())["evaluation"]["gate"]
-    result = qtool.quantize(EXAMPLE, gate=("default",), overwrite=True, **options)
+    result = qtool.quantize(EXAMPLE, gate=("default",), overwrite=True, **gated)
     assert "gate pass: mean_kl<=0.02" in result.summary()
     kept = json.loads((output / "qtool-manifest.json").read_text())["evaluation"]
     assert kept["measures"]["mean_kl"]["value"] == result.evaluation["measures"]["mean_kl"]["value"]
