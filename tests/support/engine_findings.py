@@ -157,6 +157,10 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_SKIPS": (of(Awq(modules_to_not_convert=["model.layers.0.mlp.gate"])), {}),
     "E_ENGINE_EXPERTS": (of(Gptq(), shapes=EXPERTS), {}),
     "E_ENGINE_EXPERTS_SCHEME": (of(nvfp4(), shapes=EXPERTS), {}),
+    "E_ENGINE_EXPERTS_NAMES": (
+        of(fp8(), shapes=EXPERTS, model={"model_type": "granitemoe"}),
+        {"version": "0.25.1"},
+    ),
     "E_ENGINE_EXPERTS_ONE_BY_ONE": (of(fp8(), shapes=EXPERTS, model={"model_type": "gpt_oss"}), {}),
     "N_ENGINE_EXPERTS_INPUTS": (of(fp8(), shapes=EXPERTS), {}),
     "W_ENGINE_CPU_GROUP": (of(Gptq(group=256, group_size=-1)), {}),
