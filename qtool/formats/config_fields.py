@@ -77,6 +77,7 @@ BLOCK = (
     "two whole numbers, each 1 or in eights",
 )
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "activation_scheme": (lambda value: value in ("static", "dynamic"), "static or dynamic"),
     "bits": BITS,
     "checkpoint_format": (_is_name, "a name"),
     "desc_act": FLAG,
@@ -86,6 +87,7 @@ FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "group_size": (_is_group_size, "-1 or a whole number greater than zero"),
     "ignore": NAMES,
     "ignored_layers": NAMES,
+    "is_dynamic": FLAG,
     "lm_head": FLAG,
     "modules_to_not_convert": NAMES,
     "num_bits": BITS,

@@ -198,8 +198,8 @@ def _module(parts: Parts, config: Json) -> QuantizedModule:
         scheme = SCHEMES["MXFP8"]
     elif block:
         scheme = _block_scheme(parts, scale_name, shape, block)
-    elif scale.count == 1:
-        scheme = _tensor_scheme(parts, is_static=config.get("activation_scheme") == "static")
+    elif scale.count == 1 and config.get("quant_method") != "fbgemm_fp8":
+        scheme = _tensor_scheme(parts, config.get("activation_scheme"))
     elif scale.count == rows:
         scheme = SCHEMES["FP8_W8A16" if variant else "FP8_DYNAMIC"]
     else:
@@ -253,9 +253,10 @@ def _block_scheme(
     return Scheme(Weights("fp8", "block", block=block), _block_inputs(width))
 
 
-def _tensor_scheme(parts: Parts, *, is_static: bool) -> Scheme:
-    if not is_static:
+def _tensor_scheme(parts: Parts, activation_scheme: object) -> Scheme:
+    has_input_scale = any(name in parts for name in INPUT_SCALE_NAMES)
+    if activation_scheme == "dynamic" or (activation_scheme is None and not has_input_scale):
         return Scheme(Weights("fp8", "tensor"), Activations("fp8", "token"))
-    if not any(name in parts for name in INPUT_SCALE_NAMES):
+    if not has_input_scale:
         parts[INPUT_SCALE_NAMES[0]]
     return SCHEMES["FP8"]

@@ -33,7 +33,7 @@ from qtool.formats.modelopt_config import (
 )
 from qtool.formats.scaled import is_quantized, kept_tensors, read, weights_of
 from qtool.modules import has_key_scales
-from qtool.scheme import SCHEMES, Activations, Scheme
+from qtool.scheme import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,22 +50,22 @@ __all__ = [
     "unsupported_reason",
     "write",
 ]
-INPUT_OF_ALGORITHM: Mapping[str, Activations | None] = {
-    "FP8": SCHEMES["FP8"].activations,
-    "FP8_PER_CHANNEL_PER_TOKEN": SCHEMES["FP8_DYNAMIC"].activations,
-    "FP8_PB_WO": None,
-    "FP8_BLOCK_SCALES": SCHEMES["FP8_BLOCK"].activations,
-    "NVFP4": SCHEMES["NVFP4"].activations,
-    "NVFP4_AWQ": SCHEMES["NVFP4"].activations,
-    "W4A16_NVFP4": None,
-    "W4A8_NVFP4_FP8": SCHEMES["NVFP4AFP8"].activations,
-    "MXFP4": SCHEMES["MXFP4"].activations,
-    "W4A8_MXFP4_FP8": SCHEMES["MXFP4AFP8"].activations,
-    "MXFP8": SCHEMES["MXFP8"].activations,
-    "W4A16_AWQ": None,
-    "W4A8_AWQ": SCHEMES["W4AFP8_STATIC"].activations,
-    "W8A8_SQ_PER_CHANNEL": SCHEMES["W8A8_STATIC"].activations,
-    "W8A16": None,
+SCHEME_OF_ALGORITHM: Mapping[str, Scheme] = {  # but for the size of groups and blocks
+    "FP8": SCHEMES["FP8"],
+    "FP8_PER_CHANNEL_PER_TOKEN": SCHEMES["FP8_DYNAMIC"],
+    "FP8_PB_WO": SCHEMES["FP8_BLOCK_W8A16"],
+    "FP8_BLOCK_SCALES": SCHEMES["FP8_BLOCK"],
+    "NVFP4": SCHEMES["NVFP4"],
+    "NVFP4_AWQ": SCHEMES["NVFP4"],
+    "W4A16_NVFP4": SCHEMES["NVFP4A16"],
+    "W4A8_NVFP4_FP8": SCHEMES["NVFP4AFP8"],
+    "MXFP4": SCHEMES["MXFP4"],
+    "W4A8_MXFP4_FP8": SCHEMES["MXFP4AFP8"],
+    "MXFP8": SCHEMES["MXFP8"],
+    "W4A16_AWQ": SCHEMES["W4A16"],
+    "W4A8_AWQ": SCHEMES["W4AFP8_STATIC"],
+    "W8A8_SQ_PER_CHANNEL": SCHEMES["W8A8_STATIC"],
+    "W8A16": SCHEMES["W8A16_CHANNEL"],
 }
 BLOCK_ALGORITHMS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")
 
@@ -204,14 +204,20 @@ def _algorithm_of_tensors(checkpoint: Checkpoint, parts: Parts) -> str:
 
 
 def _module(parts: Parts, algorithm: str) -> QuantizedModule:
-    if algorithm not in INPUT_OF_ALGORITHM:
+    if algorithm not in SCHEME_OF_ALGORITHM:
         raise refused(
             "E_QUANT_ALGORITHM",
             f"`{parts.name}`: ModelOpt's `{algorithm}` is not read",
-            f"read are {', '.join(INPUT_OF_ALGORITHM)}",
+            f"read are {', '.join(SCHEME_OF_ALGORITHM)}",
         )
     weights, shape = weights_of(parts, in_blocks=algorithm in BLOCK_ALGORITHMS)
-    activations = INPUT_OF_ALGORITHM[algorithm]
+    scheme = SCHEME_OF_ALGORITHM[algorithm]
+    said, activations = scheme.weights, scheme.activations
+    if (weights.format, weights.scale) != (said.format, said.scale):
+        raise refused(
+            "E_QUANT_CONFIG",
+            f"`{parts.name}`: the config says {algorithm}, and its tensors hold {weights}",
+        )
     if activations and activations.needs_data:
         parts["input_scale"]
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, kept_tensors(parts))

@@ -9,15 +9,16 @@ Source: vLLM 0.32, `layers/quantization/quark`; SGLang 0.5.23, `layers/quantizat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
 from qtool.formats.layout import Layout, Parts, QuantizedModule, modules_of, refused
 from qtool.formats.modelopt_config import name_matcher
 from qtool.formats.patterns import Names
-from qtool.formats.scaled import is_quantized, kept_tensors, read, weights_of
+from qtool.formats.scaled import INPUT_SCALES, is_quantized, kept_tensors, read, weights_of
 from qtool.modules import has_key_scales
-from qtool.scheme import SCHEMES, Activations, Format, Granularity, Scheme
+from qtool.scheme import SCHEMES, Activations, Format, Scheme, Weights
 
 __all__ = ["detect", "matches_config", "read"]
 
@@ -28,13 +29,18 @@ FORMATS: Mapping[str, Format] = {
     "fp4": "fp4",
     "fp4_e2m1": "fp4",
 }
-GRANULARITIES: Mapping[str, Granularity] = {
-    "per_tensor": "tensor",
-    "per_channel": "token",  # of the input: a row of it is a token
-    "per_token": "token",
-    "per_group": "group",
+INPUTS: Mapping[tuple[str, str, object], Activations] = {  # format, qscheme and group_size
+    ("fp8", "per_tensor", None): Activations("fp8", "tensor"),
+    # of the input: a row of it is a token
+    ("fp8", "per_channel", None): Activations("fp8", "token"),
+    ("fp8", "per_token", None): Activations("fp8", "token"),
+    ("fp8", "per_group", 128): Activations("fp8", "group", 128),
+    ("fp8", "per_group", 32): Activations("fp8", "group", 32, scale="e8m0"),
+    ("fp4", "per_group", 32): Activations("fp4", "group", 32, scale="e8m0"),
+    ("int8", "per_tensor", None): Activations("int8", "tensor"),
+    ("int8", "per_channel", None): Activations("int8", "token"),
+    ("int8", "per_token", None): Activations("int8", "token"),
 }
-MX_GROUP = 32
 
 
 def matches_config(config: Json) -> bool:
@@ -50,7 +56,12 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     warnings: list[str] = []
     for parts in modules_of(checkpoint):
         if is_quantized(parts):
-            modules[parts.name] = _module(parts, settings_of(parts.name))
+            module = _module(parts, settings_of(parts.name))
+            modules[parts.name] = module
+            if module.scheme.activations is None and _has_input_scale(parts):
+                warnings.append(
+                    f"`{parts.name}` has a scale of inputs that the config leaves in 16 bits"
+                )
             if excluded(parts.name):
                 warnings.append(f"`{parts.name}` is quantized and the config excludes it")
     kv_cache = "fp8" if has_key_scales(checkpoint.tensors) else None
@@ -84,47 +95,58 @@ def _matcher(entries: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _module(parts: Parts, settings: Json) -> QuantizedModule:
-    weight = _only(settings.get("weight"))
-    if parts["weight"].dtype == "I32" or weight.get("dtype") in ("int4", "uint4"):
+    spec = _first(settings.get("weight"))
+    if parts["weight"].dtype == "I32" or spec.get("dtype") in ("int4", "uint4"):
         raise _not_read(parts, "packed int4")
-    if str(weight.get("dtype")).startswith("fp6"):
+    if str(spec.get("dtype")).startswith("fp6"):
         raise _not_read(parts, "FP6")
-    weights, shape = weights_of(parts, in_blocks=weight.get("qscheme") == "per_block")
-    activations = _activations(parts, settings.get("input_tensors"))
+    weights, shape = weights_of(parts, in_blocks=spec.get("qscheme") == "per_block")
+    _check_weights(parts, spec, weights)
+    activations = _activations(parts, settings.get("input_tensors"), weights)
     if activations and activations.needs_data and not _has_input_scale(parts):
         parts["input_scale"]
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, kept_tensors(parts))
 
 
 def _has_input_scale(parts: Parts) -> bool:
-    return "input_scale" in parts or "input_scale_2" in parts
+    return any(suffix in parts for suffix in INPUT_SCALES)
 
 
-def _only(settings: object) -> Json:
+def _check_weights(parts: Parts, spec: Json, weights: Weights) -> None:
+    """Refuse a layer whose tensors are not what its settings say."""
+    said = FORMATS.get(str(spec.get("dtype"))), spec.get("qscheme")
+    if said != (weights.format, f"per_{weights.granularity}"):
+        raise refused(
+            "E_QUANT_CONFIG",
+            f"`{parts.name}`: the config says {spec.get('dtype')} {spec.get('qscheme')}, and its "
+            f"tensors hold {weights}",
+        )
+
+
+def _first(settings: object) -> Json:
     """Return the settings of one tensor; of NVFP4's two levels the first."""
-    first = settings[0] if isinstance(settings, list) and settings else settings
-    return first if isinstance(first, Mapping) else {}
+    first = settings[0] if isinstance(settings, list) else settings
+    if not isinstance(first, Mapping):
+        raise TypeError(f"the settings of a tensor are {first!r}")
+    return first
 
 
-def _activations(parts: Parts, settings: object) -> Activations | None:
+def _activations(parts: Parts, settings: object, weights: Weights) -> Activations | None:
     """Return what an input is rounded to."""
-    if not settings:
+    if settings is None:
         return None
+    spec = _first(settings)
+    dtype, qscheme = str(spec.get("dtype")), str(spec.get("qscheme"))
     if isinstance(settings, list) and len(settings) > 1:
-        return SCHEMES["NVFP4"].activations
-    spec = _only(settings)
-    dtype, granularity = str(spec.get("dtype")), GRANULARITIES.get(str(spec.get("qscheme")))
-    if dtype not in FORMATS or granularity is None:
-        raise _not_read(parts, f"{dtype} inputs {spec.get('qscheme')}")
-    size = spec.get("group_size") if granularity == "group" else None
-    return Activations(
-        FORMATS[dtype],
-        granularity,
-        size,
-        dynamic=spec.get("is_dynamic") is True,
-        symmetric=spec.get("symmetric") is not False,
-        scale="e8m0" if size == MX_GROUP else "float",
-    )
+        if weights == SCHEMES["NVFP4"].weights and FORMATS.get(dtype) == "fp4":
+            return SCHEMES["NVFP4"].activations
+        raise _not_read(parts, f"{dtype} inputs in two steps")
+    inputs = INPUTS.get((FORMATS.get(dtype, ""), qscheme, spec.get("group_size")))
+    is_static = spec.get("is_dynamic") is not True
+    if inputs is None or (is_static and inputs.granularity != "tensor"):
+        raise _not_read(parts, f"{dtype} {qscheme} inputs")
+    is_asymmetric = inputs.format == "int8" and spec.get("symmetric") is False
+    return replace(inputs, dynamic=not is_static, symmetric=not is_asymmetric)
 
 
 def _not_read(parts: Parts, what: str) -> Exception:

@@ -93,7 +93,15 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_SCALE_NAME": (of(Fp8(scale_name="scale")), {}),
     "E_ENGINE_FP8_EXPERTS": (of(ModelOpt("W4A16_NVFP4", quant_method="fp8")), {}),
     "E_ENGINE_QUARK_KEYS": (of(Fp8(quant_method="quark")), {}),
-    "E_ENGINE_QUARK_SCHEME": (of(Fp8(quant_method="quark")), {}),
+    "E_ENGINE_QUARK_SCHEME": (
+        of(
+            Fp8(
+                quant_method="quark",
+                global_quant_config={"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}},
+            )
+        ),
+        {},
+    ),
     "E_ENGINE_MODELOPT_UNNAMED": (
         lambda folder: build(folder, without(ModelOpt("FP8"), "quant_method")),
         {},

@@ -250,7 +250,9 @@ class Fp8:
         } | config
 
     def module(self, name, shape):
-        return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.{self.scale_name}": scalar(1.0)}
+        is_fbgemm = self.config["quant_method"] == "fbgemm_fp8"
+        scale = ("F32", (shape[0], 1)) if is_fbgemm else scalar(1.0)
+        return {f"{name}.weight": ("F8_E4M3", shape), f"{name}.{self.scale_name}": scale}
 
 
 class ModelOpt:
