@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "NOT_READ",
     "WRITABLE",
     "Format",
     "Layout",
@@ -53,6 +54,10 @@ __all__ = [
     "unquantized_tensors",
 ]
 
+NOT_READ = frozenset(
+    {"E_QUANT_METHOD", "E_KERNEL_LAYOUT", "E_QUANT_CLASS", "E_SPARSE", "E_PACK_DTYPE"}
+)
+"""Codes of refusals of what is intact and not read: an engine may read it."""
 WRITABLE: Mapping[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "modelopt": modelopt,

@@ -221,7 +221,7 @@ def _detect(checkpoint: Checkpoint, *, engine_may_know: bool) -> tuple[Layout | 
     try:
         layout = formats.detect(checkpoint)
     except CheckpointRefused as error:
-        if error.code != "E_QUANT_METHOD" or not engine_may_know:
+        if error.code not in formats.NOT_READ or not engine_may_know:
             raise
         return None, [error.message]
     return layout, list(layout.warnings) if layout else []

@@ -16,7 +16,7 @@ from qtool.inspection import inspect, render
 from qtool.weight import dequantize
 
 SLOW_S = 2.0
-LAYOUTS, EACH = 12, 10  # that every run tries
+LAYOUTS, EACH = 6, 10  # that every run tries
 OTHER_NUMBERS = " has other numbers"
 # keys that say which numbers the same tensors mean
 MEANING = {"backend", "checkpoint_format", "packing_format", "quant_method"}

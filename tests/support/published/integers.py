@@ -61,9 +61,16 @@ def rounded(
 def words(codes: Tensor, bits: int) -> Tensor:
     """Return each row of ``codes`` as one string of bits, lowest first, in int32."""
     rows, columns = codes.shape
+    if 32 % bits == 0:
+        each = 32 // bits
+        padded = torch.nn.functional.pad(codes, (0, -columns % each)).reshape(rows, -1, each)
+        return _as_int32((padded << (torch.arange(each) * bits)).sum(-1))
     string = ((codes.unsqueeze(-1) >> torch.arange(bits)) & 1).reshape(rows, columns * bits)
     padded = torch.nn.functional.pad(string, (0, -string.shape[1] % 32))
-    whole = (padded.reshape(rows, -1, 32) << torch.arange(32)).sum(-1)
+    return _as_int32((padded.reshape(rows, -1, 32) << torch.arange(32)).sum(-1))
+
+
+def _as_int32(whole: Tensor) -> Tensor:
     return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
 
 

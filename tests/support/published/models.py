@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,17 @@ def _language_model(
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return bf16 tensors of ``shapes``: ones for norms, and random matrices."""
+    return dict(_random_tensors(tuple(shapes.items())))
+
+
+@lru_cache(maxsize=4)
+def _random_tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.ones(shape).bfloat16()
         if len(shape) == 1
         else (torch.randn(shape, generator=generator) * (0.6 / math.sqrt(shape[-1]))).bfloat16()
-        for name, shape in shapes.items()
+        for name, shape in shapes
     }
 
 
