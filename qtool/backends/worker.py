@@ -57,6 +57,7 @@ from qtool.sandbox import code_of_main
 from qtool.terminal import lossy_stream
 
 # threads that spin while they wait starve whoever shares the cores
+TRACEBACK_S = 5.0  # for a worker that has sent its error to write the traceback to the log
 QUIET_WAITING = {"OMP_WAIT_POLICY": "passive"}
 VERSIONS = ("torch", "transformers", "safetensors")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -127,6 +128,8 @@ def run_job(
                 worker.stdin.flush()
             for event in _events(worker, pipe):
                 if isinstance(event, ErrorEvent):
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        worker.wait(TRACEBACK_S)
                     raise from_wire(event.error)
                 on_event(event)
                 if isinstance(event, DoneEvent):
