@@ -181,18 +181,18 @@ def _transform(step: Step, plan: Plan, model: PreTrainedModel) -> Modifier | Non
     )
     from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 
-    from qtool.backends.awq_mappings import awq_mappings
+    from qtool.backends.smoothing import awq_pairs, norm_pairs
 
+    # the library's lists leave out routers and shared experts, and do not fit models with towers
     if isinstance(step, SmoothQuant):
-        return SmoothQuantModifier(smoothing_strength=step.strength)
+        pairs = [([*each.balance], each.smooth) for each in norm_pairs(plan, model)]
+        return SmoothQuantModifier(smoothing_strength=step.strength, mappings=pairs)
     if isinstance(step, SpinQuant):
         return SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
     if isinstance(step, Awq):
         # duo scaling is not defined for FP8 weights
         fp8 = any(scheme.weights.format == "fp8" for scheme in plan.recipe.schemes)
-        # its own lists leave out routers and shared experts, and do not fit models with towers
-        found = awq_mappings(plan, model)
-        mappings = [AWQMapping(each.smooth, [*each.balance]) for each in found]
+        mappings = [AWQMapping(each.smooth, [*each.balance]) for each in awq_pairs(plan, model)]
         return AWQModifier(duo_scaling=not fp8, mappings=mappings)
     return None
 

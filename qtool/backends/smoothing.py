@@ -1,4 +1,5 @@
-"""Which layers AWQ may scale against each other in a model, as LLM Compressor takes them.
+"""Which layers AWQ and SmoothQuant may scale against each other in a model, as LLM Compressor takes
+them.
 
 What a norm gives is divided by a factor for each channel, and the columns of every layer that reads
 it are multiplied: no reader may be left out, routers and shared experts included. Likewise the rows
@@ -8,7 +9,7 @@ of `v_proj` and the columns of `o_proj`, and those of `up_proj` and `down_proj`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,26 +34,22 @@ class ScaledLayers:
     """The layers that read them, whose inputs are multiplied; routers first."""
 
 
-def awq_mappings(plan: Plan, model: PreTrainedModel) -> list[ScaledLayers]:
-    """Return what may be scaled in ``model`` before the layers of ``plan`` are rounded."""
-    modules = dict(model.named_modules())
+def awq_pairs(plan: Plan, model: PreTrainedModel) -> list[ScaledLayers]:
+    """Return what AWQ may scale in ``model`` before the layers of ``plan`` are rounded."""
     planned = {module.layer for module in plan.quantized}
-    stacks = {stack for name in planned if (stack := expert_stack(name))}
     return [
-        *_norms(trace_norms(model), modules, planned, stacks),
-        *_values(modules, planned),
-        *_gated(plan, planned, stacks),
+        *norm_pairs(plan, model),
+        *_values(dict(model.named_modules()), planned),
+        *_gated(plan, planned),
     ]
 
 
-def _norms(
-    readers: Mapping[str, Sequence[str]],
-    modules: Mapping[str, Module],
-    planned: set[str],
-    stacks: set[str],
-) -> Iterator[ScaledLayers]:
-    """Yield each norm with its ``readers``, where all of them can be scaled."""
-    for norm, names in readers.items():
+def norm_pairs(plan: Plan, model: PreTrainedModel) -> Iterator[ScaledLayers]:
+    """Yield each norm of ``model`` whose readers can all be scaled, if ``plan`` rounds some."""
+    modules = dict(model.named_modules())
+    planned = {module.layer for module in plan.quantized}
+    stacks = _stacks(planned)
+    for norm, names in trace_norms(model).items():
         experts = [name for name in names if name in stacks]
         routers = [name for name in names if is_router(name)]
         others = [name for name in names if name not in (*experts, *routers)]
@@ -89,7 +86,7 @@ def _is_output_norm(child: str) -> bool:
     return "norm" in child and not child.startswith(("q_", "k_"))
 
 
-def _gated(plan: Plan, planned: set[str], stacks: set[str]) -> Iterator[ScaledLayers]:
+def _gated(plan: Plan, planned: set[str]) -> Iterator[ScaledLayers]:
     """Yield `up_proj` and `down_proj` of each MLP and of all experts of a layer."""
     interleaved = {
         expert_stack(module.layer)
@@ -102,6 +99,11 @@ def _gated(plan: Plan, planned: set[str], stacks: set[str]) -> Iterator[ScaledLa
         parent, _, kind = name.rpartition(".")
         if kind == "down_proj" and f"{parent}.up_proj" in planned and not expert_stack(name):
             yield ScaledLayers(f"{parent}.up_proj", (name,))
-    for stack in sorted(stacks - interleaved):
+    for stack in sorted(_stacks(planned) - interleaved):
         prefix = rf"re:{re.escape(stack)}\.\d+"
         yield ScaledLayers(rf"{prefix}\.up_proj$", (rf"{prefix}\.down_proj$",))
+
+
+def _stacks(planned: Iterable[str]) -> set[str]:
+    """Return the modules that hold the experts among the ``planned`` layers."""
+    return {stack for name in planned if (stack := expert_stack(name))}

@@ -1,4 +1,4 @@
-"""What AWQ may scale against each other."""
+"""What AWQ and SmoothQuant may scale against each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from support.small_models import publish
 
 from qtool.architecture import map_names
-from qtool.backends.awq_mappings import awq_mappings
+from qtool.backends.smoothing import awq_pairs
 from qtool.checkpoint import open_checkpoint
 from qtool.plan import make_plan
 from qtool.recipe import load_recipe
@@ -22,7 +22,7 @@ def mappings(model, folder, **changes):
     checkpoint = open_checkpoint(path)
     recipe = load_recipe("fp8_dynamic").changed(**changes)
     plan = make_plan(checkpoint, recipe, map_names(checkpoint))
-    return {each.smooth: each.balance for each in awq_mappings(plan, loaded)}
+    return {each.smooth: each.balance for each in awq_pairs(plan, loaded)}
 
 
 def test_every_reader_of_a_norm_is_scaled_routers_and_shared_experts_included(tmp_path):
