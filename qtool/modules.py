@@ -36,11 +36,9 @@ CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
 CACHE_BIASES = ("k_bias", "v_bias")
 NOT_TEXT = "not part of the language model"
 CACHE_PROJECTIONS = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
-FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
-"""A layer -> what engines run it in."""
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""A layer that engines run -> the layers of a checkpoint that they merge into it, in order."""
+MERGED_INTO = {shard: fused for fused, shards in FUSED.items() for shard in shards}
 DECODERS = ("language_model.model.", "model.language_model.", "model.")
 """What the names of the decoder's modules begin with, by version of transformers and by engine."""
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
@@ -173,7 +171,7 @@ def other_names(name: str) -> tuple[str, ...]:
     merged into, and below another prefix of the decoder.
     """
     parent, dot, last = name.rpartition(".")
-    names = [name, *((f"{parent}{dot}{FUSED[last]}",) if last in FUSED else ())]
+    names = [name, *((f"{parent}{dot}{MERGED_INTO[last]}",) if last in MERGED_INTO else ())]
     prefix = next((each for each in DECODERS if name.startswith(each)), "")
     if name.removeprefix(prefix).startswith(("layers.", "embed_tokens")):
         others = [each for each in DECODERS if each != prefix]

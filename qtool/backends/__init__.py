@@ -21,7 +21,7 @@ from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.strict_json import Json
 from qtool.devices import gpu_number
 from qtool.errors import CheckpointRefused, RecipeRefused, ResourceError
-from qtool.modules import last_part
+from qtool.modules import FUSED, last_part
 from qtool.plan import Plan
 from qtool.recipe import Recipe
 from qtool.scheme import Scheme
@@ -248,9 +248,6 @@ class Group:
     """Short regular expressions for exactly them, among the names they were chosen from."""
 
 
-FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
-
-
 def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
     """Sort ``linears``, the linear modules of the loaded model, into groups of one scheme; what is
     left alone has scheme None.
@@ -276,7 +273,7 @@ def groups_of(plan: Plan, linears: Iterable[str]) -> list[Group]:
 def _patterns_of(names: Sequence[str], whole: Collection[str]) -> Iterator[str]:
     """Yield regular expressions for ``names``; of the kinds in ``whole`` they hold every layer."""
     kinds = [kind for kind in dict.fromkeys(map(last_part, names)) if kind in whole]
-    fused = [kind for kind, parts in FUSED.items() if parts <= set(kinds)]
+    fused = [kind for kind, parts in FUSED.items() if set(kinds).issuperset(parts)]
     if kinds:
         yield rf"(?:.*\.)?({'|'.join([*kinds, *fused])})$"
     for name in names:

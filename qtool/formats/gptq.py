@@ -26,7 +26,7 @@ from qtool.formats.layout import (
     shared_unsupported_reason,
 )
 from qtool.formats.patterns import config_patterns
-from qtool.modules import last_part
+from qtool.modules import FUSED, last_part
 from qtool.scheme import Scheme, Weights
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 BITS = (2, 3, 4, 8)
-# engines match `dynamic` with the fused name
-FUSED = (
-    (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    (("gate_proj", "up_proj"), "gate_up_proj"),
-)
 ONE_IN_EVERY_FIELD = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -289,7 +284,7 @@ def _patterns(
 def _fused_kind(kind: str, agreed: Mapping[str, JsonDict]) -> str | None:
     """Return the regex of the fused layer whose last shard is ``kind``, if all shards agree."""
     parent, _, last = kind.rpartition(r"\.")
-    for shards, fused in FUSED:
+    for fused, shards in FUSED.items():  # with whose name engines match `dynamic`
         if last == shards[-1] and all(
             agreed.get(rf"{parent}\.{shard}") == agreed[kind] for shard in shards
         ):

@@ -8,7 +8,7 @@ from qtool.formats.layout import refused
 from qtool.modules import FUSED, other_names
 from qtool.patterns import PatternCompiler
 
-FUSED_KINDS = tuple(sorted({kind.removesuffix("_proj") for kind in FUSED.values()}))
+FUSED_KINDS = tuple(kind.removesuffix("_proj") for kind in FUSED)
 
 
 def config_patterns() -> PatternCompiler:
