@@ -10,7 +10,6 @@ from qtool.errors import CheckpointRefused
 from qtool.formats import detect, read
 
 FEW = {  # what was once refused or read wrongly -> the formats that hold it
-    "amd-deepseek-mxfp4-fp8-attention": ("compressed-tensors", "modelopt"),
     "deepseek-v4-flash": ("compressed-tensors",),
     "intel-int2-mixed-autoround": ("compressed-tensors",),
     "neuralmagic-llama-3-fp8-kv": ("compressed-tensors", "modelopt"),

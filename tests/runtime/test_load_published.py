@@ -15,14 +15,12 @@ from qtool.runtime.load_plan import cached_choice
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 512
 FEW = (  # those that were once refused or read wrongly
-    "amd-deepseek-mxfp4-fp8-attention",
     "awq-without-version",
     "deepseek-v4-flash",
     "g_idx-of-minus-one",
     "intel-int2-mixed-autoround",
     "intel-int4-autoround-awq",
     "llm-compressor-embedding-alone",
-    "minimax-m3-mxfp8",
     "minimax-m3-w4a16-embedding",
     "neuralmagic-llama-3-fp8-kv",
     "nvidia-qwen3.6-35b-a3b-nvfp4",

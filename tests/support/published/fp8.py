@@ -248,11 +248,11 @@ def quark_fp8_channel(folder: Path) -> Expected:
 
 @layout("amd-qwen3-moe-mxfp4")
 def quark_mxfp4(folder: Path) -> Expected:
-    """Quark MXFP4 for experts alone; the names of others are excluded, with globs."""
+    """Quark MXFP4 for experts alone; others are excluded by name, glob and regular expression."""
     config = _quark(
         _mx("fp4"),
         _mx("fp4", dynamic=True),
-        exclude=["lm_head", "*self_attn*", "re:model.layers.\\d+.mlp.gate$"],
+        exclude=["lm_head", "re:.*self_attn.*", "*.mlp.gate"],
     )
     return write(folder, qwen3_moe(), {"experts": mxfp4}, config)
 
