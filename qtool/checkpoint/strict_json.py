@@ -5,6 +5,7 @@ characters.
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 from collections import Counter
@@ -143,6 +144,17 @@ def read_json(path: Path) -> JsonDict:
     check_json_size(size, str(path))
     with naming(path), path.open("rb") as file:
         return parse_object(file.read(size), str(path))
+
+
+def finite(value: object) -> object:
+    """Return ``value`` as JSON can hold it: NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def regular_size(path: Path) -> int:

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
@@ -91,17 +90,9 @@ def document(data: object) -> str:
     try:
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
     except ValueError:  # NaN or infinity
-        return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+        from qtool.checkpoint.strict_json import finite
 
-
-def _finite(data: object) -> object:
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
+        return json.dumps(finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def _drawn(shown: RenderableType) -> str:

@@ -109,12 +109,15 @@ class Agreement:
         reference: Tensor,
         quantized: Tensor,
     ) -> None:
-        kl = (reference.exp() * (reference - quantized)).sum(-1)
+        terms = reference.exp() * (reference - quantized)
+        # what the reference rules out adds nothing: 0 * log 0 is 0
+        kl = terms.masked_fill(reference == -torch.inf, 0).sum(-1)
         reference_best = reference.max(-1)
         best = quantized.max(-1)
         self.reference_nll += (-reference.gather(-1, targets[:, None])[:, 0]).tolist()
         self.nll += (-quantized.gather(-1, targets[:, None])[:, 0]).tolist()
         values = kl.tolist()
+        before = len(self.kl)
         self.kl += values
         self.same_top1 += (reference_best.indices == best.indices).tolist()
         self.confident += (reference_best.values.exp() >= CONFIDENT).tolist()
@@ -130,7 +133,7 @@ class Agreement:
                 token=int(best.indices[row]),
                 probability=float(best.values[row].exp()),
             )
-            heapq.heappush(self.worst, (_rank(values[row]), -len(self.kl) - row, worst))
+            heapq.heappush(self.worst, (_rank(values[row]), -before - row, worst))
             if len(self.worst) > WORST:
                 heapq.heappop(self.worst)
 

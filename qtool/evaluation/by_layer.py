@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.part_costs import PartCost, worst_first
 from qtool.evaluation.perplexity import load_dequantized
-from qtool.evaluation.report import PartCost
 from qtool.evaluation.texts import Window
 from qtool.events import OnEvent, ProgressEvent, StageEvent
 from qtool.runtime.causal_lm import CausalLM
@@ -32,7 +32,7 @@ def cost_by_layer(
     device: torch.device,
     dtype: torch.dtype,
     on_event: OnEvent,
-) -> list[PartCost]:
+) -> tuple[PartCost, ...]:
     """Return the cost of each part, worst first. Both models are in memory in 16 bits.
 
     Args:
@@ -63,7 +63,7 @@ def cost_by_layer(
             theirs.set_submodule(part, own)
         found.append(PartCost(part, cost, tuple(sorted(names))))
     on_event(ProgressEvent("parts measured", len(schemes), len(schemes)))
-    return sorted(found, key=lambda each: -each.mean_kl)
+    return worst_first(found)
 
 
 def _schemes(checkpoint: Checkpoint, parts: str, dtype: torch.dtype) -> dict[str, set[str]]:

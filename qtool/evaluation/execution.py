@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.checkpoint.manifest import read_manifest
+from qtool.checkpoint.part_costs import PartCost
 from qtool.errors import CheckpointRefused
 from qtool.evaluation.agreement import WorstToken
 from qtool.evaluation.by_layer import cost_by_layer
@@ -24,7 +25,6 @@ from qtool.evaluation.measures import kl_by_position, measures_of
 from qtool.evaluation.report import (
     Data,
     Evaluation,
-    PartCost,
     ShownCollapse,
     ShownToken,
     Side,
@@ -278,9 +278,9 @@ def _by_layer(
     spec: ServeSpec,
     options: EvalOptions,
     on_event: OnEvent,
-) -> list[PartCost]:
+) -> tuple[PartCost, ...]:
     if options.by_layer is None:
-        return []
+        return ()
     return cost_by_layer(
         ours.checkpoint,
         theirs.checkpoint,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from qtool.checkpoint.part_costs import KEY as BY_LAYER
+from qtool.checkpoint.part_costs import PartCost
+from qtool.checkpoint.strict_json import finite
 from qtool.evaluation.gate import Check, Measure
 
 
@@ -104,20 +107,6 @@ class Speed:
     """Tokens of the KV cache that fit beside the weights."""
 
 
-@dataclass(frozen=True)
-class PartCost:
-    """What one part of the model costs by itself."""
-
-    part: str
-    """A module of the model: a linear layer, the experts of a layer, or a decoder layer."""
-
-    mean_kl: float
-    """KL divergence from the reference with this part alone quantized; nats."""
-
-    schemes: tuple[str, ...]
-    """What its layers are quantized to."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A quantized checkpoint, compared with its reference."""
@@ -170,8 +159,8 @@ class Evaluation:
         }
 
     def for_manifest(self) -> dict[str, object]:
-        """Return the numbers that the manifest and the model card keep."""
-        return {
+        """Return the numbers that the manifest and the model card keep; NaN becomes None."""
+        kept = {
             "measures": {name: each.to_dict() for name, each in self.measures.items()},
             "data": {
                 "tokens": self.data.tokens,
@@ -182,8 +171,9 @@ class Evaluation:
             "tasks": [*self._task_rows()],
             "speed": [*self._speed_rows()],
             "gate": [check.to_dict() for check in self.checks],
-            "by_layer": [asdict(each) for each in self.by_layer],
+            BY_LAYER: [asdict(each) for each in self.by_layer],
         }
+        return {key: finite(value) for key, value in kept.items()}
 
     def _task_rows(self) -> Iterator[dict[str, object]]:
         for name, measure in self.measures.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from qtool.checkpoint.part_costs import PartCost
 from qtool.evaluation.gate import NAMES, PATTERNS, Measure
-from qtool.evaluation.report import Evaluation, PartCost, ShownToken, Side, Speed
+from qtool.evaluation.report import Evaluation, ShownToken, Side, Speed
 from qtool.sizes import format_size
 from qtool.terminal import printable
 
@@ -131,9 +133,12 @@ def _layers_table(costs: Sequence[PartCost]) -> Table:
     )
     for heading in ("part", "scheme", "mean KL", ""):
         table.add_column(heading, no_wrap=True)
-    highest = max(each.mean_kl for each in costs) or 1.0
+    highest = (
+        max((each.mean_kl for each in costs if math.isfinite(each.mean_kl)), default=0.0) or 1.0
+    )
     for each in costs[:WORST_ROWS]:
-        bar = "█" * max(1, round(BAR_WIDTH * each.mean_kl / highest))
+        share = min(each.rank / highest, 1)
+        bar = "█" * max(1, round(BAR_WIDTH * share))
         table.add_row(printable(each.part), ", ".join(each.schemes), f"{each.mean_kl:.4g}", bar)
     return table
 

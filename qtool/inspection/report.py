@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from qtool import formats
 from qtool.architecture import check_model
@@ -11,12 +13,15 @@ from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.expert_tokens import ExpertTokens, read_expert_tokens
 from qtool.checkpoint.manifest import ManifestCheck, check_manifest, has_manifest
 from qtool.checkpoint.model import FLOAT_DTYPES
+from qtool.checkpoint.part_costs import PartCost, read_part_costs
 from qtool.errors import ANY_FILE, CheckpointRefused, file_errors
 from qtool.formats import Layout, QuantizedModule
 from qtool.inspection.comparison import Comparison, compare
 from qtool.inspection.deep import DeepReport, measure
 from qtool.inspection.engines import EngineReport, check_engine
 from qtool.modules import is_cache_tensor, is_linear, last_part, layer_number, skip_reason
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Inspection:
     """Whether an engine loads the checkpoint, when asked for."""
     expert_tokens: ExpertTokens | None = None
     """The calibration tokens that each expert got, by the manifest."""
+    by_layer: tuple[PartCost, ...] = ()
+    """What each part costs by itself, worst first, by the manifest."""
 
     @property
     def damage(self) -> tuple[str, ...]:
@@ -126,6 +133,7 @@ class Inspection:
             "against": self.against.to_dict() if self.against else None,
             "engine": self.engine.to_dict() if self.engine else None,
             "expert_tokens": self.expert_tokens.counts if self.expert_tokens else None,
+            "by_layer": [vars(each) for each in self.by_layer],
             "bits_per_weight": round(self.bits_per_weight, 4),
         }
 
@@ -188,7 +196,8 @@ def inspect(
             gpu=gpu,
             tensor_parallel=tensor_parallel,
         )
-    expert_tokens = _expert_tokens(checkpoint, warnings)
+    expert_tokens = _of_manifest(checkpoint, read_expert_tokens, warnings)
+    by_layer = _of_manifest(checkpoint, read_part_costs, warnings) or ()
     parameters = sum(row.parameters for row in (*quantized, *unquantized))
     return Inspection(
         name=checkpoint.name,
@@ -209,6 +218,7 @@ def inspect(
         against=compare(checkpoint, against) if against else None,
         engine=engine_report,
         expert_tokens=expert_tokens,
+        by_layer=by_layer,
     )
 
 
@@ -227,14 +237,19 @@ def _detect(checkpoint: Checkpoint, *, engine_may_know: bool) -> tuple[Layout | 
     return layout, list(layout.warnings) if layout else []
 
 
-def _expert_tokens(checkpoint: Checkpoint, warnings: list[str]) -> ExpertTokens | None:
-    """Return the counts of the manifest; a manifest that cannot be read is one of ``warnings``."""
+def _of_manifest(
+    checkpoint: Checkpoint, read: Callable[[Path], T], warnings: list[str]
+) -> T | None:
+    """Return what ``read`` finds in the manifest, if there is one; that it cannot be read is one of
+    ``warnings``.
+    """
     if not has_manifest(checkpoint.path):
         return None
     try:
-        return read_expert_tokens(checkpoint.path)
+        return read(checkpoint.path)
     except CheckpointRefused as error:
-        warnings.append(error.message)
+        if error.message not in warnings:
+            warnings.append(error.message)
         return None
 
 

@@ -197,11 +197,21 @@ def test_a_logit_that_is_not_a_number_fails_the_gate():
     broken[1, 2] = math.nan
     agreement = Agreement()
     agreement.add([window], logits, broken, is_log=False)
-    checks = check_gate(
-        parse_gate(["mean_kl<=1", "ppl_ratio<=2"], []), measures_of(agreement), strict=False
-    )
+    measures = measures_of(agreement)
+    checks = check_gate(parse_gate(["mean_kl<=1", "ppl_ratio<=2"], []), measures, strict=False)
     assert {check.verdict for check in checks} == {"fail"}
     assert math.isnan(agreement.worst_tokens()[0].kl)
+
+
+def test_equal_models_differ_nowhere_and_what_the_reference_rules_out_adds_nothing():
+    agreement = Agreement()
+    for size in (12, 6, 3):  # many positions are equal: none of them is worse than another
+        windows = [Window(0, 0, tuple(range(size + 1)), 1)]
+        logits = torch.zeros(size, 20)
+        logits[:, 19] = -math.inf
+        agreement.add(windows, logits, logits, is_log=False)
+    assert measures_of(agreement)["max_kl"].value == 0
+    assert len(agreement.worst_tokens()) == 20
 
 
 def test_loops_and_sudden_ends_are_found():

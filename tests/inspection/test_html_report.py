@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from support.inspections import (
 )
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.part_costs import PartCost, read_part_costs
 from qtool.inspection import Inspection, inspect
 from qtool.inspection.comparison import Comparison, Difference
 from qtool.inspection.deep import DeepReport
@@ -83,6 +85,11 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+COSTS = (
+    PartCost("model.layers.10.<b>", math.nan, ("FP8",)),
+    PartCost("model.layers.9.mlp", 0.25, ("FP8", "W4A16")),
+    PartCost("model.layers.0.mlp", -1e-9, ("FP8",)),
+)
 CASES = {
     **{
         "plain": lambda: report(
@@ -99,6 +106,7 @@ CASES = {
         "broken": broken,
         "deep without quantized": lambda: replace(empty(), deep=DeepReport((), "no manifest")),
     },
+    "cost by layer": lambda: report(llama(2), by_layer=COSTS),
     **{"nothing in common": lambda: report(llama(2), against=Comparison("base", (), ("a",), ()))},
     **{
         "all equal": lambda: report(
@@ -118,6 +126,29 @@ def test_any_report_becomes_a_well_formed_page(case):
     reader = Reader(page)
     assert page.encode("utf-8")
     assert len(json.loads(reader.data)["rows"]) == len(found.modules)
+
+
+def test_the_cost_by_layer_is_a_chart_in_the_order_of_the_model():
+    reader = Reader(render_html(report(llama(2), by_layer=COSTS)))
+    bars = [attrs for tag, attrs in reader.tags if tag == "rect" and attrs.get("class") != "catch"]
+    assert [float(bar["height"]) for bar in bars] == [0, 100, 100]  # layers 0, 9 and 10
+    assert "model.layers.10.<b> FP8 NaN model.layers.9.mlp FP8, W4A16 0.25" in reader.text
+    assert "b" not in {tag for tag, _ in reader.tags}
+
+
+def test_costs_are_read_from_the_manifest(tiny_copy):
+    entries = [{"part": each.part, "mean_kl": each.mean_kl, "schemes": []} for each in COSTS[1:]]
+    entries.append({"part": "x", "mean_kl": None, "schemes": ["FP8"]})
+    manifest = tiny_copy / "qtool-manifest.json"
+    manifest.write_text(json.dumps({"files": {}, "evaluation": {"by_layer": entries}}))
+    costs = inspect(open_checkpoint(tiny_copy)).by_layer
+    assert [each.part for each in costs] == ["x", COSTS[1].part, COSTS[2].part]
+    assert math.isnan(costs[0].mean_kl)
+    for wrong in (3, [3], [{"part": "x"}], [{"part": "x", "mean_kl": True, "schemes": []}]):
+        manifest.write_text(json.dumps({"files": {}, "evaluation": {"by_layer": wrong}}))
+        assert "`by_layer`" in inspect(open_checkpoint(tiny_copy)).warnings[0]
+    manifest.write_text('{"files": {}, "evaluation": 3}')
+    assert read_part_costs(tiny_copy) == ()
 
 
 def test_the_page_says_what_the_report_holds(full):

@@ -18,6 +18,7 @@ from qtool.inspection.html_report.formatting import (
     visible,
 )
 from qtool.inspection.html_report.heat_map import DARK_STOPS, LIGHT_STOPS, heat_maps, palette
+from qtool.inspection.html_report.part_costs import part_costs
 from qtool.inspection.html_report.scales import scale_histograms
 from qtool.inspection.html_report.sizes import size_bars
 from qtool.inspection.html_report.tables import (
@@ -84,6 +85,7 @@ def render_html(inspection: Inspection) -> str:
             linear=_linear_share(inspection),
             error=_error(inspection),
             sizes=size_bars(inspection),
+            layers=part_costs(inspection.by_layer) if inspection.by_layer else None,
             heat_maps=heat_maps(inspection, details),
             worst=worst_layers(details),
             dead=_layers_with_dead_channels(details),
