@@ -50,6 +50,8 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "awq": (("awq",), ""),
     "awq_marlin": (("awq",), ""),
     "marlin": (("gptq", "awq"), ""),
+    "auto-round": (("gptq", "awq"), ""),
+    "inc": (("gptq", "awq"), ""),
     "modelopt": (("modelopt",), ""),
     "modelopt_fp8": (("modelopt",), "fp8"),
     "modelopt_fp4": (("modelopt",), "fp4"),

@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 from support.published import PUBLISHED
 
 import qtool
+from qtool.checkpoint import open_checkpoint
+from qtool.formats import detect
 from qtool.runtime.kernels import KERNELS, reference
 from qtool.runtime.load_plan import cached_choice
+from qtool.runtime.online import schemes_to_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 512
@@ -25,8 +28,10 @@ FEW = (  # those that were once refused or read wrongly
     "neuralmagic-llama-3-fp8-kv",
     "nvidia-qwen3.6-35b-a3b-nvfp4",
 )
-# transformers does not have the architectures of Moonshot, or not in this size
-OTHERS = sorted(name for name in PUBLISHED if name not in FEW and "moonshot" not in name)
+# transformers does not have the architectures of Moonshot, or not in this size; the stacks of
+# gpt-oss are transposed there, which `tests/runtime/test_architectures.py` compares
+NOT_COMPARED = ("moonshot", "openai")
+OTHERS = sorted(name for name in PUBLISHED if name not in FEW and not name.startswith(NOT_COMPARED))
 
 
 def dense_model(folder, expected):
@@ -70,3 +75,10 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, weights_alone, name
         found = qtool.load(tmp_path / "model", device="cpu", dtype="float32")(TOKENS).logits
     assert wanted.isfinite().all()
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_names_of_vllm_and_sglang_for_auto_round_are_known(tmp_path):
+    PUBLISHED["intel-int4-autoround-awq"](tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    for name in ("auto-round", "inc"):
+        assert schemes_to_run(checkpoint, detect(checkpoint), name)
