@@ -29,7 +29,7 @@ FEW = (  # those that were once refused or read wrongly
     "nvidia-qwen3.6-35b-a3b-nvfp4",
 )
 # transformers does not have the architectures of Moonshot, or not in this size; the stacks of
-# gpt-oss are transposed there, which `tests/runtime/test_architectures.py` compares
+# gpt-oss are transposed there, which `tests/runtime/test_experts.py` compares
 NOT_COMPARED = ("moonshot", "openai")
 OTHERS = sorted(name for name in PUBLISHED if name not in FEW and not name.startswith(NOT_COMPARED))
 
