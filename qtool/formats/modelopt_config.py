@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import translate
+from functools import cache
 
 from qtool.checkpoint import Checkpoint, read_json
 from qtool.checkpoint.strict_json import Json, JsonDict
@@ -154,8 +155,15 @@ def layer_settings(layers: Json) -> Callable[[str], Json | None]:
     as experts are of ``mlp.experts``; under whatever prefix of the decoder.
     """
 
-    def settings_of(name: str) -> Json | None:
+    tells_experts_apart = any(expert_stack(name) for name in layers)
+
+    @cache
+    def find(name: str) -> Json | None:
         return next((layers[each] for each in _names_of(name) if each in layers), None)
+
+    def settings_of(name: str) -> Json | None:
+        stack = None if tells_experts_apart else expert_stack(name)
+        return find(f"{stack}.{last_part(name)}" if stack else name)
 
     return settings_of
 
