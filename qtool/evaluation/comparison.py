@@ -149,7 +149,8 @@ def _stored(reference: Model, task: Task, folder: Path, on_event: OnEvent) -> _R
         settings=[spec.device.type, spec.dtype, spec.answer_tokens, task.answers],
     )
     runs_on = "stored"
-    if not file.is_complete or (task.prompts and file.read_answers() is None):
+    if not file.is_complete or (task.prompts and _answers(file, task) is None):
+        file.check_place()
         on_event(StageEvent("loading the reference"))
         with serving(reference.checkpoint, reference.plan, spec) as served:
             _write(file, served, task, on_event)
@@ -158,11 +159,15 @@ def _stored(reference: Model, task: Task, folder: Path, on_event: OnEvent) -> _R
     return _Reference(
         runs_on=runs_on,
         rows=lambda windows, done: from_stored(
-            rows[done : done + sum(window.count for window in windows)]
+            rows[done : done + sum(window.count for window in windows)], file.path
         ),
         is_log=True,
-        answers=lambda: file.read_answers() or [],
+        answers=lambda: _answers(file, task) or [],
     )
+
+
+def _answers(file: ReferenceFile, task: Task) -> list[list[int]] | None:
+    return file.read_answers(len(task.prompts))
 
 
 def _write(file: ReferenceFile, served: Served, task: Task, on_event: OnEvent) -> None:

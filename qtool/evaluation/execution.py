@@ -12,15 +12,15 @@ from pathlib import Path
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.checkpoint.manifest import read_manifest
 from qtool.checkpoint.part_costs import PartCost
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, ResourceError
 from qtool.evaluation.agreement import WorstToken
 from qtool.evaluation.by_layer import cost_by_layer
 from qtool.evaluation.collapse import Collapse, net_share
 from qtool.evaluation.comparison import Compared, Model, Task, compare_models
 from qtool.evaluation.detokenized import as_texts
 from qtool.evaluation.faults import checkpoint_faults, has_tokenizer
-from qtool.evaluation.gate import NAMES, Limit, Measure, check_gate, parse_gate
-from qtool.evaluation.harness import recovery, run_tasks
+from qtool.evaluation.gate import BATCHES, NAMES, Limit, Measure, check_gate, parse_gate
+from qtool.evaluation.harness import KnownTasks, find_tasks, recovery, run_tasks
 from qtool.evaluation.measures import kl_by_position, measures_of
 from qtool.evaluation.report import (
     Data,
@@ -31,7 +31,7 @@ from qtool.evaluation.report import (
     Speed,
 )
 from qtool.evaluation.served import Kernels, ServeSpec, plan_serving
-from qtool.evaluation.speed import BATCHES, measure_speed, slower_note, speedups
+from qtool.evaluation.speed import measure_speed, slower_note, speedups
 from qtool.evaluation.texts import (
     Document,
     TextSpec,
@@ -82,6 +82,8 @@ class _Prepared:
     windows: Sequence[Window]
     faults: Sequence[str]
     limits: Sequence[Limit]
+    tasks: Sequence[str]
+    """Of lm-eval."""
 
 
 def run_evaluation(
@@ -108,7 +110,7 @@ def run_evaluation(
         **_collapsed(found),
         "faults": Measure(len(given.faults)),
         "size_ratio": Measure(ours.checkpoint.size_bytes / theirs.checkpoint.size_bytes),
-        **_task_measures(ours.checkpoint, theirs.checkpoint, options, on_event),
+        **_task_measures(given, options, on_event),
         **{name: Measure(value) for name, value in faster.items()},
     }
     evaluation = Evaluation(
@@ -124,7 +126,7 @@ def run_evaluation(
         answers=found.answers,
         speed=speed,
         by_layer=_by_layer(ours, theirs, given.windows, spec, options, on_event),
-        notes=slower_note(faster),
+        notes=[*slower_note(faster), *_reference_notes(theirs)],
         checks=check_gate(given.limits, measures, strict=options.strict),
         seconds=time.monotonic() - began,
     )
@@ -142,7 +144,7 @@ def _prepare(
         for path, revision in ((model_path, options.revision), (options.reference, None))
     )
     if options.record:
-        read_manifest(quantized.path)
+        _check_recordable(quantized)
     texts = _text_spec(options, [quantized, reference])
     # before anything else starts threads or a GPU: tokenizers run in a fork of this process
     on_event(StageEvent("reading the data"))
@@ -153,7 +155,9 @@ def _prepare(
         vocab_size(quantized),
         trust_remote_code=options.trust_remote_code,
     )
-    faults = checkpoint_faults(quantized, reference, texts, documents)
+    faults = checkpoint_faults(
+        quantized, reference, texts, documents, trust_remote_code=options.trust_remote_code
+    )
     on_event(StageEvent("planning"))
     spec = ServeSpec(
         device=device_named(options.device),
@@ -163,6 +167,7 @@ def _prepare(
     )
     ours, theirs = (Model(each, plan_serving(each, spec)) for each in (quantized, reference))
     _check_vocabularies(ours, theirs, documents)
+    tasks = find_tasks(_tasks(options))
     gate = [options.gate] if isinstance(options.gate, str) else options.gate
     schemes = {group.spec.scheme: None for group in ours.plan.groups}
     return _Prepared(
@@ -174,8 +179,20 @@ def _prepare(
         documents=documents,
         windows=cut_windows(documents, texts.seq_len, texts.stride),
         faults=faults,
-        limits=parse_gate(gate, [*schemes], partial(_is_measured, options), _tasks(options)),
+        limits=parse_gate(gate, [*schemes], partial(_is_measured, options, tasks), tasks.names),
+        tasks=tasks.names,
     )
+
+
+def _check_recordable(checkpoint: Checkpoint) -> None:
+    """Raise a QtoolError when nothing can be recorded in the manifest of ``checkpoint``."""
+    read_manifest(checkpoint.path)
+    if not os.access(checkpoint.path, os.W_OK):
+        raise ResourceError(
+            "E_OUTPUT_PLACE",
+            f"{checkpoint.path}: cannot write there",
+            hint="leave out --record, or copy the checkpoint to where you may write",
+        )
 
 
 def _text_spec(options: EvalOptions, checkpoints: Sequence[Checkpoint]) -> TextSpec:
@@ -215,10 +232,10 @@ def _check_vocabularies(quantized: Model, reference: Model, documents: Sequence[
         )
 
 
-def _is_measured(options: EvalOptions, name: str) -> bool:
+def _is_measured(options: EvalOptions, tasks: KnownTasks, name: str) -> bool:
     """Return whether a run with ``options`` measures ``name``."""
     if name.startswith("task:"):
-        return bool(options.tasks)
+        return tasks.may_score(name.removeprefix("task:").removesuffix(".recovery"))
     if name == "prefill_speedup" or name in [f"speedup@{batch}" for batch in BATCHES]:
         return options.speed
     return name in NAMES and (name != "collapsed" or options.answers > 0)
@@ -236,19 +253,16 @@ def _tasks(options: EvalOptions) -> list[str]:
     return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
 
 
-def _task_measures(
-    quantized: Checkpoint, reference: Checkpoint, options: EvalOptions, on_event: OnEvent
-) -> dict[str, Measure]:
+def _task_measures(given: _Prepared, options: EvalOptions, on_event: OnEvent) -> dict[str, Measure]:
     """Return each task's score and recovery, by the names that gates use."""
-    if not options.tasks:
+    if not given.tasks:
         return {}
-    names = _tasks(options)
     scores = []
-    for checkpoint in (reference, quantized):
+    for checkpoint in (given.theirs.checkpoint, given.ours.checkpoint):
         on_event(StageEvent(f"tasks of {checkpoint.name}"))
         found = run_tasks(
             checkpoint.path,
-            names,
+            given.tasks,
             options.task_limit,
             device=options.device,
             dtype=options.dtype,
@@ -290,6 +304,13 @@ def _by_layer(
         dtype=ours.plan.skeleton.dtype,
         on_event=on_event,
     )
+
+
+def _reference_notes(reference: Model) -> list[str]:
+    schemes = ", ".join(Kernels.of(reference.plan).by_scheme)
+    if not schemes:
+        return []
+    return [f"the reference is quantized itself ({schemes}): nothing is compared with 16 bits"]
 
 
 def _collapsed(found: Compared) -> dict[str, Measure]:

@@ -18,6 +18,8 @@ def checkpoint_faults(
     reference: Checkpoint,
     spec: TextSpec,
     documents: Sequence[Document],
+    *,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Return what is wrong with ``quantized`` in a sentence each.
 
@@ -26,9 +28,10 @@ def checkpoint_faults(
         reference: its 16-bit model.
         spec: the texts.
         documents: the texts as the quantized checkpoint's tokenizer cuts them.
+        trust_remote_code: whether code that comes with the reference's tokenizer may run.
     """
     return [
-        *_tokenizer_faults(quantized, reference, spec, documents),
+        *_tokenizer_faults(quantized, reference, spec, documents, trust_remote_code),
         *_router_faults(quantized, reference),
     ]
 
@@ -38,13 +41,16 @@ def _tokenizer_faults(
     reference: Checkpoint,
     spec: TextSpec,
     documents: Sequence[Document],
+    trust_remote_code: bool,
 ) -> list[str]:
     if _tokenizer_bytes(quantized) == _tokenizer_bytes(reference):
         return []
     if not has_tokenizer(quantized):
         return ["there is no tokenizer, and the reference has one: engines need it for text"]
     try:
-        expected = read_documents(spec, reference.path, vocab_size(reference))
+        expected = read_documents(
+            spec, reference.path, vocab_size(reference), trust_remote_code=trust_remote_code
+        )
     except (CheckpointRefused, DataRefused) as error:
         return [f"the reference's tokenizer cannot be compared: {error.message}"]
     for ours, theirs in zip(documents, expected, strict=False):

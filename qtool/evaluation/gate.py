@@ -13,6 +13,7 @@ from qtool.errors import UsageError, nearest
 from qtool.scheme import Scheme
 
 CONFIDENCE = 0.95  # of intervals
+BATCHES = (1, 16, 64)  # that are timed
 Verdict = Literal["pass", "fail", "inconclusive"]
 NAMES: Mapping[str, str] = {
     "ppl": "perplexity",
@@ -125,7 +126,8 @@ def parse_gate(
             raise UsageError(
                 "E_GATE",
                 f"the gate asks for `{limit.name}`, which is not measured",
-                hint="--tasks, --speed and --answers of `qtool eval` measure more",
+                hint="--tasks measures each task that it names, --speed batches of "
+                f"{', '.join(map(str, BATCHES))}, --answers what collapsed; all of `qtool eval`",
             )
     return list(limits.values())
 

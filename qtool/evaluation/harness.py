@@ -56,6 +56,37 @@ class Recovery:
     """Whether documents were compared one by one, which makes the standard error smaller."""
 
 
+@dataclass(frozen=True)
+class KnownTasks:
+    """Tasks of lm-eval that exist."""
+
+    names: Sequence[str]
+    """Of tasks and groups."""
+
+    has_groups: bool
+    """Whether more tasks than those of ``names`` get a score."""
+
+    def may_score(self, name: str) -> bool:
+        """Whether the task ``name`` may be one that gets a score."""
+        return self.has_groups or name in self.names
+
+
+def find_tasks(tasks: Sequence[str]) -> KnownTasks:
+    """Return the tasks that names, or patterns such as ``arc_*``, stand for.
+
+    Raises: UsageError, for an unknown task; ResourceError, when lm-eval is not installed.
+    """
+    if not tasks:
+        return KnownTasks((), has_groups=False)
+    _check_installed()
+    from lm_eval.tasks import TaskManager
+
+    with contextlib.redirect_stdout(sys.stderr), _failures(tasks):
+        manager = TaskManager()
+        names = _known(tasks, manager)
+        return KnownTasks(names, has_groups=not set(names).issubset(manager.all_subtasks))
+
+
 def run_tasks(
     model_path: str | os.PathLike[str],
     tasks: Sequence[str],

@@ -26,6 +26,7 @@ from qtool.evaluation.texts import Window, texts_digest
 
 SUFFIX = ".logprobs"
 MIN_FREE_SHARE = 1.05  # of what the file needs
+MAX_ERROR = 0.05  # nats: of the log of a sum of probabilities, after rounding to float16
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,20 @@ class ReferenceFile:
     def _answers(self) -> Path:
         return self.path.with_suffix(".answers.json")
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[NDArray[np.float16]]:
-        """Give the array to fill; the file gets its name when the block ends.
-
-        Raises: ResourceError, when the disk has no room.
+    def check_place(self) -> None:
+        """Make the folder. Raises: ResourceError, when nothing can be written there, or the disk
+        has no room.
         """
         folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ResourceError(
+                "E_OUTPUT_PLACE",
+                f"{folder}: cannot write there: {error.strerror}",
+                hint="name another folder with --cache-dir",
+            ) from error
         need = self.rows * self.vocab_size * 2
         status = os.statvfs(folder)
         if status.f_bavail * status.f_frsize < need * MIN_FREE_SHARE:
@@ -63,6 +70,11 @@ class ReferenceFile:
                 f"the reference's log-probabilities need {need / 1e9:.1f} GB in {folder}",
                 hint="lower --max-tokens, or name another disk with --cache-dir",
             )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[NDArray[np.float16]]:
+        """Give the array to fill; the file gets its name when the block ends."""
+        folder = self.path.parent
         handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
         os.close(handle)
         try:
@@ -80,14 +92,17 @@ class ReferenceFile:
 
     def write_answers(self, answers: Sequence[Sequence[int]]) -> None:
         """Keep the greedy answers."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._answers.write_text(json.dumps([list(each) for each in answers]), encoding="utf-8")
+        part = self._answers.with_suffix(f".part-{os.getpid()}")
+        part.write_text(json.dumps([list(each) for each in answers]), encoding="utf-8")
+        part.replace(self._answers)
 
-    def read_answers(self) -> list[list[int]] | None:
-        """Return the greedy answers; None when none were kept."""
+    def read_answers(self, count: int) -> list[list[int]] | None:
+        """Return the greedy answers; None when there are not ``count`` of them."""
         try:
-            found: list[list[int]] = json.loads(self._answers.read_text(encoding="utf-8"))
+            found = json.loads(self._answers.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            return None
+        if not isinstance(found, list) or len(found) != count or not all(map(_are_tokens, found)):
             return None
         return found
 
@@ -121,6 +136,21 @@ def as_stored(logits: Tensor) -> NDArray[np.float16]:
     return logits.float().log_softmax(-1).to("cpu", torch.float16).numpy()
 
 
-def from_stored(rows: NDArray[np.float16]) -> Tensor:
-    """Return log-probabilities [R, V], normalized again after their rounding to float16."""
-    return torch.from_numpy(np.array(rows, np.float32)).log_softmax(-1)
+def from_stored(rows: NDArray[np.float16], path: Path) -> Tensor:
+    """Return log-probabilities [R, V], normalized again after their rounding to float16.
+
+    Raises: ResourceError, when ``rows`` of the file ``path`` are something else.
+    """
+    stored = torch.from_numpy(np.array(rows, np.float32))
+    total = stored.logsumexp(-1, keepdim=True)
+    if not bool((total.abs() < MAX_ERROR).all()):  # not-a-number included
+        raise ResourceError(
+            "E_DAMAGED_CACHE",
+            f"{path} does not hold log-probabilities",
+            hint="remove it: the reference then runs again",
+        )
+    return stored - total
+
+
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)

@@ -11,9 +11,9 @@ import torch
 from qtool.checkpoint import Checkpoint
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.engine import Engine
+from qtool.evaluation.gate import BATCHES
 from qtool.evaluation.report import Speed
 
-BATCHES = (1, 16, 64)
 PROMPT_TOKENS = 128
 SHORT_TOKENS = 16  # whose time is subtracted: that of the prompt, and of the first steps
 CONTEXT = 4096

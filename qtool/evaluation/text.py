@@ -215,7 +215,8 @@ def markdown(evaluation: Evaluation) -> str:
             for check in evaluation.checks
         ]
         lines.append("")
-    lines += [f"- {_cell(fault)}" for fault in evaluation.faults]
+    said = [f"- {_cell(each)}" for each in (*evaluation.faults, *evaluation.notes)]
+    lines += [*said, ""] if said else []
     lines += ["| measure | value | 95 % interval |", "|---|---|---|"]
     lines += [
         f"| {name} | {number_text(name, each.value)} | {interval_text(name, each)} |"

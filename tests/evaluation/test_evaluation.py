@@ -18,12 +18,13 @@ from support.planted_faults import plant
 from support.samples import load
 
 import qtool
-from qtool.errors import CheckpointRefused, DataRefused, GateFailed, UsageError
+from qtool.errors import CheckpointRefused, DataRefused, GateFailed, ResourceError, UsageError
 from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.collapse import compare_answers, loops, net_share
 from qtool.evaluation.gate import Measure, check_gate, default_gate, parse_gate
 from qtool.evaluation.html_report import render_html
 from qtool.evaluation.measures import measures_of
+from qtool.evaluation.reference import ReferenceFile, as_stored, from_stored
 from qtool.evaluation.report import ShownToken
 from qtool.evaluation.texts import Document, TextSpec, Window, cut_windows, read_documents
 from qtool.scheme import scheme_from
@@ -131,6 +132,24 @@ def test_side_by_side_and_from_the_cache_are_the_same(int8, tmp_path):
     assert first.measures == again.measures
     for name, measure in live.measures.items():
         assert first.measures[name].value == pytest.approx(measure.value, rel=0.02, abs=1e-5)
+
+
+def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
+    file = ReferenceFile(tmp_path / "cache" / "x.logprobs", 3, 50)
+    file.check_place()
+    stored = as_stored(torch.randn(3, 50) * 20)
+    assert torch.allclose(from_stored(stored, file.path).exp().sum(-1), torch.ones(3))
+    for number in (0, math.nan):
+        with pytest.raises(ResourceError, match="does not hold log-probabilities"):
+            from_stored(np.where(np.arange(3)[:, None] == 1, number, stored), file.path)
+    file.write_answers([[5, 6]])
+    assert file.read_answers(1) == [[5, 6]] and file.read_answers(2) is None
+    for text in ("3", "null", "[", '[["x"]]', "[3]"):
+        next((tmp_path / "cache").iterdir()).write_text(text)
+        assert file.read_answers(1) is None
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot write there"):
+        ReferenceFile(tmp_path / "file" / "x.logprobs", 3, 50).check_place()
 
 
 def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path):

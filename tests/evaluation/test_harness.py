@@ -9,7 +9,7 @@ from support import EXAMPLE
 from support.lm_eval_tasks import NAMES, QUESTIONS, task_folder
 
 from qtool.errors import UsageError
-from qtool.evaluation.harness import TaskScore, recovery, run_tasks
+from qtool.evaluation.harness import KnownTasks, TaskScore, find_tasks, recovery, run_tasks
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +66,13 @@ def test_an_unknown_task_is_refused_with_the_nearest(folder):
         run_tasks(EXAMPLE, ["tiny_choise"], task_folder=folder)
     assert caught.value.code == "E_TASK"
     assert "tiny_choice" in caught.value.hint
+
+
+def test_which_tasks_get_a_score_is_known_before_they_run():
+    known = KnownTasks(["gsm8k"], has_groups=False)
+    assert known.may_score("gsm8k") and not known.may_score("gsm8")
+    assert KnownTasks(["mmlu"], has_groups=True).may_score("mmlu_anatomy")
+    assert not find_tasks([]).may_score("gsm8k")
 
 
 def score(values, *, stderr=None, up=True, keep=True):

@@ -10,13 +10,15 @@ HIDDEN = dict.fromkeys(
     (
         *range(9),
         *range(11, 32),
-        127,
+        *range(127, 160),
+        0x200B,
         0x200E,
         0x200F,
         0x2028,
         0x2029,
         *range(0x202A, 0x202F),
-        *range(0x2066, 0x206A),
+        *range(0x2060, 0x206A),
+        0xFEFF,
     ),
     "\ufffd",
 )
