@@ -41,6 +41,7 @@ from qtool.conversion.targets import UNQUANTIZED, target_named
 from qtool.errors import ANY_FILE, CheckpointRefused, QtoolError, UsageError, file_errors
 from qtool.events import NoteEvent, OnEvent, PublishedEvent
 from qtool.formats import Layout, detect
+from qtool.inspection.model_card import source_metadata, write_card
 from qtool.options import ExportOptions
 from qtool.scheme import scheme_from
 from qtool.sizes import format_size
@@ -151,11 +152,12 @@ def convert(
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
         source_digests = thread.submit(_source_digests, checkpoint, stop)
         written, digests = _write(plan, source, staging, shard_bytes, on_event)
+        made = {**_manifest(plan), "source_manifest": source_manifest}
+        card = write_card(written, output.name, made, on_event)
         manifest = {
-            **_manifest(plan),
+            **made,
             "source_files": source_digests.result(),
-            "source_manifest": source_manifest,
-            "files": digests,
+            "files": {**digests, **digest_files(card)},
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
         source.check_unchanged(source_digests.result())
@@ -274,6 +276,7 @@ def _manifest(plan: ConversionPlan) -> dict[str, object]:
     return {
         "manifest_version": MANIFEST_VERSION,
         "model": checkpoint.name,
+        "source": source_metadata(checkpoint),
         "conversion": {
             "from": plan.source_format,
             "to": plan.request.to,

@@ -16,6 +16,8 @@ from qtool.checkpoint import Checkpoint, digest_files, open_checkpoint
 from qtool.checkpoint.aux_files import write_json
 from qtool.checkpoint.manifest import MANIFEST, is_edited, read_manifest
 from qtool.checkpoint.strict_json import Json, JsonDict
+from qtool.errors import one_line
+from qtool.events import NoteEvent, OnEvent
 from qtool.inspection.engines import EngineReport, check_engines
 from qtool.inspection.report import Inspection, inspect
 from qtool.sizes import format_size
@@ -48,6 +50,21 @@ MEASURES = {  # name in an evaluation -> row of the card
     "top1": "same most likely token",
 }
 REASONS = 8  # rows of layers in 16 bits
+
+
+def write_card(written: Checkpoint, name: str, manifest: Json, on_event: OnEvent) -> list[Path]:
+    """Write the model card of a checkpoint, as `render_card` makes it, and return it.
+
+    Without a card a checkpoint is complete all the same: what goes wrong is a note.
+    """
+    try:
+        text = render_card(written, name, manifest)
+    except Exception as error:
+        on_event(NoteEvent(f"the model card could not be written: {one_line(error)}"))
+        return []
+    card = written.path / CARD
+    card.write_text(text, encoding="utf-8")
+    return [card]
 
 
 def record_evaluation(folder: Path, evaluation: Json) -> None:
@@ -96,9 +113,10 @@ def render_card(checkpoint: Checkpoint, name: str, manifest: Json) -> str:
     Args:
         checkpoint: what the card is of.
         name: of the model.
-        manifest: ``source`` is what `source_metadata` returned; ``evaluation``, if it was measured,
-            has ``measures`` (name -> value, low, high), ``data`` (tokens, documents), ``tasks``
-            and ``speed`` (lists of rows: a ``name``, ``reference``, ``quantized`` and ``ratio``).
+        manifest: of the checkpoint; ``files`` need not be there yet. ``source`` is what
+            `source_metadata` returned; ``evaluation``, if it was measured, has ``measures`` (name
+            -> value, low, high), ``data`` (tokens, documents), ``tasks`` and ``speed`` (lists of
+            rows: a ``name``, ``reference``, ``quantized`` and ``ratio``).
     """
     found = inspect(checkpoint)
     engines = check_engines(checkpoint)
@@ -132,8 +150,8 @@ def _front_matter(card: Path) -> Json:
 
 
 def _metadata(found: Inspection, manifest: Json, engines: Iterable[EngineReport]) -> str:
-    metadata = dict(manifest.get("source") or {})
-    if "base_model" in metadata:
+    metadata = dict(_said(manifest, "source"))
+    if "base_model" in metadata and found.quantized:
         metadata["base_model_relation"] = "quantized"
     if any(report.engine == "transformers" and report.loads for report in engines):
         metadata["library_name"] = "transformers"
@@ -145,8 +163,8 @@ def _metadata(found: Inspection, manifest: Json, engines: Iterable[EngineReport]
 
 
 def _introduction(found: Inspection, manifest: Json) -> str:
-    base = (manifest.get("source") or {}).get("base_model")
-    model = _code(str(manifest.get("model", "a model")))
+    base = _said(manifest, "source").get("base_model")
+    model = _code(str([*_history(manifest)][-1].get("model", "a model")))
     link = f"[{base}](https://huggingface.co/{base})" if base else model
     schemes = ", ".join(dict.fromkeys(row.scheme for row in found.quantized)) or "16 bits"
     return f"{link} in {_text(schemes)}, made by qtool {_versions(manifest).get('qtool', '')}."
@@ -169,13 +187,20 @@ def _facts(found: Inspection, manifest: Json) -> Iterator[tuple[str, str]]:
 
 
 def _making(manifest: Json) -> Iterator[str]:
-    recipe = manifest.get("recipe")
+    conversion = manifest.get("conversion")
+    if conversion:
+        rounded = len(conversion.get("rounded") or ())
+        more = f"; {rounded} layers were rounded to nearest" if rounded else ""
+        kinds = f"from {_text(str(conversion.get('from')))} to {_text(str(conversion.get('to')))}"
+        yield f"`qtool export` converted it {kinds}{more}."
+    recipe = _said(manifest, "recipe")
     if recipe:
         summary = _text(str(recipe.get("summary")))
         yield f"{summary}. The recipe, which `qtool quantize --recipe` takes:"
         yield f"```yaml\n{yaml.safe_dump(_without_empty(recipe), sort_keys=False)}```"
-    yield _calibration(manifest.get("calibration"))
-    versions = (f"{name} {version}" for name, version in _versions(manifest).items())
+        yield _calibration(_said(manifest, "calibration"))
+    known = {**_said([*_history(manifest)][-1], "versions"), **_versions(manifest)}
+    versions = (f"{name} {version}" for name, version in known.items())
     yield f"Versions: {_text(', '.join(versions))}."
 
 
@@ -186,7 +211,7 @@ def _without_empty(value: object) -> object:
     return {key: _without_empty(one) for key, one in value.items() if one not in (None, [], {}, "")}
 
 
-def _calibration(data: Json | None) -> str:
+def _calibration(data: Json) -> str:
     if not data:
         return "No calibration data was needed."
     source = _code(str(data.get("source")))
@@ -243,6 +268,19 @@ def _serving(name: str, engines: Sequence[EngineReport]) -> Iterator[str]:
     yield f"```sh\n{shown}\n```"
     if refusals:
         yield "\n".join(refusals)
+
+
+def _history(manifest: Json) -> Iterator[Json]:
+    """Yield ``manifest`` and those of what it was converted from."""
+    made: Json | None = manifest
+    while made:
+        yield made
+        made = made.get("source_manifest")
+
+
+def _said(manifest: Json, key: str) -> Json:
+    """Return the latest value of ``key`` in the history of a checkpoint; empty without one."""
+    return next((made[key] for made in _history(manifest) if made.get(key)), {})
 
 
 def _versions(manifest: Json) -> Mapping[str, str]:

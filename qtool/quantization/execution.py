@@ -14,7 +14,6 @@ from qtool import __version__
 from qtool.backends import Job, load_backend
 from qtool.backends.worker import run_job
 from qtool.checkpoint import (
-    Checkpoint,
     Staging,
     digest_files,
     stage_output,
@@ -31,7 +30,6 @@ from qtool.errors import (
     OutputTaken,
     ResourceError,
     UsageError,
-    one_line,
 )
 from qtool.events import (
     CalibrationEvent,
@@ -44,7 +42,7 @@ from qtool.events import (
     StateSavedEvent,
     ignore_event,
 )
-from qtool.inspection.model_card import CARD, render_card, source_metadata
+from qtool.inspection.model_card import source_metadata, write_card
 from qtool.plan import Plan
 from qtool.quantization.request import Request
 from qtool.quantization.restoration import restore_source
@@ -195,7 +193,7 @@ def run(
             **_manifest(plan, listener.calibration, versions),
             **({"evaluation": measured.evaluation} if measured else {}),
         }
-        card = _write_card(written, request.output.name, made, on_event)
+        card = write_card(written, request.output.name, made, on_event)
         manifest = {
             **made,
             **to_manifest(listener.expert_tokens),
@@ -321,20 +319,6 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
                     filter(None, (error.hint, f"the output of the library is in {place}"))
                 )
         raise
-
-
-def _write_card(
-    written: Checkpoint, name: str, manifest: JsonDict, on_event: OnEvent
-) -> list[Path]:
-    """Write the model card and return it; without one, the checkpoint is complete all the same."""
-    try:
-        text = render_card(written, name, manifest)
-    except Exception as error:
-        on_event(NoteEvent(f"the model card could not be written: {one_line(error)}"))
-        return []
-    card = written.path / CARD
-    card.write_text(text, encoding="utf-8")
-    return [card]
 
 
 def _manifest(

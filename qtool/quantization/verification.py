@@ -75,8 +75,14 @@ def _unknown_tensors(plan: Plan, written: Checkpoint, layout: Layout | None) -> 
     for name in unquantized_tensors(written, layout):
         owner = name.rpartition(".")[0]
         is_known = name in plan.checkpoint.tensors or owner in layers
+        is_known |= name == "lm_head.weight" and _is_untied(plan, written)
         if not is_known and parse_cache_scale(name) is None:
             yield f"`{name}` is not a tensor of the source"
+
+
+def _is_untied(plan: Plan, written: Checkpoint) -> bool:
+    """Whether the head has become a matrix of its own, as SpinQuant's rotations make it."""
+    return plan.checkpoint.tied_embeddings and not written.tied_embeddings
 
 
 def _unplanned(plan: Plan, found: Mapping[str, Scheme]) -> Iterator[str]:

@@ -125,6 +125,23 @@ def test_a_good_checkpoint_passes(quantized_model):
     verify(plan_for("fp8_dynamic"), quantized_model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_its_own_is_right_where_the_config_says_that_it_is_not_tied(
+    tied, quantized_model, tmp_path
+):
+    folder = tmp_path / "untied"
+    shutil.copytree(quantized_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    if tied:
+        assert "`lm_head.weight` is not a tensor of the source" in problem(folder)
+    else:
+        verify(plan_for("fp8_dynamic"), folder)
+
+
 def test_trap_nothing_was_quantized_without_an_error(tmp_path):
     shutil.copytree(MODEL, tmp_path / "plain")
     assert "was left in 16 bits" in problem(tmp_path / "plain")

@@ -121,6 +121,7 @@ def test_the_manifest_tells_where_the_checkpoint_comes_from_and_what_it_is(sampl
     assert manifest["source_manifest"]["conversion"]["from"] == CT
     assert "files" not in manifest["source_manifest"]
     assert manifest["source_files"].keys() == {"model.safetensors"}
+    assert "converted it from modelopt to compressed-tensors" in (second / "README.md").read_text()
     assert manifest["files"] == {
         path.name: {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -158,7 +158,7 @@ def test_digests_match_until_one_byte_is_flipped_and_then_its_file_is_named(samp
         sample("ct/W4A16"), to="gptq", output=tmp_path / "out", max_shard_size="2MiB"
     ).output
     found = inspect(open_checkpoint(folder), deep=True)
-    count = len(list(folder.iterdir())) - 1
+    count = len({path.name for path in folder.iterdir()} - {"qtool-manifest.json", "README.md"})
     assert (found.deep.digests, found.deep.changed, found.damage) == (
         f"all {count} files match the manifest",
         (),
