@@ -60,7 +60,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     warnings: list[str] = []
     skipped = frozenset(_skipped(config))
     for parts in modules_of(checkpoint):
-        has_scale = any(name in parts for name in SCALE_NAMES[:2])  # `scale` may be a norm's
+        has_scale = _has_scale(parts)
         if "weight" not in parts and not has_scale:
             continue
         if parts["weight"].dtype in ("F8_E4M3", "I8", "U8"):
@@ -179,6 +179,12 @@ def _block_inputs(size: int) -> Activations:
 
 def _skipped(config: Json) -> list[str]:
     return [*(config.get("modules_to_not_convert") or []), *(config.get("ignored_layers") or [])]
+
+
+def _has_scale(parts: Parts) -> bool:
+    if any(name in parts for name in SCALE_NAMES[:2]):
+        return True
+    return "scale" in parts and parts["scale"].dtype == "F8_E8M0"  # another may be a norm's
 
 
 def _module(parts: Parts, config: Json) -> QuantizedModule:
