@@ -262,6 +262,15 @@ class ExportOptions(WriteOptions):
     """Method that made the state, for files of mto.save."""
 
 
+def no_gate(option: str) -> UsageError:
+    """Return the error for an ``option`` of gates that is given without one."""
+    return UsageError(
+        "E_NO_GATE",
+        f"{option} has a meaning only with a gate",
+        hint="add --gate default, or leave it out",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """Everything that `eval` takes apart from the model."""
@@ -333,6 +342,14 @@ class EvalOptions:
                 "E_LIMIT",
                 f"stride is {self.stride}, and windows have {self.seq_len} tokens",
                 hint="tokens between two windows would not be measured; 1 to SEQ_LEN",
+            )
+        if self.strict and not self.gate:
+            raise no_gate("strict")
+        if self.task_limit is not None and not self.tasks:
+            raise UsageError(
+                "E_NO_TASKS",
+                "task_limit has a meaning only with tasks",
+                hint="add --tasks gsm8k, or leave it out",
             )
         if self.by_layer not in (None, *PARTS):
             raise UsageError(

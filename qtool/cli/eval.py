@@ -12,7 +12,7 @@ from qtool.cli.files import check_writable, write_file
 from qtool.cli.options import Debug, Json, ModelPath, Quiet, Verbose, takes
 from qtool.cli.output import message, show
 from qtool.errors import GateFailed, file_errors
-from qtool.options import EvalOptions
+from qtool.options import EvalOptions, no_gate
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
@@ -42,6 +42,8 @@ def evaluate(
     from qtool.evaluation.execution import run_evaluation
     from qtool.evaluation.html_report import render_html
 
+    if junit and not options.gate:
+        raise no_gate("--junit")
     for file in filter(None, (junit, html)):
         check_writable(file)
     with progress(quiet=quiet, verbose=verbose) as on_event:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from qtool.checkpoint.manifest import read_manifest
 from qtool.checkpoint.part_costs import PartCost
-from qtool.errors import CheckpointRefused, ResourceError
+from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.evaluation.agreement import WorstToken
 from qtool.evaluation.by_layer import cost_by_layer
 from qtool.evaluation.collapse import Collapse, net_share
@@ -159,12 +161,7 @@ def _prepare(
         quantized, reference, texts, documents, trust_remote_code=options.trust_remote_code
     )
     on_event(StageEvent("planning"))
-    spec = ServeSpec(
-        device=device_named(options.device),
-        dtype=options.dtype,
-        seq_len=texts.seq_len,
-        answer_tokens=ANSWER_TOKENS if options.answers else 0,
-    )
+    spec = _serve_spec(options, texts, device_named(options.device))
     ours, theirs = (Model(each, plan_serving(each, spec)) for each in (quantized, reference))
     _check_vocabularies(ours, theirs, documents)
     tasks = find_tasks(_tasks(options))
@@ -181,6 +178,26 @@ def _prepare(
         faults=faults,
         limits=parse_gate(gate, [*schemes], partial(_is_measured, options, tasks), tasks.names),
         tasks=tasks.names,
+    )
+
+
+def check_source(source: Checkpoint, options: EvalOptions) -> None:
+    """Raise a QtoolError when what is quantized from ``source`` could not be evaluated, for its
+    architecture, its tokenizer or the texts; reads no weights.
+    """
+    texts = _text_spec(options, [source])
+    read_documents(
+        texts, source.path, vocab_size(source), trust_remote_code=options.trust_remote_code
+    )
+    plan_serving(source, _serve_spec(options, texts, torch.device("cpu")))
+
+
+def _serve_spec(options: EvalOptions, texts: TextSpec, device: torch.device) -> ServeSpec:
+    return ServeSpec(
+        device=device,
+        dtype=options.dtype,
+        seq_len=texts.seq_len,
+        answer_tokens=ANSWER_TOKENS if options.answers else 0,
     )
 
 
@@ -250,7 +267,12 @@ def _speed(ours: Model, theirs: Model, spec: ServeSpec, on_event: OnEvent) -> di
 
 
 def _tasks(options: EvalOptions) -> list[str]:
-    return [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    if options.tasks is None:
+        return []
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("E_TASK", f"`{options.tasks}` names no task", hint="--tasks gsm8k,mmlu")
+    return names
 
 
 def _task_measures(given: _Prepared, options: EvalOptions, on_event: OnEvent) -> dict[str, Measure]:

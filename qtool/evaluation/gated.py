@@ -7,7 +7,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import GateFailed
 from qtool.evaluation.gate import NAMES, Limit, parse_gate
@@ -42,12 +41,15 @@ def check_request(request: Request) -> list[Limit]:
     """Return the limits of the run's gate; none without one.
 
     Raises: UsageError, for a limit on what a run does not measure; DataRefused, when the gate's
-        texts cannot be read.
+        texts cannot be read; CheckpointRefused, for a model that continues no text.
     """
     if not request.gate:
         return []
     limits = parse_gate(request.gate, request.plan.recipe.schemes, NAMES.__contains__)
-    check_source(CalibrationSpec(request.gate_data, num_samples=1))
+    # with torch, which a run without a gate does not need
+    from qtool.evaluation.execution import check_source
+
+    check_source(request.plan.checkpoint, _options(request))
     return limits
 
 
@@ -61,20 +63,21 @@ def run_gated(request: Request, *, on_event: OnEvent = ignore_event) -> Quantize
 
 
 def _measure(request: Request, on_event: OnEvent, written: Path) -> Measured:
-    # with torch, which a run without a gate does not need
     from qtool.evaluation.execution import run_evaluation
 
-    source = request.plan.checkpoint
-    options = EvalOptions(
-        reference=source.path,
+    found = run_evaluation(written, _options(request), on_event=on_event)
+    failure = _failure(request, found, written) if found.failed else None
+    return Measured(evaluation=found.for_manifest(), lines=_lines(found), failure=failure)
+
+
+def _options(request: Request) -> EvalOptions:
+    return EvalOptions(
+        reference=request.plan.checkpoint.path,
         data=request.gate_data,
         gate=request.gate,
         device=request.device,
         trust_remote_code=request.trust_remote_code,
     )
-    found = run_evaluation(written, options, on_event=on_event)
-    failure = _failure(request, found, written) if found.failed else None
-    return Measured(evaluation=found.for_manifest(), lines=_lines(found), failure=failure)
 
 
 def _failure(request: Request, found: Evaluation, written: Path) -> GateFailed:

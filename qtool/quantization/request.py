@@ -29,7 +29,7 @@ from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name, gpu_count
 from qtool.errors import ANY_FILE, UsageError, file_errors
 from qtool.formats import detect
-from qtool.options import QuantizeOptions
+from qtool.options import QuantizeOptions, no_gate
 from qtool.plan import Plan, make_plan
 from qtool.recipe import Recipe, load_recipe
 
@@ -231,6 +231,8 @@ def _gate(options: QuantizeOptions, recipe: Recipe) -> tuple[str, ...]:
     """
     given = (options.gate,) if isinstance(options.gate, str) else tuple(options.gate)
     limits = (*recipe.gate, *given)
+    if options.keep_failed and not limits and not options.gate_data:
+        raise no_gate("keep_failed")
     if options.gate_data and not limits:
         return ("default",)
     if limits and not options.gate_data:

@@ -166,6 +166,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         evaluate(EXAMPLE, gate="mean_k<=1")
     with pytest.raises(UsageError, match="--tasks"):
         evaluate(EXAMPLE, gate="speedup@16>=1")
+    with pytest.raises(UsageError, match="names no task"):
+        evaluate(EXAMPLE, tasks=" ,")
+    for name, value in {"strict": True, "task_limit": 3}.items():
+        with pytest.raises(UsageError, match=f"{name} has a meaning only with"):
+            evaluate(EXAMPLE, **{name: value})
     with pytest.raises(UsageError, match="stride is 300"):
         evaluate(EXAMPLE, stride=300)
     other = tmp_path / "other"
@@ -312,7 +317,24 @@ def test_a_gate_is_checked_before_the_run(tmp_path):
         qtool.quantize(EXAMPLE, gate="speedup@1>=1", gate_data=DATA, **options)
     with pytest.raises(DataRefused):
         qtool.quantize(EXAMPLE, gate="default", gate_data=str(tmp_path / "no.jsonl"), **options)
+    with pytest.raises(UsageError, match="keep_failed has a meaning only with a gate"):
+        qtool.quantize(EXAMPLE, keep_failed=True, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_result_could_not_be_measured_is_refused_before_it(tmp_path, tiny_copy):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"input_ids": [5, 6, 99_999] * 9}))
+    options = {"method": "fp8_dynamic", "output": tmp_path / "out", "device": "cpu"}
+    options |= {"gate": "default", "gate_data": str(texts)}
+    with pytest.raises(DataRefused, match="vocabulary of 4096"):
+        qtool.quantize(EXAMPLE, **options)
+    config = json.loads((tiny_copy / "config.json").read_text())
+    config["architectures"] = ["LlamaModel"]
+    (tiny_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointRefused, match="does not continue a text"):
+        qtool.quantize(tiny_copy, **{**options, "gate_data": DATA})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_layer_that_was_broken_costs_most(int8, tmp_path):
