@@ -30,7 +30,12 @@ def render_html(evaluation: Evaluation) -> str:
         lstrip_blocks=True,
         finalize=visible,
     )
-    environment.filters |= {"bytes": format_size, "count": "{:,}".format, "number": short_number}
+    environment.filters |= {
+        "bytes": format_size,
+        "count": "{:,}".format,
+        "number": short_number,
+        "spaces": _spaces,
+    }
     css = (INSPECTION / "report.css").read_text(encoding="utf-8")
     html = environment.get_template("report.html").render(
         report=evaluation,
@@ -47,6 +52,11 @@ def render_html(evaluation: Evaluation) -> str:
         layers=part_costs(evaluation.by_layer) if evaluation.by_layer else None,
     )
     return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def _spaces(token: str) -> str:
+    """Return ``token`` with signs for what would not be seen."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
 def _row(name: str, measure: Measure) -> tuple[str, str, str, str]:
