@@ -44,7 +44,8 @@ def evaluate(
 
     if junit and not options.gate:
         raise no_gate("--junit")
-    for file in filter(None, (junit, html)):
+    summary = os.environ.get(SUMMARY_VARIABLE)
+    for file in filter(None, (junit, html, Path(summary) if summary else None)):
         check_writable(file)
     with progress(quiet=quiet, verbose=verbose) as on_event:
         found = run_evaluation(model_path, options, on_event=on_event)
@@ -52,7 +53,8 @@ def evaluate(
         write_file(junit, text.junit(found))
     if html:
         write_file(html, render_html(found))
-    _write_summary(text.markdown(found))
+    if summary:
+        _write_summary(Path(summary), text.markdown(found))
     show(found.to_dict, text.render(found), as_json)
     if found.failed:
         more = f" and {len(found.failed) - 1} more" if found.failed[1:] else ""
@@ -63,10 +65,8 @@ def evaluate(
         )
 
 
-def _write_summary(text: str) -> None:
-    """Add ``text`` to the summary of a GitHub job, when this is one."""
-    name = os.environ.get(SUMMARY_VARIABLE)
-    if name:
-        with file_errors(), Path(name).open("a", encoding="utf-8") as file:
-            file.write(text)
-        message(f"the summary of the job is in {name}")
+def _write_summary(path: Path, text: str) -> None:
+    """Add ``text`` to the summary of a GitHub job."""
+    with file_errors(), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+    message(f"the summary of the job is in {path}")

@@ -26,9 +26,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("reference", "data", "max_tokens", "stride", "answers", "cache_dir"),
         *("tasks", "task_limit", "speed", "by_layer"),
     ),
-    "Gate": ("gate", "gate_data", "keep_failed", "strict", "junit", "record"),
+    "Gate": ("gate", "gate_data", "keep_failed", "strict", "junit"),
     "Report": (
-        *("modules", "deep", "verify", "against", "html"),
+        *("modules", "deep", "verify", "against", "html", "record"),
         *("engine_version", "gpu", "tensor_parallel"),
     ),
     "Server": (

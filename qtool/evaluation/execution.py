@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ def run_evaluation(
         answers=found.answers,
         speed=speed,
         by_layer=_by_layer(ours, theirs, given.windows, spec, options, on_event),
-        notes=[*slower_note(faster), *_reference_notes(theirs)],
+        notes=[*slower_note(faster), *_notes(theirs, given.documents)],
         checks=check_gate(given.limits, measures, strict=options.strict),
         seconds=time.monotonic() - began,
     )
@@ -328,11 +328,12 @@ def _by_layer(
     )
 
 
-def _reference_notes(reference: Model) -> list[str]:
+def _notes(reference: Model, documents: Sequence[Document]) -> Iterator[str]:
     schemes = ", ".join(Kernels.of(reference.plan).by_scheme)
-    if not schemes:
-        return []
-    return [f"the reference is quantized itself ({schemes}): nothing is compared with 16 bits"]
+    if schemes:
+        yield f"the reference is quantized itself ({schemes}): nothing is compared with 16 bits"
+    if len(documents) == 1:
+        yield "there is one text only, so means have no interval"
 
 
 def _collapsed(found: Compared) -> dict[str, Measure]:

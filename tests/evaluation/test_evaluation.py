@@ -18,6 +18,7 @@ from support.planted_faults import plant
 from support.samples import load
 
 import qtool
+from qtool.checkpoint.part_costs import PartCost
 from qtool.errors import CheckpointRefused, DataRefused, GateFailed, ResourceError, UsageError
 from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.collapse import compare_answers, loops, net_share
@@ -26,6 +27,7 @@ from qtool.evaluation.html_report import render_html
 from qtool.evaluation.measures import measures_of
 from qtool.evaluation.reference import ReferenceFile, as_stored, from_stored
 from qtool.evaluation.report import ShownToken
+from qtool.evaluation.text import render
 from qtool.evaluation.texts import Document, TextSpec, Window, cut_windows, read_documents
 from qtool.scheme import scheme_from
 
@@ -352,3 +354,8 @@ def test_the_page_escapes_what_files_say(int8):
     page = render_html(dataclasses.replace(found, worst=[hostile], faults=["<i>"]))
     assert "<script>" not in page and "<b>" not in page and "<i>" not in page
     assert "&lt;script&gt;" in page
+    nan = dataclasses.replace(
+        found, measures={"ppl": Measure(math.nan)}, by_layer=(PartCost("[/x]", math.nan, ("FP8",)),)
+    )
+    json.dumps(nan.for_manifest(), allow_nan=False)
+    assert "NaN" in render_html(nan) and render(nan)
