@@ -102,11 +102,12 @@ def _stored_shape(checkpoint: Checkpoint, parts: Parts) -> tuple[int, int]:
     data = checkpoint.read(tensor.name)
     if tensor.count != 2 or tensor.dtype not in NUMBERS:
         raise parts.misfit("weight_shape", "two numbers", code="E_WEIGHT_SHAPE")
-    if len(data) != tensor.size_bytes:
-        raise refused("E_TRUNCATED", f"{tensor.file} ends inside `{tensor.name}`", TRUNCATED)
     if tensor.dtype == "BF16":  # the upper half of an f32
         data = b"\0\0" + data[:2] + b"\0\0" + data[2:]
-    rows, columns = struct.unpack(f"<2{NUMBERS[tensor.dtype]}", data)
+    numbers = struct.Struct(f"<2{NUMBERS[tensor.dtype]}")
+    if len(data) != numbers.size:
+        raise refused("E_TRUNCATED", f"{tensor.file} ends inside `{tensor.name}`", TRUNCATED)
+    rows, columns = numbers.unpack(data)
     if not all(number >= 1 and float(number).is_integer() for number in (rows, columns)):
         raise parts.misfit("weight_shape", f"two whole numbers, found {[rows, columns]}")
     return int(rows), int(columns)
