@@ -216,8 +216,8 @@ def test_no_tensor_is_read_twice(sample, tmp_path, monkeypatch, name, to):
 
     copy = Shards.copy
     monkeypatch.setattr(Shards, "copy", count_copies)
-    for module in ("layers", "streaming"):
-        monkeypatch.setattr(f"qtool.conversion.{module}.read_tensor", count_reads)
+    for module in ("formats.stored_layer", "conversion.streaming"):
+        monkeypatch.setattr(f"qtool.{module}.read_tensor", count_reads)
     export(sample(name), to=to, output=tmp_path / "out")
     assert reads.keys() <= open_checkpoint(sample(name)).tensors.keys()
     assert max(reads.values()) == 1
