@@ -71,6 +71,11 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
             warnings.append(
                 f"`{parts.name}` has a scale and a plain {parts['weight'].dtype} weight"
             )
+    if config.get("quant_method") == "fbgemm_fp8" and "activation_scale_ub" in config:
+        warnings.append(
+            f"`activation_scale_ub` ({config['activation_scale_ub']}) is left out: FBGEMM clips "
+            "inputs there, and qtool does not"
+        )
     kv_cache = "fp8" if has_key_scales(checkpoint.tensors) else None  # the config does not say
     return Layout("fp8_block", modules, kv_cache, tuple(warnings))
 

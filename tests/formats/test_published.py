@@ -16,7 +16,8 @@ def test_each_layer_of_a_published_layout_is_the_matrix_that_its_publisher_means
     checkpoint = open_checkpoint(tmp_path / "model")
     layout = formats.detect(checkpoint)
     assert set(layout.modules) == set(expected)
-    assert layout.warnings == ()
+    left_out = ["activation_scale_ub"] if "fbgemm" in name else []
+    assert [warning.split("`")[1] for warning in layout.warnings] == left_out
     assert formats.check_values(checkpoint, layout) == []
     for module, weight in expected.items():
         found = dequantize(formats.read(checkpoint, layout, module))
