@@ -18,7 +18,13 @@ def check_writable(file: Path) -> None:
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write ``text`` to ``file``, whole or not at all: what was there stays until then."""
+    """Write ``text`` to ``file``, whole or not at all: what was there stays until then. A pipe or
+    a device is written as it is.
+    """
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()  # a link stays one
     part = file.with_name(f"{file.name}.part-{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")

@@ -272,10 +272,10 @@ def _serving(name: str, engines: Sequence[EngineReport]) -> Iterator[str]:
 
 def _history(manifest: Json) -> Iterator[Json]:
     """Yield ``manifest`` and those of what it was converted from."""
-    made: Json | None = manifest
-    while made:
-        yield made
-        made = made.get("source_manifest")
+    yield manifest
+    while isinstance(made := manifest.get("source_manifest"), Mapping):
+        manifest = made
+        yield manifest
 
 
 def _said(manifest: Json, key: str) -> Json:

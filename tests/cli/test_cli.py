@@ -10,11 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qtool.cli.app import run
+from qtool.cli.files import write_file
 from qtool.errors import QtoolError
 from qtool.recipe import catalogue, recipe_from
 
@@ -562,3 +564,18 @@ def test_quiet_and_verbose_reach_the_engine_that_is_handed_over_to(
     result = run_cli("serve", "--model-path", tiny_model, "--engine", "sglang", "--dry-run", flag)
     assert result.exit_code == 0, result.stderr
     assert f"--log-level {level}" in result.stdout
+
+
+def test_a_report_replaces_a_file_whole_and_leaves_links_and_pipes_what_they_are(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    target.write_text("before")
+    link.symlink_to(target)
+    write_file(link, "after")
+    assert link.is_symlink() and target.read_text() == "after"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        write_file(pipe, "through")
+        assert read.result(10) == "through"
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]

@@ -99,9 +99,10 @@ def test_every_outcome_is_one_json_document(tiny_model, what, exit_code, code):
 PUBLISHED = """
 import os, sys, qtool.quantization as module
 from qtool.errors import BackendFailed
+from types import SimpleNamespace
 from qtool.events import PublishedEvent, StageEvent
-module.prepare = lambda *arguments, **options: None
-def run(request, *, on_event):
+module.prepare = lambda *arguments, **options: SimpleNamespace(gate=())
+def run(request, *, on_event, measure):
     on_event(PublishedEvent("/x/state"))
     {what}
 module.run = run
