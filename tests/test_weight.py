@@ -13,6 +13,7 @@ from support.samples import WATCHED
 
 from qtool.checkpoint import open_checkpoint
 from qtool.formats import detect, read
+from qtool.formats.layout import QuantizedModule
 from qtool.formats.packing import permutation, unpack_bits
 from qtool.scheme import SCHEMES, Activations
 from qtool.weight import (
@@ -276,7 +277,9 @@ def test_dense_and_padded_rows_of_odd_widths_unpack(bits, dense):
 
 
 def test_groups_in_order_need_no_permutation():
-    assert permutation(torch.arange(64) // 16, 4, 16) is None
+    module = QuantizedModule("layer", SCHEMES["W4A16"].with_group_size(16), (8, 64), {})
+    assert permutation(module, torch.arange(64) // 16) is None
+    assert permutation(module, torch.full((64,), -1)) is None  # "in order", as vLLM has it
 
 
 def test_nibbles_round_trip():

@@ -125,6 +125,7 @@ def test_each_token_counts_once_after_as_much_context_as_there_is(sizes, seq_len
             assert counted == [*range(1, len(document.ids))]
 
 
+@pytest.mark.exhaustive
 def test_side_by_side_and_from_the_cache_are_the_same(int8, tmp_path):
     small = {"answers": 1, "max_tokens": 600}
     live = evaluate(int8, **small)
@@ -157,7 +158,7 @@ def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
 def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path):
     good = evaluate(int8, gate="default", answers=4)
     assert not good.failed, good.checks
-    for fault in ("scales_doubled", "layers_swapped", "layer_of_zeros", "other_tokenizer"):
+    for fault in ("scales_doubled", "other_tokenizer"):  # tests/benchmarks/gate.py: all, 20 times
         found = evaluate(plant(int8, fault, tmp_path / fault), gate="default")
         assert found.failed, fault
         assert bool(found.faults) == (fault == "other_tokenizer")
