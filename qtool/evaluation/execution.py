@@ -48,7 +48,7 @@ from qtool.inspection.model_card import record_evaluation
 from qtool.options import EvalOptions, keywords_of, make_options
 from qtool.runtime.devices import device_named
 
-ANSWER_TOKENS = 256
+ANSWER_TOKENS = 200
 NORMAL_95 = 1.96  # standard errors on either side of a mean
 CONTEXT_TOKENS = 24  # shown before a token
 

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(EXAMPLE / "evaluation.jsonl"))
     parser.add_argument("--choices", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--answers", type=int, default=4)
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     given = parser.parse_args()
     wrong = 0
@@ -49,7 +50,7 @@ def main() -> None:
                     seed=seed,
                     max_tokens=given.tokens,
                     seq_len=512,
-                    answers=4,
+                    answers=given.answers,
                 )
                 failed += [seed] if found.failed else []
                 ratios.append(found.measures["ppl_ratio"].value)
