@@ -212,6 +212,9 @@ class CalibrationDefaults(BaseModel):
     pack: bool = False
 
 
+OneOrSeveral = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+
+
 class Recipe(BaseModel):
     """All of one job but the model: checked here, once, and then trusted."""
 
@@ -227,7 +230,7 @@ class Recipe(BaseModel):
     lm_head: bool = False
     rules: tuple[Rule, ...] = ()
     ignore: tuple[str, ...] = ()
-    gate: tuple[str, ...] = ()
+    gate: Annotated[tuple[str, ...], OneOrSeveral] = ()
     calibration: CalibrationDefaults = CalibrationDefaults()
     seed: int = Field(default=0, ge=0, lt=2**32)
     runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")

@@ -523,3 +523,17 @@ def test_any_other_data_is_a_recipe_or_refused(data):
         recipe_from({"name": "made", "summary": "", "backend": "modelopt", "scheme": "FP8", **data})
     except QtoolError as error:
         assert error.exit_code == 3
+
+
+def test_a_gate_is_one_limit_or_several(tmp_path):
+    file = tmp_path / "mine.yaml"
+    start = "summary: s\nbackend: llmcompressor\nscheme: FP8_DYNAMIC\n"
+    for text, expected in (
+        ("gate: default", ("default",)),
+        ("gate: ['mean_kl<=0.05', 'top1>=0.9']", ("mean_kl<=0.05", "top1>=0.9")),
+    ):
+        file.write_text(start + text)
+        assert load_recipe(str(file)).gate == expected
+    file.write_text(start + "gate: 3")
+    with pytest.raises(RecipeRefused):
+        load_recipe(str(file))
