@@ -6,9 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qtool.evaluation.texts import Window
@@ -16,8 +14,6 @@ from qtool.evaluation.texts import Window
 ROWS = 256  # whose distributions are in float32 at a time
 CONFIDENT = 0.9  # the reference's probability of its first choice
 WORST = 20
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,7 @@ class Agreement:
         reference: Tensor,
         quantized: Tensor,
     ) -> None:
-        terms = reference.exp() * (reference - quantized)
-        # what the reference rules out adds nothing: 0 * log 0 is 0
-        kl = terms.masked_fill(reference == -torch.inf, 0).sum(-1)
+        kl = kl_divergence(reference, quantized)
         reference_best = reference.max(-1)
         best = quantized.max(-1)
         self.reference_nll += (-reference.gather(-1, targets[:, None])[:, 0]).tolist()
@@ -140,6 +134,13 @@ class Agreement:
     def worst_tokens(self) -> list[WorstToken]:
         """Return the positions that differ most, worst first."""
         return [worst for _, _, worst in sorted(self.worst, reverse=True)]
+
+
+def kl_divergence(reference: Tensor, quantized: Tensor) -> Tensor:
+    """Return KL(reference || quantized) [R] of log-probabilities [R, V], in nats."""
+    terms = reference.exp() * (reference - quantized)
+    # what the reference rules out adds nothing: 0 * log 0 is 0
+    return terms.masked_fill(reference == -torch.inf, 0).sum(-1)
 
 
 def _rank(kl: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtool import formats
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.part_costs import PartCost, worst_first
+from qtool.evaluation.agreement import kl_divergence
 from qtool.evaluation.perplexity import load_dequantized
 from qtool.evaluation.texts import Window
 from qtool.events import OnEvent, ProgressEvent, StageEvent
@@ -107,6 +108,6 @@ def _mean_kl(model: CausalLM, texts: Sequence[Sequence[int]], expected: Sequence
     total, count = 0.0, 0
     for ids, reference in zip(texts, expected, strict=True):
         found = _log_probabilities(model, ids)
-        total += float((reference.exp() * (reference - found)).sum())
+        total += float(kl_divergence(reference, found).sum())
         count += len(reference)
     return total / count
