@@ -32,7 +32,7 @@ from qtool.evaluation.report import (
     Side,
     Speed,
 )
-from qtool.evaluation.served import Kernels, ServeSpec, plan_serving
+from qtool.evaluation.served import ServeSpec, kernels_by_scheme, plan_serving
 from qtool.evaluation.speed import measure_speed, slower_note, speedups
 from qtool.evaluation.texts import (
     Document,
@@ -329,7 +329,7 @@ def _by_layer(
 
 
 def _notes(reference: Model, documents: Sequence[Document]) -> Iterator[str]:
-    schemes = ", ".join(Kernels.of(reference.plan).by_scheme)
+    schemes = ", ".join(kernels_by_scheme(reference.plan))
     if schemes:
         yield f"the reference is quantized itself ({schemes}): nothing is compared with 16 bits"
     if len(documents) == 1:
@@ -345,7 +345,7 @@ def _collapsed(found: Compared) -> dict[str, Measure]:
 def _side(model: Model, runs_on: str) -> Side:
     return Side(
         path=str(model.checkpoint.path),
-        schemes=Kernels.of(model.plan).by_scheme,
+        schemes=kernels_by_scheme(model.plan),
         size_bytes=model.checkpoint.size_bytes,
         runs_on=runs_on,
     )

@@ -9,35 +9,20 @@ from qtool.evaluation.gate import Measure
 from qtool.evaluation.report import Evaluation
 from qtool.evaluation.text import interval_text, meaning, number_text
 from qtool.inspection.html_report import FOLDER as INSPECTION
-from qtool.inspection.html_report.formatting import number_text as short_number
-from qtool.inspection.html_report.formatting import visible
+from qtool.inspection.html_report import encodable, environment
 from qtool.inspection.html_report.part_costs import HEIGHT, chart_bars, part_costs
-from qtool.sizes import format_size
 
 FOLDER = Path(__file__).parent
 
 
 def render_html(evaluation: Evaluation) -> str:
     """Return ``evaluation`` as a complete HTML document; texts in it are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader([FOLDER, INSPECTION]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=visible,
-    )
-    environment.filters |= {
-        "bytes": format_size,
-        "count": "{:,}".format,
-        "number": short_number,
-        "spaces": _spaces,
-    }
+    templates = environment(FOLDER, INSPECTION)
+    templates.filters["spaces"] = _spaces
     css = (INSPECTION / "report.css").read_text(encoding="utf-8")
-    html = environment.get_template("report.html").render(
+    html = templates.get_template("report.html").render(
         report=evaluation,
         version=__version__,
         css=Markup(css),
@@ -51,7 +36,7 @@ def render_html(evaluation: Evaluation) -> str:
         ),
         layers=part_costs(evaluation.by_layer) if evaluation.by_layer else None,
     )
-    return html.encode("utf-8", "replace").decode("utf-8")
+    return encodable(html)
 
 
 def _spaces(token: str) -> str:

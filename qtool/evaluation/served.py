@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +43,6 @@ class Served(Protocol):
         """Return the greedy continuations of ``prompts``, each of ``tokens`` tokens at most."""
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What multiplies in a model."""
-
-    by_scheme: Mapping[str, Mapping[str, int]]
-    """How many layers of each scheme each kernel multiplies."""
-
-    @classmethod
-    def of(cls, plan: LoadPlan) -> Kernels:
-        """Return the kernels of ``plan``."""
-        found: dict[str, Counter[str]] = {}
-        for group in plan.groups:
-            scheme = found.setdefault(group.spec.scheme.name, Counter())
-            scheme[group.choice.kernel] += len(group.sources)
-        return cls({name: dict(counts) for name, counts in found.items()})
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServeSpec:
     """How the models run."""
@@ -73,6 +56,15 @@ class ServeSpec:
 
     answer_tokens: int
     """Tokens of an answer; 0 for none."""
+
+
+def kernels_by_scheme(plan: LoadPlan) -> dict[str, dict[str, int]]:
+    """Return how many layers of each scheme each kernel multiplies."""
+    found: dict[str, Counter[str]] = {}
+    for group in plan.groups:
+        scheme = found.setdefault(group.spec.scheme.name, Counter())
+        scheme[group.choice.kernel] += len(group.sources)
+    return {name: dict(counts) for name, counts in found.items()}
 
 
 @contextmanager

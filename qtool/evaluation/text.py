@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -82,8 +83,6 @@ def _measures_table(evaluation: Evaluation) -> Table:
 
 def meaning(name: str) -> str:
     """Return what the measure ``name`` is."""
-    import re
-
     if name == "reference_ppl":
         return "the reference's perplexity"
     patterns = (text for pattern, text in PATTERNS.items() if re.fullmatch(pattern, name))

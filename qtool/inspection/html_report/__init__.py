@@ -73,7 +73,7 @@ def render_html(inspection: Inspection) -> str:
 
     details = ModuleDetails.of(inspection)
     html = (
-        _environment()
+        environment(FOLDER)
         .get_template("report.html")
         .render(
             report=inspection,
@@ -95,29 +95,36 @@ def render_html(inspection: Inspection) -> str:
             table=Markup(embedded_json(module_table(details))),
         )
     )
-    # A name may hold half a surrogate pair, which UTF-8 cannot encode.
+    return encodable(html)
+
+
+def encodable(html: str) -> str:
+    """Return ``html`` as UTF-8 can hold it: a name may have half a surrogate pair."""
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def _environment() -> Environment:
+def environment(*folders: Path) -> Environment:
+    """Return what renders the templates in ``folders``: texts are escaped, hidden characters
+    marked.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
+    found = Environment(
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=visible,
     )
-    environment.filters |= {
+    found.filters |= {
         "bytes": format_size,
         "count": "{:,}".format,
         "number": number_text,
         "decibel": decibel_text,
         "parameters": parameters_text,
     }
-    return environment
+    return found
 
 
 def _verdict(engine: EngineReport) -> Verdict:
