@@ -90,7 +90,24 @@ def finish_files(aux: Iterable[Path], folder: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as people read it."""
     with naming(path):
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        path.write_text(as_json(value))
+
+
+def as_json(value: object) -> str:
+    """Return ``value`` as people read it."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all: what was there stays until then."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        with naming(part):
+            part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def without_paths(value: object) -> object:

@@ -21,14 +21,9 @@ def write_file(file: Path, text: str) -> None:
     """Write ``text`` to ``file``, whole or not at all: what was there stays until then. A pipe or
     a device is written as it is.
     """
+    from qtool.checkpoint.aux_files import replace_text
+
     if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
         return
-    file = file.resolve()  # a link stays one
-    part = file.with_name(f"{file.name}.part-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    replace_text(file.resolve(), text)  # a link stays one

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qtool import __version__
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.aux_files import replace_text
 from qtool.checkpoint.digests import sample_files
 from qtool.errors import ResourceError
 from qtool.evaluation.texts import Window, texts_digest
@@ -92,9 +93,7 @@ class ReferenceFile:
 
     def write_answers(self, answers: Sequence[Sequence[int]]) -> None:
         """Keep the greedy answers."""
-        part = self._answers.with_suffix(f".part-{os.getpid()}")
-        part.write_text(json.dumps([list(each) for each in answers]), encoding="utf-8")
-        part.replace(self._answers)
+        replace_text(self._answers, json.dumps([list(each) for each in answers]))
 
     def read_answers(self, count: int) -> list[list[int]] | None:
         """Return the greedy answers; None when there are not ``count`` of them."""

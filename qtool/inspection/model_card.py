@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from qtool.checkpoint import Checkpoint, digest_files, open_checkpoint
-from qtool.checkpoint.aux_files import write_json
+from qtool.checkpoint.aux_files import as_json, replace_text
 from qtool.checkpoint.manifest import MANIFEST, is_edited, read_manifest
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import one_line
@@ -80,15 +80,10 @@ def record_evaluation(folder: Path, evaluation: Json) -> None:
     card = folder / CARD
     listed = manifest["files"].get(CARD)
     if listed and card.is_file() and not is_edited(card, listed):
-        staged = folder / f".{CARD}.new"
-        staged.write_text(
-            render_card(open_checkpoint(folder), folder.resolve().name, manifest), encoding="utf-8"
-        )
-        staged.replace(card)
+        name = folder.resolve().name
+        replace_text(card, render_card(open_checkpoint(folder), name, manifest))
         manifest["files"] = {**manifest["files"], **digest_files([card])}
-    staged = folder / f".{MANIFEST}.new"
-    write_json(staged, manifest)
-    staged.replace(folder / MANIFEST)
+    replace_text(folder / MANIFEST, as_json(manifest))
 
 
 def source_metadata(source: Checkpoint) -> JsonDict:
