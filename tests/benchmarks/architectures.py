@@ -351,22 +351,24 @@ def main() -> None:
 
     work = arguments.work or Path(tempfile.mkdtemp())
     methods = arguments.methods.split(",")
+    cells = [
+        (name, method)
+        for name in arguments.names or names()
+        for method in methods
+        if arguments.again or method not in results.get(name, {})
+    ]
     with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
-        chosen = arguments.names or names()
-        for made in [pool.submit(make_model, name, work) for name in chosen]:
+        for made in [pool.submit(make_model, name, work) for name in dict(cells)]:
             made.result()
-        waiting = {
-            pool.submit(try_cell, name, method, work): (name, method)
-            for name in chosen
-            for method in methods
-            if arguments.again or method not in results.get(name, {})
-        }
+        waiting = {pool.submit(try_cell, *cell, work): cell for cell in cells}
         for done in as_completed(waiting):
             name, method = waiting[done]
             cell = results.setdefault(name, {})[method] = done.result()
             shown = "" if cell["share"] is None else f"{cell['share']:.0%}"
             print(f"{name} {method}: {cell['state']} {shown} {cell['what']}", flush=True)
-            arguments.results.write_text(json.dumps(results, indent=1))
+            unfinished = arguments.results.with_suffix(".part")
+            unfinished.write_text(json.dumps(results, indent=1))
+            unfinished.replace(arguments.results)
 
 
 if __name__ == "__main__":
