@@ -268,23 +268,26 @@ def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None
         return error if error.errno in known or _is_below(name, places) else None
     text = str(error)
     file = _file_in(text, places)
-    code = _code_in(text, (*_MACHINE_ERRORS, *_FILE_ERRORS) if file else _MACHINE_ERRORS)
+    about_files = (*_MACHINE_ERRORS, *_FILE_ERRORS, errno.ENOENT)
+    code = _code_in(text, about_files if file else _MACHINE_ERRORS)
     if file and not code and isinstance(error, FileNotFoundError):
         code = errno.ENOENT  # as safetensors reports whatever it cannot open
     return OSError(code, os.strerror(code), file) if code else None
 
 
 def _code_in(text: str, codes: Iterable[int]) -> int:
-    """Return the errno that ``text`` quotes by number or message; 0 when it quotes none."""
+    """Return which of ``codes`` ``text`` quotes by number or message; 0 when it quotes none."""
     if found := re.search(r"\(os error (\d{1,3})\)", text):  # as Rust writes it
-        return int(found[1])
+        return int(found[1]) if int(found[1]) in codes else 0
     return next((code for code in codes if os.strerror(code) in text), 0)
 
 
 def _file_in(text: str, places: Iterable[Path]) -> str | None:
     """Return the name of a file below ``places`` that ``text`` quotes; None when it quotes none."""
-    for place in places:
-        if found := re.search(re.escape(str(place)) + r"[^\s<>'\"]*", text):
+    for place in sorted(map(str, _with_targets(places)), key=len, reverse=True):
+        # neither `/disk` in `/mnt/disk` nor in `/disk-2`
+        name = rf"(?<![\w/.~-]){re.escape(place)}(?:/[^\s<>'\"]*|(?=[\s<>'\",:;)]|\.?(?:\s|$)))"
+        if found := re.search(name, text):
             return found[0].rstrip(".,:;)")
     return None
 
@@ -300,8 +303,12 @@ def _is_below(name: str, places: Iterable[Path]) -> bool:
     if not name:
         return False
     file = Path(name).absolute()
-    roots = {root for place in places for root in (place.absolute(), Path(os.path.realpath(place)))}
-    return any(file.is_relative_to(root) for root in roots)
+    return any(file.is_relative_to(root) for root in _with_targets(places))
+
+
+def _with_targets(places: Iterable[Path]) -> set[Path]:
+    """Return ``places`` as absolute paths, and where they lead if they are links."""
+    return {root for place in places for root in (place.absolute(), Path(os.path.realpath(place)))}
 
 
 def one_line(error: BaseException) -> str:

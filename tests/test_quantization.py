@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import ROOT
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from transformers import (
 
 import qtool
 from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointRefused
 from qtool.evaluation.perplexity import load_dequantized, perplexity
 from qtool.formats import detect
 
@@ -287,6 +289,21 @@ def test_a_library_error_names_library_place_and_log(tmp_path):
     assert str(tmp_path / "out.qtool.log") in caught.value.hint
     assert "Traceback" in (tmp_path / "out.qtool.log").read_text(errors="replace")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_with_a_weight_that_is_no_number_is_refused_while_the_library_starts(tmp_path):
+    layer = "model.layers.1"
+    tensors = load_file(MODEL / "model.safetensors")
+    # one stays in 16 bits, the other does not
+    tensors[f"{layer}.input_layernorm.weight"][-1] = float("nan")
+    tensors[f"{layer}.mlp.up_proj.weight"][-1, -1] = float("inf")
+    shutil.copytree(MODEL, tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    for method in ("fp8_dynamic", "torchao_int8wo"):
+        with pytest.raises(CheckpointRefused, match=r"`model\.layers\.1\..*\(and 1 more") as caught:
+            qtool.quantize(tmp_path / "model", method=method, output=tmp_path / "out", device="cpu")
+        assert (caught.value.code, caught.value.exit_code) == ("E_VALUES", 3)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -73,12 +74,13 @@ def _places(job: Job) -> tuple[list[Path], list[Path]]:
     return [Path(path) for path in inputs if path], [Path(path) for path in outputs if path]
 
 
-def from_exit(status: int, plan: Plan, log: Path) -> QtoolError:
+def from_exit(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
     """Return why a worker ended that sent neither a result nor an error.
 
     Args:
         status: its exit code; negative for the signal that ended it.
         plan: what it worked on.
+        job: where it read and wrote.
         log: what it printed.
     """
     library = version_of(load_backend(plan.recipe.backend))
@@ -91,9 +93,12 @@ def from_exit(status: int, plan: Plan, log: Path) -> QtoolError:
         return _too_little_memory(library, ended, plan)
     if shutil.disk_usage(log.parent).free < FULL_BYTES:
         return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
-    machine_error = library_os_error(RuntimeError(last_words), ())
-    if machine_error is not None:
-        return from_os_error(machine_error, where="while the library ran")
+    inputs, outputs = _places(job)
+    # some end the process when a thread of theirs fails, having printed its traceback
+    named = library_os_error(RuntimeError(_last_os_error(last_words)), [*inputs, *outputs])
+    file_error = named or library_os_error(RuntimeError(last_words), ())
+    if file_error is not None:
+        return from_os_error(file_error, reading=inputs, where="while the library ran")
     if status < 0 and -status not in CRASHES:
         return ResourceError(
             "E_WORKER_KILLED",
@@ -111,6 +116,14 @@ def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
         f"needed, and it may have {format_size(limit_bytes())}",
         hint="lower --num-samples or --seq-len, or use a machine with more memory",
     )
+
+
+def _last_os_error(printed: str) -> str:
+    """Return the line of the last OSError whose traceback is in ``printed``; empty if there is
+    none.
+    """
+    lines = re.findall(r"^[\w.]*(?:Error|Exception): \[Errno \d+\] .*", printed, re.MULTILINE)
+    return str(lines[-1]) if lines else ""
 
 
 def _tail(log: Path) -> str:

@@ -134,7 +134,7 @@ def run_job(
                 on_event(event)
                 if isinstance(event, DoneEvent):
                     return dict(event.versions)
-            raise from_exit(worker.wait(), plan, log)
+            raise from_exit(worker.wait(), plan, job, log)
         finally:
             _kill(worker)
 

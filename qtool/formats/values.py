@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import local
+from threading import Event, local
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, naming
 from qtool.formats import mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
 from qtool.modules import CACHE_SCALES, parse_cache_scale
@@ -84,7 +84,9 @@ FLOATS: Mapping[str, Bits] = {
 E8M0 = Bits(np.uint8, 0xFF, 0xFF, 0x100)  # 255 is NaN; there is no zero and no sign
 
 
-def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
+def check_values(
+    checkpoint: Checkpoint, layout: Layout | None, *, stop: Event | None = None
+) -> list[str]:
     """Return what is wrong with the numbers of ``checkpoint``, one sentence for each tensor, naming
     file, tensor and value; empty when all is well.
 
@@ -94,11 +96,17 @@ def check_values(checkpoint: Checkpoint, layout: Layout | None) -> list[str]:
     tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong value and
     are not read.
     """
-    return check_tensors(checkpoint.tensors.values(), layout)
+    return check_tensors(checkpoint.tensors.values(), layout, stop=stop)
 
 
-def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[str]:
-    """Check some of the tensors of a checkpoint of ``layout``, as `check_values` does."""
+def check_tensors(
+    tensors: Iterable[TensorInfo], layout: Layout | None, *, stop: Event | None = None
+) -> list[str]:
+    """Check some of the tensors of a checkpoint of ``layout``, as `check_values` does.
+
+    Once ``stop`` is set, reading ends and the answer is useless.
+    """
+    ended = stop or Event()
     by_name = {tensor.name: tensor for tensor in tensors}
     with _Files() as files:
         pieces = [
@@ -107,7 +115,7 @@ def check_tensors(tensors: Iterable[TensorInfo], layout: Layout | None) -> list[
             for piece in _pieces(tensor, _check_for(tensor, layout))
         ]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda piece: piece.problem(files), pieces, chunksize=16)
+            found = pool.map(lambda piece: piece.problem(files, ended), pieces, chunksize=16)
             problems = {
                 piece.tensor.name: problem
                 for piece, problem in zip(pieces, found, strict=True)
@@ -150,8 +158,10 @@ class _Piece:
     word: Word
     check: Check
 
-    def problem(self, files: _Files) -> str | None:
+    def problem(self, files: _Files, ended: Event) -> str | None:
         for offset in range(self.start, self.start + self.size, BLOCK_BYTES):
+            if ended.is_set():
+                return None
             count = min(BLOCK_BYTES, self.start + self.size - offset)
             read = files.read(self.tensor.file, self.tensor.offset + offset, count)
             if read is None:
@@ -183,7 +193,9 @@ class _Files:
         block, scratch = self._blocks.pair
         done = 0
         while done < size:
-            count = os.preadv(self._descriptor(path), [memoryview(block)[done:size]], offset + done)
+            into = [memoryview(block)[done:size]]
+            with naming(path):
+                count = os.preadv(self._descriptor(path), into, offset + done)
             if not count:
                 return None
             done += count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ from qtool.checkpoint import (
     stage_output,
 )
 from qtool.checkpoint.aux_files import finish_files, write_json
+from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.expert_tokens import ExpertTokens, to_manifest
 from qtool.checkpoint.manifest import MANIFEST, MANIFEST_VERSION
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.checkpoint.writer import LOG_MARK
 from qtool.errors import (
     BackendFailed,
+    CheckpointRefused,
     GateFailed,
     InputRefused,
     OutputTaken,
@@ -42,6 +44,7 @@ from qtool.events import (
     StateSavedEvent,
     ignore_event,
 )
+from qtool.formats import check_values, detect
 from qtool.inspection.model_card import source_metadata, write_card
 from qtool.plan import Plan
 from qtool.quantization.request import Request
@@ -154,16 +157,12 @@ def run(
     assert measure or not request.gate
     start = time.monotonic()
     plan = request.plan
-    source = plan.checkpoint
     with ExitStack() as stack:
         staging, state = _stage(request, stack)
         stack.enter_context(_kept_log(staging, request.log))
         threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
-        stop = threading.Event()
-        stack.callback(stop.set)  # a run that ends early does not wait for its digests
-        # while the worker is busy
-        source_digests = threads.submit(digest_files, source.weight_files, stop=stop)
-        listener = _Listener(request, state, on_event)
+        reading = _read_source(request, stack)
+        listener = _Listener(request, state, reading, on_event)
         for note in request.notes:
             on_event(NoteEvent(note))
         try:
@@ -176,8 +175,9 @@ def run(
                 keep_open=staging.folder.lock_fd,
             )
         except BackendFailed:
-            request.source.check_unchanged({})  # a file that changed may be the reason
+            reading.refuse_damage()  # it may be the reason
             raise
+        reading.refuse_damage()
         on_event(StageEvent("checking the result"))
         finish_files(request.source.aux, staging.checkpoint)
         restore_source(plan, staging.checkpoint)
@@ -197,11 +197,11 @@ def run(
         manifest = {
             **made,
             **to_manifest(listener.expert_tokens),
-            "source_files": source_digests.result(),
+            "source_files": reading.digests.result(),
             "files": {**digests.result(), **digest_files(card)},
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
-        request.source.check_unchanged(source_digests.result())
+        request.source.check_unchanged(reading.digests.result())
         staging.publish_log(request.log)
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
@@ -236,17 +236,67 @@ def _result(
     )
 
 
-class _Listener:
-    """Passes events on, keeps the calibration report, and publishes the state once it is saved."""
+@dataclass(frozen=True)
+class _SourceReading:
+    """The weights of the source, which are read while the worker is busy."""
 
-    def __init__(self, request: Request, state: Staging | None, on_event: OnEvent) -> None:
+    request: Request
+    digests: Future[Digests]
+    problems: Future[list[str]]
+    """Which tensors hold NaN or infinity, one sentence each."""
+
+    def refuse_damage(self) -> None:
+        """Wait for the check of the values.
+
+        Raises: CheckpointRefused, when a value is NaN or infinite, or a file was changed.
+        """
+        self.request.source.check_unchanged({})
+        if problems := self.problems.result():
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            folder = self.request.plan.checkpoint.path
+            raise CheckpointRefused(
+                "E_VALUES",
+                f"{folder}: {problems[0]}{more}",
+                hint="nothing was published; `qtool inspect --deep` lists all of them; compare the "
+                "digest of the file with that of its publisher",
+            )
+
+    def refuse_known_damage(self) -> None:
+        """Do the same, if a problem has been found."""
+        if self.problems.done() and self.problems.result():
+            self.refuse_damage()
+
+
+def _read_source(request: Request, stack: ExitStack) -> _SourceReading:
+    """Begin to read the source; a run that ends early does not wait for it."""
+    source = request.plan.checkpoint
+    threads = stack.enter_context(ThreadPoolExecutor(max_workers=2))
+    stop = threading.Event()
+    stack.callback(stop.set)
+    return _SourceReading(
+        request,
+        threads.submit(digest_files, source.weight_files, stop=stop),
+        threads.submit(check_values, source, detect(source), stop=stop),
+    )
+
+
+class _Listener:
+    """Passes events on, keeps the calibration report, publishes the state once it is saved, and
+    ends a run whose source is damaged.
+    """
+
+    def __init__(
+        self, request: Request, state: Staging | None, source: _SourceReading, on_event: OnEvent
+    ) -> None:
         self.calibration: Mapping[str, str | int] | None = None
         self.expert_tokens: ExpertTokens | None = None
         self._spec = request.calibration
         self._state = state
+        self._source = source
         self._on_event = on_event
 
     def handle(self, event: Event) -> None:
+        self._source.refuse_known_damage()
         if isinstance(event, CalibrationEvent):
             asked = self._spec.num_samples if self._spec else 0
             self.calibration = {**event.report, "asked": asked}

@@ -51,24 +51,34 @@ def plan():
         (3, b"\xff", "E_BACKEND_DIED"),
     ],
 )
-def test_a_worker_that_sent_nothing_is_understood(plan, tmp_path, status, log, code):
+def test_a_worker_that_sent_nothing_is_understood(plan, job, tmp_path, status, log, code):
     (tmp_path / "log").write_bytes(log)
-    error = from_exit(status, plan, tmp_path / "log")
+    error = from_exit(status, plan, job, tmp_path / "log")
     assert error.code == code
     assert error.exit_code == (5 if code == "E_BACKEND_DIED" else 4)
 
 
-def test_a_crash_below_ulimit_v_is_one_of_memory(plan, tmp_path, monkeypatch):
+def test_a_crash_below_ulimit_v_is_one_of_memory(plan, job, tmp_path, monkeypatch):
     (tmp_path / "log").touch()
     monkeypatch.setattr(failures, "address_space_is_limited", lambda: True)
-    assert from_exit(-signal.SIGSEGV, plan, tmp_path / "log").code == "E_OUT_OF_MEMORY"
+    assert from_exit(-signal.SIGSEGV, plan, job, tmp_path / "log").code == "E_OUT_OF_MEMORY"
+
+
+def test_the_file_that_made_a_library_end_its_process_is_found_in_the_log(plan, job, tmp_path):
+    log = tmp_path / "log"
+    log.write_text(f"ERROR\nPermissionError: [Errno 13] Permission denied: '{tmp_path}/a'\n\n")
+    assert from_exit(1, plan, job, log).code == "E_UNWRITABLE"
+    log.write_text(f"OSError: [Errno 5] Input/output error: '{EXAMPLE}/config.json'\nended\n")
+    assert from_exit(1, plan, job, log).code == "E_UNREADABLE"
+    log.write_text("PermissionError: [Errno 13] Permission denied: '/opt/tool'\n")
+    assert from_exit(1, plan, job, log).code == "E_BACKEND_DIED"
 
 
 @pytest.mark.parametrize("status", [1, -signal.SIGBUS])
 def test_a_disk_that_is_full_is_seen_without_a_log(plan, job, tmp_path, monkeypatch, status):
     (tmp_path / "log").touch()
     monkeypatch.setattr(failures, "FULL_BYTES", 1 << 62)
-    assert from_exit(status, plan, tmp_path / "log").code == "E_DISK"
+    assert from_exit(status, plan, job, tmp_path / "log").code == "E_DISK"
     assert from_exception(RuntimeError("file write failed"), job, "while saving").code == "E_DISK"
 
 

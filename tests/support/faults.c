@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static char root[PATH_MAX];
@@ -111,6 +112,11 @@ ssize_t pread(int fd, void *data, size_t size, off_t at) {
     return syscall(SYS_pread64, fd, data, size, at);
 }
 ssize_t pread64(int fd, void *data, size_t size, off_t at) { return pread(fd, data, size, at); }
+ssize_t preadv(int fd, const struct iovec *parts, int count, off_t at) {
+    CHECK("read", fd, NULL, -1);
+    return syscall(SYS_preadv, fd, parts, count, at, 0);
+}
+ssize_t preadv64(int fd, const struct iovec *parts, int count, off_t at) { return preadv(fd, parts, count, at); }
 ssize_t write(int fd, const void *data, size_t size) {
     CHECK("write", fd, NULL, -1);
     return syscall(SYS_write, fd, data, size);

@@ -321,9 +321,13 @@ class _ForkedWorker:
                 self._status = os.waitstatus_to_exitcode(status)
         return self._status
 
-    def wait(self) -> int:
-        if self._status is None:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def wait(self, timeout: float = RUN_S) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.005)
+        assert self._status is not None
         return self._status
 
 
@@ -332,6 +336,7 @@ class _Subprocess:
 
     Popen = _ForkedWorker
     PIPE = subprocess.PIPE
+    TimeoutExpired = subprocess.TimeoutExpired
 
 
 if __name__ == "__main__":
