@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from typer.core import TyperCommand
@@ -23,8 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("checkpoint_save_path", "checkpoint_restore_path", "trust_pickle"),
     ),
     "Comparison": (
-        *("reference", "data", "max_tokens", "stride", "answers", "cache_dir"),
-        *("tasks", "task_limit", "speed", "by_layer"),
+        *("reference", "data", "text_column", "max_tokens", "seq_len", "stride"),
+        *("seed", "answers", "cache_dir", "tasks", "task_limit", "speed", "by_layer"),
     ),
     "Gate": ("gate", "gate_data", "keep_failed", "strict", "junit"),
     "Report": (
@@ -46,14 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Output": ("output", "overwrite", "max_shard_size", "dry_run"),
     "General": ("as_json", "quiet", "verbose", "debug", "help"),
 }
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-
-
-ORDER = list(GROUP_OF)
-
-
-def _place(parameter: Any) -> int:
-    return ORDER.index(parameter.name) if parameter.name in ORDER else -1
+GROUPED = frozenset(name for names in GROUPS.values() for name in names)
 
 
 class GroupedCommand(TyperCommand):
@@ -66,12 +60,22 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each group under its heading; names are never cut."""
-        groups: dict[str, list[tuple[str, str]]] = {"Options": [], **{name: [] for name in GROUPS}}
-        for parameter in sorted(self.get_params(ctx), key=_place):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups[GROUP_OF.get(str(parameter.name), "Options")].append(record)
-        for heading, records in groups.items():
-            if records:
+        parameters = {str(each.name): each for each in self.get_params(ctx)}
+        for heading, names in _sections(parameters):
+            records = [parameters[name].get_help_record(ctx) for name in names]
+            if shown := [record for record in records if record is not None]:
                 with formatter.section(heading):
-                    formatter.write_dl(records)
+                    formatter.write_dl(shown)
+
+
+def _sections(names: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each heading and the options ``names`` under it.
+
+    In a command that compares, an option that could also stand elsewhere stands under that.
+    """
+    compared = GROUPS["Comparison"] if "reference" in names else ()
+    yield "Options", [name for name in names if name not in GROUPED]
+    for heading, members in GROUPS.items():
+        others = compared if heading != "Comparison" else ()
+        if heading != "Comparison" or compared:
+            yield heading, [name for name in members if name in names and name not in others]

@@ -42,7 +42,7 @@ from qtool.options import keywords_of, make_options
 from qtool.runtime.causal_lm import CausalLM, ModelConfig
 from qtool.runtime.devices import device_named
 from qtool.runtime.load import cache_scales, materialize
-from qtool.runtime.load_plan import plan_load
+from qtool.runtime.load_plan import LoadPlan, plan_load
 
 LOG = logging.getLogger("qtool.engine")
 KV_DTYPES = ("auto", "fp8_e4m3")
@@ -67,6 +67,26 @@ class Engine:
         device = device_named(config.device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
         plan = plan_load(checkpoint, device, config.quantization, config.dtype or "auto")
+        self._open(plan, config)
+
+    @classmethod
+    def from_plan(cls, plan: LoadPlan, config: EngineConfig) -> Self:
+        """Return an engine of what was planned already.
+
+        Args:
+            plan: what each layer becomes. The engine changes its skeleton: plan again to load it
+                once more.
+            config: all but the device, the dtype, the quantization and the revision, which the plan
+                has.
+        Raises: CheckpointRefused, UsageError, ResourceError.
+        """
+        engine = cls.__new__(cls)
+        engine._open(plan, config)
+        return engine
+
+    def _open(self, plan: LoadPlan, config: EngineConfig) -> None:
+        """Load the weights and start the loop."""
+        checkpoint, device = plan.checkpoint, plan.device
         check_by_name(plan)
         limits = _limits(plan.skeleton.config, device, config)
         scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")

@@ -114,7 +114,7 @@ def compare_models(
             folder = cache_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             source = _stored(reference, task, folder, on_event)
         on_event(StageEvent("loading the quantized model"))
-        served = stack.enter_context(serving(quantized.checkpoint, quantized.plan, task.spec))
+        served = stack.enter_context(serving(quantized.plan, task.spec))
         agreement = Agreement()
         for batch, done in _batches(task.windows, quantized.vocab_size, "comparing", on_event):
             logits = served.logits(batch)
@@ -129,7 +129,7 @@ def compare_models(
 
 @contextmanager
 def _live(reference: Model, task: Task) -> Iterator[_Reference]:
-    with serving(reference.checkpoint, reference.plan, task.spec) as served:
+    with serving(reference.plan, task.spec) as served:
         yield _Reference(
             runs_on=served.runs_on,
             rows=lambda windows, _: served.logits(windows),
@@ -152,7 +152,7 @@ def _stored(reference: Model, task: Task, folder: Path, on_event: OnEvent) -> _R
     if not file.is_complete or (task.prompts and _answers(file, task) is None):
         file.check_place()
         on_event(StageEvent("loading the reference"))
-        with serving(reference.checkpoint, reference.plan, spec) as served:
+        with serving(reference.plan, spec) as served:
             _write(file, served, task, on_event)
             runs_on = served.runs_on
     rows = file.read()

@@ -5,12 +5,10 @@ answers.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from qtool.checkpoint import Checkpoint
 from qtool.engine.attention.pages import PAGE
+from qtool.engine.config import EngineConfig
 from qtool.engine.engine import Engine
 from qtool.engine.prompt_logits import page_count, prompt_logits
 from qtool.errors import CheckpointRefused
@@ -68,17 +67,19 @@ def kernels_by_scheme(plan: LoadPlan) -> dict[str, dict[str, int]]:
 
 
 @contextmanager
-def serving(checkpoint: Checkpoint, plan: LoadPlan, spec: ServeSpec) -> Iterator[Served]:
-    """Load ``checkpoint`` and give it; its memory is free afterwards.
+def serving(plan: LoadPlan, spec: ServeSpec) -> Iterator[Served]:
+    """Load what was planned and give it; its memory is free afterwards.
 
     A model whose attention the engine lacks runs as transformers' layers around our kernels.
     """
     try:
-        engine = _engine(checkpoint.path, spec)
+        engine = _engine(plan, spec)
     except CheckpointRefused as error:
         if error.code != "E_ATTENTION":
             raise
-        yield _InTransformers(materialize(plan), spec.device)
+        # the engine has put its attention into the plan's skeleton
+        again = plan_serving(plan.checkpoint, spec)
+        yield _InTransformers(materialize(again), spec.device)
         return
     with engine:
         yield _InEngine(engine)
@@ -100,20 +101,18 @@ def plan_serving(checkpoint: Checkpoint, spec: ServeSpec) -> LoadPlan:
     return plan
 
 
-def _engine(path: Path, spec: ServeSpec) -> Engine:
+def _engine(plan: LoadPlan, spec: ServeSpec) -> Engine:
     tokens = STEP_TOKENS[spec.device.type]
     answers = ANSWERS * (spec.answer_tokens + spec.seq_len + PAGE) if spec.answer_tokens else 0
-    return Engine(
-        os.fspath(path),
+    config = EngineConfig(
         skip_tokenizer_init=True,
-        device=str(spec.device),
-        dtype=spec.dtype,
         disable_radix_cache=True,
         disable_cuda_graph=True,
         max_running_requests=ANSWERS,
         chunked_prefill_size=tokens,
         max_total_tokens=max(2 * tokens + spec.seq_len, answers),
     )
+    return Engine.from_plan(plan, config)
 
 
 class _InEngine:

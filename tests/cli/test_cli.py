@@ -522,7 +522,7 @@ def test_inspect_shows_a_model_from_its_headers(run_cli, refused, make_model):
     assert refused("inspect", "--model-path", path)[:2] == (3, "E_HEADER_SHORT")
 
 
-COMMANDS = ("quantize", "export", "inspect", "serve")
+COMMANDS = ("quantize", "export", "inspect", "eval", "serve")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -530,13 +530,13 @@ def test_help_shows_every_option_whole_at_80_columns(run_cli, command):
     import typer.main
 
     from qtool.cli.app import app
-    from qtool.cli.help import GROUP_OF
+    from qtool.cli.help import GROUPED
 
     result = run_cli(command, "--help", env={"COLUMNS": "80"})
     assert result.exit_code == 0 and "…" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     for parameter in typer.main.get_command(app).commands[command].params:
-        assert parameter.name in GROUP_OF
+        assert parameter.name in GROUPED
         for name in parameter.opts:
             assert re.search(rf"{re.escape(name)}(?![\w-])", result.stdout), name
 
