@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
 _ROUTER = "does not fit the router of transformers 5"  # defuser 0.0.28 rewrites their experts
 BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition of it does
+    "bert": "is not there, and it does not find the layers by itself",
     "glm4_moe": _ROUTER,
     "glm4_moe_lite": _ROUTER,
     "gemma3_text": "cannot build its rotary embeddings",
