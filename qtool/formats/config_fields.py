@@ -61,6 +61,17 @@ def _is_block(value: object) -> bool:
     return type(value) is int and 0 < value < 1 << 31 and (value == 1 or value % 8 == 0)
 
 
+def _are_blocks(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_block, value))
+
+
+def _is_structure(value: object) -> bool:
+    """Return whether ``value`` is a block in a form that older files have too: 128x128."""
+    if isinstance(value, str):
+        value = [int(size) if size.isdecimal() else size for size in value.split("x")]
+    return _are_blocks(value)
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str)
 
@@ -72,13 +83,11 @@ def _are_names(value: object) -> bool:
 BITS = (_is_bits, f"a whole number from 1 to {MAX_BITS}")
 FLAG = (is_flag, "true or false")
 NAMES = (_are_names, "a list of names")
-BLOCK = (
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_block, value)),
-    "two whole numbers, each 1 or in eights",
-)
+BLOCK_SIZES = "two whole numbers, each 1 or in eights"
 FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "activation_scheme": (lambda value: value in ("static", "dynamic"), "static or dynamic"),
     "bits": BITS,
+    "block_structure": (_is_structure, BLOCK_SIZES),
     "checkpoint_format": (_is_name, "a name"),
     "desc_act": FLAG,
     "exclude": NAMES,
@@ -96,6 +105,6 @@ FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "symmetric": FLAG,
     "targets": (lambda value: _are_names(value) and value != [], "a list of names"),
     "type": (lambda value: value in ("int", "float"), "int or float"),
-    "weight_block_size": BLOCK,
+    "weight_block_size": (_are_blocks, BLOCK_SIZES),
     "zero_point": FLAG,
 }

@@ -40,7 +40,7 @@ COMMANDS = {  # engine -> what starts it with a checkpoint
     "sglang": "python -m sglang.launch_server --model-path {path}",
     "vllm": "vllm serve {path}",
 }
-LABELS = {"sglang": "SGLang", "vllm": "vLLM", "transformers": "transformers"}
+LABELS = {"sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM", "vllm": "vLLM"}
 MEASURES = {  # name in an evaluation -> row of the card
     "reference_ppl": "perplexity in 16 bits",
     "ppl": "perplexity",

@@ -94,6 +94,14 @@ def test_a_layer_that_a_mixture_forgets_is_read_by_its_tensors_with_a_warning(tm
             "E_QUANT_CONFIG",
             "weight_block_size",
         ),
+        (
+            "redhat-fp8-block",
+            lambda config: config["config_groups"]["group_0"]["weights"].update(
+                block_structure="129x128"
+            ),
+            "E_QUANT_CONFIG",
+            "block_structure",
+        ),
     ],
 )
 def test_a_config_that_denies_the_tensors_is_refused(tmp_path, name, change, code, words):
