@@ -237,6 +237,13 @@ def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
     return [] if names in set(chains) else [f"it has no algorithm `{' + '.join(names) or 'none'}`"]
 
 
+def has_own_linears(plan: Plan) -> bool:
+    """Return whether the layers are of a subclass of ``nn.Linear`` that multiplies by itself, which
+    libraries pass over.
+    """
+    return plan.checkpoint.config.get("model_type") == "falcon"
+
+
 @dataclass(frozen=True)
 class Group:
     """Modules that share a scheme."""

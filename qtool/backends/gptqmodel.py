@@ -35,14 +35,18 @@ BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition o
     "gemma3_text": "cannot build its rotary embeddings",
     "ernie4_5_moe": "calls what transformers 5 no longer has",
     "llama4": "does not see that the stacks of experts are transposed",
+    "olmo3": "writes no config, as transformers refuses the one that it has changed",
     "mistral3": "reads data of the towers, which it does not load",
 }
 UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its definition lacks
     "gemma4": "experts",
     "gemma4_text": "experts",
+    "glm4": "gate_up_proj",
+    "glm4v": "gate_up_proj",
     "granitemoe": "experts",
     "granitemoehybrid": "experts",
     "minimax_m2": "experts",
+    "phi3": "gate_up_proj",
     "qwen3_next": "in_proj_ba",
 }
 # it loads the processors of these, which need torchvision

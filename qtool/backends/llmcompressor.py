@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qtool.backends import MAX_SHARD_SIZE, Group, Reporter, Work, groups_of, step_refusals
+from qtool.backends import (
+    MAX_SHARD_SIZE,
+    Group,
+    Reporter,
+    Work,
+    groups_of,
+    has_own_linears,
+    step_refusals,
+)
 from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.backends.models import batch_tensors, load_model, loaded_linears
 from qtool.checkpoint.strict_json import JsonDict
@@ -60,6 +68,12 @@ class LLMCompressorBackend:
         scales = {scheme.weights.scale for scheme in recipe.schemes}
         if recipe.steps(AutoRound) and scales != {"float"}:
             reasons.append("its AutoRound takes integer and FP8 weights, and fails on FP4")
+        are_integers = all(
+            scheme.activations is None and scheme.weights.format.startswith("int")
+            for scheme in recipe.schemes
+        )
+        if has_own_linears(plan) and not are_integers:
+            reasons.append("of a model with linear layers of its own it quantizes integers alone")
         return reasons + _scheme_refusals(recipe.schemes)
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:

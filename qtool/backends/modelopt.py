@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
+from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, has_own_linears, step_refusals
 from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import (
@@ -85,6 +85,8 @@ class ModelOptBackend:
             reasons.append(
                 "it exports the experts of this model in stacks, a layout that qtool does not read"
             )
+        if has_own_linears(plan):
+            reasons.append("it passes over the linear layers of this model, which are its own")
         if len(_expert_schemes(plan)) > 1:
             reasons.append("it gives all experts one scheme, and the recipe gives them several")
         unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]
