@@ -170,6 +170,12 @@ def from_os_error(error: OSError, *, reading: Iterable[Path] = (), where: str = 
     name = _file_name(error) or "a file"
     at = f" {where}" if where else ""
     reason = (error.strerror or one_line(error)) + at
+    if error.errno == errno.ENOENT and "temporary directory" in reason:  # as `tempfile` says it
+        return ResourceError(
+            "E_TEMPORARY_FILES",
+            f"there is no place for a temporary file: {reason}",
+            hint="free some space, or set TMPDIR to a folder on another disk",
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             "E_DISK",
@@ -268,18 +274,21 @@ def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None
         return error if error.errno in known or _is_below(name, places) else None
     text = str(error)
     file = _file_in(text, places)
-    about_files = (*_MACHINE_ERRORS, *_FILE_ERRORS, errno.ENOENT)
-    code = _code_in(text, about_files if file else _MACHINE_ERRORS)
+    code = _code_in(text, has_file=file is not None)
     if file and not code and isinstance(error, FileNotFoundError):
         code = errno.ENOENT  # as safetensors reports whatever it cannot open
     return OSError(code, os.strerror(code), file) if code else None
 
 
-def _code_in(text: str, codes: Iterable[int]) -> int:
-    """Return which of ``codes`` ``text`` quotes by number or message; 0 when it quotes none."""
+def _code_in(text: str, *, has_file: bool) -> int:
+    """Return the errno that ``text`` quotes by number or message; 0 when it quotes none, or one
+    that any file may be meant by.
+    """
+    codes = (*_MACHINE_ERRORS, *_FILE_ERRORS, *((errno.ENOENT,) if has_file else ()))
     if found := re.search(r"\(os error (\d{1,3})\)", text):  # as Rust writes it
         return int(found[1]) if int(found[1]) in codes else 0
-    return next((code for code in codes if os.strerror(code) in text), 0)
+    quoted = codes if has_file else _MACHINE_ERRORS
+    return next((code for code in quoted if os.strerror(code) in text), 0)
 
 
 def _file_in(text: str, places: Iterable[Path]) -> str | None:

@@ -46,6 +46,11 @@ def test_a_failed_file_operation_has_a_code_by_errno_and_by_what_was_done(name):
         assert found.hint
 
 
+def test_no_place_for_temporary_files_is_a_resource_that_is_missing():
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    assert from_os_error(error, reading=[Path("/")]).exit_code == 4
+
+
 def test_a_source_behind_a_link_is_still_read(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for name in (tmp_path / "link" / "x", tmp_path / "x"):
@@ -85,6 +90,7 @@ FROM_LIBRARIES = {
     "a neighbour": (FileNotFoundError("No such file: /models/llama-2/a.safetensors"), None),
     "a place inside": (RuntimeError("cannot read /mnt/disk/a: Permission denied"), None),
     "Rust, elsewhere": (RuntimeError("No such file or directory (os error 2)"), None),
+    "Rust, no name": (Exception("Device or resource busy (os error 16)"), "EBUSY"),
     "Rust, here": (RuntimeError("cannot open /disk/a: Not there (os error 2)"), "ENOENT"),
     "the folder": (RuntimeError("cannot list '/disk': Permission denied"), "EACCES"),
     "words alone": (RuntimeError("the plugin says: Permission denied"), None),

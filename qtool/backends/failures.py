@@ -119,10 +119,11 @@ def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
 
 
 def _last_os_error(printed: str) -> str:
-    """Return the line of the last OSError whose traceback is in ``printed``; empty if there is
-    none.
+    """Return the line of the last OSError, of Python or Rust, whose traceback is in ``printed``;
+    empty if there is none.
     """
-    lines = re.findall(r"^[\w.]*(?:Error|Exception): \[Errno \d+\] .*", printed, re.MULTILINE)
+    number = r"(?:\[Errno \d+\]|.*\(os error \d+\))"
+    lines = re.findall(rf"^[\w.]*(?:Error|Exception): {number}.*", printed, re.MULTILINE)
     return str(lines[-1]) if lines else ""
 
 

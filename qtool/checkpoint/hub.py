@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from qtool.errors import ResourceError, UsageError, from_wire
+from qtool.errors import ResourceError, UsageError, file_errors, from_wire, is_there
 
 if TYPE_CHECKING:
     from qtool.checkpoint.hub_download import DownloadRequest
@@ -63,8 +63,10 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         the Hub cannot be reached; UsageError, when HF_ENDPOINT is not a URL.
     """
     _check_endpoint()
-    if not _may_be_hub_name(model_path) or os.path.exists(model_path):
-        return Path(model_path)
+    path = Path(model_path)
+    with file_errors(reading=[path]):
+        if not _may_be_hub_name(model_path) or is_there(path):
+            return path
     request: DownloadRequest = {
         "name": model_path,
         "revision": revision,

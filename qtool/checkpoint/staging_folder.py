@@ -198,12 +198,14 @@ def _open_lock(fd: int, path: Path, *, make: bool) -> int | None:
             raise _not_ours(path, "it has no lock with qtool's mark")
         if not make:
             return None
-        return os.open(LOCK, _LOCK_FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
+    exclusive = 0 if entries else os.O_CREAT | os.O_EXCL
     try:
-        lock_fd = os.open(LOCK, _LOCK_FLAGS, dir_fd=fd)
+        lock_fd = os.open(LOCK, _LOCK_FLAGS | exclusive, 0o600, dir_fd=fd)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES):
+        odd = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES)
+        if entries and error.errno in odd:
             raise _not_ours(path, "its lock is not qtool's") from None
+        error.filename = os.fspath(path / LOCK)
         raise
     if not stat.S_ISREG(os.fstat(lock_fd).st_mode):
         os.close(lock_fd)

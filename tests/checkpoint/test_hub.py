@@ -5,6 +5,7 @@ endpoint, in bounded time, and nothing is written outside of the cache.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import threading
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 
 from qtool.calibration import CalibrationSpec, check_source, isolated
 from qtool.checkpoint import hub, resolve_model
-from qtool.errors import ResourceError, UsageError
+from qtool.errors import CheckpointRefused, ResourceError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = b'{"model_type": "llama"}'
@@ -226,6 +227,15 @@ def test_an_endpoint_that_is_slow_is_given_up(endpoint, monkeypatch, case):
     assert caught.value.code == ("E_HUB_UNREACHABLE" if kind == "info" else "E_DOWNLOAD")
     assert endpoint.url in caught.value.message
     assert time.monotonic() - start < 15
+
+
+def test_a_folder_that_may_not_be_entered_is_not_looked_for_in_the_hub(monkeypatch):
+    def is_there(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(hub, "is_there", is_there)
+    with pytest.raises(CheckpointRefused, match="org/model cannot be read: Permission denied"):
+        resolve_model("org/model")
 
 
 def test_a_model_in_the_cache_is_used_when_the_endpoint_fails(endpoint, monkeypatch):

@@ -43,6 +43,7 @@ def sh(tmp_path, tiny_model):
         ("$QTOOL inspect --model-path $MODEL --modules --html /dev/full", 4),
         ("$QTOOL quantize --list >/dev/full", 4),
         ("$QTOOL inspect --model-path ./none --json >/dev/full 2>/dev/full", 3),
+        ("mkdir z; cd z; rmdir ../z; $QTOOL export --model-path ../m --to f16 -o ../o", 4),
         ("$QTOOL inspect --model-path $MODEL --modules | true; exit ${PIPESTATUS[0]}", 4),
     ],
 )

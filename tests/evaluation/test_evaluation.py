@@ -153,6 +153,10 @@ def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write there"):
         ReferenceFile(tmp_path / "file" / "x.logprobs", 3, 50).check_place()
+    huge = ReferenceFile(tmp_path / "cache" / "x.logprobs", 1 << 40, 1 << 10)
+    with pytest.raises(ResourceError, match="need 2251799"), huge.writing():
+        pass
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x.answers.json"]
 
 
 def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path):
