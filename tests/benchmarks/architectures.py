@@ -285,12 +285,10 @@ def load_in_transformers(checkpoint: Any) -> Any:
 
 
 def make_model(name: str, work: Path) -> None:
-    """Write the model, unless it is there."""
+    """Write the model."""
     from support.small_models import publish
 
-    folder = work / "models" / name
-    if not folder.exists():
-        publish(name, folder)
+    publish(name, work / "models" / name)
 
 
 def try_cell(name: str, method: str, work: Path) -> dict[str, Any]:
@@ -358,7 +356,8 @@ def main() -> None:
         if arguments.again or method not in results.get(name, {})
     ]
     with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
-        for made in [pool.submit(make_model, name, work) for name in dict(cells)]:
+        missing = [name for name in dict(cells) if not (work / "models" / name).exists()]
+        for made in [pool.submit(make_model, name, work) for name in missing]:
             made.result()
         waiting = {pool.submit(try_cell, *cell, work): cell for cell in cells}
         for done in as_completed(waiting):
