@@ -27,15 +27,21 @@ if TYPE_CHECKING:
     from gptqmodel.quantization.config import BaseQuantizeConfig
 
 BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits exist in a layout that only GPTQModel reads
+_ROPE = "changes `rope_parameters`, which transformers then refuses"
+_MISSING = "is not there, and it does not find the layers by itself"
 _ROUTER = "does not fit the router of transformers 5"  # defuser 0.0.28 rewrites their experts
 BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition of it does
-    "bert": "is not there, and it does not find the layers by itself",
+    "bert": _MISSING,
+    "mamba": _MISSING,
+    "mamba2": _MISSING,
+    "falcon_mamba": _MISSING,
     "glm4_moe": _ROUTER,
     "glm4_moe_lite": _ROUTER,
     "gemma3_text": "cannot build its rotary embeddings",
     "ernie4_5_moe": "calls what transformers 5 no longer has",
     "llama4": "does not see that the stacks of experts are transposed",
-    "olmo3": "writes no config, as transformers refuses the one that it has changed",
+    "modernbert": _ROPE,
+    "olmo3": _ROPE,
     "mistral3": "reads data of the towers, which it does not load",
 }
 UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its definition lacks

@@ -170,6 +170,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
         {"version": "0.25.1"},
     ),
     "E_ENGINE_INITIALIZES": (of(packed(), model={"model_type": "falcon"}), {}),
+    "E_ENGINE_OWN_LINEARS": (of(Gptq(), model={"model_type": "falcon"}), {}),
     "E_ENGINE_EXPERTS_ONE_BY_ONE": (of(fp8(), shapes=EXPERTS, model={"model_type": "gpt_oss"}), {}),
     "N_ENGINE_EXPERTS_INPUTS": (of(fp8(), shapes=EXPERTS), {}),
     "W_ENGINE_CPU_GROUP": (of(Gptq(group=256, group_size=-1)), {}),
