@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.runtime.kernels import device_of
+from qtool.runtime.triton.gates import gate_times_up
 from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
@@ -473,29 +474,11 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _share(x):  # type: ignore[no-untyped-def]
-    """Return ``1 / (1 + 2^x)``, f32, in three instructions.
-
-    `tl.exp2` and division also handle subnormal numbers, which costs more than all the rest.
-    """
-    share: tl.constexpr = (
-        "{.reg .f32 y; ex2.approx.ftz.f32 y, $1; add.f32 y, y, 0f3F800000; rcp.approx.ftz.f32 "
-        "$0, y;}"
-    )
-    return tl.inline_asm_elementwise(share, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _gate_times_up(gate, up, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the activation of the numbers at ``gate``, rounded, times those at ``up``, rounded."""
-    dtype: tl.constexpr = gate.dtype.element_ty
-    x = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-    # (1 + tanh(y)) / 2 = sigmoid(2 y), and 2 sqrt(2 / pi) = 1.59..
-    slope = x if SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    active = x * _share(slope * -1.4426950408889634)  # in units of log2
-    return (
-        active.to(dtype).to(tl.float32) * tl.load(up, mask=inside, other=0.0).to(tl.float32)
-    ).to(dtype)
+    kind: tl.constexpr = "swiglu" if SILU else "gelu_tanh"
+    factor = tl.load(up, mask=inside, other=0.0)
+    return gate_times_up(tl.load(gate, mask=inside, other=0.0), factor, kind)
 
 
 @triton.jit

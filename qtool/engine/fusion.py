@@ -26,8 +26,10 @@ from qtool.engine.decoder_layers import (
     distance,
     random_input,
 )
+from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
+from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 
@@ -66,6 +68,7 @@ def fuse(model: CausalLM) -> bool:
     name = type(model).__name__
     try:
         with torch.no_grad(), current(device):
+            fuse_routers(model)
             _fuse(model.get_decoder(), device)
     except NotFused as error:
         LOG.info("the layers of %s run as transformers has them: %s", name, error)
@@ -190,11 +193,29 @@ class StandIn(nn.Module):
         return x[..., one] * factors[0] + x[..., other] * factors[1]
 
 
+class ExpertsStandIn(nn.Module):
+    """In place of packed experts while a decoder layer is compared."""
+
+    def __init__(self, experts: GroupedExperts) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return [T, H]: the hidden states by what their experts are and weigh."""
+        factors = (top_k_index + 1).to(top_k_weights.dtype) / self.num_experts
+        return hidden_states * (factors * top_k_weights).sum(-1, keepdim=True).to(
+            hidden_states.dtype
+        )
+
+
 @contextmanager
 def _stand_ins(layer: nn.Module) -> Iterator[None]:
-    """Put a `StandIn` in place of each quantized layer in ``layer``."""
+    """Put a stand-in in place of each quantized layer in ``layer``."""
     taken = list(_quantized_members(layer))
-    stand_ins = {linear: StandIn(linear) for _, _, linear in taken}
+    stand_ins: dict[nn.Module, nn.Module] = {
+        module: ExpertsStandIn(module) if isinstance(module, GroupedExperts) else StandIn(module)
+        for _, _, module in taken
+    }
     try:
         for holder, name, linear in taken:
             setattr(holder, name, stand_ins[linear])
@@ -206,11 +227,11 @@ def _stand_ins(layer: nn.Module) -> Iterator[None]:
 
 def _quantized_members(
     layer: nn.Module,
-) -> Iterator[tuple[nn.Module | SharedInput, str, QuantizedLinear]]:
+) -> Iterator[tuple[nn.Module | SharedInput, str, QuantizedLinear | GroupedExperts]]:
     """Yield who holds each quantized layer, under which name, and the layer."""
     for module in layer.modules():
         for name, child in module.named_children():
-            if isinstance(child, QuantizedLinear):
+            if isinstance(child, QuantizedLinear | GroupedExperts):
                 yield module, name, child
         if isinstance(module, FusedLinear):
             yield module.shared, "whole", module.shared.whole

@@ -36,7 +36,7 @@ from qtool.engine.step_buffer import (
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
-from qtool.runtime.experts import ExpertStack
+from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")

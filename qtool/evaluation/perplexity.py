@@ -16,7 +16,7 @@ from qtool.formats import Layout, QuantizedModule
 from qtool.formats.packing import read_tensor
 from qtool.name_map import LinearWeight
 from qtool.runtime.causal_lm import CausalLM
-from qtool.runtime.experts import ExpertStacks, stacked_biases
+from qtool.runtime.experts.stacks import ExpertStacks, stacked_biases
 from qtool.runtime.skeleton import Skeleton
 from qtool.weight import Activation, QuantizedWeight, dequantize, fake_quantize_input
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from qtool import formats
 from qtool.formats.packing import read_tensor
 from qtool.name_map import LinearWeight
-from qtool.runtime.kernels import LinearSpec, device_of
+from qtool.runtime.join import join, rows, same_input
+from qtool.runtime.kernels import cached_choice, device_of, with_channel_scales
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
-from qtool.runtime.load_plan import Group, LoadPlan, Source, cached_choice, make_group
+from qtool.runtime.load_plan import Group, LoadPlan, make_group
+from qtool.runtime.source import Source
 from qtool.weight import Activation, QuantizedWeight, dequantize, quantize
 
 RawTensors = dict[str, Tensor]
@@ -30,8 +32,9 @@ class _Member:
 
 def build_modules(
     plan: LoadPlan, group: Group, raw: Sequence[RawTensors]
-) -> Iterator[tuple[LinearWeight, nn.Module]]:
-    """Yield the modules that the layers of ``group`` become, and where they go.
+) -> Iterator[tuple[LinearWeight, nn.Module | QuantizedWeight]]:
+    """Yield the modules that the layers of ``group`` become, and where they go; the weights of
+    experts that are packed together.
 
     Layers become one module if their weights require the same of their input.
     """
@@ -39,25 +42,30 @@ def build_modules(
         _read_member(plan, source, tensors)
         for source, tensors in zip(group.sources, raw, strict=True)
     ]
+    is_grouped = group.sources[0].place.module in plan.experts
     if group.sources[0].experts > 1:
         (stack,) = members
-        yield from _unstack_experts(group, stack)
+        for place, weight in _unstack_experts(stack):
+            yield place, weight if is_grouped else QuantizedLinear(group.spec, group.choice, weight)
+        return
+    if is_grouped:
+        for member in members:
+            yield member.source.place, member.weight
         return
     while members:
-        same = [_same_input(members[0].weight, member.weight) for member in members]
+        same = [same_input(members[0].weight, member.weight) for member in members]
         together = [member for member, is_same in zip(members, same, strict=True) if is_same]
         members = [member for member, is_same in zip(members, same, strict=True) if not is_same]
         yield from _fuse(plan, together)
 
 
-def _unstack_experts(group: Group, stack: _Member) -> Iterator[tuple[LinearWeight, nn.Module]]:
-    """Yield a module for each of the experts that are stacked in one weight."""
+def _unstack_experts(stack: _Member) -> Iterator[tuple[LinearWeight, QuantizedWeight]]:
+    """Yield the weight of each of the experts that are stacked in one."""
     source = stack.source
-    rows = source.shape[0] // source.experts
+    size = source.shape[0] // source.experts
     for expert in range(source.experts):
-        piece = _rows(stack.weight, expert * rows, (expert + 1) * rows)
-        place = replace(source.place, expert=expert)
-        yield place, QuantizedLinear(group.spec, group.choice, piece)
+        piece = rows(stack.weight, expert * size, (expert + 1) * size)
+        yield replace(source.place, expert=expert), piece
 
 
 def _read_member(plan: LoadPlan, source: Source, tensors: RawTensors) -> _Member:
@@ -82,7 +90,7 @@ def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[LinearWeight
     Empties ``members``, so that their weights do not outlive the join.
     """
     sources = [member.source for member in members]
-    weight = _join([member.weight for member in members])
+    weight = join([member.weight for member in members])
     bias = _join_biases(members)
     members.clear()
     group = make_group(sources, plan.skeleton.dtype, plan.device, second_copy=plan.second_copy)
@@ -90,7 +98,7 @@ def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[LinearWeight
     if spec.scheme.weights.granularity == "tensor" and bool(
         (weight.scale != weight.scale[0]).any()
     ):
-        spec = _with_channel_scales(spec)
+        spec = with_channel_scales(spec)
         choice = cached_choice(spec, device_of(plan.device), second_copy=plan.second_copy)
     whole = QuantizedLinear(spec, choice, weight, bias)
     if len(sources) == 1 or sources[0].place.parameter:
@@ -99,45 +107,6 @@ def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[LinearWeight
     shared = SharedInput(whole, [source.shape[0] for source in sources])
     for index, source in enumerate(sources):
         yield source.place, FusedLinear(shared, index)
-
-
-def _with_channel_scales(spec: LinearSpec) -> LinearSpec:
-    """Return ``spec`` with one scale for each output instead of one for all."""
-    weights = replace(spec.scheme.weights, granularity="channel")
-    return replace(spec, scheme=replace(spec.scheme, weights=weights))
-
-
-def _same_input(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Whether two weights reorder, scale and round their input in the same way."""
-    pairs = zip(_input_tensors(one), _input_tensors(other), strict=True)
-    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-
-def _input_tensors(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
-    activation = weight.activation
-    static = (activation.scale, activation.zero) if activation else (None, None)
-    return weight.perm, weight.pre_scale, *static
-
-
-def _join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return weights that treat their input alike as one weight with all their outputs."""
-    first = weights[0]
-    if len(weights) == 1:
-        return first
-    dtypes = {weight.scale.dtype for weight in weights}
-    dtype = first.scale.dtype if len(dtypes) == 1 else torch.float32
-    return replace(
-        first,
-        data=torch.cat([weight.data for weight in weights]),
-        scale=torch.cat([weight.scale.to(dtype) for weight in weights]),
-        scale2=_cat_present([weight.scale2 for weight in weights]),
-        zero=_cat_present([weight.zero for weight in weights]),
-    )
-
-
-def _cat_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(present) if present else None
 
 
 def _join_biases(members: Sequence[_Member]) -> Tensor | None:
@@ -151,16 +120,6 @@ def _join_biases(members: Sequence[_Member]) -> Tensor | None:
             for member in members
         ]
     )
-
-
-def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    """Return outputs ``start`` to ``stop`` of ``weight``, whose scales cover one row each."""
-    parts = {
-        name: part[start:stop]
-        for name in ("data", "scale", "scale2", "zero")
-        if (part := getattr(weight, name)) is not None
-    }
-    return replace(weight, **parts)
 
 
 def build_unquantized(plan: LoadPlan, source: Source) -> nn.Linear:

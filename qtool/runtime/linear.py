@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qtool.errors import UsageError
 from qtool.runtime.kernels import Call, Choice, LinearSpec, codes_taken, load_kernel, number_of
+from qtool.runtime.packed import PackedModule
 from qtool.weight import QuantizedWeight
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedModule):
     """``y = x W^T + bias`` with ``W`` packed for one or two kernels.
 
     Whatever the weight requires of its input is applied first: ``x[:, perm]`` for act-order,
@@ -81,33 +80,6 @@ class QuantizedLinear(nn.Module):
     def _packed(self) -> list[Tensor | None]:
         # `get_buffer` looks for submodules first, at every step
         return [self._buffers[name] for name in self._names]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Move to another device of the same type, and keep all dtypes: codes must not be cast."""
-        for name, tensor in self.named_buffers(recurse=False):
-            device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
-            if device.type != tensor.device.type:
-                raise UsageError(
-                    "E_PACKED",
-                    f"the weights are packed for {tensor.device.type} and cannot move to {device}",
-                    hint=f"load it with device=`{device}`",
-                )
-            if device != tensor.device:
-                self._buffers[name] = tensor.to(device)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, object]) -> QuantizedLinear:
-        """Share the weights: they never change."""
-        twin = copy.copy(self)
-        twin._buffers = dict(self._buffers)
-        return twin
-
-    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
-        raise UsageError(
-            "E_PACKED",
-            "a model cannot be saved once its weights are packed for a kernel",
-            hint="`qtool export` converts the checkpoint it was loaded from",
-        )
 
     def extra_repr(self) -> str:
         """Show shape, scheme and kernel in the printed model."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch import nn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
@@ -25,9 +26,10 @@ from qtool.runtime.build import (
 )
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
-from qtool.runtime.experts import ExpertStacks, stacked_biases
+from qtool.runtime.experts.stacks import ExpertStacks, stacked_biases
 from qtool.runtime.kernels import current
-from qtool.runtime.load_plan import Group, LoadPlan, Source, plan_load
+from qtool.runtime.load_plan import Group, LoadPlan, plan_load
+from qtool.runtime.source import Source
 
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
 READERS = min(8, os.cpu_count() or 1)
@@ -77,13 +79,14 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     with ThreadPoolExecutor(READERS) as pool, current(plan.device):
         model = _load_unquantized(plan, pool)
-        stacks = ExpertStacks()
+        stacks = ExpertStacks(plan.experts)
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
             for place, module in build_modules(plan, group, raw):
                 if place.parameter:
                     stacks.add(place, module)
-                else:
+                elif isinstance(module, nn.Module):
                     model.set_submodule(place.module, module)
+            stacks.install_complete(model)
             _trim_heap()
             if on_progress:
                 on_progress(done, len(plan.groups))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -16,28 +15,15 @@ from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
 from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
-from qtool.runtime.kernels import Choice, LinearSpec, choose, device_of
+from qtool.runtime.experts.plan import GroupedPlan, plan_experts
+from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
+from qtool.runtime.source import Source
 from qtool.scheme import Scheme
 
 # of the device's memory, for second copies of weights; the rest is for the KV cache
 SECOND_COPY_SHARE = 1 / 8
-
-
-@dataclass(frozen=True)
-class Source:
-    """A linear layer of the checkpoint."""
-
-    name: str
-    place: LinearWeight
-    """Where it goes in the model."""
-    shape: tuple[int, int]
-    """N outputs, K inputs."""
-    scheme: Scheme | None
-    """What it runs in; None for an unquantized layer."""
-    experts: int = 1
-    """How many matrices of N / experts outputs are stacked in it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,8 @@ class LoadPlan:
     groups: tuple[Group, ...]
     second_copy: bool
     """Whether there is memory for a second copy of weights, packed for few tokens."""
+    experts: Mapping[str, GroupedPlan]
+    """The modules of experts that are packed as a whole, by name."""
     unquantized_experts: tuple[Source, ...]
     """Experts that stay in 16 bits while others of their stack are quantized."""
     dequantized: tuple[Source, ...] = ()
@@ -141,6 +129,7 @@ def plan_load(
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
     check_model(checkpoint, layout)
+    experts, one_by_one = plan_experts(skeleton, sources, device)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,
@@ -148,9 +137,10 @@ def plan_load(
         device=device,
         groups=tuple(groups),
         second_copy=second_copy,
+        experts=experts,
         unquantized_experts=tuple(unquantized),
         dequantized=tuple(dequantized),
-        warnings=(*warned, *_slow_groups(groups, device)),
+        warnings=(*warned, *one_by_one, *_slow_groups(groups, device, experts)),
     )
 
 
@@ -287,9 +277,6 @@ def make_group(
     return Group(tuple(sources), spec, choice)
 
 
-cached_choice = lru_cache(maxsize=None)(choose)
-
-
 def _unquantized_experts(
     skeleton: Skeleton, schemes: Mapping[str, Scheme], sources: Sequence[Source]
 ) -> list[Source]:
@@ -319,12 +306,14 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
         )
 
 
-def _slow_groups(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
+def _slow_groups(
+    groups: Sequence[Group], device: torch.device, experts: Collection[str]
+) -> Iterator[str]:
     """Yield a warning for each kind of layers that only the `reference` kernel supports."""
     slow = Counter(
         (group.spec.scheme.name, tuple(group.choice.refused.items()))
         for group in groups
-        if group.choice.kernel == "reference"
+        if group.choice.kernel == "reference" and group.sources[0].place.module not in experts
     )
     for (scheme, refused), count in slow.items():
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)

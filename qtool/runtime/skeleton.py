@@ -57,6 +57,10 @@ class Skeleton:
             hint=OTHER_MODEL,
         )
 
+    def module(self, name: str) -> nn.Module:
+        """Return the module ``name`` of the model, without data."""
+        return self._modules[name]
+
     def is_loaded(self, tensor: str) -> bool:
         """Whether the language model loads ``tensor``; layers for multi-token prediction and other
         towers are left out.

@@ -1,8 +1,9 @@
 """Our engine's side of what `vllm_bench.py` measures of vLLM: decode at batch 1, 16 and 64,
-throughput, prefill; an 8B shape, random weights.
+throughput, prefill; an 8B shape, or with ``--shape moe`` Qwen3-30B-A3B's cut to 12 layers; random
+weights.
 
-    OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--quick] [--profile] [--set
-    max_running_requests=64 ...]
+    OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--shape moe] [--quick] [--profile]
+    [--set max_running_requests=64 ...]
 
 ``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without
 throughput and prefill.
@@ -26,7 +27,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 2)]
 BEGAN = time.perf_counter()
 
-from model_8b import QUANTIZED, write_checkpoint  # noqa: E402
+import model_8b  # noqa: E402
+import model_moe  # noqa: E402
 
 from qtool.engine.engine import Engine  # noqa: E402
 
@@ -107,9 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="+", choices=list(QUANTIZED))
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/8b"))
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("kinds", nargs="+", choices=[*model_8b.QUANTIZED, "fp8_block"])
+    parser.add_argument("--shape", choices=["8b", "moe"], default="8b")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/random_models"))
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
@@ -120,11 +123,13 @@ def main() -> None:
     }
     print(f"imports {IMPORTED - BEGAN:.1f} s", flush=True)
     results = {}
+    model, layers = (model_8b, 32) if options.shape == "8b" else (model_moe, 12)
+    layers = options.layers or layers
     for kind in options.kinds:
-        folder = options.folder / f"{kind}-{options.layers}"
+        folder = options.folder / f"{options.shape}-{kind}-{layers}"
         if not (folder / "model.safetensors.index.json").exists():
             start = time.perf_counter()
-            write_checkpoint(folder, kind, layers=options.layers)
+            model.write_checkpoint(folder, kind, layers=layers)
             torch.cuda.empty_cache()
             print(f"{kind}: written in {time.perf_counter() - start:.1f} s", flush=True)
         random.seed(0)

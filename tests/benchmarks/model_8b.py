@@ -111,7 +111,7 @@ def write_checkpoint(folder: Path, kind: str, *, layers: int = 32, device: str =
             for name, shape in LINEARS.items():
                 tensors |= {
                     f"model.layers.{layer}.{name}.{part}": tensor.cpu()
-                    for part, tensor in _weight(kind, *shape, device)
+                    for part, tensor in quantized_weight(kind, *shape, device)
                 }
         save(f"model-{first:05d}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(
@@ -119,7 +119,10 @@ def write_checkpoint(folder: Path, kind: str, *, layers: int = 32, device: str =
     )
 
 
-def _weight(kind: str, rows: int, columns: int, device: str) -> Iterator[tuple[str, Tensor]]:
+def quantized_weight(
+    kind: str, rows: int, columns: int, device: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a random layer by the ends of their names."""
     if kind == "w4a16":
         yield (
             "weight_packed",
@@ -133,12 +136,16 @@ def _weight(kind: str, rows: int, columns: int, device: str) -> Iterator[tuple[s
         )
         yield "weight_shape", torch.tensor([rows, columns])
     elif kind == "fp8":
-        yield (
-            "weight",
-            (torch.randn(rows, columns, device=device) * 100)
-            .clamp(-448, 448)
-            .to(torch.float8_e4m3fn),
-        )
+        yield "weight", _random_fp8(rows, columns, device)
         yield "weight_scale", torch.rand(rows, 1, device=device) * 0.0002
+    elif kind == "fp8_block":
+        yield "weight", _random_fp8(rows, columns, device)
+        blocks = torch.rand(-(-rows // 128), -(-columns // 128), device=device)
+        yield "weight_scale_inv", blocks * 0.0002
     else:
         yield "weight", torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * 0.02
+
+
+def _random_fp8(rows: int, columns: int, device: str) -> Tensor:
+    values = torch.randn(rows, columns, device=device) * 100
+    return values.clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -12,7 +12,9 @@ import qtool
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
 from qtool.evaluation.perplexity import load_dequantized
-from qtool.runtime.experts import ExpertStack
+from qtool.runtime.experts.grouped import KERNELS as EXPERTS_KERNELS
+from qtool.runtime.experts.grouped import GroupedExperts
+from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import KERNELS, Choice, LinearSpec
 from qtool.runtime.linear import QuantizedLinear
 from qtool.runtime.load import load
@@ -121,6 +123,7 @@ def only_plain():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KERNELS, "cpu", ("reference",))
+        patch.setitem(EXPERTS_KERNELS, "cpu", ("reference",))
         cached_choice.cache_clear()
         yield
     cached_choice.cache_clear()
@@ -156,8 +159,8 @@ def test_mixtures_of_experts_equal_their_dequantized_form(tmp_path, model_type):
     for format, scheme in (("compressed-tensors", "FP8_W8A16"), ("gptq", "W8A16")):
         qtool.export(plain, output=tmp_path / scheme, to=format, requantize=True, scheme=scheme)
         model = load(tmp_path / scheme, device="cpu")
-        stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
-        assert {len(stack.experts) for stack in stacks} == {8}
+        packed = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+        assert {experts.spec.count for experts in packed} == {8}
         assert distance(model, load_dequantized(open_checkpoint(tmp_path / scheme))) < 0.02
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Literal, Protocol, cast
 
 import torch
@@ -154,6 +154,15 @@ def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Cho
     ):
         few = None
     return Choice(name, refused, few)
+
+
+cached_choice = lru_cache(maxsize=None)(choose)
+
+
+def with_channel_scales(spec: LinearSpec) -> LinearSpec:
+    """Return ``spec`` with one scale for each output instead of one for all."""
+    weights = replace(spec.scheme.weights, granularity="channel")
+    return replace(spec, scheme=replace(spec.scheme, weights=weights))
 
 
 def _unsupported_reason(name: str, spec: LinearSpec, device: Device) -> str | None:

@@ -426,11 +426,50 @@ static void put_block(const struct region *region, int64_t strip, int64_t block,
     }
 }
 
-static void multiply_with_amx(void *argument) {
-    struct region *region = argument;
+// Multiplies one strip with all tokens of the region; `sums` is 64 bytes aligned.
+INLINE void strip_with_amx(const struct region *region, struct source *source, int64_t strip, uint8_t *tiles, float (*sums)[256]) {
     const struct job *job = region->job;
     int64_t blocks = ceil_div(region->count, BLOCK);
     int ring = blocks <= 2, begins = region->from == 0, ends = region->to == chunks(job);
+    begin(source, job, strip);
+    for (int64_t block = 0; block < blocks; block += 2) {
+        int two = block + 1 < blocks;
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        if (begins) {
+            TILE_ZERO(0);
+            TILE_ZERO(1);
+        } else {
+            TILE_LOAD(0, waiting(region, strip, block), 64);
+            TILE_LOAD(1, waiting(region, strip, block) + 1024, 64);
+            if (two) {
+                TILE_LOAD(2, waiting(region, strip, block + 1), 64);
+                TILE_LOAD(3, waiting(region, strip, block + 1) + 1024, 64);
+            }
+        }
+        if (two)
+            multiply_tiles(region, source, block, 1, block == 0, ring, tiles);
+        else
+            multiply_tiles(region, source, block, 0, block == 0, ring, tiles);
+        TILE_STORE(sums[0], 64, 0);
+        TILE_STORE(sums[1], 64, 1);
+        TILE_STORE(sums[2], 64, 2);
+        TILE_STORE(sums[3], 64, 3);
+        if (!two)
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < 256; i++) sums[half][i] += sums[2 + half][i];
+        for (int64_t i = 0; i <= two; i++) {
+            if (ends)
+                put_block(region, strip, block + i, sums[2 * i]);
+            else
+                memcpy(waiting(region, strip, block + i), sums[2 * i], 2048);
+        }
+    }
+}
+
+static void multiply_with_amx(void *argument) {
+    struct region *region = argument;
+    const struct job *job = region->job;
     int64_t thread = atomic_fetch_add(&region->thread, 1);
     uint8_t *tiles = job->workspace + TOKENS * chunks(job) * CHUNK * 2 + thread * SCRATCH;
     float sums[4][256] __attribute__((aligned(64))) = {{0}};
@@ -439,40 +478,7 @@ static void multiply_with_amx(void *argument) {
     for (;;) {
         int64_t strip = atomic_fetch_add(&region->next, 1);
         if (strip >= strips(job)) break;
-        begin(&source, job, strip);
-        for (int64_t block = 0; block < blocks; block += 2) {
-            int two = block + 1 < blocks;
-            TILE_ZERO(2);
-            TILE_ZERO(3);
-            if (begins) {
-                TILE_ZERO(0);
-                TILE_ZERO(1);
-            } else {
-                TILE_LOAD(0, waiting(region, strip, block), 64);
-                TILE_LOAD(1, waiting(region, strip, block) + 1024, 64);
-                if (two) {
-                    TILE_LOAD(2, waiting(region, strip, block + 1), 64);
-                    TILE_LOAD(3, waiting(region, strip, block + 1) + 1024, 64);
-                }
-            }
-            if (two)
-                multiply_tiles(region, &source, block, 1, block == 0, ring, tiles);
-            else
-                multiply_tiles(region, &source, block, 0, block == 0, ring, tiles);
-            TILE_STORE(sums[0], 64, 0);
-            TILE_STORE(sums[1], 64, 1);
-            TILE_STORE(sums[2], 64, 2);
-            TILE_STORE(sums[3], 64, 3);
-            if (!two)
-                for (int half = 0; half < 2; half++)
-                    for (int i = 0; i < 256; i++) sums[half][i] += sums[2 + half][i];
-            for (int64_t i = 0; i <= two; i++) {
-                if (ends)
-                    put_block(region, strip, block + i, sums[2 * i]);
-                else
-                    memcpy(waiting(region, strip, block + i), sums[2 * i], 2048);
-            }
-        }
+        strip_with_amx(region, &source, strip, tiles, sums);
     }
     __asm__ volatile("tilerelease" ::);
 }
@@ -531,31 +537,83 @@ INLINE void multiply_rows(const uint8_t *tiles, int64_t depth, const uint16_t *x
     }
 }
 
+INLINE void strip_without_amx(const struct region *region, struct source *source, int64_t strip, uint8_t *tiles) {
+    const struct job *job = region->job;
+    int64_t width = chunks(job) * CHUNK;
+    float *sums = (float *)(tiles + SHALLOW * CHUNK_BYTES);
+    begin(source, job, strip);
+    memset(sums, 0, (size_t)region->count * STRIP * sizeof(float));
+    for (int64_t chunk = 0; chunk < chunks(job); chunk += SHALLOW) {
+        int64_t deep = least(SHALLOW, chunks(job) - chunk), token = 0;
+        for (int64_t i = 0; i < deep; i++) decode_chunk(source, chunk + i, tiles + i * CHUNK_BYTES);
+        const uint16_t *x = (const uint16_t *)job->workspace + chunk * CHUNK;
+        for (; token + 4 <= region->count; token += 4) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 4);
+        for (; token + 2 <= region->count; token += 2) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 2);
+        for (; token < region->count; token++) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 1);
+    }
+    for (int64_t token = 0; token < region->count; token++)
+        for (int64_t first = 0; first < STRIP && strip * STRIP + first < job->outputs; first += 16)
+            put(job, region->start + token, strip * STRIP + first, _mm512_load_ps(sums + token * STRIP + first));
+}
+
 static void multiply_without_amx(void *argument) {
     struct region *region = argument;
     const struct job *job = region->job;
-    int64_t width = chunks(job) * CHUNK;
     int64_t thread = atomic_fetch_add(&region->thread, 1);
-    uint8_t *tiles = job->workspace + TOKENS * width * 2 + thread * SCRATCH;
-    float *sums = (float *)(tiles + SHALLOW * CHUNK_BYTES);
+    uint8_t *tiles = job->workspace + TOKENS * chunks(job) * CHUNK * 2 + thread * SCRATCH;
     struct source source;
     for (;;) {
         int64_t strip = atomic_fetch_add(&region->next, 1);
         if (strip >= strips(job)) return;
-        begin(&source, job, strip);
-        memset(sums, 0, (size_t)region->count * STRIP * sizeof(float));
-        for (int64_t chunk = 0; chunk < chunks(job); chunk += SHALLOW) {
-            int64_t deep = least(SHALLOW, chunks(job) - chunk), token = 0;
-            for (int64_t i = 0; i < deep; i++) decode_chunk(&source, chunk + i, tiles + i * CHUNK_BYTES);
-            const uint16_t *x = (const uint16_t *)job->workspace + chunk * CHUNK;
-            for (; token + 4 <= region->count; token += 4) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 4);
-            for (; token + 2 <= region->count; token += 2) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 2);
-            for (; token < region->count; token++) multiply_rows(tiles, 4 * deep, x + token * width, width, sums + token * STRIP, 1);
-        }
-        for (int64_t token = 0; token < region->count; token++)
-            for (int64_t first = 0; first < STRIP && strip * STRIP + first < job->outputs; first += 16)
-                put(job, region->start + token, strip * STRIP + first, _mm512_load_ps(sums + token * STRIP + first));
+        strip_without_amx(region, &source, strip, tiles);
     }
+}
+
+// ---- several jobs of few tokens at once: the experts of a step ----
+
+// `count` jobs of one shape, whose strips all threads take as if they were of one weight.
+struct batch {
+    const struct job *jobs;
+    int64_t count;
+    uint8_t *scratch;  // of the threads
+    atomic_long next, thread;
+};
+
+enum { FEW = 2 * BLOCK };  // tokens of a job in a batch, at most
+
+// Bytes of the packed tokens of a job in a batch.
+INLINE int64_t packed_bytes(const struct job *job) { return ceil_div(job->tokens, BLOCK) * BLOCK * chunks(job) * CHUNK * 2; }
+
+static void pack_batch(void *argument) {
+    struct batch *batch = argument;
+    for (;;) {
+        int64_t index = atomic_fetch_add(&batch->next, 1);
+        if (index >= batch->count) return;
+        struct region region = {.job = batch->jobs + index, .count = batch->jobs[index].tokens};
+        (region.job->amx ? pack_for_amx : pack_rows)(&region);
+    }
+}
+
+static void multiply_batch(void *argument) {
+    struct batch *batch = argument;
+    int64_t each = strips(batch->jobs), configured = -1;
+    uint8_t *tiles = batch->scratch + atomic_fetch_add(&batch->thread, 1) * SCRATCH;
+    float sums[4][256] __attribute__((aligned(64))) = {{0}};
+    struct source source;
+    for (;;) {
+        int64_t number = atomic_fetch_add(&batch->next, 1), index = number / each;
+        if (index >= batch->count) break;
+        const struct job *job = batch->jobs + index;
+        struct region region = {.job = job, .count = job->tokens, .to = chunks(job)};
+        if (!job->amx) {
+            strip_without_amx(&region, &source, number % each, tiles);
+            continue;
+        }
+        if (index != configured) configure_tiles(block_tokens(&region));
+        configured = index;
+        strip_with_amx(&region, &source, number % each, tiles, sums);
+    }
+    if (configured >= 0) __asm__ volatile("tilerelease" ::);
 }
 
 // ---- what native.py calls ----
@@ -589,6 +647,42 @@ void qtool_linear(const struct job *job) {
         }
         int64_t step = region.count <= 2 * BLOCK ? chunks(job) : DEEP;
         for (int64_t from = 0; from < chunks(job); from += step) together(&region, from, least(from + step, chunks(job)), multiply_with_amx);
+    }
+}
+
+// Bytes that the `workspace` of the first of `count` jobs must have for `qtool_experts`.
+int64_t qtool_experts_workspace(const struct job *jobs, int64_t count) {
+    int64_t few = (int64_t)jobs->threads * SCRATCH, most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (jobs[i].tokens <= FEW)
+            few += packed_bytes(jobs + i);
+        else if (qtool_workspace(jobs + i) > most)
+            most = qtool_workspace(jobs + i);
+    }
+    return few > most ? few : most;
+}
+
+// Jobs of one shape, those of few tokens first.
+void qtool_experts(struct job *jobs, int64_t count) {
+    uint8_t *workspace = jobs->workspace;
+    struct batch batch = {.jobs = jobs, .scratch = workspace};
+    int64_t tokens = 0;
+    for (; batch.count < count && jobs[batch.count].tokens <= FEW; batch.count++) {
+        tokens += jobs[batch.count].tokens;
+        jobs[batch.count].workspace = batch.scratch;
+        batch.scratch += packed_bytes(jobs + batch.count);
+    }
+    if (batch.count) {
+        if (tokens <= BLOCK)
+            pack_batch(&batch);  // sooner done than the threads come together
+        else
+            jobs->parallel(pack_batch, &batch, (unsigned)jobs->threads, 0);
+        atomic_store(&batch.next, 0);
+        jobs->parallel(multiply_batch, &batch, (unsigned)jobs->threads, 0);
+    }
+    for (int64_t i = batch.count; i < count; i++) {
+        jobs[i].workspace = workspace;
+        qtool_linear(jobs + i);
     }
 }
 

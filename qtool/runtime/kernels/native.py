@@ -76,7 +76,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
         return f"weights {spec.scheme.weights}: supports groups of a multiple of 16 inputs"
     if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
         return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
-    library = _library()
+    library = native_library()
     return library if isinstance(library, str) else None
 
 
@@ -143,7 +143,7 @@ def _code_values(spec: LinearSpec, scale_dtype: torch.dtype, *, in_groups: bool)
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Multiply; weights are decoded on the way."""
-    library = _library()
+    library = native_library()
     assert not isinstance(library, str)
     if spec.scheme.activations:
         x = fake_quantize_input(
@@ -151,24 +151,34 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
         ).contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = x.new_empty(x.shape[0], spec.shape[0])
-    job = _Job(
+    job = job_of(spec, packed)
+    job.tokens, job.threads = x.shape[0], torch.get_num_threads()
+    job.x, job.y = x.data_ptr(), y.data_ptr()
+    if bias is not None:
+        job.bias = bias.data_ptr()
+    job.workspace = workspace(library.size(job)).data_ptr()
+    library.linear(job)
+    return y
+
+
+def job_of(spec: LinearSpec, packed: Mapping[str, Tensor]) -> Job:
+    """Return a job with all that is known of a layer before there are tokens."""
+    library = native_library()
+    assert not isinstance(library, str)
+    job = Job(
         parallel=library.parallel,
-        tokens=x.shape[0],
         outputs=spec.shape[0],
         inputs=spec.shape[1],
         group=_stored_width(spec),
         groups=packed["scale"].shape[1] if "scale" in packed else 1,
         code_kind=CODES[packed["codes"].dtype],
         scale_kind=SCALES[packed["scale"].dtype] if "scale" in packed else 0,
-        threads=torch.get_num_threads(),
         amx=library.amx,
     )
-    for name, tensor in {"x": x, "bias": bias, "y": y, **packed}.items():
-        if tensor is not None and name not in ("input_scale", "input_zero"):
-            setattr(job, name, tensor.data_ptr())
-    job.workspace = _workspace(library.size(job)).data_ptr()
-    library.linear(job)
-    return y
+    for name in ("codes", "scale", "zero", "table", "row_scale"):
+        if name in packed:
+            setattr(job, name, packed[name].data_ptr())
+    return job
 
 
 def _width(spec: LinearSpec) -> int:
@@ -227,7 +237,7 @@ def _codes(data: Tensor, nibbles: bool, zero: int) -> Tensor:
     return rows.transpose(-1, -2).flatten(3).contiguous().view(data.dtype)
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
     """`struct job` of native.c."""
 
     _fields_ = [
@@ -254,7 +264,7 @@ class _Job(ctypes.Structure):
 _of_thread = threading.local()
 
 
-def _workspace(size: int) -> Tensor:
+def workspace(size: int) -> Tensor:
     """Return at least ``size`` bytes of this thread, aligned to 64 as tensors are.
 
     They are kept, since fresh memory is slow.
@@ -265,27 +275,34 @@ def _workspace(size: int) -> Tensor:
     return memory
 
 
-class _Library:
+class NativeLibrary:
     """The compiled native.c, and the OpenMP of torch, whose threads it uses."""
 
     def __init__(self, path: Path) -> None:
         native = ctypes.CDLL(str(path))
         self.size, self.linear = native.qtool_workspace, native.qtool_linear
-        self.size.argtypes, self.size.restype = [ctypes.POINTER(_Job)], ctypes.c_int64
-        self.linear.argtypes, self.linear.restype = [ctypes.POINTER(_Job)], None
+        self.size.argtypes, self.size.restype = [ctypes.POINTER(Job)], ctypes.c_int64
+        self.linear.argtypes, self.linear.restype = [ctypes.POINTER(Job)], None
+        self.experts_size, self.experts = native.qtool_experts_workspace, native.qtool_experts
+        jobs = ctypes.POINTER(Job)
+        self.experts_size.argtypes, self.experts_size.restype = (
+            [jobs, ctypes.c_int64],
+            ctypes.c_int64,
+        )
+        self.experts.argtypes, self.experts.restype = [jobs, ctypes.c_int64], None
         self.amx = int(os.environ.get("QTOOL_NO_AMX") != "1" and native.qtool_amx())
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         self.parallel = ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p)
 
 
 @cache
-def _library() -> _Library | str:
+def native_library() -> NativeLibrary | str:
     """Compile and load native.c; or return why that fails."""
     compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         return "no C compiler: install gcc or clang, or set CC"
     try:
-        return _Library(_compiled(compiler))
+        return NativeLibrary(_compiled(compiler))
     except subprocess.CalledProcessError as error:
         errors = [line for line in (error.stderr or "").splitlines() if "error" in line]
         reason = errors[0].strip() if errors else "no message"

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.runtime.experts.gates import Gate
+from qtool.runtime.experts.routing import Blocks
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.triton.row_quantize import quantize_rows
 from qtool.runtime.triton.tiles import (
@@ -23,6 +25,7 @@ from qtool.runtime.triton.tiles import (
     pick,
     prefetch,
     start_early,
+    store_gated,
     store_tile,
     tile_position,
     workspace,
@@ -144,16 +147,24 @@ def multiply(
         y=y,
         partial=workspace(x, parts, rows),
         arrived=packed["counters"],
+        block_rows=None,
+        block_experts=None,
+        rows_used=None,
         M=tokens,
         N=rows,
         K=columns,
+        M_TILED=tokens,
+        stack_rows=rows,
         steps_each=triton.cdiv(steps, parts),
-        FP8=x.dtype == torch.float8_e4m3fn,
+        INT8=x.dtype == torch.int8,
+        BLOCKS=False,
         EVEN=columns % tile.k == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
         TILE_K=tile.k,
         SPLIT=parts > 1,
+        TOP_K=1,
+        GATE=None,
         PDL=tile.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -162,7 +173,72 @@ def multiply(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "steps_each"])
+def multiply_blocks(
+    x: Tensor,
+    row_scale: Tensor | None,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    tile: Tile,
+    blocks: Blocks,
+    gate: Gate | None = None,
+) -> Tensor:
+    """Multiply the choices of ``blocks``, each with the weight of its expert.
+
+    Args:
+        x: codes, or numbers of 16 bits: [choices / blocks.top_k, K], contiguous.
+        row_scale: of the codes, f32 [rows of x, 1], or [rows of x, K / 128] with blocks.
+        packed: ``data``, [experts * N, K], and ``scale``, f32 [experts * N], or [K / 128,
+            experts * N] with blocks; none for 16 bits.
+        bias: [experts * N], or None.
+        shape: N, K.
+        dtype: of the result.
+        tile: how the work is cut; ``tile.m`` is the size of a block.
+        blocks: which choices each expert has.
+        gate: what to do with the outputs, gate and up by turns; the result is then [choices, N /
+            2], else [choices, N].
+    """
+    rows, columns = shape
+    y = x.new_empty(blocks.choices, rows // 2 if gate else rows, dtype=dtype)
+    most = blocks.rows.shape[0]
+    scale = packed.get("scale")
+    _multiply[(triton.cdiv(rows, tile.n) * triton.cdiv(most, tile.m), 1)](
+        x=x,
+        row_scale=row_scale,
+        data=packed["data"],
+        scale=scale,
+        bias=bias,
+        y=y,
+        partial=y,
+        arrived=y,
+        block_rows=blocks.rows,
+        block_experts=blocks.experts,
+        rows_used=blocks.used,
+        M=blocks.choices,
+        N=rows,
+        K=columns,
+        M_TILED=most,
+        stack_rows=packed["data"].shape[0],
+        steps_each=triton.cdiv(columns, tile.k),
+        INT8=x.dtype == torch.int8,
+        BLOCKS=scale is not None and scale.dim() == 2,
+        EVEN=columns % tile.k == 0,
+        TILE_N=tile.n,
+        TILE_M=tile.m,
+        TILE_K=tile.k,
+        SPLIT=False,
+        TOP_K=blocks.top_k,
+        GATE=gate.constants if gate else None,
+        PDL=tile.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **({"launch_pdl": True} if tile.pdl else {}),
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["M", "M_TILED", "steps_each"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,
     row_scale,
@@ -172,30 +248,52 @@ def _multiply(  # type: ignore[no-untyped-def]
     y,
     partial,
     arrived,
+    block_rows,
+    block_experts,
+    rows_used,
     M,
     N,
     K,
+    M_TILED,
+    stack_rows,
     steps_each,
-    FP8: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCKS: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile_n, tile_m = tile_position(M, N, TILE_M, TILE_N)
+    """Multiply the rows ``m`` of ``x`` with the rows ``n`` of a weight [N, K].
+
+    With blocks, ``m`` are choices, and ``n`` rows of a stack [experts * N, K]. ``BLOCKS``: there
+    are scales for each 128 inputs, of ``x`` [M, K / 128] and of the weight [K / 128, N].
+    """
+    tile_n, tile_m = tile_position(M_TILED, N, TILE_M, TILE_N)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
     k = tl.arange(0, TILE_K)
-    weights = data + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    inputs = x + m.to(tl.int64)[:, None] * K + k[None, :]
     first = tl.program_id(1) * steps_each * TILE_K
-    if PDL:  # the first weights come while the input is awaited
+    if PDL and block_rows is None:  # the first weights come while the input is awaited
         lines = tl.minimum(first + tl.arange(0, TILE_K // 32) * 128, K - 1)  # of four steps
         prefetch(data + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + lines[None, :])
     start_early(PDL)
-    acc = tl.zeros((TILE_N, TILE_M), tl.float32 if FP8 else tl.int32)
+    if block_rows is None:
+        stack, row = n * 0, m
+    else:
+        if tile_m * TILE_M >= tl.load(rows_used):
+            return
+        stack = n * 0 + tl.load(block_experts + tile_m) * N
+        m = tl.load(block_rows + m)
+        row = m // TOP_K
+    weight_row = stack + tl.minimum(n, N - 1)
+    weights = data + weight_row.to(tl.int64)[:, None] * K + k[None, :]
+    inputs = x + row.to(tl.int64)[:, None] * K + k[None, :]
+    acc = tl.zeros((TILE_N, TILE_M), tl.int32 if INT8 else tl.float32)
     for start in range(first, tl.minimum(first + steps_each * TILE_K, K), TILE_K):
         if EVEN:
             weight = tl.load(weights + start)
@@ -205,10 +303,34 @@ def _multiply(  # type: ignore[no-untyped-def]
             columns = tl.load(
                 inputs + start, mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0
             )
-        acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
-    total = (
-        acc.to(tl.float32)
-        * tl.load(scale + n, mask=n < N, other=0.0)[:, None]
-        * tl.load(row_scale + m, mask=m < M, other=0.0)[None, :]
-    )
-    store_tile(total, n, m, y, partial, arrived, bias, M, N, SPLIT)
+        if BLOCKS:
+            width = tl.cdiv(K, 128)
+            block = start // 128
+            of_weight = tl.load(scale + block * stack_rows + weight_row)
+            of_input = tl.load(row_scale + row * width + block, mask=m < M, other=0.0)
+            product = tl.dot(weight, tl.trans(columns))
+            acc += product * of_weight[:, None] * of_input[None, :]
+        else:
+            acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
+    total = acc.to(tl.float32)
+    if scale is not None and not BLOCKS:
+        total *= tl.load(scale + weight_row, mask=n < N, other=0.0)[:, None]
+    if row_scale is not None and not BLOCKS:
+        total *= tl.load(row_scale + row, mask=m < M, other=0.0)[None, :]
+    if bias is not None and block_rows is not None:
+        total += tl.load(bias + weight_row, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATE is None:
+        store_tile(
+            total,
+            n,
+            m,
+            y,
+            partial,
+            arrived,
+            bias if block_rows is None else None,
+            M,
+            N,
+            SPLIT,
+        )
+    else:
+        store_gated(total, tile_n * TILE_N, m, y, M, N, GATE, TILE_N, TILE_M)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.runtime.experts.gates import Gate
+from qtool.runtime.experts.routing import Blocks
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.triton.tiles import (
     Table,
@@ -29,6 +31,7 @@ from qtool.runtime.triton.tiles import (
     pick,
     prefetch,
     start_early,
+    store_gated,
     store_tile,
     tile_position,
     workspace,
@@ -260,18 +263,65 @@ def multiply(
     spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None, tile: Tile
 ) -> Tensor:
     """Multiply, cut as ``tile`` says."""
-    (tokens, columns), rows, layout = x.shape, spec.shape[0], layout_of(spec.scheme.weights)
-    words = packed["words"]
-    unroll = max(1, tile.k // layout.block)
-    steps = triton.cdiv(triton.cdiv(columns, layout.block), unroll)
+    (tokens, columns), rows = x.shape, spec.shape[0]
+    layout = layout_of(spec.scheme.weights)
+    steps = triton.cdiv(columns, layout.block * max(1, tile.k // layout.block))
     parts = tile.split(rows, tokens, steps)
     y = x.new_empty(tokens, rows)
+    partial = workspace(x, parts, rows)
+    _launch(spec, x, packed, bias, y, tile, parts=parts, partial=partial)
+    return y
+
+
+def multiply_blocks(
+    spec: LinearSpec,
+    x: Tensor,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+    tile: Tile,
+    blocks: Blocks,
+    gate: Gate | None = None,
+) -> Tensor:
+    """Multiply the choices of ``blocks``, each with the weight of its expert.
+
+    Args:
+        spec: the layer of one expert.
+        x: [choices / blocks.top_k, K], contiguous.
+        packed: from `pack`, of a weight [experts * N, K].
+        bias: [experts * N], or None.
+        tile: how the work is cut; ``tile.m`` is the size of a block.
+        blocks: which choices each expert has.
+        gate: what to do with the outputs, gate and up by turns; the result is then [choices, N /
+            2], else [choices, N].
+    """
+    rows = spec.shape[0]
+    y = x.new_empty(blocks.choices, rows // 2 if gate else rows)
+    _launch(spec, x, packed, bias, y, tile, blocks=blocks, gate=gate)
+    return y
+
+
+def _launch(
+    spec: LinearSpec,
+    x: Tensor,
+    packed: Mapping[str, Tensor],
+    bias: Tensor | None,
+    y: Tensor,
+    tile: Tile,
+    *,
+    parts: int = 1,
+    partial: Tensor | None = None,
+    blocks: Blocks | None = None,
+    gate: Gate | None = None,
+) -> None:
+    (rows, columns), layout, words = spec.shape, layout_of(spec.scheme.weights), packed["words"]
+    unroll = max(1, tile.k // layout.block)
+    steps = triton.cdiv(columns, layout.block * unroll)
     decode = _DECODE[spec.scheme.weights.format, x.dtype]
     scale_bits = (
         _SCALES[spec.scheme.weights.scale, x.dtype] if spec.scheme.weights.format == "fp4" else ()
     )
-    grid = (triton.cdiv(rows, tile.n) * triton.cdiv(tokens, tile.m), parts)
-    _multiply[grid](
+    tiled = blocks.rows.shape[0] if blocks else x.shape[0]
+    _multiply[(triton.cdiv(rows, tile.n) * triton.cdiv(tiled, tile.m), parts)](
         x=x,
         words=words,
         scales=packed.get("scales"),
@@ -279,11 +329,15 @@ def multiply(
         row_scale=packed.get("row_scale"),
         bias=bias,
         y=y,
-        partial=workspace(x, parts, rows),
+        partial=partial,
         arrived=packed["counters"],
-        M=tokens,
+        block_rows=blocks.rows if blocks else None,
+        block_experts=blocks.experts if blocks else None,
+        rows_used=blocks.used if blocks else None,
+        M=blocks.choices if blocks else x.shape[0],
         N=rows,
         K=columns,
+        M_TILED=tiled,
         N_PADDED=words.shape[1],
         steps_each=triton.cdiv(steps, parts),
         steps=steps,
@@ -304,12 +358,13 @@ def multiply(
         TILE_M=tile.m,
         SPLIT=parts > 1,
         STAGES=tile.stages,
+        TOP_K=blocks.top_k if blocks else 1,
+        GATE=gate.constants if gate else None,
         PDL=tile.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **({"launch_pdl": True} if tile.pdl else {}),
     )
-    return y
 
 
 # of a number: ((shift, mask), ...) of its word, or'ed, then a constant, xor'ed; left if negative
@@ -481,7 +536,7 @@ def _field(  # type: ignore[no-untyped-def]
         return (field << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["M", "steps_each", "steps"])
+@triton.jit(do_not_specialize=["M", "M_TILED", "steps_each", "steps"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,
     words,
@@ -492,9 +547,13 @@ def _multiply(  # type: ignore[no-untyped-def]
     y,
     partial,
     arrived,
+    block_rows,
+    block_experts,
+    rows_used,
     M,
     N,
     K,
+    M_TILED,
     N_PADDED,
     steps_each,
     steps,
@@ -514,37 +573,51 @@ def _multiply(  # type: ignore[no-untyped-def]
     TILE_M: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    tile_n, tile_m = tile_position(M, N, TILE_M, TILE_N)
+    tile_n, tile_m = tile_position(M_TILED, N, TILE_M, TILE_N)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
     i = tl.arange(0, WIDTH)
-    inputs = x + m.to(tl.int64)[:, None] * K + i[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     first = tl.program_id(1) * steps_each
-    if PDL:
+    if PDL and block_rows is None:
         for ahead in tl.static_range(UNROLL * 2):
             start = (
                 tl.minimum(first * UNROLL + ahead, steps * UNROLL - 1) * N_PADDED + tile_n * TILE_N
             )
             prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
     start_early(PDL)
+    if block_rows is None:
+        row, weight_row = m, n
+    else:
+        if tile_m * TILE_M >= tl.load(rows_used):
+            return
+        m = tl.load(block_rows + m)
+        row = m // TOP_K
+        weight_row = tl.load(block_experts + tile_m) * N
+        weight_row += tl.minimum(n, N - 1)
+    inputs = x + row.to(tl.int64)[:, None] * K + i[None, :]
     # with `num_stages` here, the scales are fetched ahead too
     for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             block = step * UNROLL + u
-            row = block * N_PADDED + n
-            tile = tl.load(words + row[:, None] * WIDTH + i[None, :])
+            place = block * N_PADDED + weight_row
+            if block_rows is None:
+                tile = tl.load(words + place[:, None] * WIDTH + i[None, :])
+            else:  # a stack may have more than 2^31 words
+                tile = tl.load(words + place.to(tl.int64)[:, None] * WIDTH + i[None, :])
             if FIELDS > 0:
                 scale = tl.load(
-                    scales + row
+                    scales + place
                     if SCALE_ASM is None
-                    else scales + row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+                    else scales + place[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
                 )
                 if offsets is not None:
-                    offset = tl.load(offsets + row)
+                    offset = tl.load(offsets + place)
             for code in tl.static_range(CODES):
                 weight = _number(tile, ASM, code, dtype)
                 if SUBTRACT is not None:
@@ -553,7 +626,7 @@ def _multiply(  # type: ignore[no-untyped-def]
                     if FIELDS > 0:
                         weight -= _field(offset, code * FIELDS // CODES, FIELDS, dtype)[:, None]
                     else:
-                        weight -= tl.load(offsets + n)[:, None]
+                        weight -= tl.load(offsets + weight_row)[:, None]
                 elif BASE != 0:
                     weight -= BASE
                 if SCALE_BY != 1:
@@ -590,5 +663,21 @@ def _multiply(  # type: ignore[no-untyped-def]
                 else:
                     acc = tl.dot(weight, tl.trans(columns), acc)
     if row_scale is not None:
-        acc *= tl.load(row_scale + n, mask=n < N, other=0.0)[:, None]
-    store_tile(acc, n, m, y, partial, arrived, bias, M, N, SPLIT)
+        acc *= tl.load(row_scale + weight_row, mask=n < N, other=0.0)[:, None]
+    if bias is not None and block_rows is not None:
+        acc += tl.load(bias + weight_row, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATE is None:
+        store_tile(
+            acc,
+            n,
+            m,
+            y,
+            partial,
+            arrived,
+            bias if block_rows is None else None,
+            M,
+            N,
+            SPLIT,
+        )
+    else:
+        store_gated(acc, tile_n * TILE_N, m, y, M, N, GATE, TILE_N, TILE_M)

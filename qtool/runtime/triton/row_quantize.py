@@ -27,7 +27,7 @@ def quantize_rows(
     Args:
         x: contiguous.
         format: of the codes.
-        static_scale: one scale for all rows, a scalar.
+        static_scale: one scale for all rows, a scalar, or one for each, f32 [M].
         pdl: on sm_90, start while the kernel before it ends. The next kernel may do so too, if it
             waits for this one by itself.
     """
@@ -42,6 +42,7 @@ def quantize_rows(
         codes=codes,
         scales=scale,
         K=columns,
+        EACH=static_scale is not None and static_scale.numel() > 1,
         FP8=format == "fp8",
         PIECE=piece,
         PDL=pdl,
@@ -78,7 +79,15 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize_on_alignment=["static_scale"])
 def _quantize(  # type: ignore[no-untyped-def]
-    x, static_scale, codes, scales, K, FP8: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr
+    x,
+    static_scale,
+    codes,
+    scales,
+    K,
+    EACH: tl.constexpr,
+    FP8: tl.constexpr,
+    PIECE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]
@@ -92,7 +101,8 @@ def _quantize(  # type: ignore[no-untyped-def]
             )
         scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
     else:
-        scale = tl.load(static_scale + tl.zeros((1, 1), tl.int32))
+        place = tl.zeros((1, 1), tl.int32) + (tl.program_id(0) if EACH else 0)
+        scale = tl.load(static_scale + place)
         scale = tl.where(scale > 1e-36, scale, 1.0)
     tl.store(scales + tl.program_id(0) + tl.zeros((1, 1), tl.int32), scale)
     for start in range(0, K, PIECE):

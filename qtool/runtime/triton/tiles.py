@@ -6,7 +6,7 @@ to fill the GPU, K is cut as well (split-K). Each part then goes to a workspace,
 program of a tile to arrive adds the parts in a fixed order, so that results never depend on timing.
 """
 
-# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qtool.runtime.triton.gates import gate_times_up
 
 # Gluon is experimental: with versions of Triton that were not tested, other kernels are used
 GLUON = triton.__version__.startswith("3.6.")
@@ -153,3 +155,33 @@ def store_tile(  # type: ignore[no-untyped-def]
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_gated(  # type: ignore[no-untyped-def]
+    acc,
+    first,
+    m,
+    y,
+    M,
+    N,
+    GATE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_M: tl.constexpr,
+):
+    """Write ``activation(gate) * up`` to ``y`` [M, N / 2], from output ``first`` on.
+
+    Args:
+        acc: gate and up by turns, f32 [TILE_N, TILE_M].
+        GATE: kind, alpha, limit and offset of a `Gate`.
+    """
+    pairs = acc.to(y.dtype.element_ty).reshape(TILE_N // 2, 2, TILE_M).permute(0, 2, 1)
+    gate, up = tl.split(pairs)
+    n = first // 2 + tl.arange(0, TILE_N // 2)
+    KIND: tl.constexpr = GATE[0]
+    ALPHA: tl.constexpr = GATE[1]
+    LIMIT: tl.constexpr = GATE[2]
+    OFFSET: tl.constexpr = GATE[3]
+    value = gate_times_up(gate, up, KIND, ALPHA, LIMIT, OFFSET)
+    place = m.to(tl.int64)[None, :] * (N // 2) + n[:, None]
+    tl.store(y + place, value, mask=(n[:, None] < N // 2) & (m[None, :] < M))

@@ -1,19 +1,14 @@
-"""`ExpertStack`: the layers of all experts, where transformers keeps one 3D weight; `ExpertStacks`
-collects them.
+"""`ExpertStack`: the layers of all experts, where transformers keeps one 3D weight. The model's own
+code calls them, one expert after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-
-from qtool.name_map import LinearWeight
-from qtool.runtime.causal_lm import CausalLM
-
-T = TypeVar("T")
 
 
 class ExpertStack(nn.Module):
@@ -78,67 +73,6 @@ class ExpertWeight:
         outputs = [cast(Tensor, part(args[0])) for part in weight._parts]
         y = side_by_side(outputs, is_interleaved=weight._is_interleaved)
         return y if bias is None else y + cast(Tensor, bias)
-
-
-class ExpertStacks:
-    """Collects the layers of experts until each stack is complete."""
-
-    def __init__(self) -> None:
-        # (module, parameter) -> number of the expert -> (part, layer)
-        self._stacks: dict[tuple[str, str], dict[int, list[tuple[int, nn.Module]]]] = {}
-        self._interleaved: set[tuple[str, str]] = set()
-
-    def add(self, place: LinearWeight, layer: nn.Module) -> None:
-        """Note the layer that goes to ``place``."""
-        stack = (place.module, place.parameter)
-        experts = self._stacks.setdefault(stack, {})
-        experts.setdefault(place.expert or 0, []).append((place.part, layer))
-        if place.is_interleaved:
-            self._interleaved.add(stack)
-
-    def install(self, model: CausalLM) -> None:
-        """Replace the parameters of ``model`` that hold experts."""
-        for (holder, parameter), experts in self._stacks.items():
-            layers = [in_order(experts[number]) for number in sorted(experts)]
-            stack = ExpertStack(layers, is_interleaved=(holder, parameter) in self._interleaved)
-            setattr(model.get_submodule(holder), parameter, stack)
-
-
-def stacked_biases(
-    layers: Iterable[tuple[str, LinearWeight]],
-    read: Callable[[str], Tensor],
-    present: Collection[str],
-) -> dict[str, Tensor]:
-    """Return the biases of experts that lie apart, as the parameters of the model that stack them.
-
-    Args:
-        layers: names and places of layers.
-        read: returns a tensor of the checkpoint.
-        present: the names of its tensors.
-    """
-    found: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
-    interleaved = {}
-    for name, place in layers:
-        bias = f"{name}.bias"
-        if place.expert is not None and not place.is_stacked and bias in present:
-            parameter = f"{place.module}.{place.parameter}_bias"
-            interleaved[parameter] = place.is_interleaved
-            experts = found.setdefault(parameter, {})
-            experts.setdefault(place.expert, []).append((place.part, read(bias)))
-    return {
-        parameter: torch.stack(
-            [
-                side_by_side(in_order(experts[number]), is_interleaved=interleaved[parameter])
-                for number in sorted(experts)
-            ]
-        )
-        for parameter, experts in found.items()
-    }
-
-
-def in_order(parts: Sequence[tuple[int, T]]) -> list[T]:
-    """Return the parts of an expert, given with their positions, in order."""
-    return [each for _, each in sorted(parts, key=lambda part: part[0])]
 
 
 def side_by_side(parts: Sequence[Tensor], *, is_interleaved: bool) -> Tensor:

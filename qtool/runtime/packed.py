@@ -1,0 +1,43 @@
+"""`PackedModule`: a module whose weights are packed for kernels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import UsageError
+
+
+class PackedModule(nn.Module):
+    """Holds packed weights as buffers that move and are shared whole, and never change."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to another device of the same type, and keep all dtypes: codes must not be cast."""
+        for name, tensor in self.named_buffers(recurse=False):
+            device = fn(torch.empty(0, dtype=torch.uint8, device=tensor.device)).device
+            if device.type != tensor.device.type:
+                raise UsageError(
+                    "E_PACKED",
+                    f"the weights are packed for {tensor.device.type} and cannot move to {device}",
+                    hint=f"load it with device=`{device}`",
+                )
+            if device != tensor.device:
+                self._buffers[name] = tensor.to(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Share the weights: they never change."""
+        twin = copy.copy(self)
+        twin._buffers = dict(self._buffers)
+        return twin
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        raise UsageError(
+            "E_PACKED",
+            "a model cannot be saved once its weights are packed for a kernel",
+            hint="`qtool export` converts the checkpoint it was loaded from",
+        )

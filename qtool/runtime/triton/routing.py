@@ -1,0 +1,242 @@
+"""The choices of routers on a GPU: sorted by expert for a product, and summed up after it."""
+
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.runtime.experts.routing import Blocks, most_blocks
+from qtool.runtime.experts.rules import RoutingRule
+from qtool.runtime.triton.tiles import start_early
+
+CHUNK = 4096  # choices that a program looks at together
+TILE = 1024  # outputs of a program that adds up
+
+
+def top_experts(
+    logits: Tensor, rule: RoutingRule, bias: Tensor | None, dtype: torch.dtype, *, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what `route` does, weights of ``dtype`` and experts int64 [T, top_k], in one launch.
+
+    Args:
+        logits: [T, experts], contiguous.
+        rule: how to choose; where it has groups, their number and size are powers of two.
+        bias: f32 [experts], or None.
+        dtype: of the weights.
+        pdl: whether to start while the kernel before ends.
+    """
+    tokens, count = logits.shape
+    weights = logits.new_empty(tokens, rule.top_k, dtype=dtype)
+    experts = logits.new_empty(tokens, rule.top_k, dtype=torch.int64)
+    padded = triton.next_power_of_2(count)
+    _top_experts[(tokens,)](
+        logits=logits,
+        bias=bias,
+        weights=weights,
+        experts=experts,
+        N=count,
+        PADDED=padded,
+        GROUPS=rule.groups,
+        TOP_GROUPS=rule.top_groups,
+        TOP_K=rule.top_k,
+        TOP_PADDED=triton.next_power_of_2(rule.top_k),
+        SIGMOID=rule.scores == "sigmoid",
+        OF_CHOSEN=rule.of_chosen,
+        NORMALIZES=rule.normalizes,
+        SCALING=rule.scaling,
+        PDL=pdl,
+        num_warps=1 if padded <= 256 else 2,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return weights, experts
+
+
+def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -> Blocks:
+    """Return what `sort_by_expert` does, in one launch.
+
+    Args:
+        experts: the experts of each token, int32 or int64 [T, top_k], contiguous.
+        count: of all experts.
+        size: rows of a block.
+        pdl: whether to start while the kernel before ends; see `start_early`.
+    """
+    choices = experts.numel()
+    blocks = most_blocks(choices, count, size)
+    numbers = torch.empty(blocks * size + blocks + 1, dtype=torch.int32, device=experts.device)
+    end = blocks * size
+    rows, of_block, used = numbers[:end], numbers[end:-1], numbers[-1:]
+    chunk = min(triton.next_power_of_2(choices), CHUNK)
+    _sort[(count,)](
+        experts=experts,
+        rows=rows,
+        of_block=of_block,
+        used=used,
+        choices=choices,
+        COUNT=triton.next_power_of_2(count + 1),
+        SIZE=size,
+        CHUNK=chunk,
+        PDL=pdl,
+        num_warps=max(1, min(8, chunk // 256)),
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return Blocks(rows, of_block, used, size, choices, experts.shape[1])
+
+
+def add_up(y: Tensor, weights: Tensor, *, pdl: bool = False) -> Tensor:
+    """Return for each token the sum of the outputs of its experts, [T, N], times their weights.
+
+    Args:
+        y: the outputs, [T * top_k, N], contiguous.
+        weights: of the experts of each token, [T, top_k], contiguous.
+        pdl: whether to start while the kernel before ends.
+    """
+    (tokens, top_k), width = weights.shape, y.shape[1]
+    out = y.new_empty(tokens, width)
+    _add_up[(tokens, triton.cdiv(width, TILE))](
+        y=y,
+        weights=weights,
+        out=out,
+        N=width,
+        TOP_K=top_k,
+        TILE=TILE,
+        PDL=pdl,
+        num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+    return out
+
+
+@triton.jit
+def _top_experts(  # type: ignore[no-untyped-def]
+    logits,
+    bias,
+    weights,
+    experts,
+    N,
+    PADDED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_PADDED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    OF_CHOSEN: tl.constexpr,
+    NORMALIZES: tl.constexpr,
+    SCALING: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, PADDED)
+    j = tl.arange(0, TOP_PADDED)
+    start_early(PDL)
+    logit = tl.load(logits + token * N + e, mask=e < N, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        score = tl.sigmoid(logit)
+    else:
+        # of the chosen alone, all are divided by their sum in the end
+        score = tl.exp(logit - tl.max(logit, 0))
+        if not OF_CHOSEN:
+            score = tl.div_rn(score, tl.zeros_like(score) + tl.sum(score, 0))
+    choice = logit if OF_CHOSEN else score
+    if bias is not None:
+        choice += tl.load(bias + e, mask=e < N, other=0.0)
+    choice = tl.where(e < N, choice, float("-inf"))
+    if GROUPS > 1:
+        choice = _in_best_groups(choice, GROUPS, TOP_GROUPS, PADDED)
+    chosen = tl.zeros((TOP_PADDED,), tl.int32)
+    weight = tl.zeros((TOP_PADDED,), tl.float32)
+    for i in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 0)
+        chosen = tl.where(j == i, best, chosen)
+        weight = tl.where(j == i, tl.sum(tl.where(e == best, score, 0.0), 0), weight)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALIZES or OF_CHOSEN:
+        weight = tl.div_rn(weight, tl.zeros_like(weight) + tl.sum(weight, 0) + 1e-20)
+    weight *= SCALING
+    place = token * TOP_K + j
+    tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=j < TOP_K)
+    tl.store(experts + place, chosen.to(tl.int64), mask=j < TOP_K)
+
+
+@triton.jit
+def _in_best_groups(  # type: ignore[no-untyped-def]
+    choice, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, PADDED: tl.constexpr
+):
+    """Return ``choice`` [PADDED], minus infinity outside the best groups."""
+    SIZE: tl.constexpr = PADDED // GROUPS
+    groups = tl.reshape(choice, (GROUPS, SIZE))
+    i = tl.arange(0, SIZE)[None, :]
+    g = tl.arange(0, GROUPS)
+    first = tl.max(groups, 1)
+    at = tl.argmax(groups, 1)
+    total = first + tl.max(tl.where(i == at[:, None], float("-inf"), groups), 1)
+    is_best = tl.zeros((GROUPS,), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.argmax(total, 0)
+        is_best = tl.where(g == best, 1, is_best)
+        total = tl.where(g == best, float("-inf"), total)
+    return tl.reshape(tl.where(is_best[:, None] == 1, groups, float("-inf")), (PADDED,))
+
+
+@triton.jit(do_not_specialize=["choices"])
+def _sort(  # type: ignore[no-untyped-def]
+    experts,
+    rows,
+    of_block,
+    used,
+    choices,
+    COUNT: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Write the blocks of one expert; each program counts all choices for itself."""
+    expert = tl.program_id(0)
+    e = tl.arange(0, COUNT)
+    i = tl.arange(0, CHUNK)
+    start_early(PDL)
+    counts = tl.zeros((COUNT,), tl.int32)
+    for start in range(0, choices, CHUNK):
+        # the last bin is for places without a choice
+        chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
+        counts += tl.histogram(chosen.to(tl.int32), COUNT)
+    counts = tl.where(e < tl.num_programs(0), counts, 0)
+    padded = (counts + SIZE - 1) // SIZE * SIZE
+    first = tl.sum(tl.where(e < expert, padded, 0), 0)
+    own = tl.sum(tl.where(e == expert, counts, 0), 0)
+    place = first
+    for start in range(0, choices, CHUNK):
+        chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
+        mine = (chosen == expert).to(tl.int32)
+        tl.store(rows + place + tl.cumsum(mine, 0) - 1, start + i, mask=mine != 0)
+        place += tl.sum(mine, 0)
+    end = first + (own + SIZE - 1) // SIZE * SIZE
+    missing = place + tl.arange(0, SIZE)
+    tl.store(rows + missing, choices + tl.zeros_like(missing), mask=missing < end)
+    for block in range(first // SIZE, end // SIZE):
+        tl.store(of_block + block, expert)
+    if expert == 0:
+        tl.store(used, tl.sum(padded, 0))
+
+
+@triton.jit
+def _add_up(  # type: ignore[no-untyped-def]
+    y,
+    weights,
+    out,
+    N,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    start_early(PDL)
+    total = tl.zeros((TILE,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        weight = tl.load(weights + token * TOP_K + choice).to(tl.float32)
+        part = tl.load(y + (token * TOP_K + choice) * N + n, mask=n < N, other=0.0)
+        total += weight * part.to(tl.float32)
+    tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
