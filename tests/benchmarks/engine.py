@@ -1,4 +1,4 @@
-"""Our engine's side of what `vllm_bench.py` measures of vLLM: decode at batch 1, 16 and 64,
+"""Our engine's side of what `vllm_side.py` measures of vLLM: decode at batch 1, 16 and 64,
 throughput, prefill; an 8B shape, or with ``--shape moe`` Qwen3-30B-A3B's cut to 12 layers; random
 weights.
 
@@ -51,7 +51,7 @@ def seconds(engine: Engine, asked: list[list[int]], tokens: int) -> float:
     return took
 
 
-def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
+def measure(engine: Engine, work: tuple[int, int], *, quick: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for batch, tokens in ((1, 256), (16, 128), (64, 128)):
         seconds(engine, prompts(batch, 128), 4)
@@ -60,9 +60,9 @@ def measure(engine: Engine, *, quick: bool) -> dict[str, float]:
             (seconds(engine, prompts(batch, 128), 16 + tokens) - short) / tokens * 1e3, 3
         )
     if not quick:
-        found["output_tokens_s_512x(512+256)"] = round(
-            512 * 256 / seconds(engine, prompts(512, 512), 256)
-        )
+        count, new = work
+        took = seconds(engine, prompts(count, 512), new)
+        found[f"output_tokens_s_{count}x(512+{new})"] = round(count * new / took)
         found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(engine, prompts(64, 2048), 1))
     return found
 
@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=["8b", "moe"], default="8b")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/random_models"))
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--requests", type=int, default=512, help="of the throughput")
+    parser.add_argument("--new", type=int, default=256, help="tokens of each")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
@@ -149,7 +151,7 @@ def main() -> None:
             }
             found["cache_tokens"] = engine.loop.runner.page_count * 16
             print(f"{kind}: {found}", flush=True)
-            found |= measure(engine, quick=options.quick)
+            found |= measure(engine, (options.requests, options.new), quick=options.quick)
             results[kind] = found
             print(f"RESULT qtool {kind} {json.dumps(found)}", flush=True)
             if options.profile:
