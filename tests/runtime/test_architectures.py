@@ -15,10 +15,9 @@ from qtool.evaluation.perplexity import load_dequantized
 from qtool.runtime.experts.grouped import KERNELS as EXPERTS_KERNELS
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.experts.per_expert import ExpertStack
-from qtool.runtime.kernels import KERNELS, Choice, LinearSpec
+from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, cached_choice
 from qtool.runtime.linear import QuantizedLinear
 from qtool.runtime.load import load
-from qtool.runtime.load_plan import cached_choice
 from qtool.scheme import SCHEMES
 from qtool.weight import dequantize, fake_quantize_input, quantize
 

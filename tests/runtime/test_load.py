@@ -23,10 +23,10 @@ from qtool.cli import output
 from qtool.cli.app import run
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.evaluation.perplexity import load_dequantized, perplexity
-from qtool.runtime.kernels import KERNELS
+from qtool.runtime.kernels import KERNELS, cached_choice
 from qtool.runtime.linear import FusedLinear, QuantizedLinear
 from qtool.runtime.load import load
-from qtool.runtime.load_plan import cached_choice, plan_load
+from qtool.runtime.load_plan import plan_load
 from qtool.scheme import SCHEMES
 from qtool.weight import quantize
 

@@ -11,8 +11,7 @@ from support.published import PUBLISHED
 import qtool
 from qtool.checkpoint import open_checkpoint
 from qtool.formats import detect
-from qtool.runtime.kernels import KERNELS, reference
-from qtool.runtime.load_plan import cached_choice
+from qtool.runtime.kernels import KERNELS, cached_choice, reference
 from qtool.runtime.online import schemes_to_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,0 +1,70 @@
+"""vLLM's side of `engine.py`: the same work on the same checkpoint, run by vLLM with its defaults.
+
+    python tests/benchmarks/vllm_side.py FOLDER [--requests 512] [--new 256] [--quick]
+
+Runs where vLLM is installed, without qtool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(
+        model=options.folder,
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        gpu_memory_utilization=0.8,
+        enable_prefix_caching=False,
+        dtype="bfloat16",
+        max_num_seqs=256,
+    )
+    found = {"start_s": round(time.perf_counter() - start, 1)}
+    random.seed(0)
+
+    def seconds(count: int, size: int, tokens: int) -> float:
+        prompts = [
+            {"prompt_token_ids": [random.randrange(5, 128000) for _ in range(size)]}
+            for _ in range(count)
+        ]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        begin = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    seconds(1, 64, 8)
+    for batch, tokens in ((1, 256), (16, 128), (64, 128)):
+        seconds(batch, 128, 4)
+        short = seconds(batch, 128, 16)
+        both = seconds(batch, 128, 16 + tokens)
+        found[f"decode_ms_batch_{batch}"] = round((both - short) / tokens * 1e3, 3)
+    if not options.quick:
+        count, new = options.requests, options.new
+        took = seconds(count, 512, new)
+        found[f"output_tokens_s_{count}x(512+{new})"] = round(count * new / took)
+        found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(64, 2048, 1))
+    print(f"RESULT vllm {options.folder} {json.dumps(found)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
