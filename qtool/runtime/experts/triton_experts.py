@@ -30,7 +30,7 @@ from qtool.weight import QuantizedWeight, fake_quantize_input
 Product = Literal["codes", "blocks", "weight_only"]
 
 # most choices for each expert, on average -> how the two products are cut; 0: any number. Found on
-# an H200 with the shape of Qwen3-30B-A3B, by tests/benchmarks/sweep_experts.py
+# an H200 with the shape of Qwen3-30B-A3B, by tests/benchmarks/experts_on_gpu.py
 Table = Mapping[int, tuple[Tile, Tile]]
 _CODES: Table = {
     12: (Tile(64, 16, 256, 0, 4, 3, pdl=True), Tile(64, 16, 128, 0, 4, 3, pdl=True)),
