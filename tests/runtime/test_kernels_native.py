@@ -31,7 +31,7 @@ TAKEN = [name for name in SCHEMES if name not in ("W8A8", "W8A8_STATIC", "W4A8")
 @pytest.fixture(params=["amx", "without amx"])
 def path(request, monkeypatch):
     """Take one of the two paths; hypothesis runs all its examples under it."""
-    library = native._library()
+    library = native.native_library()
     assert not isinstance(library, str)
     if request.param == "amx" and not library.amx:
         pytest.skip("this CPU has no AMX, or Linux does not let this process use it")
@@ -220,9 +220,9 @@ def fresh(monkeypatch, tmp_path):
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    native._library.cache_clear()
+    native.native_library.cache_clear()
     yield tmp_path / "qtool"
-    native._library.cache_clear()
+    native.native_library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ from qtool.runtime.kernels import native
 spec = spec_of("W4A16")
 x, weight = sample(spec, 5)
 assert relative_error(run("native", spec, x, weight, None), exact(spec, x, weight, None)) <= 1e-2
-print(native._library().amx)
+print(native.native_library().amx)
 """
 
 
