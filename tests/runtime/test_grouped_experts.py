@@ -145,7 +145,8 @@ def interpret(cases=FEW) -> None:
     for given in cases:
         case = Case(**given)
         assert triton_experts.unsupported_reason(case.layer()[0], Device("cuda", 90)) is None
-        assert case.error(triton_experts) < 1e-2, given
+        # fp4 inputs are rounded, and then multiplied as bfloat16
+        assert case.error(triton_experts) < (3e-2 if case.scheme == "NVFP4" else 1e-2), given
     print("compared")
 
 
