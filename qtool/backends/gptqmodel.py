@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, step_refusals
 from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.checkpoint.strict_json import JsonDict
-from qtool.modules import is_expert, is_head
+from qtool.modules import is_expert, is_head, last_part
 from qtool.plan import Plan
 from qtool.recipe import Awq, Gptq, Recipe
 from qtool.scheme import Scheme
@@ -31,10 +31,9 @@ _ROPE = "changes `rope_parameters`, which transformers then refuses"
 _MISSING = "is not there, and it does not find the layers by itself"
 _ROUTER = "does not fit the router of transformers 5"  # defuser 0.0.28 rewrites their experts
 BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition of it does
-    "bert": _MISSING,
-    "mamba": _MISSING,
-    "mamba2": _MISSING,
-    "falcon_mamba": _MISSING,
+    **dict.fromkeys(("bert", "falcon_mamba", "idefics3", "llava", "mamba", "mamba2"), _MISSING),
+    **dict.fromkeys(("qwen2_audio", "t5", "whisper"), _MISSING),
+    "dbrx": "looks for attention where transformers 5 no longer has it",
     "glm4_moe": _ROUTER,
     "glm4_moe_lite": _ROUTER,
     "gemma3_text": "cannot build its rotary embeddings",
@@ -51,12 +50,19 @@ UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its def
     "glm4v": "gate_up_proj",
     "granitemoe": "experts",
     "granitemoehybrid": "experts",
+    "lfm2_moe": "experts",
     "minimax_m2": "experts",
     "phi3": "gate_up_proj",
     "qwen3_next": "in_proj_ba",
 }
-# it loads the processors of these, which need torchvision
-NEED_TORCHVISION = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
+NEEDS: Mapping[str, str] = {  # model type -> package that its processor needs
+    "internvl": "torchvision",
+    "qwen2_5_vl": "torchvision",
+    "qwen2_vl": "torchvision",
+    "qwen3_vl": "torchvision",
+    "qwen3_vl_moe": "torchvision",
+    "smolvlm": "num2words",
+}
 INTEGERS = frozenset(f"int{bits}" for bits in BITS)
 
 
@@ -84,8 +90,13 @@ class GPTQModelBackend:
         part = UNREACHED.get(kind)
         if any(part in module.layer.split(".") for module in plan.quantized):
             reasons.append(f"its definition of `{kind}` leaves `{part}` in 16 bits")
-        if kind in NEED_TORCHVISION and find_spec("torchvision") is None:
-            reasons.append(f"it loads the image processor of `{kind}`: pip install torchvision")
+        package = NEEDS.get(kind)
+        if package and find_spec(package) is None:
+            reasons.append(f"it loads the image processor of `{kind}`: pip install {package}")
+        if any(
+            is_head(module.name) and last_part(module.name) != "lm_head" for module in plan.modules
+        ):
+            reasons.append("it saves no output head but `lm_head`")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
             reasons.append(
                 "it mixes gate and up, which alternate in one tensor of this model, up: it takes "
