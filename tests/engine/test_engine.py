@@ -55,6 +55,13 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 64,
         "num_experts_per_tok": 2,
     },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         **{
             "n_routed_experts": 4,
@@ -154,7 +161,11 @@ def random_model(model_type: str, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model_type", ["deepseek_v3", "gemma2", "granite", "phi3", "qwen2_moe", "qwen3"]
+    "model_type",
+    [
+        *("deepseek_v3", "gemma2", "granite", "phi3", "qwen2_moe", "qwen3"),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mixtral", "qwen3_moe")),
+    ],
 )
 def test_tokens_are_those_of_transformers(tmp_path, model_type):
     model = random_model(model_type, tmp_path)
