@@ -96,7 +96,7 @@ def _fuse(decoder: Decoder, device: torch.device) -> None:
     before = decoder.layers, decoder.norm
     first = nn.ModuleList(layers[:FIRST])
     try:
-        with _stand_ins(first, GroupedExperts):  # the fused layers have the same
+        with stand_ins(first, GroupedExperts):  # the fused layers have the same
             decoder.layers = first
             expected = _dry_run(decoder, device).output
             decoder.layers = nn.ModuleList(fused[:FIRST])
@@ -151,13 +151,13 @@ def _proven(
     x = random_input((1, TOKENS, len(weight)), weight)
     check = partial(_error, layer, geometry[number], x, arguments)
     tolerance = TOLERANCE[x.dtype]
-    with _stand_ins(layer, QuantizedLinear, GroupedExperts):
+    with stand_ins(layer, QuantizedLinear, GroupedExperts):
         error = check(rotates=True)
         rotates = error <= tolerance
         if not rotates:
             error = min(error, check(rotates=False))
     if error <= tolerance:
-        with _stand_ins(layer, GroupedExperts):
+        with stand_ins(layer, GroupedExperts):
             error = check(rotates=rotates)
         if error <= ROUNDED_TOLERANCE:
             return FusedLayer(layer, geometry[number], rotates=rotates)
@@ -207,7 +207,7 @@ class ExpertsStandIn(nn.Module):
 
 
 @contextmanager
-def _stand_ins(layer: nn.Module, *kinds: type[nn.Module]) -> Iterator[None]:
+def stand_ins(layer: nn.Module, *kinds: type[nn.Module]) -> Iterator[None]:
     """Put a stand-in in place of each quantized layer in ``layer`` that is one of ``kinds``."""
     taken = [member for member in _quantized_members(layer) if isinstance(member[2], kinds)]
     stand_ins: dict[nn.Module, nn.Module] = {
