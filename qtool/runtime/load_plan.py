@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -125,11 +125,11 @@ def plan_load(
             "layers whose weights the model reads directly stay in 16 bits: "
             f"{_shorten(read_directly)}"
         )
-    groups, second_copy = _make_groups(sources, sharing, skeleton.dtype, device)
+    experts, one_by_one = plan_experts(skeleton, sources, device)
+    groups, second_copy = _make_groups(sources, sharing, experts, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
     check_model(checkpoint, layout)
-    experts, one_by_one = plan_experts(skeleton, sources, device)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,
@@ -140,7 +140,7 @@ def plan_load(
         experts=experts,
         unquantized_experts=tuple(unquantized),
         dequantized=tuple(dequantized),
-        warnings=(*warned, *one_by_one, *_slow_groups(groups, device, experts)),
+        warnings=(*warned, *one_by_one, *_slow_groups(groups, device)),
     )
 
 
@@ -210,15 +210,27 @@ def _shorten(sources: Sequence[Source]) -> str:
 def _make_groups(
     sources: Sequence[Source],
     sharing: Sequence[Sequence[str]],
+    experts: Mapping[str, GroupedPlan],
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[list[Group], bool]:
     """Return the groups, and whether there is memory for second copies of their weights."""
     fusible = _fusible(sharing, sources)
-    groups = [make_group(members, dtype, device, second_copy=True) for members in fusible]
+
+    def make(*, second_copy: bool) -> list[Group]:
+        groups = (make_group(each, dtype, device, second_copy=second_copy) for each in fusible)
+        return [_packed_as_a_whole(group, experts) for group in groups]
+
+    groups = make(second_copy=True)
     if _has_room(groups, device):
         return groups, True
-    return [make_group(members, dtype, device, second_copy=False) for members in fusible], False
+    return make(second_copy=False), False
+
+
+def _packed_as_a_whole(group: Group, experts: Mapping[str, GroupedPlan]) -> Group:
+    """Return ``group`` with the kernel of its layer of experts, if that is packed as a whole."""
+    layer = experts.get(group.sources[0].place.module)
+    return replace(group, choice=Choice(layer.kernel, {})) if layer else group
 
 
 def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> list[list[Source]]:
@@ -306,14 +318,12 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
         )
 
 
-def _slow_groups(
-    groups: Sequence[Group], device: torch.device, experts: Collection[str]
-) -> Iterator[str]:
+def _slow_groups(groups: Sequence[Group], device: torch.device) -> Iterator[str]:
     """Yield a warning for each kind of layers that only the `reference` kernel supports."""
     slow = Counter(
         (group.spec.scheme.name, tuple(group.choice.refused.items()))
         for group in groups
-        if group.choice.kernel == "reference" and group.sources[0].place.module not in experts
+        if group.choice.kernel == "reference"
     )
     for (scheme, refused), count in slow.items():
         reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in refused)
