@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from qtool.engine.decoder_layers import distance, random_input
 from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.experts.gates import float_attribute
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.experts.rules import RoutingRule, route
 from qtool.runtime.kernels import current
@@ -91,9 +92,9 @@ def fuse_routers(model: CausalLM) -> None:
 
 def _candidates(router: nn.Module, top_k: int) -> Iterator[RoutingRule]:
     """Yield the rules that a router may follow, by the numbers that it has."""
-    scaling = _number(router, "routed_scaling_factor") or 1.0
-    groups = int(_number(router, "n_group") or _number(router, "num_group") or 1)
-    top_groups = int(_number(router, "topk_group") or 1)
+    scaling = float_attribute(router, "routed_scaling_factor") or 1.0
+    groups = int(float_attribute(router, "n_group") or float_attribute(router, "num_group") or 1)
+    top_groups = int(float_attribute(router, "topk_group") or 1)
     plain = RoutingRule(top_k)
     grouped = RoutingRule(top_k, groups=groups, top_groups=top_groups)
     size = router.get_parameter("weight").shape[0] // groups
@@ -110,11 +111,6 @@ def _candidates(router: nn.Module, top_k: int) -> Iterator[RoutingRule]:
 def _correction(router: nn.Module) -> Tensor | None:
     found = getattr(router, "e_score_correction_bias", None)
     return found if isinstance(found, Tensor) else None
-
-
-def _number(module: nn.Module, name: str) -> float | None:
-    value = getattr(module, name, None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _by_expert(weights: Tensor, experts: Tensor, count: int) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.published.gptq import GPTQ
+from support.published.integers import gptq
+from support.published.models import qwen3_moe, write
 from support.small_models import WEIGHTS, publish
 
 import qtool
@@ -14,6 +18,7 @@ from qtool.architecture import map_names
 from qtool.checkpoint import open_checkpoint
 from qtool.evaluation.perplexity import load_dequantized
 from qtool.formats.packing import expert_matrix
+from qtool.runtime.kernels.native import native_library
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,3 +67,18 @@ def test_gate_and_up_that_alternate_are_right_when_they_are_quantized(tmp_path):
     dequantized = load_dequantized(open_checkpoint(out), dtype=torch.float32)
     expected = dequantized(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_experts_with_act_order_run_one_by_one_and_say_so(tmp_path):
+    if isinstance(reason := native_library(), str):
+        pytest.skip(f"the native kernel does not run here: {reason}")
+    folder = tmp_path / "model"
+    layers = {r"\.experts\.": partial(gptq, act_order=True)}
+    write(folder, qwen3_moe(), layers, {**GPTQ, "desc_act": True})
+    with pytest.warns(RuntimeWarning, match="experts of 2 layers .*act-order") as seen:
+        loaded = qtool.load(folder, device="cpu")
+    assert len([each for each in seen if "act-order" in str(each.message)]) == 1
+    ids = torch.arange(8, 40)[None]
+    found = loaded(input_ids=ids, use_cache=False).logits
+    expected = load_dequantized(open_checkpoint(folder))(input_ids=ids, use_cache=False).logits
+    assert (found - expected).norm() < 1e-2 * expected.norm()

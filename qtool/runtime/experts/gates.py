@@ -66,8 +66,8 @@ def gate_of(experts: nn.Module) -> Gate:
 
 
 def _candidates(experts: nn.Module, own: Callable[[Tensor], Tensor]) -> Iterator[Gate]:
-    limits = {None, *(_number(experts, name) for name in ("limit", "swiglu_limit"))}
-    alphas = {1.0, _number(experts, "alpha") or 1.0}
+    limits = {None, *(float_attribute(experts, name) for name in ("limit", "swiglu_limit"))}
+    alphas = {1.0, float_attribute(experts, "alpha") or 1.0}
     for is_interleaved in (False, True):
         yield Gate("gelu_tanh", own, is_interleaved)
         for limit in limits:
@@ -76,6 +76,7 @@ def _candidates(experts: nn.Module, own: Callable[[Tensor], Tensor]) -> Iterator
                     yield Gate("swiglu", own, is_interleaved, alpha, limit, offset)
 
 
-def _number(module: nn.Module, name: str) -> float | None:
+def float_attribute(module: nn.Module, name: str) -> float | None:
+    """Return the number that ``module`` calls ``name``, None if it has none."""
     value = getattr(module, name, None)
     return float(value) if isinstance(value, int | float) else None

@@ -106,8 +106,6 @@ class GroupedExperts(PackedModule):
     def __init__(self, spec: ExpertsSpec, kernel: str, weights: ExpertWeights) -> None:
         super().__init__()
         self.spec, self.kernel = spec, kernel
-        self.num_experts = spec.count
-        self.hidden_dim = spec.up.shape[1]
         packed = load_experts_kernel(kernel).pack(spec, weights)
         self._names = tuple(packed)
         for name, tensor in packed.items():
@@ -135,8 +133,8 @@ class GroupedExperts(PackedModule):
         """Show number, shapes, schemes and kernel in the printed model."""
         up, down = self.spec.up, self.spec.down
         schemes = " and ".join(sorted({up.scheme.name, down.scheme.name}))
-        inner = down.shape[1]
-        return f"{self.spec.count} x ({self.hidden_dim} -> {inner}), {schemes}, {self.kernel}"
+        sizes = f"{up.shape[1]} -> {down.shape[1]}"
+        return f"{self.spec.count} x ({sizes}), {schemes}, {self.kernel}"
 
 
 @dataclass(frozen=True)

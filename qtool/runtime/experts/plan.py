@@ -54,13 +54,17 @@ def plan_experts(
             grouped[holder] = _plan_layer(skeleton, holder, members, device)
         except _OneByOne as error:
             reasons[str(error)].append(holder)
-    warned = [
+    if device.type != "cuda":
+        return grouped, []
+    return grouped, [slow_experts(reason, layers) for reason, layers in reasons.items()]
+
+
+def slow_experts(reason: str, layers: Sequence[str]) -> str:
+    """Return the warning that the experts of ``layers`` are not packed as a whole."""
+    return (
         f"the experts of {len(layers)} layers (`{layers[0]}`) are multiplied one after another, "
         f"which is slow: {reason}"
-        for reason, layers in reasons.items()
-        if device.type == "cuda"
-    ]
-    return grouped, warned
+    )
 
 
 def _plan_layer(

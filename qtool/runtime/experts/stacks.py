@@ -14,7 +14,7 @@ from qtool.name_map import LinearWeight
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights, GroupedExperts
 from qtool.runtime.experts.per_expert import ExpertStack, side_by_side
-from qtool.runtime.experts.plan import DOWN, UP, GroupedPlan
+from qtool.runtime.experts.plan import DOWN, UP, GroupedPlan, slow_experts
 from qtool.runtime.join import interleave, join, same_input, scaled_by_row
 from qtool.runtime.kernels import choose, device_of
 from qtool.runtime.linear import QuantizedLinear
@@ -48,6 +48,8 @@ class ExpertStacks:
         # module -> parameter -> what it is made of
         self._holders: dict[str, dict[str, _Stack]] = {}
         self._complete: list[str] = []
+        # why layers are not packed as a whole, as only their data show -> these layers
+        self._split: dict[str, list[str]] = {}
 
     def add(self, place: LinearWeight, layer: nn.Module | QuantizedWeight) -> None:
         """Note the layer that goes to ``place``, or its weight where all are packed together."""
@@ -65,11 +67,7 @@ class ExpertStacks:
             stacks, plan = self._holders[holder], self._grouped[holder]
             reasons = map(_per_expert_reason, stacks.values())
             if reason := next((reason for reason in reasons if reason), None):
-                warnings.warn(
-                    f"the experts of `{holder}` are multiplied one after another: {reason}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._split.setdefault(reason, []).append(holder)
                 _split_up(stacks, plan.spec)
             else:
                 del self._holders[holder]
@@ -77,7 +75,11 @@ class ExpertStacks:
         self._complete.clear()
 
     def install(self, model: CausalLM) -> None:
-        """Replace the parameters of ``model`` that hold the experts which are left."""
+        """Replace the parameters of ``model`` that hold the experts which are left, and warn of
+        those that could not be packed as a whole.
+        """
+        for reason, holders in self._split.items():
+            warnings.warn(slow_experts(reason, holders), RuntimeWarning, stacklevel=2)
         for holder, stacks in self._holders.items():
             for parameter, stack in stacks.items():
                 layers = [in_order(stack.experts[number]) for number in sorted(stack.experts)]

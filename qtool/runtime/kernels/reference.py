@@ -36,6 +36,8 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """Multiply by the dequantized weight."""
     block = uneven_block(spec.scheme.weights, spec.shape)
+    if block and packed["scale"].shape[0] == spec.shape[0]:
+        block = (1, block[1])  # each row has scales of its own, as `scaled_by_row` gives them
     weight = QuantizedWeight(
         packed["data"], packed["scale"], packed.get("scale2"), packed.get("zero"), block=block
     )

@@ -17,7 +17,7 @@ TILE = 1024  # outputs of a program that adds up
 
 
 def top_experts(
-    logits: Tensor, rule: RoutingRule, bias: Tensor | None, dtype: torch.dtype, *, pdl: bool = False
+    logits: Tensor, rule: RoutingRule, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return what `route` does, weights of ``dtype`` and experts int64 [T, top_k], in one launch.
 
@@ -26,7 +26,6 @@ def top_experts(
         rule: how to choose; where it has groups, their number and size are powers of two.
         bias: f32 [experts], or None.
         dtype: of the weights.
-        pdl: whether to start while the kernel before ends.
     """
     tokens, count = logits.shape
     weights = logits.new_empty(tokens, rule.top_k, dtype=dtype)
@@ -47,9 +46,7 @@ def top_experts(
         OF_CHOSEN=rule.of_chosen,
         NORMALIZES=rule.normalizes,
         SCALING=rule.scaling,
-        PDL=pdl,
         num_warps=1 if padded <= 256 else 2,
-        **({"launch_pdl": True} if pdl else {}),
     )
     return weights, experts
 
@@ -125,12 +122,10 @@ def _top_experts(  # type: ignore[no-untyped-def]
     OF_CHOSEN: tl.constexpr,
     NORMALIZES: tl.constexpr,
     SCALING: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, PADDED)
     j = tl.arange(0, TOP_PADDED)
-    start_early(PDL)
     logit = tl.load(logits + token * N + e, mask=e < N, other=float("-inf")).to(tl.float32)
     if SIGMOID:
         score = tl.sigmoid(logit)
@@ -148,7 +143,7 @@ def _top_experts(  # type: ignore[no-untyped-def]
     chosen = tl.zeros((TOP_PADDED,), tl.int32)
     weight = tl.zeros((TOP_PADDED,), tl.float32)
     for i in tl.static_range(TOP_K):
-        best = tl.argmax(choice, 0)
+        best = tl.minimum(tl.argmax(choice, 0), N - 1)  # which is anything where all are NaN
         chosen = tl.where(j == i, best, chosen)
         weight = tl.where(j == i, tl.sum(tl.where(e == best, score, 0.0), 0), weight)
         choice = tl.where(e == best, float("-inf"), choice)
