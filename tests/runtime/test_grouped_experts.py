@@ -22,6 +22,7 @@ def test_the_native_kernel_multiplies_all_experts_as_the_definition_does(scheme)
         {"scheme": "FP8_BLOCK"},
         {"scheme": "FP8_BLOCK", "hidden": 200, "inner": 80},  # blocks that reach over the edge
         {"scheme": "NVFP4"},
+        {"scheme": "W8A8"},
         {"scheme": "FP8", "gate": "squared_relu", "tokens": 33, "top_k": 3},
     ],
     ids=lambda case: case["scheme"],

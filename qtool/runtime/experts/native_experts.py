@@ -21,9 +21,9 @@ _jobs: Mapping[Tensor, ctypes.Array[native.Job]] = WeakTensorKeyDictionary()
 
 
 def unsupported_reason(spec: ExpertsSpec, device: Device) -> str | None:
-    """Support what the native kernel does."""
+    """Support what native.c does: also integers with integers, as oneDNN takes no experts."""
     for linear in (spec.up, spec.down):
-        if reason := native.unsupported_reason(linear, device):
+        if reason := native.unsupported_product(linear):
             return reason
         inputs = linear.scheme.activations
         if inputs and not inputs.symmetric and not inputs.dynamic:

@@ -63,10 +63,14 @@ SCALES = {
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Support all weights with bfloat16 inputs, rounded or not.
+    """Support what native.c does, but leave integers with integers to oneDNN, which is faster."""
+    if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
+        return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
+    return unsupported_product(spec)
 
-    oneDNN multiplies integers with integers.
-    """
+
+def unsupported_product(spec: LinearSpec) -> str | None:
+    """Support all weights with bfloat16 inputs, rounded or not."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "needs a CPU with AVX512_BF16"
     if reason := not_bfloat16(spec):
@@ -74,8 +78,6 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     width = _width(spec)
     if width < spec.shape[1] and width % 16:
         return f"weights {spec.scheme.weights}: supports groups of a multiple of 16 inputs"
-    if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
-        return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
     library = native_library()
     return library if isinstance(library, str) else None
 
