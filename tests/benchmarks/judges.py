@@ -14,9 +14,10 @@ with the bundled tokenizer.
 
 Perplexity is that of the first 300 tokens of 4 texts of evaluation.jsonl. It is a disagreement when
 a checkpoint that loads, as inspect says, fails, or is more than 1 % away from `qtool.load`, or by
-0.1 on average in the log probability of a token; and when one that inspect refuses is not. Where
-an engine does not round inputs that the checkpoint says are rounded, as inspect says of experts and
-of the GPU, it is compared with the dequantized model without that rounding.
+0.1 on average in the log probability of a token (0.2 where inputs are NVFP4: two libraries round
+one scale in a hundred to neighbours, which are 8 % apart); and when one that inspect refuses is
+not. Where an engine does not round inputs that the checkpoint says are rounded, as inspect says of
+experts and of the GPU, it is compared with the dequantized model without that rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ TEXTS, TOKENS = 4, 300
 EXPERTS = 4
 TOLERANCE = 0.01  # of the perplexity
 LARGEST_OFF = 0.1  # mean difference of log probabilities
-TIMEOUT_S = 900
+LARGEST_OFF_NVFP4 = 0.2
+TIMEOUT_S = 1800
+REFUSED_ON_GPUS = {"E_ENGINE_W4A8_CPU"}  # what inspect refuses since only CPUs have a kernel
 VLLM_GPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -170,23 +173,34 @@ def judge(model: str, method: str, folder: Path, arguments: argparse.Namespace) 
         found = {each.code for each in report.findings}
         judge_of_ours = next((UNROUNDED[code] for code in UNROUNDED if code in found), "qtool")
         expected = ask(judge_of_ours, folder, sys.executable, VLLM_CPU)
-        yield compared(Row(model, method, engine, says, str(does)), does, expected)
+        on_cpu = engine == "vllm" and not gpu
+        loads = report.loads or (on_cpu and REFUSED_ON_GPUS.issuperset(report.refusals))
+        largest_off = LARGEST_OFF_NVFP4 if "NVFP4" in schemes else LARGEST_OFF
+        row = Row(model, method, engine, says, str(does))
+        yield compared(row, does, expected, loads=loads, largest_off=largest_off)
 
 
-def compared(row: Row, does: list[float] | str, expected: list[float] | str) -> Row:
-    """Return ``row`` with the numbers, and whether inspect was right."""
+def compared(
+    row: Row,
+    does: list[float] | str,
+    expected: list[float] | str,
+    *,
+    loads: bool,
+    largest_off: float,
+) -> Row:
+    """Return ``row`` with the numbers, and whether inspect was right to say that it ``loads``."""
     if isinstance(expected, str):
         row.does += f"; qtool: {expected}"
         return row
     row.qtool = perplexity(expected)
     if isinstance(does, str):
-        row.agrees = row.says != "loads"
+        row.agrees = not loads
         return row
     found = perplexity(does)
     row.does = f"{found:.3f}"
     row.off = sum(abs(a - b) for a, b in zip(does, expected, strict=True)) / len(does)
-    is_right = abs(found / row.qtool - 1) <= TOLERANCE and row.off <= LARGEST_OFF
-    row.agrees = is_right == (row.says == "loads")
+    is_right = abs(found / row.qtool - 1) <= TOLERANCE and row.off <= largest_off
+    row.agrees = is_right == loads
     return row
 
 
