@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qtool.runtime.kernels import Call, Choice, LinearSpec, codes_taken, load_kernel, number_of
 from qtool.runtime.packed import PackedModule
+from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
 
@@ -54,6 +55,11 @@ class QuantizedLinear(PackedModule):
             for name, tensor in packed.items():
                 self.register_buffer(f"{kernel}_{name}", tensor, persistent=False)
         return tuple(calls)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme of its matrix."""
+        return (self.spec.scheme,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""

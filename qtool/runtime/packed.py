@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import UsageError
+from qtool.scheme import Scheme
 
 
 class PackedModule(nn.Module):
     """Holds packed weights as buffers that move and are shared whole, and never change."""
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme of each matrix that it multiplies with."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device of the same type, and keep all dtypes: codes must not be cast."""

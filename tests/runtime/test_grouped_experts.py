@@ -59,6 +59,18 @@ def native_error(**case) -> float:
     return made.error(native_experts)
 
 
+def test_a_server_names_the_schemes_of_experts_too():
+    import torch
+    from support.experts import Case
+
+    from qtool.runtime.experts.grouped import GroupedExperts
+    from qtool.serve.backend import engine_process
+
+    spec, weights = Case("MXFP4A16", experts=2).layer()
+    model = torch.nn.Sequential(GroupedExperts(spec, "reference", weights))
+    assert engine_process._schemes(model) == "MXFP4A16"
+
+
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "count"), [(1, 2, 8), (200, 2, 5), (33, 8, 128), (64, 1, 2)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.kernels import Device, LinearSpec, current
 from qtool.runtime.packed import PackedModule
+from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
 
 # device type -> modules of this package, the fastest first
@@ -113,6 +114,11 @@ class GroupedExperts(PackedModule):
         self._call = len(_CALLS)
         _CALLS.append(_Call(spec, kernel, self._names))
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme of each matrix, two of each expert."""
+        return (self.spec.up.scheme, self.spec.down.scheme) * self.spec.count
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum of the experts of each token, [T, N], from inputs [T, K], the experts
         [T, top_k] of each token, and their weights.
@@ -132,7 +138,7 @@ class GroupedExperts(PackedModule):
     def extra_repr(self) -> str:
         """Show number, shapes, schemes and kernel in the printed model."""
         up, down = self.spec.up, self.spec.down
-        schemes = " and ".join(sorted({up.scheme.name, down.scheme.name}))
+        schemes = " and ".join(sorted({scheme.name for scheme in self.schemes}))
         sizes = f"{up.shape[1]} -> {down.shape[1]}"
         return f"{self.spec.count} x ({sizes}), {schemes}, {self.kernel}"
 

@@ -254,11 +254,10 @@ def _schemes(model: nn.Module) -> str:
     """Return the schemes of the quantized layers, the most frequent first; empty when there is
     none.
     """
-    from qtool.runtime.linear import QuantizedLinear
+    from qtool.runtime.packed import PackedModule
 
-    names = Counter(
-        module.spec.scheme.name for module in model.modules() if isinstance(module, QuantizedLinear)
-    )
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    names = Counter(scheme.name for module in packed for scheme in module.schemes)
     return "; ".join(name for name, _ in names.most_common())
 
 
