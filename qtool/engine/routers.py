@@ -31,9 +31,9 @@ class FusedRouter(nn.Module):
         self.logits_dtype = outputs[0].dtype
         weight = router.get_parameter("weight")
         self.weight = nn.Parameter(weight.to(self.logits_dtype), requires_grad=False)
-        bias = getattr(router, "bias", None)
+        bias = _tensor(router, "bias")
         self.bias = None if bias is None else bias.to(self.logits_dtype)
-        correction = _correction(router)
+        correction = _tensor(router, "e_score_correction_bias")
         self.register_buffer(
             "correction", None if correction is None else correction.float(), persistent=False
         )
@@ -46,11 +46,10 @@ class FusedRouter(nn.Module):
             return None
         x = random_input((TOKENS, weight.shape[1]), weight)
         try:
-            outputs = router(x)
-            logits, weights, experts = outputs
-        except (TypeError, ValueError):
+            logits, weights, experts = router(x)
+            expected = _by_expert(weights, experts, weight.shape[0])
+        except Exception:  # the code of an architecture may return, and raise, anything
             return None
-        expected = _by_expert(weights, experts, weight.shape[0])
         for rule in _candidates(router, experts.shape[-1]):
             fused = cls(router, rule, (logits, weights))
             _, found, chosen = fused(x)
@@ -108,8 +107,8 @@ def _candidates(router: nn.Module, top_k: int) -> Iterator[RoutingRule]:
                     yield replace(base, scores=scores, normalizes=normalizes, scaling=factor)
 
 
-def _correction(router: nn.Module) -> Tensor | None:
-    found = getattr(router, "e_score_correction_bias", None)
+def _tensor(router: nn.Module, name: str) -> Tensor | None:
+    found = getattr(router, name, None)
     return found if isinstance(found, Tensor) else None
 
 

@@ -65,6 +65,8 @@ def test_a_router_with_another_rule_is_left_alone():
     plain = router.forward
     router.forward = lambda x: (plain(x)[0], plain(x)[1] ** 2, plain(x)[2])
     assert FusedRouter.of(router) is None
+    # returns numbers of another shape
+    assert FusedRouter.of(made("granitemoe", "GraniteMoeTopKRouter")) is None
 
 
 @pytest.mark.parametrize(
