@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from qtool.engine.routers import FusedRouter
+from qtool.name_map import LinearWeight
 from qtool.runtime.experts.gates import gate_of
+from qtool.runtime.experts.plan import plan_experts
+from qtool.runtime.source import Source
+from qtool.scheme import SCHEMES
 
 CONFIG = {
     "hidden_size": 64,
@@ -82,3 +86,19 @@ def test_what_experts_do_between_their_products_is_seen(model, name, expected):
     experts = made(model, name, **(values if model == "gemma4" else {}))
     gate = gate_of(experts)
     assert (gate.kind, gate.alpha, gate.limit, gate.offset, gate.is_interleaved) == expected
+
+
+def test_experts_whose_activation_has_weights_are_left_to_their_own_code():
+    experts = made("mixtral", "MixtralExperts", hidden_act="xielu").to("meta")
+    skeleton = SimpleNamespace(module={"experts": experts}.__getitem__, dtype=torch.bfloat16)
+    sources = [
+        Source(
+            name,
+            LinearWeight(name, shape, name, "experts", name, is_stacked=True),
+            (32 * shape[0], shape[1]),
+            SCHEMES["W8A16_CHANNEL"],
+            experts=32,
+        )
+        for name, shape in (("gate_up_proj", (32, 64)), ("down_proj", (64, 16)))
+    ]
+    assert plan_experts(skeleton, sources, torch.device("cpu")) == ({}, [])

@@ -80,6 +80,9 @@ def _plan_layer(
     up_name = UP[0] if module.has_gate else UP[1]
     if {*by_parameter} != {up_name, DOWN}:
         raise _OneByOne("only some of their matrices are quantized")
+    matrices = {f"{name}{suffix}" for name in (up_name, DOWN) for suffix in ("", "_bias")}
+    if others := sorted({name for name, _ in module.named_parameters()} - matrices):
+        raise _OneByOne(f"they also have the weights `{'`, `'.join(others)}`")
     count: int = module.get_parameter(DOWN).shape[0]
     up, down = (_linear(skeleton, by_parameter[name], count) for name in (up_name, DOWN))
     spec = ExpertsSpec(count, up, down, gate_of(module))
