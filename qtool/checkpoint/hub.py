@@ -65,7 +65,9 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
     _check_endpoint()
     path = Path(model_path)
     with file_errors(reading=[path]):
-        if not _may_be_hub_name(model_path) or is_there(path):
+        # Linux says ENAMETOOLONG of others, and the Hub knows none of them either
+        is_file_name = all(len(os.fsencode(part)) <= 255 for part in path.parts)
+        if not _may_be_hub_name(model_path) or (is_file_name and is_there(path)):
             return path
     request: DownloadRequest = {
         "name": model_path,
