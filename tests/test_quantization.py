@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from support import ROOT
 from transformers import (
     AutoModelForCausalLM,
-    FalconMambaConfig,
     LlamaConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
@@ -271,21 +270,21 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_library_error_names_library_place_and_log(tmp_path):
-    config = FalconMambaConfig(
-        hidden_size=128,
-        state_size=16,
-        time_step_rank=32,
-        num_hidden_layers=1,
-        vocab_size=4096,
-        intermediate_size=128,
+def test_a_library_error_names_library_place_and_log(tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        "import torch\n"
+        "def cholesky(*_, **__):\n"
+        "    raise RuntimeError('this machine cannot do it')\n"
+        "torch.linalg.cholesky = cholesky\n"
     )
-    model = write_random(config, tmp_path / "model")
-    options = {**DATA, "num_samples": 2, "group_size": 32}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
     with pytest.raises(qtool.QtoolError) as caught:
-        qtool.quantize(model, method="gptq_int4", output=tmp_path / "out", **options)
+        qtool.quantize(
+            MODEL, method="w4a16_gptq", output=tmp_path / "out", **{**DATA, "num_samples": 2}
+        )
     assert caught.value.exit_code == 5
-    assert re.search(r"gptqmodel 7\.\d+\.\d+ failed while", caught.value.message)
+    assert re.search(r"llmcompressor 0\.\S+ failed after layers 1 of 7", caught.value.message)
     assert str(tmp_path / "out.qtool.log") in caught.value.hint
     assert "Traceback" in (tmp_path / "out.qtool.log").read_text(errors="replace")
     assert not (tmp_path / "out").exists()
