@@ -16,7 +16,7 @@ from qtool.formats import Layout
 from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.experts.plan import GroupedPlan, plan_experts
-from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of
+from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of, linear_spec
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source
@@ -282,9 +282,7 @@ def make_group(
     scheme = sources[0].scheme
     assert scheme is not None
     rows = sum(source.shape[0] // source.experts for source in sources)
-    activations = scheme.activations
-    static = activations is not None and activations.needs_data
-    spec = LinearSpec(scheme, (rows, sources[0].shape[1]), dtype, static)
+    spec = linear_spec(scheme, (rows, sources[0].shape[1]), dtype)
     choice = cached_choice(spec, device_of(device), second_copy=second_copy)
     return Group(tuple(sources), spec, choice)
 

@@ -28,6 +28,7 @@ from support.experts import Case  # noqa: E402
 
 from qtool.runtime.experts import triton_experts  # noqa: E402
 from qtool.runtime.experts.gates import Gate  # noqa: E402
+from qtool.runtime.experts.packing import part  # noqa: E402
 from qtool.runtime.experts.routing import Blocks  # noqa: E402
 from qtool.runtime.kernels import LinearSpec  # noqa: E402
 from qtool.runtime.kernels import triton_w8a8 as w8a8  # noqa: E402
@@ -132,7 +133,7 @@ def sweep(scheme: str, tokens: int) -> None:
             active * outputs * inputs * bits / 8 / BANDWIDTH,
             2 * tokens * 8 * outputs * inputs / RATE[bits],
         )
-        multiply = product_of(linear, rows, packed, f"{name}_", gate=spec.gate)
+        multiply = product_of(linear, rows, packed, name, gate=spec.gate)
         found = []
         for tile in tiles(triton_experts._product(linear), tokens * 8 / 128):
             blocks = sort_choices(experts, 128, tile.m)
@@ -148,14 +149,12 @@ def sweep(scheme: str, tokens: int) -> None:
 
 
 def product_of(
-    linear: LinearSpec, rows: Tensor, packed: dict[str, Tensor], start: str, gate: Gate
+    linear: LinearSpec, rows: Tensor, packed: dict[str, Tensor], name: str, gate: Gate
 ) -> Callable[[Tile, Blocks], Tensor]:
     """Return one of the two products, without the rounding of its input."""
     product, inputs = triton_experts._product(linear), linear.shape[1]
-    tensors = {
-        key.removeprefix(start): value for key, value in packed.items() if key.startswith(start)
-    }
-    own = gate if start == "up_" else None
+    tensors = part(packed, name)
+    own = gate if name == "up" else None
     if product == "weight_only":
         plain = triton_experts._without_inputs(linear)
         return lambda tile, blocks: weight_only.multiply_blocks(

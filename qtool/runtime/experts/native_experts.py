@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
-from qtool.runtime.experts.packing import input_scales
+from qtool.runtime.experts.packing import input_scales, scales_of_rows, unsupported_inputs
 from qtool.runtime.kernels import Device, LinearSpec, native
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
@@ -23,13 +23,9 @@ _jobs: Mapping[Tensor, ctypes.Array[native.Job]] = WeakTensorKeyDictionary()
 def unsupported_reason(spec: ExpertsSpec, device: Device) -> str | None:
     """Support what native.c does: also integers with integers, as oneDNN takes no experts."""
     for linear in (spec.up, spec.down):
-        if reason := native.unsupported_product(linear):
+        reason = native.unsupported_product(linear)
+        if reason := reason or unsupported_inputs(linear.scheme.activations):
             return reason
-        inputs = linear.scheme.activations
-        if inputs and not inputs.symmetric and not inputs.dynamic:
-            return f"it has no calibrated zero points of inputs ({inputs})"
-        if inputs and inputs.granularity == "tensor" and inputs.dynamic:
-            return f"it does not find one input scale for all tokens ({inputs})"
     return None
 
 
@@ -93,12 +89,8 @@ def _product(
     """Multiply rows ``x`` [rows, K], in the order of ``chosen``: (rows, expert)."""
     library = native.native_library()
     assert not isinstance(library, str)
-    inputs, static = spec.scheme.activations, packed.get(f"{name}_input_scale")
-    if inputs:
-        scale = None
-        if static is not None:
-            shape = (-1, 1, 1) if inputs.granularity == "group" else (-1, 1)
-            scale = (static if static.numel() == 1 else static[experts]).reshape(shape)
+    if inputs := spec.scheme.activations:
+        scale = scales_of_rows(packed.get(f"{name}_input_scale"), experts, inputs)
         x = fake_quantize_input(x, inputs, scale).contiguous()
     y = x.new_empty(x.shape[0], spec.shape[0])
     known = _jobs_of(spec, name, packed)

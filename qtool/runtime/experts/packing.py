@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.join import interleave, join
+from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight
 
 
@@ -45,3 +47,31 @@ def input_scales(weights: list[QuantizedWeight]) -> Tensor | None:
         return None
     each = torch.stack([scale.float().reshape(()) for scale in scales])
     return each[:1].clone() if bool((each == each[0]).all()) else each
+
+
+def scales_of_rows(scales: Tensor | None, experts: Tensor, inputs: Activations) -> Tensor | None:
+    """Return calibrated input scales in the shape that rows [rows, K] are divided by.
+
+    Args:
+        scales: from `input_scales`.
+        experts: of each row, [rows].
+        inputs: how rows are rounded.
+    """
+    if scales is None or scales.numel() == 1:
+        return scales
+    return scales[experts].reshape((-1, 1, 1) if inputs.granularity == "group" else (-1, 1))
+
+
+def unsupported_inputs(inputs: Activations | None) -> str | None:
+    """Return why the rows of all experts cannot be rounded together by `fake_quantize_input`."""
+    if inputs and inputs.granularity == "tensor" and inputs.dynamic:
+        return f"it does not find one input scale for all tokens ({inputs})"
+    if inputs and not inputs.symmetric and not inputs.dynamic:
+        return f"it has no calibrated zero points of inputs ({inputs})"
+    return None
+
+
+def part(packed: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of ``packed`` with ``name`` and an underscore before their own names."""
+    start = f"{name}_"
+    return {key[len(start) :]: value for key, value in packed.items() if key.startswith(start)}

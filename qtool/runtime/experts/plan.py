@@ -10,7 +10,7 @@ import torch
 
 from qtool.runtime.experts.gates import gate_of
 from qtool.runtime.experts.grouped import ExpertsSpec, choose_experts
-from qtool.runtime.kernels import LinearSpec, device_of, with_channel_scales
+from qtool.runtime.kernels import LinearSpec, device_of, linear_spec, with_channel_scales
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source
 
@@ -106,9 +106,7 @@ def _linear(skeleton: Skeleton, members: Sequence[Source], count: int) -> Linear
     (scheme,) = schemes
     assert scheme is not None
     outputs = sum(shape[0] for _, shape in shapes)
-    activations = scheme.activations
-    static = activations is not None and activations.needs_data
-    spec = LinearSpec(scheme, (outputs, members[0].shape[1]), skeleton.dtype, static)
+    spec = linear_spec(scheme, (outputs, members[0].shape[1]), skeleton.dtype)
     return with_channel_scales(spec) if scheme.weights.granularity == "tensor" else spec
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
+from qtool.runtime.experts.packing import part
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels import reference as linear
 
@@ -24,9 +25,9 @@ def unsupported_reason(spec: ExpertsSpec, device: Device) -> str | None:
 def pack(spec: ExpertsSpec, weights: ExpertWeights) -> dict[str, Tensor]:
     """Keep the tensors of each expert as they are, under its number."""
     packed = {}
-    for name, parts in (("up", weights.up), ("down", weights.down)):
+    for name, of, parts in (("up", spec.up, weights.up), ("down", spec.down, weights.down)):
         for expert, weight in enumerate(parts):
-            for key, tensor in linear.pack(spec.up, weight).items():
+            for key, tensor in linear.pack(of, weight).items():
                 packed[f"{name}_{expert}_{key}"] = tensor
     biases = {"up_bias": weights.up_bias, "down_bias": weights.down_bias}
     return packed | {name: bias for name, bias in biases.items() if bias is not None}
@@ -53,8 +54,7 @@ def apply(
 def _product(
     spec: LinearSpec, name: str, expert: int, x: Tensor, packed: Mapping[str, Tensor]
 ) -> Tensor:
-    start = f"{name}_{expert}_"
-    tensors = {key[len(start) :]: value for key, value in packed.items() if key.startswith(start)}
+    tensors = part(packed, f"{name}_{expert}")
     bias = packed.get(f"{name}_bias")
     of_expert = None if bias is None else bias[expert].to(x.dtype)
     return linear.apply(replace(spec, dtype=x.dtype), x, tensors, of_expert)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
-from qtool.runtime.experts.packing import input_scales, stack, stack_bias
+from qtool.runtime.experts.packing import (
+    input_scales,
+    part,
+    scales_of_rows,
+    stack,
+    stack_bias,
+    unsupported_inputs,
+)
 from qtool.runtime.experts.routing import Blocks
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels import triton_w8a8 as w8a8
@@ -31,6 +38,7 @@ Product = Literal["codes", "blocks", "weight_only"]
 
 # most choices for each expert, on average -> how the two products are cut; 0: any number. Found on
 # an H200 with the shape of Qwen3-30B-A3B, by tests/benchmarks/experts_on_gpu.py
+# The same numbers stand in all tables, with blocks of the same size.
 Table = Mapping[int, tuple[Tile, Tile]]
 _CODES: Table = {
     12: (Tile(64, 16, 256, 0, 4, 3, pdl=True), Tile(64, 16, 128, 0, 4, 3, pdl=True)),
@@ -66,7 +74,6 @@ def unsupported_reason(spec: ExpertsSpec, device: Device) -> str | None:
 
 
 def _unsupported_linear(spec: LinearSpec, device: Device) -> str | None:
-    inputs = spec.scheme.activations
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
     product = _product(spec)
@@ -74,11 +81,8 @@ def _unsupported_linear(spec: LinearSpec, device: Device) -> str | None:
         return f"its inputs come in groups of 128, which do not divide {spec.shape[1]}"
     if product != "weight_only":
         return None
-    if inputs and inputs.granularity == "tensor" and inputs.dynamic:
-        return f"it does not find one input scale for all tokens ({inputs})"
-    if inputs and not inputs.symmetric and not inputs.dynamic:
-        return f"it has no calibrated zero points of inputs ({inputs})"
-    return weight_only.unsupported_reason(_without_inputs(spec), device)
+    reason = unsupported_inputs(spec.scheme.activations)
+    return reason or weight_only.unsupported_reason(_without_inputs(spec), device)
 
 
 @lru_cache(maxsize=1024)
@@ -135,15 +139,9 @@ def apply(
     packed: Mapping[str, Tensor],
 ) -> Tensor:
     """Multiply all choices with the experts, apply the gate between, and add up."""
-    tiles = [
-        _tile(_product(linear), experts.numel(), spec.count) for linear in (spec.up, spec.down)
-    ]
-    size = max(up.m for up, _ in tiles)
-    up, down = (
-        next(pair[i] for pair in TILES[_product(linear)].values() if pair[i].m == size)
-        for i, linear in enumerate((spec.up, spec.down))
-    )
-    blocks = sort_choices(experts, spec.count, size, pdl=True)
+    each = experts.numel() / spec.count
+    (up, _), (_, down) = (_tiles(_product(linear), each) for linear in (spec.up, spec.down))
+    blocks = sort_choices(experts, spec.count, up.m, pdl=True)
     gate = _fused(spec.gate)
     inner = _multiply(spec.up, x, experts, packed, "up", up, blocks, gate)
     if gate is None:
@@ -152,9 +150,9 @@ def apply(
     return add_up(y, weights, pdl=True)
 
 
-def _tile(product: Product, choices: int, count: int) -> tuple[Tile, Tile]:
+def _tiles(product: Product, each: float) -> tuple[Tile, Tile]:
+    """Return how both products are cut for ``each`` choices of an expert on average."""
     table = TILES[product]
-    each = choices / count
     return table[next((most for most in table if each <= most), 0)]
 
 
@@ -169,19 +167,17 @@ def _multiply(
     gate: Gate | None = None,
 ) -> Tensor:
     """Round the input and multiply with the weights ``name``."""
-    product, inputs, bias = _product(spec), spec.scheme.activations, packed.get(f"{name}_bias")
-    start = f"{name}_"
-    tensors = {key[len(start) :]: value for key, value in packed.items() if key.startswith(start)}
-    static = tensors.get("input_scale")
+    product, inputs, tensors = _product(spec), spec.scheme.activations, part(packed, name)
+    static, bias = tensors.get("input_scale"), tensors.get("bias")
     if static is not None and static.numel() > 1:
         # each expert rounds its tokens with a scale of its own
         x = x.repeat_interleave(blocks.top_k, 0)
-        static = static[experts.reshape(-1)]
         blocks = blocks.of_own_rows()
+    if inputs:
+        static = scales_of_rows(static, experts.reshape(-1), inputs)
     if product == "weight_only":
         if inputs:
-            scale = None if static is None else _beside(static, inputs)
-            x = fake_quantize_input(x, inputs, scale).contiguous()
+            x = fake_quantize_input(x, inputs, static).contiguous()
         return weight_only.multiply_blocks(
             _without_inputs(spec), x, tensors, bias, tile, blocks, gate
         )
@@ -195,10 +191,3 @@ def _multiply(
     return w8a8.multiply_blocks(
         codes, scale, tensors, bias, spec.shape, spec.dtype, tile, blocks, gate
     )
-
-
-def _beside(scales: Tensor, inputs: Activations) -> Tensor:
-    """Return a scale for each row, or one for all, in the shape that rows in groups need."""
-    if scales.numel() == 1:
-        return scales
-    return scales.reshape(-1, 1, 1) if inputs.granularity == "group" else scales.reshape(-1, 1)

@@ -156,6 +156,12 @@ def choose(spec: LinearSpec, device: Device, *, second_copy: bool = True) -> Cho
     return Choice(name, refused, few)
 
 
+def linear_spec(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> LinearSpec:
+    """Return the layer of N outputs and K inputs, ``shape``, that runs in ``scheme``."""
+    inputs = scheme.activations
+    return LinearSpec(scheme, shape, dtype, inputs is not None and inputs.needs_data)
+
+
 cached_choice = lru_cache(maxsize=None)(choose)
 
 
