@@ -17,7 +17,7 @@ from qtool.architecture.standard import Shape, model_tensors
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
-from qtool.modules import is_mtp_layer, tower_of
+from qtool.modules import ONE_EXPERT, is_mtp_layer, tower_of
 
 REPORTS = {  # what transformers reports after loading -> what that means for a checkpoint
     "missing_keys": "lacks {count} tensors of the model",
@@ -44,17 +44,18 @@ def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
     named = class_of(checkpoint)
     if named is None:
         return
+    shapes = {
+        name: shape
+        for name, shape in model_tensors(checkpoint, layout).items()
+        if not is_mtp_layer(checkpoint, name)
+    }
+    _check_experts(checkpoint, shapes)
     with building(checkpoint), torch.device("meta"):
         config = read_config(checkpoint)
         model_class = _class_for(config, named)
         if model_class is None:
             return
         model = model_class._from_config(config, dtype=torch.bfloat16)
-        shapes = {
-            name: shape
-            for name, shape in model_tensors(checkpoint, layout).items()
-            if not is_mtp_layer(checkpoint, name)
-        }
         report = _load_without_data(model, config, shapes)
     parameters = {name: each.numel() for name, each in model.named_parameters()}
     missing = {*(report.get("missing_keys") or ())}
@@ -65,6 +66,31 @@ def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
         key for key in left_over if not tower_of(key) and not key.endswith(OLD_CACHE_SCALE)
     }
     check_report(checkpoint, report)
+
+
+def _check_experts(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
+    """Raise CheckpointRefused when one expert has another shape than those beside it, which
+    transformers cannot stack.
+
+    Args:
+        checkpoint: the checkpoint.
+        shapes: its tensors, quantized layers as the matrices they stand for.
+    """
+    alike: dict[str, dict[Shape, list[str]]] = {}
+    for name, shape in shapes.items():
+        if found := ONE_EXPERT.match(name):
+            matrix = f"{found[1]}.*.{name[found.end() :]}"
+            alike.setdefault(matrix, {}).setdefault(shape, []).append(name)
+    for by_shape in alike.values():
+        if len(by_shape) > 1:
+            usual = max(by_shape, key=lambda shape: len(by_shape[shape]))
+            odd = next(shape for shape in by_shape if shape != usual)
+            raise CheckpointRefused(
+                "E_TENSORS",
+                f"{checkpoint.path}: `{by_shape[odd][0]}` is {list(odd)} and "
+                f"`{by_shape[usual][0]}` {list(usual)}; the experts of a layer have one shape",
+                hint="compare the shape with the original, or take the weights from it again",
+            )
 
 
 def _load_without_data(model: Any, config: object, shapes: Mapping[str, Shape]) -> dict[str, Any]:

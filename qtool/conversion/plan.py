@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,12 +81,19 @@ def plan_conversion(request: ConversionRequest) -> ConversionPlan:
             "layers: no layer is quantized, only the KV cache",
             f"{' and '.join(HOLD_A_CACHE_ALONE)} hold that",
         )
+    files: Mapping[str, Mapping[str, object]]
+    if request.dequantizes:
+        names, files = None, {"config.json": _dequantized_config(request)}
+    else:
+        names = _model_names(request)
+        left = _left_unquantized(names, unquantized, targets)
+        files = _quantized_files(request, targets, left, copies)
     return ConversionPlan(
         request=request,
         layers=layers,
         steps=tuple(_steps(request, layers, copies)),
-        files=_files(request, targets, unquantized, copies),
-        notes=tuple(_notes(request, layers, copies.dropped)),
+        files=files,
+        notes=tuple(_notes(request, layers, copies.dropped, names)),
     )
 
 
@@ -106,24 +114,25 @@ def _steps(request: ConversionRequest, layers: Iterable[Layer], copies: Copies) 
             yield Step(None, copies.writes[name])
 
 
-def _files(
+def _dequantized_config(request: ConversionRequest) -> dict[str, object]:
+    dtype = CONFIG_DTYPES[request.dtype]
+    config = _unquantized_config(request.checkpoint.config, dtype)
+    return config if "torch_dtype" in config else {"dtype": dtype, **config}
+
+
+def _quantized_files(
     request: ConversionRequest,
     targets: Sequence[QuantizedModule],
-    unquantized: Iterable[str],
+    left: Sequence[str],
     copies: Copies,
 ) -> dict[str, Mapping[str, object]]:
-    """Return the JSON files of the result, by name."""
-    if request.dequantizes:
-        dtype = CONFIG_DTYPES[request.dtype]
-        config = _unquantized_config(request.checkpoint.config, dtype)
-        return {"config.json": config if "torch_dtype" in config else {"dtype": dtype, **config}}
+    """Return the JSON files of a quantized result, by name; ``left`` stay in 16 bits."""
     config = _unquantized_config(request.checkpoint.config, None)
     kv_cache = None
     if request.layout and not copies.dropped:
         kv_cache = request.layout.kv_cache
     if kv_cache and copies.has_scale_per_head:
         kv_cache += PER_HEAD
-    left = _left_unquantized(request, unquantized, targets)
     files = request.format.quantization_config(targets, left, kv_cache)
     return {**files, "config.json": {**config, **files["config.json"]}}
 
@@ -140,7 +149,7 @@ def _unquantized_config(config: Mapping[str, object], dtype: str | None) -> dict
 
 
 def _left_unquantized(
-    request: ConversionRequest, unquantized: Iterable[str], targets: Iterable[QuantizedModule]
+    names: NameMap, unquantized: Iterable[str], targets: Iterable[QuantizedModule]
 ) -> list[str]:
     """Return the linear layers that are not quantized, by all names under which engines and
     transformers look for them.
@@ -148,7 +157,7 @@ def _left_unquantized(
     The output head is one of them also where it is the embedding matrix: engines see a layer there.
     """
     quantized = {module.name for module in targets}
-    linears = _model_names(request).linears
+    linears = names.linears
     left = [name for name in dict.fromkeys((*unquantized, *linears)) if name not in quantized]
     in_model = [linears[name].layer for name in left if name in linears]
     has_head = any(last_part(name) == "lm_head" for name in (*left, *quantized))
@@ -162,15 +171,12 @@ def _model_names(request: ConversionRequest) -> NameMap:
         return names_from_headers(request.checkpoint)
 
 
-def _notes(request: ConversionRequest, layers: Sequence[Layer], dropped: int) -> Iterator[str]:
+def _notes(
+    request: ConversionRequest, layers: Sequence[Layer], dropped: int, names: NameMap | None
+) -> Iterator[str]:
     yield from _cache_notes(request, dropped)
-    if request.layout is None and not request.dequantizes:
-        stacks = [name for name, each in request.checkpoint.tensors.items() if len(each.shape) == 3]
-        if stacks:
-            yield (
-                f"{len(stacks)} tensors of three dimensions stay in 16 bits, e.g. `{stacks[0]}`: "
-                "`quantize` rounds experts that are stacked"
-            )
+    if names and request.layout is None:
+        yield from _stack_notes(names)
     yield from _rounding_notes(layers)
     yield from _activation_notes(layers)
     if request.to == "compressed-tensors" and _has_act_order(layers):
@@ -178,6 +184,18 @@ def _notes(request: ConversionRequest, layers: Sequence[Layer], dropped: int) ->
             "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes "
             "it; --to gptq keeps it for all"
         )
+
+
+def _stack_notes(names: NameMap) -> Iterator[str]:
+    """Yield what is said of experts that lie in stacks, which no layer here is."""
+    if not names.stacks:
+        return
+    stacked = sum(math.prod(each.shape) for stack in names.stacks.values() for each in stack)
+    all_weights = sum(math.prod(each.shape) for each in names.linears.values())
+    yield (
+        f"{len(names.stacks)} stacks of experts stay in 16 bits, {stacked / all_weights:.0%} of "
+        f"the weights of linear layers, e.g. `{next(iter(names.stacks))}`: `quantize` rounds them"
+    )
 
 
 def _cache_notes(request: ConversionRequest, dropped: int) -> Iterator[str]:

@@ -104,7 +104,21 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
             f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
             "the weights are not quantized: remove `quantization_config`",
         )
+    _check_one_weight(checkpoint, layout)
     return layout
+
+
+def _check_one_weight(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raise CheckpointRefused when a layer has a plain weight beside its packed one."""
+    for name, module in layout.modules.items():
+        packed = next((part for part in module.tensors if part.endswith(PACKED_PARTS)), None)
+        plain = name if packed == mxfp4.BLOCKS else f"{name}.weight"
+        if packed and plain in checkpoint.tensors:
+            raise refused(
+                "E_TWO_WEIGHTS",
+                f"`{plain}` lies beside `{tensor_name(module, packed)}`: one layer has two weights",
+                "take all files from one export; an engine takes one of them, or fails",
+            )
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:

@@ -17,6 +17,7 @@ from support.lying_configs import (
     harmless_reason,
     make_bases,
     make_folder,
+    reshape,
 )
 
 from qtool.cli.app import run
@@ -75,3 +76,13 @@ def test_a_lie_is_refused_by_every_command(base, name, bases, tmp_path):
     shutil.rmtree(tmp_path)
     assert {code for code, _ in found.values()} == {3}, found
     assert not any("without" in code for _, code in found.values()), found
+
+
+def test_an_expert_of_another_shape_is_named_with_both_shapes(bases, tmp_path):
+    change = reshape("experts.2.up_proj.weight", lambda shape: [shape[0] * 2, shape[1] // 2])
+    folder = make_folder(bases["mixture"], tmp_path / "model", change)
+    with pytest.raises(QtoolError) as raised:
+        run(commands("mixture", folder)["inspect"])
+    assert raised.value.code == "E_TENSORS"
+    for part in ("experts.2.up_proj", "[256, 64]", "experts.0.up_proj", "[128, 128]"):
+        assert part in raised.value.message

@@ -47,6 +47,9 @@ def test_gpt_oss_dequantizes_to_what_transformers_makes_of_it(gpt_oss, tmp_path)
     ]
     assert torch.equal(logits(ours), logits(theirs))
     assert logits(ours).std() > 0.01
+    again = {"requantize": True, "scheme": "FP8_DYNAMIC", "output": tmp_path / "again"}
+    note = export(result.output, to=CT, **again).notes[0]
+    assert note.startswith("4 stacks of experts stay in 16 bits, ")
 
 
 def test_gpt_oss_goes_through_its_own_format_unchanged_and_to_no_other(gpt_oss, tmp_path):

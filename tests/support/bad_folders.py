@@ -619,6 +619,11 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
         "E_TENSOR_DTYPE",
         (f"{LAYER}.qweight", "I8 [32, 128]"),
     ),
+    "a plain weight beside a packed one": (
+        quantized("int4", weight=("BF16", (128, 256))),
+        "E_TWO_WEIGHTS",
+        (f"`{LAYER}.weight`", f"`{LAYER}.weight_packed`"),
+    ),
     "no scales": (quantized("gptq", scales=None), "E_MISSING_TENSOR", (f"{LAYER}.scales",)),
     "no zeros": (quantized("awq", qzeros=None), "E_MISSING_TENSOR", (f"{LAYER}.qzeros",)),
     "no words": (
