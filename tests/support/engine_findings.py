@@ -204,6 +204,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "W_ENGINE_CACHE_IGNORED": (of(ModelOpt("FP8", kv_cache_scheme="INT8")), {}),
     "N_ENGINE_CACHE_SCALES": (of(packed(kv_cache_scheme=FP8_CACHE)), {}),
     "N_ENGINE_PACKAGE": (of(Gptq()), {}),
+    "vllm N_ENGINE_PACKAGE": (only_config(quant_method="torchao"), {}),
     "E_ENGINE_RAW_CODES": (of(ModelOpt("FP8")), {}),
     "E_ENGINE_RAW_SHAPE": (of(ModelOpt("W4A16_AWQ")), {}),
     "E_ENGINE_SHARD_LEFT_OUT": (of(packed(), but=["v_proj"]), {}),

@@ -301,10 +301,9 @@ def build(
     """A checkpoint of ``shapes`` in ``format``; modules ``but`` stay in 16 bits, those in
     ``others`` have formats of their own.
     """
-    found = {
-        "model.embed_tokens.weight": ("BF16", (512, 256)),
-        "model.norm.weight": ("BF16", (256,)),
-    }
+    found = {"model.norm.weight": ("BF16", (256,))}
+    if "model.embed_tokens" not in shapes:
+        found["model.embed_tokens.weight"] = ("BF16", (512, 256))
     for name, shape in shapes.items():
         if any(part in name for part in but):
             found |= plain(name, shape)
