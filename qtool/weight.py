@@ -18,34 +18,10 @@ from qtool.scheme import Activations, Scheme, Weights
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 NVFP4_RANGE = FP8_MAX * FP4_MAX
-FP4_VALUES = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)
+FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_VALUES = (*FP4_MAGNITUDES, *(-magnitude for magnitude in FP4_MAGNITUDES))  # of each code
 # between neighbouring magnitudes; a tie goes to the even code
-FP4_LIMITS = (
-    0.25,
-    0.75,
-    1.25,
-    1.75,
-    2.5,
-    3.5,
-    5.0,
-)
+FP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
 # uint8 data with such scales is fp4, with others int4
 FP4_SCALES = (
@@ -338,7 +314,7 @@ def _round_by_scale(
     groups: Tensor, scale: Tensor, activation: Activations, zero: Tensor | None
 ) -> Tensor:
     if activation.format == "fp8":
-        return to_fp8(groups / scale).float() * scale
+        return from_fp8(to_fp8(groups / scale)) * scale
     if activation.format == "fp4":
         return codes_to_values(to_fp4(groups / scale), torch.float8_e4m3fn, packed=False) * scale
     top, shift = int(largest(activation)), 0.0 if zero is None else zero
@@ -373,6 +349,17 @@ def to_fp8(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
+def from_fp8(codes: Tensor) -> Tensor:
+    """Return float8_e4m3fn ``codes`` as f32.
+
+    On a CPU they are looked up, in a quarter of the time: torch converts them one by one.
+    """
+    if codes.device.type != "cpu":
+        return codes.float()
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return _looked_up(values, codes.view(torch.uint8))
+
+
 def to_fp4(x: Tensor) -> Tensor:
     """Return the E2M1 codes nearest to ``x``, uint8 of the same shape, ties to even, saturated at
     6.
@@ -402,12 +389,21 @@ def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = Tr
     """Return the signed numbers, f32 [N, K], that ``data`` of a `QuantizedWeight` stands for before
     scaling.
     """
+    if data.dtype == torch.float8_e4m3fn:
+        return from_fp8(data)
     if data.dtype != torch.uint8:
         return data.float()
     codes = unpack_pairs(data) if packed else data
     if scale_dtype in FP4_SCALES:
-        return _fp4_values(data.device)[codes.int()]
+        return _looked_up(_fp4_values(data.device), codes)
     return codes.float() - 8
+
+
+def _looked_up(values: Tensor, codes: Tensor) -> Tensor:
+    """Return the number in ``values`` [C] that each of the uint8 ``codes`` stands for, of their
+    shape; a third of the time of ``values[codes]`` on a CPU.
+    """
+    return values.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @lru_cache

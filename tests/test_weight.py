@@ -20,6 +20,7 @@ from qtool.weight import (
     QuantizedWeight,
     dequantize,
     fake_quantize_input,
+    from_fp8,
     mx_scale,
     pack_pairs,
     to_fp4,
@@ -414,3 +415,8 @@ def sqnr(expected, found):
 
 def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_every_fp8_code_becomes_the_number_that_torch_makes_of_it():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(2, 128).T
+    assert torch.equal(from_fp8(codes).view(torch.int32), codes.float().view(torch.int32))
