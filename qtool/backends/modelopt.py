@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, has_own_linears, step_refusals
 from qtool.backends.expert_tokens import counting_expert_tokens
+from qtool.backends.modelopt_stacks import split_stacks
 from qtool.backends.modelopt_state import restore_state, save_state
 from qtool.backends.models import (
     batch_tensors,
@@ -52,7 +53,7 @@ FORWARD_PASSES = {
     "awq": 2,
     "gptq": 2,
 }
-# models whose experts it writes as [E, inputs, outputs] with one scale
+# models whose experts it writes as [E, inputs, outputs], in FP8 with one scale
 STACKED_EXPORTS = frozenset({"gpt_oss", "llama4_text"})
 # of the free memory of the GPU that may be weights; more is left to accelerate's offloading
 GPU_FRACTION = 0.8
@@ -81,10 +82,9 @@ class ModelOptBackend:
             )
         if recipe.scheme is None:
             reasons.append("it needs a scheme for the weights")
-        if str(plan.checkpoint.text_config.get("model_type")) in STACKED_EXPORTS:
-            reasons.append(
-                "it exports the experts of this model in stacks, a layout that qtool does not read"
-            )
+        takes_apart = not _expert_schemes(plan) - {SCHEMES["FP8"], None} and not recipe.steps(Auto)
+        if _exports_stacks(plan) and not takes_apart:
+            reasons.append("it exports the experts of this model in stacks, readable in FP8 alone")
         if has_own_linears(plan):
             reasons.append("it passes over the linear layers of this model, which are its own")
         if len(_expert_schemes(plan)) > 1:
@@ -126,6 +126,12 @@ class ModelOptBackend:
         work.report.stage("exporting")
         model.config.dtype = model.dtype  # the exporter takes a string for a device
         export_hf_checkpoint(model, export_dir=work.output, max_shard_size=MAX_SHARD_SIZE)
+        if _exports_stacks(work.plan):
+            split_stacks(work.output, work.plan.names)
+
+
+def _exports_stacks(plan: Plan) -> bool:
+    return str(plan.checkpoint.text_config.get("model_type")) in STACKED_EXPORTS
 
 
 def _load(work: Work) -> PreTrainedModel:

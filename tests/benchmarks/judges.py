@@ -174,7 +174,8 @@ def judge(model: str, method: str, folder: Path, arguments: argparse.Namespace) 
         judge_of_ours = next((UNROUNDED[code] for code in UNROUNDED if code in found), "qtool")
         expected = ask(judge_of_ours, folder, sys.executable, VLLM_CPU)
         on_cpu = engine == "vllm" and not gpu
-        loads = report.loads or (on_cpu and REFUSED_ON_GPUS.issuperset(report.refusals))
+        cpus_alone = on_cpu and not experts and REFUSED_ON_GPUS.issuperset(report.refusals)
+        loads = report.loads or cpus_alone
         largest_off = LARGEST_OFF_NVFP4 if "NVFP4" in schemes else LARGEST_OFF
         row = Row(model, method, engine, says, str(does))
         yield compared(row, does, expected, loads=loads, largest_off=largest_off)
