@@ -201,6 +201,17 @@ class CudaGraphs:
         fill_updates(inputs, step.updates, self._table)
         return self._buffer.send(layout)
 
+    def rehearse(
+        self,
+        decode: Callable[[StepInputs[Tensor]], tuple[Tensor, Tensor]],
+        prompts: Callable[[StepInputs[Tensor], PromptShape], Tensor],
+    ) -> None:
+        """Run the steps of all graphs once; see `capture`."""
+        for size in self._sizes:
+            decode(self.fill_decode(NOTHING, size))
+        for shape in self._shapes:
+            prompts(self.fill_prompts(NOTHING, shape), shape)
+
     def capture(
         self,
         decode: Callable[[StepInputs[Tensor]], tuple[Tensor, Tensor]],

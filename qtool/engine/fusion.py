@@ -7,8 +7,8 @@ it is unless they agree.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +29,7 @@ from qtool.engine.decoder_layers import (
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
+from qtool.runtime.compiling import compiled_together
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
@@ -81,13 +82,15 @@ def fuse(model: CausalLM) -> bool:
 
 def _fuse(decoder: Decoder, device: torch.device) -> None:
     layers, norm = list(decoder.layers), RMSNorm.of(decoder.norm)
-    seen = _dry_run(decoder, device)
+    with compiled_together(device):
+        seen = _dry_run(decoder, device)
+        for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
+            with suppress(Exception):  # the proof meets it again
+                _check_of(layer, seen)(rotates=True)
     fused = []
     for number, layer in enumerate(layers):
-        if layer not in seen.arguments:
-            raise NotFused(f"layer {number} is not called")
         try:
-            fused.append(_proven(layer, seen.geometry, seen.arguments[layer]))
+            fused.append(_proven(layer, seen))
         except NotFused as error:
             raise NotFused(f"layer {number}: {error}") from None
         if device.type == "cuda":
@@ -130,27 +133,13 @@ def _dry_run(decoder: Decoder, device: torch.device) -> DryRun:
     return DryRun(output[0], {layer.layer_idx: layer for layer in found.layers}, arguments)
 
 
-def _proven(
-    layer: nn.Module, geometry: Mapping[int, LayerGeometry], arguments: Arguments
-) -> FusedLayer:
+def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
     """Return ``layer`` fused.
 
     Raises: NotFused, unless both make the same of a random input, and write the same to the cache.
     """
-    name = type(layer).__name__
-    number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
-    if number not in geometry:
-        raise NotFused(f"{name} has no `self_attn` that attends")
-    positions = arguments.get("position_ids")
-    if isinstance(positions, Tensor):
-        # shows a layer that looks at positions by itself, as those do that temper their attention
-        arguments = {**arguments, "position_ids": positions + 100_000}
-    if not hasattr(layer, "input_layernorm"):
-        raise NotFused(f"{name} has no `input_layernorm`")
-    weight = RMSNorm.of(layer.get_submodule("input_layernorm")).weight
-    x = random_input((1, TOKENS, len(weight)), weight)
-    check = partial(_error, layer, geometry[number], x, arguments)
-    tolerance = TOLERANCE[x.dtype]
+    name, check = type(layer).__name__, _check_of(layer, seen)
+    tolerance = TOLERANCE[next(layer.parameters()).dtype]
     with stand_ins(layer, QuantizedLinear, GroupedExperts):
         error = check(rotates=True)
         rotates = error <= tolerance
@@ -160,8 +149,33 @@ def _proven(
         with stand_ins(layer, GroupedExperts):
             error = check(rotates=rotates)
         if error <= ROUNDED_TOLERANCE:
-            return FusedLayer(layer, geometry[number], rotates=rotates)
+            return FusedLayer(layer, seen.geometry[_index(layer)], rotates=rotates)
     raise NotFused(f"{name} is not what its parts seem to be (relative error {error:.1e})")
+
+
+def _check_of(layer: nn.Module, seen: DryRun) -> Callable[..., float]:
+    """Return `_error` of ``layer`` at a random input."""
+    name, number = type(layer).__name__, _index(layer)
+    if layer not in seen.arguments:
+        raise NotFused(f"{name} is not called")
+    if number not in seen.geometry:
+        raise NotFused(f"{name} has no `self_attn` that attends")
+    arguments = seen.arguments[layer]
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor):
+        # shows a layer that looks at positions by itself, as those do that temper their attention
+        arguments = {**arguments, "position_ids": positions + 100_000}
+    if not hasattr(layer, "input_layernorm"):
+        raise NotFused(f"{name} has no `input_layernorm`")
+    weight = RMSNorm.of(layer.get_submodule("input_layernorm")).weight
+    x = random_input((1, TOKENS, len(weight)), weight)
+    return partial(_error, layer, seen.geometry[number], x, arguments)
+
+
+def _index(layer: nn.Module) -> int:
+    """Return the number of ``layer`` in the KV cache, -1 if it has none."""
+    number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
+    return number
 
 
 def _error(

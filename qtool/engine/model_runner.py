@@ -36,6 +36,7 @@ from qtool.engine.step_buffer import (
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.compiling import compiled_together
 from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import current
 
@@ -109,7 +110,7 @@ class Runner:
             self.layers: dict[int, KVPages] = kv_cache.allocate_pages(
                 0, self.geometry, dtype, device, scales
             )
-            step_bytes = self._measure_step()
+            step_bytes = self._measure_step(graphs=wants_graphs)
             log_time("largest step tried")
             if wants_graphs:
                 row_bytes = self.vocab_size * model.dtype.itemsize
@@ -174,7 +175,7 @@ class Runner:
         """Return what the attention of each layer is, found by a dry pass."""
         self.model.set_attn_implementation(NAME)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with recording() as found:
+        with compiled_together(self.device), recording() as found:
             self.model(input_ids=zero, position_ids=zero, use_cache=False)
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(found.layers) != layers:
@@ -195,19 +196,25 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _measure_step(self) -> int:
+    def _measure_step(self, *, graphs: bool) -> int:
         """Return the bytes that the largest step needs besides weights and cache, found by running
         it: prefill of new prompts on scratch pages.
         """
         if self.device.type != "cuda":
             return 0
+        budget = self.limits.token_budget
+        sizes = [budget, *(min(tokens, budget) for tokens in WARM_UP_TOKENS)]
+        with compiled_together(self.device):
+            for tokens in sizes:
+                self._try_step(tokens)
+            if graphs:
+                self.graphs.rehearse(self.decode, self.prefill)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        budget = self.limits.token_budget
-        for tokens in (budget, *WARM_UP_TOKENS):
-            self._try_step(min(tokens, budget))
+        for tokens in sizes:
+            self._try_step(tokens)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()

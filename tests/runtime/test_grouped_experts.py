@@ -173,7 +173,18 @@ def compile_all() -> None:
     from qtool.runtime.experts.routing import Blocks
     from qtool.runtime.kernels import LinearSpec
     from qtool.runtime.kernels import triton_weight_only as weight_only
+    from qtool.runtime.triton import routing
+    from qtool.runtime.triton.together import compiled_together
     from qtool.scheme import SCHEMES
+
+    triton_cpu.driver.set_active(triton_cpu.Hopper())
+    own_run = triton_cpu.JITFunction.run
+    with compiled_together():
+        for size in (16, 64):
+            routing.sort_choices(torch.empty(4, 8, dtype=torch.int32, device="meta"), 128, size)
+    kernels = routing._sort.device_caches[0][0].values()
+    assert [kernel.asm["cubin"][:4] for kernel in kernels] == [b"\x7fELF"] * 2
+    assert triton_cpu.JITFunction.run is own_run
 
     compiled: list = []
     triton_cpu.compile_only(compiled)
@@ -181,11 +192,11 @@ def compile_all() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for name in ("W4A16", "MXFP4A16", "NVFP4A16"):
+    for name in ("W4A16", "MXFP4A16", "NVFP4A16", "W8A16"):
         linear = LinearSpec(SCHEMES[name], (1536, 2048), torch.bfloat16)
         whole = LinearSpec(SCHEMES[name], (2 * 1536, 2048), torch.bfloat16)
         packed = triton_cpu.empty_packed("triton_weight_only", whole)
-        for tile, _ in triton_experts.TILES["weight_only"].values():
+        for tile, _ in triton_experts.tiles(linear).values():
             places = empty(4 * tile.m, dtype=torch.int32), empty(4, dtype=torch.int32)
             blocks = Blocks(*places, empty(1, dtype=torch.int32), tile.m, 64, 8)
             weight_only.multiply_blocks(

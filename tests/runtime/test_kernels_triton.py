@@ -173,6 +173,12 @@ def interpret() -> None:
         for shape, tokens, tile, dtype in cases[index % 2 :: 2]:
             compare("triton_w8a8", SCHEMES[name], shape, tokens, tile, dtype)
             count += 1
+    for shape, tokens, tile in (
+        ((264, 384), 5, Tile(64, 16, 128, programs=8, pdl=True)),
+        ((200, 256), 33, Tile(256, 64, 128)),
+    ):
+        compare("triton_w8a8", SCHEMES["FP8_BLOCK"], shape, tokens, tile)
+        count += 1
     # more than one band of tiles
     compare(
         "triton_weight_only", SCHEMES["W4A16"], (40, 128), 150, Tile(32, 16, 128), torch.bfloat16
@@ -199,7 +205,7 @@ def compile_all() -> None:
             "W8A16_CHANNEL",
             "FP8_W8A16",
         ),
-        "triton_w8a8": ("FP8_DYNAMIC", "W8A8", "FP8"),
+        "triton_w8a8": ("FP8_DYNAMIC", "W8A8", "FP8", "FP8_BLOCK"),
     }
     for module, names in schemes.items():
         kernel = load_kernel(module)
@@ -217,7 +223,7 @@ def compile_all() -> None:
             )
             assert 1 <= size < 1.03, f"{name}: {size} times the size that `load` makes room for"
             for tokens in (1, 64, 2048):
-                tile = triton_tiles.pick(kernel.TILES[scheme.weights.format], tokens, *spec.shape)
+                tile = triton_tiles.pick(kernel.tiles(spec), tokens, *spec.shape)
                 kernel.multiply(
                     spec,
                     torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta"),

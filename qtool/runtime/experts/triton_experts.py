@@ -31,7 +31,6 @@ from qtool.runtime.kernels import triton_weight_only as weight_only
 from qtool.runtime.triton.routing import add_up, sort_choices
 from qtool.runtime.triton.row_quantize import quantize_rows
 from qtool.runtime.triton.tiles import Tile
-from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
 Product = Literal["codes", "blocks", "weight_only"]
@@ -58,11 +57,18 @@ _WEIGHT_ONLY: Table = {
     96: (Tile(256, 64, 256, 0, 8, 3), Tile(128, 64, 256, 0, 8, 2)),
     0: (Tile(256, 128, 256, 0, 8, 2), Tile(256, 128, 256, 0, 8, 2)),
 }
-TILES: Mapping[Product, Table] = {
-    "codes": _CODES,
-    "blocks": _BLOCKS,
-    "weight_only": _WEIGHT_ONLY,
+# wider weights: a step of as many bytes
+_WEIGHT_ONLY_WIDE: Table = {
+    most: (replace(up, k=128), replace(down, k=128)) for most, (up, down) in _WEIGHT_ONLY.items()
 }
+
+
+def tiles(spec: LinearSpec) -> Table:
+    """Return how both products are cut where one expert is ``spec``."""
+    product = _product(spec)
+    if product == "weight_only":
+        return _WEIGHT_ONLY_WIDE if spec.scheme.weights.bits > 4 else _WEIGHT_ONLY
+    return _CODES if product == "codes" else _BLOCKS
 
 
 def unsupported_reason(spec: ExpertsSpec, device: Device) -> str | None:
@@ -77,8 +83,8 @@ def _unsupported_linear(spec: LinearSpec, device: Device) -> str | None:
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
     product = _product(spec)
-    if product == "blocks" and spec.shape[1] % 128:
-        return f"its inputs come in groups of 128, which do not divide {spec.shape[1]}"
+    if product == "blocks":
+        return w8a8.unsupported_reason(spec, device)
     if product != "weight_only":
         return None
     reason = unsupported_inputs(spec.scheme.activations)
@@ -88,13 +94,9 @@ def _unsupported_linear(spec: LinearSpec, device: Device) -> str | None:
 @lru_cache(maxsize=1024)
 def _product(spec: LinearSpec) -> Product:
     """Return which kernel multiplies such layers."""
-    weights, inputs = spec.scheme.weights, spec.scheme.activations
-    if w8a8.unsupported_reason(spec, Device("cuda", 90)) is None:
-        return "codes"
-    in_blocks = weights.format == "fp8" and weights.block == (128, 128)
-    if in_blocks and inputs == Activations("fp8", "group", 128):
+    if w8a8.in_blocks(spec):
         return "blocks"
-    return "weight_only"
+    return "codes" if w8a8.unsupported_reason(spec, Device("cuda", 90)) is None else "weight_only"
 
 
 def _without_inputs(spec: LinearSpec) -> LinearSpec:
@@ -140,7 +142,7 @@ def apply(
 ) -> Tensor:
     """Multiply all choices with the experts, apply the gate between, and add up."""
     each = experts.numel() / spec.count
-    (up, _), (_, down) = (_tiles(_product(linear), each) for linear in (spec.up, spec.down))
+    (up, _), (_, down) = (_tiles(linear, each) for linear in (spec.up, spec.down))
     blocks = sort_choices(experts, spec.count, up.m, pdl=True)
     gate = _fused(spec.gate)
     inner = _multiply(spec.up, x, experts, packed, "up", up, blocks, gate)
@@ -150,9 +152,9 @@ def apply(
     return add_up(y, weights, pdl=True)
 
 
-def _tiles(product: Product, each: float) -> tuple[Tile, Tile]:
+def _tiles(spec: LinearSpec, each: float) -> tuple[Tile, Tile]:
     """Return how both products are cut for ``each`` choices of an expert on average."""
-    table = TILES[product]
+    table = tiles(spec)
     return table[next((most for most in table if each <= most), 0)]
 
 
@@ -181,12 +183,10 @@ def _multiply(
         return weight_only.multiply_blocks(
             _without_inputs(spec), x, tensors, bias, tile, blocks, gate
         )
-    format: Literal["fp8", "int8"] = "fp8" if spec.scheme.weights.format == "fp8" else "int8"
     if product == "blocks":
-        width = spec.shape[1]
-        codes, scale = quantize_rows(x.reshape(-1, 128), format, pdl=True)
-        codes, scale = codes.reshape(-1, width), scale.reshape(-1, width // 128)
+        codes, scale = w8a8.quantize_groups(x, w8a8.BLOCK)
     else:
+        format: Literal["fp8", "int8"] = "fp8" if spec.scheme.weights.format == "fp8" else "int8"
         codes, scale = quantize_rows(x, format, static, pdl=True)
     return w8a8.multiply_blocks(
         codes, scale, tensors, bias, spec.shape, spec.dtype, tile, blocks, gate

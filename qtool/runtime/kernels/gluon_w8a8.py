@@ -49,13 +49,13 @@ def multiply_codes(
 
     Args:
         codes: the input, [M, K]; K is a multiple of 16.
-        row_scale: of the tokens, f32 [M, 1].
+        row_scale: of the tokens, f32 [M, 1]; or of each 128 inputs, [M, K / 128].
         data: the weight, [N, K]; N is a multiple of 8.
-        scale: of the outputs, f32 [N].
+        scale: of the outputs, f32 [N]; or of blocks of 128 x 128, [K / 128, N / 128].
         bias: [N], or None.
         dtype: of the result.
         tile: ``tile.programs`` programs go through the tiles, each over all of K; ``tile.m`` is 128
-            or 256, half for each group.
+            or 256, half for each group; with blocks ``tile.n`` is 128.
     """
     (tokens, columns), rows, half = codes.shape, data.shape[0], tile.m // 2
     y = codes.new_empty((tokens, rows), dtype=dtype)
@@ -72,6 +72,7 @@ def multiply_codes(
         K=columns,
         BAND=BAND,
         STAGES=tile.stages,
+        BLOCKS=scale.dim() == 2,
         num_warps=4,
     )
     return y
@@ -86,7 +87,18 @@ def _blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
 
 @gluon.jit(do_not_specialize=["M"])
 def _multiply(  # type: ignore[no-untyped-def]
-    x, data, y, row_scale, scale, bias, M, N, K, BAND: gl.constexpr, STAGES: gl.constexpr
+    x,
+    data,
+    y,
+    row_scale,
+    scale,
+    bias,
+    M,
+    N,
+    K,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):
     # two groups of tokens a stage
     inputs = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)
@@ -100,11 +112,11 @@ def _multiply(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (
-                _consume,
+                _consume_blocks if BLOCKS else _consume,
                 (0, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND),
             ),
             (
-                _consume,
+                _consume_blocks if BLOCKS else _consume,
                 (1, inputs, weights, stored, full, empty, y, row_scale, scale, bias, M, N, K, BAND),
             ),
             (_produce, (x, data, inputs, weights, full, empty, M, N, K, BAND)),
@@ -243,6 +255,69 @@ def _consume(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _consume_blocks(  # type: ignore[no-untyped-def]
+    GROUP: gl.constexpr,
+    inputs,
+    weights,
+    stored,
+    full,
+    empty,
+    y,
+    row_scale,
+    scale,
+    bias,
+    M,
+    N,
+    K,
+    BAND: gl.constexpr,
+):
+    """Do what `_consume` does, and scale the product of each step; meanwhile the other group
+    multiplies.
+
+    With more outputs a sum and a product would not fit in the registers.
+    """
+    STAGES: gl.constexpr = weights.shape[0]
+    TILE_N: gl.constexpr = weights.shape[1]
+    TILE_K: gl.constexpr = weights.shape[2]
+    HALF: gl.constexpr = inputs.shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 32])
+    gl.static_assert(TILE_N == 128 and TILE_K == 128)
+    blocks = gl.cdiv(N, TILE_N)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(M, 2 * HALF) * blocks, gl.num_programs(0)):
+        m, n = _position(tile, M, N, 2 * HALF, TILE_N, BAND)
+        rows = m + GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
+        of_inputs = row_scale + rows * (K // TILE_K)
+        of_weights = scale + n // TILE_N
+        total = gl.zeros((HALF, TILE_N), gl.float32, MMA)
+        factor = gl.load(of_inputs, mask=rows < M, other=0.0) * gl.load(of_weights)
+        for k in range(0, K, TILE_K):
+            stage = step % STAGES
+            # the next scales come while this step multiplies
+            of_inputs += 1
+            of_weights += blocks
+            more = k + TILE_K < K
+            of_input = gl.load(of_inputs, mask=(rows < M) & more, other=0.0)
+            of_weight = gl.load(of_weights, mask=more, other=0.0)
+            mbarrier.wait(full.index(stage), step // STAGES % 2)
+            product = warpgroup_mma(
+                inputs.index(2 * stage + GROUP),
+                weights.index(stage).permute((1, 0)),
+                gl.zeros((HALF, TILE_N), gl.float32, MMA),
+                use_acc=False,
+                is_async=True,
+            )
+            product = warpgroup_mma_wait(0, deps=[product])
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(stage))
+            total += product * factor[:, None]
+            factor = of_input * of_weight
+            step += 1
+        _store(total, m + GROUP * HALF, n, stored.index(GROUP), y, None, None, bias, M, N)
+    tma.store_wait(0)
+
+
+@gluon.jit
 def _cut(sums, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
     """Return the columns of ``sums`` in ``PARTS`` tensors, in order."""
     if PARTS == 1:
@@ -254,12 +329,14 @@ def _cut(sums, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _store(sums, m, n, stored, y, row_scale, scale, bias, M, N):  # type: ignore[no-untyped-def]
-    """Write ``sums`` times their scales to ``y`` from [m, n] on, through ``stored``."""
+    """Write ``sums`` times their scales, if any, to ``y`` from [m, n] on, through ``stored``."""
     LAYOUT: gl.constexpr = sums.type.layout
     rows = m + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
     columns = n + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))
-    total = sums.to(gl.float32) * gl.load(scale + columns, mask=columns < N, other=0.0)[None, :]
-    total *= gl.load(row_scale + rows, mask=rows < M, other=0.0)[:, None]
+    total = sums.to(gl.float32)
+    if scale is not None:
+        total *= gl.load(scale + columns, mask=columns < N, other=0.0)[None, :]
+        total *= gl.load(row_scale + rows, mask=rows < M, other=0.0)[:, None]
     if bias is not None:
         total += gl.load(bias + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
     tma.store_wait(0)

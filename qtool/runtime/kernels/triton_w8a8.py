@@ -1,6 +1,7 @@
 """Weights of 8 bits times inputs rounded to 8 bits, int8 or fp8 E4M3, in Triton.
 
-There is one scale for each output and each token, or for all of them.
+There is one scale for each output and each token, or for all of them; or, of fp8, for each 128 x
+128 weights and each 128 inputs of a token.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -30,6 +31,7 @@ from qtool.runtime.triton.tiles import (
     tile_position,
     workspace,
 )
+from qtool.scheme import Activations
 from qtool.weight import QuantizedWeight
 
 _FP8: Table = {  # found on an H200 with tests/benchmarks/sweep.py
@@ -47,7 +49,29 @@ _INT8: Table = {
     (256, "deep"): Tile(128, 64, 128, 264, 4, 4),
     (256, "wide"): Tile(128, 128, 128, 132, 8, 6, bulk=True),
 }
-TILES: Mapping[str, Table] = {"int8": _INT8, "fp8": _FP8}
+_BLOCKS: Table = {
+    (16, "any"): Tile(128, 16, 128, 264, 4, 5, pdl=True),
+    (16, "wide"): Tile(128, 16, 128, 132, 4, 5, pdl=True),
+    (64, "any"): Tile(64, 64, 128, 264, 4, 6, pdl=True),
+    (64, "wide"): Tile(128, 64, 128, 132, 4, 4, pdl=True),
+    (0, "any"): Tile(128, 128, 128, 132, 8, 4, bulk=True) if GLUON else Tile(64, 128, 128, 0, 4, 3),
+}
+BLOCK = 128
+"""Weights along each side of a block, and inputs of a token, under one scale."""
+
+
+def tiles(spec: LinearSpec) -> Table:
+    """Return how products with such layers are cut."""
+    if in_blocks(spec):
+        return _BLOCKS
+    return _FP8 if spec.scheme.weights.format == "fp8" else _INT8
+
+
+def in_blocks(spec: LinearSpec) -> bool:
+    """Return whether weights and inputs are fp8 with a scale for each block."""
+    weights, inputs = spec.scheme.weights, spec.scheme.activations
+    is_fp8 = weights.format == "fp8" and weights.block == (BLOCK, BLOCK)
+    return is_fp8 and inputs == Activations("fp8", "group", BLOCK)
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
@@ -59,11 +83,13 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
     row_scales = weights.granularity in ("channel", "tensor") and weights.symmetric
-    if weights.format not in TILES or not row_scales:
-        return f"it supports int8 or fp8 weights with a scale a row, not {weights}"
+    if weights.format not in ("int8", "fp8") or not (row_scales or in_blocks(spec)):
+        return f"it supports int8 or fp8 weights with a scale a row or fp8 blocks, not {weights}"
+    if in_blocks(spec) and spec.shape[1] % BLOCK:
+        return f"its inputs come in groups of {BLOCK}, which do not divide {spec.shape[1]}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return f"its inputs have 16 bits, not {spec.dtype}"
-    return _unsupported_inputs(spec)
+    return None if in_blocks(spec) else _unsupported_inputs(spec)
 
 
 def _unsupported_inputs(spec: LinearSpec) -> str | None:
@@ -78,10 +104,13 @@ def _unsupported_inputs(spec: LinearSpec) -> str | None:
 
 
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Keep the codes as they are."""
+    """Keep the codes as they are; scales of blocks become [K / 128, N / 128]."""
+    scale = weight.scale.float()
     packed = {
         "data": weight.data,
-        "scale": weight.scale.float().expand(spec.shape[0], -1)[:, 0].contiguous(),
+        "scale": (
+            scale.T if in_blocks(spec) else scale.expand(spec.shape[0], -1)[:, 0]
+        ).contiguous(),
         "counters": counters(weight.data.device),
     }
     if weight.activation and weight.activation.scale is not None:
@@ -90,10 +119,8 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    """Multiply, cut as `TILES` says."""
-    return multiply(
-        spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape)
-    )
+    """Multiply, cut as `tiles` says."""
+    return multiply(spec, x, packed, bias, pick(tiles(spec), x.shape[0], *spec.shape))
 
 
 def apply_codes(
@@ -109,7 +136,7 @@ def apply_codes(
         codes,
         packed,
         bias,
-        pick(TILES[spec.scheme.weights.format], codes.shape[0], *spec.shape),
+        pick(tiles(spec), codes.shape[0], *spec.shape),
         row_scale=row_scale,
     )
 
@@ -125,10 +152,7 @@ def multiply(
     """Multiply, cut as ``tile`` says; with ``row_scale``, ``x`` is rounded to codes already."""
     (tokens, columns), rows = x.shape, spec.shape[0]
     if row_scale is None:
-        static = packed.get("input_scale") if spec.static_input else None
-        x, row_scale = quantize_rows(
-            x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True
-        )
+        x, row_scale = _rounded(spec, x, packed)
     # rows of whole 16 bytes, as TMA needs them
     if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
@@ -154,10 +178,10 @@ def multiply(
         N=rows,
         K=columns,
         M_TILED=tokens,
-        stack_rows=rows,
+        stride_scale=triton.cdiv(rows, BLOCK),
         steps_each=triton.cdiv(steps, parts),
         INT8=x.dtype == torch.int8,
-        BLOCKS=False,
+        SCALE_ROWS=BLOCK if in_blocks(spec) else 0,
         EVEN=columns % tile.k == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -171,6 +195,22 @@ def multiply(
         **({"launch_pdl": True} if tile.pdl else {}),
     )
     return y
+
+
+def _rounded(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the codes of ``x`` [M, K] and their scales, f32 [M, 1], or [M, K / 128] in blocks."""
+    if in_blocks(spec):
+        return quantize_groups(x, BLOCK)
+    static = packed.get("input_scale") if spec.static_input else None
+    return quantize_rows(
+        x, "fp8" if spec.scheme.weights.format == "fp8" else "int8", static, pdl=True
+    )
+
+
+def quantize_groups(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the fp8 codes of ``x`` [M, K], and the scales of its groups, f32 [M, K / size]."""
+    codes, scale = quantize_rows(x.reshape(-1, size), "fp8", pdl=True)
+    return codes.view(x.shape), scale.view(x.shape[0], -1)
 
 
 def multiply_blocks(
@@ -219,10 +259,10 @@ def multiply_blocks(
         N=rows,
         K=columns,
         M_TILED=most,
-        stack_rows=packed["data"].shape[0],
+        stride_scale=packed["data"].shape[0],
         steps_each=triton.cdiv(columns, tile.k),
         INT8=x.dtype == torch.int8,
-        BLOCKS=scale is not None and scale.dim() == 2,
+        SCALE_ROWS=1 if scale is not None and scale.dim() == 2 else 0,
         EVEN=columns % tile.k == 0,
         TILE_N=tile.n,
         TILE_M=tile.m,
@@ -255,10 +295,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     N,
     K,
     M_TILED,
-    stack_rows,
+    stride_scale,
     steps_each,
     INT8: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -270,8 +310,9 @@ def _multiply(  # type: ignore[no-untyped-def]
 ):
     """Multiply the rows ``m`` of ``x`` with the rows ``n`` of a weight [N, K].
 
-    With blocks, ``m`` are choices, and ``n`` rows of a stack [experts * N, K]. ``BLOCKS``: there
-    are scales for each 128 inputs, of ``x`` [M, K / 128] and of the weight [K / 128, N].
+    With blocks, ``m`` are choices, and ``n`` rows of a stack [experts * N, K]. With ``SCALE_ROWS``
+    there are scales for each 128 inputs: of ``x`` [M, K / 128], and for so many rows of the weight
+    [K / 128, rows / SCALE_ROWS].
     """
     tile_n, tile_m = tile_position(M_TILED, N, TILE_M, TILE_N)
     n = tile_n * TILE_N + tl.arange(0, TILE_N)
@@ -294,6 +335,12 @@ def _multiply(  # type: ignore[no-untyped-def]
     weights = data + weight_row.to(tl.int64)[:, None] * K + k[None, :]
     inputs = x + row.to(tl.int64)[:, None] * K + k[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.int32 if INT8 else tl.float32)
+    if SCALE_ROWS:
+        of_inputs = row_scale + row * (K // 128)
+        of_weights = scale + weight_row // SCALE_ROWS
+        if SCALE_ROWS >= TILE_N:
+            of_weights = scale + tile_n * TILE_N // SCALE_ROWS
+        of_input, of_weight = _scales(of_inputs, of_weights, first // 128, m, M, K, stride_scale)
     for start in range(first, tl.minimum(first + steps_each * TILE_K, K), TILE_K):
         if EVEN:
             weight = tl.load(weights + start)
@@ -303,19 +350,22 @@ def _multiply(  # type: ignore[no-untyped-def]
             columns = tl.load(
                 inputs + start, mask=(m[:, None] < M) & (start + k[None, :] < K), other=0.0
             )
-        if BLOCKS:
-            width = tl.cdiv(K, 128)
-            block = start // 128
-            of_weight = tl.load(scale + block * stack_rows + weight_row)
-            of_input = tl.load(row_scale + row * width + block, mask=m < M, other=0.0)
+        if SCALE_ROWS:
+            # the next scales come while this step multiplies
+            block = start // 128 + 1
+            next = _scales(of_inputs, of_weights, block, m, M, K, stride_scale)
             product = tl.dot(weight, tl.trans(columns))
-            acc += product * of_weight[:, None] * of_input[None, :]
+            if SCALE_ROWS >= TILE_N:
+                acc += product * (of_input * of_weight)[None, :]
+            else:
+                acc += product * of_weight[:, None] * of_input[None, :]
+            of_input, of_weight = next
         else:
             acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
     total = acc.to(tl.float32)
-    if scale is not None and not BLOCKS:
+    if scale is not None and SCALE_ROWS == 0:
         total *= tl.load(scale + weight_row, mask=n < N, other=0.0)[:, None]
-    if row_scale is not None and not BLOCKS:
+    if row_scale is not None and SCALE_ROWS == 0:
         total *= tl.load(row_scale + row, mask=m < M, other=0.0)[None, :]
     if bias is not None and block_rows is not None:
         total += tl.load(bias + weight_row, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -334,3 +384,11 @@ def _multiply(  # type: ignore[no-untyped-def]
         )
     else:
         store_gated(total, tile_n * TILE_N, m, y, M, N, GATE, TILE_N, TILE_M)
+
+
+@triton.jit
+def _scales(of_inputs, of_weights, block, m, M, K, stride_scale):  # type: ignore[no-untyped-def]
+    """Return the scales of the inputs and of the weights in ``block``; past the last any."""
+    block = tl.minimum(block, K // 128 - 1)
+    of_input = tl.load(of_inputs + block, mask=m < M, other=0.0)
+    return of_input, tl.load(of_weights + block * stride_scale)

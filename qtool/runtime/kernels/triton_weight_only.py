@@ -253,10 +253,13 @@ def _fields(values: Tensor, layout: Layout, group: int, padded: tuple[int, int])
 
 
 def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    """Multiply, cut as `TILES` says."""
-    return multiply(
-        spec, x, packed, bias, pick(TILES[spec.scheme.weights.format], x.shape[0], *spec.shape)
-    )
+    """Multiply, cut as `tiles` says."""
+    return multiply(spec, x, packed, bias, pick(tiles(spec), x.shape[0], *spec.shape))
+
+
+def tiles(spec: LinearSpec) -> Table:
+    """Return how products with such layers are cut."""
+    return TILES[spec.scheme.weights.format]
 
 
 def multiply(

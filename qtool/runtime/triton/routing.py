@@ -12,7 +12,7 @@ from qtool.runtime.experts.routing import Blocks, most_blocks
 from qtool.runtime.experts.rules import RoutingRule
 from qtool.runtime.triton.tiles import start_early
 
-CHUNK = 4096  # choices that a program looks at together
+CHUNKS = (32, 512, 4096)  # choices that a program looks at together
 TILE = 1024  # outputs of a program that adds up
 
 
@@ -65,7 +65,7 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
     numbers = torch.empty(blocks * size + blocks + 1, dtype=torch.int32, device=experts.device)
     end = blocks * size
     rows, of_block, used = numbers[:end], numbers[end:-1], numbers[-1:]
-    chunk = min(triton.next_power_of_2(choices), CHUNK)
+    chunk = next((size for size in CHUNKS if choices <= size), CHUNKS[-1])
     _sort[(count,)](
         experts=experts,
         rows=rows,
@@ -235,3 +235,7 @@ def _add_up(  # type: ignore[no-untyped-def]
         part = tl.load(y + (token * TOP_K + choice) * N + n, mask=n < N, other=0.0)
         total += weight * part.to(tl.float32)
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+# kernels whose outputs choose what torch reads, and so must never be arbitrary
+WRITES_INDICES = frozenset({_top_experts})

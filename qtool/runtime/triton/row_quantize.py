@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.runtime.triton.tiles import start_early
 
 PIECE = 16384  # elements of a row at a time
+TOGETHER = 2048  # elements of short rows that a program rounds together
 
 
 def quantize_rows(
@@ -35,18 +36,21 @@ def quantize_rows(
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
     scale = x.new_empty((rows, 1), dtype=torch.float32)
     piece = min(triton.next_power_of_2(columns), PIECE)
+    together = max(1, TOGETHER // piece) if static_scale is None else 1
     options = {"launch_pdl": True} if pdl else {}
-    _quantize[(rows,)](
+    _quantize[(triton.cdiv(rows, together),)](
         x=x,
         static_scale=static_scale,
         codes=codes,
         scales=scale,
+        M=rows,
         K=columns,
         EACH=static_scale is not None and static_scale.numel() > 1,
         FP8=format == "fp8",
         PIECE=piece,
+        ROWS=together,
         PDL=pdl,
-        num_warps=min(16, max(1, piece // 1024)),
+        num_warps=min(16, max(1, together * piece // 1024)),
         **options,
     )
     return codes, scale
@@ -77,34 +81,36 @@ def codes_of(x, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
         return (tl.clamp(ratio, -128.0, 127.0) + magic).to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit(do_not_specialize_on_alignment=["static_scale"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["static_scale"])
 def _quantize(  # type: ignore[no-untyped-def]
     x,
     static_scale,
     codes,
     scales,
+    M,
     K,
     EACH: tl.constexpr,
     FP8: tl.constexpr,
     PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * K
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = m.to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]
+    exists = m < M if ROWS > 1 else m == m
     start_early(PDL)
     if static_scale is None:
-        amax = tl.zeros((1, PIECE), tl.float32)
+        amax = tl.zeros((ROWS, PIECE), tl.float32)
         for start in range(0, K, PIECE):
-            amax = tl.maximum(
-                amax,
-                tl.abs(tl.load(x + row + start + k, mask=start + k < K, other=0.0).to(tl.float32)),
-            )
+            piece = tl.load(x + row + start + k, mask=exists & (start + k < K), other=0.0)
+            amax = tl.maximum(amax, tl.abs(piece.to(tl.float32)))
         scale = scale_of(tl.max(amax, 1, keep_dims=True), FP8)
     else:
-        place = tl.zeros((1, 1), tl.int32) + (tl.program_id(0) if EACH else 0)
-        scale = tl.load(static_scale + place)
+        scale = tl.load(static_scale + (m if EACH else m * 0))
         scale = tl.where(scale > 1e-36, scale, 1.0)
-    tl.store(scales + tl.program_id(0) + tl.zeros((1, 1), tl.int32), scale)
+    tl.store(scales + m, scale, mask=exists)
     for start in range(0, K, PIECE):
-        piece = tl.load(x + row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-        tl.store(codes + row + start + k, codes_of(piece, scale, FP8), mask=start + k < K)
+        inside = exists & (start + k < K)
+        piece = tl.load(x + row + start + k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(codes + row + start + k, codes_of(piece, scale, FP8), mask=inside)

@@ -1,0 +1,44 @@
+"""Compile the Triton kernels of a piece of work at the same time, before the work is done."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from triton import AsyncCompileMode
+from triton.runtime.jit import JITFunction
+
+from qtool.runtime.triton.routing import WRITES_INDICES
+
+MAX_THREADS = 16
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Compile the kernels that this thread launches meanwhile, on all cores, instead of running
+    them: what they would have written is then what the memory held. Kernels whose outputs are
+    indices run all the same. The compiled kernels are in place, and on disk, at the end.
+
+    One that cannot be compiled is left for its launch to report.
+    """
+    owner, run = threading.get_ident(), JITFunction.run
+
+    def only_compile(kernel, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        mine = threading.get_ident() == owner and kernel not in WRITES_INDICES
+        return run(kernel, *args, grid=grid, warmup=warmup or mine, **options)
+
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with (
+        _ONE_AT_A_TIME,
+        ThreadPoolExecutor(threads, "compile") as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        JITFunction.run = only_compile
+        try:
+            yield
+        finally:
+            JITFunction.run = run
