@@ -94,9 +94,7 @@ def from_exit(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
     if shutil.disk_usage(log.parent).free < FULL_BYTES:
         return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
     inputs, outputs = _places(job)
-    # some end the process when a thread of theirs fails, having printed its traceback
-    named = library_os_error(RuntimeError(_last_os_error(last_words)), [*inputs, *outputs])
-    file_error = named or library_os_error(RuntimeError(last_words), ())
+    file_error = _printed_os_error(last_words, [*inputs, *outputs])
     if file_error is not None:
         return from_os_error(file_error, reading=inputs, where="while the library ran")
     if status < 0 and -status not in CRASHES:
@@ -118,13 +116,20 @@ def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
     )
 
 
-def _last_os_error(printed: str) -> str:
-    """Return the line of the last OSError, of Python or Rust, whose traceback is in ``printed``;
-    empty if there is none.
+def _printed_os_error(printed: str, places: list[Path]) -> OSError | None:
+    """Return the last OSError, of Python or Rust, whose traceback is in ``printed``; else one that
+    is quoted there.
+
+    Some libraries end the process when a thread of theirs fails, having printed its traceback.
     """
-    number = r"(?:\[Errno \d+\]|.*\(os error \d+\))"
-    lines = re.findall(rf"^[\w.]*(?:Error|Exception): {number}.*", printed, re.MULTILINE)
-    return str(lines[-1]) if lines else ""
+    number = r"(?:\[Errno (\d+)\]|.*\(os error (\d+)\))"
+    raised = rf"^[\w.]*(?:Error|Exception): {number}.*"
+    for last in [*re.finditer(raised, printed, re.MULTILINE)][-1:]:
+        code = int(last[1] or last[2])
+        named = library_os_error(RuntimeError(last[0]), places)
+        if found := named or library_os_error(OSError(code, os.strerror(code)), ()):
+            return found
+    return library_os_error(RuntimeError(printed), ())
 
 
 def _tail(log: Path) -> str:

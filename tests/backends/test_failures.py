@@ -72,6 +72,8 @@ def test_the_file_that_made_a_library_end_its_process_is_found_in_the_log(plan, 
     assert from_exit(1, plan, job, log).code == "E_UNREADABLE"
     log.write_text(f'rust.SafetensorError: I/O error: (os error 13) at path "{tmp_path}/a"\n')
     assert f"{tmp_path}/a cannot be written" in from_exit(1, plan, job, log).message
+    log.write_text("Traceback:\nIsADirectoryError: [Errno 21] Is a directory\n")
+    assert from_exit(1, plan, job, log).code == "E_UNWRITABLE"
     log.write_text("PermissionError: [Errno 13] Permission denied: '/nowhere/tool'\n")
     assert from_exit(1, plan, job, log).code == "E_BACKEND_DIED"
 
