@@ -125,9 +125,11 @@ def _printed_os_error(printed: str, places: list[Path]) -> OSError | None:
     number = r"(?:\[Errno (\d+)\]|.*\(os error (\d+)\))"
     raised = rf"^[\w.]*(?:Error|Exception): {number}.*"
     for last in [*re.finditer(raised, printed, re.MULTILINE)][-1:]:
+        if named := library_os_error(RuntimeError(last[0]), places):
+            return named
         code = int(last[1] or last[2])
-        named = library_os_error(RuntimeError(last[0]), places)
-        if found := named or library_os_error(OSError(code, os.strerror(code)), ()):
+        names_none = not re.search("['\"]", last[0])
+        if names_none and (found := library_os_error(OSError(code, os.strerror(code)), ())):
             return found
     return library_os_error(RuntimeError(printed), ())
 
