@@ -120,6 +120,8 @@ class Backend(Protocol):
     """One quantization library. How it loads, calibrates and saves is its own affair."""
 
     distribution: str
+    modules: Sequence[str]
+    """What `quantize` imports of the library."""
     base_memory_bytes: int
     """What the process needs besides the model: Python, torch, the library. Measured on a CPU."""
 

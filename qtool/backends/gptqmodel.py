@@ -72,6 +72,7 @@ class GPTQModelBackend:
     """
 
     distribution = "gptqmodel"
+    modules = ("gptqmodel",)
     base_memory_bytes = 740_000_000
 
     def refusals(self, plan: Plan) -> list[str]:

@@ -49,6 +49,7 @@ class LLMCompressorBackend:
     """
 
     distribution = "llmcompressor"
+    modules = ("llmcompressor",)
     base_memory_bytes = 650_000_000
 
     def refusals(self, plan: Plan) -> list[str]:

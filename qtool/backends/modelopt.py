@@ -63,6 +63,7 @@ class ModelOptBackend:
     """Drives ``mtq.quantize`` and ``export_hf_checkpoint``."""
 
     distribution = "nvidia-modelopt"
+    modules = ("modelopt.torch.quantization", "modelopt.torch.export")
     base_memory_bytes = 720_000_000
 
     def refusals(self, plan: Plan) -> list[str]:

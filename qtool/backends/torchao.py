@@ -23,6 +23,7 @@ class TorchAOBackend:
     """Drives transformers' ``TorchAoConfig``; the result is read by transformers and vLLM."""
 
     distribution = "torchao"
+    modules = ("torchao.quantization", "transformers")
     base_memory_bytes = 605_000_000
 
     def refusals(self, plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib
 import importlib.metadata
 import json
 import os
@@ -51,6 +52,7 @@ from qtool.events import (
     from_line,
     to_line,
 )
+from qtool.memory import no_collection
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
 from qtool.sandbox import code_of_main
@@ -291,11 +293,15 @@ def _run(job: Job, report: _PipeReporter) -> None:
             calibration = load_calibration(job.calibration, steps)
         samples = calibration.samples
         report.send(CalibrationEvent(asdict(calibration.report)))
-    report.stage(f"importing {load_backend(recipe.backend).distribution}")
-    device = _find_device(job.device, plan)
-    check_model_code(plan.checkpoint, trusted=job.trust_remote_code)
+    backend = load_backend(recipe.backend)
+    report.stage(f"importing {backend.distribution}")
+    with no_collection(keep=True):
+        device = _find_device(job.device, plan)
+        check_model_code(plan.checkpoint, trusted=job.trust_remote_code)
+        for module in backend.modules:
+            importlib.import_module(module)
     _seed(recipe.seed)
-    load_backend(recipe.backend).quantize(Work(job, plan, samples, device, report))
+    backend.quantize(Work(job, plan, samples, device, report))
 
 
 def _find_device(device: str, plan: Plan) -> str:

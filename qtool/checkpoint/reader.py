@@ -4,10 +4,8 @@ pickle.
 
 from __future__ import annotations
 
-import gc
 import reprlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from qtool.checkpoint.config_check import check_config
@@ -20,6 +18,7 @@ from qtool.checkpoint.strict_json import (
     refused,
 )
 from qtool.errors import CheckpointRefused, file_errors, is_there
+from qtool.memory import no_collection
 
 MAX_FILE_NAME = 255
 MAX_SHARDS = 10_000
@@ -56,24 +55,10 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
                 f"{path}: no config.json, so this is not a model folder",
                 "give the folder that holds config.json",
             )
-        with _no_collection():
+        with no_collection():
             checkpoint = Checkpoint(path, _read_config(path / "config.json"), _read_tensors(path))
         check_config(checkpoint)
         return checkpoint
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Stop the search for reference cycles: headers make none, and a fifth of the time would go
-    there.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _read_config(path: Path) -> JsonDict:

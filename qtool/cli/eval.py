@@ -12,6 +12,7 @@ from qtool.cli.files import check_writable, write_file
 from qtool.cli.options import Debug, Json, ModelPath, Quiet, Verbose, takes
 from qtool.cli.output import message, show
 from qtool.errors import GateFailed, file_errors
+from qtool.memory import no_collection
 from qtool.options import EvalOptions, no_gate
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -37,10 +38,11 @@ def evaluate(
     """Compare a quantized checkpoint with its 16-bit reference; exit code 7 when a limit of the
     gate does not hold.
     """
-    from qtool.cli.progress import progress
-    from qtool.evaluation import text
-    from qtool.evaluation.execution import run_evaluation
-    from qtool.evaluation.html_report import render_html
+    with no_collection(keep=True):
+        from qtool.cli.progress import progress
+        from qtool.evaluation import text
+        from qtool.evaluation.execution import run_evaluation
+        from qtool.evaluation.html_report import render_html
 
     if junit and not options.gate:
         raise no_gate("--junit")

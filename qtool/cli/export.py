@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qtool.cli.options import Debug, Json, ModelPath, Quiet, Verbose, takes
 from qtool.cli.output import show
+from qtool.memory import no_collection
 from qtool.options import ExportOptions
 
 
@@ -19,8 +20,9 @@ def export(
     """Write a quantized checkpoint in another format, or export a saved ModelOpt state; never
     calibrates.
     """
-    from qtool.cli.progress import progress
-    from qtool.conversion import run_export
+    with no_collection(keep=True):
+        from qtool.cli.progress import progress
+        from qtool.conversion import run_export
 
     with progress(quiet=quiet, verbose=verbose) as on_event:
         result = run_export(model_path, options, on_event=on_event)

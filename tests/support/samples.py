@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
+from qtool.memory import no_collection
 from support import EXAMPLE
 
 PROMPT_TOKENS = 48
@@ -277,6 +279,11 @@ if __name__ == "__main__":
         "TQDM_DISABLE": "1",
     }
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    {"ct": make_ct, "gptq": make_gptq, "modelopt": make_modelopt}[sys.argv[1]](
-        Path(sys.argv[2]), Path(sys.argv[3])
-    )
+    make, library = {
+        "ct": (make_ct, "llmcompressor"),
+        "gptq": (make_gptq, "gptqmodel"),
+        "modelopt": (make_modelopt, "modelopt.torch.quantization"),
+    }[sys.argv[1]]
+    with no_collection(keep=True):  # GPTQModel collects 14 times, and modules are many objects
+        importlib.import_module(library)
+    make(Path(sys.argv[2]), Path(sys.argv[3]))

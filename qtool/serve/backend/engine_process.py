@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
-from qtool.memory import memory_error
+from qtool.memory import memory_error, no_collection
 from qtool.serve.backend.messages import (
     LENGTH,
     Abort,
@@ -275,12 +275,8 @@ def _prepare_grammars(engine: Engine) -> None:
     """
     if engine.compiler is None or importlib.util.find_spec("xgrammar") is None:
         return
-    gc.disable()
-    try:
+    with no_collection(keep=True):
         engine.compiler.compile("regex", "a")
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 def _with_more_gpus(options: EngineOptions) -> str:
@@ -315,8 +311,8 @@ def main(descriptor: int) -> None:
     logging.captureWarnings(True)
     try:
         _redirect_transformers_log()
-        from qtool.engine.engine import Engine
-
+        with no_collection(keep=True):
+            from qtool.engine.engine import Engine
         engine = Engine(**options)  # type: ignore[arg-type]
         info = _engine_info(engine)
     except Exception as error:
