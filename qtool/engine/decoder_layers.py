@@ -10,7 +10,6 @@ not add its last output to the residual but returns a `Sum`, for the norm of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Literal, cast
@@ -21,64 +20,51 @@ from torch.nn import functional
 
 from qtool.engine.attention.interface import RECORDING, RUNNING, attend, write
 from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
+from qtool.engine.norms import Codes, NotFused, RMSNorm, Sum, parts_of, rounded
 from qtool.runtime.kernels import current
-from qtool.runtime.kernels.scaled_mm import rounded_rows
 from qtool.runtime.linear import FusedLinear, QuantizedLinear
-from qtool.scheme import Activations
 
-Codes = Literal["fp8", "int8"]
 Activation = Literal["silu", "gelu_tanh"]
+# whether models make the angle of each pair of channels once, or twice, for both channels
+Angles = Literal["once", "twice"]
 Linear = nn.Linear | QuantizedLinear | FusedLinear
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
 }
-# The largest relative error of a part that replaces another.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 PASSIVE = (nn.Dropout, nn.Identity)  # modules that do nothing when a model runs
 
 
-class NotFused(Exception):
-    """Why a model stays as it is."""
-
-
-@dataclass
-class Sum:
-    """Hidden states that are still to be added: two tensors [T, H]."""
-
-    x: Tensor
-    residual: Tensor
-
-    def total(self) -> Tensor:
-        """Return the hidden states, [T, H]."""
-        return self.residual + self.x
+class RotaryMismatch(NotFused):
+    """Why the angles of a model are not of the kind that was tried."""
 
 
 class FusedLayer(nn.Module):
     """A decoder layer of the Llama kind: norm, attention, norm, MLP, each pair around a residual.
 
-    ``rotates``: queries and keys get the rotary embedding. Raises: NotFused, for a layer made of
-        other parts.
+    ``angles``: how queries and keys get the rotary embedding; None: they do not. Raises: NotFused,
+        for a layer made of other parts.
     """
 
-    def __init__(self, layer: nn.Module, geometry: LayerGeometry, *, rotates: bool) -> None:
+    def __init__(self, layer: nn.Module, geometry: LayerGeometry, *, angles: Angles | None) -> None:
         super().__init__()
         norms = ("input_layernorm", "post_attention_layernorm")
         _check_parts(layer, {*norms, "self_attn", "mlp"})
         attention = layer.get_submodule("self_attn")
         q_k_v = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
-        _check_parts(attention, {*q_k_v, "o_proj"}, {"q_norm", "k_norm"})
+        _check_parts(attention, {*q_k_v, "o_proj"}, {"q_norm", "k_norm", "sinks"})
         if geometry.head_dim != geometry.v_head_dim:
             raise NotFused("values are of another size than keys")
         heads = (geometry.heads, geometry.kv_heads, geometry.kv_heads)
         sizes = [count * geometry.head_dim for count in heads]
-        self.geometry, self.rotates = geometry, rotates
+        self.geometry, self.angles = geometry, angles
         self.input_norm, self.post_norm = (RMSNorm.of(getattr(layer, name)) for name in norms)
         self.qkv, self.at = _side_by_side([getattr(attention, name) for name in q_k_v], sizes)
         self.o_proj = attention.get_submodule("o_proj")
         self.q_norm = _norm_of(attention, "q_norm")
         self.k_norm = _norm_of(attention, "k_norm")
         self._check_head_norms()
+        self.sinks: nn.Parameter | None = getattr(attention, "sinks", None)
         mlp = layer.get_submodule("mlp")
         self.mlp = GatedMLP.of(mlp) or mlp
 
@@ -104,14 +90,15 @@ class FusedLayer(nn.Module):
         """Return the hidden states after the layer, from those before it: [1, T, H], or the `Sum`
         of the layer before.
         """
-        x, residual = _parts(hidden_states)
+        x, residual = parts_of(hidden_states)
         with current(x.device):
             x, scale, residual = self.input_norm.add(x, residual, _codes_of(self.qkv))
             attended = self._attend(_multiply(self.qkv, x, scale), position_embeddings)
             mlp = self.mlp
             if not isinstance(mlp, GatedMLP):  # experts, say
                 x, _, residual = self.post_norm.add(self.o_proj(attended), residual)
-                return Sum(mlp(x[None])[0], residual)
+                y = mlp(x[None])
+                return Sum((y[0] if isinstance(y, tuple) else y)[0], residual)
             x, scale, residual = self.post_norm.add(
                 self.o_proj(attended), residual, _codes_of(mlp.gate_up)
             )
@@ -125,12 +112,15 @@ class FusedLayer(nn.Module):
             return qkv.new_zeros(qkv.shape[0], geometry.heads * geometry.head_dim)
         packed, layers = RUNNING.get()
         kv = layers[geometry.layer_idx]
-        rotary = None
-        if self.rotates and angles:
+        rotary, rotated = None, 0
+        if self.angles and angles:
             cos, sin = angles
             rotary = cos.flatten(0, -2).contiguous(), sin.flatten(0, -2).contiguous()
+            rotated = cos.shape[-1] * (2 if self.angles == "once" else 1)
+            if rotated > geometry.head_dim:
+                raise RotaryMismatch(f"{rotated} channels of {geometry.head_dim} would be rotated")
         q = rotate_and_write(
-            qkv, self.at, geometry.heads, self.q_norm, self.k_norm, rotary, kv, packed
+            qkv, self.at, geometry.heads, self.q_norm, self.k_norm, rotary, rotated, kv, packed
         )
         return attend(
             q,
@@ -139,89 +129,8 @@ class FusedLayer(nn.Module):
             scaling=geometry.scaling,
             window=geometry.window,
             softcap=geometry.softcap,
+            sinks=self.sinks,
         ).flatten(1)
-
-
-class RMSNorm(nn.Module):
-    """A norm of any model that divides by the root of the mean of squares.
-
-    ``plus_one``: the weight is what is added to 1, as Gemma has it. ``late``: the norm is rounded
-        only after it is multiplied by the weight.
-    """
-
-    def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool, late: bool) -> None:
-        super().__init__()
-        self.weight, self.eps, self.plus_one, self.late = weight, eps, plus_one, late
-
-    @property
-    def kind(self) -> tuple[float, bool, bool]:
-        """Everything but the weight."""
-        return self.eps, self.plus_one, self.late
-
-    @classmethod
-    def of(cls, module: nn.Module) -> RMSNorm:
-        """Return ``module`` as a norm of the kind that it is seen to be.
-
-        Raises: NotFused, when it is of none.
-        """
-        if isinstance(module, RMSNorm):
-            return module
-        name = type(module).__name__
-        weight = getattr(module, "weight", None)
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        is_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1
-        if not is_vector or not isinstance(eps, float) or getattr(module, "bias", None) is not None:
-            raise NotFused(f"{name} is not an RMSNorm")
-        weight = cast(nn.Parameter, weight)
-        sizes = torch.tensor([[1e-3], [0.1], [1], [10]], device=weight.device)
-        x = random_input((4, len(weight)), weight) * sizes.to(weight.dtype)
-        expected = module(x)
-        kinds = [
-            cls(weight, eps, plus_one=plus_one, late=late)
-            for plus_one, late in ((False, False), (True, True), (False, True), (True, False))
-        ]
-        errors = [distance(norm.normalize(x), expected, expected) for norm in kinds]
-        best = min(range(len(kinds)), key=errors.__getitem__)
-        if expected.dtype != x.dtype or not errors[best] <= TOLERANCE[x.dtype]:
-            raise NotFused(
-                f"{name} is not a known kind of RMSNorm (relative error {errors[best]:.1e})"
-            )
-        return kinds[best]
-
-    def forward(self, x: Tensor | Sum) -> Tensor:
-        """Return the norm, [1, T, H], of the hidden states."""
-        with current(self.weight.device):
-            normed, _, _ = self.add(*_parts(x))
-        return normed[None]
-
-    def add(
-        self, x: Tensor, residual: Tensor | None, codes: Codes | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the norm of ``x + residual``, [T, H], or its codes and their scales, f32 [T, 1];
-        and the sum.
-        """
-        if x.is_cuda:
-            from qtool.engine import elementwise
-
-            return elementwise.add_norm(
-                x.contiguous(),
-                residual,
-                self.weight,
-                self.eps,
-                plus_one=self.plus_one,
-                late=self.late,
-                codes=codes,
-            )
-        total = x if residual is None else residual + x
-        return *_rounded(self.normalize(total), codes), total
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """Return the norm of ``x``, of its shape and dtype, over the last dimension."""
-        wide, weight = x.float(), self.weight.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if not self.late:
-            wide = wide.to(x.dtype).float()
-        return (wide * (1 + weight if self.plus_one else weight)).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -288,6 +197,7 @@ def rotate_and_write(
     q_norm: RMSNorm | None,
     k_norm: RMSNorm | None,
     rotary: tuple[Tensor, Tensor] | None,
+    rotated: int,
     kv: KVPages,
     packed: Packed,
 ) -> Tensor:
@@ -297,7 +207,8 @@ def rotate_and_write(
     Args:
         qkv: queries, keys and values of each token, [T, ...]; ``at``: where each of the three
             begins.
-        rotary: cosines and sines [T, at most D]; the channels that are left are not rotated.
+        rotary: cosines and sines [T, at least rotated / 2]; the rest repeats them.
+        rotated: the first channels of a head, which are rotated.
     """
     if qkv.is_cuda:
         from qtool.engine import elementwise
@@ -306,7 +217,7 @@ def rotate_and_write(
         scales = kv.k_scale, kv.v_scale
         where = packed.table, packed.rows, packed.positions
         return elementwise.rotate_and_write(
-            qkv, (at[0], at[1], at[2]), heads, norms, rotary, kv.k, kv.v, scales, *where
+            qkv, (at[0], at[1], at[2]), heads, norms, rotary, rotated, kv.k, kv.v, scales, *where
         )
     (tokens, _), (_, kv_heads, _, width) = qkv.shape, kv.k.shape
     q, k, v = (
@@ -317,17 +228,17 @@ def rotate_and_write(
         part if norm is None else norm.normalize(part) for part, norm in ((q, q_norm), (k, k_norm))
     )
     if rotary:
-        q, k = (_rotate(part, *rotary) for part in (q, k))
+        q, k = (_rotate(part, *rotary, rotated) for part in (q, k))
     write(kv, k, v, packed)
     return q
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of ``x`` [T, heads, D], as transformers does."""
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    one, other = turning.chunk(2, dim=-1)
-    turned = turning * cos[:, None] + torch.cat((-other, one), dim=-1) * sin[:, None]
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
+    """Rotate the first ``rotated`` channels of ``x`` [T, heads, D], as transformers does."""
+    one, other = x[..., :rotated].chunk(2, dim=-1)
+    cos, sin = (part[:, None, : rotated // 2] for part in (cos, sin))
+    turned = one * cos - other * sin, other * cos + one * sin
+    return torch.cat((*(part.to(x.dtype) for part in turned), x[..., rotated:]), dim=-1)
 
 
 def gated(
@@ -341,15 +252,7 @@ def gated(
 
         return elementwise.gated(x, at, width, activation, codes)
     gate, up = (x[:, start : start + width] for start in at)
-    return _rounded(ACTIVATIONS[activation](gate) * up, codes)
-
-
-def _rounded(x: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
-    return rounded_rows(x, Activations(codes, "token")) if codes else (x, None)
-
-
-def _parts(x: Tensor | Sum) -> tuple[Tensor, Tensor | None]:
-    return (x.x, x.residual) if isinstance(x, Sum) else (x.flatten(0, -2), None)
+    return rounded(ACTIVATIONS[activation](gate) * up, codes)
 
 
 def _codes_of(linear: nn.Module) -> Codes | None:
@@ -374,7 +277,7 @@ def _check_parts(module: nn.Module, needed: set[str], allowed: Set[str] = frozen
     """
     parts = {name for name, part in module.named_children() if not isinstance(part, PASSIVE)}
     own = {name for name, _ in module.named_parameters(recurse=False)}
-    if wrong := sorted((needed - parts) | (parts - needed - allowed) | own):
+    if wrong := sorted((needed - parts) | ((parts | own) - needed - allowed)):
         has = "no" if wrong[0] in needed else "a"
         raise NotFused(f"{type(module).__name__} has {has} `{wrong[0]}`")
 
@@ -433,17 +336,3 @@ def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def random_input(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return normal random numbers, the same each time, with the dtype and device of ``like``."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
-
-
-def distance(result: Tensor, expected: Tensor, reference: Tensor) -> float:
-    """Return how far ``result`` is from ``expected``, relative to the norm of ``reference``; NaN
-    counts as far.
-    """
-    size = float(reference.double().norm())
-    return float((result.double() - expected.double()).norm()) / (size or 1.0)

@@ -78,6 +78,7 @@ def rotate_and_write(
     heads: int,
     norms: tuple[Tensor, Tensor, float, bool, bool] | None,
     rotary: tuple[Tensor, Tensor] | None,
+    rotated: int,
     k_pages: Tensor,
     v_pages: Tensor,
     scales: tuple[float, float],
@@ -93,7 +94,9 @@ def rotate_and_write(
         heads: of queries.
         norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and
             ``late``.
-        rotary: cosines and sines, [T, at most D].
+        rotary: cosines and sines, [T, at least rotated / 2]: channel ``i`` turns with channel
+            ``rotated / 2 + i``, by angle ``i``.
+        rotated: how many channels of a head are rotated.
         k_pages: [pages, KV heads, page, D].
         v_pages: [pages, KV heads, page, D].
         scales: of keys and values in fp8 pages.
@@ -132,7 +135,8 @@ def rotate_and_write(
         HEADS=heads,
         KV_HEADS=kv_heads,
         D=width,
-        ROTATED=0 if cos is None else cos.shape[-1],
+        ANGLES=0 if cos is None else cos.shape[-1],
+        ROTATED=0 if cos is None else rotated,
         PLUS_ONE=plus_one,
         LATE=late,
         FP8=k_pages.dtype == torch.float8_e4m3fn,
@@ -337,23 +341,17 @@ def _put_heads(  # type: ignore[no-untyped-def]
                 tl.float32
             )
         angle: tl.constexpr = cos.dtype.element_ty
-        first_cos, first_sin = (
-            tl.load(cos + i, mask=i < HALF).to(tl.float32),
-            tl.load(sin + i, mask=i < HALF).to(tl.float32),
-        )
-        second_cos, second_sin = (
-            tl.load(cos + HALF + i, mask=i < HALF).to(tl.float32),
-            tl.load(sin + HALF + i, mask=i < HALF).to(tl.float32),
-        )
+        cosine = tl.load(cos + i, mask=i < HALF).to(tl.float32)
+        sine = tl.load(sin + i, mask=i < HALF).to(tl.float32)
         _put(
-            _turned(first, first_cos, -second, first_sin, angle, dtype),
+            _turned(first, cosine, -second, sine, angle, dtype),
             out + i,
             turning,
             scale,
             FP8,
         )
         _put(
-            _turned(second, second_cos, first, second_sin, angle, dtype),
+            _turned(second, cosine, first, sine, angle, dtype),
             out + HALF + i,
             turning,
             scale,
@@ -397,6 +395,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    ANGLES: tl.constexpr,
     ROTATED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
@@ -411,8 +410,8 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     start_early(PDL)
     x = qkv + t * stride_qkv_token
     if ROTATED:
-        cos += t * ROTATED
-        sin += t * ROTATED
+        cos += t * ANGLES
+        sin += t * ANGLES
     if block < q_blocks:
         head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
         _put_heads(

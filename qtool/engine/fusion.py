@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
-from qtool.engine.decoder_layers import (
-    TOLERANCE,
-    FusedLayer,
-    NotFused,
-    RMSNorm,
-    Sum,
-    distance,
-    random_input,
-)
+from qtool.engine.decoder_layers import Angles, FusedLayer, RotaryMismatch
+from qtool.engine.norms import TOLERANCE, NotFused, RMSNorm, Sum, distance, random_input
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
@@ -41,6 +34,7 @@ TOKENS = 6  # of the input that layers are compared with
 ROUNDED_TOLERANCE = 0.1
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
+ANGLES: tuple[Angles | None, ...] = ("twice", "once", None)  # in the order that they are tried
 
 
 Arguments = dict[str, object]
@@ -86,7 +80,7 @@ def _fuse(decoder: Decoder, device: torch.device) -> None:
         seen = _dry_run(decoder, device)
         for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
             with suppress(Exception):  # the proof meets it again
-                _check_of(layer, seen)(rotates=True)
+                _check_of(layer, seen)(angles=ANGLES[0])
     fused = []
     for number, layer in enumerate(layers):
         try:
@@ -141,15 +135,18 @@ def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
     name, check = type(layer).__name__, _check_of(layer, seen)
     tolerance = TOLERANCE[next(layer.parameters()).dtype]
     with stand_ins(layer, QuantizedLinear, GroupedExperts):
-        error = check(rotates=True)
-        rotates = error <= tolerance
-        if not rotates:
-            error = min(error, check(rotates=False))
+        errors = {}
+        for angles in ANGLES:
+            with suppress(RotaryMismatch):
+                errors[angles] = check(angles=angles)
+                if errors[angles] <= tolerance:
+                    break
+    angles, error = min(errors.items(), key=lambda item: item[1])
     if error <= tolerance:
         with stand_ins(layer, GroupedExperts):
-            error = check(rotates=rotates)
+            error = check(angles=angles)
         if error <= ROUNDED_TOLERANCE:
-            return FusedLayer(layer, seen.geometry[_index(layer)], rotates=rotates)
+            return FusedLayer(layer, seen.geometry[_index(layer)], angles=angles)
     raise NotFused(f"{name} is not what its parts seem to be (relative error {error:.1e})")
 
 
@@ -179,13 +176,18 @@ def _index(layer: nn.Module) -> int:
 
 
 def _error(
-    layer: nn.Module, geometry: LayerGeometry, x: Tensor, arguments: Arguments, *, rotates: bool
+    layer: nn.Module,
+    geometry: LayerGeometry,
+    x: Tensor,
+    arguments: Arguments,
+    *,
+    angles: Angles | None,
 ) -> float:
     """Return how far a fused ``layer`` is from itself at ``x`` [1, T, H]."""
     added = _run_on_scratch(layer, x, geometry, arguments)[0] - x
     # as large as what the layer adds: neither then hides in the other's rounding
     x = x * (added.norm() / x.norm()).clamp(1e-3, 1e3)
-    fused = FusedLayer(layer, geometry, rotates=rotates)
+    fused = FusedLayer(layer, geometry, angles=angles)
     return _difference(
         _run_on_scratch(fused, x, geometry, arguments),
         _run_on_scratch(layer, x, geometry, arguments),

@@ -27,7 +27,7 @@ TOLERANCE = 0.02
 
 def check_by_name(plan: LoadPlan) -> None:
     """Raise CheckpointRefused for a model that is known not to run in the engine: it generates no
-    text, has attention sinks, or layers that keep a state beside the KV cache.
+    text, or has layers that keep a state beside the KV cache.
     """
     model, path = plan.skeleton.model, plan.checkpoint.path
     name = type(model).__name__
@@ -38,8 +38,6 @@ def check_by_name(plan: LoadPlan) -> None:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     if others := sorted({*kinds} - ATTENTION):
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
-    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
-        raise _refused(f"{name} has attention sinks, which the engine lacks")
 
 
 def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None:

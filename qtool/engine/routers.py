@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qtool.engine.decoder_layers import distance, random_input
+from qtool.engine.norms import distance, random_input
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.experts.gates import float_attribute
 from qtool.runtime.experts.grouped import GroupedExperts

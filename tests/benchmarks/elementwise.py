@@ -134,7 +134,9 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
     packed = Packed(table, rows, positions, 0 if prefill else tokens)
 
     def run() -> Tensor:
-        return fused.rotate_and_write(qkv, AT, HEADS, q_norm, k_norm, rotary, caches[0], packed)
+        return fused.rotate_and_write(
+            qkv, AT, HEADS, q_norm, k_norm, rotary, 128, caches[0], packed
+        )
 
     def check() -> None:
         on_cpu = KVPages(caches[1].k.cpu(), caches[1].v.cpu(), 0.02, 0.02)
@@ -148,7 +150,8 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
             for norm in (q_norm, k_norm)
         ]
         expected = fused.rotate_and_write(
-            qkv.cpu(), AT, HEADS, *plain_norms, (rotary[0].cpu(), rotary[1].cpu()), on_cpu, places
+            *(qkv.cpu(), AT, HEADS, *plain_norms, (rotary[0].cpu(), rotary[1].cpu())),
+            *(HEAD_DIM, on_cpu, places),
         )
         close("queries", run().cpu(), expected)
         for name in ("k", "v"):

@@ -34,6 +34,7 @@ def expected(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention in float64 of the last tokens, ``q`` [n, heads, D], of a sequence with keys ``k``
     and values ``v`` [length, kv_heads, ...].
@@ -51,7 +52,10 @@ def expected(
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
-    return torch.einsum("hnm,mhd->nhd", logits.masked_fill(hidden, -math.inf).softmax(-1), v)
+    logits = logits.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, len(q), 1)], -1)
+    return torch.einsum("hnm,mhd->nhd", logits.softmax(-1)[..., :length], v)
 
 
 class Batch:
@@ -170,12 +174,16 @@ MIXED = (
 )
 FEW = ((5, 1), (17, 1), (40, 20), (0, 17), (15, 2))  # for the interpreter, which is slow
 DECODES = ((5, 1), (15, 1), (16, 1), (200, 1))
+SINKS = torch.tensor([2.0, -1.0, 0.5, 4.0])
 
 
 @pytest.mark.parametrize(
     "chunks", [MIXED, MIXED[1:], DECODES, ((0, 50), (0, 1), (0, 16)), ((300, 1),)]
 )
-@pytest.mark.parametrize("options", [{}, {"window": 7}, {"window": 64, "softcap": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 7}, {"window": 64, "softcap": 2.0}, {"window": 64, "sinks": SINKS}],
+)
 def test_every_token_sees_its_sequence_and_nothing_else(chunks, options):
     torch.manual_seed(0)
     batch = Batch(chunks)
@@ -319,10 +327,6 @@ def test_recording_tells_what_each_layer_needs():
 
 
 REFUSED = {
-    "gpt_oss": (
-        {"head_dim": 16, "num_local_experts": 2, "layer_types": ["full_attention"] * 3},
-        "attention sinks",
-    ),
     "llama4_text": (
         {
             "attention_chunk_size": 8,
@@ -359,7 +363,6 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize(
     ("reason", "attributes", "arguments"),
     [
-        ("attention sinks", {}, {"s_aux": torch.zeros(4)}),
         ("bidirectional", {"is_causal": False}, {}),
         ("bidirectional", {}, {"is_causal": False}),
         ("other tokens", {"is_cross_attention": True}, {}),
@@ -430,7 +433,7 @@ def interpret() -> None:
         triton_paged.write(batch.kv, k, v, packed)
         q = torch.cat(batch.q)
         out = q.new_full((*q.shape[:2], batch.kv.v.shape[3]), math.nan)
-        settings = (0.2, options.get("window"), options.get("softcap"))
+        settings = (0.2, *(options.get(name) for name in ("window", "softcap", "sinks")))
         if packed.decodes:
             triton_paged.decode(q, batch.kv, packed, out, *settings, decode_tile)
         if packed.starts is not None:
@@ -453,6 +456,15 @@ def interpret() -> None:
             {"window": 50, "softcap": 2.0},
             {},
         ),
+        (
+            "sinks, cut",
+            (*DECODES, (150, 3)),
+            Tile(16, 1, 1, parts=3),
+            Tile(16, 1, 1, rows=16),
+            {"window": 50, "sinks": SINKS},
+            {},
+        ),
+        ("sinks", FEW, Tile(16, 1, 1), Tile(16, 1, 1, rows=16), {"sinks": SINKS.bfloat16()}, {}),
         (
             "chunks",
             MIXED[6:],
@@ -521,6 +533,7 @@ def compile() -> None:
 
     count = 0
     for heads, kv_heads, head_dim, dtype, kv, window, softcap in (
+        (64, 8, 64, torch.bfloat16, torch.bfloat16, 128, None),
         (32, 8, 128, torch.bfloat16, torch.bfloat16, None, None),
         (32, 8, 128, torch.bfloat16, FP8, None, None),
         (16, 8, 256, torch.bfloat16, torch.bfloat16, 4096, 50.0),
@@ -528,11 +541,12 @@ def compile() -> None:
     ):
         layer = KVPages(*(empty(100, kv_heads, PAGE, head_dim, dtype=kv) for _ in "kv"))
         q, k = empty(300, heads, head_dim, dtype=dtype), empty(300, kv_heads, head_dim, dtype=dtype)
+        sinks = empty(heads, dtype=dtype) if head_dim == 64 else None
         for decodes in (1, 300):
             packed = Packed(empty(300, 512), empty(300), empty(300), decodes, counters=empty(10000))
-            triton_paged.decode(q, layer, packed, q, 0.1, window, softcap)
+            triton_paged.decode(q, layer, packed, q, 0.1, window, softcap, sinks)
         packed = Packed(empty(300, 512), empty(300), empty(300), 0, empty(3), 150)
-        triton_paged.prefill(q, layer, packed, q, 0.1, window, softcap)
+        triton_paged.prefill(q, layer, packed, q, 0.1, window, softcap, sinks)
         triton_paged.write(layer, k, k, packed)
         for kernel in compiled[count:]:
             used = triton_cpu.resources(kernel)

@@ -358,7 +358,11 @@ def interpret() -> None:
             fused.RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None
             for weight in weights
         )
-        rotary = tuple(torch.randn(5, rotated).to(angles) for _ in range(2)) if rotated else None
+        # the angles of each pair twice, or once
+        width_of_angles = rotated if normed else rotated // 2
+        halves = [torch.randn(5, rotated // 2).to(angles) for _ in range(2)]
+        both = (half.repeat(1, 2)[:, :width_of_angles].contiguous() for half in halves)
+        rotary = tuple(both) if rotated else None
         table = torch.tensor([[1, 2], [3, 4], [0, 0]], dtype=torch.int32)
         rows, positions = (
             torch.tensor(numbers, dtype=torch.int32)
@@ -370,11 +374,12 @@ def interpret() -> None:
         )
         scales = (0.01, 0.005) if eight_bits else (1.0, 1.0)
         cache, own_cache = (KVPages(pages[0].clone(), pages[1].clone(), *scales) for _ in range(2))
-        q = fused.rotate_and_write(qkv, at, heads, q_norm, k_norm, rotary, cache, packed)
+        q = fused.rotate_and_write(qkv, at, heads, q_norm, k_norm, rotary, rotated, cache, packed)
         before = qkv.clone()
         norms = (*weights, *q_norm.kind) if normed else None
         own_q = elementwise.rotate_and_write(
-            qkv, at, heads, norms, rotary, own_cache.k, own_cache.v, scales, table, rows, positions
+            *(qkv, at, heads, norms, rotary, rotated),
+            *(own_cache.k, own_cache.v, scales, table, rows, positions),
         )
         what = ("rotation", dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles)
         same(own_q, q, dtype, what)
@@ -446,6 +451,7 @@ def compile_all() -> None:
                     heads,
                     norms,
                     (empty(8, head_dim), empty(8, head_dim)),
+                    head_dim,
                     *(empty(9, kv_heads, PAGE, head_dim, dtype=dtype) for _ in range(2)),
                     (1.0, 1.0),
                     empty(4, 64, dtype=torch.int32),

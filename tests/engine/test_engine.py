@@ -48,6 +48,12 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "qwen3": {},
     "gemma2": {"sliding_window": 40},
     "phi3": {},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0},
     "qwen2_moe": {
         "num_experts": 4,
@@ -163,8 +169,11 @@ def random_model(model_type: str, folder):
 @pytest.mark.parametrize(
     "model_type",
     [
-        *("deepseek_v3", "gemma2", "granite", "phi3", "qwen2_moe", "qwen3"),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mixtral", "qwen3_moe")),
+        *("deepseek_v3", "gemma2", "gpt_oss", "phi3", "qwen2_moe", "qwen3"),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("granite", "mixtral", "qwen3_moe")
+        ),
     ],
 )
 def test_tokens_are_those_of_transformers(tmp_path, model_type):

@@ -48,7 +48,6 @@ def test_a_container_answers_text_without_its_towers(architecture, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "code", "reason"),
     [
-        ("gpt_oss", "E_ATTENTION", "GptOssForCausalLM has attention sinks"),
         ("jamba", "E_ATTENTION", "JambaForCausalLM has layers of `linear_attention`"),
         ("falcon_h1", "E_ATTENTION", "FalconH1ForCausalLM has layers of `hybrid`"),
         ("qwen3_5_moe", "E_ATTENTION", "layers of `linear_attention`"),

@@ -60,6 +60,7 @@ def attend(
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of ``q`` [T, heads, head_dim]: [T, heads, v_head_dim], of its dtype.
 
@@ -70,15 +71,16 @@ def attend(
         scaling: what logits are multiplied with.
         window: how many positions a token sees, itself included; None for all before it.
         softcap: if given, logits then become ``softcap * tanh(logits / softcap)``.
+        sinks: a logit for each head, [heads], that takes part in the softmax and has no value.
     """
     if not q.is_cuda:
-        return _attend_on_cpu(q, kv, packed, scaling, window, softcap)
+        return _attend_on_cpu(q, kv, packed, scaling, window, softcap, sinks)
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
     with current(q.device):
         if packed.decodes:
-            _kernels().decode(q, kv, packed, out, scaling, window, softcap)
+            _kernels().decode(q, kv, packed, out, scaling, window, softcap, sinks)
         if packed.starts is not None and packed.longest:
-            _kernels().prefill(q, kv, packed, out, scaling, window, softcap)
+            _kernels().prefill(q, kv, packed, out, scaling, window, softcap, sinks)
     return out
 
 
@@ -95,6 +97,7 @@ def _attend_on_cpu(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
     starts = [0] if packed.starts is None else packed.starts.tolist()
@@ -110,7 +113,9 @@ def _attend_on_cpu(
             _gather(part, pages, scale, low, last, q.dtype)
             for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))
         )
-        out[begin:end] = _attend_one(q[begin:end], k, v, first, low, scaling, window, softcap)
+        out[begin:end] = _attend_one(
+            q[begin:end], k, v, first, low, scaling, window, softcap, sinks
+        )
     return out
 
 
@@ -134,6 +139,7 @@ def _attend_one(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Return the attention of one sequence.
 
@@ -146,18 +152,20 @@ def _attend_one(
         scaling: as in `attend`.
         window: as in `attend`.
         softcap: as in `attend`.
+        sinks: as in `attend`.
     """
     tokens = q.shape[0]
     is_whole = first == 0 and (window is None or window >= tokens)
     mask = None
-    if tokens > 1 and (softcap or not is_whole):
+    is_plain = not softcap and sinks is None
+    if tokens > 1 and not (is_plain and is_whole):
         own = torch.arange(first, first + tokens)[:, None]
         seen = torch.arange(low, low + k.shape[1])[None, :]
         mask = seen <= own
         if window is not None:
             mask &= seen > own - window
-    if softcap:
-        return _attend_softcapped(q, k, v, mask=mask, scaling=scaling, softcap=softcap)
+    if not is_plain:
+        return _attend_by_parts(q, k, v, mask, scaling=scaling, softcap=softcap, sinks=sinks)
     return nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k[None],
@@ -169,16 +177,27 @@ def _attend_one(
     )[0].transpose(0, 1)
 
 
-def _attend_softcapped(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scaling: float, softcap: float
+def _attend_by_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     heads = q.shape[1]
     k, v = (part.float().repeat_interleave(heads // part.shape[0], dim=0) for part in (k, v))
     logits = torch.matmul(q.transpose(0, 1).float(), k.transpose(1, 2)) * scaling
-    logits = softcap * torch.tanh(logits / softcap)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits.masked_fill_(~mask, float("-inf"))
-    return torch.matmul(torch.softmax(logits, dim=-1), v).transpose(0, 1).to(q.dtype)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, q.shape[0], 1)], -1)
+    shares = torch.softmax(logits, dim=-1)[..., : k.shape[1]]
+    return torch.matmul(shares, v).transpose(0, 1).to(q.dtype)
 
 
 @dataclass
@@ -265,7 +284,6 @@ _IGNORED = {
     "output_router_logits",
     "return_dict",
 }
-_CHECKED = {"is_causal", "s_aux"}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -279,12 +297,13 @@ def _forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attend for a model of transformers.
 
-    ``query`` is [1, heads, T, head_dim], keys and values likewise; the result is
-    [1, T, heads, v_head_dim].
+    ``query`` is [1, heads, T, head_dim], keys and values likewise; ``s_aux`` are attention sinks,
+    [heads]; the result is [1, T, heads, v_head_dim].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
@@ -314,9 +333,16 @@ def _forward(
     kv = layers[layer_idx]
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
-    return attend(
-        q, kv, packed, scaling=scaling, window=sliding_window or None, softcap=softcap or None
-    )[None], None
+    out = attend(
+        q,
+        kv,
+        packed,
+        scaling=scaling,
+        window=sliding_window or None,
+        softcap=softcap or None,
+        sinks=s_aux,
+    )
+    return out[None], None
 
 
 def _unsupported_reason(
@@ -330,8 +356,6 @@ def _unsupported_reason(
     """Return why the attention of ``module`` cannot be computed here; None when it can."""
     if not isinstance(getattr(module, "layer_idx", None), int):
         return f"{type(module).__name__} has no `layer_idx` to tell which layer it is"
-    if others.get("s_aux") is not None:
-        return "it has attention sinks"
     is_causal = others.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "it is bidirectional"
@@ -341,7 +365,7 @@ def _unsupported_reason(
     if attention_mask is not None:
         return "it makes a mask of its own"
     given = {name for name, value in others.items() if value is not None}
-    if unknown := sorted(given - _IGNORED - _CHECKED):
+    if unknown := sorted(given - _IGNORED - {"is_causal"}):
         return f"it passes `{unknown[0]}`"
     return _unsupported_heads(query, key, value)
 

@@ -123,6 +123,7 @@ def decode(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the decodes, see `interface.attend`."""
@@ -158,7 +159,7 @@ def decode(
             ),
         ),
         STAGES=tile.stages,
-        **_inputs(q, kv, packed, out, scaling, window, softcap),
+        **_inputs(q, kv, packed, out, scaling, window, softcap, sinks),
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
 
@@ -171,6 +172,7 @@ def prefill(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `interface.attend`."""
@@ -180,7 +182,7 @@ def prefill(
     if tile is None and GLUON and _hopper(q.device):
         from qtool.engine.attention import gluon_prefill
 
-        if gluon_prefill.applies(q, kv, out, window, softcap):
+        if sinks is None and gluon_prefill.applies(q, kv, out, window, softcap):
             factor, _, v_scale = _factors(kv, scaling, softcap)
             gluon_prefill.prefill(
                 q,
@@ -201,7 +203,7 @@ def prefill(
         ROWS=rows,
         KEYS=tile.keys,
         STAGES=tile.stages,
-        **_inputs(q, kv, packed, out, scaling, window, softcap),
+        **_inputs(q, kv, packed, out, scaling, window, softcap, sinks),
         **_launch(tile.warps, tile.stages, tile.pdl, q),
     )
 
@@ -218,6 +220,7 @@ def _inputs(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> dict[str, object]:
     """Return the arguments that the kernels of decode and prefill share, by name."""
     factor, limit, v_scale = _factors(kv, scaling, softcap)
@@ -230,6 +233,7 @@ def _inputs(
         "rows": packed.rows,
         "positions": packed.positions,
         "out": out,
+        "sinks": sinks,
         "stride_table_row": packed.table.shape[1],
         "stride_q_token": q.stride(0),
         "stride_q_head": q.stride(1),
@@ -417,6 +421,16 @@ def _numbers(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _start(sinks, head, has_sink, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the sum and the largest logit of rows before any key: those of their head's sink."""
+    if sinks is None:
+        return tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), float("-inf"), tl.float32)
+    else:
+        sink = tl.load(sinks + head, mask=has_sink, other=float("-inf")).to(tl.float32)
+        return has_sink.to(tl.float32), sink * 1.4426950408889634
+
+
+@triton.jit
 def _attend_tiles(  # type: ignore[no-untyped-def]
     q,
     acc,
@@ -500,6 +514,7 @@ def _decode(  # type: ignore[no-untyped-def]
     rows,
     positions,
     out,
+    sinks,
     partial,
     sums,
     arrived,
@@ -558,11 +573,12 @@ def _decode(  # type: ignore[no-untyped-def]
     )
     queries, factor = _half(queries, factor, k_pages)
     begin = first + part * each
+    total, top = _start(sinks, head * SHARED + row, (part == 0) & (row < SHARED), ROWS)
     acc, total, top = _attend_tiles(
         queries,
         tl.zeros((ROWS, DV_PADDED), tl.float32),
-        tl.zeros((ROWS,), tl.float32),
-        tl.full((ROWS,), float("-inf"), tl.float32),
+        total,
+        top,
         tl.zeros((ROWS,), tl.int32) + last,
         begin,
         tl.minimum(begin + each, first + tiles),
@@ -677,6 +693,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     positions,
     starts,
     out,
+    sinks,
     decodes,
     stride_table_row,
     stride_q_token,
@@ -730,8 +747,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     queries = tl.load(pointers, mask=valid[:, None] & (d < D)[None, :], other=0.0)
     queries, factor = _half(queries, factor, k_pages)
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, top = _start(sinks, query_head, valid, ROWS)
     table_row = table + tl.load(rows + start) * stride_table_row
     k_pages += head * stride_k_page_head
     v_pages += head * stride_v_page_head
