@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import pytest
 from hypothesis import settings
 from support import EXAMPLE, TESTS
 from support.server import Server, start_server
+
+from qtool.memory import no_collection
 
 # models are too small for two threads, which only wait for each other; so do tests beside each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +41,15 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "other",  # starts a server beside `served`
     "uniform_draws",
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Libraries and tests are objects that stay: a quarter of the time here, and a part of that of
+    each test, would be spent on searching them for cycles.
+    """
+    with no_collection(keep=True):
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -366,7 +366,10 @@ def test_an_output_that_would_replace_the_calibration_file_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_and_an_output_head_are_quantized_and_a_router_is_not(tmp_path):
+@pytest.mark.parametrize(  # LLM Compressor's experts: the sweep of architectures
+    "method", [pytest.param("fp8_static", marks=pytest.mark.exhaustive), "modelopt_fp8"]
+)
+def test_experts_and_an_output_head_are_quantized_and_a_router_is_not(method, tmp_path):
     config = Qwen3MoeConfig(
         **SIZES,
         num_key_value_heads=2,
@@ -379,9 +382,8 @@ def test_experts_and_an_output_head_are_quantized_and_a_router_is_not(tmp_path):
     )
     model = write_random(config, tmp_path / "model")
     options = {**DATA, "num_samples": 4, "seq_len": 64, "lm_head": True}
-    for method in ("fp8_static", "modelopt_fp8"):
-        output = qtool.quantize(model, method=method, output=tmp_path / method, **options).output
-        layout = detect(open_checkpoint(output))
-        assert len([name for name in layout.modules if ".experts." in name]) == 12
-        assert not [name for name in layout.modules if name.endswith("mlp.gate")]
-        assert layout.modules["lm_head"].scheme.name == "FP8"
+    output = qtool.quantize(model, method=method, output=tmp_path / method, **options).output
+    layout = detect(open_checkpoint(output))
+    assert len([name for name in layout.modules if ".experts." in name]) == 12
+    assert not [name for name in layout.modules if name.endswith("mlp.gate")]
+    assert layout.modules["lm_head"].scheme.name == "FP8"

@@ -159,8 +159,9 @@ def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x.answers.json"]
 
 
-def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path):
-    good = evaluate(int8, gate="default", answers=4)
+def test_a_sound_int8_model_passes_and_planted_faults_fail(int8, tmp_path, monkeypatch):
+    monkeypatch.setattr("qtool.evaluation.execution.ANSWER_TOKENS", 64)  # instead of 200
+    good = evaluate(int8, gate="default", answers=2)
     assert not good.failed, good.checks
     for fault in ("scales_doubled", "other_tokenizer"):  # tests/benchmarks/gate.py: all, 20 times
         found = evaluate(plant(int8, fault, tmp_path / fault), gate="default")

@@ -264,7 +264,6 @@ def look(tiny_model) -> Iterator:
     gc.collect()
     gc.freeze()  # as the server does; the bodies above are many objects
     yield lambda path, body: run(send(client, path, body))
-    gc.unfreeze()
     run(context.__aexit__(None, None, None))
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
