@@ -55,6 +55,8 @@ FORWARD_PASSES = {
 }
 # models whose experts it writes as [E, inputs, outputs], in FP8 with one scale
 STACKED_EXPORTS = frozenset({"gpt_oss", "llama4_text"})
+# models in which its exporter gives the experts of a layer one AWQ scale
+SMOOTHED_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"})
 # of the free memory of the GPU that may be weights; more is left to accelerate's offloading
 GPU_FRACTION = 0.8
 
@@ -86,6 +88,8 @@ class ModelOptBackend:
         takes_apart = not _expert_schemes(plan) - {SCHEMES["FP8"], None} and not recipe.steps(Auto)
         if _exports_stacks(plan) and not takes_apart:
             reasons.append("it exports the experts of this model in stacks, readable in FP8 alone")
+        if _cannot_smooth_experts(plan):
+            reasons.append("its exporter of INT4 does not find the stacked experts of this model")
         if has_own_linears(plan):
             reasons.append("it passes over the linear layers of this model, which are its own")
         if len(_expert_schemes(plan)) > 1:
@@ -133,6 +137,16 @@ class ModelOptBackend:
 
 def _exports_stacks(plan: Plan) -> bool:
     return str(plan.checkpoint.text_config.get("model_type")) in STACKED_EXPORTS
+
+
+def _cannot_smooth_experts(plan: Plan) -> bool:
+    """Whether its exporter would look for single experts, to give them one AWQ scale, in a block
+    that has them in stacks.
+    """
+    has_stacks = any(plan.names.linears[each.name].parameter for each in plan.quantized)
+    is_int4 = any(scheme.weights.format == "int4" for scheme in plan.recipe.schemes)
+    model_type = str(plan.checkpoint.text_config.get("model_type"))
+    return has_stacks and is_int4 and model_type in SMOOTHED_EXPERTS
 
 
 def _load(work: Work) -> PreTrainedModel:

@@ -34,6 +34,8 @@ class TorchAOBackend:
             reasons.append(f"it has one scheme for all layers, one of {names}")
         if plan.recipe.kv_cache or plan.recipe.checkpoint_format or plan.recipe.lm_head:
             reasons.append("it changes neither KV cache, nor output head, nor the file format")
+        if any(plan.names.linears[each.name].parameter for each in plan.quantized):
+            reasons.append("it leaves experts that the model stacks in 16 bits")
         return reasons
 
     def environment(self, plan: Plan, device: str) -> dict[str, str]:
