@@ -76,6 +76,7 @@ def rotate_and_write(
     qkv: Tensor,
     at: tuple[int, int, int],
     heads: int,
+    stride_q_head: int,
     norms: tuple[Tensor, Tensor, float, bool, bool] | None,
     rotary: tuple[Tensor, Tensor] | None,
     rotated: int,
@@ -92,6 +93,7 @@ def rotate_and_write(
         qkv: queries, keys and values of each token, [T, ...].
         at: where the queries, keys and values of a token begin.
         heads: of queries.
+        stride_q_head: from the queries of a head to those of the next.
         norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and
             ``late``.
         rotary: cosines and sines, [T, at least rotated / 2]: channel ``i`` turns with channel
@@ -129,6 +131,7 @@ def rotate_and_write(
         k_scale=scales[0],
         v_scale=scales[1],
         eps=eps,
+        STRIDE_Q_HEAD=stride_q_head,
         Q_AT=at[0],
         K_AT=at[1],
         V_AT=at[2],
@@ -389,6 +392,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     k_scale,
     v_scale,
     eps,
+    STRIDE_Q_HEAD: tl.constexpr,
     Q_AT: tl.constexpr,
     K_AT: tl.constexpr,
     V_AT: tl.constexpr,
@@ -415,7 +419,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     if block < q_blocks:
         head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
         _put_heads(
-            x + Q_AT + head * D,
+            x + Q_AT + head * STRIDE_Q_HEAD,
             q + (t * HEADS + head) * D,
             head < HEADS,
             q_weight,

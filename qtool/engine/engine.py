@@ -125,7 +125,7 @@ class Engine:
             vocab_size=runner.vocab_size,
             context_length=self.context_length,
             cache_tokens=runner.page_count * PAGE,
-            use_prefix=not config.disable_radix_cache,
+            use_prefix=not config.disable_radix_cache and not runner.geometry.states,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
         )
         # runs also when the engine is garbage, and when the interpreter ends

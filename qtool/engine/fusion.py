@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine.attention.interface import recording, running
-from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
-from qtool.engine.decoder_layers import Angles, FusedLayer, RotaryMismatch
+from qtool.engine.attention.pages import (
+    KVPages,
+    LayerCache,
+    LayerGeometry,
+    Packed,
+    StateGeometry,
+)
+from qtool.engine.decoder_layers import FusedLayer
+from qtool.engine.fused_attention import Angles, RotaryMismatch
+from qtool.engine.kv_cache import allocate_pages, allocate_states
 from qtool.engine.norms import TOLERANCE, NotFused, RMSNorm, Sum, distance, random_input
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
@@ -46,7 +54,7 @@ class DryRun:
 
     output: Tensor
     """[1, T, H]"""
-    geometry: Mapping[int, LayerGeometry]
+    geometry: Mapping[int, LayerGeometry | StateGeometry]
     """By layer index."""
     arguments: Mapping[nn.Module, Arguments]
     """What each layer was called with."""
@@ -124,7 +132,8 @@ def _dry_run(decoder: Decoder, device: torch.device) -> DryRun:
     finally:
         for handle in handles:
             handle.remove()
-    return DryRun(output[0], {layer.layer_idx: layer for layer in found.layers}, arguments)
+    kept: list[LayerGeometry | StateGeometry] = [*found.layers, *found.states]
+    return DryRun(output[0], {layer.layer_idx: layer for layer in kept}, arguments)
 
 
 def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
@@ -156,7 +165,7 @@ def _check_of(layer: nn.Module, seen: DryRun) -> Callable[..., float]:
     if layer not in seen.arguments:
         raise NotFused(f"{name} is not called")
     if number not in seen.geometry:
-        raise NotFused(f"{name} has no `self_attn` that attends")
+        raise NotFused(f"{name} has no `self_attn` that attends, nor a delta net")
     arguments = seen.arguments[layer]
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):
@@ -170,14 +179,15 @@ def _check_of(layer: nn.Module, seen: DryRun) -> Callable[..., float]:
 
 
 def _index(layer: nn.Module) -> int:
-    """Return the number of ``layer`` in the KV cache, -1 if it has none."""
-    number: int = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
+    """Return the number of ``layer`` in the cache, -1 if it has none."""
+    mixer = getattr(layer, "self_attn", getattr(layer, "linear_attn", None))
+    number: int = getattr(mixer, "layer_idx", -1)
     return number
 
 
 def _error(
     layer: nn.Module,
-    geometry: LayerGeometry,
+    geometry: LayerGeometry | StateGeometry,
     x: Tensor,
     arguments: Arguments,
     *,
@@ -251,34 +261,33 @@ def _quantized_members(
             yield module.shared, "whole", module.shared.whole
 
 
-@contextmanager
-def _scratch(geometry: LayerGeometry, like: Tensor) -> Iterator[KVPages]:
-    """Run one sequence of `TOKENS` tokens on pages of its own."""
-    ints = partial(torch.tensor, dtype=torch.int32, device=like.device)
-    shape = (2, geometry.kv_heads, 16)
-    k, v = (like.new_zeros(*shape, width) for width in (geometry.head_dim, geometry.v_head_dim))
+def _run_on_scratch(
+    layer: nn.Module,
+    x: Tensor,
+    geometry: LayerGeometry | StateGeometry,
+    arguments: Arguments,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``layer`` makes of ``x`` [1, T, H], one sequence, and what it keeps of it: keys
+    and values, or its states.
+    """
+    ints = partial(torch.tensor, dtype=torch.int32, device=x.device)
     packed = Packed(
         ints([[1]]), ints([0] * TOKENS), ints(range(TOKENS)), 0, ints([0, TOKENS]), longest=TOKENS
     )
-    pages = KVPages(k, v)
-    with running(packed, {geometry.layer_idx: pages}):
-        yield pages
-
-
-def _run_on_scratch(
-    layer: nn.Module, x: Tensor, geometry: LayerGeometry, arguments: Arguments
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what ``layer`` makes of ``x`` [1, T, H], and the keys and values it writes."""
-    with _scratch(geometry, x) as pages:
+    if isinstance(geometry, LayerGeometry):
+        caches = dict[int, LayerCache](allocate_pages(1, [geometry], x.dtype, x.device, {}))
+    else:
+        caches = dict[int, LayerCache](allocate_states(1, [geometry], x.dtype, x.device))
+    with running(packed, caches):
         result = layer(x, **arguments)
     if not isinstance(result, Tensor | Sum):
         raise NotFused(f"{type(layer).__name__} returns a {type(result).__name__}")
-    return result.total()[None] if isinstance(result, Sum) else result, pages.k, pages.v
+    kept = caches[geometry.layer_idx]
+    both = (kept.k, kept.v) if isinstance(kept, KVPages) else (kept.conv, kept.matrix)
+    return result.total()[None] if isinstance(result, Sum) else result, *both
 
 
 def _difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], x: Tensor) -> float:
-    """Return the largest relative error of what a layer adds to ``x``, and of its keys and
-    values.
-    """
+    """Return the largest relative error of what a layer adds to ``x``, and of what it keeps."""
     references = (expected[0] - x, *expected[1:])
     return max(distance(*three) for three in zip(result, expected, references, strict=True))

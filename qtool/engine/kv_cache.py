@@ -11,7 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import psutil
 import torch
 
-from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry
+from qtool.engine.attention.pages import (
+    PAGE,
+    KVPages,
+    LayerGeometry,
+    StateGeometry,
+    StateSlots,
+)
 from qtool.errors import ResourceError
 from qtool.memory import limit_bytes
 from qtool.sizes import format_size
@@ -140,6 +146,19 @@ def allocate_pages(
         v = torch.empty(*shape, layer.v_head_dim, dtype=dtype, device=device).zero_()
         pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
     return pages
+
+
+def allocate_states(
+    rows: int, states: Sequence[StateGeometry], dtype: torch.dtype, device: torch.device
+) -> dict[int, StateSlots]:
+    """Return the states of ``rows`` sequences, by layer index; inputs are kept in ``dtype``."""
+    return {
+        state.layer_idx: StateSlots(
+            torch.empty(rows, *state.conv, dtype=dtype, device=device).zero_(),
+            torch.empty(rows, *state.matrix, device=device).zero_(),
+        )
+        for state in states
+    }
 
 
 def cache_room(device: torch.device, *, static_share: float, step_bytes: int, budget: int) -> int:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qtool.engine import kv_cache
-from qtool.engine.attention.interface import NAME, recording, running
-from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
+from qtool.engine.attention.interface import NAME, Recording, recording, running
+from qtool.engine.attention.pages import PAGE, LayerCache, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
+from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import fuse
 from qtool.engine.requirements import HAND_OVER, check_by_numbers
 from qtool.engine.rotary import freeze_rotary
@@ -103,13 +104,18 @@ class Runner:
             log_time = _Stopwatch()
             self._prepare_model(compiled)
             log_time("layers fused")
-            heads = max(layer.kv_heads for layer in self.geometry)
+            heads = max(layer.kv_heads for layer in self.geometry.layers)
             self._counters = new_counters(limits.max_running, heads, device)
             dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
+            self.cache_dtype = dtype
             scales = cache_scales or {}
-            self.layers: dict[int, KVPages] = kv_cache.allocate_pages(
-                0, self.geometry, dtype, device, scales
-            )
+            # the rows of sequences, and the one for padding
+            self.layers: dict[int, LayerCache] = {
+                **kv_cache.allocate_states(
+                    limits.max_running + 1, self.geometry.states, model.dtype, device
+                ),
+                **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
+            }
             step_bytes = self._measure_step(graphs=wants_graphs)
             log_time("largest step tried")
             if wants_graphs:
@@ -121,7 +127,7 @@ class Runner:
                 step_bytes=step_bytes,
                 budget=limits.token_budget,
             )
-            self.page_bytes = kv_cache.page_bytes(self.geometry, dtype)
+            self.page_bytes = kv_cache.page_bytes(self.geometry.layers, dtype)
             self.page_count = kv_cache.count_pages(
                 room,
                 self.page_bytes,
@@ -129,8 +135,8 @@ class Runner:
                 wanted=None if max_tokens is None else -(-max_tokens // PAGE),
                 device=device,
             )
-            self.layers = kv_cache.allocate_pages(
-                self.page_count, self.geometry, dtype, device, scales
+            self.layers |= kv_cache.allocate_pages(
+                self.page_count, self.geometry.layers, dtype, device, scales
             )
             if wants_graphs:
                 self.graphs.capture(self.decode, self.prefill, device)
@@ -163,6 +169,7 @@ class Runner:
     def _prepare_model(self, compiled: Literal["off", "decode", "all"]) -> None:
         """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
         freeze_rotary(self.model, self.limits.context_length)
+        replace_delta_nets(self.model)
         self.geometry = self._record()
         self._eager_prefill = compiled == "decode"
         is_fused = fuse(self.model)
@@ -171,20 +178,20 @@ class Runner:
             for layer in self.model.get_decoder().layers:
                 layer.compile(dynamic=True)
 
-    def _record(self) -> list[LayerGeometry]:
-        """Return what the attention of each layer is, found by a dry pass."""
+    def _record(self) -> Recording:
+        """Return what each layer keeps, found by a dry pass."""
         self.model.set_attn_implementation(NAME)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with compiled_together(self.device), recording() as found:
             self.model(input_ids=zero, position_ids=zero, use_cache=False)
         layers = self.model.config.get_text_config().num_hidden_layers
-        if len(found.layers) != layers:
+        if len(found.layers) + len(found.states) != layers or not found.layers:
             message = (
                 f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
-                "and values"
+                f"and values, and {len(found.states)} keep a state that the engine knows"
             )
             raise CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
-        return found.layers
+        return found
 
     def close(self) -> None:
         """Give the memory back."""
@@ -281,12 +288,12 @@ class Runner:
             tokens = samples.tokens.int()
             self._remember(step, tokens)
             if samples.logprobs is not None:
-                launched.logprobs = _on_host(samples.logprobs)
+                launched.logprobs = samples.logprobs.on_host()
                 launched.logprob_rows = samples.logprob_rows
         if tokens is not None:
             launched.tokens.copy_(tokens, non_blocking=True)
         for position, logprobs in prompt_logprobs.items():
-            launched.prompts[position] = _on_host(logprobs)
+            launched.prompts[position] = logprobs.on_host()
         if self.device.type == "cuda":
             launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.done.record()
@@ -437,12 +444,3 @@ class _Stopwatch:
 def _takes_largest(request: RowRequest) -> bool:
     """Whether the largest logit is all that is wanted."""
     return request.params.greedy and not request.changes_logits and not request.logprobs
-
-
-def _on_host(logprobs: Logprobs) -> Logprobs:
-    return Logprobs(
-        *(
-            part.to("cpu", non_blocking=True)
-            for part in (logprobs.chosen, logprobs.top, logprobs.top_ids)
-        )
-    )

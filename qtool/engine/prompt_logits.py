@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.interface import running
-from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import PAGE, LayerCache, Packed
 from qtool.runtime.causal_lm import CausalLM
 
 
@@ -22,15 +22,16 @@ def page_count(prompts: Sequence[Sequence[int]]) -> int:
 @torch.inference_mode()
 def prompt_logits(
     model: CausalLM,
-    pages: Mapping[int, KVPages],
+    layers: Mapping[int, LayerCache],
     prompts: Sequence[Sequence[int]],
     kept: Sequence[int] | None = None,
 ) -> Tensor:
-    """Run ``prompts`` side by side in one pass; nothing else may run on ``pages`` meanwhile.
+    """Run ``prompts`` side by side in one pass; nothing else may run on ``layers`` meanwhile.
 
     Args:
         model: with the engine's attention.
-        pages: of each layer; page 1 and those after it are overwritten.
+        layers: what each keeps; page 1 and those after it are overwritten, and the states of the
+            first rows.
         prompts: token ids.
         kept: the tokens whose logits are wanted, counted over all prompts; None: all.
     Returns: logits [R, V] in the model's dtype.
@@ -55,7 +56,7 @@ def prompt_logits(
     )
     ids = torch.tensor([list(itertools.chain.from_iterable(prompts))], device=device)
     wanted = 0 if kept is None else torch.tensor(kept, device=device)
-    with running(packed, pages):
+    with running(packed, layers):
         output = model(
             input_ids=ids,
             position_ids=positions[None],

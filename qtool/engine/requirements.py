@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.attention.pages import LayerGeometry
+from qtool.engine.attention.interface import Recording
+from qtool.engine.attention.pages import LayerCache
+from qtool.engine.delta_net import is_delta_net
 from qtool.engine.fusion import stand_ins
-from qtool.engine.kv_cache import allocate_pages
+from qtool.engine.kv_cache import allocate_pages, allocate_states
 from qtool.engine.prompt_logits import prompt_logits
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
@@ -36,17 +37,20 @@ def check_by_name(plan: LoadPlan) -> None:
         raise CheckpointRefused("E_ARCHITECTURE", message, hint="`qtool.load` loads it")
     text = plan.skeleton.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    if others := sorted({*kinds} - ATTENTION):
+    known = ATTENTION
+    if any(map(is_delta_net, model.modules())):
+        known |= {"linear_attention"}
+    if others := sorted({*kinds} - known):
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
 
 
-def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None:
+def check_by_numbers(model: CausalLM, geometry: Recording) -> None:
     """Raise CheckpointRefused when a prompt gets other logits beside another neighbour: then some
     layer keeps a state beside the KV cache. The same for a model that computes logits unasked.
 
     Args:
         model: with the engine's attention.
-        geometry: of the attention of each layer.
+        geometry: what each layer keeps.
     """
     size = model.get_output_embeddings().out_features
     device = next(iter(model.parameters())).device
@@ -64,11 +68,14 @@ def check_by_numbers(model: CausalLM, geometry: Sequence[LayerGeometry]) -> None
         )
 
 
-def _second_prompt(model: CausalLM, geometry: Sequence[LayerGeometry], ids: Tensor) -> Tensor:
+def _second_prompt(model: CausalLM, geometry: Recording, ids: Tensor) -> Tensor:
     """Return the logits [T, V] of the second of two prompts ``ids`` [2 T], packed in one step."""
     first, second = ids.view(2, TOKENS).tolist()
-    pages = allocate_pages(2, geometry, model.dtype, ids.device, {})
-    logits = prompt_logits(model, pages, [first, second], range(TOKENS, 2 * TOKENS))
+    layers: dict[int, LayerCache] = {
+        **allocate_pages(2, geometry.layers, model.dtype, ids.device, {}),
+        **allocate_states(2, geometry.states, model.dtype, ids.device),
+    }
+    logits = prompt_logits(model, layers, [first, second], range(TOKENS, 2 * TOKENS))
     if len(logits) != TOKENS:
         name = type(model).__name__
         raise _refused(f"{name} computes the logits of all tokens, not of those it is asked for")

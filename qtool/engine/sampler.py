@@ -32,6 +32,11 @@ class Logprobs:
     top: Tensor
     top_ids: Tensor
 
+    def on_host(self) -> Logprobs:
+        """Return copies on the host, which are there once the device has done what it was given."""
+        parts = (self.chosen, self.top, self.top_ids)
+        return Logprobs(*(part.to("cpu", non_blocking=True) for part in parts))
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:

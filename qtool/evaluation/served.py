@@ -137,13 +137,15 @@ class _InEngine:
         return torch.cat(parts)
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Yield as many windows at a time as a step and the pages have room for."""
+        """Yield as many windows at a time as a step, the pages and the rows have room for."""
         batch: list[Window] = []
         tokens = pages = 0
         most = self._engine.loop.runner.page_count
+        rows = self._engine.loop.runner.limits.max_running
         for window in windows:
             need = page_count([window.ids])
-            if batch and (tokens + len(window.ids) > self._step_tokens or pages + need > most):
+            full = tokens + len(window.ids) > self._step_tokens or pages + need > most
+            if batch and (full or len(batch) == rows):
                 yield batch
                 batch, tokens, pages = [], 0, 0
             batch.append(window)

@@ -41,10 +41,10 @@ def measure_speed(checkpoint: Checkpoint, device: torch.device, dtype: str | Non
         context_length=context,
     ) as engine:
         runner = engine.loop.runner
-        pages = sum(each.k.nbytes + each.v.nbytes for each in runner.layers.values())
+        caches = sum(each.nbytes for each in runner.layers.values())
         resident = checkpoint.size_bytes
         if on_gpu:
-            resident = torch.cuda.memory_allocated(device) - before - pages
+            resident = torch.cuda.memory_allocated(device) - before - caches
         tokens = 128 if on_gpu else 24
         draw = random.Random(0)
         run = _Timed(engine, draw)

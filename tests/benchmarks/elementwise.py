@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine import decoder_layers as fused
-from qtool.engine import elementwise
+from qtool.engine import elementwise, fused_attention
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.norms import RMSNorm
 from qtool.runtime.triton import row_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
@@ -68,7 +69,7 @@ def same_codes(
 
 def norm_case(tokens: int, codes: str | None) -> Case:
     x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
-    norm = fused.RMSNorm(
+    norm = RMSNorm(
         nn.Parameter(random(HIDDEN), requires_grad=False), 1e-5, plus_one=False, late=False
     )
 
@@ -103,8 +104,7 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
     qkv = random(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     weights = [nn.Parameter(random(HEAD_DIM), requires_grad=False) for _ in range(2)]
     q_norm, k_norm = (
-        fused.RMSNorm(weight, 1e-6, plus_one=False, late=False) if norms else None
-        for weight in weights
+        RMSNorm(weight, 1e-6, plus_one=False, late=False) if norms else None for weight in weights
     )
     angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda").repeat(1, 2) * 6
     rotary = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -144,13 +144,11 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
         plain_norms = [
             None
             if norm is None
-            else fused.RMSNorm(
-                nn.Parameter(norm.weight.cpu()), norm.eps, plus_one=False, late=False
-            )
+            else RMSNorm(nn.Parameter(norm.weight.cpu()), norm.eps, plus_one=False, late=False)
             for norm in (q_norm, k_norm)
         ]
-        expected = fused.rotate_and_write(
-            *(qkv.cpu(), AT, HEADS, *plain_norms, (rotary[0].cpu(), rotary[1].cpu())),
+        expected = fused_attention.rotate_and_write(
+            *(qkv.cpu(), AT, HEADS, HEAD_DIM, *plain_norms, (rotary[0].cpu(), rotary[1].cpu())),
             *(HEAD_DIM, on_cpu, places),
         )
         close("queries", run().cpu(), expected)

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from qtool.engine import decoder_layers as fused
+from qtool.engine import fused_attention
 from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fusion import fuse
+from qtool.engine.norms import RMSNorm
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {
@@ -182,10 +184,10 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
     bias = torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias])
     assert fuse(model)
     layer = model.model.layers[0]
-    assert torch.equal(layer.qkv.weight, weight) and torch.equal(layer.qkv.bias, bias)
+    assert torch.equal(layer.mixer.qkv.weight, weight) and torch.equal(layer.mixer.qkv.bias, bias)
     assert (
         attention.k_proj.weight.untyped_storage().data_ptr()
-        == layer.qkv.weight.untyped_storage().data_ptr()
+        == layer.mixer.qkv.weight.untyped_storage().data_ptr()
     )
     assert (
         mlp.up_proj.weight.untyped_storage().data_ptr()
@@ -244,9 +246,9 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
     inner, outer, norm = (
         96,
         64,
-        fused.RMSNorm(
-            torch.nn.Parameter(torch.rand(64) + 0.5), 1e-6, plus_one=False, late=False
-        ).to(torch.bfloat16),
+        RMSNorm(torch.nn.Parameter(torch.rand(64) + 0.5), 1e-6, plus_one=False, late=False).to(
+            torch.bfloat16
+        ),
     )
 
     def linear(rows: int, columns: int) -> QuantizedLinear:
@@ -314,7 +316,7 @@ def interpret() -> None:
         x, residual, weight = (
             torch.randn(shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,))
         )
-        norm = fused.RMSNorm(torch.nn.Parameter(weight), 1e-3, plus_one=plus_one, late=late)
+        norm = RMSNorm(torch.nn.Parameter(weight), 1e-3, plus_one=plus_one, late=late)
         expected, _, total = norm.add(x, residual if adds else None)
         options = {"plus_one": plus_one, "late": late}
         result, scale, own_total = elementwise.add_norm(
@@ -355,7 +357,7 @@ def interpret() -> None:
         qkv = torch.randn(5, (heads + 2 * kv_heads) * width).to(dtype)
         weights = [torch.nn.Parameter(torch.randn(width).to(dtype)) for _ in range(2)]
         q_norm, k_norm = (
-            fused.RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None
+            RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None
             for weight in weights
         )
         # the angles of each pair twice, or once
@@ -374,11 +376,13 @@ def interpret() -> None:
         )
         scales = (0.01, 0.005) if eight_bits else (1.0, 1.0)
         cache, own_cache = (KVPages(pages[0].clone(), pages[1].clone(), *scales) for _ in range(2))
-        q = fused.rotate_and_write(qkv, at, heads, q_norm, k_norm, rotary, rotated, cache, packed)
+        q = fused_attention.rotate_and_write(
+            qkv, at, heads, width, q_norm, k_norm, rotary, rotated, cache, packed
+        )
         before = qkv.clone()
         norms = (*weights, *q_norm.kind) if normed else None
         own_q = elementwise.rotate_and_write(
-            *(qkv, at, heads, norms, rotary, rotated),
+            *(qkv, at, heads, width, norms, rotary, rotated),
             *(own_cache.k, own_cache.v, scales, table, rows, positions),
         )
         what = ("rotation", dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles)
@@ -449,6 +453,7 @@ def compile_all() -> None:
                     empty(8, (heads + 2 * kv_heads) * head_dim),
                     (0, heads * head_dim, (heads + kv_heads) * head_dim),
                     heads,
+                    head_dim,
                     norms,
                     (empty(8, head_dim), empty(8, head_dim)),
                     head_dim,

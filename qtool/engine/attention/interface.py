@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from qtool.architecture.meta import quiet_imports
-from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed
+from qtool.engine.attention.pages import (
+    PAGE,
+    KVPages,
+    LayerCache,
+    LayerGeometry,
+    Packed,
+    StateGeometry,
+    StateSlots,
+)
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
 from qtool.weight import to_fp8
@@ -206,17 +214,19 @@ class Recording:
 
     layers: list[LayerGeometry] = field(default_factory=list)
     """In the order of their calls."""
+    states: list[StateGeometry] = field(default_factory=list)
+    """Of the layers that keep a state for each sequence."""
     windows: set[int | None] = field(default_factory=set)
     """Of the masks that the model made; None for a causal one."""
 
 
-RUNNING: ContextVar[tuple[Packed, Mapping[int, KVPages]]] = ContextVar("running")
+RUNNING: ContextVar[tuple[Packed, Mapping[int, LayerCache]]] = ContextVar("running")
 RECORDING: ContextVar[Recording] = ContextVar("recording")
 
 
 @contextmanager
-def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
-    """Run the model's attention over ``packed``, with the pages of each ``layer_idx``.
+def running(packed: Packed, layers: Mapping[int, LayerCache]) -> Iterator[None]:
+    """Run the model over ``packed``, with the pages or the states of each ``layer_idx``.
 
     Call the model with ``input_ids`` and ``position_ids`` [1, T] and ``use_cache=False``, without a
     mask.
@@ -226,6 +236,25 @@ def running(packed: Packed, layers: Mapping[int, KVPages]) -> Iterator[None]:
         yield
     finally:
         RUNNING.reset(token)
+
+
+def packed_tokens() -> Packed:
+    """Return the tokens of the pass that runs."""
+    return RUNNING.get()[0]
+
+
+def pages_of(layer_idx: int) -> KVPages:
+    """Return the pages of a layer that attends."""
+    found = RUNNING.get()[1][layer_idx]
+    assert isinstance(found, KVPages)
+    return found
+
+
+def slots_of(layer_idx: int) -> StateSlots:
+    """Return the states of a layer that keeps them."""
+    found = RUNNING.get()[1][layer_idx]
+    assert isinstance(found, StateSlots)
+    return found
 
 
 @contextmanager
@@ -329,8 +358,7 @@ def _forward(
             )
         )
         return query.new_zeros(1, tokens, heads, v_head_dim), None
-    packed, layers = RUNNING.get()
-    kv = layers[layer_idx]
+    packed, kv = packed_tokens(), pages_of(layer_idx)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
     out = attend(

@@ -1,5 +1,5 @@
-"""What attention reads and writes: the paged keys and values of a layer, and the tokens of
-a pass.
+"""What layers keep between passes, and the tokens of a pass: the paged keys and values of
+attention, and the states of layers that have one for each sequence.
 """
 
 from __future__ import annotations
@@ -39,6 +39,40 @@ class KVPages:
     """What keys were divided by, in 8-bit pages."""
     v_scale: float = 1.0
     """What values were divided by, in 8-bit pages."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all pages."""
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True)
+class StateGeometry:
+    """What one layer keeps for each sequence, whatever its length."""
+
+    layer_idx: int
+    conv: tuple[int, int]
+    """Channels, and how many inputs of each."""
+    matrix: tuple[int, int, int]
+    """Heads, key width, value width."""
+
+
+@dataclass
+class StateSlots:
+    """The states of one layer, at the row of each sequence in `Packed.table`."""
+
+    conv: Tensor
+    """[rows, channels, inputs]: the last inputs of each channel, the newest last."""
+    matrix: Tensor
+    """f32 [rows, heads, key width, value width]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all states."""
+        return self.conv.nbytes + self.matrix.nbytes
+
+
+LayerCache = KVPages | StateSlots
 
 
 @dataclass

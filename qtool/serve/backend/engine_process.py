@@ -225,7 +225,6 @@ def _engine_info(engine: Engine) -> EngineInfo:
     model = cast("nn.Module", runner.model)
     tensors = itertools.chain(model.parameters(), model.buffers())
     sizes = {_storage_id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
-    pages = next(iter(runner.layers.values()))
     return EngineInfo(
         model_path=str(engine.model_path),
         tokenizer_path=str(
@@ -240,7 +239,7 @@ def _engine_info(engine: Engine) -> EngineInfo:
         device=_device_name(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         quantization=_schemes(model),
-        kv_cache_dtype=str(pages.k.dtype).removeprefix("torch."),
+        kv_cache_dtype=str(runner.cache_dtype).removeprefix("torch."),
         weights_bytes=sum(sizes.values()),
     )
 

@@ -1,0 +1,152 @@
+"""`GatedDeltaNet`: a layer with a state for each sequence, in place of transformers' own
+(Qwen3-Next, Qwen3.5), where both compute the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qtool.architecture.meta import quiet_loading
+from qtool.engine.attention.interface import RECORDING, packed_tokens, running, slots_of
+from qtool.engine.attention.pages import Packed, StateGeometry
+from qtool.engine.delta_rule import CHUNK, Shape, mix
+from qtool.engine.kv_cache import allocate_states
+from qtool.engine.norms import TOLERANCE, distance, random_input
+from qtool.runtime.causal_lm import CausalLM
+from qtool.runtime.kernels import current
+from qtool.runtime.linear import QuantizedLinear
+
+TOKENS = CHUNK + 9  # of the input that layers are compared with
+# with quantized layers: where inputs are rounded, codes move at the least difference
+ROUNDED_TOLERANCE = 0.1
+INPUTS = (
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
+
+
+def is_delta_net(module: nn.Module) -> bool:
+    """Whether ``module`` has the parts of a gated delta net."""
+    parts = {name for name, _ in module.named_children()}
+    known = any({*names, "conv1d", "norm", "out_proj"} == parts for names in INPUTS)
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return known and own == {"A_log", "dt_bias"}
+
+
+def replace_delta_nets(model: CausalLM) -> None:
+    """Put a `GatedDeltaNet` in place of each gated delta net of ``model``, if both compute the
+    same.
+    """
+    for holder in list(model.modules()):
+        for name, child in list(holder.named_children()):
+            if is_delta_net(child) and _computes_the_same(own := GatedDeltaNet(child), child):
+                setattr(holder, name, own)
+
+
+def _computes_the_same(own: GatedDeltaNet, net: nn.Module) -> bool:
+    """Whether both make the same of a random sequence, which ``own`` sees in two passes."""
+    x = random_input((1, TOKENS, own.hidden_size), own.conv_weight)
+    with quiet_loading():  # it misses kernels that are not needed
+        expected = net(x)
+    slots = allocate_states(1, [own.geometry], x.dtype, x.device)
+    ints = partial(torch.tensor, dtype=torch.int32, device=x.device)
+    results = []
+    for first, count in ((0, TOKENS - 3), (TOKENS - 3, 3)):
+        positions = ints(range(first, first + count))
+        starts = ints([0, count])
+        packed = Packed(ints([[0]]), positions * 0, positions, 0, starts, longest=count)
+        with running(packed, slots):
+            results.append(own(x[:, first : first + count]))
+    is_quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
+    tolerance = ROUNDED_TOLERANCE if is_quantized else TOLERANCE[x.dtype]
+    return distance(torch.cat(results, dim=1), expected, expected) <= tolerance
+
+
+class GatedDeltaNet(nn.Module):
+    """A gated delta net that keeps its states in `StateSlots`; ``net`` is transformers' own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.layer_idx, self.hidden_size = _number(net, "layer_idx"), _number(net, "hidden_size")
+        self.shape = Shape(
+            *(
+                _number(net, name)
+                for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+            )
+        )
+        self.inputs = next(names for names in INPUTS if hasattr(net, names[0]))
+        for name in (*self.inputs, "norm", "out_proj"):
+            setattr(self, name, getattr(net, name))
+        conv = net.get_submodule("conv1d")
+        # [C, kernel]: what the newest input is multiplied with comes last
+        self.conv_weight = nn.Parameter(
+            conv.get_parameter("weight").squeeze(1).contiguous(), requires_grad=False
+        )
+        decay = -net.get_parameter("A_log").float().exp()
+        self.decay = nn.Parameter(decay, requires_grad=False)
+        self.dt_bias = nn.Parameter(net.get_parameter("dt_bias").float(), requires_grad=False)
+
+    @property
+    def geometry(self) -> StateGeometry:
+        """What a sequence keeps."""
+        shape, (channels, kernel) = self.shape, self.conv_weight.shape
+        heads = (shape.value_heads, shape.key_width, shape.value_width)
+        return StateGeometry(self.layer_idx, (channels, kernel - 1), heads)
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        """Return the outputs [1, T, H] of the tokens of a pass, [1, T, H]."""
+        qkv, z, b, a = self._project(hidden_states[0])
+        if found := RECORDING.get(None):
+            found.states.append(self.geometry)
+            mixed = torch.zeros_like(z)
+        else:
+            mixed = self._mix(qkv, b, a)
+        # a norm over each head, and the gate
+        width = self.shape.value_width
+        mixed = self.get_submodule("norm")(mixed.reshape(-1, width), z.reshape(-1, width))
+        y: Tensor = self.get_submodule("out_proj")(mixed.view(1, len(qkv), -1))
+        return y
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [T, C], gates [T, heads, D], and what the learning rate
+        and the decay of each head are made of, [T, heads].
+        """
+        shape, outputs = self.shape, [self.get_submodule(name)(x) for name in self.inputs]
+        if len(outputs) == 4:
+            qkv, z, b, a = outputs
+            return qkv, z.view(len(x), shape.value_heads, -1), b, a
+        # the parts of each key head stand side by side
+        values = shape.shared * shape.value_width
+        q, k, v, z = (
+            outputs[0]
+            .view(len(x), shape.key_heads, -1)
+            .split([shape.key_width, shape.key_width, values, values], dim=-1)
+        )
+        b, a = outputs[1].view(len(x), shape.key_heads, -1).chunk(2, dim=-1)
+        qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)
+        return qkv, z.reshape(len(x), shape.value_heads, -1), b.flatten(1), a.flatten(1)
+
+    def _mix(self, qkv: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """Return the values [T, heads, D] that the states hold for the queries, and update them."""
+        packed, slots = packed_tokens(), slots_of(self.layer_idx)
+        arguments = qkv, b, a, self.conv_weight, self.decay, self.dt_bias, self.shape
+        if qkv.is_cuda:
+            with current(qkv.device):
+                return cast(Tensor, _kernels().mix(*arguments, slots, packed))
+        return mix(*arguments, slots, packed)
+
+
+def _number(module: nn.Module, name: str) -> int:
+    number: int = getattr(module, name)
+    return number
+
+
+def _kernels() -> ModuleType:
+    from qtool.engine import triton_delta_net  # needs triton
+
+    return triton_delta_net

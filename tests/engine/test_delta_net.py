@@ -1,0 +1,170 @@
+"""Gated delta nets: the definition against itself, token by token, and the kernels against it.
+
+The kernels run in a process of their own (`python tests/engine/test_delta_net.py interpret`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtool.engine import delta_net, delta_rule
+from qtool.engine.attention.pages import Packed, StateGeometry, StateSlots
+from qtool.engine.kv_cache import allocate_states
+
+SHAPES = (delta_rule.Shape(1, 2, 16, 32), delta_rule.Shape(1, 3, 24, 40))
+KERNEL = 4
+
+
+def ints(values) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def geometry(shape: delta_rule.Shape) -> StateGeometry:
+    heads = shape.value_heads, shape.key_width, shape.value_width
+    return StateGeometry(0, (sum(shape.sizes), KERNEL - 1), heads)
+
+
+def slots_of(shape: delta_rule.Shape, dtype: torch.dtype) -> StateSlots:
+    """States that other sequences left."""
+    slots = allocate_states(5, [geometry(shape)], dtype, torch.device("cpu"))[0]
+    for part in (slots.conv, slots.matrix):
+        part.copy_(torch.randn(part.shape))
+    return slots
+
+
+def inputs_of(tokens: int, shape: delta_rule.Shape, dtype: torch.dtype) -> list:
+    """The arguments of `mix` before the states."""
+    channels, heads = sum(shape.sizes), shape.value_heads
+    qkv, b, a = (torch.randn(tokens, size).to(dtype) for size in (channels, heads, heads))
+    weight = torch.randn(channels, KERNEL).to(dtype) / 2
+    return [qkv, b, a, weight, -torch.rand(heads) * 2, torch.randn(heads), shape]
+
+
+def pass_of(chunks, decodes: int) -> Packed:
+    """Chunks of (row, first position, tokens); the first ``decodes`` are decodes."""
+    rows = [row for row, _, count in chunks for _ in range(count)]
+    positions = [first + i for _, first, count in chunks for i in range(count)]
+    starts = [0]
+    for _, _, count in chunks[decodes:]:
+        starts.append(starts[-1] + count)
+    longest = max((count for _, _, count in chunks[decodes:]), default=0)
+    more = {"starts": ints(starts), "longest": longest} if longest else {}
+    table = torch.zeros(5, 4, dtype=torch.int32)
+    return Packed(table, ints(rows), ints(positions), decodes, **more)
+
+
+def test_a_sequence_is_the_same_whole_in_chunks_and_token_by_token():
+    torch.manual_seed(0)
+    shape, tokens = SHAPES[0], delta_rule.CHUNK * 2 + 7
+    qkv, b, a, *rest = inputs_of(tokens, shape, torch.float32)
+    found = []
+    for sizes in ([tokens], [3, delta_rule.CHUNK, tokens - 3 - delta_rule.CHUNK], [1] * tokens):
+        slots, first, parts = slots_of(shape, torch.float32), 0, []
+        for count in sizes:
+            own = slice(first, first + count)
+            packed = pass_of([(2, first, count)], decodes=int(count == 1 and first > 0))
+            parts.append(delta_rule.mix(qkv[own], b[own], a[own], *rest, slots, packed))
+            first += count
+        found.append((torch.cat(parts), slots.conv[2], slots.matrix[2]))
+    for other in found[1:]:
+        for result, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_net_that_computes_something_else_is_left_alone():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **{"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 0},
+        **{"linear_num_value_heads": 2, "linear_num_key_heads": 2},
+        **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        layer_types=["linear_attention"] * 2,
+    )
+    model = Qwen3NextForCausalLM(config).eval()
+    layers = model.model.layers
+    layers[1].linear_attn.activation = "gelu"
+    with torch.no_grad():
+        delta_net.replace_delta_nets(model)
+    kinds = [isinstance(layer.linear_attn, delta_net.GatedDeltaNet) for layer in layers]
+    assert kinds == [True, False]
+
+
+def test_the_kernels_compute_what_the_definition_does(run_here):
+    assert "compared" in run_here("interpret")
+
+
+def test_the_kernels_compile_for_hopper(run_here):
+    assert "compiled" in run_here("compile")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_on_a_gpu(run_here):
+    assert "compared" in run_here("gpu")
+
+
+def compare(device: str = "cpu") -> None:
+    from qtool.engine import triton_delta_net
+
+    torch.manual_seed(0)
+    # a decode; a prompt, an empty chunk, one that goes on, a long one
+    chunks = [(3, 7, 1), (0, 0, 2), (0, 0, 0), (2, 9, 2), (4, 30, 18)]
+    for dtype, shape in zip((torch.float32, torch.bfloat16), SHAPES, strict=True):
+        for packed, tokens in ((pass_of(chunks, 1), 23), (pass_of(chunks[:1], 1), 1)):
+            arguments = inputs_of(tokens, shape, dtype)
+            slots = slots_of(shape, dtype)
+            own = StateSlots(slots.conv.clone().to(device), slots.matrix.clone().to(device))
+            expected = delta_rule.mix(*arguments, slots, packed)
+            there = [each.to(device) if isinstance(each, Tensor) else each for each in arguments]
+            for name in ("table", "rows", "positions", "starts"):
+                part = getattr(packed, name)
+                setattr(packed, name, None if part is None else part.to(device))
+            result = triton_delta_net.mix(*there, own, packed)
+            for name, one, other in (
+                ("out", result, expected),
+                ("conv", own.conv, slots.conv),
+                ("matrix", own.matrix, slots.matrix),
+            ):
+                error = float((one.cpu().float() - other.float()).norm() / other.float().norm())
+                assert error <= (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error}"
+    print("compared")
+
+
+def interpret() -> None:
+    from support import triton_cpu
+
+    triton_cpu.repair()
+    compare()
+
+
+def compile_all() -> None:
+    from support import triton_cpu
+
+    from qtool.engine import triton_delta_net
+
+    compiled: list = []
+    triton_cpu.compile_only(compiled)
+    shape = delta_rule.Shape(16, 32, 128, 128)  # Qwen3-Next's
+    arguments = inputs_of(9, shape, torch.bfloat16)
+    slots = StateSlots(
+        torch.empty(5, 8192, KERNEL - 1, dtype=torch.bfloat16, device="meta"),
+        torch.empty(5, 32, 128, 128, device="meta"),
+    )
+    triton_delta_net.mix(*arguments, slots, pass_of([(3, 7, 1), (0, 0, 8)], 1))
+    for kernel in compiled:
+        used = triton_cpu.resources(kernel)
+        assert used["stack"] == 0 and used["shared"] <= 232448, (kernel.metadata.name, used)
+    print(f"{len(compiled)} compiled")
+
+
+if __name__ == "__main__":
+    {
+        "interpret": interpret,
+        "compile": compile_all,
+        "gpu": lambda: compare("cuda"),
+    }[sys.argv[1]]()
