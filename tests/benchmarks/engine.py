@@ -1,6 +1,6 @@
 """Our engine's side of what `vllm_side.py` measures of vLLM: decode at batch 1, 16 and 64,
-throughput, prefill; an 8B shape, or with ``--shape moe`` Qwen3-30B-A3B's cut to 12 layers; random
-weights.
+throughput, prefill; an 8B shape, or one of `model_shapes`, such as ``--shape moe``, Qwen3-30B-A3B's
+cut to 12 layers; random weights.
 
     OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--shape moe] [--quick] [--profile]
     [--set max_running_requests=64 ...]
@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 2)
 BEGAN = time.perf_counter()
 
 import model_8b  # noqa: E402
-import model_moe  # noqa: E402
+import model_shapes  # noqa: E402
 
 from qtool.engine.engine import Engine  # noqa: E402
 
@@ -36,7 +36,7 @@ IMPORTED = time.perf_counter()
 
 
 def prompts(count: int, size: int) -> list[list[int]]:
-    return [[random.randrange(5, 128000) for _ in range(size)] for _ in range(count)]
+    return [[random.randrange(5, 100_000) for _ in range(size)] for _ in range(count)]
 
 
 def seconds(engine: Engine, asked: list[list[int]], tokens: int) -> float:
@@ -110,7 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="+", choices=[*model_8b.QUANTIZED, "fp8_block"])
-    parser.add_argument("--shape", choices=["8b", "moe"], default="8b")
+    parser.add_argument("--shape", choices=["8b", *model_shapes.SHAPES], default="8b")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/random_models"))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--requests", type=int, default=512, help="of the throughput")
@@ -125,13 +125,17 @@ def main() -> None:
     }
     print(f"imports {IMPORTED - BEGAN:.1f} s", flush=True)
     results = {}
-    model, layers = (model_8b, 32) if options.shape == "8b" else (model_moe, 12)
-    layers = options.layers or layers
+    layers = options.layers or (
+        32 if options.shape == "8b" else model_shapes.SHAPES[options.shape]().layers
+    )
     for kind in options.kinds:
         folder = options.folder / f"{options.shape}-{kind}-{layers}"
         if not (folder / "model.safetensors.index.json").exists():
             start = time.perf_counter()
-            model.write_checkpoint(folder, kind, layers=layers)
+            if options.shape == "8b":
+                model_8b.write_checkpoint(folder, kind, layers=layers)
+            else:
+                model_shapes.write_checkpoint(folder, options.shape, kind, layers=layers)
             torch.cuda.empty_cache()
             print(f"{kind}: written in {time.perf_counter() - start:.1f} s", flush=True)
         random.seed(0)

@@ -42,7 +42,7 @@ def main() -> None:
 
     def seconds(count: int, size: int, tokens: int) -> float:
         prompts = [
-            {"prompt_token_ids": [random.randrange(5, 128000) for _ in range(size)]}
+            {"prompt_token_ids": [random.randrange(5, 100_000) for _ in range(size)]}
             for _ in range(count)
         ]
         sampling = SamplingParams(
