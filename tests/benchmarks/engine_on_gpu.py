@@ -1,11 +1,12 @@
 """Is the engine right on this GPU, and does it keep to its memory?
 
-    python tests/benchmarks/engine_on_gpu.py [--requests 10000] [--only qwen3_next ...]
+    python tests/benchmarks/engine_on_gpu.py [--requests 10000] [--only qwen3_next ...] [--dtype float32]
 
-The greedy tokens of the tiny model and of tiny random ones, in bf16, against transformers'
+The greedy tokens of the tiny model and of tiny random ones against transformers'
 `generate`, one by one and together, with prefix hits,
 chunked prefill and preemption: equal, or different from a place on where transformers' own logits
-are nearly a tie. Then the size of the KV cache against arithmetic, and the memory after many
+are nearly a tie. In bf16 a random mixture may also send a token to other experts; in f32 every text is
+equal. Then the size of the KV cache against arithmetic, and the memory after many
 requests. Exits 1 if anything is wrong.
 """
 
@@ -71,7 +72,7 @@ def differs(model, exact, prompt: list[int], got: list[int], wanted: list[int]) 
     )
 
 
-def compare(name: str, folder: Path | str, model) -> int:
+def compare(name: str, folder: Path | str, model, dtype: str) -> int:
     """Print how many of the engine's texts are transformers', and how many part at a tie; return
     how many are wrong.
     """
@@ -82,7 +83,7 @@ def compare(name: str, folder: Path | str, model) -> int:
         [reference(model, prompt, 40) for prompt in short],
     )
     pairs: list[tuple[str, list[int], list[int], list[int]]] = []
-    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "mem_fraction_static": 0.5}
+    options = {"skip_tokenizer_init": True, "dtype": dtype, "mem_fraction_static": 0.5}
     with Engine(folder, **options, max_total_tokens=16 * 1024, max_running_requests=40) as engine:
         for _ in range(2):
             got = [
@@ -175,15 +176,17 @@ def main() -> int:
     )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--only", nargs="*", choices=list(ARCHITECTURES), help="these models alone")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    wrong = 0
+    dtype, wrong = getattr(torch, options.dtype), 0
     if not options.only:
-        model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.bfloat16).cuda()
-        wrong += compare("the example", EXAMPLE, model)
+        model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=dtype).cuda()
+        wrong += compare("the example", EXAMPLE, model, options.dtype)
     for model_type in options.only or ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
-            wrong += compare(model_type, folder, random_model(model_type, folder).bfloat16().cuda())
+            model = random_model(model_type, folder).to(dtype).cuda()
+            wrong += compare(model_type, folder, model, options.dtype)
     if not options.only:
         wrong += many(options.requests)
     return 1 if wrong else 0
