@@ -1,11 +1,13 @@
-"""Gated delta nets in Triton: the short convolution, then the states, token after token.
+"""Gated delta nets in Triton: the short convolution, then the states.
 
-Sequences, heads and parts of a head's values run side by side, the tokens of a sequence do not.
+Sequences, heads and parts of a head's values run side by side. The tokens of a sequence come after
+one another, `TOGETHER` at a time.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +17,12 @@ from qtool.engine.delta_rule import EPSILON, Shape
 
 CHANNELS = 64  # of a program of the convolution
 TOKENS = 16  # likewise
-VALUES = 32  # of a head, in a program
+VALUES = 32  # of a head, in a program that decodes
+CHUNK_VALUES = 32  # likewise, of a chunk
+CHUNK_WARPS = 4
+# Tokens of a chunk that are computed together. With more, powers of their system would grow so
+# large that f32 loses the sum.
+TOGETHER = 16
 
 
 def mix(
@@ -56,32 +63,42 @@ def mix(
         TOKENS=TOKENS,
         num_warps=2,
     )
-    parts = triton.cdiv(shape.value_width, VALUES)
-    kept = triton.cdiv(channels, shape.value_heads * parts)
-    _update[(sequences, shape.value_heads, parts)](
-        x=qkv,
-        mixed=mixed,
-        b=b,
-        a=a,
-        decay=decay,
-        dt_bias=dt_bias,
-        conv=slots.conv,
-        matrix=slots.matrix,
-        out=out,
-        **where,
-        C=channels,
-        KERNEL=kernel,
-        KEPT=kept,
-        KEPT_PADDED=triton.next_power_of_2(kept),
-        SHARED=shape.shared,
-        KEYS=shape.key_heads * shape.key_width,
-        K=shape.key_width,
-        K_PADDED=triton.next_power_of_2(shape.key_width),
-        V=shape.value_width,
-        VALUES=VALUES,
-        EPSILON=EPSILON,
-        num_warps=4,
-    )
+    # numbers of 16 bits have fewer digits than tf32
+    precision = "tf32x3" if qkv.dtype == torch.float32 else "tf32"
+    more = {"TOGETHER": TOGETHER, "PRECISION": precision}
+    for kernel_of, sequences, values, warps in (
+        (_decode, packed.decodes, VALUES, 4),
+        (_add_chunks, chunks, CHUNK_VALUES, CHUNK_WARPS),
+    ):
+        if not sequences:
+            continue
+        parts = triton.cdiv(shape.value_width, values)
+        kept = triton.cdiv(channels, shape.value_heads * parts)
+        kernel_of[(sequences, shape.value_heads, parts)](
+            x=qkv,
+            mixed=mixed,
+            b=b,
+            a=a,
+            decay=decay,
+            dt_bias=dt_bias,
+            conv=slots.conv,
+            matrix=slots.matrix,
+            out=out,
+            **where,
+            C=channels,
+            KERNEL=kernel,
+            KEPT=kept,
+            KEPT_PADDED=triton.next_power_of_2(kept),
+            SHARED=shape.shared,
+            KEYS=shape.key_heads * shape.key_width,
+            K=shape.key_width,
+            K_PADDED=max(16, triton.next_power_of_2(shape.key_width)),
+            V=shape.value_width,
+            VALUES=values,
+            EPSILON=EPSILON,
+            **(more if kernel_of is _add_chunks else {}),
+            num_warps=warps,
+        )
     return out
 
 
@@ -149,7 +166,7 @@ def _convolve(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["decodes"], do_not_specialize_on_alignment=["rows", "positions"])
-def _update(  # type: ignore[no-untyped-def]
+def _decode(  # type: ignore[no-untyped-def]
     x,
     mixed,
     b,
@@ -175,53 +192,127 @@ def _update(  # type: ignore[no-untyped-def]
     VALUES: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """Go through the tokens of a sequence with some values of a head, and keep a share of its last
-    inputs.
-    """
-    begin, end = _bounds(starts, tl.program_id(0), decodes)
-    if begin == end:
-        return
-    head, part = tl.program_id(1), tl.program_id(2)
-    heads, parts = tl.num_programs(1), tl.num_programs(2)
-    row = tl.load(rows + begin).to(tl.int64)
-    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
-    _keep_inputs(
-        x,
-        conv + row * (C * (KERNEL - 1)),
-        begin,
-        end,
-        (head * parts + part) * KEPT,
-        fresh,
-        C,
-        KERNEL,
-        KEPT,
-        KEPT_PADDED,
-    )
+    """Go through one token of a sequence with some values of a head."""
+    token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    row = tl.load(rows + token).to(tl.int64)
+    fresh = (tl.load(positions + token) == 0).to(tl.int32)
+    first = (head * tl.num_programs(2) + part) * KEPT
+    conv += row * (C * (KERNEL - 1))
+    _keep_inputs(x, conv, token, token + 1, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
     place = matrix + ((row * heads + head) * K + i[:, None]) * V + j[None, :]
     inside = (i < K)[:, None] & (j < V)[None, :]
     state = tl.load(place, mask=inside & (fresh == 0), other=0.0)
-    decay = tl.load(decay + head)
-    bias = tl.load(dt_bias + head)
-    keys = mixed + head // SHARED * K + i
-    values = mixed + 2 * KEYS + head * V + j
-    for t in range(begin, end):
-        token = tl.cast(t, tl.int64)
-        q = tl.load(keys + token * C, mask=i < K, other=0.0).to(tl.float32)
-        k = tl.load(keys + token * C + KEYS, mask=i < K, other=0.0).to(tl.float32)
-        v = tl.load(values + token * C, mask=j < V, other=0.0).to(tl.float32)
-        rate = tl.sigmoid(tl.load(b + token * heads + head).to(tl.float32))
-        size = tl.load(a + token * heads + head).to(tl.float32) + bias
-        size = tl.where(size > 20, size, tl.log(1 + tl.exp(size)))
-        q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
-        k *= tl.rsqrt(tl.sum(k * k, 0) + EPSILON)
-        state *= tl.exp(decay * size)
-        written = rate * (v - tl.sum(state * k[:, None], 0))
-        state += k[:, None] * written[None, :]
-        result = tl.sum(state * q[:, None], 0)
-        tl.store(out + (token * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
+    keys = mixed + token * C + head // SHARED * K + i
+    q = tl.load(keys, mask=i < K, other=0.0).to(tl.float32)
+    k = tl.load(keys + KEYS, mask=i < K, other=0.0).to(tl.float32)
+    v = tl.load(mixed + token * C + 2 * KEYS + head * V + j, mask=j < V, other=0.0).to(tl.float32)
+    rate = tl.sigmoid(tl.load(b + token * heads + head).to(tl.float32))
+    log_decay = _log_decay(tl.load(a + token * heads + head), decay, dt_bias, head)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
+    k *= tl.rsqrt(tl.sum(k * k, 0) + EPSILON)
+    state *= tl.exp(log_decay)
+    written = rate * (v - tl.sum(state * k[:, None], 0))
+    state += k[:, None] * written[None, :]
+    result = tl.sum(state * q[:, None], 0)
+    tl.store(out + (token * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
     tl.store(place, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["decodes"], do_not_specialize_on_alignment=["rows", "positions"])
+def _add_chunks(  # type: ignore[no-untyped-def]
+    x,
+    mixed,
+    b,
+    a,
+    decay,
+    dt_bias,
+    conv,
+    matrix,
+    out,
+    starts,
+    rows,
+    positions,
+    decodes,
+    C: tl.constexpr,
+    KERNEL: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
+    KEYS: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    V: tl.constexpr,
+    VALUES: tl.constexpr,
+    EPSILON: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Go through the tokens of a chunk with some values of a head, as `delta_rule` does."""
+    head, part = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    begin, end = _bounds(starts, decodes + tl.program_id(0), decodes)
+    if begin == end:
+        return
+    row = tl.load(rows + begin).to(tl.int64)
+    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
+    first = (head * tl.num_programs(2) + part) * KEPT
+    conv += row * (C * (KERNEL - 1))
+    _keep_inputs(x, conv, begin, end, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
+    i = tl.arange(0, K_PADDED)
+    j = part * VALUES + tl.arange(0, VALUES)
+    n = tl.arange(0, TOGETHER)
+    place = matrix + ((row * heads + head) * K + i[:, None]) * V + j[None, :]
+    inside = (i < K)[:, None] & (j < V)[None, :]
+    state = tl.load(place, mask=inside & (fresh == 0), other=0.0)
+    for start in range(begin, end, TOGETHER):
+        token = (start + n).to(tl.int64)
+        exists = start + n < end
+        keys = mixed + token[:, None] * C + (head // SHARED * K + i)[None, :]
+        values = mixed + token[:, None] * C + (2 * KEYS + head * V + j)[None, :]
+        is_key, is_value = exists[:, None] & (i < K)[None, :], exists[:, None] & (j < V)[None, :]
+        q = tl.load(keys, mask=is_key, other=0.0).to(tl.float32)
+        k = tl.load(keys + KEYS, mask=is_key, other=0.0).to(tl.float32)
+        v = tl.load(values, mask=is_value, other=0.0).to(tl.float32)
+        rate = tl.load(b + token * heads + head, mask=exists, other=0.0).to(tl.float32)
+        rate = tl.where(exists, tl.sigmoid(rate), 0.0)
+        log_decay = tl.load(a + token * heads + head, mask=exists, other=0.0)
+        log_decay = tl.where(exists, _log_decay(log_decay, decay, dt_bias, head), 0.0)
+        q *= (tl.rsqrt(tl.sum(q * q, 1) + EPSILON) * K**-0.5)[:, None]
+        k *= tl.rsqrt(tl.sum(k * k, 1) + EPSILON)[:, None]
+        total = tl.cumsum(log_decay, 0)
+        whole = tl.exp(total)[:, None]
+        seen = n[:, None] >= n[None, :]
+        since = tl.exp(tl.where(seen, total[:, None] - total[None, :], float("-inf")))
+        system = rate[:, None] * since * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        system = tl.where(n[:, None] > n[None, :], system, 0.0)
+        held = tl.dot(k, state, input_precision=PRECISION)
+        written = rate[:, None] * (v - whole * held)
+        # divided by 1 + system, which is 1 - system times all 1 + system^2, ^4, ^8: sums of large
+        # numbers that cancel out
+        written -= tl.dot(system, written, input_precision="tf32x3")
+        power = system
+        for _ in tl.static_range(3):
+            power = tl.dot(power, power, input_precision="tf32x3")
+            written += tl.dot(power, written, input_precision="tf32x3")
+        seen_keys = since * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        result = whole * tl.dot(q, state, input_precision=PRECISION)
+        result += tl.dot(seen_keys, written, input_precision=PRECISION)
+        places = out + (token * heads + head)[:, None] * V + j[None, :]
+        tl.store(places, result.to(out.dtype.element_ty), mask=is_value)
+        last = tl.sum(log_decay, 0)
+        left = tl.trans(tl.exp(last - total)[:, None] * k)
+        state = tl.exp(last) * state + tl.dot(left, written, input_precision=PRECISION)
+    tl.store(place, state, mask=inside)
+
+
+@triton.jit
+def _log_decay(a, decay, dt_bias, head):  # type: ignore[no-untyped-def]
+    """Return the logarithm of the decay that ``a`` makes."""
+    size = a.to(tl.float32) + tl.load(dt_bias + head)
+    return tl.load(decay + head) * tl.where(size > 20, size, tl.log(1 + tl.exp(size)))
 
 
 @triton.jit

@@ -115,8 +115,15 @@ def compare(device: str = "cpu") -> None:
     # a decode; a prompt, an empty chunk, one that goes on, a long one
     chunks = [(3, 7, 1), (0, 0, 2), (0, 0, 0), (2, 9, 2), (4, 30, 18)]
     for dtype, shape in zip((torch.float32, torch.bfloat16), SHAPES, strict=True):
-        for packed, tokens in ((pass_of(chunks, 1), 23), (pass_of(chunks[:1], 1), 1)):
+        for packed, tokens, alike in (
+            (pass_of(chunks, 1), 23, False),
+            (pass_of(chunks[:1], 1), 1, False),
+            (pass_of(chunks[4:], 0), 18, True),
+        ):
             arguments = inputs_of(tokens, shape, dtype)
+            if alike:  # one key again and again, never forgotten
+                arguments[0][:, : sum(shape.sizes[:2])] = 1.0
+                arguments[1][:], arguments[2][:] = 10.0, -20.0
             slots = slots_of(shape, dtype)
             own = StateSlots(slots.conv.clone().to(device), slots.matrix.clone().to(device))
             expected = delta_rule.mix(*arguments, slots, packed)
