@@ -7,6 +7,8 @@ one another, `TOGETHER` at a time.
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -39,30 +41,15 @@ def mix(
     """Do what `delta_rule.mix` does."""
     qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
     (tokens, channels), kernel = qkv.shape, conv_weight.shape[1]
-    mixed = qkv.new_empty(tokens, channels)
     out = qkv.new_empty(tokens, shape.value_heads, shape.value_width)
-    chunks = 0 if packed.starts is None else packed.starts.numel() - 1
-    sequences = packed.decodes + chunks
+    chunks = _sequences(packed) - packed.decodes
     where = {
         "starts": packed.starts,
         "rows": packed.rows,
         "positions": packed.positions,
         "decodes": packed.decodes,
     }
-    longest = packed.longest if chunks else 1
-    grid = sequences, triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)
-    _convolve[grid](
-        x=qkv,
-        weight=conv_weight,
-        state=slots.conv,
-        out=mixed,
-        **where,
-        C=channels,
-        KERNEL=kernel,
-        CHANNELS=CHANNELS,
-        TOKENS=TOKENS,
-        num_warps=2,
-    )
+    mixed = _convolved(qkv, conv_weight, slots, packed, where)
     # numbers of 16 bits have fewer digits than tf32
     precision = "tf32x3" if qkv.dtype == torch.float32 else "tf32"
     more = {"TOGETHER": TOGETHER, "PRECISION": precision}
@@ -100,6 +87,32 @@ def mix(
             num_warps=warps,
         )
     return out
+
+
+def _convolved(
+    qkv: Tensor, conv_weight: Tensor, slots: StateSlots, packed: Packed, where: Mapping[str, object]
+) -> Tensor:
+    """Return the convolution of all channels, [T, C]; ``where``: which tokens are whose."""
+    channels, mixed = qkv.shape[1], torch.empty_like(qkv)
+    longest = packed.longest if packed.starts is not None else 1
+    grid = _sequences(packed), triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)
+    _convolve[grid](
+        x=qkv,
+        weight=conv_weight,
+        state=slots.conv,
+        out=mixed,
+        **where,
+        C=channels,
+        KERNEL=conv_weight.shape[1],
+        CHANNELS=CHANNELS,
+        TOKENS=TOKENS,
+        num_warps=2,
+    )
+    return mixed
+
+
+def _sequences(packed: Packed) -> int:
+    return packed.decodes + (0 if packed.starts is None else packed.starts.numel() - 1)
 
 
 @triton.jit
