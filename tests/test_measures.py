@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from support.imports import PACKAGE, imports_of
 
-KERNELS = ("runtime/kernels", "runtime/triton", "engine/attention", "engine/elementwise.py")
+KERNELS = (
+    *("runtime/kernels", "runtime/triton", "engine/attention"),
+    *("engine/elementwise.py", "engine/triton_delta_net.py"),
+)
 BRANCHES = (
     *(ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While),
     *(ast.ExceptHandler, ast.match_case, ast.comprehension),
