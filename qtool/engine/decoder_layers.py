@@ -1,27 +1,37 @@
 """Decoder layers with few launches: what is not a matmul or attention becomes one of three
 functions, each a single kernel on a GPU.
 
-A layer of the Llama kind is `RMSNorm.add`, one matmul for queries, keys and values,
-`rotate_and_write`, attention, a matmul, `RMSNorm.add`, one matmul for gate and up, `gated`, a
-matmul. Where a matmul takes codes of 8 bits, the function before it rounds to them. A layer does
-not add its last output to the residual but returns a `Sum`, for the norm of the next one to add.
+A layer is `add_norm`, one matmul for queries, keys and values, `rotate_and_write`, attention, a
+matmul, `add_norm`, one matmul for gate and up, `gated`, a matmul. Where a matmul takes codes of 8
+bits, the function before it rounds to them. A layer does not add its last output to the residual
+but returns a `Sum`, for the norm of the next one to add.
+
+Room for another kind: where a layer has norms is a line of `LAYOUTS`, what a norm computes a
+`norms.NormKind`, how queries and keys rotate one of `fused_attention.Angles`. `fusion` compares
+each layer with transformers' own, so that a name that stands for something else does no harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qtool.engine.attention.pages import LayerGeometry, StateGeometry
-from qtool.engine.delta_net import GatedDeltaNet
 from qtool.engine.fused_attention import Angles, FusedAttention
-from qtool.engine.joined import Linear, check_parts, codes_of, multiply, side_by_side
-from qtool.engine.norms import Codes, NotFused, RMSNorm, Sum, parts_of, rounded
+from qtool.engine.joined import (
+    PASSIVE,
+    Linear,
+    check_parts,
+    codes_of,
+    multiply,
+    side_by_side,
+)
+from qtool.engine.norms import Codes, Norm, NotFused, Sum, add_norm, rounded
 from qtool.runtime.kernels import current
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -31,9 +41,42 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Layout(NamedTuple):
+    """The names of the norms of a layer; None where it has none."""
+
+    before_mixer: str | None
+    after_mixer: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+LAYOUTS = (
+    Layout("input_layernorm", None, "post_attention_layernorm", None),  # Llama and most others
+    Layout(  # Gemma 2 and 3
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    Layout(  # GLM-4
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
+    ),
+    Layout(
+        None, "post_attention_layernorm", None, "post_feedforward_layernorm"
+    ),  # OLMo 2, EXAONE 4
+    Layout("attention_layernorm", None, "feedforward_layernorm", None),  # Apertus
+)
+PARALLEL = Layout("input_layernorm", None, None, None)  # Cohere: mixer and MLP read one norm
+MLPS = ("mlp", "block_sparse_moe")
+
+
 class FusedLayer(nn.Module):
-    """A decoder layer of the Llama kind: norm, attention or a gated delta net, norm, MLP, each pair
-    around a residual.
+    """A decoder layer: attention or a gated delta net, and an MLP, each with norms before and after
+    it and around both a residual, ``x + factor * after(part(before(x)))``. Both may also read the
+    same norm, and add to the same residual.
 
     ``angles``: see `FusedAttention`. Raises: NotFused, for a layer made of other parts.
     """
@@ -46,17 +89,23 @@ class FusedLayer(nn.Module):
         angles: Angles | None,
     ) -> None:
         super().__init__()
-        norms = ("input_layernorm", "post_attention_layernorm")
-        self.mixer: FusedAttention | GatedDeltaNet
+        layout, mlp_name = layout_of(layer), _mlp_of(layer)
+        self.is_parallel = layout is PARALLEL
+        self.mixer: FusedAttention | Unfused
+        norms = {name for name in layout if name}
         if isinstance(geometry, LayerGeometry):
-            check_parts(layer, {*norms, "self_attn", "mlp"})
+            check_parts(layer, {*norms, "self_attn", mlp_name})
             self.mixer = FusedAttention(layer.get_submodule("self_attn"), geometry, angles=angles)
         else:
-            check_parts(layer, {*norms, "linear_attn", "mlp"})
-            self.mixer = cast(GatedDeltaNet, layer.get_submodule("linear_attn"))
-        self.input_norm, self.post_norm = (RMSNorm.of(getattr(layer, name)) for name in norms)
-        mlp = layer.get_submodule("mlp")
-        self.mlp = GatedMLP.of(mlp) or mlp
+            check_parts(layer, {*norms, "linear_attn", mlp_name})
+            self.mixer = Unfused(layer.get_submodule("linear_attn"))
+        self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp = (
+            Norm.of(layer.get_submodule(name)) if name else None for name in layout
+        )
+        mlp = layer.get_submodule(mlp_name)
+        self.mlp = GatedMLP.of(mlp) or Unfused(mlp)
+        # Granite's
+        self.factor = float(getattr(layer, "residual_multiplier", 1.0))
 
     def forward(
         self,
@@ -67,22 +116,48 @@ class FusedLayer(nn.Module):
         """Return the hidden states after the layer, from those before it: [1, T, H], or the `Sum`
         of the layer before.
         """
-        x, residual = parts_of(hidden_states)
-        with current(x.device):
-            if isinstance(self.mixer, FusedAttention):
-                x, scale, residual = self.input_norm.add(x, residual, self.mixer.codes)
-                x = self.mixer(x, scale, position_embeddings)
-            else:
-                x, _, residual = self.input_norm.add(x, residual)
-                x = self.mixer(x[None])[0]
-            mlp = self.mlp
-            if isinstance(mlp, GatedMLP):
-                x, scale, residual = self.post_norm.add(x, residual, codes_of(mlp.gate_up))
-                return Sum(mlp(x, scale), residual)
-            # experts, say
-            x, _, residual = self.post_norm.add(x, residual)
-            y = mlp(x[None])
-            return Sum((y[0] if isinstance(y, tuple) else y)[0], residual)
+        states, codes = Sum.of(hidden_states), self.mixer.codes
+        with current(states.x.device):
+            if self.is_parallel:
+                codes = codes if codes == self.mlp.codes else None
+                x, scale, residual = add_norm(states, self.before_mixer, codes)
+                mixed = self.mixer(x, scale, position_embeddings)
+                return Sum(self.mlp(x, scale), residual, other=mixed)
+            x, scale, residual = add_norm(states, self.before_mixer, codes)
+            mixed = self.mixer(x, scale, position_embeddings)
+            states = Sum(mixed, residual, self.after_mixer, self.factor)
+            x, scale, residual = add_norm(states, self.before_mlp, self.mlp.codes)
+            return Sum(self.mlp(x, scale), residual, self.after_mlp, self.factor)
+
+
+def layout_of(layer: nn.Module) -> Layout:
+    """Return where ``layer`` has its norms. Raises: NotFused, when it has others."""
+    parts = {name for name, part in layer.named_children() if not isinstance(part, PASSIVE)}
+    norms = parts - {"self_attn", "linear_attn", *MLPS}
+    for layout in (*LAYOUTS, PARALLEL):
+        if norms == {name for name in layout if name}:
+            return layout
+    names = ", ".join(f"`{name}`" for name in sorted(norms))
+    raise NotFused(f"{type(layer).__name__} has {names or 'no other parts'} beside mixer and MLP")
+
+
+def _mlp_of(layer: nn.Module) -> str:
+    return next((name for name in MLPS if hasattr(layer, name)), MLPS[0])
+
+
+class Unfused(nn.Module):
+    """A part of a layer that runs as it is: experts, say, or a gated delta net."""
+
+    codes: Codes | None = None
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """Return the outputs [T, H] of ``x`` [T, H]."""
+        y: Tensor | tuple[Tensor, ...] = self.part(x[None])
+        return (y[0] if isinstance(y, tuple) else y)[0]
 
 
 class GatedMLP(nn.Module):
@@ -117,6 +192,11 @@ class GatedMLP(nn.Module):
         width = cast(Linear, down).in_features
         joined, at = side_by_side([getattr(mlp, name) for name in gate_up], [width, width])
         return cls(joined, at, width, down, activation)
+
+    @property
+    def codes(self) -> Codes | None:
+        """What the input may be rounded to before."""
+        return codes_of(self.gate_up)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Return the outputs [T, H] of ``x`` [T, H], or of its codes and their scales."""

@@ -21,6 +21,7 @@ from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
 Codes = Literal["fp8", "int8"]
+Weights = tuple[Tensor, Tensor | None]  # of a norm, and its bias
 TILE = 1024  # elements of a program at least, unless it needs a whole row
 WARP = 512  # elements of each warp
 PIECE = 16384  # elements of a row that a program keeps at most
@@ -29,41 +30,59 @@ PIECE = 16384  # elements of a row that a program keeps at most
 def add_norm(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    norm: Weights | None,
     eps: float,
-    *,
     plus_one: bool,
     late: bool,
+    centered: bool,
+    *,
+    after: Weights | None = None,
+    factor: float = 1.0,
+    other: Tensor | None = None,
     codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the RMSNorm of ``x + residual`` or its codes, the scales of codes, and the sum.
+    """Return the norm of ``residual + other + factor * after(x)`` or its codes, the scales of
+    codes, and the sum.
 
     Args:
         x: [T, K], contiguous.
         residual: the same shape, or None.
-        weight: of the norm, [K].
-        eps: of the norm.
-        plus_one: whether 1 is added to the weight.
+        norm: weight and bias, [K]; None: the result is the sum itself, or its codes.
+        eps: of both norms, as the rest of their kind.
+        plus_one: whether 1 is added to the weights.
         late: whether to round only after the product with the weight, not before as well.
+        centered: whether the mean is subtracted first.
+        after: weight and bias of the norm of ``x``; with ``residual`` only, as the next two.
+        factor: of ``x``.
+        other: the shape of ``x``.
         codes: the format to round the norm to; scales are f32 [T, 1].
     """
     tokens, width = x.shape
     total = x if residual is None else torch.empty_like(x)
-    out, scale = _outputs(x, width, codes)
+    is_sum = norm is None and codes is None
+    out, scale = (total, None) if is_sum else _outputs(x, width, codes)
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
+    weight, bias = norm or (None, None)
+    after_weight, after_bias = after or (None, None)
     _add_norm[(triton.cdiv(tokens, rows),)](
         x=x,
         residual=residual,
+        other=other,
+        after_weight=after_weight,
+        after_bias=after_bias,
         weight=weight,
+        bias=bias,
         total=total,
-        out=out,
+        out=None if is_sum else out,
         scales=scale,
         T=tokens,
         K=width,
         eps=eps,
+        factor=None if factor == 1 else factor,
         PLUS_ONE=plus_one,
         LATE=late,
+        CENTERED=centered,
         FP8=codes == "fp8",
         ROWS=rows,
         BLOCK=block,
@@ -86,6 +105,9 @@ def rotate_and_write(
     table: Tensor,
     rows: Tensor,
     positions: Tensor,
+    *,
+    interleaved: bool = False,
+    angle_step: int = 1,
 ) -> Tensor:
     """Norm and rotate queries and keys; return queries [T, heads, D], write the others to pages.
 
@@ -94,10 +116,10 @@ def rotate_and_write(
         at: where the queries, keys and values of a token begin.
         heads: of queries.
         stride_q_head: from the queries of a head to those of the next.
-        norms: the weights [D] of the norms of queries and keys, their epsilon, ``plus_one`` and
-            ``late``.
-        rotary: cosines and sines, [T, at least rotated / 2]: channel ``i`` turns with channel
-            ``rotated / 2 + i``, by angle ``i``.
+        norms: the weights of the norms of queries and keys, [D], or [heads * D] if all heads of a
+            token share a norm; their epsilon, ``plus_one`` and ``late``.
+        rotary: cosines and sines, [T, at least rotated / 2 * angle_step]: channel ``i`` turns with
+            channel ``rotated / 2 + i``, by angle ``i * angle_step``.
         rotated: how many channels of a head are rotated.
         k_pages: [pages, KV heads, page, D].
         v_pages: [pages, KV heads, page, D].
@@ -105,6 +127,8 @@ def rotate_and_write(
         table: as in `qtool.engine.attention.pages.Packed`.
         rows: likewise.
         positions: likewise.
+        interleaved: whether channel ``2 i`` turns with channel ``2 i + 1`` instead.
+        angle_step: see ``rotary``.
     """
     tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
     q = qkv.new_empty(tokens, heads, width)
@@ -140,6 +164,9 @@ def rotate_and_write(
         D=width,
         ANGLES=0 if cos is None else cos.shape[-1],
         ROTATED=0 if cos is None else rotated,
+        INTERLEAVED=interleaved,
+        ANGLE_STEP=angle_step,
+        WHOLE=q_weight is not None and q_weight.shape[0] > width,
         PLUS_ONE=plus_one,
         LATE=late,
         FP8=k_pages.dtype == torch.float8_e4m3fn,
@@ -213,55 +240,114 @@ def _starts_early(device: torch.device) -> bool:
 
 @triton.jit
 def _normed(  # type: ignore[no-untyped-def]
-    x, weight, mean_of_squares, eps, dtype: tl.constexpr, PLUS_ONE: tl.constexpr, LATE: tl.constexpr
+    x,
+    weight,
+    mean_of_squares,
+    eps,
+    dtype: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    LATE: tl.constexpr,
+    bias=None,
 ):
-    """Return the RMSNorm of ``x``, f32 as ``weight``, rounded to ``dtype``."""
+    """Return the RMSNorm of ``x``, f32 as ``weight`` and ``bias``, rounded to ``dtype``."""
     x = x * tl.rsqrt(mean_of_squares + eps)
     if not LATE:
         x = x.to(dtype).to(tl.float32)
     if PLUS_ONE:
         weight += 1.0
-    return (x * weight).to(dtype)
+    x *= weight
+    if bias is not None:
+        x += bias
+    return x.to(dtype)
+
+
+@triton.jit
+def _row_norm(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    inside,
+    K,
+    eps,
+    dtype: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    LATE: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    """Return the norm of each row of ``x``, f32 with zeros where not ``inside``, rounded."""
+    if CENTERED:
+        x = tl.where(inside, x - tl.sum(x, 1, keep_dims=True) / K, 0.0)
+    mean = tl.sum(x * x, 1, keep_dims=True) / K
+    return _normed(x, weight, mean, eps, dtype, PLUS_ONE, LATE, bias)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _add_norm(  # type: ignore[no-untyped-def]
     x,
     residual,
+    other,
+    after_weight,
+    after_bias,
     weight,
+    bias,
     total,
     out,
     scales,
     T,
     K,
     eps,
+    factor,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
+    CENTERED: tl.constexpr,
     FP8: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    dtype: tl.constexpr = x.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     place, inside = row.to(tl.int64) * K + k, (row < T) & (k < K)
-    weights = tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    # weights are there before the kernel ahead has ended
+    weights = None if weight is None else tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    biases = None if bias is None else tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
+    if after_weight is not None:
+        after_weights = tl.load(after_weight + k, mask=k < K, other=0.0).to(tl.float32)
+        after_biases = (
+            None
+            if after_bias is None
+            else tl.load(after_bias + k, mask=k < K, other=0.0).to(tl.float32)
+        )
     start_early(PDL)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if after_weight is not None:
+        value = _row_norm(
+            value, after_weights, after_biases, inside, K, eps, dtype, PLUS_ONE, LATE, CENTERED
+        ).to(tl.float32)
+    if factor is not None:
+        value = (value * factor).to(dtype).to(tl.float32)
     if residual is not None:
-        added = (value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(
-            x.dtype.element_ty
-        )
+        before = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        if other is not None:
+            before += tl.load(other + place, mask=inside, other=0.0).to(tl.float32)
+            before = before.to(dtype).to(tl.float32)
+        added = (value + before).to(dtype)
         tl.store(total + place, added, mask=inside)
         value = added.to(tl.float32)
-    mean = tl.sum(value * value, 1, keep_dims=True) / K
-    normed = _normed(value, weights, mean, eps, x.dtype.element_ty, PLUS_ONE, LATE)
-    if scales is not None:
-        value = normed.to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(value), 1, keep_dims=True), FP8)
-        tl.store(scales + row, scale, mask=row < T)
-        normed = codes_of(value, scale, FP8)
-    tl.store(out + place, normed, mask=inside)
+    if out is not None:
+        if weight is None:
+            normed = value.to(dtype)
+        else:
+            normed = _row_norm(
+                value, weights, biases, inside, K, eps, dtype, PLUS_ONE, LATE, CENTERED
+            )
+        if scales is not None:
+            value = normed.to(tl.float32)
+            scale = scale_of(tl.max(tl.abs(value), 1, keep_dims=True), FP8)
+            tl.store(scales + row, scale, mask=row < T)
+            normed = codes_of(value, scale, FP8)
+        tl.store(out + place, normed, mask=inside)
 
 
 @triton.jit
@@ -295,24 +381,45 @@ def _turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _mean_of_heads(  # type: ignore[no-untyped-def]
+    x, stride, HEADS: tl.constexpr, D: tl.constexpr, TOGETHER: tl.constexpr
+):
+    """Return the mean of the squares of all heads, the first at ``x``."""
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    head = tl.arange(0, TOGETHER)[:, None]
+    squares = tl.zeros((TOGETHER, triton.next_power_of_2(D)), tl.float32)
+    for first in range(0, HEADS, TOGETHER):
+        inside = (first + head < HEADS) & (d < D)
+        value = tl.load(x + (first + head) * stride + d, mask=inside, other=0.0).to(tl.float32)
+        squares += value * value
+    return tl.sum(squares) / (HEADS * D)
+
+
+@triton.jit
 def _put_heads(  # type: ignore[no-untyped-def]
     x,
     out,
     inside,
     weight,
+    mean,
     cos,
     sin,
     eps,
     scale,
     D: tl.constexpr,
     ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ANGLE_STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
     FP8: tl.constexpr,
 ):
     """Norm the heads at ``x`` [H, 1], rotate them, and store those ``inside`` at ``out`` [H, 1].
 
-    Each rotated channel of the first half turns with one of the second half. All loads have the
+    ``weight`` is that of any head. If the norm is over the ``WHOLE`` of a token, it has the shape
+    of ``x``, and ``mean`` is the mean of the squares of all heads. Each rotated channel of the
+    first half turns with one of the second half, or each with its neighbour. All loads have the
     shape [H, ...], those of the angles too: with another shape they would have another layout, and
     go through shared memory.
     """
@@ -323,49 +430,50 @@ def _put_heads(  # type: ignore[no-untyped-def]
     if HALF:
         i = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
         turning = inside & (i < HALF)
-        first = tl.load(x + i, mask=turning, other=0.0).to(tl.float32)
-        second = tl.load(x + HALF + i, mask=turning, other=0.0).to(tl.float32)
-        if weight is not None:
+        one = 2 * i if INTERLEAVED else i
+        two = 2 * i + 1 if INTERLEAVED else HALF + i
+        first = tl.load(x + one, mask=turning, other=0.0).to(tl.float32)
+        second = tl.load(x + two, mask=turning, other=0.0).to(tl.float32)
+        if weight is not None and not WHOLE:
             squares += tl.sum(first * first + second * second, 1, keep_dims=True)
     if REST:
         j = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(REST))[None, :]
         resting = inside & (j < REST)
         rest = tl.load(x + ROTATED + j, mask=resting, other=0.0).to(tl.float32)
-        if weight is not None:
+        if weight is not None and not WHOLE:
             squares += tl.sum(rest * rest, 1, keep_dims=True)
+    if not WHOLE:
+        mean = squares / D
     if HALF:
         if weight is not None:
-            first_weight = tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)
-            second_weight = tl.load(weight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)
-            first = _normed(first, first_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
-                tl.float32
-            )
-            second = _normed(second, second_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
-                tl.float32
-            )
+            known = turning if WHOLE else i < HALF
+            first_weight = tl.load(weight + one, mask=known, other=0.0).to(tl.float32)
+            second_weight = tl.load(weight + two, mask=known, other=0.0).to(tl.float32)
+            first = _normed(first, first_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
+            second = _normed(second, second_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
         angle: tl.constexpr = cos.dtype.element_ty
-        cosine = tl.load(cos + i, mask=i < HALF).to(tl.float32)
-        sine = tl.load(sin + i, mask=i < HALF).to(tl.float32)
+        cosine = tl.load(cos + i * ANGLE_STEP, mask=i < HALF).to(tl.float32)
+        sine = tl.load(sin + i * ANGLE_STEP, mask=i < HALF).to(tl.float32)
         _put(
             _turned(first, cosine, -second, sine, angle, dtype),
-            out + i,
+            out + one,
             turning,
             scale,
             FP8,
         )
         _put(
             _turned(second, cosine, first, sine, angle, dtype),
-            out + HALF + i,
+            out + two,
             turning,
             scale,
             FP8,
         )
     if REST:
         if weight is not None:
-            rest_weight = tl.load(weight + ROTATED + j, mask=j < REST, other=0.0).to(tl.float32)
-            rest = _normed(rest, rest_weight, squares / D, eps, dtype, PLUS_ONE, LATE).to(
-                tl.float32
-            )
+            rest_weight = tl.load(
+                weight + ROTATED + j, mask=resting if WHOLE else j < REST, other=0.0
+            ).to(tl.float32)
+            rest = _normed(rest, rest_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
         _put(rest, out + ROTATED + j, resting, scale, FP8)
 
 
@@ -401,6 +509,9 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     ANGLES: tl.constexpr,
     ROTATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ANGLE_STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
     FP8: tl.constexpr,
@@ -422,13 +533,17 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
             x + Q_AT + head * STRIDE_Q_HEAD,
             q + (t * HEADS + head) * D,
             head < HEADS,
-            q_weight,
+            q_weight + head * D if WHOLE else q_weight,
+            _mean_of_heads(x + Q_AT, STRIDE_Q_HEAD, HEADS, D, TOGETHER) if WHOLE else None,
             cos,
             sin,
             eps,
             1.0,
             D,
             ROTATED,
+            INTERLEAVED,
+            ANGLE_STEP,
+            WHOLE,
             PLUS_ONE,
             LATE,
             False,
@@ -446,13 +561,17 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 x + K_AT + head * D,
                 out,
                 head < KV_HEADS,
-                k_weight,
+                k_weight + head * D if WHOLE else k_weight,
+                _mean_of_heads(x + K_AT, D, KV_HEADS, D, TOGETHER) if WHOLE else None,
                 cos,
                 sin,
                 eps,
                 k_scale,
                 D,
                 ROTATED,
+                INTERLEAVED,
+                ANGLE_STEP,
+                WHOLE,
                 PLUS_ONE,
                 LATE,
                 FP8,
@@ -466,10 +585,14 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 None,
                 None,
                 None,
+                None,
                 eps,
                 v_scale,
                 D,
                 0,
+                False,
+                1,
+                False,
                 PLUS_ONE,
                 LATE,
                 FP8,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,14 +20,45 @@ from qtool.engine.attention.interface import (
 )
 from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
 from qtool.engine.joined import Linear, check_parts, codes_of, multiply, side_by_side
-from qtool.engine.norms import Codes, NotFused, RMSNorm
+from qtool.engine.norms import Codes, Norm, NotFused
 
-# whether models make the angle of each pair of channels once, or twice, for both channels
-Angles = Literal["once", "twice"]
+# Which channels rotate together, and where models keep the angle of pair ``i`` of ``n``.
+Angles = Literal[
+    "twice",  # channels i and n + i; the angles stand twice, one after another
+    "once",  # the same channels; the angles stand once
+    "interleaved",  # channels 2 i and 2 i + 1; the angles stand twice, one after another
+    "repeated",  # channels 2 i and 2 i + 1; each angle stands twice, side by side
+]
 
 
 class RotaryMismatch(NotFused):
     """Why the angles of a model are not of the kind that was tried."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys of a pass rotate."""
+
+    cos: Tensor
+    """[T, angles]"""
+    sin: Tensor
+    """[T, angles]"""
+    angles: Angles
+
+    @property
+    def rotated(self) -> int:
+        """The first channels of a head, which rotate; the others do not."""
+        return self.cos.shape[-1] * (2 if self.angles == "once" else 1)
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether neighbouring channels rotate together."""
+        return self.angles in ("interleaved", "repeated")
+
+    @property
+    def step(self) -> int:
+        """How far the angle of a pair is from the next's."""
+        return 2 if self.angles == "repeated" else 1
 
 
 class FusedAttention(nn.Module):
@@ -63,14 +95,17 @@ class FusedAttention(nn.Module):
         q, k = self.q_norm, self.k_norm
         if q is None and k is None:
             return
-        width = self.geometry.head_dim
+        geometry = self.geometry
+        width = geometry.head_dim
+        sizes = (width, width), (geometry.heads * width, geometry.kv_heads * width)
         if (
             q is None
             or k is None
             or q.kind != k.kind
-            or not len(q.weight) == len(k.weight) == width
+            or q.kind.centered
+            or (len(q.weight), len(k.weight)) not in sizes
         ):
-            raise NotFused("the norms of queries and keys are not over one head each")
+            raise NotFused("the norms of queries and keys are not over one head each, or all")
 
     @property
     def codes(self) -> Codes | None:
@@ -97,13 +132,14 @@ class FusedAttention(nn.Module):
             found.layers.append(geometry)
             return qkv.new_zeros(qkv.shape[0], geometry.heads * geometry.head_dim)
         packed, kv = packed_tokens(), pages_of(geometry.layer_idx)
-        rotary, rotated = None, 0
+        rotary = None
         if self.angles and angles:
-            cos, sin = angles
-            rotary = cos.flatten(0, -2).contiguous(), sin.flatten(0, -2).contiguous()
-            rotated = cos.shape[-1] * (2 if self.angles == "once" else 1)
-            if rotated > geometry.head_dim:
-                raise RotaryMismatch(f"{rotated} channels of {geometry.head_dim} would be rotated")
+            cos, sin = (part.flatten(0, -2).contiguous() for part in angles)
+            rotary = Rotary(cos, sin, self.angles)
+            if rotary.rotated > geometry.head_dim:
+                raise RotaryMismatch(
+                    f"{rotary.rotated} channels of {geometry.head_dim} would be rotated"
+                )
         q = rotate_and_write(
             qkv,
             self.at,
@@ -112,7 +148,6 @@ class FusedAttention(nn.Module):
             self.q_norm,
             self.k_norm,
             rotary,
-            rotated,
             kv,
             packed,
         )
@@ -132,10 +167,9 @@ def rotate_and_write(
     at: Sequence[int],
     heads: int,
     stride_q_head: int,
-    q_norm: RMSNorm | None,
-    k_norm: RMSNorm | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    rotated: int,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    rotary: Rotary | None,
     kv: KVPages,
     packed: Packed,
 ) -> Tensor:
@@ -147,15 +181,14 @@ def rotate_and_write(
             begins.
         heads: of queries.
         stride_q_head: outputs from one head's queries to the next's.
-        q_norm: of the queries of a head.
-        k_norm: of the keys of a head.
-        rotary: cosines and sines [T, at least rotated / 2]; the rest repeats them.
-        rotated: the first channels of a head, which are rotated.
+        q_norm: of the queries of a head, or of all heads at once.
+        k_norm: of the keys, likewise.
+        rotary: how queries and keys rotate; None: they do not.
     """
     if qkv.is_cuda:
         from qtool.engine import elementwise
 
-        norms = (q_norm.weight, k_norm.weight, *q_norm.kind) if q_norm and k_norm else None
+        norms = (q_norm.weight, k_norm.weight, *q_norm.kind[:3]) if q_norm and k_norm else None
         scales = kv.k_scale, kv.v_scale
         where = packed.table, packed.rows, packed.positions
         return elementwise.rotate_and_write(
@@ -164,12 +197,14 @@ def rotate_and_write(
             heads,
             stride_q_head,
             norms,
-            rotary,
-            rotated,
+            (rotary.cos, rotary.sin) if rotary else None,
+            rotary.rotated if rotary else 0,
             kv.k,
             kv.v,
             scales,
             *where,
+            interleaved=bool(rotary and rotary.is_interleaved),
+            angle_step=rotary.step if rotary else 1,
         )
     (tokens, _), (_, kv_heads, _, width) = qkv.shape, kv.k.shape
     strides = (stride_q_head, width, width)
@@ -177,23 +212,37 @@ def rotate_and_write(
         qkv[:, start : start + count * stride].view(tokens, count, stride)[..., :width]
         for start, count, stride in zip(at, (heads, kv_heads, kv_heads), strides, strict=True)
     )
-    q, k = (
-        part if norm is None else norm.normalize(part) for part, norm in ((q, q_norm), (k, k_norm))
-    )
+    q, k = _normed(q, q_norm), _normed(k, k_norm)
     if rotary:
-        q, k = (_rotate(part, *rotary, rotated) for part in (q, k))
+        q, k = _rotate(q, rotary), _rotate(k, rotary)
     write(kv, k, v, packed)
     return q
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
-    """Rotate the first ``rotated`` channels of ``x`` [T, heads, D], as transformers does."""
-    one, other = x[..., :rotated].chunk(2, dim=-1)
-    cos, sin = (part[:, None, : rotated // 2] for part in (cos, sin))
-    turned = one * cos - other * sin, other * cos + one * sin
-    return torch.cat((*(part.to(x.dtype) for part in turned), x[..., rotated:]), dim=-1)
+def _normed(heads: Tensor, norm: Norm | None) -> Tensor:
+    """Return the norm of ``heads`` [T, heads, D], over each head or all, as its weight is long."""
+    if norm is None:
+        return heads
+    is_whole = len(norm.weight) > heads.shape[-1]
+    return norm.normalize(heads.flatten(1) if is_whole else heads).view(heads.shape)
 
 
-def _norm_of(module: nn.Module, name: str) -> RMSNorm | None:
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first channels of ``x`` [T, heads, D], as transformers does."""
+    rotated = rotary.rotated
+    turning = x[..., :rotated]
+    if rotary.is_interleaved:
+        one, other = turning[..., ::2], turning[..., 1::2]
+    else:
+        one, other = turning.chunk(2, dim=-1)
+    last = rotary.step * rotated // 2
+    cos, sin = (part[:, None, : last : rotary.step] for part in (rotary.cos, rotary.sin))
+    turned = [part.to(x.dtype) for part in (one * cos - other * sin, other * cos + one * sin)]
+    if rotary.is_interleaved:
+        turned = [torch.stack(turned, dim=-1).flatten(-2)]
+    return torch.cat((*turned, x[..., rotated:]), dim=-1)
+
+
+def _norm_of(module: nn.Module, name: str) -> Norm | None:
     norm = getattr(module, name, None)
-    return None if norm is None else RMSNorm.of(norm)
+    return None if norm is None else Norm.of(norm)

@@ -23,10 +23,10 @@ from qtool.engine.attention.pages import (
     Packed,
     StateGeometry,
 )
-from qtool.engine.decoder_layers import FusedLayer
+from qtool.engine.decoder_layers import FusedLayer, layout_of
 from qtool.engine.fused_attention import Angles, RotaryMismatch
 from qtool.engine.kv_cache import allocate_pages, allocate_states
-from qtool.engine.norms import TOLERANCE, NotFused, RMSNorm, Sum, distance, random_input
+from qtool.engine.norms import TOLERANCE, Norm, NotFused, Sum, distance, random_input
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
@@ -42,7 +42,8 @@ TOKENS = 6  # of the input that layers are compared with
 ROUNDED_TOLERANCE = 0.1
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
-ANGLES: tuple[Angles | None, ...] = ("twice", "once", None)  # in the order that they are tried
+# in the order that they are tried
+ANGLES: tuple[Angles | None, ...] = ("twice", "once", "interleaved", "repeated", None)
 
 
 Arguments = dict[str, object]
@@ -83,7 +84,7 @@ def fuse(model: CausalLM) -> bool:
 
 
 def _fuse(decoder: Decoder, device: torch.device) -> None:
-    layers, norm = list(decoder.layers), RMSNorm.of(decoder.norm)
+    layers, norm = list(decoder.layers), Norm.of(decoder.norm)
     with compiled_together(device):
         seen = _dry_run(decoder, device)
         for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
@@ -171,9 +172,8 @@ def _check_of(layer: nn.Module, seen: DryRun) -> Callable[..., float]:
     if isinstance(positions, Tensor):
         # shows a layer that looks at positions by itself, as those do that temper their attention
         arguments = {**arguments, "position_ids": positions + 100_000}
-    if not hasattr(layer, "input_layernorm"):
-        raise NotFused(f"{name} has no `input_layernorm`")
-    weight = RMSNorm.of(layer.get_submodule("input_layernorm")).weight
+    first = next(filter(None, layout_of(layer)))
+    weight = Norm.of(layer.get_submodule(first)).weight
     x = random_input((1, TOKENS, len(weight)), weight)
     return partial(_error, layer, seen.geometry[number], x, arguments)
 

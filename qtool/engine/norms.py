@@ -1,11 +1,11 @@
 """The norms of decoder layers, each with the addition before it and the rounding after it in one
-launch; and how what replaces a part of a model is compared with it.
+launch (`add_norm`); and how what replaces a part of a model is compared with it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from qtool.runtime.kernels.scaled_mm import rounded_rows
 from qtool.scheme import Activations
 
 Codes = Literal["fp8", "int8"]
+# the kinds of norms that are tried: plus_one, late, centered
+KINDS = (
+    (False, False, False),
+    (True, True, False),
+    (False, True, False),
+    (True, False, False),
+    (False, True, True),
+)
 # The largest relative error of a part that replaces another.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -25,96 +33,143 @@ class NotFused(Exception):
 
 @dataclass
 class Sum:
-    """Hidden states that are still to be added: two tensors [T, H]."""
+    """Hidden states that are still to be added, ``residual + other + factor * after(x)``."""
 
     x: Tensor
-    residual: Tensor
+    """The last output of a layer, [T, H]."""
+    residual: Tensor | None = None
+    """The hidden states before it, [T, H]; None: ``x`` is whole."""
+    after: Norm | None = None
+    """The norm of the output."""
+    factor: float = 1.0
+    """What the output is multiplied with."""
+    other: Tensor | None = None
+    """The output of a part that ran beside the last, [T, H]."""
+
+    @classmethod
+    def of(cls, states: Tensor | Sum) -> Sum:
+        """Return hidden states, [1, T, H] if they are whole, as one."""
+        return states if isinstance(states, Sum) else cls(states.flatten(0, -2))
 
     def total(self) -> Tensor:
         """Return the hidden states, [T, H]."""
-        return self.residual + self.x
+        x = self.x if self.after is None else self.after.normalize(self.x)
+        x = x if self.factor == 1 else x * self.factor
+        if self.residual is None:
+            return x
+        return (self.residual if self.other is None else self.residual + self.other) + x
 
 
-class RMSNorm(nn.Module):
-    """A norm of any model that divides by the root of the mean of squares.
+class NormKind(NamedTuple):
+    """All of a norm but its weights."""
 
-    ``plus_one``: the weight is what is added to 1, as Gemma has it. ``late``: the norm is rounded
-        only after it is multiplied by the weight.
-    """
+    eps: float
+    """What is added to the mean of squares."""
+    plus_one: bool = False
+    """Whether the weight is what is added to 1, as Gemma has it."""
+    late: bool = False
+    """Whether to round only after the product with the weight, not before as well."""
+    centered: bool = False
+    """Whether the mean is subtracted first: a LayerNorm, otherwise an RMSNorm."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, *, plus_one: bool, late: bool) -> None:
+
+class Norm(nn.Module):
+    """A norm of any model: ``weight`` and ``bias`` are of its size, [H]."""
+
+    def __init__(
+        self, weight: nn.Parameter, kind: NormKind, bias: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.weight, self.eps, self.plus_one, self.late = weight, eps, plus_one, late
+        self.weight, self.kind, self.bias = weight, kind, bias
 
     @property
-    def kind(self) -> tuple[float, bool, bool]:
-        """Everything but the weight."""
-        return self.eps, self.plus_one, self.late
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias."""
+        return self.weight, self.bias
 
     @classmethod
-    def of(cls, module: nn.Module) -> RMSNorm:
+    def of(cls, module: nn.Module) -> Norm:
         """Return ``module`` as a norm of the kind that it is seen to be.
 
         Raises: NotFused, when it is of none.
         """
-        if isinstance(module, RMSNorm):
+        if isinstance(module, Norm):
             return module
         name = type(module).__name__
-        weight = getattr(module, "weight", None)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        is_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1
-        if not is_vector or not isinstance(eps, float) or getattr(module, "bias", None) is not None:
-            raise NotFused(f"{name} is not an RMSNorm")
-        weight = cast(nn.Parameter, weight)
+        if not _is_vector(weight) or not isinstance(eps, float):
+            raise NotFused(f"{name} is not a norm of one weight")
+        if bias is not None and not _is_vector(bias):
+            raise NotFused(f"{name} has a bias of another kind")
         sizes = torch.tensor([[1e-3], [0.1], [1], [10]], device=weight.device)
-        x = random_input((4, len(weight)), weight) * sizes.to(weight.dtype)
+        # the mean is not 0, which some subtract
+        x = (random_input((4, len(weight)), weight) + 0.5) * sizes.to(weight.dtype)
         expected = module(x)
-        kinds = [
-            cls(weight, eps, plus_one=plus_one, late=late)
-            for plus_one, late in ((False, False), (True, True), (False, True), (True, False))
-        ]
-        errors = [distance(norm.normalize(x), expected, expected) for norm in kinds]
-        best = min(range(len(kinds)), key=errors.__getitem__)
+        norms = [cls(weight, NormKind(eps, *kind), bias) for kind in KINDS]
+        errors = [distance(norm.normalize(x), expected, expected) for norm in norms]
+        best = min(range(len(norms)), key=errors.__getitem__)
         if expected.dtype != x.dtype or not errors[best] <= TOLERANCE[x.dtype]:
             raise NotFused(
-                f"{name} is not a known kind of RMSNorm (relative error {errors[best]:.1e})"
+                f"{name} is not a known kind of norm (relative error {errors[best]:.1e})"
             )
-        return kinds[best]
+        return norms[best]
 
     def forward(self, x: Tensor | Sum) -> Tensor:
         """Return the norm, [1, T, H], of the hidden states."""
         with current(self.weight.device):
-            normed, _, _ = self.add(*parts_of(x))
+            normed, _, _ = add_norm(Sum.of(x), self)
         return normed[None]
-
-    def add(
-        self, x: Tensor, residual: Tensor | None, codes: Codes | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the norm of ``x + residual``, [T, H], or its codes and their scales, f32 [T, 1];
-        and the sum.
-        """
-        if x.is_cuda:
-            from qtool.engine import elementwise
-
-            return elementwise.add_norm(
-                x.contiguous(),
-                residual,
-                self.weight,
-                self.eps,
-                plus_one=self.plus_one,
-                late=self.late,
-                codes=codes,
-            )
-        total = x if residual is None else residual + x
-        return *rounded(self.normalize(total), codes), total
 
     def normalize(self, x: Tensor) -> Tensor:
         """Return the norm of ``x``, of its shape and dtype, over the last dimension."""
+        eps, plus_one, late, centered = self.kind
         wide, weight = x.float(), self.weight.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if not self.late:
+        if centered:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        if not late:
             wide = wide.to(x.dtype).float()
-        return (wide * (1 + weight if self.plus_one else weight)).to(x.dtype)
+        wide = wide * (1 + weight if plus_one else weight)
+        return (wide if self.bias is None else wide + self.bias.float()).to(x.dtype)
+
+
+def add_norm(
+    states: Sum, norm: Norm | None, codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the norm of hidden states, [T, H], or its codes and their scales, f32 [T, 1]; and the
+    hidden states.
+
+    ``norm``: None stands for the hidden states themselves.
+    """
+    if norm is None and states.residual is None:
+        return states.x, None, states.x
+    if states.x.is_cuda:
+        return launch_add_norm(states, norm, codes)
+    total = states.total()
+    return *rounded(total if norm is None else norm.normalize(total), codes), total
+
+
+def launch_add_norm(
+    states: Sum, norm: Norm | None, codes: Codes | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return what `add_norm` does, by a kernel."""
+    from qtool.engine import elementwise
+
+    x, after = states.x, states.after
+    if norm and after and norm.kind != after.kind:  # a launch more
+        x, after = after(x)[0], None
+    kind = next((each.kind for each in (norm, after) if each), NormKind(0.0))
+    return elementwise.add_norm(
+        x.contiguous(),
+        states.residual,
+        None if norm is None else norm.weights,
+        *kind,
+        after=None if after is None else after.weights,
+        factor=states.factor,
+        other=states.other,
+        codes=codes,
+    )
 
 
 def rounded(x: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
@@ -122,9 +177,8 @@ def rounded(x: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
     return rounded_rows(x, Activations(codes, "token")) if codes else (x, None)
 
 
-def parts_of(x: Tensor | Sum) -> tuple[Tensor, Tensor | None]:
-    """Return the two parts of hidden states, [T, H]; those that are whole have no second."""
-    return (x.x, x.residual) if isinstance(x, Sum) else (x.flatten(0, -2), None)
+def _is_vector(tensor: object) -> TypeGuard[nn.Parameter]:
+    return isinstance(tensor, nn.Parameter) and tensor.dim() == 1
 
 
 def random_input(shape: tuple[int, ...], like: Tensor) -> Tensor:

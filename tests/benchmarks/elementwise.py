@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qtool.engine import decoder_layers as fused
 from qtool.engine import elementwise, fused_attention
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
-from qtool.engine.norms import RMSNorm
+from qtool.engine.norms import Norm, NormKind, Sum, add_norm
 from qtool.runtime.triton import row_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
@@ -67,21 +67,34 @@ def same_codes(
         )
 
 
-def norm_case(tokens: int, codes: str | None) -> Case:
-    x, residual = random(tokens, HIDDEN), random(tokens, HIDDEN)
-    norm = RMSNorm(
-        nn.Parameter(random(HIDDEN), requires_grad=False), 1e-5, plus_one=False, late=False
-    )
+def norm_case(tokens: int, codes: str | None, parts: str = "") -> Case:
+    """``parts``: "after" is the norm of the output, as Gemma has it; "other" a second output, as
+    Cohere has it, with LayerNorms.
+    """
+    x, residual, other = (random(tokens, HIDDEN) for _ in range(3))
+    kind = {
+        "": NormKind(1e-5),
+        "after": NormKind(1e-6, plus_one=True, late=True),
+        "other": NormKind(1e-5, late=True, centered=True),
+    }[parts]
+    norm, after = (Norm(nn.Parameter(random(HIDDEN), requires_grad=False), kind) for _ in range(2))
+    states = Sum(x, residual)
+    if parts == "after":
+        states.after = after
+    elif parts == "other":
+        states.other = other
 
     def check() -> None:
-        out, _, total = norm.add(x, residual)
-        close("norm", out, norm.normalize(residual + x))
-        if not torch.equal(total, residual + x):
+        out, _, total = add_norm(states, norm)
+        close("norm", out, norm.normalize(total))
+        close("sum", total, states.total())
+        if not parts and not torch.equal(total, residual + x):
             raise AssertionError("norm: the sum is wrong")
         if codes:
-            same_codes("norm", norm.add(x, residual, codes)[:2], out, codes)
+            same_codes("norm", add_norm(states, norm, codes)[:2], out, codes)
 
-    return lambda: norm.add(x, residual, codes), check, tokens * HIDDEN * (6 + (1 if codes else 2))
+    size = tokens * HIDDEN * (6 + 2 * (parts == "other") + (1 if codes else 2))
+    return lambda: add_norm(states, norm, codes), check, size
 
 
 def gated_case(tokens: int, codes: str | None) -> Case:
@@ -100,14 +113,22 @@ def gated_case(tokens: int, codes: str | None) -> Case:
     )
 
 
-def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
+def rotary_case(
+    tokens: int,
+    norms: str,
+    dtype: torch.dtype,
+    kind: fused_attention.Angles = "twice",
+) -> Case:
+    """``norms``: over each "head", over all at once ("whole"), or none."""
     qkv = random(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    weights = [nn.Parameter(random(HEAD_DIM), requires_grad=False) for _ in range(2)]
+    sizes = [heads * HEAD_DIM if norms == "whole" else HEAD_DIM for heads in (HEADS, KV_HEADS)]
     q_norm, k_norm = (
-        RMSNorm(weight, 1e-6, plus_one=False, late=False) if norms else None for weight in weights
+        Norm(nn.Parameter(random(size), requires_grad=False), NormKind(1e-6)) if norms else None
+        for size in sizes
     )
-    angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda").repeat(1, 2) * 6
-    rotary = angles.cos().bfloat16(), angles.sin().bfloat16()
+    angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda") * 6
+    angles = angles.repeat_interleave(2, dim=1) if kind == "repeated" else angles.repeat(1, 2)
+    rotary = fused_attention.Rotary(angles.cos().bfloat16(), angles.sin().bfloat16(), kind)
     prefill = tokens > 1024
     pages = tokens // PAGE + 2 if prefill else tokens * 8 + 1
     caches = [
@@ -134,22 +155,20 @@ def rotary_case(tokens: int, norms: bool, dtype: torch.dtype) -> Case:
     packed = Packed(table, rows, positions, 0 if prefill else tokens)
 
     def run() -> Tensor:
-        return fused.rotate_and_write(
-            qkv, AT, HEADS, q_norm, k_norm, rotary, 128, caches[0], packed
+        return fused_attention.rotate_and_write(
+            qkv, AT, HEADS, HEAD_DIM, q_norm, k_norm, rotary, caches[0], packed
         )
 
     def check() -> None:
         on_cpu = KVPages(caches[1].k.cpu(), caches[1].v.cpu(), 0.02, 0.02)
         places = Packed(table.cpu(), rows.cpu(), positions.cpu(), packed.decodes)
         plain_norms = [
-            None
-            if norm is None
-            else RMSNorm(nn.Parameter(norm.weight.cpu()), norm.eps, plus_one=False, late=False)
+            None if norm is None else Norm(nn.Parameter(norm.weight.cpu()), norm.kind)
             for norm in (q_norm, k_norm)
         ]
+        plain_rotary = fused_attention.Rotary(rotary.cos.cpu(), rotary.sin.cpu(), kind)
         expected = fused_attention.rotate_and_write(
-            *(qkv.cpu(), AT, HEADS, HEAD_DIM, *plain_norms, (rotary[0].cpu(), rotary[1].cpu())),
-            *(HEAD_DIM, on_cpu, places),
+            *(qkv.cpu(), AT, HEADS, HEAD_DIM, *plain_norms, plain_rotary, on_cpu, places)
         )
         close("queries", run().cpu(), expected)
         for name in ("k", "v"):
@@ -169,9 +188,19 @@ CASES: dict[str, Callable[[int], Case]] = {
     "add_norm": lambda tokens: norm_case(tokens, None),
     "add_norm fp8": lambda tokens: norm_case(tokens, "fp8"),
     "add_norm int8": lambda tokens: norm_case(tokens, "int8"),
-    "rotate_and_write": lambda tokens: rotary_case(tokens, False, torch.bfloat16),
+    "add_norm after": lambda tokens: norm_case(tokens, None, "after"),
+    "add_norm after fp8": lambda tokens: norm_case(tokens, "fp8", "after"),
+    "add_norm other fp8": lambda tokens: norm_case(tokens, "fp8", "other"),
+    "rotate_and_write": lambda tokens: rotary_case(tokens, "", torch.bfloat16),
     "rotate_and_write, norms, fp8 pages": lambda tokens: rotary_case(
-        tokens, True, torch.float8_e4m3fn
+        tokens, "head", torch.float8_e4m3fn
+    ),
+    "rotate_and_write, whole norms": lambda tokens: rotary_case(tokens, "whole", torch.bfloat16),
+    "rotate_and_write, interleaved": lambda tokens: rotary_case(
+        tokens, "", torch.bfloat16, "interleaved"
+    ),
+    "rotate_and_write, repeated": lambda tokens: rotary_case(
+        tokens, "", torch.bfloat16, "repeated"
     ),
     "gated": lambda tokens: gated_case(tokens, None),
     "gated fp8": lambda tokens: gated_case(tokens, "fp8"),

@@ -20,7 +20,7 @@ from qtool.engine import fused_attention
 from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fusion import fuse
-from qtool.engine.norms import RMSNorm
+from qtool.engine.norms import Norm, NormKind, Sum, add_norm, launch_add_norm
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {
@@ -39,6 +39,10 @@ SIZES = {
         "eos_token_id": 2,
     },
 }
+WINDOWS = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 FUSED = {
     "Llama": {},
     "Mistral": {"sliding_window": 4},
@@ -51,14 +55,39 @@ FUSED = {
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Gemma": {"head_dim": 16},  # norms of 1 + weight, and another activation
     "Mixtral": {"num_local_experts": 4},
+    # norms before and after attention and MLP
+    "Gemma2": {"head_dim": 16, "sliding_window": 4},
+    "Gemma3Text": {"head_dim": 16, **WINDOWS},
+    "Glm4": {"head_dim": 16},  # in half of a head, neighbouring channels rotate
+    # norms after them alone; those of queries and keys are over all heads
+    "Olmo3": WINDOWS,
+    # attention and MLP read one LayerNorm; neighbouring channels rotate, in layers with a window
+    "Cohere2": WINDOWS,
+    "Granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2},
+    "Glm4Moe": {
+        **{"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+        **{"use_qk_norm": True, "head_dim": 16},
+    },
+    "Starcoder2": {},  # LayerNorms with a bias, and another MLP
+}
+FUSED_TOO = {  # as some of these, by other names
+    "Apertus": {},
+    "Cohere": {},
+    "Ernie4_5": {},
+    "Exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "Glm": {"head_dim": 16},
+    "GraniteMoe": {"residual_multiplier": 0.3, "num_local_experts": 4},
+    "Helium": {"head_dim": 16},
+    "MiniMaxM2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmo2": {},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "StableLm": {},
 }
 LEFT_ALONE = {
-    "Olmo2": ({}, "input_layernorm"),
-    "Gemma2": ({}, "post_feedforward_layernorm"),
-    "Granite": ({"residual_multiplier": 0.9}, "not what its parts seem to be"),
-    "Glm": ({}, "not what its parts seem to be"),  # channels rotate in other pairs
+    "HunYuanDenseV1": ({"head_dim": 16}, "has a `key_layernorm`"),
     "Ministral3": ({}, "not what its parts seem to be"),  # attention looks at positions by itself
-    "Cohere": ({}, "RMSNorm"),
+    "Olmo": ({}, "OlmoLayerNorm is not a norm of one weight"),
+    "VaultGemma": ({"head_dim": 16}, "has `input_layernorm`, `pre_feedforward_layernorm` beside"),
 }
 
 
@@ -122,9 +151,11 @@ IDS = torch.arange(1, 18)[None] * 7 % 128
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    "name", [*FUSED, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in FUSED_TOO)]
+)
 def test_a_fused_model_computes_what_it_did(name, dtype):
-    model = model_of(name, dtype, **FUSED[name])
+    model = model_of(name, dtype, **(FUSED | FUSED_TOO)[name])
     expected = logits_of(copy.deepcopy(model), IDS)
     assert fuse(model)
     assert all(isinstance(layer, fused.FusedLayer) for layer in model.model.layers)
@@ -243,13 +274,8 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
     from qtool.weight import quantize
 
     torch.manual_seed(0)
-    inner, outer, norm = (
-        96,
-        64,
-        RMSNorm(torch.nn.Parameter(torch.rand(64) + 0.5), 1e-6, plus_one=False, late=False).to(
-            torch.bfloat16
-        ),
-    )
+    inner, outer = 96, 64
+    norm = Norm(torch.nn.Parameter(torch.rand(64) + 0.5), NormKind(1e-6)).to(torch.bfloat16)
 
     def linear(rows: int, columns: int) -> QuantizedLinear:
         spec = LinearSpec(SCHEMES[scheme], (rows, columns), torch.bfloat16)
@@ -258,9 +284,9 @@ def test_codes_give_what_the_rounded_input_gives_bit_for_bit(scheme):
 
     mlp = fused.GatedMLP(linear(2 * inner, outer), [0, inner], inner, linear(outer, inner), "silu")
     assert mlp.gate_up.takes_codes == ("fp8" if scheme == "FP8_DYNAMIC" else "int8")
-    x, residual = torch.randn(20, outer).bfloat16(), torch.randn(20, outer).bfloat16()
-    normed, _, total = norm.add(x, residual)
-    codes, scale, same_total = norm.add(x, residual, mlp.gate_up.takes_codes)
+    states = Sum(torch.randn(20, outer).bfloat16(), torch.randn(20, outer).bfloat16())
+    normed, _, total = add_norm(states, norm)
+    codes, scale, same_total = add_norm(states, norm, mlp.codes)
     assert codes.dtype == scaled_mm.rounded_rows(normed, SCHEMES[scheme].activations)[
         0
     ].dtype and torch.equal(total, same_total)
@@ -300,10 +326,14 @@ def interpret() -> None:
     ulp = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-6}
 
     def same(
-        result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: object
+        result: torch.Tensor,
+        expected: torch.Tensor,
+        dtype: torch.dtype,
+        what: object,
+        atol: float = 3e-6,
     ) -> None:
         assert result.dtype == expected.dtype and result.shape == expected.shape, what
-        assert torch.allclose(result.float(), expected.float(), rtol=2 * ulp[dtype], atol=3e-6), (
+        assert torch.allclose(result.float(), expected.float(), rtol=2 * ulp[dtype], atol=atol), (
             what
         )
         # a sum in another order is rounded the other way now and then
@@ -311,29 +341,34 @@ def interpret() -> None:
         assert dtype == torch.float32 or differ < 0.15, what
 
     def compare_norm(
-        dtype: torch.dtype, tokens: int, width: int, plus_one: bool, late: bool, adds: bool
+        dtype: torch.dtype, shape: tuple[int, int], kind: tuple[bool, ...], parts: str = "residual"
     ) -> None:
-        x, residual, weight = (
-            torch.randn(shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,))
+        """``parts``: what there is beside the output, among them ``norm`` where it is missing."""
+
+        def norm_of() -> Norm:
+            weight, bias = (torch.nn.Parameter(torch.randn(shape[1]).to(dtype)) for _ in range(2))
+            return Norm(weight, NormKind(1e-3, *kind), bias if "bias" in parts else None)
+
+        x, residual, other = (torch.randn(shape).to(dtype) for _ in range(3))
+        norm = None if "no norm" in parts else norm_of()
+        states = Sum(
+            x,
+            residual if "residual" in parts else None,
+            norm_of() if "after" in parts else None,
+            0.22 if "factor" in parts else 1.0,
+            other if "other" in parts else None,
         )
-        norm = RMSNorm(torch.nn.Parameter(weight), 1e-3, plus_one=plus_one, late=late)
-        expected, _, total = norm.add(x, residual if adds else None)
-        options = {"plus_one": plus_one, "late": late}
-        result, scale, own_total = elementwise.add_norm(
-            x, residual if adds else None, weight, 1e-3, **options
-        )
-        assert scale is None and torch.equal(own_total, total)
-        same(result, expected, dtype, ("norm", dtype, width, options))
+        result, scale, total = launch_add_norm(states, norm, None)
+        what = ("norm", dtype, shape, kind, parts)
+        # a norm that is rounded the other way is then added
+        same(total, states.total(), dtype, what, 4 * ulp[dtype] if states.after else 0.0)
+        assert scale is None and (states.after or torch.equal(total, states.total())), what
+        same(result, norm.normalize(total) if norm else total, dtype, what)
         for codes in ("fp8", "int8"):
-            own, own_scale, _ = elementwise.add_norm(
-                x, residual if adds else None, weight, 1e-3, **options, codes=codes
-            )
+            own, own_scale, _ = launch_add_norm(states, norm, codes)
             wanted, wanted_scale = row_quantize.quantize_rows(result, codes)
-            assert (
-                own.dtype == wanted.dtype
-                and torch.equal(bits_of(own), bits_of(wanted))
-                and torch.equal(own_scale, wanted_scale)
-            )
+            assert own.dtype == wanted.dtype and torch.equal(bits_of(own), bits_of(wanted)), what
+            assert torch.equal(own_scale, wanted_scale), what
 
     def compare_gated(dtype: torch.dtype, width: int, activation: str, piece: int) -> None:
         elementwise.PIECE = piece
@@ -351,20 +386,20 @@ def interpret() -> None:
             )
 
     def compare_rotation(
-        dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles
+        dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles, kind
     ) -> None:
+        """``normed``: over each "head", over the "whole", or not; ``angles``: their dtype."""
         at = (kv_heads * width, 0, (kv_heads + heads) * width)
         qkv = torch.randn(5, (heads + 2 * kv_heads) * width).to(dtype)
-        weights = [torch.nn.Parameter(torch.randn(width).to(dtype)) for _ in range(2)]
-        q_norm, k_norm = (
-            RMSNorm(weight, 1e-3, plus_one=False, late=False) if normed else None
-            for weight in weights
-        )
-        # the angles of each pair twice, or once
-        width_of_angles = rotated if normed else rotated // 2
+        sizes = (heads * width, kv_heads * width) if normed == "whole" else (width, width)
+        weights = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in sizes]
+        q_norm, k_norm = (Norm(weight, NormKind(1e-3)) if normed else None for weight in weights)
         halves = [torch.randn(5, rotated // 2).to(angles) for _ in range(2)]
-        both = (half.repeat(1, 2)[:, :width_of_angles].contiguous() for half in halves)
-        rotary = tuple(both) if rotated else None
+        if kind == "repeated":
+            halves = [half.repeat_interleave(2, dim=1) for half in halves]
+        elif kind != "once":
+            halves = [half.repeat(1, 2) for half in halves]
+        rotary = fused_attention.Rotary(*halves, kind) if rotated else None
         table = torch.tensor([[1, 2], [3, 4], [0, 0]], dtype=torch.int32)
         rows, positions = (
             torch.tensor(numbers, dtype=torch.int32)
@@ -377,15 +412,17 @@ def interpret() -> None:
         scales = (0.01, 0.005) if eight_bits else (1.0, 1.0)
         cache, own_cache = (KVPages(pages[0].clone(), pages[1].clone(), *scales) for _ in range(2))
         q = fused_attention.rotate_and_write(
-            qkv, at, heads, width, q_norm, k_norm, rotary, rotated, cache, packed
+            qkv, at, heads, width, q_norm, k_norm, rotary, cache, packed
         )
         before = qkv.clone()
-        norms = (*weights, *q_norm.kind) if normed else None
+        norms = (*weights, *q_norm.kind[:3]) if normed else None
         own_q = elementwise.rotate_and_write(
-            *(qkv, at, heads, width, norms, rotary, rotated),
+            *(qkv, at, heads, width, norms, tuple(halves) if rotated else None, rotated),
             *(own_cache.k, own_cache.v, scales, table, rows, positions),
+            interleaved=kind in ("interleaved", "repeated"),
+            angle_step=2 if kind == "repeated" else 1,
         )
-        what = ("rotation", dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles)
+        what = ("rotation", dtype, heads, width, rotated, normed, eight_bits, angles, kind)
         same(own_q, q, dtype, what)
         assert torch.equal(qkv, before), what
         assert cache.k.float().any() and torch.equal(bits_of(own_cache.v), bits_of(cache.v)), what
@@ -396,21 +433,35 @@ def interpret() -> None:
 
     count = 0
     for index, dtype in enumerate(dtypes):
-        kinds = ((False, False, True), (True, True, False), (False, True, True))
-        shapes = ((35, 64), (3, 100), (2, 1200))
-        for (tokens, width), kind in zip(shapes, kinds[index:] + kinds[:index], strict=True):
-            compare_norm(dtype, tokens, width, *kind)
+        plain, gemma, late = (False, False, False), (True, True, False), (False, True, False)
+        centered = (False, True, True)
+        kinds, shapes = (plain, gemma, late), ((35, 64), (3, 100), (2, 1200))
+        for shape, kind in zip(shapes, kinds[index:] + kinds[:index], strict=True):
+            compare_norm(dtype, shape, kind, "" if kind is gemma else "residual")
+        others = (
+            (gemma, "residual after"),
+            (centered, "residual other bias"),
+            (late, "residual after no norm"),
+            (plain, "residual after factor"),
+        )
+        for kind, parts in others[index % 2 :: 2]:
+            compare_norm(dtype, shapes[index], kind, parts)
             count += 1
         pieces = itertools.product(("silu", "gelu_tanh"), ((40, 16384), (1500, 512), (1500, 16384)))
         for activation, (width, piece) in list(pieces)[index % 2 :: 2]:
             compare_gated(dtype, width, activation, piece)
             count += 1
-        for case in (
-            (6, 2, 64, 64, True, False, dtype),
-            (5, 1, 80, 32, False, True, torch.float32),
-            (20, 10, 128, 0, True, False, dtype),
-            (2, 2, 96, 96, False, True, dtype),
-        ):
+        turning = (
+            (6, 2, 64, 64, "head", False, dtype, "twice"),
+            (5, 1, 80, 32, "", True, torch.float32, "once"),
+            (20, 10, 128, 0, "head", False, dtype, "twice"),
+            (2, 2, 96, 96, "", True, dtype, "once"),
+        )
+        others = (
+            (6, 2, 64, 32, "whole", True, dtype, "interleaved"),
+            (10, 5, 96, 96, "head", False, dtype, "repeated"),
+        )
+        for case in (*turning, others[index % 2]):
             compare_rotation(dtype, *case)
             count += 1
     print(f"{count} compared")
@@ -434,15 +485,8 @@ def compile_all() -> None:
         (2880, 2880, 64, 8, 80),
     ):
         for codes in (None, "fp8", "int8"):
-            elementwise.add_norm(
-                empty(8, width),
-                empty(8, width),
-                empty(width),
-                1e-5,
-                plus_one=False,
-                late=False,
-                codes=codes,
-            )
+            x, weights = empty(8, width), (empty(width), None)
+            elementwise.add_norm(x, x, weights, 1e-5, False, False, False, codes=codes)
             elementwise.gated(empty(8, 2 * inner), (0, inner), inner, "silu", codes)
         for dtype, norms in (
             (torch.bfloat16, None),
@@ -465,10 +509,50 @@ def compile_all() -> None:
             assert compiled[-1] is compiled[-2], (
                 "rotate_and_write is compiled anew for other numbers of tokens"
             )
-        for kernel in compiled:
-            used = triton_cpu.resources(kernel)
-            assert used["stack"] == 0, f"{kernel.metadata.name} spills registers: {used}"
-            assert "griddepcontrol.wait" in kernel.asm["ptx"], kernel.metadata.name
+    for width, kind, parts in (
+        (3840, (True, True, False), {"after": True}),
+        (5376, (True, True, False), {"after": True}),
+        (5120, (False, True, False), {"after": True, "norm": False}),
+        (4096, (False, False, False), {"factor": 0.22}),
+        (12288, (False, True, True), {"other": True}),
+        (6144, (False, True, True), {"bias": True}),
+    ):
+        for codes in (None, "fp8"):
+            x = empty(8, width)
+            weights = empty(width), empty(width) if "bias" in parts else None
+            elementwise.add_norm(
+                *(x, x, weights if parts.get("norm", True) else None, 1e-6, *kind),
+                after=weights if "after" in parts else None,
+                factor=parts.get("factor", 1.0),
+                other=x if "other" in parts else None,
+                codes=codes,
+            )
+    for heads, kv_heads, head_dim, rotated, whole, interleaved, step in (
+        (16, 8, 256, 256, False, False, 1),
+        (40, 8, 128, 128, True, False, 1),
+        (32, 2, 128, 64, False, True, 1),
+        (96, 8, 128, 128, False, True, 2),
+    ):
+        sizes = [count * head_dim if whole else head_dim for count in (heads, kv_heads)]
+        elementwise.rotate_and_write(
+            empty(8, (heads + 2 * kv_heads) * head_dim),
+            (0, heads * head_dim, (heads + kv_heads) * head_dim),
+            heads,
+            head_dim,
+            None if interleaved else (*map(empty, sizes), 1e-6, True, True),
+            (empty(8, rotated), empty(8, rotated)),
+            rotated,
+            *(empty(9, kv_heads, PAGE, head_dim) for _ in range(2)),
+            (1.0, 1.0),
+            empty(4, 64, dtype=torch.int32),
+            *(empty(8, dtype=torch.int32) for _ in range(2)),
+            interleaved=interleaved,
+            angle_step=step,
+        )
+    for kernel in compiled:
+        used = triton_cpu.resources(kernel)
+        assert used["stack"] == 0, f"{kernel.metadata.name} spills registers: {used}"
+        assert "griddepcontrol.wait" in kernel.asm["ptx"], kernel.metadata.name
     print(f"{len(compiled)} compiled")
 
 

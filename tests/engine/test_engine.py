@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qtool
 from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
+from qtool.engine.decoder_layers import FusedLayer
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.engine import Engine
 from qtool.engine.outputs import CompletionError, Output
@@ -54,6 +55,10 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "sliding_window": 40,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "cohere2": {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
+    "glm4": {},
+    "hunyuan_v1_dense": {},
+    "olmo3": {"sliding_window": 40},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0},
     "qwen2_moe": {
         "num_experts": 4,
@@ -179,7 +184,10 @@ def random_model(model_type: str, folder):
         *("deepseek_v3", "gemma2", "gpt_oss", "phi3", "qwen3", "qwen3_next"),
         *(
             pytest.param(name, marks=pytest.mark.exhaustive)
-            for name in ("granite", "mixtral", "qwen2_moe", "qwen3_moe")
+            for name in (
+                *("cohere2", "glm4", "granite", "hunyuan_v1_dense"),
+                *("mixtral", "olmo3", "qwen2_moe", "qwen3_moe"),
+            )
         ),
     ],
 )
@@ -190,6 +198,9 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
     assert len({token for tokens in wanted for token in tokens}) > 20  # not one token over and over
     options = {"skip_tokenizer_init": True, "dtype": "float32"}
     with Engine(tmp_path, **options, max_total_tokens=16 * 1024) as engine:
+        layers = engine.loop.runner.model.get_decoder().layers
+        is_fused = all(isinstance(layer, FusedLayer) for layer in layers)
+        assert is_fused == (model_type not in ("deepseek_v3", "hunyuan_v1_dense"))
         assert ids_of([engine.generate(input_ids=prompts[0], sampling_params=GREEDY)]) == wanted[:1]
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
         # states beside the pages are not kept for other prompts
@@ -212,7 +223,7 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_layers_that_are_not_fused_may_be_compiled(tmp_path):
-    model, prompts = random_model("gemma2", tmp_path), prompts_of(5, 320)
+    model, prompts = random_model("hunyuan_v1_dense", tmp_path), prompts_of(5, 320)
     with Engine(
         tmp_path, skip_tokenizer_init=True, dtype="float32", max_total_tokens=4096, compile="all"
     ) as engine:
