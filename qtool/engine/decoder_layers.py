@@ -137,8 +137,8 @@ def layout_of(layer: nn.Module) -> Layout:
     for layout in (*LAYOUTS, PARALLEL):
         if norms == {name for name in layout if name}:
             return layout
-    names = ", ".join(f"`{name}`" for name in sorted(norms))
-    raise NotFused(f"{type(layer).__name__} has {names or 'no other parts'} beside mixer and MLP")
+    names = ", ".join(f"`{name}`" for name in sorted(norms)) or "none"
+    raise NotFused(f"{type(layer).__name__} has an unknown set of norms: {names}")
 
 
 def _mlp_of(layer: nn.Module) -> str:

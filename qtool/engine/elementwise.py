@@ -128,7 +128,7 @@ def rotate_and_write(
         rows: likewise.
         positions: likewise.
         interleaved: whether channel ``2 i`` turns with channel ``2 i + 1`` instead.
-        angle_step: see ``rotary``.
+        angle_step: see ``rotary``; with 2, products are not rounded.
     """
     tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
     q = qkv.new_empty(tokens, heads, width)
@@ -396,6 +396,25 @@ def _mean_of_heads(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_pairs(  # type: ignore[no-untyped-def]
+    pointers, inside, i, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Return the numbers of pairs ``i`` [H, P] that stand at ``pointers``, f32: those of the first
+    channels and of the second.
+
+    Neighbours are loaded together and then parted, each within its thread.
+    """
+    if INTERLEAVED:
+        channel = tl.zeros(inside.shape, tl.int32) + tl.arange(0, 2 * i.shape[1])[None, :]
+        both = tl.load(pointers + channel, mask=inside & (channel < 2 * HALF), other=0.0)
+        first, second = tl.split(tl.reshape(both.to(tl.float32), (i.shape[0], i.shape[1], 2)))
+    else:
+        first = tl.load(pointers + i, mask=inside & (i < HALF), other=0.0).to(tl.float32)
+        second = tl.load(pointers + HALF + i, mask=inside & (i < HALF), other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
 def _put_heads(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -426,14 +445,11 @@ def _put_heads(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = ROTATED // 2
     REST: tl.constexpr = D - ROTATED
+    every = tl.full(x.shape, True, tl.int1)
     squares = tl.zeros(x.shape, tl.float32)
     if HALF:
         i = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
-        turning = inside & (i < HALF)
-        one = 2 * i if INTERLEAVED else i
-        two = 2 * i + 1 if INTERLEAVED else HALF + i
-        first = tl.load(x + one, mask=turning, other=0.0).to(tl.float32)
-        second = tl.load(x + two, mask=turning, other=0.0).to(tl.float32)
+        first, second = _load_pairs(x, inside, i, HALF, INTERLEAVED)
         if weight is not None and not WHOLE:
             squares += tl.sum(first * first + second * second, 1, keep_dims=True)
     if REST:
@@ -446,28 +462,35 @@ def _put_heads(  # type: ignore[no-untyped-def]
         mean = squares / D
     if HALF:
         if weight is not None:
-            known = turning if WHOLE else i < HALF
-            first_weight = tl.load(weight + one, mask=known, other=0.0).to(tl.float32)
-            second_weight = tl.load(weight + two, mask=known, other=0.0).to(tl.float32)
+            known = inside if WHOLE else every
+            first_weight, second_weight = _load_pairs(weight, known, i, HALF, INTERLEAVED)
             first = _normed(first, first_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
             second = _normed(second, second_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
-        angle: tl.constexpr = cos.dtype.element_ty
-        cosine = tl.load(cos + i * ANGLE_STEP, mask=i < HALF).to(tl.float32)
-        sine = tl.load(sin + i * ANGLE_STEP, mask=i < HALF).to(tl.float32)
-        _put(
-            _turned(first, cosine, -second, sine, angle, dtype),
-            out + one,
-            turning,
-            scale,
-            FP8,
-        )
-        _put(
-            _turned(second, cosine, first, sine, angle, dtype),
-            out + two,
-            turning,
-            scale,
-            FP8,
-        )
+        angle: tl.constexpr = tl.float32 if ANGLE_STEP == 2 else cos.dtype.element_ty
+        if ANGLE_STEP == 2:
+            cosine, _ = _load_pairs(cos, every, i, HALF, True)
+            sine, _ = _load_pairs(sin, every, i, HALF, True)
+        else:
+            cosine = tl.load(cos + i, mask=i < HALF).to(tl.float32)
+            sine = tl.load(sin + i, mask=i < HALF).to(tl.float32)
+        if INTERLEAVED:
+            both = tl.join(
+                _turned(first, cosine, -second, sine, angle, dtype),
+                _turned(second, cosine, first, sine, angle, dtype),
+            )
+            both = tl.reshape(both, (i.shape[0], 2 * i.shape[1]))
+            channel = tl.zeros(x.shape, tl.int32) + tl.arange(0, 2 * i.shape[1])[None, :]
+            _put(both, out + channel, inside & (channel < ROTATED), scale, FP8)
+        else:
+            turning = inside & (i < HALF)
+            _put(_turned(first, cosine, -second, sine, angle, dtype), out + i, turning, scale, FP8)
+            _put(
+                _turned(second, cosine, first, sine, angle, dtype),
+                out + HALF + i,
+                turning,
+                scale,
+                FP8,
+            )
     if REST:
         if weight is not None:
             rest_weight = tl.load(

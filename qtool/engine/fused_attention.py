@@ -27,7 +27,8 @@ Angles = Literal[
     "twice",  # channels i and n + i; the angles stand twice, one after another
     "once",  # the same channels; the angles stand once
     "interleaved",  # channels 2 i and 2 i + 1; the angles stand twice, one after another
-    "repeated",  # channels 2 i and 2 i + 1; each angle stands twice, side by side
+    # channels 2 i and 2 i + 1; each angle stands twice, side by side; products are not rounded
+    "repeated",
 ]
 
 
@@ -230,7 +231,7 @@ def _normed(heads: Tensor, norm: Norm | None) -> Tensor:
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the first channels of ``x`` [T, heads, D], as transformers does."""
     rotated = rotary.rotated
-    turning = x[..., :rotated]
+    turning = x[..., :rotated].float() if rotary.angles == "repeated" else x[..., :rotated]
     if rotary.is_interleaved:
         one, other = turning[..., ::2], turning[..., 1::2]
     else:

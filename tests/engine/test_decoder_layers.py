@@ -87,7 +87,7 @@ LEFT_ALONE = {
     "HunYuanDenseV1": ({"head_dim": 16}, "has a `key_layernorm`"),
     "Ministral3": ({}, "not what its parts seem to be"),  # attention looks at positions by itself
     "Olmo": ({}, "OlmoLayerNorm is not a norm of one weight"),
-    "VaultGemma": ({"head_dim": 16}, "has `input_layernorm`, `pre_feedforward_layernorm` beside"),
+    "VaultGemma": ({"head_dim": 16}, "unknown set of norms: `input_layernorm`, `pre_"),
 }
 
 
