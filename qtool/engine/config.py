@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from qtool.errors import UsageError
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 COMPILE = ("off", "decode", "all")
 MAX_TOKENS = 1 << 20
 MAX_RUNNING_REQUESTS = 4096
+MAX_DRAFT_TOKENS = 32
+NUM_DRAFT_TOKENS = 8
+MATCH_WINDOW = (2, 12)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How tokens are drafted."""
+
+    drafts: int
+    """Tokens drafted for a request in a step."""
+    min_window: int
+    """The tokens at the end of a request that must have come before, at least."""
+    max_window: int
+    """So many of them are looked for, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,22 @@ class EngineConfig:
     """Run decoder layers that qtool has no kernels for through torch.compile, in decode steps or in
     all; starts take longer."""
 
+    speculative_algorithm: str | None = None
+    """NGRAM: what followed the last tokens where they came before in the request is drafted, and
+    verified in one step."""
+
+    speculative_num_steps: int | None = bounded(None, 1, own_maximum=MAX_DRAFT_TOKENS - 1)
+    """Tokens drafted for a request in a step. [one less than speculative_num_draft_tokens]"""
+
+    speculative_num_draft_tokens: int | None = bounded(None, 2, own_maximum=MAX_DRAFT_TOKENS)
+    """Tokens of a request in a step: the drafted ones, and the one before them. [8]"""
+
+    speculative_ngram_min_match_window_size: int | None = bounded(None, 1)
+    """Tokens that must have come before for a draft, at least. [2]"""
+
+    speculative_ngram_max_match_window_size: int | None = bounded(None, 1)
+    """Tokens that are looked for, at most: the longest match counts. [12]"""
+
     random_seed: int | None = bounded(None, 0, own_maximum=2**64 - 1)
     """Makes requests without a seed repeat."""
 
@@ -92,3 +123,47 @@ class EngineConfig:
                 "E_FRACTION", f"mem_fraction_static is {share!r}", hint="a number between 0 and 1"
             )
         check_bounds(self, EngineConfig)
+        _check_speculation(self)
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How tokens are drafted; None if they are not."""
+        if self.speculative_algorithm is None:
+            return None
+        drafts = self.speculative_num_steps
+        if drafts is None:
+            drafts = (self.speculative_num_draft_tokens or NUM_DRAFT_TOKENS) - 1
+        shortest = self.speculative_ngram_min_match_window_size
+        longest = self.speculative_ngram_max_match_window_size
+        if shortest is None:
+            shortest = min(MATCH_WINDOW[0], longest or MATCH_WINDOW[1])
+        return Speculation(drafts, shortest, longest or max(MATCH_WINDOW[1], shortest))
+
+
+def _check_speculation(config: EngineConfig) -> None:
+    """Raise UsageError for an algorithm that qtool lacks, and for options that do not agree."""
+    names = [field.name for field in fields(EngineConfig) if "speculative_" in field.name]
+    algorithm = config.speculative_algorithm
+    if algorithm not in (None, "NGRAM"):
+        message = f"speculative_algorithm is `{algorithm}`"
+        if algorithm in ("NEXTN", "EAGLE", "EAGLE3", "STANDALONE"):
+            message += ": the engine runs no layers or models that draft"
+        raise UsageError("E_SPECULATION", message, hint="NGRAM needs none")
+    given = [name for name in names if getattr(config, name) is not None]
+    if algorithm is None and given:
+        message = f"{given[0]} is given, and speculative_algorithm is not"
+        raise UsageError("E_SPECULATION", message, hint="speculative_algorithm NGRAM")
+    steps, tokens = config.speculative_num_steps, config.speculative_num_draft_tokens
+    if steps is not None and tokens is not None and steps + 1 != tokens:
+        raise UsageError(
+            "E_SPECULATION",
+            f"speculative_num_steps is {steps} and speculative_num_draft_tokens {tokens}",
+            hint="give one of them, or one more draft token than steps",
+        )
+    speculation = config.speculation
+    if speculation is not None and speculation.min_window > speculation.max_window:
+        message = (
+            f"speculative_ngram_min_match_window_size is {speculation.min_window} and "
+            f"speculative_ngram_max_match_window_size {speculation.max_window}"
+        )
+        raise UsageError("E_SPECULATION", message, hint="the largest is not less than the smallest")

@@ -5,7 +5,7 @@ pieces of prompts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.engine.scheduler import Limits, Step
+from qtool.engine.scheduler import Limits
+from qtool.engine.step import Chunk, Step
 from qtool.engine.step_buffer import (
     StepBuffer,
     StepInputs,
@@ -33,6 +34,10 @@ PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 GRAPH_DECODE_BATCHES = (0, 64, 256)
 # Pieces of prompts in it, at most.
 MAX_GRAPH_CHUNKS = 8
+# The same where tokens are drafted: few sequences have few tokens each.
+DRAFT_BUCKETS = (8, 16, 32)
+DRAFT_DECODE_BATCHES = (0, 8)
+MAX_DRAFT_CHUNKS = 32
 
 Result = TypeVar("Result")
 NOTHING = Step(chunks=[], decodes=0, updates=[])
@@ -62,16 +67,7 @@ class PromptShape(NamedTuple):
     decodes: int
     """Sequences that decode."""
     tokens: int
-    """Tokens of prompts."""
-
-    def layout(self, updates: int = 0) -> StepLayout:
-        """Return the layout of its inputs; the graph does not read the ``updates``."""
-        return StepLayout(
-            tokens=self.decodes + self.tokens,
-            starts=MAX_GRAPH_CHUNKS + 2,
-            kept=self.decodes + MAX_GRAPH_CHUNKS,
-            updates=updates,
-        )
+    """Tokens of prompts, and of sequences with drafts."""
 
 
 def decode_layout(size: int) -> StepLayout:
@@ -97,16 +93,21 @@ class CudaGraphs:
         self.kept_logits = torch.empty(0)
         """[R, V]: where all graphs with prompts leave their logits."""
         most = limits.max_running
+        self._chunks = MAX_DRAFT_CHUNKS if limits.drafts else MAX_GRAPH_CHUNKS
         self._sizes = [
             *(size for size in DECODE_BUCKETS if size < most),
             min(most, DECODE_BUCKETS[-1]),
         ]
         longest = min(limits.token_budget, limits.context_length)
+        grids: list[tuple[Sequence[int], Sequence[int]]] = [(PREFILL_BUCKETS, GRAPH_DECODE_BATCHES)]
+        if limits.drafts:
+            grids.insert(0, (DRAFT_BUCKETS, DRAFT_DECODE_BATCHES))
         self._shapes = [
             PromptShape(decodes, tokens)
-            for tokens in PREFILL_BUCKETS
+            for buckets, batches in grids
+            for tokens in buckets
             if tokens <= longest
-            for decodes in sorted({min(count, most) for count in GRAPH_DECODE_BATCHES})
+            for decodes in sorted({min(count, most) for count in batches})
         ]
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
@@ -125,7 +126,17 @@ class CudaGraphs:
 
     @property
     def _kept_rows(self) -> int:
-        return max((shape.decodes for shape in self._shapes), default=0) + MAX_GRAPH_CHUNKS
+        """The most rows of logits that a shape keeps."""
+        return max((self._layout(shape).kept for shape in self._shapes), default=0)
+
+    def _layout(self, shape: PromptShape, updates: int = 0) -> StepLayout:
+        """Return the layout of the inputs of ``shape``; its graph does not read the ``updates``."""
+        return StepLayout(
+            tokens=shape.decodes + shape.tokens,
+            starts=self._chunks + 2,
+            kept=shape.decodes + min(shape.tokens, self._chunks + self._limits.step_drafts),
+            updates=updates,
+        )
 
     def decode_size(self, step: Step) -> int | None:
         """Return the size of the graph that runs ``step``, None when there is none."""
@@ -137,7 +148,7 @@ class CudaGraphs:
     def prompt_shape(self, step: Step) -> PromptShape | None:
         """Return the smallest shape with a graph that holds ``step``, None when there is none."""
         prefills = step.chunks[step.decodes :]
-        if not 0 < len(prefills) <= MAX_GRAPH_CHUNKS:
+        if not 0 < len(prefills) <= self._chunks:
             return None
         tokens = sum(chunk.count for chunk in prefills)
         fitting = (
@@ -162,8 +173,8 @@ class CudaGraphs:
         if step.updates:
             update_table(self._table, inputs)
         self.prompts[shape].replay()
-        prefills = enumerate(step.chunks[step.decodes :], start=shape.decodes)
-        return [*range(step.decodes), *(row for row, chunk in prefills if chunk.samples)]
+        sampled = sum(chunk.sampled for chunk in step.chunks[step.decodes :])
+        return [*range(step.decodes), *range(shape.decodes, shape.decodes + sampled)]
 
     def fill_decode(self, step: Step, size: int) -> StepInputs[Tensor]:
         """Send the inputs of ``step``, padded to ``size``, to the device; return them."""
@@ -183,7 +194,7 @@ class CudaGraphs:
 
         Places that stay free decode, or are a prompt, on the row for padding.
         """
-        layout, prefills = shape.layout(len(step.updates)), step.chunks[step.decodes :]
+        layout, prefills = self._layout(shape, len(step.updates)), step.chunks[step.decodes :]
         inputs = self._buffer.on_host(layout)
         inputs.token_ids[:] = 0
         inputs.positions[:] = 0
@@ -197,7 +208,8 @@ class CudaGraphs:
         inputs.starts[1 : len(stops) + 1] = stops
         inputs.kept[:] = 0
         inputs.kept[: shape.decodes] = np.arange(shape.decodes)
-        inputs.kept[shape.decodes : shape.decodes + len(stops)] = shape.decodes + stops - 1
+        kept = _kept(prefills, shape.decodes)
+        inputs.kept[shape.decodes : shape.decodes + len(kept)] = kept
         fill_updates(inputs, step.updates, self._table)
         return self._buffer.send(layout)
 
@@ -273,6 +285,18 @@ class CudaGraphs:
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prompts)
+
+
+def _kept(chunks: Sequence[Chunk], first: int) -> list[int]:
+    """Return the tokens whose logits are sampled from, of ``chunks`` side by side from token
+    ``first`` on.
+    """
+    kept: list[int] = []
+    stop = first
+    for chunk in chunks:
+        stop += chunk.count
+        kept += range(stop - chunk.sampled, stop)
+    return kept
 
 
 class _Recorder:

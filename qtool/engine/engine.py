@@ -33,7 +33,7 @@ from qtool.engine.requests import (
     RequestParser,
     SamplingFields,
 )
-from qtool.engine.requirements import check_by_name
+from qtool.engine.requirements import check_by_name, check_speculation
 from qtool.engine.results import CompletionResult, Result
 from qtool.engine.scheduler import Limits
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
@@ -88,6 +88,9 @@ class Engine:
         """Load the weights and start the loop."""
         checkpoint, device = plan.checkpoint, plan.device
         check_by_name(plan)
+        speculation = config.speculation
+        if speculation is not None:
+            check_speculation(plan)
         limits = _limits(plan.skeleton.config, device, config)
         scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
         self.tokenizer = None
@@ -116,7 +119,9 @@ class Engine:
             self.compiler = Compiler(
                 self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids
             )
-        overlap = device.type == "cuda" and not config.disable_overlap_schedule
+        # drafts follow the tokens of the step before
+        overlap = not config.disable_overlap_schedule and speculation is None
+        overlap = overlap and device.type == "cuda"
         self.loop = Loop(runner, overlap=overlap)
         self._parser = RequestParser(
             tokenizer=self.tokenizer,
@@ -127,6 +132,7 @@ class Engine:
             cache_tokens=runner.page_count * PAGE,
             use_prefix=not config.disable_radix_cache and not runner.geometry.states,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
+            speculation=speculation,
         )
         # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
@@ -335,6 +341,7 @@ def _limits(model_config: ModelConfig, device: torch.device, config: EngineConfi
         config.max_running_requests or MAX_RUNNING[device.type],
         config.chunked_prefill_size or TOKEN_BUDGET[device.type],
         context_length or longest,
+        drafts=0 if config.speculation is None else config.speculation.drafts,
     )
 
 

@@ -57,6 +57,9 @@ class GrammarMatcher(Protocol):
     def is_completed(self) -> bool:
         """Return whether the text may end here."""
 
+    def rollback(self, num_tokens: int) -> None:
+        """Take the last ``num_tokens`` back."""
+
 
 class _GrammarCompiler(Protocol):
     def compile_json_schema(self, schema: str, *, max_whitespace_cnt: int) -> CompiledGrammar: ...
@@ -196,6 +199,7 @@ class Constraint:
         """int32 [ceil(V / 32)]: token i has bit i % 32 of word i // 32, set if it may come next; a
         new array for each token.
         """
+        self._text: NDArray[np.int32]
         if not self._look():
             raise UsageError(
                 "E_GRAMMAR",
@@ -243,6 +247,35 @@ class Constraint:
                 "E_GRAMMAR", "the grammar takes too long to follow", hint="make it less ambiguous"
             )
         return not goes_on
+
+    def masks_along(self, drafts: Sequence[int]) -> list[NDArray[np.int32]]:
+        """Return `mask` now and after each of ``drafts``, if they were to come next; after one that
+        cannot come, or ends the text, some mask.
+        """
+        kept = self.mask, self._text, self._tokens
+        masks = [self.mask]
+        began = time.thread_time()
+        try:
+            for token in drafts:
+                goes_on = time.thread_time() - began < TOKEN_S and self._step(token)
+                if not goes_on:
+                    break
+                masks.append(self.mask)
+        finally:
+            self._matcher.rollback(self._tokens - kept[2])
+            self.mask, self._text, self._tokens = kept
+        return masks + masks[-1:] * (1 + len(drafts) - len(masks))
+
+    def _step(self, token: int) -> bool:
+        """Add ``token`` if it may come next; return whether it came and more can follow."""
+        allowed = self.mask[token >> 5] & self._text[token >> 5]
+        if not allowed >> (token & 31) & 1 or not self._matcher.accept_token(token):
+            return False
+        self._tokens += 1
+        try:
+            return self._look()
+        except UsageError:
+            return False
 
     def _look(self) -> bool:
         """Find what may come next; return whether that is any text."""

@@ -7,18 +7,20 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from qtool.engine.in_flight import InFlightStep
 from qtool.engine.kv_cache import Pages
-from qtool.engine.model_runner import InFlightStep, Runner
+from qtool.engine.model_runner import Runner
 from qtool.engine.outputs import CompletionError, FinishReason, Output, TokenLogprob
 from qtool.engine.requests import Request
 from qtool.engine.sampler import Logprobs
 from qtool.engine.sampling_batch import RowRequest
-from qtool.engine.scheduler import Chunk, Scheduler, SequenceState, Step
+from qtool.engine.scheduler import Scheduler
+from qtool.engine.speculation import SpecMeter
+from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime.kernels import current
 
@@ -42,8 +44,14 @@ class Loop:
         self.runner = runner
         self.overlap = overlap
         self.scheduler = Scheduler(
-            Pages(runner.page_count), limits.max_running, limits.token_budget, limits.context_length
+            Pages(runner.page_count),
+            limits.max_running,
+            limits.token_budget,
+            limits.context_length,
+            propose=_propose if limits.drafts else None,
         )
+        self.spec = SpecMeter() if limits.drafts else None
+        """What came of drafts; None where there are none."""
         self.requests: dict[str, Request] = {}
         self.steps = 0
         """Steps launched so far: what a watchdog looks at."""
@@ -92,6 +100,8 @@ class Loop:
             while not self._inbox.empty():
                 self._inbox.get()()
             self._fail_all(_stopped())
+            if self.spec is not None:
+                self.spec.log(at_once=True)
 
     def _turn_safely(self) -> None:
         """Do a turn; a bug in it fails all requests, and the loop goes on."""
@@ -160,7 +170,7 @@ class Loop:
         A step that raises fails its own requests. One that lacks memory fails only the newest
         of them, and the others are computed again.
         """
-        rows = [_row(_request(chunk.sequence), chunk) for chunk in step.chunks if chunk.samples]
+        rows = [row for chunk in step.chunks if chunk.samples for row in _rows(chunk)]
         prompts = [
             (position, _request(chunk.sequence).top_logprobs or 0)
             for position, chunk in enumerate(step.chunks)
@@ -190,17 +200,19 @@ class Loop:
             self._fail_in_flight(in_flight, error)
             return
         step = in_flight.step
-        sampled = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        gained = step.gained(tokens)
         if min(tokens, default=0) < 0:
-            self._fail_not_finite(sampled, tokens)
+            self._fail_not_finite(gained)
         for position, logprobs in in_flight.prompts.items():
             _add_prompt_logprobs(step.chunks[position], logprobs)
-        self.scheduler.commit(step, tokens)
+        self.scheduler.commit(gained)
         if in_flight.logprobs is not None:
-            _add_logprobs(in_flight.logprobs, in_flight.logprob_rows, sampled, tokens)
-        for sequence, token in zip(sampled, tokens, strict=True):
-            if sequence.state != "finished":
-                self._advance_safely(_request(sequence), token)
+            _add_logprobs(in_flight.logprobs, in_flight.logprob_rows, gained)
+        if self.spec is not None:
+            _count_drafts(self.spec, gained)
+        for chunk, gain in gained:
+            if chunk.sequence.state != "finished":
+                self._advance_safely(_request(chunk.sequence), gain)
 
     def _fail_in_flight(self, in_flight: InFlightStep, error: Exception) -> None:
         """Fail a step that the device failed, and what was launched since, which is lost too."""
@@ -210,29 +222,25 @@ class Loop:
         if later is not None:
             self._fail_step(later.step, error)
 
-    def _advance_safely(self, request: Request, token: int) -> None:
+    def _advance_safely(self, request: Request, tokens: Sequence[int]) -> None:
         """Advance ``request``; an error of its text or grammar fails it alone."""
         try:
-            self._advance(request, token)
+            self._advance(request, tokens)
         except QtoolError as error:
             self._fail(request, error)
         except Exception as error:  # of a tokenizer, say
             LOG.exception("the text of a request failed")
             self._fail(request, error)
 
-    def _advance(self, request: Request, token: int) -> None:
-        """Add ``token``, and deliver it, or end the request with it."""
-        if request.first_token_s is None:
-            request.first_token_s = time.monotonic() - request.began
-        if request.history is not None:
-            request.history.append(token)
-        complete = request.constraint is not None and request.constraint.accept(token)
-        reason = request.text.push(token)
-        if complete and (reason is None or reason["type"] == "length"):
-            reason = {"type": "stop"}
-        if reason is not None:
-            self._end(request, reason)
-        elif request.stream:
+    def _advance(self, request: Request, tokens: Sequence[int]) -> None:
+        """Add ``tokens``, and deliver them, or end the request with one of them."""
+        for number, token in enumerate(tokens, start=1):
+            reason = request.advance(token)
+            if reason is not None:
+                request.drop(len(tokens) - number)
+                self._end(request, reason)
+                return
+        if request.stream:
             self._deliver(request, request.take_output())
 
     def _end(self, request: Request, reason: FinishReason) -> None:
@@ -254,15 +262,15 @@ class Loop:
         for request in list(self.requests.values()):
             self._fail(request, error)
 
-    def _fail_not_finite(self, sampled: Sequence[SequenceState], tokens: Sequence[int]) -> None:
+    def _fail_not_finite(self, gained: Sequence[Gain]) -> None:
         """Fail the requests whose logits were not finite: their token is -1."""
         hint = "`qtool inspect --deep` looks for weights that are not finite"
-        for sequence, token in zip(sampled, tokens, strict=True):
-            if token < 0:
+        for chunk, tokens in gained:
+            if tokens[-1] < 0:
                 error = ResourceError(
                     "E_NOT_FINITE", "the model's logits are not finite", hint=hint
                 )
-                self._fail(_request(sequence), error)
+                self._fail(_request(chunk.sequence), error)
 
     def _remove(self, request: Request) -> bool:
         """Return whether ``request`` was still running; another one with its id stays."""
@@ -293,18 +301,45 @@ def _request(sequence: SequenceState) -> Request:
     return sequence.owner
 
 
-def _row(request: Request, chunk: Chunk) -> RowRequest:
-    """Return how to sample after ``chunk``."""
-    return RowRequest(
-        request.params,
-        request.seed,
-        chunk.start + chunk.count - len(chunk.sequence.prompt),
-        request.history,
-        request.text.end_ids,
-        request.top_logprobs is not None,
-        request.top_logprobs or 0,
-        None if request.constraint is None else request.constraint.mask,
-    )
+def _propose(sequence: SequenceState, room: int) -> Sequence[int]:
+    """Return at most ``room`` tokens that may follow those of ``sequence``."""
+    drafter = _request(sequence).drafter
+    return () if drafter is None else drafter.propose(sequence.tokens, room)
+
+
+def _rows(chunk: Chunk) -> list[RowRequest]:
+    """Return how to sample after ``chunk``, which samples: before its drafts, and after each."""
+    request, drafts = _request(chunk.sequence), chunk.drafts
+    constraint = request.constraint
+    masks = [None] * chunk.sampled if constraint is None else constraint.masks_along(drafts)
+    first = chunk.start + chunk.count - len(drafts) - len(chunk.sequence.prompt)
+    return [
+        RowRequest(
+            request.params,
+            request.seed,
+            first + number,
+            history=request.history,
+            drafts=drafts[:number],
+            end_ids=request.text.end_ids,
+            logprobs=request.top_logprobs is not None,
+            top_logprobs=request.top_logprobs or 0,
+            mask=mask,
+        )
+        for number, mask in enumerate(masks)
+    ]
+
+
+def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:
+    """Count the steps of sequences that decode, and log them now and then."""
+    for chunk, tokens in gained:
+        sequence = chunk.sequence
+        if sequence.state != "finished" and chunk.start >= len(sequence.prompt):
+            proposed, correct = len(chunk.drafts), len(tokens) - 1
+            meter.note(proposed, correct)
+            counts = _request(sequence).spec
+            if counts is not None:
+                counts.note(proposed, correct)
+    meter.log()
 
 
 def _wants_prompt_logprobs(chunk: Chunk) -> bool:
@@ -331,23 +366,21 @@ def _add_prompt_logprobs(chunk: Chunk, logprobs: Logprobs) -> None:
         )
 
 
-def _add_logprobs(
-    logprobs: Logprobs,
-    rows: Sequence[int],
-    sampled: Sequence[SequenceState],
-    tokens: Sequence[int],
-) -> None:
-    """Keep the log probabilities of the ``tokens`` just sampled.
+def _add_logprobs(logprobs: Logprobs, rows: Sequence[int], gained: Sequence[Gain]) -> None:
+    """Keep the log probabilities of the tokens just ``gained``.
 
-    ``rows``: which of ``sampled`` the rows of ``logprobs`` belong to.
+    ``rows``: which of the tokens sampled the rows of ``logprobs`` belong to.
     """
-    for number, row in enumerate(rows):
-        sequence = sampled[row]
-        if sequence.state != "finished":
-            request = _request(sequence)
-            request.new_logprobs.append(
-                _logprob_at(logprobs, number, tokens[row], request.top_logprobs or 0)
-            )
+    numbers = {row: number for number, row in enumerate(rows)}
+    row = 0
+    for chunk, tokens in gained:
+        if chunk.sequence.state != "finished" and row in numbers:
+            request = _request(chunk.sequence)
+            request.new_logprobs += [
+                _logprob_at(logprobs, number, token, request.top_logprobs or 0)
+                for number, token in enumerate(tokens, start=numbers[row])
+            ]
+        row += chunk.sampled
 
 
 def _logprob_at(logprobs: Logprobs, row: int, token: int, top: int) -> TokenLogprob:

@@ -7,8 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,12 +19,14 @@ from qtool.engine.attention.pages import PAGE, LayerCache, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import fuse
+from qtool.engine.in_flight import InFlightStep
 from qtool.engine.requirements import HAND_OVER, check_by_numbers
 from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
 from qtool.engine.sampling_batch import History, RowRequest
 from qtool.engine.sampling_params import SamplingParams
-from qtool.engine.scheduler import PROMPT_LOGITS, Limits, Step
+from qtool.engine.scheduler import PROMPT_LOGITS, Limits
+from qtool.engine.step import Step
 from qtool.engine.step_buffer import (
     NUM_BUFFERS,
     StepBuffer,
@@ -44,27 +45,6 @@ from qtool.runtime.kernels import current
 LOG = logging.getLogger("qtool.engine")
 # Steps of a start that make kernels compile before they are wanted, after the largest.
 WARM_UP_TOKENS = (300, 40, 12, 5, 1)
-
-
-@dataclass
-class InFlightStep:
-    """A step on its way, and what it will have made once `wait` has returned."""
-
-    step: Step
-    tokens: Tensor
-    """int32 on the host: one for each chunk that samples, -1 where the logits were not finite."""
-    done: torch.cuda.Event | None
-    logprobs: Logprobs | None = None
-    """On the host, of `logprob_rows`."""
-    logprob_rows: tuple[int, ...] = ()
-    prompts: dict[int, Logprobs] = field(default_factory=dict)
-    """Those of the tokens after each of a chunk's, by the position of the chunk."""
-
-    def wait(self) -> list[int]:
-        """Wait until the device has done the step; return its tokens."""
-        if self.done is not None:
-            self.done.synchronize()
-        return cast(list[int], self.tokens.tolist())
 
 
 class Runner:
@@ -151,13 +131,15 @@ class Runner:
         largest = StepLayout(
             tokens=limits.token_budget + limits.max_running,
             starts=limits.max_running + 2,
-            kept=limits.max_running + PROMPT_LOGITS,
+            kept=limits.max_running + PROMPT_LOGITS + limits.step_drafts,
             updates=(limits.max_running + 1) * columns,
         )
         self.buffer = StepBuffer(largest, device)
         pinned = device.type == "cuda"
         self._sampled = [
-            torch.zeros(limits.max_running, dtype=torch.int32, pin_memory=pinned)
+            torch.zeros(
+                limits.max_running + limits.step_drafts, dtype=torch.int32, pin_memory=pinned
+            )
             for _ in range(NUM_BUFFERS)
         ]
         rows = limits.max_running + 1  # the last row is for padding
@@ -243,7 +225,7 @@ class Runner:
             longest=min(tokens, longest),
             counters=self._counters,
         )
-        samples = min(self.limits.max_running, tokens)
+        samples = min(self.limits.max_running + self.limits.step_drafts, tokens)
         kept = torch.zeros(samples, dtype=torch.long, device=self.device)
         logits = self._logits(packed, torch.zeros_like(positions), kept)
         params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
@@ -276,7 +258,7 @@ class Runner:
         """Start ``step``. Does not wait for the device.
 
         Args:
-            requests: how to sample, for each chunk that samples.
+            requests: how to sample, `Chunk.sampled` for each chunk.
             prompts: (position of a chunk, how many alternatives) where the log probabilities of a
                 prompt are wanted.
         """
@@ -315,8 +297,12 @@ class Runner:
         return self._run(step), None, {}
 
     def _remember(self, step: Step, tokens: Tensor) -> None:
-        """Keep ``tokens``, int32, as the last of the rows of ``step`` that sample."""
-        rows = self._to_device([chunk.sequence.row for chunk in step.chunks if chunk.samples])
+        """Keep ``tokens``, int32, as the last of the rows of ``step`` that sample; after drafts the
+        host knows which one is.
+        """
+        rows = self._to_device(
+            [chunk.sequence.row for chunk in step.chunks for _ in range(chunk.sampled)]
+        )
         # of logits that are not finite the next step gets some token, until they are read
         self._last.index_put_((rows,), tokens.clamp(min=0))
 
@@ -409,9 +395,12 @@ class Runner:
             found[position] = logprobs_of(
                 logits[first : first + len(following)], self._to_device(following), alternatives
             )
-        sampling = zip(stops, step.chunks, strict=True)
-        last = self._to_device([stop - 1 for stop, chunk in sampling if chunk.samples])
-        return logits[last], None, found
+        last = [
+            place
+            for stop, chunk in zip(stops, step.chunks, strict=True)
+            for place in range(stop - chunk.sampled, stop)
+        ]
+        return logits[self._to_device(last)], None, found
 
     def _to_device(self, numbers: Sequence[int | None]) -> Tensor:
         """Return ``numbers`` on the device, int64, without waiting for it."""
@@ -421,10 +410,10 @@ class Runner:
 
 def _logits_of(step: Step, whole: Sequence[int]) -> list[int]:
     """Return how many rows of logits each chunk has: one for each token where it is in ``whole``,
-    else one if it samples.
+    else one for each token that it samples.
     """
     return [
-        chunk.count if position in whole else int(chunk.samples)
+        chunk.count if position in whole else chunk.sampled
         for position, chunk in enumerate(step.chunks)
     ]
 

@@ -35,6 +35,46 @@ class TokenLogprob(Struct, array_like=True, frozen=True, gc=False):
     """(log probability, token) of the most likely; None for the first token of a prompt."""
 
 
+class SpecCounts(Struct, array_like=True):
+    """What came of drafted tokens."""
+
+    steps: int = 0
+    """Steps that decoded a sequence, each of them counted once."""
+    drafts: int = 0
+    """Of these, with drafted tokens."""
+    proposed: int = 0
+    """Tokens drafted."""
+    correct: int = 0
+    """Of these, accepted."""
+
+    def note(self, proposed: int, correct: int) -> None:
+        """Count a step of one sequence."""
+        self.steps += 1
+        self.drafts += proposed > 0
+        self.proposed += proposed
+        self.correct += correct
+
+    @property
+    def accept_length(self) -> float:
+        """Return the mean tokens of a step; 1.0 is what decoding gives without drafts."""
+        return 1 + self.correct / max(self.steps, 1)
+
+    @property
+    def accept_rate(self) -> float:
+        """Return the share of drafted tokens that were accepted."""
+        return self.correct / max(self.proposed, 1)
+
+    def facts(self) -> dict[str, int | float]:
+        """Return the numbers under the names of SGLang's ``meta_info``."""
+        return {
+            "spec_verify_ct": self.steps,
+            "spec_accept_length": self.accept_length,
+            "spec_accept_rate": self.accept_rate,
+            "spec_num_proposed_drafts": self.proposed,
+            "spec_num_correct_drafts": self.correct,
+        }
+
+
 class FinishInfo(Struct, array_like=True, frozen=True):
     """What is known of a completion once it is complete."""
 
@@ -47,6 +87,8 @@ class FinishInfo(Struct, array_like=True, frozen=True):
     latency_s: float
     """Seconds from the request's arrival to its end."""
     prompt_logprobs: list[TokenLogprob]
+    spec: SpecCounts | None = None
+    """None where no tokens are drafted."""
 
 
 class CompletionOutput(Struct, array_like=True):

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias, cast
 
 from tokenizers import Tokenizer
 
+from qtool.engine.config import Speculation
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.outputs import (
@@ -20,11 +21,13 @@ from qtool.engine.outputs import (
     FinishInfo,
     FinishReason,
     Output,
+    SpecCounts,
     TokenLogprob,
 )
 from qtool.engine.sampling_batch import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from qtool.engine.scheduler import SequenceState
+from qtool.engine.speculation import NgramDrafter
+from qtool.engine.step import SequenceState
 from qtool.errors import UsageError
 
 CONTEXT_TOKENS = 8  # tokens of the prompt that the text continues
@@ -101,6 +104,10 @@ class Request:
     """Alternatives for each token; None: no log probabilities."""
     prompt_logprobs_from: int | None
     """The first token of the prompt whose log probability is returned."""
+    drafter: NgramDrafter | None = None
+    """Drafts tokens that may come next."""
+    spec: SpecCounts | None = None
+    """What came of drafts; None without a drafter."""
     deliver: Deliver = _deliver_nothing
     """Takes outputs and errors, in the loop's thread."""
     done: bool = False
@@ -147,7 +154,30 @@ class Request:
             first_token_s=self.first_token_s,
             latency_s=time.monotonic() - self.began,
             prompt_logprobs=self.prompt_logprobs,
+            spec=self.spec,
         )
+
+    def advance(self, token: int) -> FinishReason | None:
+        """Add ``token``; return why the completion ends with it, or None.
+
+        Raises: UsageError, when nothing can follow it in the grammar.
+        """
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.began
+        if self.history is not None:
+            self.history.append(token)
+        complete = self.constraint is not None and self.constraint.accept(token)
+        reason = self.text.push(token)
+        if complete and (reason is None or reason["type"] == "length"):
+            return {"type": "stop"}
+        return reason
+
+    def drop(self, count: int) -> None:
+        """Forget the last ``count`` tokens, which came after the end."""
+        size = len(self.sequence.tokens) - count
+        del self.sequence.tokens[size:]
+        if self.top_logprobs is not None:
+            del self.new_logprobs[len(self.new_logprobs) - count :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +196,8 @@ class RequestParser:
     """Whether requests share the pages of common prefixes."""
     seeds: Random | None
     """Gives seeds to requests without one; None: each is random."""
+    speculation: Speculation | None
+    """How tokens are drafted; None: they are not."""
 
     def parse(self, given: GenerateRequest) -> tuple[list[Request], bool]:
         """Return the requests for ``given``, and whether its result is a single one, not a list.
@@ -203,7 +235,7 @@ class RequestParser:
         sequence = SequenceState(
             tokens,
             max_new_tokens,
-            waits_for_tokens=params.waits_for_tokens,
+            waits_for_tokens=params.waits_for_tokens or self.speculation is not None,
             use_prefix=self.use_prefix and not wants_prompt,
             needs_logits=wants_prompt,
         )
@@ -214,6 +246,9 @@ class RequestParser:
             max_new_tokens=max_new_tokens,
             context=tokens[-CONTEXT_TOKENS:],
         )
+        drafter = None
+        if self.speculation is not None:
+            drafter = NgramDrafter(self.speculation, tokens)
         return Request(
             id=f"{name}-{number}" if params.n > 1 else name,
             group=name,
@@ -227,6 +262,8 @@ class RequestParser:
             constraint=Constraint.of(params, self.compiler, text.end_ids),
             top_logprobs=given.top_logprobs_num if given.return_logprob else None,
             prompt_logprobs_from=first if wants_prompt else None,
+            drafter=drafter,
+            spec=None if drafter is None else SpecCounts(),
         )
 
     def _max_new_tokens(self, params: SamplingParams, prompt_tokens: int) -> int:

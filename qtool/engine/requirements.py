@@ -44,6 +44,19 @@ def check_by_name(plan: LoadPlan) -> None:
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
 
 
+def check_speculation(plan: LoadPlan) -> None:
+    """Raise CheckpointRefused for a model whose layers keep states, which cannot forget drafted
+    tokens that were wrong.
+    """
+    model = plan.skeleton.model
+    if any(map(is_delta_net, model.modules())):
+        message = (
+            f"{type(model).__name__} has layers that keep a state for each sequence, and a state "
+            "cannot forget drafted tokens that were wrong"
+        )
+        raise CheckpointRefused("E_SPECULATION", message, hint="leave speculative_algorithm out")
+
+
 def check_by_numbers(model: CausalLM, geometry: Recording) -> None:
     """Raise CheckpointRefused when a prompt gets other logits beside another neighbour: then some
     layer keeps a state beside the KV cache. The same for a model that computes logits unasked.

@@ -71,6 +71,8 @@ class CompletionResult:
         if request.top_logprobs:
             meta["input_top_logprobs"] = _most_likely(request.prompt_logprobs)
             meta["output_top_logprobs"] = _most_likely(self._logprobs)
+        if finish is not None and finish.spec is not None:
+            meta |= finish.spec.facts()
         if finish is not None:
             meta["e2e_latency"] = finish.latency_s
         return meta

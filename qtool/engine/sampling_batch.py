@@ -52,10 +52,25 @@ class History:
             self._size += 1
         self._counts[place] += 1
 
-    def counts(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def counts(
+        self, vocab_size: int, drafts: Sequence[int] = ()
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the distinct tokens that the model can predict, and how often each was generated
-        (0: only in the prompt).
+        (0: only in the prompt), with ``drafts`` after the others.
         """
+        size = self._size
+        for token in drafts:
+            self.append(token)
+        found = self._counts_now(vocab_size)
+        for token in drafts:
+            self._counts[self._places[token]] -= 1
+        for token in {*drafts}:
+            if self._places[token] >= size:
+                del self._places[token]
+        self._size = size
+        return found
+
+    def _counts_now(self, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids, counts = self._ids[: self._size], self._counts[: self._size]
         inside = (ids >= 0) & (ids < vocab_size)  # placeholders of images lie outside
         return ids[inside], counts[inside]
@@ -79,6 +94,8 @@ class RowRequest:
     """Alternatives; counts only with `logprobs`."""
     mask: NDArray[np.int32] | None = None
     """The tokens that may come, from `Constraint.mask`, which knows of min_new_tokens."""
+    drafts: Sequence[int] = ()
+    """Tokens drafted before this one, which the history does not have."""
 
     @property
     def changes_logits(self) -> bool:
@@ -190,7 +207,7 @@ def _penalties(requests: Sequence[RowRequest], vocab_size: int) -> Arrays:
         if request.history is None:
             continue
         params = request.params
-        ids, counts = request.history.counts(vocab_size)
+        ids, counts = request.history.counts(vocab_size, request.drafts)
         penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         places.append(ids + row * vocab_size)
         repetitions.append(np.full(len(ids), params.repetition_penalty, np.float32))

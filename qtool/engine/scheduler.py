@@ -15,15 +15,17 @@ values that are NaN make the logits of those who share them NaN: they fail by th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
+from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.errors import UsageError
 
 PROMPT_LOGITS = 256  # tokens of prompts a step whose logits are wanted
+MAX_DRAFTS = 256  # drafted tokens a step
 
 
 @dataclass(frozen=True)
@@ -36,76 +38,17 @@ class Limits:
     """Tokens a step."""
     context_length: int
     """Tokens of one sequence."""
-
-
-@dataclass(eq=False, slots=True)
-class SequenceState:
-    """A prompt and what was generated after it.
-
-    The first six fields are the caller's, the others the scheduler's.
-    """
-
-    prompt: list[int]
-    max_new_tokens: int
-    waits_for_tokens: bool = False
-    """Each token must be read before the next is scheduled: penalties count tokens."""
-    use_prefix: bool = True
-    """False: every token of the prompt is computed (logprobs of the prompt)."""
-    needs_logits: bool = False
-    """For all tokens of the prompt, which is then computed in small parts: logits take memory."""
-    owner: object = None
-    """The caller's own object."""
-    state: Literal["waiting", "running", "finished"] = "waiting"
-    tokens: list[int] = field(init=False)
-    """Prompt and outputs read back."""
-    longest: int = 0
-    """The length at which nothing more is scheduled."""
-    pending: int = 0
-    """Outputs launched and not read back."""
-    computed: int = 0
-    """Tokens whose keys and values the launched steps write."""
-    pages: list[int] = field(default_factory=list)
-    row: int | None = None
-    digests: list[bytes] = field(default_factory=list)
-    """Of the full pages of `tokens`, as far as needed so far."""
-    registered: int = 0
-    """Of `pages`, those that are known by their digest (or whose double is)."""
-    cached_tokens: int = 0
-    """Of the prompt, found in the cache at first admission."""
-    preemptions: int = 0
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
+    drafts: int = 0
+    """Tokens drafted for one sequence in a step."""
 
     @property
-    def length(self) -> int:
-        """Tokens of the prompt and outputs, pending ones too."""
-        return len(self.tokens) + self.pending
+    def step_drafts(self) -> int:
+        """Tokens drafted in a step."""
+        return min(self.drafts * self.max_running, MAX_DRAFTS)
 
 
-@dataclass(slots=True)
-class Chunk:
-    """Tokens ``start`` to ``start + count`` of a sequence, to be computed; after the last known
-    one, the next is sampled.
-    """
-
-    sequence: SequenceState
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class Step:
-    """One forward pass."""
-
-    chunks: list[Chunk]
-    decodes: int
-    """So many chunks at the beginning have count 1, samples, start > 0; their token may be
-    pending.
-    """
-    updates: list[tuple[int, int, int]]
-    """(row, column, page) to set in the page table before the step; no (row, column) twice."""
+# drafts at most so many tokens that may follow those of a sequence, all of which are known
+Propose: TypeAlias = Callable[[SequenceState, int], Sequence[int]]
 
 
 class Scheduler:
@@ -114,17 +57,31 @@ class Scheduler:
 
     A sequence gets the pages of all its known tokens when it is admitted, and one more whenever it
     outgrows them. When there is none the newest running sequence gives up its pages and waits to be
-    computed again, so the oldest always advances.
+    computed again, so the oldest always advances. Drafted tokens get the budget and the pages that
+    nobody else needs.
+
+    Args:
+        pages: of the KV cache.
+        max_running: as in `Limits`.
+        token_budget: as in `Limits`.
+        context_length: as in `Limits`.
+        propose: drafts tokens for sequences that wait for their tokens.
     """
 
     def __init__(
-        self, pages: Pages, max_running: int, token_budget: int, context_length: int
+        self,
+        pages: Pages,
+        max_running: int,
+        token_budget: int,
+        context_length: int,
+        propose: Propose | None = None,
     ) -> None:
         self.pages = pages
         # so that a prompt gets a token even if all others decode
         self.max_running = min(max_running, token_budget)
         self.token_budget = token_budget
         self.context_length = context_length
+        self.propose = propose
         self.running: list[SequenceState] = []
         self.waiting: deque[SequenceState] = deque()
         self.preemptions = 0
@@ -179,25 +136,30 @@ class Scheduler:
         """
         self._logits_left = PROMPT_LOGITS
         decodes: list[Chunk] = []
+        verified: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
         # prompts; no later sequence of the loop takes their pages, for they are older
-        unfinished = self._schedule_decodes(decodes, updates)
-        left = self.token_budget - len(decodes)
+        unfinished = self._schedule_decodes(decodes, verified, updates)
+        left = self.token_budget - len(decodes) - sum(chunk.count for chunk in verified)
         for sequence in unfinished:
             left -= self._prefill(sequence, left, decodes, prefills)
         while left and self._can_admit() and self._admit(self.waiting[0], updates):
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
-        chunks = decodes + prefills
+        chunks = decodes + verified + prefills
         return Step(chunks, len(decodes), updates) if chunks else None
 
     def _schedule_decodes(
-        self, decodes: list[Chunk], updates: list[tuple[int, int, int]]
+        self,
+        decodes: list[Chunk],
+        verified: list[Chunk],
+        updates: list[tuple[int, int, int]],
     ) -> list[SequenceState]:
-        """Add a token of each sequence that decodes to ``decodes``; return those that run and whose
-        tokens are not all computed.
+        """Add a token of each sequence that decodes to ``decodes``, or with drafts to ``verified``;
+        return those that run and whose tokens are not all computed.
         """
         unfinished = []
+        room = min(MAX_DRAFTS, self.token_budget - len(self.running))  # of drafts
         for sequence in self.running:  # preemption takes from the end of this list
             start, pending = sequence.computed, sequence.pending
             length = len(sequence.tokens) + pending
@@ -206,23 +168,44 @@ class Scheduler:
             elif length == sequence.longest or (pending and sequence.waits_for_tokens):
                 continue
             elif start < len(sequence.pages) * PAGE or self._grow(sequence, updates):
-                decodes.append(Chunk(sequence, start, 1, True))
+                drafts = self._draft(sequence, room, updates)
+                room -= len(drafts)
+                chunk = Chunk(sequence, start, 1 + len(drafts), True, drafts)
+                (verified if drafts else decodes).append(chunk)
                 sequence.computed = length
                 sequence.pending = pending + 1
         return unfinished
 
+    def _draft(
+        self, sequence: SequenceState, room: int, updates: list[tuple[int, int, int]]
+    ) -> Sequence[int]:
+        """Return at most ``room`` tokens that may follow those of ``sequence``, and give it their
+        pages, as far as others do not need them soon.
+        """
+        if self.propose is None or not sequence.waits_for_tokens:
+            return ()
+        room = min(room, sequence.longest - sequence.length - 1)
+        drafts = self.propose(sequence, room) if room > 0 else ()
+        free = self.pages.free - len(self.running)
+        missing = -(-(sequence.length + len(drafts)) // PAGE) - len(sequence.pages)
+        pages = self.pages.allocate(max(0, min(missing, free))) or []
+        self._append(sequence, pages, updates)
+        return drafts[: len(sequence.pages) * PAGE - sequence.length]
+
     def _can_admit(self) -> bool:
         return bool(self.waiting) and len(self.running) < self.max_running
 
-    def commit(self, step: Step, tokens: Iterable[int]) -> None:
-        """Append the tokens read back, one for each chunk of ``step`` that samples; those of
-        finished sequences are dropped.
+    def commit(self, gained: Iterable[Gain]) -> None:
+        """Append the tokens read back, from `Step.gained`; those of finished sequences are
+        dropped.
         """
-        sampled = (chunk.sequence for chunk in step.chunks if chunk.samples)
-        for sequence, token in zip(sampled, tokens, strict=True):
+        for chunk, tokens in gained:
+            sequence = chunk.sequence
             sequence.pending -= 1
             if sequence.state != "finished":
-                sequence.tokens.append(token)
+                sequence.tokens += tokens
+            if sequence.state == "running":  # else its pages are gone
+                sequence.computed += len(tokens) - 1  # drafts that were right
                 self._register(sequence)
 
     def finish(self, sequence: SequenceState) -> None:
@@ -329,10 +312,18 @@ class Scheduler:
         while not (page := self.pages.allocate(1)):
             if self._preempt() is sequence:
                 return False
-        assert sequence.row is not None
-        updates.append((sequence.row, len(sequence.pages), page[0]))
-        sequence.pages += page
+        self._append(sequence, page, updates)
         return True
+
+    @staticmethod
+    def _append(
+        sequence: SequenceState, pages: list[int], updates: list[tuple[int, int, int]]
+    ) -> None:
+        """Add ``pages`` to those of a running sequence."""
+        assert sequence.row is not None
+        for page in pages:
+            updates.append((sequence.row, len(sequence.pages), page))
+            sequence.pages.append(page)
 
     def _preempt(self) -> SequenceState:
         """Let the newest that runs wait, before all that wait, to be computed again."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qtool.engine.scheduler import Chunk
+from qtool.engine.step import Chunk
 
 # Host buffers: one is filled while the step that reads the other may still be running.
 NUM_BUFFERS = 2
@@ -124,9 +124,10 @@ def fill_tokens(
     for chunk in chunks:
         sequence, stop = chunk.sequence, chunk.start + chunk.count
         assert sequence.row is not None
-        known = sequence.tokens[chunk.start : stop]
+        known = sequence.tokens[chunk.start : stop - len(chunk.drafts)]
         token_ids += known
-        token_ids += [-1] * (chunk.count - len(known))
+        token_ids += chunk.drafts
+        token_ids += [-1] * (chunk.count - len(known) - len(chunk.drafts))
         positions += range(chunk.start, stop)
         rows += [sequence.row] * chunk.count
     end = start + len(token_ids)

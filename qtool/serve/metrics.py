@@ -14,6 +14,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qtool import __version__
+from qtool.engine.outputs import SpecCounts
 from qtool.serve.backend.messages import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST  # of what `Metrics.render` returns
@@ -197,14 +198,40 @@ class Metrics:
                 self._stats.preemptions,
             ),
         ):
-            counter = CounterMetricFamily(title, help, labels=list(self._labels))
-            counter.add_metric(list(self._labels.values()), value)
-            yield counter
+            yield self._count(title, help, value)
         yield self._gauge(
             "sglang:cache_hit_rate",
             "Share of prompt tokens found in the prefix cache.",
             hits / queries if queries else 0.0,
         )
+        if self._stats.spec is not None:
+            yield from self._speculation(self._stats.spec)
+
+    def _speculation(self, counts: SpecCounts) -> Iterator[Metric]:
+        """Yield what came of drafted tokens; vLLM 0.33 `v1/spec_decode/metrics.py`, SGLang as
+        above.
+        """
+        for title, help, value in (
+            ("vllm:spec_decode_num_drafts", "Drafts that were verified.", counts.drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", counts.proposed),
+            ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens accepted.", counts.correct),
+        ):
+            yield self._count(title, help, value)
+        yield self._gauge(
+            "sglang:spec_accept_length",
+            "Mean tokens of a step of a request that decodes; 1 without drafts that are right.",
+            counts.accept_length,
+        )
+        yield self._gauge(
+            "sglang:spec_accept_rate",
+            "Share of drafted tokens that were accepted.",
+            counts.accept_rate,
+        )
+
+    def _count(self, name: str, help: str, value: int) -> CounterMetricFamily:
+        counter = CounterMetricFamily(name, help, labels=list(self._labels))
+        counter.add_metric(list(self._labels.values()), value)
+        return counter
 
     def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(name, help, labels=list(self._labels))

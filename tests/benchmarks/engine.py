@@ -5,6 +5,8 @@ cut to 12 layers; random weights.
     OUT=dir python tests/benchmarks/engine.py bf16 fp8 w4a16 [--shape moe] [--quick] [--profile]
     [--set max_running_requests=64 ...]
 
+``--repeats``: decode of answers that their drafts know, at batch 1 and 8, with and without them:
+so many of 100 drafted tokens are right; with ``--set 'speculative_algorithm="NGRAM"'``.
 ``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without
 throughput and prefill.
 """
@@ -31,6 +33,8 @@ import model_8b  # noqa: E402
 import model_shapes  # noqa: E402
 
 from qtool.engine.engine import Engine  # noqa: E402
+from qtool.engine.scheduler import Propose  # noqa: E402
+from qtool.engine.step import SequenceState  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
@@ -65,6 +69,53 @@ def measure(engine: Engine, work: tuple[int, int], *, quick: bool) -> dict[str, 
         found[f"output_tokens_s_{count}x(512+{new})"] = round(count * new / took)
         found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(engine, prompts(64, 2048), 1))
     return found
+
+
+def measure_drafts(engine: Engine, percent: int, tokens: int = 256) -> dict[str, float]:
+    """Return the time of a token with and without drafts, for requests whose answers are known
+    from a run before; drafts are wrong by chance.
+    """
+    scheduler = engine.loop.scheduler
+    search, total = scheduler.propose, engine.loop.spec.total
+    params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    found: dict[str, float] = {}
+    for batch in (1, 8):
+        asked = prompts(batch, 512)
+        scheduler.propose = None
+        results = engine.generate(input_ids=asked, sampling_params=params)
+        known = [
+            [*prompt, *result["output_ids"]] for prompt, result in zip(asked, results, strict=True)
+        ]
+        for name in ("plain", "drafts"):
+            if name == "drafts":
+                scheduler.propose = recalling(engine, search, known, percent)
+            seconds(engine, asked, 16)
+            steps, correct = total.steps, total.correct
+            short = seconds(engine, asked, 16)
+            took = seconds(engine, asked, tokens)
+            found[f"{name}_ms_token_batch_{batch}"] = round((took - short) / (tokens - 16) * 1e3, 3)
+        found[f"accept_length_batch_{batch}"] = round(
+            1 + (total.correct - correct) / (total.steps - steps), 2
+        )
+    scheduler.propose = search
+    return found
+
+
+def recalling(engine: Engine, search: Propose, known: list[list[int]], percent: int) -> Propose:
+    """Return what drafts the tokens of ``known``, ``percent`` of them right, after it has searched
+    the request as ever, which takes time.
+    """
+    chance = random.Random(0)
+    most = engine.loop.runner.limits.drafts
+
+    def recall(sequence: SequenceState, room: int) -> list[int]:
+        search(sequence, room)
+        size = len(sequence.tokens)
+        whole = next(each for each in known if each[: len(sequence.prompt)] == sequence.prompt)
+        drafts = whole[size : size + min(room, most)]
+        return [token if chance.random() * 100 < percent else token ^ 1 for token in drafts]
+
+    return recall
 
 
 def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
@@ -117,6 +168,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens of each")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--repeats", type=int, metavar="PERCENT", help="of drafts that are right")
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -155,7 +207,10 @@ def main() -> None:
             }
             found["cache_tokens"] = engine.loop.runner.page_count * 16
             print(f"{kind}: {found}", flush=True)
-            found |= measure(engine, (options.requests, options.new), quick=options.quick)
+            if options.repeats is None:
+                found |= measure(engine, (options.requests, options.new), quick=options.quick)
+            else:
+                found |= measure_drafts(engine, options.repeats)
             results[kind] = found
             print(f"RESULT qtool {kind} {json.dumps(found)}", flush=True)
             if options.profile:

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
-from qtool.engine.scheduler import Chunk, Scheduler, SequenceState, Step
+from qtool.engine.scheduler import Scheduler
+from qtool.engine.step import Chunk, SequenceState, Step
 from qtool.errors import UsageError
 
 VOCABULARY = 50
@@ -28,6 +29,16 @@ BASES = [[base * 7 + i % 5 for i in range(150)] for base in range(3)]
 def next_token(prefix: list[int]) -> int:
     """What the model answers: it depends on all tokens."""
     return hash(tuple(prefix)) % VOCABULARY
+
+
+def draft(sequence: SequenceState, room: int) -> list[int]:
+    """Tokens of which about every fourth is wrong."""
+    tokens = list(sequence.tokens)
+    count = min(room, hash(tuple(tokens)) % 7)
+    for _ in range(count):
+        token = next_token(tokens)
+        tokens.append((token + (hash((*tokens[-3:], 9)) % 4 == 0)) % VOCABULARY)
+    return tokens[len(tokens) - count :]
 
 
 def digests_of(tokens: list[int]) -> list[bytes]:
@@ -59,14 +70,16 @@ class Device:
         written: dict[tuple[int, int], SequenceState] = {}
         for chunk in step.chunks:
             tokens = self.tokens.setdefault(chunk.sequence, list(chunk.sequence.prompt))
-            assert chunk.start + chunk.count <= len(tokens)
+            assert chunk.start + chunk.count - len(chunk.drafts) <= len(tokens)
             assert tokens[: len(chunk.sequence.tokens)] == chunk.sequence.tokens
             for position in range(chunk.start, chunk.start + chunk.count):
                 place = self.place(chunk, position)
                 assert place not in written
                 written[place] = chunk.sequence
                 self.slots[place] = (
-                    BAD if broken or chunk.sequence is bad else tuple(tokens[: position + 1])
+                    BAD
+                    if broken or chunk.sequence is bad
+                    else tuple(self.ahead(chunk)[: position + 1])
                 )
         spreading = True
         while spreading:  # who reads BAD writes it
@@ -87,14 +100,22 @@ class Device:
                 self.slots[self.place(chunk, position)]
                 for position in range(chunk.start + chunk.count)
             ]
+            ahead = self.ahead(chunk)
             assert all(
-                slot is BAD or slot == tuple(tokens[: position + 1])
+                slot is BAD or slot == tuple(ahead[: position + 1])
                 for position, slot in enumerate(held)
             )
             if chunk.samples:
-                tokens.append(NAN if BAD in held else next_token(tokens))
-                sampled.append(tokens[-1])
+                stops = range(len(ahead) - len(chunk.drafts), len(ahead) + 1)
+                found = [NAN if BAD in held[:stop] else next_token(ahead[:stop]) for stop in stops]
+                tokens += chunk.gained(found)
+                sampled += found
         return sampled
+
+    def ahead(self, chunk: Chunk) -> list[int]:
+        """The tokens up to the end of ``chunk``, drafted ones too."""
+        known = chunk.start + chunk.count - len(chunk.drafts)
+        return [*self.tokens[chunk.sequence][:known], *chunk.drafts]
 
     def tear(self, step: Step) -> None:
         """Break off within ``step``: no tokens, and keys and values of some layers only."""
@@ -116,9 +137,17 @@ class Loop:
     """The loop of an engine; checks each step and the state between steps."""
 
     def __init__(
-        self, pages: int, max_running: int, token_budget: int, context_length: int = 200
+        self,
+        pages: int,
+        max_running: int,
+        token_budget: int,
+        context_length: int = 200,
+        *,
+        drafts: bool = False,
     ) -> None:
-        self.scheduler = Scheduler(Pages(pages), max_running, token_budget, context_length)
+        self.scheduler = Scheduler(
+            Pages(pages), max_running, token_budget, context_length, draft if drafts else None
+        )
         self.device = Device()
         self.flying: deque[tuple[Step, list[int]]] = deque()
         self.live: list[SequenceState] = []
@@ -159,16 +188,20 @@ class Loop:
                 sequence.preemptions,
             )
             assert chunk.start == (computed if ran_on else chunk.start // PAGE * PAGE)
-            assert chunk.samples == (chunk.start + chunk.count == length)
+            drafted = len(chunk.drafts)
+            assert chunk.samples == (chunk.start + chunk.count - drafted == length)
+            assert not drafted or (sequence.waits_for_tokens and scheduler.propose)
+            assert drafted in (0, chunk.count - 1)
+            assert length + drafted < sequence.longest
             assert (sequence.computed, sequence.pending) == (
-                chunk.start + chunk.count,
+                chunk.start + chunk.count - len(chunk.drafts),
                 pending + chunk.samples,
             )
             assert sequence.length <= sequence.longest
             assert not (pending and sequence.waits_for_tokens)
             is_decode = chunk.count == 1 and chunk.samples and chunk.start > 0
             assert is_decode == (number < step.decodes)
-            assert is_decode or chunk.start + chunk.count <= len(sequence.tokens)
+            assert is_decode or chunk.start + chunk.count - drafted <= len(sequence.tokens)
         # Whoever was admitted or got pages is in the step, so no other loses changes of the table,
         # or shares its pages, when it fails.
         assert step is None or {row for row, *_ in step.updates} <= {
@@ -208,21 +241,20 @@ class Loop:
 
     def read(self, stop: int | None = None) -> None:
         step, tokens = self.flying.popleft()
-        self.scheduler.commit(step, tokens)
-        for sequence, token in zip(
-            [chunk.sequence for chunk in step.chunks if chunk.samples], tokens, strict=True
-        ):
-            if token == NAN:
+        gained = step.gained(tokens)
+        self.scheduler.commit(gained)
+        for chunk, gain in gained:
+            sequence = chunk.sequence
+            assert NAN not in gain[:-1]
+            if gain[-1] == NAN:
                 assert sequence in self.device.touched
                 self.failed.append(sequence)
                 self.end(sequence) if sequence in self.live else None
                 self.scheduler.fail(sequence)
             elif sequence in self.live:
-                assert sequence.tokens[-1] == token
-                if (
-                    token == stop
-                    or len(sequence.tokens) - len(sequence.prompt) >= sequence.max_new_tokens
-                ):
+                size = len(sequence.tokens)
+                assert sequence.tokens[size - len(gain) :] == gain
+                if stop in gain or size - len(sequence.prompt) >= sequence.max_new_tokens:
                     self.end(sequence)
 
     def read_raises(self) -> None:
@@ -339,11 +371,12 @@ class Engine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 2, 5, 16, 33, 64, 400]),
         context=st.sampled_from([40, 200]),
         logits=st.sampled_from([3, 20, 256]),
+        drafts=st.booleans(),
     )
-    def begin(self, pages, max_running, budget, context, logits):
+    def begin(self, pages, max_running, budget, context, logits, drafts):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", logits)
-        self.loop = Loop(pages, max_running, budget, context)
+        self.loop = Loop(pages, max_running, budget, context, drafts=drafts)
 
     @rule(
         prompt=prompts,
@@ -466,7 +499,7 @@ def answer(prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_cache_for_three_of_twenty_sequences(budget, waits):
     chance = random.Random(budget)
-    loop = Loop(pages=3 * 8, max_running=8, token_budget=budget)
+    loop = Loop(pages=3 * 8, max_running=8, token_budget=budget, drafts=waits)
     sequences = [
         SequenceState(
             [*BASES[i % 3][: chance.randrange(1, 60)], i],
@@ -510,7 +543,7 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget(loop):
                 for chunk in step.chunks
             ]
         )
-        loop.scheduler.commit(step, [7] * sum(chunk.samples for chunk in step.chunks))
+        loop.scheduler.commit(step.gained([7] * sum(chunk.samples for chunk in step.chunks)))
     assert steps == [
         [(0, 0, 10, True), (1, 0, 60, True), (2, 0, 30, False)],
         [(0, 10, 1, True), (1, 60, 1, True), (2, 30, 98, False)],
@@ -739,7 +772,8 @@ def test_a_preempted_sequence_waits_for_its_pending_tokens_and_may_end_with_them
     assert loop.schedule() is None  # there is room, but what would be computed is not known
     loop.read()
     loop.end(new)
-    loop.scheduler.commit(*loop.flying.popleft())
+    step, tokens = loop.flying.popleft()
+    loop.scheduler.commit(step.gained(tokens))
     assert (len(new.tokens), new.state, len(loop.scheduler.waiting)) == (17, "finished", 0)
 
 
@@ -772,6 +806,31 @@ def test_prompts_whose_logits_are_wanted_share_a_small_budget(loop, monkeypatch)
         for _ in range(3)
     ]
     assert steps == [[(True, 0, 20)], [(True, 20, 10), (False, 0, 10)], [(False, 10, 15)]]
+
+
+def test_drafts_take_what_nobody_else_needs():
+    loop = Loop(pages=5, max_running=3, token_budget=9)
+    loop.scheduler.propose = lambda sequence, room: answer(sequence.tokens, room)[
+        len(sequence.tokens) :
+    ]
+    sequences = [SequenceState([i] * 3, 14, waits_for_tokens=i < 2) for i in range(3)]
+    for sequence in sequences:
+        loop.add(sequence)
+    loop.turn()
+    loop.turn()
+    loop.read()
+    step = loop.schedule()
+    # of 9 tokens the sequences need 3, and the oldest gets the rest
+    assert [(sequences.index(c.sequence), len(c.drafts)) for c in step.chunks] == [
+        (1, 0),
+        (2, 0),
+        (0, 6),
+    ]
+    loop.flying.append((step, loop.device.run(step)))
+    loop.read()
+    assert len(sequences[0].tokens) == 3 + 1 + 7
+    loop.drain()
+    assert [s.tokens for s in sequences] == [answer(s.prompt, 14) for s in sequences]
 
 
 def test_no_more_run_than_the_budget_has_tokens():

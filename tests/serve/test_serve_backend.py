@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 
-from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
+from qtool.engine.outputs import CompletionOutput, FinishInfo, SpecCounts, TokenLogprob
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import ResourceError, UsageError, from_wire
+from qtool.serve.api.replies import Account
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import (
     LENGTH,
+    EngineStats,
     Failed,
     KeyedOutput,
     Outputs,
@@ -23,6 +25,7 @@ from qtool.serve.backend.messages import (
     wire_error,
 )
 from qtool.serve.http.errors import status_of
+from qtool.serve.metrics import Metrics
 from qtool.serve.service import Busy, Loading
 
 FINISH = FinishInfo(
@@ -32,6 +35,7 @@ FINISH = FinishInfo(
     first_token_s=None,
     latency_s=1.0,
     prompt_logprobs=[TokenLogprob(None, 5, None)],
+    spec=SpecCounts(steps=4, drafts=2, proposed=10, correct=6),
 )
 
 
@@ -56,6 +60,24 @@ def test_outputs_and_errors_of_submissions_share_a_message():
     error = wire_error(UsageError("E_PROMPT", "no prompt", hint="give one"))
     sent = Outputs([KeyedOutput(1, output), KeyedOutput(2, error)])
     assert decode_from_engine(encode(sent)[LENGTH.size :]) == sent
+
+
+def test_usage_and_metrics_say_what_came_of_drafts():
+    metrics = Metrics("m")
+    account = Account("chat", metrics, streamed=False)
+    account.note(CompletionOutput(0, "a", [4], [], FINISH), 1)
+    usage = account.usage().completion_tokens_details
+    assert (usage.accepted_prediction_tokens, usage.rejected_prediction_tokens) == (6, 4)
+    stats = EngineStats(1, 0, 0.5, 8, 4, 0, 9, spec=FINISH.spec)
+    lines = metrics.render(stats).decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if "spec_" in line and line[0] != "#")
+    assert values == {
+        'vllm:spec_decode_num_drafts_total{model_name="m"}': "2.0",
+        'vllm:spec_decode_num_draft_tokens_total{model_name="m"}': "10.0",
+        'vllm:spec_decode_num_accepted_tokens_total{model_name="m"}': "6.0",
+        'sglang:spec_accept_length{model_name="m"}': "2.5",
+        'sglang:spec_accept_rate{model_name="m"}': "0.6",
+    }
 
 
 def test_an_error_with_half_of_a_surrogate_pair_is_sent_escaped():

@@ -62,6 +62,7 @@ THEIRS = {
         model-path nnodes node-rank port pp-async-batch-depth pp-max-micro-batch-size
         pp-size quantization quantization-param-path random-seed revision
         sampling-backend sampling-defaults served-model-name skip-tokenizer-init
+        speculative-algorithm speculative-num-draft-tokens speculative-num-steps
         tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num
         tool-call-parser tool-server tp-size trust-remote-code watchdog-timeout
         trust-request-chat-template""",

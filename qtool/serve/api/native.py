@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from msgspec import UNSET
+from msgspec.structs import replace
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
@@ -163,6 +164,8 @@ class _GenerationReply:
         if finish is not None:
             meta.cached_tokens = finish.cached_tokens
             meta.e2e_latency = finish.latency_s
+        if finish is not None and finish.spec is not None:
+            meta = replace(meta, **finish.spec.facts())
         if finish is not None and self._body.return_logprob:
             shown = self._show(finish.prompt_logprobs)
             meta.input_token_logprobs = shown.tokens

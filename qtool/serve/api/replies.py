@@ -13,7 +13,7 @@ from typing import Literal, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
+from qtool.engine.outputs import CompletionOutput, FinishInfo, SpecCounts, TokenLogprob
 from qtool.engine.sampling_params import SamplingParams
 from qtool.serve.api import schemas
 from qtool.serve.api.protocol import StreamOptions
@@ -114,6 +114,8 @@ class Account:
         self._last: dict[int, float] = {}
         """When each choice last gained a token."""
         self._tokens: dict[int, int] = {}
+        self._drafts: list[SpecCounts] = []
+        """Of choices that ended."""
         self._prompts: dict[int, tuple[int, int]] = {}
         """By prompt: its tokens, and those found in the cache."""
         self._reasons: dict[int, str] = {}
@@ -144,6 +146,8 @@ class Account:
         # only the first choice: the others may have found in the cache what it computed
         if number == 0:
             self._prompts[prompt] = (finish.prompt_tokens, finish.cached_tokens)
+        if finish.spec is not None:
+            self._drafts.append(finish.spec)
         self._reasons[index] = reason = finish_reason(finish)
         if not self._streamed and finish.first_token_s is not None:
             self._metrics.first_token(finish.first_token_s)
@@ -162,7 +166,16 @@ class Account:
             completion_tokens=generated,
             total_tokens=prompt_tokens + generated,
             prompt_tokens_details=schemas.CachedTokens(cached),
+            completion_tokens_details=self._predicted(),
         )
+
+    def _predicted(self) -> schemas.PredictedTokens | UnsetType:
+        """Return what came of drafted tokens, as OpenAI counts those of predicted outputs."""
+        if not self._drafts:
+            return UNSET
+        accepted = sum(counts.correct for counts in self._drafts)
+        proposed = sum(counts.proposed for counts in self._drafts)
+        return schemas.PredictedTokens(accepted, proposed - accepted)
 
     def close(self, request_id: str) -> None:
         """Count the choices that did not finish, and log a line without text."""

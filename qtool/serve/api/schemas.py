@@ -25,6 +25,13 @@ class CachedTokens(Struct):
     cached_tokens: int
 
 
+class PredictedTokens(Struct):
+    """What came of drafted tokens."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Struct):
     """Tokens of a request."""
 
@@ -32,6 +39,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens | UnsetType = UNSET
+    """Where tokens are drafted."""
 
 
 class TopLogprob(Struct, gc=False):  # there may be a hundred thousand, and no cycles
@@ -209,6 +218,16 @@ class GenerationFacts(Struct, kw_only=True):
     cached_tokens: int | UnsetType = UNSET
     e2e_latency: float | UnsetType = UNSET
     """Seconds."""
+    spec_verify_ct: int | UnsetType = UNSET
+    """Steps after the prompt; this field and the next four are there where tokens are drafted."""
+    spec_accept_length: float | UnsetType = UNSET
+    """Mean tokens of such a step."""
+    spec_accept_rate: float | UnsetType = UNSET
+    """Share of drafted tokens that were accepted."""
+    spec_num_proposed_drafts: int | UnsetType = UNSET
+    """Tokens drafted."""
+    spec_num_correct_drafts: int | UnsetType = UNSET
+    """Of these, accepted."""
     output_token_logprobs: list[NativeLogprob] | UnsetType = UNSET
     output_top_logprobs: list[list[NativeLogprob] | None] | UnsetType = UNSET
     input_token_logprobs: list[NativeLogprob] | UnsetType = UNSET

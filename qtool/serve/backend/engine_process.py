@@ -215,6 +215,7 @@ def _stats(engine: Engine) -> EngineStats:
         prefix_hits=scheduler.prefix_hits,
         preemptions=scheduler.preemptions,
         steps=engine.loop.steps,
+        spec=None if engine.loop.spec is None else engine.loop.spec.total,
     )
 
 

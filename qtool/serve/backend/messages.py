@@ -13,7 +13,7 @@ from struct import Struct as Format
 import msgspec
 from msgspec import Struct
 
-from qtool.engine.outputs import CompletionOutput
+from qtool.engine.outputs import CompletionOutput, SpecCounts
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, to_wire
 
@@ -88,6 +88,8 @@ class EngineStats:
     preemptions: int
     steps: int
     """Steps since the start."""
+    spec: SpecCounts | None = None
+    """What came of drafts since the start; None where there are none."""
 
 
 class Start(Struct, tag=True):

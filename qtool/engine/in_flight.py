@@ -1,0 +1,33 @@
+"""`InFlightStep`: a step that was launched on the device and is not read back yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from qtool.engine.sampler import Logprobs
+from qtool.engine.step import Step
+
+
+@dataclass
+class InFlightStep:
+    """A step on its way, and what it will have made once `wait` has returned."""
+
+    step: Step
+    tokens: Tensor
+    """int32 on the host: `Chunk.sampled` for each chunk, -1 where the logits were not finite."""
+    done: torch.cuda.Event | None
+    logprobs: Logprobs | None = None
+    """On the host, of `logprob_rows`."""
+    logprob_rows: tuple[int, ...] = ()
+    prompts: dict[int, Logprobs] = field(default_factory=dict)
+    """Those of the tokens after each of a chunk's, by the position of the chunk."""
+
+    def wait(self) -> list[int]:
+        """Wait until the device has done the step; return its tokens."""
+        if self.done is not None:
+            self.done.synchronize()
+        return cast(list[int], self.tokens.tolist())

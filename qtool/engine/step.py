@@ -1,0 +1,111 @@
+"""Sequences, the chunks of them that run together, and the steps made of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+
+@dataclass(eq=False, slots=True)
+class SequenceState:
+    """A prompt and what was generated after it.
+
+    The first six fields are the caller's, the others the scheduler's.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    waits_for_tokens: bool = False
+    """Each token must be read before the next is scheduled: penalties count tokens, and drafts
+    follow them.
+    """
+    use_prefix: bool = True
+    """False: every token of the prompt is computed (logprobs of the prompt)."""
+    needs_logits: bool = False
+    """For all tokens of the prompt, which is then computed in small parts: logits take memory."""
+    owner: object = None
+    """The caller's own object."""
+    state: Literal["waiting", "running", "finished"] = "waiting"
+    tokens: list[int] = field(init=False)
+    """Prompt and outputs read back."""
+    longest: int = 0
+    """The length at which nothing more is scheduled."""
+    pending: int = 0
+    """Outputs launched and not read back."""
+    computed: int = 0
+    """Tokens whose keys and values the launched steps write."""
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    digests: list[bytes] = field(default_factory=list)
+    """Of the full pages of `tokens`, as far as needed so far."""
+    registered: int = 0
+    """Of `pages`, those that are known by their digest (or whose double is)."""
+    cached_tokens: int = 0
+    """Of the prompt, found in the cache at first admission."""
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and outputs, pending ones too."""
+        return len(self.tokens) + self.pending
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens ``start`` to ``start + count`` of a sequence, to be computed; after the last known
+    one, the next is sampled.
+    """
+
+    sequence: SequenceState
+    start: int
+    count: int
+    samples: bool
+    drafts: Sequence[int] = ()
+    """The last of the tokens, where they are not known, but drafted: after each of them, too, the
+    next token is sampled.
+    """
+
+    @property
+    def sampled(self) -> int:
+        """How many tokens are sampled."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    def gained(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return what of the ``tokens`` sampled the sequence gains: those after a draft that is
+        another token are wrong.
+        """
+        for number, draft in enumerate(self.drafts):
+            if tokens[number] != draft:
+                return tokens[: number + 1]
+        return tokens
+
+
+# a chunk that samples, and the tokens that its sequence gains
+Gain: TypeAlias = tuple[Chunk, Sequence[int]]
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass."""
+
+    chunks: list[Chunk]
+    decodes: int
+    """So many chunks at the beginning have count 1, samples, start > 0; their token may be
+    pending. Those with drafts come next.
+    """
+    updates: list[tuple[int, int, int]]
+    """(row, column, page) to set in the page table before the step; no (row, column) twice."""
+
+    def gained(self, tokens: Sequence[int]) -> list[Gain]:
+        """Return the chunks that sample, and what each gains of the ``tokens`` of all of them."""
+        found: list[Gain] = []
+        start = 0
+        for chunk in self.chunks:
+            if chunk.samples:
+                found.append((chunk, chunk.gained(tokens[start : start + chunk.sampled])))
+                start += chunk.sampled
+        return found
