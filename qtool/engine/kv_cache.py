@@ -121,8 +121,7 @@ class Pages:
 
 def page_bytes(geometry: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
     """Return the bytes of one page, in all layers together."""
-    sizes = (layer.kv_heads * (layer.head_dim + layer.v_head_dim) for layer in geometry)
-    return sum(sizes) * PAGE * dtype.itemsize
+    return sum(layer.stored for layer in geometry) * PAGE * dtype.itemsize
 
 
 def allocate_pages(
@@ -143,8 +142,11 @@ def allocate_pages(
         shape = (count + 1, layer.kv_heads, PAGE)
         # written at once: zeros of a CPU would be given memory page by page, while it serves
         k = torch.empty(*shape, layer.head_dim, dtype=dtype, device=device).zero_()
-        v = torch.empty(*shape, layer.v_head_dim, dtype=dtype, device=device).zero_()
-        pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale)
+        if layer.keeps_latents:
+            v, v_scale = k[..., : layer.v_head_dim], k_scale
+        else:
+            v = torch.empty(*shape, layer.v_head_dim, dtype=dtype, device=device).zero_()
+        pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale, layer.keeps_latents)
     return pages
 
 

@@ -20,6 +20,7 @@ from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import fuse
 from qtool.engine.in_flight import InFlightStep
+from qtool.engine.latent_attention import keep_latents
 from qtool.engine.requirements import HAND_OVER, check_by_numbers
 from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
@@ -84,7 +85,7 @@ class Runner:
             log_time = _Stopwatch()
             self._prepare_model(compiled)
             log_time("layers fused")
-            heads = max(layer.kv_heads for layer in self.geometry.layers)
+            heads = max(layer.groups for layer in self.geometry.layers)
             self._counters = new_counters(limits.max_running, heads, device)
             dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
             self.cache_dtype = dtype
@@ -152,6 +153,7 @@ class Runner:
         """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
         freeze_rotary(self.model, self.limits.context_length)
         replace_delta_nets(self.model)
+        keep_latents(self.model)
         self.geometry = self._record()
         self._eager_prefill = compiled == "decode"
         is_fused = fuse(self.model)

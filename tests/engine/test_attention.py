@@ -160,6 +160,16 @@ class Batch:
         )
 
 
+class LatentBatch(Batch):
+    """Sequences whose pages hold latents: the first numbers of a key are its value."""
+
+    def __init__(self, chunks, *, heads=6, rank=32, rotary=16, **options):
+        super().__init__(chunks, heads=heads, kv_heads=1, head_dim=rank + rotary, **options)
+        self.v, self.v_scale = [k[..., :rank] for k in self.k], self.k_scale
+        pages = self.kv.k
+        self.kv = KVPages(pages, pages[..., :rank], self.k_scale, self.k_scale, keeps_latents=True)
+
+
 # the first is no decode: position 0
 MIXED = (
     (0, 1),
@@ -206,6 +216,15 @@ def test_heads_of_every_shape(heads, kv_heads, head_dim, v_head_dim):
     )
     torch.testing.assert_close(
         batch.run(scaling=0.1).double(), batch.expected(scaling=0.1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kv", [None, FP8])
+def test_latents_are_keys_and_values(kv):
+    torch.manual_seed(0)
+    batch = LatentBatch(MIXED, kv=kv)
+    torch.testing.assert_close(
+        batch.run(scaling=0.2).double(), batch.expected(scaling=0.2), rtol=1e-4, atol=1e-5
     )
 
 
@@ -414,7 +433,7 @@ def interpret() -> None:
     from support import triton_cpu
 
     from qtool.engine.attention import interface as attention
-    from qtool.engine.attention import triton_paged
+    from qtool.engine.attention import triton_latent, triton_paged
     from qtool.engine.attention.triton_paged import Tile
 
     triton_cpu.repair()
@@ -517,13 +536,27 @@ def interpret() -> None:
     ]
     for what, chunks, decode_tile, prefill_tile, options, shape in cases:
         compare(chunks, what, decode_tile, prefill_tile, options, **shape)
+    for chunks, dtype, heads in ((FEW, torch.float32, 6), (DECODES, torch.bfloat16, 20)):
+        batch = LatentBatch(chunks, dtype=dtype, heads=heads)
+        packed, q = batch.packed(), torch.cat(batch.q)
+        k = torch.cat([part[before:] for (before, _), part in zip(chunks, batch.k, strict=True)])
+        triton_paged.write(batch.kv, k, k, packed)
+        out = q.new_full((*q.shape[:2], 32), math.nan)
+        for tile in (triton_latent.Tile(16, 1, 1, 16), triton_latent.Tile(16, 1, 1, 16, 3, 2)):
+            if packed.decodes:
+                triton_latent.decode(q, batch.kv, packed, out, 0.2, tile)
+            if packed.starts is not None:
+                triton_latent.prefill(q, batch.kv, packed, out, 0.2, tile)
+            wanted = batch.expected(scaling=0.2)
+            error = float((out.double() - wanted).norm() / wanted.norm())
+            assert error <= (1e-5 if dtype == torch.float32 else 1e-2), f"latents: {error}"
     print("compared", len(cases))
 
 
 def compile() -> None:
     from support import triton_cpu
 
-    from qtool.engine.attention import triton_paged
+    from qtool.engine.attention import triton_latent, triton_paged
 
     compiled: list = []
     triton_cpu.compile_only(compiled)
@@ -555,6 +588,19 @@ def compile() -> None:
             )
             assert used["stack"] == 0, what
             assert used["shared"] <= 232448, what
+        count = len(compiled)
+    for dtype, kv in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8)):  # DeepSeek-V3's
+        pages = empty(100, 1, PAGE, 576, dtype=kv)
+        layer = KVPages(pages, pages[..., :512], keeps_latents=True)
+        q, out = empty(300, 128, 576, dtype=dtype), empty(300, 128, 512, dtype=dtype)
+        packed = Packed(
+            empty(300, 512), empty(300), empty(300), 4, empty(3), 150, counters=empty(10000)
+        )
+        triton_latent.attend(q, layer, packed, out, 0.1)
+        for kernel in compiled[count:]:
+            used = triton_cpu.resources(kernel)
+            assert used["stack"] <= 32, (kernel.metadata.name, kv, used)
+            assert used["shared"] <= 232448, (kernel.metadata.name, kv, used)
         count = len(compiled)
     print("compiled", count)
 

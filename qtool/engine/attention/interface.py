@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +48,17 @@ MAX_HEAD_DIM = 256
 
 
 def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
-    """Store ``k`` [T, kv_heads, head_dim] and ``v`` [T, kv_heads, v_head_dim] of the new tokens."""
+    """Store ``k`` [T, kv_heads, head_dim] and ``v`` [T, kv_heads, v_head_dim] of the new tokens;
+    latents are stored with ``k``.
+    """
     if k.is_cuda:
         with current(k.device):
             _kernels().write(kv, k, v, packed)
         return
     rows, positions = packed.rows.long(), packed.positions.long()
     pages, slots = packed.table[rows, positions // PAGE].long(), positions % PAGE
-    for cached, new, scale in ((kv.k, k, kv.k_scale), (kv.v, v, kv.v_scale)):
+    parts = ((kv.k, k, kv.k_scale), (kv.v, v, kv.v_scale))
+    for cached, new, scale in parts[: 1 if kv.keeps_latents else 2]:
         if cached.dtype == torch.float8_e4m3fn:
             new = to_fp8(new.float() / scale)
         cached[pages, :, slots] = new.to(cached.dtype)
@@ -85,6 +89,10 @@ def attend(
         return _attend_on_cpu(q, kv, packed, scaling, window, softcap, sinks)
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
     with current(q.device):
+        if kv.keeps_latents:
+            assert window is None and not softcap and sinks is None
+            _latent_kernels().attend(q, kv, packed, out, scaling)
+            return out
         if packed.decodes:
             _kernels().decode(q, kv, packed, out, scaling, window, softcap, sinks)
         if packed.starts is not None and packed.longest:
@@ -96,6 +104,12 @@ def _kernels() -> ModuleType:
     from qtool.engine.attention import triton_paged  # needs triton
 
     return triton_paged
+
+
+def _latent_kernels() -> ModuleType:
+    from qtool.engine.attention import triton_latent  # needs triton
+
+    return triton_latent
 
 
 def _attend_on_cpu(
@@ -315,6 +329,18 @@ _IGNORED = {
 }
 
 
+class Latents(Protocol):
+    """What the attention of a module with ``latent`` does before and after; see
+    `qtool.engine.latent_attention`.
+    """
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Return what attends to latents, [T, heads, D], of queries [heads, T, key width]."""
+
+    def values(self, gathered: Tensor) -> Tensor:
+        """Return values [T, heads, value width] of latents [T, heads, rank]."""
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     module: nn.Module,
@@ -337,7 +363,10 @@ def _forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     found = RECORDING.get(None)
+    latent: Latents | None = getattr(module, "latent", None)
     if found is not None:
+        if latent and (sliding_window or softcap or s_aux is not None):
+            raise _refused("its latents have a window, a soft cap or sinks")
         if reason := _unsupported_reason(module, query, key, value, attention_mask, others):
             raise _refused(reason)
         (_, heads, tokens, head_dim), kv_heads, v_head_dim = (
@@ -345,22 +374,25 @@ def _forward(
             key.shape[1],
             value.shape[-1],
         )
-        found.layers.append(
-            LayerGeometry(
-                layer_idx,
-                heads,
-                kv_heads,
-                head_dim,
-                v_head_dim,
-                sliding_window or None,
-                softcap or None,
-                float(scaling),
-            )
+        geometry = LayerGeometry(
+            layer_idx,
+            heads,
+            kv_heads,
+            key.shape[-1] if latent else head_dim,
+            v_head_dim,
+            sliding_window or None,
+            softcap or None,
+            float(scaling),
+            keeps_latents=latent is not None,
         )
-        return query.new_zeros(1, tokens, heads, v_head_dim), None
+        found.layers.append(geometry)
+        zeros = query.new_zeros(tokens, heads, v_head_dim)
+        return (latent.values(zeros) if latent else zeros)[None], None
     packed, kv = packed_tokens(), pages_of(layer_idx)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
+    if latent:
+        q = latent.queries(query[0])
     out = attend(
         q,
         kv,
@@ -370,7 +402,7 @@ def _forward(
         softcap=softcap or None,
         sinks=s_aux,
     )
-    return out[None], None
+    return (latent.values(out) if latent else out)[None], None
 
 
 def _unsupported_reason(
@@ -395,7 +427,7 @@ def _unsupported_reason(
     given = {name for name, value in others.items() if value is not None}
     if unknown := sorted(given - _IGNORED - {"is_causal"}):
         return f"it passes `{unknown[0]}`"
-    return _unsupported_heads(query, key, value)
+    return None if hasattr(module, "latent") else _unsupported_heads(query, key, value)
 
 
 def _unsupported_heads(query: Tensor, key: Tensor, value: Tensor) -> str | None:

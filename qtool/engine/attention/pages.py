@@ -25,6 +25,18 @@ class LayerGeometry:
     """The positions each token sees, its own included; None: all before it."""
     softcap: float | None
     scaling: float
+    keeps_latents: bool = False
+    """Whether values are the first ``v_head_dim`` numbers of keys, and are not stored again."""
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups the heads of a decode are cut, at most."""
+        return self.heads if self.keeps_latents else self.kv_heads
+
+    @property
+    def stored(self) -> int:
+        """Numbers that a token takes in the cache."""
+        return self.kv_heads * (self.head_dim + (0 if self.keeps_latents else self.v_head_dim))
 
 
 @dataclass
@@ -39,11 +51,13 @@ class KVPages:
     """What keys were divided by, in 8-bit pages."""
     v_scale: float = 1.0
     """What values were divided by, in 8-bit pages."""
+    keeps_latents: bool = False
+    """Whether ``v`` is a part of ``k``; both are then divided by the same."""
 
     @property
     def nbytes(self) -> int:
         """Return the size of all pages."""
-        return self.k.nbytes + self.v.nbytes
+        return self.k.nbytes + (0 if self.keeps_latents else self.v.nbytes)
 
 
 @dataclass(frozen=True)
@@ -111,9 +125,9 @@ class Packed:
     """
 
 
-def new_counters(rows: int, heads: int, device: torch.device) -> Tensor:
-    """Return counters for up to ``rows`` decodes of layers with ``heads`` KV heads.
+def new_counters(rows: int, groups: int, device: torch.device) -> Tensor:
+    """Return counters for up to ``rows`` decodes of layers with ``groups`` groups of heads.
 
     Every launch leaves them at zero.
     """
-    return torch.zeros(rows * heads, dtype=torch.int32, device=device)
+    return torch.zeros(rows * groups, dtype=torch.int32, device=device)

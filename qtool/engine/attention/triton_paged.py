@@ -110,8 +110,9 @@ def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
         DV=v.shape[2],
         PAGE=PAGE,
         FP8=kv.k.dtype == torch.float8_e4m3fn,
+        KEYS_ALONE=kv.keeps_latents,
         SIZE=triton.next_power_of_2(heads * max(head_dim, v.shape[2])),
-        **_launch(4, 1, True, k),
+        **launch_options(4, 1, True, k),
     )
 
 
@@ -160,7 +161,7 @@ def decode(
         ),
         STAGES=tile.stages,
         **_inputs(q, kv, packed, out, scaling, window, softcap, sinks),
-        **_launch(tile.warps, tile.stages, tile.pdl, q),
+        **launch_options(tile.warps, tile.stages, tile.pdl, q),
     )
 
 
@@ -191,7 +192,7 @@ def prefill(
                 out,
                 factor=factor,
                 v_scale=v_scale,
-                launch=_launch(4, 1, True, q),
+                launch=launch_options(4, 1, True, q),
             )
             return
     tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
@@ -204,7 +205,7 @@ def prefill(
         KEYS=tile.keys,
         STAGES=tile.stages,
         **_inputs(q, kv, packed, out, scaling, window, softcap, sinks),
-        **_launch(tile.warps, tile.stages, tile.pdl, q),
+        **launch_options(tile.warps, tile.stages, tile.pdl, q),
     )
 
 
@@ -264,7 +265,8 @@ def _factors(kv: KVPages, scaling: float, softcap: float | None) -> tuple[float,
     return scale * LOG2_E, 0.0, kv.v_scale
 
 
-def _launch(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, int | bool]:
+def launch_options(warps: int, stages: int, pdl: bool, x: Tensor) -> dict[str, int | bool]:
+    """Return how Triton launches a kernel that may start early, if the device of ``x`` can."""
     early = pdl and not _old(x.device)
     return {
         "num_warps": warps,
@@ -313,6 +315,7 @@ def _write(  # type: ignore[no-untyped-def]
     DV: tl.constexpr,
     PAGE: tl.constexpr,
     FP8: tl.constexpr,
+    KEYS_ALONE: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -333,18 +336,19 @@ def _write(  # type: ignore[no-untyped-def]
         D,
         FP8,
     )
-    _store_heads(
-        v + token.to(tl.int64) * stride_v_token,
-        stride_v_head,
-        v_pages + page * stride_v_page + position % PAGE * DV,
-        stride_v_page_head,
-        v_factor,
-        i // DV,
-        i % DV,
-        HEADS,
-        DV,
-        FP8,
-    )
+    if not KEYS_ALONE:
+        _store_heads(
+            v + token.to(tl.int64) * stride_v_token,
+            stride_v_head,
+            v_pages + page * stride_v_page + position % PAGE * DV,
+            stride_v_page_head,
+            v_factor,
+            i // DV,
+            i % DV,
+            HEADS,
+            DV,
+            FP8,
+        )
 
 
 @triton.jit
@@ -616,7 +620,7 @@ def _decode(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived + place, 0)
-            _add_parts(
+            add_parts(
                 partial,
                 sums,
                 tops,
@@ -634,7 +638,7 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_parts(  # type: ignore[no-untyped-def]
+def add_parts(  # type: ignore[no-untyped-def]
     partial,
     sums,
     tops,

@@ -1,0 +1,359 @@
+"""Attention over paged latents in Triton: one head of latents for all heads of queries.
+
+A latent is key and value at once, and is read once: logits come from all of its numbers and from
+the rotary part beside them, and what is gathered are its numbers. Query heads are rows of a tile.
+"""
+
+# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.triton_paged import LOG2_E, add_parts, launch_options
+from qtool.runtime.triton.tiles import start_early
+
+ROWS = 16  # heads of a tile, at most
+_ANY = {
+    "do_not_specialize": ["stride_table_row", "decodes", "least"],
+    "do_not_specialize_on_alignment": [
+        *("table", "rows", "positions", "starts", "partial", "sums", "arrived"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut."""
+
+    keys: int
+    """Latents of a step."""
+    warps: int
+    stages: int
+    rows: int
+    """Query rows of a program."""
+    parts: int = 1
+    """Into how many parts the latents of a decode are cut, at most."""
+    least: int = 1
+    """Steps of each part, at least."""
+
+
+def decode_tile(programs: int, most: int, itemsize: int) -> Tile:
+    """Choose for ``programs`` groups of heads of all sequences, of at most ``most`` tokens each."""
+    keys = 32 if itemsize < 4 else 16
+    parts = max(1, min(16 if programs <= 64 else 512 // programs, triton.cdiv(most, keys)))
+    return Tile(keys, 4, 2, ROWS, parts)
+
+
+def prefill_tile(queries: torch.dtype, latents: torch.dtype) -> Tile:
+    """Choose for chunks."""
+    if queries == torch.float32:
+        return Tile(16, 4, 1, 16)
+    # 8 bits become 16 in registers
+    return Tile(32, 8, 2, 64 if latents == queries else 32)
+
+
+def attend(q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float) -> None:
+    """Fill ``out`` [T, heads, rank], see `interface.attend`; ``q`` is [T, heads, rank + rotary]."""
+    if packed.decodes:
+        decode(q, kv, packed, out, scaling)
+    if packed.starts is not None and packed.longest:
+        prefill(q, kv, packed, out, scaling)
+
+
+def decode(
+    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, tile: Tile | None = None
+) -> None:
+    """Fill ``out`` for the decodes."""
+    q, tokens, shared = q.contiguous(), packed.decodes, _heads_of_tile(q.shape[1])
+    groups, rank = q.shape[1] // shared, out.shape[2]
+    most = packed.most or packed.table.shape[1] * PAGE
+    tile = tile or decode_tile(tokens * groups, most, q.element_size())
+    split = tile.parts > 1
+    size = tokens * groups * tile.parts * shared if split else 1
+    partial = q.new_empty(size * rank if split else 1, dtype=torch.float32)
+    sums = q.new_empty(2 * size, dtype=torch.float32)
+    counters = packed.counters
+    if counters is None or counters.numel() < tokens * groups:
+        counters = q.new_zeros(tokens * groups if split else 1, dtype=torch.int32)
+    together = 2048 * tile.warps // (triton.next_power_of_2(shared) * rank)
+    _decode[(groups, tile.parts, tokens)](
+        partial=partial,
+        sums=sums,
+        arrived=counters,
+        least=tile.least,
+        SHARED_PADDED=triton.next_power_of_2(shared),
+        PARTS=tile.parts,
+        TOGETHER=max(1, min(triton.next_power_of_2(tile.parts), together)),
+        **_inputs(q, kv, packed, out, scaling, shared, tile),
+    )
+
+
+def prefill(
+    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, tile: Tile | None = None
+) -> None:
+    """Fill ``out`` for the tokens of chunks."""
+    assert packed.starts is not None
+    q, shared = q.contiguous(), _heads_of_tile(q.shape[1])
+    tile = tile or prefill_tile(q.dtype, kv.k.dtype)
+    grid = (
+        triton.cdiv(packed.longest, tile.rows // shared),
+        q.shape[1] // shared,
+        packed.starts.numel() - 1,
+    )
+    _prefill[grid](
+        starts=packed.starts,
+        decodes=packed.decodes,
+        **_inputs(q, kv, packed, out, scaling, shared, tile),
+    )
+
+
+def _heads_of_tile(heads: int) -> int:
+    """Return how many heads share a tile: so many that all tiles have as many."""
+    return max(count for count in range(1, ROWS + 1) if heads % count == 0)
+
+
+def _inputs(
+    q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float, shared: int, tile: Tile
+) -> dict[str, object]:
+    """Return the arguments that both kernels share, by name."""
+    return {
+        "q": q,
+        "pages": kv.k,
+        "table": packed.table,
+        "rows": packed.rows,
+        "positions": packed.positions,
+        "out": out,
+        "stride_table_row": packed.table.shape[1],
+        "stride_page": kv.k.stride(0),
+        "factor": scaling * kv.k_scale * LOG2_E,
+        "scale": kv.k_scale,
+        "SHARED": shared,
+        "ROWS": tile.rows,
+        "RANK": out.shape[2],
+        "ROTARY": q.shape[2] - out.shape[2],
+        "PAGE": PAGE,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
+        **launch_options(tile.warps, tile.stages, True, q),
+    }
+
+
+@triton.jit
+def _load_queries(q, token, head, inside, heads, RANK: tl.constexpr, ROTARY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the parts of the queries of rows for latents and for rotary parts."""
+    place = q + (token.to(tl.int64) * heads + head) * (RANK + ROTARY)
+    latent = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=inside[:, None], other=0.0)
+    rotary = tl.load(
+        place[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=inside[:, None], other=0.0
+    )
+    return latent, rotary
+
+
+@triton.jit
+def _attend_tiles(  # type: ignore[no-untyped-def]
+    latent,
+    rotary,
+    own,
+    begin,
+    end,
+    last,
+    table_row,
+    pages,
+    stride_page,
+    factor,
+    RANK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return the sum of latents, the sum of weights and the largest logit of rows over tiles
+    ``begin`` to ``end`` - 1; ``own`` is the position of each row, ``last`` the largest.
+    """
+    ROWS: tl.constexpr = latent.shape[0]
+    acc = tl.zeros((ROWS, RANK), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    keys = begin * KEYS + tl.arange(0, KEYS)
+    page = tl.load(table_row + keys // PAGE, mask=keys <= last, other=0)
+    for _ in tl.range(begin, end, num_stages=STAGES):
+        visible = (keys <= last)[:, None]
+        # a step ahead, so that no load waits for another of its step
+        next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
+        place = pages + page.to(tl.int64) * stride_page + (keys % PAGE) * (RANK + ROTARY)
+        kept = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=visible, other=0.0)
+        turned = tl.load(
+            place[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=visible, other=0.0
+        )
+        kept, turned = kept.to(latent.dtype), turned.to(latent.dtype)
+        logits = tl.dot(latent, tl.trans(kept), input_precision="ieee")
+        logits = tl.dot(rotary, tl.trans(turned), logits, input_precision="ieee") * factor
+        logits = tl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - base[:, None])
+        left = tl.exp2(top - base)
+        total = total * left + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(latent.dtype), kept, acc * left[:, None], input_precision="ieee")
+        top, page, keys = new_top, next_page, keys + KEYS
+    return acc, total, top
+
+
+@triton.jit(**_ANY)
+def _decode(  # type: ignore[no-untyped-def]
+    q,
+    pages,
+    table,
+    rows,
+    positions,
+    out,
+    partial,
+    sums,
+    arrived,
+    stride_table_row,
+    stride_page,
+    factor,
+    scale,
+    least,
+    SHARED: tl.constexpr,
+    SHARED_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_early(PDL)
+    group, part, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(0)
+    last = tl.load(positions + token)
+    tiles = last // KEYS + 1
+    each = tl.maximum(tl.cdiv(tiles, PARTS), least)
+    parts = tl.cdiv(tiles, each)
+    if part >= parts:
+        return
+    row = tl.arange(0, ROWS)
+    tokens = tl.zeros((ROWS,), tl.int32) + token
+    latent, rotary = _load_queries(
+        q, tokens, group * SHARED + row, row < SHARED, groups * SHARED, RANK, ROTARY
+    )
+    begin = part * each
+    acc, total, top = _attend_tiles(
+        latent,
+        rotary,
+        tl.zeros((ROWS,), tl.int32) + last,
+        begin,
+        tl.minimum(begin + each, tiles),
+        last,
+        table + tl.load(rows + token) * stride_table_row,
+        pages,
+        stride_page,
+        factor,
+        RANK,
+        ROTARY,
+        PAGE,
+        KEYS,
+        STAGES,
+    )
+    place = token.to(tl.int64) * groups + group
+    d = tl.arange(0, RANK)
+    inside = (row < SHARED)[:, None]
+    if parts == 1:
+        result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + (place * SHARED + row[:, None]) * RANK + d[None, :], result, mask=inside)
+    elif PARTS > 1:
+        mine = (place * PARTS + part) * SHARED + row
+        tops = sums + tl.num_programs(2).to(tl.int64) * groups * PARTS * SHARED
+        tl.store(partial + mine[:, None] * RANK + d[None, :], acc, mask=inside)
+        tl.store(sums + mine, total, mask=row < SHARED)
+        tl.store(tops + mine, top, mask=row < SHARED)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived + place, 0)
+            add_parts(
+                partial,
+                sums,
+                tops,
+                out,
+                place,
+                parts,
+                scale,
+                SHARED,
+                SHARED_PADDED,
+                RANK,
+                RANK,
+                PARTS,
+                TOGETHER,
+            )
+
+
+@triton.jit(**_ANY)
+def _prefill(  # type: ignore[no-untyped-def]
+    q,
+    pages,
+    table,
+    rows,
+    positions,
+    starts,
+    out,
+    decodes,
+    stride_table_row,
+    stride_page,
+    factor,
+    scale,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // SHARED
+    start_early(PDL)
+    group, chunk = tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1) * SHARED
+    start = tl.load(starts + chunk)
+    count = tl.load(starts + chunk + 1) - start
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    if block * TOKENS >= count:
+        return
+    start += decodes
+    first = tl.load(positions + start)
+    member = tl.arange(0, ROWS)
+    token = block * TOKENS + member // SHARED
+    valid = (token < count) & (member < TOKENS * SHARED)
+    last = first + tl.minimum(block * TOKENS + TOKENS, count) - 1
+    head = group * SHARED + member % SHARED
+    latent, rotary = _load_queries(q, start + token, head, valid, heads, RANK, ROTARY)
+    acc, total, _ = _attend_tiles(
+        latent,
+        rotary,
+        tl.minimum(first + token, last),
+        0,
+        last // KEYS + 1,
+        last,
+        table + tl.load(rows + start) * stride_table_row,
+        pages,
+        stride_page,
+        factor,
+        RANK,
+        ROTARY,
+        PAGE,
+        KEYS,
+        STAGES,
+    )
+    place = (start + token).to(tl.int64) * heads + head
+    result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=valid[:, None])
