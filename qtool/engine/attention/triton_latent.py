@@ -145,7 +145,9 @@ def _inputs(
 
 
 @triton.jit
-def _load_queries(q, token, head, inside, heads, RANK: tl.constexpr, ROTARY: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_queries(  # type: ignore[no-untyped-def]
+    q, token, head, inside, heads, RANK: tl.constexpr, ROTARY: tl.constexpr
+):
     """Return the parts of the queries of rows for latents and for rotary parts."""
     place = q + (token.to(tl.int64) * heads + head) * (RANK + ROTARY)
     latent = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=inside[:, None], other=0.0)
