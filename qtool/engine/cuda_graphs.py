@@ -5,7 +5,7 @@ pieces of prompts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.scheduler import Limits
-from qtool.engine.step import Chunk, Step
+from qtool.engine.step import Step
 from qtool.engine.step_buffer import (
     StepBuffer,
     StepInputs,
@@ -26,18 +26,14 @@ from qtool.engine.step_buffer import (
 )
 from qtool.errors import one_line
 
-# Batches that decode and have a graph.
+# Tokens that decode, drafts among them, in a step that has a graph.
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 # Tokens of prompts in a step that has a graph: more keep the device busy by themselves.
 PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
-# Sequences that decode in such a step.
+# Tokens that decode in such a step.
 GRAPH_DECODE_BATCHES = (0, 64, 256)
 # Pieces of prompts in it, at most.
 MAX_GRAPH_CHUNKS = 8
-# The same where tokens are drafted: few sequences have few tokens each.
-DRAFT_BUCKETS = (8, 16, 32)
-DRAFT_DECODE_BATCHES = (0, 8)
-MAX_DRAFT_CHUNKS = 32
 
 Result = TypeVar("Result")
 NOTHING = Step(chunks=[], decodes=0, updates=[])
@@ -65,13 +61,22 @@ class PromptShape(NamedTuple):
     """The size of a step with prompts that has a graph."""
 
     decodes: int
-    """Sequences that decode."""
+    """Tokens that decode."""
     tokens: int
-    """Tokens of prompts, and of sequences with drafts."""
+    """Tokens of prompts."""
+
+    def layout(self, updates: int = 0) -> StepLayout:
+        """Return the layout of its inputs; the graph does not read the ``updates``."""
+        return StepLayout(
+            tokens=self.decodes + self.tokens,
+            starts=MAX_GRAPH_CHUNKS + 2,
+            kept=self.decodes + MAX_GRAPH_CHUNKS,
+            updates=updates,
+        )
 
 
 def decode_layout(size: int) -> StepLayout:
-    """Return the layout of a decode step of ``size`` sequences, with as many table changes."""
+    """Return the layout of a decode step of ``size`` tokens, with as many table changes."""
     return StepLayout(tokens=size, updates=size)
 
 
@@ -92,22 +97,17 @@ class CudaGraphs:
         """Smallest first."""
         self.kept_logits = torch.empty(0)
         """[R, V]: where all graphs with prompts leave their logits."""
-        most = limits.max_running
-        self._chunks = MAX_DRAFT_CHUNKS if limits.drafts else MAX_GRAPH_CHUNKS
+        most = limits.most_decodes
         self._sizes = [
             *(size for size in DECODE_BUCKETS if size < most),
             min(most, DECODE_BUCKETS[-1]),
         ]
         longest = min(limits.token_budget, limits.context_length)
-        grids: list[tuple[Sequence[int], Sequence[int]]] = [(PREFILL_BUCKETS, GRAPH_DECODE_BATCHES)]
-        if limits.drafts:
-            grids.insert(0, (DRAFT_BUCKETS, DRAFT_DECODE_BATCHES))
         self._shapes = [
             PromptShape(decodes, tokens)
-            for buckets, batches in grids
-            for tokens in buckets
+            for tokens in PREFILL_BUCKETS
             if tokens <= longest
-            for decodes in sorted({min(count, most) for count in batches})
+            for decodes in sorted({min(count, most) for count in GRAPH_DECODE_BATCHES})
         ]
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
@@ -126,42 +126,34 @@ class CudaGraphs:
 
     @property
     def _kept_rows(self) -> int:
-        """The most rows of logits that a shape keeps."""
-        return max((self._layout(shape).kept for shape in self._shapes), default=0)
-
-    def _layout(self, shape: PromptShape, updates: int = 0) -> StepLayout:
-        """Return the layout of the inputs of ``shape``; its graph does not read the ``updates``."""
-        return StepLayout(
-            tokens=shape.decodes + shape.tokens,
-            starts=self._chunks + 2,
-            kept=shape.decodes + min(shape.tokens, self._chunks + self._limits.step_drafts),
-            updates=updates,
-        )
+        return max((shape.decodes for shape in self._shapes), default=0) + MAX_GRAPH_CHUNKS
 
     def decode_size(self, step: Step) -> int | None:
         """Return the size of the graph that runs ``step``, None when there is none."""
         if step.decodes != len(step.chunks):
             return None
-        size = next((size for size in self.decode if size >= step.decodes), None)
+        tokens = step.decode_tokens
+        size = next((size for size in self.decode if size >= tokens), None)
         return size if size is not None and len(step.updates) <= size else None
 
     def prompt_shape(self, step: Step) -> PromptShape | None:
         """Return the smallest shape with a graph that holds ``step``, None when there is none."""
         prefills = step.chunks[step.decodes :]
-        if not 0 < len(prefills) <= self._chunks:
+        if not 0 < len(prefills) <= MAX_GRAPH_CHUNKS:
             return None
         tokens = sum(chunk.count for chunk in prefills)
+        decodes = step.decode_tokens
         fitting = (
-            shape
-            for shape in self.prompts
-            if shape.decodes >= step.decodes and shape.tokens >= tokens
+            shape for shape in self.prompts if shape.decodes >= decodes and shape.tokens >= tokens
         )
         return next(fitting, None)
 
     def replay_decode(self, step: Step, size: int) -> tuple[Tensor, Tensor]:
-        """Run ``step``, which only decodes, as the graph of ``size``; return logits and tokens."""
+        """Run ``step``, which only decodes, as the graph of ``size``; return logits and tokens,
+        after each of its tokens.
+        """
         self.fill_decode(step, size)
-        graph, count = self.decode[size], len(step.chunks)
+        graph, count = self.decode[size], step.decode_tokens
         graph.graph.replay()
         return graph.logits[:count], graph.tokens[:count]
 
@@ -173,8 +165,8 @@ class CudaGraphs:
         if step.updates:
             update_table(self._table, inputs)
         self.prompts[shape].replay()
-        sampled = sum(chunk.sampled for chunk in step.chunks[step.decodes :])
-        return [*range(step.decodes), *range(shape.decodes, shape.decodes + sampled)]
+        prefills = enumerate(step.chunks[step.decodes :], start=shape.decodes)
+        return [*range(step.decode_tokens), *(row for row, chunk in prefills if chunk.samples)]
 
     def fill_decode(self, step: Step, size: int) -> StepInputs[Tensor]:
         """Send the inputs of ``step``, padded to ``size``, to the device; return them."""
@@ -194,7 +186,7 @@ class CudaGraphs:
 
         Places that stay free decode, or are a prompt, on the row for padding.
         """
-        layout, prefills = self._layout(shape, len(step.updates)), step.chunks[step.decodes :]
+        layout, prefills = shape.layout(len(step.updates)), step.chunks[step.decodes :]
         inputs = self._buffer.on_host(layout)
         inputs.token_ids[:] = 0
         inputs.positions[:] = 0
@@ -208,8 +200,7 @@ class CudaGraphs:
         inputs.starts[1 : len(stops) + 1] = stops
         inputs.kept[:] = 0
         inputs.kept[: shape.decodes] = np.arange(shape.decodes)
-        kept = _kept(prefills, shape.decodes)
-        inputs.kept[shape.decodes : shape.decodes + len(kept)] = kept
+        inputs.kept[shape.decodes : shape.decodes + len(stops)] = shape.decodes + stops - 1
         fill_updates(inputs, step.updates, self._table)
         return self._buffer.send(layout)
 
@@ -285,18 +276,6 @@ class CudaGraphs:
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prompts)
-
-
-def _kept(chunks: Sequence[Chunk], first: int) -> list[int]:
-    """Return the tokens whose logits are sampled from, of ``chunks`` side by side from token
-    ``first`` on.
-    """
-    kept: list[int] = []
-    stop = first
-    for chunk in chunks:
-        stop += chunk.count
-        kept += range(stop - chunk.sampled, stop)
-    return kept
 
 
 class _Recorder:

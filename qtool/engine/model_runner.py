@@ -86,7 +86,7 @@ class Runner:
             self._prepare_model(compiled)
             log_time("layers fused")
             heads = max(layer.groups for layer in self.geometry.layers)
-            self._counters = new_counters(limits.max_running, heads, device)
+            self._counters = new_counters(limits.most_decodes, heads, device)
             dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
             self.cache_dtype = dtype
             scales = cache_scales or {}
@@ -132,15 +132,13 @@ class Runner:
         largest = StepLayout(
             tokens=limits.token_budget + limits.max_running,
             starts=limits.max_running + 2,
-            kept=limits.max_running + PROMPT_LOGITS + limits.step_drafts,
+            kept=limits.most_decodes + PROMPT_LOGITS,
             updates=(limits.max_running + 1) * columns,
         )
         self.buffer = StepBuffer(largest, device)
         pinned = device.type == "cuda"
         self._sampled = [
-            torch.zeros(
-                limits.max_running + limits.step_drafts, dtype=torch.int32, pin_memory=pinned
-            )
+            torch.zeros(limits.most_decodes, dtype=torch.int32, pin_memory=pinned)
             for _ in range(NUM_BUFFERS)
         ]
         rows = limits.max_running + 1  # the last row is for padding
@@ -227,7 +225,7 @@ class Runner:
             longest=min(tokens, longest),
             counters=self._counters,
         )
-        samples = min(self.limits.max_running + self.limits.step_drafts, tokens)
+        samples = min(self.limits.most_decodes, tokens)
         kept = torch.zeros(samples, dtype=torch.long, device=self.device)
         logits = self._logits(packed, torch.zeros_like(positions), kept)
         params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
@@ -344,7 +342,7 @@ class Runner:
         Args:
             whole: positions of chunks all of whose logits are wanted.
         """
-        chunks, decodes = step.chunks, step.decodes
+        chunks, decodes = step.chunks, step.decode_tokens
         stops = list(itertools.accumulate(chunk.count for chunk in chunks))
         sizes = _logits_of(step, whole)
         kept = [
@@ -352,7 +350,7 @@ class Runner:
             for stop, size in zip(stops, sizes, strict=True)
             for place in range(stop - size, stop)
         ]
-        prefills = len(chunks) - decodes
+        prefills = len(chunks) - step.decodes
         layout = StepLayout(
             tokens=stops[-1],
             starts=prefills + 1 if prefills else 0,
@@ -363,7 +361,7 @@ class Runner:
         fill_tokens(inputs, chunks)
         if prefills:
             inputs.starts[0] = 0
-            inputs.starts[1:] = [stop - decodes for stop in stops[decodes:]]
+            inputs.starts[1:] = [stop - decodes for stop in stops[step.decodes :]]
         inputs.kept[:] = kept
         fill_updates(inputs, step.updates, self.table)
         there = self.buffer.send(layout)
@@ -375,7 +373,7 @@ class Runner:
             there.positions,
             decodes=decodes,
             starts=there.starts if prefills else None,
-            longest=max((chunk.count for chunk in chunks[decodes:]), default=0),
+            longest=max((chunk.count for chunk in chunks[step.decodes :]), default=0),
             counters=self._counters,
         )
         return self._logits(packed, there.token_ids, there.kept.long())

@@ -42,9 +42,11 @@ class Limits:
     """Tokens drafted for one sequence in a step."""
 
     @property
-    def step_drafts(self) -> int:
-        """Tokens drafted in a step."""
-        return min(self.drafts * self.max_running, MAX_DRAFTS)
+    def most_decodes(self) -> int:
+        """Tokens of a step that are sampled from, drafts among them."""
+        running = self.max_running
+        with_drafts = min(running * (1 + self.drafts), running + MAX_DRAFTS, self.token_budget)
+        return max(running, with_drafts)
 
 
 # drafts at most so many tokens that may follow those of a sequence, all of which are known
@@ -136,27 +138,23 @@ class Scheduler:
         """
         self._logits_left = PROMPT_LOGITS
         decodes: list[Chunk] = []
-        verified: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
         # prompts; no later sequence of the loop takes their pages, for they are older
-        unfinished = self._schedule_decodes(decodes, verified, updates)
-        left = self.token_budget - len(decodes) - sum(chunk.count for chunk in verified)
+        unfinished = self._schedule_decodes(decodes, updates)
+        left = self.token_budget - sum(chunk.count for chunk in decodes)
         for sequence in unfinished:
             left -= self._prefill(sequence, left, decodes, prefills)
         while left and self._can_admit() and self._admit(self.waiting[0], updates):
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
-        chunks = decodes + verified + prefills
+        chunks = decodes + prefills
         return Step(chunks, len(decodes), updates) if chunks else None
 
     def _schedule_decodes(
-        self,
-        decodes: list[Chunk],
-        verified: list[Chunk],
-        updates: list[tuple[int, int, int]],
+        self, decodes: list[Chunk], updates: list[tuple[int, int, int]]
     ) -> list[SequenceState]:
-        """Add a token of each sequence that decodes to ``decodes``, or with drafts to ``verified``;
-        return those that run and whose tokens are not all computed.
+        """Add a token of each sequence that decodes to ``decodes``, and drafts after it; return
+        those that run and whose tokens are not all computed.
         """
         unfinished = []
         room = min(MAX_DRAFTS, self.token_budget - len(self.running))  # of drafts
@@ -170,8 +168,7 @@ class Scheduler:
             elif start < len(sequence.pages) * PAGE or self._grow(sequence, updates):
                 drafts = self._draft(sequence, room, updates)
                 room -= len(drafts)
-                chunk = Chunk(sequence, start, 1 + len(drafts), True, drafts)
-                (verified if drafts else decodes).append(chunk)
+                decodes.append(Chunk(sequence, start, 1 + len(drafts), True, drafts))
                 sequence.computed = length
                 sequence.pending = pending + 1
         return unfinished

@@ -94,11 +94,16 @@ class Step:
 
     chunks: list[Chunk]
     decodes: int
-    """So many chunks at the beginning have count 1, samples, start > 0; their token may be
-    pending. Those with drafts come next.
+    """So many chunks at the beginning have start > 0, samples, and one token before their drafts,
+    which may be pending if there are none.
     """
     updates: list[tuple[int, int, int]]
     """(row, column, page) to set in the page table before the step; no (row, column) twice."""
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of the chunks that `decodes` counts."""
+        return sum(chunk.count for chunk in self.chunks[: self.decodes])
 
     def gained(self, tokens: Sequence[int]) -> list[Gain]:
         """Return the chunks that sample, and what each gains of the ``tokens`` of all of them."""

@@ -199,7 +199,7 @@ class Loop:
             )
             assert sequence.length <= sequence.longest
             assert not (pending and sequence.waits_for_tokens)
-            is_decode = chunk.count == 1 and chunk.samples and chunk.start > 0
+            is_decode = chunk.count == 1 + drafted and chunk.samples and chunk.start > 0
             assert is_decode == (number < step.decodes)
             assert is_decode or chunk.start + chunk.count - drafted <= len(sequence.tokens)
         # Whoever was admitted or got pages is in the step, so no other loses changes of the table,
@@ -822,9 +822,9 @@ def test_drafts_take_what_nobody_else_needs():
     step = loop.schedule()
     # of 9 tokens the sequences need 3, and the oldest gets the rest
     assert [(sequences.index(c.sequence), len(c.drafts)) for c in step.chunks] == [
+        (0, 6),
         (1, 0),
         (2, 0),
-        (0, 6),
     ]
     loop.flying.append((step, loop.device.run(step)))
     loop.read()

@@ -12,7 +12,7 @@ from support import EXAMPLE
 from support.small_models import publish
 
 from qtool.engine.config import EngineConfig, Speculation
-from qtool.engine.cuda_graphs import NOTHING, PromptShape
+from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
 from qtool.engine.engine import Engine
 from qtool.engine.sampler import Sampler
 from qtool.engine.sampling_batch import History, RowRequest
@@ -129,30 +129,36 @@ def test_a_grammar_holds_drafts_too(drafting):
     drafting.loop.scheduler.propose = drafter
 
 
-def test_steps_of_a_fixed_size_compute_the_same(wanted, monkeypatch):
-    """What CUDA graphs do, by hand: several sequences with drafts, and some without."""
-    with Engine(EXAMPLE, **OPTIONS, **NGRAM, max_running_requests=6) as engine:
-        runner = engine.loop.runner
-        graphs = runner.graphs
+def test_steps_of_a_fixed_size_compute_the_same(wanted):
+    """What CUDA graphs do, by hand: sequences with drafts and without, beside prompts too."""
+    small = {"chunked_prefill_size": 64, "max_running_requests": 6}
+    with Engine(EXAMPLE, **OPTIONS, **NGRAM, **small) as engine:
+        runner, graphs = engine.loop.runner, engine.loop.runner.graphs
+        sizes: list[object] = []
+
+        def replay_decode(inputs, logits, tokens, size):
+            sizes.append(size)
+            for kept, made in zip((logits, tokens), runner.decode(inputs), strict=True):
+                kept.copy_(made)
+
+        def replay_prompts(inputs, shape):
+            sizes.append(shape)
+            graphs.keep_logits(runner.prefill, inputs, shape)
+
         with torch.inference_mode():
+            for size in (8, 16, 48):
+                inputs = graphs.fill_decode(NOTHING, size)
+                made = runner.decode(inputs)
+                replay = partial(replay_decode, inputs, *made, size)
+                graphs.decode[size] = DecodeGraph(SimpleNamespace(replay=replay), *made)
             graphs.kept_logits = torch.empty(graphs._kept_rows, runner.vocab_size)
-            for shape in map(PromptShape._make, ((0, 8), (6, 8), (0, 16), (6, 32), (6, 64))):
+            for shape in map(PromptShape._make, ((0, 64), (48, 64))):
                 inputs = graphs.fill_prompts(NOTHING, shape)
-                run = partial(graphs.keep_logits, runner.prefill, inputs, shape)
-                run()
-                graphs.prompts[shape] = SimpleNamespace(replay=run)
-        replayed = []
-        replay = graphs.replay_prompts
-        monkeypatch.setattr(
-            graphs,
-            "replay_prompts",
-            lambda *arguments: replayed.append(arguments[1]) or replay(*arguments),
-        )
-        several = [CASES[0], *CASES[-3:-1]]
-        assert answers(engine, several) == [wanted[0][0], *wanted[0][-4:-2]]
+                replay = partial(replay_prompts, inputs, shape)
+                graphs.prompts[shape] = SimpleNamespace(replay=replay)
+        assert answers(engine) == wanted[0]
         assert answers(engine, CASES[:1]) == wanted[0][:1]
-        assert (0, 8) in replayed
-        assert {(6, 8), (6, 32)} & {*replayed}
+        assert {8, 48, (48, 64)} <= {*sizes}
 
 
 def test_a_draft_is_accepted_as_often_as_it_is_drawn():

@@ -123,8 +123,14 @@ def _attend_on_cpu(
 ) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
     starts = [0] if packed.starts is None else packed.starts.tolist()
-    bounds = [*range(packed.decodes), *(packed.decodes + start for start in starts)]
     rows, positions = packed.rows.tolist(), packed.positions.tolist()
+    bounds = [
+        token
+        for token in range(packed.decodes)
+        if not token
+        or (rows[token - 1], positions[token - 1] + 1) != (rows[token], positions[token])
+    ]  # what follows a token of its sequence, a draft, attends together with it
+    bounds += [packed.decodes + start for start in starts]
     for begin, end in pairwise(bounds):
         if begin == end:
             continue

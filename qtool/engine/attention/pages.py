@@ -106,7 +106,9 @@ class Packed:
     positions: Tensor
     """int32 [T]; they are consecutive within a chunk."""
     decodes: int
-    """The first tokens of the pass, each the one new token of its sequence."""
+    """The first tokens of the pass, each of which attends by itself: the one new token of its
+    sequence, or one of several, with drafts.
+    """
     starts: Tensor | None = None
     """int32 [S + 1]: where each of the chunks that follow begins, counted from ``decodes``, and
     where the last ends; None without chunks.
