@@ -90,13 +90,15 @@ def _hand_over(
 def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
-    from qtool.engine.requirements import check_by_name
+    from qtool.engine.requirements import check_by_name, check_speculation
     from qtool.runtime.devices import device_named
     from qtool.runtime.load_plan import plan_load
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
     plan = plan_load(checkpoint, device_named(settings.device), settings.quantization)
     check_by_name(plan)
+    if settings.engine_config.speculation is not None:
+        check_speculation(plan)
     for warning in plan.warnings:
         message(f"warning: {warning}")
     show(plan.to_dict, kernels(plan), as_json)

@@ -4,7 +4,7 @@
 
 The greedy tokens of the tiny model and of tiny random ones against transformers'
 `generate`, one by one and together, with prefix hits,
-chunked prefill and preemption: equal, or different from a place on where transformers' own logits
+chunked prefill, preemption and drafted tokens: equal, or different from a place on where transformers' own logits
 are nearly a tie. In bf16 a random mixture may also send a token to other experts; in f32 every text is
 equal. Then the size of the KV cache against arithmetic, and the memory after many
 requests. Exits 1 if anything is wrong.
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from test_engine import ARCHITECTURES, EXAMPLE, GREEDY, prompts_of, random_model  # noqa: E402
 
 from qtool.engine.engine import Engine  # noqa: E402
+from qtool.engine.step import SequenceState  # noqa: E402
 
 TIE = 2.0  # times what rounding to bf16 changes in transformers' own logits there
 
@@ -109,6 +110,8 @@ def compare(name: str, folder: Path | str, model, dtype: str) -> int:
         ]
         pairs += [("preempted", *rest) for rest in zip(short, got, wanted_short, strict=True)]
         preemptions = engine.loop.scheduler.preemptions
+    if not has_states:
+        pairs += drafted(folder, options, prompts, wanted)
     exact = copy.deepcopy(model).float()
     found = [(how, differs(model, exact, prompt, one, other)) for how, prompt, one, other in pairs]
     wrong = [f"{how}: {what}" for how, what in found if what not in (None, "tie")]
@@ -119,6 +122,43 @@ def compare(name: str, folder: Path | str, model, dtype: str) -> int:
         flush=True,
     )
     return len(wrong) + (not preemptions) + (not hits and not has_states)
+
+
+def drafted(
+    folder: Path | str,
+    options: dict[str, object],
+    prompts: list[list[int]],
+    wanted: list[list[int]],
+) -> list[tuple[str, list[int], list[int], list[int]]]:
+    """Return the texts of an engine that is given drafts, of which every fifth token is wrong."""
+    whole = {tuple(prompt): [*prompt, *one] for prompt, one in zip(prompts, wanted, strict=True)}
+
+    def recall(sequence: SequenceState, room: int) -> list[int]:
+        size = len(sequence.tokens)
+        known = whole[tuple(sequence.prompt)][size : size + min(room, 7)]
+        return [token if (size + i) % 5 else token ^ 1 for i, token in enumerate(known)]
+
+    pairs = []
+    for graphs in (True, False):
+        with Engine(
+            folder,
+            **options,
+            max_total_tokens=16 * 1024,
+            max_running_requests=40,
+            speculative_algorithm="NGRAM",
+            disable_cuda_graph=not graphs,
+        ) as engine:
+            engine.loop.scheduler.propose = recall
+            alone = [
+                engine.generate(input_ids=prompt, sampling_params=GREEDY) for prompt in prompts[:4]
+            ]
+            together = engine.generate(input_ids=prompts, sampling_params=GREEDY)
+            how = f"drafted, {len(engine.loop.runner.graphs.decode)} graphs"
+            texts = [result["output_ids"] for result in [*alone, *together]]
+            asked = [*prompts[:4], *prompts], [*wanted[:4], *wanted]
+            pairs += [(how, *rest) for rest in zip(asked[0], texts, asked[1], strict=True)]
+            print(f"{how}: accept length {engine.loop.spec.total.accept_length:.2f}")
+    return pairs
 
 
 def many(requests: int) -> int:

@@ -111,7 +111,12 @@ def _server_info(service: Service, stats: EngineStats | None) -> dict[str, objec
         for name, value in asdict(service.info).items()
         if name not in ("tokenizer", "tokenizer_path", "eos_ids", "model_path")
     }
-    state = {"places_taken": service.slots_in_use, **(asdict(stats) if stats else {})}
+    state: dict[str, object] = {"places_taken": service.slots_in_use}
+    if stats is not None:
+        state |= asdict(stats)
+        del state["spec"]
+    if stats is not None and stats.spec is not None:
+        state["avg_spec_accept_length"] = stats.spec.accept_length
     return {
         **service.settings.to_dict(),
         **info,
