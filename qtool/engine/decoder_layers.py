@@ -51,23 +51,26 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("input_layernorm", None, "post_attention_layernorm", None),  # Llama and most others
-    Layout(  # Gemma 2 and 3
+    # Llama and most others
+    Layout("input_layernorm", None, "post_attention_layernorm", None),
+    # Apertus
+    Layout("attention_layernorm", None, "feedforward_layernorm", None),
+    # OLMo 2, EXAONE 4
+    Layout(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    # Gemma 2 and 3
+    Layout(
         "input_layernorm",
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
-    Layout(  # GLM-4
+    # GLM-4
+    Layout(
         "input_layernorm",
         "post_self_attn_layernorm",
         "post_attention_layernorm",
         "post_mlp_layernorm",
     ),
-    Layout(
-        None, "post_attention_layernorm", None, "post_feedforward_layernorm"
-    ),  # OLMo 2, EXAONE 4
-    Layout("attention_layernorm", None, "feedforward_layernorm", None),  # Apertus
 )
 PARALLEL = Layout("input_layernorm", None, None, None)  # Cohere: mixer and MLP read one norm
 MLPS = ("mlp", "block_sparse_moe")

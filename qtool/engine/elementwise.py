@@ -96,7 +96,7 @@ def rotate_and_write(
     at: tuple[int, int, int],
     heads: int,
     stride_q_head: int,
-    norms: tuple[Tensor, Tensor, float, bool, bool] | None,
+    norms: tuple[Tensor, Tensor, float, bool, bool, bool] | None,
     rotary: tuple[Tensor, Tensor] | None,
     rotated: int,
     k_pages: Tensor,
@@ -116,8 +116,9 @@ def rotate_and_write(
         at: where the queries, keys and values of a token begin.
         heads: of queries.
         stride_q_head: from the queries of a head to those of the next.
-        norms: the weights of the norms of queries and keys, [D], or [heads * D] if all heads of a
-            token share a norm; their epsilon, ``plus_one`` and ``late``.
+        norms: the weights of the norms of queries and keys, [D] or [heads, D], or [heads * D] if
+            all heads of a token share a norm; their epsilon, ``plus_one``, ``late`` and
+            ``centered``, which those of all heads cannot be.
         rotary: cosines and sines, [T, at least rotated / 2 * angle_step]: channel ``i`` turns with
             channel ``rotated / 2 + i``, by angle ``i * angle_step``.
         rotated: how many channels of a head are rotated.
@@ -132,7 +133,8 @@ def rotate_and_write(
     """
     tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
     q = qkv.new_empty(tokens, heads, width)
-    q_weight, k_weight, eps, plus_one, late = norms or (None, None, 0.0, False, False)
+    q_weight, k_weight, eps, *kind = norms or (None, None, 0.0, False, False, False)
+    plus_one, late, centered = kind
     cos, sin = rotary or (None, None)
     block = triton.next_power_of_2(width)
     together = max(1, TILE // block)
@@ -166,9 +168,11 @@ def rotate_and_write(
         ROTATED=0 if cos is None else rotated,
         INTERLEAVED=interleaved,
         ANGLE_STEP=angle_step,
-        WHOLE=q_weight is not None and q_weight.shape[0] > width,
+        EACH=q_weight is not None and q_weight.numel() > width,
+        WHOLE=q_weight is not None and q_weight.shape[-1] > width,
         PLUS_ONE=plus_one,
         LATE=late,
+        CENTERED=centered,
         FP8=k_pages.dtype == torch.float8_e4m3fn,
         PAGE=page,
         TOGETHER=together,
@@ -429,40 +433,53 @@ def _put_heads(  # type: ignore[no-untyped-def]
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ANGLE_STEP: tl.constexpr,
+    EACH: tl.constexpr,
     WHOLE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
+    CENTERED: tl.constexpr,
     FP8: tl.constexpr,
 ):
     """Norm the heads at ``x`` [H, 1], rotate them, and store those ``inside`` at ``out`` [H, 1].
 
-    ``weight`` is that of any head. If the norm is over the ``WHOLE`` of a token, it has the shape
-    of ``x``, and ``mean`` is the mean of the squares of all heads. Each rotated channel of the
-    first half turns with one of the second half, or each with its neighbour. All loads have the
-    shape [H, ...], those of the angles too: with another shape they would have another layout, and
-    go through shared memory.
+    ``weight`` is that of any head, or of ``EACH`` at ``x``. If the norm is over the ``WHOLE`` of a
+    token, ``mean`` is the mean of the squares of all heads. Each rotated channel of the first half
+    turns with one of the second half, or each with its neighbour. All loads have the shape
+    [H, ...], those of the angles too: with another shape they would have another layout, and go
+    through shared memory.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     HALF: tl.constexpr = ROTATED // 2
     REST: tl.constexpr = D - ROTATED
     every = tl.full(x.shape, True, tl.int1)
-    squares = tl.zeros(x.shape, tl.float32)
     if HALF:
         i = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(HALF))[None, :]
         first, second = _load_pairs(x, inside, i, HALF, INTERLEAVED)
-        if weight is not None and not WHOLE:
-            squares += tl.sum(first * first + second * second, 1, keep_dims=True)
     if REST:
         j = tl.zeros(x.shape, tl.int32) + tl.arange(0, triton.next_power_of_2(REST))[None, :]
         resting = inside & (j < REST)
         rest = tl.load(x + ROTATED + j, mask=resting, other=0.0).to(tl.float32)
-        if weight is not None and not WHOLE:
+    if CENTERED:
+        sums = tl.zeros(x.shape, tl.float32)
+        if HALF:
+            sums += tl.sum(first + second, 1, keep_dims=True)
+        if REST:
+            sums += tl.sum(rest, 1, keep_dims=True)
+        if HALF:
+            first = tl.where(i < HALF, first - sums / D, 0.0)
+            second = tl.where(i < HALF, second - sums / D, 0.0)
+        if REST:
+            rest = tl.where(j < REST, rest - sums / D, 0.0)
+    if weight is not None and not WHOLE:
+        squares = tl.zeros(x.shape, tl.float32)
+        if HALF:
+            squares += tl.sum(first * first + second * second, 1, keep_dims=True)
+        if REST:
             squares += tl.sum(rest * rest, 1, keep_dims=True)
-    if not WHOLE:
         mean = squares / D
     if HALF:
         if weight is not None:
-            known = inside if WHOLE else every
+            known = inside if EACH else every
             first_weight, second_weight = _load_pairs(weight, known, i, HALF, INTERLEAVED)
             first = _normed(first, first_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
             second = _normed(second, second_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
@@ -494,7 +511,7 @@ def _put_heads(  # type: ignore[no-untyped-def]
     if REST:
         if weight is not None:
             rest_weight = tl.load(
-                weight + ROTATED + j, mask=resting if WHOLE else j < REST, other=0.0
+                weight + ROTATED + j, mask=resting if EACH else j < REST, other=0.0
             ).to(tl.float32)
             rest = _normed(rest, rest_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
         _put(rest, out + ROTATED + j, resting, scale, FP8)
@@ -534,9 +551,11 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ANGLE_STEP: tl.constexpr,
+    EACH: tl.constexpr,
     WHOLE: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     LATE: tl.constexpr,
+    CENTERED: tl.constexpr,
     FP8: tl.constexpr,
     PAGE: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -556,7 +575,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
             x + Q_AT + head * STRIDE_Q_HEAD,
             q + (t * HEADS + head) * D,
             head < HEADS,
-            q_weight + head * D if WHOLE else q_weight,
+            q_weight + head * D if EACH else q_weight,
             _mean_of_heads(x + Q_AT, STRIDE_Q_HEAD, HEADS, D, TOGETHER) if WHOLE else None,
             cos,
             sin,
@@ -566,9 +585,11 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
             ROTATED,
             INTERLEAVED,
             ANGLE_STEP,
+            EACH,
             WHOLE,
             PLUS_ONE,
             LATE,
+            CENTERED,
             False,
         )
     else:
@@ -584,7 +605,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 x + K_AT + head * D,
                 out,
                 head < KV_HEADS,
-                k_weight + head * D if WHOLE else k_weight,
+                k_weight + head * D if EACH else k_weight,
                 _mean_of_heads(x + K_AT, D, KV_HEADS, D, TOGETHER) if WHOLE else None,
                 cos,
                 sin,
@@ -594,9 +615,11 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 ROTATED,
                 INTERLEAVED,
                 ANGLE_STEP,
+                EACH,
                 WHOLE,
                 PLUS_ONE,
                 LATE,
+                CENTERED,
                 FP8,
             )
         else:
@@ -616,8 +639,10 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
                 False,
                 1,
                 False,
+                False,
                 PLUS_ONE,
                 LATE,
+                False,
                 FP8,
             )
 

@@ -93,19 +93,16 @@ class FusedAttention(nn.Module):
         self.sinks: nn.Parameter | None = getattr(attention, "sinks", None)
 
     def _check_head_norms(self) -> None:
-        q, k = self.q_norm, self.k_norm
+        q, k, geometry = self.q_norm, self.k_norm, self.geometry
         if q is None and k is None:
             return
-        geometry = self.geometry
-        width = geometry.head_dim
-        sizes = (width, width), (geometry.heads * width, geometry.kv_heads * width)
-        if (
-            q is None
-            or k is None
-            or q.kind != k.kind
-            or q.kind.centered
-            or (len(q.weight), len(k.weight)) not in sizes
-        ):
+        heads, kv_heads, width = geometry.heads, geometry.kv_heads, geometry.head_dim
+        if q is None or k is None or q.kind != k.kind or q.bias is not None or k.bias is not None:
+            raise NotFused("queries and keys have norms of different kinds, or with a bias")
+        shapes = tuple(q.weight.shape), tuple(k.weight.shape)
+        one, each = ((width,), (width,)), ((heads, width), (kv_heads, width))
+        whole = (heads * width,), (kv_heads * width,)
+        if shapes not in (one, each) and (shapes != whole or q.kind.centered):
             raise NotFused("the norms of queries and keys are not over one head each, or all")
 
     @property
@@ -189,7 +186,7 @@ def rotate_and_write(
     if qkv.is_cuda:
         from qtool.engine import elementwise
 
-        norms = (q_norm.weight, k_norm.weight, *q_norm.kind[:3]) if q_norm and k_norm else None
+        norms = (q_norm.weight, k_norm.weight, *q_norm.kind) if q_norm and k_norm else None
         scales = kv.k_scale, kv.v_scale
         where = packed.table, packed.rows, packed.positions
         return elementwise.rotate_and_write(
@@ -224,7 +221,7 @@ def _normed(heads: Tensor, norm: Norm | None) -> Tensor:
     """Return the norm of ``heads`` [T, heads, D], over each head or all, as its weight is long."""
     if norm is None:
         return heads
-    is_whole = len(norm.weight) > heads.shape[-1]
+    is_whole = norm.weight.shape[-1] > heads.shape[-1]
     return norm.normalize(heads.flatten(1) if is_whole else heads).view(heads.shape)
 
 

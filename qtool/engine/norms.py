@@ -74,7 +74,9 @@ class NormKind(NamedTuple):
 
 
 class Norm(nn.Module):
-    """A norm of any model: ``weight`` and ``bias`` are of its size, [H]."""
+    """A norm of any model: ``weight`` and ``bias`` are of its size, [H]; [heads, D] for a norm over
+    each head with weights of its own.
+    """
 
     def __init__(
         self, weight: nn.Parameter, kind: NormKind, bias: nn.Parameter | None = None
@@ -98,13 +100,14 @@ class Norm(nn.Module):
         name = type(module).__name__
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not _is_vector(weight) or not isinstance(eps, float):
+        if not _is_parameter(weight) or not isinstance(eps, float):
             raise NotFused(f"{name} is not a norm of one weight")
-        if bias is not None and not _is_vector(bias):
+        if bias is not None and not _is_parameter(bias):
             raise NotFused(f"{name} has a bias of another kind")
-        sizes = torch.tensor([[1e-3], [0.1], [1], [10]], device=weight.device)
+        sizes = torch.tensor([1e-3, 0.1, 1, 10], dtype=weight.dtype, device=weight.device)
         # the mean is not 0, which some subtract
-        x = (random_input((4, len(weight)), weight) + 0.5) * sizes.to(weight.dtype)
+        x = random_input((4, *weight.shape), weight) + 0.5
+        x = x * sizes.view(-1, *[1] * weight.dim())
         expected = module(x)
         norms = [cls(weight, NormKind(eps, *kind), bias) for kind in KINDS]
         errors = [distance(norm.normalize(x), expected, expected) for norm in norms]
@@ -177,8 +180,8 @@ def rounded(x: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
     return rounded_rows(x, Activations(codes, "token")) if codes else (x, None)
 
 
-def _is_vector(tensor: object) -> TypeGuard[nn.Parameter]:
-    return isinstance(tensor, nn.Parameter) and tensor.dim() == 1
+def _is_parameter(tensor: object) -> TypeGuard[nn.Parameter]:
+    return isinstance(tensor, nn.Parameter) and tensor.dim() in (1, 2)
 
 
 def random_input(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ FUSED = {
 }
 FUSED_TOO = {  # as some of these, by other names
     "Apertus": {},
-    "Cohere": {},
+    "Cohere": {"use_qk_norm": True},
     "Ernie4_5": {},
     "Exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
     "Glm": {"head_dim": 16},
@@ -388,12 +388,19 @@ def interpret() -> None:
     def compare_rotation(
         dtype, heads, kv_heads, width, rotated, normed, eight_bits, angles, kind
     ) -> None:
-        """``normed``: over each "head", over the "whole", or not; ``angles``: their dtype."""
+        """``normed``: over each "head", "each" with its own weights, over the "whole", or not;
+        ``angles``: their dtype.
+        """
         at = (kv_heads * width, 0, (kv_heads + heads) * width)
         qkv = torch.randn(5, (heads + 2 * kv_heads) * width).to(dtype)
-        sizes = (heads * width, kv_heads * width) if normed == "whole" else (width, width)
-        weights = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in sizes]
-        q_norm, k_norm = (Norm(weight, NormKind(1e-3)) if normed else None for weight in weights)
+        weights = [torch.nn.Parameter(torch.randn(width).to(dtype)) for _ in range(2)]
+        if normed in ("each", "whole"):
+            both = (torch.randn(count, width).to(dtype) for count in (heads, kv_heads))
+            weights = [
+                torch.nn.Parameter(part.flatten() if normed == "whole" else part) for part in both
+            ]
+        norm_kind = NormKind(1e-3, late=normed == "each", centered=normed == "each")
+        q_norm, k_norm = (Norm(weight, norm_kind) if normed else None for weight in weights)
         halves = [torch.randn(5, rotated // 2).to(angles) for _ in range(2)]
         if kind == "repeated":
             halves = [half.repeat_interleave(2, dim=1) for half in halves]
@@ -415,7 +422,7 @@ def interpret() -> None:
             qkv, at, heads, width, q_norm, k_norm, rotary, cache, packed
         )
         before = qkv.clone()
-        norms = (*weights, *q_norm.kind[:3]) if normed else None
+        norms = (*weights, *q_norm.kind) if normed else None
         own_q = elementwise.rotate_and_write(
             *(qkv, at, heads, width, norms, tuple(halves) if rotated else None, rotated),
             *(own_cache.k, own_cache.v, scales, table, rows, positions),
@@ -459,7 +466,7 @@ def interpret() -> None:
         )
         others = (
             (6, 2, 64, 32, "whole", True, dtype, "interleaved"),
-            (10, 5, 96, 96, "head", False, dtype, "repeated"),
+            (10, 5, 96, 64, "each", False, dtype, "repeated"),
         )
         for case in (*turning, others[index % 2]):
             compare_rotation(dtype, *case)
@@ -490,7 +497,7 @@ def compile_all() -> None:
             elementwise.gated(empty(8, 2 * inner), (0, inner), inner, "silu", codes)
         for dtype, norms in (
             (torch.bfloat16, None),
-            (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False)),
+            (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False, False)),
         ):
             for start in (0, 1):  # of 16 bytes, or not
                 elementwise.rotate_and_write(
@@ -527,27 +534,32 @@ def compile_all() -> None:
                 other=x if "other" in parts else None,
                 codes=codes,
             )
-    for heads, kv_heads, head_dim, rotated, whole, interleaved, step in (
-        (16, 8, 256, 256, False, False, 1),
-        (40, 8, 128, 128, True, False, 1),
-        (32, 2, 128, 64, False, True, 1),
-        (96, 8, 128, 128, False, True, 2),
+    for heads, kv_heads, head_dim, rotated, normed, step in (
+        (16, 8, 256, 256, "head", 0),
+        (40, 8, 128, 128, "whole", 0),
+        (32, 2, 128, 64, "", 1),
+        (96, 8, 128, 128, "each", 2),
     ):
-        sizes = [count * head_dim if whole else head_dim for count in (heads, kv_heads)]
+        shapes = {
+            "head": ((head_dim,), (head_dim,)),
+            "whole": ((heads * head_dim,), (kv_heads * head_dim,)),
+            "each": ((heads, head_dim), (kv_heads, head_dim)),
+        }.get(normed, ())
+        kind = (False, True, True) if normed == "each" else (True, True, False)
         elementwise.rotate_and_write(
             empty(8, (heads + 2 * kv_heads) * head_dim),
             (0, heads * head_dim, (heads + kv_heads) * head_dim),
             heads,
             head_dim,
-            None if interleaved else (*map(empty, sizes), 1e-6, True, True),
+            (*(empty(*shape) for shape in shapes), 1e-6, *kind) if normed else None,
             (empty(8, rotated), empty(8, rotated)),
             rotated,
             *(empty(9, kv_heads, PAGE, head_dim) for _ in range(2)),
             (1.0, 1.0),
             empty(4, 64, dtype=torch.int32),
             *(empty(8, dtype=torch.int32) for _ in range(2)),
-            interleaved=interleaved,
-            angle_step=step,
+            interleaved=step > 0,
+            angle_step=max(step, 1),
         )
     for kernel in compiled:
         used = triton_cpu.resources(kernel)
