@@ -100,8 +100,6 @@ class Loop:
             while not self._inbox.empty():
                 self._inbox.get()()
             self._fail_all(_stopped())
-            if self.spec is not None:
-                self.spec.log(at_once=True)
 
     def _turn_safely(self) -> None:
         """Do a turn; a bug in it fails all requests, and the loop goes on."""
@@ -213,6 +211,8 @@ class Loop:
         for chunk, gain in gained:
             if chunk.sequence.state != "finished":
                 self._advance_safely(_request(chunk.sequence), gain)
+        if self.spec is not None:
+            self.spec.log(at_once=not self.requests)
 
     def _fail_in_flight(self, in_flight: InFlightStep, error: Exception) -> None:
         """Fail a step that the device failed, and what was launched since, which is lost too."""
@@ -330,7 +330,7 @@ def _rows(chunk: Chunk) -> list[RowRequest]:
 
 
 def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:
-    """Count the steps of sequences that decode, and log them now and then."""
+    """Count the steps of sequences that decode."""
     for chunk, tokens in gained:
         sequence = chunk.sequence
         if sequence.state != "finished" and chunk.start >= len(sequence.prompt):
@@ -339,7 +339,6 @@ def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:
             counts = _request(sequence).spec
             if counts is not None:
                 counts.note(proposed, correct)
-    meter.log()
 
 
 def _wants_prompt_logprobs(chunk: Chunk) -> bool:

@@ -88,7 +88,7 @@ class SpecMeter:
         self._since.note(proposed, correct)
 
     def log(self, *, at_once: bool = False) -> None:
-        """Log the steps since the last time, every `LOG_INTERVAL_S`."""
+        """Log the steps since the last time, every `LOG_INTERVAL_S` or now."""
         now = time.monotonic()
         if not self._since.steps or not (at_once or now - self._logged >= LOG_INTERVAL_S):
             return
