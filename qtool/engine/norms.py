@@ -148,12 +148,12 @@ def add_norm(
     if norm is None and states.residual is None:
         return states.x, None, states.x
     if states.x.is_cuda:
-        return launch_add_norm(states, norm, codes)
+        return _launch_add_norm(states, norm, codes)
     total = states.total()
     return *rounded(total if norm is None else norm.normalize(total), codes), total
 
 
-def launch_add_norm(
+def _launch_add_norm(
     states: Sum, norm: Norm | None, codes: Codes | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return what `add_norm` does, by a kernel."""
