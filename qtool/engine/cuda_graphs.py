@@ -204,7 +204,7 @@ class CudaGraphs:
         fill_updates(inputs, step.updates, self._table)
         return self._buffer.send(layout)
 
-    def rehearse(
+    def warm_up(
         self,
         decode: Callable[[StepInputs[Tensor]], tuple[Tensor, Tensor]],
         prompts: Callable[[StepInputs[Tensor], PromptShape], Tensor],
@@ -212,8 +212,10 @@ class CudaGraphs:
         """Run the steps of all graphs once; see `capture`."""
         for size in self._sizes:
             decode(self.fill_decode(NOTHING, size))
+            _wait()
         for shape in self._shapes:
             prompts(self.fill_prompts(NOTHING, shape), shape)
+            _wait()
 
     def capture(
         self,
@@ -276,6 +278,11 @@ class CudaGraphs:
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prompts)
+
+
+def _wait() -> None:
+    """Wait until the device has read the inputs, before others take their place on the host."""
+    torch.cuda.current_stream().synchronize()
 
 
 class _Recorder:

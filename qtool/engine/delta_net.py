@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import cast
@@ -12,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from qtool.architecture.meta import quiet_loading
-from qtool.engine.attention.interface import RECORDING, packed_tokens, running, slots_of
+from qtool.engine.attention.interface import RECORDING, packed_tokens, running, states_of
 from qtool.engine.attention.pages import Packed, StateGeometry
 from qtool.engine.delta_rule import CHUNK, Shape, mix
 from qtool.engine.kv_cache import allocate_states
-from qtool.engine.norms import TOLERANCE, distance, random_input
+from qtool.engine.norms import ROUNDED_TOLERANCE, TOLERANCE, distance, random_input
+from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import QuantizedLinear
 
 TOKENS = CHUNK + 9  # of the input that layers are compared with
-# with quantized layers: where inputs are rounded, codes move at the least difference
-ROUNDED_TOLERANCE = 0.1
+LOG = logging.getLogger("qtool.engine")
 INPUTS = (
     ("in_proj_qkvz", "in_proj_ba"),
     ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
@@ -38,37 +40,59 @@ def is_delta_net(module: nn.Module) -> bool:
     return known and own == {"A_log", "dt_bias"}
 
 
+def has_delta_nets(model: nn.Module) -> bool:
+    """Whether ``model`` has gated delta nets."""
+    return any(map(is_delta_net, model.modules()))
+
+
 def replace_delta_nets(model: CausalLM) -> None:
     """Put a `GatedDeltaNet` in place of each gated delta net of ``model``, if both compute the
     same.
     """
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
-            if is_delta_net(child) and _computes_the_same(own := GatedDeltaNet(child), child):
+            if is_delta_net(child) and (own := _seen_in(child)):
                 setattr(holder, name, own)
 
 
-def _computes_the_same(own: GatedDeltaNet, net: nn.Module) -> bool:
-    """Whether both make the same of a random sequence, which ``own`` sees in two passes."""
+def _seen_in(net: nn.Module) -> GatedDeltaNet | None:
+    """Return ``net`` as one, None if it computes something else."""
+    try:
+        own = GatedDeltaNet(net)
+        off = _distance(own, net)
+    except Exception as error:  # the code of an architecture may raise anything
+        LOG.info("%s runs as transformers has it: %s", type(net).__name__, one_line(error))
+        return None
+    is_quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
+    if off <= (ROUNDED_TOLERANCE if is_quantized else TOLERANCE[own.conv_weight.dtype]):
+        return own
+    LOG.info("%s is no gated delta net (relative error %.1e)", type(net).__name__, off)
+    return None
+
+
+def _distance(own: GatedDeltaNet, net: nn.Module) -> float:
+    """Return how far ``own`` is from ``net`` at a random sequence, of which it sees two chunks, and
+    the last token as a decode.
+    """
     x = random_input((1, TOKENS, own.hidden_size), own.conv_weight)
     with quiet_loading():  # it misses kernels that are not needed
         expected = net(x)
-    slots = allocate_states(1, [own.geometry], x.dtype, x.device)
+    states = allocate_states(1, [own.geometry], x.dtype, x.device)
     ints = partial(torch.tensor, dtype=torch.int32, device=x.device)
     results = []
-    for first, count in ((0, TOKENS - 3), (TOKENS - 3, 3)):
+    for first, count in ((0, TOKENS - 4), (TOKENS - 4, 3), (TOKENS - 1, 1)):
         positions = ints(range(first, first + count))
-        starts = ints([0, count])
-        packed = Packed(ints([[0]]), positions * 0, positions, 0, starts, longest=count)
-        with running(packed, slots):
+        packed = Packed(ints([[0]]), positions * 0, positions, decodes=1)
+        if count > 1:
+            starts = ints([0, count])
+            packed = replace(packed, decodes=0, starts=starts, longest=count)
+        with running(packed, states):
             results.append(own(x[:, first : first + count]))
-    is_quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
-    tolerance = ROUNDED_TOLERANCE if is_quantized else TOLERANCE[x.dtype]
-    return distance(torch.cat(results, dim=1), expected, expected) <= tolerance
+    return distance(torch.cat(results, dim=1), expected, expected)
 
 
 class GatedDeltaNet(nn.Module):
-    """A gated delta net that keeps its states in `StateSlots`; ``net`` is transformers' own."""
+    """A gated delta net with its states in `RecurrentStates`; ``net`` is transformers' own."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -101,11 +125,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         """Return the outputs [1, T, H] of the tokens of a pass, [1, T, H]."""
         qkv, z, b, a = self._project(hidden_states[0])
-        if found := RECORDING.get(None):
-            found.states.append(self.geometry)
-            mixed = torch.zeros_like(z)
-        else:
-            mixed = self._mix(qkv, b, a)
+        mixed = self._mix(qkv, b, a)
         # a norm over each head, and the gate
         width = self.shape.value_width
         mixed = self.get_submodule("norm")(mixed.reshape(-1, width), z.reshape(-1, width))
@@ -131,14 +151,18 @@ class GatedDeltaNet(nn.Module):
         qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)
         return qkv, z.reshape(len(x), shape.value_heads, -1), b.flatten(1), a.flatten(1)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mix(self, qkv: Tensor, b: Tensor, a: Tensor) -> Tensor:
         """Return the values [T, heads, D] that the states hold for the queries, and update them."""
-        packed, slots = packed_tokens(), slots_of(self.layer_idx)
+        if found := RECORDING.get(None):
+            found.states.append(self.geometry)
+            return qkv.new_zeros(len(qkv), self.shape.value_heads, self.shape.value_width)
+        packed, states = packed_tokens(), states_of(self.layer_idx)
         arguments = qkv, b, a, self.conv_weight, self.decay, self.dt_bias, self.shape
         if qkv.is_cuda:
             with current(qkv.device):
-                return cast(Tensor, _kernels().mix(*arguments, slots, packed))
-        return mix(*arguments, slots, packed)
+                return cast(Tensor, _kernels().mix(*arguments, states, packed))
+        return mix(*arguments, states, packed)
 
 
 def _number(module: nn.Module, name: str) -> int:

@@ -1,9 +1,9 @@
 """The gated delta rule, which defines what gated delta nets compute, and computes it on a CPU.
 
 A layer mixes the last inputs of each channel by a short convolution, and keeps a matrix for each
-head: it decays, forgets what it holds for a key, and takes a new value for it (Yang et al., *Gated
-Delta Networks*). Both states lie in `StateSlots`, at the row of their sequence; a sequence that
-begins does not read what its row held before.
+head: it decays, forgets what it holds for a key, and takes a new value for it. Both states lie in
+`RecurrentStates`, at the row of their sequence; a sequence that begins does not read what its row
+held before. Source: Yang et al. 2024, *Gated Delta Networks*, arXiv:2412.06464.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.engine.attention.pages import Packed, StateSlots
+from qtool.engine.attention.pages import Packed, RecurrentStates
 
 CHUNK = 64  # tokens that are computed together
 EPSILON = 1e-6  # of the norms of queries and keys
@@ -50,7 +50,7 @@ def mix(
     decay: Tensor,
     dt_bias: Tensor,
     shape: Shape,
-    slots: StateSlots,
+    states: RecurrentStates,
     packed: Packed,
 ) -> Tensor:
     """Return the values [T, heads, D] that the states hold for the queries, and update the states:
@@ -64,8 +64,9 @@ def mix(
         decay: f32 [heads]: the logarithm of the decay is this times ``softplus(a + dt_bias)``.
         dt_bias: f32 [heads].
         shape: of the heads.
-        slots: of the layer.
+        states: of the layer.
         packed: the tokens of the pass.
+    Returns: of the dtype of ``qkv``.
     """
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
     rate = b.float().sigmoid()
@@ -78,10 +79,10 @@ def mix(
             continue
         row = rows[begin]
         if positions[begin] == 0:
-            slots.conv[row] = 0
-            slots.matrix[row] = 0
-        inputs = torch.cat([slots.conv[row], qkv[begin:end].T], dim=1)
-        slots.conv[row] = inputs[:, end - begin :]
+            states.conv_state[row] = 0
+            states.recurrent_state[row] = 0
+        inputs = torch.cat([states.conv_state[row], qkv[begin:end].T], dim=1)
+        states.conv_state[row] = inputs[:, end - begin :]
         mixed = functional.conv1d(inputs[None], conv_weight[:, None], groups=len(inputs))[0]
         parts = torch.split(functional.silu(mixed).T, list(shape.sizes), dim=-1)
         widths = shape.key_width, shape.key_width, shape.value_width
@@ -95,7 +96,7 @@ def mix(
             )
             for part in (q, k)
         )
-        state = slots.matrix[row]
+        state = states.recurrent_state[row]
         for first in range(begin, end, CHUNK):
             some = slice(first, min(first + CHUNK, end))
             own = slice(some.start - begin, some.stop - begin)

@@ -113,6 +113,10 @@ class Engine:
             cuda_graphs=not config.disable_cuda_graph,
             compiled=config.compile,
         )
+        use_prefix = not config.disable_radix_cache
+        if runner.geometry.states and use_prefix:
+            LOG.info("no prefix cache: layers of this model keep a state for each sequence")
+            use_prefix = False
         # of grammars
         self.compiler = None
         if self.tokenizer is not None:
@@ -130,7 +134,7 @@ class Engine:
             vocab_size=runner.vocab_size,
             context_length=self.context_length,
             cache_tokens=runner.page_count * PAGE,
-            use_prefix=not config.disable_radix_cache and not runner.geometry.states,
+            use_prefix=use_prefix,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
             speculation=speculation,
         )

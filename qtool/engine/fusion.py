@@ -7,6 +7,7 @@ it is unless they agree.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,20 +27,25 @@ from qtool.engine.attention.pages import (
 from qtool.engine.decoder_layers import FusedLayer, layout_of
 from qtool.engine.fused_attention import Angles, RotaryMismatch
 from qtool.engine.kv_cache import allocate_pages, allocate_states
-from qtool.engine.norms import TOLERANCE, Norm, NotFused, Sum, distance, random_input
+from qtool.engine.norms import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    Norm,
+    NotFused,
+    Sum,
+    distance,
+    random_input,
+)
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
-from qtool.runtime.compiling import compiled_together
+from qtool.runtime.compiling import compile_in_parallel
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 
 LOG = logging.getLogger("qtool.engine")
 TOKENS = 6  # of the input that layers are compared with
-# The tolerance with the quantized layers themselves: where inputs are rounded, codes move at the
-# least difference.
-ROUNDED_TOLERANCE = 0.1
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
 # in the order that they are tried
@@ -85,11 +91,12 @@ def fuse(model: CausalLM) -> bool:
 
 def _fuse(decoder: Decoder, device: torch.device) -> None:
     layers, norm = list(decoder.layers), Norm.of(decoder.norm)
-    with compiled_together(device):
-        seen = _dry_run(decoder, device)
+    with compile_in_parallel(device):
+        compiled = _dry_run(decoder, device)
         for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
             with suppress(Exception):  # the proof meets it again
-                _check_of(layer, seen)(angles=ANGLES[0])
+                _check_of(layer, compiled)(angles=ANGLES[0])
+    seen = _dry_run(decoder, device)
     fused = []
     for number, layer in enumerate(layers):
         try:
@@ -151,7 +158,7 @@ def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
                 errors[angles] = check(angles=angles)
                 if errors[angles] <= tolerance:
                     break
-    angles, error = min(errors.items(), key=lambda item: item[1])
+    angles, error = min(errors.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     if error <= tolerance:
         with stand_ins(layer, GroupedExperts):
             error = check(angles=angles)
@@ -283,7 +290,9 @@ def _run_on_scratch(
     if not isinstance(result, Tensor | Sum):
         raise NotFused(f"{type(layer).__name__} returns a {type(result).__name__}")
     kept = caches[geometry.layer_idx]
-    both = (kept.k, kept.v) if isinstance(kept, KVPages) else (kept.conv, kept.matrix)
+    both = (
+        (kept.k, kept.v) if isinstance(kept, KVPages) else (kept.conv_state, kept.recurrent_state)
+    )
     return result.total()[None] if isinstance(result, Sum) else result, *both
 
 

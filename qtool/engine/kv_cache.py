@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from array import array
 from collections import OrderedDict
@@ -15,8 +16,8 @@ from qtool.engine.attention.pages import (
     PAGE,
     KVPages,
     LayerGeometry,
+    RecurrentStates,
     StateGeometry,
-    StateSlots,
 )
 from qtool.errors import ResourceError
 from qtool.memory import limit_bytes
@@ -134,16 +135,18 @@ def allocate_pages(
     """Return ``count`` pages and page 0, where padding writes and nobody reads, by layer index.
 
     Args:
-        scales: of keys and values of each layer with an 8-bit cache.
+        scales: of keys and values of each layer with an 8-bit cache; latents have none.
     """
     pages = {}
     for layer in geometry:
-        k_scale, v_scale = scales.get(layer.layer_idx, (1.0, 1.0))
+        k_scale, v_scale = (
+            (1.0, 1.0) if layer.keeps_latents else scales.get(layer.layer_idx, (1.0, 1.0))
+        )
         shape = (count + 1, layer.kv_heads, PAGE)
         # written at once: zeros of a CPU would be given memory page by page, while it serves
         k = torch.empty(*shape, layer.head_dim, dtype=dtype, device=device).zero_()
         if layer.keeps_latents:
-            v, v_scale = k[..., : layer.v_head_dim], k_scale
+            v = k[..., : layer.v_head_dim]
         else:
             v = torch.empty(*shape, layer.v_head_dim, dtype=dtype, device=device).zero_()
         pages[layer.layer_idx] = KVPages(k, v, k_scale, v_scale, layer.keeps_latents)
@@ -151,16 +154,30 @@ def allocate_pages(
 
 
 def allocate_states(
-    rows: int, states: Sequence[StateGeometry], dtype: torch.dtype, device: torch.device
-) -> dict[int, StateSlots]:
-    """Return the states of ``rows`` sequences, by layer index; inputs are kept in ``dtype``."""
-    return {
-        state.layer_idx: StateSlots(
-            torch.empty(rows, *state.conv, dtype=dtype, device=device).zero_(),
-            torch.empty(rows, *state.matrix, device=device).zero_(),
-        )
-        for state in states
-    }
+    rows: int, geometry: Sequence[StateGeometry], dtype: torch.dtype, device: torch.device
+) -> dict[int, RecurrentStates]:
+    """Return the states of ``rows`` sequences, by layer index; inputs are kept in ``dtype``.
+
+    Raises: ResourceError, when they do not fit.
+    """
+    each = (
+        math.prod(layer.conv) * dtype.itemsize + math.prod(layer.matrix) * 4 for layer in geometry
+    )
+    try:
+        return {
+            layer.layer_idx: RecurrentStates(
+                torch.empty(rows, *layer.conv, dtype=dtype, device=device).zero_(),
+                torch.empty(rows, *layer.matrix, device=device).zero_(),
+            )
+            for layer in geometry
+        }
+    except torch.OutOfMemoryError:
+        message = f"the states of {rows - 1} requests take {format_size(rows * sum(each))}"
+        raise ResourceError(
+            "E_KV_CACHE",
+            f"{message}, which is more than is free",
+            hint="lower max_running_requests",
+        ) from None
 
 
 def cache_room(device: torch.device, *, static_share: float, step_bytes: int, budget: int) -> int:

@@ -3,24 +3,32 @@ values.
 
 A model of transformers makes keys and values of latents by ``expand_kv``. As both are linear in the
 latent, queries can be taken to the latents instead, and what attention gathers of the latents to
-values: one head of ``rank + rotary`` numbers a token for all heads of queries (DeepSeek-V2, 2.1.2).
+values: one head of ``rank + rotary`` numbers a token for all heads of queries. Source: DeepSeek-AI
+2024, arXiv:2405.04434, section 2.1.2.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.norms import TOLERANCE, distance, random_input
+from qtool.engine.norms import (
+    ROUNDED_TOLERANCE,
+    TOLERANCE,
+    NotFused,
+    distance,
+    random_input,
+)
+from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.linear import QuantizedLinear
 
 TOKENS = 8  # of the latents that are expanded for comparison
 SMALLEST = 16  # numbers that tensor cores multiply at once; kernels want powers of two
-# with a quantized `kv_b_proj`, which rounds the latents
-ROUNDED_TOLERANCE = 0.1
+LOG = logging.getLogger("qtool.engine")
 
 
 class LatentAttention(nn.Module):
@@ -63,46 +71,57 @@ class LatentAttention(nn.Module):
 
 def keep_latents(model: CausalLM) -> None:
     """Let the attention of ``model`` keep latents, where it is seen to expand them as
-    `LatentAttention` does.
+    `LatentAttention` does. Logs why not.
     """
     for module in list(model.modules()):
         expand = getattr(module, "expand_kv", None)
-        if callable(expand) and (latent := _of(module, expand, model.dtype)):
-            module.latent = latent
-            module.expand_kv = _side_by_side  # type: ignore[assignment]
-            setattr(module, "kv_b_proj", None)  # noqa: B010 (a module, for mypy)
+        if not callable(expand):
+            continue
+        try:
+            module.latent = _seen_in(module, expand, model.dtype)
+        except Exception as error:  # the code of an architecture may raise anything
+            name, reason = type(module).__name__, one_line(error)
+            LOG.info("%s keeps keys and values, not latents: %s", name, reason)
+            continue
+        module.expand_kv = _concat_latent  # type: ignore[assignment]
+        setattr(module, "kv_b_proj", None)  # noqa: B010 (a module, for mypy)
 
 
-def _side_by_side(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+def _concat_latent(latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
     """Return, in place of keys and values, what the cache keeps of each token, and its latent."""
     return torch.cat([latents, rotary], dim=-1), latents
 
 
-def _of(
+def _seen_in(
     module: nn.Module, expand: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> LatentAttention | None:
-    """Return what ``module`` does with latents, None if it is something else."""
+) -> LatentAttention:
+    """Return what ``module`` does with latents.
+
+    Raises: NotFused, when it is something else, or no kernel is for it.
+    """
     linear = getattr(module, "kv_b_proj", None)
     if not isinstance(linear, nn.Linear | QuantizedLinear) or linear.bias is not None:
-        return None
-    if isinstance(linear, QuantizedLinear) and linear.spec.static_input:
-        return None  # which would round the identity below
+        raise NotFused("`kv_b_proj` is not a linear layer of its own without a bias")
+    is_quantized = isinstance(linear, QuantizedLinear)
+    if is_quantized and linear.spec.static_input:  # it would round the identity below
+        raise NotFused("the inputs of `kv_b_proj` are rounded by a calibrated scale")
     rank, rotary, heads, key_width = (
         linear.in_features,
-        *(int(getattr(module, name, 0)) for name in ("qk_rope_head_dim", "num_heads")),
-        int(getattr(module, "qk_nope_head_dim", 0)),
+        *(
+            int(getattr(module, name, 0))
+            for name in ("qk_rope_head_dim", "num_heads", "qk_nope_head_dim")
+        ),
     )
     if any(size < SMALLEST or size & (size - 1) for size in (rank, rotary)):
-        return None
+        raise NotFused(f"{rank} and {rotary} numbers are not powers of two above {SMALLEST - 1}")
     device = next(iter((*linear.parameters(), *linear.buffers()))).device
     # a row of the identity is exact in every format that scales what it rounds
     weight = linear(torch.eye(rank, dtype=dtype, device=device)).T
     latent = LatentAttention(weight, heads, key_width)
     like = torch.empty(0, dtype=dtype, device=device)
     x, angles = (random_input((1, 1, TOKENS, size), like) for size in (rank, rotary))
-    is_quantized = isinstance(linear, QuantizedLinear)
-    tolerance = ROUNDED_TOLERANCE if is_quantized else TOLERANCE[dtype]
     pairs = zip(latent.expand(x, angles), expand(x, angles), strict=True)
-    if all(distance(own, found, found) <= tolerance for own, found in pairs):
-        return latent
-    return None
+    off = max(distance(own, found, found) for own, found in pairs)
+    if not off <= (ROUNDED_TOLERANCE if is_quantized else TOLERANCE[dtype]):
+        raise NotFused(f"it expands them otherwise (relative error {off:.1e})")
+    return latent

@@ -39,9 +39,10 @@ from qtool.engine.step_buffer import (
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
-from qtool.runtime.compiling import compiled_together
+from qtool.runtime.compiling import compile_in_parallel
 from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import current
+from qtool.sizes import format_size
 
 LOG = logging.getLogger("qtool.engine")
 # Steps of a start that make kernels compile before they are wanted, after the largest.
@@ -97,6 +98,11 @@ class Runner:
                 ),
                 **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
             }
+            if self.geometry.states:
+                size = format_size(sum(each.nbytes for each in self.layers.values()))
+                LOG.info("the states of %d requests take %s", limits.max_running, size)
+            if cache_scales and any(layer.keeps_latents for layer in self.geometry.layers):
+                LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
             step_bytes = self._measure_step(graphs=wants_graphs)
             log_time("largest step tried")
             if wants_graphs:
@@ -164,14 +170,16 @@ class Runner:
         """Return what each layer keeps, found by a dry pass."""
         self.model.set_attn_implementation(NAME)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with compiled_together(self.device), recording() as found:
+        with compile_in_parallel(self.device), recording() as found:
             self.model(input_ids=zero, position_ids=zero, use_cache=False)
         layers = self.model.config.get_text_config().num_hidden_layers
         if len(found.layers) + len(found.states) != layers or not found.layers:
             message = (
                 f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
-                f"and values, and {len(found.states)} keep a state that the engine knows"
+                f"and values, and {len(found.states)} keep a state that the engine manages"
             )
+            if not found.layers:
+                message = "no layer of the model attends, and the engine needs one that does"
             raise CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
         return found
 
@@ -179,9 +187,9 @@ class Runner:
         """Give the memory back."""
         self.graphs.close()
         self.buffer.close()
-        self.layers = {}
-        del self.model
-        self.table = self._last = torch.empty(0)
+        self.layers, self._sampled = {}, []
+        del self.model, self.sampler
+        self.table = self._last = self._counters = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -193,11 +201,11 @@ class Runner:
             return 0
         budget = self.limits.token_budget
         sizes = [budget, *(min(tokens, budget) for tokens in WARM_UP_TOKENS)]
-        with compiled_together(self.device):
+        with compile_in_parallel(self.device):
             for tokens in sizes:
                 self._try_step(tokens)
             if graphs:
-                self.graphs.rehearse(self.decode, self.prefill)
+                self.graphs.warm_up(self.decode, self.prefill)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)

@@ -25,6 +25,8 @@ KINDS = (
 )
 # The largest relative error of a part that replaces another.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# The same where quantized layers round inputs: codes move at the least difference.
+ROUNDED_TOLERANCE = 0.1
 
 
 class NotFused(Exception):

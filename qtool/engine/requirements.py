@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtool.engine.attention.interface import Recording
 from qtool.engine.attention.pages import LayerCache
-from qtool.engine.delta_net import is_delta_net
+from qtool.engine.delta_net import has_delta_nets
 from qtool.engine.fusion import stand_ins
 from qtool.engine.kv_cache import allocate_pages, allocate_states
 from qtool.engine.prompt_logits import prompt_logits
@@ -38,7 +38,7 @@ def check_by_name(plan: LoadPlan) -> None:
     text = plan.skeleton.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     known = ATTENTION
-    if any(map(is_delta_net, model.modules())):
+    if has_delta_nets(cast(nn.Module, model)):
         known |= {"linear_attention"}
     if others := sorted({*kinds} - known):
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
@@ -49,7 +49,7 @@ def check_speculation(plan: LoadPlan) -> None:
     tokens that were wrong.
     """
     model = plan.skeleton.model
-    if any(map(is_delta_net, model.modules())):
+    if has_delta_nets(cast(nn.Module, model)):
         message = (
             f"{type(model).__name__} has layers that keep a state for each sequence, and a state "
             "cannot forget drafted tokens that were wrong"

@@ -14,9 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.attention.pages import Packed, StateSlots
+from qtool.engine.attention.pages import Packed, RecurrentStates
 from qtool.engine.delta_rule import EPSILON, Shape
 
+# arguments whose values must not make Triton compile a kernel again
+_ANY = {
+    "do_not_specialize": ["decodes"],
+    "do_not_specialize_on_alignment": ["starts", "rows", "positions"],
+}
 CHANNELS = 64  # of a program of the convolution
 TOKENS = 16  # likewise
 VALUES = 32  # of a head, in a program that decodes
@@ -35,7 +40,7 @@ def mix(
     decay: Tensor,
     dt_bias: Tensor,
     shape: Shape,
-    slots: StateSlots,
+    states: RecurrentStates,
     packed: Packed,
 ) -> Tensor:
     """Do what `delta_rule.mix` does."""
@@ -49,29 +54,30 @@ def mix(
         "positions": packed.positions,
         "decodes": packed.decodes,
     }
-    mixed = _convolved(qkv, conv_weight, slots, packed, where)
+    mixed = _launch_convolution(qkv, conv_weight, states, packed, where)
     # numbers of 16 bits have fewer digits than tf32
     precision = "tf32x3" if qkv.dtype == torch.float32 else "tf32"
-    more = {"TOGETHER": TOGETHER, "PRECISION": precision}
-    for kernel_of, sequences, values, warps in (
-        (_decode, packed.decodes, VALUES, 4),
-        (_add_chunks, chunks, CHUNK_VALUES, CHUNK_WARPS),
+    more = {**where, "TOGETHER": TOGETHER, "PRECISION": precision}
+    alone = {**where, "starts": None}  # decodes do not read it
+    for launched, sequences, values, warps, others in (
+        (_decode, packed.decodes, VALUES, 4, alone),
+        (_add_chunks, chunks, CHUNK_VALUES, CHUNK_WARPS, more),
     ):
         if not sequences:
             continue
         parts = triton.cdiv(shape.value_width, values)
         kept = triton.cdiv(channels, shape.value_heads * parts)
-        kernel_of[(sequences, shape.value_heads, parts)](
+        launched[(sequences, shape.value_heads, parts)](
             x=qkv,
             mixed=mixed,
             b=b,
             a=a,
             decay=decay,
             dt_bias=dt_bias,
-            conv=slots.conv,
-            matrix=slots.matrix,
+            conv=states.conv_state,
+            matrix=states.recurrent_state,
             out=out,
-            **where,
+            **others,
             C=channels,
             KERNEL=kernel,
             KEPT=kept,
@@ -83,14 +89,17 @@ def mix(
             V=shape.value_width,
             VALUES=values,
             EPSILON=EPSILON,
-            **(more if kernel_of is _add_chunks else {}),
             num_warps=warps,
         )
     return out
 
 
-def _convolved(
-    qkv: Tensor, conv_weight: Tensor, slots: StateSlots, packed: Packed, where: Mapping[str, object]
+def _launch_convolution(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    states: RecurrentStates,
+    packed: Packed,
+    where: Mapping[str, object],
 ) -> Tensor:
     """Return the convolution of all channels, [T, C]; ``where``: which tokens are whose."""
     channels, mixed = qkv.shape[1], torch.empty_like(qkv)
@@ -99,7 +108,7 @@ def _convolved(
     _convolve[grid](
         x=qkv,
         weight=conv_weight,
-        state=slots.conv,
+        state=states.conv_state,
         out=mixed,
         **where,
         C=channels,
@@ -143,7 +152,7 @@ def _inputs(  # type: ignore[no-untyped-def]
     return tl.where(place >= 0, here, before)
 
 
-@triton.jit(do_not_specialize=["decodes"], do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(**_ANY)
 def _convolve(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -178,7 +187,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     tl.store(out + (begin + t).to(tl.int64) * C + c, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["decodes"], do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(**_ANY)
 def _decode(  # type: ignore[no-untyped-def]
     x,
     mixed,
@@ -234,7 +243,7 @@ def _decode(  # type: ignore[no-untyped-def]
     tl.store(place, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["decodes"], do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(**_ANY)
 def _add_chunks(  # type: ignore[no-untyped-def]
     x,
     mixed,

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def compiled_together(device: torch.device) -> AbstractContextManager[None]:
+def compile_in_parallel(device: torch.device) -> AbstractContextManager[None]:
     """Compile what is launched on ``device`` meanwhile, all at the same time, and do not run it;
-    see `qtool.runtime.triton.together`. A CPU has nothing to compile, and runs everything.
+    see `qtool.runtime.triton.parallel_compile`. A CPU has nothing to compile, and runs everything.
     """
     if device.type != "cuda":
         return nullcontext()
-    from qtool.runtime.triton import together
+    from qtool.runtime.triton import parallel_compile
 
-    return together.compiled_together()
+    return parallel_compile.compile_in_parallel()

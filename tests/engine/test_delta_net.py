@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine import delta_net, delta_rule
-from qtool.engine.attention.pages import Packed, StateGeometry, StateSlots
+from qtool.engine.attention.pages import Packed, RecurrentStates, StateGeometry
 from qtool.engine.kv_cache import allocate_states
 
 SHAPES = (delta_rule.Shape(1, 2, 16, 32), delta_rule.Shape(1, 3, 24, 40))
@@ -28,12 +28,12 @@ def geometry(shape: delta_rule.Shape) -> StateGeometry:
     return StateGeometry(0, (sum(shape.sizes), KERNEL - 1), heads)
 
 
-def slots_of(shape: delta_rule.Shape, dtype: torch.dtype) -> StateSlots:
+def states_of(shape: delta_rule.Shape, dtype: torch.dtype) -> RecurrentStates:
     """States that other sequences left."""
-    slots = allocate_states(5, [geometry(shape)], dtype, torch.device("cpu"))[0]
-    for part in (slots.conv, slots.matrix):
+    states = allocate_states(5, [geometry(shape)], dtype, torch.device("cpu"))[0]
+    for part in (states.conv_state, states.recurrent_state):
         part.copy_(torch.randn(part.shape))
-    return slots
+    return states
 
 
 def inputs_of(tokens: int, shape: delta_rule.Shape, dtype: torch.dtype) -> list:
@@ -63,13 +63,13 @@ def test_a_sequence_is_the_same_whole_in_chunks_and_token_by_token():
     qkv, b, a, *rest = inputs_of(tokens, shape, torch.float32)
     found = []
     for sizes in ([tokens], [3, delta_rule.CHUNK, tokens - 3 - delta_rule.CHUNK], [1] * tokens):
-        slots, first, parts = slots_of(shape, torch.float32), 0, []
+        states, first, parts = states_of(shape, torch.float32), 0, []
         for count in sizes:
             own = slice(first, first + count)
             packed = pass_of([(2, first, count)], decodes=int(count == 1 and first > 0))
-            parts.append(delta_rule.mix(qkv[own], b[own], a[own], *rest, slots, packed))
+            parts.append(delta_rule.mix(qkv[own], b[own], a[own], *rest, states, packed))
             first += count
-        found.append((torch.cat(parts), slots.conv[2], slots.matrix[2]))
+        found.append((torch.cat(parts), states.conv_state[2], states.recurrent_state[2]))
     for other in found[1:]:
         for result, expected in zip(other, found[0], strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
@@ -124,9 +124,11 @@ def compare(device: str = "cpu") -> None:
             if alike:  # one key again and again, never forgotten
                 arguments[0][:, : sum(shape.sizes[:2])] = 1.0
                 arguments[1][:], arguments[2][:] = 10.0, -20.0
-            slots = slots_of(shape, dtype)
-            own = StateSlots(slots.conv.clone().to(device), slots.matrix.clone().to(device))
-            expected = delta_rule.mix(*arguments, slots, packed)
+            states = states_of(shape, dtype)
+            own = RecurrentStates(
+                states.conv_state.clone().to(device), states.recurrent_state.clone().to(device)
+            )
+            expected = delta_rule.mix(*arguments, states, packed)
             there = [each.to(device) if isinstance(each, Tensor) else each for each in arguments]
             for name in ("table", "rows", "positions", "starts"):
                 part = getattr(packed, name)
@@ -134,8 +136,8 @@ def compare(device: str = "cpu") -> None:
             result = triton_delta_net.mix(*there, own, packed)
             for name, one, other in (
                 ("out", result, expected),
-                ("conv", own.conv, slots.conv),
-                ("matrix", own.matrix, slots.matrix),
+                ("conv", own.conv_state, states.conv_state),
+                ("matrix", own.recurrent_state, states.recurrent_state),
             ):
                 error = float((one.cpu().float() - other.float()).norm() / other.float().norm())
                 assert error <= (1e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error}"
@@ -158,11 +160,11 @@ def compile_all() -> None:
     triton_cpu.compile_only(compiled)
     shape = delta_rule.Shape(16, 32, 128, 128)  # Qwen3-Next's
     arguments = inputs_of(9, shape, torch.bfloat16)
-    slots = StateSlots(
+    states = RecurrentStates(
         torch.empty(5, 8192, KERNEL - 1, dtype=torch.bfloat16, device="meta"),
         torch.empty(5, 32, 128, 128, device="meta"),
     )
-    triton_delta_net.mix(*arguments, slots, pass_of([(3, 7, 1), (0, 0, 8)], 1))
+    triton_delta_net.mix(*arguments, states, pass_of([(3, 7, 1), (0, 0, 8)], 1))
     for kernel in compiled:
         used = triton_cpu.resources(kernel)
         assert used["stack"] == 0 and used["shared"] <= 232448, (kernel.metadata.name, used)

@@ -165,6 +165,9 @@ def interpret(cases=FEW) -> None:
 
 
 def compile_all() -> None:
+    import threading
+    import time
+
     import torch
     from support import triton_cpu
     from support.experts import GATES
@@ -174,16 +177,27 @@ def compile_all() -> None:
     from qtool.runtime.kernels import LinearSpec
     from qtool.runtime.kernels import triton_weight_only as weight_only
     from qtool.runtime.triton import routing
-    from qtool.runtime.triton.together import compiled_together
+    from qtool.runtime.triton.parallel_compile import compile_in_parallel
     from qtool.scheme import SCHEMES
 
     triton_cpu.driver.set_active(triton_cpu.Hopper())
     own_run = triton_cpu.JITFunction.run
-    with compiled_together():
+    with compile_in_parallel():
         for size in (16, 64):
             routing.sort_choices(torch.empty(4, 8, dtype=torch.int32, device="meta"), 128, size)
     kernels = routing._sort.device_caches[0][0].values()
     assert [kernel.asm["cubin"][:4] for kernel in kernels] == [b"\x7fELF"] * 2
+    assert triton_cpu.JITFunction.run is own_run
+
+    def enter() -> None:
+        with compile_in_parallel():
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert triton_cpu.JITFunction.run is own_run
 
     compiled: list = []

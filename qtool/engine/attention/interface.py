@@ -32,8 +32,8 @@ from qtool.engine.attention.pages import (
     LayerCache,
     LayerGeometry,
     Packed,
+    RecurrentStates,
     StateGeometry,
-    StateSlots,
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
@@ -270,10 +270,10 @@ def pages_of(layer_idx: int) -> KVPages:
     return found
 
 
-def slots_of(layer_idx: int) -> StateSlots:
+def states_of(layer_idx: int) -> RecurrentStates:
     """Return the states of a layer that keeps them."""
     found = RUNNING.get()[1][layer_idx]
-    assert isinstance(found, StateSlots)
+    assert isinstance(found, RecurrentStates)
     return found
 
 

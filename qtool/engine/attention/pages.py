@@ -72,21 +72,21 @@ class StateGeometry:
 
 
 @dataclass
-class StateSlots:
+class RecurrentStates:
     """The states of one layer, at the row of each sequence in `Packed.table`."""
 
-    conv: Tensor
+    conv_state: Tensor
     """[rows, channels, inputs]: the last inputs of each channel, the newest last."""
-    matrix: Tensor
+    recurrent_state: Tensor
     """f32 [rows, heads, key width, value width]."""
 
     @property
     def nbytes(self) -> int:
         """Return the size of all states."""
-        return self.conv.nbytes + self.matrix.nbytes
+        return self.conv_state.nbytes + self.recurrent_state.nbytes
 
 
-LayerCache = KVPages | StateSlots
+LayerCache = KVPages | RecurrentStates
 
 
 @dataclass

@@ -46,8 +46,9 @@ class Tile:
 def decode_tile(programs: int, most: int, itemsize: int) -> Tile:
     """Choose for ``programs`` groups of heads of all sequences, of at most ``most`` tokens each."""
     keys = 32 if itemsize < 4 else 16
-    parts = max(1, min(16 if programs <= 64 else 512 // programs, triton.cdiv(most, keys)))
-    return Tile(keys, 4, 2, ROWS, parts)
+    # powers of two: each number of parts is a kernel of its own to compile
+    parts = 16 if programs <= 64 else 1 << max(0, (512 // programs).bit_length() - 1)
+    return Tile(keys, 4, 2, ROWS, max(1, min(parts, triton.cdiv(most, keys))))
 
 
 def prefill_tile(queries: torch.dtype, latents: torch.dtype) -> Tile:

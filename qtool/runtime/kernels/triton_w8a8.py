@@ -75,7 +75,7 @@ def in_blocks(spec: LinearSpec) -> bool:
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Support int8 or fp8 weights and inputs of the same format.
+    """Support int8 or fp8 weights and inputs of the same format, and fp8 in blocks.
 
     Weights have a scale for each output or one for all, inputs one for each token or a static one.
     """
@@ -83,8 +83,10 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     if device.capability != 90:
         return f"it is written for sm_90, not {device}"
     row_scales = weights.granularity in ("channel", "tensor") and weights.symmetric
+    if weights.block == (BLOCK, BLOCK) and not in_blocks(spec):
+        return f"its blocks are fp8, with inputs in groups of {BLOCK}, not {spec.scheme}"
     if weights.format not in ("int8", "fp8") or not (row_scales or in_blocks(spec)):
-        return f"it supports int8 or fp8 weights with a scale a row or fp8 blocks, not {weights}"
+        return f"it supports int8 or fp8 weights with a scale a row, not {weights}"
     if in_blocks(spec) and spec.shape[1] % BLOCK:
         return f"its inputs come in groups of {BLOCK}, which do not divide {spec.shape[1]}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
@@ -152,7 +154,7 @@ def multiply(
     """Multiply, cut as ``tile`` says; with ``row_scale``, ``x`` is rounded to codes already."""
     (tokens, columns), rows = x.shape, spec.shape[0]
     if row_scale is None:
-        x, row_scale = _rounded(spec, x, packed)
+        x, row_scale = _quantize_input(spec, x, packed)
     # rows of whole 16 bytes, as TMA needs them
     if tile.bulk and GLUON and rows % 8 == columns % 16 == 0:
         from qtool.runtime.kernels.gluon_w8a8 import multiply_codes
@@ -197,7 +199,9 @@ def multiply(
     return y
 
 
-def _rounded(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _quantize_input(
+    spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return the codes of ``x`` [M, K] and their scales, f32 [M, 1], or [M, K / 128] in blocks."""
     if in_blocks(spec):
         return quantize_groups(x, BLOCK)
@@ -278,7 +282,7 @@ def multiply_blocks(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "M_TILED", "steps_each"])
+@triton.jit(do_not_specialize=["M", "M_TILED", "steps_each", "stride_scale"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,
     row_scale,
@@ -353,13 +357,13 @@ def _multiply(  # type: ignore[no-untyped-def]
         if SCALE_ROWS:
             # the next scales come while this step multiplies
             block = start // 128 + 1
-            next = _scales(of_inputs, of_weights, block, m, M, K, stride_scale)
+            next_scales = _scales(of_inputs, of_weights, block, m, M, K, stride_scale)
             product = tl.dot(weight, tl.trans(columns))
             if SCALE_ROWS >= TILE_N:
                 acc += product * (of_input * of_weight)[None, :]
             else:
                 acc += product * of_weight[:, None] * of_input[None, :]
-            of_input, of_weight = next
+            of_input, of_weight = next_scales
         else:
             acc = tl.dot(weight, tl.trans(columns), acc, out_dtype=acc.dtype)
     total = acc.to(tl.float32)

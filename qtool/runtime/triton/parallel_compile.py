@@ -18,25 +18,27 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
-def compiled_together() -> Iterator[None]:
-    """Compile the kernels that this thread launches meanwhile, on all cores, instead of running
-    them: what they would have written is then what the memory held. Kernels whose outputs are
-    indices run all the same. The compiled kernels are in place, and on disk, at the end.
+def compile_in_parallel() -> Iterator[None]:
+    """Compile the kernels of qtool that this thread launches meanwhile, on all cores, instead of
+    running them: what they would have written is then what the memory held. Kernels whose outputs
+    are indices run all the same, as do those of other libraries. The compiled kernels are in
+    place, and on disk, at the end. Threads take turns; a thread must not enter twice.
 
     One that cannot be compiled is left for its launch to report.
     """
-    owner, run = threading.get_ident(), JITFunction.run
-
-    def only_compile(kernel, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
-        mine = threading.get_ident() == owner and kernel not in WRITES_INDICES
-        return run(kernel, *args, grid=grid, warmup=warmup or mine, **options)
-
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     with (
         _ONE_AT_A_TIME,
         ThreadPoolExecutor(threads, "compile") as pool,
         AsyncCompileMode(pool, ignore_errors=True),
     ):
+        owner, run = threading.get_ident(), JITFunction.run
+
+        def only_compile(kernel, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+            mine = threading.get_ident() == owner and kernel not in WRITES_INDICES
+            mine = mine and kernel.fn.__module__.startswith("qtool.")
+            return run(kernel, *args, grid=grid, warmup=warmup or mine, **options)
+
         JITFunction.run = only_compile
         try:
             yield
