@@ -158,6 +158,7 @@ class Scheduler:
         """
         unfinished = []
         room = min(MAX_DRAFTS, self.token_budget - len(self.running))  # of drafts
+        share = -(-room // max(1, len(self.running)))  # the first of them are right most often
         for sequence in self.running:  # preemption takes from the end of this list
             start, pending = sequence.computed, sequence.pending
             length = len(sequence.tokens) + pending
@@ -166,7 +167,7 @@ class Scheduler:
             elif length == sequence.longest or (pending and sequence.waits_for_tokens):
                 continue
             elif start < len(sequence.pages) * PAGE or self._grow(sequence, updates):
-                drafts = self._draft(sequence, room, updates)
+                drafts = self._draft(sequence, min(room, share), updates)
                 room -= len(drafts)
                 decodes.append(Chunk(sequence, start, 1 + len(drafts), True, drafts))
                 sequence.computed = length
