@@ -239,6 +239,13 @@ def step_refusals(plan: Plan, chains: Iterable[tuple[str, ...]]) -> list[str]:
     return [] if names in set(chains) else [f"it has no algorithm `{' + '.join(names) or 'none'}`"]
 
 
+def calibration_refusals(plan: Plan) -> list[str]:
+    """Return a reason when tokens alone do not run the model, as calibration needs it."""
+    if plan.recipe.needs_data and plan.checkpoint.config.get("is_encoder_decoder"):
+        return ["it calibrates decoders with tokens, and this model's decoder follows an encoder"]
+    return []
+
+
 def has_own_linears(plan: Plan) -> bool:
     """Return whether the layers are of a subclass of ``nn.Linear`` that multiplies by itself, which
     libraries pass over.

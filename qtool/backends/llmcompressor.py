@@ -16,6 +16,7 @@ from qtool.backends import (
     Group,
     Reporter,
     Work,
+    calibration_refusals,
     groups_of,
     has_own_linears,
     step_refusals,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROUNDERS = ("rtn", "mse", "gptq", "autoround")
+# containers whose loss ends the tracing that it calibrates with; seen with transformers 5.17
+UNTRACEABLE = {"qwen2_audio"}
 TRANSFORMS = ("awq", "smoothquant", "spinquant")
 CHAINS = {
     *((rounder,) for rounder in ROUNDERS),
@@ -55,7 +58,9 @@ class LLMCompressorBackend:
     def refusals(self, plan: Plan) -> list[str]:
         """Why this plan cannot run here; empty when it can."""
         recipe = plan.recipe
-        reasons = step_refusals(plan, CHAINS)
+        reasons = step_refusals(plan, CHAINS) + calibration_refusals(plan)
+        if recipe.needs_data and plan.checkpoint.config.get("model_type") in UNTRACEABLE:
+            reasons.append("it cannot cut the container of this model into layers to calibrate")
         if recipe.kv_cache not in (None, "fp8"):
             reasons.append(f"its KV cache format is fp8, not {recipe.kv_cache}")
         if recipe.checkpoint_format:

@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qtool.backends import MAX_SHARD_SIZE, Work, groups_of, has_own_linears, step_refusals
+from qtool.backends import (
+    MAX_SHARD_SIZE,
+    Work,
+    calibration_refusals,
+    groups_of,
+    has_own_linears,
+    step_refusals,
+)
 from qtool.backends.expert_tokens import counting_expert_tokens
 from qtool.backends.modelopt_stacks import split_stacks
 from qtool.backends.modelopt_state import restore_state, save_state
@@ -59,6 +66,8 @@ STACKED_EXPORTS = frozenset({"gpt_oss", "llama4_text"})
 SMOOTHED_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"})
 # of the free memory of the GPU that may be weights; more is left to accelerate's offloading
 GPU_FRACTION = 0.8
+# models that transformers joins tensors of, other than experts, which the exporter does not undo
+JOINED_TENSORS = {"kimi_linear"}
 
 
 class ModelOptBackend:
@@ -73,7 +82,7 @@ class ModelOptBackend:
         recipe = plan.recipe
         reasons = step_refusals(
             plan, {(name,) for name in ("rtn", "mse", "gptq", "awq", "smoothquant", "auto")}
-        )
+        ) + calibration_refusals(plan)
         if recipe.checkpoint_format:
             reasons.append(f"it writes its own format, not {recipe.checkpoint_format}")
         if any(step.act_order for step in recipe.steps(Gptq)):
@@ -92,6 +101,8 @@ class ModelOptBackend:
             reasons.append("its exporter of INT4 does not find the stacked experts of this model")
         if has_own_linears(plan):
             reasons.append("it passes over the linear layers of this model, which are its own")
+        if plan.checkpoint.config.get("model_type") in JOINED_TENSORS:
+            reasons.append("it exports tensors of this model joined, as transformers has them")
         if len(_expert_schemes(plan)) > 1:
             reasons.append("it gives all experts one scheme, and the recipe gives them several")
         unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]

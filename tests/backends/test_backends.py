@@ -68,6 +68,24 @@ def test_a_refusal_names_a_backend_that_can():
     assert "--backend llmcompressor can run it" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("config", "method", "reason"),
+    [
+        ({"is_encoder_decoder": True}, "w4a16_gptq", "follows an encoder"),
+        ({"is_encoder_decoder": True}, "modelopt_fp8", "follows an encoder"),
+        ({"is_encoder_decoder": True}, "fp8_dynamic", None),
+        ({"model_type": "qwen2_audio"}, "awq_int4", "cannot cut the container"),
+        ({"model_type": "qwen2_audio"}, "fp8_dynamic", None),
+        ({"model_type": "kimi_linear"}, "modelopt_fp8", "joined"),
+    ],
+)
+def test_models_that_a_library_fails_on_are_refused_before_the_run(config, method, reason):
+    plan = plan_for(method)
+    plan.checkpoint.config.update(config)
+    reasons = load_backend(plan.recipe.backend).refusals(plan)
+    assert reasons == [] if reason is None else any(reason in each for each in reasons)
+
+
 def test_a_chain_of_steps_no_backend_knows_is_refused():
     assert step_refusals(plan_for("gptq_int4", algorithm=["gptq", "awq"]), {("gptq",)}) == [
         "it has no algorithm `gptq + awq`"

@@ -217,8 +217,18 @@ def logits(model: Any) -> Any:
     """Return the log probabilities [T, V] after each token of a prompt."""
     import torch
 
+    ids = torch.tensor([PROMPTS[1]])
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    if model.main_input_name == "input_features":  # sounds
+        config = model.config
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        given["input_features"] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        given["input_features"] = given["input_features"].to(model.dtype)
+        del given["input_ids"]
     with torch.no_grad():
-        output = model(input_ids=torch.tensor([PROMPTS[1]]), use_cache=False)
+        output = model(**given, use_cache=False)
     found = output.logits if hasattr(output, "logits") else output[0]
     return found[0].float().log_softmax(-1)
 
