@@ -249,22 +249,21 @@ class Constraint:
         return not goes_on
 
     def masks_along(self, drafts: Sequence[int]) -> list[NDArray[np.int32]]:
-        """Return `mask` now and after each of ``drafts``, if they were to come next; after one that
-        cannot come, or ends the text, some mask.
+        """Return `mask` now and after each of ``drafts``, if they were to come next, up to the
+        first that cannot come, ends the text, or takes too long.
         """
         kept = self.mask, self._text, self._tokens
         masks = [self.mask]
         began = time.thread_time()
         try:
             for token in drafts:
-                goes_on = time.thread_time() - began < TOKEN_S and self._step(token)
-                if not goes_on:
+                if time.thread_time() - began >= TOKEN_S or not self._step(token):
                     break
                 masks.append(self.mask)
         finally:
             self._matcher.rollback(self._tokens - kept[2])
             self.mask, self._text, self._tokens = kept
-        return masks + masks[-1:] * (1 + len(drafts) - len(masks))
+        return masks
 
     def _step(self, token: int) -> bool:
         """Add ``token`` if it may come next; return whether it came and more can follow."""

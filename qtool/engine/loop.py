@@ -9,7 +9,9 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qtool.engine.in_flight import InFlightStep
 from qtool.engine.kv_cache import Pages
@@ -302,16 +304,24 @@ def _request(sequence: SequenceState) -> Request:
 
 
 def _propose(sequence: SequenceState, room: int) -> Sequence[int]:
-    """Return at most ``room`` tokens that may follow those of ``sequence``."""
-    drafter = _request(sequence).drafter
-    return () if drafter is None else drafter.propose(sequence.tokens, room)
+    """Return at most ``room`` tokens that may follow those of ``sequence``, as far as its grammar
+    is known to let them, and more after them.
+    """
+    request = _request(sequence)
+    drafts = () if request.drafter is None else request.drafter.propose(sequence.tokens, room)
+    if request.constraint is None:
+        return drafts
+    request.masks = request.constraint.masks_along(drafts)
+    return drafts[: len(request.masks) - 1]
 
 
 def _rows(chunk: Chunk) -> list[RowRequest]:
     """Return how to sample after ``chunk``, which samples: before its drafts, and after each."""
     request, drafts = _request(chunk.sequence), chunk.drafts
     constraint = request.constraint
-    masks = [None] * chunk.sampled if constraint is None else constraint.masks_along(drafts)
+    masks: Sequence[NDArray[np.int32] | None] = [None] * chunk.sampled
+    if constraint is not None:
+        masks = request.masks[: chunk.sampled] if drafts else [constraint.mask]
     first = chunk.start + chunk.count - len(drafts) - len(chunk.sequence.prompt)
     return [
         RowRequest(

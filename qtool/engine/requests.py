@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol, TypeAlias, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qtool.engine.config import Speculation
@@ -106,6 +108,8 @@ class Request:
     """The first token of the prompt whose log probability is returned."""
     drafter: NgramDrafter | None = None
     """Drafts tokens that may come next."""
+    masks: list[NDArray[np.int32]] = field(default_factory=list)
+    """What the grammar lets come now and after each token drafted last."""
     spec: SpecCounts | None = None
     """What came of drafts; None without a drafter."""
     deliver: Deliver = _deliver_nothing
