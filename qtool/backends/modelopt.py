@@ -101,6 +101,8 @@ class ModelOptBackend:
             reasons.append("its exporter of INT4 does not find the stacked experts of this model")
         if has_own_linears(plan):
             reasons.append("it passes over the linear layers of this model, which are its own")
+        if plan.checkpoint.config.get("model_type") == "dbrx":
+            reasons.append("its exporter fails on the experts of this model")
         if plan.checkpoint.config.get("model_type") in JOINED_TENSORS:
             reasons.append("it exports tensors of this model joined, as transformers has them")
         if len(_expert_schemes(plan)) > 1:

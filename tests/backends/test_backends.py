@@ -77,6 +77,7 @@ def test_a_refusal_names_a_backend_that_can():
         ({"model_type": "qwen2_audio"}, "awq_int4", "cannot cut the container"),
         ({"model_type": "qwen2_audio"}, "fp8_dynamic", None),
         ({"model_type": "kimi_linear"}, "modelopt_fp8", "joined"),
+        ({"model_type": "dbrx"}, "modelopt_fp8", "exporter fails"),
     ],
 )
 def test_models_that_a_library_fails_on_are_refused_before_the_run(config, method, reason):
