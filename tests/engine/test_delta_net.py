@@ -102,6 +102,7 @@ def test_the_kernels_compute_what_the_definition_does(run_here):
     assert "compared" in run_here("interpret")
 
 
+@pytest.mark.exhaustive
 def test_the_kernels_compile_for_hopper(run_here):
     assert "compiled" in run_here("compile")
 
