@@ -66,8 +66,11 @@ STACKED_EXPORTS = frozenset({"gpt_oss", "llama4_text"})
 SMOOTHED_EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"})
 # of the free memory of the GPU that may be weights; more is left to accelerate's offloading
 GPU_FRACTION = 0.8
-# models that transformers joins tensors of, other than experts, which the exporter does not undo
-JOINED_TENSORS = {"kimi_linear"}
+# models that it does not export -> why
+NOT_EXPORTED = {
+    "dbrx": "its exporter fails on the experts of this model",
+    "kimi_linear": "it exports tensors of this model joined, as transformers has them",
+}
 
 
 class ModelOptBackend:
@@ -101,10 +104,8 @@ class ModelOptBackend:
             reasons.append("its exporter of INT4 does not find the stacked experts of this model")
         if has_own_linears(plan):
             reasons.append("it passes over the linear layers of this model, which are its own")
-        if plan.checkpoint.config.get("model_type") == "dbrx":
-            reasons.append("its exporter fails on the experts of this model")
-        if plan.checkpoint.config.get("model_type") in JOINED_TENSORS:
-            reasons.append("it exports tensors of this model joined, as transformers has them")
+        if reason := NOT_EXPORTED.get(str(plan.checkpoint.config.get("model_type"))):
+            reasons.append(reason)
         if len(_expert_schemes(plan)) > 1:
             reasons.append("it gives all experts one scheme, and the recipe gives them several")
         unknown = [scheme for scheme in recipe.schemes if _fixed_groups(scheme) not in PRESETS]

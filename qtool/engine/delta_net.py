@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from qtool.architecture.meta import quiet_loading
 from qtool.engine.attention.interface import RECORDING, packed_tokens, running, states_of
 from qtool.engine.attention.pages import Packed, StateGeometry
-from qtool.engine.delta_rule import CHUNK, Shape, mix
+from qtool.engine.delta_rule import CHUNK, DeltaWeights, Shape, mix
 from qtool.engine.kv_cache import allocate_states
-from qtool.engine.norms import ROUNDED_TOLERANCE, TOLERANCE, distance, random_input
+from qtool.engine.norms import distance, random_input, tolerance_of
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.kernels import current
-from qtool.runtime.linear import QuantizedLinear
 
 TOKENS = CHUNK + 9  # of the input that layers are compared with
 LOG = logging.getLogger("qtool.engine")
@@ -40,7 +39,7 @@ def is_delta_net(module: nn.Module) -> bool:
     return known and own == {"A_log", "dt_bias"}
 
 
-def has_delta_nets(model: nn.Module) -> bool:
+def has_delta_nets(model: CausalLM) -> bool:
     """Whether ``model`` has gated delta nets."""
     return any(map(is_delta_net, model.modules()))
 
@@ -63,8 +62,7 @@ def _seen_in(net: nn.Module) -> GatedDeltaNet | None:
     except Exception as error:  # the code of an architecture may raise anything
         LOG.info("%s runs as transformers has it: %s", type(net).__name__, one_line(error))
         return None
-    is_quantized = any(isinstance(module, QuantizedLinear) for module in net.modules())
-    if off <= (ROUNDED_TOLERANCE if is_quantized else TOLERANCE[own.conv_weight.dtype]):
+    if off <= tolerance_of(net, own.conv_weight.dtype):
         return own
     LOG.info("%s is no gated delta net (relative error %.1e)", type(net).__name__, off)
     return None
@@ -107,7 +105,6 @@ class GatedDeltaNet(nn.Module):
         for name in (*self.inputs, "norm", "out_proj"):
             setattr(self, name, getattr(net, name))
         conv = net.get_submodule("conv1d")
-        # [C, kernel]: what the newest input is multiplied with comes last
         self.conv_weight = nn.Parameter(
             conv.get_parameter("weight").squeeze(1).contiguous(), requires_grad=False
         )
@@ -158,11 +155,11 @@ class GatedDeltaNet(nn.Module):
             found.states.append(self.geometry)
             return qkv.new_zeros(len(qkv), self.shape.value_heads, self.shape.value_width)
         packed, states = packed_tokens(), states_of(self.layer_idx)
-        arguments = qkv, b, a, self.conv_weight, self.decay, self.dt_bias, self.shape
+        weights = DeltaWeights(self.shape, self.conv_weight, self.decay, self.dt_bias)
         if qkv.is_cuda:
             with current(qkv.device):
-                return cast(Tensor, _kernels().mix(*arguments, states, packed))
-        return mix(*arguments, states, packed)
+                return cast(Tensor, _kernels().mix(qkv, b, a, weights, states, packed))
+        return mix(qkv, b, a, weights, states, packed)
 
 
 def _number(module: nn.Module, name: str) -> int:

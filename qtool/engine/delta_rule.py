@@ -9,7 +9,6 @@ held before. Source: Yang et al. 2024, *Gated Delta Networks*, arXiv:2412.06464.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,14 +41,24 @@ class Shape:
         return keys, keys, self.value_heads * self.value_width
 
 
+@dataclass(frozen=True)
+class DeltaWeights:
+    """What `mix` computes with."""
+
+    shape: Shape
+    conv: Tensor
+    """[C, kernel]: what the newest input is multiplied with comes last."""
+    decay: Tensor
+    """f32 [heads]: the logarithm of the decay is this times ``softplus(a + dt_bias)``."""
+    dt_bias: Tensor
+    """f32 [heads]"""
+
+
 def mix(
     qkv: Tensor,
     b: Tensor,
     a: Tensor,
-    conv_weight: Tensor,
-    decay: Tensor,
-    dt_bias: Tensor,
-    shape: Shape,
+    weights: DeltaWeights,
     states: RecurrentStates,
     packed: Packed,
 ) -> Tensor:
@@ -60,30 +69,23 @@ def mix(
         qkv: queries, keys and values before the convolution, [T, C].
         b: what the learning rate of each head is the sigmoid of, [T, heads].
         a: what the decay is made of, [T, heads].
-        conv_weight: [C, kernel].
-        decay: f32 [heads]: the logarithm of the decay is this times ``softplus(a + dt_bias)``.
-        dt_bias: f32 [heads].
-        shape: of the heads.
+        weights: of the layer.
         states: of the layer.
         packed: the tokens of the pass.
     Returns: of the dtype of ``qkv``.
     """
+    shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
     rate = b.float().sigmoid()
-    log_decay = decay * functional.softplus(a.float() + dt_bias)
-    starts = [0] if packed.starts is None else packed.starts.tolist()
-    bounds = [*range(packed.decodes), *(packed.decodes + start for start in starts)]
-    rows, positions = packed.rows.tolist(), packed.positions.tolist()
-    for begin, end in pairwise(bounds):
-        if begin == end:
-            continue
-        row = rows[begin]
-        if positions[begin] == 0:
+    log_decay = weights.decay * functional.softplus(a.float() + weights.dt_bias)
+    for begin, end, position in packed.spans():
+        row = int(packed.rows[begin])
+        if position == 0:
             states.conv_state[row] = 0
             states.recurrent_state[row] = 0
         inputs = torch.cat([states.conv_state[row], qkv[begin:end].T], dim=1)
         states.conv_state[row] = inputs[:, end - begin :]
-        mixed = functional.conv1d(inputs[None], conv_weight[:, None], groups=len(inputs))[0]
+        mixed = functional.conv1d(inputs[None], weights.conv[:, None], groups=len(inputs))[0]
         parts = torch.split(functional.silu(mixed).T, list(shape.sizes), dim=-1)
         widths = shape.key_width, shape.key_width, shape.value_width
         q, k, v = (

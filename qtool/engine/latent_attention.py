@@ -15,13 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.norms import (
-    ROUNDED_TOLERANCE,
-    TOLERANCE,
-    NotFused,
-    distance,
-    random_input,
-)
+from qtool.engine.norms import NotFused, distance, random_input, tolerance_of
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.linear import QuantizedLinear
@@ -102,8 +96,9 @@ def _seen_in(
     linear = getattr(module, "kv_b_proj", None)
     if not isinstance(linear, nn.Linear | QuantizedLinear) or linear.bias is not None:
         raise NotFused("`kv_b_proj` is not a linear layer of its own without a bias")
-    is_quantized = isinstance(linear, QuantizedLinear)
-    if is_quantized and linear.spec.static_input:  # it would round the identity below
+    if (
+        isinstance(linear, QuantizedLinear) and linear.spec.static_input
+    ):  # it would round the identity below
         raise NotFused("the inputs of `kv_b_proj` are rounded by a calibrated scale")
     rank, rotary, heads, key_width = (
         linear.in_features,
@@ -122,6 +117,6 @@ def _seen_in(
     x, angles = (random_input((1, 1, TOKENS, size), like) for size in (rank, rotary))
     pairs = zip(latent.expand(x, angles), expand(x, angles), strict=True)
     off = max(distance(own, found, found) for own, found in pairs)
-    if not off <= (ROUNDED_TOLERANCE if is_quantized else TOLERANCE[dtype]):
+    if not off <= tolerance_of(linear, dtype):
         raise NotFused(f"it expands them otherwise (relative error {off:.1e})")
     return latent

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows
+from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import Activations
 
 Codes = Literal["fp8", "int8"]
@@ -27,6 +28,12 @@ KINDS = (
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # The same where quantized layers round inputs: codes move at the least difference.
 ROUNDED_TOLERANCE = 0.1
+
+
+def tolerance_of(module: nn.Module, dtype: torch.dtype) -> float:
+    """Return the largest relative error of what replaces ``module``, in ``dtype``."""
+    is_rounded = any(isinstance(each, QuantizedLinear) for each in module.modules())
+    return ROUNDED_TOLERANCE if is_rounded else TOLERANCE[dtype]
 
 
 class NotFused(Exception):

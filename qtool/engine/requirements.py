@@ -38,7 +38,7 @@ def check_by_name(plan: LoadPlan) -> None:
     text = plan.skeleton.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     known = ATTENTION
-    if has_delta_nets(cast(nn.Module, model)):
+    if has_delta_nets(model):
         known |= {"linear_attention"}
     if others := sorted({*kinds} - known):
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
@@ -49,7 +49,7 @@ def check_speculation(plan: LoadPlan) -> None:
     tokens that were wrong.
     """
     model = plan.skeleton.model
-    if has_delta_nets(cast(nn.Module, model)):
+    if has_delta_nets(model):
         message = (
             f"{type(model).__name__} has layers that keep a state for each sequence, and a state "
             "cannot forget drafted tokens that were wrong"

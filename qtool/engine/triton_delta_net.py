@@ -7,15 +7,13 @@ one another, `TOGETHER` at a time.
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.attention.pages import Packed, RecurrentStates
-from qtool.engine.delta_rule import EPSILON, Shape
+from qtool.engine.delta_rule import EPSILON, DeltaWeights, Shape
 
 # arguments whose values must not make Triton compile a kernel again
 _ANY = {
@@ -36,72 +34,66 @@ def mix(
     qkv: Tensor,
     b: Tensor,
     a: Tensor,
-    conv_weight: Tensor,
-    decay: Tensor,
-    dt_bias: Tensor,
-    shape: Shape,
+    weights: DeltaWeights,
     states: RecurrentStates,
     packed: Packed,
 ) -> Tensor:
     """Do what `delta_rule.mix` does."""
     qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
-    (tokens, channels), kernel = qkv.shape, conv_weight.shape[1]
-    out = qkv.new_empty(tokens, shape.value_heads, shape.value_width)
-    chunks = _sequences(packed) - packed.decodes
-    where = {
-        "starts": packed.starts,
+    shape = weights.shape
+    out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
+    shared = {
+        "x": qkv,
+        "mixed": _launch_convolution(qkv, weights.conv, states, packed),
+        "b": b,
+        "a": a,
+        "decay": weights.decay,
+        "dt_bias": weights.dt_bias,
+        "conv": states.conv_state,
+        "matrix": states.recurrent_state,
+        "out": out,
         "rows": packed.rows,
         "positions": packed.positions,
-        "decodes": packed.decodes,
+        "C": qkv.shape[1],
+        "KERNEL": weights.conv.shape[1],
+        "SHARED": shape.shared,
+        "KEYS": shape.key_heads * shape.key_width,
+        "K": shape.key_width,
+        "K_PADDED": max(16, triton.next_power_of_2(shape.key_width)),
+        "V": shape.value_width,
+        "EPSILON": EPSILON,
     }
-    mixed = _launch_convolution(qkv, conv_weight, states, packed, where)
-    # numbers of 16 bits have fewer digits than tf32
-    precision = "tf32x3" if qkv.dtype == torch.float32 else "tf32"
-    more = {**where, "TOGETHER": TOGETHER, "PRECISION": precision}
-    alone = {**where, "starts": None}  # decodes do not read it
-    for launched, sequences, values, warps, others in (
-        (_decode, packed.decodes, VALUES, 4, alone),
-        (_add_chunks, chunks, CHUNK_VALUES, CHUNK_WARPS, more),
-    ):
-        if not sequences:
-            continue
-        parts = triton.cdiv(shape.value_width, values)
-        kept = triton.cdiv(channels, shape.value_heads * parts)
-        launched[(sequences, shape.value_heads, parts)](
-            x=qkv,
-            mixed=mixed,
-            b=b,
-            a=a,
-            decay=decay,
-            dt_bias=dt_bias,
-            conv=states.conv_state,
-            matrix=states.recurrent_state,
-            out=out,
-            **others,
-            C=channels,
-            KERNEL=kernel,
-            KEPT=kept,
-            KEPT_PADDED=triton.next_power_of_2(kept),
-            SHARED=shape.shared,
-            KEYS=shape.key_heads * shape.key_width,
-            K=shape.key_width,
-            K_PADDED=max(16, triton.next_power_of_2(shape.key_width)),
-            V=shape.value_width,
-            VALUES=values,
-            EPSILON=EPSILON,
-            num_warps=warps,
+    if packed.decodes:
+        parts = triton.cdiv(shape.value_width, VALUES)
+        _decode[(packed.decodes, shape.value_heads, parts)](
+            **shared, **_kept(qkv, shape, parts), VALUES=VALUES, num_warps=4
+        )
+    if chunks := _sequences(packed) - packed.decodes:
+        parts = triton.cdiv(shape.value_width, CHUNK_VALUES)
+        _add_chunks[(chunks, shape.value_heads, parts)](
+            **shared,
+            **_kept(qkv, shape, parts),
+            starts=packed.starts,
+            decodes=packed.decodes,
+            VALUES=CHUNK_VALUES,
+            TOGETHER=TOGETHER,
+            # numbers of 16 bits have fewer digits than tf32
+            PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
+            num_warps=CHUNK_WARPS,
         )
     return out
 
 
+def _kept(qkv: Tensor, shape: Shape, parts: int) -> dict[str, int]:
+    """Return how many channels each program of a sequence keeps the last inputs of."""
+    kept = triton.cdiv(qkv.shape[1], shape.value_heads * parts)
+    return {"KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept)}
+
+
 def _launch_convolution(
-    qkv: Tensor,
-    conv_weight: Tensor,
-    states: RecurrentStates,
-    packed: Packed,
-    where: Mapping[str, object],
+    qkv: Tensor, conv_weight: Tensor, states: RecurrentStates, packed: Packed
 ) -> Tensor:
-    """Return the convolution of all channels, [T, C]; ``where``: which tokens are whose."""
+    """Return the convolution of all channels, [T, C]."""
     channels, mixed = qkv.shape[1], torch.empty_like(qkv)
     longest = packed.longest if packed.starts is not None else 1
     grid = _sequences(packed), triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)
@@ -110,7 +102,10 @@ def _launch_convolution(
         weight=conv_weight,
         state=states.conv_state,
         out=mixed,
-        **where,
+        starts=packed.starts,
+        rows=packed.rows,
+        positions=packed.positions,
+        decodes=packed.decodes,
         C=channels,
         KERNEL=conv_weight.shape[1],
         CHANNELS=CHANNELS,
@@ -198,10 +193,8 @@ def _decode(  # type: ignore[no-untyped-def]
     conv,
     matrix,
     out,
-    starts,
     rows,
     positions,
-    decodes,
     C: tl.constexpr,
     KERNEL: tl.constexpr,
     KEPT: tl.constexpr,
@@ -217,16 +210,27 @@ def _decode(  # type: ignore[no-untyped-def]
     """Go through one token of a sequence with some values of a head."""
     token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    row = tl.load(rows + token).to(tl.int64)
-    fresh = (tl.load(positions + token) == 0).to(tl.int32)
-    first = (head * tl.num_programs(2) + part) * KEPT
-    conv += row * (C * (KERNEL - 1))
-    _keep_inputs(x, conv, token, token + 1, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
-    place = matrix + ((row * heads + head) * K + i[:, None]) * V + j[None, :]
-    inside = (i < K)[:, None] & (j < V)[None, :]
-    state = tl.load(place, mask=inside & (fresh == 0), other=0.0)
+    place, inside, state = _begin(
+        x,
+        conv,
+        matrix,
+        rows,
+        positions,
+        token,
+        token + 1,
+        head,
+        part,
+        i,
+        j,
+        C,
+        KERNEL,
+        KEPT,
+        KEPT_PADDED,
+        K,
+        V,
+    )
     keys = mixed + token * C + head // SHARED * K + i
     q = tl.load(keys, mask=i < K, other=0.0).to(tl.float32)
     k = tl.load(keys + KEYS, mask=i < K, other=0.0).to(tl.float32)
@@ -278,17 +282,28 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     begin, end = _bounds(starts, decodes + tl.program_id(0), decodes)
     if begin == end:
         return
-    row = tl.load(rows + begin).to(tl.int64)
-    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
-    first = (head * tl.num_programs(2) + part) * KEPT
-    conv += row * (C * (KERNEL - 1))
-    _keep_inputs(x, conv, begin, end, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
     n = tl.arange(0, TOGETHER)
-    place = matrix + ((row * heads + head) * K + i[:, None]) * V + j[None, :]
-    inside = (i < K)[:, None] & (j < V)[None, :]
-    state = tl.load(place, mask=inside & (fresh == 0), other=0.0)
+    place, inside, state = _begin(
+        x,
+        conv,
+        matrix,
+        rows,
+        positions,
+        begin,
+        end,
+        head,
+        part,
+        i,
+        j,
+        C,
+        KERNEL,
+        KEPT,
+        KEPT_PADDED,
+        K,
+        V,
+    )
     for start in range(begin, end, TOGETHER):
         token = (start + n).to(tl.int64)
         exists = start + n < end
@@ -335,6 +350,39 @@ def _log_decay(a, decay, dt_bias, head):  # type: ignore[no-untyped-def]
     """Return the logarithm of the decay that ``a`` makes."""
     size = a.to(tl.float32) + tl.load(dt_bias + head)
     return tl.load(decay + head) * tl.where(size > 20, size, tl.log(1 + tl.exp(size)))
+
+
+@triton.jit
+def _begin(  # type: ignore[no-untyped-def]
+    x,
+    conv,
+    matrix,
+    rows,
+    positions,
+    begin,
+    end,
+    head,
+    part,
+    i,
+    j,
+    C: tl.constexpr,
+    KERNEL: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Keep a share of the last inputs of a sequence; return where the state of keys ``i`` and
+    values ``j`` of a head lies, which of it exists, and the state: zeros if the sequence begins.
+    """
+    row = tl.load(rows + begin).to(tl.int64)
+    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
+    first = (head * tl.num_programs(2) + part) * KEPT
+    conv += row * (C * (KERNEL - 1))
+    _keep_inputs(x, conv, begin, end, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
+    place = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
+    inside = (i < K)[:, None] & (j < V)[None, :]
+    return place, inside, tl.load(place, mask=inside & (fresh == 0), other=0.0)
 
 
 @triton.jit

@@ -257,7 +257,7 @@ def check_engine(folder: Path, model: Any, *, is_coarse: bool) -> str:
     except CheckpointRefused as error:
         if error.code not in ("E_ATTENTION", "E_ARCHITECTURE"):
             raise
-        return f"engine: {error.message}"
+        return "engine: " + error.message.removeprefix(f"{folder}: ")
     with engine:
         alone = engine.generate(input_ids=PROMPTS[0], sampling_params=greedy, return_logprob=True)
         both = engine.generate(

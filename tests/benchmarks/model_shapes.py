@@ -40,6 +40,10 @@ class Shape:
     layer: Callable[[int], Layer]
     kept: tuple[str, ...] = ("lm_head",)
     """Linear layers that stay in 16 bits, as configs name them."""
+    layer_types: tuple[str, ...] = ()
+    """Of the first layers; the others repeat them."""
+    scheme: str | None = None
+    """In which it is written, whatever is asked for."""
 
 
 def _experts(count: int, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
@@ -154,7 +158,8 @@ def qwen3_5_moe() -> Shape:
         },
     }
     kept = ("lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$", "re:.*in_proj_[ab]$")
-    return Shape(config, 12, layer, kept)
+    types = (*["linear_attention"] * 3, "full_attention")
+    return Shape(config, 12, layer, kept, layer_types=types)
 
 
 def gpt_oss() -> Shape:
@@ -192,7 +197,8 @@ def gpt_oss() -> Shape:
         },
         "max_position_embeddings": 131072,
     }
-    return Shape(config, 24, layer)
+    types = "sliding_attention", "full_attention"
+    return Shape(config, 24, layer, layer_types=types, scheme="mxfp4")
 
 
 def gemma3() -> Shape:
@@ -271,14 +277,9 @@ def write_checkpoint(
     layers = layers or shape.layers
     folder.mkdir(parents=True, exist_ok=True)
     config = {**shape.config, "num_hidden_layers": layers}
-    if name == "qwen3_5_moe":
-        config["layer_types"] = [
-            "full_attention" if index % 4 == 3 else "linear_attention" for index in range(layers)
-        ]
-    if name == "gpt_oss":
-        kinds = ("sliding_attention", "full_attention")
-        config["layer_types"] = [kinds[index % 2] for index in range(layers)]
-    config["quantization_config"] = _quantization("mxfp4" if name == "gpt_oss" else kind, shape)
+    if types := shape.layer_types:
+        config["layer_types"] = [types[index % len(types)] for index in range(layers)]
+    config["quantization_config"] = _quantization(shape.scheme or kind, shape)
     (folder / "config.json").write_text(json.dumps(config))
     index: dict[str, str] = {}
 
@@ -289,7 +290,7 @@ def write_checkpoint(
     size = config["vocab_size"], config["hidden_size"]
     embedding = torch.randn(*size, device=device, dtype=torch.bfloat16)
     ends = {
-        "model.embed_tokens.weight": embedding * (0.02 if name == "gemma3" else 1),
+        "model.embed_tokens.weight": embedding * (0.02 if config["tie_word_embeddings"] else 1),
         "model.norm.weight": torch.ones(size[1], dtype=torch.bfloat16),
     }
     if not config["tie_word_embeddings"]:

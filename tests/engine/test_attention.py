@@ -596,7 +596,8 @@ def compile() -> None:
         packed = Packed(
             empty(300, 512), empty(300), empty(300), 4, empty(3), 150, counters=empty(10000)
         )
-        triton_latent.attend(q, layer, packed, out, 0.1)
+        triton_latent.decode(q, layer, packed, out, 0.1)
+        triton_latent.prefill(q, layer, packed, out, 0.1)
         for kernel in compiled[count:]:
             used = triton_cpu.resources(kernel)
             assert used["stack"] <= 32, (kernel.metadata.name, kv, used)

@@ -6,6 +6,7 @@ The kernels run in a process of their own (`python tests/engine/test_delta_net.p
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def inputs_of(tokens: int, shape: delta_rule.Shape, dtype: torch.dtype) -> list:
     channels, heads = sum(shape.sizes), shape.value_heads
     qkv, b, a = (torch.randn(tokens, size).to(dtype) for size in (channels, heads, heads))
     weight = torch.randn(channels, KERNEL).to(dtype) / 2
-    return [qkv, b, a, weight, -torch.rand(heads) * 2, torch.randn(heads), shape]
+    decay, dt_bias = -torch.rand(heads) * 2, torch.randn(heads)
+    return [qkv, b, a, delta_rule.DeltaWeights(shape, weight, decay, dt_bias)]
 
 
 def pass_of(chunks, decodes: int) -> Packed:
@@ -134,7 +136,11 @@ def compare(device: str = "cpu") -> None:
                 states.conv_state.clone().to(device), states.recurrent_state.clone().to(device)
             )
             expected = delta_rule.mix(*arguments, states, packed)
-            there = [each.to(device) if isinstance(each, Tensor) else each for each in arguments]
+            *tensors, weights = arguments
+            moved = {
+                part: getattr(weights, part).to(device) for part in ("conv", "decay", "dt_bias")
+            }
+            there = [*(each.to(device) for each in tensors), replace(weights, **moved)]
             for name in ("table", "rows", "positions", "starts"):
                 part = getattr(packed, name)
                 setattr(packed, name, None if part is None else part.to(device))

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import ModuleType
 from typing import Protocol
 
@@ -88,15 +87,16 @@ def attend(
     if not q.is_cuda:
         return _attend_on_cpu(q, kv, packed, scaling, window, softcap, sinks)
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
+    others: tuple[object, ...] = (window, softcap, sinks)
+    if kv.keeps_latents:
+        assert window is None and not softcap and sinks is None
+        others = ()
+    kernels = _latent_kernels() if kv.keeps_latents else _kernels()
     with current(q.device):
-        if kv.keeps_latents:
-            assert window is None and not softcap and sinks is None
-            _latent_kernels().attend(q, kv, packed, out, scaling)
-            return out
         if packed.decodes:
-            _kernels().decode(q, kv, packed, out, scaling, window, softcap, sinks)
+            kernels.decode(q, kv, packed, out, scaling, *others)
         if packed.starts is not None and packed.longest:
-            _kernels().prefill(q, kv, packed, out, scaling, window, softcap, sinks)
+            kernels.prefill(q, kv, packed, out, scaling, *others)
     return out
 
 
@@ -122,21 +122,10 @@ def _attend_on_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
-    starts = [0] if packed.starts is None else packed.starts.tolist()
-    rows, positions = packed.rows.tolist(), packed.positions.tolist()
-    bounds = [
-        token
-        for token in range(packed.decodes)
-        if not token
-        or (rows[token - 1], positions[token - 1] + 1) != (rows[token], positions[token])
-    ]  # what follows a token of its sequence, a draft, attends together with it
-    bounds += [packed.decodes + start for start in starts]
-    for begin, end in pairwise(bounds):
-        if begin == end:
-            continue
-        first, last = positions[begin], positions[end - 1]
+    for begin, end, first in packed.spans():
+        last = first + end - begin - 1
         low = 0 if window is None else max(0, first - window + 1)
-        pages = packed.table[rows[begin], low // PAGE : last // PAGE + 1].long()
+        pages = packed.table[packed.rows[begin], low // PAGE : last // PAGE + 1].long()
         k, v = (
             _gather(part, pages, scale, low, last, q.dtype)
             for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))

@@ -4,7 +4,9 @@ attention, and the states of layers that have one for each sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -125,6 +127,24 @@ class Packed:
 
     Streams that run at the same time need their own; None allocates them in each call.
     """
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Yield for each sequence its first token, the one after its last, and its first position.
+
+        A decode that follows a token of its sequence, a draft, belongs to the same span. Waits for
+        the device.
+        """
+        rows, positions = self.rows.tolist(), self.positions.tolist()
+        starts = [0] if self.starts is None else self.starts.tolist()
+        bounds = [
+            token
+            for token in range(self.decodes)
+            if not token
+            or (rows[token - 1], positions[token - 1] + 1) != (rows[token], positions[token])
+        ]
+        for begin, end in pairwise([*bounds, *(self.decodes + start for start in starts)]):
+            if begin < end:
+                yield begin, end, positions[begin]
 
 
 def new_counters(rows: int, groups: int, device: torch.device) -> Tensor:

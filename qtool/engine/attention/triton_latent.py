@@ -7,40 +7,22 @@ the rotary part beside them, and what is gathered are its numbers. Query heads a
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
-from qtool.engine.attention.triton_paged import LOG2_E, add_parts, launch_options
+from qtool.engine.attention.triton_paged import (
+    ANY_VALUE,
+    LOG2_E,
+    Tile,
+    launch_options,
+    store_part,
+)
 from qtool.runtime.triton.tiles import start_early
 
 ROWS = 16  # heads of a tile, at most
-_ANY = {
-    "do_not_specialize": ["stride_table_row", "decodes", "least"],
-    "do_not_specialize_on_alignment": [
-        *("table", "rows", "positions", "starts", "partial", "sums", "arrived"),
-    ],
-}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut."""
-
-    keys: int
-    """Latents of a step."""
-    warps: int
-    stages: int
-    rows: int
-    """Query rows of a program."""
-    parts: int = 1
-    """Into how many parts the latents of a decode are cut, at most."""
-    least: int = 1
-    """Steps of each part, at least."""
 
 
 def decode_tile(programs: int, most: int, itemsize: int) -> Tile:
@@ -57,14 +39,6 @@ def prefill_tile(queries: torch.dtype, latents: torch.dtype) -> Tile:
         return Tile(16, 4, 1, 16)
     # 8 bits become 16 in registers
     return Tile(32, 8, 2, 64 if latents == queries else 32)
-
-
-def attend(q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float) -> None:
-    """Fill ``out`` [T, heads, rank], see `interface.attend`; ``q`` is [T, heads, rank + rotary]."""
-    if packed.decodes:
-        decode(q, kv, packed, out, scaling)
-    if packed.starts is not None and packed.longest:
-        prefill(q, kv, packed, out, scaling)
 
 
 def decode(
@@ -208,7 +182,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     return acc, total, top
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _decode(  # type: ignore[no-untyped-def]
     q,
     pages,
@@ -268,39 +242,27 @@ def _decode(  # type: ignore[no-untyped-def]
         KEYS,
         STAGES,
     )
-    place = token.to(tl.int64) * groups + group
-    d = tl.arange(0, RANK)
-    inside = (row < SHARED)[:, None]
-    if parts == 1:
-        result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (place * SHARED + row[:, None]) * RANK + d[None, :], result, mask=inside)
-    elif PARTS > 1:
-        mine = (place * PARTS + part) * SHARED + row
-        tops = sums + tl.num_programs(2).to(tl.int64) * groups * PARTS * SHARED
-        tl.store(partial + mine[:, None] * RANK + d[None, :], acc, mask=inside)
-        tl.store(sums + mine, total, mask=row < SHARED)
-        tl.store(tops + mine, top, mask=row < SHARED)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrived + place, 0)
-            add_parts(
-                partial,
-                sums,
-                tops,
-                out,
-                place,
-                parts,
-                scale,
-                SHARED,
-                SHARED_PADDED,
-                RANK,
-                RANK,
-                PARTS,
-                TOGETHER,
-            )
+    store_part(
+        acc,
+        total,
+        top,
+        out,
+        partial,
+        sums,
+        arrived,
+        token.to(tl.int64) * groups + group,
+        part,
+        parts,
+        scale,
+        SHARED,
+        SHARED_PADDED,
+        RANK,
+        PARTS,
+        TOGETHER,
+    )
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _prefill(  # type: ignore[no-untyped-def]
     q,
     pages,

@@ -21,7 +21,7 @@ from qtool.runtime.triton.tiles import GLUON, start_early
 
 LOG2_E = 1.4426950408889634
 # arguments whose values must not make Triton compile a kernel again
-_ANY = {
+ANY_VALUE = {
     "do_not_specialize": ["stride_table_row", "window", "least", "decodes"],
     "do_not_specialize_on_alignment": [
         "table",
@@ -290,7 +290,7 @@ def _hopper(device: torch.device) -> bool:
     )
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _write(  # type: ignore[no-untyped-def]
     k,
     v,
@@ -509,7 +509,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     return acc, total, top
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _decode(  # type: ignore[no-untyped-def]
     q,
     k_pages,
@@ -605,22 +605,69 @@ def _decode(  # type: ignore[no-untyped-def]
         KEYS,
         STAGES,
     )
-    place = token.to(tl.int64) * heads + head
-    dv = tl.arange(0, DV_PADDED)
+    store_part(
+        acc,
+        total,
+        top,
+        out,
+        partial,
+        sums,
+        arrived,
+        token.to(tl.int64) * heads + head,
+        part,
+        parts,
+        v_scale,
+        SHARED,
+        SHARED_PADDED,
+        DV,
+        PARTS,
+        TOGETHER,
+    )
+
+
+@triton.jit
+def store_part(  # type: ignore[no-untyped-def]
+    acc,
+    total,
+    top,
+    out,
+    partial,
+    sums,
+    arrived,
+    place,
+    part,
+    parts,
+    v_scale,
+    SHARED: tl.constexpr,
+    SHARED_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Write the result of the heads at ``place`` of a decode, or keep this of its ``parts`` parts;
+    the last to arrive adds them.
+
+    Args:
+        acc: sums of values, [ROWS, padded DV]; ``total`` and ``top`` [ROWS] are those of
+            `_attend_tiles`.
+    """
+    DV_PADDED: tl.constexpr = acc.shape[1]
+    row, dv = tl.arange(0, acc.shape[0]), tl.arange(0, DV_PADDED)
     inside = (row < SHARED)[:, None] & (dv < DV)[None, :]
     if parts == 1:
         result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
     elif PARTS > 1:
         mine = (place * PARTS + part) * SHARED + row
-        tops = sums + tl.num_programs(2).to(tl.int64) * heads * PARTS * SHARED
+        places = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
+        tops = sums + places * PARTS * SHARED
         tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
         tl.store(sums + mine, total, mask=row < SHARED)
         tl.store(tops + mine, top, mask=row < SHARED)
         tl.debug_barrier()
         if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
             tl.store(arrived + place, 0)
-            add_parts(
+            _add_parts(
                 partial,
                 sums,
                 tops,
@@ -638,7 +685,7 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_parts(  # type: ignore[no-untyped-def]
+def _add_parts(  # type: ignore[no-untyped-def]
     partial,
     sums,
     tops,
@@ -687,7 +734,7 @@ def add_parts(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _prefill(  # type: ignore[no-untyped-def]
     q,
     k_pages,

@@ -98,7 +98,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     row = m.to(tl.int64) * K
     k = tl.arange(0, PIECE)[None, :]
-    exists = m < M if ROWS > 1 else m == m
+    exists = m < M
     start_early(PDL)
     if static_scale is None:
         amax = tl.zeros((ROWS, PIECE), tl.float32)
