@@ -19,6 +19,7 @@ from typing import NoReturn, Self
 
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
+from qtool.serve.api.reasoning import styles as reasoning_styles
 from qtool.serve.api.tools import styles
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
@@ -134,6 +135,8 @@ class Service:
     grammars: Grammars
     tool_style: str | None
     """How the model writes tool calls; None if it does not."""
+    reasoning_style: str | None
+    """How the model marks its thoughts; None if it does not, or they are content."""
     defaults: Mapping[str, object]
     """The model's own sampling parameters."""
     started: int = field(default_factory=lambda: int(time.time()))
@@ -349,6 +352,7 @@ async def open_service(
             templates=templates,
             grammars=grammars,
             tool_style=_tool_style(settings, templates),
+            reasoning_style=_reasoning_style(settings, templates),
             defaults=await _sampling_defaults(settings, info),
         )
         await service.warm_up()
@@ -385,6 +389,12 @@ def _tool_style(settings: ServeSettings, templates: Templates) -> str | None:
     if settings.tool_call_parser:
         return styles.style_named(settings.tool_call_parser)
     return styles.detect(templates.text)
+
+
+def _reasoning_style(settings: ServeSettings, templates: Templates) -> str | None:
+    if settings.reasoning_parser == "auto":
+        return reasoning_styles.detect(templates.text)
+    return reasoning_styles.style_named(settings.reasoning_parser)
 
 
 async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[str, object]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from qtool.engine.config import EngineConfig
 from qtool.errors import ResourceError, UsageError
 from qtool.options import bounded, check_bounds, flag_of, make_options
-from qtool.serve.api.tools.styles import style_named
+from qtool.serve.api.reasoning.styles import style_named as reasoning_style_named
+from qtool.serve.api.tools.styles import style_named as tool_style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
@@ -87,6 +88,10 @@ class ServeOptions(EngineConfig, HandoverOptions):
     tool_call_parser: str | None = None
     """hermes or llama3_json. [as the template shows]"""
 
+    reasoning_parser: str | None = None
+    """How the model marks its thoughts, or none to leave them in the content. [auto: as the
+    template shows]"""
+
     sampling_defaults: str | None = None
     """Default sampling fields: model for those of generation_config.json, or openai."""
 
@@ -145,6 +150,7 @@ class ServeSettings(ServeOptions):
 
     host: str = "127.0.0.1"
     port: int = 30000
+    reasoning_parser: str = "auto"
     sampling_defaults: str = "model"
     max_queued_requests: int = 512
     log_level: str = "info"
@@ -167,7 +173,9 @@ class ServeSettings(ServeOptions):
                 hint="`model` or `openai`",
             )
         if self.tool_call_parser is not None:
-            style_named(self.tool_call_parser)
+            tool_style_named(self.tool_call_parser)
+        if self.reasoning_parser != "auto":
+            reasoning_style_named(self.reasoning_parser)
         if self.log_level.lower() not in LOG_LEVELS:
             raise UsageError(
                 "E_LOG_LEVEL",

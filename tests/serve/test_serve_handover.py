@@ -44,7 +44,7 @@ THEIRS = {
         max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens
         max-num-scheduled-tokens max-num-seqs max-parallel-loading-workers nnodes
         no-async-scheduling no-enable-chunked-prefill no-enable-prefix-caching node-rank
-        pipeline-parallel-size port quantization quantization-config revision seed
+        pipeline-parallel-size port quantization quantization-config reasoning-parser revision seed
         served-model-name shutdown-timeout skip-tokenizer-init structured-outputs-config
         tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision
         tool-call-parser tool-parser-plugin tool-server tool-strict-level
@@ -60,7 +60,7 @@ THEIRS = {
         max-queued-requests max-running-requests max-total-tokens mem-fraction-static
         model model-checksum model-config-parser model-impl model-loader-extra-config
         model-path nnodes node-rank port pp-async-batch-depth pp-max-micro-batch-size
-        pp-size quantization quantization-param-path random-seed revision
+        pp-size quantization quantization-param-path random-seed reasoning-parser revision
         sampling-backend sampling-defaults served-model-name skip-tokenizer-init
         speculative-algorithm speculative-num-draft-tokens speculative-num-steps
         tokenizer-backend tokenizer-mode tokenizer-path tokenizer-worker-num

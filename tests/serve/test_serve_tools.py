@@ -74,7 +74,8 @@ def deltas_of(kind, pieces):
 def read(kind, *pieces):
     """The content and the calls, without their ids, of a text that comes in pieces."""
     deltas, parser = deltas_of(kind, pieces)
-    content, calls = fold(deltas)
+    answer = fold(deltas)
+    content, calls = answer.content, answer.calls
     assert parser.called == bool(calls)
     assert all(ID.fullmatch(call.id) and call.type == "function" for call in calls)
     assert len({call.id for call in calls}) == len(calls)
@@ -676,7 +677,8 @@ def test_what_the_grammar_accepts_is_read_back_as_the_call(grammar_of, choice, t
     assert matcher.accept_string(text)
     assert matcher.is_completed()
     parser = parser_for(CHOICES[choice], None)
-    content, found = fold([*map(parser.push, text), parser.finish()])
+    answer = fold([*map(parser.push, text), parser.finish()])
+    content, found = answer.content, answer.calls
     assert content is None
     assert [(call.function.name, call.function.arguments) for call in found] == calls
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
+from qtool.serve.api.answer_reader import AnswerForm, AnswerReader, form_of, read_whole
 from qtool.serve.api.answering import DONE, answer, event
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
@@ -39,8 +40,7 @@ from qtool.serve.api.schemas import (
 )
 from qtool.serve.api.tools import deltas
 from qtool.serve.api.tools.choice import Choice, choose, schema_for
-from qtool.serve.api.tools.deltas import CallDelta, ToolParser
-from qtool.serve.api.tools.parsers import parser_for
+from qtool.serve.api.tools.deltas import CallDelta
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
@@ -75,7 +75,8 @@ async def chat(service: Service, body: ChatRequest) -> Response:
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)
-        reply = _ChatReply(service, body, submission.rid, account, choice)
+        form = form_of(service, body, choice, text)
+        reply = _ChatReply(service, body, submission.rid, account, form)
         return await answer(service, slot, submission, reply, max_tokens)
 
 
@@ -91,17 +92,17 @@ class _ChatReply:
     """The reply to one request."""
 
     def __init__(
-        self, service: Service, body: ChatRequest, rid: str, account: Account, choice: Choice
+        self, service: Service, body: ChatRequest, rid: str, account: Account, form: AnswerForm
     ) -> None:
         self._service = service
         self._body = body
         self._id = rid
         self._account = account
-        self._choice = choice
+        self._form = form
         self._model = body.model or service.settings.name
         self._created = int(time.time())
         self._stream_usage = StreamUsage(body.stream_options, account)
-        self._parsers: dict[int, ToolParser | None] = {}
+        self._readers: dict[int, AnswerReader] = {}
         """Of a streamed reply, by choice."""
 
     def whole(self, outputs: list[CompletionOutput]) -> ChatCompletion:
@@ -139,15 +140,17 @@ class _ChatReply:
 
     def _whole_choice(self, output: CompletionOutput) -> ChatChoice:
         assert output.finish is not None
-        message = Answer(role="assistant", content=output.text)
+        whole = read_whole(self._form, output.text)
+        message = Answer(
+            role="assistant",
+            content=whole.content,
+            reasoning_content=whole.reasoning,
+            reasoning=whole.reasoning,
+        )
         reason: FinishReason = finish_reason(output.finish)
-        if parser := parser_for(self._choice, self._service.tool_style):
-            content, calls = deltas.fold([parser.push(output.text), parser.finish()])
-            # without a whole call the text of a forced call is cut off, and no answer
-            message.content = None if self._choice.mode == "required" else content
-            if calls:
-                message.tool_calls = calls
-                reason = "tool_calls" if reason == "stop" else reason
+        if whole.calls:
+            message.tool_calls = whole.calls
+            reason = "tool_calls" if reason == "stop" else reason
         return ChatChoice(
             index=output.index,
             message=message,
@@ -169,16 +172,16 @@ class _ChatReply:
     def _chunk_choices(self, output: CompletionOutput) -> Iterator[ChatChunkChoice]:
         """Yield what ``output`` adds to its choice: a role, deltas, the reason for its end."""
         index = output.index
-        if index not in self._parsers:
-            self._parsers[index] = parser_for(self._choice, self._service.tool_style)
+        if index not in self._readers:
+            self._readers[index] = AnswerReader(self._form)
             yield _chunk_choice(index, Delta(role="assistant", content=""))
-        parser = self._parsers[index]
-        for number, delta in enumerate(self._deltas(output, parser)):
+        reader = self._readers[index]
+        for number, delta in enumerate(self._deltas(output, reader)):
             logprobs = self._logprobs(output) if number == 0 else None
             yield _chunk_choice(index, delta, logprobs)
         if output.finish is not None:
             reason: FinishReason = finish_reason(output.finish)
-            if parser is not None and parser.called and reason == "stop":
+            if reader.called and reason == "stop":
                 reason = "tool_calls"
             yield ChatChunkChoice(
                 index,
@@ -188,20 +191,11 @@ class _ChatReply:
                 matched_stop=output.finish.reason.get("matched"),
             )
 
-    def _deltas(self, output: CompletionOutput, parser: ToolParser | None) -> list[Delta]:
-        has_logprobs = bool(self._body.logprobs and output.logprobs)
-        if parser is None:
-            return [Delta(content=output.text)] if output.text or has_logprobs else []
-        found = self._parsed_deltas(parser.push(output.text))
+    def _deltas(self, output: CompletionOutput, reader: AnswerReader) -> list[Delta]:
+        found = _delta_parts(reader.push(output.text))
         if output.finish is not None:
-            found += self._parsed_deltas(parser.finish())
-        return found or ([Delta()] if has_logprobs else [])
-
-    def _parsed_deltas(self, parsed: deltas.Delta) -> list[Delta]:
-        found = []
-        if parsed.content and self._choice.mode != "required":
-            found.append(Delta(content=parsed.content))
-        return found + [Delta(tool_calls=[_call_part(call)]) for call in parsed.calls]
+            found += _delta_parts(reader.finish())
+        return found or ([Delta()] if self._body.logprobs and output.logprobs else [])
 
     def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
         if not self._body.logprobs:
@@ -213,6 +207,18 @@ def _chunk_choice(
     index: int, delta: Delta, logprobs: ChatLogprobs | None = None
 ) -> ChatChunkChoice:
     return ChatChunkChoice(index, delta, logprobs, finish_reason=None)
+
+
+def _delta_parts(delta: deltas.Delta) -> list[Delta]:
+    """Return ``delta`` as OpenAI's, each with one thing: reasoning, content or a piece of a
+    call.
+    """
+    found = []
+    if delta.reasoning:
+        found.append(Delta(reasoning_content=delta.reasoning, reasoning=delta.reasoning))
+    if delta.content:
+        found.append(Delta(content=delta.content))
+    return found + [Delta(tool_calls=[_call_part(call)]) for call in delta.calls]
 
 
 def _call_part(call: CallDelta) -> CallPart:

@@ -81,6 +81,8 @@ def template_message(message: Message, template: str | None = None) -> Json:
     templates ask whether ``tool_calls`` is there.
     """
     turn: Json = message.model_dump(exclude_none=True, exclude={"tool_calls"})
+    if message.reasoning is not None:
+        turn.setdefault("reasoning_content", message.reasoning)
     # `developer` is OpenAI's later name for `system`, which few templates know
     if message.role == "developer" and "developer" not in (template or ""):
         turn["role"] = "system"

@@ -198,6 +198,8 @@ class Message(Body):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """vLLM's name of reasoning_content."""
     refusal: str | None = None
     audio: None = None
     annotations: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -265,6 +267,10 @@ class ChatRequest(OpenAISamplingFields):
     documents: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     chat_template_kwargs: Json | None = None
     reasoning_effort: str | None = None
+    separate_reasoning: bool | None = None
+    """Whether thoughts are told from content (SGLang's); they are without it."""
+    include_reasoning: bool | None = None
+    """Whether thoughts are returned (vLLM's); they are without it."""
     modalities: (
         Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     ) = None

@@ -119,6 +119,8 @@ class Account:
         self._prompts: dict[int, tuple[int, int]] = {}
         """By prompt: its tokens, and those found in the cache."""
         self._reasons: dict[int, str] = {}
+        self.reasoning_tokens: int | None = None
+        """Tokens of thoughts; None where they are not told apart."""
 
     def expect(self, prompts: Sequence[Sequence[int]]) -> None:
         """Count the tokens of ``prompts`` before the first output."""
@@ -166,16 +168,22 @@ class Account:
             completion_tokens=generated,
             total_tokens=prompt_tokens + generated,
             prompt_tokens_details=schemas.CachedTokens(cached),
-            completion_tokens_details=self._predicted(),
+            completion_tokens_details=self._details(),
         )
 
-    def _predicted(self) -> schemas.PredictedTokens | UnsetType:
-        """Return what came of drafted tokens, as OpenAI counts those of predicted outputs."""
-        if not self._drafts:
+    def _details(self) -> schemas.CompletionDetails | UnsetType:
+        """Return how many tokens were thoughts, and what came of drafted ones, as OpenAI counts
+        those of predicted outputs.
+        """
+        if not self._drafts and self.reasoning_tokens is None:
             return UNSET
-        accepted = sum(counts.correct for counts in self._drafts)
-        proposed = sum(counts.proposed for counts in self._drafts)
-        return schemas.PredictedTokens(accepted, proposed - accepted)
+        details = schemas.CompletionDetails(self.reasoning_tokens or 0)
+        if self._drafts:
+            accepted = sum(counts.correct for counts in self._drafts)
+            proposed = sum(counts.proposed for counts in self._drafts)
+            details.accepted_prediction_tokens = accepted
+            details.rejected_prediction_tokens = proposed - accepted
+        return details
 
     def close(self, request_id: str) -> None:
         """Count the choices that did not finish, and log a line without text."""

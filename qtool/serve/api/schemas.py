@@ -25,11 +25,14 @@ class CachedTokens(Struct):
     cached_tokens: int
 
 
-class PredictedTokens(Struct):
-    """What came of drafted tokens."""
+class CompletionDetails(Struct):
+    """What the tokens of an answer were."""
 
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
+    """Tokens of thoughts."""
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    """Where tokens are drafted, like the next."""
+    rejected_prediction_tokens: int | UnsetType = UNSET
 
 
 class Usage(Struct):
@@ -39,8 +42,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: PredictedTokens | UnsetType = UNSET
-    """Where tokens are drafted."""
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+    """Where tokens are drafted, or thoughts are told apart."""
 
 
 class TopLogprob(Struct, gc=False):  # there may be a hundred thousand, and no cycles
@@ -86,6 +89,10 @@ class Answer(Struct):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    """Thoughts; null where there are none, which clients of SGLang read."""
+    reasoning: str | None = None
+    """The same, for clients of vLLM."""
     tool_calls: list[Call] | UnsetType = UNSET
 
 
@@ -132,6 +139,10 @@ class Delta(Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | None = None
+    """Thoughts; null where there are none, which clients of SGLang read."""
+    reasoning: str | UnsetType = UNSET
+    """The same, for clients of vLLM."""
     tool_calls: list[CallPart] | UnsetType = UNSET
 
 

@@ -1,4 +1,4 @@
-"""What parsers of tool calls return: pieces of content and of calls."""
+"""What parsers of answers return: pieces of reasoning, of content and of calls."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class CallDelta:
 class Delta:
     """What became certain with one more piece of text."""
 
-    content: str
-    calls: tuple[CallDelta, ...]
+    content: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    reasoning: str = ""
 
 
 class ToolParser(Protocol):
@@ -50,14 +51,25 @@ class ToolParser(Protocol):
         """Whether a call was found: `finish_reason` is then ``tool_calls``."""
 
 
-def fold(deltas: Iterable[Delta]) -> tuple[str | None, list[Call]]:
-    """Return the content of a whole answer and its calls in OpenAI's shape; content is None if
-    there are only calls.
-    """
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """An answer in OpenAI's shape."""
+
+    reasoning: str | None
+    content: str | None
+    """None if there are only calls or thoughts."""
+    calls: list[Call]
+
+
+def fold(deltas: Iterable[Delta]) -> WholeAnswer:
+    """Return the answer that ``deltas`` make."""
     deltas = list(deltas)
     pieces = (call for delta in deltas for call in delta.calls)
     calls = [_make_call(call) for call in join_calls(pieces)]
-    return "".join(delta.content for delta in deltas) or (None if calls else ""), calls
+    reasoning = "".join(delta.reasoning for delta in deltas) or None
+    content = "".join(delta.content for delta in deltas)
+    has_others = bool(calls) or reasoning is not None
+    return WholeAnswer(reasoning, content or (None if has_others else ""), calls)
 
 
 def _make_call(call: CallDelta) -> Call:
