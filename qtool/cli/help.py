@@ -34,8 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Server": (
         *("host", "port", "api_key", "max_queued_requests", "drain_timeout_s"),
-        *("watchdog_timeout_s", "log_requests"),
-        *("log_level", "tool_call_parser", "reasoning_parser", "sampling_defaults"),
+        *("watchdog_timeout_s", "strict_fields", "log_requests", "log_level"),
+        *("tool_call_parser", "reasoning_parser", "sampling_defaults"),
     ),
     "Engine": (
         *("engine", "engine_python", "device", "kv_cache_dtype", "mem_fraction_static"),

@@ -40,6 +40,12 @@ BIASES = (-100, 100)
 ABOVE_ZERO = {"top_p"}
 OPTIONAL = {"max_new_tokens", "sampling_seed"}  # of RANGES, those that may be None
 WHOLE = {"max_new_tokens", "min_new_tokens", "n", "sampling_seed", "top_k"}
+NOT_OFFERED = {  # of SGLang's
+    "stop_regex": "`stop` takes strings",
+    "custom_params": "they are for logit processors, which the engine does not run",
+    "beam_width": "tokens are sampled, or greedy with temperature 0",
+    "stream_interval": "each token is streamed when it comes",
+}
 _FLAGS = ("ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim")
 
 
@@ -119,7 +125,8 @@ class SamplingParams:
         """Return the parameters that ``values`` name; ``seed`` is another name of
         ``sampling_seed``.
 
-        Raises: UsageError E_SAMPLING, for an unknown name, a wrong type or a value out of range.
+        Raises: UsageError E_SAMPLING, for an unknown name with a value that asks for something, a
+            wrong type or a value out of range.
         """
         if not isinstance(values, Mapping):
             raise UsageError(
@@ -127,13 +134,14 @@ class SamplingParams:
                 "sampling_params is not a dictionary",
                 hint="give names and values, such as temperature: 0.8",
             )
-        given = dict(values)
+        given = {
+            name: value for name, value in values.items() if value is not None or name in OPTIONAL
+        }
         known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in (*known, "seed"):
-                hint = nearest(str(name)[:100], known) or f"known are {', '.join(known)}"
-                message = f"unknown sampling parameter `{str(name)[:100]}`"
-                raise UsageError("E_SAMPLING", message, hint=hint)
+        for name in list(given):
+            is_known = name in (*known, "seed")
+            if not is_known and given.pop(name) not in (False, "", [], {}):
+                raise _unknown(str(name)[:100], known)
         seed = given.pop("seed", None)
         if seed is not None and given.setdefault("sampling_seed", seed) not in (seed, None):
             raise UsageError(
@@ -173,7 +181,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings; none is empty."""
+        """The stop strings, without empty ones, which ask for nothing."""
         return cast(tuple[str, ...], self.stop)
 
     @property
@@ -206,6 +214,14 @@ class SamplingParams:
         return (self.sampling_seed + index * 0x9E3779B97F4A7C15) % 2**64
 
 
+def _unknown(name: str, known: Sequence[str]) -> UsageError:
+    if name in NOT_OFFERED:
+        message = f"the sampling parameter `{name}` is not offered"
+        return UsageError("E_SAMPLING", message, hint=NOT_OFFERED[name])
+    hint = nearest(name, known) or f"known are {', '.join(known)}"
+    return UsageError("E_SAMPLING", f"unknown sampling parameter `{name}`", hint=hint)
+
+
 def _refusal(name: str, value: object, allowed: str) -> UsageError:
     return UsageError(
         "E_SAMPLING", f"`{name}` cannot be {repr(value)[:60]}", hint=f"`{name}` takes {allowed}"
@@ -223,6 +239,8 @@ def is_token_id(value: object) -> bool:
 
 def _checked_number(name: str, value: object) -> int | float:
     is_whole = name in WHOLE
+    if is_whole and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if (_is_whole(value) or (isinstance(value, float) and not is_whole)) and _is_in_range(
         name, cast(float, value)
     ):
@@ -272,18 +290,18 @@ def _stops(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     allowed = (
-        f"a string or at most {MAX_STOP_STRINGS} of them, each of 1 to {MAX_STOP_LENGTH} "
+        f"a string or at most {MAX_STOP_STRINGS} of them, each of at most {MAX_STOP_LENGTH} "
         "characters of valid Unicode"
     )
     stops = (value,) if isinstance(value, str) else value
     if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
         raise _refusal("stop", value, allowed)
     for stop in stops:
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_LENGTH:
+        if not isinstance(stop, str) or len(stop) > MAX_STOP_LENGTH:
             raise _refusal("stop", stop, allowed)
         if _utf8_size(stop) is None:
             raise _refusal("stop", stop, f"{allowed}: this one has half of a surrogate pair")
-    return tuple(stops)
+    return tuple(filter(None, stops))
 
 
 def _ids(value: object) -> tuple[int, ...]:

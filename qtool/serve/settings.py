@@ -98,6 +98,9 @@ class ServeOptions(EngineConfig, HandoverOptions):
     max_queued_requests: int | None = bounded(None, 0)
     """Requests that may wait for the engine; more get 429."""
 
+    strict_fields: bool = False
+    """Refuse fields of requests that would be ignored."""
+
     log_requests: bool = False
     """Write prompts to the log."""
 

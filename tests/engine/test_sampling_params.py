@@ -13,24 +13,18 @@ from qtool.errors import UsageError
 @pytest.mark.parametrize(
     "values",
     [
-        *(
-            {"temperature": value}
-            for value in (-0.1, 101, math.nan, math.inf, 10**400, "1", True, None)
-        ),
+        *({"temperature": value} for value in (-0.1, 101, math.nan, math.inf, 10**400, "1", True)),
         *({"top_p": value} for value in (0, 1.01, math.nan)),
-        *({"top_k": value} for value in (0, -2, 1.0, True)),
+        *({"top_k": value} for value in (0, -2, 1.5, True)),
         *({"min_p": value} for value in (-0.1, 1.1)),
         *({"frequency_penalty": value} for value in (-2.1, 2.1)),
         *({"presence_penalty": value} for value in (-2.1, 2.1)),
         *({"repetition_penalty": value} for value in (0, 2.1)),
         *({"max_new_tokens": value} for value in (0, -1, 2**31, 1.5)),
         *({"min_new_tokens": value} for value in (-1, 129)),
-        *({"n": value} for value in (0, 129, None)),
-        *({"seed": value} for value in (2**64, 1.0, False)),
-        *(
-            {"stop": value}
-            for value in ("", ["a", ""], "x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1}, "\ud800")
-        ),
+        *({"n": value} for value in (0, 129)),
+        *({"seed": value} for value in (2**64, 1.5, False)),
+        *({"stop": value} for value in ("x" * 1025, ["a"] * 65, 3, [3], b"a", {"a": 1}, "\ud800")),
         *({"stop_token_ids": value} for value in ([-1], [True], [1.0], "12", 3, [1] * 1025)),
         *(
             {"logit_bias": value}
@@ -71,7 +65,7 @@ from qtool.errors import UsageError
             )
         ),
         *({"ebnf": ""}, {"structural_tag": b"{}"}),
-        *({"logit_bias": dict.fromkeys(range(1025), 1)}, {"ignore_eos": 1}, {"no_stop_trim": None}),
+        *({"logit_bias": dict.fromkeys(range(1025), 1)}, {"ignore_eos": 1}),
     ],
     ids=repr,
 )
@@ -149,6 +143,14 @@ def test_row_seeds_repeat_with_a_seed_and_never_without():
         )
         == 200
     )
+
+
+def test_what_asks_for_nothing_is_taken():
+    nothing = {"stop": ["a", ""], "n": None, "stop_regex": None, "custom_params": {}, "top_k": 5.0}
+    taken = SamplingParams.from_dict(nothing)
+    assert (taken.stop_strings, taken.n, taken.top_k) == (("a",), 1, 5)
+    with pytest.raises(UsageError, match="`stop_regex` is not offered"):
+        SamplingParams.from_dict({"stop_regex": "a"})
 
 
 def test_a_text_follows_one_grammar():

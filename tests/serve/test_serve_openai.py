@@ -460,7 +460,7 @@ def test_roles_and_parts_mean_what_they_say(ask, tokens_of):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_text_is_refused_by_its_name(ask, part, what):
-    with pytest.raises(openai.BadRequestError, match=f"{what} are not supported"):
+    with pytest.raises(openai.BadRequestError, match=f"{what} are not offered"):
         ask(messages=[{"role": "user", "content": [{"type": "text", "text": "What is it?"}, part]}])
 
 
@@ -876,7 +876,6 @@ def test_a_continuation_stops_and_repeats(complete):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"echo": True, "stream": True, "logprobs": 1}, "streamed"),
         ({"logprobs": 21}, "logprobs"),
@@ -943,6 +942,41 @@ def test_an_unknown_field_is_answered_with_the_nearest(ask):
     assert (unknown.value.param, unknown.value.code) == ("tempreature", "unknown_parameter")
 
 
+def test_fields_of_other_servers_are_taken_and_logged_once(ask, served):
+    other = {"vllm_xargs": {"a": 1}, "of_nobody": [1], "functions": None, "stop_regex": ""}
+    assert ask(extra_body=other).choices and ask(extra_body=other).choices
+    for name in ("vllm_xargs", "of_nobody"):
+        assert served.said().count(f"`{name}`") == 1
+    assert "functions" not in served.said()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"stop": value} for value in ("", [], [""])),
+        {"max_tokens": 16.0, "seed": 3.0, "stop_token_ids": [0.0]},
+        {"response_format": {}, "tool_choice": {}, "tools": [], "rid": "", "top_logprobs": False},
+        {"functions": [], "audio": None, "lora_path": "", "truncate_prompt_tokens": -1},
+        {"messages": [{"role": "user", "content": "a", "id": 5, "opts": {"visible": False}}]},
+        {"messages": [{"role": "assistant", "content": "x", "audio": {"id": "y"}}]},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_left_out(fields):
+    body = ChatRequest.model_validate({"messages": ASKED, **fields})
+    assert not body.stop and body.response_format is body.tool_choice is body.rid is None
+    assert not body.model_extra and body.messages[0].model_extra is None
+
+
+def test_strict_fields_refuses_whatever_would_be_ignored():
+    message = {**ASKED[0], "id": 5}
+    for fields in ({"user": "me"}, {"of_nobody": 1}, {"messages": [message]}):
+        with pytest.raises(ValidationError, match="extra_forbidden"):
+            ChatRequest.model_validate({"messages": ASKED, **fields}, extra="forbid")
+    nothing = {"messages": [{**ASKED[0], "id": None}], "functions": []}
+    assert ChatRequest.model_validate(nothing, extra="forbid").messages[0].content == "Hello"
+
+
 @pytest.mark.parametrize(
     ("body", "message", "param"),
     [
@@ -957,16 +991,24 @@ def test_an_unknown_field_is_answered_with_the_nearest(ask):
         ({"messages": ASKED, "stop": 5}, "a valid string, or Input should be a valid list", "stop"),
         (
             {"messages": ASKED, "tool_choice": {"type": "function", "function": {"nam": "x"}}},
-            "did you mean `name`",
-            "tool_choice.function.nam",
+            "is missing",
+            "tool_choice.function.name",
         ),
         (
             {
                 "messages": ASKED,
-                "response_format": {"type": "json_schema", "json_schema": {"schem": {}}},
+                "response_format": {"type": "json_schema", "json_schema": {"schem": {"a": 1}}},
             },
             "`schema`",
             "response_format.json_schema.schem",
+        ),
+        ({"messages": ASKED, "maxTokens": 5}, "did you mean `max_tokens`", "maxTokens"),
+        ({"messages": ASKED, "audio": {"voice": "alloy"}}, "not offered", "audio"),
+        ({"prompt": "a", "suffix": "b"}, "not offered", "suffix"),
+        (
+            {"messages": ASKED, "structured_outputs": {"grammar": ""}},
+            "at least 1",
+            "structured_outputs.grammar",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

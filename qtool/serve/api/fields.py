@@ -43,6 +43,16 @@ def _check_grammar(text: str) -> str:
     return text
 
 
+def _whole(value: object) -> object:
+    """Return a whole number that was written as 16.0 as the number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_empty(value: object) -> object:
+    """Leave out empty strings of a list: they ask for no stop."""
+    return [one for one in value if one != ""] if isinstance(value, list) else value
+
+
 def _check_bias_key(key: str) -> str:
     if not is_token_id(int(key)):
         raise ValueError(f"token ids are whole numbers from {TOKEN_IDS[0]} to {TOKEN_IDS[1]}")
@@ -88,8 +98,8 @@ def _check_tokens(value: object) -> TokensInput:
 
 
 def is_single(prompt: PromptInput) -> bool:
-    """Whether ``prompt`` is one text or one list of tokens."""
-    return isinstance(prompt, str) or isinstance(prompt[0], int)
+    """Whether ``prompt`` is one text or one list of tokens, which may be empty."""
+    return isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
 
 
 def as_prompts(given: PromptInput) -> list[PromptOrTokens]:
@@ -99,8 +109,7 @@ def as_prompts(given: PromptInput) -> list[PromptOrTokens]:
 
 def as_lists(tokens: TokensInput) -> list[Tokens]:
     """Return ``tokens`` as a list of lists, also if there is only one."""
-    several = isinstance(tokens[0], list)
-    return cast(list[Tokens], tokens if several else [tokens])
+    return cast(list[Tokens], [tokens] if is_single(tokens) else tokens)
 
 
 def _are_tokens(value: list[object]) -> bool:
@@ -145,17 +154,26 @@ TokenLists = Annotated[
     PlainValidator(_check_tokens),
     WithJsonSchema({"anyOf": [_TOKENS_SCHEMA, _TOKEN_LISTS_SCHEMA]}),
 ]
-TokenId = Annotated[int, Field(ge=TOKEN_IDS[0], le=TOKEN_IDS[1])]
+TokenListsOrEmpty = Annotated[
+    TokensInput,
+    PlainValidator(lambda value: value if value == [] else _check_tokens(value)),
+    WithJsonSchema(
+        {"anyOf": [{"type": "array", "maxItems": 0}, _TOKENS_SCHEMA, _TOKEN_LISTS_SCHEMA]}
+    ),
+]
+Whole = Annotated[int, BeforeValidator(_whole)]
+TokenId = Annotated[Whole, Field(ge=TOKEN_IDS[0], le=TOKEN_IDS[1])]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-StopStrings = (
-    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
-)
+StopStrings = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)],
+    BeforeValidator(_without_empty),
+]
 Grammar = Annotated[
     str, Field(min_length=1, max_length=MAX_GRAMMAR), AfterValidator(_check_grammar)
 ]
-Seed = Annotated[int, bounded("sampling_seed")]
-MaxTokens = Annotated[int, bounded("max_new_tokens")]
-MaxTokensOrZero = Annotated[int, Field(ge=0, le=RANGES["max_new_tokens"][1])]
+Seed = Annotated[Whole, bounded("sampling_seed")]
+MaxTokens = Annotated[Whole, bounded("max_new_tokens")]
+MaxTokensOrZero = Annotated[Whole, Field(ge=0, le=RANGES["max_new_tokens"][1])]
 """0 asks for no token."""
 
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]

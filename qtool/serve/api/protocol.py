@@ -1,20 +1,19 @@
 """The bodies of requests: OpenAI's fields, those that vLLM and SGLang both add, and SGLang's native
-ones. Unknown fields are refused.
+ones; all others are in `other_fields`, which has the sources.
 
 Bounds stand in the fields, so that nothing large is tokenized first; what depends on the model is
 checked by `SamplingParams` and the engine.
-Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/`; SGLang 0.5.23
-    `srt/entrypoints/openai/protocol.py`, `srt/managers/io_struct.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qtool.engine.sampling_params import LARGEST, MAX_IDS, MAX_TOP_LOGPROBS
+from qtool.serve.api.body import Body, Part
 from qtool.serve.api.fields import (
     MAX_CHOICES,
     MAX_MESSAGES,
@@ -32,20 +31,14 @@ from qtool.serve.api.fields import (
     StopStrings,
     TokenId,
     TokenLists,
+    TokenListsOrEmpty,
     ToolName,
+    Whole,
     bounded,
 )
 
 # word in the type of a content part -> what it is
 OTHER_CONTENT = {"image": "images", "audio": "audio", "video": "videos", "file": "files"}
-
-
-class Body(BaseModel):
-    """A part of a request: strict types, no field that is unknown."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class StreamOptions(Body):
@@ -57,7 +50,8 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
     """Whether each chunk gives the number of tokens so far, with ``include_usage`` (as in vLLM)."""
 
-    include_obfuscation: bool | None = None  # OpenAI's padding; there is none here
+    include_obfuscation: bool | None = None
+    """Whether OpenAI pads its events; there is no padding here."""
 
 
 class JsonSchema(Body):
@@ -84,12 +78,12 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's constraints of an answer; only one of them may be given."""
 
-    json_: Json | str | None = Field(None, alias="json")
-    regex: str | None = None
+    json_: Json | Grammar | None = Field(None, alias="json")
+    regex: Grammar | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
-    grammar: str | None = None
+    grammar: Grammar | None = None
     json_object: bool | None = None
-    structural_tag: str | None = None
+    structural_tag: Grammar | None = None
 
 
 class SamplingFields(Body):
@@ -97,14 +91,14 @@ class SamplingFields(Body):
 
     temperature: Annotated[float, bounded("temperature")] | None = None
     top_p: Annotated[float, bounded("top_p")] | None = None
-    top_k: Annotated[int, bounded("top_k")] | None = None
+    top_k: Annotated[Whole, bounded("top_k")] | None = None
     min_p: Annotated[float, bounded("min_p")] | None = None
     frequency_penalty: Annotated[float, bounded("frequency_penalty")] | None = None
     presence_penalty: Annotated[float, bounded("presence_penalty")] | None = None
     repetition_penalty: Annotated[float, bounded("repetition_penalty")] | None = None
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
-    n: Annotated[int, bounded("n")] | None = None
+    n: Annotated[Whole, bounded("n")] | None = None
     stop: StopStrings | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS, fail_fast=True)] | None = (
         None
@@ -122,24 +116,23 @@ class OpenAISamplingFields(SamplingFields):
     """The fields that chats and completions share."""
 
     model: str | None = None
-    min_tokens: Annotated[int, bounded("min_new_tokens")] | None = None
+    min_tokens: Annotated[Whole, bounded("min_new_tokens")] | None = None
     include_stop_str_in_output: bool | None = None  # vLLM's name of no_stop_trim
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None  # vLLM's
     rid: RequestId | None = None
-    user: str | None = None  # from here on: accepted without effect
-    metadata: Json | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Json | None = None
+    request_id: RequestId | None = None
+    """vLLM's name of ``rid``."""
+
+    @model_validator(mode="after")
+    def _take_request_id(self) -> Self:
+        self.rid = self.rid or self.request_id
+        return self
 
 
-class TextPart(Body):
+class TextPart(Part):
     """A piece of a message."""
 
     type: Literal["text", "input_text", "refusal"]
@@ -160,8 +153,8 @@ def _check_content(value: object) -> object:
         for word, what in OTHER_CONTENT.items():
             if isinstance(kind, str) and word in kind:
                 message = (
-                    "{what} are not supported, this server reads only text: "
-                    "it cannot answer a part of type `{kind}`"
+                    "{what} are not offered: this server reads only text, and no part of type "
+                    "`{kind}`"
                 )
                 raise PydanticCustomError(
                     "content_not_supported", message, {"what": what, "kind": kind[:100]}
@@ -169,7 +162,7 @@ def _check_content(value: object) -> object:
     return value
 
 
-class FunctionCall(Body):
+class FunctionCall(Part):
     """A call that the model made."""
 
     name: str
@@ -177,7 +170,7 @@ class FunctionCall(Body):
     """JSON, usually as text."""
 
 
-class ToolCall(Body):
+class ToolCall(Part):
     """A call in a message of the model."""
 
     id: str | None = None
@@ -186,7 +179,7 @@ class ToolCall(Body):
     function: FunctionCall
 
 
-class Message(Body):
+class Message(Part):
     """One turn of a chat; images, audio and files are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -201,12 +194,10 @@ class Message(Body):
     reasoning: str | None = None
     """vLLM's name of reasoning_content."""
     refusal: str | None = None
-    audio: None = None
-    annotations: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     function_call: FunctionCall | None = None
 
 
-class Function(Body):
+class Function(Part):
     """A function that the model may call."""
 
     name: ToolName
@@ -217,34 +208,34 @@ class Function(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Part):
     """A tool, which is always a function."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Body):
+class FunctionName(Part):
     """A function by its name."""
 
     name: ToolName
 
 
-class NamedTool(Body):
+class NamedTool(Part):
     """The tool that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class Allowed(Body):
+class Allowed(Part):
     """The tools that may be called."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class AllowedTools(Body):
+class AllowedTools(Part):
     """A choice among some of the tools."""
 
     type: Literal["allowed_tools"]
@@ -258,7 +249,7 @@ class ChatRequest(OpenAISamplingFields):
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
@@ -274,17 +265,6 @@ class ChatRequest(OpenAISamplingFields):
     modalities: (
         Annotated[list[Literal["text"]], Field(max_length=MAX_PARTS, fail_fast=True)] | None
     ) = None
-    verbosity: str | None = None  # accepted without effect, like the next
-    prediction: Json | None = None
-
-
-def _check_suffix(value: object) -> object:
-    if value not in (None, ""):
-        raise ValueError(
-            "suffix is not supported; if the model can fill in text, write its fill-in tokens into "
-            "the prompt"
-        )
-    return value
 
 
 class CompletionRequest(OpenAISamplingFields):
@@ -292,18 +272,18 @@ class CompletionRequest(OpenAISamplingFields):
 
     prompt: Prompt
     max_tokens: MaxTokensOrZero | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    suffix: Annotated[Literal[""] | None, BeforeValidator(_check_suffix)] = None
+    best_of: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
     add_special_tokens: bool | None = None
 
 
 class NativeSampling(SamplingFields):
-    """SGLang's ``sampling_params``."""
+    """SGLang's ``sampling_params``, whose unknown names SGLang refuses, too."""
 
+    ignores_unknown: ClassVar[bool] = False
     max_new_tokens: MaxTokensOrZero | None = None
-    min_new_tokens: Annotated[int, bounded("min_new_tokens")] | None = None
+    min_new_tokens: Annotated[Whole, bounded("min_new_tokens")] | None = None
     sampling_seed: Seed | None = None
     structural_tag: Grammar | None = None
 
@@ -323,8 +303,8 @@ class GenerateRequest(Body):
     rid: RequestId | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
-    logprob_start_len: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
-    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprob_start_len: Annotated[Whole, Field(ge=-1, le=LARGEST)] | None = None
+    top_logprobs_num: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_text_in_logprobs: bool | None = None
 
 
@@ -359,5 +339,5 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: TokenLists
+    tokens: TokenListsOrEmpty
     skip_special_tokens: bool | None = None

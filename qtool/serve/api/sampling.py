@@ -108,7 +108,7 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
         "structural_tag": given.structural_tag,
     }
     for name, text in texts.items():
-        if text:
+        if text is not None:
             yield name, text
 
 

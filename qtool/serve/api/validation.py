@@ -11,12 +11,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from qtool.errors import nearest, one_line
+from qtool.errors import one_line
+from qtool.serve.api.other_fields import MAX_UNKNOWN, NOT_OFFERED, nearest_name
 from qtool.serve.api.schemas import ErrorDetail
 
 MAX_ERRORS = 100  # of one body that are read
 # pydantic's -> OpenAI's
-CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "not_offered": "unsupported_parameter",
+    "missing": "missing_required_parameter",
+}
+OTHER_FIELDS = ("extra_forbidden", "unknown_parameter", "not_offered")
+"""Kinds of errors about a field that the model does not have."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def describe_invalid_body(errors: Sequence[ErrorDetails], model: type[BaseModel]
     The innermost of several errors counts: those of a union's other members are further out.
     """
     located = [_locate(error, model) for error in errors[:MAX_ERRORS]]
-    worst = max(located, key=lambda one: (len(one.path), one.kind == "extra_forbidden"))
+    worst = max(located, key=lambda one: (len(one.path), one.kind in OTHER_FIELDS))
     return ErrorDetail(
         message=_describe(worst, located),
         type="invalid_request_error",
@@ -58,9 +65,12 @@ def describe_invalid_body(errors: Sequence[ErrorDetails], model: type[BaseModel]
 
 def _describe(worst: _LocatedError, located: Iterable[_LocatedError]) -> str:
     field = worst.field
-    if worst.kind == "extra_forbidden":
-        hint = nearest(str(worst.path[-1])[:100], worst.known, count=1)
-        return f"unknown field `{field}`" + (f"; {hint}" if hint else "")
+    if worst.kind in OTHER_FIELDS:
+        name = str(worst.path[-1])
+        if name in NOT_OFFERED:
+            return f"`{field}` is not offered: {NOT_OFFERED[name]}"
+        near = nearest_name(name, worst.known)
+        return f"unknown field `{field}`" + (f"; did you mean `{near}`?" if near else "")
     if worst.kind == "missing":
         return f"`{field}` is missing" if field else "the request has no body"
     same = dict.fromkeys(_explain(one.error) for one in located if one.path == worst.path)
@@ -72,8 +82,12 @@ def _locate(error: ErrorDetails, model: type[BaseModel]) -> _LocatedError:
     path: list[str | int] = []
     models = {model}
     known: Collection[str] = ()
-    *way, last = error["loc"] or ("",)
-    for step in [*way[way[:1] == ["body"] :], last]:
+    way = list(error["loc"])
+    way = way[way[:1] == ["body"] :]
+    other = (error.get("ctx") or {}).get("field") if error["type"] in OTHER_FIELDS else None
+    if other is not None:  # an error of its object
+        way.append(other)
+    for number, step in enumerate(way, start=1):
         if isinstance(step, int):
             path.append(step)
             continue
@@ -81,9 +95,16 @@ def _locate(error: ErrorDetails, model: type[BaseModel]) -> _LocatedError:
         if step in fields:
             path.append(step)
             models = _models_in(fields[step].annotation)
-        elif step is last and error["type"] == "extra_forbidden":
+        elif number == len(way) and error["type"] in OTHER_FIELDS:
             path.append(step)
             known = fields.keys()
+    if error["type"] == "missing" and isinstance(error["input"], dict):
+        name = str(path[-1])
+        given = list(error["input"])[:MAX_UNKNOWN]
+        typos = [one for one in given if nearest_name(one, [name])]
+        if typos:
+            path[-1] = typos[0]
+            return _LocatedError({**error, "type": "extra_forbidden"}, path, [name])
     return _LocatedError(error, path, known)
 
 

@@ -42,6 +42,7 @@ def make_app(host: ServiceHost) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.threads = host.threads
+    app.state.strict_fields = host.settings.strict_fields
     app.router.route_class = JsonRoute
     app.openapi = partial(make_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)

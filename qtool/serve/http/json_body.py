@@ -34,8 +34,11 @@ class JsonRoute(APIRoute):
         async def read_and_answer(request: Request) -> Response:
             given = JsonRequest(request.scope, request.receive)
             if model is not None and (body := await request.body()):
-                threads: Threads = request.app.state.threads
-                given.parsed = await threads.run(len(body), parse_body, body, model)
+                state = request.app.state
+                threads: Threads = state.threads
+                given.parsed = await threads.run(
+                    len(body), parse_body, body, model, state.strict_fields
+                )
             return await answer(given)
 
         return read_and_answer
@@ -56,14 +59,18 @@ class JsonRequest(Request):
         return self.parsed
 
 
-def parse_body(body: bytes, model: type[BaseModel]) -> BaseModel:
+def parse_body(body: bytes, model: type[BaseModel], strict_fields: bool = False) -> BaseModel:
     """Return ``body`` as ``model``.
 
+    Args:
+        body: JSON.
+        model: what it must be.
+        strict_fields: whether fields that would be ignored are refused.
     Raises: HTTPException, if it is not strict JSON; RequestValidationError.
     """
     value = parse_json(body)
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, extra="forbid" if strict_fields else None)
     except ValidationError as error:
         count = error.error_count()
         errors = error.errors(include_url=False) if count <= MAX_ERRORS else [_too_many(count)]

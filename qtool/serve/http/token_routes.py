@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from qtool.errors import UsageError
 from qtool.serve.api.answering import json_reply
-from qtool.serve.api.fields import as_lists
+from qtool.serve.api.fields import as_lists, is_single
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import DetokenizeRequest, TokenizeRequest
 from qtool.serve.api.schemas import Text, Tokens
@@ -41,7 +41,7 @@ def add_token_routes(app: FastAPI, host: ServiceHost) -> None:
         texts = await service.vocabulary.decode(
             lists, skip_special_tokens=body.skip_special_tokens is not False
         )
-        text = texts if isinstance(body.tokens[0], list) else texts[0]
+        text = texts[0] if is_single(body.tokens) else texts
         return Text(text=text, prompt=text)
 
 
@@ -80,7 +80,7 @@ async def _encode_all(
 
 def _check_tokens(service: Service, lists: Sequence[Sequence[int]]) -> None:
     """Raise: UsageError, if the model lacks one of the tokens."""
-    largest = max(map(max, lists))
+    largest = max(max(tokens, default=0) for tokens in lists)
     if largest >= service.info.vocab_size:
         raise UsageError(
             "E_PROMPT",
