@@ -16,7 +16,7 @@ HEADS = frozenset({"lm_head", "head", "embed_out", "output_layer", "output", "sc
 # of Gemma 3n and 4, before the first layer: calibration layer by layer does not reach it
 LAYER_EMBEDDINGS = frozenset({"per_layer_model_projection"})
 # and what has `embed` in its name
-EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias"})
+EMBEDDINGS = frozenset({"wte", "wpe", "relative_attention_bias", "shared"})
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
 OTHER_TOWERS = frozenset(
     {

@@ -41,6 +41,7 @@ BROKEN: Mapping[str, str] = {  # model type -> what GPTQModel 7.6's definition o
     "llama4": "does not see that the stacks of experts are transposed",
     "modernbert": _ROPE,
     "olmo3": _ROPE,
+    "nemotron_h": "looks for the layers below `backbone`, where transformers 5 has none",
     "mistral3": "reads data of the towers, which it does not load",
 }
 UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its definition lacks
@@ -51,11 +52,13 @@ UNREACHED: Mapping[str, str] = {  # model type -> part of the names that its def
     "granitemoe": "experts",
     "granitemoehybrid": "experts",
     "lfm2_moe": "experts",
+    "minimax": "experts",
     "minimax_m2": "experts",
     "phi3": "gate_up_proj",
     "qwen3_next": "in_proj_ba",
 }
-NEEDS: Mapping[str, str] = {  # model type -> package that its processor needs
+NEEDS: Mapping[str, str] = {  # model type -> package without which it is not loaded
+    "jamba": "mamba_ssm",
     "internvl": "torchvision",
     "qwen2_5_vl": "torchvision",
     "qwen2_vl": "torchvision",
@@ -93,11 +96,14 @@ class GPTQModelBackend:
             reasons.append(f"its definition of `{kind}` leaves `{part}` in 16 bits")
         package = NEEDS.get(kind)
         if package and find_spec(package) is None:
-            reasons.append(f"it loads the image processor of `{kind}`: pip install {package}")
+            name = package.replace("_", "-")
+            reasons.append(f"it needs the package {name} for `{kind}`: pip install {name}")
         if any(
             is_head(module.name) and last_part(module.name) != "lm_head" for module in plan.modules
         ):
             reasons.append("it saves no output head but `lm_head`")
+        if any(module.layer.startswith("layers.") for module in plan.quantized):
+            reasons.append("it finds no layers in a model without an output head")
         if any(plan.names.linears[each.name].is_interleaved for each in plan.quantized):
             reasons.append(
                 "it mixes gate and up, which alternate in one tensor of this model, up: it takes "

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 ROUNDERS = ("rtn", "mse", "gptq", "autoround")
 # containers whose loss ends the tracing that it calibrates with; seen with transformers 5.17
 UNTRACEABLE = {"qwen2_audio"}
+DATA_DEPENDENT = {"dbrx"}  # its experts look at their data
 TRANSFORMS = ("awq", "smoothquant", "spinquant")
 CHAINS = {
     *((rounder,) for rounder in ROUNDERS),
@@ -59,8 +60,11 @@ class LLMCompressorBackend:
         """Why this plan cannot run here; empty when it can."""
         recipe = plan.recipe
         reasons = step_refusals(plan, CHAINS) + calibration_refusals(plan)
-        if recipe.needs_data and plan.checkpoint.config.get("model_type") in UNTRACEABLE:
+        kind = plan.checkpoint.config.get("model_type")
+        if recipe.needs_data and kind in UNTRACEABLE:
             reasons.append("it cannot cut the container of this model into layers to calibrate")
+        if (recipe.steps(Awq) or recipe.steps(SmoothQuant)) and kind in DATA_DEPENDENT:
+            reasons.append("which layers read a norm of this model shows in a pass with data alone")
         if recipe.kv_cache not in (None, "fp8"):
             reasons.append(f"its KV cache format is fp8, not {recipe.kv_cache}")
         if recipe.checkpoint_format:

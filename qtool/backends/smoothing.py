@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtool.architecture.trace import trace_norms
-from qtool.modules import expert_stack, is_head, is_router
+from qtool.modules import expert_stack, is_head, is_router, layer_number
 from qtool.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def norm_pairs(plan: Plan, model: PreTrainedModel) -> Iterator[ScaledLayers]:
         others = [name for name in names if name not in (*experts, *routers)]
         if not (experts or planned.intersection(names)) or any(map(is_head, names)):
             continue
+        if layer_number(f"{norm}.") is None:
+            continue  # calibration, layer by layer, does not reach it
         if bool(experts) != bool(routers):
             continue  # the others of the two may read it in a way that no module shows
         channels = modules[norm].get_parameter("weight").shape[0]

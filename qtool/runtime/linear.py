@@ -61,6 +61,13 @@ class QuantizedLinear(PackedModule):
         """The scheme of its matrix."""
         return (self.spec.scheme,)
 
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without elements: some models (T5) ask the weight of a layer for its dtype."""
+        packed = self._buffers[self._names[0]]
+        device = None if packed is None else packed.device
+        return torch.empty(0, dtype=self.spec.dtype, device=device)
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
         rows = x.reshape(-1, self.in_features).to(self.spec.dtype)

@@ -59,7 +59,8 @@ def _randomize(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.06)
+                # T5 does not divide scores by the root of the size of its heads, 8
+                parameter.normal_(0, 0.0075 if name.endswith("Attention.q.weight") else 0.06)
             elif parameter.numel() > 1 and ("bias" in name or "sink" in name):
                 parameter.normal_(0, 0.05)
         for name, buffer in model.named_buffers():
