@@ -63,7 +63,8 @@ class LLMCompressorBackend:
         kind = plan.checkpoint.config.get("model_type")
         if recipe.needs_data and kind in UNTRACEABLE:
             reasons.append("it cannot cut the container of this model into layers to calibrate")
-        if (recipe.steps(Awq) or recipe.steps(SmoothQuant)) and kind in DATA_DEPENDENT:
+        scales_norms = any(isinstance(step, Awq | SmoothQuant) for step in recipe.algorithm)
+        if scales_norms and kind in DATA_DEPENDENT:
             reasons.append("which layers read a norm of this model shows in a pass with data alone")
         if recipe.kv_cache not in (None, "fp8"):
             reasons.append(f"its KV cache format is fp8, not {recipe.kv_cache}")
