@@ -36,6 +36,10 @@ class Reply(Protocol):
     def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply to a streamed request."""
 
+    def failure(self, error: Exception) -> bytes:
+        """Return the events that end a stream because of ``error``."""
+        return event({"error": error_detail(error).model_dump()}) + DONE
+
     def close(self) -> None:
         """Record what the request used; called however it ends."""
 
@@ -140,7 +144,7 @@ class EventStream(Response):
             async for some in self._events:
                 await send({"type": "http.response.body", "body": some, "more_body": True})
         except (QtoolError, Busy) as error:
-            last = event({"error": error_detail(error).model_dump()}) + DONE
+            last = self._reply.failure(error)
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

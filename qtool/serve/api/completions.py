@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
 from qtool.errors import UsageError
-from qtool.serve.api.answering import DONE, answer, event
+from qtool.serve.api.answering import DONE, Reply, answer, event
 from qtool.serve.api.fields import PromptOrTokens, as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import CompletionRequest
@@ -95,7 +95,7 @@ def _check_options(body: CompletionRequest) -> None:
         raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
 
 
-class _CompletionReply:
+class _CompletionReply(Reply):
     """The reply to one request."""
 
     def __init__(

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
-from qtool.serve.api.answering import DONE, answer, event, reply_bytes
+from qtool.serve.api.answering import DONE, Reply, answer, event, reply_bytes
 from qtool.serve.api.fields import PromptInput, as_prompts, is_single
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import GenerateRequest, NativeSampling
@@ -84,7 +84,7 @@ class _Logprobs:
     top: list[list[NativeLogprob] | None]
 
 
-class _GenerationReply:
+class _GenerationReply(Reply):
     """The reply to one request."""
 
     def __init__(

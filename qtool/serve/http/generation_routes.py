@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from qtool.serve.api.answering import while_connected
-from qtool.serve.api.chat import chat
+from qtool.serve.api.chat_completions import chat
 from qtool.serve.api.completions import complete
 from qtool.serve.api.native import generate
 from qtool.serve.api.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
