@@ -255,6 +255,9 @@ class ExportOptions(WriteOptions):
     scheme: str | None = None
     """Scheme that --requantize rounds to, e.g. W4A16. [the nearest]"""
 
+    merge_lora: str | os.PathLike[str] | None = None
+    """LoRA adapter of PEFT to merge into a 16-bit checkpoint: folder or Hub name."""
+
     max_shard_size: str = "5GB"
     """Maximum size of one safetensors file."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,8 @@ from qtool.checkpoint.manifest import (
     read_manifest,
 )
 from qtool.checkpoint.shards import parse_size, read_ahead
-from qtool.conversion.request import make_request
+from qtool.conversion.adapter import Adapter, read_adapter
+from qtool.conversion.request import ConversionRequest, make_request
 from qtool.conversion.targets import UNQUANTIZED, target_named
 from qtool.errors import ANY_FILE, CheckpointRefused, QtoolError, UsageError, file_errors
 from qtool.events import NoteEvent, OnEvent, PublishedEvent
@@ -66,6 +67,8 @@ class ConversionResult:
     """How many layers were converted."""
     rounded_layers: int
     """How many of them have new codes."""
+    merged_tensors: int
+    """How many tensors an adapter changed."""
     files: int
     """How many safetensors files there are."""
     bytes_before: int
@@ -91,6 +94,8 @@ class ConversionResult:
             return f"{self.rounded_layers} of them rounded to nearest"
         if self.format not in UNQUANTIZED:
             return "codes and scales unchanged"
+        if self.merged_tensors:
+            return f"an adapter merged into {self.merged_tensors} tensors"
         return "dequantized" if self.layers else "copied"
 
     def to_dict(self) -> dict[str, object]:
@@ -129,12 +134,16 @@ def convert(
         scheme=scheme_from(options.scheme) if options.scheme else None,
     )
     check_model(checkpoint, request.layout)
+    if options.merge_lora:
+        request = _with_adapter(request, options.merge_lora)
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
     from qtool.conversion.plan import plan_conversion
 
     plan = plan_conversion(request)
-    notes = (*source.notes, *plan.notes)
+    adapter = request.adapter
+    of_adapter = adapter.notes(checkpoint) if adapter else ()
+    notes = (*source.notes, *of_adapter, *plan.notes)
     for note in notes:
         on_event(NoteEvent(note))
     need_bytes = sum(spec.size_bytes for spec in plan.specs) + source.aux_bytes + FREE_BYTES
@@ -161,6 +170,8 @@ def convert(
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
         source.check_unchanged(source_digests.result())
+        if adapter:
+            adapter.check_unchanged()
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
     return ConversionResult(
@@ -169,12 +180,28 @@ def convert(
         format=to,
         layers=len(plan.layers),
         rounded_layers=sum(layer.rounded for layer in plan.layers),
+        merged_tensors=len({*adapter.low_rank, *adapter.replaced}) if adapter else 0,
         files=len(written.weight_files),
         bytes_before=checkpoint.size_bytes,
         bytes_after=written.size_bytes,
         seconds=time.monotonic() - start,
         notes=notes,
     )
+
+
+def _with_adapter(request: ConversionRequest, path: str | os.PathLike[str]) -> ConversionRequest:
+    """Return ``request`` with the adapter in ``path`` to be merged.
+
+    Raises: UsageError, when the source or the result is quantized.
+    """
+    if request.layout is not None or not request.dequantizes:
+        raise UsageError(
+            "E_MERGE_LORA",
+            f"--merge-lora merges into a 16-bit checkpoint: {request.checkpoint.path} "
+            + ("is quantized" if request.layout is not None else f"was to become {request.to}"),
+            hint="merge into the 16-bit model with `--to bf16`, and quantize what comes out",
+        )
+    return replace(request, adapter=read_adapter(path, request.checkpoint))
 
 
 def _write(
@@ -281,7 +308,16 @@ def _manifest(plan: ConversionPlan) -> dict[str, object]:
             "from": plan.source_format,
             "to": plan.request.to,
             "rounded": rounded,
+            "adapter": _adapter_source(plan.request.adapter),
             "notes": list(plan.notes),
         },
         "versions": {"qtool": __version__},
     }
+
+
+def _adapter_source(adapter: Adapter | None) -> dict[str, object] | None:
+    """Return what the manifest says of the adapter that was merged."""
+    if adapter is None:
+        return None
+    base = adapter.config.get("base_model_name_or_path")
+    return {"name": adapter.folder.name, "base_model": base, "files": adapter.digests}

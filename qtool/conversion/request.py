@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qtool.checkpoint import Checkpoint
+from qtool.conversion.adapter import Adapter
 from qtool.conversion.targets import UNQUANTIZED, format_of
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import Format, Layout, detect
@@ -29,6 +30,8 @@ class ConversionRequest:
     """What layers are rounded to; None for the nearest scheme that the target holds."""
     dtype: str
     """Of weights that are not quantized in the result, as safetensors names it."""
+    adapter: Adapter | None = None
+    """A LoRA adapter that is merged into the weights."""
 
     @property
     def dequantizes(self) -> bool:

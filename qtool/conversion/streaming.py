@@ -19,6 +19,7 @@ from qtool.checkpoint.header import read_header
 from qtool.checkpoint.shards import Shards
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.layers import Layer, Step, Write, convert_layer
+from qtool.conversion.merging import merged
 from qtool.conversion.plan import ConversionPlan
 from qtool.events import OnEvent, ProgressEvent, StageEvent
 from qtool.formats import Layout, check_tensors
@@ -118,10 +119,14 @@ def _write_copies(plan: ConversionPlan, shards: Shards, writes: tuple[Write, ...
     source = next((write.copied for write in writes if write.copied), None)
     if source is None:
         return []
-    if len(writes) == 1 and writes[0].spec.dtype == source.dtype:
+    adapter = plan.request.adapter
+    is_changed = adapter is not None and adapter.changes(source.name)
+    if len(writes) == 1 and writes[0].spec.dtype == source.dtype and not is_changed:
         paths = [shards.copy(writes[0].spec.name, source)]
     else:
         tensor = read_tensor(plan.request.checkpoint, source.name)
+        if adapter is not None and is_changed:
+            tensor = merged(adapter, source.name, tensor)
         paths = [
             shards.write(write.spec.name, _bytes(tensor.to(TORCH_DTYPES[write.spec.dtype])))
             for write in writes
