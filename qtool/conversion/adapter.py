@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from qtool.architecture import map_names
@@ -108,9 +109,10 @@ class Adapter:
     digests: Digests = field(repr=False)
     """Of its files, when it was read."""
 
-    def changes(self, name: str) -> bool:
-        """Whether the tensor ``name`` of the checkpoint becomes another."""
-        return name in self.low_rank or name in self.replaced
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The tensors of the checkpoint that become others."""
+        return frozenset((*self.low_rank, *self.replaced))
 
     def notes(self, checkpoint: Checkpoint) -> Iterator[str]:
         """Yield what the user should know of merging it into ``checkpoint``."""

@@ -110,12 +110,6 @@ def convert(
     """Write a checkpoint in the format ``to``; see `qtool.export`."""
     start = time.monotonic()
     to = target_named(to)
-    if options.scheme and not options.requantize:
-        raise UsageError(
-            "E_SCHEME_UNUSED",
-            f"--scheme {options.scheme} is what --requantize rounds to",
-            hint="add --requantize",
-        )
     output = Path(options.output)
     shard_bytes = parse_size(options.max_shard_size)
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
@@ -127,23 +121,13 @@ def convert(
         overwrite=options.overwrite,
         names=[file.name for file in source.aux],
     )
-    request = make_request(
-        checkpoint,
-        to,
-        requantize=options.requantize,
-        scheme=scheme_from(options.scheme) if options.scheme else None,
-    )
-    check_model(checkpoint, request.layout)
-    if options.merge_lora:
-        request = _with_adapter(request, options.merge_lora)
+    request = _make_request(checkpoint, to, options)
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
     from qtool.conversion.plan import plan_conversion
 
     plan = plan_conversion(request)
-    adapter = request.adapter
-    of_adapter = adapter.notes(checkpoint) if adapter else ()
-    notes = (*source.notes, *of_adapter, *plan.notes)
+    notes = (*source.notes, *plan.notes)
     for note in notes:
         on_event(NoteEvent(note))
     need_bytes = sum(spec.size_bytes for spec in plan.specs) + source.aux_bytes + FREE_BYTES
@@ -170,8 +154,8 @@ def convert(
         }
         write_json(staging.checkpoint / MANIFEST, manifest)
         source.check_unchanged(source_digests.result())
-        if adapter:
-            adapter.check_unchanged()
+        if request.adapter:
+            request.adapter.check_unchanged()
         staging.publish()
         on_event(PublishedEvent(str(staging.output)))
     return ConversionResult(
@@ -180,7 +164,7 @@ def convert(
         format=to,
         layers=len(plan.layers),
         rounded_layers=sum(layer.rounded for layer in plan.layers),
-        merged_tensors=len({*adapter.low_rank, *adapter.replaced}) if adapter else 0,
+        merged_tensors=len(request.adapter.changed) if request.adapter else 0,
         files=len(written.weight_files),
         bytes_before=checkpoint.size_bytes,
         bytes_after=written.size_bytes,
@@ -189,19 +173,30 @@ def convert(
     )
 
 
-def _with_adapter(request: ConversionRequest, path: str | os.PathLike[str]) -> ConversionRequest:
-    """Return ``request`` with the adapter in ``path`` to be merged.
+def _make_request(checkpoint: Checkpoint, to: str, options: ExportOptions) -> ConversionRequest:
+    """Return what ``options`` ask for, once config and tensors were found to be one model.
 
-    Raises: UsageError, when the source or the result is quantized.
+    Raises: UsageError, for options that do not go together; CheckpointRefused.
     """
+    if options.scheme and not options.requantize:
+        raise UsageError(
+            "E_SCHEME_UNUSED",
+            f"--scheme {options.scheme} is what --requantize rounds to",
+            hint="add --requantize",
+        )
+    scheme = scheme_from(options.scheme) if options.scheme else None
+    request = make_request(checkpoint, to, requantize=options.requantize, scheme=scheme)
+    check_model(checkpoint, request.layout)
+    if not options.merge_lora:
+        return request
     if request.layout is not None or not request.dequantizes:
         raise UsageError(
             "E_MERGE_LORA",
-            f"--merge-lora merges into a 16-bit checkpoint: {request.checkpoint.path} "
-            + ("is quantized" if request.layout is not None else f"was to become {request.to}"),
+            f"--merge-lora merges into a 16-bit checkpoint: {checkpoint.path} "
+            + ("is quantized" if request.layout is not None else f"was to become {to}"),
             hint="merge into the 16-bit model with `--to bf16`, and quantize what comes out",
         )
-    return replace(request, adapter=read_adapter(path, request.checkpoint))
+    return replace(request, adapter=read_adapter(options.merge_lora, checkpoint))
 
 
 def _write(

@@ -174,6 +174,8 @@ def _model_names(request: ConversionRequest) -> NameMap:
 def _notes(
     request: ConversionRequest, layers: Sequence[Layer], dropped: int, names: NameMap | None
 ) -> Iterator[str]:
+    if request.adapter:
+        yield from request.adapter.notes(request.checkpoint)
     yield from _cache_notes(request, dropped)
     if names and request.layout is None:
         yield from _stack_notes(names)

@@ -120,7 +120,7 @@ def _write_copies(plan: ConversionPlan, shards: Shards, writes: tuple[Write, ...
     if source is None:
         return []
     adapter = plan.request.adapter
-    is_changed = adapter is not None and adapter.changes(source.name)
+    is_changed = adapter is not None and source.name in adapter.changed
     if len(writes) == 1 and writes[0].spec.dtype == source.dtype and not is_changed:
         paths = [shards.copy(writes[0].spec.name, source)]
     else:
