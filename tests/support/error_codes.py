@@ -41,7 +41,8 @@ TABLES_OF_CODES = {  # package -> class of the errors whose codes stand in its t
     "checkpoint": "CheckpointRefused",
     "formats": "CheckpointRefused",
 }
-MEANINGS = {  # of codes whose messages do not tell it here; "Class CODE" where two classes share it
+MEANINGS = {
+    "E_ADAPTER": "the LoRA adapter is of another model, damaged, or changes it in a way that is not merged",  # of codes whose messages do not tell it here; "Class CODE" where two classes share it
     "E_ATTENTION_SHAPE": "a projection of the attention has a shape that config.json excludes",
     "E_EMBEDDING_SHAPE": "the embeddings have a shape that config.json excludes",
     "E_MLP_SHAPE": "a projection of the MLP has a shape that config.json excludes",
