@@ -303,16 +303,17 @@ def _manifest(plan: ConversionPlan) -> dict[str, object]:
             "from": plan.source_format,
             "to": plan.request.to,
             "rounded": rounded,
-            "adapter": _adapter_source(plan.request.adapter),
+            **_adapter_source(plan.request.adapter),
             "notes": list(plan.notes),
         },
         "versions": {"qtool": __version__},
     }
 
 
-def _adapter_source(adapter: Adapter | None) -> dict[str, object] | None:
+def _adapter_source(adapter: Adapter | None) -> dict[str, object]:
     """Return what the manifest says of the adapter that was merged."""
     if adapter is None:
-        return None
+        return {}
     base = adapter.config.get("base_model_name_or_path")
-    return {"name": adapter.folder.name, "base_model": base, "files": adapter.digests}
+    files = dict(adapter.digests)
+    return {"adapter": {"name": adapter.folder.name, "base_model": base, "files": files}}
