@@ -56,6 +56,23 @@ def test_a_refusal_is_sent_in_openais_shape():
     }
 
 
+@pytest.mark.parametrize(
+    "code, type",
+    [
+        ("invalid_api_key", "authentication_error"),
+        ("body_too_large", "request_too_large"),
+        ("queue_full", "rate_limit_error"),
+        ("loading", "overloaded_error"),
+        ("bad_request", "invalid_request_error"),
+    ],
+)
+def test_anthropics_routes_have_anthropics_shape(code, type):
+    for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/nowhere"):
+        reply = json.loads(Refused(code, "no").to_json(path))
+        assert reply == {"type": "error", "error": {"type": type, "message": "no"}}
+    assert "code" in json.loads(Refused(code, "no").to_json("/v1/messages2"))["error"]
+
+
 def test_every_status_is_one_of_an_error():
     assert all(400 <= status < 600 for status in STATUSES.values())
 

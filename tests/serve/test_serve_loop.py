@@ -12,20 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from tokenizers import Tokenizer
+from support.in_process import application
 
 from qtool.engine.outputs import CompletionOutput, FinishInfo, TokenLogprob
 from qtool.serve.api.fields import MAX_PARTS
 from qtool.serve.backend.engine_client import OutputStream
-from qtool.serve.backend.messages import EngineInfo, Submission
-from qtool.serve.host import ServiceHost
-from qtool.serve.http.app import make_app
-from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
-from qtool.serve.prompts.grammars import Grammars
-from qtool.serve.prompts.templates import Templates
-from qtool.serve.prompts.vocabulary import Vocabulary
-from qtool.serve.service import Service
-from qtool.serve.settings import ServeSettings
+from qtool.serve.backend.messages import Submission
 
 MOST_S = 0.1
 MOST_OF_ALL_S = 0.3  # of all threads: one that keeps the GIL, and those that need none
@@ -180,45 +172,10 @@ class Engine:
 @contextlib.asynccontextmanager
 async def serving(folder) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application in this process, with everything but the engine."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    info = EngineInfo(
-        model_path=str(folder),
-        tokenizer_path=str(folder),
-        tokenizer=tokenizer.to_str(),
-        eos_ids=(),
-        vocab_size=tokenizer.get_vocab_size(),
-        context_length=CONTEXT,
-        max_running=1024,
-        max_total_tokens=MILLION,
-        device="cpu",
-        dtype="float32",
-        quantization="",
-        kv_cache_dtype="float32",
-        weights_bytes=1,
-    )
-    settings = ServeSettings(model_path=str(folder), max_queued_requests=1024)
-    host = ServiceHost(settings)
-    templates = await Templates.open(folder)
-    service = Service(
-        settings=settings,
-        metrics=host.metrics,
-        engine=Engine(),
-        info=info,
-        threads=host.threads,
-        vocabulary=Vocabulary(info.tokenizer, CONTEXT, host.threads),
-        templates=templates,
-        grammars=Grammars(info),
-        tool_style=None,
-        defaults={},
-    )
-    host.set_service(service)
-    app = LimitsMiddleware(make_app(host), settings, RequestLimits(), host.threads)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        yield client
-    await service.grammars.close()
-    await templates.close()
-    host.threads.close()
+    async with application(folder, Engine(), context_length=CONTEXT) as app:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            yield client
 
 
 class Lag:

@@ -15,16 +15,23 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qtool.serve.api import schemas
+from qtool.serve.api.messages import schemas as message_schemas
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 MOST_TOKENS = 4
-LIMITS = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens"}
+LIMITS = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+}
 CHAT = {
     "messages": [{"role": "user", "content": "def add(a, b):"}],
     "max_tokens": 4,
     "logprobs": True,
     "top_logprobs": 2,
 }
+MESSAGES = {"messages": [{"role": "user", "content": "def add(a, b):"}], "max_tokens": 4}
+DONE = {"/v1/chat/completions", "/v1/completions", "/generate"}  # whose streams end with [DONE]
 COMPLETION = {"prompt": "def add(a, b):", "max_tokens": 4, "logprobs": 2, "n": 2}
 GENERATION = {
     "text": "def add(a, b):",
@@ -83,6 +90,7 @@ def test_every_answer_is_one_that_was_promised(served, mode):
         ("/v1/chat/completions", CHAT, schemas.ChatCompletion, schemas.ChatChunk),
         ("/v1/completions", COMPLETION, schemas.Completion, schemas.CompletionChunk),
         ("/generate", GENERATION, schemas.Generation, schemas.GenerationChunk),
+        ("/v1/messages", MESSAGES, message_schemas.AnthropicMessage, message_schemas.MessageEvent),
     ],
 )
 def test_answers_and_events_hold_no_more_and_no_less_than_promised(
@@ -93,8 +101,10 @@ def test_answers_and_events_hold_no_more_and_no_less_than_promised(
     said = msgspec.convert(answer.json(), whole)
     assert json.loads(msgspec.json.encode(said)) == answer.json()
     streamed = httpx.post(served.url + path, json={**body, "stream": True}, timeout=60)
-    *events, last = (line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line)
-    assert last == "[DONE]"
+    lines = [line for line in streamed.text.split("\n") if line.startswith("data: ")]
+    events = [line.removeprefix("data: ") for line in lines]
+    if path in DONE:
+        assert events.pop() == "[DONE]"
     for event in events:
         said = msgspec.json.decode(event, type=chunk)
         assert json.loads(msgspec.json.encode(said)) == json.loads(event)

@@ -87,6 +87,11 @@ def event(data: object) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: object) -> bytes:
+    """Return ``data`` as a server-sent event with a name."""
+    return b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+
+
 class EventStream(Response):
     """A response of server-sent events.
 

@@ -8,6 +8,7 @@ as vLLM and SGLang do. Validated with ``extra="forbid"``, both refuse whatever t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 
@@ -41,6 +42,12 @@ class Body(BaseModel):
     )
     ignores_unknown: ClassVar[bool] = True
     """Whether fields that nobody defines are ignored and not refused."""
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Fields of this route that change nothing here, beside `NO_EFFECT`."""
+    not_offered: ClassVar[Mapping[str, str]] = {}
+    """Fields of this route that would change the answer, and what to do instead, beside
+    `NOT_OFFERED`.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -64,12 +71,13 @@ class Body(BaseModel):
         return self
 
     def _check_other_field(self, name: str, value: object) -> None:
-        instead = reason_not_offered(name, value)
+        instead = self.not_offered.get(name) or reason_not_offered(name, value)
         if instead is not None:
-            raise PydanticCustomError("not_offered", "not offered", {"field": name})
-        known = _fields_of(type(self))
-        near = None if name in NO_EFFECT else nearest_name(name, known)
-        if near is not None or not (self.ignores_unknown or name in NO_EFFECT):
+            context = {"field": name, "instead": instead}
+            raise PydanticCustomError("not_offered", "not offered", context)
+        defined = name in NO_EFFECT or name in self.without_effect
+        near = None if defined else nearest_name(name, _fields_of(type(self)))
+        if near is not None or not (self.ignores_unknown or defined):
             raise PydanticCustomError("unknown_parameter", "unknown field", {"field": name})
         log_without_effect(name)
 

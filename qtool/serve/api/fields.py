@@ -26,6 +26,7 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOOLS = 128  # OpenAI's limit
+MAX_AGENT_TOOLS = 512  # of routes for agents, which bring those of MCP servers along
 Json = dict[str, object]
 Tokens = list[int]
 
@@ -48,7 +49,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _without_empty(value: object) -> object:
+def without_empty(value: object) -> object:
     """Leave out empty strings of a list: they ask for no stop."""
     return [one for one in value if one != ""] if isinstance(value, list) else value
 
@@ -166,7 +167,7 @@ TokenId = Annotated[Whole, Field(ge=TOKEN_IDS[0], le=TOKEN_IDS[1])]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)],
-    BeforeValidator(_without_empty),
+    BeforeValidator(without_empty),
 ]
 Grammar = Annotated[
     str, Field(min_length=1, max_length=MAX_GRAMMAR), AfterValidator(_check_grammar)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable
 
 LOG = logging.getLogger("qtool.serve")
-MAX_LOGGED = 256  # names that get a line in the log
+MAX_LOGGED = 256  # lines in the log about words of requests
 MAX_UNKNOWN = 64  # unknown fields of one object
 MIN_NEAR = 4  # letters of a name that may be a misspelled one
 MAX_TYPOS = 2
@@ -112,7 +112,7 @@ _DEFAULTS: dict[str, tuple[object, ...]] = {
 }
 """Values of `NOT_OFFERED` that ask for nothing."""
 
-_logged: set[str] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 def asks_for_nothing(value: object) -> bool:
@@ -150,9 +150,14 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 def log_without_effect(name: str) -> None:
     """Log once that the field ``name`` has no effect."""
-    if name not in _logged and len(_logged) < MAX_LOGGED:
-        _logged.add(name)
-        LOG.info("requests have a field `%s`, which has no effect here", name[:MAX_NAME])
+    log_once("requests have a field `%s`, which has no effect here", name)
+
+
+def log_once(message: str, name: str) -> None:
+    """Log ``message`` with ``name`` in it, a word of a request; each only once."""
+    if (key := (message, name)) not in _logged and len(_logged) < MAX_LOGGED:
+        _logged.add(key)
+        LOG.info(message, name[:MAX_NAME])
 
 
 def _plain(name: str) -> str:

@@ -146,7 +146,7 @@ class TextPart(Part):
         return self
 
 
-def _check_content(value: object) -> object:
+def check_content(value: object) -> object:
     """Refuse images, audio and files by their name, which the types below would not mention."""
     for part in value if isinstance(value, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
@@ -185,7 +185,7 @@ class Message(Part):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
-        BeforeValidator(_check_content),
+        BeforeValidator(check_content),
     ] = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None

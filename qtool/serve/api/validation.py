@@ -67,8 +67,9 @@ def _describe(worst: _LocatedError, located: Iterable[_LocatedError]) -> str:
     field = worst.field
     if worst.kind in OTHER_FIELDS:
         name = str(worst.path[-1])
-        if name in NOT_OFFERED:
-            return f"`{field}` is not offered: {NOT_OFFERED[name]}"
+        instead = (worst.error.get("ctx") or {}).get("instead") or NOT_OFFERED.get(name)
+        if instead is not None:
+            return f"`{field}` is not offered: {instead}"
         near = nearest_name(name, worst.known)
         return f"unknown field `{field}`" + (f"; did you mean `{near}`?" if near else "")
     if worst.kind == "missing":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
 
@@ -19,7 +20,8 @@ from qtool.serve.api.answering import json_reply
 from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.host import ServiceHost
-from qtool.serve.http.errors import error_detail, http_error_detail, status_of
+from qtool.serve.http.agent_routes import add_agent_routes
+from qtool.serve.http.errors import error_body, error_detail, http_error_detail, status_of
 from qtool.serve.http.generation_routes import add_generation_routes
 from qtool.serve.http.info_routes import add_model_routes, add_server_routes
 from qtool.serve.http.json_body import JsonRoute
@@ -47,6 +49,7 @@ def make_app(host: ServiceHost) -> FastAPI:
     app.openapi = partial(make_openapi, app, app.openapi)  # type: ignore[method-assign]
     _add_error_handlers(app)
     add_generation_routes(app, host)
+    add_agent_routes(app, host)
     add_token_routes(app, host)
     add_server_routes(app, host)
     add_model_routes(app, host)
@@ -62,31 +65,32 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 async def _answer_known_error(request: Request, error: Exception) -> Response:
-    return _error_response(status_of(error), error_detail(error))
+    return _error_response(request, status_of(error), error_detail(error))
 
 
 async def _answer_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     detail = describe_invalid_body(error.errors(), _body_model(request))
-    return _error_response(HTTPStatus.BAD_REQUEST, detail)
+    return _error_response(request, HTTPStatus.BAD_REQUEST, detail)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = http_error_detail(error.status_code, str(error.detail))
-    return json_reply(
-        {"error": detail.model_dump()}, status=error.status_code, headers=error.headers
-    )
+    return _error_response(request, error.status_code, detail, error.headers)
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
     LOG.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
-    return _error_response(status_of(error), error_detail(error))
+    return _error_response(request, status_of(error), error_detail(error))
 
 
-def _error_response(status: int, detail: ErrorDetail) -> Response:
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
-    return json_reply({"error": detail.model_dump()}, status=status, headers=headers)
+def _error_response(
+    request: Request, status: int, detail: ErrorDetail, headers: Mapping[str, str] | None = None
+) -> Response:
+    if status in (429, 503):
+        headers = {"retry-after": str(RETRY_AFTER_S)}
+    return json_reply(error_body(request.url.path, status, detail), status=status, headers=headers)
 
 
 def _body_model(request: Request) -> type[BaseModel]:

@@ -40,6 +40,18 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+# the same in Anthropic's words; of the others below 500, invalid_request_error
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+ANTHROPIC_PATH = "/v1/messages"  # and what is below it
+TOO_LONG = "prompt is too long"  # by which Claude Code knows that it has to compact
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 QTOOL_CODES = {"E_TOO_LONG": "context_length_exceeded"}  # those with a name at OpenAI
 
@@ -53,9 +65,9 @@ class Refused(Exception):
         self.message = message
         self.status = STATUSES[code]
 
-    def to_json(self) -> bytes:
-        """Return the error in OpenAI's shape."""
-        return json.dumps({"error": error_detail(self).model_dump()}).encode()
+    def to_json(self, path: str = "") -> bytes:
+        """Return the error in the shape of the route with that path."""
+        return json.dumps(error_body(path, self.status, error_detail(self))).encode()
 
 
 def status_of(error: Exception) -> int:
@@ -88,6 +100,17 @@ def http_error_detail(status: int, message: str) -> ErrorDetail:
     """Return the detail of an error that has its status already, such as an unknown path."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return ErrorDetail(message=message, type=kind, code=HTTP_CODES.get(status))
+
+
+def error_body(path: str, status: int, detail: ErrorDetail) -> dict[str, object]:
+    """Return the body of a response with an error, in the shape of the route at ``path``."""
+    if path != ANTHROPIC_PATH and not path.startswith(f"{ANTHROPIC_PATH}/"):
+        return {"error": detail.model_dump()}
+    kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    message = detail.message
+    if detail.code == QTOOL_CODES["E_TOO_LONG"] and not message.startswith(TOO_LONG):
+        message = f"{TOO_LONG}: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def type_of(status: int) -> str:

@@ -111,13 +111,15 @@ class LimitsMiddleware:
 
             await self._app(scope, replay, answer)
         except TooManyWaiting:
-            await self._refuse(Refused("busy", "too many bodies wait to be read"), None, send)
+            await self._refuse(
+                Refused("busy", "too many bodies wait to be read"), scope, None, send
+            )
         except Refused as error:
             self._release(client, chunks)
-            await self._refuse(error, None if complete else receive, send)
+            await self._refuse(error, scope, None if complete else receive, send)
         except asyncio.CancelledError:  # the time to drain is over
             if not answering:
-                await self._refuse(Refused("draining", "the server is ending"), None, send)
+                await self._refuse(Refused("draining", "the server is ending"), scope, None, send)
         finally:
             self._release(client, chunks)
 
@@ -131,12 +133,12 @@ class LimitsMiddleware:
         if sum(name == b"host" for name, _ in scope["headers"]) > 1:
             raise Refused("bad_request", "the request has several Host headers")
         if self._key is not None:
-            given = headers.get(b"authorization", b"")
-            if scope["path"] in OPEN_PATHS or _is_key(given, self._key):
+            if scope["path"] in OPEN_PATHS or _has_key(headers, self._key):
                 return
             raise Refused(
                 "invalid_api_key",
-                "the API key is missing or wrong; send `Authorization: Bearer KEY`",
+                "the API key is missing or wrong; send `Authorization: Bearer KEY` or "
+                "`x-api-key: KEY`",
             )
         host = headers.get(b"host", b"")
         if self._settings.is_local and not _names_this_machine(host, self._settings.host):
@@ -207,11 +209,13 @@ class LimitsMiddleware:
                 "more items",
             )
 
-    async def _refuse(self, error: Refused, receive: Receive | None, send: Send) -> None:
+    async def _refuse(
+        self, error: Refused, scope: Scope, receive: Receive | None, send: Send
+    ) -> None:
         """Answer at once; then ``receive`` a little more of what is still being sent, because a
         connection that is reset loses the answer.
         """
-        data = error.to_json()
+        data = error.to_json(scope["path"])
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(data)).encode()),
@@ -232,9 +236,11 @@ class LimitsMiddleware:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _is_key(authorization: bytes, key: bytes) -> bool:
-    scheme, _, given = authorization.partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key)
+def _has_key(headers: dict[bytes, bytes], key: bytes) -> bool:
+    """Whether one of the headers is ``key``: OpenAI's, or Anthropic's."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    is_bearer = scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key)
+    return is_bearer or hmac.compare_digest(headers.get(b"x-api-key", b"").strip(), key)
 
 
 def _has_more(message: Message) -> bool:

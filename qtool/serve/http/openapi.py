@@ -11,6 +11,7 @@ from msgspec import Struct
 from pydantic import BaseModel
 
 from qtool.serve.api.fields import Json
+from qtool.serve.api.messages import schemas as messages
 from qtool.serve.api.schemas import GENERATED, ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
@@ -52,6 +53,38 @@ def whole_or_streamed(
     return {**ERRORS, 200: success}
 
 
+def whole_or_events(
+    whole: type[Struct], *events: type[Struct], error: type[BaseModel] = ErrorReply
+) -> Responses:
+    """Return the responses of a route that answers with ``whole``, or with events of these types.
+
+    Args:
+        whole: the reply that is not streamed.
+        events: types of the data of a stream.
+        error: the shape of its errors.
+    """
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [*map(_reference, events), _reference(error)]},
+    }
+    properties = {"event": {"type": "string"}, "data": data}
+    item = {"type": "object", "properties": properties, "required": ["event", "data"]}
+    success = {
+        "description": "The whole answer; with `stream`, events, each with a part of it.",
+        "content": {
+            "application/json": {"schema": _reference(whole)},
+            "text/event-stream": {"itemSchema": item},
+        },
+    }
+    return {**errors_of(error), 200: success}
+
+
+def errors_of(shape: type[BaseModel]) -> Responses:
+    """Return `ERRORS` in another shape."""
+    return {status: {**error, "model": shape} for status, error in ERRORS.items()}
+
+
 def _reference(kind: type[Struct] | type[BaseModel]) -> Json:
     return {"$ref": REFERENCE.format(name=kind.__name__)}
 
@@ -68,6 +101,7 @@ def make_openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, 
         schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        _, generated = msgspec.json.schema_components(GENERATED, ref_template=REFERENCE)
+        structs = (*GENERATED, *messages.GENERATED)
+        _, generated = msgspec.json.schema_components(structs, ref_template=REFERENCE)
         schemas.update(generated)
     return cast(dict[str, Any], app.openapi_schema)

@@ -1,0 +1,35 @@
+"""The routes that agents speak: Anthropic's messages."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from qtool.serve.api.answering import while_connected
+from qtool.serve.api.messages.protocol import MessagesRequest
+from qtool.serve.api.messages.reply import answer_message, count_tokens
+from qtool.serve.api.messages.schemas import (
+    GENERATED,
+    AnthropicError,
+    TokenCount,
+)
+from qtool.serve.host import ServiceHost
+from qtool.serve.http.openapi import errors_of, whole_or_events
+
+
+def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
+    """Add the routes of Anthropic's messages."""
+
+    @app.post(
+        "/v1/messages",
+        responses=whole_or_events(*GENERATED, error=AnthropicError),
+        tags=["Anthropic"],
+    )
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        """Answer a conversation, as Anthropic does."""
+        return await while_connected(request, answer_message(host.ready(), body))
+
+    @app.post("/v1/messages/count_tokens", responses=errors_of(AnthropicError), tags=["Anthropic"])
+    async def count_message_tokens(body: MessagesRequest) -> TokenCount:
+        """Count the tokens of a conversation."""
+        return TokenCount(input_tokens=await count_tokens(host.ready(), body))
