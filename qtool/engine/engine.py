@@ -250,6 +250,10 @@ class Engine:
         """
         self.loop.abort(rid)
 
+    def flush_cache(self) -> None:
+        """Let no request after this call start with what an earlier one has left in the cache."""
+        self.loop.flush_cache()
+
     def shutdown(self) -> None:
         """Abort what runs, and give the device's memory back."""
         self._end()

@@ -100,6 +100,10 @@ class Pages:
                     self._digests[page] = None
                     del self._by_digest[digest]
 
+    def forget_all(self) -> None:
+        """Let nobody match what is registered now."""
+        self.forget(list(self._by_digest))
+
     def release(self, pages: list[int]) -> None:
         """Give one reference on each page back; of one sequence's pages the last are evicted first,
         for they are no use without the others.

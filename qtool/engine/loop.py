@@ -83,6 +83,10 @@ class Loop:
         """End ``requests``, whose outputs nobody reads any more."""
         self._inbox.put(lambda: self._abort(requests))
 
+    def flush_cache(self) -> None:
+        """Let no request after this call find pages of those before it."""
+        self._inbox.put(self.scheduler.pages.forget_all)
+
     def stop(self) -> None:
         """End all requests and the thread."""
         self._inbox.put(self._stop)

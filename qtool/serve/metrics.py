@@ -131,10 +131,11 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self._refused = self._counter(
+        self._refused = Counter(
             "qtool:requests_refused",
-            "Requests refused because the queue was full.",
-            self._registry,
+            "Requests that were answered with an error, by its status and code.",
+            ["model_name", "status", "code"],
+            registry=self._registry,
         )
         info = GaugeMetricFamily("qtool:info", "The version that serves.", labels=["version"])
         info.add_metric([__version__], 1)
@@ -159,9 +160,9 @@ class Metrics:
         self._histograms["whole"].observe(seconds)
         self._ended.labels(**self._labels, finished_reason=reason).inc()
 
-    def refused(self) -> None:
-        """Note a request that found the queue full."""
-        self._refused.inc()
+    def refused(self, status: int, code: str) -> None:
+        """Note a request that is answered with an error."""
+        self._refused.labels(**self._labels, status=str(status), code=code).inc()
 
     def render(self, stats: EngineStats | None) -> bytes:
         """Return all of it as Prometheus reads it.

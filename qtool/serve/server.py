@@ -33,6 +33,7 @@ from qtool.runtime.online import schemes_to_run
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.app import make_app
 from qtool.serve.http.connection import limited_connection
+from qtool.serve.http.cors import allow_origins
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service, open_service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
@@ -148,7 +149,7 @@ async def _serve(
     host = ServiceHost(settings)
     app = make_app(host)
     config = uvicorn.Config(
-        LimitsMiddleware(app, settings, limits, host.threads),
+        allow_origins(LimitsMiddleware(app, host, limits), settings.origins),
         http=limited_connection(limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",

@@ -26,7 +26,7 @@ from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.templates import Templates
-from qtool.serve.prompts.vocabulary import Vocabulary
+from qtool.serve.prompts.vocabulary import Vocabulary, answer_too_long, prompt_too_long
 from qtool.serve.settings import CLIENT_SHARE, ServeSettings
 from qtool.serve.threads import Threads
 from qtool.serve.turns import current_origin
@@ -196,13 +196,11 @@ class Service:
             )
         own = self.slots_of[current_origin().client]
         if own + completions > most_each:
-            self.metrics.refused()
             raise Busy(
                 "queue_full",
                 f"{own} completions of this client run or wait; it may have {most_each}",
             )
         if self.slots_in_use + completions > most:
-            self.metrics.refused()
             raise Busy(
                 "queue_full",
                 f"{self.slots_in_use} requests run or wait, which is what the server takes",
@@ -269,12 +267,12 @@ class Service:
             raise UsageError(
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
-        if len(prompt) + new_tokens > context:
-            message = (
-                f"the context holds {context} tokens; the prompt has {len(prompt)}, and "
-                f"{new_tokens} are asked for"
-            )
-            raise UsageError("E_TOO_LONG", message, hint="shorten the prompt, or lower max_tokens")
+        # the last token is not kept
+        most = min(context, self.info.max_total_tokens + 1)
+        if len(prompt) >= most:
+            raise prompt_too_long(f"{len(prompt):,} tokens", most)
+        if len(prompt) + new_tokens > most:
+            raise answer_too_long(len(prompt), new_tokens, most)
         if max(prompt) >= vocab_size:
             message = f"the prompt has a token {max(prompt)}, and the model knows {vocab_size}"
             hint = f"tokens are whole numbers from 0 to {vocab_size - 1}"
@@ -295,7 +293,6 @@ class Service:
                 "E_TOO_MANY", message, hint="lower n, max_tokens or the number of log probabilities"
             )
         if self.logprobs_held + logprobs > MAX_LOGPROBS_HELD:
-            self.metrics.refused()
             raise Busy(
                 "queue_full",
                 "other requests hold as many log probabilities as the server keeps",

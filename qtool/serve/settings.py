@@ -28,6 +28,7 @@ SAMPLING_DEFAULTS = ("model", "openai")
 KEPT_FOR_CACHE = 0.3
 MAX_PORT = 65535
 KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/,\"]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,9 @@ class ServeOptions(EngineConfig, HandoverOptions):
 
     api_key: str | None = field(default=None, repr=False)
     """Bearer token that clients must send."""
+
+    allowed_origins: str | None = None
+    """Origins of web pages that may call, with commas; * is all. [* with an API key, else none]"""
 
     chat_template: str | None = None
     """Jinja file that replaces the model's chat template."""
@@ -179,6 +183,13 @@ class ServeSettings(ServeOptions):
             tool_style_named(self.tool_call_parser)
         if self.reasoning_parser != "auto":
             reasoning_style_named(self.reasoning_parser)
+        for origin in self.origins:
+            if not ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    "E_ORIGIN",
+                    f"--allowed-origins has `{origin}`",
+                    hint="an origin is *, or scheme://host:port without a path",
+                )
         if self.log_level.lower() not in LOG_LEVELS:
             raise UsageError(
                 "E_LOG_LEVEL",
@@ -191,6 +202,14 @@ class ServeSettings(ServeOptions):
         """The options of the engine alone."""
         names = [each.name for each in fields(EngineConfig)]
         return EngineConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins of web pages that may call the server; vLLM writes them as JSON."""
+        if self.allowed_origins is None:
+            return ("*",) if self.api_key else ()
+        given = self.allowed_origins.strip("[] ").split(",")
+        return tuple(origin for one in given if (origin := one.strip(" \"'").rstrip("/")))
 
     @property
     def name(self) -> str:

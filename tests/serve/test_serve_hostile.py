@@ -22,10 +22,10 @@ import pytest
 import uvicorn
 from support.server import Server
 
+from qtool.serve.host import ServiceHost
 from qtool.serve.http.connection import limited_connection
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.settings import ServeSettings
-from qtool.serve.threads import Threads
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 SOON_S = 5.0  # 1 s is what a machine with nothing else to do needs at most
@@ -906,7 +906,7 @@ def limited() -> Iterator[tuple[int, threading.Event]]:
     async def application(scope, receive, send):
         await echo({**scope, "app": {"left": left}}, receive, send)
 
-    middleware = LimitsMiddleware(application, ServeSettings(model_path=""), SLOW, Threads())
+    middleware = LimitsMiddleware(application, ServiceHost(ServeSettings(model_path="")), SLOW)
     config = uvicorn.Config(
         middleware,
         http=limited_connection(SLOW),

@@ -260,7 +260,8 @@ def test_a_request_is_aborted_by_its_name(http, post, stream):
     ):
         time.sleep(0.01)
     assert post("/abort_request", rid="other") == {"success": True}
-    assert post("/abort_request", rid="long") == {"success": True}
+    name = {"abort_all": True} if stream else {"rid": "long"}
+    assert post("/abort_request", **name, other=None) == {"success": True}
     waiting.join(30)
     text = told[0]
     results = (
@@ -315,6 +316,53 @@ def test_messages_become_tokens(engine, post):
 )
 def test_what_is_no_text_and_no_token_is_refused(http, path, body):
     assert http.post(path, json=body).status_code == 400
+
+
+def test_tokens_have_names_if_asked(engine, post):
+    told = post("/tokenize", prompt="a b", return_token_strs=True)
+    assert told["token_strs"] == engine.tokenizer.convert_ids_to_tokens(told["tokens"])
+    several = post("/tokenize", prompt=["a b", ""], return_token_strs=True)
+    assert several["token_strs"] == [told["token_strs"], []]
+    assert post("/detokenize", tokens=[])["text"] == ""
+
+
+def test_the_cache_is_flushed(http, post):
+    prompt = {"text": "one two three " * 20, "sampling_params": {"max_new_tokens": 1}}
+    cached = [post("/generate", **prompt)["meta_info"]["cached_tokens"] for _ in range(2)]
+    assert http.post("/flush_cache").status_code == http.get("/flush_cache").status_code == 200
+    again = post("/generate", **prompt)["meta_info"]["cached_tokens"]
+    assert cached[1] > 0 == again
+
+
+@pytest.mark.parametrize("name", ["server_info", "model_info"])
+def test_the_server_is_described_under_both_names_of_sglang(http, name):
+    new, old = http.get(f"/{name}"), http.get(f"/get_{name}")
+    assert new.status_code == old.status_code == 200 and new.json().keys() == old.json().keys()
+
+
+def test_a_refusal_leaves_a_line_and_a_count(http, served):
+    def count() -> float:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [one for family in families for one in family.samples]
+        wanted = {"status": "400", "code": "unknown_parameter"}
+        return sum(
+            one.value
+            for one in samples
+            if one.name == "qtool:requests_refused_total" and wanted.items() <= one.labels.items()
+        )
+
+    before = count()
+    http.post("/v1/completions", json={"prompt": "a secret", "max_token": 2})
+    http.get("/nowhere")
+    http.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
+    assert count() == before + 1
+    for line in (
+        "refused: POST /v1/completions: 400 unknown_parameter, param max_token",
+        "refused: GET /nowhere: 404 not_found",
+        "refused: POST /generate: 415 unsupported_media_type",
+    ):
+        assert line in served.said()
+    assert "a secret" not in served.said()
 
 
 # Metrics

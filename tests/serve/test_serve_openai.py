@@ -18,10 +18,12 @@ from pydantic import BaseModel, Field, ValidationError
 from support.server import start_server
 from tokenizers import Tokenizer, decoders, models
 
+from qtool.errors import UsageError
 from qtool.serve.api.protocol import ChatRequest, CompletionRequest
 from qtool.serve.api.replies import prompt_offsets
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.prompts.vocabulary import Vocabulary
+from qtool.serve.settings import ServeSettings
 from qtool.serve.threads import Threads
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
@@ -919,13 +921,16 @@ def test_errors_are_typed(client, ask, complete):
         "temperature",
         "invalid_request_error",
     ) and hot.value.code
-    for call in (
-        lambda: ask(messages=[{"role": "user", "content": "word " * 3000}]),
-        lambda: complete(PROMPT, max_tokens=5000),
+    longer = "longer than the model's context length"
+    for call, words in (
+        (lambda: ask(messages=[{"role": "user", "content": "word " * 3000}]), longer),
+        (lambda: ask(messages=[{"role": "user", "content": "word " * 300_000}]), longer),
+        (lambda: complete(PROMPT, max_tokens=5000), "Requested token count exceeds the model's"),
     ):
-        with pytest.raises(openai.BadRequestError, match="2048") as long:
+        with pytest.raises(openai.BadRequestError, match=words) as long:
             call()
         assert long.value.code == "context_length_exceeded"
+        assert "This model's maximum context length is 2048 tokens" in long.value.message
     with pytest.raises(openai.BadRequestError, match="top_logprobs"):
         ask(top_logprobs=2)
     for path in ("/responses", "/embeddings"):
@@ -1052,6 +1057,43 @@ def test_a_key_is_asked_for(other, other_client):
     for path in ("/health", "/metrics"):
         assert httpx.get(other.url + path).status_code == 200
     assert httpx.get(f"{other.url}/get_server_info").status_code == 401
+
+
+def test_pages_of_other_origins_may_call_a_server_with_a_key(other, served):
+    asks = {
+        "origin": "http://localhost:3000",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    preflight = httpx.options(f"{other.url}/v1/chat/completions", headers=asks)
+    assert preflight.status_code == 200
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for answer in (
+        preflight,
+        httpx.get(f"{other.url}/health", headers=asks),
+        httpx.get(f"{other.url}/v1/models", headers=asks),  # 401, which the page can read
+    ):
+        assert answer.headers["access-control-allow-origin"] == "*"
+    closed = httpx.options(f"{served.url}/v1/chat/completions", headers=asks)
+    assert closed.status_code == 405 and "access-control-allow-origin" not in closed.headers
+
+
+@pytest.mark.parametrize(
+    ("given", "origins"),
+    [
+        ("*", ("*",)),
+        ("http://a:3000, https://b/", ("http://a:3000", "https://b")),
+        ('["http://a", "*"]', ("http://a", "*")),
+        ("", ()),
+        ("localhost:3000", None),
+    ],
+)
+def test_origins_are_written_with_commas_or_as_json(given, origins):
+    if origins is None:
+        with pytest.raises(UsageError, match="localhost:3000"):
+            ServeSettings(model_path="", allowed_origins=given)
+    else:
+        assert ServeSettings(model_path="", allowed_origins=given).origins == origins
 
 
 def test_what_is_too_many_is_told_to_come_back(other_client):

@@ -106,7 +106,7 @@ async def application(
         defaults={},
     )
     host.set_service(service)
-    yield LimitsMiddleware(make_app(host), given, RequestLimits(), host.threads)
+    yield LimitsMiddleware(make_app(host), host, RequestLimits())
     await service.grammars.close()
     await templates.close()
     host.threads.close()

@@ -311,8 +311,11 @@ class GenerateRequest(Body):
 class AbortRequest(Body):
     """``POST /abort_request``."""
 
-    rid: RequestId
+    rid: RequestId | None = None
     """The id of the requests to abort."""
+
+    abort_all: bool | None = None
+    """Whether all requests are aborted."""
 
 
 class TokenizeRequest(Body):
@@ -329,6 +332,9 @@ class TokenizeRequest(Body):
         | None
     ) = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    return_token_strs: bool | None = None
+    """Whether the names of the tokens are returned."""
+
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -308,6 +308,8 @@ class Tokens(Info):
     tokens: list[int] | list[list[int]]
     count: int | list[int]
     max_model_len: int
+    token_strs: list[str] | list[list[str]] | None = None
+    """The tokens' names in the vocabulary, with ``return_token_strs``."""
 
 
 class Text(Info):

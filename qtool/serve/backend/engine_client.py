@@ -29,6 +29,7 @@ from qtool.serve.backend.messages import (
     EngineOptions,
     EngineStats,
     Failed,
+    FlushCache,
     FromEngine,
     GetStats,
     KeyedOutput,
@@ -177,6 +178,10 @@ class EngineProcess:
         has.
         """
         self._send(Abort(rid))
+
+    def flush_cache(self) -> None:
+        """Let no submission after this call find pages of those before it."""
+        self._send(FlushCache())
 
     def fail_all(self, error: QtoolError) -> None:
         """Stop waiting for the engine: every reader gets ``error``, now and from now on."""

@@ -28,6 +28,7 @@ from qtool.serve.backend.messages import (
     EngineOptions,
     EngineStats,
     Failed,
+    FlushCache,
     FromEngine,
     GetStats,
     KeyedOutput,
@@ -88,6 +89,8 @@ class EngineServer:
                     engine.cancel(self._submitted.pop(key, ("", []))[1])
                 case Abort(rid):
                     self._abort(engine, rid)
+                case FlushCache():
+                    engine.flush_cache()
                 case GetStats(key):
                     self.send(Stats(key, _stats(engine)))
 

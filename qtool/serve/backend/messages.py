@@ -120,6 +120,10 @@ class Abort(Struct, tag=True):
     rid: str | None
 
 
+class FlushCache(Struct, tag=True):
+    """To the engine: let no submission after this one find pages of those before it."""
+
+
 class GetStats(Struct, tag=True):
     """To the engine: answer with `Stats`."""
 
@@ -158,7 +162,7 @@ class Stats(Struct, tag=True):
     stats: EngineStats
 
 
-ToEngine = Start | Submit | Cancel | Abort | GetStats
+ToEngine = Start | Submit | Cancel | Abort | FlushCache | GetStats
 FromEngine = Ready | Failed | Outputs | Stats
 
 _encode = msgspec.msgpack.Encoder().encode

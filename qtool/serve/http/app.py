@@ -21,7 +21,13 @@ from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.agent_routes import add_agent_routes
-from qtool.serve.http.errors import error_body, error_detail, http_error_detail, status_of
+from qtool.serve.http.errors import (
+    error_body,
+    error_detail,
+    http_error_detail,
+    note_refusal,
+    status_of,
+)
 from qtool.serve.http.generation_routes import add_generation_routes
 from qtool.serve.http.info_routes import add_model_routes, add_server_routes
 from qtool.serve.http.json_body import JsonRoute
@@ -44,6 +50,7 @@ def make_app(host: ServiceHost) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.threads = host.threads
+    app.state.metrics = host.metrics
     app.state.strict_fields = host.settings.strict_fields
     app.router.route_class = JsonRoute
     app.openapi = partial(make_openapi, app, app.openapi)  # type: ignore[method-assign]
@@ -88,6 +95,7 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
 def _error_response(
     request: Request, status: int, detail: ErrorDetail, headers: Mapping[str, str] | None = None
 ) -> Response:
+    note_refusal(request.app.state.metrics, request.scope, int(status), detail)
     if status in (429, 503):
         headers = {"retry-after": str(RETRY_AFTER_S)}
     return json_reply(error_body(request.url.path, status, detail), status=status, headers=headers)

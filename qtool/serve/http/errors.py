@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+
+from starlette.types import Scope
 
 from qtool.errors import InputRefused, QtoolError, ResourceError, UsageError
 from qtool.sandbox import TooManyWaiting
 from qtool.serve.api.schemas import ErrorDetail
+from qtool.serve.metrics import Metrics
 from qtool.serve.service import Busy, ModelNotFound
+
+LOG = logging.getLogger("qtool.serve")
+MAX_LOGGED = 200  # characters of a path, and of the name of a field
 
 # An error of the server itself: its code, or else its class -> status
 STATUSES: dict[str | type[Exception], int] = {
@@ -94,6 +101,23 @@ def error_detail(error: Exception) -> ErrorDetail:
             code = QTOOL_CODES.get(error.code, error.code.removeprefix("E_").lower())
             return ErrorDetail(message=message, type=kind, code=code)
     return ErrorDetail(message=f"a bug in qtool: {type(error).__name__}", type=kind, code="bug")
+
+
+def note_refusal(metrics: Metrics, scope: Scope, status: int, detail: ErrorDetail) -> None:
+    """Count a request that is answered with an error, and log a line without its text."""
+    code = detail.code or str(status)
+    metrics.refused(status, code)
+    # whoever waits for the server to load asks once a second
+    level = logging.DEBUG if scope["path"] == "/health" else logging.INFO
+    LOG.log(
+        level,
+        "refused: %s %s: %d %s%s",
+        scope["method"],
+        scope["path"][:MAX_LOGGED],
+        status,
+        code,
+        f", param {detail.param[:MAX_LOGGED]}" if detail.param else "",
+    )
 
 
 def http_error_detail(status: int, message: str) -> ErrorDetail:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from qtool.errors import UsageError
 from qtool.serve.api.answering import while_connected
 from qtool.serve.api.chat_completions import chat
 from qtool.serve.api.completions import complete
@@ -20,7 +21,7 @@ from qtool.serve.api.schemas import (
     Success,
 )
 from qtool.serve.host import ServiceHost
-from qtool.serve.http.openapi import ERRORS, whole_or_streamed
+from qtool.serve.http.openapi import ERRORS, GET_ERRORS, whole_or_streamed
 
 
 def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
@@ -55,6 +56,14 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
 
     @app.post("/abort_request", responses=ERRORS, tags=["SGLang"])
     async def abort_request(body: AbortRequest) -> Success:
-        """Abort the requests with that ``rid``: they answer with what they have."""
-        host.ready().engine.abort(body.rid)
+        """Abort the requests with that ``rid``, or all: they answer with what they have."""
+        if body.rid is None and not body.abort_all:
+            raise UsageError("E_REQUEST_ID", "give a rid, or abort_all", hint="one of them")
+        host.ready().engine.abort(None if body.abort_all else body.rid)
+        return Success(success=True)
+
+    @app.api_route("/flush_cache", methods=["GET", "POST"], responses=GET_ERRORS, tags=["SGLang"])
+    async def flush_cache() -> Success:
+        """Let no request after this one start with what an earlier one has left in the cache."""
+        host.ready().engine.flush_cache()
         return Success(success=True)

@@ -86,6 +86,7 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
         return _model(service)
 
     @app.get("/get_model_info", responses=GET_ERRORS, tags=["SGLang"])
+    @app.get("/model_info", responses=GET_ERRORS, tags=["SGLang"])
     async def get_model_info() -> ModelInfo:
         """Return the names of the model and its tokenizer, without their paths."""
         settings = host.ready().settings
@@ -99,6 +100,7 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
     @app.get(
         "/get_server_info", responses={**GET_ERRORS, 200: {"model": ServerInfo}}, tags=["SGLang"]
     )
+    @app.get("/server_info", responses={**GET_ERRORS, 200: {"model": ServerInfo}}, tags=["SGLang"])
     async def get_server_info() -> Response:
         """Return how the server runs, and what it is doing."""
         service = host.ready()

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qtool.sandbox import TooManyWaiting
-from qtool.serve.http.errors import Refused
+from qtool.serve.host import ServiceHost
+from qtool.serve.http.errors import Refused, error_detail, note_refusal
 from qtool.serve.http.json_body import outside_strings
-from qtool.serve.settings import CLIENT_SHARE, RETRY_AFTER_S, ServeSettings
-from qtool.serve.threads import Threads
+from qtool.serve.settings import CLIENT_SHARE, RETRY_AFTER_S
 from qtool.serve.turns import Origin, client_at, set_origin
 
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})  # without a key
@@ -69,12 +69,11 @@ class LimitsMiddleware:
     requests that it refuses.
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServeSettings, limits: RequestLimits, threads: Threads
-    ) -> None:
+    def __init__(self, app: ASGIApp, host: ServiceHost, limits: RequestLimits) -> None:
         self._app = app
-        self._threads = threads
-        self._settings = settings
+        self._host = host
+        self._threads = host.threads
+        self._settings = settings = host.settings
         self._limits = limits
         self._key = settings.api_key.encode() if settings.api_key else None
         self._held_bytes: Counter[str] = Counter()
@@ -215,6 +214,7 @@ class LimitsMiddleware:
         """Answer at once; then ``receive`` a little more of what is still being sent, because a
         connection that is reset loses the answer.
         """
+        note_refusal(self._host.metrics, scope, error.status, error_detail(error))
         data = error.to_json(scope["path"])
         headers = [
             (b"content-type", b"application/json"),

@@ -51,18 +51,20 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, object
         raise UsageError(
             "E_PROMPT", "give either prompt or messages", hint="one of them, and not both"
         )
-    tokens: list[int] | list[list[int]]
-    count: int | list[int]
     if isinstance(body.prompt, list):
-        tokens = await _encode_all(service, body.prompt, body)
-        count = [len(one) for one in tokens]
+        lists = await _encode_all(service, body.prompt, body)
     elif body.prompt is not None:
-        tokens = (await _encode_all(service, [body.prompt], body))[0]
-        count = len(tokens)
+        lists = await _encode_all(service, [body.prompt], body)
     else:
         _, tokens = await render_prompt(service, body.tools or (), body)
-        count = len(tokens)
-    return {"tokens": tokens, "count": count, "max_model_len": service.info.context_length}
+        lists = [tokens]
+    each: dict[str, Sequence[object]] = {"tokens": lists, "count": [len(one) for one in lists]}
+    if body.return_token_strs:
+        each["token_strs"] = [await service.vocabulary.names_of(one) for one in lists]
+    reply: dict[str, object] = {**each, "max_model_len": service.info.context_length}
+    if not isinstance(body.prompt, list):
+        reply |= {name: values[0] for name, values in each.items()}
+    return reply
 
 
 async def _encode_all(

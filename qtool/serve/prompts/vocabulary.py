@@ -25,6 +25,31 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 
 
+def prompt_too_long(size: str, context_length: int) -> UsageError:
+    """Return the error for a prompt that leaves no room for an answer.
+
+    Clients know it by its text, so it has OpenAI's words and SGLang's. Source: litellm
+    `litellm_core_utils/exception_mapping_utils.py`.
+    """
+    return UsageError(
+        "E_TOO_LONG",
+        f"This model's maximum context length is {context_length} tokens. The prompt ({size}) is "
+        "longer than the model's context length",
+        hint="shorten the prompt",
+    )
+
+
+def answer_too_long(prompt_tokens: int, new_tokens: int, context_length: int) -> UsageError:
+    """Return the error for a prompt that fits without the answer that is asked for."""
+    return UsageError(
+        "E_TOO_LONG",
+        f"This model's maximum context length is {context_length} tokens. Requested token count "
+        f"exceeds the model's maximum context length: {prompt_tokens} tokens in the prompt and "
+        f"{new_tokens} for the answer",
+        hint="shorten the prompt, or lower max_tokens",
+    )
+
+
 class Vocabulary:
     """The tokenizer of a model, which may have none."""
 
@@ -64,11 +89,7 @@ class Vocabulary:
         tokenizer = self._require_tokenizer()
         longest = max(map(len, texts), default=0)
         if longest > self._max_characters:
-            raise UsageError(
-                "E_TOO_LONG",
-                f"the prompt has {longest:,} characters, more than the context can hold",
-                hint="shorten the prompt",
-            )
+            raise prompt_too_long(f"{longest:,} characters", self._context_length)
 
         def encode_all() -> list[list[int]]:
             # `encode` holds the GIL, `encode_batch_fast` releases it
@@ -77,9 +98,7 @@ class Vocabulary:
             )
             most = max(map(len, encoded), default=0)
             if most > max(MAX_TOKENS, self._context_length):
-                raise UsageError(
-                    "E_TOO_LONG", f"the prompt has {most:,} tokens", hint="shorten the prompt"
-                )
+                raise prompt_too_long(f"{most:,} tokens", self._context_length)
             return [one.ids for one in encoded]
 
         size = CHARACTER_BYTES * sum(map(len, texts)) + TEXT_BYTES * len(texts)
@@ -108,6 +127,14 @@ class Vocabulary:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    async def names_of(self, tokens: Sequence[int]) -> list[str]:
+        """Return the names of ``tokens`` in the vocabulary."""
+        tokenizer = self._require_tokenizer()
+        return await self._threads.run(
+            TOKEN_BYTES * len(tokens),
+            lambda: [tokenizer.id_to_token(token) or "" for token in tokens],
+        )
 
     def is_special(self, token: int) -> bool:
         """Whether `skip_special_tokens` leaves out ``token``."""
