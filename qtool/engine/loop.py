@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -174,6 +175,10 @@ class Loop:
         A step that raises fails its own requests. One that lacks memory fails only the newest
         of them, and the others are computed again.
         """
+        for chunk in step.chunks:
+            request = _request(chunk.sequence)
+            if request.queue_s is None:
+                request.queue_s = time.monotonic() - request.began
         rows = [row for chunk in step.chunks if chunk.samples for row in _rows(chunk)]
         prompts = [
             (position, _request(chunk.sequence).top_logprobs or 0)

@@ -86,7 +86,8 @@ class FinishInfo(Struct, array_like=True, frozen=True):
     """Seconds from the request's arrival to its first token; None if there is none."""
     latency_s: float
     """Seconds from the request's arrival to its end."""
-    prompt_logprobs: list[TokenLogprob]
+    queue_s: float | None = None
+    """Seconds from the request's arrival to its first step; None if there is none."""
     spec: SpecCounts | None = None
     """None where no tokens are drafted."""
 
@@ -102,6 +103,8 @@ class CompletionOutput(Struct, array_like=True):
     """One for each of ``token_ids``; empty if none were requested."""
     finish: FinishInfo | None = None
     """Set in the last output of a completion."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """Of the prompt's tokens, in the first output of a completion, if they were requested."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def merge(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
         token_ids=list(chain(output.token_ids for output in outputs)),
         logprobs=list(chain(output.logprobs for output in outputs)),
         finish=outputs[-1].finish,
+        prompt_logprobs=list(chain(output.prompt_logprobs for output in outputs)),
     )
 
 

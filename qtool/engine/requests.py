@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from qtool.errors import UsageError
 CONTEXT_TOKENS = 8  # tokens of the prompt that the text continues
 PROMPT_HINT = "give text, or a list of texts, or tokens as input_ids"
 
+T = TypeVar("T")
 SamplingFields: TypeAlias = Mapping[str, object] | SamplingParams
 Deliver: TypeAlias = Callable[[Output], object]
 
@@ -63,20 +64,56 @@ class GenerateRequest:
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None
     """Tokens in place of ``prompt``."""
     stream: bool = False
-    return_logprob: bool = False
-    """Return natural logarithms of the model's probabilities, before temperature and penalties."""
-    logprob_start_len: int = -1
+    return_logprob: bool | Sequence[bool] | None = False
+    """Return natural logarithms of the model's probabilities, before temperature and penalties;
+    like the next two for all prompts, or one for each."""
+    logprob_start_len: int | Sequence[int] | None = -1
     """The first token of the prompt whose log probability is returned; -1 returns none."""
-    top_logprobs_num: int = 0
+    top_logprobs_num: int | Sequence[int] | None = 0
     """How many of the most likely tokens are returned for each token."""
     rid: str | Sequence[str] | None = None
     """Names of the requests, one for each prompt, for `Engine.abort`."""
 
     def __post_init__(self) -> None:
-        top = self.top_logprobs_num
-        if not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS:
-            message = f"top_logprobs_num is {top}"
-            raise UsageError("E_LOGPROBS", message, hint=f"0 to {MAX_TOP_LOGPROBS}")
+        given = self.top_logprobs_num
+        for top in given if isinstance(given, (list, tuple)) else [given or 0]:
+            if not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS:
+                message = f"top_logprobs_num is {top}"
+                raise UsageError("E_LOGPROBS", message, hint=f"0 to {MAX_TOP_LOGPROBS}")
+
+
+@dataclass(frozen=True)
+class LogprobOptions:
+    """Which log probabilities of one prompt's completions are returned."""
+
+    top: int | None
+    """Alternatives for each token; None: no log probabilities."""
+    first: int
+    """The first token of the prompt; -1: none."""
+
+    @classmethod
+    def of_each(cls, given: GenerateRequest, count: int) -> list[LogprobOptions]:
+        """Return those of each of ``count`` prompts. Raises: UsageError, for lists of other
+        lengths.
+        """
+        wanted = _for_each("return_logprob", given.return_logprob or False, count)
+        tops = _for_each("top_logprobs_num", given.top_logprobs_num or 0, count)
+        start = -1 if given.logprob_start_len is None else given.logprob_start_len
+        firsts = _for_each("logprob_start_len", start, count)
+        return [
+            cls(top, first) if want else cls(None, -1)
+            for want, top, first in zip(wanted, tops, firsts, strict=True)
+        ]
+
+
+def _for_each(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
+    """Return ``value`` for each of ``count`` prompts."""
+    if not isinstance(value, (list, tuple)):
+        return [cast(T, value)] * count
+    if len(value) != count:
+        message = f"{count} prompts and {len(value)} values of {name}"
+        raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
+    return value
 
 
 def _deliver_nothing(output: Output) -> None:
@@ -116,6 +153,8 @@ class Request:
     """Takes outputs and errors, in the loop's thread."""
     done: bool = False
     began: float = field(default_factory=time.monotonic)
+    queue_s: float | None = None
+    """Seconds from its start until its first step was launched."""
     first_token_s: float | None = None
     """Seconds from its start until its first token was read."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -123,6 +162,8 @@ class Request:
     """Of the tokens that were not delivered yet."""
     delivered: int = 0
     """Tokens that were delivered."""
+    prompt_delivered: bool = False
+    """Whether ``prompt_logprobs`` were."""
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs_from is not None:  # nothing predicts the first token
@@ -142,12 +183,15 @@ class Request:
         self.delivered += len(token_ids)
         logprobs = self.new_logprobs
         self.new_logprobs = []
+        prompt_logprobs = [] if self.prompt_delivered else self.prompt_logprobs
+        self.prompt_delivered = True
         return CompletionOutput(
             index=self.index,
             text=self.text.take() if reason is None else self.text.finish(reason),
             token_ids=token_ids,
             logprobs=logprobs,
             finish=None if reason is None else self._finish_info(reason),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _finish_info(self, reason: FinishReason) -> FinishInfo:
@@ -157,7 +201,7 @@ class Request:
             cached_tokens=self.sequence.cached_tokens,
             first_token_s=self.first_token_s,
             latency_s=time.monotonic() - self.began,
-            prompt_logprobs=self.prompt_logprobs,
+            queue_s=self.queue_s,
             spec=self.spec,
         )
 
@@ -215,27 +259,36 @@ class RequestParser:
         if not len(all_params) == len(names) == count:
             message = f"{count} prompts, {len(all_params)} sampling_params, {len(names)} ids"
             raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
+        logprobs = LogprobOptions.of_each(given, count)
         requests: list[Request] = []
-        for tokens, params, name in zip(prompts, all_params, names, strict=True):
+        for tokens, params, name, options in zip(prompts, all_params, names, logprobs, strict=True):
             for number in range(params.n):
-                request = self._request(given, tokens, params, name, number, index=len(requests))
+                request = self._request(
+                    tokens,
+                    params,
+                    options,
+                    name,
+                    number,
+                    index=len(requests),
+                    stream=given.stream,
+                )
                 requests.append(request)
         return requests, single and all_params[0].n == 1
 
     def _request(
         self,
-        given: GenerateRequest,
         tokens: list[int],
         params: SamplingParams,
+        logprobs: LogprobOptions,
         name: str,
         number: int,
         *,
         index: int,
+        stream: bool,
     ) -> Request:
         """Return the request for completion ``number`` of the prompt ``tokens``."""
         max_new_tokens = self._max_new_tokens(params, len(tokens))
-        first = given.logprob_start_len if given.return_logprob else -1
-        wants_prompt = 0 <= first < len(tokens)
+        wants_prompt = 0 <= logprobs.first < len(tokens)
         sequence = SequenceState(
             tokens,
             max_new_tokens,
@@ -261,11 +314,11 @@ class RequestParser:
             params=params,
             seed=params.row_seed(number),
             text=text,
-            stream=given.stream,
+            stream=stream,
             history=History.of(params, tokens),
             constraint=Constraint.of(params, self.compiler, text.end_ids),
-            top_logprobs=given.top_logprobs_num if given.return_logprob else None,
-            prompt_logprobs_from=first if wants_prompt else None,
+            top_logprobs=logprobs.top,
+            prompt_logprobs_from=logprobs.first if wants_prompt else None,
             drafter=drafter,
             spec=None if drafter is None else SpecCounts(),
         )

@@ -281,6 +281,6 @@ def _put(done: queue.SimpleQueue[tuple[int, Output]], number: int, output: Outpu
 def _likelihood(output: CompletionOutput) -> tuple[float, bool]:
     """Return the log likelihood of the scored tokens, and whether each is the likeliest."""
     assert output.finish is not None
-    _, *scored = output.finish.prompt_logprobs  # nothing is known of the first
+    _, *scored = output.prompt_logprobs  # nothing is known of the first
     total = sum(one.logprob or 0.0 for one in scored)
     return total, all(one.top is not None and one.top[0][1] == one.token_id for one in scored)

@@ -207,23 +207,29 @@ class Service:
             )
         return Slot(self, completions)
 
-    def submit(self, slot: Slot, submission: Submission, max_tokens: int | None) -> OutputStream:
-        """Let the engine work on ``submission``.
+    def submit(
+        self,
+        slot: Slot,
+        submissions: Sequence[Submission],
+        max_tokens: Sequence[int | None],
+    ) -> OutputStream:
+        """Let the engine work on ``submissions``.
 
         Args:
-            slot: of the request; releasing it cancels the submission.
-            submission: what the engine computes.
-            max_tokens: tokens that must fit into the context after the prompt; None: as many as
-                there is room for.
+            slot: of the request; releasing it cancels the submissions.
+            submissions: what the engine computes.
+            max_tokens: of each, tokens that must fit into the context after a prompt; None: as many
+                as there is room for.
         Raises: UsageError, for an invalid prompt; Busy, when the server is ending.
         """
         if self.aborted:
             raise _draining()
-        for prompt in submission.prompts:
-            self._check_prompt(prompt, max_tokens or 1)
-        submission.params.check_vocabulary(self.info.vocab_size)
-        self._hold_logprobs(slot, submission)
-        slot.stream = self.engine.submit(submission)
+        for submission, most in zip(submissions, max_tokens, strict=True):
+            for prompt in submission.prompts:
+                self._check_prompt(prompt, most or 1)
+            submission.params.check_vocabulary(self.info.vocab_size)
+        self._hold_logprobs(slot, submissions)
+        slot.stream = self.engine.submit(*submissions)
         return slot.stream
 
     async def compiled(self, params: SamplingParams) -> tuple[str, str, str] | None:
@@ -278,13 +284,13 @@ class Service:
             hint = f"tokens are whole numbers from 0 to {vocab_size - 1}"
             raise UsageError("E_PROMPT", message, hint=hint)
 
-    def _hold_logprobs(self, slot: Slot, submission: Submission) -> None:
-        """Reserve room for the log probabilities of ``submission``: kept until they are read, they
+    def _hold_logprobs(self, slot: Slot, submissions: Sequence[Submission]) -> None:
+        """Reserve room for the log probabilities of ``submissions``: kept until they are read, they
         are the largest part of an answer.
 
         Raises: UsageError, Busy.
         """
-        logprobs = submission.max_logprobs(self.info.context_length)
+        logprobs = sum(one.max_logprobs(self.info.context_length) for one in submissions)
         if logprobs > MAX_LOGPROBS:
             message = (
                 f"{logprobs:,} log probabilities in one request; the server gives {MAX_LOGPROBS:,}"

@@ -16,7 +16,6 @@ FINISH = FinishInfo(
     cached_tokens=0,
     first_token_s=0.5,
     latency_s=1.0,
-    prompt_logprobs=[],
 )
 
 
@@ -30,6 +29,12 @@ def test_merged_increments_have_all_text_tokens_and_logprobs_in_order():
     assert (merged.index, merged.text, merged.token_ids) == (0, "abc", [1, 2, 3])
     assert [one.token_id for one in merged.logprobs] == [1, 2, 3]
     assert merged.finish is FINISH
+
+
+def test_log_probabilities_of_the_prompt_come_with_the_first_increment():
+    first = increment(0, "a", 1)
+    first.prompt_logprobs = [TokenLogprob(None, 5, None)]
+    assert merge([first, increment(0, "b", 2)]).prompt_logprobs == first.prompt_logprobs
 
 
 def test_a_single_increment_is_not_copied():

@@ -34,7 +34,7 @@ FINISH = FinishInfo(
     cached_tokens=1,
     first_token_s=None,
     latency_s=1.0,
-    prompt_logprobs=[TokenLogprob(None, 5, None)],
+    queue_s=0.5,
     spec=SpecCounts(steps=4, drafts=2, proposed=10, correct=6),
 )
 

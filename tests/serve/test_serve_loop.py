@@ -159,10 +159,10 @@ class Engine:
                 0,
                 0.1,
                 0.1,
-                [] if likely is None else [likely] * prompt,
             )
             given = [] if likely is None else [likely] * last
-            stream.put(CompletionOutput(index, "a" * last, [300] * last, given, finish))
+            before = [] if likely is None else [likely] * prompt
+            stream.put(CompletionOutput(index, "a" * last, [300] * last, given, finish, before))
         return stream
 
     def cancel(self, stream: OutputStream) -> None:

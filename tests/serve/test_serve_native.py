@@ -111,6 +111,30 @@ def test_results_of_several_prompts_are_the_engines(engine, post):
     assert isinstance(post("/generate", text=[PROMPT], sampling_params=sampling), list)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_prompt_may_have_options_of_its_own(engine, http, post, stream):
+    body = {
+        "text": [PROMPT, "import os\nimport sys\n"],
+        "sampling_params": [{**GREEDY, "n": 2}, {**GREEDY, "max_new_tokens": 3, "n": 2}],
+        "return_logprob": [True, False],
+        "top_logprobs_num": [2, 0],
+        "logprob_start_len": [0, -1],
+    }
+    wanted = engine.generate(body["text"], **{k: body[k] for k in body if k != "text"})
+    body["rid"] = ["one", "two"]
+    told = post("/generate", **body)
+    if stream:
+        last = {one["index"]: one for one in streamed(http, **body)}
+        told = [last[index] for index in range(4)]
+    for one, other in zip(told, wanted, strict=True):
+        assert_same(one, other)
+        assert ("output_token_logprobs" in one["meta_info"]) == (
+            "output_token_logprobs" in other["meta_info"]
+        )
+    assert [one["meta_info"]["id"] for one in told] == ["one-0", "one-1", "two-0", "two-1"]
+    assert [len(one["output_ids"]) for one in told] == [12, 12, 3, 3]
+
+
 def test_choices_of_a_seed_are_the_engines(engine, post):
     sampling = {"n": 3, "sampling_seed": 11, "max_new_tokens": 6, "temperature": 0.7}
     told, again, wanted = (
@@ -234,6 +258,8 @@ def test_what_sampling_parameters_may_be(post):
         ({"text": "a", "sampling_params": {"temprature": 1}}, "temprature"),
         ({"text": "a", "sampling_params": {"top_p": 2}}, "top_p"),
         ({"text": "a", "image_data": "x"}, "image_data"),
+        ({"text": ["a", "b"], "rid": ["x"]}, "2 prompts and 1 values of rid"),
+        ({"text": ["a", "b"], "sampling_params": [{"n": 2}, {}]}, "n differs"),
     ],
     ids=str,
 )

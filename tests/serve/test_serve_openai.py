@@ -746,7 +746,6 @@ def test_choices_of_several_prompts_come_in_order(complete, tokens_of):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert all(texts[index].startswith(prompts[index // 2]) for index in range(6))
-    assert complete("import os", n=2, best_of=2, max_tokens=1).choices[1].index == 1
 
 
 def test_a_continuation_is_streamed(complete):
@@ -811,6 +810,44 @@ def test_a_prompt_is_repeated_with_its_log_probabilities(complete, tokens_of, pr
     assert (
         complete(tokens, echo=True, max_tokens=most, temperature=0).choices[0].text == choice.text
     )
+
+
+@pytest.mark.parametrize("most", [0, 4])
+def test_a_prompt_is_repeated_in_a_stream_as_it_is_whole(complete, most):
+    options = {"echo": True, "max_tokens": most, "logprobs": 2, "temperature": 0}
+    prompts = [PROMPT, "import os"]
+    whole = complete(prompts, **options)
+    pieces = {choice.index: [] for choice in whole.choices}
+    for chunk in complete(prompts, **options, stream=True):
+        for choice in chunk.choices:
+            pieces[choice.index].append(choice)
+    for choice in whole.choices:
+        own = pieces[choice.index]
+        assert "".join(piece.text for piece in own) == choice.text
+        for name in ("tokens", "text_offset"):
+            told = [one for piece in own if piece.logprobs for one in getattr(piece.logprobs, name)]
+            assert told == getattr(choice.logprobs, name)
+        assert own[0].logprobs.token_logprobs[0] is None
+
+
+def test_the_likeliest_of_several_texts_are_returned(complete):
+    options = {"logprobs": 0, "seed": 3, "max_tokens": 6}
+    prompts = [PROMPT, "import os"]
+    every = complete(prompts, n=6, **options)
+
+    def likelihood(choice):
+        values = choice.logprobs.token_logprobs
+        return sum(values) / len(values)
+
+    best = complete(prompts, n=2, best_of=6, **options)
+    assert [choice.index for choice in best.choices] == list(range(4))
+    for number in range(2):
+        group = sorted(every.choices[6 * number :][:6], key=likelihood, reverse=True)
+        told = best.choices[2 * number :][:2]
+        assert [one.text for one in told] == [one.text for one in group[:2]]
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+    alone = complete(PROMPT, best_of=6, seed=3, max_tokens=6).choices
+    assert len(alone) == 1 and alone[0].logprobs is None
 
 
 def test_what_a_tokenizer_puts_in_front_is_not_in_the_text():
@@ -878,8 +915,8 @@ def test_a_continuation_stops_and_repeats(complete):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True, "stream": True, "logprobs": 1}, "streamed"),
+        ({"best_of": 3, "n": 4}, "best_of"),
+        ({"best_of": 3, "stream": True}, "streamed"),
         ({"logprobs": 21}, "logprobs"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

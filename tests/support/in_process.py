@@ -55,7 +55,7 @@ class ScriptedEngine:
         if isinstance(text, QtoolError):
             stream.fail(text)
             return
-        finish = FinishInfo(self.reason, len(submission.prompts[0]), 2, 0.1, 0.1, [])
+        finish = FinishInfo(self.reason, len(submission.prompts[0]), 2, 0.1, 0.1)
         stream.put(CompletionOutput(0, "", [], [], finish))
 
     def cancel(self, stream: OutputStream) -> None:

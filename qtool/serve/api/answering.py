@@ -58,27 +58,38 @@ async def answer(
     Raises: UsageError, for an invalid request; Busy, when the server ends; what went wrong in the
         engine before anything was answered.
     """
-    stream = service.submit(slot, submission, max_tokens)
-    if submission.stream:
+    return await answer_all(service, slot, [submission], reply, [max_tokens])
+
+
+async def answer_all(
+    service: Service,
+    slot: Slot,
+    submissions: Sequence[Submission],
+    reply: Reply,
+    max_tokens: Sequence[int | None],
+) -> Response:
+    """Do as `answer` for a request of several submissions, each with its own limit."""
+    stream = service.submit(slot, submissions, max_tokens)
+    if submissions[0].stream:
         return await EventStream.started(reply, stream, slot)
     try:
         outputs = await stream.collect()
         return await service.threads.run(
-            reply_bytes(outputs, submission), lambda: json_reply(reply.whole(outputs))
+            reply_bytes(outputs, *submissions), lambda: json_reply(reply.whole(outputs))
         )
     finally:
         reply.close()
 
 
-def reply_bytes(outputs: Sequence[CompletionOutput], submission: Submission) -> int:
+def reply_bytes(outputs: Sequence[CompletionOutput], *submissions: Submission) -> int:
     """Return an estimate of the bytes of a reply with ``outputs``."""
     logprobs = 0
     for output in outputs:
-        logprobs += len(output.logprobs)
-        if output.finish is not None:
-            logprobs += len(output.finish.prompt_logprobs)
-    each = LOGPROB_BYTES * (1 + (submission.top_logprobs or 0))
-    prompts = sum(map(len, submission.prompts))  # the reply may repeat them
+        logprobs += len(output.logprobs) + len(output.prompt_logprobs)
+    top = max(submission.top_logprobs or 0 for submission in submissions)
+    each = LOGPROB_BYTES * (1 + top)
+    # the reply may repeat them
+    prompts = sum(len(prompt) for submission in submissions for prompt in submission.prompts)
     return sum(len(output.text) for output in outputs) + prompts + logprobs * each
 
 

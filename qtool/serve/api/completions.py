@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import cast
 
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
 from qtool.errors import UsageError
-from qtool.serve.api.answering import DONE, Reply, answer, event
+from qtool.serve.api.answering import DONE, Reply, answer, event, reply_bytes
 from qtool.serve.api.fields import PromptOrTokens, as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import CompletionRequest
@@ -56,6 +59,10 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
         service.defaults,
         max(max_tokens, 1),
     )
+    chosen = params.n
+    if body.best_of is not None:
+        params = replace(params, n=body.best_of)
+    by_likelihood = params.n > chosen
     prompts = as_prompts(body.prompt)
     with service.acquire(len(prompts) * params.n) as slot:
         special = body.add_special_tokens is not False
@@ -66,13 +73,13 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             params,
             stream=bool(body.stream),
             rid=body.rid or service.new_id("cmpl"),
-            top_logprobs=body.logprobs,
+            top_logprobs=0 if by_likelihood and body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)
         echoed = await _echoed(service, prompts) if body.echo else [""] * len(prompts)
-        reply = _CompletionReply(service, body, submission, account, echoed)
+        reply = _CompletionReply(service, body, submission, account, echoed, chosen)
         return await answer(service, slot, submission, reply, body.max_tokens)
 
 
@@ -85,14 +92,13 @@ async def _echoed(service: Service, prompts: Sequence[PromptOrTokens]) -> Sequen
 
 def _check_options(body: CompletionRequest) -> None:
     """Raise: UsageError, for options that are not supported."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise UsageError(
-            "E_BEST_OF",
-            "best_of larger than n is not supported",
-            hint="leave it out, and choose among n",
-        )
-    if body.echo and body.stream and body.logprobs is not None:
-        raise UsageError("E_ECHO", "echo with logprobs cannot be streamed", hint="leave out stream")
+    best_of, n = body.best_of, body.n or 1
+    if best_of is not None and best_of < n:
+        message = f"best_of is {best_of}, and n is {n}"
+        raise UsageError("E_BEST_OF", message, hint="n of best_of are returned")
+    if best_of is not None and best_of > n and body.stream:
+        message = "the best of several texts is known when all have ended: it cannot be streamed"
+        raise UsageError("E_BEST_OF", message, hint="leave out stream or best_of")
 
 
 class _CompletionReply(Reply):
@@ -105,7 +111,11 @@ class _CompletionReply(Reply):
         submission: Submission,
         account: Account,
         echoed: Sequence[str],
+        chosen: int,
     ) -> None:
+        self._chosen = chosen
+        """How many of the texts for each prompt are returned."""
+        self._threads = service.threads
         self._vocabulary = service.vocabulary
         self._body = body
         self._submission = submission
@@ -119,7 +129,7 @@ class _CompletionReply(Reply):
         self._created = int(time.time())
         self._stream_usage = StreamUsage(body.stream_options, account)
         self._offsets: dict[int, Offsets] = {}
-        """Of a streamed reply, by choice."""
+        """By choice."""
 
     def whole(self, outputs: list[CompletionOutput]) -> Completion:
         """Return the reply as one object."""
@@ -128,9 +138,21 @@ class _CompletionReply(Reply):
             object="text_completion",
             created=self._created,
             model=self._model,
-            choices=[self._whole_choice(self._note(output)) for output in outputs],
+            choices=[
+                self._whole_choice(index, output)
+                for index, output in enumerate(self._choose([*map(self._note, outputs)]))
+            ],
             usage=self._account.usage(),
         )
+
+    def _choose(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
+        """Return the likeliest texts of each prompt, by the mean of their log probabilities."""
+        if self._chosen == self._each:
+            return outputs
+        starts = range(0, len(outputs), self._each)
+        groups = [outputs[start : start + self._each] for start in starts]
+        best = [sorted(group, key=_likelihood, reverse=True)[: self._chosen] for group in groups]
+        return list(itertools.chain.from_iterable(best))
 
     def close(self) -> None:
         """Record what the request used."""
@@ -139,7 +161,11 @@ class _CompletionReply(Reply):
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: the text of each choice, why it ended, and the usage."""
         async for outputs in stream:
-            choices = [self._chunk_choice(self._note(output)) for output in outputs]
+            noted = [self._note(output) for output in outputs]
+            size = 0
+            if any(output.prompt_logprobs for output in noted):
+                size = reply_bytes(noted, self._submission)
+            choices = await self._threads.run(size, self._chunk_choices, noted)
             events = [event(self._chunk(choice)) for choice in choices if choice is not None]
             if events:
                 yield b"".join(events)
@@ -153,10 +179,10 @@ class _CompletionReply(Reply):
         self._account.note(output, self._each)
         return output
 
-    def _whole_choice(self, output: CompletionOutput) -> CompletionChoice:
+    def _whole_choice(self, index: int, output: CompletionOutput) -> CompletionChoice:
         assert output.finish is not None
         return CompletionChoice(
-            index=output.index,
+            index=index,
             text=self._echoed[output.index // self._each] + output.text,
             logprobs=self._whole_logprobs(output),
             finish_reason=finish_reason(output.finish),
@@ -166,16 +192,23 @@ class _CompletionReply(Reply):
     def _whole_logprobs(self, output: CompletionOutput) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
-        assert output.finish is not None
-        prompt = output.index // self._each
-        before, offsets = prompt_offsets(
-            self._submission.prompts[prompt] if self._body.echo else [],
+        before = self._begin_offsets(output.index)
+        after = self._add_offsets(output)
+        logprobs = [*output.prompt_logprobs, *output.logprobs]
+        return completion_logprobs(logprobs, self._vocabulary, [*before, *after])
+
+    def _begin_offsets(self, index: int) -> list[int]:
+        """Return where the tokens of the prompt begin that choice ``index`` repeats with their log
+        probabilities, if it does; the offsets of its own tokens go on from there.
+        """
+        prompt = index // self._each
+        repeats = self._body.echo and self._body.logprobs is not None
+        before, self._offsets[index] = prompt_offsets(
+            self._submission.prompts[prompt] if repeats else [],
             self._echoed[prompt],
             self._vocabulary,
         )
-        after = self._add_offsets(offsets, output)
-        logprobs = [*output.finish.prompt_logprobs, *output.logprobs]
-        return completion_logprobs(logprobs, self._vocabulary, [*before, *after])
+        return before
 
     def _chunk(
         self, *choices: CompletionChunkChoice, usage: Usage | None = None
@@ -189,21 +222,35 @@ class _CompletionReply(Reply):
             usage=self._stream_usage.of_chunk() if usage is None else usage,
         )
 
+    def _chunk_choices(
+        self, outputs: Sequence[CompletionOutput]
+    ) -> list[CompletionChunkChoice | None]:
+        return [self._chunk_choice(output) for output in outputs]
+
     def _chunk_choice(self, output: CompletionOutput) -> CompletionChunkChoice | None:
         """Return what ``output`` adds to its choice; None if that is nothing to show."""
         choice = CompletionChunkChoice(output.index, output.text, logprobs=None, finish_reason=None)
+        before: list[int] = []
         if output.index not in self._offsets:
-            self._offsets[output.index] = Offsets(self._vocabulary, 0)
+            before = self._begin_offsets(output.index)
             choice.text = self._echoed[output.index // self._each] + output.text
-        if self._body.logprobs is not None and output.logprobs:
-            offsets = self._add_offsets(self._offsets[output.index], output)
-            choice.logprobs = completion_logprobs(output.logprobs, self._vocabulary, offsets)
+        logprobs = [*output.prompt_logprobs, *output.logprobs]
+        if self._body.logprobs is not None and logprobs:
+            offsets = [*before, *self._add_offsets(output)]
+            choice.logprobs = completion_logprobs(logprobs, self._vocabulary, offsets)
         if output.finish is not None:
             choice.finish_reason = finish_reason(output.finish)
             choice.matched_stop = output.finish.reason.get("matched")
         is_empty = not choice.text and choice.logprobs is None and output.finish is None
         return None if is_empty else choice
 
-    def _add_offsets(self, offsets: Offsets, output: CompletionOutput) -> list[int]:
+    def _add_offsets(self, output: CompletionOutput) -> list[int]:
+        offsets = self._offsets[output.index]
         skip = self._submission.params.skip_special_tokens
         return [offsets.add(token, skip_special_tokens=skip) for token in output.token_ids]
+
+
+def _likelihood(output: CompletionOutput) -> float:
+    """Return the mean log probability of the tokens of ``output``."""
+    logprobs = [one.logprob or 0.0 for one in output.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from msgspec import UNSET
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput, TokenLogprob, merge
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
-from qtool.serve.api.answering import DONE, Reply, answer, event, reply_bytes
+from qtool.serve.api.answering import DONE, Reply, answer_all, event, reply_bytes
 from qtool.serve.api.fields import PromptInput, as_prompts, is_single
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.protocol import GenerateRequest, NativeSampling
@@ -32,32 +32,86 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     account = Account("generate", service.metrics, streamed=bool(body.stream))
     given = _given_prompt(body)
     prompts = as_prompts(given)
-    sampling = body.sampling_params or NativeSampling()
+    each = _options(body, len(prompts))
     params = await service.threads.run(
-        current_origin().body_bytes, _sampling_params, service, sampling
+        current_origin().body_bytes, _all_params, service, [one.sampling for one in each]
     )
-    with service.acquire(len(prompts) * params.n) as slot:
+    with service.acquire(len(prompts) * params[0].n) as slot:
         tokens = await tokenize_prompts(service, prompts)
-        log_request(prompts, params, service.settings)
-        submission = Submission(
-            tokens,
-            params,
-            stream=bool(body.stream),
-            rid=body.rid or service.new_id("gen"),
-            top_logprobs=(body.top_logprobs_num or 0) if body.return_logprob else None,
-            prompt_logprobs_from=-1 if body.logprob_start_len is None else body.logprob_start_len,
-            grammar=await service.compiled(params),
-        )
-        account.expect(submission.prompts)
+        log_request(prompts, params[0], service.settings)
+        groups = [tokens] if len(each) == 1 else [[one] for one in tokens]
+        submissions = [
+            Submission(
+                group,
+                its,
+                stream=bool(body.stream),
+                rid=options.rid or service.new_id("gen"),
+                top_logprobs=options.top_logprobs,
+                prompt_logprobs_from=options.prompt_logprobs_from,
+                grammar=await service.compiled(its),
+            )
+            for group, its, options in zip(groups, params, each, strict=True)
+        ]
+        account.expect(tokens)
         reply = _GenerationReply(
             service,
             body,
-            submission,
+            submissions,
+            each,
             account,
-            is_list=not is_single(given) or params.n > 1,
-            no_tokens=sampling.max_new_tokens == 0,
+            is_list=not is_single(given) or params[0].n > 1,
         )
-        return await answer(service, slot, submission, reply, sampling.max_new_tokens)
+        limits = [options.sampling.max_new_tokens for options in each]
+        return await answer_all(service, slot, submissions, reply, limits)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is asked for one prompt, or for all."""
+
+    sampling: NativeSampling
+    rid: str | None
+    top_logprobs: int | None
+    prompt_logprobs_from: int
+
+
+def _options(body: GenerateRequest, count: int) -> list[_Options]:
+    """Return the options of each of ``count`` prompts, or those of all where ``body`` has no lists.
+
+    Raises: UsageError, for a list of another length.
+    """
+    names = ("sampling_params", "rid", "return_logprob", "logprob_start_len", "top_logprobs_num")
+    given = {name: getattr(body, name) for name in names}
+    lists = {name: value for name, value in given.items() if isinstance(value, list)}
+    for name, value in lists.items():
+        if len(value) != count:
+            message = f"{count} prompts and {len(value)} values of {name}"
+            raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
+    each = []
+    for number in range(count if lists else 1):
+        own = given | {name: value[number] for name, value in lists.items()}
+        start = own["logprob_start_len"]
+        each.append(
+            _Options(
+                own["sampling_params"] or NativeSampling(),
+                own["rid"],
+                (own["top_logprobs_num"] or 0) if own["return_logprob"] else None,
+                -1 if start is None else start,
+            )
+        )
+    return each
+
+
+def _all_params(service: Service, each: Sequence[NativeSampling]) -> list[SamplingParams]:
+    """Return the parameters of each prompt. Raises: UsageError, if their ``n`` differ."""
+    params = [_sampling_params(service, one) for one in each]
+    if len({one.n for one in params}) > 1:
+        raise UsageError(
+            "E_SAMPLING",
+            "n differs among the prompts",
+            hint="as in SGLang, all prompts of a request have as many completions",
+        )
+    return params
 
 
 def _given_prompt(body: GenerateRequest) -> PromptInput:
@@ -91,20 +145,26 @@ class _GenerationReply(Reply):
         self,
         service: Service,
         body: GenerateRequest,
-        submission: Submission,
+        submissions: Sequence[Submission],
+        each: Sequence[_Options],
         account: Account,
         *,
         is_list: bool,
-        no_tokens: bool,
     ) -> None:
         self._vocabulary = service.vocabulary
         self._threads = service.threads
         self._body = body
-        self._submission = submission
+        self._submissions = submissions
         self._account = account
         self._is_list = is_list
-        self._no_tokens = no_tokens
-        """Whether the text and tokens of the answer are left out."""
+        self._n = submissions[0].params.n
+        self._no_tokens = [options.sampling.max_new_tokens == 0 for options in each]
+        """Of each submission, whether the text and tokens of its answers are left out."""
+        self._prompt_tokens = [len(tokens) for one in submissions for tokens in one.prompts]
+
+    def _number_of(self, index: int) -> int:
+        """Return which submission computes the completion ``index``."""
+        return index // self._n if len(self._submissions) > 1 else 0
 
     def whole(self, outputs: list[CompletionOutput]) -> Generation | list[Generation]:
         """Return the dictionary of the choice, or of each."""
@@ -116,7 +176,7 @@ class _GenerationReply(Reply):
 
     def close(self) -> None:
         """Record what the request used."""
-        self._account.close(self._submission.rid)
+        self._account.close("+".join(submission.rid for submission in self._submissions[:8]))
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield all of a choice so far, whenever it gains something."""
@@ -126,7 +186,7 @@ class _GenerationReply(Reply):
                 before = so_far.get(output.index)
                 whole = output if before is None else merge([before, output])
                 so_far[output.index] = whole
-                size = reply_bytes([whole], self._submission)
+                size = reply_bytes([whole], self._submissions[self._number_of(whole.index)])
                 yield await self._threads.run(size, self._event, whole)
         yield DONE
 
@@ -142,39 +202,45 @@ class _GenerationReply(Reply):
 
     def _note(self, output: CompletionOutput) -> CompletionOutput:
         """Count ``output``, and return it as the client gets it."""
-        output = without_text(output) if self._no_tokens else output
-        self._account.note(output, self._submission.params.n)
+        if self._no_tokens[self._number_of(output.index)]:
+            output = without_text(output)
+        self._account.note(output, self._n)
         return output
 
     def _meta_info(self, output: CompletionOutput) -> GenerationFacts:
         """Return ``meta_info`` for a choice, of which ``output`` is all there is so far."""
-        rid = self._submission.rid
-        prompt = self._submission.prompts[output.index // self._submission.params.n]
+        submission = self._submissions[self._number_of(output.index)]
         finish = output.finish
         meta = GenerationFacts(
-            id=f"{rid}-{output.index}" if self._is_list else rid,
+            id=self._id_of(output.index, submission),
             finish_reason=None if finish is None else finish.reason,
-            prompt_tokens=len(prompt),
+            prompt_tokens=self._prompt_tokens[output.index // self._n],
             completion_tokens=len(output.token_ids),
         )
-        if self._body.return_logprob:
-            shown = self._show(output.logprobs)
+        top = submission.top_logprobs
+        if top is not None:
+            shown = self._show(output.logprobs, top)
             meta.output_token_logprobs = shown.tokens
-            meta.output_top_logprobs = shown.top if self._body.top_logprobs_num else UNSET
+            meta.output_top_logprobs = shown.top if top else UNSET
         if finish is not None:
             meta.cached_tokens = finish.cached_tokens
             meta.e2e_latency = finish.latency_s
         if finish is not None and finish.spec is not None:
             meta = replace(meta, **finish.spec.facts())
-        if finish is not None and self._body.return_logprob:
-            shown = self._show(finish.prompt_logprobs)
+        if finish is not None and top is not None:
+            shown = self._show(output.prompt_logprobs, top)
             meta.input_token_logprobs = shown.tokens
-            meta.input_top_logprobs = shown.top if self._body.top_logprobs_num else UNSET
+            meta.input_top_logprobs = shown.top if top else UNSET
         return meta
 
-    def _show(self, logprobs: list[TokenLogprob]) -> _Logprobs:
+    def _id_of(self, index: int, submission: Submission) -> str:
+        if len(self._submissions) > 1:  # each prompt has an id of its own
+            return submission.rid if self._n == 1 else f"{submission.rid}-{index % self._n}"
+        return f"{submission.rid}-{index}" if self._is_list else submission.rid
+
+    def _show(self, logprobs: list[TokenLogprob], count: int) -> _Logprobs:
         top: list[list[NativeLogprob] | None] = []
-        if self._body.top_logprobs_num:
+        if count:
             top = [
                 None if one.top is None else list(itertools.starmap(self._show_one, one.top))
                 for one in logprobs

@@ -7,7 +7,7 @@ checked by `SamplingParams` and the engine.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -288,6 +288,12 @@ class NativeSampling(SamplingFields):
     structural_tag: Grammar | None = None
 
 
+T = TypeVar("T")
+Each = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+LogprobStart = Annotated[Whole, Field(ge=-1, le=LARGEST)]
+LogprobCount = Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+
+
 class GenerateRequest(Body):
     """``POST /generate``, SGLang's native request."""
 
@@ -299,12 +305,13 @@ class GenerateRequest(Body):
         | None
     ) = None
     input_ids: TokenLists | None = None
-    sampling_params: NativeSampling | None = None
-    rid: RequestId | None = None
+    sampling_params: NativeSampling | Each[NativeSampling] | None = None
+    """This and the next four are for all prompts, or one for each."""
+    rid: RequestId | Each[RequestId] | None = None
+    return_logprob: bool | Each[bool | None] | None = None
+    logprob_start_len: LogprobStart | Each[LogprobStart | None] | None = None
+    top_logprobs_num: LogprobCount | Each[LogprobCount | None] | None = None
     stream: bool | None = None
-    return_logprob: bool | None = None
-    logprob_start_len: Annotated[Whole, Field(ge=-1, le=LARGEST)] | None = None
-    top_logprobs_num: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_text_in_logprobs: bool | None = None
 
 

@@ -95,7 +95,7 @@ def without_text(output: CompletionOutput) -> CompletionOutput:
     finish = output.finish
     if finish is not None and finish.reason["type"] != "abort":
         finish = msgspec.structs.replace(finish, reason={"type": "length", "length": 0})
-    return CompletionOutput(output.index, text="", token_ids=[], logprobs=[], finish=finish)
+    return msgspec.structs.replace(output, text="", token_ids=[], logprobs=[], finish=finish)
 
 
 def finish_reason(finish: FinishInfo) -> Literal["stop", "length", "abort"]:

@@ -55,20 +55,23 @@ SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": 
 
 
 class OutputStream:
-    """The outputs of one submission, as they come; a reader that is slower than the engine gets
-    those that came together as one.
+    """The outputs of the submissions of one request, as they come; a reader that is slower than
+    the engine gets those that came together as one.
     """
 
     def __init__(self, key: int, completions: int) -> None:
-        self.key = key
+        self.first_of = {key: 0}
+        """By submission: the index of its first completion among all."""
         self.running = completions
         """Completions that the engine still computes."""
         self._outputs: list[CompletionOutput] = []
         self._error: QtoolError | None = None
         self._came = asyncio.Event()
 
-    def put(self, output: CompletionOutput) -> None:
-        """Accept an output of the engine."""
+    def put(self, output: CompletionOutput, key: int | None = None) -> None:
+        """Accept an output of the engine, for the submission ``key``."""
+        if key is not None:
+            output.index += self.first_of[key]
         self._outputs.append(output)
         self.running -= output.finish is not None
         self._came.set()
@@ -155,23 +158,29 @@ class EngineProcess:
         self._watching = asyncio.create_task(self._watch(self._process))
         return message.info
 
-    def submit(self, submission: Submission) -> OutputStream:
-        """Hand ``submission`` to the engine.
+    def submit(self, *submissions: Submission) -> OutputStream:
+        """Hand ``submissions`` to the engine, whose completions are counted in their order.
 
         A caller that stops reading the outputs must `cancel` them. Raises: ResourceError, when the
         engine is gone.
         """
         if self.error is not None:
             raise self.error
-        key = next(self._keys)
-        stream = self._streams[key] = OutputStream(key, submission.completions)
-        self._send(Submit(key, submission))
+        keys = [next(self._keys) for _ in submissions]
+        stream = OutputStream(keys[0], sum(one.completions for one in submissions))
+        first = 0
+        for key, submission in zip(keys, submissions, strict=True):
+            stream.first_of[key] = first
+            first += submission.completions
+            self._streams[key] = stream
+            self._send(Submit(key, submission))
         return stream
 
     def cancel(self, stream: OutputStream) -> None:
-        """End what still runs of the submission of ``stream``, whose outputs nobody reads."""
-        if self._streams.pop(stream.key, None) and stream.running:
-            self._send(Cancel(stream.key))
+        """End what still runs of the submissions of ``stream``, whose outputs nobody reads."""
+        for key in stream.first_of:
+            if self._streams.pop(key, None) and stream.running:
+                self._send(Cancel(key))
 
     def abort(self, rid: str | None = None) -> None:
         """End the submissions named ``rid``, or all of them: each completion ends with what it
@@ -292,7 +301,7 @@ class EngineProcess:
         if stream is None:
             return  # it was cancelled
         if isinstance(keyed.output, CompletionOutput):
-            stream.put(keyed.output)
+            stream.put(keyed.output, keyed.key)
         else:
             stream.fail(from_wire(dict(keyed.output)))
 

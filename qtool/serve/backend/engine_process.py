@@ -195,8 +195,7 @@ def _logprob_count(payload: KeyedOutput) -> int:
     """Return how many tokens with log probabilities ``payload`` has."""
     if not isinstance(payload.output, CompletionOutput):
         return 0
-    finish = payload.output.finish
-    return len(payload.output.logprobs) + (len(finish.prompt_logprobs) if finish else 0)
+    return len(payload.output.logprobs) + len(payload.output.prompt_logprobs)
 
 
 def _wire_error(error: Exception) -> WireError:
