@@ -4,7 +4,6 @@ engine that answers as told; the prompts that conversations become.
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import anthropic
@@ -12,8 +11,7 @@ import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.in_process import ScriptedEngine, application
-from tokenizers import Tokenizer
+from support.in_process import CONTEXT, ScriptedServer
 
 from qtool.errors import ResourceError
 from qtool.serve.api.conversation import Conversation
@@ -22,10 +20,7 @@ from qtool.serve.api.messages.reply import tool_input
 from qtool.serve.api.messages.request import chat_request
 from qtool.serve.api.sealed_thoughts import seal, unseal
 
-CONTEXT = 4096
 KEY = "a-key"
-TEMPLATE = """{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
-{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
 WEATHER = {
     "name": "get_weather",
     "description": "The weather in a city.",
@@ -37,41 +32,19 @@ CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Zürich"}}</to
 
 
 @pytest.fixture(scope="module")
-def loop():
-    with asyncio.Runner() as runner:
-        yield runner
+def server(tiny_model, tmp_path_factory):
+    server = ScriptedServer(tiny_model, tmp_path_factory.mktemp("scripted"), api_key=KEY)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def app(loop, tiny_model, tmp_path_factory):
-    """The application and its engine."""
-    template = tmp_path_factory.mktemp("template") / "template.jinja"
-    template.write_text(TEMPLATE)
-    engine = ScriptedEngine()
-    context = application(
-        tiny_model,
-        engine,
-        context_length=CONTEXT,
-        tool_style="hermes",
-        reasoning_style="qwen3",
-        api_key=KEY,
-        chat_template=template,
-    )
-    yield loop.run(context.__aenter__()), engine
-    loop.run(context.__aexit__(None, None, None))
-
-
-@pytest.fixture(scope="module")
-def with_client(loop, app):
+def with_client(server):
     """A function that runs another with a client; ``answers`` are those of the engine."""
 
     def run(work, *answers, key=KEY, reason=None):
-        application, engine = app
-        engine.texts = list(answers)
-        engine.reason = reason or {"type": "stop", "matched": 0}
-
         async def ask():
-            transport = httpx2.ASGITransport(application, raise_app_exceptions=False)
+            transport = httpx2.ASGITransport(server.app, raise_app_exceptions=False)
             async with anthropic.AsyncAnthropic(
                 base_url="http://localhost",
                 api_key=key,
@@ -80,7 +53,7 @@ def with_client(loop, app):
             ) as client:
                 return await work(client)
 
-        return loop.run(ask())
+        return server.run(ask(), *answers, reason=reason)
 
     return run
 
@@ -100,13 +73,6 @@ def ask(with_client):
         return with_client(both, text, text, reason=reason)
 
     return ask
-
-
-@pytest.fixture(scope="module")
-def last_prompt(app, tiny_model):
-    """A function that returns the last prompt as text."""
-    tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    return lambda: tokenizer.decode(app[1].submissions[-1].prompts[0])
 
 
 def alike(messages):
@@ -153,9 +119,7 @@ def test_an_answer_says_why_it_ended(ask, reason, options, expected):
     assert (message.stop_reason, message.stop_sequence) == expected
 
 
-def test_thoughts_are_a_block_that_keeps_its_signature_and_returns_to_the_template(
-    ask, last_prompt
-):
+def test_thoughts_are_a_block_that_keeps_its_signature_and_returns_to_the_template(ask, server):
     for display, shown in (("summarized", "Hm, 2 + 2."), ("omitted", "")):
         thinking = {"type": "adaptive", "display": display}
         message = alike(ask(THOUGHT, thinking=thinking))
@@ -163,7 +127,7 @@ def test_thoughts_are_a_block_that_keeps_its_signature_and_returns_to_the_templa
         assert (thoughts.thinking, text.text) == (shown, "It is 4.")
         history = [*HELLO, {"role": "assistant", "content": message.content}, *HELLO]
         ask("Yes.", messages=history, thinking=thinking)
-        assert "[assistant]<think>Hm, 2 + 2.</think>It is 4." in last_prompt()
+        assert "[assistant]<think>Hm, 2 + 2.</think>It is 4." in server.last_prompt()
 
 
 def test_a_call_is_a_block(ask):
@@ -244,7 +208,7 @@ def test_an_error_in_a_stream_is_an_event(with_client):
     assert caught.value.body["error"]["type"] == "overloaded_error"
 
 
-def test_tokens_are_counted_as_they_are_prompted(with_client, ask, app):
+def test_tokens_are_counted_as_they_are_prompted(with_client, ask, server):
     async def count(client):
         return await client.messages.count_tokens(
             model="claude", messages=HELLO, system="Be short.", tools=[WEATHER]
@@ -252,7 +216,7 @@ def test_tokens_are_counted_as_they_are_prompted(with_client, ask, app):
 
     counted = with_client(count).input_tokens
     ask("Hello", system="Be short.", tools=[WEATHER])
-    assert counted == len(app[1].submissions[-1].prompts[0])
+    assert counted == len(server.engine.submissions[-1].prompts[0])
 
 
 # What a conversation becomes

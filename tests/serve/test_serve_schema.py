@@ -16,6 +16,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qtool.serve.api import schemas
 from qtool.serve.api.messages import schemas as message_schemas
+from qtool.serve.api.responses import schemas as response_schemas
+from qtool.serve.api.responses.schemas import ResponseEvent
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve")]  # one server for all
 MOST_TOKENS = 4
@@ -23,6 +25,7 @@ LIMITS = {
     "/v1/chat/completions": "max_tokens",
     "/v1/completions": "max_tokens",
     "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
 }
 CHAT = {
     "messages": [{"role": "user", "content": "def add(a, b):"}],
@@ -31,6 +34,13 @@ CHAT = {
     "top_logprobs": 2,
 }
 MESSAGES = {"messages": [{"role": "user", "content": "def add(a, b):"}], "max_tokens": 4}
+RESPONSES = {
+    "input": "def add(a, b):",
+    "max_output_tokens": 4,
+    "tools": [{"type": "web_search"}],
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 2,
+}
 DONE = {"/v1/chat/completions", "/v1/completions", "/generate"}  # whose streams end with [DONE]
 COMPLETION = {"prompt": "def add(a, b):", "max_tokens": 4, "logprobs": 2, "n": 2}
 GENERATION = {
@@ -90,6 +100,7 @@ def test_every_answer_is_one_that_was_promised(served, mode):
         ("/v1/chat/completions", CHAT, schemas.ChatCompletion, schemas.ChatChunk),
         ("/v1/completions", COMPLETION, schemas.Completion, schemas.CompletionChunk),
         ("/generate", GENERATION, schemas.Generation, schemas.GenerationChunk),
+        ("/v1/responses", RESPONSES, response_schemas.ResponseObject, ResponseEvent),
         ("/v1/messages", MESSAGES, message_schemas.AnthropicMessage, message_schemas.MessageEvent),
     ],
 )

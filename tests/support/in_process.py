@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
 from tokenizers import Tokenizer
@@ -23,6 +23,9 @@ from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary
 from qtool.serve.service import Service
 from qtool.serve.settings import ServeSettings
+
+CONTEXT = 4096
+T = TypeVar("T")
 
 
 class ScriptedEngine:
@@ -60,6 +63,52 @@ class ScriptedEngine:
 
     def cancel(self, stream: OutputStream) -> None:
         pass
+
+
+TEMPLATE = """{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+class ScriptedServer:
+    """The application for a model that thinks like Qwen3 and calls tools as Hermes does, with a
+    `ScriptedEngine`, in an event loop of its own.
+    """
+
+    def __init__(self, folder: Path, scratch: Path, **settings: Any) -> None:
+        self.engine = ScriptedEngine()
+        self._runner = asyncio.Runner()
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        (scratch / "template.jinja").write_text(TEMPLATE)
+        self._context = application(
+            folder,
+            self.engine,
+            context_length=CONTEXT,
+            tool_style="hermes",
+            reasoning_style="qwen3",
+            chat_template=scratch / "template.jinja",
+            **settings,
+        )
+        self.app = self._runner.run(self._context.__aenter__())
+
+    def run(
+        self,
+        work: Coroutine[Any, Any, T],
+        *answers: str | QtoolError,
+        reason: FinishReason | None = None,
+    ) -> T:
+        """Return what ``work`` returns, to whose requests the engine gives ``answers``."""
+        self.engine.texts = list(answers)
+        self.engine.reason = reason or {"type": "stop", "matched": 0}
+        return self._runner.run(work)
+
+    def last_prompt(self) -> str:
+        """Return the text of the prompt that the engine got last."""
+        return self._tokenizer.decode(self.engine.submissions[-1].prompts[0])
+
+    def close(self) -> None:
+        """End the application."""
+        self._runner.run(self._context.__aexit__(None, None, None))
+        self._runner.close()
 
 
 @contextlib.asynccontextmanager

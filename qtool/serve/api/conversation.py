@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qtool.serve.api.other_fields import log_once
 from qtool.serve.api.protocol import FunctionCall, Message, ToolCall
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -102,3 +103,11 @@ class Conversation:
     def _flush_held(self) -> None:
         if self._held:
             self.ask("")
+
+
+def note_unread(kind: str) -> str:
+    """Return what the model reads in place of a part of a tool's result that is no text, such as an
+    image that it asked for: the conversation can go on.
+    """
+    log_once("results of tools have parts of type `%s`, which the model cannot read", kind)
+    return f"({kind[:40]}: this model reads only text)"

@@ -1,4 +1,4 @@
-"""The routes that agents speak: Anthropic's messages."""
+"""The routes that agents speak: OpenAI's responses and Anthropic's messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from qtool.serve.api.messages.schemas import (
     AnthropicError,
     TokenCount,
 )
+from qtool.serve.api.responses import schemas as responses
+from qtool.serve.api.responses.protocol import ResponsesRequest
+from qtool.serve.api.responses.reply import respond
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import errors_of, whole_or_events
 
 
 def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
-    """Add the routes of Anthropic's messages."""
+    """Add the routes of OpenAI's responses and Anthropic's messages."""
+
+    @app.post("/v1/responses", responses=whole_or_events(*responses.GENERATED), tags=["OpenAI"])
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        """Answer a conversation, as OpenAI's responses; nothing is stored."""
+        return await while_connected(request, respond(host.ready(), body))
 
     @app.post(
         "/v1/messages",

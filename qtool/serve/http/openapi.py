@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages import schemas as messages
+from qtool.serve.api.responses import schemas as responses
 from qtool.serve.api.schemas import GENERATED, ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
@@ -101,7 +102,7 @@ def make_openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, 
         schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        structs = (*GENERATED, *messages.GENERATED)
+        structs = (*GENERATED, *messages.GENERATED, *responses.GENERATED)
         _, generated = msgspec.json.schema_components(structs, ref_template=REFERENCE)
         schemas.update(generated)
     return cast(dict[str, Any], app.openapi_schema)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qtool.errors import UsageError
-from qtool.serve.api.conversation import Conversation
+from qtool.serve.api.conversation import Conversation, note_unread
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages.protocol import (
     Block,
@@ -126,15 +126,11 @@ def _result_text(block: ToolResultBlock) -> str:
 
 
 def _result_part(part: ResultBlock) -> str:
-    """Return the text of ``part``; a tool may return an image, of which the model learns that it
-    cannot see it.
-    """
     if part.text is not None:
         return part.text
     if part.type == "tool_reference":
         return f"the tool {part.tool_name} is there now"
-    log_once("results of tools have parts of type `%s`, which the model cannot read", part.type)
-    return f"({part.type[:40]}: this model reads only text)"
+    return note_unread(part.type)
 
 
 def _is_begun(message: InputMessage) -> bool:
