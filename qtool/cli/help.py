@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Server": (
         *("host", "port", "api_key", "allowed_origins", "max_queued_requests", "drain_timeout_s"),
-        *("watchdog_timeout_s", "strict_fields", "log_requests", "log_level"),
+        *("watchdog_timeout_s", "strict_fields", "reference", "log_requests", "log_level"),
         *("tool_call_parser", "reasoning_parser", "sampling_defaults"),
     ),
     "Engine": (

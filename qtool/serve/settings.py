@@ -27,6 +27,7 @@ SAMPLING_DEFAULTS = ("model", "openai")
 # share of a GPU's memory for KV cache, activations and graphs, when the number of GPUs is guessed
 KEPT_FOR_CACHE = 0.3
 MAX_PORT = 65535
+URL = re.compile(r"https?://[^\s/@]+(/[^\s?#]*)?")
 KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/,\"]+")
 
@@ -95,6 +96,9 @@ class ServeOptions(EngineConfig, HandoverOptions):
     reasoning_parser: str | None = None
     """How the model marks its thoughts, or none to leave them in the content. [auto: as the
     template shows]"""
+
+    reference: str | None = None
+    """URL of a second server, whose answers the page shows beside those of this one."""
 
     sampling_defaults: str | None = None
     """Default sampling fields: model for those of generation_config.json, or openai."""
@@ -190,6 +194,12 @@ class ServeSettings(ServeOptions):
                     f"--allowed-origins has `{origin}`",
                     hint="an origin is *, or scheme://host:port without a path",
                 )
+        if self.reference is not None and not URL.fullmatch(self.reference):
+            raise UsageError(
+                "E_REFERENCE",
+                f"--reference is not the URL of a server: {self.reference}",
+                hint="it looks like http://127.0.0.1:30001",
+            )
         if self.log_level.lower() not in LOG_LEVELS:
             raise UsageError(
                 "E_LOG_LEVEL",
@@ -237,7 +247,7 @@ class ServeSettings(ServeOptions):
         config = vars(self.engine_config)
         hidden = {each.name for each in fields(HandoverOptions)}
         hidden |= {*config, "api_key", "torchao_config", "enable_torch_compile"}
-        hidden |= {"trust_remote_code"}
+        hidden |= {"trust_remote_code", "reference"}
         shown = {name: value for name, value in config.items() if value is not None}
         own = {name: value for name, value in vars(self).items() if name not in hidden}
         found = {**shown, **own, "model_path": self.name, "revision": self.revision}

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.server import start_server
 
 import qtool
 
@@ -25,6 +26,7 @@ HOSTILE = (
 )
 LONG_LINE = "x" * 300
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+JSON = {"content-type": "application/json"}
 PATIENCE_MS = 60_000  # a busy machine is no failure
 
 
@@ -42,7 +44,7 @@ def test_the_policy_names_the_style_and_the_script_of_the_page():
 
 
 def test_the_page_is_one_small_file_that_makes_no_markup():
-    assert len(PAGE.encode()) < 34_000
+    assert len(PAGE.encode()) < 44_000
     assert not re.search(
         r"https?://|url\(|@import|\bimport\(|innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(",
         PAGE,
@@ -451,3 +453,75 @@ def test_the_page_is_never_wider_than_the_window(visit, width, scheme):
         assert page.get_by_label("Temperature").is_visible() and width_of(page) <= width
         page.keyboard.press("Escape")
     assert page.get_by_label("Temperature").is_visible() == (width >= 900)
+
+
+def chunk(tokens: int, finish: str | None = None, **delta: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 5, "completion_tokens": tokens}
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], "usage": usage}
+
+
+def test_thoughts_are_folded_and_calls_get_their_results(visit):
+    call = {"index": 0, "id": "call_1", "function": {"name": "weather", "arguments": ""}}
+    rest = {"index": 0, "function": {"arguments": '{"city": "Oslo"}'}}
+    reply = events(
+        chunk(0, role="assistant", content=""),
+        *(chunk(number, reasoning_content=f"thought {number} ") for number in range(1, 9)),
+        chunk(9, content="Let me look."),
+        chunk(10, tool_calls=[call]),
+        chunk(11, tool_calls=[rest]),
+        chunk(11, "tool_calls"),
+    )
+    stream = {"content_type": "text/event-stream", "body": f"{reply}data: [DONE]\n\n"}
+    page = visit(change=answered_with(200, "/v1/chat/completions", **stream))
+    page.get_by_label("Tools, as JSON").fill('[{"type": "function"')
+    exchange = ask(page, "How is the weather?")
+    assert "Tools are not JSON" in exchange.inner_text()
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    page.get_by_label("Tools, as JSON").fill(json.dumps(tools))
+    with page.expect_request("**/v1/chat/completions") as request:
+        exchange = ask(page, "How is the weather?")
+    assert request.value.post_data_json["tools"] == tools
+    assert text_of(exchange) == "Let me look."
+    thoughts = exchange.locator(".thoughts")
+    assert re.match(r"Thought for [\d.]+ m?s$", thoughts.inner_text())  # folded
+    thoughts.locator("summary").click()
+    assert "thought 1 thought 2" in thoughts.inner_text()
+    assert "calls weather" in exchange.inner_text() and '{"city": "Oslo"}' in exchange.inner_text()
+    exchange.get_by_label("What weather returns").fill("rain")
+    with page.expect_request("**/v1/chat/completions") as request:
+        exchange.get_by_role("button", name="Send result").click()
+    last(page)
+    asked, called, result = request.value.post_data_json["messages"]
+    assert asked["role"] == "user" and called["tool_calls"][0]["id"] == "call_1"
+    assert called["reasoning_content"].startswith("thought 1")
+    assert result == {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
+
+
+@pytest.mark.slow
+def test_answers_of_a_reference_stand_beside(browser, served, quantized_model, tmp_path):
+    server = start_server(tmp_path, quantized_model, "--reference", f"{served.url}/v1")
+    try:
+        path = f"{server.url}/reference/v1/chat/completions"
+        assert httpx.post(path, content=b"[", headers=JSON).status_code == 400
+        messages = [{"role": "user", "content": "a"}]
+        refused = httpx.post(path, json={"messages": messages, "temperature": -1})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"
+        assert httpx.post(f"{served.url}/reference/v1/completions", json={}).status_code == 404
+        assert served.url not in httpx.get(f"{server.url}/get_server_info").text
+        page = browser.new_context().new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        asking_also(ignore_eos=True, temperature=0)(page)
+        page.goto(server.url)
+        page.get_by_role("status").get_by_text("ready").wait_for()
+        page.get_by_label("Max tokens").fill("24")
+        send(page, "def main():")
+        page.locator(".answer:not([aria-busy]) + .answer:not([aria-busy])").wait_for()
+        answers = page.locator(".exchange .answer").all()
+        assert ["This server" in one.inner_text() for one in answers] == [True, False]
+        texts = [one.locator(".text").inner_text() for one in answers]
+        assert texts[0] == texts[1] != ""
+        assert page.locator("#trend polyline").get_attribute("points").count(",") == 24
+        page.get_by_label("Answers of").select_option("one")
+        assert ask(page, "two").locator(".answer").count() == 1
+    finally:
+        server.end()

@@ -32,6 +32,7 @@ from qtool.serve.http.generation_routes import add_generation_routes
 from qtool.serve.http.info_routes import add_model_routes, add_server_routes
 from qtool.serve.http.json_body import JsonRoute
 from qtool.serve.http.openapi import make_openapi
+from qtool.serve.http.reference_routes import add_reference_routes
 from qtool.serve.http.token_routes import add_token_routes
 from qtool.serve.service import Busy, ModelNotFound
 from qtool.serve.settings import RETRY_AFTER_S
@@ -60,6 +61,7 @@ def make_app(host: ServiceHost) -> FastAPI:
     add_token_routes(app, host)
     add_server_routes(app, host)
     add_model_routes(app, host)
+    add_reference_routes(app, host)
     return app
 
 

@@ -34,6 +34,7 @@ STATUSES: dict[str | type[Exception], int] = {
     TooManyWaiting: 429,
     "headers_too_large": 431,
     Exception: 500,
+    "reference_failed": 502,
     "busy": 503,
     "loading": 503,
     "draining": 503,

@@ -123,6 +123,7 @@ def _server_info(service: Service, stats: EngineStats | None) -> dict[str, objec
         **service.settings.to_dict(),
         **info,
         "served_model_name": service.settings.name,
+        "compares": service.settings.reference is not None,
         "status": "ready",
         "version": __version__,
         "max_total_num_tokens": service.info.max_total_tokens,
