@@ -57,7 +57,7 @@ def serve(
     settings = make_settings(options)
     if dry_run:
         return _show_kernels(settings, as_json=as_json)
-    from qtool.serve.server import ready_dict, ready_text
+    from qtool.serve.ready import ready_dict, ready_text
     from qtool.serve.server import serve as run
 
     def ready(service: Service) -> None:

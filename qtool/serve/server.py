@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import json
 import logging
 import os
 import queue
@@ -16,7 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from socket import socket
@@ -37,8 +36,7 @@ from qtool.serve.http.cors import allow_origins
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service, open_service
 from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
-from qtool.sizes import format_size
-from qtool.terminal import EscapingFormatter, printable
+from qtool.terminal import EscapingFormatter
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LINES = 10_000  # of the log that wait to be written
@@ -205,46 +203,6 @@ def _announce(service: Service, on_ready: Callable[[Service], None]) -> None:
         on_ready(service)
     except Exception:  # a closed stdout, say
         LOG.exception("the server is ready, and cannot print that")
-
-
-def ready_text(service: Service) -> str:
-    """Return what is served, where, and a command to try it."""
-    settings = service.settings
-    info = service.info
-    size = format_size(info.weights_bytes)
-    what = (
-        f"{info.quantization or info.dtype}, {size} on {info.device}, "
-        f"{info.max_total_tokens:,} tokens of KV cache"
-    )
-    key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
-    body: dict[str, object] = {"model": settings.name}
-    if service.templates.text is None:
-        path = "/v1/completions"
-        body["prompt"] = "Hello"
-    else:
-        path = "/v1/chat/completions"
-        body["messages"] = [{"role": "user", "content": "Hello"}]
-    body["max_tokens"] = 32
-    return (
-        f"{printable(settings.name)}: {what}\n"
-        f"served at {settings.url} (open it in a browser), or\n\n"
-        f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d "
-        f"'{_quoted(body)}'\n"
-    )
-
-
-def ready_dict(service: Service) -> dict[str, object]:
-    """Return what is served, and where, as plain data."""
-    info = {
-        name: value
-        for name, value in asdict(service.info).items()
-        if name not in ("tokenizer", "eos_ids")
-    }
-    return {"url": service.settings.url, "model": service.settings.name, "ready": True, **info}
-
-
-def _quoted(body: object) -> str:
-    return json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
 
 
 class _Server(uvicorn.Server):

@@ -57,12 +57,6 @@ class ToolTable:
                     self._add(own, tool.name)
             else:
                 self._add(tool, None)
-        if len(self.functions) > MAX_AGENT_TOOLS:
-            raise UsageError(
-                "E_TOOLS",
-                f"{len(self.functions)} tools in all namespaces",
-                hint=f"send at most {MAX_AGENT_TOOLS}",
-            )
 
     def called(self, function: str) -> CalledTool:
         """Return what the client calls the function of that name."""
@@ -85,6 +79,12 @@ class ToolTable:
         if isinstance(tool, OtherTool):
             log_once("tools of type `%s` are left out: this server runs no tools", tool.type)
             return
+        if len(self.functions) == MAX_AGENT_TOOLS:
+            raise UsageError(
+                "E_TOOLS",
+                f"the namespaces have more than {MAX_AGENT_TOOLS} tools together",
+                hint="send fewer",
+            )
         name = function_name(tool.name, namespace)
         is_custom = isinstance(tool, CustomTool)
         self._called[name] = CalledTool(tool.name, namespace, is_custom)
