@@ -52,7 +52,7 @@ class EngineConfig:
     """Quantize a model while it loads, e.g. fp8; of a quantized one, what it must be."""
 
     kv_cache_dtype: str | None = None
-    """auto or fp8_e4m3. [auto: as the checkpoint says]"""
+    """auto, or fp8_e4m3 (fp8 for short). [auto: as the checkpoint says]"""
 
     mem_fraction_static: float | None = None
     """Share of the GPU's memory for weights and KV cache. [0.85]"""

@@ -13,7 +13,8 @@ import random
 import time
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, Self, cast
 
 import torch
@@ -36,6 +37,7 @@ from qtool.engine.requests import (
 from qtool.engine.requirements import check_by_name, check_speculation
 from qtool.engine.results import CompletionResult, Result
 from qtool.engine.scheduler import Limits
+from qtool.engine.sglang_names import check_other, engine_options
 from qtool.errors import CheckpointRefused, QtoolError, UsageError
 from qtool.formats import Layout
 from qtool.options import keywords_of, make_options
@@ -45,7 +47,7 @@ from qtool.runtime.load import cache_scales, materialize
 from qtool.runtime.load_plan import LoadPlan, plan_load
 
 LOG = logging.getLogger("qtool.engine")
-KV_DTYPES = ("auto", "fp8_e4m3")
+KV_DTYPES = ("auto", "fp8_e4m3", "fp8")  # the last is vLLM's name of the one before it
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 DEFAULT_SHARE = 0.85
@@ -57,13 +59,14 @@ class Engine:
 
     Args:
         model_path: a folder, or a name on the Hub.
-        options: the fields of `EngineConfig`.
+        options: the fields of `EngineConfig`, and arguments of SGLang's that ask for nothing more.
     Raises: CheckpointRefused, UsageError, ResourceError.
     """
 
     @keywords_of(EngineConfig)
     def __init__(self, model_path: str | os.PathLike[str], **options: object) -> None:
-        config = make_options(EngineConfig, options)
+        known = [each.name for each in fields(EngineConfig)]
+        config = make_options(EngineConfig, engine_options(options, known))
         device = device_named(config.device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
         plan = plan_load(checkpoint, device, config.quantization, config.dtype or "auto")
@@ -102,6 +105,7 @@ class Engine:
         self.eos_ids = _eos_ids(model, self.tokenizer)
         self.context_length = limits.context_length
         self.model_path = checkpoint.path
+        self.config = config
         share = config.mem_fraction_static
         runner = Runner(
             model,
@@ -113,6 +117,13 @@ class Engine:
             cuda_graphs=not config.disable_cuda_graph,
             compiled=config.compile,
         )
+        cache_tokens = runner.page_count * PAGE
+        if cache_tokens < self.context_length:
+            warnings.warn(
+                f"the KV cache holds {cache_tokens:,} tokens, less than the context length of "
+                f"{self.context_length:,}: longer requests are refused",
+                stacklevel=3,
+            )
         use_prefix = not config.disable_radix_cache
         if runner.geometry.states and use_prefix:
             LOG.info("no prefix cache: layers of this model keep a state for each sequence")
@@ -133,7 +144,7 @@ class Engine:
             eos_ids=self.eos_ids,
             vocab_size=runner.vocab_size,
             context_length=self.context_length,
-            cache_tokens=runner.page_count * PAGE,
+            cache_tokens=cache_tokens,
             use_prefix=use_prefix,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
             speculation=speculation,
@@ -148,10 +159,11 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
         stream: bool = False,
-        return_logprob: bool = False,
-        logprob_start_len: int = -1,
-        top_logprobs_num: int = 0,
+        return_logprob: bool | Sequence[bool] | None = False,
+        logprob_start_len: int | Sequence[int] | None = -1,
+        top_logprobs_num: int | Sequence[int] | None = 0,
         rid: str | Sequence[str] | None = None,
+        **other: object,
     ) -> Any:
         """Return what SGLang's ``Engine.generate`` does.
 
@@ -171,6 +183,7 @@ class Engine:
                 None for its logarithm; -1: nowhere.
             top_logprobs_num: how many of the most likely tokens to return for each token.
             rid: names of the requests, one for each prompt, for `abort`.
+            other: further arguments of SGLang's, whose values ask for nothing.
         Raises: UsageError, for invalid arguments; the error that ended a request.
         """
         given = GenerateRequest(
@@ -183,6 +196,7 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             rid=rid,
         )
+        _check_arguments(other)
         requests, single = self._parser.parse(given)
         if stream:
             return self._stream(requests, single)
@@ -198,10 +212,11 @@ class Engine:
         input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
         stream: bool = False,
-        return_logprob: bool = False,
-        logprob_start_len: int = -1,
-        top_logprobs_num: int = 0,
+        return_logprob: bool | Sequence[bool] | None = False,
+        logprob_start_len: int | Sequence[int] | None = -1,
+        top_logprobs_num: int | Sequence[int] | None = 0,
         rid: str | Sequence[str] | None = None,
+        **other: object,
     ) -> Any:
         """Do as `generate`; with ``stream`` awaiting it gives an asynchronous iterator.
 
@@ -217,6 +232,7 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             rid=rid,
         )
+        _check_arguments(other)
         loop = asyncio.get_running_loop()
         requests, single = await loop.run_in_executor(None, self._parser.parse, given)
         if stream:
@@ -253,6 +269,19 @@ class Engine:
     def flush_cache(self) -> None:
         """Let no request after this call start with what an earlier one has left in the cache."""
         self.loop.flush_cache()
+
+    def get_server_info(self) -> dict[str, object]:
+        """Return the options of the engine, its limits, and what it is doing."""
+        scheduler = self.loop.scheduler
+        return {
+            **asdict(self.config),
+            "model_path": str(self.model_path),
+            "context_length": self.context_length,
+            "max_total_num_tokens": self.loop.runner.page_count * PAGE,
+            "internal_states": [
+                {"running": len(scheduler.running), "waiting": len(scheduler.waiting)}
+            ],
+        }
 
     def shutdown(self) -> None:
         """Abort what runs, and give the device's memory back."""
@@ -313,6 +342,13 @@ class Engine:
         for request in requests:
             request.deliver = deliver
             self.loop.submit(request)
+
+
+def _check_arguments(other: Mapping[str, object]) -> None:
+    """Raise UsageError for an argument of `Engine.generate` that asks for what is not offered."""
+    for name, value in other.items():
+        known = [each.name for each in fields(GenerateRequest)]
+        check_other(name, value, known, what="argument")
 
 
 def _checked(output: Output) -> CompletionOutput:

@@ -22,6 +22,7 @@ from qtool.engine.detokenizer import TextStream
 from qtool.engine.engine import Engine
 from qtool.engine.outputs import CompletionError, Output
 from qtool.engine.requests import GenerateRequest
+from qtool.engine.sglang_names import engine_options
 from qtool.errors import ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -410,6 +411,28 @@ def test_penalties_and_biases(example, reference):
     ) == {77}
 
 
+def test_arguments_of_sglang_that_ask_for_nothing_are_taken(example):
+    nothing = {"lora_path": None, "image_data": None, "return_hidden_states": False}
+    answer = example.generate("a", {**GREEDY, "stop_regex": None, "stop": ""}, **nothing)
+    assert answer["output_ids"]
+    example.flush_cache()
+    assert example.get_server_info()["max_total_num_tokens"] > 0
+    known = ["quantization", "disable_radix_cache", "compile"]
+    neutral = {"tp_size": 1, "trust_remote_code": True, "attention_backend": "triton", "x": None}
+    assert engine_options(neutral, known) == {}
+    translated = engine_options({"torchao_config": "int8wo", "enable_torch_compile": True}, known)
+    assert translated == {"quantization": "int8wo", "compile": "decode"}
+    for name, value, says in (
+        ("tp_size", 2, "one GPU"),
+        ("lora_paths", ["a"], "--merge-lora"),
+        ("disable_radix_cahce", True, "`disable_radix_cache`"),
+        ("log_level", "loud", "debug"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            engine_options({name: value}, known)
+        assert says in refused.value.hint
+
+
 def test_requests_that_cannot_be(example):
     for options, code in (
         ({"sampling_params": GREEDY}, "E_PROMPT"),
@@ -425,6 +448,9 @@ def test_requests_that_cannot_be(example):
         ({"prompt": 3}, "E_PROMPT"),
         ({"prompt": ["a", 3]}, "E_PROMPT"),
         ({"prompt": ["a", "b"], "sampling_params": [{}]}, "E_PROMPT"),
+        ({"prompt": ["a", "b"], "return_logprob": [True]}, "E_PROMPT"),
+        ({"prompt": "a", "image_data": "x"}, "E_NOT_OFFERED"),
+        ({"prompt": "a", "retrun_logprob": True}, "E_UNKNOWN_OPTION"),
     ):
         with pytest.raises(UsageError) as error:
             example.generate(**options)
