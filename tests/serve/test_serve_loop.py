@@ -126,6 +126,33 @@ BODIES: dict[str, tuple[str, object]] = {
         {"messages": [{"role": "user", "content": [{"type": "text"}] * MAX_PARTS}] * 4},
     ),
     "unknown fields": (CHAT, {"messages": HELLO, **{f"x{i}": 1 for i in range(60_000)}}),
+    "a request that a response repeats": (
+        "/v1/responses",
+        {"input": "a", "stream": True, "max_output_tokens": 2, "metadata": {"a": "b" * 7_900_000}},
+    ),
+    "tools that a response repeats": (
+        "/v1/responses",
+        {"input": "a", "tools": [one["function"] | {"type": "function"} for one in TOOLS]},
+    ),
+    "items": ("/v1/responses", {"input": [{"role": "user", "content": "a b " * 400}] * 4000}),
+    "blocks of messages": ("/v1/messages", {"messages": PARTS}),
+    "sealed thoughts": (
+        "/v1/messages",
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": [
+                        {
+                            "type": "thinking",
+                            "thinking": "",
+                            "signature": "qtool:" + "QUFB" * 1_900_000,
+                        }
+                    ],
+                }
+            ]
+        },
+    ),
     "half of a pair": (COMPLETION, '{"prompt": "' + "a" * 8_000_000 + '\\ud800"}'),
     "a key that is there twice": (COMPLETION, '{"prompt": [' + "300," * 10**6 + '1],"n":1,"n":1}'),
     "deep": (CHAT, {"messages": HELLO, "metadata": {"a": json.loads("[" * 200 + "]" * 200)}}),

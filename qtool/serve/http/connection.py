@@ -164,7 +164,7 @@ class Connection(HttpToolsProtocol):
     def _end(self, error: Refused) -> None:
         """Close the connection, with an error unless a response is under way."""
         if not self._is_answering() or not self.cycle.response_started:
-            data = error.to_json()
+            data = error.to_json("" if self._in_head else self.scope["path"])
             retry = f"retry-after: {RETRY_AFTER_S}\r\n" if error.status == 503 else ""
             head = (
                 f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput, FinishInfo
@@ -25,6 +26,7 @@ from qtool.serve.api.messages.schemas import (
     MessageDelta,
     MessageEvent,
     MessageInputDelta,
+    MessageOutputTokens,
     MessageSignatureDelta,
     MessageStart,
     MessageStop,
@@ -177,10 +179,12 @@ class _MessageReply(Reply):
     def _usage(self) -> MessageUsage:
         usage = self._account.usage()
         cached = usage.prompt_tokens_details.cached_tokens
+        thinking = self._account.reasoning_tokens
         return MessageUsage(
             input_tokens=usage.prompt_tokens - cached,
             output_tokens=usage.completion_tokens,
             cache_read_input_tokens=cached,
+            output_tokens_details=UNSET if thinking is None else MessageOutputTokens(thinking),
         )
 
 

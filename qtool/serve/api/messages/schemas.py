@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import BaseModel
 
 StopReason = Literal[
@@ -37,6 +37,12 @@ class MessageToolUse(Struct, tag_field="type", tag="tool_use"):
 Content = MessageText | MessageThinking | MessageToolUse
 
 
+class MessageOutputTokens(Struct):
+    """What the tokens of an answer were."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(Struct):
     """Tokens of a request."""
 
@@ -46,6 +52,8 @@ class MessageUsage(Struct):
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     """Found in the prefix cache."""
+    output_tokens_details: MessageOutputTokens | UnsetType = UNSET
+    """Where thoughts are told apart."""
 
 
 class AnthropicMessage(Struct, kw_only=True):

@@ -47,28 +47,56 @@ FAILURES = {"rate_limit_error": "rate_limit_exceeded", "server_error": "server_e
 async def respond(service: Service, body: ResponsesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     rid = body.request_id or service.new_id("resp")
-    translation = await service.threads.run(current_origin().body_bytes, translate, body, rid)
+    translation, begun = await service.threads.run(
+        current_origin().body_bytes, _prepare, service, body, rid
+    )
 
     def make_reply(chat: Chat) -> Reply:
-        return _ResponseReply(chat, body, translation)
+        seals_thoughts = SEALED_THOUGHTS in (body.include or ())
+        items = OutputItems(translation.tools, seals_thoughts=seals_thoughts)
+        return _ResponseReply(chat, begun, items)
 
     return await run_chat(service, translation.chat, make_reply, rid=rid, kind="responses")
+
+
+def _prepare(
+    service: Service, body: ResponsesRequest, rid: str
+) -> tuple[Translation, ResponseObject]:
+    """Return ``body`` as a chat, and its response before the first item."""
+    choice = body.tool_choice
+    begun = ResponseObject(
+        id=rid,
+        created_at=int(time.time()),
+        status="in_progress",
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        metadata=body.metadata or {},
+        model=body.model or service.settings.name,
+        output=[],
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        reasoning=_fields(body.reasoning or Reasoning()),
+        temperature=body.temperature,
+        text=_fields(body.text) if body.text else {"format": {"type": "text"}},
+        tool_choice=_fields(choice) if isinstance(choice, ChosenTool) else choice or "auto",
+        tools=[_fields(tool) for tool in body.tools or ()],
+        top_logprobs=body.top_logprobs,
+        top_p=body.top_p,
+    )
+    return translate(body, rid), begun
 
 
 class _ResponseReply(Reply):
     """The reply to one request."""
 
-    def __init__(self, chat: Chat, body: ResponsesRequest, translation: Translation) -> None:
+    def __init__(self, chat: Chat, begun: ResponseObject, items: OutputItems) -> None:
         self._chat = chat
-        self._body = body
         self._account = chat.account
         self._reader = AnswerReader(chat.form)
-        seals = SEALED_THOUGHTS in (body.include or ())
-        self._items = OutputItems(translation.tools, seals_thoughts=seals)
+        self._items = items
+        self._begun = begun
         self._request_bytes = current_origin().body_bytes
         self._answer_bytes = 0
         self._numbers = itertools.count()
-        self._begun = self._begin()
 
     def whole(self, outputs: list[CompletionOutput]) -> ResponseObject:
         """Return the reply as one object."""
@@ -140,29 +168,6 @@ class _ResponseReply(Reply):
             incomplete_details=None if reason == "stop" else cut,
             output=self._items.done,
             usage=self._usage(),
-        )
-
-    def _begin(self) -> ResponseObject:
-        """Return the response before its first item."""
-        body = self._body
-        choice = body.tool_choice
-        return ResponseObject(
-            id=self._chat.rid,
-            created_at=int(time.time()),
-            status="in_progress",
-            instructions=body.instructions,
-            max_output_tokens=body.max_output_tokens,
-            metadata=body.metadata or {},
-            model=self._chat.model,
-            output=[],
-            parallel_tool_calls=body.parallel_tool_calls is not False,
-            reasoning=_fields(body.reasoning or Reasoning()),
-            temperature=body.temperature,
-            text=_fields(body.text) if body.text else {"format": {"type": "text"}},
-            tool_choice=_fields(choice) if isinstance(choice, ChosenTool) else choice or "auto",
-            tools=[_fields(tool) for tool in body.tools or ()],
-            top_logprobs=body.top_logprobs,
-            top_p=body.top_p,
         )
 
     def _usage(self) -> ResponseUsage:
