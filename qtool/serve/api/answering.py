@@ -5,8 +5,9 @@ slot is released.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -22,11 +23,17 @@ from qtool.serve.service import Busy, Service, Slot
 
 LOGPROB_BYTES = 80  # of one log probability in a reply
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": waiting\n\n"
+COMMENT_S = 15.0  # without an event, after which a comment is sent
+FIRST_EVENT_S = 0.1  # for the first event, before the headers are sent
 _encode = msgspec.json.Encoder().encode
 
 
 class Reply(Protocol):
     """Makes the reply of one route from the engine's outputs."""
+
+    has_comments: ClassVar[bool] = True
+    """Whether a stream that waits has comments."""
 
     def whole(self, outputs: list[CompletionOutput]) -> object:
         """Return the reply to a request that is not streamed; one output for each choice, in
@@ -112,7 +119,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: bytes, events: AsyncGenerator[bytes, None], reply: Reply, slot: Slot
+        self,
+        first: asyncio.Future[bytes],
+        events: AsyncGenerator[bytes, None],
+        reply: Reply,
+        slot: Slot,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -120,16 +131,24 @@ class EventStream(Response):
         self._events = events
         self._reply = reply
         self._slot = slot
+        self._sent = time.monotonic()
 
     @classmethod
     async def started(cls, reply: Reply, stream: OutputStream, slot: Slot) -> EventStream:
-        """Return the stream once it has its first event, so that an error before that gets its own
-        status.
+        """Return the stream, for which the engine has begun to work.
+
+        It waits a moment for the first event, so that an error which the engine finds at once gets
+        its own status; a request that waits for its turn gets its headers.
         """
         events = reply.events(stream)
+        first = asyncio.ensure_future(anext(events))
         try:
-            first = await anext(events)
+            await asyncio.wait({first}, timeout=FIRST_EVENT_S)
+            if first.done():
+                first.result()
         except BaseException:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
             reply.close()
             raise
         slot.belongs_to_stream = True
@@ -139,14 +158,18 @@ class EventStream(Response):
         """Send the events until they end or the client is gone."""
         sending = asyncio.create_task(self._send(send))
         watching = asyncio.create_task(gone(receive))
+        tasks = [sending, watching]
+        if self._reply.has_comments:
+            tasks.append(asyncio.create_task(self._comment(send)))
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            for task in (sending, watching):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sending, watching, return_exceptions=True)
+            self._first.cancel()
+            await asyncio.gather(*tasks, self._first, return_exceptions=True)
             await self._events.aclose()
             self._reply.close()
             self._slot.release()
@@ -155,14 +178,28 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
+            await self._send_event(send, await self._first)
             async for some in self._events:
-                await send({"type": "http.response.body", "body": some, "more_body": True})
+                await self._send_event(send, some)
         except (QtoolError, Busy) as error:
             last = self._reply.failure(error)
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_event(self, send: Send, some: bytes) -> None:
+        self._sent = time.monotonic()
+        await send({"type": "http.response.body", "body": some, "more_body": True})
+
+    async def _comment(self, send: Send) -> None:
+        """Send a comment whenever there was no event for a while, because proxies end connections
+        without bytes.
+        """
+        while True:
+            wait_s = self._sent + COMMENT_S - time.monotonic()
+            if wait_s <= 0:
+                await self._send_event(send, COMMENT)
+            await asyncio.sleep(max(wait_s, COMMENT_S / 10))
 
 
 async def gone(receive: Receive) -> None:

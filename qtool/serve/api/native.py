@@ -141,6 +141,8 @@ class _Logprobs:
 class _GenerationReply(Reply):
     """The reply to one request."""
 
+    has_comments = False  # SGLang's benchmark reads every line as an event
+
     def __init__(
         self,
         service: Service,
