@@ -24,6 +24,7 @@ from qtool.engine.sampling_batch import RowRequest
 from qtool.engine.scheduler import Scheduler
 from qtool.engine.speculation import SpecMeter
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
+from qtool.engine.throughput import Throughput
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
 from qtool.runtime.kernels import current
 
@@ -55,6 +56,7 @@ class Loop:
         )
         self.spec = SpecMeter() if limits.drafts else None
         """What came of drafts; None where there are none."""
+        self.throughput = Throughput()
         self.requests: dict[str, Request] = {}
         self.steps = 0
         """Steps launched so far: what a watchdog looks at."""
@@ -217,6 +219,7 @@ class Loop:
         self.scheduler.commit(gained)
         if in_flight.logprobs is not None:
             _add_logprobs(in_flight.logprobs, in_flight.logprob_rows, gained)
+        self.throughput.note(sum(len(its) for _, its in gained))
         if self.spec is not None:
             _count_drafts(self.spec, gained)
         for chunk, gain in gained:

@@ -14,7 +14,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qtool import __version__
-from qtool.engine.outputs import SpecCounts
+from qtool.engine.outputs import FinishInfo, SpecCounts
 from qtool.serve.backend.messages import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST  # of what `Metrics.render` returns
@@ -61,46 +61,111 @@ BETWEEN_TOKENS_S = (
     10,
 )
 WHOLE_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-# vLLM's name, SGLang's name, description; sources: vLLM 0.33 `v1/metrics/loggers.py`, SGLang
-# 0.5.23 `srt/metrics/collector.py`
-NAMES = {
+TOKENS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
+# Names, the first of which is registered, and a description. Sources: vLLM 0.33
+# `v1/metrics/loggers.py`, SGLang 0.5.23 `srt/metrics/collector.py`, the Grafana dashboards of both
+GAUGES = {
     "running": (
-        "vllm:num_requests_running",
-        "sglang:num_running_reqs",
+        ("vllm:num_requests_running", "sglang:num_running_reqs"),
         "Requests that are computed.",
     ),
     "waiting": (
-        "vllm:num_requests_waiting",
-        "sglang:num_queue_reqs",
+        ("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
         "Requests that wait for their turn.",
     ),
     "kv_usage": (
-        "vllm:kv_cache_usage_perc",
-        "sglang:token_usage",
+        ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage"),
         "Share of the KV cache in use; 1 is all of it.",
     ),
-    "prompt": (
-        "vllm:prompt_tokens",
-        "sglang:prompt_tokens",
-        "Prompt tokens of completed requests.",
+    "used_tokens": (
+        ("sglang:num_used_tokens",),
+        "Tokens whose room in the KV cache is taken.",
     ),
-    "generation": ("vllm:generation_tokens", "sglang:generation_tokens", "Tokens generated."),
-    "first": (
-        "vllm:time_to_first_token_seconds",
-        "sglang:time_to_first_token_seconds",
-        "Seconds from a request to its first token.",
-    ),
-    "between": (
-        "vllm:inter_token_latency_seconds",
-        "sglang:inter_token_latency_seconds",
-        "Seconds from one token of a stream to the next.",
-    ),
-    "whole": (
-        "vllm:e2e_request_latency_seconds",
-        "sglang:e2e_request_latency_seconds",
-        "Seconds of a request from its arrival to its end.",
+    "tokens_per_s": (
+        ("vllm:avg_generation_throughput_toks_per_s", "sglang:gen_throughput"),
+        "Tokens generated a second.",
     ),
 }
+COUNTERS = {
+    "prompt": (
+        ("vllm:prompt_tokens", "sglang:prompt_tokens"),
+        "Prompt tokens of completed requests.",
+    ),
+    "cached": (
+        ("vllm:prompt_tokens_cached", "sglang:cached_tokens"),
+        "Of these, found in the prefix cache.",
+    ),
+    "generation": (
+        ("vllm:generation_tokens", "sglang:generation_tokens"),
+        "Tokens generated.",
+    ),
+    "requests": (("sglang:num_requests",), "Choices that have ended."),
+}
+HISTOGRAMS: dict[str, tuple[tuple[str, ...], str, tuple[float, ...]]] = {
+    "first": (
+        ("vllm:time_to_first_token_seconds", "sglang:time_to_first_token_seconds"),
+        "Seconds from a request to its first token.",
+        FIRST_TOKEN_S,
+    ),
+    "between": (
+        (
+            "vllm:inter_token_latency_seconds",
+            "vllm:time_per_output_token_seconds",
+            "sglang:inter_token_latency_seconds",
+            "sglang:time_per_output_token_seconds",
+        ),
+        "Seconds from one token of a stream to the next.",
+        BETWEEN_TOKENS_S,
+    ),
+    "mean_between": (
+        ("vllm:request_time_per_output_token_seconds",),
+        "Mean seconds of a request's tokens after the first.",
+        BETWEEN_TOKENS_S,
+    ),
+    "whole": (
+        ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds"),
+        "Seconds of a request from its arrival to its end.",
+        WHOLE_S,
+    ),
+    "queue": (
+        ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds"),
+        "Seconds that a request waited for its first step.",
+        FIRST_TOKEN_S,
+    ),
+    "prefill": (
+        ("vllm:request_prefill_time_seconds",),
+        "Seconds from a request's first step to its first token.",
+        FIRST_TOKEN_S,
+    ),
+    "decode": (
+        ("vllm:request_decode_time_seconds",),
+        "Seconds from a request's first token to its end.",
+        WHOLE_S,
+    ),
+    "inference": (
+        ("vllm:request_inference_time_seconds",),
+        "Seconds from a request's first step to its end.",
+        WHOLE_S,
+    ),
+    "prompt_size": (
+        ("vllm:request_prompt_tokens", "sglang:prompt_tokens_histogram"),
+        "Tokens of a prompt.",
+        TOKENS,
+    ),
+    "generation_size": (
+        (
+            "vllm:request_generation_tokens",
+            "vllm:request_max_num_generation_tokens",
+            "sglang:generation_tokens_histogram",
+        ),
+        "Tokens generated for a choice.",
+        TOKENS,
+    ),
+}
+
+_ALL_NAMES = [*(names for names, _ in COUNTERS.values())]
+_ALL_NAMES += [names for names, _, _ in HISTOGRAMS.values()]
+OTHER_NAMES = {names[0]: names for names in _ALL_NAMES}
 
 
 class Metrics:
@@ -110,20 +175,15 @@ class Metrics:
         self._labels = {"model_name": model_name}
         self._registry = CollectorRegistry()
         self._doubled = CollectorRegistry()
-        counted = ("prompt", "generation")
-        timed = (("first", FIRST_TOKEN_S), ("between", BETWEEN_TOKENS_S), ("whole", WHOLE_S))
         self._counters = {
-            name: self._counter(NAMES[name][0], NAMES[name][2], self._doubled) for name in counted
+            name: self._counter(names[0], help, self._doubled)
+            for name, (names, help) in COUNTERS.items()
         }
         self._histograms = {
             name: Histogram(
-                NAMES[name][0],
-                NAMES[name][2],
-                ["model_name"],
-                registry=self._doubled,
-                buckets=buckets,
+                names[0], help, ["model_name"], registry=self._doubled, buckets=buckets
             ).labels(**self._labels)
-            for name, buckets in timed
+            for name, (names, help, buckets) in HISTOGRAMS.items()
         }
         self._ended = Counter(
             "vllm:request_success",
@@ -151,12 +211,35 @@ class Metrics:
         """Note ``count`` tokens of a stream that came ``seconds`` after the one before."""
         self._histograms["between"].observe(seconds / count)
 
+    def phases(self, finish: FinishInfo, tokens: int) -> None:
+        """Note how long a choice of ``tokens`` waited, and how long its prompt and tokens took."""
+        queue_s, first_s, latency_s = finish.queue_s, finish.first_token_s, finish.latency_s
+        if queue_s is None:  # it was aborted before its first step
+            return
+        observed = {"queue": queue_s, "inference": latency_s - queue_s}
+        if first_s is not None:
+            observed |= {"prefill": first_s - queue_s, "decode": latency_s - first_s}
+        if first_s is not None and tokens > 1:
+            observed["mean_between"] = (latency_s - first_s) / (tokens - 1)
+        for name, seconds in observed.items():
+            self._histograms[name].observe(seconds)
+
     def ended(
-        self, reason: str, prompt_tokens: int, completion_tokens: int, seconds: float
+        self,
+        reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        seconds: float,
+        cached_tokens: int = 0,
     ) -> None:
-        """Note a choice that is complete."""
+        """Note a choice that is complete; those of one prompt count its tokens once."""
+        self._counters["requests"].inc()
         self._counters["prompt"].inc(prompt_tokens)
+        self._counters["cached"].inc(cached_tokens)
         self._counters["generation"].inc(completion_tokens)
+        if prompt_tokens:
+            self._histograms["prompt_size"].observe(prompt_tokens)
+        self._histograms["generation_size"].observe(completion_tokens)
         self._histograms["whole"].observe(seconds)
         self._ended.labels(**self._labels, finished_reason=reason).inc()
 
@@ -174,19 +257,17 @@ class Metrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is not counted here: what the engine does, and everything again under SGLang's
-        names.
+        """Yield what is not counted here: what the engine does, and everything again under its
+        other names.
         """
         yield self._info
-        others = {vllm: sglang for vllm, sglang, _ in NAMES.values()}
         for metric in self._doubled.collect():
-            yield metric
-            yield _renamed(metric, others[metric.name])
+            for name in OTHER_NAMES[metric.name]:
+                yield _renamed(metric, name)
         if self._stats is None:
             return
-        for name in ("running", "waiting", "kv_usage"):
-            vllm, sglang, help = NAMES[name]
-            for title in (vllm, sglang):
+        for name, (names, help) in GAUGES.items():
+            for title in names:
                 yield self._gauge(title, help, getattr(self._stats, name))
         hits = self._stats.prefix_hits
         queries = self._stats.prefix_queries

@@ -408,6 +408,11 @@ NAMES = {
             "vllm:inter_token_latency_seconds",
             "vllm:e2e_request_latency_seconds",
         ),
+        *("vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds"),
+        *("vllm:request_decode_time_seconds", "vllm:request_inference_time_seconds"),
+        *("vllm:request_prompt_tokens", "vllm:request_generation_tokens"),
+        *("vllm:request_max_num_generation_tokens", "vllm:time_per_output_token_seconds"),
+        *("vllm:request_time_per_output_token_seconds", "vllm:gpu_cache_usage_perc"),
         *("vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:num_preemptions"),
     },
     "sglang": {
@@ -424,6 +429,10 @@ NAMES = {
             "sglang:inter_token_latency_seconds",
         ),
         "sglang:e2e_request_latency_seconds",
+        *("sglang:gen_throughput", "sglang:num_used_tokens", "sglang:num_requests"),
+        *("sglang:time_per_output_token_seconds", "sglang:queue_time_seconds"),
+        *("sglang:prompt_tokens_histogram", "sglang:generation_tokens_histogram"),
+        "sglang:cached_tokens",
     },
 }
 
@@ -493,6 +502,14 @@ def test_counters_grow_by_what_was_asked_for(http, post):
                 <= high
             )
             assert grown[f"{family}:{name}_sum"] > 0
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert grown[f"vllm:request_{name}_time_seconds_count"] == 10
+    assert grown["vllm:request_prompt_tokens_sum"] == grown["vllm:prompt_tokens_total"]
+    assert grown["sglang:generation_tokens_histogram_sum"] == 4 * 5 + 1 + 3 * 40 + 4
+    assert grown["sglang:num_requests_total"] == 10
+    assert after["sglang:gen_throughput"] >= 0
+    whole_s = grown["vllm:e2e_request_latency_seconds_sum"]
+    assert 0 < grown["vllm:request_inference_time_seconds_sum"] < whole_s
     assert (
         grown["vllm:request_success_total length"],
         grown["vllm:request_success_total stop"],

@@ -153,9 +153,11 @@ class Account:
         self._reasons[index] = reason = finish_reason(finish)
         if not self._streamed and finish.first_token_s is not None:
             self._metrics.first_token(finish.first_token_s)
+        self._metrics.phases(finish, self._tokens.get(index, 0))
         self._metrics.ended(
             reason,
             prompt_tokens=0 if number else finish.prompt_tokens,
+            cached_tokens=0 if number else finish.cached_tokens,
             completion_tokens=self._tokens.get(index, 0),
             seconds=now - self._began,
         )

@@ -208,6 +208,8 @@ def _wire_error(error: Exception) -> WireError:
 
 
 def _stats(engine: Engine) -> EngineStats:
+    from qtool.engine.attention.pages import PAGE
+
     scheduler = engine.loop.scheduler
     return EngineStats(
         running=len(scheduler.running),
@@ -217,6 +219,8 @@ def _stats(engine: Engine) -> EngineStats:
         prefix_hits=scheduler.prefix_hits,
         preemptions=scheduler.preemptions,
         steps=engine.loop.steps,
+        used_tokens=(scheduler.pages.count - scheduler.pages.free) * PAGE,
+        tokens_per_s=engine.loop.throughput.tokens_per_s,
         spec=None if engine.loop.spec is None else engine.loop.spec.total,
     )
 

@@ -88,6 +88,10 @@ class EngineStats:
     preemptions: int
     steps: int
     """Steps since the start."""
+    used_tokens: int = 0
+    """Tokens whose room in the KV cache is taken."""
+    tokens_per_s: float = 0.0
+    """Tokens generated a second, at present."""
     spec: SpecCounts | None = None
     """What came of drafts since the start; None where there are none."""
 
