@@ -308,9 +308,14 @@ def test_the_beginning_of_an_answer_is_continued():
 @pytest.mark.parametrize("kind, value", [("enabled", True), ("disabled", False)])
 def test_thinking_is_a_variable_of_the_template(kind, value):
     body = MessagesRequest.model_validate(
-        {"messages": HELLO, "thinking": {"type": kind, "budget_tokens": 1024}}
+        {
+            "messages": HELLO,
+            "thinking": {"type": kind, "budget_tokens": 1024},
+            "chat_template_kwargs": {"thinking": 5},
+        }
     )
-    assert chat_request(body, "a").chat_template_kwargs["enable_thinking"] is value
+    variables = chat_request(body, "a").chat_template_kwargs
+    assert variables == {"enable_thinking": value, "thinking": 5}
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ class MessagesRequest(Body):
     not_offered: ClassVar[dict[str, str]] = {
         "container": "this server runs no code",
         "mcp_servers": "this server calls no other; give the tools themselves",
+        "max_completion_tokens": "its name here is `max_tokens`",
+        "max_output_tokens": "its name here is `max_tokens`",
+        "n": "there is one answer",
+        "reasoning_effort": "its name here is `output_config.effort`",
+        "response_format": "its name here is `output_config.format`",
+        "stop": "its name here is `stop_sequences`",
     }
 
     model: str | None = None
@@ -215,6 +221,9 @@ class MessagesRequest(Body):
         ]
         | None
     ) = None
+    chat_template_kwargs: Json | None = None
+    """Variables of the chat template (vLLM's), in place of those that ``thinking`` sets."""
+
     stream: bool | None = None
     temperature: Annotated[float, bounded("temperature")] | None = None
     top_p: Annotated[float, bounded("top_p")] | None = None

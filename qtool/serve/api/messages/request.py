@@ -181,11 +181,11 @@ def _response_format(body: MessagesRequest) -> ResponseFormat | None:
 
 
 def _template_kwargs(body: MessagesRequest) -> Json | None:
-    """Return the variables by which chat templates turn thinking on or off; each has one of them.
-
-    What is adaptive or not said is left to the template.
+    """Return the variables of the chat template; templates have one of two by which they turn
+    thinking on or off. What is adaptive or not said is left to them.
     """
     if body.thinking is None or body.thinking.type not in ("enabled", "disabled"):
-        return None
+        return body.chat_template_kwargs
     thinks = body.thinking.type == "enabled"
-    return {"enable_thinking": thinks, "thinking": thinks}
+    variables: Json = {"enable_thinking": thinks, "thinking": thinks}
+    return variables | (body.chat_template_kwargs or {})

@@ -43,6 +43,12 @@ class ItemText(Part):
         """The text."""
         return (self.refusal if self.type == "refusal" else self.text) or ""
 
+    @model_validator(mode="after")
+    def _has_text(self) -> ItemText:
+        if (self.refusal if self.type == "refusal" else self.text) is None:
+            raise ValueError(f"a part of type {self.type} has no text")
+        return self
+
 
 Texts = Annotated[list[ItemText], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -246,6 +252,12 @@ class TextFormat(Part):
     schema_: Json | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("a format of type json_schema has a schema")
+        return self
+
 
 class TextOptions(Part):
     """What the text of the answer is like."""
@@ -267,6 +279,11 @@ class ResponsesRequest(SamplingFields):
         "background": "nothing is stored: wait for the answer, or stream it",
         "background_options": "nothing is stored: wait for the answer, or stream it",
         "prompt": "this server has no prompt templates: send `instructions` and `input`",
+        "max_tokens": "its name here is `max_output_tokens`",
+        "max_completion_tokens": "its name here is `max_output_tokens`",
+        "response_format": "its name here is `text.format`",
+        "reasoning_effort": "its name here is `reasoning.effort`",
+        "logprobs": "`include` takes `message.output_text.logprobs`",
         "context_management": "nothing is compacted here: send a shorter `input`",
     }
 
