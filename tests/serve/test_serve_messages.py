@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from support.in_process import CONTEXT, ScriptedServer
 
 from qtool.errors import ResourceError
+from qtool.serve.api import answering
 from qtool.serve.api.conversation import Conversation
+from qtool.serve.api.messages import reply
 from qtool.serve.api.messages.protocol import MessagesRequest
 from qtool.serve.api.messages.reply import tool_input
 from qtool.serve.api.messages.request import chat_request
@@ -196,6 +198,22 @@ def test_what_is_wrong_is_an_exception_of_its_own(with_client, options, error, w
         with_client(create, key=key)
     assert caught.value.body["type"] == "error"
     assert set(caught.value.body["error"]) == {"type", "message"}
+
+
+def test_a_stream_that_waits_has_begun_and_pings(with_client, server, monkeypatch):
+    monkeypatch.setattr(answering, "COMMENT_S", 0.02)
+    monkeypatch.setattr(reply, "FIRST_EVENT_S", 0.01)
+    monkeypatch.setattr(server.engine, "delay_s", 0.1)
+
+    async def read(client):
+        async with client.messages.with_streaming_response.create(
+            model="m", max_tokens=8, messages=HELLO, stream=True
+        ) as response:
+            return [line async for line in response.iter_lines() if line.startswith("event: ")]
+
+    started, *events = with_client(read, "Hello")
+    waited = events[: events.index("event: content_block_start")]
+    assert started == "event: message_start" and waited[:2] == ["event: ping"] * 2
 
 
 def test_an_error_in_a_stream_is_an_event(with_client):

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from support.in_process import CONTEXT, ScriptedServer
 
 from qtool.errors import ResourceError
+from qtool.serve.api import answering
+from qtool.serve.api.responses import reply
 from qtool.serve.api.responses.custom_input import CustomInput
 from qtool.serve.api.responses.protocol import ResponsesRequest
 from qtool.serve.api.responses.request import translate
@@ -250,6 +252,20 @@ def test_what_is_wrong_is_refused_by_name(with_client, options, code, words):
         with_client(create)
     assert caught.value.code == code
     assert words in caught.value.message
+
+
+def test_a_stream_that_waits_has_begun_and_says_so(with_client, server, monkeypatch):
+    monkeypatch.setattr(answering, "COMMENT_S", 0.02)
+    monkeypatch.setattr(reply, "FIRST_EVENT_S", 0.01)
+    monkeypatch.setattr(server.engine, "delay_s", 0.1)
+
+    async def read(client):
+        async with client.responses.stream(model="gpt", input="Hello") as stream:
+            return [event.type.removeprefix("response.") async for event in stream]
+
+    created, *events = with_client(read, "Hello")
+    waited = events[: events.index("output_item.added")]
+    assert created == "created" and set(waited) == {"in_progress"} and len(waited) > 1
 
 
 def test_an_error_in_a_stream_is_a_failed_response(with_client):

@@ -39,6 +39,8 @@ class ScriptedEngine:
         self.texts: list[str | QtoolError] = []
         self.reason: FinishReason = {"type": "stop", "matched": 0}
         self.submissions: list[Submission] = []
+        self.delay_s = 0.0
+        """Before an answer."""
 
     def submit(self, submission: Submission) -> OutputStream:
         self.submissions.append(submission)
@@ -49,6 +51,7 @@ class ScriptedEngine:
     async def _write(
         self, stream: OutputStream, submission: Submission, text: str | QtoolError
     ) -> None:
+        await asyncio.sleep(self.delay_s)
         shown = text if isinstance(text, str) else "begun"
         size = 3 if submission.stream else len(shown) or 1
         for start in range(0, len(shown), size):

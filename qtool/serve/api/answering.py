@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -32,9 +32,6 @@ _encode = msgspec.json.Encoder().encode
 class Reply(Protocol):
     """Makes the reply of one route from the engine's outputs."""
 
-    has_comments: ClassVar[bool] = True
-    """Whether a stream that waits has comments."""
-
     def whole(self, outputs: list[CompletionOutput]) -> object:
         """Return the reply to a request that is not streamed; one output for each choice, in
         order.
@@ -42,6 +39,10 @@ class Reply(Protocol):
 
     def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply to a streamed request."""
+
+    def waiting(self) -> bytes:
+        """Return what tells a client that its stream waits; nothing if it would be an error."""
+        return COMMENT
 
     def failure(self, error: Exception) -> bytes:
         """Return the events that end a stream because of ``error``."""
@@ -158,9 +159,8 @@ class EventStream(Response):
         """Send the events until they end or the client is gone."""
         sending = asyncio.create_task(self._send(send))
         watching = asyncio.create_task(gone(receive))
-        tasks = [sending, watching]
-        if self._reply.has_comments:
-            tasks.append(asyncio.create_task(self._comment(send)))
+        commenting = asyncio.create_task(self._comment(send))
+        tasks = [sending, watching, commenting]
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -197,8 +197,8 @@ class EventStream(Response):
         """
         while True:
             wait_s = self._sent + COMMENT_S - time.monotonic()
-            if wait_s <= 0:
-                await self._send_event(send, COMMENT)
+            if wait_s <= 0 and (comment := self._reply.waiting()):
+                await self._send_event(send, comment)
             await asyncio.sleep(max(wait_s, COMMENT_S / 10))
 
 

@@ -141,8 +141,6 @@ class _Logprobs:
 class _GenerationReply(Reply):
     """The reply to one request."""
 
-    has_comments = False  # SGLang's benchmark reads every line as an event
-
     def __init__(
         self,
         service: Service,
@@ -175,6 +173,10 @@ class _GenerationReply(Reply):
             meta_info = self._meta_info(output)
             generations.append(Generation(output.text, output.token_ids, meta_info))
         return generations if self._is_list else generations[0]
+
+    def waiting(self) -> bytes:
+        """Return nothing: SGLang's benchmark reads every line as an event."""
+        return b""
 
     def close(self) -> None:
         """Record what the request used."""

@@ -98,6 +98,17 @@ class OutputStream:
                 if self._outputs:
                     await asyncio.sleep(0)  # others get their turn before the rest is merged
 
+    async def wait(self, timeout_s: float) -> None:
+        """Wait for the first output, but at most ``timeout_s``.
+
+        Raises: QtoolError, what went wrong in the engine.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._came.wait()
+        if self._error is not None:
+            raise self._error
+
     async def collect(self) -> list[CompletionOutput]:
         """Wait for all completions, and return one output of each, in order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput, FinishInfo
 from qtool.errors import UsageError
 from qtool.serve.api.answer_reader import AnswerReader, read_whole
-from qtool.serve.api.answering import Reply, named_event
+from qtool.serve.api.answering import FIRST_EVENT_S, Reply, named_event
 from qtool.serve.api.chat import Chat, run_chat
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages.protocol import MessagesRequest
@@ -122,15 +122,17 @@ class _MessageReply(Reply):
 
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: the message without content, its blocks, why it ended."""
-        head: list[MessageEvent] = [MessageStart(self._message([], None)), Ping()]
+        await stream.wait(FIRST_EVENT_S)
+        yield _join([MessageStart(self._message([], None)), Ping()])
         async for outputs in stream:
-            events = list(head)
-            head.clear()
             for output in outputs:
                 self._account.note(output, 1)
-                events += self._events_of(output)
-            if events:
-                yield b"".join(named_event(_tag(event), event) for event in events)
+                if events := _join(self._events_of(output)):
+                    yield events
+
+    def waiting(self) -> bytes:
+        """Return an event that says nothing."""
+        return _join([Ping()])
 
     def failure(self, error: Exception) -> bytes:
         """Return the event that ends a stream because of ``error``."""
@@ -233,6 +235,10 @@ class _Blocks:
         self._open = block
         self._index += 1
         yield MessageBlockStart(self._index, content)
+
+
+def _join(events: Iterable[MessageEvent]) -> bytes:
+    return b"".join(named_event(_tag(event), event) for event in events)
 
 
 def _tag(event: MessageEvent) -> str:

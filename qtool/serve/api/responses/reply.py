@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput, FinishInfo
 from qtool.serve.api.answer_reader import AnswerReader
-from qtool.serve.api.answering import LOGPROB_BYTES, Reply, named_event
+from qtool.serve.api.answering import FIRST_EVENT_S, LOGPROB_BYTES, Reply, named_event
 from qtool.serve.api.chat import Chat, run_chat
 from qtool.serve.api.fields import Json
 from qtool.serve.api.replies import chat_logprobs, finish_reason
@@ -110,15 +110,14 @@ class _ResponseReply(Reply):
     async def events(self, stream: OutputStream) -> AsyncGenerator[bytes, None]:
         """Yield the reply as events: that it begins, its items, and the whole of it."""
         threads = self._chat.service.threads
-        begun: ResponseObject | None = self._begun
+        begun = self._begun  # it repeats the request, which may be large
+        head: list[ResponseEvent] = [
+            ResponseCreated(response=begun),
+            ResponseInProgress(response=begun),
+        ]
+        await stream.wait(FIRST_EVENT_S)
+        yield await threads.run(self._request_bytes, self._join, head)
         async for outputs in stream:
-            if begun is not None:  # it repeats the request, which may be large
-                head: list[ResponseEvent] = [
-                    ResponseCreated(response=begun),
-                    ResponseInProgress(response=begun),
-                ]
-                yield await threads.run(self._request_bytes, self._join, head)
-                begun = None
             for output in outputs:
                 self._account.note(output, 1)
                 self._answer_bytes += len(output.text) + LOGPROB_BYTES * len(output.logprobs)
@@ -127,6 +126,12 @@ class _ResponseReply(Reply):
                 if output.finish is not None:
                     size = self._request_bytes + self._answer_bytes
                     yield await threads.run(size, self._join, [self._last(output.finish)])
+
+    def waiting(self) -> bytes:
+        """Return the event once more that the answer begins: Codex takes comments for silence, and
+        gives up after five minutes of it.
+        """
+        return self._join([ResponseInProgress(response=self._begun)])
 
     def failure(self, error: Exception) -> bytes:
         """Return the event that ends a stream because of ``error``."""
