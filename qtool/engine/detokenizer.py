@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from qtool.engine.outputs import FinishReason
 from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.thoughts import Thoughts
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # bytes that are not a character decode to it
 # so many tokens without a whole character are held back before some are decoded as they are
@@ -28,22 +29,34 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def skipped_ids(tokenizer: Tokenizer, markers: tuple[str, ...]) -> frozenset[int]:
+    """Return the tokens that skip_special_tokens leaves out of a text in which ``markers`` stay."""
+    if not markers:
+        return special_ids(tokenizer)
+    return frozenset(
+        token_id
+        for token_id in special_ids(tokenizer)
+        if not any((tokenizer.id_to_token(token_id) or "") in marker for marker in markers)
+    )
+
+
 class Detokenizer:
     """Decodes the tokens of one text as they come; its parts, joined, are what the tokenizer makes
     of all tokens.
 
     Args:
         tokenizer: the tokenizers library's.
-        skip_special_tokens: leave special tokens out of the text.
+        skipped: tokens that are left out of the text.
         context: tokens before the text, such as the end of the prompt: a tokenizer that drops a
             leading space then keeps the text's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+        self, tokenizer: Tokenizer, skipped: Collection[int], *, context: Sequence[int] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped: Collection[int] = special_ids(tokenizer) if skip_special_tokens else ()
+        self._skipped = skipped
         # decoded again with what follows
         self._before = [token_id for token_id in context if token_id not in self._skipped]
         if self._decode(self._before).endswith(HALF):
@@ -148,9 +161,14 @@ class TextStream:
         self._first = "".join({stop[0] for stop in self._stops})
         self._detokenizer = None
         if tokenizer is not None:
-            self._detokenizer = Detokenizer(
-                tokenizer, skip_special_tokens=params.skip_special_tokens, context=context
-            )
+            skipped: Collection[int] = ()
+            if params.skip_special_tokens:
+                skipped = skipped_ids(tokenizer, params.markers)
+            self._detokenizer = Detokenizer(tokenizer, skipped, context=context)
+        self.thoughts: Thoughts | None = None
+        """What comes before the answer, and has no stop strings; None if all of it is answer."""
+        if params.reasoning_ends:
+            self.thoughts = Thoughts(params.reasoning_start, params.reasoning_ends)
         self._safe: list[str] = []
         """What `take` returns next."""
         self._held = ""
@@ -168,6 +186,8 @@ class TextStream:
         if self.reason is not None:
             return self.reason
         self.tokens += 1
+        if self.thoughts is not None:
+            self.thoughts.count_token()
         may_end = self.tokens > self._min_tokens
         if may_end and token_id in self.end_ids:
             if self._keep_stop:
@@ -198,6 +218,8 @@ class TextStream:
     def _end(self, reason: FinishReason, may_stop: bool) -> None:
         if self._detokenizer is not None and self.reason is None:
             self._grow(self._detokenizer.flush(), may_stop)  # may end in a stop string
+            if self.thoughts is not None:
+                self._grow_answer(self.thoughts.flush()[1], may_stop)
         if self.reason is None:
             self._safe.append(self._held)
             self._held = ""
@@ -208,8 +230,15 @@ class TextStream:
             self._grow(self._detokenizer.push(token_id), may_stop)
 
     def _grow(self, new: str, may_stop: bool) -> None:
-        """Add characters, up to the first stop string that is complete; hold back what may be the
-        beginning of one.
+        """Add characters of thoughts or of the answer."""
+        if self.thoughts is not None:
+            thoughts, new = self.thoughts.push(new)
+            self._safe.append(thoughts)
+        self._grow_answer(new, may_stop)
+
+    def _grow_answer(self, new: str, may_stop: bool) -> None:
+        """Add characters of the answer, up to the first stop string that is complete; hold back
+        what may be the beginning of one.
         """
         if not new:
             return

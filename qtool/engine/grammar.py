@@ -51,6 +51,9 @@ class GrammarMatcher(Protocol):
     def accept_token(self, token_id: int) -> bool:
         """Add a token; return whether the grammar allows it."""
 
+    def accept_string(self, text: str) -> bool:
+        """Add text; return whether the grammar allows it."""
+
     def fill_next_token_bitmask(self, bitmask: NDArray[np.int32]) -> bool:
         """Write into ``bitmask`` which tokens may come next."""
 
@@ -155,14 +158,14 @@ class Compiler:
     @functools.cached_property
     def all_but_eos(self) -> NDArray[np.int32]:
         """The tokens that are not the model's end tokens, as a mask like a `Constraint`'s."""
-        return _mask(
+        return token_mask(
             {*range(self.vocab_size)}.difference(self._vocabulary.stop_token_ids), self.vocab_size
         )
 
     @functools.cached_property
     def all_but_special(self) -> NDArray[np.int32]:
         """The tokens that are given out as text, as a mask."""
-        return self.all_but_eos & ~_mask(special_ids(self._tokenizer), self.vocab_size)
+        return self.all_but_eos & ~token_mask(special_ids(self._tokenizer), self.vocab_size)
 
 
 class Constraint:
@@ -187,7 +190,7 @@ class Constraint:
         kind, text = params.constraint
         matcher = _xgrammar().GrammarMatcher(compiler.compile(kind, text))
         self._matcher = cast(GrammarMatcher, matcher)
-        self._ends = _mask(end_ids, compiler.vocab_size)
+        self._ends = token_mask(end_ids, compiler.vocab_size)
         self._may_be_text = (
             compiler.all_but_eos if kind == "structural_tag" else compiler.all_but_special
         )
@@ -247,6 +250,21 @@ class Constraint:
                 "E_GRAMMAR", "the grammar takes too long to follow", hint="make it less ambiguous"
             )
         return not goes_on
+
+    def begin(self, text: str, tokens: int) -> bool:
+        """Begin with ``text``, after ``tokens`` that the grammar does not hold; return whether
+        nothing can follow.
+
+        Raises: UsageError E_GRAMMAR, when the grammar does not allow ``text``.
+        """
+        self._tokens = tokens
+        if text and not self._matcher.accept_string(text):
+            raise UsageError(
+                "E_GRAMMAR",
+                "the answer begins in the token that ends the thoughts, not as the grammar asks",
+                hint="let the grammar begin with white space",
+            )
+        return not self._look()
 
     def masks_along(self, drafts: Sequence[int]) -> list[NDArray[np.int32]]:
         """Return `mask` now and after each of ``drafts``, if they were to come next, up to the
@@ -335,7 +353,8 @@ def compile_to_json(kind: str, text: str) -> str:
     return _loaded.compile(kind, text).serialize_json()
 
 
-def _mask(ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+def token_mask(ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    """Return a mask like `Constraint.mask` in which ``ids`` are set."""
     flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     flags[[token_id for token_id in ids if 0 <= token_id < vocab_size]] = 1
     return np.packbits(flags, bitorder="little").view(np.int32)

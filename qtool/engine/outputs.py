@@ -105,6 +105,8 @@ class CompletionOutput(Struct, array_like=True):
     """Set in the last output of a completion."""
     prompt_logprobs: list[TokenLogprob] = []
     """Of the prompt's tokens, in the first output of a completion, if they were requested."""
+    reasoning_tokens: int = 0
+    """How many tokens of thoughts came to be known as such."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def merge(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
         logprobs=list(chain(output.logprobs for output in outputs)),
         finish=outputs[-1].finish,
         prompt_logprobs=list(chain(output.prompt_logprobs for output in outputs)),
+        reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
     )
 
 

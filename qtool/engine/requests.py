@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from qtool.engine.answer_constraint import AnswerConstraint
 from qtool.engine.config import Speculation
 from qtool.engine.detokenizer import TextStream
 from qtool.engine.grammar import Compiler, Constraint
@@ -137,7 +138,7 @@ class Request:
     """Whether each token is delivered when it comes, and not all of them at the end."""
     history: History | None
     """The tokens that penalties count."""
-    constraint: Constraint | None
+    constraint: Constraint | AnswerConstraint | None
     """The grammar of the text."""
     top_logprobs: int | None
     """Alternatives for each token; None: no log probabilities."""
@@ -145,7 +146,7 @@ class Request:
     """The first token of the prompt whose log probability is returned."""
     drafter: NgramDrafter | None = None
     """Drafts tokens that may come next."""
-    masks: list[NDArray[np.int32]] = field(default_factory=list)
+    masks: Sequence[NDArray[np.int32] | None] = ()
     """What the grammar lets come now and after each token drafted last."""
     spec: SpecCounts | None = None
     """What came of drafts; None without a drafter."""
@@ -164,6 +165,8 @@ class Request:
     """Tokens that were delivered."""
     prompt_delivered: bool = False
     """Whether ``prompt_logprobs`` were."""
+    delivered_thoughts: int = 0
+    """Of these, tokens of thoughts."""
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs_from is not None:  # nothing predicts the first token
@@ -185,14 +188,19 @@ class Request:
         self.new_logprobs = []
         prompt_logprobs = [] if self.prompt_delivered else self.prompt_logprobs
         self.prompt_delivered = True
-        return CompletionOutput(
+        text = self.text.take() if reason is None else self.text.finish(reason)
+        output = CompletionOutput(
             index=self.index,
-            text=self.text.take() if reason is None else self.text.finish(reason),
+            text=text,
             token_ids=token_ids,
             logprobs=logprobs,
             finish=None if reason is None else self._finish_info(reason),
             prompt_logprobs=prompt_logprobs,
         )
+        if self.text.thoughts is not None:
+            output.reasoning_tokens = self.text.thoughts.tokens - self.delivered_thoughts
+            self.delivered_thoughts += output.reasoning_tokens
+        return output
 
     def _finish_info(self, reason: FinishReason) -> FinishInfo:
         return FinishInfo(
@@ -214,8 +222,8 @@ class Request:
             self.first_token_s = time.monotonic() - self.began
         if self.history is not None:
             self.history.append(token)
+        reason = self.text.push(token)  # first: it says where thoughts end
         complete = self.constraint is not None and self.constraint.accept(token)
-        reason = self.text.push(token)
         if complete and (reason is None or reason["type"] == "length"):
             return {"type": "stop"}
         return reason
@@ -303,6 +311,7 @@ class RequestParser:
             max_new_tokens=max_new_tokens,
             context=tokens[-CONTEXT_TOKENS:],
         )
+        constraint = Constraint.of(params, self.compiler, text.end_ids)
         drafter = None
         if self.speculation is not None:
             drafter = NgramDrafter(self.speculation, tokens)
@@ -316,11 +325,26 @@ class RequestParser:
             text=text,
             stream=stream,
             history=History.of(params, tokens),
-            constraint=Constraint.of(params, self.compiler, text.end_ids),
+            constraint=self._after_thoughts(constraint, text, params),
             top_logprobs=logprobs.top,
             prompt_logprobs_from=logprobs.first if wants_prompt else None,
             drafter=drafter,
             spec=None if drafter is None else SpecCounts(),
+        )
+
+    def _after_thoughts(
+        self, constraint: Constraint | None, text: TextStream, params: SamplingParams
+    ) -> Constraint | AnswerConstraint | None:
+        """Return ``constraint``, of the answer alone where there may be thoughts before it."""
+        if constraint is None or text.thoughts is None:
+            return constraint
+        assert self.tokenizer is not None
+        return AnswerConstraint(
+            constraint,
+            text.thoughts,
+            self.tokenizer.backend_tokenizer,
+            params.reasoning_start,
+            params.reasoning_ends[-1],
         )
 
     def _max_new_tokens(self, params: SamplingParams, prompt_tokens: int) -> int:
@@ -341,10 +365,11 @@ class RequestParser:
     def _checked_params(self, fields: SamplingFields) -> SamplingParams:
         params = fields if isinstance(fields, SamplingParams) else SamplingParams.from_dict(fields)
         params.check_vocabulary(self.vocab_size)
-        if params.stop_strings and self.tokenizer is None:
+        if self.tokenizer is None and (params.stop_strings or params.reasoning_ends):
             raise UsageError(
                 "E_SAMPLING",
-                "stop strings need a tokenizer, and skip_tokenizer_init left it out",
+                "stop strings and reasoning_end need a tokenizer, and skip_tokenizer_init left it "
+                "out",
                 hint="use stop_token_ids",
             )
         if params.sampling_seed is None and self.seeds is not None:

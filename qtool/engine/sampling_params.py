@@ -89,6 +89,16 @@ class SamplingParams:
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | Mapping[str, object] | None = None
+    reasoning_start: str | None = None
+    """The marker that may begin thoughts; None: the text begins inside of them."""
+    reasoning_end: str | Sequence[str] | None = None
+    """The marker that ends thoughts (of several, each follows the one before): stop strings and the
+    grammar hold what follows it. None: there are no thoughts.
+    """
+    kept_special_tokens: Sequence[str] = ()
+    """Special tokens that stay in the text, like those of the two markers, though
+    `skip_special_tokens` leaves others out.
+    """
 
     def __post_init__(self) -> None:
         for name in RANGES:
@@ -99,14 +109,21 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, getattr(self, name), "true or false")
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
-        object.__setattr__(self, "stop", _stops(self.stop))
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _ids(self.stop_token_ids))
         for name in CONSTRAINTS:
             object.__setattr__(self, name, _grammar(name, getattr(self, name)))
+        object.__setattr__(self, "reasoning_end", _strings("reasoning_end", self.reasoning_end))
+        kept = _strings("kept_special_tokens", self.kept_special_tokens)
+        object.__setattr__(self, "kept_special_tokens", kept)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Check what no field shows by itself."""
+        if self.reasoning_start is not None:
+            _strings("reasoning_start", [self.reasoning_start])
+            if not self.reasoning_end:
+                raise _refusal("reasoning_start", self.reasoning_start, "text with a reasoning_end")
         if self.top_k == 0:
             raise _refusal("top_k", 0, "-1 for all tokens, or at least 1")
         most = self.max_new_tokens
@@ -188,6 +205,17 @@ class SamplingParams:
     def stop_ids(self) -> tuple[int, ...]:
         """The token ids that end the text besides the model's own."""
         return cast(tuple[int, ...], self.stop_token_ids)
+
+    @property
+    def reasoning_ends(self) -> tuple[str, ...]:
+        """The markers that end thoughts, one after the other."""
+        return cast(tuple[str, ...], self.reasoning_end)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What stays in the text though it may be special tokens."""
+        start = () if self.reasoning_start is None else (self.reasoning_start,)
+        return (*cast(tuple[str, ...], self.kept_special_tokens), *start, *self.reasoning_ends)
 
     @property
     def biases(self) -> dict[int, float]:
@@ -286,22 +314,22 @@ def _is_bias(value: object) -> bool:
     return BIASES[0] <= value <= BIASES[1]
 
 
-def _stops(value: object) -> tuple[str, ...]:
+def _strings(name: str, value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     allowed = (
         f"a string or at most {MAX_STOP_STRINGS} of them, each of at most {MAX_STOP_LENGTH} "
         "characters of valid Unicode"
     )
-    stops = (value,) if isinstance(value, str) else value
-    if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
-        raise _refusal("stop", value, allowed)
-    for stop in stops:
-        if not isinstance(stop, str) or len(stop) > MAX_STOP_LENGTH:
-            raise _refusal("stop", stop, allowed)
-        if _utf8_size(stop) is None:
-            raise _refusal("stop", stop, f"{allowed}: this one has half of a surrogate pair")
-    return tuple(filter(None, stops))
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or len(strings) > MAX_STOP_STRINGS:
+        raise _refusal(name, value, allowed)
+    for string in strings:
+        if not isinstance(string, str) or len(string) > MAX_STOP_LENGTH:
+            raise _refusal(name, string, allowed)
+        if _utf8_size(string) is None:
+            raise _refusal(name, string, f"{allowed}: this one has half of a surrogate pair")
+    return tuple(filter(None, strings))
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from support import EXAMPLE, ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qtool.engine import detokenizer
-from qtool.engine.detokenizer import HALF, MOST_HELD, Detokenizer
+from qtool.engine.detokenizer import HALF, MOST_HELD, Detokenizer, special_ids
 from qtool.engine.sampling_params import SamplingParams
 
 TINY = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
@@ -187,7 +187,7 @@ def test_the_text_ends_at_the_first_stop_string(data, sequence, keep, least, sho
     params = SamplingParams(
         max_new_tokens=None, stop=stops, no_stop_trim=keep, min_new_tokens=least
     )
-    plain = Detokenizer(tokenizer)
+    plain = Detokenizer(tokenizer, special_ids(tokenizer))
     # what a stream without stop strings gave so far, and by the end of min_new_tokens
     known, exempt = (
         "",

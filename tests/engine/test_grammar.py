@@ -19,11 +19,14 @@ from support import EXAMPLE
 from tokenizers import Tokenizer
 
 from qtool.engine import grammar
+from qtool.engine.answer_constraint import AnswerConstraint
+from qtool.engine.detokenizer import TextStream
 from qtool.engine.engine import Engine
 from qtool.engine.grammar import Compiler, Constraint
 from qtool.engine.outputs import CompletionError
 from qtool.engine.requests import GenerateRequest
 from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.thoughts import Thoughts
 from qtool.errors import ResourceError, UsageError
 
 pytest.importorskip("xgrammar", reason="the extra `grammar` is not installed")
@@ -243,6 +246,67 @@ def test_a_grammar_that_takes_too_long_ends_its_text(monkeypatch):
 # answers of the engine
 
 
+# thoughts before the answer
+
+
+def answer_constraint_of(start, end, **params) -> tuple[AnswerConstraint, TextStream]:
+    given = SamplingParams(**params, reasoning_start=start, reasoning_end=end)
+    text = TextStream(TOKENIZER, given)
+    inner = Constraint(COMPILER, given, [EOS])
+    return AnswerConstraint(inner, text.thoughts, TOKENIZER, start, end), text
+
+
+def follow(constraint, text, tokens) -> list[bool]:
+    ended = []
+    for token in tokens:
+        text.push(token)
+        ended.append(constraint.accept(token))
+    return ended
+
+
+def test_a_grammar_holds_what_follows_the_thoughts():
+    constraint, text = answer_constraint_of(None, "##", regex="QZ", stop=["a"])
+    thoughts = TOKENIZER.encode("a b = #").ids
+    assert constraint.masks_along([*thoughts, *thoughts]) == [None] * (len(thoughts))
+    assert not any(follow(constraint, text, thoughts))
+    assert constraint.mask is None
+    assert follow(constraint, text, TOKENIZER.encode("#").ids) == [False]
+    q, z = TOKENIZER.token_to_id("Q"), TOKENIZER.token_to_id("Z")
+    assert tokens_in(constraint.mask) == {q}
+    assert follow(constraint, text, [q, z]) == [False, True]
+    assert (text.finish(), text.thoughts.tokens) == ("a b = ##QZ", len(thoughts) + 1)
+
+
+def test_a_text_may_begin_with_thoughts_or_with_the_answer():
+    q, z = TOKENIZER.token_to_id("Q"), TOKENIZER.token_to_id("Z")
+    marker = TOKENIZER.encode("def f").ids
+    assert len(marker) == 2
+    constraint, text = answer_constraint_of("def f", "#", regex="QZ")
+    assert tokens_in(constraint.mask) == {q, marker[0]}
+    assert follow(constraint, text, marker[:1]) == [False]
+    assert tokens_in(constraint.mask) == {marker[1]}  # a marker that began is completed
+    follow(constraint, text, [marker[1], z, *TOKENIZER.encode("#").ids])
+    assert tokens_in(constraint.mask) == {q}
+    constraint, text = answer_constraint_of("def f", "#", regex="QZ")
+    assert follow(constraint, text, [q, z]) == [False, True]
+    assert (text.finish(), text.thoughts.tokens) == ("QZ", 0)
+
+
+@given(st.lists(st.sampled_from(["<t>", "</t>", "a", "</", " ", "\n"])), st.data())
+def test_thoughts_end_at_the_same_place_in_any_pieces(pieces, data):
+    start = data.draw(st.sampled_from([None, "<t>"]))
+    text = "".join(pieces)
+    whole = Thoughts(start, ["</t>", "a"])
+    thoughts, answer = whole.push(text)
+    answer += whole.flush()[1]
+    assert thoughts + answer == text
+    for cut in (pieces, text):
+        one = Thoughts(start, ["</t>", "a"])
+        parts = [*map(one.push, cut), one.flush()]
+        assert "".join(part[0] for part in parts) == thoughts
+        assert "".join(part[1] for part in parts) == answer
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["", "overlapping"])
 def engine(request):
     with Engine(EXAMPLE, dtype="float32", max_total_tokens=8192) as engine:
@@ -283,6 +347,14 @@ def test_answers_follow_their_grammar_and_others_are_as_alone(engine):
     assert ended >= {0, 1, 2, 3}  # one of each kind at least: a number may go on to the last token
     for params, result in list(zip(asked, results, strict=True))[:5]:
         assert engine.generate("def f(", params)["output_ids"] == result["output_ids"]
+
+
+def test_an_answer_follows_its_grammar_and_the_thoughts_before_it_do_not(engine):
+    params = {"temperature": 0, "max_new_tokens": 60, "stop": "self"}
+    free = engine.generate("def f(self", {**params, "stop": "\n"})["text"]
+    held = engine.generate("def f(self", {**params, "reasoning_end": "\n", "regex": "[A-Z]{4}"})
+    assert re.fullmatch(re.escape(free) + r"\n *[A-Z]{4}", held["text"])
+    assert held["meta_info"]["finish_reason"] == STOPPED
 
 
 def test_any_object(engine):
