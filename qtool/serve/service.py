@@ -389,15 +389,35 @@ def _tool_style(settings: ServeSettings, templates: Templates) -> str | None:
         LOG.info(
             "the chat template does not show tools to the model: it calls them only if it must"
         )
-    if settings.tool_call_parser:
-        return styles.style_named(settings.tool_call_parser)
-    return styles.detect(templates.text)
+    named = settings.tool_call_parser
+    style = styles.detect(_tool_text(templates)) if named == "auto" else styles.style_named(named)
+    _log_style("tool calls", style, None if named == "auto" else "--tool-call-parser")
+    return style
+
+
+def _tool_text(templates: Templates) -> str | None:
+    """Return the template that shows tools; of a tokenizer with several it is a named one."""
+    return templates.template.tool_text if templates.template is not None else None
+
+
+def _log_style(what: str, style: str | None, option: str | None) -> None:
+    """Log how the model writes ``what``; ``option`` is the one that says it."""
+    if option is not None:
+        LOG.info("%s: %s, by %s", what, style or "left in the content", option)
+    elif style is not None:
+        LOG.info("%s: read in the style %s, which the chat template shows", what, style)
+    else:
+        LOG.info("%s: the chat template shows no style that is known; none are read", what)
 
 
 def _reasoning_style(settings: ServeSettings, templates: Templates) -> str | None:
-    if settings.reasoning_parser == "auto":
-        return reasoning_styles.detect(templates.text)
-    return reasoning_styles.style_named(settings.reasoning_parser)
+    named = settings.reasoning_parser
+    if named == "auto":
+        style = reasoning_styles.detect(templates.text)
+    else:
+        style = reasoning_styles.style_named(named)
+    _log_style("thoughts", style, None if named == "auto" else "--reasoning-parser")
+    return style
 
 
 async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[str, object]:

@@ -91,11 +91,12 @@ class ServeOptions(EngineConfig, HandoverOptions):
     """Jinja file that replaces the model's chat template."""
 
     tool_call_parser: str | None = None
-    """hermes or llama3_json. [as the template shows]"""
+    """How the model writes tool calls, by vLLM's or SGLang's name, or none. [auto: as the template
+    shows]"""
 
     reasoning_parser: str | None = None
-    """How the model marks its thoughts, or none to leave them in the content. [auto: as the
-    template shows]"""
+    """How the model marks its thoughts, by vLLM's or SGLang's name, or none to leave them in the
+    content. [auto: as the template shows]"""
 
     reference: str | None = None
     """URL of a second server, whose answers the page shows beside those of this one."""
@@ -161,6 +162,7 @@ class ServeSettings(ServeOptions):
 
     host: str = "127.0.0.1"
     port: int = 30000
+    tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     sampling_defaults: str = "model"
     max_queued_requests: int = 512
@@ -183,7 +185,7 @@ class ServeSettings(ServeOptions):
                 f"--sampling-defaults is `{self.sampling_defaults}`",
                 hint="`model` or `openai`",
             )
-        if self.tool_call_parser is not None:
+        if self.tool_call_parser != "auto":
             tool_style_named(self.tool_call_parser)
         if self.reasoning_parser != "auto":
             reasoning_style_named(self.reasoning_parser)

@@ -26,12 +26,12 @@ from qtool.serve.api.protocol import (
 from qtool.serve.api.tools.choice import choose, schema_for
 from qtool.serve.api.tools.deltas import fold
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
-from qtool.serve.api.tools.parsers import PARSERS, make_parser, parser_for
+from qtool.serve.api.tools.parsers import make_parser, parser_for
 from qtool.serve.api.tools.styles import detect, style_named
 from qtool.serve.api.validation import describe_invalid_body
 
 NAMES = ("weather", "f", "g.h-1")
-STYLES = tuple(PARSERS)
+STYLES = ("hermes", "llama3_json")  # in which a call is a JSON object
 ID = re.compile(r"call_[0-9a-f]{24}")
 
 
@@ -50,6 +50,26 @@ def tool(name, parameters=None, **more):
     return Tool.model_validate(tool_fields(name, parameters, **more))
 
 
+CALLABLE = [
+    tool(
+        name,
+        {
+            "type": "object",
+            "properties": {
+                "text": {"type": "string"},
+                "count": {"type": "integer"},
+                "half": {"type": ["number", "null"]},
+                "sure": {"type": "boolean"},
+                "list": {"type": "array"},
+                "map": {"$ref": "#/$defs/Map"},
+            },
+            "$defs": {"Map": {"type": "object"}},
+        },
+    )
+    for name in NAMES
+]
+
+
 def named(name):
     return NamedTool.model_validate({"type": "function", "function": {"name": name}})
 
@@ -62,7 +82,7 @@ def allowed(mode, *tools):
 
 def parser_of(kind):
     return {"named": lambda: NamedParser("f"), "required": RequiredParser}.get(
-        kind, lambda: make_parser(kind, NAMES)
+        kind, lambda: make_parser(kind, CALLABLE)
     )()
 
 
@@ -339,7 +359,7 @@ def test_text_without_calls_comes_out_as_it_is(style, data, text):
 
 
 def test_content_is_given_out_at_once_and_a_marker_never():
-    parser = make_parser("hermes", NAMES)
+    parser = make_parser("hermes", CALLABLE)
     given_out = [
         parser.push(piece).content for piece in ("Hi", " there", " <tool", "_call", ">", "\n{", "x")
     ]
@@ -397,7 +417,7 @@ def test_arguments_written_before_the_name_come_with_it():
 
 
 def test_an_answer_in_json_is_not_kept_back_to_its_end():
-    parser = make_parser("llama3_json", NAMES)
+    parser = make_parser("llama3_json", CALLABLE)
     assert parser.push('{"answer": "').content == '{"answer": "'
     assert parser.push("yes").content == "yes"
 
@@ -449,8 +469,10 @@ TEMPLATES = {
     "{{- '</tool_call>' }}": "hermes",
     """{{- 'Respond in the format {"name": function name, """
     """"parameters": dictionary of argument name and its value}.' }}""": "llama3_json",
-    """{{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }} "arguments" """: None,
-    """{{ '<tool_call>' + name }}<arg_key>{{ k }}</arg_key>{{ "arguments" }}""": None,
+    """{{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n<parameter=' }} "arguments" """: (
+        "qwen3_coder"
+    ),
+    """{{ '<tool_call>' + name }}<arg_key>{{ k }}</arg_key><arg_value>{{ "arguments" }}""": "glm45",
     "{% for m in messages %}{{ m.content }}{% endfor %}": None,
     None: None,
 }
@@ -506,9 +528,11 @@ def test_the_parser_fits_the_choice():
     assert parser_for(choose([F], "none"), "hermes") is None
     choices = [choose([F], choice) for choice in ("auto", "required", named("f"))]
     assert [type(parser_for(choice, "hermes")).__name__ for choice in choices] == [
-        "HermesParser",
-        "RequiredParser",
-        "NamedParser",
+        *("HermesParser", "HermesParser", "HermesParser"),
+    ]
+    # where the style has no form, a schema is the form
+    assert [type(parser_for(choice, "pythonic")).__name__ for choice in choices] == [
+        *("PythonicParser", "RequiredParser", "NamedParser"),
     ]
     assert type(parser_for(choose([F], "auto"), "llama3_json")).__name__ == "LlamaParser"
     # the schema says the form, the template need not

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qtool.engine.sampling_params import SamplingParams
+from qtool.serve.api.prompt import join_content
 from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.reasoning.styles import STYLES, state_after
 from qtool.serve.api.reasoning.thoughts import Markers, State, ThoughtReader
 from qtool.serve.api.tools.choice import Choice
 from qtool.serve.api.tools.deltas import Delta, ToolParser, WholeAnswer, fold, join_calls
-from qtool.serve.api.tools.parsers import parser_for
+from qtool.serve.api.tools.harmony import HarmonyParser
+from qtool.serve.api.tools.parsers import parser_for, tool_markers
 from qtool.serve.service import Service
 
 
@@ -29,22 +32,59 @@ class AnswerForm:
     state: State = "undecided"
     """Where the answer begins."""
 
+    separates: bool = True
+    """Whether thoughts are told from content."""
+
     shows_reasoning: bool = True
     """Whether thoughts are returned, and not dropped."""
+
+    def constrain(self, params: SamplingParams) -> SamplingParams:
+        """Return ``params`` with the markers that the engine must know: stop strings and grammars
+        hold what follows the thoughts, and markers stay in the text though they may be special
+        tokens.
+        """
+        kept = tool_markers(self.choice, self.tool_style)
+        if self.markers is None or self.state == "closed":
+            return replace(params, kept_special_tokens=kept) if kept else params
+        inside = self.state == "open" or self.markers.implicit
+        return replace(
+            params,
+            reasoning_start=None if inside else self.markers.start,
+            reasoning_end=self.markers.engine_ends,
+            kept_special_tokens=(*kept, self.markers.start, *self.markers.special),
+        )
 
 
 def form_of(service: Service, body: ChatRequest, choice: Choice, prompt: str) -> AnswerForm:
     """Return the form of the answers to ``prompt``, the rendered messages of ``body``."""
     style = service.reasoning_style
-    if style is None or body.separate_reasoning is False:
+    if style is None:
         return AnswerForm(choice=choice, tool_style=service.tool_style)
+    state = state_after(prompt, STYLES[style], continued=_continued(body))
+    if state == "undecided" and _wants_no_thoughts(body):
+        state = "closed"
     return AnswerForm(
         choice=choice,
         tool_style=service.tool_style,
         markers=STYLES[style],
-        state=state_after(prompt, STYLES[style]),
+        state=state,
+        separates=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
     )
+
+
+def _continued(body: ChatRequest) -> str | None:
+    """Return the beginning of the answer, where a request gives it."""
+    if not body.continue_final_message:
+        return None
+    return join_content(body.messages[-1].content)
+
+
+def _wants_no_thoughts(body: ChatRequest) -> bool:
+    kwargs = body.chat_template_kwargs or {}
+    if body.reasoning_effort == "none":
+        return True
+    return kwargs.get("enable_thinking") is False or kwargs.get("thinking") is False
 
 
 def read_whole(form: AnswerForm, text: str) -> WholeAnswer:
@@ -60,50 +100,45 @@ class AnswerReader:
     """Reads one answer in pieces of any size; its work is linear in the text."""
 
     def __init__(self, form: AnswerForm) -> None:
-        self._thoughts: ThoughtReader | None = None
+        self._thoughts: ThoughtReader | HarmonyParser | None = None
+        """Finds the thoughts; in harmony's format, also calls."""
         self._parser: ToolParser | None = parser_for(form.choice, form.tool_style)
-        if form.markers is not None:
+        in_messages = form.markers is not None and form.markers.in_messages
+        if in_messages or isinstance(self._parser, HarmonyParser):
+            self._thoughts = HarmonyParser()
+            if isinstance(self._parser, HarmonyParser):
+                self._parser = None
+        elif form.markers is not None and form.separates:
             may_call = form.choice.mode != "none"
             self._thoughts = ThoughtReader(form.markers, form.state, may_call=may_call)
         self._shows_reasoning = form.shows_reasoning
         # without a whole call the text of a forced call is cut off, and no answer
         self._drops_content = form.choice.mode == "required"
-
-    @property
-    def called(self) -> bool:
+        self.called = False
         """Whether a call was found: `finish_reason` is then ``tool_calls``."""
-        return self._parser is not None and self._parser.called
 
     def push(self, text: str) -> Delta:
         """Take the next piece of text; what may belong to a marker or a call is held back."""
-        reasoning = ""
-        if self._thoughts is not None:
-            reasoning, text = self._thoughts.push(text)
-        return self._delta(reasoning, self._pushed(text))
+        first = Delta(text) if self._thoughts is None else self._thoughts.push(text)
+        if self._parser is None or not first.content:
+            return self._delta(first, Delta(first.content))
+        return self._delta(first, self._parser.push(first.content))
 
     def finish(self) -> Delta:
         """End the text, and return what was held back."""
-        reasoning, text = "", ""
-        if self._thoughts is not None:
-            reasoning, text = self._thoughts.finish()
-        delta = self._pushed(text)
-        if self._parser is not None:
-            delta = _joined(delta, self._parser.finish())
-        return self._delta(reasoning, delta)
+        first = Delta() if self._thoughts is None else self._thoughts.finish()
+        if self._parser is None:
+            return self._delta(first, Delta(first.content))
+        pushed = self._parser.push(first.content)
+        rest = self._parser.finish()
+        calls = join_calls((*pushed.calls, *rest.calls))
+        return self._delta(first, Delta(pushed.content + rest.content, calls))
 
-    def _pushed(self, text: str) -> Delta:
-        if self._parser is None or not text:
-            return Delta(content=text)
-        return self._parser.push(text)
-
-    def _delta(self, reasoning: str, answer: Delta) -> Delta:
+    def _delta(self, first: Delta, answer: Delta) -> Delta:
+        calls = (*first.calls, *answer.calls)
+        self.called = self.called or bool(calls)
         return Delta(
             content="" if self._drops_content else answer.content,
-            calls=answer.calls,
-            reasoning=reasoning if self._shows_reasoning else "",
+            calls=calls,
+            reasoning=first.reasoning if self._shows_reasoning else "",
         )
-
-
-def _joined(first: Delta, second: Delta) -> Delta:
-    calls = join_calls((*first.calls, *second.calls))
-    return Delta(content=first.content + second.content, calls=calls)

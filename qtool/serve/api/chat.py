@@ -13,11 +13,13 @@ from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import UsageError
 from qtool.serve.api.answer_reader import AnswerForm, form_of
 from qtool.serve.api.answering import Reply, answer
+from qtool.serve.api.fields import Json
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.replies import Account, log_request
 from qtool.serve.api.sampling import sampling_params
 from qtool.serve.api.tools.choice import Choice, choose, schema_for
+from qtool.serve.api.tools.parsers import call_tag
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
 from qtool.serve.turns import current_origin
@@ -85,6 +87,8 @@ async def run_chat(
     )
     with service.acquire(params.n) as slot:
         text, prompt = await render_prompt(service, choice.tools, body)
+        form = form_of(service, body, choice, text)
+        params = form.constrain(params)
         log_request(text, params, service.settings)
         submission = Submission(
             [prompt],
@@ -95,12 +99,14 @@ async def run_chat(
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)
+        if form.markers is not None:
+            account.reasoning_tokens = 0
         chat = Chat(
             service=service,
             body=body,
             rid=rid,
             account=account,
-            form=form_of(service, body, choice, text),
+            form=form,
             prompt_tokens=len(prompt),
         )
         reply = make_reply(chat)
@@ -111,5 +117,10 @@ def _choice_and_params(
     service: Service, body: ChatRequest, max_tokens: int | None
 ) -> tuple[Choice, SamplingParams]:
     choice = choose(body.tools, body.tool_choice)
-    forced = schema_for(choice, parallel=body.parallel_tool_calls is not False)
+    parallel = body.parallel_tool_calls is not False
+    forced: tuple[str, Json] | None = None
+    if tag := call_tag(choice, service.tool_style, parallel=parallel):
+        forced = "structural_tag", tag
+    elif schema := schema_for(choice, parallel=parallel):
+        forced = "json_schema", schema
     return choice, sampling_params(body, service.defaults, max_tokens, forced)

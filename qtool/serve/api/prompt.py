@@ -35,6 +35,9 @@ async def render_prompt(
         documents = body.documents
         if body.reasoning_effort is not None:
             kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":  # the two names that templates have for it
+            kwargs.setdefault("enable_thinking", False)
+            kwargs.setdefault("thinking", False)
     continued = bool(body.continue_final_message)
     generate = body.add_generation_prompt
     messages, shown_tools = await service.threads.run(
@@ -86,13 +89,14 @@ def template_message(message: Message, template: str | None = None) -> Json:
     # `developer` is OpenAI's later name for `system`, which few templates know
     if message.role == "developer" and "developer" not in (template or ""):
         turn["role"] = "system"
-    turn["content"] = _join_content(message.content)
+    turn["content"] = join_content(message.content)
     if message.tool_calls:
         turn["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return turn
 
 
-def _join_content(content: str | list[TextPart] | None) -> str:
+def join_content(content: str | list[TextPart] | None) -> str:
+    """Return content as one text."""
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(part.text or part.refusal or "" for part in content)

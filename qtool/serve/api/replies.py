@@ -131,6 +131,8 @@ class Account:
         now = time.monotonic()
         if output.token_ids:
             self._note_tokens(output.index, len(output.token_ids), now)
+        if self.reasoning_tokens is not None:
+            self.reasoning_tokens += output.reasoning_tokens
         if output.finish is not None:
             self._note_finish(output.index, output.finish, choices_each, now)
 

@@ -25,36 +25,39 @@ def sampling_params(
     request: OpenAISamplingFields,
     defaults: Mapping[str, object],
     max_new_tokens: int | None,
-    forced_schema: Json | None = None,
+    forced: tuple[str, Json] | None = None,
 ) -> SamplingParams:
     """Return the sampling parameters of ``request``.
 
     Args:
         defaults: the model's own, for fields that the request leaves out.
         max_new_tokens: None is to the end of the context.
-        forced_schema: a JSON schema that the answer must satisfy because of its tools.
+        forced: the constraint that the answer must satisfy because of its tools, and its kind.
     Raises: UsageError.
     """
     values: Json = {"max_new_tokens": None, **defaults}
     given: Json = {name: getattr(request, name) for name in SamplingFields.model_fields}
     given |= {"min_new_tokens": request.min_tokens, "max_new_tokens": max_new_tokens}
     given["no_stop_trim"] = request.no_stop_trim or request.include_stop_str_in_output
-    given |= _find_constraint(request, forced_schema)
+    given |= _find_constraint(request, forced)
     if given["top_k"] == 0:
         given["top_k"] = -1  # what vLLM means by it
     values |= {name: value for name, value in given.items() if value is not None}
     return SamplingParams.from_dict(values)
 
 
-def _find_constraint(request: OpenAISamplingFields, forced_schema: Json | None) -> dict[str, str]:
+def _find_constraint(
+    request: OpenAISamplingFields, forced: tuple[str, Json] | None
+) -> dict[str, str]:
     """Return the constraint of the answer, if any. Raises: UsageError, if there are several."""
     found = [
         *_own_constraints(request),
         *_response_format(request.response_format),
         *_structured_outputs(request.structured_outputs),
     ]
-    if forced_schema is not None:
-        found.append(("json_schema", _dumps(forced_schema)))
+    if forced is not None:
+        kind, constraint = forced
+        found.append((kind, _dumps(constraint)))
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)
         raise UsageError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from qtool.errors import UsageError, nearest
 from qtool.serve.api.reasoning.thoughts import Markers, State
+from qtool.serve.api.tools.harmony import MARKERS
 
 THINK = Markers(start="<think>", end="</think>")
 STYLES: Mapping[str, Markers] = {
@@ -19,6 +20,15 @@ STYLES: Mapping[str, Markers] = {
     "kimi_k2": Markers(start="<think>", end="</think>", calls=("<|tool_calls_section_begin|>",)),
     "kimi": Markers(start="◁think▷", end="◁/think▷"),
     "mistral": Markers(start="[THINK]", end="[/THINK]"),
+    "gemma4": Markers(start="<|channel>thought", end="<channel|>", special=("<|channel>",)),
+    "gpt-oss": Markers(
+        start="<|channel|>analysis<|message|>",
+        end="<|end|>",
+        implicit=True,
+        in_messages=True,
+        special=MARKERS,
+        answer=("<|channel|>final", "<|message|>"),
+    ),
     "granite": Markers(start="Here is my thought process:", end="Here is my response:"),
     "seed_oss": Markers(start="<seed:think>", end="</seed:think>"),
 }
@@ -43,7 +53,10 @@ NAMES = {
     "olmo3": "deepseek_r1",
     "qwen3": "qwen3",
     "qwen3-thinking": "deepseek_r1",
+    "gemma4": "gemma4",
+    "gpt-oss": "gpt-oss",
     "granite": "granite",
+    "openai_gptoss": "gpt-oss",
     "seed_oss": "seed_oss",
     "step3": "deepseek_r1",
     "step3p5": "deepseek_r1",
@@ -66,16 +79,47 @@ def style_named(name: str) -> str | None:
     return NAMES[name]
 
 
+# in a chat template -> style; the first that is there
+_SHOWN = {
+    "<|channel|>analysis<|message|>": "gpt-oss",
+    "[THINK]": "mistral",
+    "◁think▷": "kimi",
+    "<seed:think>": "seed_oss",
+    "<|channel>thought": "gemma4",
+    "Here is my thought process:": "granite",
+    "<|tool_calls_section_begin|>": "kimi_k2",
+    "<tool_call>": "qwen3",
+    "<think>": "think",
+    "</think>": "think",
+}
+
+
 def detect(template: str | None) -> str | None:
     """Return the style of thoughts that a chat template shows, or None."""
-    if template is None:
-        return None
-    return next((name for name in ("qwen3",) if STYLES[name].end in template), None)
+    text = template or ""
+    for shown, name in _SHOWN.items():
+        if shown in text and (STYLES[name].start in text or STYLES[name].end in text):
+            return name
+    return None
 
 
-def state_after(prompt: str, markers: Markers) -> State:
-    """Return where the answer to ``prompt`` begins, which a chat template rendered."""
+def state_after(prompt: str, markers: Markers, *, continued: str | None = None) -> State:
+    """Return where the answer to ``prompt`` begins.
+
+    Args:
+        prompt: as a chat template rendered it.
+        markers: around thoughts.
+        continued: the beginning of the answer, where the prompt ends inside of it.
+    """
     end = prompt.rstrip()
     if end.endswith(markers.start):
         return "open"
-    return "closed" if end.endswith(markers.end) else "undecided"
+    if end.endswith(markers.end):
+        return "closed"
+    if not continued:
+        return "undecided"
+    start_at = continued.rfind(markers.start)
+    end_at = continued.rfind(markers.end)
+    if start_at > end_at:
+        return "open"
+    return "undecided" if end_at < 0 and markers.implicit else "closed"

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qtool.serve.api.tools.deltas import Delta
+
 State = Literal["undecided", "open", "closed"]
 """Where an answer begins: before the start marker, if there will be one; inside of thoughts; or
 after them.
@@ -23,6 +25,20 @@ class Markers:
 
     implicit: bool = False
     """Whether an answer begins inside of thoughts, even if the prompt does not show it."""
+
+    in_messages: bool = False
+    """Whether an answer consists of messages in harmony's format."""
+
+    special: tuple[str, ...] = ()
+    """Further markers of answers that may be special tokens."""
+
+    answer: tuple[str, ...] = ()
+    """Markers that begin the answer one after the other, where that is not ``end``."""
+
+    @property
+    def engine_ends(self) -> tuple[str, ...]:
+        """The markers after which grammars and stop strings hold the text."""
+        return self.answer or (self.end,)
 
 
 class ThoughtReader:
@@ -50,12 +66,21 @@ class ThoughtReader:
         self._began = False
         """Whether there are thoughts that are not white space."""
 
-    def push(self, text: str) -> tuple[str, str]:
-        """Return what became certain with the next piece of text: thoughts, and the text that
-        follows them.
+    def push(self, text: str) -> Delta:
+        """Return what became certain with the next piece of text; what follows the thoughts is
+        content.
         """
         if self._state == "closed":
-            return "", text
+            return Delta(text)
+        thoughts, answer = self._push(text)
+        return Delta(answer, (), thoughts)
+
+    def finish(self) -> Delta:
+        """End the text, and return what was held back."""
+        thoughts, answer = self._finish()
+        return Delta(answer, (), thoughts)
+
+    def _push(self, text: str) -> tuple[str, str]:
         text = self._held + text
         self._held = ""
         if self._state == "before":
@@ -69,8 +94,7 @@ class ThoughtReader:
             return self._inside(text)
         return "", self._after(text)
 
-    def finish(self) -> tuple[str, str]:
-        """End the text, and return what was held back."""
+    def _finish(self) -> tuple[str, str]:
         held = self._held
         self._held = ""
         if self._state == "before" and not self._opened:

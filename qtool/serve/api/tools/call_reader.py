@@ -103,9 +103,13 @@ class CallReader(ABC):
             self._has_content = True
         self._space.append(text[len(solid) :])
 
-    def _begin_call(self, name: str) -> None:
-        self._deltas.append(CallDelta(self._calls, new_call_id(), name, ""))
+    def _begin_call(self, name: str, call_id: str | None = None) -> None:
+        """Return a call: its id, which is made if the model wrote none, and its name."""
+        self._deltas.append(CallDelta(self._calls, call_id or self._new_id(), name, ""))
         self._calls += 1
+
+    def _new_id(self) -> str:
+        return new_call_id()
 
     def _give_arguments(self, text: str) -> None:
         self._held.clear()
@@ -216,6 +220,19 @@ class CallReader(ABC):
             give(text)
             found = True
         return found
+
+    def _take_calls(self) -> Reading[bool]:
+        """Take an array of JSON objects of names and arguments, and return them; return whether
+        there is one at least.
+        """
+        calls = self._calls
+        more = yield from self._take_char("[")
+        while more and (yield from self._take_call()):
+            more = yield from self._take_char(",")
+            if not more:
+                yield from self._take_char("]")
+            self._held.clear()
+        return self._calls > calls
 
     def _take_call(self, known: Collection[str] | None = None) -> Reading[bool]:
         """Take a JSON object of a name and arguments, in any order. Return True if it, or what

@@ -55,14 +55,14 @@ def schema_for(choice: Choice, *, parallel: bool = True) -> Json | None:
     Raises: UsageError, if a schema is nested too deeply to copy.
     """
     if choice.mode == "named":
-        return dict(_parameters(choice.tools[0]))
+        return dict(parameters(choice.tools[0]))
     if choice.mode != "required":
         return None
     try:
         # References in a schema start at its root, which is now below `$defs`. Names contain
         # neither / nor ~, so they need no escapes.
         definitions = {
-            tool.function.name: _rebase(_parameters(tool), f"#/$defs/{tool.function.name}")
+            tool.function.name: _rebase(parameters(tool), f"#/$defs/{tool.function.name}")
             for tool in choice.tools
         }
     except RecursionError as error:
@@ -123,7 +123,7 @@ def _list_tools(names: Iterable[str]) -> str:
     return f"the tools are {shown}" if shown else "send `tools`"
 
 
-def _parameters(tool: Tool) -> Json:
+def parameters(tool: Tool) -> Json:
     """Return the schema of a function's arguments; without one it takes none, says OpenAI."""
     return tool.function.parameters or {"type": "object", "properties": {}}
 

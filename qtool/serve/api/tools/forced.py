@@ -31,12 +31,7 @@ class RequiredParser(CallReader):
     """Reads the array of calls that `schema_for` makes of an answer that must call a tool."""
 
     def _read(self) -> Reading[None]:
-        more = yield from self._take_char("[")
-        while more and (yield from self._take_call()):
-            more = yield from self._take_char(",")
-            if not more:
-                yield from self._take_char("]")
-            self._held.clear()
+        yield from self._take_calls()
         while (yield from self._peek()):
             self._take(REST)
         self._give_content()

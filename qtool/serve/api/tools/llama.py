@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from qtool.serve.api.tools.call_reader import NO_MARKER, CallReader, Reading
+from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle
+
+_FORMAT = re.compile(r'\{\\?"name\\?": function name, \\?"parameters\\?": ')
 
 
 class LlamaParser(CallReader):
@@ -48,3 +52,11 @@ class LlamaParser(CallReader):
         if bare and char == "{":
             return (yield from self._take_call(self._names))
         return False
+
+
+STYLE = ToolStyle(
+    make_parser=lambda tools: LlamaParser(tool.function.name for tool in tools),
+    shows=lambda template: _FORMAT.search(template) is not None,
+    markers=("<|python_tag|>",),
+    form=CallForm(begin=f'{{"name": "{NAME}", "parameters": ', end="}", between="; "),
+)

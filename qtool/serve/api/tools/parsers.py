@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence
 
-from qtool.serve.api.tools.choice import Choice
+from qtool.serve.api.fields import Json
+from qtool.serve.api.protocol import Tool
+from qtool.serve.api.tools.choice import Choice, parameters
 from qtool.serve.api.tools.deltas import ToolParser
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
-from qtool.serve.api.tools.hermes import HermesParser
-from qtool.serve.api.tools.llama import LlamaParser
-
-# One for each style: from the names of the tools to the parser of an answer.
-PARSERS: Mapping[str, Callable[[Iterable[str]], ToolParser]] = {
-    "hermes": lambda tool_names: HermesParser(),
-    "llama3_json": LlamaParser,
-}
+from qtool.serve.api.tools.styles import STYLES
 
 
 def parser_for(choice: Choice, style: str | None) -> ToolParser | None:
     """Return the parser of one answer; None if all of it is content.
 
     Args:
-        choice: what the request lets the model call; if it forces a call, `schema_for` gives the
-            form of the answer.
-        style: how the model writes calls in a free answer.
+        choice: what the request lets the model call.
+        style: how the model writes calls; None if it does not.
     """
+    if choice.mode == "none":
+        return None
+    form = None if style is None else STYLES[style].form
+    if style is not None and (choice.mode == "auto" or form is not None):
+        return make_parser(style, choice.tools)
     if choice.mode == "named":
         return NamedParser(choice.names[0])
-    if choice.mode == "required":
-        return RequiredParser()
-    if choice.mode == "auto" and style is not None:
-        return make_parser(style, choice.names)
-    return None
+    return RequiredParser() if choice.mode == "required" else None
 
 
-def make_parser(style: str, tool_names: Iterable[str]) -> ToolParser:
-    """Return a parser of free answers in ``style``, one of the values of `STYLES`."""
-    return PARSERS[style](tool_names)
+def make_parser(style: str, tools: Sequence[Tool]) -> ToolParser:
+    """Return a parser of answers in ``style``, one of `STYLES`."""
+    return STYLES[style].make_parser(tools)
+
+
+def tool_markers(choice: Choice, style: str | None) -> tuple[str, ...]:
+    """Return the markers of calls that may be special tokens; none if there can be no calls."""
+    if style is None or choice.mode == "none":
+        return ()
+    return STYLES[style].markers
+
+
+def call_tag(choice: Choice, style: str | None, *, parallel: bool) -> Json | None:
+    """Return the structural tag of an answer that must call a tool in the model's own style; None
+    if it need not, or the style has none.
+    """
+    form = None if style is None else STYLES[style].form
+    if form is None or choice.mode not in ("required", "named"):
+        return None
+    tools = [(tool.function.name, dict(parameters(tool))) for tool in choice.tools]
+    return form.tag(tools, parallel=parallel and choice.mode == "required")
