@@ -63,7 +63,7 @@ class DeepSeekV32Parser(MarkedReader):
 
 STYLE = ToolStyle(
     make_parser=DeepSeekV32Parser,
-    shows=lambda template: f"{_D}function_calls" in template,
+    shows=lambda template: _D in template,
     markers=(_D,),
     form=CallForm(
         before=f"{_START}\n",

@@ -92,9 +92,17 @@ class TypedArguments:
     Args:
         schemas: of the arguments, by name.
         give: takes the pieces of JSON.
+        wrapped: whether a line break stands before and after each value.
     """
 
-    def __init__(self, schemas: Mapping[str, object], give: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        schemas: Mapping[str, object],
+        give: Callable[[str], object],
+        *,
+        wrapped: bool = False,
+    ) -> None:
+        self._wrapped = wrapped
         self._schemas = schemas
         self._give = give
         self._count = 0
@@ -118,12 +126,14 @@ class TypedArguments:
         if not self._is_text:
             self._held.append(text)
             return
-        if not self._began and text:
+        solid = text
+        if self._wrapped and text:
+            if not self._began:
+                text = text.removeprefix("\n")
             self._began = True
-            text = text.removeprefix("\n")
-        text = "".join((*self._held, text))
-        solid = text.removesuffix("\n")  # the last one belongs to the end marker
-        self._held = [text[len(solid) :]]
+            text = "".join((*self._held, text))
+            solid = text.removesuffix("\n")
+            self._held = [text[len(solid) :]]
         if solid:
             self._give(dumps(solid)[1:-1])
 

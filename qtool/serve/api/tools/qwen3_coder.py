@@ -42,7 +42,7 @@ class Qwen3CoderParser(MarkedReader):
         self._open_call(name)
         self._passed = ("</function>", "</tool_call>")
         schemas = self._schemas.get(name, {})
-        arguments = TypedArguments(schemas, self._give_arguments)
+        arguments = TypedArguments(schemas, self._give_arguments, wrapped=True)
         while part == "<parameter=":
             key = yield from self._take_text(">")
             if key is None:
