@@ -19,8 +19,7 @@ from typing import NoReturn, Self
 
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
-from qtool.serve.api.reasoning import styles as reasoning_styles
-from qtool.serve.api.tools import styles
+from qtool.serve.answer_styles import reasoning_style, tool_style
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
@@ -354,8 +353,8 @@ async def open_service(
             vocabulary=vocabulary,
             templates=templates,
             grammars=grammars,
-            tool_style=_tool_style(settings, templates),
-            reasoning_style=_reasoning_style(settings, templates),
+            tool_style=tool_style(settings, templates),
+            reasoning_style=reasoning_style(settings, templates),
             defaults=await _sampling_defaults(settings, info),
         )
         await service.warm_up()
@@ -382,42 +381,6 @@ async def _load(
         return templates, await starting
     finally:
         starting.cancel()
-
-
-def _tool_style(settings: ServeSettings, templates: Templates) -> str | None:
-    if templates.template is not None and not templates.template.accepts_tools:
-        LOG.info(
-            "the chat template does not show tools to the model: it calls them only if it must"
-        )
-    named = settings.tool_call_parser
-    style = styles.detect(_tool_text(templates)) if named == "auto" else styles.style_named(named)
-    _log_style("tool calls", style, None if named == "auto" else "--tool-call-parser")
-    return style
-
-
-def _tool_text(templates: Templates) -> str | None:
-    """Return the template that shows tools; of a tokenizer with several it is a named one."""
-    return templates.template.tool_text if templates.template is not None else None
-
-
-def _log_style(what: str, style: str | None, option: str | None) -> None:
-    """Log how the model writes ``what``; ``option`` is the one that says it."""
-    if option is not None:
-        LOG.info("%s: %s, by %s", what, style or "left in the content", option)
-    elif style is not None:
-        LOG.info("%s: read in the style %s, which the chat template shows", what, style)
-    else:
-        LOG.info("%s: the chat template shows no style that is known; none are read", what)
-
-
-def _reasoning_style(settings: ServeSettings, templates: Templates) -> str | None:
-    named = settings.reasoning_parser
-    if named == "auto":
-        style = reasoning_styles.detect(templates.text)
-    else:
-        style = reasoning_styles.style_named(named)
-    _log_style("thoughts", style, None if named == "auto" else "--reasoning-parser")
-    return style
 
 
 async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[str, object]:
