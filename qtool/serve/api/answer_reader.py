@@ -114,6 +114,7 @@ class AnswerReader:
         self._shows_reasoning = form.shows_reasoning
         # without a whole call the text of a forced call is cut off, and no answer
         self._drops_content = form.choice.mode == "required"
+        self._keeps_all = self._shows_reasoning and not self._drops_content
         self.called = False
         """Whether a call was found: `finish_reason` is then ``tool_calls``."""
 
@@ -121,8 +122,13 @@ class AnswerReader:
         """Take the next piece of text; what may belong to a marker or a call is held back."""
         first = Delta(text) if self._thoughts is None else self._thoughts.push(text)
         if self._parser is None or not first.content:
+            if self._keeps_all and not first.calls:
+                return first
             return self._delta(first, Delta(first.content))
-        return self._delta(first, self._parser.push(first.content))
+        delta = self._parser.push(first.content)
+        if self._keeps_all and not (first.reasoning or delta.calls):
+            return delta
+        return self._delta(first, delta)
 
     def finish(self) -> Delta:
         """End the text, and return what was held back."""

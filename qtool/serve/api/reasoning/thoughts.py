@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,7 @@ class ThoughtReader:
         self._start = markers.start
         self._end = markers.end
         self._ends = (markers.end, *(markers.calls if may_call else ()))
+        self._first = re.compile("|".join({re.escape(end[0]) for end in self._ends}))
         self._opened = state == "open" or (state == "undecided" and markers.implicit)
         self._state: Literal["before", "inside", "after", "closed"]
         self._state = "closed" if state == "closed" else "before"
@@ -72,6 +74,8 @@ class ThoughtReader:
         """
         if self._state == "closed":
             return Delta(text)
+        if self._is_plain(text):
+            return Delta("", (), text)
         thoughts, answer = self._push(text)
         return Delta(answer, (), thoughts)
 
@@ -79,6 +83,18 @@ class ThoughtReader:
         """End the text, and return what was held back."""
         thoughts, answer = self._finish()
         return Delta(answer, (), thoughts)
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether ``text`` is thoughts as it is, without a marker or white space to hold back."""
+        return (
+            self._began
+            and self._state == "inside"
+            and not self._held
+            and not self._space
+            and self._first.search(text) is None
+            and bool(text)
+            and not text[-1].isspace()
+        )
 
     def _push(self, text: str) -> tuple[str, str]:
         text = self._held + text
@@ -132,7 +148,7 @@ class ThoughtReader:
             self._space.append(text)
             return ""
         whole = "".join((*self._space, solid))
-        self._space = [text[len(solid) :]]
+        self._space = [text[len(solid) :]] if len(solid) < len(text) else []
         if not self._began:
             self._began = True
             whole = whole.lstrip()

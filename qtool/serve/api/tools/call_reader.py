@@ -43,6 +43,9 @@ class CallReader(ABC):
     again with the next piece.
     """
 
+    _marker = re.compile("<")
+    """Finds the first character of a marker."""
+
     def __init__(self) -> None:
         self._piece = ""
         self._at = 0  # position in the piece
@@ -53,6 +56,10 @@ class CallReader(ABC):
         self._deltas: list[CallDelta] = []
         self._calls = 0
         self._has_content = False
+        self._rests = False
+        """Whether the reader stands in content, and nothing is held: text without the first
+        character of a marker is content, too.
+        """
         self._reading = self._read()
         next(self._reading)
 
@@ -67,6 +74,9 @@ class CallReader(ABC):
 
     def push(self, text: str) -> Delta:
         """Take the next piece of text; what may begin a call or a marker is held back."""
+        if self._rests and self._is_plain(text):
+            self._has_content = True
+            return Delta(text)
         self._piece = text
         self._at = 0
         next(self._reading)
@@ -83,6 +93,23 @@ class CallReader(ABC):
             self._content += self._space
             self._space.clear()
         return self._take_delta()
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether ``text`` is content as it is, without a marker or white space to hold back."""
+        return (
+            not self._space
+            and (self._has_content or not self._calls)
+            and self._marker.search(text) is None
+            and bool(text)
+            and not text[-1].isspace()
+        )
+
+    def _rest(self) -> Reading[str]:
+        """Return the next character, like `_peek`, where content is read."""
+        self._rests = True
+        char = yield from self._peek()
+        self._rests = False
+        return char
 
     def _take_delta(self) -> Delta:
         delta = Delta("".join(self._content), join_calls(self._deltas))
@@ -101,7 +128,8 @@ class CallReader(ABC):
             self._content.append(whole if self._has_content or not self._calls else whole.lstrip())
             self._space.clear()
             self._has_content = True
-        self._space.append(text[len(solid) :])
+        if text[len(solid) :]:
+            self._space.append(text[len(solid) :])
 
     def _begin_call(self, name: str, call_id: str | None = None) -> None:
         """Return a call: its id, which is made if the model wrote none, and its name."""

@@ -9,11 +9,12 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
 
+from msgspec import Struct
+
 from qtool.serve.api.schemas import Call, CalledFunction
 
 
-@dataclass(frozen=True, slots=True)
-class CallDelta:
+class CallDelta(Struct, frozen=True, gc=False):
     """A piece of a tool call, as OpenAI streams it."""
 
     index: int
@@ -28,8 +29,7 @@ class CallDelta:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True, gc=False):
     """What became certain with one more piece of text."""
 
     content: str = ""

@@ -38,6 +38,7 @@ class HarmonyParser(CallReader):
     def __init__(self) -> None:
         self._reasoning: list[str] = []
         self._thoughts = 0  # messages of thoughts
+        self._thinks = False
         super().__init__()
 
     def _take_delta(self) -> Delta:
@@ -46,6 +47,12 @@ class HarmonyParser(CallReader):
         self._deltas.clear()
         self._reasoning.clear()
         return delta
+
+    def push(self, text: str) -> Delta:
+        """Take the next piece of text; what may begin a marker is held back."""
+        if self._thinks and "<" not in text:
+            return Delta("", (), text)
+        return super().push(text)
 
     def _read(self) -> Reading[None]:
         header: list[str] | None = None
@@ -86,18 +93,27 @@ class HarmonyParser(CallReader):
             if self._thoughts:
                 self._reasoning.append("\n")
             self._thoughts += 1
-            return (yield from self._take_piece(self._give_thoughts))
+            return (yield from self._take_piece(self._give_thoughts, self._think))
         if self._has_content:
             self._space.append("\n")
-        return (yield from self._take_piece(lambda text: self._give_content()))
+        return (yield from self._take_piece(lambda text: self._give_content(), self._rest))
+
+    def _think(self) -> Reading[str]:
+        """Return the next character, like `_peek`, where thoughts are read."""
+        self._thinks = True
+        char = yield from self._peek()
+        self._thinks = False
+        return char
 
     def _give_thoughts(self, text: str) -> None:
         self._held.clear()
         self._reasoning.append(text)
 
-    def _take_piece(self, give: Callable[[str], object]) -> Reading[str]:
+    def _take_piece(
+        self, give: Callable[[str], object], peek: Callable[[], Reading[str]] | None = None
+    ) -> Reading[str]:
         """Take text up to a marker of the format, and the marker, which is returned."""
-        while char := (yield from self._peek()):
+        while char := (yield from (peek or self._peek)()):
             if char != "<":
                 give(self._take(_NO_MARKER))
                 continue

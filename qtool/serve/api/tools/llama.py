@@ -23,7 +23,7 @@ class LlamaParser(CallReader):
     def _read(self) -> Reading[None]:
         # a call may begin here without a marker: at the start, or after another call
         may_call = True
-        while (yield from self._peek()):
+        while (yield from self._peek() if may_call else self._rest()):
             if may_call:
                 yield from self._take_separator()
             may_call = yield from self._take_call_here(bare=may_call)

@@ -24,7 +24,7 @@ class MarkedReader(CallReader):
     def __init__(self) -> None:
         firsts = re.escape("".join({start[0] for start in self.starts}))
         self._no_marker = re.compile(f"[^{firsts}]+")
-        self._first = re.compile(f"[{firsts}]")
+        self._marker = re.compile(f"[{firsts}]")
         self._passed: tuple[str, ...] = ()
         """Markers after calls, which are dropped."""
         super().__init__()
@@ -36,8 +36,8 @@ class MarkedReader(CallReader):
         """
 
     def _read(self) -> Reading[None]:
-        while char := (yield from self._peek()):
-            if not self._first.match(char):
+        while char := (yield from self._rest()):
+            if not self._marker.match(char):
                 self._take(self._no_marker)
                 self._give_content()
                 continue

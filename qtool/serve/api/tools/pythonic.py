@@ -37,7 +37,7 @@ class PythonicParser(CallReader):
         if (yield from self._peek()) == "[":
             yield from self._take_list(self._names)
             self._give_content()
-        while char := (yield from self._peek()):
+        while char := (yield from self._rest()):
             if char != "<":
                 self._take(_NO_MARKER)
             else:
