@@ -17,6 +17,8 @@ from support.headers_only import Gptq, build, fp8, int8
 from support.hub_server import HubServer
 
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
+from qtool.serve.api.reasoning.styles import NAMES as REASONING_NAMES
+from qtool.serve.api.tools.styles import NAMES as TOOL_NAMES
 from qtool.serve.engine_command import HIDDEN, Command, make_command, targets
 from qtool.serve.handover import prepare
 from qtool.serve.settings import (
@@ -319,6 +321,15 @@ def test_every_flag_is_one_the_engine_has(engine):
         if word
     }
     assert flags <= {f"--{name}" for name in THEIRS[engine].split()}
+
+
+def test_names_of_parsers_are_known_here_and_to_the_engines():
+    elsewhere = {"step3"}  # a style that only the engines have
+    for option, names in (("tool_call_parser", TOOL_NAMES), ("reasoning_parser", REASONING_NAMES)):
+        tables = [targets()[engine].options[option].values for engine in THEIRS]
+        for table in tables:
+            assert set(table) <= {*names, "none"} | elsewhere
+        assert set(names) == set(names) & set().union(*tables) | {"interns1", "kimi"} & set(names)
 
 
 @pytest.mark.parametrize("engine", THEIRS)

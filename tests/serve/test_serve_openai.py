@@ -52,7 +52,7 @@ TEMPLATE = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}Answer <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
 {% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
-{{ m['content'] }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if short %}Be short.{% endif %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -645,6 +645,7 @@ def test_no_tool_is_called_that_must_not_be(ask):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_calls_that_a_model_makes_itself_are_found(other_client, stream):
     spelled = (
+        r"<think>\nI should ask\.\n</think>\n\n"
         r'Let me see\. <tool_call>\n\{"name": "get_weather", '
         r'"arguments": \{"city": "Paris", "days": 2\}\}\n</tool_call>'
         r'<tool_call>\n\{"name": "clock", "arguments": \{\}\}\n</tool_call>'
@@ -659,6 +660,9 @@ def test_calls_that_a_model_makes_itself_are_found(other_client, stream):
     answer = other_client.chat.completions.create(**options, stream=stream)
     if stream:
         chunks = list(answer)
+        thoughts = "".join(
+            choice.delta.reasoning_content or "" for chunk in chunks for choice in chunk.choices
+        )
         content, reason, calls = (
             text_of(chunks),
             chunks[-1].choices[0].finish_reason,
@@ -667,16 +671,39 @@ def test_calls_that_a_model_makes_itself_are_found(other_client, stream):
     else:
         (only,) = answer.choices
         content, reason = only.message.content, only.finish_reason
+        thoughts = only.message.reasoning_content
+        assert only.message.reasoning == thoughts
+        assert 8 < answer.usage.completion_tokens_details.reasoning_tokens < 30
         calls = [
             {"id": call.id, "name": call.function.name, "arguments": call.function.arguments}
             for call in only.message.tool_calls
         ]
-    assert (content, reason) == ("Let me see.", "tool_calls")
+    assert (thoughts, content, reason) == ("I should ask.", "Let me see.", "tool_calls")
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [
         ("get_weather", {"city": "Paris", "days": 2}),
         ("clock", {}),
     ]
     assert len({call["id"] for call in calls}) == 2
+
+
+def test_a_grammar_and_stop_strings_hold_the_answer_and_not_the_thoughts(other_client):
+    begun = {"role": "assistant", "content": "<think>Let me"}  # and the thoughts go on
+    choice = other_client.chat.completions.create(
+        model="org/tiny",
+        messages=[*ASKED, begun],
+        max_tokens=12,
+        stop=["e", "a", " "],
+        extra_body={
+            "regex": "[0-9]{4}",
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        },
+    )
+    (only,) = choice.choices
+    assert (only.message.content, only.finish_reason) == (None, "length")
+    assert only.message.reasoning_content
+    details = choice.usage.completion_tokens_details
+    assert details.reasoning_tokens == choice.usage.completion_tokens == 12
 
 
 def test_results_of_tools_go_back_into_the_chat(other_client, no_space):
