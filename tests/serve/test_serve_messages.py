@@ -20,6 +20,7 @@ from qtool.serve.api.messages import reply
 from qtool.serve.api.messages.protocol import MessagesRequest
 from qtool.serve.api.messages.reply import tool_input
 from qtool.serve.api.messages.request import chat_request
+from qtool.serve.api.prompt import template_message
 from qtool.serve.api.sealed_thoughts import seal, unseal
 
 KEY = "a-key"
@@ -310,6 +311,28 @@ def test_a_longer_conversation_begins_like_the_shorter_one():
     shorter = [*HELLO, {"role": "assistant", "content": "a"}, {"role": "system", "content": "b"}]
     assert turns_of(shorter)[-1] == ("user", "b")
     assert turns_of([*shorter, *HELLO])[-1] == ("user", "b\n\nHello")
+
+
+def test_text_after_a_result_joins_it_where_the_template_would_refuse_a_turn():
+    body = MessagesRequest.model_validate(CLAUDE_CODE)
+    strict = "{{ raise_exception('roles must alternate user/assistant') }}"
+    assert [turn.role for turn in chat_request(body, "a", strict).messages[-2:]] == ["tool", "tool"]
+    assert chat_request(body, "a", strict).messages[-1].content == "the tool failed\n\nGo on."
+
+
+def test_ids_of_calls_are_short_where_the_template_asks_for_it():
+    strict = "{{ raise_exception('IDs should be alphanumeric strings with length 9!') }}"
+    body = MessagesRequest.model_validate(CLAUDE_CODE)
+    turns = [template_message(turn, strict) for turn in chat_request(body, "a").messages]
+    ids = [call["id"] for call in turns[2]["tool_calls"]]
+    assert [turn["tool_call_id"] for turn in turns[3:5]] == ids and {len(one) for one in ids} == {9}
+
+
+def test_tools_have_what_templates_ask_for():
+    body = {"messages": HELLO, "tools": [{"name": "f", "input_schema": {"type": "object"}}]}
+    [tool] = chat_request(MessagesRequest.model_validate(body), "a").tools
+    assert tool.function.description == ""
+    assert tool.function.parameters == {"type": "object", "properties": {}}
 
 
 def test_the_beginning_of_an_answer_is_continued():

@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qtool.serve.api.fields import Json
 from qtool.serve.api.other_fields import log_once
-from qtool.serve.api.protocol import FunctionCall, Message, ToolCall
+from qtool.serve.api.protocol import Function, FunctionCall, Message, Tool, ToolCall
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -42,7 +43,9 @@ class Conversation:
     answer: a longer conversation then begins as it did before, and is found in the prefix cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, template: str | None = None) -> None:
+        self._alternates = "must alternate" in (template or "")
+        """Whether the template refuses a turn of the user after the result of a tool."""
         self._turns: list[_Turn] = []
         self._names: dict[str, str] = {}
         """Of the functions that were called, by the id of the call."""
@@ -60,7 +63,8 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Add what the user says."""
-        turn = self._turn("user")
+        after_result = bool(self._turns) and self._turns[-1].role == "tool"
+        turn = self._turn("tool" if self._alternates and after_result else "user")
         turn.texts += [*self._take_held(), text] if text else self._take_held()
 
     def answer(self, text: str = "", *, thoughts: str = "") -> None:
@@ -103,6 +107,19 @@ class Conversation:
     def _flush_held(self) -> None:
         if self._held:
             self.ask("")
+
+
+def function_tool(name: str, description: str | None, parameters: Json | None) -> Tool:
+    """Return a tool with everything that templates of published models ask of one: agents leave out
+    a description, and the properties of a function without arguments.
+    """
+    given = parameters or {"type": "object"}
+    function = Function.model_construct(
+        name=name,
+        description=description or "",
+        parameters=given if "properties" in given else {**given, "properties": {}},
+    )
+    return Tool.model_construct(type="function", function=function)
 
 
 def note_unread(kind: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,6 +20,8 @@ from qtool.serve.api.protocol import (
 )
 from qtool.serve.service import Service
 from qtool.serve.turns import current_origin
+
+SHORT_IDS = "alphanumeric strings with length 9"  # in templates that refuse other ids of calls
 
 
 async def render_prompt(
@@ -92,7 +96,18 @@ def template_message(message: Message, template: str | None = None) -> Json:
     turn["content"] = join_content(message.content)
     if message.tool_calls:
         turn["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    if SHORT_IDS in (template or ""):
+        _shorten_ids(turn)
     return turn
+
+
+def _shorten_ids(turn: Json) -> None:
+    """Give calls ids of nine letters or digits, which templates of Mistral ask for."""
+    calls = cast(list[Json], turn.get("tool_calls", []))
+    for fields, name in [(turn, "tool_call_id"), *((call, "id") for call in calls)]:
+        call_id = fields.get(name)
+        if isinstance(call_id, str) and not re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
+            fields[name] = hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def join_content(content: str | list[TextPart] | None) -> str:

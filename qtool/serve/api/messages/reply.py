@@ -57,7 +57,9 @@ INVALID_INPUT = "INVALID_JSON"
 async def answer_message(service: Service, body: MessagesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     rid = service.new_id("msg")
-    chat = await service.threads.run(current_origin().body_bytes, chat_request, body, rid)
+    chat = await service.threads.run(
+        current_origin().body_bytes, chat_request, body, rid, service.templates.text
+    )
     shows = not (body.thinking and body.thinking.display == "omitted")
 
     def make_reply(chat: Chat) -> Reply:
@@ -71,7 +73,9 @@ async def count_tokens(service: Service, body: MessagesRequest) -> int:
     """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
     service.check_model(body.model)
     rid = service.new_id("msg")
-    chat = await service.threads.run(current_origin().body_bytes, chat_request, body, rid)
+    chat = await service.threads.run(
+        current_origin().body_bytes, chat_request, body, rid, service.templates.text
+    )
     _, tokens = await render_prompt(service, choose(chat.tools, chat.tool_choice).tools, chat)
     return len(tokens)
 

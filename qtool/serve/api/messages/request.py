@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qtool.errors import UsageError
-from qtool.serve.api.conversation import Conversation, note_unread
+from qtool.serve.api.conversation import Conversation, function_tool, note_unread
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages.protocol import (
     Block,
@@ -25,12 +25,10 @@ from qtool.serve.api.messages.protocol import (
 from qtool.serve.api.other_fields import log_once
 from qtool.serve.api.protocol import (
     ChatRequest,
-    Function,
     FunctionName,
     JsonSchema,
     NamedTool,
     ResponseFormat,
-    Tool,
 )
 from qtool.serve.api.sealed_thoughts import unseal
 
@@ -44,14 +42,19 @@ MODES: dict[str, Literal["auto", "required", "none"]] = {
 }
 
 
-def chat_request(body: MessagesRequest, rid: str) -> ChatRequest:
-    """Return ``body`` as a chat with the id ``rid``. Raises: UsageError."""
+def chat_request(body: MessagesRequest, rid: str, template: str | None = None) -> ChatRequest:
+    """Return ``body`` as a chat with the id ``rid`` for ``template``. Raises: UsageError."""
     choice = body.tool_choice
     return ChatRequest.model_construct(
         model=body.model,
-        messages=_conversation(body).messages(),
+        messages=_conversation(body, template).messages(),
         max_tokens=body.max_tokens,
-        tools=[_tool(tool) for tool in body.tools or () if tool.is_own] or None,
+        tools=[
+            function_tool(tool.name or "", tool.description, tool.input_schema)
+            for tool in body.tools or ()
+            if tool.is_own
+        ]
+        or None,
         tool_choice=_tool_choice(choice, body.tools or ()),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_format=_response_format(body),
@@ -67,8 +70,8 @@ def chat_request(body: MessagesRequest, rid: str) -> ChatRequest:
     )
 
 
-def _conversation(body: MessagesRequest) -> Conversation:
-    conversation = Conversation()
+def _conversation(body: MessagesRequest, template: str | None) -> Conversation:
+    conversation = Conversation(template)
     conversation.instruct(_system_text(body.system))
     for message in body.messages:
         if message.role == "system":
@@ -140,13 +143,6 @@ def _is_begun(message: InputMessage) -> bool:
     if isinstance(message.content, str):
         return bool(message.content)
     return bool(message.content) and isinstance(message.content[-1], TextBlock)
-
-
-def _tool(tool: ToolDefinition) -> Tool:
-    function = Function.model_construct(
-        name=tool.name or "", description=tool.description, parameters=tool.input_schema
-    )
-    return Tool.model_construct(type="function", function=function)
 
 
 def _tool_choice(

@@ -82,7 +82,7 @@ def _prepare(
         top_logprobs=body.top_logprobs,
         top_p=body.top_p,
     )
-    return translate(body, rid), begun
+    return translate(body, rid, service.templates.text), begun
 
 
 class _ResponseReply(Reply):

@@ -39,12 +39,12 @@ class Translation:
     """What the functions of the chat are called by the client."""
 
 
-def translate(body: ResponsesRequest, rid: str) -> Translation:
-    """Return ``body`` as a chat with the id ``rid``. Raises: UsageError."""
+def translate(body: ResponsesRequest, rid: str, template: str | None = None) -> Translation:
+    """Return ``body`` as a chat with the id ``rid`` for ``template``. Raises: UsageError."""
     items: Sequence[Item] = [] if isinstance(body.input, str) else body.input
     more = [tool for item in items if isinstance(item, ToolsItem) for tool in item.tools]
     table = ToolTable([*(body.tools or ()), *more])
-    conversation = Conversation()
+    conversation = Conversation(template)
     conversation.instruct(body.instructions or "")
     if isinstance(body.input, str):
         conversation.ask(body.input)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtool.errors import UsageError
+from qtool.serve.api.conversation import function_tool
 from qtool.serve.api.fields import MAX_AGENT_TOOLS
 from qtool.serve.api.other_fields import log_once
 from qtool.serve.api.protocol import (
     Allowed,
     AllowedTools,
-    Function,
     FunctionName,
     NamedTool,
 )
@@ -88,12 +88,8 @@ class ToolTable:
         name = function_name(tool.name, namespace)
         is_custom = isinstance(tool, CustomTool)
         self._called[name] = CalledTool(tool.name, namespace, is_custom)
-        function = Function.model_construct(
-            name=name,
-            description=_description(tool),
-            parameters=custom_input.SCHEMA if isinstance(tool, CustomTool) else tool.parameters,
-        )
-        self.functions.append(ChatTool.model_construct(type="function", function=function))
+        parameters = custom_input.SCHEMA if isinstance(tool, CustomTool) else tool.parameters
+        self.functions.append(function_tool(name, _description(tool), parameters))
 
     def _named(self, choice: ChosenTool) -> NamedTool:
         if choice.type not in ("function", "custom") or choice.name is None:
