@@ -25,7 +25,7 @@ from qtool.serve.api.protocol import SamplingFields, StreamOptions, check_conten
 
 NO_STORE = "nothing is stored: send the whole conversation in `input`"
 REFUSED_ITEMS = {
-    "item_reference": NO_STORE,
+    "item_reference": "nothing is stored: send the item itself, as clients do with `store: false`",
     "compaction": "only the server that compacted a conversation can read it",
     "compaction_summary": "only the server that compacted a conversation can read it",
 }
