@@ -176,7 +176,8 @@ def write_table(path: Path, results: dict[str, dict[str, str]]) -> None:
             f"| {name.replace('_', '-')} | {found['version']} | {found['what']} | {found['result']} |"
         )
     text = path.read_text()
-    before, after = text.split(START)[0], text.split(START)[1].split(END)[1]
+    before, rest = text.split(START, 1)
+    after = rest.split(END, 1)[1]
     path.write_text("\n".join([f"{before}{START}", *lines, END]) + after)
 
 
