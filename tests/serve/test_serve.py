@@ -45,7 +45,12 @@ def test_an_agent_of_openai_calls_twice_and_ends(served):
         named = {"type": "function", "name": "weather"}
         for choice, limit in ((named, 200), (named, 200), ("none", 16)):
             with client.responses.stream(
-                model="tiny", input=items, tools=[tool], tool_choice=choice, max_output_tokens=limit
+                model="tiny",
+                input=items,
+                tools=[tool],
+                tool_choice=choice,
+                max_output_tokens=limit,
+                include=["message.output_text.logprobs"],
             ) as stream:
                 *_, last = stream
             items += [item.to_dict() for item in last.response.output]
@@ -55,7 +60,9 @@ def test_an_agent_of_openai_calls_twice_and_ends(served):
                     output = {"type": "function_call_output", "call_id": call.call_id}
                     items.append({**output, "output": "sunny"})
     assert set(cities) <= CITIES and len(cities) == 2
-    assert last.response.usage.input_tokens > 20 and last.response.output[-1].type == "message"
+    usage = last.response.usage
+    [message] = last.response.output
+    assert usage.input_tokens > 20 and len(message.content[0].logprobs) == usage.output_tokens
 
 
 def test_an_agent_of_anthropic_calls_twice_and_ends(served):

@@ -22,7 +22,7 @@ from qtool.serve.api.messages.protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from qtool.serve.api.other_fields import log_once
+from qtool.serve.api.other_fields import log_once, log_without_effect
 from qtool.serve.api.protocol import (
     ChatRequest,
     FunctionName,
@@ -182,6 +182,8 @@ def _template_kwargs(body: MessagesRequest) -> Json | None:
     """
     if body.thinking is None or body.thinking.type not in ("enabled", "disabled"):
         return body.chat_template_kwargs
+    if body.thinking.budget_tokens is not None:
+        log_without_effect("thinking.budget_tokens")
     thinks = body.thinking.type == "enabled"
     variables: Json = {"enable_thinking": thinks, "thinking": thinks}
     return variables | (body.chat_template_kwargs or {})

@@ -63,11 +63,17 @@ class OutputItems:
         self._open: _Open | None = None
         self._call = -1
         """The number of the call that is open."""
+        self._logprobs: list[TokenLogprob] = []
+        """Of tokens whose text is held back."""
         self.done: list[OutputItem] = []
 
     def add(self, delta: Delta, logprobs: list[TokenLogprob]) -> Iterator[ResponseEvent]:
-        """Yield the events for ``delta``; ``logprobs`` go with its text."""
+        """Yield the events for ``delta``; ``logprobs`` are those of its tokens, and wait for their
+        text.
+        """
+        self._logprobs += logprobs
         if delta.reasoning:
+            self._logprobs = []
             if not isinstance(self._open, _Thoughts):
                 yield from self._start(_Thoughts(self._seals_thoughts))
             if isinstance(self._open, _Thoughts):
@@ -76,14 +82,18 @@ class OutputItems:
             if not isinstance(self._open, _Message):
                 yield from self._start(_Message())
             if isinstance(self._open, _Message):
-                yield self._open.add(delta.content, logprobs)
+                yield self._open.add(delta.content, self._logprobs)
+            self._logprobs = []
         for call in delta.calls:
+            self._logprobs = []
             yield from self._add_call(call)
 
     def finish(self, *, complete: bool) -> Iterator[ResponseEvent]:
         """Yield the events that end the last item; without any, there is an empty message."""
         if self._open is None:
             yield from self._start(_Message())
+        if isinstance(self._open, _Message):
+            self._open.logprobs += self._logprobs  # of an end without text
         yield from self._close("completed" if complete else "incomplete")
 
     def _add_call(self, piece: CallDelta) -> Iterator[ResponseEvent]:
@@ -116,7 +126,7 @@ class _Message:
         self._id = _new_id("msg")
         self.index = 0
         self._pieces: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] = []
 
     def item(self, status: ItemStatus) -> OutputMessage:
         content = [] if status == "in_progress" else [self._text()]
@@ -127,7 +137,7 @@ class _Message:
 
     def add(self, text: str, logprobs: list[TokenLogprob]) -> ResponseEvent:
         self._pieces.append(text)
-        self._logprobs += logprobs
+        self.logprobs += logprobs
         return OutputTextDelta(
             item_id=self._id, output_index=self.index, delta=text, logprobs=logprobs
         )
@@ -140,7 +150,7 @@ class _Message:
         yield PartDone(item_id=self._id, output_index=self.index, part=text)
 
     def _text(self) -> OutputText:
-        return OutputText("".join(self._pieces), logprobs=self._logprobs)
+        return OutputText("".join(self._pieces), logprobs=self.logprobs)
 
 
 class _Thoughts:
