@@ -168,7 +168,9 @@ class TextStream:
         self.thoughts: Thoughts | None = None
         """What comes before the answer, and has no stop strings; None if all of it is answer."""
         if params.reasoning_ends:
-            self.thoughts = Thoughts(params.reasoning_start, params.reasoning_ends)
+            self.thoughts = Thoughts(
+                params.reasoning_start, params.reasoning_ends, params.reasoning_calls
+            )
         self._safe: list[str] = []
         """What `take` returns next."""
         self._held = ""

@@ -95,6 +95,8 @@ class SamplingParams:
     """The marker that ends thoughts (of several, each follows the one before): stop strings and the
     grammar hold what follows it. None: there are no thoughts.
     """
+    reasoning_calls: Sequence[str] = ()
+    """Markers of tool calls before the end of thoughts; what follows is not counted as thoughts."""
     kept_special_tokens: Sequence[str] = ()
     """Special tokens that stay in the text, like those of the two markers, though
     `skip_special_tokens` leaves others out.
@@ -114,6 +116,8 @@ class SamplingParams:
         for name in CONSTRAINTS:
             object.__setattr__(self, name, _grammar(name, getattr(self, name)))
         object.__setattr__(self, "reasoning_end", _strings("reasoning_end", self.reasoning_end))
+        calls = _strings("reasoning_calls", self.reasoning_calls)
+        object.__setattr__(self, "reasoning_calls", calls)
         kept = _strings("kept_special_tokens", self.kept_special_tokens)
         object.__setattr__(self, "kept_special_tokens", kept)
         self._check_combinations()

@@ -12,9 +12,13 @@ class Thoughts:
         start: the marker that begins thoughts, after white space at most; None if the text begins
             inside of them.
         ends: the marker that ends them; of several, each follows the one before.
+        calls: markers of tool calls: what follows is counted neither as thoughts nor as answer.
     """
 
-    def __init__(self, start: str | None, ends: Sequence[str]) -> None:
+    def __init__(self, start: str | None, ends: Sequence[str], calls: Sequence[str] = ()) -> None:
+        self._calls = calls
+        self._called = False
+        self._tail_size = max(map(len, (*ends, *calls))) - 1
         self._start = start
         self._ends = list(ends)
         self._held = ""
@@ -35,7 +39,7 @@ class Thoughts:
 
     def count_token(self) -> None:
         """Count a token before the pieces of text that it completes."""
-        if not self.over:
+        if not (self.over or self._called):
             self._tokens += 1
 
     def push(self, text: str) -> tuple[str, str]:
@@ -68,8 +72,8 @@ class Thoughts:
         while self._ends and (found := whole.find(self._ends[0], at)) >= 0:
             at = found + len(self._ends.pop(0))
         if self._ends:
-            size = len(self._ends[0]) - 1
-            self._tail = whole[max(at, len(whole) - size) :] if size else ""
+            self._called = self._called or any(call in whole for call in self._calls)
+            self._tail = whole[max(at, len(whole) - self._tail_size) :] if self._tail_size else ""
             return text, ""
         self.over = True
         self.rest = whole[at:]

@@ -292,6 +292,14 @@ def test_a_text_may_begin_with_thoughts_or_with_the_answer():
     assert (text.finish(), text.thoughts.tokens) == ("QZ", 0)
 
 
+def test_what_follows_a_call_is_not_counted_as_thoughts():
+    text = TextStream(TOKENIZER, SamplingParams(reasoning_end="##", reasoning_calls=["call("]))
+    before = TOKENIZER.encode("a call(").ids
+    for token in [*before, *TOKENIZER.encode("x)").ids]:
+        text.push(token)
+    assert text.thoughts.tokens == len(before)
+
+
 @given(st.lists(st.sampled_from(["<t>", "</t>", "a", "</", " ", "\n"])), st.data())
 def test_thoughts_end_at_the_same_place_in_any_pieces(pieces, data):
     start = data.draw(st.sampled_from([None, "<t>"]))

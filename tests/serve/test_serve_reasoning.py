@@ -83,6 +83,27 @@ def test_names_of_both_engines_are_taken_and_others_refused():
     assert "qwen3" in caught.value.hint
 
 
+def test_thoughts_may_be_held_back_or_dropped_and_second_calls_too():
+    text = "<think>a b</think>" + '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2
+
+    def deltas(**options):
+        form = AnswerForm(
+            choice=Choice("auto", ()), tool_style="hermes", markers=STYLES["qwen3"], **options
+        )
+        reader = AnswerReader(form)
+        return [*map(reader.push, text), reader.finish()]
+
+    assert [one.reasoning for one in deltas() if one.reasoning] == ["a", " b"]
+    held = deltas(streams_reasoning=False, parallel=False)
+    assert [one.reasoning for one in held if one.reasoning] == ["a b"]
+    assert len(fold(held).calls) == 1
+    assert fold(deltas(shows_reasoning=False)).reasoning is None
+
+
 def test_thoughts_of_earlier_turns_reach_the_template_under_one_name():
     turn = Message.model_validate({"role": "assistant", "content": "b", "reasoning": "a"})
     assert template_message(turn)["reasoning_content"] == "a"
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = Message.model_validate({**turn.model_dump(), "tool_calls": [call]})
+    shown = template_message(turn, "{% if message.thinking %}")  # of gpt-oss
+    assert (shown["thinking"], shown["content"]) == ("a\nb", "")

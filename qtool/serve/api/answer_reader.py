@@ -38,6 +38,12 @@ class AnswerForm:
     shows_reasoning: bool = True
     """Whether thoughts are returned, and not dropped."""
 
+    streams_reasoning: bool = True
+    """Whether thoughts are returned as they come, and not all at once."""
+
+    parallel: bool = True
+    """Whether there may be more than one call; others are dropped."""
+
     def constrain(self, params: SamplingParams) -> SamplingParams:
         """Return ``params`` with the markers that the engine must know: stop strings and grammars
         hold what follows the thoughts, and markers stay in the text though they may be special
@@ -51,6 +57,7 @@ class AnswerForm:
             params,
             reasoning_start=None if inside else self.markers.start,
             reasoning_end=self.markers.engine_ends,
+            reasoning_calls=() if self.choice.mode == "none" else self.markers.calls,
             kept_special_tokens=(*kept, self.markers.start, *self.markers.special),
         )
 
@@ -58,8 +65,9 @@ class AnswerForm:
 def form_of(service: Service, body: ChatRequest, choice: Choice, prompt: str) -> AnswerForm:
     """Return the form of the answers to ``prompt``, the rendered messages of ``body``."""
     style = service.reasoning_style
+    parallel = body.parallel_tool_calls is not False
     if style is None:
-        return AnswerForm(choice=choice, tool_style=service.tool_style)
+        return AnswerForm(choice=choice, tool_style=service.tool_style, parallel=parallel)
     state = state_after(prompt, STYLES[style], continued=_continued(body))
     if state == "undecided" and _wants_no_thoughts(body):
         state = "closed"
@@ -70,6 +78,8 @@ def form_of(service: Service, body: ChatRequest, choice: Choice, prompt: str) ->
         state=state,
         separates=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
+        streams_reasoning=body.stream_reasoning is not False,
+        parallel=parallel,
     )
 
 
@@ -114,7 +124,11 @@ class AnswerReader:
         self._shows_reasoning = form.shows_reasoning
         # without a whole call the text of a forced call is cut off, and no answer
         self._drops_content = form.choice.mode == "required"
-        self._keeps_all = self._shows_reasoning and not self._drops_content
+        self._parallel = form.parallel
+        self._held_reasoning: list[str] | None = None if form.streams_reasoning else []
+        self._keeps_all = (
+            self._shows_reasoning and form.streams_reasoning and not self._drops_content
+        )
         self.called = False
         """Whether a call was found: `finish_reason` is then ``tool_calls``."""
 
@@ -126,7 +140,7 @@ class AnswerReader:
                 return first
             return self._delta(first, Delta(first.content))
         delta = self._parser.push(first.content)
-        if self._keeps_all and not (first.reasoning or delta.calls):
+        if self._keeps_all and not (first.reasoning or first.calls or delta.calls):
             return delta
         return self._delta(first, delta)
 
@@ -134,17 +148,26 @@ class AnswerReader:
         """End the text, and return what was held back."""
         first = Delta() if self._thoughts is None else self._thoughts.finish()
         if self._parser is None:
-            return self._delta(first, Delta(first.content))
+            return self._delta(first, Delta(first.content), ends=True)
         pushed = self._parser.push(first.content)
         rest = self._parser.finish()
         calls = join_calls((*pushed.calls, *rest.calls))
-        return self._delta(first, Delta(pushed.content + rest.content, calls))
+        return self._delta(first, Delta(pushed.content + rest.content, calls), ends=True)
 
-    def _delta(self, first: Delta, answer: Delta) -> Delta:
+    def _delta(self, first: Delta, answer: Delta, *, ends: bool = False) -> Delta:
         calls = (*first.calls, *answer.calls)
         self.called = self.called or bool(calls)
+        if not self._parallel:
+            calls = tuple(call for call in calls if call.index == 0)
+        reasoning = first.reasoning if self._shows_reasoning else ""
+        if self._held_reasoning is not None:
+            self._held_reasoning.append(reasoning)
+            reasoning = ""
+            if ends or answer.content or calls:
+                reasoning = "".join(self._held_reasoning)
+                self._held_reasoning.clear()
         return Delta(
             content="" if self._drops_content else answer.content,
             calls=calls,
-            reasoning=first.reasoning if self._shows_reasoning else "",
+            reasoning=reasoning,
         )

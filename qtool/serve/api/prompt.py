@@ -90,10 +90,12 @@ def template_message(message: Message, template: str | None = None) -> Json:
     turn: Json = message.model_dump(exclude_none=True, exclude={"tool_calls"})
     if message.reasoning is not None:
         turn.setdefault("reasoning_content", message.reasoning)
+    turn["content"] = join_content(message.content)
+    if "message.thinking" in (template or "") and "reasoning_content" in turn:
+        _name_thinking(turn, has_calls=bool(message.tool_calls))
     # `developer` is OpenAI's later name for `system`, which few templates know
     if message.role == "developer" and "developer" not in (template or ""):
         turn["role"] = "system"
-    turn["content"] = join_content(message.content)
     if message.tool_calls:
         turn["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     if SHORT_IDS in (template or ""):
@@ -108,6 +110,17 @@ def _shorten_ids(turn: Json) -> None:
         call_id = fields.get(name)
         if isinstance(call_id, str) and not re.fullmatch(r"[a-zA-Z0-9]{9}", call_id):
             fields[name] = hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+def _name_thinking(turn: Json, *, has_calls: bool) -> None:
+    """Give thoughts the name of gpt-oss' template, which takes no content beside them in a message
+    with calls: it is the end of the thoughts then.
+    """
+    thoughts = str(turn["reasoning_content"])
+    if has_calls and turn["content"]:
+        thoughts = f"{thoughts}\n{turn['content']}"
+        turn["content"] = ""
+    turn["thinking"] = thoughts
 
 
 def join_content(content: str | list[TextPart] | None) -> str:

@@ -260,6 +260,8 @@ class ChatRequest(OpenAISamplingFields):
     reasoning_effort: str | None = None
     separate_reasoning: bool | None = None
     """Whether thoughts are told from content (SGLang's); they are without it."""
+    stream_reasoning: bool | None = None
+    """Whether a stream has thoughts as they come (SGLang's); it has without it."""
     include_reasoning: bool | None = None
     """Whether thoughts are returned (vLLM's); they are without it."""
     modalities: (

@@ -22,7 +22,11 @@ answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=8
 assert answer.choices[0].message.content and answer.usage.completion_tokens <= 8
 pieces = list(
     client.chat.completions.create(
-        model="tiny", messages=ASK, max_tokens=8, stream=True, stream_options={"include_usage": True}
+        model="tiny",
+        messages=ASK,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
     )
 )
 assert pieces[-1].usage.completion_tokens <= 8

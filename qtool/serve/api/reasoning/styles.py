@@ -25,6 +25,7 @@ STYLES: Mapping[str, Markers] = {
         start="<|channel|>analysis<|message|>",
         end="<|end|>",
         implicit=True,
+        calls=("<|channel|>commentary",),
         in_messages=True,
         special=MARKERS,
         answer=("<|channel|>final", "<|message|>"),
