@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.server import Server, start_server
+from support.server import Server, start_server  # noqa: E402
 
 HERE = Path(__file__).with_name("clients")
 MODEL = ROOT / "examples" / "tiny-python-llama"
