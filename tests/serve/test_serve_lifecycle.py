@@ -476,11 +476,14 @@ def talk_about(server: Server, word: str, **headers: str) -> None:
         assert (
             httpx.post(server.url + path, json=body, headers=headers, timeout=60).status_code == 200
         )
-        for wrong in ({**body, "n": 10**6}, {**body, word: 1}):
-            assert (
-                httpx.post(server.url + path, json=wrong, headers=headers, timeout=60).status_code
-                == 400
-            )
+        for other, status in (({"temperature": word}, 400), ({word: 1}, 200)):
+            given = {**body, **other}
+            if path == "/generate" and status == 400:
+                given = {**body, "sampling_params": other}
+            if path == "/tokenize" and status == 400:
+                given = {**body, "add_special_tokens": word}
+            answer = httpx.post(server.url + path, json=given, headers=headers, timeout=60)
+            assert answer.status_code == status
     broken = httpx.post(
         f"{server.url}/v1/completions",
         content=json.dumps({"prompt": word})[:-1],
@@ -571,7 +574,7 @@ def test_a_key_is_never_shown_prompts_are_if_asked_for_and_a_log_unread_stops_no
         log = process.stderr.read().decode()
     assert process.returncode == 0
     assert "s3cret" not in info + log + out.read_text()
-    assert log.count(MARKER) == 3
+    assert log.count(MARKER) == 6  # of each route twice
     assert log.count("def " * 1000) == 12 and len(log) > 65536
 
 

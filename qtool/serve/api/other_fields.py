@@ -8,6 +8,7 @@ Sources: OpenAI's API reference; vLLM 0.33 `entrypoints/openai/*/protocol.py`; S
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 
 LOG = logging.getLogger("qtool.serve")
@@ -16,6 +17,7 @@ MAX_UNKNOWN = 64  # unknown fields of one object
 MIN_NEAR = 4  # letters of a name that may be a misspelled one
 MAX_TYPOS = 2
 MAX_NAME = 40
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 OPENAI = (
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
@@ -154,10 +156,14 @@ def log_without_effect(name: str) -> None:
 
 
 def log_once(message: str, name: str) -> None:
-    """Log ``message`` with ``name`` in it, a word of a request; each only once."""
+    """Log ``message`` with ``name`` in it, a word of a request; each only once.
+
+    What looks like no name is left out: it may be a client's text.
+    """
+    name = name if PLAIN_NAME.fullmatch(name) else "..."
     if (key := (message, name)) not in _logged and len(_logged) < MAX_LOGGED:
         _logged.add(key)
-        LOG.info(message, name[:MAX_NAME])
+        LOG.info(message, name)
 
 
 def _plain(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 from starlette.types import Scope
 
@@ -14,7 +15,8 @@ from qtool.serve.metrics import Metrics
 from qtool.serve.service import Busy, ModelNotFound
 
 LOG = logging.getLogger("qtool.serve")
-MAX_LOGGED = 200  # characters of a path, and of the name of a field
+MAX_LOGGED = 200  # characters of a path
+FIELD = re.compile(r"[A-Za-z0-9_.\[\]-]{1,200}")  # others may be text of a client
 
 # An error of the server itself: its code, or else its class -> status
 STATUSES: dict[str | type[Exception], int] = {
@@ -117,7 +119,7 @@ def note_refusal(metrics: Metrics, scope: Scope, status: int, detail: ErrorDetai
         scope["path"][:MAX_LOGGED],
         status,
         code,
-        f", param {detail.param[:MAX_LOGGED]}" if detail.param else "",
+        f", param {detail.param}" if FIELD.fullmatch(detail.param or "") else "",
     )
 
 
