@@ -38,6 +38,7 @@ AUX_FILES = (
         "USE_POLICY*",
     ),
 )
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
 WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
 
@@ -67,6 +68,20 @@ def links_outside(files: Iterable[Path], source: Path) -> list[str]:
         f"{path.name} is a link out of the model folder; what {path.resolve()} holds is copied"
         for path in files
         if not _is_inside(path, source)
+    ]
+
+
+def templates_left_out(source: Path) -> list[str]:
+    """Return a note if the model folder ``source`` has chat templates in a folder of their own: a
+    checkpoint that qtool writes has no folders.
+    """
+    names = sorted(path.stem for path in (source / NAMED_TEMPLATES).glob("*.jinja"))
+    if not names:
+        return []
+    shown = ", ".join(filter(str.isprintable, names))
+    return [
+        f"the chat templates in {NAMED_TEMPLATES}/ are not carried over: {shown}; `qtool serve "
+        "--chat-template` takes one of them"
     ]
 
 

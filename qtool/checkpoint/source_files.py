@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qtool.checkpoint.aux_files import CONFIGS, aux_files, links_outside
+from qtool.checkpoint.aux_files import CONFIGS, aux_files, links_outside, templates_left_out
 from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.model import INDEX, Checkpoint
 from qtool.errors import CheckpointRefused
@@ -79,7 +79,7 @@ def source_files(checkpoint: Checkpoint) -> SourceFiles:
     return SourceFiles(
         folder=folder,
         aux=tuple(aux),
-        notes=tuple(links_outside(aux, folder)),
+        notes=(*links_outside(aux, folder), *templates_left_out(folder)),
         states={file: state for file, state in states.items() if state},
         digests=digest_files(small),
     )

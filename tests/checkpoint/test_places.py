@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qtool.checkpoint import check_place, open_checkpoint, source_files, stage_output
-from qtool.checkpoint.aux_files import aux_files
+from qtool.checkpoint.aux_files import NAMED_TEMPLATES, aux_files
 from qtool.checkpoint.manifest import check_manifest
 from qtool.checkpoint.staging_folder import MARK, is_mount_point
 from qtool.checkpoint.writer import LOG_MARK
@@ -451,3 +451,12 @@ def test_inspect_verify_ends_with_3_when_a_file_differs(verified, tiny_model):
         )
     code, found, _ = inspected(tiny_model, "--verify")
     assert (code, found["error"]["code"]) == (3, "E_NO_MANIFEST")
+
+
+def test_chat_templates_in_a_folder_of_their_own_are_said_to_stay(tiny_copy):
+    assert source_files(open_checkpoint(tiny_copy)).notes == ()
+    folder = tiny_copy / NAMED_TEMPLATES
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ messages }}")
+    (note,) = source_files(open_checkpoint(tiny_copy)).notes
+    assert f"{NAMED_TEMPLATES}/ are not carried over: tool_use" in note

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from qtool.checkpoint.aux_files import NAMED_TEMPLATES
 from qtool.checkpoint.strict_json import Json, JsonDict, read_json, refused
 from qtool.errors import CheckpointRefused, ResourceError, UsageError, one_line
 from qtool.sandbox import (
@@ -26,7 +27,6 @@ from qtool.sandbox import (
 from qtool.serve.prompts.pool import SandboxPool
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the largest of a public model are below 50 kB
-NAMED_TEMPLATES = "additional_chat_templates"  # the folder of transformers
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 256 << 20  # eight times the largest body of a request
 SPECIAL_TOKENS = (
