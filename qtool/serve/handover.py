@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from qtool import formats
@@ -30,7 +29,7 @@ from qtool.serve.engine_command import (
     visible_device,
 )
 from qtool.serve.engine_install import Installation, find_installation
-from qtool.serve.settings import ServeOptions
+from qtool.serve.settings import ServeOptions, shown_name
 
 REASONS = 3
 
@@ -62,10 +61,9 @@ def prepare(
         override = _override(checkpoint, options.quantization)
         if _is_quantized(checkpoint):
             options = replace(options, quantization=None)
-    # of the Hub: the folder that was checked is served, under the name that was asked for
-    if folder != Path(options.model_path):
-        name = options.served_model_name or options.model_path
-        options = replace(options, model_path=str(folder), served_model_name=name)
+    # of the Hub: the folder that was checked is served; clients see no paths
+    name = options.served_model_name or shown_name(options.model_path)
+    options = replace(options, model_path=str(folder), served_model_name=name)
     command = make_command(engine, replace(options, revision=None), extra, override=override)
     warnings = _warnings(report)
     warnings += _check_installed(engine, installed, dry_run=dry_run)
@@ -165,9 +163,10 @@ def _check_installed(engine: str, installed: Installation, *, dry_run: bool) -> 
     if installed.is_there:
         return []
     message = f"{engine} is not installed in the environment of {installed.python}"
+    folder = f"{engine}-env"
     hint = (
-        f"pip install {engine} in an environment of its own, whose packages do not change those of "
-        "qtool, and name it: --engine-python ENVIRONMENT/bin/python"
+        f"make an environment for it: `python3 -m venv {folder} && {folder}/bin/pip install "
+        f"{engine}=={targets()[engine].version}`, and add --engine-python {folder}/bin/python"
     )
     if not dry_run:
         raise ResourceError("E_NO_ENGINE_PACKAGE", message, hint=hint)
