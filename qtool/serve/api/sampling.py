@@ -116,5 +116,13 @@ def _structured_outputs(given: StructuredOutputs | None) -> Iterator[Constraint]
 
 
 def _dumps(schema: Json) -> str:
-    """Return ``schema`` as JSON. msgspec is used because `json` would hold the GIL for long."""
-    return msgspec.json.encode(schema).decode()
+    """Return ``schema`` as JSON. msgspec is used because `json` would hold the GIL for long.
+
+    Raises: UsageError, if it is nested too deeply.
+    """
+    try:
+        return msgspec.json.encode(schema).decode()
+    except RecursionError as error:
+        raise UsageError(
+            "E_GRAMMAR", "a schema is nested too deeply", hint="use $defs and $ref"
+        ) from error
