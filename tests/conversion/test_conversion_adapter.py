@@ -128,7 +128,10 @@ def cut(tensors):
         ({"tensors": rename("lora_B", "lora_C")}, "belongs to no matrix"),
         ({"tensors": cut}, "of another model"),
     ],
-    ids=str,
+    ids=[
+        *("kind", "parameters", "no rank", "other rank", "DoRA", "pattern"),
+        *("no matrix", "no B", "shape"),
+    ],
 )
 def test_what_is_not_merged_is_refused_and_nothing_is_left(llama, adapter, tmp_path, change, said):
     with pytest.raises(CheckpointRefused, match=said):
