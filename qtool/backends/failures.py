@@ -24,6 +24,9 @@ from qtool.sizes import format_size
 
 TAIL_BYTES = 4096  # of the log: what a worker printed last
 FULL_BYTES = 1 << 16  # a disk with less is full
+# what GPTQModel and transformers say when a file of the model's folder could not be read, without
+# the error of the system
+NOT_READ = ("can't open model path", "Repo id must be in the form")
 # signals that code sends itself; all others come from outside
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 
@@ -50,6 +53,9 @@ def from_exception(error: BaseException, job: Job, where: str) -> QtoolError:
         if file_error.filename is None and file_error.errno in (errno.ENOSPC, errno.EDQUOT):
             file_error.filename = job.output
         return from_os_error(file_error, reading=inputs, where=where)
+    if any(text in str(error) for text in NOT_READ):
+        not_read = OSError(errno.EIO, os.strerror(errno.EIO), job.model)
+        return from_os_error(not_read, reading=inputs, where=where)
     if shutil.disk_usage(job.output).free < FULL_BYTES:  # torch does not say why a write failed
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), job.output)
         return from_os_error(full, where=where)

@@ -78,6 +78,12 @@ def test_the_file_that_made_a_library_end_its_process_is_found_in_the_log(plan, 
     assert from_exit(1, plan, job, log).code == "E_BACKEND_DIED"
 
 
+def test_a_library_that_keeps_the_error_of_the_system_to_itself_is_understood(job):
+    said = "Loader: can't open model path `/m` for offload_to_disk."
+    error = from_exception(RuntimeError(said), job, "while loading the model")
+    assert (error.exit_code, error.code) == (3, "E_UNREADABLE")
+
+
 @pytest.mark.parametrize("status", [1, -signal.SIGBUS])
 def test_a_disk_that_is_full_is_seen_without_a_log(plan, job, tmp_path, monkeypatch, status):
     (tmp_path / "log").touch()
