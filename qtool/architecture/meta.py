@@ -198,6 +198,9 @@ def read_config(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    layers = checkpoint.text_config.get("num_hidden_layers")
+    if isinstance(layers, int):  # `runtime.mtp` counts one more than the file
+        config.get_text_config().num_hidden_layers = layers
     return config
 
 

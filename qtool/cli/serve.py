@@ -95,10 +95,10 @@ def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.runtime.load_plan import plan_load
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
-    plan = plan_load(checkpoint, device_named(settings.device), settings.quantization)
+    device, config = device_named(settings.device), settings.engine_config
+    plan = plan_load(checkpoint, device, settings.quantization, mtp=config.uses_mtp)
     check_by_name(plan)
-    if settings.engine_config.speculation is not None:
-        check_speculation(plan)
+    check_speculation(plan, config.speculation)
     for warning in plan.warnings:
         message(f"warning: {warning}")
     show(plan.to_dict, kernels(plan), as_json)

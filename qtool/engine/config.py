@@ -17,6 +17,9 @@ MAX_TOKENS = 1 << 20
 MAX_RUNNING_REQUESTS = 4096
 MAX_DRAFT_TOKENS = 32
 NUM_DRAFT_TOKENS = 8
+NUM_MTP_STEPS = 3  # SGLang's default for DeepSeek-V3
+# SGLang's names of a model's own layer and vLLM's, for the models whose layers qtool knows
+MTP_ALGORITHMS = ("NEXTN", "EAGLE", "mtp", "deepseek_mtp", "glm4_moe_mtp")
 MATCH_WINDOW = (2, 12)
 
 
@@ -30,6 +33,13 @@ class Speculation:
     """The tokens at the end of a request that must have come before, at least."""
     max_window: int
     """So many of them are looked for, at most."""
+    mtp: bool = False
+    """Whether the model's own layer for multi-token prediction drafts, and no windows count."""
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens after those of a step whose keys and values are made while drafting."""
+        return self.drafts - 1 if self.mtp else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +94,22 @@ class EngineConfig:
 
     speculative_algorithm: str | None = None
     """NGRAM: what followed the last tokens where they came before in the request is drafted, and
-    verified in one step."""
+    verified in one step. NEXTN, also EAGLE, mtp, deepseek_mtp, glm4_moe_mtp: the checkpoint's own
+    layer for multi-token prediction (MTP) drafts."""
 
     speculative_num_steps: int | None = bounded(None, 1, own_maximum=MAX_DRAFT_TOKENS - 1)
-    """Tokens drafted for a request in a step. [one less than speculative_num_draft_tokens]"""
+    """Tokens drafted for a request in a step. [one less than speculative_num_draft_tokens; 3 with
+    NEXTN]"""
 
     speculative_num_draft_tokens: int | None = bounded(None, 2, own_maximum=MAX_DRAFT_TOKENS)
-    """Tokens of a request in a step: the drafted ones, and the one before them. [8]"""
+    """Tokens of a request in a step: the drafted ones, and the one before them. [8; 4 with
+    NEXTN]"""
 
     speculative_ngram_min_match_window_size: int | None = bounded(None, 1)
-    """Tokens that must have come before for a draft, at least. [2]"""
+    """Tokens that must have come before for a draft of NGRAM, at least. [2]"""
 
     speculative_ngram_max_match_window_size: int | None = bounded(None, 1)
-    """Tokens that are looked for, at most: the longest match counts. [12]"""
+    """Tokens that NGRAM looks for, at most: the longest match counts. [12]"""
 
     random_seed: int | None = bounded(None, 0, own_maximum=2**64 - 1)
     """Makes requests without a seed repeat."""
@@ -126,13 +139,21 @@ class EngineConfig:
         _check_speculation(self)
 
     @property
+    def uses_mtp(self) -> bool:
+        """Whether the checkpoint's own layer drafts tokens."""
+        return self.speculative_algorithm in MTP_ALGORITHMS
+
+    @property
     def speculation(self) -> Speculation | None:
         """How tokens are drafted; None if they are not."""
         if self.speculative_algorithm is None:
             return None
         drafts = self.speculative_num_steps
         if drafts is None:
-            drafts = (self.speculative_num_draft_tokens or NUM_DRAFT_TOKENS) - 1
+            default = NUM_MTP_STEPS + 1 if self.uses_mtp else NUM_DRAFT_TOKENS
+            drafts = (self.speculative_num_draft_tokens or default) - 1
+        if self.uses_mtp:
+            return Speculation(drafts, 0, 0, mtp=True)
         shortest = self.speculative_ngram_min_match_window_size
         longest = self.speculative_ngram_max_match_window_size
         if shortest is None:
@@ -144,12 +165,17 @@ def _check_speculation(config: EngineConfig) -> None:
     """Raise UsageError for an algorithm that qtool lacks, and for options that do not agree."""
     names = [field.name for field in fields(EngineConfig) if "speculative_" in field.name]
     algorithm = config.speculative_algorithm
-    if algorithm not in (None, "NGRAM"):
+    if algorithm not in (None, "NGRAM", *MTP_ALGORITHMS):
         message = f"speculative_algorithm is `{algorithm}`"
-        if algorithm in ("NEXTN", "EAGLE", "EAGLE3", "STANDALONE"):
-            message += ": the engine runs no layers or models that draft"
-        raise UsageError("E_SPECULATION", message, hint="NGRAM needs none")
+        if algorithm in ("EAGLE3", "STANDALONE"):
+            message += ": the engine runs no second model that drafts"
+        hint = "NGRAM, or NEXTN for the checkpoint's own layer"
+        raise UsageError("E_SPECULATION", message, hint=hint)
     given = [name for name in names if getattr(config, name) is not None]
+    windows = [name for name in given if "ngram" in name]
+    if windows and config.uses_mtp:
+        message = f"{windows[0]} is given, and speculative_algorithm is `{algorithm}`"
+        raise UsageError("E_SPECULATION", message, hint="it belongs to NGRAM")
     if algorithm is None and given:
         message = f"{given[0]} is given, and speculative_algorithm is not"
         raise UsageError("E_SPECULATION", message, hint="speculative_algorithm NGRAM")

@@ -69,7 +69,8 @@ class Engine:
         config = make_options(EngineConfig, engine_options(options, known))
         device = device_named(config.device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
-        plan = plan_load(checkpoint, device, config.quantization, config.dtype or "auto")
+        dtype = config.dtype or "auto"
+        plan = plan_load(checkpoint, device, config.quantization, dtype, mtp=config.uses_mtp)
         self._open(plan, config)
 
     @classmethod
@@ -91,9 +92,7 @@ class Engine:
         """Load the weights and start the loop."""
         checkpoint, device = plan.checkpoint, plan.device
         check_by_name(plan)
-        speculation = config.speculation
-        if speculation is not None:
-            check_speculation(plan)
+        check_speculation(plan, config.speculation)
         limits = _limits(plan.skeleton.config, device, config)
         scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
         self.tokenizer = None
@@ -135,7 +134,7 @@ class Engine:
                 self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids
             )
         # drafts follow the tokens of the step before
-        overlap = not config.disable_overlap_schedule and speculation is None
+        overlap = not config.disable_overlap_schedule and config.speculation is None
         overlap = overlap and device.type == "cuda"
         self.loop = Loop(runner, overlap=overlap)
         self._parser = RequestParser(
@@ -147,7 +146,7 @@ class Engine:
             cache_tokens=cache_tokens,
             use_prefix=use_prefix,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
-            speculation=speculation,
+            speculation=config.speculation,
         )
         # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
@@ -386,6 +385,7 @@ def _limits(model_config: ModelConfig, device: torch.device, config: EngineConfi
         config.chunked_prefill_size or TOKEN_BUDGET[device.type],
         context_length or longest,
         drafts=0 if config.speculation is None else config.speculation.drafts,
+        lookahead=0 if config.speculation is None else config.speculation.lookahead,
     )
 
 

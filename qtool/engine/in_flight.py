@@ -20,6 +20,10 @@ class InFlightStep:
     tokens: Tensor
     """int32 on the host: `Chunk.sampled` for each chunk, -1 where the logits were not finite."""
     done: torch.cuda.Event | None
+    drafts: Tensor | None = None
+    """int32 [S, D] on the host, of the chunks that sample: what may follow the tokens they gain,
+    -1 where nothing was drafted; None without an MTP layer.
+    """
     logprobs: Logprobs | None = None
     """On the host, of `logprob_rows`."""
     logprob_rows: tuple[int, ...] = ()

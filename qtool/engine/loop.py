@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qtool.engine.in_flight import InFlightStep
 from qtool.engine.kv_cache import Pages
@@ -22,7 +23,7 @@ from qtool.engine.requests import Request
 from qtool.engine.sampler import Logprobs
 from qtool.engine.sampling_batch import RowRequest
 from qtool.engine.scheduler import Scheduler
-from qtool.engine.speculation import SpecMeter
+from qtool.engine.speculation import MtpDrafts, SpecMeter
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.engine.throughput import Throughput
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
@@ -53,6 +54,7 @@ class Loop:
             limits.token_budget,
             limits.context_length,
             propose=_propose if limits.drafts else None,
+            lookahead=limits.lookahead,
         )
         self.spec = SpecMeter() if limits.drafts else None
         """What came of drafts; None where there are none."""
@@ -222,6 +224,8 @@ class Loop:
         self.throughput.note(sum(len(its) for _, its in gained))
         if self.spec is not None:
             _count_drafts(self.spec, gained)
+        if in_flight.drafts is not None:
+            _keep_drafts(in_flight.drafts, gained)
         for chunk, gain in gained:
             if chunk.sequence.state != "finished":
                 self._advance_safely(_request(chunk.sequence), gain)
@@ -349,6 +353,14 @@ def _rows(chunk: Chunk) -> list[RowRequest]:
         )
         for number, mask in enumerate(masks)
     ]
+
+
+def _keep_drafts(drafts: Tensor, gained: Sequence[Gain]) -> None:
+    """Keep ``drafts`` [S, D], which may follow what the S sequences now have."""
+    for (chunk, _), row in zip(gained, drafts.tolist(), strict=True):
+        drafter = _request(chunk.sequence).drafter
+        assert isinstance(drafter, MtpDrafts)
+        drafter.keep(row, len(chunk.sequence.tokens))
 
 
 def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:

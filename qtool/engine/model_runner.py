@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.engine import kv_cache
 from qtool.engine.attention.interface import NAME, Recording, recording, running
@@ -21,6 +20,7 @@ from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import fuse
 from qtool.engine.in_flight import InFlightStep
 from qtool.engine.latent_attention import keep_latents
+from qtool.engine.mtp import MtpDrafter
 from qtool.engine.requirements import HAND_OVER, check_by_numbers
 from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
@@ -37,11 +37,13 @@ from qtool.engine.step_buffer import (
     fill_updates,
     update_table,
 )
+from qtool.engine.stopwatch import Stopwatch
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.compiling import compile_in_parallel
 from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import current
+from qtool.runtime.mtp import MtpLayer
 from qtool.sizes import format_size
 
 LOG = logging.getLogger("qtool.engine")
@@ -77,17 +79,19 @@ class Runner:
         self.model, self.device, self.limits = model, device, limits
         self.vocab_size: int = model.get_output_embeddings().out_features
         self.sampler = Sampler(self.vocab_size, device)
+        self._mtp_layer: MtpLayer | None = getattr(model, "mtp", None)
         # experts ask the device which of them have tokens
         experts = any(isinstance(module, ExpertStack) for module in model.modules())
         wants_graphs = cuda_graphs and device.type == "cuda" and not experts
         columns = -(-limits.context_length // PAGE)
         with torch.inference_mode(), current(device):
             self._make_buffers(columns)
-            log_time = _Stopwatch()
+            log_time = Stopwatch()
             self._prepare_model(compiled)
             log_time("layers fused")
             heads = max(layer.groups for layer in self.geometry.layers)
             self._counters = new_counters(limits.most_decodes, heads, device)
+            self._mtp = self._make_drafter()
             dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
             self.cache_dtype = dtype
             scales = cache_scales or {}
@@ -166,13 +170,23 @@ class Runner:
             for layer in self.model.get_decoder().layers:
                 layer.compile(dynamic=True)
 
+    def _make_drafter(self) -> MtpDrafter | None:
+        """Return what drafts after each step; None for a model without an MTP layer."""
+        if self._mtp_layer is None:
+            return None
+        drafter = MtpDrafter(self._mtp_layer, self.limits, self.table, self._counters)
+        cast(nn.Module, self.model.get_decoder()).register_forward_hook(drafter.keep_hidden)
+        return drafter
+
     def _record(self) -> Recording:
         """Return what each layer keeps, found by a dry pass."""
         self.model.set_attn_implementation(NAME)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with compile_in_parallel(self.device), recording() as found:
             self.model(input_ids=zero, position_ids=zero, use_cache=False)
-        layers = self.model.config.get_text_config().num_hidden_layers
+            if (mtp := self._mtp_layer) is not None:
+                mtp(zero[0], mtp.embeddings(zero[0]), zero[0])
+        layers = self.model.config.get_text_config().num_hidden_layers + (mtp is not None)
         if len(found.layers) + len(found.states) != layers or not found.layers:
             message = (
                 f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
@@ -188,7 +202,7 @@ class Runner:
         self.graphs.close()
         self.buffer.close()
         self.layers, self._sampled = {}, []
-        del self.model, self.sampler
+        del self.model, self.sampler, self._mtp, self._mtp_layer
         self.table = self._last = self._counters = torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -236,6 +250,8 @@ class Runner:
         samples = min(self.limits.most_decodes, tokens)
         kept = torch.zeros(samples, dtype=torch.long, device=self.device)
         logits = self._logits(packed, torch.zeros_like(positions), kept)
+        if self._mtp is not None:
+            self._mtp.run(packed, torch.zeros_like(positions), None, self.layers)
         params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
         mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
         row = RowRequest(params, seed=0, position=0, history=History([0]), mask=mask)
@@ -282,6 +298,8 @@ class Runner:
                 launched.logprob_rows = samples.logprob_rows
         if tokens is not None:
             launched.tokens.copy_(tokens, non_blocking=True)
+        if self._mtp is not None:
+            launched.drafts = self._mtp.draft(step, tokens, self._prefills_at, self.layers)
         for position, logprobs in prompt_logprobs.items():
             launched.prompts[position] = logprobs.on_host()
         if self.device.type == "cuda":
@@ -295,12 +313,13 @@ class Runner:
         """Run the model; return the logits of the chunks that sample, the most probable tokens if a
         graph made them, and the log probabilities of ``prompts``.
         """
+        self._prefills_at = step.decode_tokens
         if prompts:
             return self._run_with_prompt_logprobs(step, prompts)
         if (size := self.graphs.decode_size(step)) is not None:
             return *self.graphs.replay_decode(step, size), {}
         if (shape := self.graphs.prompt_shape(step)) is not None:
-            rows = self.graphs.replay_prompts(step, shape)
+            rows, self._prefills_at = self.graphs.replay_prompts(step, shape), shape.decodes
             return self.graphs.kept_logits.index_select(0, self._to_device(rows)), None, {}
         return self._run(step), None, {}
 
@@ -424,18 +443,6 @@ def _logits_of(step: Step, whole: Sequence[int]) -> list[int]:
         chunk.count if position in whole else chunk.sampled
         for position, chunk in enumerate(step.chunks)
     ]
-
-
-class _Stopwatch:
-    """Logs how long each part of a start took."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, what: str) -> None:
-        now = time.monotonic()
-        LOG.info("%s in %.1f s", what, now - self._last)
-        self._last = now
 
 
 def _takes_largest(request: RowRequest) -> bool:

@@ -29,7 +29,7 @@ from qtool.engine.outputs import (
 )
 from qtool.engine.sampling_batch import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from qtool.engine.speculation import NgramDrafter
+from qtool.engine.speculation import Drafter, MtpDrafts, NgramDrafter
 from qtool.engine.step import SequenceState
 from qtool.errors import UsageError
 
@@ -144,7 +144,7 @@ class Request:
     """Alternatives for each token; None: no log probabilities."""
     prompt_logprobs_from: int | None
     """The first token of the prompt whose log probability is returned."""
-    drafter: NgramDrafter | None = None
+    drafter: Drafter | None = None
     """Drafts tokens that may come next."""
     masks: Sequence[NDArray[np.int32] | None] = ()
     """What the grammar lets come now and after each token drafted last."""
@@ -312,9 +312,10 @@ class RequestParser:
             context=tokens[-CONTEXT_TOKENS:],
         )
         constraint = Constraint.of(params, self.compiler, text.end_ids)
-        drafter = None
+        drafter: Drafter | None = None
         if self.speculation is not None:
-            drafter = NgramDrafter(self.speculation, tokens)
+            uses_mtp = self.speculation.mtp
+            drafter = MtpDrafts() if uses_mtp else NgramDrafter(self.speculation, tokens)
         return Request(
             id=f"{name}-{number}" if params.n > 1 else name,
             group=name,

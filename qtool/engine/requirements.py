@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qtool.engine.attention.interface import Recording
 from qtool.engine.attention.pages import LayerCache
+from qtool.engine.config import Speculation
 from qtool.engine.delta_net import has_delta_nets
 from qtool.engine.fusion import stand_ins
 from qtool.engine.kv_cache import allocate_pages, allocate_states
@@ -44,11 +45,16 @@ def check_by_name(plan: LoadPlan) -> None:
         raise _refused(f"{name} has layers of `{'`, `'.join(others)}`, which the engine lacks")
 
 
-def check_speculation(plan: LoadPlan) -> None:
+def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
     """Raise CheckpointRefused for a model whose layers keep states, which cannot forget drafted
-    tokens that were wrong.
+    tokens that were wrong, and for an MTP layer that was not planned to be loaded.
     """
     model = plan.skeleton.model
+    if speculation is None:
+        return
+    if speculation.mtp and plan.mtp is None:
+        message = f"{plan.checkpoint.path} was loaded without its MTP layer"
+        raise CheckpointRefused("E_SPECULATION", message, hint="plan_load takes mtp=True")
     if has_delta_nets(model):
         message = (
             f"{type(model).__name__} has layers that keep a state for each sequence, and a state "

@@ -40,6 +40,8 @@ class Limits:
     """Tokens of one sequence."""
     drafts: int = 0
     """Tokens drafted for one sequence in a step."""
+    lookahead: int = 0
+    """Tokens after those of a step that the drafting layer keeps keys and values of."""
 
     @property
     def most_decodes(self) -> int:
@@ -68,6 +70,7 @@ class Scheduler:
         token_budget: as in `Limits`.
         context_length: as in `Limits`.
         propose: drafts tokens for sequences that wait for their tokens.
+        lookahead: as in `Limits`.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Scheduler:
         token_budget: int,
         context_length: int,
         propose: Propose | None = None,
+        lookahead: int = 0,
     ) -> None:
         self.pages = pages
         # so that a prompt gets a token even if all others decode
@@ -84,6 +88,7 @@ class Scheduler:
         self.token_budget = token_budget
         self.context_length = context_length
         self.propose = propose
+        self.lookahead = lookahead
         self.running: list[SequenceState] = []
         self.waiting: deque[SequenceState] = deque()
         self.preemptions = 0
@@ -185,7 +190,8 @@ class Scheduler:
         room = min(room, sequence.longest - sequence.length - 1)
         drafts = self.propose(sequence, room) if room > 0 else ()
         free = self.pages.free - len(self.running)
-        missing = -(-(sequence.length + len(drafts)) // PAGE) - len(sequence.pages)
+        written = min(sequence.length + len(drafts) + self.lookahead, sequence.longest)
+        missing = -(-written // PAGE) - len(sequence.pages)
         pages = self.pages.allocate(max(0, min(missing, free))) or []
         self._append(sequence, pages, updates)
         return drafts[: len(sequence.pages) * PAGE - sequence.length]

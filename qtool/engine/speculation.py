@@ -1,5 +1,5 @@
-"""Tokens drafted without a model: what followed the last tokens of a request where they came before
-in its prompt or output (n-gram speculation, prompt lookup).
+"""Drafted tokens: what followed the last tokens of a request where they came before in its prompt
+or output (n-gram speculation, prompt lookup), or what the model's own layer drafted (`engine.mtp`).
 
 A step computes the last token and the drafted ones; the tokens sampled after each of them are those
 that decoding would give, one by one, as long as the drafts are these tokens.
@@ -7,9 +7,11 @@ that decoding would give, one by one, as long as the drafts are these tokens.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,32 @@ from qtool.engine.outputs import SpecCounts
 LOG = logging.getLogger("qtool.engine")
 LOG_INTERVAL_S = 10.0
 MAX_PLACES = 4096  # of one token, the latest, where longer matches are looked for
+
+
+class Drafter(Protocol):
+    """Drafts the tokens of one request."""
+
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
+        """Return at most ``room`` tokens that may follow ``tokens``, prompt and outputs so far."""
+
+
+class MtpDrafts:
+    """The tokens that the model's own layer drafted for one request in the step read last."""
+
+    def __init__(self) -> None:
+        self._drafts: Sequence[int] = ()
+        self._length = 0
+
+    def keep(self, drafts: Sequence[int], length: int) -> None:
+        """Keep what may follow the first ``length`` tokens of the request; from a negative number
+        on nothing was drafted.
+        """
+        self._drafts = list(itertools.takewhile(lambda token: token >= 0, drafts))
+        self._length = length
+
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
+        """Return at most ``room`` tokens that may follow ``tokens``."""
+        return self._drafts[:room] if len(tokens) == self._length else ()
 
 
 class NgramDrafter:

@@ -138,15 +138,29 @@ def dequantized_weights(plan: LoadPlan) -> dict[str, Tensor]:
     for source in plan.dequantized:
         assert plan.layout is not None
         module = plan.layout.modules[source.name]
-        raw = {suffix: read_checked(plan, info.name) for suffix, info in module.tensors.items()}
-        if "bias" in raw:
-            found[f"{source.name}.bias"] = raw.pop("bias")
-        weight = formats.FORMATS[plan.layout.format].read(module, raw)
-        values = dequantize(weight)
-        if weight.pre_scale is not None:
-            values *= weight.pre_scale.float()
-        found[f"{source.name}.weight"] = values.to(plan.skeleton.dtype)
+        if bias := module.tensors.get("bias"):
+            found[f"{source.name}.bias"] = read_checked(plan, bias.name)
+        found[f"{source.name}.weight"] = dequantized_matrix(plan, source.name)
     return found
+
+
+def dequantized_matrix(plan: LoadPlan, name: str) -> Tensor:
+    """Return the matrix of the layer ``name``, quantized or not, in host memory; factors of its
+    inputs are multiplied in.
+    """
+    if plan.layout is None or name not in plan.layout.modules:
+        return read_checked(plan, f"{name}.weight").to(plan.skeleton.dtype)
+    module = plan.layout.modules[name]
+    raw = {
+        suffix: read_checked(plan, info.name)
+        for suffix, info in module.tensors.items()
+        if suffix != "bias"
+    }
+    weight = formats.FORMATS[plan.layout.format].read(module, raw)
+    values = dequantize(weight)
+    if weight.pre_scale is not None:
+        values *= weight.pre_scale.float()
+    return values.to(plan.skeleton.dtype)
 
 
 def read_checked(plan: LoadPlan, name: str) -> Tensor:

@@ -41,6 +41,13 @@ class Decoder(Protocol):
         """Return the hidden states [1, T, H] after the last norm, first in the sequence."""
 
 
+class MtpDecoder(Decoder, Protocol):
+    """A decoder whose layers an MTP layer may have."""
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+
+
 class GenerationConfig(Protocol):
     """The defaults of ``generate``."""
 

@@ -29,6 +29,7 @@ from qtool.runtime.devices import device_named
 from qtool.runtime.experts.stacks import ExpertStacks, stacked_biases
 from qtool.runtime.kernels import current
 from qtool.runtime.load_plan import Group, LoadPlan, plan_load
+from qtool.runtime.mtp import attach_mtp
 from qtool.runtime.source import Source
 
 OnProgress = Callable[[int, int], None]  # layers done, layers in all
@@ -93,6 +94,8 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
         for source in plan.unquantized_experts:
             stacks.add(source.place, build_unquantized(plan, source))
     stacks.install(model)
+    if plan.mtp is not None:
+        attach_mtp(plan, model)
     return model
 
 

@@ -17,6 +17,7 @@ from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.experts.plan import GroupedPlan, plan_experts
 from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of, linear_spec
+from qtool.runtime.mtp_names import MtpNames, find_mtp, with_mtp_layer
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source
@@ -67,6 +68,8 @@ class LoadPlan:
     those whose weights it reads directly.
     """
     warnings: tuple[str, ...]
+    mtp: MtpNames | None = None
+    """The layer that drafts tokens; None if it is left out. The skeleton's last layer is in it."""
 
     @property
     def sources(self) -> list[Source]:
@@ -89,6 +92,8 @@ def plan_load(
     device: torch.device,
     quantization: str | None = None,
     dtype: str | torch.dtype | None = None,
+    *,
+    mtp: bool = False,
 ) -> LoadPlan:
     """Decide what each quantized layer of ``checkpoint`` becomes; reads no weights.
 
@@ -96,6 +101,8 @@ def plan_load(
         device: where the model will run.
         quantization: as in `qtool.runtime.online.schemes_to_run`.
         dtype: what unquantized layers compute in; None for that of the checkpoint.
+        mtp: load the layer for multi-token prediction, too.
+    Raises: CheckpointRefused.
     """
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
@@ -106,8 +113,10 @@ def plan_load(
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
     computed_in = dtype_named(dtype) or _checkpoint_dtype(checkpoint, device)
-    skeleton = Skeleton(checkpoint, layout, computed_in)
-    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton)]
+    names = find_mtp(checkpoint) if mtp else None
+    built = with_mtp_layer(checkpoint) if names else checkpoint
+    skeleton = Skeleton(built, layout, computed_in)
+    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton, names)]
     sources = [
         _source(skeleton, layout, name, scheme)
         for name, scheme in schemes.items()
@@ -125,6 +134,8 @@ def plan_load(
             "layers whose weights the model reads directly stay in 16 bits: "
             f"{_shorten(read_directly)}"
         )
+    if names and layout and names.projection in layout.modules:
+        warned.append(f"`{names.projection}` is dequantized to 16 bits")
     experts, one_by_one = plan_experts(skeleton, sources, device)
     groups, second_copy = _make_groups(sources, sharing, experts, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
@@ -141,12 +152,17 @@ def plan_load(
         unquantized_experts=tuple(unquantized),
         dequantized=tuple(dequantized),
         warnings=(*warned, *one_by_one, *_slow_groups(groups, device)),
+        mtp=names,
     )
 
 
-def _left_out(skeleton: Skeleton) -> Iterator[str]:
+def _left_out(skeleton: Skeleton, mtp: MtpNames | None) -> Iterator[str]:
     """Say what of the checkpoint is not loaded."""
-    unused = Counter(skeleton.names.unused.values())
+    unused = Counter(
+        reason
+        for name, reason in skeleton.names.unused.items()
+        if mtp is None or not name.startswith(f"{mtp.prefix}.")
+    )
     for reason, count in unused.items():
         yield f"{count} tensors are left out: {reason}"
     if skeleton.towers:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support import EXAMPLE
+from support.fixed_steps import run_in_fixed_steps
 from support.small_models import publish
 
 from qtool.engine.config import EngineConfig, Speculation
-from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
+from qtool.engine.cuda_graphs import PromptShape
 from qtool.engine.engine import Engine
 from qtool.engine.sampler import Sampler
 from qtool.engine.sampling_batch import History, RowRequest
@@ -144,29 +143,8 @@ def test_steps_of_a_fixed_size_compute_the_same(wanted):
     """What CUDA graphs do, by hand: sequences with drafts and without, beside prompts too."""
     small = {"chunked_prefill_size": 64, "max_running_requests": 6}
     with Engine(EXAMPLE, **OPTIONS, **NGRAM, **small) as engine:
-        runner, graphs = engine.loop.runner, engine.loop.runner.graphs
-        sizes: list[object] = []
-
-        def replay_decode(inputs, logits, tokens, size):
-            sizes.append(size)
-            for kept, made in zip((logits, tokens), runner.decode(inputs), strict=True):
-                kept.copy_(made)
-
-        def replay_prompts(inputs, shape):
-            sizes.append(shape)
-            graphs.keep_logits(runner.prefill, inputs, shape)
-
-        with torch.inference_mode():
-            for size in (8, 16, 48):
-                inputs = graphs.fill_decode(NOTHING, size)
-                made = runner.decode(inputs)
-                replay = partial(replay_decode, inputs, *made, size)
-                graphs.decode[size] = DecodeGraph(SimpleNamespace(replay=replay), *made)
-            graphs.kept_logits = torch.empty(graphs._kept_rows, runner.vocab_size)
-            for shape in map(PromptShape._make, ((0, 64), (48, 64))):
-                inputs = graphs.fill_prompts(NOTHING, shape)
-                replay = partial(replay_prompts, inputs, shape)
-                graphs.prompts[shape] = SimpleNamespace(replay=replay)
+        shapes = [PromptShape(0, 64), PromptShape(48, 64)]
+        sizes = run_in_fixed_steps(engine, [8, 16, 48], shapes)
         assert answers(engine, CASES[:8]) == wanted[0][:8]
         assert answers(engine, CASES[2:3]) == wanted[0][2:3]
         assert {8, 48, (48, 64)} <= {*sizes}
@@ -235,8 +213,11 @@ def test_a_model_with_states_cannot_take_drafts_back(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"speculative_algorithm": "EAGLE"}, "the engine runs no layers or models that draft"),
-        ({"speculative_algorithm": "NEXTN"}, "the engine runs no layers or models that draft"),
+        ({"speculative_algorithm": "EAGLE3"}, "the engine runs no second model that drafts"),
+        (
+            {"speculative_algorithm": "NEXTN", "speculative_ngram_min_match_window_size": 3},
+            "window_size is given, and speculative_algorithm is `NEXTN`",
+        ),
         ({"speculative_algorithm": "suffix"}, "speculative_algorithm is `suffix`"),
         ({"speculative_num_steps": 3}, "speculative_num_steps is given"),
         ({**NGRAM, "speculative_num_steps": 3, "speculative_num_draft_tokens": 3}, "is 3 and"),

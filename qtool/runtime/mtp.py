@@ -1,0 +1,116 @@
+"""`MtpLayer`: a checkpoint's own layer for multi-token prediction (MTP), which drafts tokens.
+
+Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.2.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qtool.runtime.build import dequantized_matrix, read_checked
+from qtool.runtime.causal_lm import CausalLM, MtpDecoder
+from qtool.runtime.load_plan import LoadPlan
+
+
+class MtpLayer(nn.Module):
+    """One decoder layer that reads a hidden state and the token after it, and predicts the token
+    after that one. Applied to its own output, it goes on.
+
+    Args:
+        plan: with the names of the layer.
+        model: whose last decoder layer is the one of the MTP layer; it is taken out.
+    """
+
+    def __init__(self, plan: LoadPlan, model: CausalLM) -> None:
+        super().__init__()
+        decoder = cast(MtpDecoder, model.get_decoder())
+        self.block = decoder.layers[-1]
+        decoder.layers = decoder.layers[:-1]
+        model.config.get_text_config().num_hidden_layers -= 1
+        self.embedding_norm = self._norm(plan, decoder, "enorm.weight")
+        self.hidden_norm = self._norm(plan, decoder, "hnorm.weight")
+        self.norm = self._norm(plan, decoder, "shared_head.norm.weight")
+        assert plan.mtp is not None
+        self.projection = _linear(plan, plan.mtp.projection)
+        self.rotary = decoder.rotary_emb
+        # the layer has its own names for what it shares with the model
+        embeddings: nn.Module = decoder.embed_tokens
+        self.embeddings = embeddings
+        own = plan.mtp.tensor("embed_tokens")
+        if _differs(plan, own, "model.embed_tokens"):
+            matrix = dequantized_matrix(plan, own).to(plan.device)
+            self.embeddings = nn.Embedding(len(matrix), matrix.shape[1], _weight=matrix)
+        self.head: nn.Module = model.get_output_embeddings()
+        own = plan.mtp.tensor("shared_head.head")
+        if _differs(plan, own, "lm_head"):
+            self.head = _linear(plan, own)
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def _norm(plan: LoadPlan, decoder: MtpDecoder, name: str) -> nn.Module:
+        """Return a norm of the model's kind with the weight ``name`` of the layer."""
+        assert plan.mtp is not None
+        norm = copy.deepcopy(decoder.norm)
+        weight = read_checked(plan, plan.mtp.tensor(name)).to(plan.device, plan.skeleton.dtype)
+        norm.weight = nn.Parameter(weight, requires_grad=False)
+        return norm
+
+    def forward(self, token_ids: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states [T, H] after the norm before the head.
+
+        As SGLang does, and other than vLLM, what goes in again has passed that norm, as the
+        model's own hidden states have.
+
+        Args:
+            token_ids: int [T], the token after each position.
+            hidden: [T, H], after the last norm of the model, or what this returned.
+            positions: int [T].
+        """
+        both = [self.embedding_norm(self.embeddings(token_ids)), self.hidden_norm(hidden)]
+        x = self.projection(torch.cat(both, dim=-1))[None]
+        places = positions[None]
+        x = self.block(
+            x,
+            attention_mask=None,
+            position_ids=places,
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=self.rotary(x, position_ids=places),
+        )
+        normed: Tensor = self.norm(x)[0]
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [T, V] of what `forward` returned."""
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+def attach_mtp(plan: LoadPlan, model: CausalLM) -> None:
+    """Make the last layer of ``model``, which was loaded beside the others, its ``mtp``."""
+    cast(nn.Module, model).add_module("mtp", MtpLayer(plan, model))
+
+
+def _linear(plan: LoadPlan, name: str) -> nn.Linear:
+    """Return the layer ``name`` in 16 bits."""
+    matrix = dequantized_matrix(plan, name).to(plan.device)
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
+    return linear
+
+
+def _differs(plan: LoadPlan, own: str, shared: str) -> bool:
+    """Whether the layer has weights ``own`` that are not those of the model's ``shared``, which
+    cannot be seen where one of them is quantized.
+    """
+    tensors = plan.checkpoint.tensors
+    names = [f"{own}.weight", f"{shared}.weight"]
+    known = {} if plan.layout is None else plan.layout.modules
+    if own in known or shared in known or not all(name in tensors for name in names):
+        return False
+    first, second = (read_checked(plan, name) for name in names)
+    return not torch.equal(first, second)
