@@ -21,7 +21,7 @@ from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.strict_json import Json, read_json
 from qtool.errors import CheckpointRefused
-from qtool.modules import is_embedding, is_head
+from qtool.modules import TRANSPOSED, is_embedding, is_head
 from qtool.name_map import NameMap
 from qtool.patterns import Pattern, PatternCompiler
 
@@ -38,6 +38,8 @@ KINDS = {  # end of a tensor's name -> what it is
 }
 OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 FLOATS = ("F32", "F16", "BF16")
+MAX_SCALING = 3.4e38
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # embeddings that no head shares
 NO_EFFECT = frozenset(  # fields that say how the adapter was trained, or what its tensors show
     {
         "arrow_config",
@@ -48,6 +50,7 @@ NO_EFFECT = frozenset(  # fields that say how the adapter was trained, or what i
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",
@@ -68,7 +71,6 @@ NO_EFFECT = frozenset(  # fields that say how the adapter was trained, or what i
 USED = frozenset(
     {
         "alpha_pattern",
-        "fan_in_fan_out",
         "lora_alpha",
         "peft_type",
         "r",
@@ -152,7 +154,10 @@ def read_adapter(
     config = read_json(folder / CONFIG)
     _check_config(folder, config)
     reader = _Reader(folder, config, checkpoint)
-    for tensor in read_header(folder / WEIGHTS).values():
+    tensors = read_header(folder / WEIGHTS)
+    if not tensors:
+        raise _refused(f"{folder}: {WEIGHTS} is empty", "compare it with what was published")
+    for tensor in tensors.values():
         reader.take(tensor)
     return Adapter(folder, config, reader.low_rank(), reader.replaced, digest_files(_files(folder)))
 
@@ -205,12 +210,18 @@ class _Reader:
         name = tensor.name.removeprefix(PREFIX).replace(".default.", ".")
         ending = next((ending for ending in KINDS if name.endswith(ending)), None)
         if ending is not None:
-            self._found[name.removesuffix(ending)][KINDS[ending]] = tensor
+            parts = self._found[name.removesuffix(ending)]
+            if KINDS[ending] in parts:
+                raise self._repeated(tensor, parts[KINDS[ending]])
+            parts[KINDS[ending]] = tensor
             return
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         place = self._tensors.get(name)
         if place is None:
             raise self._unknown(tensor)
+        module = name.removesuffix(".weight")
+        if module.split(".")[-1] in (self._config.get("modules_to_save") or ()):
+            self._check_tied(module)
         shape = self._checkpoint.tensors[place].shape
         if shape != tensor.shape:
             raise _refused(
@@ -243,8 +254,10 @@ class _Reader:
         self._check_tied(module)
         a, b = parts["a"], parts["b"]
         is_embedded = a.name.endswith("lora_embedding_A")
-        is_transposed = is_embedded or bool(self._config.get("fan_in_fan_out"))
-        sizes = (b.shape[0], a.shape[-1])
+        # PEFT corrects `fan_in_fan_out` for the layer that it finds
+        is_conv1d = self._checkpoint.config.get("model_type") in TRANSPOSED and not is_head(module)
+        is_transposed = is_embedded or is_conv1d
+        sizes = (*b.shape[:1], *a.shape[1:])
         shape = self._checkpoint.tensors[place].shape
         rank = self._number(self._ranks, module, "r")
         is_matrix = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
@@ -260,12 +273,17 @@ class _Reader:
                 "merge it with PEFT's merge_and_unload",
             )
         alpha = self._number(self._alphas, module, "lora_alpha")
-        divisor = math.sqrt(rank) if self._config.get("use_rslora") else rank
-        return LowRank(a, b, alpha / divisor, parts.get("magnitude"), is_transposed)
+        scaling = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        if scaling > MAX_SCALING:
+            raise _refused(
+                f"{self._folder}: the scaling of `{module}`, {scaling:g}, is no 32-bit number",
+                f"compare {CONFIG} with the one that was published",
+            )
+        return LowRank(a, b, scaling, parts.get("magnitude"), is_transposed)
 
     def _check_tied(self, module: str) -> None:
         """Refuse what PEFT trains apart from the matrix that it shares with another layer."""
-        if not self._checkpoint.tied_embeddings:
+        if not self._checkpoint.tied_embeddings or module.endswith(POSITIONS):
             return
         if is_head(module) or (
             is_embedding(module) and not self._config.get("ensure_weight_tying")
@@ -283,6 +301,12 @@ class _Reader:
             if pattern.match(module):
                 return value
         return float(self._config[key])
+
+    def _repeated(self, tensor: TensorInfo, other: TensorInfo) -> CheckpointRefused:
+        return _refused(
+            f"{self._folder}: `{tensor.name}` and `{other.name}` are for the same matrix",
+            "the file is damaged, or holds several adapters",
+        )
 
     def _unknown(self, tensor: TensorInfo) -> CheckpointRefused:
         return _refused(
@@ -309,7 +333,7 @@ def _tensor_names(names: NameMap, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _embedding_tensors(names: NameMap) -> list[str]:
-    return [each.tensor for each in names.embeddings.values()]
+    return [each.tensor for each in names.embeddings.values() if not each.layer.endswith(POSITIONS)]
 
 
 def _numbers_by_pattern(folder: Path, config: Json, key: str) -> dict[str, tuple[Pattern, float]]:

@@ -10,9 +10,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.small_models import publish
-from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
+from qtool.checkpoint import open_checkpoint
 from qtool.conversion import export
+from qtool.conversion.adapter import read_adapter
 from qtool.errors import CheckpointRefused, UsageError
 
 IDS = torch.tensor([[5, 9, 100, 7, 11, 60, 4000, 21]])
@@ -115,6 +122,15 @@ def cut(tensors):
     tensors[name] = tensors[name][:-1].contiguous()
 
 
+def make_scalars(tensors):
+    tensors.update({name: torch.tensor(1.0) for name in tensors})
+
+
+def repeat(tensors):
+    name = next(iter(tensors))
+    tensors[name.replace(".weight", ".default.weight")] = tensors[name] + 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -127,10 +143,14 @@ def cut(tensors):
         ({"tensors": rename("q_proj", "x_proj")}, "not all tensors"),
         ({"tensors": rename("lora_B", "lora_C")}, "belongs to no matrix"),
         ({"tensors": cut}, "of another model"),
+        ({"tensors": make_scalars}, "of another model"),
+        ({"tensors": repeat}, "for the same matrix"),
+        ({"tensors": dict.clear}, "is empty"),
+        ({"lora_alpha": 1e300}, "no 32-bit number"),
     ],
     ids=[
         *("kind", "parameters", "no rank", "other rank", "DoRA", "pattern"),
-        *("no matrix", "no B", "shape"),
+        *("no matrix", "no B", "shape", "scalars", "repeated", "empty", "scaling"),
     ],
 )
 def test_what_is_not_merged_is_refused_and_nothing_is_left(llama, adapter, tmp_path, change, said):
@@ -147,11 +167,35 @@ def test_an_adapter_wants_a_16_bit_source_and_result(llama, adapter, tmp_path):
             export(source, merge_lora=adapter(), output=tmp_path / "out", **options)
 
 
-def test_a_matrix_that_two_layers_share_is_not_changed_for_one(llama, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_a_matrix_that_two_layers_share_is_not_changed_for_one(llama, tmp_path, options):
     tied = shutil.copytree(llama, tmp_path / "tied")
     config = json.loads((tied / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    train(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    train(base, tmp_path / "adapter", **options)
     with pytest.raises(CheckpointRefused, match="untie"):
         export(tied, to="bf16", merge_lora=tmp_path / "adapter", output=tmp_path / "out")
+
+
+def test_the_layer_says_how_its_matrix_lies_whatever_the_config_says(llama, adapter, tmp_path):
+    found = read_adapter(adapter(fan_in_fan_out=True), open_checkpoint(llama))
+    assert not any(each.is_transposed for each in found.low_rank.values())
+    config = GPT2Config(vocab_size=4096, n_positions=64, n_embd=64, n_layer=1, n_head=4)
+    base = GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "gpt2")
+    train(base, tmp_path / "conv1d", target_modules=["attn.c_proj", "wpe"], fan_in_fan_out=True)
+    path = tmp_path / "conv1d" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": False}))
+    found = read_adapter(path.parent, open_checkpoint(tmp_path / "gpt2"))
+    assert sorted(found.low_rank) == [
+        "transformer.h.0.attn.c_proj.weight",
+        "transformer.wpe.weight",
+    ]
+    assert all(each.is_transposed for each in found.low_rank.values())
