@@ -62,7 +62,8 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
         host.ready().engine.abort(None if body.abort_all else body.rid)
         return Success(success=True)
 
-    @app.api_route("/flush_cache", methods=["GET", "POST"], responses=GET_ERRORS, tags=["SGLang"])
+    @app.get("/flush_cache", responses=GET_ERRORS, tags=["SGLang"], operation_id="flush_cache_get")
+    @app.post("/flush_cache", responses=GET_ERRORS, tags=["SGLang"])
     async def flush_cache() -> Success:
         """Let no request after this one start with what an earlier one has left in the cache."""
         host.ready().engine.flush_cache()

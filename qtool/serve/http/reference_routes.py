@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from qtool.errors import UsageError
 from qtool.serve.host import ServiceHost
+from qtool.serve.http.json_body import parse_json
 from qtool.serve.service import Busy
 
 PATHS = ("v1/chat/completions", "v1/completions")
@@ -36,7 +37,9 @@ def add_reference_routes(app: FastAPI, host: ServiceHost) -> None:
         async def forward(request: Request) -> Response:
             # as it came: a route without a model of its body reads none
             body = await Request(request.scope, request.receive).body()
-            return await reference.forward(path, body)
+            return await reference.forward(
+                path, await host.threads.run(len(body), parse_json, body)
+            )
 
     for path in PATHS:
         add(path)
@@ -52,17 +55,15 @@ class _Reference:
         self._model: str | None = None
         self._running = 0
 
-    async def forward(self, path: str, body: bytes) -> Response:
-        """Send ``body`` to ``path`` there, under its model's name, and return its response.
+    async def forward(self, path: str, fields: object) -> Response:
+        """Send ``fields`` to ``path`` there, under its model's name, and return its response.
 
         Raises: Busy, when there are too many, or nobody answers; UsageError.
         """
         if self._running >= MAX_REQUESTS:
             raise Busy("busy", "too many requests wait for the reference server")
-        try:
-            fields = msgspec.json.decode(body, type=dict[str, object])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise UsageError("E_BODY", f"the body is not a JSON object: {error}") from None
+        if not isinstance(fields, dict):
+            raise UsageError("E_BODY", "the body is not a JSON object")
         self._running += 1
         try:
             response = await self._send(path, fields)
