@@ -5,6 +5,7 @@ engine that answers as told; what requests become, and how custom tools are call
 from __future__ import annotations
 
 import json
+import warnings
 
 import httpx
 import openai
@@ -413,3 +414,23 @@ def test_the_input_of_a_custom_tool_is_read_in_any_pieces(text, ascii_only, size
 )
 def test_other_arguments_of_a_custom_tool_are_not_lost(arguments, text):
     assert unwrapped([arguments]) == unwrapped(arguments) == text
+
+
+def test_a_body_for_the_reference_is_strict_json(tiny_model, tmp_path):
+    server = ScriptedServer(tiny_model, tmp_path, reference="http://127.0.0.1:9")
+    deep = b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"
+
+    async def send():
+        transport = httpx.ASGITransport(server.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for body in (deep, b'{"a":"\\ud800"}', b'{"a":1,"a":2}', b"[]", b""):
+                headers = {"content-type": "application/json"}
+                path = "/reference/v1/completions"
+                response = await client.post(path, content=body, headers=headers)
+                assert response.status_code == 400, (body[:20], response.text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # e.g. two operations of one name
+                assert (await client.get("/openapi.json")).status_code == 200
+
+    server.run(send())
+    server.close()
