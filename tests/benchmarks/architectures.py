@@ -352,7 +352,8 @@ def main() -> None:
         results = json.loads(arguments.results.read_text())
     if arguments.write:
         text = arguments.write.read_text()
-        before, after = text.split(START)[0], text.split(END)[1]
+        before, rest = text.split(START, 1)
+        after = rest.split(END, 1)[1]
         arguments.write.write_text(f"{before}{START}\n{table(results)}\n{END}{after}")
         return
     from support.small_models import names
