@@ -28,7 +28,7 @@ from pydantic import (
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import RecipeRefused, UsageError, nearest, one_line
 from qtool.patterns import PatternCompiler
-from qtool.scheme import Scheme, scheme_from
+from qtool.scheme import Scheme, recipe_scheme
 from qtool.strict_yaml import MAX_YAML_BYTES, YAML_ERRORS, YamlLimitExceeded, parse_yaml
 
 BackendName = Literal["llmcompressor", "gptqmodel", "modelopt", "torchao"]
@@ -123,7 +123,7 @@ class SpinQuant(Step):
 
 SchemeField = Annotated[
     Scheme,
-    BeforeValidator(lambda value: value if isinstance(value, Scheme) else scheme_from(value)),
+    BeforeValidator(recipe_scheme),
     PlainSerializer(Scheme.to_dict),
 ]
 

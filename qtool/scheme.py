@@ -13,12 +13,34 @@ from typing import Any, Literal, cast
 
 from qtool.errors import RecipeRefused, nearest
 
-Format = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
+Format = Literal[
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4"
+]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 
-FORMAT_BITS: Mapping[str, int] = {"fp4": 4, "fp8": 8} | {f"int{bits}": bits for bits in range(2, 9)}
+# format -> what each code stands for, times the scale. Source: bitsandbytes 0.50,
+# `functional.get_4bit_type`; its fp4 differs from E2M1 in the smallest number.
+CODEBOOKS: Mapping[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "bnb_fp4": tuple(
+        sign * number / 12
+        for sign in (1, -1)
+        for number in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+}
+FORMAT_BITS: Mapping[str, int] = {
+    **{"fp4": 4, "fp8": 8},
+    **{f"int{bits}": bits for bits in range(2, 9)},
+    **dict.fromkeys(CODEBOOKS, 4),
+}
 SCALE_BITS: Mapping[str, int] = {"float": 16, "e4m3": 8, "e8m0": 8}
+CODEBOOK_SCALE_BITS = 32
 
 
 def number_format(bits: int, *, is_float: bool) -> Format:
@@ -53,7 +75,7 @@ class Weights:
             return
         if self.granularity == "block":
             raise _invalid("weights: blocks have no zero points; `symmetric` must stay true")
-        if self.format.startswith("fp"):
+        if not self.format.startswith("int"):
             raise _invalid(f"weights: {self.format} has no zero point; `symmetric` must stay true")
 
     @property
@@ -74,7 +96,8 @@ class Weights:
         ``columns``].
         """
         scales = self.scale_count(rows, columns)
-        bits = rows * columns * self.bits + scales * SCALE_BITS[self.scale]
+        scale_bits = CODEBOOK_SCALE_BITS if self.format in CODEBOOKS else SCALE_BITS[self.scale]
+        bits = rows * columns * self.bits + scales * scale_bits
         if not self.symmetric:
             bits += scales * self.bits
         return math.ceil(bits / 8) + (4 if self.scale == "e4m3" else 0)
@@ -107,6 +130,8 @@ class Activations:
 
     def __post_init__(self) -> None:
         _check_numbers("activations", self.format, self.granularity, self.group_size, self.scale)
+        if self.format in CODEBOOKS:
+            raise _invalid(f"activations: `{self.format}` is a codebook of weights")
         if self.granularity in ("channel", "block"):
             raise _invalid(f"activations: granularity `{self.granularity}` is for weights")
 
@@ -162,9 +187,10 @@ class Scheme:
 
         RecipeRefused when it has no groups to size.
         """
-        if self.weights.granularity not in ("group", "channel") or self.weights.format.startswith(
-            "fp"
-        ):
+        if self.weights.granularity not in (
+            "group",
+            "channel",
+        ) or not self.weights.format.startswith("int"):
             raise RecipeRefused(
                 "E_GROUP_SIZE",
                 f"group_size {group_size} does not fit scheme {self.name}: its scales are fixed "
@@ -223,6 +249,19 @@ def scheme_from(value: str | Mapping[str, object]) -> Scheme:
         if activations is not None
         else None,
     )
+
+
+def recipe_scheme(value: str | Mapping[str, object] | Scheme) -> Scheme:
+    """Return the scheme that a recipe asks for; raises what `scheme_from` does, and for one that no
+    backend quantizes to.
+    """
+    scheme = value if isinstance(value, Scheme) else scheme_from(value)
+    if scheme.weights.format in CODEBOOKS:
+        raise _invalid(
+            f"scheme {scheme.name}: no backend quantizes to codes of a codebook",
+            hint="`qtool serve --quantization bitsandbytes` rounds to nf4 while it loads",
+        )
+    return scheme
 
 
 def _dataclass_from(kind: Any, where: str, value: Any) -> Any:
@@ -284,7 +323,7 @@ def _check_numbers(
             f"{where}: unknown granularity `{granularity}`",
             hint=nearest(granularity, Granularity.__args__),  # type: ignore[attr-defined]
         )
-    if scale in ("e4m3", "e8m0") and format.startswith("int"):
+    if scale in ("e4m3", "e8m0") and not format.startswith("fp"):
         raise _invalid(f"{where}: {format} has float scales, not {scale}")
     if scale not in SCALE_BITS:
         raise _invalid(f"{where}: unknown scale `{scale}`", hint=f"one of {', '.join(SCALE_BITS)}")
@@ -338,6 +377,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "W4A8": Scheme(_int_group(4), _INT8_TOKEN),
     "W4AFP8": Scheme(_int_group(4), _FP8_TOKEN),
     "W4AFP8_STATIC": Scheme(_int_group(4), Activations("fp8", "tensor", dynamic=False)),
+    "NF4": Scheme(Weights("nf4", "group", 64)),
+    "BNB_FP4": Scheme(Weights("bnb_fp4", "group", 64)),
     "NVFP4": Scheme(Weights("fp4", "group", 16, scale="e4m3"), _NVFP4_INPUT),
     "NVFP4A16": Scheme(Weights("fp4", "group", 16, scale="e4m3")),
     "NVFP4AFP8": Scheme(

@@ -4,30 +4,32 @@ define what it means, `quantize` makes one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qtool.errors import UsageError
+from qtool.codes import (
+    FP4_MAX,
+    FP4_SCALES,
+    FP8_MAX,
+    NVFP4_RANGE,
+    codebook,
+    fp4_values,
+    from_fp8,
+    looked_up,
+    mx_scale,
+    pack_pairs,
+    to_16_bits,
+    to_codebook,
+    to_fp4,
+    to_fp8,
+    unpack_pairs,
+)
 from qtool.scheme import Activations, Scheme, Weights
 
-FP8_MAX = 448.0
-FP4_MAX = 6.0
-NVFP4_RANGE = FP8_MAX * FP4_MAX
-FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4_VALUES = (*FP4_MAGNITUDES, *(-magnitude for magnitude in FP4_MAGNITUDES))  # of each code
-# between neighbouring magnitudes; a tie goes to the even code
-FP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
-# uint8 data with such scales is fp4, with others int4
-FP4_SCALES = (
-    torch.float8_e4m3fn,
-    torch.float8_e8m0fnu,
-)
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,15 @@ class QuantizedWeight:
     """A linear weight of N outputs and K inputs, in groups of g inputs.
 
     ``data``: 8 bits: int8 (also for 2, 3, 5, 6, 7 bit codes) or float8_e4m3fn [N, K]; 4 bits: uint8
-        [N, K/2], the low nibble is the even input, int4 as value + 8, fp4 as its E2M1 code.
+        [N, K/2], the low nibble is the even input, int4 as value + 8, fp4 as its E2M1 code, or an
+        index of ``codebook``.
         ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0
         MX.
     ``scale2``: f32 [N], NVFP4's second-level multiplier. ``zero``: int8 [N, K/g], subtracted from
         the signed value. ``perm``: int32 [K], column j holds input ``perm[j]``. ``pre_scale``: [K],
         multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs,
         inputs) under one scale, only where they do not divide N and K, so that the last block is
-        short.
+        short. ``codebook``: f32 [16], what each 4-bit code stands for before scaling (nf4).
     """
 
     data: Tensor
@@ -67,6 +70,7 @@ class QuantizedWeight:
     pre_scale: Tensor | None = None
     activation: Activation | None = None
     block: tuple[int, int] | None = None
+    codebook: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,7 +105,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 
 def _dequantized(weight: QuantizedWeight) -> Tensor:
     (rows, columns), (height, width) = weight.shape, weight.tile
-    values, scale = codes_to_values(weight.data, weight.scale.dtype), weight.scale.float()
+    values = codes_to_values(weight.data, weight.scale.dtype, codebook=weight.codebook)
+    scale = weight.scale.float()
     if weight.scale2 is not None:
         scale = scale * weight.scale2[:, None]
     if weight.zero is not None:
@@ -118,11 +123,15 @@ def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
         zero, scale2 = (
             None if part is None else part[start:stop] for part in (weight.zero, weight.scale2)
         )
-        scale = weight.scale[start // height : -(-stop // height)]
-        yield (
-            start,
-            QuantizedWeight(weight.data[start:stop], scale, scale2, zero, block=(height, width)),
+        piece = QuantizedWeight(
+            weight.data[start:stop],
+            weight.scale[start // height : -(-stop // height)],
+            scale2,
+            zero,
+            block=(height, width),
+            codebook=weight.codebook,
         )
+        yield start, piece
 
 
 def _row_ranges(rows: int, columns: int, height: int) -> Iterator[tuple[int, int]]:
@@ -137,7 +146,8 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
     Scales take the dtype of ``tensor``, f32 for wider ones, and codes are rounded to the scale as
     it is stored. Integers spread over the whole range, 2 * amax / (2^bits - 1) or (max - min) /
     (2^bits - 1) with a zero point; fp8 is amax / 448; NVFP4 has amax / 2688 (with fp8 inputs amax /
-    448) and amax / 6 of each group over that; MX scales are `mx_scale`. Half goes to even. Static
+    448) and amax / 6 of each group over that; MX scales are `mx_scale`. Half goes to even. Codes
+    of a codebook are what bitsandbytes makes of amax, an f32 scale. Static
     activations get no scale: that takes data. Works on any device, some rows at a time.
 
     Raises: UsageError, when a 4-bit weight has an odd number of inputs.
@@ -169,6 +179,7 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
         zero,
         activation=Activation(scheme.activations) if scheme.activations else None,
         block=uneven_block(weights, (rows, columns)),
+        codebook=rounding.codebook,
     )
 
 
@@ -191,6 +202,8 @@ class _Rounding:
     """Of the whole weight, f32 scalar, where one scale covers all of it."""
     scale2: Tensor | None
     """f32 scalar, over e4m3 scales."""
+    codebook: Tensor | None
+    """What codes stand for, f32 [16], where the format has one."""
 
     @classmethod
     def of(cls, tensor: Tensor, scheme: Scheme) -> _Rounding:
@@ -205,7 +218,8 @@ class _Rounding:
             largest_product = amax.new_tensor(FP8_MAX if over_fp8 else NVFP4_RANGE)
             scale2 = torch.where(amax > 0, to_16_bits(amax) / largest_product, 1.0)
         is_16_bits = tensor.dtype in (torch.bfloat16, torch.float16)
-        return cls(weights, tensor.dtype if is_16_bits else torch.float32, amax, scale2)
+        values = codebook(weights.format, tensor.device)
+        return cls(weights, tensor.dtype if is_16_bits else torch.float32, amax, scale2, values)
 
     def round(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (data, scale, zero) of ``x``, f32 [R, K], in tiles of ``height`` x ``width``."""
@@ -214,11 +228,16 @@ class _Rounding:
         tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
         low = None if self.weights.symmetric else tiles.amin((1, 3)).clamp(max=0)
         scale, step = self._scales(tiles, low)
-        codes, zero = self._codes(tiles / step[:, None, :, None], low, step)
+        step = step[:, None, :, None]
+        if self.codebook is None:
+            codes, zero = self._codes(tiles / step, low, step)
+        else:  # a product with the reciprocal, as in bitsandbytes
+            ratio = (tiles * (1 / step.clamp(min=1e-38))).clamp_(-1, 1)
+            codes, zero = to_codebook(ratio, self.codebook), None
         data = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
         if self.weights.bits == 4:
-            is_fp4 = self.weights.format == "fp4"
-            data = pack_pairs(data if is_fp4 else (data + 8).view(torch.uint8))
+            is_int = data.dtype == torch.int8
+            data = pack_pairs((data + 8).view(torch.uint8) if is_int else data)
         return data, scale, zero
 
     def _scales(self, tiles: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -234,6 +253,8 @@ class _Rounding:
             spans = self.amax.expand(tiles.shape[0], 1)
         else:
             spans = tiles.abs().amax((1, 3))
+        if self.codebook is not None:
+            return spans, spans
         largest_code = {"fp8": FP8_MAX, "fp4": FP4_MAX}.get(weights.format)
         if largest_code is None:
             largest_code = (2**weights.bits - 1) / (2 if weights.symmetric else 1)
@@ -259,7 +280,7 @@ class _Rounding:
             return to_fp4(ratio), None
         top, zero = 2 ** (self.weights.bits - 1), None  # integers run from -top to top - 1
         if low is not None:
-            zero = (-top - low / step).round().clamp(-top, top - 1)
+            zero = (-top - low / step[:, 0, :, 0]).round().clamp(-top, top - 1)
             ratio = ratio.round_().add_(zero[:, None, :, None])
             zero = zero.to(torch.int8)
         return ratio.round_().clamp_(-top, top - 1).to(torch.int8), zero
@@ -344,48 +365,13 @@ def largest(activation: Activations) -> float:
     ) - 1
 
 
-def to_fp8(x: Tensor) -> Tensor:
-    """Return ``x`` as float8_e4m3fn, saturated: older casts make NaN of what is beyond 464."""
-    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-
-
-def from_fp8(codes: Tensor) -> Tensor:
-    """Return float8_e4m3fn ``codes`` as f32.
-
-    On a CPU they are looked up, in a quarter of the time: torch converts them one by one.
-    """
-    if codes.device.type != "cpu":
-        return codes.float()
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return _looked_up(values, codes.view(torch.uint8))
-
-
-def to_fp4(x: Tensor) -> Tensor:
-    """Return the E2M1 codes nearest to ``x``, uint8 of the same shape, ties to even, saturated at
-    6.
-    """
-    magnitude = x.abs()
-    code = torch.zeros_like(x, dtype=torch.uint8)
-    for index, limit in enumerate(FP4_LIMITS):
-        code += magnitude >= limit if index % 2 else magnitude > limit
-    return code | (x.signbit().to(torch.uint8) << 3)
-
-
-def to_16_bits(x: Tensor) -> Tensor:
-    """Round f32 ``x`` to 12 significant bits, which hold every float16 and bfloat16."""
-    return ((x.contiguous().view(torch.int32) + 0x800) & ~0xFFF).view(torch.float32)
-
-
-def mx_scale(amax: Tensor, largest: float) -> Tensor:
-    """Return the power of two that compressed-tensors scales a group of ``amax`` by, for elements
-    up to ``largest`` (6 or 448), f32.
-    """
-    mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
-    exponent = exponent - 1 + (mantissa >= 1.75 / 2) - int(math.log2(largest))
-    return torch.where(amax > 0, torch.exp2(exponent.clamp(-127, 127).float()), 1.0)
-
-
-def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = True) -> Tensor:
+def codes_to_values(
+    data: Tensor,
+    scale_dtype: torch.dtype,
+    *,
+    packed: bool = True,
+    codebook: Tensor | None = None,
+) -> Tensor:
     """Return the signed numbers, f32 [N, K], that ``data`` of a `QuantizedWeight` stands for before
     scaling.
     """
@@ -394,40 +380,11 @@ def codes_to_values(data: Tensor, scale_dtype: torch.dtype, *, packed: bool = Tr
     if data.dtype != torch.uint8:
         return data.float()
     codes = unpack_pairs(data) if packed else data
+    if codebook is not None:
+        return looked_up(codebook, codes)
     if scale_dtype in FP4_SCALES:
-        return _looked_up(_fp4_values(data.device), codes)
+        return looked_up(fp4_values(data.device), codes)
     return codes.float() - 8
-
-
-def _looked_up(values: Tensor, codes: Tensor) -> Tensor:
-    """Return the number in ``values`` [C] that each of the uint8 ``codes`` stands for, of their
-    shape; a third of the time of ``values[codes]`` on a CPU.
-    """
-    return values.index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-@lru_cache
-def _fp4_values(device: torch.device) -> Tensor:
-    """Return what each E2M1 code stands for; kept, since CUDA graphs cannot hold the copy
-    to a GPU.
-    """
-    return torch.tensor(FP4_VALUES, device=device)
-
-
-def pack_pairs(codes: Tensor) -> Tensor:
-    """Pack 4-bit ``codes``, uint8 [N, K], into [N, K/2]: the low nibble is the even column.
-    UsageError when K is odd.
-    """
-    if codes.shape[-1] % 2:
-        raise UsageError(
-            "E_SHAPE", f"4-bit weights of {codes.shape[-1]} inputs cannot be paired into bytes"
-        )
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
-
-
-def unpack_pairs(data: Tensor) -> Tensor:
-    """Unpack uint8 [N, K/2] into codes 0..15, uint8 [N, K]."""
-    return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
 def spread(entries: Tensor, size: int, step: int, *, dim: int) -> Tensor:

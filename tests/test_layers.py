@@ -27,6 +27,7 @@ ORDER = (
         "recipe",
         "options",
         "plan",
+        "codes",
         "weight",
         "formats",
         "architecture",

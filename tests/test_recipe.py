@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scheme import schemes
+from test_scheme import schemes as all_schemes
 
 from qtool.backends import check_backend
 from qtool.checkpoint import open_checkpoint
@@ -30,7 +30,7 @@ from qtool.recipe import (
     load_recipe,
     recipe_from,
 )
-from qtool.scheme import SCHEMES, Scheme
+from qtool.scheme import CODEBOOKS, SCHEMES, Scheme
 
 SHIPPED = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
 MODULES = [
@@ -184,6 +184,7 @@ def test_a_full_file_says_everything(read):
     assert recipe.calibration.pack
 
 
+schemes = all_schemes.filter(lambda scheme: scheme.weights.format not in CODEBOOKS)
 HEAD = "summary: mine\nbackend: modelopt\n"
 REFUSED = {
     "unknown key": (HEAD + "scheme: FP8\nschema: FP8\n", "`schema`", "`scheme`"),
@@ -208,6 +209,7 @@ REFUSED = {
         "",
     ),
     "unknown scheme": (HEAD + "scheme: FP88\n", "`FP88`", "`FP8`"),
+    "codebook": (HEAD + "scheme: NF4\n", "NF4", "bitsandbytes"),
     "unknown backend": (
         "summary: mine\nbackend: model-opt\nscheme: FP8\n",
         "`backend`",

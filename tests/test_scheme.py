@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import QtoolError, RecipeRefused
-from qtool.scheme import FORMAT_BITS, SCHEMES, Activations, Scheme, Weights, scheme_from
+from qtool.scheme import CODEBOOKS, FORMAT_BITS, SCHEMES, Activations, Scheme, Weights, scheme_from
 
 
 def groups(granularity):
@@ -31,7 +31,7 @@ def weights(draw):
         draw(st.tuples(st.integers(1, 512), st.integers(1, 512)))
         if granularity == "block"
         else None,
-        format.startswith("fp") or granularity == "block" or draw(st.booleans()),
+        not format.startswith("int") or granularity == "block" or draw(st.booleans()),
         draw(scales(format)),
     )
 
@@ -39,7 +39,7 @@ def weights(draw):
 @st.composite
 def activations(draw):
     granularity = draw(st.sampled_from(("tensor", "token", "group")))
-    format = draw(st.sampled_from(sorted(FORMAT_BITS)))
+    format = draw(st.sampled_from(sorted(FORMAT_BITS.keys() - CODEBOOKS.keys())))
     return Activations(
         format,
         granularity,

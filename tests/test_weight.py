@@ -6,26 +6,19 @@ import json
 
 import pytest
 import torch
+from bitsandbytes import functional as bitsandbytes
 from safetensors.torch import load_file, save_file
 from support import EXAMPLE
 from support.sample_names import ALL
 from support.samples import WATCHED
 
 from qtool.checkpoint import open_checkpoint
+from qtool.codes import from_fp8, mx_scale, pack_pairs, to_fp4, unpack_pairs
 from qtool.formats import detect, read
 from qtool.formats.layout import QuantizedModule
 from qtool.formats.packing import permutation, unpack_bits
-from qtool.scheme import SCHEMES, Activations
-from qtool.weight import (
-    QuantizedWeight,
-    dequantize,
-    fake_quantize_input,
-    from_fp8,
-    mx_scale,
-    pack_pairs,
-    to_fp4,
-    unpack_pairs,
-)
+from qtool.scheme import CODEBOOKS, SCHEMES, Activations, Scheme, Weights
+from qtool.weight import QuantizedWeight, dequantize, fake_quantize_input, quantize
 
 pytest_plugins = ["support.sample_plugin"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -301,6 +294,30 @@ def test_blocks_may_be_short_at_the_edges():
 def test_fp4_rounds_ties_to_the_even_code():
     x = torch.tensor([0.25, 0.26, 0.75, 1.25, 1.26, 1.75, 2.5, 3.5, 5.0, 5.1, 100.0, -0.75])
     assert to_fp4(x).tolist() == [0, 1, 2, 2, 3, 4, 4, 6, 6, 7, 7, 10]
+
+
+@pytest.mark.parametrize("group", [32, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("format", "quant_type"), [("nf4", "nf4"), ("bnb_fp4", "fp4")])
+def test_codes_of_a_codebook_are_those_of_bitsandbytes(format, quant_type, dtype, group):
+    """Codes, scales and numbers, bit by bit; the codebook itself and the middles between its
+    numbers among them.
+    """
+    x = torch.randn(48, 4096, generator=torch.Generator().manual_seed(0))
+    x[0, :64] = 0
+    x[1, :64] = torch.tensor(CODEBOOKS[format]).repeat(4)  # the codebook itself
+    x[2, :16] = torch.tensor(CODEBOOKS[format])
+    x[2, 16:31] = (x[2, :16].sort().values[1:] + x[2, :16].sort().values[:-1]) / 2  # ties
+    weight = quantize(x.to(dtype), Scheme(Weights(format, "group", group)))
+    packed, state = bitsandbytes.quantize_4bit(
+        x.to(dtype), blocksize=group, quant_type=quant_type, quant_storage=torch.uint8
+    )
+    assert torch.equal(weight.scale.flatten(), state.absmax)
+    high_first = weight.data << 4 | weight.data >> 4
+    assert torch.equal(high_first.flatten(), packed.flatten())
+    expected = bitsandbytes.dequantize_4bit(packed, state)
+    assert torch.equal(dequantize(weight, dtype), expected)
+    assert torch.equal(weight.codebook, state.code)
 
 
 def test_mx_scales_follow_compressed_tensors():

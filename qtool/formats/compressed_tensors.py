@@ -296,8 +296,8 @@ def _read_activation(
 def _written_codes(module: QuantizedModule, data: Tensor) -> dict[str, Tensor]:
     import torch
 
+    from qtool.codes import unpack_pairs
     from qtool.formats.packing import words_from_data
-    from qtool.weight import unpack_pairs
 
     weights = module.scheme.weights
     if tensor_format(module.scheme) == "pack-quantized":

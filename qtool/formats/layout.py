@@ -244,6 +244,11 @@ def shared_unsupported_reason(
     """
     if is_embedding(module.name) and not embeddings:
         return "embeddings: rows are looked up in them, and here all layers multiply"
+    if weight.codebook is not None:
+        return (
+            f"codebook: codes of {module.scheme.weights.format} are places in a table, and here "
+            "they are numbers"
+        )
     if module.experts > 1:
         return (
             f"experts: {module.experts} matrices are stacked in one tensor, and each linear layer "

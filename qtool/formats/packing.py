@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.codes import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 from qtool.errors import CheckpointRefused
 from qtool.formats.layout import TRUNCATED, QuantizedModule, refused
 from qtool.name_map import LinearWeight
-from qtool.weight import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,

@@ -109,11 +109,17 @@ def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
     """Return which codes are at either end of their format, and which mean zero, bool [N, K]."""
     import torch
 
-    from qtool.weight import FP4_SCALES, spread, unpack_pairs
+    from qtool.codes import FP4_SCALES, unpack_pairs
+    from qtool.weight import codes_to_values, spread
 
     if weight.data.dtype == torch.float8_e4m3fn:
         magnitude = weight.data.view(torch.uint8) & 0x7F
         return magnitude == 0x7E, magnitude == 0
+    if weight.codebook is not None:
+        magnitudes = codes_to_values(
+            weight.data, weight.scale.dtype, codebook=weight.codebook
+        ).abs()
+        return magnitudes == weight.codebook.abs().max(), magnitudes == 0
     if weight.data.dtype == torch.uint8 and weight.scale.dtype in FP4_SCALES:
         magnitude = unpack_pairs(weight.data) & 7
         return magnitude == 7, magnitude == 0

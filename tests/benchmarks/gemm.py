@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qtool.codes import FP8_MAX
 from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, choose, device_of, load_kernel
 from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES, Scheme
-from qtool.weight import FP8_MAX, Activation, QuantizedWeight, quantize
+from qtool.weight import Activation, QuantizedWeight, quantize
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 COPIES = 3

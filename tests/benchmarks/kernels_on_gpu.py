@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qtool.codes import NVFP4_RANGE
 from qtool.runtime.kernels import KERNELS, Choice, LinearSpec, device_of, load_kernel
 from qtool.runtime.linear import QuantizedLinear
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 from qtool.weight import (
-    NVFP4_RANGE,
     Activation,
     QuantizedWeight,
     dequantize,

@@ -21,11 +21,12 @@ from support.small_checkpoints import (
 )
 
 from qtool.checkpoint import open_checkpoint
+from qtool.codes import pack_pairs
 from qtool.conversion import export
 from qtool.formats import detect
 from qtool.inspection import inspect
 from qtool.scheme import SCHEMES
-from qtool.weight import QuantizedWeight, pack_pairs
+from qtool.weight import QuantizedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]

@@ -17,7 +17,7 @@ from test_kernels_cpu import CPU, check, exact, relative_error, run, sample, spe
 
 from qtool.runtime.kernels import choose, native
 from qtool.runtime.linear import QuantizedLinear
-from qtool.scheme import SCHEMES, Activations, Scheme, Weights
+from qtool.scheme import CODEBOOKS, SCHEMES, Activations, Scheme, Weights
 from qtool.weight import QuantizedWeight
 
 needs_native = pytest.mark.skipif(
@@ -126,6 +126,12 @@ def test_every_code_stands_for_its_value(scale_dtype):
         NVFP4A16: QuantizedWeight(
             codes[:, :128], scale.to(torch.float8_e4m3fn), torch.full((48,), 0.5)
         ),
+        **{
+            Weights(name, "group", 16): QuantizedWeight(
+                codes[:, :128], scale, codebook=torch.tensor(values)
+            )
+            for name, values in CODEBOOKS.items()
+        },
     }
     for kind, weight in weights.items():
         spec = spec_of(Scheme(kind), shape)

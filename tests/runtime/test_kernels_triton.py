@@ -30,12 +30,13 @@ def interpret() -> None:
     import torch
     from support import triton_cpu
 
+    from qtool.codes import pack_pairs
     from qtool.runtime.kernels import Device, LinearSpec, load_kernel
     from qtool.runtime.kernels import reference as plain
     from qtool.runtime.triton import row_quantize
     from qtool.runtime.triton.tiles import Tile
     from qtool.scheme import SCHEMES, Activations, Scheme, Weights
-    from qtool.weight import Activation, QuantizedWeight, fake_quantize_input, pack_pairs, quantize
+    from qtool.weight import Activation, QuantizedWeight, fake_quantize_input, quantize
 
     triton_cpu.repair()
     torch.manual_seed(0)

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from qtool.checkpoint import open_checkpoint
+from qtool.codes import unpack_pairs
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect
 from qtool.formats.packing import read_tensor
 from qtool.modules import is_linear
 from qtool.runtime.online import ONLINE, TORCHAO, flag_named, schemes_to_run, skip_reasons
-from qtool.weight import dequantize, fake_quantize_input, quantize, unpack_pairs
+from qtool.weight import dequantize, fake_quantize_input, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.architecture.meta import quiet_imports
+from qtool.codes import to_fp8
 from qtool.engine.attention.pages import (
     PAGE,
     KVPages,
@@ -36,7 +37,6 @@ from qtool.engine.attention.pages import (
 )
 from qtool.errors import CheckpointRefused
 from qtool.runtime.kernels import current
-from qtool.weight import to_fp8
 
 with quiet_imports():
     from transformers.masking_utils import AttentionMaskInterface

@@ -13,7 +13,9 @@ Scope = Literal["checkpoint", "module", "group"]
 Stored = Literal["quantized", "plain"]
 Axis = Literal["rows", "columns"]
 Role = Literal["linear", "expert", "router", "head", "tower", "embedding"]
-Weight = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8"]
+Weight = Literal[
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4"
+]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 Format = Literal[
     "compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "quark", "torchao"

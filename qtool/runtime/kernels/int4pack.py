@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qtool.codes import unpack_pairs
 from qtool.runtime.kernels import Device, LinearSpec, no_aten_product
-from qtool.weight import QuantizedWeight, unpack_pairs
+from qtool.weight import QuantizedWeight
 
 MANY = 80  # tokens
 # outputs that the operator packs together for AVX512, the second half in the high nibbles

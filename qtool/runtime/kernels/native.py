@@ -26,15 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qtool.codes import FP4_SCALES, FP4_VALUES, unpack_pairs
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn
-from qtool.weight import (
-    FP4_SCALES,
-    FP4_VALUES,
-    QuantizedWeight,
-    fake_quantize_input,
-    spread,
-    unpack_pairs,
-)
+from qtool.weight import QuantizedWeight, fake_quantize_input, spread
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (
@@ -94,7 +88,7 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     outputs = spec.shape[0]
     packed = {"codes": _pack_codes(spec, weight), **_pack_scales(spec, weight)}
     if spec.scheme.weights.bits < 5:
-        packed["table"] = _code_values(spec, weight.scale.dtype, in_groups="scale" in packed)
+        packed["table"] = _code_values(spec, weight, in_groups="scale" in packed)
     static = weight.activation
     others = {
         "zero": None if weight.zero is None else _by_strips(spec, weight.zero.expand(outputs, -1)),
@@ -107,7 +101,10 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
 def _pack_codes(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
     """Return all codes in the order of native.c, packed some rows at a time."""
     nibbles = spec.scheme.weights.bits < 5
-    zero = 0 if weight.scale.dtype in FP4_SCALES else 8
+    if weight.codebook is not None:
+        zero = int(weight.codebook.abs().argmin())
+    else:
+        zero = 0 if weight.scale.dtype in FP4_SCALES else 8
     parts = (_codes(piece, nibbles, zero) for piece in torch.split(weight.data, PIECE))
     first = next(parts)
     codes = first.new_empty(-(-spec.shape[0] // STRIP), *first.shape[1:])
@@ -132,8 +129,11 @@ def _pack_scales(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]
     return packed
 
 
-def _code_values(spec: LinearSpec, scale_dtype: torch.dtype, *, in_groups: bool) -> Tensor:
+def _code_values(spec: LinearSpec, weight: QuantizedWeight, *, in_groups: bool) -> Tensor:
     """Return what each 4-bit code stands for; with fp4 in groups, times each possible scale."""
+    scale_dtype = weight.scale.dtype
+    if weight.codebook is not None:
+        return weight.codebook
     if scale_dtype not in FP4_SCALES:
         return torch.arange(-8.0, 8.0)
     values = torch.tensor(FP4_VALUES)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qtool.codes import unpack_pairs
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16
 from qtool.scheme import Activations
-from qtool.weight import QuantizedWeight, dequantize, largest, unpack_pairs
+from qtool.weight import QuantizedWeight, dequantize, largest
 
 TINY = torch.finfo(torch.float32).tiny
 # inputs are uint8 around it: only AMX multiplies int8 with int8, others take a reference path a

@@ -27,6 +27,7 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         "scale": weight.scale,
         "scale2": weight.scale2,
         "zero": weight.zero,
+        "codebook": weight.codebook,
         "input_scale": static.scale if static else None,
         "input_zero": static.zero if static else None,
     }
@@ -39,7 +40,12 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     if block and packed["scale"].shape[0] == spec.shape[0]:
         block = (1, block[1])  # each row has scales of its own, as `scaled_by_row` gives them
     weight = QuantizedWeight(
-        packed["data"], packed["scale"], packed.get("scale2"), packed.get("zero"), block=block
+        packed["data"],
+        packed["scale"],
+        packed.get("scale2"),
+        packed.get("zero"),
+        block=block,
+        codebook=packed.get("codebook"),
     )
     if spec.scheme.activations:
         x = fake_quantize_input(

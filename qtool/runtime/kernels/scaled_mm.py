@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qtool.codes import to_fp8
 from qtool.runtime.kernels import Device, LinearSpec, device_of
 from qtool.scheme import Activations, Scheme
-from qtool.weight import QuantizedWeight, divided, largest, to_fp8
+from qtool.weight import QuantizedWeight, divided, largest
 
 # cuBLAS is faster with one scale for the whole matrix than with one for each row, until writing the
 # sums and scaling them afterwards costs more.

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.codes import unpack_pairs
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.routing import Blocks
 from qtool.runtime.kernels import Device, LinearSpec
@@ -37,7 +38,7 @@ from qtool.runtime.triton.tiles import (
     workspace,
 )
 from qtool.scheme import Weights
-from qtool.weight import QuantizedWeight, unpack_pairs
+from qtool.weight import QuantizedWeight
 
 ROWS = 256  # N is padded to a multiple of this
 INPUTS = 512  # and K of this
