@@ -15,6 +15,7 @@ import torch
 
 from qtool.architecture.standard import Shape, model_tensors
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.encoding import makes_embeddings
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
 from qtool.modules import ONE_EXPERT, is_mtp_layer, tower_of
@@ -59,6 +60,8 @@ def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
         report = _load_without_data(model, config, shapes)
     parameters = {name: each.numel() for name, each in model.named_parameters()}
     missing = {*(report.get("missing_keys") or ())}
+    if makes_embeddings(checkpoint):
+        missing.discard("lm_head.weight")
     split = _split_experts(parameters, missing, shapes)
     left_over = {*(report.get("unexpected_keys") or ())} - split
     report["missing_keys"] = missing - split

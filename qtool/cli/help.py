@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
         *("model_path", "revision", "trust_remote_code", "tokenizer_path", "skip_tokenizer_init"),
-        *("served_model_name", "dtype", "context_length", "chat_template"),
+        *("served_model_name", "dtype", "context_length", "chat_template", "is_embedding"),
     ),
     "Method": (
         *("method", "recipe", "backend", "group_size", "kv_cache", "lm_head", "ignore", "fast"),

@@ -91,12 +91,11 @@ def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
     from qtool.engine.requirements import check_by_name, check_speculation
-    from qtool.runtime.devices import device_named
-    from qtool.runtime.load_plan import plan_load
+    from qtool.engine.start import plan_engine
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
-    device, config = device_named(settings.device), settings.engine_config
-    plan = plan_load(checkpoint, device, settings.quantization, mtp=config.uses_mtp)
+    config = settings.engine_config
+    plan = plan_engine(checkpoint, config)
     check_by_name(plan)
     check_speculation(plan, config.speculation)
     for warning in plan.warnings:

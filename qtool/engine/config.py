@@ -52,6 +52,9 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     """No text: /generate takes and gives tokens."""
 
+    is_embedding: bool = False
+    """Make embeddings with a language model; embedding models need no option."""
+
     device: str | None = None
     """cpu, cuda or cuda:<n>. [a GPU, if there is one]"""
 

@@ -15,13 +15,19 @@ import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, Self, cast
+from functools import partial
+from typing import Any, Self
 
-import torch
-
-from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from qtool.checkpoint import open_checkpoint, resolve_model
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.config import EngineConfig
+from qtool.engine.encoder_runner import EncoderRunner
+from qtool.engine.encoding import (
+    Encoded,
+    EncodeRequest,
+    encode_requests,
+    encoded,
+)
 from qtool.engine.grammar import Compiler
 from qtool.engine.loop import Loop
 from qtool.engine.model_runner import Runner
@@ -29,29 +35,21 @@ from qtool.engine.outputs import CompletionError, CompletionOutput, Output
 from qtool.engine.requests import (
     Deliver,
     GenerateRequest,
-    PromptTokenizer,
     Request,
     RequestParser,
     SamplingFields,
 )
 from qtool.engine.requirements import check_by_name, check_speculation
 from qtool.engine.results import CompletionResult, Result
-from qtool.engine.scheduler import Limits
 from qtool.engine.sglang_names import check_other, engine_options
-from qtool.errors import CheckpointRefused, QtoolError, UsageError
-from qtool.formats import Layout
+from qtool.engine.start import eos_ids_of, limits_of, open_tokenizer, plan_engine, scales_of
+from qtool.engine.vectors import check_dimensions
 from qtool.options import keywords_of, make_options
-from qtool.runtime.causal_lm import CausalLM, ModelConfig
-from qtool.runtime.devices import device_named
-from qtool.runtime.load import cache_scales, materialize
-from qtool.runtime.load_plan import LoadPlan, plan_load
+from qtool.runtime.load import materialize
+from qtool.runtime.load_plan import LoadPlan
 
 LOG = logging.getLogger("qtool.engine")
-KV_DTYPES = ("auto", "fp8_e4m3", "fp8")  # the last is vLLM's name of the one before it
-MAX_RUNNING = {"cpu": 32, "cuda": 256}
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 DEFAULT_SHARE = 0.85
-DEFAULT_CONTEXT = 4096  # of models whose config does not have it
 
 
 class Engine:
@@ -67,11 +65,8 @@ class Engine:
     def __init__(self, model_path: str | os.PathLike[str], **options: object) -> None:
         known = [each.name for each in fields(EngineConfig)]
         config = make_options(EngineConfig, engine_options(options, known))
-        device = device_named(config.device)
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
-        dtype = config.dtype or "auto"
-        plan = plan_load(checkpoint, device, config.quantization, dtype, mtp=config.uses_mtp)
-        self._open(plan, config)
+        self._open(plan_engine(checkpoint, config), config)
 
     @classmethod
     def from_plan(cls, plan: LoadPlan, config: EngineConfig) -> Self:
@@ -93,20 +88,23 @@ class Engine:
         checkpoint, device = plan.checkpoint, plan.device
         check_by_name(plan)
         check_speculation(plan, config.speculation)
-        limits = _limits(plan.skeleton.config, device, config)
-        scales = _cache_scales(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
+        limits = limits_of(plan.skeleton.config, device, config, plan.encoding)
+        scales = scales_of(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
         self.tokenizer = None
         if not config.skip_tokenizer_init:
-            self.tokenizer = _tokenizer(config.tokenizer_path or checkpoint.path)
+            self.tokenizer = open_tokenizer(config.tokenizer_path or checkpoint.path)
         began = time.monotonic()
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
-        self.eos_ids = _eos_ids(model, self.tokenizer)
+        self.eos_ids = eos_ids_of(model, self.tokenizer)
         self.context_length = limits.context_length
+        self.encoding = plan.encoding
+        """What it returns for a text; None if it continues it."""
         self.model_path = checkpoint.path
         self.config = config
         share = config.mem_fraction_static
-        runner = Runner(
+        runner_class = Runner if plan.encoding is None else partial(EncoderRunner, plan.encoding)
+        runner = runner_class(
             model,
             device,
             limits,
@@ -123,13 +121,13 @@ class Engine:
                 f"{self.context_length:,}: longer requests are refused",
                 stacklevel=3,
             )
-        use_prefix = not config.disable_radix_cache
+        use_prefix = not config.disable_radix_cache and runner.keeps_prefixes
         if runner.geometry.states and use_prefix:
             LOG.info("no prefix cache: layers of this model keep a state for each sequence")
             use_prefix = False
         # of grammars
         self.compiler = None
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and self.encoding is None:
             self.compiler = Compiler(
                 self.tokenizer.backend_tokenizer, runner.vocab_size, self.eos_ids
             )
@@ -147,6 +145,7 @@ class Engine:
             use_prefix=use_prefix,
             seeds=None if config.random_seed is None else random.Random(config.random_seed),
             speculation=config.speculation,
+            encoding=self.encoding,
         )
         # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
@@ -241,13 +240,88 @@ class Engine:
             results[output.index].add(output)
         return _whole(results, single)
 
-    def submit(self, given: GenerateRequest, deliver: Deliver) -> list[Request]:
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        dimensions: int | None = None,
+        rid: str | Sequence[str] | None = None,
+        **other: object,
+    ) -> Any:
+        """Return what SGLang's ``Engine.encode`` does: for one text a dictionary with ``embedding``
+        and ``meta_info``, for several a list of them. The embedding of a reranker is its score.
+
+        Args:
+            prompt: one or several texts; of a reranker, query and document as the model reads them.
+            input_ids: tokens in place of ``prompt``.
+            dimensions: numbers of each embedding, where the checkpoint says that it may be cut.
+            rid: names of the requests, one for each text, for `abort`.
+            other: further arguments of SGLang's, whose values ask for nothing.
+        Raises: UsageError, for invalid arguments; the error that ended a request.
+        """
+        requests, single = self._encode_requests(prompt, input_ids, dimensions, rid, other)
+        outputs = {output.index: output for output in self._outputs(requests)}
+        return self._encoded(requests, outputs, dimensions, single)
+
+    async def async_encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        dimensions: int | None = None,
+        rid: str | Sequence[str] | None = None,
+        **other: object,
+    ) -> Any:
+        """Do as `encode`. Cancelling it aborts the requests."""
+        loop = asyncio.get_running_loop()
+        requests, single = await loop.run_in_executor(
+            None, self._encode_requests, prompt, input_ids, dimensions, rid, other
+        )
+        outputs = {output.index: output async for output in self._async_outputs(requests)}
+        return self._encoded(requests, outputs, dimensions, single)
+
+    def _encode_requests(
+        self,
+        prompt: str | Sequence[str] | None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+        dimensions: int | None,
+        rid: str | Sequence[str] | None,
+        other: Mapping[str, object],
+    ) -> tuple[list[Request], bool]:
+        """Return the requests for the arguments of `encode`, and whether they are for one text."""
+        for name, value in other.items():
+            known = ["prompt", "input_ids", "dimensions", "rid"]
+            check_other(name, value, known, what="argument")
+        requests, single = encode_requests(self._parser, EncodeRequest(prompt, input_ids, rid))
+        if self.encoding is not None:
+            check_dimensions(self.encoding, dimensions)
+        return requests, single
+
+    def _encoded(
+        self,
+        requests: Sequence[Request],
+        outputs: Mapping[int, CompletionOutput],
+        dimensions: int | None,
+        single: bool,
+    ) -> Encoded | list[Encoded]:
+        assert self.encoding is not None
+        results = [
+            encoded(self.encoding, request, outputs[request.index], dimensions)
+            for request in requests
+        ]
+        return results[0] if single else results
+
+    def submit(self, given: GenerateRequest | EncodeRequest, deliver: Deliver) -> list[Request]:
         """Start the requests for ``given``, and return them; the loop's thread calls ``deliver``
         with each output or error.
 
         Raises: UsageError, for an invalid request; nothing has been started then.
         """
-        requests, _ = self._parser.parse(given)
+        if isinstance(given, EncodeRequest):
+            requests, _ = encode_requests(self._parser, given)
+        else:
+            requests, _ = self._parser.parse(given)
         self._start(requests, deliver)
         return requests
 
@@ -365,86 +439,3 @@ def _whole(results: Sequence[CompletionResult], single: bool) -> Result | list[R
 def _close(loop: Loop) -> None:
     loop.stop()
     loop.runner.close()
-
-
-def _limits(model_config: ModelConfig, device: torch.device, config: EngineConfig) -> Limits:
-    context_length = config.context_length
-    longest = (
-        getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        or context_length
-        or DEFAULT_CONTEXT
-    )
-    if context_length is not None and context_length > longest:
-        raise UsageError(
-            "E_CONTEXT",
-            f"context_length is {context_length}, and the model knows {longest} positions",
-            hint=f"1 to {longest}",
-        )
-    return Limits(
-        config.max_running_requests or MAX_RUNNING[device.type],
-        config.chunked_prefill_size or TOKEN_BUDGET[device.type],
-        context_length or longest,
-        drafts=0 if config.speculation is None else config.speculation.drafts,
-        lookahead=0 if config.speculation is None else config.speculation.lookahead,
-    )
-
-
-def _cache_scales(
-    checkpoint: Checkpoint, layout: Layout | None, kv_cache_dtype: str
-) -> dict[int, tuple[float, float]] | None:
-    """Return the scales of the KV cache by layer where it is kept in 8 bits; layers without have 1.
-
-    None: it is kept in 16 bits.
-    """
-    if kv_cache_dtype not in KV_DTYPES:
-        raise UsageError(
-            "E_KV_DTYPE",
-            f"unknown kv_cache_dtype `{kv_cache_dtype}`",
-            hint=f"one of {', '.join(KV_DTYPES)}",
-        )
-    scales = cache_scales(checkpoint) if layout and layout.kv_cache else {}
-    if kv_cache_dtype == "auto" and not scales:
-        return None
-    if not scales:
-        warnings.warn(
-            "the checkpoint has no scales for an 8-bit KV cache: 1.0 is used, and quality may "
-            "suffer",
-            stacklevel=3,
-        )
-    return scales
-
-
-def _tokenizer(path: str | os.PathLike[str]) -> PromptTokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(os.fspath(path)))
-    except QtoolError:
-        raise
-    except Exception as error:  # whatever a file from outside makes of it
-        hint = "tokenizer_path names another folder; skip_tokenizer_init takes input_ids"
-        raise CheckpointRefused(
-            "E_TOKENIZER", f"{path} has no tokenizer that loads ({type(error).__name__})", hint=hint
-        ) from error
-    if not tokenizer.is_fast:
-        raise CheckpointRefused(
-            "E_TOKENIZER",
-            f"{path} has no tokenizer.json",
-            hint="save the tokenizer again with a recent transformers",
-        )
-    return cast(PromptTokenizer, tokenizer)
-
-
-def _eos_ids(model: CausalLM, tokenizer: PromptTokenizer | None) -> tuple[int, ...]:
-    """Return the end tokens of the model and of the tokenizer, without -1 and ids beyond the
-    vocabulary.
-    """
-    config = model.config if model.generation_config is None else model.generation_config
-    configured = config.eos_token_id
-    ids: list[int | None] = (
-        list(configured) if isinstance(configured, (list, tuple)) else [configured]
-    )
-    if tokenizer is not None:
-        ids.append(tokenizer.eos_token_id)
-    size = model.get_output_embeddings().out_features
-    return tuple({each for each in ids if isinstance(each, int) and 0 <= each < size})

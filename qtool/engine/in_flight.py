@@ -24,6 +24,10 @@ class InFlightStep:
     """int32 [S, D] on the host, of the chunks that sample: what may follow the tokens they gain,
     -1 where nothing was drafted; None without an MTP layer.
     """
+    vectors: Tensor | None = None
+    """float32 [S, N] on the host, of the chunks that end a prompt, where prompts are encoded;
+    ``tokens`` then has 0 for each.
+    """
     logprobs: Logprobs | None = None
     """On the host, of `logprob_rows`."""
     logprob_rows: tuple[int, ...] = ()

@@ -219,6 +219,9 @@ class Loop:
         for position, logprobs in in_flight.prompts.items():
             _add_prompt_logprobs(step.chunks[position], logprobs)
         self.scheduler.commit(gained)
+        if in_flight.vectors is not None:
+            self._end_encoded(in_flight.vectors, gained)
+            return
         if in_flight.logprobs is not None:
             _add_logprobs(in_flight.logprobs, in_flight.logprob_rows, gained)
         self.throughput.note(sum(len(its) for _, its in gained))
@@ -231,6 +234,14 @@ class Loop:
                 self._advance_safely(_request(chunk.sequence), gain)
         if self.spec is not None:
             self.spec.log(at_once=not self.requests)
+
+    def _end_encoded(self, vectors: Tensor, gained: Sequence[Gain]) -> None:
+        """End the requests whose prompts were encoded to ``vectors`` [S, N]."""
+        for (chunk, _), vector in zip(gained, vectors.numpy(), strict=True):
+            if chunk.sequence.state != "finished":
+                request = _request(chunk.sequence)
+                request.vector = vector.astype("<f4").tobytes()
+                self._end(request, {"type": "length", "length": 0})
 
     def _fail_in_flight(self, in_flight: InFlightStep, error: Exception) -> None:
         """Fail a step that the device failed, and what was launched since, which is lost too."""

@@ -33,8 +33,7 @@ from qtool.engine.step_buffer import (
     StepBuffer,
     StepInputs,
     StepLayout,
-    fill_tokens,
-    fill_updates,
+    send_step,
     update_table,
 )
 from qtool.engine.stopwatch import Stopwatch
@@ -136,6 +135,11 @@ class Runner:
                     f"{len(self.graphs.prompts)} for prompts"
                 )
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether a prompt may start with the pages of another."""
+        return True
+
     def _make_buffers(self, columns: int) -> None:
         """Allocate what steps read and write besides weights and KV cache."""
         limits, device = self.limits, self.device
@@ -232,9 +236,7 @@ class Runner:
         return peak
 
     def _try_step(self, tokens: int) -> None:
-        """Run a step of ``tokens`` tokens of prompts, and sample with all that a request can ask
-        for.
-        """
+        """Run a step of ``tokens`` tokens of prompts, with all that a request can ask for."""
         longest = self.limits.context_length
         starts = [*range(0, tokens, longest), tokens]
         positions = torch.arange(tokens, dtype=torch.int32, device=self.device) % longest
@@ -247,11 +249,16 @@ class Runner:
             longest=min(tokens, longest),
             counters=self._counters,
         )
-        samples = min(self.limits.most_decodes, tokens)
-        kept = torch.zeros(samples, dtype=torch.long, device=self.device)
-        logits = self._logits(packed, torch.zeros_like(positions), kept)
+        ids = torch.zeros_like(positions)
+        self._try_outputs(packed, ids)
         if self._mtp is not None:
-            self._mtp.run(packed, torch.zeros_like(positions), None, self.layers)
+            self._mtp.run(packed, ids, None, self.layers)
+
+    def _try_outputs(self, packed: Packed, ids: Tensor) -> None:
+        """Make what comes of the tokens of a step that is only tried."""
+        samples = min(self.limits.most_decodes, len(ids))
+        kept = torch.zeros(samples, dtype=torch.long, device=self.device)
+        logits = self._logits(packed, ids, kept)
         params = SamplingParams(top_p=0.9, logit_bias={0: 1.0}, repetition_penalty=1.1)
         mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
         row = RowRequest(params, seed=0, position=0, history=History([0]), mask=mask)
@@ -369,41 +376,28 @@ class Runner:
         Args:
             whole: positions of chunks all of whose logits are wanted.
         """
-        chunks, decodes = step.chunks, step.decode_tokens
-        stops = list(itertools.accumulate(chunk.count for chunk in chunks))
-        sizes = _logits_of(step, whole)
+        stops = itertools.accumulate(chunk.count for chunk in step.chunks)
         kept = [
             place
-            for stop, size in zip(stops, sizes, strict=True)
+            for stop, size in zip(stops, _logits_of(step, whole), strict=True)
             for place in range(stop - size, stop)
         ]
-        prefills = len(chunks) - step.decodes
-        layout = StepLayout(
-            tokens=stops[-1],
-            starts=prefills + 1 if prefills else 0,
-            kept=len(kept),
-            updates=len(step.updates),
-        )
-        inputs = self.buffer.on_host(layout)
-        fill_tokens(inputs, chunks)
-        if prefills:
-            inputs.starts[0] = 0
-            inputs.starts[1:] = [stop - decodes for stop in stops[step.decodes :]]
-        inputs.kept[:] = kept
-        fill_updates(inputs, step.updates, self.table)
-        there = self.buffer.send(layout)
-        if step.updates:
-            update_table(self.table, there)
+        packed, inputs = self._send(step, kept)
+        return self._logits(packed, inputs.token_ids, inputs.kept.long())
+
+    def _send(self, step: Step, kept: Sequence[int]) -> tuple[Packed, StepInputs[Tensor]]:
+        """Send the inputs of any step to the device, and make its changes of the page table."""
+        inputs = send_step(self.buffer, step, kept, self.table)
         packed = Packed(
             self.table,
-            there.rows,
-            there.positions,
-            decodes=decodes,
-            starts=there.starts if prefills else None,
-            longest=max((chunk.count for chunk in chunks[step.decodes :]), default=0),
+            inputs.rows,
+            inputs.positions,
+            decodes=step.decode_tokens,
+            starts=inputs.starts if len(inputs.starts) else None,
+            longest=max((chunk.count for chunk in step.chunks[step.decodes :]), default=0),
             counters=self._counters,
         )
-        return self._logits(packed, there.token_ids, there.kept.long())
+        return packed, inputs
 
     def _run_with_prompt_logprobs(
         self, step: Step, prompts: Sequence[tuple[int, int]]

@@ -107,6 +107,8 @@ class CompletionOutput(Struct, array_like=True):
     """Of the prompt's tokens, in the first output of a completion, if they were requested."""
     reasoning_tokens: int = 0
     """How many tokens of thoughts came to be known as such."""
+    vector: bytes = b""
+    """Of a prompt that was encoded, for `encoding.vector_of`: float32, little-endian."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def merge(outputs: Sequence[CompletionOutput]) -> CompletionOutput:
         finish=outputs[-1].finish,
         prompt_logprobs=list(chain(output.prompt_logprobs for output in outputs)),
         reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
+        vector=outputs[-1].vector,
     )
 
 

@@ -5,16 +5,15 @@ for it (`Request`).
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Protocol, TypeAlias, TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
+from qtool.checkpoint.encoding import Encoding
 from qtool.engine.answer_constraint import AnswerConstraint
 from qtool.engine.config import Speculation
 from qtool.engine.detokenizer import TextStream
@@ -27,6 +26,7 @@ from qtool.engine.outputs import (
     SpecCounts,
     TokenLogprob,
 )
+from qtool.engine.prompts import PromptReader, PromptTokenizer, names_of
 from qtool.engine.sampling_batch import History
 from qtool.engine.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from qtool.engine.speculation import Drafter, MtpDrafts, NgramDrafter
@@ -34,22 +34,10 @@ from qtool.engine.step import SequenceState
 from qtool.errors import UsageError
 
 CONTEXT_TOKENS = 8  # tokens of the prompt that the text continues
-PROMPT_HINT = "give text, or a list of texts, or tokens as input_ids"
 
 T = TypeVar("T")
 SamplingFields: TypeAlias = Mapping[str, object] | SamplingParams
 Deliver: TypeAlias = Callable[[Output], object]
-
-
-class PromptTokenizer(Protocol):
-    """What is used of a fast tokenizer of transformers."""
-
-    name_or_path: str
-    backend_tokenizer: Tokenizer
-    eos_token_id: int | None
-
-    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, list[int]]:
-        """Return ``input_ids`` and more."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +155,8 @@ class Request:
     """Whether ``prompt_logprobs`` were."""
     delivered_thoughts: int = 0
     """Of these, tokens of thoughts."""
+    vector: bytes = b""
+    """What a prompt was encoded to."""
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs_from is not None:  # nothing predicts the first token
@@ -182,7 +172,7 @@ class Request:
         """Return what was not delivered yet; ``reason``: why the completion ends with it."""
         sequence = self.sequence
         size = len(sequence.prompt)
-        token_ids = sequence.tokens[size + self.delivered :]
+        token_ids = [] if sequence.is_encoded else sequence.tokens[size + self.delivered :]
         self.delivered += len(token_ids)
         logprobs = self.new_logprobs
         self.new_logprobs = []
@@ -196,6 +186,7 @@ class Request:
             logprobs=logprobs,
             finish=None if reason is None else self._finish_info(reason),
             prompt_logprobs=prompt_logprobs,
+            vector=self.vector,
         )
         if self.text.thoughts is not None:
             output.reasoning_tokens = self.text.thoughts.tokens - self.delivered_thoughts
@@ -254,16 +245,25 @@ class RequestParser:
     """Gives seeds to requests without one; None: each is random."""
     speculation: Speculation | None
     """How tokens are drafted; None: they are not."""
+    encoding: Encoding | None = None
+    """What the model returns for a prompt; None: it continues it."""
+
+    @property
+    def prompts(self) -> PromptReader:
+        """What turns prompts into tokens."""
+        return PromptReader(self.tokenizer, self.vocab_size)
 
     def parse(self, given: GenerateRequest) -> tuple[list[Request], bool]:
         """Return the requests for ``given``, and whether its result is a single one, not a list.
 
         Raises: UsageError.
         """
-        prompts, single = self._prompts(given)
+        if self.encoding is not None:
+            raise UsageError("E_TASK", "the model generates no text", hint="`encode` encodes one")
+        prompts, single = self.prompts.read(given.prompt, given.input_ids)
         count = len(prompts)
         all_params = self._sampling_params(given.sampling_params, count)
-        names = _names(given.rid, count)
+        names = names_of(given.rid, count)
         if not len(all_params) == len(names) == count:
             message = f"{count} prompts, {len(all_params)} sampling_params, {len(names)} ids"
             raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
@@ -376,68 +376,3 @@ class RequestParser:
         if params.sampling_seed is None and self.seeds is not None:
             return replace(params, sampling_seed=self.seeds.getrandbits(63))
         return params
-
-    def _prompts(self, given: GenerateRequest) -> tuple[list[list[int]], bool]:
-        """Return the prompts as tokens, and whether there is one that is not in a list."""
-        if (given.prompt is None) == (given.input_ids is None):
-            raise UsageError(
-                "E_PROMPT", "give either prompt or input_ids", hint="one of them, and not both"
-            )
-        if given.prompt is not None:
-            texts, single = _as_list(given.prompt, str)
-            return [self._encode(text) for text in texts], single
-        prompts, single = _as_list(given.input_ids, int)
-        return [self._token_ids(prompt) for prompt in prompts], single
-
-    def _encode(self, text: object) -> list[int]:
-        if self.tokenizer is None:
-            raise UsageError(
-                "E_PROMPT",
-                "a text prompt needs a tokenizer, and skip_tokenizer_init left it out",
-                hint="give input_ids",
-            )
-        if not isinstance(text, str):
-            raise UsageError(
-                "E_PROMPT", f"a prompt is a {type(text).__name__}, not text", hint=PROMPT_HINT
-            )
-        try:
-            return self._token_ids(self.tokenizer(text, verbose=False)["input_ids"])
-        except (TypeError, UnicodeError) as error:
-            raise UsageError(
-                "E_PROMPT", "a prompt is not valid Unicode", hint="it has half of a surrogate pair"
-            ) from error
-
-    def _token_ids(self, prompt: object) -> list[int]:
-        size = self.vocab_size
-        if isinstance(prompt, (list, tuple)) and all(
-            type(token) is int and 0 <= token < size for token in prompt
-        ):
-            return list(prompt)
-        message = "a prompt has something that is not a token of the model"
-        raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {size - 1}")
-
-
-def _as_list(given: object, kind: type) -> tuple[Sequence[object], bool]:
-    """Return the prompts in ``given``, and whether it is a single prompt: text, or a list of tokens
-    where ``kind`` is int.
-    """
-    if hasattr(given, "tolist"):  # an array of NumPy or torch
-        given = given.tolist()
-    if isinstance(given, str):
-        return [given], True
-    if not isinstance(given, (list, tuple)):
-        raise UsageError("E_PROMPT", f"a prompt is a {type(given).__name__}", hint=PROMPT_HINT)
-    if not given:
-        raise UsageError("E_PROMPT", "there is no prompt", hint="give one, or a list of them")
-    single = kind is int and isinstance(given[0], int)
-    return ([given] if single else given), single
-
-
-def _names(rid: str | Sequence[str] | None, count: int) -> list[str]:
-    """Return a name for each of ``count`` prompts, where ``rid`` gives them, those."""
-    if isinstance(rid, (list, tuple)):
-        return [str(name) for name in rid]
-    if rid is not None and count > 1:
-        message = f"one rid for {count} prompts"
-        raise UsageError("E_REQUEST_ID", message, hint="give a list of them")
-    return [str(rid or uuid.uuid4().hex) for _ in range(count)]

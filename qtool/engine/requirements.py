@@ -33,7 +33,8 @@ def check_by_name(plan: LoadPlan) -> None:
     """
     model, path = plan.skeleton.model, plan.checkpoint.path
     name = type(model).__name__
-    if plan.skeleton.config.is_encoder_decoder or not model.can_generate():
+    generates = plan.encoding is not None or model.can_generate()
+    if plan.skeleton.config.is_encoder_decoder or not generates:
         message = f"{path}: {name} does not continue a text, which is all that the engine does"
         raise CheckpointRefused("E_ARCHITECTURE", message, hint="`qtool.load` loads it")
     text = plan.skeleton.config.get_text_config()

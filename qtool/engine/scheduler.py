@@ -113,11 +113,10 @@ class Scheduler:
             raise UsageError(
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
-        if size >= self.context_length:
-            message = (
-                f"the prompt has {size} tokens; the context holds {self.context_length}, and one "
-                "must be left for the answer"
-            )
+        if size >= self.context_length + sequence.is_encoded:
+            message = f"the prompt has {size} tokens; the context holds {self.context_length}"
+            if not sequence.is_encoded:
+                message += ", and one must be left for the answer"
             raise UsageError("E_TOO_LONG", message, hint="shorten the prompt")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context_length - size)
         # the prompt is computed, and sampled from, in any case

@@ -75,7 +75,6 @@ NOT_OFFERED = {
     "return_routed_experts": "the engine returns texts, tokens and log probabilities",
     "token_ids_logprob": f"top_logprobs_num gives up to {MAX_TOP_LOGPROBS} of the most likely",
     "session_params": "send the whole prompt; the prefix cache keeps what was computed",
-    "is_embedding": "the engine generates text",
 }
 
 

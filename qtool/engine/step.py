@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 class SequenceState:
     """A prompt and what was generated after it.
 
-    The first six fields are the caller's, the others the scheduler's.
+    The first seven fields are the caller's, the others the scheduler's.
     """
 
     prompt: list[int]
@@ -24,6 +24,8 @@ class SequenceState:
     """False: every token of the prompt is computed (logprobs of the prompt)."""
     needs_logits: bool = False
     """For all tokens of the prompt, which is then computed in small parts: logits take memory."""
+    is_encoded: bool = False
+    """Nothing is generated: what comes of the last token of the prompt is a vector."""
     owner: object = None
     """The caller's own object."""
     state: Literal["waiting", "running", "finished"] = "waiting"

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qtool.engine.step import Chunk
+from qtool.engine.step import Chunk, Step
 
 # Host buffers: one is filled while the step that reads the other may still be running.
 NUM_BUFFERS = 2
@@ -150,3 +150,35 @@ def fill_updates(
 def update_table(table: Tensor, inputs: StepInputs[Tensor]) -> None:
     """Make the changes of a step in the page table, on the device."""
     table.view(-1).index_put_((inputs.table_index,), inputs.table_pages)
+
+
+def send_step(
+    buffer: StepBuffer, step: Step, kept: Sequence[int], table: Tensor
+) -> StepInputs[Tensor]:
+    """Send the inputs of any step to the device, and make its changes in the page table.
+
+    Args:
+        buffer: its room.
+        step: the step.
+        kept: the tokens whose logits are wanted.
+        table: the page table [rows, columns].
+    """
+    stops = list(itertools.accumulate(chunk.count for chunk in step.chunks))
+    prefills = len(step.chunks) - step.decodes
+    layout = StepLayout(
+        tokens=stops[-1],
+        starts=prefills + 1 if prefills else 0,
+        kept=len(kept),
+        updates=len(step.updates),
+    )
+    inputs = buffer.on_host(layout)
+    fill_tokens(inputs, step.chunks)
+    if prefills:
+        inputs.starts[0] = 0
+        inputs.starts[1:] = [stop - step.decode_tokens for stop in stops[step.decodes :]]
+    inputs.kept[:] = kept
+    fill_updates(inputs, step.updates, table)
+    there = buffer.send(layout)
+    if step.updates:
+        update_table(table, there)
+    return there

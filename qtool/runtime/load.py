@@ -26,6 +26,7 @@ from qtool.runtime.build import (
 )
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.devices import device_named
+from qtool.runtime.encoder import make_encoder
 from qtool.runtime.experts.stacks import ExpertStacks, stacked_biases
 from qtool.runtime.kernels import current
 from qtool.runtime.load_plan import Group, LoadPlan, plan_load
@@ -96,7 +97,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
     stacks.install(model)
     if plan.mtp is not None:
         attach_mtp(plan, model)
-    return model
+    return model if plan.encoding is None else make_encoder(plan, model)
 
 
 def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:

@@ -11,10 +11,12 @@ import torch
 from qtool import formats
 from qtool.architecture import check_model
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.encoding import Encoding
 from qtool.errors import CheckpointRefused, one_line
 from qtool.formats import Layout
 from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
+from qtool.runtime.encoder_names import head_of, without_head
 from qtool.runtime.experts.plan import GroupedPlan, plan_experts
 from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of, linear_spec
 from qtool.runtime.mtp_names import MtpNames, find_mtp, with_mtp_layer
@@ -70,6 +72,8 @@ class LoadPlan:
     warnings: tuple[str, ...]
     mtp: MtpNames | None = None
     """The layer that drafts tokens; None if it is left out. The skeleton's last layer is in it."""
+    encoding: Encoding | None = None
+    """What the model returns for a text; None if it continues it."""
 
     @property
     def sources(self) -> list[Source]:
@@ -94,6 +98,7 @@ def plan_load(
     dtype: str | torch.dtype | None = None,
     *,
     mtp: bool = False,
+    encoding: Encoding | None = None,
 ) -> LoadPlan:
     """Decide what each quantized layer of ``checkpoint`` becomes; reads no weights.
 
@@ -102,6 +107,7 @@ def plan_load(
         quantization: as in `qtool.runtime.online.schemes_to_run`.
         dtype: what unquantized layers compute in; None for that of the checkpoint.
         mtp: load the layer for multi-token prediction, too.
+        encoding: load the model without the head for the next token, for `runtime.encoder`.
     Raises: CheckpointRefused.
     """
     layout = formats.detect(checkpoint)
@@ -115,8 +121,11 @@ def plan_load(
     computed_in = dtype_named(dtype) or _checkpoint_dtype(checkpoint, device)
     names = find_mtp(checkpoint) if mtp else None
     built = with_mtp_layer(checkpoint) if names else checkpoint
+    if encoding is not None:
+        built = without_head(checkpoint)
     skeleton = Skeleton(built, layout, computed_in)
-    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton, names)]
+    head = head_of(skeleton, encoding) if encoding is not None else None
+    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton, names, head)]
     sources = [
         _source(skeleton, layout, name, scheme)
         for name, scheme in schemes.items()
@@ -153,15 +162,15 @@ def plan_load(
         dequantized=tuple(dequantized),
         warnings=(*warned, *one_by_one, *_slow_groups(groups, device)),
         mtp=names,
+        encoding=encoding,
     )
 
 
-def _left_out(skeleton: Skeleton, mtp: MtpNames | None) -> Iterator[str]:
-    """Say what of the checkpoint is not loaded."""
+def _left_out(skeleton: Skeleton, mtp: MtpNames | None, head: str | None) -> Iterator[str]:
+    """Say what of the checkpoint is not loaded; ``head`` is made into another layer."""
+    own = tuple(f"{name}." for name in (mtp and mtp.prefix, head) if name)
     unused = Counter(
-        reason
-        for name, reason in skeleton.names.unused.items()
-        if mtp is None or not name.startswith(f"{mtp.prefix}.")
+        reason for name, reason in skeleton.names.unused.items() if not name.startswith(own)
     )
     for reason, count in unused.items():
         yield f"{count} tensors are left out: {reason}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qtool.serve.metrics import Metrics
-from qtool.serve.service import Loading, Service
+from qtool.serve.service import Loading, ServedTask, Service
 from qtool.serve.settings import ServeSettings
 from qtool.serve.threads import Threads
 
@@ -17,9 +17,12 @@ class ServiceHost:
         self.threads = Threads()
         self.current: Loading | Service = Loading()
 
-    def ready(self) -> Service:
-        """Return the service. Raises: Busy, unless it takes requests."""
-        return self.current.ready()
+    def ready(self, task: ServedTask | None = None) -> Service:
+        """Return the service.
+
+        Raises: Busy, unless it takes requests; UsageError, when the model does not do ``task``.
+        """
+        return self.current.ready(task)
 
     def set_service(self, service: Service) -> None:
         """Let requests reach ``service``, unless the server is ending."""

@@ -23,19 +23,28 @@ def ready_text(service: Service) -> str:
     )
     key = ' -H "Authorization: Bearer $QTOOL_API_KEY"' if settings.api_key else ""
     body: dict[str, object] = {"model": settings.name}
-    if service.templates.text is None:
-        path = "/v1/completions"
-        body["prompt"] = "Hello"
-    else:
-        path = "/v1/chat/completions"
-        body["messages"] = [{"role": "user", "content": "Hello"}]
-    body["max_tokens"] = 32
+    path, asked = _example(service)
+    body |= asked
+    clients = service.templates.text and info.encoding is None
     return (
         f"{printable(settings.name)}: {what}\n"
         f"served at {settings.url} (open it in a browser), or\n\n"
         f"    curl {settings.url}{path} -H 'Content-Type: application/json'{key} \\\n        -d "
-        f"'{_quoted(body)}'\n{client_lines(settings) if service.templates.text else ''}"
+        f"'{_quoted(body)}'\n{client_lines(settings) if clients else ''}"
     )
+
+
+def _example(service: Service) -> tuple[str, dict[str, object]]:
+    """Return a route and the fields of a request to try."""
+    encoding = service.info.encoding
+    if encoding is not None and encoding.task == "embed":
+        return "/v1/embeddings", {"input": ["Hello"]}
+    if encoding is not None:
+        return "/v1/rerank", {"query": "greeting", "documents": ["Hello", "Goodbye"]}
+    if service.templates.text is None:
+        return "/v1/completions", {"prompt": "Hello", "max_tokens": 32}
+    messages = [{"role": "user", "content": "Hello"}]
+    return "/v1/chat/completions", {"messages": messages, "max_tokens": 32}
 
 
 def client_lines(settings: ServeSettings) -> str:

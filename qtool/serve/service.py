@@ -5,7 +5,6 @@ chat template and the queue.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -15,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Literal, NoReturn, Self
 
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
@@ -24,8 +23,10 @@ from qtool.serve.backend.engine_client import EngineProcess, OutputStream
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
+from qtool.serve.prompts.pairs import Pairs
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary, answer_too_long, prompt_too_long
+from qtool.serve.sampling_defaults import sampling_defaults
 from qtool.serve.settings import CLIENT_SHARE, ServeSettings
 from qtool.serve.threads import Threads
 from qtool.serve.turns import current_origin
@@ -35,8 +36,19 @@ WARM_UP_TOKENS = 2
 # log probabilities of one request and of all: each is some 150 bytes, here and in the engine
 MAX_LOGPROBS = 1 << 17
 MAX_LOGPROBS_HELD = 1 << 24
-# of generation_config.json
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+ServedTask = Literal["generate", "embed", "score"]
+SERVED: Mapping[ServedTask | None, str] = {
+    "generate": "generates text",
+    "embed": "makes embeddings",
+    "score": "scores documents for a query",
+}
+TASK_HINTS: Mapping[ServedTask, str] = {
+    "generate": "--is-embedding serves the hidden states of a language model as embeddings",
+    "embed": "send texts to /v1/embeddings",
+    "score": "send a query and documents to /v1/rerank or /v1/score",
+}
 
 
 class ModelNotFound(Exception):
@@ -102,7 +114,7 @@ class Loading:
     def __init__(self) -> None:
         self.draining = False
 
-    def ready(self) -> NoReturn:
+    def ready(self, task: ServedTask | None = None) -> NoReturn:
         """Raise: Busy."""
         raise _draining() if self.draining else Busy("loading", "the model is still loading")
 
@@ -132,6 +144,7 @@ class Service:
     vocabulary: Vocabulary
     templates: Templates
     grammars: Grammars
+    pairs: Pairs
     tool_style: str | None
     """How the model writes tool calls; None if it does not."""
     reasoning_style: str | None
@@ -149,10 +162,20 @@ class Service:
     aborted: bool = False
     """All requests were aborted, and no submission is taken."""
 
-    def ready(self) -> Self:
-        """Return the service. Raises: Busy, unless it takes requests."""
+    def ready(self, task: ServedTask | None = None) -> Self:
+        """Return the service.
+
+        Raises: Busy, unless it takes requests; UsageError, when the model does not do ``task``.
+        """
         if self.draining or self.engine.error is not None:
             raise _draining()
+        does = "generate" if self.info.encoding is None else self.info.encoding.task
+        if task not in (None, does):
+            raise UsageError(
+                "E_TASK",
+                f"this route {SERVED[task]}, and `{self.settings.name}` {SERVED[does]}",
+                hint=TASK_HINTS[does],
+            )
         return self
 
     async def stats(self, *, timeout_s: float) -> EngineStats | None:
@@ -179,13 +202,22 @@ class Service:
             )
         )
 
+    @property
+    def most_requests(self) -> int:
+        """Completions that may run or wait."""
+        return self.info.max_running + self.settings.max_queued_requests
+
+    @property
+    def largest_request(self) -> int:
+        """Completions of one client that may run or wait."""
+        return math.ceil(self.most_requests * CLIENT_SHARE)
+
     def acquire(self, completions: int) -> Slot:
         """Return a slot for ``completions``.
 
         Raises: Busy, when the queue is full; UsageError, when they never fit.
         """
-        most = self.info.max_running + self.settings.max_queued_requests
-        most_each = math.ceil(most * CLIENT_SHARE)
+        most, most_each = self.most_requests, self.largest_request
         if completions > most_each:
             raise UsageError(
                 "E_TOO_MANY",
@@ -224,8 +256,7 @@ class Service:
         if self.aborted:
             raise _draining()
         for submission, most in zip(submissions, max_tokens, strict=True):
-            for prompt in submission.prompts:
-                self._check_prompt(prompt, most or 1)
+            self.check_prompts(submission.prompts, most or 1)
             submission.params.check_vocabulary(self.info.vocab_size)
         self._hold_logprobs(slot, submissions)
         slot.stream = self.engine.submit(*submissions)
@@ -265,6 +296,11 @@ class Service:
                 f"there is no model `{name[:200]}` here; `{self.settings.name}` is served"
             )
 
+    def check_prompts(self, prompts: Sequence[Sequence[int]], new_tokens: int = 1) -> None:
+        """Raise: UsageError, for a prompt that is empty or does not fit with its answer."""
+        for prompt in prompts:
+            self._check_prompt(prompt, new_tokens)
+
     def _check_prompt(self, prompt: Sequence[int], new_tokens: int) -> None:
         context = self.info.context_length
         vocab_size = self.info.vocab_size
@@ -272,11 +308,12 @@ class Service:
             raise UsageError(
                 "E_EMPTY_PROMPT", "the prompt has no tokens", hint="send one token at least"
             )
+        answer = self.info.encoding is None
         # the last token is not kept
-        most = min(context, self.info.max_total_tokens + 1)
-        if len(prompt) >= most:
+        most = min(context, self.info.max_total_tokens + answer)
+        if len(prompt) > most - answer:
             raise prompt_too_long(f"{len(prompt):,} tokens", most)
-        if len(prompt) + new_tokens > most:
+        if answer and len(prompt) + new_tokens > most:
             raise answer_too_long(len(prompt), new_tokens, most)
         if max(prompt) >= vocab_size:
             message = f"the prompt has a token {max(prompt)}, and the model knows {vocab_size}"
@@ -353,9 +390,10 @@ async def open_service(
             vocabulary=vocabulary,
             templates=templates,
             grammars=grammars,
+            pairs=Pairs(info.encoding, templates, vocabulary),
             tool_style=tool_style(settings, templates),
             reasoning_style=reasoning_style(settings, templates),
-            defaults=await _sampling_defaults(settings, info),
+            defaults=await sampling_defaults(settings, info),
         )
         await service.warm_up()
         yield service
@@ -383,33 +421,5 @@ async def _load(
         starting.cancel()
 
 
-async def _sampling_defaults(settings: ServeSettings, info: EngineInfo) -> dict[str, object]:
-    if settings.sampling_defaults != "model":
-        return {}
-    return await asyncio.to_thread(_generation_config, Path(info.model_path))
-
-
 def _draining() -> Busy:
     return Busy("draining", "the server is ending")
-
-
-def _generation_config(path: Path) -> dict[str, object]:
-    """Return the model's own sampling defaults; what is not usable is left out, with a warning."""
-    file = path / "generation_config.json"
-    try:
-        config = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError):
-        config = {}
-    found: dict[str, object] = {}
-    for name in DEFAULTS:
-        value = config.get(name) if isinstance(config, Mapping) else None
-        value = -1 if name == "top_k" and value == 0 else value
-        if value is None:
-            continue
-        try:
-            SamplingParams.from_dict({name: value})
-        except QtoolError as error:
-            LOG.warning("generation_config.json: %s; it is left out", error.message)
-        else:
-            found[name] = value
-    return found

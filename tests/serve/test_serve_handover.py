@@ -47,7 +47,7 @@ THEIRS = {
         max-num-scheduled-tokens max-num-seqs max-parallel-loading-workers nnodes
         no-async-scheduling no-enable-chunked-prefill no-enable-prefix-caching node-rank
         pipeline-parallel-size port quantization quantization-config reasoning-parser revision seed
-        served-model-name shutdown-timeout skip-tokenizer-init structured-outputs-config
+        runner served-model-name shutdown-timeout skip-tokenizer-init structured-outputs-config
         tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision
         tool-call-parser tool-parser-plugin tool-server tool-strict-level
         trust-remote-code trust-request-chat-template trust-request-mm-kwargs
@@ -56,7 +56,7 @@ THEIRS = {
         api-key chat-template chunked-prefill-size context-bucket context-length device
         disable-cuda-graph disable-overlap-schedule disable-radix-cache dist-init-addr
         dist-timeout dp-size dtype enable-dp-attention enable-metrics
-        enable-torch-compile grammar-backend host kv-cache-dtype log-level
+        enable-torch-compile grammar-backend host is-embedding kv-cache-dtype log-level
         log-level-http log-requests log-requests-format log-requests-level
         log-requests-target max-ep-size max-mamba-cache-size max-prefill-tokens
         max-queued-requests max-running-requests max-total-tokens mem-fraction-static

@@ -19,6 +19,7 @@ from qtool.serve.host import ServiceHost
 from qtool.serve.http.app import make_app
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.prompts.grammars import Grammars
+from qtool.serve.prompts.pairs import Pairs
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary
 from qtool.serve.service import Service
@@ -144,15 +145,17 @@ async def application(
     given = ServeSettings(model_path=str(folder), max_queued_requests=1024, **settings)
     host = ServiceHost(given)
     templates = await Templates.open(folder, given.chat_template)
+    vocabulary = Vocabulary(info.tokenizer, context_length, host.threads)
     service = Service(
         settings=given,
         metrics=host.metrics,
         engine=engine,
         info=info,
         threads=host.threads,
-        vocabulary=Vocabulary(info.tokenizer, context_length, host.threads),
+        vocabulary=vocabulary,
         templates=templates,
         grammars=Grammars(info),
+        pairs=Pairs(None, templates, vocabulary),
         tool_style=tool_style,
         reasoning_style=reasoning_style,
         defaults={},

@@ -67,7 +67,7 @@ def _check_bias_count(value: object) -> object:
     return value
 
 
-def _check_prompt(value: object) -> PromptInput:
+def check_prompt(value: object, most: int = MAX_PROMPTS) -> PromptInput:
     """Accept a text, texts, tokens or lists of tokens; checked by hand, because a union would
     report on each of a million tokens.
     """
@@ -80,8 +80,8 @@ def _check_prompt(value: object) -> PromptInput:
         )
     if _are_tokens(value):
         return value
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"at most {MAX_PROMPTS} prompts")
+    if len(value) > most:
+        raise ValueError(f"at most {most} prompts")
     if not (all(type(one) is str for one in value) or all(map(_is_token_list, value))):
         raise ValueError(
             "prompts are all texts, or all lists of tokens, which are whole numbers from 0 on; "
@@ -92,7 +92,7 @@ def _check_prompt(value: object) -> PromptInput:
 
 def _check_tokens(value: object) -> TokensInput:
     """Accept tokens or lists of tokens."""
-    given = _check_prompt(value)
+    given = check_prompt(value)
     if isinstance(given, str) or isinstance(given[0], str):
         raise ValueError("tokens are whole numbers and no text, in a list or in lists")
     return given
@@ -139,16 +139,18 @@ _TEXTS_SCHEMA: Json = {
     "maxItems": MAX_PROMPTS,
 }
 
+PROMPT_SCHEMA: Json = {
+    "anyOf": [{"type": "string"}, _TEXTS_SCHEMA, _TOKENS_SCHEMA, _TOKEN_LISTS_SCHEMA]
+}
+
 TokensInput = Tokens | list[Tokens]
 PromptInput = str | list[str] | TokensInput
 PromptOrTokens = str | Tokens
 
 Prompt = Annotated[
     PromptInput,
-    PlainValidator(_check_prompt),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, _TEXTS_SCHEMA, _TOKENS_SCHEMA, _TOKEN_LISTS_SCHEMA]}
-    ),
+    PlainValidator(check_prompt),
+    WithJsonSchema(PROMPT_SCHEMA),
 ]
 TokenLists = Annotated[
     TokensInput,

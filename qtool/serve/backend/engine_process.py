@@ -50,8 +50,9 @@ if TYPE_CHECKING:  # torch is loaded once the socket is served
     import torch
     from torch import nn
 
+    from qtool.engine.encoding import EncodeRequest
     from qtool.engine.engine import Engine
-    from qtool.engine.requests import Request
+    from qtool.engine.requests import GenerateRequest, Request
 
 MAX_LOGPROBS = 1024  # in one message, unless a single output has more
 LOG = logging.getLogger("qtool.serve")
@@ -97,8 +98,6 @@ class EngineServer:
     def _submit(self, engine: Engine, key: int, submission: Submission) -> None:
         import torch
 
-        from qtool.engine.requests import GenerateRequest
-
         def deliver(output: Output) -> None:  # in the loop's thread
             if isinstance(output, CompletionOutput):
                 self.send(KeyedOutput(key, output))
@@ -115,17 +114,7 @@ class EngineServer:
         try:
             if submission.grammar is not None and engine.compiler is not None:
                 engine.compiler.take(*submission.grammar)
-            count = len(submission.prompts)
-            given = GenerateRequest(
-                sampling_params=[submission.params] * count,
-                input_ids=submission.prompts,
-                stream=submission.stream,
-                return_logprob=submission.top_logprobs is not None,
-                top_logprobs_num=submission.top_logprobs or 0,
-                logprob_start_len=submission.prompt_logprobs_from,
-                # two clients may send the same rid
-                rid=[f"{key}-{number}" for number in range(count)],
-            )
+            given = _engine_request(engine, key, submission)
             self._submitted[key] = submission.rid, engine.submit(given, deliver)
             self._forget(key)  # it may have ended already
         except Exception as error:
@@ -170,6 +159,28 @@ class EngineServer:
             while True:
                 payloads.append(self._outbox.get_nowait())
         return payloads
+
+
+def _engine_request(
+    engine: Engine, key: int, submission: Submission
+) -> GenerateRequest | EncodeRequest:
+    """Return what the engine computes for ``submission``."""
+    from qtool.engine.encoding import EncodeRequest
+    from qtool.engine.requests import GenerateRequest
+
+    count = len(submission.prompts)
+    names = [f"{key}-{number}" for number in range(count)]  # two clients may send the same rid
+    if engine.encoding is not None:
+        return EncodeRequest(input_ids=submission.prompts, rid=names)
+    return GenerateRequest(
+        sampling_params=[submission.params] * count,
+        input_ids=submission.prompts,
+        stream=submission.stream,
+        return_logprob=submission.top_logprobs is not None,
+        top_logprobs_num=submission.top_logprobs or 0,
+        logprob_start_len=submission.prompt_logprobs_from,
+        rid=names,
+    )
 
 
 def _grouped(payloads: list[FromEngine | KeyedOutput]) -> list[FromEngine]:
@@ -248,6 +259,7 @@ def _engine_info(engine: Engine) -> EngineInfo:
         quantization=_schemes(model),
         kv_cache_dtype=str(runner.cache_dtype).removeprefix("torch."),
         weights_bytes=sum(sizes.values()),
+        encoding=engine.encoding,
     )
 
 

@@ -13,6 +13,7 @@ from struct import Struct as Format
 import msgspec
 from msgspec import Struct
 
+from qtool.checkpoint.encoding import Encoding
 from qtool.engine.outputs import CompletionOutput, SpecCounts
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, to_wire
@@ -73,6 +74,8 @@ class EngineInfo:
     """The schemes of the layers; empty for a model that is not quantized."""
     kv_cache_dtype: str
     weights_bytes: int
+    encoding: Encoding | None = None
+    """What the model returns for a prompt; None: it continues it."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
     @app.post("/v1/responses", responses=whole_or_events(*responses.GENERATED), tags=["OpenAI"])
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, as OpenAI's responses; nothing is stored."""
-        return await while_connected(request, respond(host.ready(), body))
+        return await while_connected(request, respond(host.ready("generate"), body))
 
     @app.post(
         "/v1/messages",
@@ -35,7 +35,7 @@ def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
     )
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answer a conversation, as Anthropic does."""
-        return await while_connected(request, answer_message(host.ready(), body))
+        return await while_connected(request, answer_message(host.ready("generate"), body))
 
     @app.post("/v1/messages/count_tokens", responses=errors_of(AnthropicError), tags=["Anthropic"])
     async def count_message_tokens(body: MessagesRequest) -> TokenCount:

@@ -21,6 +21,7 @@ from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.agent_routes import add_agent_routes
+from qtool.serve.http.encoding_routes import add_encoding_routes
 from qtool.serve.http.errors import (
     error_body,
     error_detail,
@@ -58,6 +59,7 @@ def make_app(host: ServiceHost) -> FastAPI:
     _add_error_handlers(app)
     add_generation_routes(app, host)
     add_agent_routes(app, host)
+    add_encoding_routes(app, host)
     add_token_routes(app, host)
     add_server_routes(app, host)
     add_model_routes(app, host)

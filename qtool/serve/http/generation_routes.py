@@ -34,7 +34,7 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        return await while_connected(request, chat(host.ready(), body))
+        return await while_connected(request, chat(host.ready("generate"), body))
 
     @app.post(
         "/v1/completions",
@@ -43,7 +43,7 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
-        return await while_connected(request, complete(host.ready(), body))
+        return await while_connected(request, complete(host.ready("generate"), body))
 
     @app.post(
         "/generate",
@@ -52,7 +52,7 @@ def add_generation_routes(app: FastAPI, host: ServiceHost) -> None:
     )
     async def generate_text(body: GenerateRequest, request: Request) -> Response:
         """Continue one or several prompts, as SGLang's native route does."""
-        return await while_connected(request, generate(host.ready(), body))
+        return await while_connected(request, generate(host.ready("generate"), body))
 
     @app.post("/abort_request", responses=ERRORS, tags=["SGLang"])
     async def abort_request(body: AbortRequest) -> Success:

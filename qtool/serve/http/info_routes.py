@@ -89,12 +89,13 @@ def add_model_routes(app: FastAPI, host: ServiceHost) -> None:
     @app.get("/model_info", responses=GET_ERRORS, tags=["SGLang"])
     async def get_model_info() -> ModelInfo:
         """Return the names of the model and its tokenizer, without their paths."""
-        settings = host.ready().settings
+        service = host.ready()
+        settings = service.settings
         own = settings.tokenizer_path
         return ModelInfo(
             model_path=settings.name,
             tokenizer_path=settings.name if own is None else shown_name(str(own)),
-            is_generation=True,
+            is_generation=service.info.encoding is None,
         )
 
     @app.get(

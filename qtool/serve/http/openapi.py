@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from msgspec import Struct
 from pydantic import BaseModel
 
+from qtool.serve.api.encodings import schemas as encodings
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages import schemas as messages
 from qtool.serve.api.responses import schemas as responses
@@ -52,6 +53,12 @@ def whole_or_streamed(
         "content": {"application/json": {"schema": schema}, "text/event-stream": stream},
     }
     return {**ERRORS, 200: success}
+
+
+def replies_with(whole: type[Struct]) -> Responses:
+    """Return the responses of a route that answers with ``whole``."""
+    content = {"application/json": {"schema": _reference(whole)}}
+    return {**ERRORS, 200: {"description": "The answer.", "content": content}}
 
 
 def whole_or_events(
@@ -102,7 +109,7 @@ def make_openapi(app: FastAPI, make: Callable[[], dict[str, Any]]) -> dict[str, 
         schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        structs = (*GENERATED, *messages.GENERATED, *responses.GENERATED)
+        structs = (*GENERATED, *messages.GENERATED, *responses.GENERATED, *encodings.GENERATED)
         _, generated = msgspec.json.schema_components(structs, ref_template=REFERENCE)
         schemas.update(generated)
     return cast(dict[str, Any], app.openapi_schema)

@@ -159,6 +159,14 @@ class Templates:
         )
         return rendered[0]
 
+    async def render_all(self, conversations: Sequence[Sequence[Json]], kwargs: Json) -> list[str]:
+        """Return the prompts for several conversations without tools. Raises: as `render`."""
+        assert self.template is not None
+        _check_options(kwargs, True, False)
+        variables = {**self._special_tokens, **kwargs}
+        text = self.template.text
+        return await self._render(text, conversations, None, None, True, False, variables)
+
     async def close(self) -> None:
         """End the child processes."""
         await self._pool.close()

@@ -86,22 +86,39 @@ class Vocabulary:
 
         Raises: UsageError, if there is no tokenizer or the context cannot hold a text.
         """
+        return await self._encode(texts, [*map(len, texts)], add_special_tokens)
+
+    async def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Return the tokens of each of ``pairs``, put together as the tokenizer says.
+
+        Raises: as `encode`.
+        """
+        sizes = [len(first) + len(second) for first, second in pairs]
+        return await self._encode(pairs, sizes, True)
+
+    async def _encode(
+        self,
+        inputs: Sequence[str] | Sequence[tuple[str, str]],
+        sizes: Sequence[int],
+        add_special_tokens: bool,
+    ) -> list[list[int]]:
+        """Return the tokens of ``inputs``, which have ``sizes`` characters."""
         tokenizer = self._require_tokenizer()
-        longest = max(map(len, texts), default=0)
+        longest = max(sizes, default=0)
         if longest > self._max_characters:
             raise prompt_too_long(f"{longest:,} characters", self._context_length)
 
         def encode_all() -> list[list[int]]:
             # `encode` holds the GIL, `encode_batch_fast` releases it
             encoded = tokenizer.encode_batch_fast(
-                list(texts), add_special_tokens=add_special_tokens
+                list(inputs), add_special_tokens=add_special_tokens
             )
             most = max(map(len, encoded), default=0)
             if most > max(MAX_TOKENS, self._context_length):
                 raise prompt_too_long(f"{most:,} tokens", self._context_length)
             return [one.ids for one in encoded]
 
-        size = CHARACTER_BYTES * sum(map(len, texts)) + TEXT_BYTES * len(texts)
+        size = CHARACTER_BYTES * sum(sizes) + TEXT_BYTES * len(sizes)
         return await self._threads.run(size, encode_all)
 
     async def decode(

@@ -1,0 +1,1 @@
+"""The APIs for embeddings, scores and ranked documents."""

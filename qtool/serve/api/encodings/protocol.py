@@ -1,0 +1,118 @@
+"""The bodies of requests for embeddings, scores and ranked documents.
+
+Sources: OpenAI's API reference; Cohere's and Jina's for rerank; vLLM 0.33
+`entrypoints/pooling/*/protocol.py`; SGLang 0.5.23 `srt/entrypoints/openai/protocol.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+
+from qtool.engine.sampling_params import LARGEST
+from qtool.serve.api.body import Body, Part
+from qtool.serve.api.fields import (
+    PROMPT_SCHEMA,
+    PromptInput,
+    RequestId,
+    Whole,
+    check_prompt,
+)
+
+MAX_INPUTS = 2048  # OpenAI's limit
+Texts = str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+Input = Annotated[
+    PromptInput,
+    PlainValidator(partial(check_prompt, most=MAX_INPUTS)),
+    WithJsonSchema(PROMPT_SCHEMA),
+]
+
+
+class EncodingFields(Body):
+    """What all these requests may say."""
+
+    model: str | None = None
+    rid: RequestId | None = None
+    use_activation: bool | None = None
+    """Whether embeddings get length 1 and scores a sigmoid, where the checkpoint has it so, as they
+    do without it (vLLM's)."""
+
+
+class EmbeddingRequest(EncodingFields):
+    """``POST /v1/embeddings``."""
+
+    not_offered: ClassVar[Mapping[str, str]] = {
+        "messages": "send texts in `input`",
+        "embed_dtype": "numbers are float32",
+        "endianness": "base64 is little-endian",
+    }
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[Whole, Field(ge=1, le=LARGEST)] | None = None
+    add_special_tokens: bool | None = None
+    normalize: bool | None = None
+    """An older name of ``use_activation`` in vLLM."""
+
+    @model_validator(mode="after")
+    def _take_normalize(self) -> Self:
+        if self.use_activation is None:
+            self.use_activation = self.normalize
+        return self
+
+
+class PairFields(EncodingFields):
+    """What requests for scores may say."""
+
+    instruction: str | None = None
+    """What makes a document relevant, for templates that show it."""
+
+    instruct: str | None = None
+    """SGLang's name of ``instruction``."""
+
+    @property
+    def wanted(self) -> str | None:
+        """The instruction, under either name."""
+        return self.instruction or self.instruct
+
+
+class ScoreRequest(PairFields):
+    """``POST /v1/score``: ``text_1`` or ``queries``, and ``text_2``, ``documents`` or ``items``."""
+
+    not_offered: ClassVar[Mapping[str, str]] = {
+        "label_token_ids": "scores are those of a reranker",
+    }
+    text_1: Texts | None = None
+    queries: Texts | None = None
+    data_1: Texts | None = None
+    text_2: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_2: Texts | None = None
+
+
+class Document(Part):
+    """A document as an object."""
+
+    text: str
+
+
+class RerankRequest(PairFields):
+    """``POST /v1/rerank``."""
+
+    not_offered: ClassVar[Mapping[str, str]] = {
+        "rank_fields": "send the text of documents",
+        "max_tokens_per_doc": "shorten the documents",
+        "max_chunks_per_doc": "shorten the documents",
+    }
+    query: str
+    documents: Annotated[
+        list[str | Document], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+    ]
+    top_n: Annotated[Whole, Field(ge=0, le=LARGEST)] | None = None
+    """The documents that are returned; all without it, and with 0."""
+
+    return_documents: bool | None = None
+    """Whether texts are repeated; they are without it, but on /v2/rerank."""

@@ -1,0 +1,71 @@
+"""`Pairs`: a query and a document as the prompt of a reranker.
+
+Sources: sentence-transformers 5 `base/modality.py` and vLLM 0.33
+`examples/pooling/score/template/`: templates take messages of the roles query and document, and the
+instruction as a system message or as a variable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from qtool.checkpoint.encoding import Encoding
+from qtool.checkpoint.strict_json import Json
+from qtool.errors import CheckpointRefused
+from qtool.serve.prompts.templates import Templates
+from qtool.serve.prompts.vocabulary import Vocabulary
+
+SHOWN = [re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")]
+
+
+class Pairs:
+    """Makes prompts for the reranker that is served, if it is one.
+
+    Raises: CheckpointRefused, when the model answers yes or no and its chat template asks nothing.
+    """
+
+    def __init__(
+        self, encoding: Encoding | None, templates: Templates, vocabulary: Vocabulary
+    ) -> None:
+        self._templates = templates
+        self._vocabulary = vocabulary
+        self._instruction = "" if encoding is None else encoding.prompt
+        text = templates.text or ""
+        self._has_template = all(role.search(text) for role in SHOWN)
+        if encoding is not None and encoding.labels and not self._has_template:
+            raise CheckpointRefused(
+                "E_CHAT_TEMPLATE",
+                "the model scores by the answers yes and no, and its chat template does not show "
+                "a query and a document",
+                hint="give a template with messages of these roles with --chat-template",
+            )
+
+    async def tokenize(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+    ) -> list[list[int]]:
+        """Return the prompts for ``pairs`` of a query and a document.
+
+        Args:
+            pairs: what is scored.
+            instruction: what makes a document relevant, in place of the checkpoint's; templates
+                alone show it.
+        Raises: UsageError.
+        """
+        if not self._has_template:
+            return await self._vocabulary.encode_pairs(pairs)
+        wanted = instruction or self._instruction
+        variables = {"instruction": wanted, "instruct": wanted} if wanted else {}
+        system: list[Json] = [{"role": "system", "content": wanted}] if wanted else []
+        texts = await self._templates.render_all(
+            [
+                [
+                    {"role": "query", "content": query},
+                    {"role": "document", "content": document},
+                    *system,
+                ]
+                for query, document in pairs
+            ],
+            variables,
+        )
+        return await self._vocabulary.encode(texts, add_special_tokens=False)

@@ -1,0 +1,180 @@
+"""Embeddings and scores: what transformers and sentence-transformers compute, however prompts are
+cut, batched and cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from support.encoders import LABELS, classifier, edit_json, embedder, yes_or_no
+from test_engine import prompts_of
+
+from qtool.engine.engine import Engine
+from qtool.errors import CheckpointRefused, UsageError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+pytest_plugins = ["support.sample_plugin"]
+
+OPTIONS = {"dtype": "float32", "device": "cpu", "max_total_tokens": 4096}
+CUT = {"chunked_prefill_size": 48, "max_running_requests": 5}
+VOCABULARY = 320
+
+
+def hidden_states(model, prompt):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([prompt]), use_cache=False)[0][0].double()
+
+
+def pooled(states, mode, *, normalize=True):
+    """Sentence-transformers' arithmetic for one text."""
+    vector = states[-1] if mode == "lasttoken" else states.mean(dim=0)
+    return vector / vector.norm() if normalize else vector
+
+
+def distance(results, wanted):
+    found = np.array([result["embedding"] for result in results])
+    expected = torch.stack(list(wanted)).numpy()
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "mode", "normalize"),
+    [
+        ("qwen3", "lasttoken", True),
+        ("qwen3", "mean", True),
+        ("llama", "mean", False),
+        ("gemma2", "lasttoken", False),
+        ("qwen3_moe", "lasttoken", True),
+    ],
+)
+def test_embeddings_are_those_of_sentence_transformers(tmp_path, kind, mode, normalize, cut):
+    model = embedder(tmp_path / "model", kind, mode, normalize=normalize)
+    prompts = prompts_of(16, 300)
+    with Engine(tmp_path / "model", **OPTIONS, **(CUT if cut else {})) as engine:
+        results = engine.encode(input_ids=prompts)
+        again = engine.encode(input_ids=prompts[5])
+    wanted = [pooled(hidden_states(model, prompt), mode, normalize=normalize) for prompt in prompts]
+    assert distance(results, wanted) < 1e-4
+    assert distance([again], wanted[5:6]) < 1e-4
+    cached = sum(result["meta_info"]["cached_tokens"] for result in [*results, again])
+    assert (cached > 0) == (mode == "lasttoken")  # the mean needs every token
+    assert again["meta_info"]["prompt_tokens"] == len(prompts[5])
+
+
+@pytest.mark.parametrize("make", [classifier, yes_or_no])
+def test_scores_are_those_of_transformers(tmp_path, make):
+    model = make(tmp_path / "model")
+    prompts = prompts_of(6, 300)
+    with Engine(tmp_path / "model", **OPTIONS, **CUT) as engine:
+        results = engine.encode(input_ids=prompts)
+    wanted = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+        if make is yes_or_no:
+            logits = logits[-1][LABELS[0]] - logits[-1][LABELS[1]]
+        wanted.append(logits.double().sigmoid().reshape(1))
+    assert distance(results, wanted) < 1e-4
+    assert len({result["embedding"][0] for result in results}) == len(prompts)
+
+
+def test_a_quantized_model_encodes_with_its_quantized_layers(tmp_path):
+    model = embedder(tmp_path / "model")
+    prompts = prompts_of(4, 300)
+    with Engine(tmp_path / "model", quantization="w8a8_int8", **OPTIONS) as engine:
+        off = distance(
+            engine.encode(input_ids=prompts),
+            [pooled(hidden_states(model, prompt), "lasttoken") for prompt in prompts],
+        )
+    assert 1e-4 < off < 0.2
+
+
+def test_a_language_model_gives_embeddings_when_asked(tmp_path, tiny_model):
+    with Engine(tiny_model, is_embedding=True, **OPTIONS) as engine:
+        one = engine.encode("import os\n")
+        two = asyncio.run(engine.async_encode(["import os\n", "def f():"], rid=["a", "b"]))
+        assert one["embedding"] == pytest.approx(two[0]["embedding"], abs=1e-5)
+        assert np.linalg.norm(two[1]["embedding"]) == pytest.approx(1)
+        assert two[1]["meta_info"]["id"] == "b"
+        with pytest.raises(UsageError, match="may be cut"):
+            engine.encode("x", dimensions=8)
+        with pytest.raises(UsageError, match="generates no text"):
+            engine.generate("x")
+        longest = engine.context_length
+        engine.encode(input_ids=[5] * longest)
+        with pytest.raises(UsageError, match=f"holds {longest}"):
+            engine.encode(input_ids=[5] * (longest + 1))
+    with (
+        Engine(tiny_model, **OPTIONS) as engine,
+        pytest.raises(UsageError, match="generates text"),
+    ):
+        engine.encode("x")
+
+
+def test_vectors_are_cut_where_the_config_says_so(tmp_path):
+    folder = tmp_path / "model"
+    model = embedder(folder)
+    edit_json(folder / "config.json", matryoshka_dimensions=[16, 32])
+    prompt = prompts_of(1, 300)[0]
+    with Engine(folder, **OPTIONS) as engine:
+        cut = engine.encode(input_ids=prompt, dimensions=16)
+        with pytest.raises(UsageError) as refused:
+            engine.encode(input_ids=prompt, dimensions=8)
+    assert "16, 32" in refused.value.hint
+    states = hidden_states(model, prompt)
+    assert distance([cut], [pooled(states[:, :16], "lasttoken")]) < 1e-4
+
+
+def _pool(mode):
+    return lambda folder: edit_json(folder / "1_Pooling" / "config.json", pooling_mode=mode)
+
+
+def _modules(text):
+    return lambda folder: (folder / "modules.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_pool("cls"), "first token sees no other"),
+        (_pool(["mean", "max"]), "`mean`, `max`"),
+        (lambda folder: edit_json(folder / "config.json", is_causal=False), "both directions"),
+        (
+            lambda folder: edit_json(folder / "sentence_bert_config.json", do_lower_case=True),
+            "lower case",
+        ),
+        (_modules('[{"type": "a.Dense", "path": ""}]'), "`Dense`"),
+        (_modules('[{"type": 1}]'), "list of modules"),
+        (_modules('[{"type": "a.Pooling", "path": "../up"}]'), "list of modules"),
+    ],
+    ids=["cls", "two", "both-ways", "lower", "dense", "types", "path"],
+)
+def test_what_is_not_computed_is_refused(tmp_path, change, said):
+    folder = tmp_path / "model"
+    embedder(folder)
+    change(folder)
+    with pytest.raises(CheckpointRefused, match=said) as refused:
+        Engine(folder, **OPTIONS)
+    assert refused.value.code == "E_ENCODING"
+
+
+def test_classes_are_refused(tmp_path):
+    classifier(tmp_path / "model", labels=3)
+    with pytest.raises(CheckpointRefused, match="3 classes"):
+        Engine(tmp_path / "model", **OPTIONS)
+
+
+def test_an_encoder_that_sees_both_ways_is_refused(tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointRefused, match="not causal"):
+        Engine(tmp_path / "bert", skip_tokenizer_init=True, **OPTIONS)

@@ -1,0 +1,207 @@
+"""Embeddings, scores and ranked documents over HTTP: OpenAI's client, vLLM's and Cohere's shapes."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from support.encoders import LABELS, TEMPLATE, classifier, edit_json, embedder, yes_or_no
+from support.server import start_server
+from transformers import AutoTokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("encoding")]
+TEXTS = ["import os\n", "def add(a, b):\n    return a + b\n", "class Tree:\n"]
+DOCUMENTS = ["print(1)\n", "def f(x): pass\n", "import re\n", "while True: pass\n"]
+OPTIONS = ("--dtype", "float32", "--max-total-tokens", 4096, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory):
+    """A served embedding model, and its numbers by transformers."""
+    folder = tmp_path_factory.mktemp("embedding")
+    model = embedder(folder / "model")
+    edit_json(folder / "model" / "config.json", is_matryoshka=True)
+    server = start_server(folder, folder / "model", *OPTIONS, "--max-running-requests", 3)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+    def vector(text):
+        ids = text if isinstance(text, list) else tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            state = model(input_ids=torch.tensor([ids]), use_cache=False)[0][0, -1]
+        return (state / state.norm()).numpy()
+
+    yield server, vector
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    """A served model that answers yes or no, and its numbers by transformers."""
+    folder = tmp_path_factory.mktemp("reranker")
+    model = yes_or_no(folder / "model")
+    server = start_server(folder, folder / "model", *OPTIONS)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+    def relevance(query, document, instruction="Judge."):
+        messages = [("query", query), ("document", document), ("system", instruction)]
+        text = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        return float((logits[LABELS[0]] - logits[LABELS[1]]).sigmoid())
+
+    yield server, relevance
+    server.end()
+
+
+def test_openais_client_gets_embeddings(embedding):
+    server, vector = embedding
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        one = client.embeddings.create(model="default", input=TEXTS[0])
+        many = client.embeddings.create(model="m", input=TEXTS, encoding_format="float")
+        tokens = client.embeddings.create(model="m", input=[[5, 6, 7], [8]])
+        cut = client.embeddings.create(model="m", input=TEXTS[1], dimensions=16)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="m", input=TEXTS[1], dimensions=1 << 20)
+        assert refused.value.code == "dimensions"
+        with pytest.raises(openai.BadRequestError, match="longer than the model's context length"):
+            client.embeddings.create(model="m", input=[[5] * 5000])
+        with pytest.raises(openai.BadRequestError, match="makes embeddings") as refused:
+            client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "Hello"}]
+            )
+        assert refused.value.code == "task"
+    assert one.data[0].embedding == pytest.approx(vector(TEXTS[0]), abs=1e-5)
+    assert one.usage.prompt_tokens == one.usage.total_tokens > 0
+    for text, found in zip(TEXTS, many.data, strict=True):
+        assert found.embedding == pytest.approx(vector(text), abs=1e-5)
+    assert tokens.data[0].embedding == pytest.approx(vector([5, 6, 7]), abs=1e-5)
+    assert tokens.usage.prompt_tokens == 4
+    wanted = vector(TEXTS[1])[:16]
+    assert cut.data[0].embedding == pytest.approx(wanted / np.linalg.norm(wanted), abs=1e-5)
+
+
+def test_a_long_list_is_worked_through_in_parts(embedding):
+    server, vector = embedding
+    prompts = [[3 + number % 300, 4 + number % 200] for number in range(700)]
+    body = {"input": prompts, "encoding_format": "base64"}
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    assert [one["index"] for one in answer["data"]] == [*range(700)]
+    for number in (0, 127, 128, 699):
+        found = np.frombuffer(base64.b64decode(answer["data"][number]["embedding"]), "<f4")
+        assert found == pytest.approx(vector(prompts[number]), abs=1e-5)
+    assert answer["usage"]["prompt_tokens"] == 1400
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({}, "missing_required_parameter"),
+        ({"input": []}, "value_error"),
+        ({"input": ""}, "empty_prompt"),
+        ({"input": "x", "encoding_format": "bytes"}, "literal_error"),
+        ({"input": "x", "messages": [{"role": "user"}]}, "unsupported_parameter"),
+        ({"input": "x", "dimension": 4}, "unknown_parameter"),
+        ({"input": ["x"] * 2049}, "value_error"),
+        ({"input": [[1 << 20]]}, "prompt"),
+        ({"input": {"a": 1}}, "value_error"),
+    ],
+    ids=["none", "empty-list", "empty", "format", "chat", "typo", "many", "token", "object"],
+)
+def test_requests_that_ask_for_something_else_are_refused(embedding, body, code):
+    server, _ = embedding
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
+
+
+def test_the_server_says_what_it_serves(embedding):
+    server, _ = embedding
+    info = httpx.get(f"{server.url}/model_info").json()
+    assert info["is_generation"] is False
+    assert httpx.get(f"{server.url}/health_generate").status_code == 200
+    metrics = httpx.get(f"{server.url}/metrics").text
+    ended = re.search(r'vllm:request_success_total\{finished_reason="length".*\} (\S+)', metrics)
+    assert float(ended[1]) >= 1
+    assert httpx.get(f"{server.url}/server_info").json()["encoding"]["task"] == "embed"
+    assert "/v1/embeddings" in server.out.read_text()
+
+
+def test_documents_are_ranked(reranker):
+    server, relevance = reranker
+    wanted = [relevance("Which loops?", text) for text in DOCUMENTS]
+    order = sorted(range(4), key=lambda index: -wanted[index])
+    body = {"model": "m", "query": "Which loops?", "documents": DOCUMENTS, "top_n": 3}
+    answers = {
+        path: httpx.post(server.url + path, json=body, timeout=60).json()
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+    }
+    for path, answer in answers.items():
+        assert [one["index"] for one in answer["results"]] == order[:3]
+        for one in answer["results"]:
+            assert one["relevance_score"] == pytest.approx(wanted[one["index"]], abs=1e-5)
+            assert ("document" in one) == (path != "/v2/rerank")
+        assert answer["usage"]["total_tokens"] > 4
+    first = answers["/rerank"]["results"][0]
+    assert first["document"]["text"] == DOCUMENTS[order[0]]
+    body |= {"documents": [{"text": text} for text in DOCUMENTS], "instruction": "Only loops."}
+    answer = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60).json()
+    best = answer["results"][0]
+    found = relevance("Which loops?", DOCUMENTS[best["index"]], "Only loops.")
+    assert best["relevance_score"] == pytest.approx(found, abs=1e-5)
+
+
+def test_pairs_are_scored(reranker):
+    server, relevance = reranker
+    one_many = {"text_1": "Which loops?", "text_2": DOCUMENTS}
+    answer = httpx.post(f"{server.url}/v1/score", json=one_many, timeout=60).json()
+    wanted = [relevance("Which loops?", text) for text in DOCUMENTS]
+    assert [one["score"] for one in answer["data"]] == pytest.approx(wanted, abs=1e-5)
+    both = {"queries": TEXTS, "documents": DOCUMENTS[:3], "use_activation": False}
+    answer = httpx.post(f"{server.url}/score", json=both, timeout=60).json()
+    wanted = [relevance(*pair) for pair in zip(TEXTS, DOCUMENTS[:3], strict=True)]
+    raw = [np.log(one / (1 - one)) for one in wanted]
+    assert [one["score"] for one in answer["data"]] == pytest.approx(raw, abs=1e-4)
+    for body in ({"text_1": "x"}, {"queries": TEXTS, "items": DOCUMENTS}, {**both, "text_1": "x"}):
+        answer = httpx.post(f"{server.url}/v1/score", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt")
+    answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, timeout=60)
+    assert answer.status_code == 400
+    assert "scores documents" in answer.json()["error"]["message"]
+
+
+def test_a_classifier_takes_pairs_as_its_tokenizer_puts_them_together(tmp_path):
+    model = classifier(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    server = start_server(tmp_path, tmp_path / "model", *OPTIONS)
+    try:
+        body = {"query": "loops", "documents": DOCUMENTS}
+        answer = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60).json()
+    finally:
+        server.end()
+    for one in answer["results"]:
+        ids = tokenizer("loops", DOCUMENTS[one["index"]], return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            wanted = model(input_ids=ids, use_cache=False).logits[0, 0].sigmoid()
+        assert one["relevance_score"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_a_language_model_is_served_for_embeddings_only_when_asked(served):
+    answer = httpx.post(f"{served.url}/v1/embeddings", json={"input": "x"}, timeout=60)
+    assert answer.status_code == 400
+    assert "--is-embedding" in answer.json()["error"]["message"]
+
+
+def test_a_reranker_without_a_template_for_pairs_is_refused(tmp_path):
+    yes_or_no(tmp_path / "model", template=None)
+    with pytest.raises(RuntimeError, match="does not show a query and a document"):
+        start_server(tmp_path, tmp_path / "model", *OPTIONS)
+    assert "query" in TEMPLATE
