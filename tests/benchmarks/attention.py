@@ -65,7 +65,10 @@ MANY = [
 ]
 PREFIXED = [(0, 700), (1024, 1024), (33, 1), (4000, 200), (15, 17), (0, 1), (128, 64)]
 FIRST = [(0, 1), (0, 16), (0, 300), (0, 1500)]
-DECODES = ((1, 300), (1, 1000), (1, 4000), (16, 400), (64, 400), (64, 4000), (256, 640))
+DECODES = (
+    *((1, 300), (1, 1000), (1, 4000), (1, 32000), (8, 16000)),
+    *((16, 400), (64, 400), (64, 4000), (256, 640)),
+)
 
 
 def layer(
@@ -120,7 +123,7 @@ def compile_geometry(name: str) -> None:
             0.1,
             options.get("window"),
             options.get("softcap"),
-            tile,
+            tile=tile,
         )
 
 
@@ -149,7 +152,7 @@ def compile_prefill(tile: Tile) -> None:
         SCALING,
         None,
         None,
-        tile,
+        tile=tile,
     )
 
 
@@ -231,13 +234,14 @@ def decode_candidates(batch: int, context: int) -> list[Tile]:
         (128, 4, 2),
     ]
     cuts = {
-        1: [(16, 1), (32, 1), (8, 1)],
+        1: [(16, 1), (64, 1)],
+        8: [(16, 1), (32, 1), (8, 1)],
         16: [(4, 1), (8, 1), (2, 1)],
         64: [(1, 1), (2, 1), (4, 1)],
         256: [(1, 1), (2, 1)],
     }[batch]
-    if (batch, context) == (1, 4000):
-        cuts = [(16, 1), (32, 1), (64, 1)]
+    if (batch, context) == (1, 32000):
+        cuts = [(16, 1), (32, 1), (64, 1), (128, 1)]
     if (batch, context) == (64, 4000):
         cuts = [(1, 1), (4, 1), (8, 1)]
     tiles = [
@@ -293,13 +297,13 @@ def time_decode(
         }
         try:
             out.fill_(torch.nan)
-            triton_paged.decode(q, layers[0], packed, out, SCALING, None, None, tile)
+            triton_paged.decode(q, layers[0], packed, out, SCALING, None, None, tile=tile)
             error = float((out.float() - wanted).norm() / wanted.norm())
             assert error < 1e-2, f"relative error {error:.3g}"
 
             def run(tile=tile) -> None:
                 for kv in layers:
-                    triton_paged.decode(q, kv, packed, out, SCALING, None, None, tile)
+                    triton_paged.decode(q, kv, packed, out, SCALING, None, None, tile=tile)
 
             us = microseconds(run, replays=7) / copies
             entry |= {"us": round(us, 2), "TB/s": round(size / us / 1e6, 2)}
@@ -362,7 +366,7 @@ def time_prefill(
             else:
 
                 def run(tile=tile) -> Tensor:
-                    triton_paged.prefill(q, kv, packed, out, SCALING, None, None, tile)
+                    triton_paged.prefill(q, kv, packed, out, SCALING, None, None, tile=tile)
                     return out
 
             error = float((run().float() - wanted).norm() / wanted.norm())
@@ -410,6 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--decodes", nargs="*", help="those alone, e.g. 1x32000")
     parser.add_argument("--compile-only", action="store_true", help="touch no GPU")
     parser.add_argument("--skip-checks", action="store_true")
     arguments = parser.parse_args()
@@ -426,8 +431,11 @@ def main() -> None:
         (batch, context): triton_paged.decode_tile(batch * KV_HEADS, context, HEAD_DIM, 2)
         for batch, context in DECODES
     }
-    kinds = [*((pair, None) for pair in DECODES), ((64, 4000), FP8), ((256, 640), FP8)]
-    for tile in [*PREFILL_TILES, triton_paged.prefill_tile(HEAD_DIM, 2)]:
+    in_fp8 = ((1, 32000), (8, 16000), (64, 4000), (256, 640))
+    kinds = [*((pair, None) for pair in DECODES), *((pair, FP8) for pair in in_fp8)]
+    if arguments.decodes:
+        kinds = [(pair, kv) for pair, kv in kinds if "x".join(map(str, pair)) in arguments.decodes]
+    for tile in [] if arguments.decodes else PREFILL_TILES:
         jobs.setdefault(tile, pool.submit(compile_prefill, tile))
     for pair, kv in kinds:
         for tile in [*decode_candidates(*pair), defaults[pair]]:
@@ -472,7 +480,7 @@ def main() -> None:
         )
         show(f"decode {batch} x {context} {'fp8' if kv else 'bf16'}", found)
         results += found
-    for chunks in ([(0, 2048)] * 4, [(1024, 1024)] * 8):
+    for chunks in () if arguments.decodes else ([(0, 2048)] * 4, [(1024, 1024)] * 8):
         found = time_prefill(chunks, [None, "write", *PREFILL_TILES], out_of_time)
         show(f"prefill {len(chunks)} x {chunks[0]}", found, 12)
         results += found

@@ -44,7 +44,8 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def close(name: str, result: Tensor, expected: Tensor) -> None:
     error = float((result.float() - expected.float()).norm() / expected.float().norm())
-    if not error <= 4e-3:  # bf16 is 2e-3
+    # bf16 is 2e-3; what 16 bits round otherwise moves some of the numbers in fp8 by a whole code
+    if not error <= (4e-3 if result.dtype.itemsize > 1 else 1.5e-2):
         raise AssertionError(f"{name}: relative error {error:.1e}")
 
 

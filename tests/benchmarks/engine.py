@@ -7,6 +7,7 @@ cut to 12 layers; random weights.
 
 ``--repeats``: decode of answers that their drafts know, at batch 1 and 8, with and without them:
 so many of 100 drafted tokens are right; with ``--set 'speculative_algorithm="NGRAM"'``.
+``--contexts 1x32000 8x16000``: decode after one prompt of 32 000 tokens, and after eight of 16 000.
 ``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without
 throughput and prefill.
 """
@@ -68,6 +69,19 @@ def measure(engine: Engine, work: tuple[int, int], *, quick: bool) -> dict[str, 
         took = seconds(engine, prompts(count, 512), new)
         found[f"output_tokens_s_{count}x(512+{new})"] = round(count * new / took)
         found["prefill_tokens_s_64x2048"] = round(64 * 2048 / seconds(engine, prompts(64, 2048), 1))
+    return found
+
+
+def measure_contexts(engine: Engine, contexts: list[str], tokens: int = 128) -> dict[str, float]:
+    """Return the time of a token after prompts of such sizes, e.g. ``8x16000``: eight of 16 000."""
+    found: dict[str, float] = {}
+    for context in contexts:
+        batch, size = map(int, context.split("x"))
+        asked = prompts(batch, size)
+        short, long = (
+            min(seconds(engine, asked, count) for _ in range(2)) for count in (16, 16 + tokens)
+        )
+        found[f"decode_ms_{context}"] = round((long - short) / tokens * 1e3, 3)
     return found
 
 
@@ -169,6 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--repeats", type=int, metavar="PERCENT", help="of drafts that are right")
+    parser.add_argument("--contexts", nargs="+", help="e.g. 1x32000: decode after such prompts")
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -196,7 +211,7 @@ def main() -> None:
             folder,
             skip_tokenizer_init=True,
             disable_radix_cache=True,
-            context_length=4096,
+            context_length=40960 if options.contexts else 4096,
             **chosen,
         ) as engine:
             ready = time.perf_counter()
@@ -207,7 +222,9 @@ def main() -> None:
             }
             found["cache_tokens"] = engine.loop.runner.page_count * 16
             print(f"{kind}: {found}", flush=True)
-            if options.repeats is None:
+            if options.contexts:
+                found |= measure_contexts(engine, options.contexts)
+            elif options.repeats is None:
                 found |= measure(engine, (options.requests, options.new), quick=options.quick)
             else:
                 found |= measure_drafts(engine, options.repeats)

@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, kind: str, *, layers: int = 32, device: str =
             **SIZES,
         },
         **{
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
             "bos_token_id": 1,

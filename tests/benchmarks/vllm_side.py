@@ -1,6 +1,7 @@
 """vLLM's side of `engine.py`: the same work on the same checkpoint, run by vLLM with its defaults.
 
     python tests/benchmarks/vllm_side.py FOLDER [--requests 512] [--new 256] [--quick]
+        [--contexts 1x32000 8x16000] [--kv-cache-dtype fp8]
 
 Runs where vLLM is installed, without qtool.
 """
@@ -24,6 +25,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--contexts", nargs="+", default=[])
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--start", action="store_true", help="only, to fill its caches")
+    parser.add_argument("--memory", type=float, default=0.8)
     options = parser.parse_args()
     from vllm import LLM, SamplingParams
 
@@ -31,8 +36,9 @@ def main() -> None:
     llm = LLM(
         model=options.folder,
         skip_tokenizer_init=True,
-        max_model_len=4096,
-        gpu_memory_utilization=0.8,
+        max_model_len=40960 if options.contexts else 4096,
+        gpu_memory_utilization=options.memory,
+        kv_cache_dtype=options.kv_cache_dtype,
         enable_prefix_caching=False,
         dtype="bfloat16",
         max_num_seqs=256,
@@ -53,12 +59,17 @@ def main() -> None:
         return time.perf_counter() - begin
 
     seconds(1, 64, 8)
-    for batch, tokens in ((1, 256), (16, 128), (64, 128)):
+    for context in options.contexts:
+        batch, size = map(int, context.split("x"))
+        short, long = (min(seconds(batch, size, n) for _ in range(2)) for n in (16, 144))
+        found[f"decode_ms_{context}"] = round((long - short) / 128 * 1e3, 3)
+    alone = options.start or options.contexts
+    for batch, tokens in () if alone else ((1, 256), (16, 128), (64, 128)):
         seconds(batch, 128, 4)
         short = seconds(batch, 128, 16)
         both = seconds(batch, 128, 16 + tokens)
         found[f"decode_ms_batch_{batch}"] = round((both - short) / tokens * 1e3, 3)
-    if not options.quick:
+    if not (options.quick or alone):
         count, new = options.requests, options.new
         took = seconds(count, 512, new)
         found[f"output_tokens_s_{count}x(512+{new})"] = round(count * new / took)

@@ -467,6 +467,7 @@ def interpret() -> None:
     cases = [
         ("whole", FEW, Tile(16, 1, 1), Tile(16, 1, 1, rows=16), {}, {}),
         ("cut", DECODES, Tile(16, 1, 1, parts=4), Tile(16, 1, 1), {}, {}),
+        ("many parts", ((1100, 1), (300, 1)), Tile(16, 1, 1, parts=20), Tile(16, 1, 1), {}, {}),
         (
             "cut, window",
             DECODES,

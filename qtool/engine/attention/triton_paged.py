@@ -20,6 +20,10 @@ from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 LOG2_E = 1.4426950408889634
+LONG = 16384  # tokens that a sequence may have where few are cut with long ones in mind
+# a sequence is cut into more than so many parts only if each has so many steps
+MANY_PARTS = tl.constexpr(16)
+MANY_STEPS = tl.constexpr(4)
 # arguments whose values must not make Triton compile a kernel again
 ANY_VALUE = {
     "do_not_specialize": ["stride_table_row", "window", "least", "decodes"],
@@ -53,7 +57,9 @@ class Tile:
     """Whether the kernel starts while the one before it ends."""
 
 
-def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
+def decode_tile(
+    programs: int, most: int, head_dim: int, itemsize: int, *, fp8: bool = False
+) -> Tile:
     """Choose for decode.
 
     Args:
@@ -61,13 +67,19 @@ def decode_tile(programs: int, most: int, head_dim: int, itemsize: int) -> Tile:
         most: tokens of the longest sequence.
         head_dim: of keys or values, the larger.
         itemsize: bytes of a number in the queries.
+        fp8: whether the pages keep fp8.
     """
     keys = 64 if head_dim <= 128 else 32
     if itemsize == 4:
         keys = 16
     # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+    if programs <= 64 and most >= LONG and keys == 64:
+        if fp8:
+            return Tile(keys, 2, 3, parts=max(16, min(64, 1024 // programs)))
+        parts = max(8, min(32, 512 // programs))
+        return Tile(keys, 4, 3 if parts > 8 else 2, parts=parts)
     if programs < 512:
-        parts, least = 16 if programs <= 64 else 512 // programs, 1
+        parts, least = MANY_PARTS.value if programs <= 64 else 512 // programs, 1
     else:  # cut only long sequences, for the sake of balance
         parts, least = 4, 4096 // keys
     return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
@@ -131,7 +143,13 @@ def decode(
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
     most = packed.most or packed.table.shape[1] * PAGE
-    tile = tile or decode_tile(tokens * kv_heads, most, max(head_dim, v_head_dim), q.element_size())
+    tile = tile or decode_tile(
+        tokens * kv_heads,
+        most,
+        max(head_dim, v_head_dim),
+        q.element_size(),
+        fp8=kv.k.dtype == torch.float8_e4m3fn,
+    )
     shared = q.shape[1] // kv_heads
     split = tile.parts > 1
     partial = q.new_empty(
@@ -560,7 +578,8 @@ def _decode(  # type: ignore[no-untyped-def]
         low = tl.maximum(last - window + 1, 0)
     first = low // KEYS
     tiles = last // KEYS + 1 - first
-    each = tl.maximum(tl.cdiv(tiles, PARTS), least)
+    each = tl.maximum(tl.cdiv(tiles, PARTS), tl.minimum(tl.cdiv(tiles, MANY_PARTS), MANY_STEPS))
+    each = tl.maximum(each, least)
     parts = tl.cdiv(tiles, each)
     if part >= parts:
         return
