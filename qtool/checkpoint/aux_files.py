@@ -33,12 +33,16 @@ AUX_FILES = (
         "generation_config.json",
         "*preprocessor_config.json",
         "processor_config.json",
+        *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
         "LICENSE*",
         "NOTICE*",
         "USE_POLICY*",
     ),
 )
 NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder
+MODULES = "[0-9]_[A-Z]*"  # sentence-transformers' folders, e.g. 1_Pooling
+AUX_FOLDERS = {NAMED_TEMPLATES: "*.jinja", MODULES: "config.json"}
+"""Folders whose files are carried along, and which of them."""
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
 WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
 
@@ -55,6 +59,10 @@ def aux_files(source: Path) -> list[Path]:
         if _is_aux_name(path) and not _is_written(path):
             _check_copyable(path, source)
             found.append(path)
+        elif path.is_dir() and (inner := _in_folder(path)):
+            for each in inner:
+                _check_copyable(each, source)
+            found += inner
         elif path.suffix == ".json" and not (path.is_dir() or _is_dangling(path)):
             regular_size(path)  # libraries open every JSON file, and a FIFO would block them
     return found
@@ -71,23 +79,28 @@ def links_outside(files: Iterable[Path], source: Path) -> list[str]:
     ]
 
 
-def templates_left_out(source: Path) -> list[str]:
-    """Return a note if the model folder ``source`` has chat templates in a folder of their own: a
-    checkpoint that qtool writes has no folders.
+def modules_left_out(files: Iterable[Path], source: Path) -> list[str]:
+    """Return a note if a module of sentence-transformers in the model folder ``source`` has weights
+    of its own, which are not among the auxiliary ``files``.
     """
-    names = sorted(path.stem for path in (source / NAMED_TEMPLATES).glob("*.jinja"))
+    folders = {path.parent for path in files if path.parent != source}
+    names = sorted(folder.name for folder in folders if any(folder.glob("*.safetensors")))
     if not names:
         return []
-    shown = ", ".join(filter(str.isprintable, names))
-    return [
-        f"the chat templates in {NAMED_TEMPLATES}/ are not carried over: {shown}; `qtool serve "
-        "--chat-template` takes one of them"
-    ]
+    return [f"the weights in {', '.join(names)} are not carried over: copy these folders"]
 
 
-def finish_files(aux: Iterable[Path], folder: Path) -> None:
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the files of a folder in a model folder that are carried along."""
+    for name, pattern in AUX_FOLDERS.items():
+        if folder.match(name) and folder.name.isprintable():
+            return sorted(folder.glob(pattern))
+    return []
+
+
+def finish_files(aux: Iterable[Path], source: Path, folder: Path) -> None:
     """Leave in ``folder`` only a checkpoint's own files, without this machine's paths, and add the
-    auxiliary files ``aux`` as they are.
+    auxiliary files ``aux`` of the model folder ``source`` as they are.
     """
     for path in folder.iterdir():
         if not _is_written(path):
@@ -96,10 +109,13 @@ def finish_files(aux: Iterable[Path], folder: Path) -> None:
         if (folder / name).exists():
             write_json(folder / name, without_paths(read_json(folder / name)))
     for path in aux:
-        shutil.copyfile(path, folder / path.name)
-    mode = 0o666 & ~_umask()
-    for path in folder.iterdir():
-        path.chmod(mode)  # safetensors writes files that only their owner can read
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    hidden = _umask()
+    for path in folder.rglob("*"):
+        # safetensors writes files that only their owner can read
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -16,15 +16,22 @@ SAMPLE_EVERY, SAMPLE_BYTES = 64 << 20, 64 << 10
 Digests = dict[str, dict[str, object]]  # by file name
 
 
-def digest_files(files: Iterable[Path], *, stop: threading.Event | None = None) -> Digests:
-    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel. Once
-    ``stop`` is set, reading ends and the digests are useless.
+def digest_files(
+    files: Iterable[Path], *, root: Path | None = None, stop: threading.Event | None = None
+) -> Digests:
+    """Return ``{name: {"sha256": ..., "size_bytes": ...}}`` for ``files``, hashed in parallel.
+
+    Args:
+        files: what is read.
+        root: the folder from which files are named, with the folders in it; None: by their last
+            name alone.
+        stop: once it is set, reading ends and the digests are useless.
     """
     ordered = sorted(files)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda file: _sha256(file, stop or threading.Event()), ordered)
         return {
-            file.name: {"sha256": digest, "size_bytes": file.stat().st_size}
+            _name(file, root): {"sha256": digest, "size_bytes": file.stat().st_size}
             for file, digest in zip(ordered, digests, strict=True)
         }
 
@@ -39,6 +46,10 @@ def sample_files(files: Iterable[Path]) -> Digests:
         path.name: {"sample_sha256": _sampled(path), "size_bytes": path.stat().st_size}
         for path in sorted(files)
     }
+
+
+def _name(file: Path, root: Path | None) -> str:
+    return file.name if root is None else file.relative_to(root).as_posix()
 
 
 def _sampled(path: Path) -> str:

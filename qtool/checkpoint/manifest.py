@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -96,8 +96,7 @@ def read_manifest(folder: Path) -> JsonDict:
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, Mapping) or not all(
-        Path(name).name == name and name not in ("", "..") and isinstance(entry, Mapping)
-        for name, entry in files.items()
+        _is_inside(name) and isinstance(entry, Mapping) for name, entry in files.items()
     ):
         raise refused("E_MANIFEST", f"{path}: `files` does not list files of the folder")
     return manifest
@@ -121,12 +120,12 @@ def check_manifest(
         name: entry for name, entry in files_listed.items() if not _is_documentation_name(name)
     }
     present = {
-        path.name: path
-        for path in folder.iterdir()
-        if path.name != MANIFEST and not _is_documentation(path)
+        name: path
+        for name, path in entries_of(folder, listed).items()
+        if name != MANIFEST and not _is_documentation(path)
     }
     files = [path for name, path in present.items() if name in listed and path.is_file()]
-    digests = digest_files(files, stop=stop) if read_data else {}
+    digests = digest_files(files, root=folder, stop=stop) if read_data else {}
     changed = [
         name
         for name, entry in sorted(listed.items())
@@ -140,6 +139,26 @@ def check_manifest(
         added=tuple(sorted(name for name in present.keys() - listed.keys() if name[0] != ".")),
         digests=digests,
     )
+
+
+def entries_of(folder: Path, listed: Collection[str]) -> dict[str, Path]:
+    """Return what is in ``folder`` by name; of a folder that ``listed`` has files in, these and
+    whatever is beside them, as ``folder/name``.
+    """
+    folders = {name.partition("/")[0] for name in listed if "/" in name}
+    found: dict[str, Path] = {}
+    for path in folder.iterdir():
+        if path.name in folders and path.is_dir() and not path.is_symlink():
+            found |= {f"{path.name}/{each.name}": each for each in path.iterdir()}
+        else:
+            found[path.name] = path
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    """Whether ``name`` is that of a file in a folder, or in a folder there."""
+    parts = name.split("/")
+    return len(parts) <= 2 and not {"", ".", ".."} & {*parts}
 
 
 def written_files(folder: Path) -> set[str]:

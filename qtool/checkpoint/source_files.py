@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qtool.checkpoint.aux_files import CONFIGS, aux_files, links_outside, templates_left_out
+from qtool.checkpoint.aux_files import CONFIGS, aux_files, links_outside, modules_left_out
 from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.model import INDEX, Checkpoint
 from qtool.errors import CheckpointRefused
@@ -43,6 +43,11 @@ class SourceFiles:
         """How many bytes are copied."""
         return sum(self.states[file].size_bytes for file in self.aux if file in self.states)
 
+    @property
+    def aux_names(self) -> list[str]:
+        """The names of the auxiliary files, with the folder that one is in."""
+        return [file.relative_to(self.folder).as_posix() for file in self.aux]
+
     def check_unchanged(self, weight_digests: Digests) -> None:
         """Raise CheckpointRefused when a file is not what it was when the run began.
 
@@ -58,13 +63,17 @@ class SourceFiles:
             if now == before:
                 continue
             is_same = now is not None and now[:3] == before[:3]
-            if is_same and digest_files([file])[file.name] == digests.get(file.name):
+            if is_same and self._has_digest(file, digests):
                 continue
             raise CheckpointRefused(
                 "E_SOURCE_CHANGED",
                 f"{file} was changed during the run",
                 hint="nothing was published; run again when nobody writes to the source",
             )
+
+    def _has_digest(self, file: Path, digests: Digests) -> bool:
+        ((name, digest),) = digest_files([file], root=self.folder).items()
+        return digest == digests.get(name)
 
 
 def source_files(checkpoint: Checkpoint) -> SourceFiles:
@@ -79,9 +88,9 @@ def source_files(checkpoint: Checkpoint) -> SourceFiles:
     return SourceFiles(
         folder=folder,
         aux=tuple(aux),
-        notes=(*links_outside(aux, folder), *templates_left_out(folder)),
+        notes=(*links_outside(aux, folder), *modules_left_out(aux, folder)),
         states={file: state for file, state in states.items() if state},
-        digests=digest_files(small),
+        digests=digest_files(small, root=folder),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.checkpoint.manifest import written_files
+from qtool.checkpoint.manifest import entries_of, written_files
 from qtool.checkpoint.model import INDEX
 from qtool.checkpoint.staging_folder import (
     CHECKPOINT,
@@ -67,11 +67,11 @@ class Staging:
 
     def files(self) -> list[Path]:
         """Return the files in ``checkpoint`` so far."""
-        return [path for path in self.checkpoint.iterdir() if path.is_file()]
+        return [path for path in self.checkpoint.rglob("*") if path.is_file()]
 
     def flush(self) -> None:
         """Make what is in ``checkpoint`` so far durable; costs little for what already is."""
-        for path in self.checkpoint.iterdir():
+        for path in self.checkpoint.rglob("*"):
             make_durable(path)
         make_durable(self.checkpoint)
 
@@ -243,10 +243,11 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
 def _not_written_by_qtool(output: Path) -> str:
     """Return the names in ``output`` of what qtool did not write, as a part of a sentence."""
     written = written_files(output)
+    files = entries_of(output, written)
     strangers = sorted(
-        path.name
-        for path in output.iterdir()
-        if path.name not in written or path.is_symlink() or not path.is_file()
+        name
+        for name, path in files.items()
+        if name not in written or path.is_symlink() or not path.is_file()
     )
     more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
     return ", ".join(f"`{name}`" for name in strangers[:3]) + more

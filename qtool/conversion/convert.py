@@ -119,7 +119,7 @@ def convert(
         output,
         inputs=[checkpoint.path],
         overwrite=options.overwrite,
-        names=[file.name for file in source.aux],
+        names=source.aux_names,
     )
     request = _make_request(checkpoint, to, options)
     with checkpoint.weight_files[0].open("rb") as file:
@@ -223,9 +223,11 @@ def _write(
         )
     for name, content in plan.files.items():
         write_json(staging.checkpoint / name, content)
-    finish_files(source.aux, staging.checkpoint)
+    finish_files(source.aux, source.folder, staging.checkpoint)
     written = _verify(plan, staging)
-    digests |= digest_files(path for path in staging.files() if path.name not in digests)
+    weights = {staging.checkpoint / name for name in digests}
+    others = [path for path in staging.files() if path not in weights]
+    digests |= digest_files(others, root=staging.checkpoint)
     return written, digests
 
 

@@ -179,10 +179,10 @@ def run(
             raise
         reading.refuse_damage()
         on_event(StageEvent("checking the result"))
-        finish_files(request.source.aux, staging.checkpoint)
+        finish_files(request.source.aux, request.source.folder, staging.checkpoint)
         restore_source(plan, staging.checkpoint)
         # hashing, writing out and checking share the time
-        digests = threads.submit(digest_files, staging.files())
+        digests = threads.submit(digest_files, staging.files(), root=staging.checkpoint)
         flushed = threads.submit(staging.flush)
         written = verify(plan, staging.checkpoint)
         flushed.result()  # the system reports a failed write only once

@@ -102,7 +102,7 @@ class Request:
             self.output,
             inputs=self.checkpoint_inputs,
             overwrite=self.overwrite,
-            names=[file.name for file in self.source.aux],
+            names=self.source.aux_names,
             log=self.log,
         )
         if self.state_save:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.checkpoint.aux_files import write_json
+from qtool.checkpoint.encoding import makes_embeddings
 from qtool.checkpoint.model import INDEX, TensorInfo
 from qtool.checkpoint.shards import Shards, TensorSpec
 from qtool.checkpoint.strict_json import read_json
@@ -20,6 +21,7 @@ from qtool.recipe import Awq, SmoothQuant, SpinQuant
 
 MAX_SHARD_BYTES = 1 << 30
 CHUNK_BYTES = 16 << 20
+HEAD = "lm_head.weight"
 # keys of configs with the names of what stays in 16 bits
 UNQUANTIZED_LISTS = frozenset({"ignore", "exclude_modules", "modules_to_not_convert"})
 # steps that also change weights and biases which are not quantized
@@ -36,6 +38,8 @@ def restore_source(plan: Plan, folder: Path) -> None:
     except InputRefused as error:
         raise wrong_output(plan, folder, [error.message]) from error
     tensors = dict(_renamed(plan, written))
+    if makes_embeddings(plan.checkpoint) and HEAD not in plan.checkpoint.tensors:
+        tensors.pop(HEAD, None)  # libraries make one
     quantized = {plan.names.linears[module.name].tensor for module in plan.quantized}
     kept = [name for name in plan.checkpoint.tensors if name not in quantized]
     missing = [name for name in kept if _is_missing(plan, tensors, name)]
@@ -46,7 +50,8 @@ def restore_source(plan: Plan, folder: Path) -> None:
     ]
     for name in (*missing, *changed):
         tensors[name] = plan.checkpoint.tensors[name]
-    if any(written.tensors.get(name) is not tensor for name, tensor in tensors.items()):
+    changes = any(written.tensors.get(name) is not tensor for name, tensor in tensors.items())
+    if changes or len(tensors) < len(written.tensors):
         _write(folder, written, tensors)
     _complete_config(plan, folder)
 
@@ -72,7 +77,7 @@ def _is_missing(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> boo
     """Whether the library lost the tensor ``name`` of the source."""
     if name in tensors:
         return False
-    if name == "lm_head.weight" and plan.checkpoint.tied_embeddings:
+    if name == HEAD and plan.checkpoint.tied_embeddings:
         return False
     stack = plan.names.stacks.get(name.removesuffix("_bias"))
     return not (stack and f"{stack[0].name}.bias" in tensors)

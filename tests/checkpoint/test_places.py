@@ -453,10 +453,16 @@ def test_inspect_verify_ends_with_3_when_a_file_differs(verified, tiny_model):
     assert (code, found["error"]["code"]) == (3, "E_NO_MANIFEST")
 
 
-def test_chat_templates_in_a_folder_of_their_own_are_said_to_stay(tiny_copy):
-    assert source_files(open_checkpoint(tiny_copy)).notes == ()
+def test_chat_templates_in_a_folder_of_their_own_are_carried_along(tiny_copy, tmp_path):
     folder = tiny_copy / NAMED_TEMPLATES
     folder.mkdir()
     (folder / "tool_use.jinja").write_text("{{ messages }}")
-    (note,) = source_files(open_checkpoint(tiny_copy)).notes
-    assert f"{NAMED_TEMPLATES}/ are not carried over: tool_use" in note
+    (folder / "readme.txt").write_text("x")
+    found = source_files(open_checkpoint(tiny_copy))
+    assert f"{NAMED_TEMPLATES}/tool_use.jinja" in found.aux_names
+    assert not [name for name in found.aux_names if "readme" in name]
+    (tmp_path / "elsewhere.txt").write_text("secret")
+    (folder / "rag.jinja").symlink_to(tmp_path / "elsewhere.txt")
+    with pytest.raises(CheckpointRefused) as caught:
+        source_files(open_checkpoint(tiny_copy))
+    assert caught.value.code == "E_LINK_OUTSIDE"

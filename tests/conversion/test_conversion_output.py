@@ -26,6 +26,7 @@ from support.conversion import (
 )
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.manifest import MANIFEST, check_manifest
 from qtool.conversion import TARGETS, export
 from qtool.errors import CheckpointRefused, OutputTaken, ResourceError, UsageError
 from qtool.events import ProgressEvent
@@ -111,6 +112,48 @@ def test_aux_files_are_carried_along_and_code_is_not(copy, tmp_path):
         "model_type",
         "vocab_size",
     }
+
+
+NESTED = {
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "modules.json": "[]",
+    "1_Pooling/config.json": '{"pooling_mode": "mean"}',
+}
+
+
+def write_nested(folder):
+    """Add chat templates and modules of sentence-transformers, in folders of their own."""
+    for name, text in NESTED.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "1_Pooling" / "notes.txt").write_text("n")
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text("{}")
+    (folder / "2_Dense" / "model.safetensors").write_text("weights")
+
+
+def test_files_in_folders_are_carried_along_checked_and_replaced(sample, copy, tmp_path):
+    source = copy("ct/W4A16")
+    write_nested(source)
+    for _ in range(2):
+        result = export(source, to=GPTQ, output=tmp_path / "out", overwrite=True)
+        for name, text in NESTED.items():
+            assert (result.output / name).read_text() == text
+        assert {path.name for path in (result.output / "1_Pooling").iterdir()} == {"config.json"}
+    assert [note for note in result.notes if "2_Dense" in note]
+    checked = check_manifest(result.output)
+    assert checked.matches
+    assert NESTED.keys() <= json.loads((result.output / MANIFEST).read_text())["files"].keys()
+    assert export(result.output, to=CT, output=tmp_path / "again").output
+    (result.output / "1_Pooling" / "config.json").write_text('{"pooling_mode": "last"}')
+    (result.output / "1_Pooling" / "other.json").write_text("{}")
+    changed = check_manifest(result.output)
+    assert (changed.changed, changed.added) == (
+        ("1_Pooling/config.json",),
+        ("1_Pooling/other.json",),
+    )
+    with pytest.raises(OutputTaken, match="1_Pooling/other"):
+        export(source, to=GPTQ, output=tmp_path / "out", overwrite=True)
 
 
 def test_the_manifest_tells_where_the_checkpoint_comes_from_and_what_it_is(sample, tmp_path):

@@ -12,6 +12,8 @@ import torch
 from support.encoders import LABELS, classifier, edit_json, embedder, yes_or_no
 from test_engine import prompts_of
 
+from qtool import quantize
+from qtool.checkpoint import open_checkpoint
 from qtool.engine.engine import Engine
 from qtool.errors import CheckpointRefused, UsageError
 
@@ -92,6 +94,21 @@ def test_a_quantized_model_encodes_with_its_quantized_layers(tmp_path):
             [pooled(hidden_states(model, prompt), "lasttoken") for prompt in prompts],
         )
     assert 1e-4 < off < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])  # with tied embeddings, and without a head
+def test_an_embedding_model_is_quantized_and_encodes(tmp_path, kind):
+    model = embedder(tmp_path / "model", kind)
+    quantize(tmp_path / "model", method="fp8_dynamic", output=tmp_path / "out", device="cpu")
+    before, after = (open_checkpoint(tmp_path / name).tensors for name in ("model", "out"))
+    assert before.keys() <= after.keys()
+    assert not any("lm_head" in name for name in after)
+    prompts = prompts_of(4, 300)
+    with Engine(tmp_path / "out", **OPTIONS) as engine:
+        results = engine.encode(input_ids=prompts)
+    wanted = [pooled(hidden_states(model, prompt), "lasttoken") for prompt in prompts]
+    assert 1e-4 < distance(results, wanted) < 0.3
 
 
 def test_a_language_model_gives_embeddings_when_asked(tmp_path, tiny_model):
