@@ -179,11 +179,14 @@ def _head_dim(
     keys = next(
         (key for layer in decoder if (key := tensors.get(f"{layer}self_attn.k_proj.weight"))), None
     )
-    return (
-        {"head_dim": keys.shape[0] // heads}
-        if heads and keys and keys.shape and keys.shape[0] % heads == 0
-        else {}
-    )
+    if not heads or keys is None or not keys.shape or _is_flat(tensors, keys):
+        return {}
+    return {"head_dim": keys.shape[0] // heads} if keys.shape[0] % heads == 0 else {}
+
+
+def _is_flat(tensors: Mapping[str, TensorInfo], tensor: TensorInfo) -> bool:
+    """Whether ``tensor`` is of bitsandbytes: codes of a flattened matrix, in bytes of any dtype."""
+    return f"{tensor.name}.absmax" in tensors
 
 
 def _check_shapes(
@@ -192,7 +195,7 @@ def _check_shapes(
     """Check the tensors that ``prefix`` and the ends of names in ``rules`` name."""
     for suffix, (code, *dimensions) in rules.items():
         tensor = checkpoint.tensors.get(prefix + suffix)
-        if tensor is None or tensor.dtype not in UNPACKED:
+        if tensor is None or tensor.dtype not in UNPACKED or _is_flat(checkpoint.tensors, tensor):
             continue
         expected = _expected_shape(tensor, dimensions, sizes)
         if not _fits(tensor.shape, expected):

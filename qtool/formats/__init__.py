@@ -13,6 +13,7 @@ from qtool.errors import RecipeRefused
 from qtool.formats import (
     auto_round,
     awq,
+    bitsandbytes,
     compressed_tensors,
     fp8_block,
     gptq,
@@ -72,6 +73,7 @@ FORMATS: Mapping[str, Detector] = {
     **WRITABLE,
     "quark": quark,
     "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
 }
 # what a config raises that holds something else than it should: it comes from outside
 MISSHAPEN = (
@@ -125,13 +127,17 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
     """Raise CheckpointRefused when a tensor is quantized and no config says how."""
     for parts in modules_of(checkpoint):
         is_packed = "weight" in parts and parts["weight"].dtype in PACKED_DTYPES
-        if is_packed or any(suffix.endswith(PACKED_PARTS) for suffix in parts.tensors):
+        if is_packed or any(map(_is_packed_part, parts.tensors)):
             raise refused(
                 "E_NO_QUANT_CONFIG",
                 f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says "
                 "how",
                 "config.json has lost its `quantization_config`: take it from the original",
             )
+
+
+def _is_packed_part(suffix: str) -> bool:
+    return suffix.endswith(PACKED_PARTS) or suffix.startswith("bitsandbytes__")
 
 
 def _understand(checkpoint: Checkpoint, config: Json) -> Layout:

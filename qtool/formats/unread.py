@@ -6,7 +6,7 @@ Sources: transformers 5.17, `utils/quantization_config.py`; vLLM 0.33 and SGLang
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qtool.checkpoint import Checkpoint
@@ -31,11 +31,6 @@ _BY_TRANSFORMERS = "transformers loads it, with the package `{}`"
 _METHODS = (
     Method("aqlm", "AQLM codebooks", _BY_TRANSFORMERS.format("aqlm")),
     Method("bitnet", "BitNet's ternary weights", "transformers and bitnet.cpp load it"),
-    Method(
-        "bitsandbytes",
-        "bitsandbytes weights (NF4, FP4 or LLM.int8)",
-        f"{_BY_TRANSFORMERS.format('bitsandbytes')}, and SGLang",
-    ),
     Method("blockwise_int8", "int8 in blocks, as SGLang serves it", "SGLang loads it"),
     Method("deepspeedfp", "DeepSpeed's FP6 and FP8 weights", "DeepSpeed loads it"),
     Method("eetq", "EETQ's int8 weights", _BY_TRANSFORMERS.format("eetq")),
@@ -69,7 +64,7 @@ _METHODS = (
     Method("w8a8_int8", "int8 for each channel, as SGLang serves it", "SGLang loads it"),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _METHODS}
-ALIASES = {"bnb": "bitsandbytes", "quip#": "quip", "quip_sharp": "quip", "qtip": "quip"}
+ALIASES = {"quip#": "quip", "quip_sharp": "quip", "qtip": "quip"}
 TENSORS: Mapping[str, frozenset[str]] = {  # method -> the tensors of a layer that only it has
     "aqlm": frozenset({"codes", "codebooks"}),
     "exl2": frozenset({"q_weight", "q_scale"}),
@@ -114,8 +109,6 @@ def check(checkpoint: Checkpoint, config: Json | None) -> None:
 
 def _named(config: Json) -> Method | None:
     name = str(config.get("quant_method") or "").lower()
-    if not name and any(config.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
-        name = "bitsandbytes"
     return METHODS.get(ALIASES.get(name, name))
 
 
@@ -123,12 +116,8 @@ def _of_tensors(parts: Parts) -> Method | None:
     for name, suffixes in TENSORS.items():
         if suffixes <= parts.tensors.keys() and (name != "mlx" or _is_mlx(parts)):
             return METHODS[name]
-    return METHODS["bitsandbytes"] if _has_quant_state(parts.tensors) else None
+    return None
 
 
 def _is_mlx(parts: Parts) -> bool:
     return parts["weight"].dtype == "U32"
-
-
-def _has_quant_state(suffixes: Iterable[str]) -> bool:
-    return any(suffix.startswith("bitsandbytes__") for suffix in suffixes)

@@ -16,9 +16,10 @@ import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.errors import CheckpointRefused, naming
-from qtool.formats import mxfp4
+from qtool.formats import bitsandbytes, mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
 from qtool.modules import CACHE_SCALES, parse_cache_scale
+from qtool.scheme import CODEBOOKS
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
 Word: TypeAlias = "type[np.integer[Any]]"
@@ -38,6 +39,7 @@ SCALES = (
     "input_global_scale",
     "scales",
     "pre_quant_scale",
+    *bitsandbytes.SCALES,
     *CACHE_SCALES,
 )
 MULTIPLIERS = (
@@ -47,6 +49,7 @@ MULTIPLIERS = (
     "weight_scale_inv",
     "scale",
     "scales",
+    *bitsandbytes.SCALES,
 )
 
 
@@ -223,9 +226,12 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
     hold nothing wrong.
     """
     module, suffix = _owner(tensor, layout)
+    is_byte = tensor.dtype == "U8"
     weights = module.scheme.weights if module else None
+    if weights is not None and weights.format in CODEBOOKS and (suffix == "weight" or is_byte):
+        return None  # codes, and scales that are codes; bitsandbytes calls them floats too
     is_scale = module is not None and suffix in MULTIPLIERS
-    if tensor.dtype == "F8_E8M0" or (tensor.dtype == "U8" and is_scale):
+    if tensor.dtype == "F8_E8M0" or (is_byte and is_scale):
         return E8M0.word, _e8m0_problem
     if tensor.dtype == "I32" and module and suffix in ("g_idx", "weight_g_idx"):
         groups = module.scheme.weights.scale_count(1, module.shape[1])
@@ -251,6 +257,9 @@ def _owner(tensor: TensorInfo, layout: Layout | None) -> tuple[QuantizedModule |
     if tensor.name.endswith(mxfp4.SCALES):
         module = layout.modules.get(tensor.name.removesuffix(mxfp4.SCALES))
         return module, "weight_scale" if module else suffix
+    layer, is_part, rest = tensor.name.rpartition(".weight.")
+    if is_part and layer in layout.modules:
+        return layout.modules[layer], f"weight.{rest}"
     return layout.modules.get(owner), suffix
 
 

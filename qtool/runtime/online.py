@@ -35,6 +35,7 @@ ONLINE: Mapping[str, Scheme] = {
     "fp8_block": SCHEMES["FP8_BLOCK"],
     "nvfp4": SCHEMES["NVFP4A16"],  # inputs stay in 16 bits: their global scale takes calibration
     "mxfp4": SCHEMES["MXFP4A16"],
+    "bitsandbytes": SCHEMES["NF4"],  # as in SGLang, which quantizes scales too where a config says
     **TORCHAO,
 }
 # these also round the inputs of a checkpoint with such weights, whatever its config says
@@ -61,6 +62,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "quark": (("quark",), ""),
     "mxfp4": (("mxfp4",), ""),
     "torchao": (("torchao",), ""),
+    "bitsandbytes": (("bitsandbytes",), ""),
 }
 
 

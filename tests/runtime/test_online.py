@@ -27,6 +27,7 @@ MEANINGS = {
     "fp8_block": "fp8 128x128, activations fp8 g128",
     "nvfp4": "nvfp4 g16",
     "mxfp4": "mxfp4 g32",
+    "bitsandbytes": "nf4 g64",
     "int8wo": "int8 channel",
     "int8dq": "int8 channel, activations int8 token",
     "int4wo-32": "int4 g32 asym",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
 from qtool.formats import detect
 from qtool.inspection.engines import check_engine
@@ -22,6 +23,7 @@ from support.headers_only import (
     plain,
     write,
 )
+from support.published import PUBLISHED
 
 ENGINES = ("sglang", "tensorrt-llm", "transformers", "vllm")
 
@@ -43,6 +45,16 @@ def mixed_precision(algorithm):
 
 def of(format, **options):
     return lambda folder: build(folder, format, **options)
+
+
+def published(name):
+    """The published layout ``name``, made small."""
+
+    def make(folder):
+        PUBLISHED[name](folder / "model")
+        return open_checkpoint(folder / "model")
+
+    return make
 
 
 def check(checkpoint, engine, **options):
@@ -79,6 +91,9 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
     "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
     "E_ENGINE_BITSANDBYTES": (only_config(quant_method="bitsandbytes"), {}),
+    "E_ENGINE_BITSANDBYTES_STORAGE": (published("bnb-fp4-bf16-storage"), {}),
+    "E_ENGINE_BITSANDBYTES_EXPERTS": (published("bnb-qwen3-moe"), {}),
+    "N_ENGINE_BITSANDBYTES_PACKAGE": (published("bnb-llm-int8"), {}),
     "E_ENGINE_SPARSE": (
         only_config(
             quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}

@@ -18,7 +18,15 @@ Weight = Literal[
 ]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 Format = Literal[
-    "compressed-tensors", "modelopt", "awq", "gptq", "fp8_block", "mxfp4", "quark", "torchao"
+    "compressed-tensors",
+    "modelopt",
+    "awq",
+    "gptq",
+    "fp8_block",
+    "mxfp4",
+    "quark",
+    "torchao",
+    "bitsandbytes",
 ]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 Container = Literal["packed", "int8", "float8", "other"]

@@ -29,4 +29,13 @@ def layout(name: str) -> Callable[[Writer], Writer]:
 
 
 # each adds its layouts
-from support.published import auto_round, compressed_tensors, fp8, gpt_oss, gptq, modelopt, torchao  # noqa: E402, F401
+from support.published import (  # noqa: E402, F401
+    auto_round,
+    bnb,
+    compressed_tensors,
+    fp8,
+    gpt_oss,
+    gptq,
+    modelopt,
+    torchao,
+)

@@ -70,18 +70,6 @@ SPARSE = {
         }
     },
 }
-NF4 = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}
-NF4_PARTS = {
-    "weight": _zeros(BYTES, 49152, 1),
-    "weight.absmax": _zeros(BYTES, 1536),
-    "weight.quant_map": torch.zeros(16),
-    "weight.quant_state.bitsandbytes__nf4": _zeros(BYTES, 80),
-}
 EXL3_PARTS = {
     "trellis": _zeros(torch.int16, 16, 24, 64),
     "suh": _zeros(HALF, 256),
@@ -89,17 +77,6 @@ EXL3_PARTS = {
 }
 INT8 = {"weight": _zeros(torch.int8, 384, 256), "weight_scale": torch.ones(384, 1)}
 NOT_READ: Mapping[str, NotRead] = {
-    "unsloth-bnb-4bit": NotRead(
-        _checkpoint(NF4, NF4_PARTS), "E_QUANT_METHOD", ("bitsandbytes", "NF4", "transformers")
-    ),
-    "bnb-without-method": NotRead(
-        _checkpoint({"load_in_8bit": True}, {"weight": _zeros(torch.int8, 384, 256)}),
-        "E_QUANT_METHOD",
-        ("bitsandbytes", "LLM.int8"),
-    ),
-    "bnb-without-config": NotRead(
-        _checkpoint(None, NF4_PARTS), "E_QUANT_METHOD", ("bitsandbytes",)
-    ),
     "bartowski-gguf": NotRead(_gguf, "E_GGUF", ("GGUF", "safetensors")),
     "mlx-community-4bit": NotRead(
         _checkpoint(
