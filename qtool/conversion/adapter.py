@@ -20,6 +20,7 @@ from qtool.checkpoint.config_values import is_positive, is_size
 from qtool.checkpoint.digests import Digests, digest_files
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.strict_json import Json, read_json
+from qtool.conversion.adapter_targets import Targets, names_in
 from qtool.errors import CheckpointRefused
 from qtool.modules import TRANSPOSED, is_embedding, is_head
 from qtool.name_map import NameMap
@@ -49,32 +50,32 @@ NO_EFFECT = frozenset(  # fields that say how the adapter was trained, or what i
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
-        "exclude_modules",
         "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "modules_to_save",
         "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         "task_type",
     }
 )
 USED = frozenset(
     {
         "alpha_pattern",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
         "lora_alpha",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
+        "target_modules",
         "use_dora",
         "use_rslora",
     }
@@ -200,6 +201,7 @@ class _Reader:
         self._tensors = _tensor_names(map_names(checkpoint), checkpoint)
         self._found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         """Module -> kind -> tensor."""
+        self._targets = Targets(config, _refused)
         self._alphas = _numbers_by_pattern(folder, config, "alpha_pattern")
         self._ranks = _numbers_by_pattern(folder, config, "rank_pattern")
 
@@ -220,7 +222,8 @@ class _Reader:
         if place is None:
             raise self._unknown(tensor)
         module = name.removesuffix(".weight")
-        if module.split(".")[-1] in (self._config.get("modules_to_save") or ()):
+        saved = names_in(self._config, "modules_to_save")
+        if any(module.endswith(one) for one in saved):  # as PEFT chooses them
             self._check_tied(module)
         shape = self._checkpoint.tensors[place].shape
         if shape != tensor.shape:
@@ -239,6 +242,13 @@ class _Reader:
             place = self._tensors.get(f"{module}.weight")
             if place is None:
                 raise self._unknown(next(iter(parts.values())))
+            field = self._targets.reason_left_out(module)
+            if field is not None:
+                raise _refused(
+                    f"{self._folder}: the adapter has tensors of `{module}`, which PEFT leaves out "
+                    f"by `{field}` of its config",
+                    f"correct `{field}` in {CONFIG}, or remove the tensors",
+                )
             result[place] = self._low_rank(module, place, parts)
         return result
 

@@ -159,6 +159,41 @@ def test_what_is_not_merged_is_refused_and_nothing_is_left(llama, adapter, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+CHOICES = {
+    "all": {},
+    "all-linear": {"target_modules": "all-linear"},
+    "no name": {"target_modules": ["k_proj"]},
+    "a whole name": {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+    "a pattern": {"target_modules": r".*\.0\..*q_proj"},
+    "the start of a pattern": {"target_modules": r".*q_pro"},
+    "excluded": {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+    "excluded by pattern": {"exclude_modules": r".*self_attn.*"},
+    "another excluded": {"exclude_modules": ["o_proj"]},
+    "one layer": {"layers_to_transform": 1},
+    "both layers": {"layers_to_transform": [0, 1]},
+    "layers by name": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers by another name": {"layers_to_transform": [0, 1], "layers_pattern": ["blocks"]},
+    "saved as a whole": {"modules_to_save": ["self_attn"]},
+}
+
+
+@pytest.mark.parametrize("config", CHOICES.values(), ids=CHOICES)
+def test_what_peft_leaves_out_is_refused(llama, adapter, config):
+    folder = adapter(**config)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    given = LoraConfig.from_pretrained(folder)
+    try:
+        adapted = get_peft_model(base, given)
+        found = sum(name.endswith("q_proj.lora_A.default") for name, _ in adapted.named_modules())
+    except ValueError:  # no module is left
+        found = 0
+    if found == 2:
+        assert len(read_adapter(folder, open_checkpoint(llama)).low_rank) == 2
+        return
+    with pytest.raises(CheckpointRefused, match="PEFT leaves out"):
+        read_adapter(folder, open_checkpoint(llama))
+
+
 def test_an_adapter_wants_a_16_bit_source_and_result(llama, adapter, tmp_path):
     fp8 = {"to": "fp8_block", "requantize": True, "scheme": "FP8_BLOCK"}
     export(llama, output=tmp_path / "fp8", **fp8)
@@ -172,6 +207,7 @@ def test_an_adapter_wants_a_16_bit_source_and_result(llama, adapter, tmp_path):
     [
         {"target_modules": ["embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.embed_tokens"]},
     ],
 )
 def test_a_matrix_that_two_layers_share_is_not_changed_for_one(llama, tmp_path, options):
