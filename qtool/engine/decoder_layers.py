@@ -13,6 +13,7 @@ each layer with transformers' own, so that a name that stands for something else
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, cast
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qtool.engine.attention.pages import LayerGeometry, StateGeometry
-from qtool.engine.fused_attention import Angles, FusedAttention
+from qtool.engine.fused_attention import Angles, FusedAttention, PositionEmbeddings
+from qtool.engine.fused_latents import FusedLatentAttention
 from qtool.engine.joined import (
     PASSIVE,
     Linear,
@@ -94,11 +96,12 @@ class FusedLayer(nn.Module):
         super().__init__()
         layout, mlp_name = layout_of(layer), _mlp_of(layer)
         self.is_parallel = layout is PARALLEL
-        self.mixer: FusedAttention | Unfused
+        self.mixer: FusedAttention | FusedLatentAttention | Unfused
         norms = {name for name in layout if name}
         if isinstance(geometry, LayerGeometry):
             check_parts(layer, {*norms, "self_attn", mlp_name})
-            self.mixer = FusedAttention(layer.get_submodule("self_attn"), geometry, angles=angles)
+            kind = FusedLatentAttention if geometry.keeps_latents else FusedAttention
+            self.mixer = kind(layer.get_submodule("self_attn"), geometry, angles=angles)
         else:
             check_parts(layer, {*norms, "linear_attn", mlp_name})
             self.mixer = Unfused(layer.get_submodule("linear_attn"))
@@ -106,14 +109,14 @@ class FusedLayer(nn.Module):
             Norm.of(layer.get_submodule(name)) if name else None for name in layout
         )
         mlp = layer.get_submodule(mlp_name)
-        self.mlp = GatedMLP.of(mlp) or Unfused(mlp)
+        self.mlp = GatedMLP.of(mlp) or Unfused(_with_gated_mlps(mlp))
         # Granite's
         self.factor = float(getattr(layer, "residual_multiplier", 1.0))
 
     def forward(
         self,
         hidden_states: Tensor | Sum,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: PositionEmbeddings | None = None,
         **others: object,
     ) -> Sum:
         """Return the hidden states after the layer, from those before it: [1, T, H], or the `Sum`
@@ -161,6 +164,31 @@ class Unfused(nn.Module):
         """Return the outputs [T, H] of ``x`` [T, H]."""
         y: Tensor | tuple[Tensor, ...] = self.part(x[None])
         return (y[0] if isinstance(y, tuple) else y)[0]
+
+
+def _with_gated_mlps(part: nn.Module) -> nn.Module:
+    """Return ``part`` with each of its members that is a `GatedMLP` as one: shared experts, say."""
+    found = {name: GatedMLP.of(member) for name, member in part.named_children()}
+    if not any(found.values()):
+        return part
+    changed = copy.copy(part)
+    changed._modules = part._modules | {
+        name: OfAnyShape(mlp) for name, mlp in found.items() if mlp is not None
+    }
+    return changed
+
+
+class OfAnyShape(nn.Module):
+    """A part that takes [T, H], in the code of a model, which has more dimensions."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs [..., H] of ``x`` [..., H]."""
+        y: Tensor = self.part(x.flatten(0, -2))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class GatedMLP(nn.Module):

@@ -86,7 +86,7 @@ def add_norm(
         FP8=codes == "fp8",
         ROWS=rows,
         BLOCK=block,
-        **_launch(x.device, rows * block),
+        **launch_options(x.device, rows * block),
     )
     return out, scale, total
 
@@ -176,7 +176,7 @@ def rotate_and_write(
         FP8=k_pages.dtype == torch.float8_e4m3fn,
         PAGE=page,
         TOGETHER=together,
-        **_launch(qkv.device, together * block),
+        **launch_options(qkv.device, together * block),
     )
     return q
 
@@ -212,7 +212,7 @@ def gated(
         FP8=codes == "fp8",
         ONE=width <= piece,
         PIECE=piece,
-        **_launch(x.device, piece),
+        **launch_options(x.device, piece),
     )
     return out, scale
 
@@ -224,7 +224,7 @@ def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor
     return out, x.new_empty(x.shape[0], 1, dtype=torch.float32) if codes else None
 
 
-def _launch(device: torch.device, size: int) -> dict[str, int | bool]:
+def launch_options(device: torch.device, size: int) -> dict[str, int | bool]:
     """Return Triton's options for programs of ``size`` elements.
 
     On Hopper they start while the kernel before them still runs.
@@ -266,7 +266,7 @@ def _normed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_norm(  # type: ignore[no-untyped-def]
+def row_norm(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
@@ -326,7 +326,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     start_early(PDL)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if after_weight is not None:
-        value = _row_norm(
+        value = row_norm(
             value, after_weights, after_biases, inside, K, eps, dtype, PLUS_ONE, LATE, CENTERED
         ).to(tl.float32)
     if factor is not None:
@@ -343,7 +343,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
         if weight is None:
             normed = value.to(dtype)
         else:
-            normed = _row_norm(
+            normed = row_norm(
                 value, weights, biases, inside, K, eps, dtype, PLUS_ONE, LATE, CENTERED
             )
         if scales is not None:
@@ -355,7 +355,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+def put(value, pointers, inside, scale, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store ``value``, f32; divided by ``scale`` for fp8."""
     if FP8:
         inverse, scale = tl.div_rn(1.0, scale), tl.zeros_like(value) + scale
@@ -419,7 +419,7 @@ def _load_pairs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _put_heads(  # type: ignore[no-untyped-def]
+def put_heads(  # type: ignore[no-untyped-def]
     x,
     out,
     inside,
@@ -439,12 +439,14 @@ def _put_heads(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     CENTERED: tl.constexpr,
     FP8: tl.constexpr,
+    PARTED: tl.constexpr = False,
 ):
     """Norm the heads at ``x`` [H, 1], rotate them, and store those ``inside`` at ``out`` [H, 1].
 
     ``weight`` is that of any head, or of ``EACH`` at ``x``. If the norm is over the ``WHOLE`` of a
     token, ``mean`` is the mean of the squares of all heads. Each rotated channel of the first half
-    turns with one of the second half, or each with its neighbour. All loads have the shape
+    turns with one of the second half, or each with its neighbour, from which it is then
+    ``PARTED``. All loads have the shape
     [H, ...], those of the angles too: with another shape they would have another layout, and go
     through shared memory.
     """
@@ -490,18 +492,18 @@ def _put_heads(  # type: ignore[no-untyped-def]
         else:
             cosine = tl.load(cos + i, mask=i < HALF).to(tl.float32)
             sine = tl.load(sin + i, mask=i < HALF).to(tl.float32)
-        if INTERLEAVED:
+        if INTERLEAVED and not PARTED:
             both = tl.join(
                 _turned(first, cosine, -second, sine, angle, dtype),
                 _turned(second, cosine, first, sine, angle, dtype),
             )
             both = tl.reshape(both, (i.shape[0], 2 * i.shape[1]))
             channel = tl.zeros(x.shape, tl.int32) + tl.arange(0, 2 * i.shape[1])[None, :]
-            _put(both, out + channel, inside & (channel < ROTATED), scale, FP8)
+            put(both, out + channel, inside & (channel < ROTATED), scale, FP8)
         else:
             turning = inside & (i < HALF)
-            _put(_turned(first, cosine, -second, sine, angle, dtype), out + i, turning, scale, FP8)
-            _put(
+            put(_turned(first, cosine, -second, sine, angle, dtype), out + i, turning, scale, FP8)
+            put(
                 _turned(second, cosine, first, sine, angle, dtype),
                 out + HALF + i,
                 turning,
@@ -514,7 +516,7 @@ def _put_heads(  # type: ignore[no-untyped-def]
                 weight + ROTATED + j, mask=resting if EACH else j < REST, other=0.0
             ).to(tl.float32)
             rest = _normed(rest, rest_weight, mean, eps, dtype, PLUS_ONE, LATE).to(tl.float32)
-        _put(rest, out + ROTATED + j, resting, scale, FP8)
+        put(rest, out + ROTATED + j, resting, scale, FP8)
 
 
 @triton.jit(
@@ -571,7 +573,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         sin += t * ANGLES
     if block < q_blocks:
         head = (block * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-        _put_heads(
+        put_heads(
             x + Q_AT + head * STRIDE_Q_HEAD,
             q + (t * HEADS + head) * D,
             head < HEADS,
@@ -601,7 +603,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         slot = (head * PAGE + position % PAGE) * D
         if block < q_blocks + kv_blocks:
             out = k_pages + page * stride_k_page + slot
-            _put_heads(
+            put_heads(
                 x + K_AT + head * D,
                 out,
                 head < KV_HEADS,
@@ -624,7 +626,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
             )
         else:
             out = v_pages + page * stride_v_page + slot
-            _put_heads(
+            put_heads(
                 x + V_AT + head * D,
                 out,
                 head < KV_HEADS,

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qtool.engine.attention.interface import (
     RECORDING,
@@ -29,7 +30,14 @@ Angles = Literal[
     "interleaved",  # channels 2 i and 2 i + 1; the angles stand twice, one after another
     # channels 2 i and 2 i + 1; each angle stands twice, side by side; products are not rounded
     "repeated",
+    "parted",  # channels 2 i and 2 i + 1, which become i and n + i; the angles as in "twice"
+    "complex",  # channels 2 i and 2 i + 1; the angles stand once, as complex numbers
 ]
+OF_LATENTS: tuple[Angles, ...] = ("parted", "complex")
+
+
+# What models give their layers: cosines and sines, or complex numbers, [1, T, ...] each.
+PositionEmbeddings = tuple[Tensor, Tensor] | Tensor
 
 
 class RotaryMismatch(NotFused):
@@ -46,20 +54,46 @@ class Rotary:
     """[T, angles]"""
     angles: Angles
 
+    @classmethod
+    def of(cls, given: PositionEmbeddings | None, angles: Angles | None) -> Rotary | None:
+        """Return what a model gives its layers as one; None when nothing rotates.
+
+        Raises: RotaryMismatch, when it gives another kind of numbers.
+        """
+        if given is None or angles is None:
+            return None
+        if isinstance(given, Tensor) != (angles == "complex"):
+            raise RotaryMismatch(f"the angles are not {angles}")
+        if isinstance(given, tuple):
+            cos, sin = (part.flatten(0, -2).contiguous() for part in given)
+            return cls(cos, sin, angles)
+        if given not in OF_COMPLEX:  # once a pass, in which all layers are given the same
+            cos, sin = (part.flatten(0, -2).contiguous() for part in (given.real, given.imag))
+            OF_COMPLEX[given] = cls(cos, sin, angles)
+        return OF_COMPLEX[given]
+
     @property
     def rotated(self) -> int:
         """The first channels of a head, which rotate; the others do not."""
-        return self.cos.shape[-1] * (2 if self.angles == "once" else 1)
+        return self.cos.shape[-1] * (2 if self.angles in ("once", "complex") else 1)
 
     @property
     def is_interleaved(self) -> bool:
         """Whether neighbouring channels rotate together."""
-        return self.angles in ("interleaved", "repeated")
+        return self.angles in ("interleaved", "repeated", "parted", "complex")
+
+    @property
+    def is_parted(self) -> bool:
+        """Whether neighbours do not stay such."""
+        return self.angles == "parted"
 
     @property
     def step(self) -> int:
         """How far the angle of a pair is from the next's."""
         return 2 if self.angles == "repeated" else 1
+
+
+OF_COMPLEX: MutableMapping[Tensor, Rotary] = WeakIdKeyDictionary()
 
 
 class FusedAttention(nn.Module):
@@ -74,6 +108,8 @@ class FusedAttention(nn.Module):
         self, attention: nn.Module, geometry: LayerGeometry, *, angles: Angles | None
     ) -> None:
         super().__init__()
+        if angles in OF_LATENTS:
+            raise RotaryMismatch(f"only keys of latents rotate by {angles} angles")
         q_k_v = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
         check_parts(attention, {*q_k_v, "o_proj"}, {"q_norm", "k_norm", "sinks"})
         if geometry.head_dim != geometry.v_head_dim:
@@ -110,9 +146,7 @@ class FusedAttention(nn.Module):
         """What the input may be rounded to before."""
         return codes_of(self.qkv)
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None, angles: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None, angles: PositionEmbeddings | None) -> Tensor:
         """Return the outputs [T, H] of ``x`` [T, H], or of its codes and their scales."""
         qkv = multiply(self.qkv, x, scale)
         attended = self._attend(qkv, angles)
@@ -123,21 +157,18 @@ class FusedAttention(nn.Module):
         y: Tensor = self.o_proj(attended)
         return y
 
-    def _attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _attend(self, qkv: Tensor, angles: PositionEmbeddings | None) -> Tensor:
         """Return the attention [T, heads * D] of queries, keys and values side by side."""
         geometry, found = self.geometry, RECORDING.get(None)
         if found is not None:
             found.layers.append(geometry)
             return qkv.new_zeros(qkv.shape[0], geometry.heads * geometry.head_dim)
         packed, kv = packed_tokens(), pages_of(geometry.layer_idx)
-        rotary = None
-        if self.angles and angles:
-            cos, sin = (part.flatten(0, -2).contiguous() for part in angles)
-            rotary = Rotary(cos, sin, self.angles)
-            if rotary.rotated > geometry.head_dim:
-                raise RotaryMismatch(
-                    f"{rotary.rotated} channels of {geometry.head_dim} would be rotated"
-                )
+        rotary = Rotary.of(angles, self.angles)
+        if rotary and rotary.rotated > geometry.head_dim:
+            raise RotaryMismatch(
+                f"{rotary.rotated} channels of {geometry.head_dim} would be rotated"
+            )
         q = rotate_and_write(
             qkv,
             self.at,
@@ -212,7 +243,7 @@ def rotate_and_write(
     )
     q, k = _normed(q, q_norm), _normed(k, k_norm)
     if rotary:
-        q, k = _rotate(q, rotary), _rotate(k, rotary)
+        q, k = rotate(q, rotary), rotate(k, rotary)
     write(kv, k, v, packed)
     return q
 
@@ -225,7 +256,7 @@ def _normed(heads: Tensor, norm: Norm | None) -> Tensor:
     return norm.normalize(heads.flatten(1) if is_whole else heads).view(heads.shape)
 
 
-def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the first channels of ``x`` [T, heads, D], as transformers does."""
     rotated = rotary.rotated
     turning = x[..., :rotated].float() if rotary.angles == "repeated" else x[..., :rotated]
@@ -236,7 +267,7 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     last = rotary.step * rotated // 2
     cos, sin = (part[:, None, : last : rotary.step] for part in (rotary.cos, rotary.sin))
     turned = [part.to(x.dtype) for part in (one * cos - other * sin, other * cos + one * sin)]
-    if rotary.is_interleaved:
+    if rotary.is_interleaved and not rotary.is_parted:
         turned = [torch.stack(turned, dim=-1).flatten(-2)]
     return torch.cat((*turned, x[..., rotated:]), dim=-1)
 

@@ -49,7 +49,10 @@ TOKENS = 6  # of the input that layers are compared with
 FIRST = 3  # layers that are also compared together; over many, differences grow without end
 WHOLE_TOLERANCE = 0.1  # of these; a residual that is lost is more
 # in the order that they are tried
-ANGLES: tuple[Angles | None, ...] = ("twice", "once", "interleaved", "repeated", None)
+ANGLES: tuple[Angles | None, ...] = (
+    *("twice", "once", "interleaved", "repeated", "parted", "complex"),
+    None,
+)
 
 
 Arguments = dict[str, object]

@@ -44,15 +44,31 @@ class LatentAttention(nn.Module):
         self.to_values = nn.Parameter(values.mT.contiguous(), requires_grad=False)
         """[heads, rank, value width]"""
 
+    @property
+    def key_width(self) -> int:
+        """Of keys, without the rotary part."""
+        return self.to_latents.shape[1]
+
     def queries(self, q: Tensor) -> Tensor:
         """Return queries [heads, T, key width + rotary] for latents: [T, heads, rank + rotary]."""
-        width = self.to_latents.shape[1]
-        latent = torch.bmm(q[..., :width], self.to_latents)
-        return torch.cat([latent, q[..., width:]], dim=-1).transpose(0, 1)
+        heads, tokens, width = q.shape
+        result = q.new_empty(tokens, heads, self.rank + width - self.key_width)
+        self.take_to_latents(q[..., : self.key_width], result)
+        result[..., self.rank :] = q[..., self.key_width :].transpose(0, 1)
+        return result
+
+    def take_to_latents(self, q: Tensor, result: Tensor) -> None:
+        """Write what queries [heads, T, key width] become to the first numbers of each head of
+        ``result`` [T, heads, rank + rotary].
+        """
+        torch.bmm(q, self.to_latents, out=result[..., : self.rank].transpose(0, 1))
 
     def values(self, gathered: Tensor) -> Tensor:
         """Return the values [T, heads, value width] of gathered latents [T, heads, rank]."""
-        return torch.bmm(gathered.transpose(0, 1), self.to_values).transpose(0, 1)
+        tokens, heads, _ = gathered.shape
+        result = gathered.new_empty(tokens, heads, self.to_values.shape[2])
+        torch.bmm(gathered.transpose(0, 1), self.to_values, out=result.transpose(0, 1))
+        return result
 
     def expand(self, latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that ``expand_kv`` makes of ``latents`` [1, 1, T, rank] and

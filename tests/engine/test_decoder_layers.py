@@ -21,6 +21,7 @@ from qtool.engine import fused_attention
 from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fusion import fuse
+from qtool.engine.latent_attention import keep_latents
 from qtool.engine.norms import Norm, NormKind, Sum, add_norm
 
 pytest_plugins = ["support.sample_plugin"]
@@ -43,6 +44,12 @@ SIZES = {
 WINDOWS = {
     "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+LATENTS = {
+    **{"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24},
+    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
+    **{"num_experts_per_tok": 2, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    **{"n_group": 1, "topk_group": 1},
 }
 FUSED = {
     "Llama": {},
@@ -70,9 +77,14 @@ FUSED = {
         **{"use_qk_norm": True, "head_dim": 16},
     },
     "Starcoder2": {},  # LayerNorms with a bias, and another MLP
+    # latents in place of keys and values; experts beside an MLP for all tokens
+    "DeepseekV2": LATENTS | {"topk_method": "greedy", "q_lora_rank": None},
+    "DeepseekV3": LATENTS | {"q_lora_rank": 24},
 }
 FUSED_TOO = {  # as some of these, by other names
     "Apertus": {},
+    "DeepseekV3-halves": LATENTS | {"q_lora_rank": 24, "rope_interleave": False},
+    "Glm4MoeLite": LATENTS | {"q_lora_rank": 24},
     "Cohere": {"use_qk_norm": True},
     "Ernie4_5": {},
     "Exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
@@ -96,7 +108,7 @@ def model_of(name: str, dtype: torch.dtype, **options):
     """A model with random weights, norms and biases among them."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
+    config = getattr(transformers, f"{name.partition('-')[0]}Config")(**{**SIZES, **options})
     torch.manual_seed(0)
     model = (
         transformers.AutoModelForCausalLM.from_config(
@@ -122,7 +134,8 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     layers = {}
     for layer in found.layers:
         pages = torch.zeros(6, layer.kv_heads, PAGE, layer.head_dim, dtype=model.dtype)
-        layers[layer.layer_idx] = KVPages(pages, pages.clone())
+        values = pages[..., : layer.v_head_dim] if layer.keeps_latents else pages.clone()
+        layers[layer.layer_idx] = KVPages(pages, values, keeps_latents=layer.keeps_latents)
     table = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
     result = []
     for rows, positions, decodes, starts in (
@@ -157,6 +170,7 @@ IDS = torch.arange(1, 18)[None] * 7 % 128
 )
 def test_a_fused_model_computes_what_it_did(name, dtype):
     model = model_of(name, dtype, **(FUSED | FUSED_TOO)[name])
+    keep_latents(model)
     expected = logits_of(copy.deepcopy(model), IDS)
     assert fuse(model)
     assert all(isinstance(layer, fused.FusedLayer) for layer in model.model.layers)
