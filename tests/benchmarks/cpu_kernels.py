@@ -68,7 +68,7 @@ def main() -> None:
         action="store_true",
         help="measure each kernel that takes a layer, not only the first",
     )
-    parser.add_argument("--plain", action="store_true", help="measure the plain kernel too")
+    parser.add_argument("--reference", action="store_true", help="measure the reference kernel too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def main() -> None:
             kernel
             for kernel in later
             if load_kernel(kernel).unsupported_reason(spec, device) is None
-        ] + ["plain"] * arguments.plain
+        ] + ["reference"] * arguments.reference
         for choice in (first, *(Choice(kernel, {}) for kernel in others)):
             label = f"{name}, {choice.kernel}"
             layers[label] = QuantizedLinear(spec, choice, quantize(dense, spec.scheme))

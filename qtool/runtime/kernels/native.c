@@ -1,4 +1,4 @@
-// Products with quantized weights, y = x W^T + bias, for x86 CPUs with AVX512_BF16, and with AMX where there is one. Called by native.py.
+// Products with quantized weights, y = x W^T + bias, for x86 CPUs with AVX512; AVX512_BF16 and AMX make it faster. Called by native.py.
 //
 // Weights lie in strips of 32 outputs, and a strip in chunks of 128 inputs: 32 rows, of 64 bytes with 4-bit codes and of 128 with 8-bit ones. A chunk
 // is decoded into bf16 weights, scaled, in four tiles of 32 rows and 32 inputs, which stay in the L1 or L2 cache while they are multiplied. 4-bit
@@ -6,7 +6,7 @@
 // have 8 bits, that register comes from a table of them all.
 //
 // AMX multiplies 16 outputs x 32 inputs of the weight with 32 inputs x 16 tokens, which are transposed into that order first. While one chunk is
-// multiplied the next one is decoded. Without AMX, vdpbf16ps multiplies a row of a tile with 32 inputs of a token.
+// multiplied the next one is decoded. Without AMX, vdpbf16ps multiplies a row of a tile with 32 inputs of a token, or where there is none two products in f32.
 //
 // A thread takes strip after strip until none is left. All that is read and written lies in the arrays of `struct job`, whose sizes stand there.
 
@@ -124,7 +124,28 @@ INLINE __m512i by_halves(__m512i index) {
     return _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), second, 0xea);
 }
 
+#ifdef __AVX512BF16__
+INLINE __m256i rounded16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 INLINE __m512i rounded(__m512 high, __m512 low) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+INLINE __m512 add_products(__m512 sum, __m512i weight, __m512i inputs) { return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)inputs); }
+#else
+// To the nearest, ties to even. A NaN stays one, as its highest fraction bit is set.
+INLINE __m256i rounded16(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+INLINE __m512i rounded(__m512 high, __m512 low) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded16(low)), rounded16(high), 1);
+}
+INLINE __m512 add_products(__m512 sum, __m512i weight, __m512i inputs) {
+    const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weight, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(inputs, 16)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(weight, odd)), _mm512_castsi512_ps(_mm512_and_si512(inputs, odd)), sum);
+}
+#endif
 
 // The functions decode eight rows of a chunk into the four tiles; `scale` and `zero` are f32 [groups in a chunk, 32].
 
@@ -314,7 +335,7 @@ INLINE void put(const struct job *job, int64_t token, int64_t first, __m512 sums
         __m256i bits = _mm256_maskz_loadu_epi16(mask, job->bias + first);
         bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
-    __m256i y = (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(sums, _mm512_loadu_ps(job->row_scale + first), bias));
+    __m256i y = rounded16(_mm512_fmadd_ps(sums, _mm512_loadu_ps(job->row_scale + first), bias));
     _mm256_mask_storeu_epi16(job->y + token * job->outputs + first, mask, y);
 }
 
@@ -523,10 +544,10 @@ INLINE void multiply_rows(const uint8_t *tiles, int64_t depth, const uint16_t *x
         for (int i = 0; i < 16; i++) parts[i] = _mm512_setzero_ps();
         for (int64_t tile = 0; tile < depth; tile++) {
             for (int i = 0; i < step; i++) {
-                __m512bh weight = (__m512bh)_mm512_load_si512(tiles + tile * TILE_BYTES + 64 * (row + i));
+                __m512i weight = _mm512_load_si512(tiles + tile * TILE_BYTES + 64 * (row + i));
                 for (int t = 0; t < count; t++) {
-                    __m512bh inputs = (__m512bh)_mm512_load_si512(x + t * width + 32 * tile);
-                    parts[t * step + i] = _mm512_dpbf16_ps(parts[t * step + i], weight, inputs);
+                    __m512i inputs = _mm512_load_si512(x + t * width + 32 * tile);
+                    parts[t * step + i] = add_products(parts[t * step + i], weight, inputs);
                 }
             }
         }

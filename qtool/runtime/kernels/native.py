@@ -38,7 +38,6 @@ FLAGS = (
     "-mavx512bw",
     "-mavx512vl",
     "-mavx512dq",
-    "-mavx512bf16",
     "-mfma",
     "-shared",
     "-fPIC",
@@ -57,16 +56,21 @@ SCALES = {
 
 
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
-    """Support what native.c does, but leave integers with integers to oneDNN, which is faster."""
-    if spec.scheme.activations and onednn.unsupported_reason(spec, device) is None:
-        return f"inputs {spec.scheme.activations}: leaves integers with integers to onednn"
+    """Support what native.c does, but leave to oneDNN what is faster there."""
+    weights, activations = spec.scheme.weights, spec.scheme.activations
+    if onednn.unsupported_reason(spec, device) is None:
+        if activations:
+            return f"inputs {activations}: leaves integers with integers to onednn"
+        slow = not torch.cpu._is_avx512_bf16_supported()
+        if slow and weights.bits > 4 and weights.granularity in ("channel", "tensor"):
+            return f"weights {weights}: leaves them to onednn without AVX512_BF16"
     return unsupported_product(spec)
 
 
 def unsupported_product(spec: LinearSpec) -> str | None:
     """Support all weights with bfloat16 inputs, rounded or not."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "needs a CPU with AVX512_BF16"
+    if not torch.cpu._is_avx512_supported():
+        return "needs a CPU with AVX512"
     if reason := not_bfloat16(spec):
         return reason
     width = _width(spec)
@@ -325,7 +329,8 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], check=True, capture_output=True, text=True
     ).stdout
-    made_of = [SOURCE.read_text(), *FLAGS, *compiler, version]
+    flags = [*FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    made_of = [SOURCE.read_text(), *flags, *compiler, version]
     name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
     cache_home = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(cache_home) if cache_home else Path("~/.cache").expanduser()) / "qtool"
@@ -341,7 +346,7 @@ def _compiled(compiler: list[str]) -> Path:
         target = folder / f"{name}.new"
     try:
         subprocess.run(
-            [*compiler, *FLAGS, "-o", str(target), str(SOURCE)],
+            [*compiler, *flags, "-o", str(target), str(SOURCE)],
             check=True,
             capture_output=True,
             text=True,
