@@ -44,11 +44,13 @@ SERVED: Mapping[ServedTask | None, str] = {
     "embed": "makes embeddings",
     "score": "scores documents for a query",
 }
-TASK_HINTS: Mapping[ServedTask, str] = {
-    "generate": "--is-embedding serves the hidden states of a language model as embeddings",
-    "embed": "send texts to /v1/embeddings",
-    "score": "send a query and documents to /v1/rerank or /v1/score",
+TASK_HINTS: Mapping[tuple[ServedTask, ServedTask | None], str] = {
+    ("generate", "embed"): "--is-embedding serves the hidden states of a language model",
+    ("generate", None): "serve a reranker",
+    ("embed", None): "send texts to /v1/embeddings",
+    ("score", None): "send a query and documents to /v1/rerank or /v1/score",
 }
+"""By what is served, and what was asked for; None for anything else."""
 
 
 class ModelNotFound(Exception):
@@ -174,7 +176,7 @@ class Service:
             raise UsageError(
                 "E_TASK",
                 f"this route {SERVED[task]}, and `{self.settings.name}` {SERVED[does]}",
-                hint=TASK_HINTS[does],
+                hint=TASK_HINTS.get((does, task)) or TASK_HINTS[does, None],
             )
         return self
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
+from support import EXAMPLE
 
 from qtool.errors import BackendFailed, CheckpointRefused, QtoolError, ResourceError, UsageError
 from qtool.sandbox import TooManyWaiting
+from qtool.serve.host import ServiceHost
+from qtool.serve.http.app import make_app
 from qtool.serve.http.errors import STATUSES, Refused, error_detail, http_error_detail, status_of
 from qtool.serve.service import Busy, ModelNotFound
+from qtool.serve.settings import ServeSettings
 
 
 @pytest.mark.parametrize(
@@ -89,3 +97,48 @@ def test_every_status_is_one_of_an_error():
 def test_an_http_error_keeps_its_status(status, type, code):
     detail = http_error_detail(status, "no")
     assert (detail.type, detail.code) == (type, code)
+
+
+class OneModel(BaseHTTPRequestHandler):
+    """A server that knows no other model than ``name``."""
+
+    name = "first"
+
+    def do_GET(self):
+        self.answer(200, {"data": [{"id": self.name}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.answer(200 if body["model"] == self.name else 404, {"served": self.name})
+
+    def answer(self, status, value):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_reference_that_comes_back_with_another_model_is_asked_for_that():
+    with HTTPServer(("127.0.0.1", 0), OneModel) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        host = ServiceHost(ServeSettings(model_path=str(EXAMPLE), reference=url))
+        transport = httpx.ASGITransport(make_app(host))
+
+        async def ask() -> list[dict]:
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                answers = []
+                for OneModel.name in ("first", "first", "second", "second"):
+                    path = "/reference/v1/completions"
+                    answer = await client.post(path, json={"model": "m", "prompt": "x"})
+                    answers.append((answer.status_code, answer.json()["served"]))
+                return answers
+
+        found = asyncio.run(ask())
+        server.shutdown()
+        host.threads.close()
+    assert found == [(200, "first"), (200, "first"), (200, "second"), (200, "second")]

@@ -811,6 +811,30 @@ def test_a_name_that_was_made_to_lead_here_is_refused(served, host, status):
     assert answer.split()[1] == str(status).encode()
 
 
+LONG = "\N{EURO SIGN}x" * (1 << 20)
+RESPONSE = {"input": "hi", "max_output_tokens": 4}
+LONG_NAMES = {
+    "model": (COMPLETION, completion(model=LONG)),
+    "model of a chat": (CHAT, chat(model=LONG)),
+    "model of a message": ("/v1/messages", chat(model=LONG)),
+    "model of embeddings": ("/v1/embeddings", {"input": "x", "model": LONG}),
+    "tool": ("/v1/responses", {**RESPONSE, "tool_choice": {"type": "function", "name": LONG}}),
+    "effort": ("/v1/responses", {**RESPONSE, "reasoning": {"effort": LONG}}),
+    "metadata": ("/v1/responses", {**RESPONSE, "metadata": {"a": LONG}}),
+    "role": (CHAT, chat(messages=[{"role": LONG, "content": "x"}])),
+    "field": (CHAT, chat(**{LONG: 1}, max_token=3)),
+}
+
+
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_a_long_name_is_refused_and_not_repeated(served, name):
+    path, body = LONG_NAMES[name]
+    before = len(served.said())
+    answer = httpx.post(served.url + path, json=body, timeout=60)
+    assert (answer.status_code, len(answer.content) < 4096) == (400, True)
+    assert len(served.said()) - before < 4096
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -182,6 +182,12 @@ MaxTokensOrZero = Annotated[Whole, Field(ge=0, le=RANGES["max_new_tokens"][1])]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
 """Printable, because it is written to the log."""
 
+ModelName = Annotated[str, Field(max_length=1024)]
+"""Repeated in replies."""
+
+Word = Annotated[str, Field(max_length=256)]
+"""A name, or a value of a few, which replies or errors repeat."""
+
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 """OpenAI documents it without the dot, and accepts the dot."""
 

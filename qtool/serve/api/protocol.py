@@ -25,6 +25,7 @@ from qtool.serve.api.fields import (
     LogitBias,
     MaxTokens,
     MaxTokensOrZero,
+    ModelName,
     Prompt,
     RequestId,
     Seed,
@@ -115,7 +116,7 @@ class SamplingFields(Body):
 class OpenAISamplingFields(SamplingFields):
     """The fields that chats and completions share."""
 
-    model: str | None = None
+    model: ModelName | None = None
     min_tokens: Annotated[Whole, bounded("min_new_tokens")] | None = None
     include_stop_str_in_output: bool | None = None  # vLLM's name of no_stop_trim
     stream: bool | None = None
@@ -330,7 +331,7 @@ class AbortRequest(Body):
 class TokenizeRequest(Body):
     """``POST /tokenize``: a ``prompt``, or ``messages`` for the chat template."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -353,6 +354,6 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    model: str | None = None
+    model: ModelName | None = None
     tokens: TokenListsOrEmpty
     skip_special_tokens: bool | None = None

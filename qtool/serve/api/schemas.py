@@ -6,14 +6,15 @@ FastAPI needs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Struct, UnsetType
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from qtool.engine import outputs
 from qtool.serve.api.fields import Json
 
+MAX_MESSAGE = 2000  # characters of an error
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 NativeLogprob = tuple[float | None, int, str | None]
 """The natural logarithm, the token, and its text if that was requested."""
@@ -266,10 +267,15 @@ class Info(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+def _shorten(message: str) -> str:
+    """Cut what repeats too much of a request."""
+    return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+
+
 class ErrorDetail(Info):
     """What went wrong."""
 
-    message: str
+    message: Annotated[str, AfterValidator(_shorten)]
     type: str
     param: str | None = None
     """The field of the request."""

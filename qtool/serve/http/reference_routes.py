@@ -7,6 +7,7 @@ allow it either.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 
 import httpx
 import msgspec
@@ -69,6 +70,7 @@ class _Reference:
             response = await self._send(path, fields)
         except (httpx.HTTPError, msgspec.MsgspecError, IndexError) as error:
             self._release()
+            self._model = None  # it may come back with another one
             reason = type(error).__name__
             message = f"the reference server does not answer as one: {reason}"
             raise Busy("reference_failed", message) from error
@@ -84,14 +86,27 @@ class _Reference:
         if self._client is None:
             timeout = httpx.Timeout(CONNECT_S, read=SILENT_S)
             self._client = httpx.AsyncClient(timeout=timeout)
-        if self._model is None:
-            listed = await self._client.get(f"{self._url}/v1/models")
+        known = self._model
+        response = await self._send_to(self._client, path, fields, known)
+        if response.status_code == HTTPStatus.NOT_FOUND and known is not None:
+            # restarted, with another model
+            await response.aclose()
+            response = await self._send_to(self._client, path, fields, None)
+        return response
+
+    async def _send_to(
+        self, client: httpx.AsyncClient, path: str, fields: dict[str, object], model: str | None
+    ) -> httpx.Response:
+        """Send a request for ``model``; None: for the one that is served there."""
+        if model is None:
+            listed = await client.get(f"{self._url}/v1/models")
             listed.raise_for_status()
-            self._model = msgspec.json.decode(listed.content, type=_Models).data[0].id
-        request = self._client.build_request(
-            "POST", f"{self._url}/{path}", json={**fields, "model": self._model}
+            model = msgspec.json.decode(listed.content, type=_Models).data[0].id
+            self._model = model
+        request = client.build_request(
+            "POST", f"{self._url}/{path}", json={**fields, "model": model}
         )
-        return await self._client.send(request, stream=True)
+        return await client.send(request, stream=True)
 
 
 class _Forwarded(StreamingResponse):

@@ -16,6 +16,7 @@ from qtool.engine.sampling_params import LARGEST
 from qtool.serve.api.body import Body, Part
 from qtool.serve.api.fields import (
     PROMPT_SCHEMA,
+    ModelName,
     PromptInput,
     RequestId,
     Whole,
@@ -34,7 +35,7 @@ Input = Annotated[
 class EncodingFields(Body):
     """What all these requests may say."""
 
-    model: str | None = None
+    model: ModelName | None = None
     rid: RequestId | None = None
     use_activation: bool | None = None
     """Whether embeddings get length 1 and scores a sigmoid, where the checkpoint has it so, as they

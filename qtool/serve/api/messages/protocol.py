@@ -18,6 +18,7 @@ from qtool.serve.api.fields import (
     MAX_PARTS,
     Json,
     MaxTokens,
+    ModelName,
     StopString,
     ToolName,
     Whole,
@@ -194,7 +195,7 @@ class MessagesRequest(Body):
         "stop": "its name here is `stop_sequences`",
     }
 
-    model: str | None = None
+    model: ModelName | None = None
     messages: Annotated[
         list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]

@@ -5,7 +5,7 @@ Sources: OpenAI's API reference; what Codex 0.171 sends.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -17,9 +17,11 @@ from qtool.serve.api.fields import (
     MAX_PARTS,
     Json,
     MaxTokens,
+    ModelName,
     RequestId,
     ToolName,
     Whole,
+    Word,
 )
 from qtool.serve.api.protocol import SamplingFields, StreamOptions, check_content
 
@@ -163,7 +165,7 @@ class OtherTool(Part):
     """A tool that OpenAI would run."""
 
     model_config = ConfigDict(extra="allow")
-    type: str
+    type: Word
 
     @model_validator(mode="after")
     def _check_other_fields(self) -> OtherTool:
@@ -225,9 +227,9 @@ Item = Annotated[
 class ChosenTool(Part):
     """A tool by its name, or, as ``allowed_tools``, some of them."""
 
-    type: str
-    name: str | None = None
-    namespace: str | None = None
+    type: Word
+    name: Word | None = None
+    namespace: Word | None = None
     mode: Literal["auto", "required"] | None = None
     tools: (
         Annotated[list[ChosenTool], Field(min_length=1, max_length=MAX_AGENT_TOOLS, fail_fast=True)]
@@ -238,8 +240,8 @@ class ChosenTool(Part):
 class Reasoning(Part):
     """How much the model should think."""
 
-    effort: str | None = None
-    summary: str | None = None
+    effort: Word | None = None
+    summary: Word | None = None
     """Accepted without effect: thoughts are returned as they are."""
 
 
@@ -263,7 +265,7 @@ class TextOptions(Part):
     """What the text of the answer is like."""
 
     format: TextFormat | None = None
-    verbosity: str | None = None
+    verbosity: Word | None = None
     """Accepted without effect."""
 
 
@@ -287,7 +289,7 @@ class ResponsesRequest(SamplingFields):
         "context_management": "nothing is compacted here: send a shorter `input`",
     }
 
-    model: str | None = None
+    model: ModelName | None = None
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
@@ -303,7 +305,7 @@ class ResponsesRequest(SamplingFields):
     """Whatever it says, nothing is stored, and the reply says so."""
 
     truncation: Literal["disabled"] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[Word, Word | float | bool | None], Field(max_length=64)] | None = None
     """Returned with the reply."""
 
     stream: bool | None = None
