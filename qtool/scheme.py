@@ -14,13 +14,13 @@ from typing import Any, Literal, cast
 from qtool.errors import RecipeRefused, nearest
 
 Format = Literal[
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4"
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4", "iq4_nl"
 ]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 
-# format -> what each code stands for, times the scale. Source: bitsandbytes 0.50,
-# `functional.get_4bit_type`; its fp4 differs from E2M1 in the smallest number.
+# format -> what each code stands for, times the scale. Sources: bitsandbytes 0.50,
+# `functional.get_4bit_type`, whose fp4 differs from E2M1 in the smallest number; ggml's IQ4_NL.
 CODEBOOKS: Mapping[str, tuple[float, ...]] = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -32,6 +32,10 @@ CODEBOOKS: Mapping[str, tuple[float, ...]] = {
         sign * number / 12
         for sign in (1, -1)
         for number in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+    "iq4_nl": (
+        *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+        *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
     ),
 }
 FORMAT_BITS: Mapping[str, int] = {
@@ -63,6 +67,10 @@ class Weights:
     """Format of the scales: ``e4m3`` means NVFP4's two levels, ``e8m0`` the powers of two of the MX
     formats.
     """
+    offset: bool = False
+    """Whether an asymmetric group has a float that is added after scaling, its minimum, instead of
+    a zero point: GGUF's types have it.
+    """
 
     def __post_init__(self) -> None:
         _check_numbers("weights", self.format, self.granularity, self.group_size, self.scale)
@@ -71,6 +79,8 @@ class Weights:
             raise _invalid(
                 "weights: granularity `token` is for activations; weights know `channel`"
             )
+        if self.offset and (self.symmetric or self.granularity != "group"):
+            raise _invalid("weights: `offset` is for asymmetric groups")
         if self.symmetric:
             return
         if self.granularity == "block":
@@ -99,7 +109,7 @@ class Weights:
         scale_bits = CODEBOOK_SCALE_BITS if self.format in CODEBOOKS else SCALE_BITS[self.scale]
         bits = rows * columns * self.bits + scales * scale_bits
         if not self.symmetric:
-            bits += scales * self.bits
+            bits += scales * (SCALE_BITS["float"] if self.offset else self.bits)
         return math.ceil(bits / 8) + (4 if self.scale == "e4m3" else 0)
 
     def __str__(self) -> str:
@@ -110,10 +120,8 @@ class Weights:
         else:
             name = self.format
         where = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block or ()))}
-        return (
-            f"{name} "
-            f"{where.get(self.granularity, self.granularity)}{'' if self.symmetric else ' asym'}"
-        )
+        zero = " offset" if self.offset else "" if self.symmetric else " asym"
+        return f"{name} {where.get(self.granularity, self.granularity)}{zero}"
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,7 @@ def _dataclass_from(kind: Any, where: str, value: Any) -> Any:
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("format", "granularity", "scale"), (str,)),
-    **dict.fromkeys(("symmetric", "dynamic"), (bool,)),
+    **dict.fromkeys(("symmetric", "dynamic", "offset"), (bool,)),
     "group_size": (int, NoneType),
     "block": (list, tuple, NoneType),
 }

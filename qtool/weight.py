@@ -27,6 +27,7 @@ from qtool.codes import (
     to_fp8,
     unpack_pairs,
 )
+from qtool.errors import UsageError
 from qtool.scheme import Activations, Scheme, Weights
 
 PIECE = 1 << 21  # weights in f32 at a time: 8 MB and a few copies, whatever the size of the matrix
@@ -60,6 +61,8 @@ class QuantizedWeight:
         multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs,
         inputs) under one scale, only where they do not divide N and K, so that the last block is
         short. ``codebook``: f32 [16], what each 4-bit code stands for before scaling (nf4).
+        ``offset``: [N, K/g], f16 or f32, added after scaling, as GGUF's types with a minimum have
+        it; codes then count from 0, in uint8 as they are.
     """
 
     data: Tensor
@@ -71,6 +74,7 @@ class QuantizedWeight:
     activation: Activation | None = None
     block: tuple[int, int] | None = None
     codebook: Tensor | None = None
+    offset: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +91,7 @@ class QuantizedWeight:
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the weight that ``weight`` stands for, [N, K], its columns in the order of the inputs:
-    ``(value - zero) * scale * scale2``.
+    ``(value - zero) * scale * scale2 + offset``.
 
     Computed in f32, some rows at a time, then rounded to ``dtype``. ``pre_scale`` is the input's
     affair and is not applied.
@@ -107,11 +111,16 @@ def _dequantized(weight: QuantizedWeight) -> Tensor:
     (rows, columns), (height, width) = weight.shape, weight.tile
     values = codes_to_values(weight.data, weight.scale.dtype, codebook=weight.codebook)
     scale = weight.scale.float()
+    if weight.offset is not None and weight.data.dtype == torch.uint8:
+        values += 8  # the codes themselves
     if weight.scale2 is not None:
         scale = scale * weight.scale2[:, None]
     if weight.zero is not None:
         values -= spread(weight.zero.float(), columns, width, dim=1)
-    return values.mul_(spread(spread(scale, columns, width, dim=1), rows, height, dim=0))
+    values.mul_(spread(spread(scale, columns, width, dim=1), rows, height, dim=0))
+    if weight.offset is not None:
+        values += spread(weight.offset.float(), columns, width, dim=1)
+    return values
 
 
 def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
@@ -120,8 +129,9 @@ def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
     """
     (rows, columns), (height, width) = weight.shape, weight.tile
     for start, stop in _row_ranges(rows, columns, height):
-        zero, scale2 = (
-            None if part is None else part[start:stop] for part in (weight.zero, weight.scale2)
+        zero, scale2, offset = (
+            None if part is None else part[start:stop]
+            for part in (weight.zero, weight.scale2, weight.offset)
         )
         piece = QuantizedWeight(
             weight.data[start:stop],
@@ -130,6 +140,7 @@ def _pieces(weight: QuantizedWeight) -> Iterator[tuple[int, QuantizedWeight]]:
             zero,
             block=(height, width),
             codebook=weight.codebook,
+            offset=offset,
         )
         yield start, piece
 
@@ -150,10 +161,13 @@ def quantize(tensor: Tensor, scheme: Scheme) -> QuantizedWeight:
     of a codebook are what bitsandbytes makes of amax, an f32 scale. Static
     activations get no scale: that takes data. Works on any device, some rows at a time.
 
-    Raises: UsageError, when a 4-bit weight has an odd number of inputs.
+    Raises: UsageError, when a 4-bit weight has an odd number of inputs, and for IQ4_NL and
+        groups with an ``offset``, which `formats.gguf_blocks` rounds to.
     Source: compressed-tensors 0.19, `quantization/utils/helpers.py`.
     """
     weights, (rows, columns) = scheme.weights, tensor.shape
+    if weights.offset or weights.format == "iq4_nl":
+        raise UsageError("E_SCHEME", f"weights cannot be rounded to {weights}: choose another")
     height, width = weights.block or (1, weights.group_size or columns)
     rounding = _Rounding.of(tensor, scheme)
     whole: list[Tensor | None] = []  # data, scale, zero

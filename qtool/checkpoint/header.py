@@ -40,7 +40,7 @@ IMPOSTORS = (  # how a file starts, code, what it is, what helps
         b"GGUF",
         "E_GGUF",
         "a GGUF file under another name",
-        "take the safetensors version it was made from",
+        "name it .gguf: qtool reads GGUF by that name",
     ),
     (
         b"PK\3\4",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from qtool.checkpoint.gguf import as_folder
 from qtool.errors import ResourceError, UsageError, file_errors, from_wire, is_there
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ STALL_S = 60.0  # without progress
 
 
 def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
-    """Return the folder of ``model_path``: itself when it exists, else the Hub model of that name,
-    downloaded.
+    """Return the folder of ``model_path``: itself when it exists, or one derived from a GGUF file;
+    else the Hub model of that name, downloaded.
 
     Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``;
     ``HF_HUB_OFFLINE`` is honoured.
@@ -68,7 +69,7 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         # Linux says ENAMETOOLONG of others, and the Hub knows none of them either
         is_file_name = all(len(os.fsencode(part)) <= 255 for part in path.parts)
         if not _may_be_hub_name(model_path) or (is_file_name and is_there(path)):
-            return path
+            return as_folder(path)
     request: DownloadRequest = {
         "name": model_path,
         "revision": revision,

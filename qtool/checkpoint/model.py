@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from qtool.checkpoint.arrangement import Arrangement
+from qtool.checkpoint.gguf_types import QUANTIZED
 from qtool.checkpoint.strict_json import Json, read_json
 from qtool.errors import naming
 
@@ -47,12 +49,19 @@ class TensorInfo(NamedTuple):
 
     name: str
     dtype: str
-    """As safetensors writes it, e.g. ``BF16``."""
+    """As safetensors writes it, e.g. ``BF16``; of blocks as GGUF does, e.g. ``Q4_K``."""
     shape: tuple[int, ...]
     file: Path
     offset: int
     """Bytes from the start of ``file``."""
     size_bytes: int
+    arrangement: Arrangement | None = None
+    """How its bytes follow from those in the file, where they are others."""
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether it holds blocks of a quantized type of GGUF, each with its scales."""
+        return self.dtype in QUANTIZED
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -60,10 +69,23 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape)
 
     def read(self) -> bytes:
-        """Return its bytes as they lie in the file, little-endian, row-major."""
-        with naming(self.file), self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size_bytes)
+        """Return its bytes, little-endian, row-major."""
+        data = b"".join(_read_at(*place) for place in self.places)
+        return self.arrangement.arranged(data, self.shape) if self.arrangement else data
+
+    @property
+    def places(self) -> tuple[tuple[Path, int, int], ...]:
+        """Where its bytes lie: file, offset and size of each part."""
+        if self.arrangement is None or self.arrangement.other is None:
+            return ((self.file, self.offset, self.size_bytes),)
+        half = self.size_bytes // 2
+        return (self.file, self.offset, half), (*self.arrangement.other, half)
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    with naming(path), path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 @dataclass(frozen=True)
@@ -93,8 +115,9 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files, in name order."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        """The safetensors or GGUF files, in name order."""
+        places = (place for tensor in self.tensors.values() for place in tensor.places)
+        return tuple(sorted({file for file, _, _ in places}))
 
     @cached_property
     def size_bytes(self) -> int:

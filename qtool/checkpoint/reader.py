@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.config_values import check_config_values
+from qtool.checkpoint.gguf import as_folder, derived_tensors
 from qtool.checkpoint.header import MAX_NAME, read_header
 from qtool.checkpoint.model import INDEX, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
@@ -28,10 +29,11 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
-    """Read config, index and every safetensors header below ``path``.
+    """Read config, index and every safetensors header below ``path``; or the header of a GGUF
+    file, for which a folder is derived.
 
     Args:
-        path: the folder.
+        path: the folder, or a GGUF file.
         is_written: whether this run wrote it: then a file that cannot be read is an error of the
             disk, not a refused input.
     Raises: CheckpointRefused, naming the file, the tensor and the numbers that do not fit.
@@ -43,11 +45,13 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
                 f"{path}: no such folder",
                 "give a checkpoint folder or a Hub name such as `org/model`",
             )
+        if not is_written:
+            path = as_folder(path)
         if not path.is_dir():
             raise refused(
                 "E_NOT_A_FOLDER",
                 f"{path} is a file, not a model folder",
-                "give the folder that holds config.json",
+                "give the folder that holds config.json, or a .gguf file",
             )
         if not is_there(path / "config.json"):
             raise refused(
@@ -56,7 +60,9 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
                 "give the folder that holds config.json",
             )
         with no_collection():
-            checkpoint = Checkpoint(path, _read_config(path / "config.json"), _read_tensors(path))
+            config = _read_config(path / "config.json")
+            tensors = derived_tensors(path, config) or _read_tensors(path)
+            checkpoint = Checkpoint(path, config, tensors)
         check_config(checkpoint)
         return checkpoint
 
@@ -90,10 +96,8 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
 
 def _no_weights(path: Path) -> CheckpointRefused:
     """Return the error for a folder without safetensors files, by what it has instead."""
-    others = sorted(
-        file.name for file in path.iterdir() if file.suffix in (*PICKLE_SUFFIXES, ".gguf")
-    )
-    if pickles := [name for name in others if not name.endswith(".gguf")]:
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
         message = (
             f"{path}: the weights are pickle files ({', '.join(pickles[:3])}), which qtool never "
             "opens"
@@ -102,14 +106,6 @@ def _no_weights(path: Path) -> CheckpointRefused:
             "E_PICKLE",
             message,
             "convert them to safetensors first, or take a revision that has them",
-        )
-    if others:
-        hint = "take the safetensors version it was made from"
-        return refused(
-            "E_GGUF",
-            f"{path}: the weights are GGUF files ({', '.join(others[:3])}), which qtool does not "
-            "read",
-            hint,
         )
     return refused(
         "E_NO_WEIGHTS",

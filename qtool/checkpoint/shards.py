@@ -108,6 +108,8 @@ class Shards:
         """Write the bytes of ``source`` as the tensor ``name``, inside the kernel where that can;
         else as `write`.
         """
+        if source.arrangement is not None:
+            return self.write(name, source.read())
         path, offset, size = self._places[name]
         done = 0
         with source.file.open("rb", buffering=0) as file:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from qtool.checkpoint import TensorInfo
+from qtool.checkpoint import TensorInfo, is_from_gguf
 from qtool.conversion.layers import Layer, new_weight
 from qtool.conversion.request import ConversionRequest
 from qtool.formats import QuantizedModule
 from qtool.formats.packing import TORCH_DTYPES
 from qtool.formats.stored_layer import Source, outline_value
-from qtool.modules import is_linear, skip_reason
+from qtool.modules import is_embedding, is_head, is_linear, skip_reason
 from qtool.scheme import SCHEMES, Scheme
 
 
@@ -27,7 +27,7 @@ def plan_layers(
     layers = []
     for found in _layers_to_convert(request, unquantized):
         source = Source.of(request.checkpoint, found)
-        key = source.dedup_key
+        key = source.dedup_key, _is_table(request, source)
         if key not in known:
             known[key] = _plan_layer(request, source)
         layers.append(_plan_like(known[key], source, request.to))
@@ -58,7 +58,7 @@ def _layers_to_convert(
 
 def _plan_layer(request: ConversionRequest, source: Source) -> Layer:
     """Return the first candidate that the format holds."""
-    if request.dequantizes:
+    if request.dequantizes or _is_table(request, source):
         return Layer(source, target=None, rounded=False)
     value = outline_value(request.layout, source)
     dtype = TORCH_DTYPES[request.dtype]
@@ -77,6 +77,15 @@ def _plan_layer(request: ConversionRequest, source: Source) -> Layer:
     raise request.cannot_hold(f"`{source.name}`: {reasons[0]}", hint)
 
 
+def _is_table(request: ConversionRequest, source: Source) -> bool:
+    """Whether ``source`` is the embeddings or the head of a GGUF file: these are always quantized
+    there, and engines have them in 16 bits.
+    """
+    if not is_from_gguf(request.checkpoint) or request.to == "gguf":
+        return False
+    return is_embedding(source.name) or is_head(source.name)
+
+
 def _plan_like(known: Layer, source: Source, to: str) -> Layer:
     """Return what ``source`` becomes, which has the dedup key of ``known``."""
     if known.target is None:
@@ -93,6 +102,8 @@ def _candidates(request: ConversionRequest, source: Source) -> Iterator[tuple[Sc
     if not request.requantize:
         return
     if own and request.scheme is None:
+        # zero points instead of GGUF's minima
+        own = replace(own, weights=replace(own.weights, offset=False))
         weights_only = Scheme(own.weights)
         keeps_activations = not (own.activations and own.activations.needs_data)
         yield weights_only, False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qtool.architecture import map_names
+from qtool.checkpoint import is_from_gguf
 from qtool.checkpoint.shards import TensorSpec
 from qtool.conversion.copies import Copies, plan_copies
 from qtool.conversion.layer_plan import plan_layers, unquantized_linears
@@ -106,7 +107,7 @@ def _steps(request: ConversionRequest, layers: Iterable[Layer], copies: Copies) 
         layer = by_tensor.get(name)
         if layer and layer.source.name not in begun:
             begun.add(layer.source.name)
-            key = layer.source.dedup_key
+            key = layer.source.dedup_key, layer.target is None
             if key not in known:
                 known[key] = layer, writes_of(request, layer)
             yield Step(layer, writes_like(*known[key], layer))
@@ -177,6 +178,7 @@ def _notes(
     if request.adapter:
         yield from request.adapter.notes(request.checkpoint)
     yield from _cache_notes(request, dropped)
+    yield from _gguf_notes(request, layers)
     if names and request.layout is None:
         yield from _stack_notes(names)
     yield from _rounding_notes(layers)
@@ -186,6 +188,14 @@ def _notes(
             "act-order: compressed-tensors 0.19 and vLLM 0.33 refuse a g_idx, SGLang 0.5 takes "
             "it; --to gptq keeps it for all"
         )
+
+
+def _gguf_notes(request: ConversionRequest, layers: Sequence[Layer]) -> Iterator[str]:
+    """Yield what becomes of parts of a GGUF file that are stored otherwise elsewhere."""
+    tables = [layer.source.name for layer in layers if layer.target is None]
+    if is_from_gguf(request.checkpoint) and tables and not request.dequantizes:
+        for name in tables:
+            yield f"`{name}` becomes 16 bits: engines have embeddings and heads in 16 bits"
 
 
 def _stack_notes(names: NameMap) -> Iterator[str]:

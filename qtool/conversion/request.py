@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qtool.checkpoint import Checkpoint
+from qtool.checkpoint import Checkpoint, is_from_gguf
 from qtool.conversion.adapter import Adapter
 from qtool.conversion.targets import UNQUANTIZED, format_of
 from qtool.errors import CheckpointRefused, UsageError
@@ -13,6 +13,7 @@ from qtool.formats import Format, Layout, detect
 from qtool.scheme import Scheme
 
 MODEL_DTYPES = ("BF16", "F16", "F32")
+GGUF_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ def make_request(
 def model_dtype(checkpoint: Checkpoint) -> str:
     """Return the dtype of most unquantized tensors: BF16, F16 or F32.
 
-    F32 counts only in matrices, as norms may be F32 in any model.
+    F32 counts only in matrices, as norms may be F32 in any model. Of a GGUF file, what its config
+    says: routers are F32 there, too.
     """
+    if is_from_gguf(checkpoint):
+        return GGUF_DTYPES[checkpoint.config["dtype"]]
     tensors = checkpoint.tensors.values()
     matrices = Counter(tensor.dtype for tensor in tensors if len(tensor.shape) == 2)
     counts = Counter({dtype: matrices[dtype] for dtype in matrices if dtype in MODEL_DTYPES})

@@ -16,6 +16,7 @@ from qtool.formats import (
     bitsandbytes,
     compressed_tensors,
     fp8_block,
+    gguf,
     gptq,
     modelopt,
     mxfp4,
@@ -74,6 +75,7 @@ FORMATS: Mapping[str, Detector] = {
     "quark": quark,
     "torchao": torchao,
     "bitsandbytes": bitsandbytes,
+    "gguf": gguf,
 }
 # what a config raises that holds something else than it should: it comes from outside
 MISSHAPEN = (

@@ -242,6 +242,11 @@ def shared_unsupported_reason(
     """Return the constraint that a format without stacked experts and, by default, without
     act-order, input factors and embeddings, does not meet.
     """
+    if weight.offset is not None:
+        return (
+            "offset: a float is added to each group, as GGUF's types with a minimum have it, and "
+            "there is no place for one here"
+        )
     if is_embedding(module.name) and not embeddings:
         return "embeddings: rows are looked up in them, and here all layers multiply"
     if weight.codebook is not None:

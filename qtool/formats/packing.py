@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.gguf_types import BLOCKS
 from qtool.codes import NVFP4_RANGE, pack_pairs, to_16_bits, unpack_pairs
 from qtool.errors import CheckpointRefused
 from qtool.formats.layout import TRUNCATED, QuantizedModule, refused
@@ -48,19 +49,29 @@ def read_stored(info: TensorInfo) -> Tensor:
     """
     dtype = torch_dtype(info)
     data = torch.empty(info.size_bytes, dtype=torch.uint8)
-    with info.file.open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        view, done = memoryview(data.numpy().data), 0
-        while done < info.size_bytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise refused(
-                    "E_TRUNCATED",
-                    f"{info.file} ends inside `{info.name}`",
-                    TRUNCATED,
-                )
-            done += count
-    return data.view(dtype).reshape(info.shape)
+    filled = 0
+    for path, offset, size in info.places:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            view, done = memoryview(data.numpy().data)[filled : filled + size], 0
+            while done < size:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise refused("E_TRUNCATED", f"{path} ends inside `{info.name}`", TRUNCATED)
+                done += count
+        filled += size
+    if info.arrangement is not None:
+        arranged = info.arrangement.arranged(data.numpy(), info.shape)
+        data = torch.frombuffer(bytearray(arranged), dtype=torch.uint8)
+    return data.view(dtype).reshape(stored_shape(info))
+
+
+def stored_shape(info: TensorInfo) -> tuple[int, ...]:
+    """Return the shape of the tensor that `read_stored` makes: of blocks, rows of bytes."""
+    if not info.is_blocks:
+        return info.shape
+    block, block_bytes = BLOCKS[info.dtype]
+    return (*info.shape[:-1], info.shape[-1] // block * block_bytes)
 
 
 def expert_matrix(stack: Tensor, linear: LinearWeight) -> Tensor:
@@ -74,6 +85,8 @@ def expert_matrix(stack: Tensor, linear: LinearWeight) -> Tensor:
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:
     """Return torch's name of the dtype; CheckpointRefused when it has none."""
+    if info.is_blocks:
+        return torch.uint8
     if info.dtype not in TORCH_DTYPES:
         raise refused(
             "E_DTYPE",

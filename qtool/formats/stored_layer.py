@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.formats import FORMATS, Layout, QuantizedModule
-from qtool.formats.packing import permutation, read_tensor, torch_dtype
+from qtool.formats.packing import permutation, read_tensor, stored_shape, torch_dtype
 from qtool.weight import QuantizedWeight, dequantize
 
 Value = QuantizedWeight | Tensor  # of a layer, quantized or not
@@ -100,7 +100,7 @@ def outline_tensors(source: Source) -> dict[str, Tensor]:
 
 
 def _outline(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=torch_dtype(info), device="meta")
+    return torch.empty(stored_shape(info), dtype=torch_dtype(info), device="meta")
 
 
 def _tensors(source: Source, read: Callable[[TensorInfo], Tensor]) -> dict[str, Tensor]:

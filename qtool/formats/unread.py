@@ -39,7 +39,6 @@ _METHODS = (
     Method("fouroversix", "Four Over Six's NVFP4", _BY_TRANSFORMERS.format("fouroversix")),
     Method("fp_quant", "FP-Quant's rotated FP4 weights", _BY_TRANSFORMERS.format("fp_quant")),
     Method("gemma", "Gemma's own quantization-aware weights", "transformers loads it"),
-    Method("gguf", "GGUF weights", "llama.cpp and Ollama load it"),
     Method(
         "gptq_marlin_24",
         "GPTQ with 2:4 sparsity in Marlin's order",

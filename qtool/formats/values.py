@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint.gguf_types import BLOCKS, SCALES_AT
 from qtool.errors import CheckpointRefused, naming
 from qtool.formats import bitsandbytes, mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
@@ -97,7 +98,7 @@ def check_values(
     scale of weights is right: rows and experts that are never used have it, and engines load them.
     A zero that divides, as a scale of activations or an inverse scale, is wrong. Reads every float
     tensor and ``g_idx`` once, in blocks of 1 MB a thread; packed integers hold no wrong value and
-    are not read.
+    are not read. Of blocks of GGUF the scales are looked at.
     """
     return check_tensors(checkpoint.tensors.values(), layout, stop=stop)
 
@@ -144,8 +145,9 @@ def problem_in(tensor: TensorInfo, data: Words, layout: Layout | None) -> str | 
         return None
     word, check = word_and_check
     scratch = np.empty(min(BLOCK_BYTES, len(data)), np.uint8).view(word)
-    for start in range(0, len(data), BLOCK_BYTES):
-        if problem := check(data[start : start + BLOCK_BYTES].view(word), scratch):
+    step = _whole_blocks(tensor, BLOCK_BYTES)
+    for start in range(0, len(data), step):
+        if problem := check(data[start : start + step].view(word), scratch):
             return problem
     return None
 
@@ -156,17 +158,20 @@ Check = Callable[[Words, Words], str | None]  # words, scratch -> what is wrong
 @dataclass(frozen=True)
 class _Piece:
     tensor: TensorInfo
+    file: Path
     start: int
+    """Its first byte in ``file``."""
     size: int
     word: Word
     check: Check
 
     def problem(self, files: _Files, ended: Event) -> str | None:
-        for offset in range(self.start, self.start + self.size, BLOCK_BYTES):
+        step = _whole_blocks(self.tensor, BLOCK_BYTES)
+        for offset in range(self.start, self.start + self.size, step):
             if ended.is_set():
                 return None
-            count = min(BLOCK_BYTES, self.start + self.size - offset)
-            read = files.read(self.tensor.file, self.tensor.offset + offset, count)
+            count = min(step, self.start + self.size - offset)
+            read = files.read(self.file, offset, count)
             if read is None:
                 return "cannot be read: the file ends inside it"
             block, scratch = read
@@ -214,17 +219,25 @@ class _Files:
 
 
 def _pieces(tensor: TensorInfo, word_and_check: tuple[Word, Check] | None) -> Iterator[_Piece]:
-    if word_and_check:
-        for start in range(0, tensor.size_bytes, PIECE_BYTES):
-            yield _Piece(
-                tensor, start, min(PIECE_BYTES, tensor.size_bytes - start), *word_and_check
-            )
+    if word_and_check is None:
+        return
+    step = _whole_blocks(tensor, PIECE_BYTES)
+    for file, offset, size in tensor.places:
+        for start in range(0, size, step):
+            yield _Piece(tensor, file, offset + start, min(step, size - start), *word_and_check)
+
+
+def _whole_blocks(tensor: TensorInfo, size: int) -> int:
+    """Return the bytes of the whole blocks of ``tensor`` in ``size`` bytes."""
+    return size // BLOCKS[tensor.dtype][1] * BLOCKS[tensor.dtype][1] if tensor.is_blocks else size
 
 
 def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] | None:
     """Return the word that ``tensor`` is read as and what is looked for in it; None when it can
     hold nothing wrong.
     """
+    if tensor.is_blocks:
+        return np.uint8, _BlockCheck(tensor.dtype).problem
     module, suffix = _owner(tensor, layout)
     is_byte = tensor.dtype == "U8"
     weights = module.scheme.weights if module else None
@@ -280,6 +293,23 @@ class _ScaleCheck:
             return "holds a negative scale"
         if not self.zero_allowed and not words.min():
             return "holds a zero scale"
+        return None
+
+
+@dataclass(frozen=True)
+class _BlockCheck:
+    """Looks at the scales in blocks of a type of GGUF; codes hold nothing wrong."""
+
+    type: str
+
+    def problem(self, words: Words, scratch: Words) -> str | None:
+        blocks = words.reshape(-1, BLOCKS[self.type][1])
+        if self.type == "MXFP4":
+            return _e8m0_problem(blocks[:, 0].copy(), scratch)
+        for at in SCALES_AT[self.type]:
+            scales = blocks[:, at : at + 2].copy().view(np.uint16)[:, 0]
+            if bool(((scales & 0x7C00) == 0x7C00).any()):
+                return "holds a scale that is NaN or infinite"
         return None
 
 

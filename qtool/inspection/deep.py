@@ -129,5 +129,8 @@ def _marks(weight: QuantizedWeight, bits: int) -> tuple[Tensor, Tensor]:
         else weight.data
     )
     top = 2 ** (bits - 1)
+    if weight.offset is not None:  # codes count from 0, and each group has another zero
+        codes = codes.view(torch.uint8) + (8 if weight.data.dtype == torch.uint8 else 0)
+        return (codes == 0) | (codes == 2 * top - 1), torch.zeros_like(codes, dtype=torch.bool)
     zero = 0 if weight.zero is None else spread(weight.zero, codes.shape[1], weight.tile[1], dim=1)
     return (codes == -top) | (codes == top - 1), codes == zero

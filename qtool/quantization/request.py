@@ -21,13 +21,14 @@ from qtool.checkpoint import (
     Checkpoint,
     SourceFiles,
     check_place,
+    is_from_gguf,
     open_checkpoint,
     resolve_model,
     source_files,
 )
 from qtool.checkpoint.strict_json import JsonDict
 from qtool.devices import check_device_name, gpu_count
-from qtool.errors import ANY_FILE, UsageError, file_errors
+from qtool.errors import ANY_FILE, CheckpointRefused, UsageError, file_errors
 from qtool.formats import detect
 from qtool.options import QuantizeOptions, no_gate
 from qtool.plan import Plan, make_plan
@@ -143,6 +144,7 @@ def prepare(
         os.fspath(model_path), revision=options.revision, with_code=options.trust_remote_code
     )
     checkpoint = open_checkpoint(source)
+    _check_not_gguf(checkpoint)
     plan = make_plan(checkpoint, recipe, map_names(checkpoint))
     check_backend(plan)
     files = source_files(plan.checkpoint)
@@ -180,6 +182,16 @@ def prepare(
     )
     request.check_places()
     return request
+
+
+def _check_not_gguf(checkpoint: Checkpoint) -> None:
+    if is_from_gguf(checkpoint):
+        raise CheckpointRefused(
+            "E_GGUF",
+            f"{checkpoint.name} is a GGUF file, and quantization libraries read safetensors",
+            hint="`qtool export --to bf16` writes it as safetensors; better is the model that it "
+            "was made of",
+        )
 
 
 def _check_state_backend(options: QuantizeOptions, recipe: Recipe) -> None:

@@ -36,7 +36,12 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         scale=torch.cat([weight.scale.to(dtype) for weight in weights]),
         scale2=_cat_present([weight.scale2 for weight in weights]),
         zero=_cat_present([weight.zero for weight in weights]),
+        offset=_cat_present([_as(dtype, weight.offset) for weight in weights]),
     )
+
+
+def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _cat_present(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -57,9 +62,16 @@ def interleave(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _each_row(weight: QuantizedWeight, take: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-    scale2, zero = (part if part is None else take(part) for part in (weight.scale2, weight.zero))
+    scale2, zero, offset = (
+        part if part is None else take(part) for part in (weight.scale2, weight.zero, weight.offset)
+    )
     return replace(
-        weight, data=take(weight.data), scale=take(weight.scale), scale2=scale2, zero=zero
+        weight,
+        data=take(weight.data),
+        scale=take(weight.scale),
+        scale2=scale2,
+        zero=zero,
+        offset=offset,
     )
 
 

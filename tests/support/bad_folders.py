@@ -319,7 +319,7 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
     ),
     "no weights": (files(), "E_NO_WEIGHTS", ("no safetensors file",)),
     "only pickles": (files(pytorch_model__bin=b"\x80"), "E_PICKLE", ("pytorch_model.bin",)),
-    "only GGUF": (files(model__gguf=b"GGUF"), "E_GGUF", ("model.gguf",)),
+    "only GGUF, cut off": (files(model__gguf=b"GGUF"), "E_TRUNCATED", ("model.gguf",)),
     "pickle under another name": (
         text_file(b"PK\x03\x04" + bytes(100)),
         "E_PICKLE",

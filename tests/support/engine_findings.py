@@ -90,6 +90,8 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "N_ENGINE_NOT_READ": (only_config(quant_method="quark"), {}),
     "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
     "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
+    "E_ENGINE_GGUF": (only_config(quant_method="gguf"), {}),
+    "N_ENGINE_GGUF": (only_config(quant_method="gguf"), {}),
     "E_ENGINE_BITSANDBYTES": (only_config(quant_method="bitsandbytes"), {}),
     "E_ENGINE_BITSANDBYTES_STORAGE": (published("bnb-fp4-bf16-storage"), {}),
     "E_ENGINE_BITSANDBYTES_EXPERTS": (published("bnb-qwen3-moe"), {}),

@@ -49,7 +49,6 @@ ORIGINS: Mapping[str, Origin] = {
     "awq-gemv": Origin("AutoAWQ users", "Llama 2"),
     "awq-without-version": Origin("AutoAWQ users", "Llama, Qwen"),
     "ascend-modelslim": Origin("Huawei (ModelSlim)", "DeepSeek, Qwen3"),
-    "bartowski-gguf": Origin("bartowski, unsloth", "all"),
     "bnb-fp4-bf16-storage": Origin("bitsandbytes users", "Llama"),
     "bnb-llm-int8": Origin("bitsandbytes users", "Llama, Mistral"),
     "bnb-qwen3-moe": Origin("unsloth", "Qwen3 MoE"),

@@ -14,7 +14,7 @@ Stored = Literal["quantized", "plain"]
 Axis = Literal["rows", "columns"]
 Role = Literal["linear", "expert", "router", "head", "tower", "embedding"]
 Weight = Literal[
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4"
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp4", "fp8", "nf4", "bnb_fp4", "iq4_nl"
 ]
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 Format = Literal[
@@ -27,6 +27,7 @@ Format = Literal[
     "quark",
     "torchao",
     "bitsandbytes",
+    "gguf",
 ]
 ScaleFormat = Literal["float", "e4m3", "e8m0"]
 Container = Literal["packed", "int8", "float8", "other"]

@@ -24,6 +24,8 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
+TAKE_OFFSETS = frozenset({"reference"})
+"""The kernels that add the ``offset`` of weights."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ def with_channel_scales(spec: LinearSpec) -> LinearSpec:
 
 def _unsupported_reason(name: str, spec: LinearSpec, device: Device) -> str | None:
     try:
-        return load_kernel(name).unsupported_reason(spec, device)
+        kernel = load_kernel(name)
+        if spec.scheme.weights.offset and name not in TAKE_OFFSETS:
+            return "offset: supports zero points only, and no float that is added to a group"
+        return kernel.unsupported_reason(spec, device)
     except ModuleNotFoundError as error:
         return f"needs the package `{error.name}`"
 

@@ -28,6 +28,7 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         "scale2": weight.scale2,
         "zero": weight.zero,
         "codebook": weight.codebook,
+        "offset": weight.offset,
         "input_scale": static.scale if static else None,
         "input_zero": static.zero if static else None,
     }
@@ -46,6 +47,7 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
         packed.get("zero"),
         block=block,
         codebook=packed.get("codebook"),
+        offset=packed.get("offset"),
     )
     if spec.scheme.activations:
         x = fake_quantize_input(

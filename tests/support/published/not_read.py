@@ -54,12 +54,6 @@ def _checkpoint(
     return writer
 
 
-def _gguf(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF" + b"\0" * 60)
-
-
 SPARSE = {
     "quant_method": "compressed-tensors",
     "format": "marlin-24",
@@ -77,7 +71,6 @@ EXL3_PARTS = {
 }
 INT8 = {"weight": _zeros(torch.int8, 384, 256), "weight_scale": torch.ones(384, 1)}
 NOT_READ: Mapping[str, NotRead] = {
-    "bartowski-gguf": NotRead(_gguf, "E_GGUF", ("GGUF", "safetensors")),
     "mlx-community-4bit": NotRead(
         _checkpoint(
             {"group_size": 64, "bits": 4},

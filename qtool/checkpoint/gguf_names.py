@@ -1,0 +1,189 @@
+"""The architectures of GGUF files that qtool reads: their tensors in the names of transformers, and
+what llama.cpp's converter does to them.
+
+Source: gguf 0.19, `tensor_mapping.py`; llama.cpp, `convert_hf_to_gguf.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+MLP = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+NORM = {"ffn_norm": "post_attention_layernorm"}
+FOUR_NORMS = {  # Gemma 2 and 3
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+ROUTER = {"ffn_gate_inp": "mlp.gate"}
+SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Tensors that stack the experts of a layer -> the layer of each."""
+EXPERTS_MODULE = "mlp.experts"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that become part of the config."""
+LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
+MODEL_TENSOR = re.compile(r"(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A family of models as GGUF files have it."""
+
+    name: str
+    """In GGUF's words, e.g. ``qwen3moe``."""
+    model_type: str
+    """In transformers' words, e.g. ``qwen3_moe``."""
+    class_name: str
+    layer: Mapping[str, str]
+    """The tensors of a layer -> its modules, without experts."""
+    experts: Literal["apart", "stacked"] | None = None
+    """Whether transformers' files have each expert apart, or all in one tensor of inputs by outputs
+    in which the rows of gate and up alternate.
+    """
+    is_permuted: bool = False
+    """Whether the rows of q and k are in the order of ggml's rotary embedding."""
+    norm_shift: float = 0.0
+    """What the converter adds to the weights of norms."""
+    model: Mapping[str, str] = field(default_factory=lambda: MODEL)
+    """The tensors outside of layers -> modules."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    each.name: each
+    for each in (
+        Architecture(
+            name="llama",
+            model_type="llama",
+            class_name="LlamaForCausalLM",
+            layer={**ATTENTION, **NORM, **MLP},
+            is_permuted=True,
+        ),
+        Architecture(
+            name="qwen2",
+            model_type="qwen2",
+            class_name="Qwen2ForCausalLM",
+            layer={**ATTENTION, **NORM, **MLP},
+        ),
+        Architecture(
+            name="qwen3",
+            model_type="qwen3",
+            class_name="Qwen3ForCausalLM",
+            layer={**ATTENTION, **QK_NORMS, **NORM, **MLP},
+        ),
+        Architecture(
+            name="qwen2moe",
+            model_type="qwen2_moe",
+            class_name="Qwen2MoeForCausalLM",
+            layer={**ATTENTION, **NORM, **ROUTER, **SHARED_EXPERT},
+            experts="apart",
+        ),
+        Architecture(
+            name="qwen3moe",
+            model_type="qwen3_moe",
+            class_name="Qwen3MoeForCausalLM",
+            layer={**ATTENTION, **QK_NORMS, **NORM, **ROUTER},
+            experts="apart",
+        ),
+        Architecture(
+            name="gemma",
+            model_type="gemma",
+            class_name="GemmaForCausalLM",
+            layer={**ATTENTION, **NORM, **MLP},
+            norm_shift=1.0,
+        ),
+        Architecture(
+            name="gemma2",
+            model_type="gemma2",
+            class_name="Gemma2ForCausalLM",
+            layer={**ATTENTION, **FOUR_NORMS, **MLP},
+            norm_shift=1.0,
+        ),
+        Architecture(
+            name="gemma3",
+            model_type="gemma3_text",
+            class_name="Gemma3ForCausalLM",
+            layer={**ATTENTION, **QK_NORMS, **FOUR_NORMS, **MLP},
+            norm_shift=1.0,
+        ),
+        Architecture(
+            name="phi3",
+            model_type="phi3",
+            class_name="Phi3ForCausalLM",
+            layer={
+                "attn_norm": "input_layernorm",
+                "attn_qkv": "self_attn.qkv_proj",
+                "attn_output": "self_attn.o_proj",
+                **NORM,
+                "ffn_up": "mlp.gate_up_proj",
+                "ffn_down": "mlp.down_proj",
+            },
+        ),
+        Architecture(
+            name="gpt-oss",
+            model_type="gpt_oss",
+            class_name="GptOssForCausalLM",
+            layer={
+                **ATTENTION,
+                "post_attention_norm": "post_attention_layernorm",
+                "attn_sinks": "self_attn.sinks",
+                "ffn_gate_inp": "mlp.router",
+            },
+            experts="stacked",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a GGUF file belongs."""
+
+    name: str
+    """Of the tensor in transformers' names; for experts, of their module."""
+    stem: str
+    """Its own name without its layer, e.g. ``attn_q``."""
+    expert_layer: str = ""
+    """``gate_proj``, ``up_proj`` or ``down_proj``, where it stacks experts."""
+    suffix: str = "weight"
+
+
+def place_of(architecture: Architecture, tensor: str) -> Place | None:
+    """Return where ``tensor`` belongs; None when the architecture has no such tensor."""
+    found = LAYER_TENSOR.fullmatch(tensor)
+    if found is None:
+        outside = MODEL_TENSOR.fullmatch(tensor)
+        if outside is None or outside[1] not in architecture.model:
+            return None
+        return Place(f"{architecture.model[outside[1]]}.{outside[2]}", outside[1], "", outside[2])
+    number, stem, suffix = found.groups()
+    prefix = f"model.layers.{number}"
+    if stem in architecture.layer:
+        module = architecture.layer[stem]
+        # a parameter of its module, not a module
+        name = f"{prefix}.{module}" if stem == "attn_sinks" else f"{prefix}.{module}.{suffix}"
+        return Place(name, stem, "", suffix)
+    if architecture.experts and stem in EXPERTS:
+        return Place(f"{prefix}.{EXPERTS_MODULE}", stem, EXPERTS[stem], suffix)
+    return None

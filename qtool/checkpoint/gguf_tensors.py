@@ -1,0 +1,159 @@
+"""The tensors of a GGUF file as transformers names and arranges them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qtool.checkpoint.arrangement import Arrangement
+from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor
+from qtool.checkpoint.gguf_names import ROPE_FACTORS, Architecture, Place, place_of
+from qtool.checkpoint.gguf_types import QUANTIZED
+from qtool.checkpoint.model import TensorInfo
+from qtool.checkpoint.strict_json import Json, refused
+
+STACKED_PARAMETER = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+def gguf_tensors(
+    header: GgufHeader, architecture: Architecture, config: Json
+) -> dict[str, TensorInfo]:
+    """Return the tensors of ``header`` in transformers' names.
+
+    Experts of a stack are tensors of their own, or lie as ``architecture`` says.
+    Raises: CheckpointRefused, for a tensor that the architecture does not have.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in header.tensors.values():
+        for info in _infos(header, architecture, config, tensor):
+            if info.name in tensors:
+                raise refused(
+                    "E_DUPLICATE", f"{tensor.file}: `{tensor.name}` and another are `{info.name}`"
+                )
+            tensors[info.name] = info
+    return tensors
+
+
+def _infos(
+    header: GgufHeader, architecture: Architecture, config: Json, tensor: GgufTensor
+) -> Iterator[TensorInfo]:
+    if tensor.name in ROPE_FACTORS:
+        return
+    place = _place(architecture, tensor)
+    if place.expert_layer and architecture.experts == "apart":
+        yield from _experts_apart(tensor, place)
+    elif place.expert_layer:
+        yield from _stacked_experts(header, tensor, place)
+    else:
+        yield _info(architecture, config, tensor, place)
+
+
+def _place(architecture: Architecture, tensor: GgufTensor) -> Place:
+    """Return where ``tensor`` belongs; CheckpointRefused when nowhere."""
+    place = place_of(architecture, tensor.name)
+    if place is None:
+        raise refused(
+            "E_GGUF_TENSOR",
+            f"{tensor.file}: tensor `{tensor.name}` is none of the architecture "
+            f"`{architecture.name}` as qtool knows it",
+            "llama.cpp may load it: the model has parts that transformers' class has not",
+        )
+    if tensor.type in QUANTIZED and (len(tensor.shape) < 2 or place.suffix != "weight"):
+        raise refused(
+            "E_GGUF_TENSOR",
+            f"{tensor.file}: tensor `{tensor.name}` is {tensor.type}, and only matrices are "
+            "quantized",
+        )
+    return place
+
+
+def _info(architecture: Architecture, config: Json, tensor: GgufTensor, place: Place) -> TensorInfo:
+    shape = tensor.shape
+    if place.stem == "ffn_gate_inp_shexp" and len(shape) == 1:  # of one output
+        shape = (1, *shape)
+    arrangement = _arrangement(architecture, config, tensor, place)
+    return TensorInfo(
+        place.name, tensor.type, shape, tensor.file, tensor.offset, tensor.size_bytes, arrangement
+    )
+
+
+def _arrangement(
+    architecture: Architecture, config: Json, tensor: GgufTensor, place: Place
+) -> Arrangement | None:
+    """Return what undoes what llama.cpp's converter did to ``tensor``."""
+    if architecture.is_permuted and place.stem in ("attn_q", "attn_k"):
+        key = "num_attention_heads" if place.stem == "attn_q" else "num_key_value_heads"
+        heads = int(config[key])
+        if tensor.shape[0] % (2 * heads):
+            raise _bad_shape(tensor, f"{heads} heads of pairs of channels")
+        return Arrangement(heads=heads)
+    if not architecture.norm_shift or not place.stem.endswith("norm"):
+        return None
+    if tensor.type != "F32":
+        raise refused(
+            "E_GGUF_TENSOR", f"{tensor.file}: the norm `{tensor.name}` is {tensor.type}, not F32"
+        )
+    return Arrangement(shift=-architecture.norm_shift)
+
+
+def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
+    if len(tensor.shape) != (3 if place.suffix == "weight" else 2):
+        raise _bad_shape(tensor, "a stack of experts")
+    count, *shape = tensor.shape
+    size = tensor.size_bytes // count
+    for expert in range(count):
+        yield TensorInfo(
+            f"{place.name}.{expert}.{place.expert_layer}.{place.suffix}",
+            tensor.type,
+            tuple(shape),
+            tensor.file,
+            tensor.offset + expert * size,
+            size,
+        )
+
+
+def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
+    """Yield the stack that ``tensor`` is, or makes with another, whose rows come between."""
+    is_weight = place.suffix == "weight"
+    if len(tensor.shape) != (3 if is_weight else 2):
+        raise _bad_shape(tensor, "a stack of experts")
+    if place.expert_layer == "up_proj":
+        _partner(header, tensor, "ffn_up_exps", "ffn_gate_exps")
+        return  # its rows come with those of gate
+    other, shape = None, tensor.shape
+    if place.expert_layer == "gate_proj":
+        partner = _partner(header, tensor, "ffn_gate_exps", "ffn_up_exps")
+        other = partner.file, partner.offset
+        shape = (shape[0], 2 * shape[1], *shape[2:])
+    arrangement = Arrangement(other=other)
+    if is_weight and tensor.type not in QUANTIZED:
+        shape = (shape[0], shape[2], shape[1])
+        arrangement = arrangement._replace(is_transposed=True)
+    parameter = STACKED_PARAMETER.get(place.expert_layer, place.expert_layer)
+    yield TensorInfo(
+        f"{place.name}.{parameter}{'' if is_weight else '_bias'}",
+        tensor.type,
+        shape,
+        tensor.file,
+        tensor.offset,
+        tensor.size_bytes * (2 if other else 1),
+        None if arrangement == Arrangement() else arrangement,
+    )
+
+
+def _partner(header: GgufHeader, tensor: GgufTensor, stem: str, other: str) -> GgufTensor:
+    """Return the tensor with ``other`` instead of ``stem`` in its name, which must be alike."""
+    found = header.tensors.get(tensor.name.replace(stem, other))
+    if found is None or (found.type, found.shape) != (tensor.type, tensor.shape):
+        raise refused(
+            "E_GGUF_TENSOR",
+            f"{tensor.file}: `{tensor.name}` and its {other} are not alike",
+        )
+    return found
+
+
+def _bad_shape(tensor: GgufTensor, expected: str) -> Exception:
+    return refused(
+        "E_GGUF_SHAPE",
+        f"{tensor.file}: tensor `{tensor.name}` has the shape {[*tensor.shape]}; expected "
+        f"{expected}",
+    )
