@@ -17,6 +17,8 @@ from qtool.architecture.meta import quiet_loading
 from qtool.engine.attention.interface import RECORDING, packed_tokens, running, states_of
 from qtool.engine.attention.pages import Packed, StateGeometry
 from qtool.engine.delta_rule import CHUNK, DeltaWeights, Shape, mix
+from qtool.engine.gated_norm import GatedNorm
+from qtool.engine.joined import codes_of, multiply, side_by_side
 from qtool.engine.kv_cache import allocate_states
 from qtool.engine.norms import distance, random_input, tolerance_of
 from qtool.errors import one_line
@@ -104,6 +106,12 @@ class GatedDeltaNet(nn.Module):
         self.inputs = next(names for names in INPUTS if hasattr(net, names[0]))
         for name in (*self.inputs, "norm", "out_proj"):
             setattr(self, name, getattr(net, name))
+        self.b_and_a: nn.Module | None = None
+        self.gated_norm = GatedNorm.of(net.get_submodule("norm"))
+        if len(self.inputs) == 4:  # these two stay in 16 bits in most checkpoints
+            b, a = (net.get_submodule(name) for name in self.inputs[2:])
+            if isinstance(b, nn.Linear) and isinstance(a, nn.Linear):
+                self.b_and_a, _ = side_by_side([b, a], [b.out_features, a.out_features])
         conv = net.get_submodule("conv1d")
         self.conv_weight = nn.Parameter(
             conv.get_parameter("weight").squeeze(1).contiguous(), requires_grad=False
@@ -123,20 +131,27 @@ class GatedDeltaNet(nn.Module):
         """Return the outputs [1, T, H] of the tokens of a pass, [1, T, H]."""
         qkv, z, b, a = self._project(hidden_states[0])
         mixed = self._mix(qkv, b, a)
-        # a norm over each head, and the gate
-        width = self.shape.value_width
-        mixed = self.get_submodule("norm")(mixed.reshape(-1, width), z.reshape(-1, width))
-        y: Tensor = self.get_submodule("out_proj")(mixed.view(1, len(qkv), -1))
-        return y
+        out_proj, scale = self.get_submodule("out_proj"), None
+        if self.gated_norm:
+            mixed, scale = self.gated_norm(mixed, z, codes_of(out_proj))
+        else:
+            width = self.shape.value_width
+            mixed = self.get_submodule("norm")(mixed.reshape(-1, width), z.reshape(-1, width))
+        return multiply(out_proj, mixed.view(len(qkv), -1), scale)[None]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries, keys and values [T, C], gates [T, heads, D], and what the learning rate
         and the decay of each head are made of, [T, heads].
         """
-        shape, outputs = self.shape, [self.get_submodule(name)(x) for name in self.inputs]
+        shape, heads = self.shape, self.shape.value_heads
+        if self.b_and_a is not None:
+            qkv, z = (self.get_submodule(name)(x) for name in self.inputs[:2])
+            both = self.b_and_a(x)
+            return qkv, z.view(len(x), heads, -1), both[:, :heads], both[:, heads:]
+        outputs = [self.get_submodule(name)(x) for name in self.inputs]
         if len(outputs) == 4:
             qkv, z, b, a = outputs
-            return qkv, z.view(len(x), shape.value_heads, -1), b, a
+            return qkv, z.view(len(x), heads, -1), b, a
         # the parts of each key head stand side by side
         values = shape.shared * shape.value_width
         q, k, v, z = (

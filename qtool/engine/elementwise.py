@@ -60,7 +60,7 @@ def add_norm(
     tokens, width = x.shape
     total = x if residual is None else torch.empty_like(x)
     is_sum = norm is None and codes is None
-    out, scale = (total, None) if is_sum else _outputs(x, width, codes)
+    out, scale = (total, None) if is_sum else allocate_outputs(x, width, codes)
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     weight, bias = norm or (None, None)
@@ -198,7 +198,7 @@ def gated(
         codes: the format to round the result to.
     """
     tokens = x.shape[0]
-    out, scale = _outputs(x, width, codes)
+    out, scale = allocate_outputs(x, width, codes)
     piece = min(triton.next_power_of_2(width), PIECE if codes else TILE)
     _gated[(tokens, 1 if codes else triton.cdiv(width, piece))](
         x=x,
@@ -217,7 +217,7 @@ def gated(
     return out, scale
 
 
-def _outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
+def allocate_outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
     """Allocate [T, width] results or codes, and the scales of codes."""
     dtype = {None: x.dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[codes]
     out = x.new_empty(x.shape[0], width, dtype=dtype)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qtool.engine.attention.pages import Packed, RecurrentStates
 from qtool.engine.delta_rule import EPSILON, DeltaWeights, Shape
+from qtool.engine.elementwise import Codes, allocate_outputs, launch_options
+from qtool.runtime.triton.row_quantize import codes_of, scale_of
+from qtool.runtime.triton.tiles import start_early
 
 # arguments whose values must not make Triton compile a kernel again
 _ANY = {
@@ -25,6 +28,7 @@ TOKENS = 16  # likewise
 VALUES = 32  # of a head, in a program that decodes
 CHUNK_VALUES = 32  # likewise, of a chunk
 CHUNK_WARPS = 4
+HEAD_NUMBERS = 2048  # of the heads that a program of the norm takes, about
 # Tokens of a chunk that are computed together. With more, powers of their system would grow so
 # large that f32 loses the sum.
 TOGETHER = 16
@@ -407,3 +411,73 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
         place = end - begin - (KERNEL - 1) + i
         value = _inputs(x, state, begin, place, c, inside, fresh, C, KERNEL)
         tl.store(state + c * (KERNEL - 1) + i, value, mask=inside)
+
+
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, codes: Codes | None
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `gated_norm.GatedNorm` does; the heads of a token stand side by side in ``gate``."""
+    tokens, heads, width = x.shape
+    gate = gate if gate.stride()[1:] == (width, 1) else gate.contiguous()
+    out, scale = allocate_outputs(x.view(tokens, -1), heads * width, codes)
+    padded = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    # codes have a scale for all heads of a token
+    together = padded[0] if codes else max(1, min(padded[0], HEAD_NUMBERS // padded[1]))
+    _gated_norm[(tokens, triton.cdiv(heads, together))](
+        x=x.contiguous(),
+        gate=gate,
+        weight=weight,
+        out=out,
+        scales=scale,
+        stride_gate_token=gate.stride(0),
+        eps=eps,
+        HEADS=heads,
+        D=width,
+        TOGETHER=together,
+        D_PADDED=padded[1],
+        FP8=codes == "fp8",
+        **launch_options(x.device, together * padded[1]),
+    )
+    return out, scale
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _gated_norm(  # type: ignore[no-untyped-def]
+    x,
+    gate,
+    weight,
+    out,
+    scales,
+    stride_gate_token,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
+    d = tl.arange(0, D_PADDED)[None, :]
+    inside = (head < HEADS) & (d < D)
+    place = head * D + d
+    dtype: tl.constexpr = x.dtype.element_ty
+    factor = tl.load(weight + d, mask=d < D, other=0.0)
+    start_early(PDL)
+    value = tl.load(x + t * HEADS * D + place, mask=inside, other=0.0).to(tl.float32)
+    turned = tl.load(gate + t * stride_gate_token + place, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
+    product = value.to(dtype).to(tl.float32) * factor.to(tl.float32)
+    if factor.dtype == dtype:  # a wider weight makes the product as wide
+        product = product.to(dtype).to(tl.float32)
+    result = (product * (turned * tl.sigmoid(turned))).to(dtype)
+    out += t * HEADS * D
+    if scales is None:
+        tl.store(out + place, result, mask=inside)
+    else:
+        result = result.to(tl.float32)
+        largest = tl.max(tl.max(tl.abs(result), 1, keep_dims=True), 0, keep_dims=True)
+        scale = scale_of(largest, FP8)
+        tl.store(scales + t + tl.zeros((1, 1), tl.int32), scale)
+        tl.store(out + place, codes_of(result, scale, FP8), mask=inside)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.engine import delta_net, delta_rule
 from qtool.engine.attention.pages import Packed, RecurrentStates, StateGeometry
+from qtool.engine.gated_norm import GatedNorm
 from qtool.engine.kv_cache import allocate_states
 
 SHAPES = (delta_rule.Shape(1, 2, 16, 32), delta_rule.Shape(1, 3, 24, 40))
@@ -152,7 +153,31 @@ def compare(device: str = "cpu") -> None:
             ):
                 error = float((one.cpu().float() - other.float()).norm() / other.float().norm())
                 assert error <= (2e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error}"
+    for dtype, heads, width in ((torch.float32, 3, 24), (torch.bfloat16, 4, 32)):
+        compare_norm(device, dtype, heads, width)
     print("compared")
+
+
+@torch.no_grad()
+def compare_norm(device: str, dtype: torch.dtype, heads: int, width: int) -> None:
+    from qtool.engine import triton_delta_net
+    from qtool.runtime.triton.row_quantize import quantize_rows
+
+    x, gates = torch.randn(5, heads, width).to(dtype), torch.randn(5, 2 * heads, width).to(dtype)
+    gate = gates[:, heads:]
+    for weight_dtype in {dtype, torch.float32}:
+        norm = GatedNorm(torch.nn.Parameter(torch.randn(width).to(weight_dtype)), 1e-6)
+        there = [part.to(device) for part in (x, gate, norm.weight)]
+        result, _ = triton_delta_net.gated_norm(*there, norm.eps, None)
+        expected = norm.normalize(x, gate).flatten(1)
+        torch.testing.assert_close(
+            result.cpu(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5
+        )
+        for codes in ("fp8", "int8"):
+            own, scale = triton_delta_net.gated_norm(*there, norm.eps, codes)
+            wanted, wanted_scale = quantize_rows(result, codes)
+            assert torch.equal(own.view(torch.uint8), wanted.view(torch.uint8))
+            assert torch.equal(scale, wanted_scale)
 
 
 def interpret() -> None:
@@ -176,6 +201,9 @@ def compile_all() -> None:
         torch.empty(5, 32, 128, 128, device="meta"),
     )
     triton_delta_net.mix(*arguments, states, pass_of([(3, 7, 1), (0, 0, 8)], 1))
+    heads = torch.empty(8, 32, 128, dtype=torch.bfloat16, device="meta")
+    for codes in (None, "fp8"):
+        triton_delta_net.gated_norm(heads, heads, heads[0, 0], 1e-6, codes)
     for kernel in compiled:
         used = triton_cpu.resources(kernel)
         assert used["stack"] == 0 and used["shared"] <= 232448, (kernel.metadata.name, used)
