@@ -122,9 +122,6 @@ class Engine:
                 stacklevel=3,
             )
         use_prefix = not config.disable_radix_cache and runner.keeps_prefixes
-        if runner.geometry.states and use_prefix:
-            LOG.info("no prefix cache: layers of this model keep a state for each sequence")
-            use_prefix = False
         # of grammars
         self.compiler = None
         if self.tokenizer is not None and self.encoding is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import warnings
 from array import array
@@ -15,6 +16,7 @@ import torch
 from qtool.engine.attention.pages import (
     PAGE,
     KVPages,
+    LayerCache,
     LayerGeometry,
     RecurrentStates,
     StateGeometry,
@@ -81,6 +83,10 @@ class Pages:
             self._references[page] += 1
             found.append(page)
         return found
+
+    def known(self, digests: Iterable[bytes]) -> int:
+        """Return how many pages `match` would find."""
+        return sum(1 for _ in itertools.takewhile(self._by_digest.__contains__, digests))
 
     def register(self, page: int, digest: bytes) -> None:
         """Make a full page known; the first page of a digest keeps it."""
@@ -182,6 +188,14 @@ def allocate_states(
             f"{message}, which is more than is free",
             hint="lower max_running_requests",
         ) from None
+
+
+def copy_states(layers: Iterable[LayerCache], source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy the states of rows ``source`` to rows ``target``, int64 [R] each, in all layers."""
+    for states in layers:
+        if isinstance(states, RecurrentStates):
+            for part in (states.conv_state, states.recurrent_state):
+                part.index_copy_(0, target, part.index_select(0, source))
 
 
 def cache_room(device: torch.device, *, static_share: float, step_bytes: int, budget: int) -> int:

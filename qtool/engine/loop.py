@@ -24,6 +24,7 @@ from qtool.engine.sampler import Logprobs
 from qtool.engine.sampling_batch import RowRequest
 from qtool.engine.scheduler import Scheduler
 from qtool.engine.speculation import MtpDrafts, SpecMeter
+from qtool.engine.state_snapshots import StateSnapshots
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.engine.throughput import Throughput
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
@@ -55,6 +56,7 @@ class Loop:
             limits.context_length,
             propose=_propose if limits.drafts else None,
             lookahead=limits.lookahead,
+            snapshots=StateSnapshots(limits.snapshots) if runner.geometry.states else None,
         )
         self.spec = SpecMeter() if limits.drafts else None
         """What came of drafts; None where there are none."""
@@ -90,7 +92,7 @@ class Loop:
 
     def flush_cache(self) -> None:
         """Let no request after this call find pages of those before it."""
-        self._inbox.put(self.scheduler.pages.forget_all)
+        self._inbox.put(self.scheduler.forget_all)
 
     def stop(self) -> None:
         """End all requests and the thread."""

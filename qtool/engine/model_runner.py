@@ -97,13 +97,14 @@ class Runner:
             # the rows of sequences, and the one for padding
             self.layers: dict[int, LayerCache] = {
                 **kv_cache.allocate_states(
-                    limits.max_running + 1, self.geometry.states, model.dtype, device
+                    len(self.table) + limits.snapshots, self.geometry.states, model.dtype, device
                 ),
                 **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
             }
             if self.geometry.states:
                 size = format_size(sum(each.nbytes for each in self.layers.values()))
-                LOG.info("the states of %d requests take %s", limits.max_running, size)
+                counts = limits.max_running, limits.snapshots
+                LOG.info("the states of %d requests and %d snapshots take %s", *counts, size)
             if cache_scales and any(layer.keeps_latents for layer in self.geometry.layers):
                 LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
             step_bytes = self._measure_step(graphs=wants_graphs)
@@ -294,7 +295,9 @@ class Runner:
                 prompt are wanted.
         """
         turn = self.buffer.advance()
+        self._copy_states(step.restores, restore=True)
         logits, tokens, prompt_logprobs = self._forward(step, prompts)
+        self._copy_states(step.saves)
         launched = InFlightStep(step, self._sampled[turn][: len(requests)], done=None)
         if requests and (tokens is None or not all(map(_takes_largest, requests))):
             samples = self.sampler.sample(logits, requests)
@@ -313,6 +316,13 @@ class Runner:
             launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.done.record()
         return launched
+
+    def _copy_states(self, pairs: Sequence[tuple[int, int]], *, restore: bool = False) -> None:
+        """Copy the states of rows to snapshots, whose own rows are the last; or back."""
+        if pairs:
+            rows, snapshots = (self._to_device(numbers) for numbers in zip(*pairs, strict=True))
+            ends = [rows, snapshots + self.limits.max_running + 1]
+            kv_cache.copy_states(self.layers.values(), *(ends[::-1] if restore else ends))
 
     def _forward(
         self, step: Step, prompts: Sequence[tuple[int, int]]
@@ -371,7 +381,7 @@ class Runner:
         return self._logits(packed, inputs.token_ids, inputs.kept.long())
 
     def _run(self, step: Step, whole: Sequence[int] = ()) -> Tensor:
-        """Run any step, launch by launch; return the logits that `_logits_of` counts.
+        """Run any step, launch by launch; return the logits that `Step.logit_rows` counts.
 
         Args:
             whole: positions of chunks all of whose logits are wanted.
@@ -379,7 +389,7 @@ class Runner:
         stops = itertools.accumulate(chunk.count for chunk in step.chunks)
         kept = [
             place
-            for stop, size in zip(stops, _logits_of(step, whole), strict=True)
+            for stop, size in zip(stops, step.logit_rows(whole), strict=True)
             for place in range(stop - size, stop)
         ]
         packed, inputs = self._send(step, kept)
@@ -407,7 +417,7 @@ class Runner:
         """
         whole = [position for position, _ in prompts]
         logits = self._run(step, whole)
-        stops = list(itertools.accumulate(_logits_of(step, whole)))
+        stops = list(itertools.accumulate(step.logit_rows(whole)))
         found: dict[int, Logprobs] = {}
         for position, alternatives in prompts:
             chunk = step.chunks[position]
@@ -427,16 +437,6 @@ class Runner:
         """Return ``numbers`` on the device, int64, without waiting for it."""
         there = torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda")
         return there.to(self.device, non_blocking=True)
-
-
-def _logits_of(step: Step, whole: Sequence[int]) -> list[int]:
-    """Return how many rows of logits each chunk has: one for each token where it is in ``whole``,
-    else one for each token that it samples.
-    """
-    return [
-        chunk.count if position in whole else chunk.sampled
-        for position, chunk in enumerate(step.chunks)
-    ]
 
 
 def _takes_largest(request: RowRequest) -> bool:

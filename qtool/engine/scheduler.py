@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
+from qtool.engine.state_snapshots import StateSnapshots, boundaries
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.errors import UsageError
 
@@ -42,6 +43,8 @@ class Limits:
     """Tokens drafted for one sequence in a step."""
     lookahead: int = 0
     """Tokens after those of a step that the drafting layer keeps keys and values of."""
+    snapshots: int = 0
+    """Copies of states, for prompts that begin alike, if the model's layers keep states."""
 
     @property
     def most_decodes(self) -> int:
@@ -71,6 +74,8 @@ class Scheduler:
         context_length: as in `Limits`.
         propose: drafts tokens for sequences that wait for their tokens.
         lookahead: as in `Limits`.
+        snapshots: of the states that layers keep for a sequence; without them, a sequence whose
+            layers keep states may not start with the pages of another.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Scheduler:
         context_length: int,
         propose: Propose | None = None,
         lookahead: int = 0,
+        snapshots: StateSnapshots | None = None,
     ) -> None:
         self.pages = pages
+        self.snapshots = snapshots
         # so that a prompt gets a token even if all others decode
         self.max_running = min(max_running, token_budget)
         self.token_budget = token_budget
@@ -95,6 +102,8 @@ class Scheduler:
         self.prefix_queries = 0  # tokens of admitted prompts that might have been in the cache
         self.prefix_hits = 0  # those that were
         self._logits_left = PROMPT_LOGITS
+        self._restores: list[tuple[int, int]] = []  # of the step that is made, as the next
+        self._saves: list[tuple[int, int]] = []
         self._rows = list(range(self.max_running - 1, -1, -1))
 
     @property
@@ -141,6 +150,9 @@ class Scheduler:
         The caller must launch the step, `rollback` it, or `fail` the sequences in it.
         """
         self._logits_left = PROMPT_LOGITS
+        self._restores, self._saves = [], []
+        if self.snapshots is not None:
+            self.snapshots.begin_step()
         decodes: list[Chunk] = []
         prefills: list[Chunk] = []
         updates: list[tuple[int, int, int]] = []
@@ -152,7 +164,9 @@ class Scheduler:
         while left and self._can_admit() and self._admit(self.waiting[0], updates):
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
         chunks = decodes + prefills
-        return Step(chunks, len(decodes), updates) if chunks else None
+        if not chunks:
+            return None
+        return Step(chunks, len(decodes), updates, self._restores, self._saves)
 
     def _schedule_decodes(
         self, decodes: list[Chunk], updates: list[tuple[int, int, int]]
@@ -236,7 +250,7 @@ class Scheduler:
             sequence = self._preempt()
             if sequence in chunks:
                 # pages that the step was to write are known already
-                self.pages.forget(sequence.digests)
+                self._forget(sequence)
                 sequence.pending -= chunks[sequence].samples
         return newest
 
@@ -245,7 +259,18 @@ class Scheduler:
         be wrong.
         """
         self.finish(sequence)
+        self._forget(sequence)
+
+    def forget_all(self) -> None:
+        """Let no later sequence start with the pages of those before it."""
+        self.pages.forget_all()
+        if self.snapshots is not None:
+            self.snapshots.forget_all()
+
+    def _forget(self, sequence: SequenceState) -> None:
         self.pages.forget(sequence.digests)
+        if self.snapshots is not None:
+            self.snapshots.forget(sequence.digests)
 
     def _prefill(
         self, sequence: SequenceState, budget: int, decodes: list[Chunk], prefills: list[Chunk]
@@ -254,6 +279,8 @@ class Scheduler:
         start = sequence.computed
         left = len(sequence.tokens) - start
         count = min(left, budget, self._logits_left) if sequence.needs_logits else min(left, budget)
+        stop = next((each for each in sequence.snapshots_at if each > start), start + count)
+        count = min(count, stop - start)
         self._logits_left -= count if sequence.needs_logits else 0
         if count:
             chunk = Chunk(sequence, start, count, count == left)
@@ -261,7 +288,17 @@ class Scheduler:
             sequence.computed += count
             sequence.pending += chunk.samples
             self._register(sequence)
+            self._save_states(sequence)
         return count
+
+    def _save_states(self, sequence: SequenceState) -> None:
+        """Copy the states of ``sequence`` after this step, where that is wanted."""
+        if self.snapshots is None or sequence.computed not in sequence.snapshots_at:
+            return
+        place = self.snapshots.save(sequence.digests[sequence.computed // PAGE - 1])
+        if place is not None:
+            assert sequence.row is not None
+            self._saves.append((sequence.row, place))
 
     def _admit(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""
@@ -273,11 +310,13 @@ class Scheduler:
         pages = self._allocate(sequence)
         if pages is None:
             return False
-        found, fresh = pages
+        found, fresh, snapshot = pages
         sequence.pages = found + fresh
         sequence.registered = len(found)
         sequence.computed = len(found) * PAGE
         sequence.row = self._rows.pop()
+        if snapshot is not None:
+            self._restores.append((sequence.row, snapshot))
         sequence.state = "running"
         self.running.append(sequence)
         updates.extend((sequence.row, column, page) for column, page in enumerate(sequence.pages))
@@ -287,9 +326,9 @@ class Scheduler:
             self.prefix_queries += len(sequence.tokens)
         return True
 
-    def _allocate(self, sequence: SequenceState) -> tuple[list[int], list[int]] | None:
-        """Return pages for all tokens of ``sequence``, those found in the cache and fresh ones;
-        None where they are scarce.
+    def _allocate(self, sequence: SequenceState) -> tuple[list[int], list[int], int | None] | None:
+        """Return pages for all tokens of ``sequence``, those found in the cache and fresh ones, and
+        which snapshot of states goes with the former; None where pages are scarce.
         """
         # a page for each that runs: they go on for some steps before one is preempted
         reserve = len(self.running)
@@ -297,16 +336,22 @@ class Scheduler:
             return None
         size = len(sequence.tokens)
         self._digest(sequence, size // PAGE)
-        found: list[int] = []
-        if sequence.use_prefix:
-            # The last token is always computed: the next one is sampled from it.
-            found = self.pages.match(sequence.digests[: (size - 1) // PAGE])
+        # The last token is always computed: the next one is sampled from it.
+        digests = sequence.digests[: (size - 1) // PAGE] if sequence.use_prefix else []
+        snapshot = None
+        if self.snapshots is not None:
+            known = self.pages.known(digests)
+            count, snapshot = self.snapshots.longest(digests[:known])
+            digests = digests[:count]
+            if self.snapshots.count:
+                sequence.snapshots_at = boundaries(size, known * PAGE, count * PAGE)
+        found = self.pages.match(digests)
         needed = -(-size // PAGE) - len(found)
         fresh = self.pages.allocate(needed) if self.pages.free >= needed + reserve else None
         if fresh is None:
             self.pages.release(found)
             return None
-        return found, fresh
+        return found, fresh, snapshot
 
     def _grow(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give a running sequence one more page, if need be that of a newer one; False when it is

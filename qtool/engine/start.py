@@ -24,6 +24,7 @@ from qtool.runtime.load_plan import LoadPlan, plan_load
 
 KV_DTYPES = ("auto", "fp8_e4m3", "fp8")  # the last is vLLM's name of the one before it
 MAX_RUNNING = {"cpu": 32, "cuda": 256}
+MIN_SNAPSHOTS = 8  # of states; otherwise a quarter of the requests that run
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 8192}
 DEFAULT_CONTEXT = 4096  # of models whose config does not have it
 
@@ -65,12 +66,14 @@ def limits_of(
         )
     if encoding is not None and encoding.max_tokens is not None:
         longest = min(longest, encoding.max_tokens)
+    running = config.max_running_requests or MAX_RUNNING[device.type]
     return Limits(
-        config.max_running_requests or MAX_RUNNING[device.type],
+        running,
         config.chunked_prefill_size or TOKEN_BUDGET[device.type],
         context_length or longest,
         drafts=0 if config.speculation is None else config.speculation.drafts,
         lookahead=0 if config.speculation is None else config.speculation.lookahead,
+        snapshots=0 if config.disable_radix_cache else max(MIN_SNAPSHOTS, running // 4),
     )
 
 

@@ -46,6 +46,8 @@ class SequenceState:
     cached_tokens: int = 0
     """Of the prompt, found in the cache at first admission."""
     preemptions: int = 0
+    snapshots_at: Sequence[int] = ()
+    """After how many tokens its states are copied; chunks end there."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -101,11 +103,24 @@ class Step:
     """
     updates: list[tuple[int, int, int]]
     """(row, column, page) to set in the page table before the step; no (row, column) twice."""
+    restores: Sequence[tuple[int, int]] = ()
+    """(row, snapshot) of states to copy to the row before the step."""
+    saves: Sequence[tuple[int, int]] = ()
+    """(row, snapshot) of states to copy from the row after the step."""
 
     @property
     def decode_tokens(self) -> int:
         """Tokens of the chunks that `decodes` counts."""
         return sum(chunk.count for chunk in self.chunks[: self.decodes])
+
+    def logit_rows(self, whole: Sequence[int]) -> list[int]:
+        """Return how many rows of logits each chunk has: one for each token where its position is
+        in ``whole``, else one for each token that it samples.
+        """
+        return [
+            chunk.count if position in whole else chunk.sampled
+            for position, chunk in enumerate(self.chunks)
+        ]
 
     def gained(self, tokens: Sequence[int]) -> list[Gain]:
         """Return the chunks that sample, and what each gains of the ``tokens`` of all of them."""

@@ -201,11 +201,10 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
     with Engine(tmp_path, **options, max_total_tokens=16 * 1024) as engine:
         layers = engine.loop.runner.model.get_decoder().layers
         is_fused = all(isinstance(layer, FusedLayer) for layer in layers)
-        assert is_fused == (model_type not in ("deepseek_v3", "hunyuan_v1_dense"))
+        assert is_fused == (model_type != "hunyuan_v1_dense")
         assert ids_of([engine.generate(input_ids=prompts[0], sampling_params=GREEDY)]) == wanted[:1]
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
-        # states beside the pages are not kept for other prompts
-        assert (engine.loop.scheduler.prefix_hits == 0) == (model_type == "qwen3_next")
+        assert engine.loop.scheduler.prefix_hits > 0
         # all of the prompts are in the cache now
         assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
     short = prompts_of(9, 320, longest=20)

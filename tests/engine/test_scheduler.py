@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.engine.scheduler import Scheduler
+from qtool.engine.state_snapshots import StateSnapshots
 from qtool.engine.step import Chunk, SequenceState, Step
 from qtool.errors import UsageError
 
@@ -51,11 +52,15 @@ def digests_of(tokens: list[int]) -> list[bytes]:
 class Device:
     """Runs steps as a GPU would: what a page's slot holds is the tokens up to its own, or BAD."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_states: bool = False) -> None:
+        self.has_states = has_states
         self.table: dict[tuple[int, int], int] = {}
         self.slots: dict[tuple[int, int], tuple[int, ...] | None] = {}
         self.tokens: dict[SequenceState, list[int]] = {}  # with those the host has not read
         self.touched: set[SequenceState] = set()  # has read or written BAD
+        # what states are of: the tokens up to the last, as in slots
+        self.states: dict[int, tuple[int, ...] | None] = {}
+        self.snapshots: dict[int, tuple[int, ...] | None] = {}
 
     def run(
         self, step: Step, bad: SequenceState | None = None, *, broken: bool = False
@@ -67,6 +72,7 @@ class Device:
         places = [(row, column) for row, column, _ in step.updates]
         assert len(set(places)) == len(places)
         self.table.update(zip(places, (page for *_, page in step.updates), strict=True))
+        self.states.update((row, self.snapshots[place]) for row, place in step.restores)
         written: dict[tuple[int, int], SequenceState] = {}
         for chunk in step.chunks:
             tokens = self.tokens.setdefault(chunk.sequence, list(chunk.sequence.prompt))
@@ -81,6 +87,7 @@ class Device:
                     if broken or chunk.sequence is bad
                     else tuple(self.ahead(chunk)[: position + 1])
                 )
+        self.advance_states(step, bad, broken=broken)
         spreading = True
         while spreading:  # who reads BAD writes it
             spreading = False
@@ -112,6 +119,21 @@ class Device:
                 sampled += found
         return sampled
 
+    def advance_states(self, step: Step, bad: SequenceState | None, *, broken: bool) -> None:
+        """States take the tokens of ``step``; who reads a BAD one writes BAD."""
+        for chunk in step.chunks:
+            row, sequence = chunk.sequence.row, chunk.sequence
+            before = self.states.get(row, ()) if chunk.start else ()
+            tokens = tuple(self.ahead(chunk))
+            is_bad = broken or sequence is bad or before is BAD
+            assert is_bad or not self.has_states or before == tokens[: chunk.start]
+            self.states[row] = BAD if is_bad else tokens
+            if is_bad and self.has_states:
+                self.touched.add(sequence)
+                for position in range(chunk.start, chunk.start + chunk.count):
+                    self.slots[self.place(chunk, position)] = BAD
+        self.snapshots.update((place, self.states[row]) for row, place in step.saves)
+
     def ahead(self, chunk: Chunk) -> list[int]:
         """The tokens up to the end of ``chunk``, drafted ones too."""
         known = chunk.start + chunk.count - len(chunk.drafts)
@@ -125,6 +147,7 @@ class Device:
                 (self.place(chunk, position), TORN)
                 for position in range(chunk.start, chunk.start + chunk.count)
             )
+            self.states[chunk.sequence.row] = TORN
 
     def place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         assert chunk.sequence.row is not None
@@ -144,11 +167,17 @@ class Loop:
         context_length: int = 200,
         *,
         drafts: bool = False,
+        snapshots: int | None = None,
     ) -> None:
         self.scheduler = Scheduler(
-            Pages(pages), max_running, token_budget, context_length, draft if drafts else None
+            Pages(pages),
+            max_running,
+            token_budget,
+            context_length,
+            draft if drafts else None,
+            snapshots=None if snapshots is None else StateSnapshots(snapshots),
         )
-        self.device = Device()
+        self.device = Device(has_states=snapshots is not None)
         self.flying: deque[tuple[Step, list[int]]] = deque()
         self.live: list[SequenceState] = []
         self.ended: Counter[SequenceState] = Counter()
@@ -371,12 +400,15 @@ class Engine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 2, 5, 16, 33, 64, 400]),
         context=st.sampled_from([40, 200]),
         logits=st.sampled_from([3, 20, 256]),
-        drafts=st.booleans(),
+        kind=st.sampled_from(
+            [{}, {"drafts": True}, *({"snapshots": count} for count in (0, 1, 4))]
+        ),
     )
-    def begin(self, pages, max_running, budget, context, logits, drafts):
+    def begin(self, pages, max_running, budget, context, logits, kind):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", logits)
-        self.loop = Loop(pages, max_running, budget, context, drafts=drafts)
+        self.patch.setattr("qtool.engine.state_snapshots.LEAST", PAGE)
+        self.loop = Loop(pages, max_running, budget, context, **kind)
 
     @rule(
         prompt=prompts,
@@ -482,6 +514,9 @@ class Engine(RuleBasedStateMachine):
                     break
             else:
                 raise AssertionError("NaN stays in the cache")
+            loop.add(SequenceState(sequence.prompt, sequence.max_new_tokens))
+            loop.drain()
+            assert len(loop.failed) == failures, "NaN comes back"
 
 
 TestEngine = Engine.TestCase
@@ -909,3 +944,22 @@ def test_usage_counts_pages_that_are_held(loop):
     assert loop.scheduler.kv_usage == pytest.approx(3 / 40)
     loop.drain()
     assert loop.scheduler.kv_usage == 0
+
+
+def test_states_are_kept_where_prompts_end_and_where_they_part():
+    loop = Loop(pages=60, max_running=4, token_budget=400, context_length=400, snapshots=4)
+    shared = [token % 40 for token in range(10 * PAGE + 3)]
+
+    def cached(*own: int) -> int:
+        sequence = SequenceState([*shared, *own], 3)
+        loop.add(sequence)
+        loop.drain()
+        assert sequence.tokens == answer(sequence.prompt, 3)
+        return sequence.cached_tokens
+
+    assert cached(*[41] * 40) == 0
+    assert cached(*[41] * 40) == 12 * PAGE  # the same prompt, up to its last whole page
+    assert cached(*[42] * 40) == 0  # it leaves a copy where the two part
+    assert cached(*[43] * 40) == 10 * PAGE
+    loop.scheduler.forget_all()
+    assert cached(*[43] * 40) == 0
