@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Method": (
         *("method", "recipe", "backend", "group_size", "kv_cache", "lm_head", "ignore", "fast"),
-        *("seed", "list_methods", "all_methods", "backend_python", "quantization"),
+        *("seed", "list_methods", "all_methods", "backend_python", "quantization", "load_format"),
         *("torchao_config", "to", "requantize", "scheme", "merge_lora"),
     ),
     "Calibration": (

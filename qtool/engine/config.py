@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 COMPILE = ("off", "decode", "all")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "bitsandbytes")
 MAX_TOKENS = 1 << 20
 MAX_RUNNING_REQUESTS = 4096
 MAX_DRAFT_TOKENS = 32
@@ -63,6 +64,9 @@ class EngineConfig:
 
     quantization: str | None = None
     """Quantize a model while it loads, e.g. fp8; of a quantized one, what it must be."""
+
+    load_format: str = "auto"
+    """What the weights must be: auto, safetensors, gguf or bitsandbytes, as SGLang names them."""
 
     kv_cache_dtype: str | None = None
     """auto, or fp8_e4m3 (fp8 for short). [auto: as the checkpoint says]"""
@@ -131,6 +135,12 @@ class EngineConfig:
         if self.compile not in COMPILE:
             raise UsageError(
                 "E_COMPILE", f"compile is `{self.compile}`", hint=f"one of {', '.join(COMPILE)}"
+            )
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(
+                "E_LOAD_FORMAT",
+                f"load_format is `{self.load_format}`",
+                hint=f"one of {', '.join(LOAD_FORMATS)}",
             )
         share = self.mem_fraction_static
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)

@@ -21,7 +21,6 @@ NEUTRAL: dict[str, tuple[object, str]] = {
         ("tp_size", "tp", "dp_size", "dp", "pp_size", "pp", "ep_size", "nnodes"), (1, _ONE_GPU)
     ),
     "node_rank": (0, _ONE_GPU),
-    "load_format": ("auto", "the engine loads safetensors"),
     "tokenizer_mode": ("auto", "the engine has fast tokenizers"),
     "grammar_backend": ("xgrammar", "grammars are xgrammar's"),
     "page_size": (1, "pages have a fixed size"),

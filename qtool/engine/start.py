@@ -10,7 +10,8 @@ from typing import cast
 
 import torch
 
-from qtool.checkpoint import Checkpoint, resolve_model
+from qtool import formats
+from qtool.checkpoint import Checkpoint, is_from_gguf, resolve_model
 from qtool.checkpoint.encoding import Encoding, find_encoding
 from qtool.engine.config import EngineConfig
 from qtool.engine.prompts import PromptTokenizer
@@ -31,6 +32,7 @@ DEFAULT_CONTEXT = 4096  # of models whose config does not have it
 
 def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
     """Return what an engine loads of ``checkpoint``. Raises: CheckpointRefused, UsageError."""
+    check_load_format(checkpoint, config)
     encoding = find_encoding(checkpoint, is_embedding=config.is_embedding)
     if encoding is not None and config.speculation is not None:
         message = f"{checkpoint.path} generates no tokens that could be drafted"
@@ -43,6 +45,21 @@ def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
         mtp=config.uses_mtp,
         encoding=encoding,
     )
+
+
+def check_load_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """Raise UsageError when ``load_format`` names other weights than ``checkpoint`` has."""
+    layout = formats.detect(checkpoint)
+    found = {"gguf" if is_from_gguf(checkpoint) else "safetensors"}
+    if config.quantization == "bitsandbytes" or (layout and layout.format == "bitsandbytes"):
+        found.add("bitsandbytes")
+    if config.load_format not in {*found, "auto"}:
+        raise UsageError(
+            "E_LOAD_FORMAT",
+            f"load_format is `{config.load_format}`, and {checkpoint.path} holds "
+            f"{' of '.join(sorted(found, reverse=True))}",
+            hint="leave it out: qtool sees what the weights are",
+        )
 
 
 def limits_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from qtool.checkpoint import Checkpoint, TensorInfo
+from qtool.checkpoint import Checkpoint, TensorInfo, is_from_gguf
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused, UsageError, nearest
 from qtool.formats import Layout
@@ -63,6 +63,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "mxfp4": (("mxfp4",), ""),
     "torchao": (("torchao",), ""),
     "bitsandbytes": (("bitsandbytes",), ""),
+    "gguf": (("gguf",), ""),
 }
 
 
@@ -86,6 +87,8 @@ def schemes_to_run(
     if quantization is None:
         return {}
     name = _known(quantization, [*ONLINE, *METHODS], suggested=ONLINE)
+    if name == "gguf" and is_from_gguf(checkpoint):  # of floats alone
+        return {}
     if name not in ONLINE:
         raise UsageError(
             "E_QUANTIZATION",
@@ -112,7 +115,7 @@ def skip_reasons(
 
     Empty for a quantized checkpoint.
     """
-    if (layout is not None and layout.modules) or quantization is None:
+    if (layout is not None and layout.modules) or quantization in (None, "gguf"):
         return ()
     skipped: dict[str, list[str]] = {}
     for layer, reason in _candidates(checkpoint, ONLINE[_known(quantization, ONLINE)]):

@@ -131,10 +131,10 @@ def _check_quantization(settings: ServeSettings) -> None:
     """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict
     the checkpoint in a folder.
     """
-    folder = Path(settings.model_path)
+    path = Path(settings.model_path)
     name = settings.quantization
-    if name is not None and folder.is_dir():
-        checkpoint = open_checkpoint(folder)
+    if name is not None and path.exists():
+        checkpoint = open_checkpoint(path)
         schemes_to_run(checkpoint, formats.detect(checkpoint), name)
 
 
