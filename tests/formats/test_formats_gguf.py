@@ -18,7 +18,7 @@ from support.small_models import publish
 import qtool
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.gguf_names import ARCHITECTURES, EXPERTS, place_of
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, UsageError
 from qtool.events import NoteEvent
 from qtool.formats import detect, problem_in, read
 from qtool.formats.packing import read_tensor
@@ -248,3 +248,23 @@ def test_a_scale_that_is_no_number_is_found(tmp_path, type):
     start = len(data) - size + at
     data[start : start + len(last)] = np.frombuffer(last, np.uint8)
     assert "NaN" in problem_in(tensor, data, None)
+
+
+def test_an_engine_generates_from_a_file_and_checks_what_it_is_said_to_be(tmp_path):
+    write_gguf(EXAMPLE, tmp_path / "model.gguf", "Q8_0")
+    path = tmp_path / "model.gguf"
+    for options, code in (
+        ({"load_format": "safetensors"}, "E_LOAD_FORMAT"),
+        ({"load_format": "ggml"}, "E_LOAD_FORMAT"),
+        ({"quantization": "awq"}, "E_QUANTIZATION"),
+    ):
+        with pytest.raises(UsageError) as error:
+            qtool.Engine(path, device="cpu", **options)
+        assert error.value.code == code
+    with pytest.raises(UsageError, match="holds safetensors"):
+        qtool.Engine(EXAMPLE, device="cpu", load_format="gguf")
+    options = {"max_new_tokens": 12, "temperature": 0}
+    with qtool.Engine(path, device="cpu", load_format="gguf", quantization="gguf") as engine:
+        found = engine.generate("def f(x):", options)["text"]
+    with qtool.Engine(EXAMPLE, device="cpu") as engine:
+        assert engine.generate("def f(x):", options)["text"] == found

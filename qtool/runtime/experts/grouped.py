@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.runtime.experts.gates import Gate
-from qtool.runtime.kernels import Device, LinearSpec, current
+from qtool.runtime.kernels import Device, LinearSpec, current, no_offset
 from qtool.runtime.packed import PackedModule
 from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
@@ -87,7 +87,8 @@ def choose_experts(spec: ExpertsSpec, device: Device) -> tuple[str | None, str]:
     reasons: list[str] = []
     for name in KERNELS[device.type]:
         try:
-            reason = load_experts_kernel(name).unsupported_reason(spec, device)
+            reason = no_offset(name, spec.up) or no_offset(name, spec.down)
+            reason = reason or load_experts_kernel(name).unsupported_reason(spec, device)
         except ModuleNotFoundError as error:
             reason = f"needs the package `{error.name}`"
         if reason is None:

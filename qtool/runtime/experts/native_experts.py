@@ -15,7 +15,7 @@ from qtool.runtime.kernels import Device, LinearSpec, native
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
 # what `Job` points to in the packed tensors of a product; `table` is the same for all experts
-_TENSORS = ("codes", "scale", "zero", "table", "row_scale")
+_TENSORS = ("codes", "scale", "zero", "offset", "table", "row_scale")
 # codes of a product -> the jobs of its experts, without tokens
 _jobs: Mapping[Tensor, ctypes.Array[native.Job]] = WeakTensorKeyDictionary()
 

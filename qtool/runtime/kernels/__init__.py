@@ -24,8 +24,8 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
-TAKE_OFFSETS = frozenset({"reference"})
-"""The kernels that add the ``offset`` of weights."""
+TAKE_OFFSETS = frozenset({"native", "native_experts", "reference"})
+"""The kernels that add the ``offset`` of weights, those of experts included."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,16 @@ def with_channel_scales(spec: LinearSpec) -> LinearSpec:
 
 def _unsupported_reason(name: str, spec: LinearSpec, device: Device) -> str | None:
     try:
-        kernel = load_kernel(name)
-        if spec.scheme.weights.offset and name not in TAKE_OFFSETS:
-            return "offset: supports zero points only, and no float that is added to a group"
-        return kernel.unsupported_reason(spec, device)
+        return no_offset(name, spec) or load_kernel(name).unsupported_reason(spec, device)
     except ModuleNotFoundError as error:
         return f"needs the package `{error.name}`"
+
+
+def no_offset(name: str, spec: LinearSpec) -> str | None:
+    """Return why the kernel ``name`` refuses weights with an offset, if ``spec`` has one."""
+    if not spec.scheme.weights.offset or name in TAKE_OFFSETS:
+        return None
+    return "offset: supports zero points only, and no float that is added to a group"
 
 
 def not_bfloat16(spec: LinearSpec) -> str | None:

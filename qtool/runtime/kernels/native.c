@@ -34,6 +34,7 @@ struct job {
     const uint8_t *codes;      // [S, C, 32, 64 or 128]
     const uint8_t *scale;      // [S, G, 32] of `scale_kind`, or none
     const int8_t *zero;        // [S, G, 32], or none
+    const uint8_t *offset;     // the same of `scale_kind`, added after scaling, or none
     const void *table;         // what a 4-bit code stands for, f32 [16]; with scales of 8 bits, times the scale, bf16 [256, 16]
     const float *row_scale;    // [S, 32], multiplies the outputs
     const uint16_t *bias;      // bf16 [N], or none
@@ -100,7 +101,7 @@ INLINE int64_t scale_index(const struct job *job, int64_t strip, int64_t chunk) 
     return (strip * job->groups + group) * STRIP;
 }
 
-// The scales and zero points of one chunk, f32 [groups in a chunk, 32] each.
+// The scales and zero points, or offsets, of one chunk, f32 [groups in a chunk, 32] each.
 static void expand_scales(const struct job *job, int64_t strip, int64_t chunk, float *scale, float *zero) {
     int64_t count = groups_in_chunk(job), index = scale_index(job, strip, chunk);
     for (int64_t i = 0; i < count * STRIP; i += 16) {
@@ -109,11 +110,15 @@ static void expand_scales(const struct job *job, int64_t strip, int64_t chunk, f
         if (job->zero) {
             __m128i bytes = _mm_loadu_si128((const __m128i *)(job->zero + index + i));
             _mm512_store_ps(zero + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+        } else if (job->offset) {
+            _mm512_store_ps(zero + i, sixteen_scales(job->offset, job->scale_kind, index + i));
         }
     }
 }
 
+// 1: `zero` is subtracted before scaling; 2: it is an offset, added after that.
 INLINE __m512 scaled(__m512 values, const float *scale, const float *zero, int has_zero) {
+    if (has_zero == 2) return _mm512_fmadd_ps(values, _mm512_set1_ps(*scale), _mm512_set1_ps(*zero));
     if (has_zero) values = _mm512_sub_ps(values, _mm512_set1_ps(*zero));
     return _mm512_mul_ps(values, _mm512_set1_ps(*scale));
 }
@@ -254,8 +259,10 @@ static void fp8_unscaled(const uint8_t *codes, const void *scale, const float *z
 
 DECODERS(nibbles, 0)
 DECODERS(nibbles, 1)
+DECODERS(nibbles, 2)
 DECODERS(int8, 0)
 DECODERS(int8, 1)
+DECODERS(int8, 2)
 DECODERS(fp8, 0)
 SCALED_NIBBLES(16)
 SCALED_NIBBLES(32)
@@ -263,12 +270,13 @@ SCALED_NIBBLES(64)
 SCALED_NIBBLES(128)
 
 static decode_fn *decoder(const struct job *job) {
-    static decode_fn *const all[3][2][4] = {
-        {NAMES(nibbles, 0), NAMES(nibbles, 1)}, {NAMES(int8, 0), NAMES(int8, 1)}, {NAMES(fp8, 0), NAMES(fp8, 0)}};
+    static decode_fn *const all[3][3][4] = {{NAMES(nibbles, 0), NAMES(nibbles, 1), NAMES(nibbles, 2)},
+                                            {NAMES(int8, 0), NAMES(int8, 1), NAMES(int8, 2)},
+                                            {NAMES(fp8, 0), NAMES(fp8, 0), NAMES(fp8, 0)}};
     static decode_fn *const with_large_table[4] = {scaled_nibbles_16, scaled_nibbles_32, scaled_nibbles_64, scaled_nibbles_128};
     int group = job->group >= 128 ? 3 : job->group == 64 ? 2 : job->group == 32 ? 1 : 0;
     if (job->code_kind == FP8 && !job->scale) return fp8_unscaled;
-    return has_large_table(job) ? with_large_table[group] : all[job->code_kind][job->zero != NULL][group];
+    return has_large_table(job) ? with_large_table[group] : all[job->code_kind][job->zero ? 1 : job->offset ? 2 : 0][group];
 }
 
 // Decodes the chunks of a strip, eight rows at a time.

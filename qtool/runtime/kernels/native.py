@@ -84,7 +84,8 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors that native.c reads.
 
     - ``codes``, in its order. NaN codes of fp8 are not looked for: they count as 480.
-    - ``scale`` and ``zero`` of groups, their dtype kept.
+    - ``scale``, ``zero`` and ``offset`` of groups, their dtype kept; scales of GGUF that are
+      products, f32, become f16 in units of ``row_scale``.
     - ``row_scale``, f32.
     - ``table``, what 4-bit codes stand for.
     - ``input_scale`` and ``input_zero``, if static.
@@ -108,7 +109,8 @@ def _pack_codes(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
     if weight.codebook is not None:
         zero = int(weight.codebook.abs().argmin())
     else:
-        zero = 0 if weight.scale.dtype in FP4_SCALES else 8
+        counts_from_0 = weight.scale.dtype in FP4_SCALES or weight.offset is not None
+        zero = 0 if counts_from_0 else 8
     parts = (_codes(piece, nibbles, zero) for piece in torch.split(weight.data, PIECE))
     first = next(parts)
     codes = first.new_empty(-(-spec.shape[0] // STRIP), *first.shape[1:])
@@ -125,12 +127,35 @@ def _pack_scales(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]
     scale = bits.view(weight.scale.dtype).expand(outputs, -1)
     row_scale = torch.ones(outputs) if weight.scale2 is None else weight.scale2.float()
     packed = {}
-    if scale.shape[1] == 1:
+    offset = weight.offset
+    if scale.shape[1] == 1 and offset is None:
         row_scale = row_scale * scale[:, 0].float()
     else:
+        if scale.dtype == torch.float32 and _is_product(spec):
+            units = _units_of_rows(scale, offset)
+            row_scale = row_scale * units
+            scale = (scale / units[:, None]).half()
+            offset = None if offset is None else (offset.float() / units[:, None]).half()
         packed["scale"] = _by_strips(spec, scale if scale.dtype in SCALES else scale.float())
+    if offset is not None:
+        packed["offset"] = _by_strips(spec, offset)
     packed["row_scale"] = pad(row_scale, (0, -outputs % STRIP))
     return packed
+
+
+def _is_product(spec: LinearSpec) -> bool:
+    """Whether scales in f32 are products of a few bits: the layer is of a K type of GGUF."""
+    weights = spec.scheme.weights
+    return weights.offset or (weights.format in ("int3", "int6") and weights.group_size == 16)
+
+
+def _units_of_rows(scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Return a power of two for each row, f32 [N], in which f16 holds ``scale`` and ``offset``."""
+    largest = scale.abs().amax(1)
+    if offset is not None:
+        largest = torch.maximum(largest, offset.float().abs().amax(1))
+    exponent = torch.frexp(largest).exponent - 12
+    return torch.where(largest > 0, torch.exp2(exponent.clamp(-120, 120).float()), 1.0)
 
 
 def _code_values(spec: LinearSpec, weight: QuantizedWeight, *, in_groups: bool) -> Tensor:
@@ -138,6 +163,8 @@ def _code_values(spec: LinearSpec, weight: QuantizedWeight, *, in_groups: bool) 
     scale_dtype = weight.scale.dtype
     if weight.codebook is not None:
         return weight.codebook
+    if weight.offset is not None and weight.data.dtype == torch.uint8:
+        return torch.arange(16.0)
     if scale_dtype not in FP4_SCALES:
         return torch.arange(-8.0, 8.0)
     values = torch.tensor(FP4_VALUES)
@@ -181,7 +208,7 @@ def job_of(spec: LinearSpec, packed: Mapping[str, Tensor]) -> Job:
         scale_kind=SCALES[packed["scale"].dtype] if "scale" in packed else 0,
         amx=library.amx,
     )
-    for name in ("codes", "scale", "zero", "table", "row_scale"):
+    for name in ("codes", "scale", "zero", "offset", "table", "row_scale"):
         if name in packed:
             setattr(job, name, packed[name].data_ptr())
     return job
@@ -254,6 +281,7 @@ class Job(ctypes.Structure):
                 "codes",
                 "scale",
                 "zero",
+                "offset",
                 "table",
                 "row_scale",
                 "bias",
