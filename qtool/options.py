@@ -247,7 +247,10 @@ class ExportOptions(WriteOptions):
     """Folder to write."""
 
     to: str | None = None
-    """compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16 or f16."""
+    """compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16, f16 or gguf."""
+
+    type: str | None = None
+    """Type of a GGUF file, e.g. Q4_K_M or Q8_0; 16-bit layers are rounded to it. [as they are]"""
 
     requantize: bool = False
     """Round weights again that the format cannot hold as they are."""

@@ -16,6 +16,8 @@ from qtool.checkpoint.strict_json import read_json, refused, regular_size
 from qtool.errors import naming
 
 CODE_OR_PICKLE = (".py", *PICKLE_SUFFIXES)
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What goes beside a file that holds all else itself."""
 AUX_FILES = (
     *(
         "tokenizer*",
@@ -34,17 +36,15 @@ AUX_FILES = (
         "*preprocessor_config.json",
         "processor_config.json",
         *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
     ),
+    *LICENCES,
 )
 NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder
 MODULES = "[0-9]_[A-Z]*"  # sentence-transformers' folders, e.g. 1_Pooling
 AUX_FOLDERS = {NAMED_TEMPLATES: "*.jinja", MODULES: "config.json"}
 """Folders whose files are carried along, and which of them."""
 CONFIGS = ("config.json", "quantize_config.json", "hf_quant_config.json")
-WRITTEN = ("*.safetensors", INDEX, *CONFIGS)
+WRITTEN = ("*.safetensors", "*.gguf", INDEX, *CONFIGS)
 
 
 def aux_files(source: Path) -> list[Path]:
@@ -66,6 +66,11 @@ def aux_files(source: Path) -> list[Path]:
         elif path.suffix == ".json" and not (path.is_dir() or _is_dangling(path)):
             regular_size(path)  # libraries open every JSON file, and a FIFO would block them
     return found
+
+
+def licences(files: Iterable[Path]) -> list[Path]:
+    """Return those of the auxiliary ``files`` that say what may be done with the model."""
+    return [path for path in files if any(path.match(name) for name in LICENCES)]
 
 
 def links_outside(files: Iterable[Path], source: Path) -> list[str]:

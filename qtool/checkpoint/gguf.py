@@ -41,6 +41,17 @@ def as_folder(path: Path) -> Path:
     return _write(header, config)
 
 
+def open_gguf(file: Path) -> Checkpoint:
+    """Return config and tensors of a GGUF ``file``, without a folder for its tokenizer.
+
+    Raises: what `as_folder` does.
+    """
+    header = read_gguf(file)
+    architecture = architecture_of(header)
+    config = config_of(header, architecture)
+    return Checkpoint(file.parent, config, gguf_tensors(header, architecture, config))
+
+
 def derived_tensors(folder: Path, config: Json) -> dict[str, TensorInfo] | None:
     """Return the tensors of a folder that `as_folder` made; None for others."""
     if not _is_derived(folder):

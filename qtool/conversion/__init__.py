@@ -15,7 +15,7 @@ from qtool.quantization import QuantizeResult, prepare, run
 __all__ = ["TARGETS", "ConversionResult", "export"]
 
 FOR_STATES = ("method", "trust_pickle", "trust_remote_code", "device")
-FOR_FORMATS = ("scheme", "requantize", "merge_lora", "max_shard_size")
+FOR_FORMATS = ("scheme", "type", "requantize", "merge_lora", "max_shard_size")
 
 
 @keywords_of(ExportOptions)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qtool import __version__
 from qtool.architecture import check_model
@@ -26,8 +26,9 @@ from qtool.checkpoint import (
     source_files,
     stage_output,
 )
-from qtool.checkpoint.aux_files import finish_files, write_json
+from qtool.checkpoint.aux_files import finish_files, licences, write_json
 from qtool.checkpoint.digests import Digests
+from qtool.checkpoint.gguf import open_gguf
 from qtool.checkpoint.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
@@ -37,8 +38,9 @@ from qtool.checkpoint.manifest import (
 )
 from qtool.checkpoint.shards import parse_size, read_ahead
 from qtool.conversion.adapter import Adapter, read_adapter
+from qtool.conversion.gguf.types import file_type_named
 from qtool.conversion.request import ConversionRequest, make_request
-from qtool.conversion.targets import UNQUANTIZED, target_named
+from qtool.conversion.targets import GGUF, UNQUANTIZED, target_named
 from qtool.errors import ANY_FILE, CheckpointRefused, QtoolError, UsageError, file_errors
 from qtool.events import NoteEvent, OnEvent, PublishedEvent
 from qtool.formats import Layout, detect
@@ -49,6 +51,7 @@ from qtool.sizes import format_size
 from qtool.terminal import printable
 
 if TYPE_CHECKING:
+    from qtool.conversion.gguf.plan import GgufPlan
     from qtool.conversion.plan import ConversionPlan
 
 READ_AHEAD_BYTES = 1 << 30
@@ -92,6 +95,8 @@ class ConversionResult:
     def _change(self) -> str:
         if self.rounded_layers:
             return f"{self.rounded_layers} of them rounded to nearest"
+        if self.format == GGUF and not self.layers:
+            return "not quantized"
         if self.format not in UNQUANTIZED:
             return "codes and scales unchanged"
         if self.merged_tensors:
@@ -124,13 +129,11 @@ def convert(
     request = _make_request(checkpoint, to, options)
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
-    from qtool.conversion.plan import plan_conversion
-
-    plan = plan_conversion(request)
+    plan = _plan(request, options)
     notes = (*source.notes, *plan.notes)
     for note in notes:
         on_event(NoteEvent(note))
-    need_bytes = sum(spec.size_bytes for spec in plan.specs) + source.aux_bytes + FREE_BYTES
+    need_bytes = plan.size_bytes + source.aux_bytes + FREE_BYTES
     with ExitStack() as stack:
         staging = stack.enter_context(
             stage_output(
@@ -144,7 +147,11 @@ def convert(
         stop = threading.Event()
         stack.callback(stop.set)  # a run that ends early does not wait for its digests
         source_digests = thread.submit(_source_digests, checkpoint, stop)
-        written, digests = _write(plan, source, staging, shard_bytes, on_event)
+        if to == GGUF:
+            written, digests = _write_gguf(cast("GgufPlan", plan), source, staging, on_event)
+        else:
+            folder = cast("ConversionPlan", plan)
+            written, digests = _write(folder, source, staging, shard_bytes, on_event)
         made = {**_manifest(plan), "source_manifest": source_manifest}
         card = write_card(written, output.name, made, on_event)
         manifest = {
@@ -162,8 +169,8 @@ def convert(
         output=output.absolute(),
         source_format=plan.source_format or "16 bit",
         format=to,
-        layers=len(plan.layers),
-        rounded_layers=sum(layer.rounded for layer in plan.layers),
+        layers=plan.layer_count,
+        rounded_layers=len(plan.rounded),
         merged_tensors=len(request.adapter.changed) if request.adapter else 0,
         files=len(written.weight_files),
         bytes_before=checkpoint.size_bytes,
@@ -178,6 +185,16 @@ def _make_request(checkpoint: Checkpoint, to: str, options: ExportOptions) -> Co
 
     Raises: UsageError, for options that do not go together; CheckpointRefused.
     """
+    if options.type and to != GGUF:
+        raise UsageError(
+            "E_TYPE_UNUSED",
+            f"--type {options.type} has a meaning only with --to {GGUF}",
+            hint="--requantize --scheme is what other formats are rounded to",
+        )
+    if options.scheme and to == GGUF:
+        raise UsageError(
+            "E_SCHEME_UNUSED", "GGUF has types and no schemes", hint="--type Q4_K_M rounds to one"
+        )
     if options.scheme and not options.requantize:
         raise UsageError(
             "E_SCHEME_UNUSED",
@@ -228,6 +245,34 @@ def _write(
     weights = {staging.checkpoint / name for name in digests}
     others = [path for path in staging.files() if path not in weights]
     digests |= digest_files(others, root=staging.checkpoint)
+    return written, digests
+
+
+def _plan(request: ConversionRequest, options: ExportOptions) -> ConversionPlan | GgufPlan:
+    """Return the plan; torch is imported for it."""
+    if request.to != GGUF:
+        from qtool.conversion.plan import plan_conversion
+
+        return plan_conversion(request)
+    from qtool.conversion.gguf.plan import plan_gguf
+
+    return plan_gguf(request, file_type_named(options.type) if options.type else None)
+
+
+def _write_gguf(
+    plan: GgufPlan, source: SourceFiles, staging: Staging, on_event: OnEvent
+) -> tuple[Checkpoint, Digests]:
+    """Write the file, check its header, and return it as it reads back, with digests."""
+    from qtool.conversion.gguf.writing import write_gguf
+
+    path = staging.checkpoint / f"{staging.output.name}.gguf"
+    digests = write_gguf(plan, path, on_event)
+    finish_files(licences(source.aux), source.folder, staging.checkpoint)
+    written = open_gguf(path)
+    planned = sum(tensor.size_bytes for tensor in plan.tensors)
+    if written.size_bytes != planned:
+        raise _bug(f"{planned} bytes of tensors were to be written, and {written.size_bytes} are")
+    digests |= digest_files(path for path in staging.files() if path.name not in digests)
     return written, digests
 
 
@@ -289,13 +334,8 @@ def _source_digests(checkpoint: Checkpoint, stop: threading.Event) -> Digests:
     return {file.name: check.digests[file.name] for file in checkpoint.weight_files}
 
 
-def _manifest(plan: ConversionPlan) -> dict[str, object]:
+def _manifest(plan: ConversionPlan | GgufPlan) -> dict[str, object]:
     """Return what a reader needs to trust the checkpoint."""
-    rounded = {
-        layer.target.name: str(layer.target.scheme)
-        for layer in plan.layers
-        if layer.target and layer.rounded
-    }
     checkpoint = plan.request.checkpoint
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -304,7 +344,7 @@ def _manifest(plan: ConversionPlan) -> dict[str, object]:
         "conversion": {
             "from": plan.source_format,
             "to": plan.request.to,
-            "rounded": rounded,
+            "rounded": dict(plan.rounded),
             **_adapter_source(plan.request.adapter),
             "notes": list(plan.notes),
         },

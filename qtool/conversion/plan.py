@@ -57,6 +57,25 @@ class ConversionPlan:
         return Layout(self.request.to, self.targets, None, ())
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(spec.size_bytes for spec in self.specs)
+
+    @property
+    def layer_count(self) -> int:
+        """How many layers are converted."""
+        return len(self.layers)
+
+    @cached_property
+    def rounded(self) -> Mapping[str, str]:
+        """The layers of the result that have new codes -> their scheme."""
+        return {
+            layer.target.name: str(layer.target.scheme)
+            for layer in self.layers
+            if layer.target and layer.rounded
+        }
+
+    @property
     def source_format(self) -> str | None:
         """The format of the source; None when it is not quantized."""
         return self.request.layout.format if self.request.layout else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qtool.checkpoint import Checkpoint, is_from_gguf
 from qtool.conversion.adapter import Adapter
-from qtool.conversion.targets import UNQUANTIZED, format_of
+from qtool.conversion.targets import GGUF, UNQUANTIZED, format_of
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import Format, Layout, detect
 from qtool.scheme import Scheme
@@ -73,7 +73,7 @@ def make_request(
             "rotations: inputs are rotated at run time (QuIP, SpinQuant R3/R4)",
             "quantize the original again",
         )
-    if layout is None and not request.dequantizes and not scheme:
+    if layout is None and not request.dequantizes and not scheme and to != GGUF:
         raise UsageError(
             "E_NOT_QUANTIZED",
             f"{checkpoint.path} is not quantized, so there is nothing to convert",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 MEMORY_BYTES = 8 << 30  # of layers that are converted at once; one layer always is
 BYTES_A_WEIGHT = 12  # codes, numbers in f32 and the result
 CompleteFiles = list[Path]
+Result = TypeVar("Result")
 
 
 def stream(
@@ -39,14 +41,15 @@ def stream(
     A few layers are in memory at a time. A file is made durable, hashed and checked as soon as its
     last tensor is written, while the next one is written.
     """
-    workers = _count_workers(plan)
+    largest = max((math.prod(layer.source.shape) for layer in plan.layers), default=1)
+    workers = worker_count(largest)
     with (
         Shards(staging.checkpoint, plan.specs, shard_bytes) as shards,
         ThreadPoolExecutor(3) as pool,
-        _layer_threads(workers) as layer_pool,
+        layer_threads(workers) as layer_pool,
     ):
         checks = _Checks(pool, plan.target_layout)
-        results = _run_bounded(layer_pool, _tasks(plan, shards), workers)
+        results = run_bounded(layer_pool, _tasks(plan, shards), workers)
         for done, paths in enumerate(results, start=1):
             for path in paths:
                 checks.begin(path)
@@ -84,7 +87,7 @@ def _problems(path: Path, layout: Layout) -> list[str]:
 
 
 @contextmanager
-def _layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+def layer_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """Give threads for layers, with a single torch thread each.
 
     Layers are many, and small matrices gain little from several threads.
@@ -134,17 +137,18 @@ def _write_copies(plan: ConversionPlan, shards: Shards, writes: tuple[Write, ...
     return [path for path in paths if path]
 
 
-def _count_workers(plan: ConversionPlan) -> int:
-    """Return how many layers are converted at a time: fewer where they are large."""
-    largest = max((math.prod(layer.source.shape) for layer in plan.layers), default=1)
+def worker_count(largest: int) -> int:
+    """Return how many layers are converted at a time: fewer where the ``largest`` has many
+    weights.
+    """
     return max(1, min(WORKERS, MEMORY_BYTES // (largest * BYTES_A_WEIGHT)))
 
 
-def _run_bounded(
-    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], CompleteFiles]], count: int
-) -> Iterator[CompleteFiles]:
+def run_bounded(
+    pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Result]], count: int
+) -> Iterator[Result]:
     """Run ``tasks``, at most ``count`` at a time, and yield what they return."""
-    running: set[Future[CompleteFiles]] = set()
+    running: set[Future[Result]] = set()
     for task in tasks:
         running.add(pool.submit(task))
         if len(running) >= count:

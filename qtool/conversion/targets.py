@@ -10,7 +10,8 @@ from qtool.formats import WRITABLE, Format
 
 UNQUANTIZED = {"bf16": "BF16", "f16": "F16"}  # target -> dtype of its weights
 GPTQ_V2 = "gptq_v2"
-TARGETS = (*WRITABLE, GPTQ_V2, *UNQUANTIZED)
+GGUF = "gguf"  # one file, with names and rules of its own
+TARGETS = (*WRITABLE, GPTQ_V2, *UNQUANTIZED, GGUF)
 ALIASES = {
     "fp16": "f16",
     "float16": "f16",

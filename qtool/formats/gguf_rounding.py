@@ -26,20 +26,23 @@ def quantize(type: BlockType, tensor: Tensor) -> Tensor:
     K types look for the scale with the least weighted square error, as llama.cpp does without an
     importance matrix. Works on some rows at a time.
 
-    Raises: CheckpointRefused, when a scale is no finite f16.
+    Raises: CheckpointRefused, when a number is not finite, or a scale is no finite f16.
     """
     rows, columns = tensor.shape
     step = max(1, PIECE // max(1, columns))
     packed = torch.empty(rows, type.row_bytes(columns), dtype=torch.uint8, device=tensor.device)
     for start in range(0, rows, step):
-        blocks = _ROUNDING[type.name](type, tensor[start : start + step].float())
-        for each in (blocks.d, blocks.low):
-            if each is not None and each.dtype == torch.float16 and not each.isfinite().all():
-                raise CheckpointRefused(
-                    "E_VALUES",
-                    f"a scale of {type.name} is beyond what 16 bits hold",
-                    hint="the weights have infinite or huge numbers; --type F32 keeps them",
-                )
+        numbers = tensor[start : start + step].float()
+        blocks = _ROUNDING[type.name](type, numbers)
+        scales = (each for each in (blocks.d, blocks.low) if each is not None)
+        fits = all(bool(each.float().isfinite().all()) for each in scales)
+        if not fits or not bool(numbers.isfinite().all()):
+            raise CheckpointRefused(
+                "E_VALUES",
+                f"the weights hold NaN, infinity, or numbers for which the scales of {type.name} "
+                "are too large",
+                hint="`qtool inspect --deep` lists all of them; --type F32 keeps large numbers",
+            )
         packed[start : start + step] = pack(blocks)
     return packed
 

@@ -114,9 +114,10 @@ def render_card(checkpoint: Checkpoint, name: str, manifest: Json) -> str:
             rows: a ``name``, ``reference``, ``quantized`` and ``ratio``).
     """
     found = inspect(checkpoint)
-    engines = check_engines(checkpoint)
+    is_gguf = (manifest.get("conversion") or {}).get("to") == "gguf"
+    engines = [] if is_gguf else check_engines(checkpoint)
     blocks = [
-        _metadata(found, manifest, engines),
+        _metadata(found, manifest, engines, is_gguf=is_gguf),
         f"# {_text(name)}",
         _introduction(found, manifest),
         _table(("", ""), _facts(found, manifest)),
@@ -126,7 +127,7 @@ def render_card(checkpoint: Checkpoint, name: str, manifest: Json) -> str:
         *_quality(manifest),
         *_speed(manifest),
         "## How to serve it",
-        *_serving(name, engines),
+        *_serving(name, engines, is_gguf=is_gguf),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -144,14 +145,17 @@ def _front_matter(card: Path) -> Json:
     return {str(key): one for key, one in value.items()} if isinstance(value, dict) else {}
 
 
-def _metadata(found: Inspection, manifest: Json, engines: Iterable[EngineReport]) -> str:
+def _metadata(
+    found: Inspection, manifest: Json, engines: Iterable[EngineReport], *, is_gguf: bool
+) -> str:
     metadata = dict(_said(manifest, "source"))
     if "base_model" in metadata and found.quantized:
         metadata["base_model_relation"] = "quantized"
     if any(report.engine == "transformers" and report.loads for report in engines):
         metadata["library_name"] = "transformers"
     formats = sorted({row.scheme.lower() for row in found.quantized})
-    tags = ["qtool", *([found.format] if found.format else []), *formats]
+    tags = ["qtool", *(["gguf"] if is_gguf else []), *([found.format] if found.format else [])]
+    tags += formats
     metadata["tags"] = [tag.replace(" ", "-") for tag in dict.fromkeys(tags)]
     written = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     return f"---\n{written}---"
@@ -186,7 +190,8 @@ def _making(manifest: Json) -> Iterator[str]:
     if conversion:
         rounded = len(conversion.get("rounded") or ())
         more = f"; {rounded} layers were rounded to nearest" if rounded else ""
-        kinds = f"from {_text(str(conversion.get('from')))} to {_text(str(conversion.get('to')))}"
+        source = _text(str(conversion.get("from") or "16 bits"))
+        kinds = f"from {source} to {_text(str(conversion.get('to')))}"
         yield f"`qtool export` converted it {kinds}{more}."
     recipe = _said(manifest, "recipe")
     if recipe:
@@ -246,9 +251,11 @@ def _compared(rows: Iterable[Json]) -> Iterator[tuple[str, ...]]:
         yield (_text(str(row.get("name"))), *numbers)
 
 
-def _serving(name: str, engines: Sequence[EngineReport]) -> Iterator[str]:
+def _serving(name: str, engines: Sequence[EngineReport], *, is_gguf: bool) -> Iterator[str]:
     path = shlex.quote(f"./{name}")
     commands = [f"qtool serve --model-path {path}"]
+    if is_gguf:
+        commands.append(f"llama-server -m {shlex.quote(f'./{name}/{name}.gguf')}")
     refusals = []
     for report in engines:
         label = f"{LABELS.get(report.engine, report.engine)} {report.version}"

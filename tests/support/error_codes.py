@@ -52,6 +52,7 @@ MEANINGS = {
     "E_DATA_MISSING": "the calibration file is not there or cannot be read",
     "E_ENGINE_REFUSES": "vLLM or SGLang does not load this checkpoint; the message says why",
     "E_GGUF": "the weights are a GGUF file, and only safetensors can be used here",
+    "E_GGUF_EXPERTS": "the experts of a layer are missing, too many or not alike, so they cannot be stacked",
     "E_PATTERN": "a pattern of the recipe or of --ignore matches no linear module of this model, is "
     "not a regular expression, or takes too much time or memory",
     "E_QUANT_PATTERN": "a pattern of the quantization config is not a regular expression, or takes "

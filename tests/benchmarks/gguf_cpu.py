@@ -1,0 +1,148 @@
+"""Time llama.cpp (through xllamacpp) and qtool's engine on the same GGUF files, on a CPU: a token at
+batch 1, and a prompt of 512.
+
+    python tests/benchmarks/gguf_cpu.py WORK [--types Q4_0 Q8_0] [--threads 2] [--repeats 3]
+
+The model has the shape of TinyLlama 1.1B and random weights; it is written to WORK once. Each
+engine runs in a process of its own, in turns, with as many threads; the best of the repeats counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+PROMPT = 512
+ANSWER = 64
+SHORT_PROMPT = 16
+
+
+def write_files(work: Path, types: list[str]) -> dict[str, Path]:
+    """Return the GGUF file of each type, written if it is not there."""
+    from random_model import write_model
+    from transformers import LlamaConfig
+
+    from qtool.conversion import export
+
+    source = work / "random-1b"
+    if not source.exists():
+        config = LlamaConfig(**SHAPE, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+        write_model(source, config, Path("examples/tiny-python-llama"))
+    files = {}
+    for name in types:
+        folder = work / f"random-1b-{name}"
+        if not folder.exists():
+            export(source, to="gguf", type=name, output=folder)
+        files[name] = folder / f"{folder.name}.gguf"
+    return files
+
+
+def prompt(size: int) -> list[int]:
+    return [random.randrange(5, 4000) for _ in range(size)]
+
+
+def time_llama_cpp(path: str, threads: int, repeats: int) -> dict[str, float]:
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = path
+    parameters.n_ctx = 1024
+    parameters.n_parallel = 1
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(parameters)
+
+    def run(size: int, answer: int) -> dict[str, float]:
+        request = {
+            "prompt": prompt(size),
+            "n_predict": answer,
+            "temperature": -1,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        timings: dict[str, float] = server.handle_completions(request)["timings"]
+        return timings
+
+    run(SHORT_PROMPT, 4)
+    decode = [run(SHORT_PROMPT, ANSWER)["predicted_per_second"] for _ in range(repeats)]
+    prefill = [run(PROMPT, 1)["prompt_per_second"] for _ in range(repeats)]
+    return {"decode_tokens_s": max(decode), "prompt_tokens_s": max(prefill)}
+
+
+def time_qtool(path: str, threads: int, repeats: int) -> dict[str, float]:
+    import torch
+
+    from qtool.engine.engine import Engine
+
+    torch.set_num_threads(threads)
+    engine = Engine(model_path=path, device="cpu", disable_radix_cache=True, context_length=1024)
+
+    def seconds(size: int, answer: int) -> float:
+        start = time.perf_counter()
+        engine.generate(
+            input_ids=[prompt(size)],
+            sampling_params={"temperature": 0, "max_new_tokens": answer, "ignore_eos": True},
+        )
+        return time.perf_counter() - start
+
+    seconds(SHORT_PROMPT, 4)
+    decode = []
+    prefill = []
+    for _ in range(repeats):
+        decode.append((ANSWER - 1) / (seconds(SHORT_PROMPT, ANSWER) - seconds(SHORT_PROMPT, 1)))
+        prefill.append(PROMPT / seconds(PROMPT, 1))
+    return {"decode_tokens_s": max(decode), "prompt_tokens_s": max(prefill)}
+
+
+SIDES = {"llama.cpp": time_llama_cpp, "qtool": time_qtool}
+
+
+def measured(side: str, path: Path, threads: int, repeats: int) -> dict[str, float]:
+    """Return what ``side`` reaches, in a process of its own."""
+    command = [sys.executable, __file__, str(path), "--side", side, "--threads", str(threads)]
+    command += ["--repeats", str(repeats)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Print a row for each type."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q8_0"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    random.seed(0)
+    if args.side:
+        print(json.dumps(SIDES[args.side](str(args.work), args.threads, args.repeats)))
+        return
+    for name, path in write_files(args.work, args.types).items():
+        theirs, ours = (measured(side, path, args.threads, args.repeats) for side in SIDES)
+        for measure, value in theirs.items():
+            print(
+                f"{name} {measure}: llama.cpp {value:.1f}, qtool {ours[measure]:.1f}, "
+                f"ratio {ours[measure] / value:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
