@@ -363,6 +363,8 @@ def _int_group(bits: int, **options: Any) -> Weights:
     return Weights(f"int{bits}", "group", 128, **options)  # type: ignore[arg-type]
 
 
+GGUF_INPUTS = Activations("int8", "group", 32)  # as llama.cpp rounds inputs on a CPU
+
 SCHEMES: Mapping[str, Scheme] = {
     "FP8": Scheme(Weights("fp8", "tensor"), Activations("fp8", "tensor", dynamic=False)),
     "FP8_DYNAMIC": Scheme(Weights("fp8", "channel"), _FP8_TOKEN),

@@ -18,12 +18,20 @@ from qtool.name_map import LinearWeight
 from qtool.runtime.devices import dtype_named
 from qtool.runtime.encoder_names import head_of, without_head
 from qtool.runtime.experts.plan import GroupedPlan, plan_experts
-from qtool.runtime.kernels import Choice, LinearSpec, cached_choice, device_of, linear_spec
+from qtool.runtime.kernels import (
+    Choice,
+    Device,
+    LinearSpec,
+    cached_choice,
+    device_of,
+    linear_spec,
+    load_kernel,
+)
 from qtool.runtime.mtp_names import MtpNames, find_mtp, with_mtp_layer
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source
-from qtool.scheme import Scheme
+from qtool.scheme import GGUF_INPUTS, Scheme
 
 # of the device's memory, for second copies of weights; the rest is for the KV cache
 SECOND_COPY_SHARE = 1 / 8
@@ -119,6 +127,8 @@ def plan_load(
         raise CheckpointRefused("E_TRANSFORM", message)
     schemes = schemes_to_run(checkpoint, layout, quantization)
     computed_in = dtype_named(dtype) or _checkpoint_dtype(checkpoint, device)
+    if layout and layout.format == "gguf" and device.type == "cpu":
+        schemes = _with_rounded_inputs(layout, schemes, computed_in)
     names = find_mtp(checkpoint) if mtp else None
     built = with_mtp_layer(checkpoint) if names else checkpoint
     if encoding is not None:
@@ -164,6 +174,30 @@ def plan_load(
         mtp=names,
         encoding=encoding,
     )
+
+
+def _with_rounded_inputs(
+    layout: Layout, schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> dict[str, Scheme]:
+    """Return ``schemes`` with inputs rounded as llama.cpp rounds them on a CPU, for the layers that
+    a kernel multiplies so.
+    """
+    device, kernel = Device("cpu"), load_kernel("int8_groups")
+    rounded = {
+        name: replace(scheme, activations=GGUF_INPUTS)
+        for name, scheme in schemes.items()
+        if layout.modules[name].experts == 1
+    }
+    return {
+        **schemes,
+        **{
+            name: scheme
+            for name, scheme in rounded.items()
+            if not kernel.unsupported_reason(
+                linear_spec(scheme, layout.modules[name].shape, dtype), device
+            )
+        },
+    }
 
 
 def _left_out(skeleton: Skeleton, mtp: MtpNames | None, head: str | None) -> Iterator[str]:

@@ -21,10 +21,10 @@ from qtool.weight import QuantizedWeight
 
 # device type -> modules of this package, the fastest first; `reference` supports everything
 KERNELS: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("native", "int4pack", "onednn", "int8pack", "reference"),
+    "cpu": ("int8_groups", "native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
-TAKE_OFFSETS = frozenset({"native", "native_experts", "reference"})
+TAKE_OFFSETS = frozenset({"int8_groups", "native", "native_experts", "reference"})
 """The kernels that add the ``offset`` of weights, those of experts included."""
 
 

@@ -18,9 +18,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ from qtool.codes import FP4_SCALES, FP4_VALUES, unpack_pairs
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn
 from qtool.weight import QuantizedWeight, fake_quantize_input, spread
 
+T = TypeVar("T")
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = (
+BASE_FLAGS = (
     "-std=gnu11",
     "-O3",
     "-mavx512f",
@@ -325,24 +327,35 @@ class NativeLibrary:
         )
         self.experts.argtypes, self.experts.restype = [jobs, ctypes.c_int64], None
         self.amx = int(os.environ.get("QTOOL_NO_AMX") != "1" and native.qtool_amx())
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        self.parallel = ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p)
+        self.parallel = openmp()
+
+
+def openmp() -> ctypes.c_void_p:
+    """Return GOMP_parallel of the OpenMP that torch runs on."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p)
 
 
 @cache
 def native_library() -> NativeLibrary | str:
     """Compile and load native.c; or return why that fails."""
+    bf16 = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+    return load_library(SOURCE, (*BASE_FLAGS, *bf16), NativeLibrary)
+
+
+def load_library(source: Path, flags: Sequence[str], kind: Callable[[Path], T]) -> T | str:
+    """Compile ``source`` and load it as ``kind``; or return why that fails."""
     compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         return "no C compiler: install gcc or clang, or set CC"
     try:
-        return NativeLibrary(_compiled(compiler))
+        return kind(_compiled(source, flags, compiler))
     except subprocess.CalledProcessError as error:
         errors = [line for line in (error.stderr or "").splitlines() if "error" in line]
         reason = errors[0].strip() if errors else "no message"
         return f"the C compiler `{shlex.join(compiler)}` failed: {reason[:200]}"
     except (OSError, AttributeError) as error:
-        return f"native.c did not load: {error}"
+        return f"{source.name} did not load: {error}"
 
 
 def _compiler() -> list[str]:
@@ -352,14 +365,13 @@ def _compiler() -> list[str]:
     return [next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")]
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """Return native.c as a shared library, from the cache folder if it is there."""
+def _compiled(source: Path, flags: Sequence[str], compiler: list[str]) -> Path:
+    """Return ``source`` as a shared library, from the cache folder if it is there."""
     version = subprocess.run(
         [*compiler, "--version"], check=True, capture_output=True, text=True
     ).stdout
-    flags = [*FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
-    made_of = [SOURCE.read_text(), *flags, *compiler, version]
-    name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
+    made_of = [source.read_text(), *flags, *compiler, version]
+    name = f"{source.stem}-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:16]}.so"
     cache_home = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(cache_home) if cache_home else Path("~/.cache").expanduser()) / "qtool"
     if (folder / name).is_file():
@@ -374,7 +386,7 @@ def _compiled(compiler: list[str]) -> Path:
         target = folder / f"{name}.new"
     try:
         subprocess.run(
-            [*compiler, *flags, "-o", str(target), str(SOURCE)],
+            [*compiler, *flags, "-o", str(target), str(source)],
             check=True,
             capture_output=True,
             text=True,
