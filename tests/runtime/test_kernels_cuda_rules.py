@@ -21,7 +21,7 @@ from qtool.formats.packing import unpack_bits
 from qtool.runtime import kernels
 from qtool.runtime.kernels import KERNELS, Device, LinearSpec, choose, humming, scaled_mm
 from qtool.runtime.kernels import reference as plain
-from qtool.scheme import SCHEMES, Activations, Scheme, Weights
+from qtool.scheme import CODEBOOKS, SCHEMES, Activations, Scheme, Weights
 from qtool.weight import (
     Activation,
     QuantizedWeight,
@@ -66,15 +66,27 @@ def test_without_humming_the_reason_says_what_to_install(monkeypatch):
     humming._unusable_reason.cache_clear()
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+IN_A_CODEBOOK = [name for name in SCHEMES if SCHEMES[name].weights.format in CODEBOOKS]
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in IN_A_CODEBOOK])
 def test_humming_takes_every_named_scheme_on_hopper(name, with_humming):
     for shape in ((6144, 4096), (1000, 4096), (72, 200)):
         assert humming.unsupported_reason(spec_of(name, shape), H200) is None
 
 
+@pytest.mark.parametrize("name", IN_A_CODEBOOK)
+def test_codes_of_a_codebook_are_looked_up_on_hopper(name, with_humming):
+    pytest.importorskip("triton")
+    for shape in ((6144, 4096), (1000, 4096), (72, 200)):
+        choice = choose(spec_of(name, shape), H200)
+        assert choice.kernel == "triton_weight_only" and choice.few is None
+
+
 @pytest.mark.parametrize(
     ("spec", "device", "reason"),
     [
+        (spec_of("NF4"), H200, "table"),
         (spec_of("W4A16"), Device("cuda", 75), "sm_80"),
         (spec_of("W4A16", dtype=torch.float16), Device("cuda", 70), "sm_75"),
         (spec_of("W4A16", dtype=torch.float32), H200, "float32"),

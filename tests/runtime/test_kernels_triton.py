@@ -35,7 +35,7 @@ def interpret() -> None:
     from qtool.runtime.kernels import reference as plain
     from qtool.runtime.triton import row_quantize
     from qtool.runtime.triton.tiles import Tile
-    from qtool.scheme import SCHEMES, Activations, Scheme, Weights
+    from qtool.scheme import CODEBOOKS, SCHEMES, Activations, Scheme, Weights
     from qtool.weight import Activation, QuantizedWeight, fake_quantize_input, quantize
 
     triton_cpu.repair()
@@ -130,6 +130,24 @@ def interpret() -> None:
     check_fp4("MXFP4A16", torch.bfloat16, (2**-127, 2**-64, 1.0))
     check_fp4("MXFP4A16", torch.bfloat16, (2**-3, 2**100, 2**120))
 
+    def check_codebook(format: str, dtype: torch.dtype) -> None:
+        """Every place, in every run and either word of a register."""
+        scheme, kernel = Scheme(Weights(format, "group", 64)), load_kernel("triton_weight_only")
+        codes = (torch.arange(256) * 7 + torch.arange(40)[:, None] * 3) % 16
+        scale = torch.tensor([1.0, 2.0, 0.0, 0.5]).repeat(40, 1)
+        values = torch.tensor(CODEBOOKS[format])
+        weight = QuantizedWeight(pack_pairs(codes.to(torch.uint8)), scale, codebook=values)
+        spec = LinearSpec(scheme, (40, 256), dtype, False)
+        packed, identity = kernel.pack(spec, weight), torch.eye(256, dtype=dtype)
+        for tile in (Tile(32, 16, 256), Tile(32, 64, 128)):
+            result = kernel.multiply(spec, identity, packed, None, tile)
+            wanted = values.to(dtype)[codes] * scale.repeat_interleave(64, 1).to(dtype)
+            assert torch.equal(result.t(), wanted), f"{format}, {dtype}: a weight is not exact"
+
+    for format in CODEBOOKS:
+        for dtype in (torch.bfloat16, torch.float16):
+            check_codebook(format, dtype)
+
     whole, cut = Tile(64, 64, 256), Tile(32, 8, 128, programs=32)
     weight_only = [
         *(
@@ -152,6 +170,8 @@ def interpret() -> None:
         ),
         Scheme(Weights("int8", "group", 32, symmetric=False)),
         Scheme(Weights("fp8", "tensor")),
+        *(Scheme(Weights("nf4", "group", size)) for size in (16, 64, 336)),
+        Scheme(Weights("bnb_fp4", "group", 128)),
     ]
     count = 0
     for index, scheme in enumerate(weight_only):
@@ -201,6 +221,7 @@ def compile_all() -> None:
         "triton_weight_only": (
             "W4A16",
             "W4A16_ASYM",
+            "NF4",
             "NVFP4A16",
             "MXFP4A16",
             "W8A16_CHANNEL",
@@ -222,7 +243,8 @@ def compile_all() -> None:
             size = sum(tensor.nbytes for tensor in packed.values()) / scheme.weights.size_bytes(
                 *spec.shape
             )
-            assert 1 <= size < 1.03, f"{name}: {size} times the size that `load` makes room for"
+            least = 4.25 / 4.5 if name == "NF4" else 1  # scales of 16 bits
+            assert least <= size < 1.03, f"{name}: {size} times the size that `load` makes room for"
             for tokens in (1, 64, 2048):
                 tile = triton_tiles.pick(kernel.tiles(spec), tokens, *spec.shape)
                 kernel.multiply(
@@ -234,6 +256,12 @@ def compile_all() -> None:
                 )
                 used = triton_cpu.resources(compiled[-1])
                 print(name, tokens, tile, used)
+                # codes of a codebook lie for registers that hold neighbouring inputs
+                lookups = [
+                    line for line in compiled[-1].asm["ttgir"].splitlines() if "prmt" in line
+                ]
+                assert bool(lookups) == (name == "NF4"), (name, lookups[:2])
+                assert all("kWidth = 2" in line for line in lookups), lookups
                 assert used["stack"] == 0, f"{name} {tile} spills registers: {used}"
                 assert used["shared"] <= 232448, (
                     f"{name} {tile} takes more shared memory than a block can have: {used}"

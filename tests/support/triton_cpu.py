@@ -6,6 +6,7 @@ multiply-adds and knows no inline assembly: `repair` teaches it these.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from triton.runtime import driver, interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from qtool.codes import codebook
 from qtool.runtime.kernels import LinearSpec, load_kernel
 from qtool.runtime.triton import tiles as triton_tiles
 from qtool.weight import Activation, QuantizedWeight
@@ -90,6 +92,9 @@ def _converted(data, source, target, rounding_mode):
     return array.view(np.uint16) if whole == torch.int16 else array
 
 
+NAMED: dict[str, np.uint64] = {}  # registers that one piece of assembly leaves for others
+
+
 def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
     """Run the few PTX instructions our kernels use, on pairs of 16-bit words."""
     words = np.ascontiguousarray(values[0].data)
@@ -97,10 +102,16 @@ def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
         return SimpleNamespace(
             get_result=lambda _: TensorHandle(np.zeros(words.shape, np.int32), tl.int32)
         )
+    if "ld.global.v4" in assembly:  # to registers that stay
+        names = re.findall(r"\w+_table\d", ";".join(re.findall("{.*?}", assembly)))
+        numbers = (ctypes.c_uint32 * len(names)).from_address(int(words.flat[0]))
+        NAMED.update(zip(names, map(np.uint64, numbers), strict=True))
+        return SimpleNamespace(get_result=lambda _: TensorHandle(np.zeros(1, np.int32), tl.int32))
     if "ex2.approx" in assembly:  # 1 / (1 + 2^x)
         share = (1 / (1 + np.exp2(words.astype(np.float64)))).astype(np.float32)
         return SimpleNamespace(get_result=lambda _: TensorHandle(share, tl.float32))
     registers = {"$1": words.view(np.uint32).astype(np.uint64)}
+    registers |= NAMED
 
     def value(name):
         return registers[name] if name in registers else np.uint64(int(name, 0))
@@ -123,8 +134,10 @@ def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
                 if int(table) >> i & 1
             ]
             result = np.bitwise_or.reduce(np.broadcast_arrays(*bits))
+        elif name == "prmt.b32":
+            result = _permuted(a, *rest)
         else:
-            result = a >> rest[0] if name == "shr.b32" else a << rest[0]
+            result = OPERATIONS[name](a, rest[0])
         registers[target] = result & np.uint64(0xFFFFFFFF)
     pairs = (
         np.broadcast_to(registers["$0"], registers["$1"].shape)
@@ -133,6 +146,27 @@ def _run_assembly(self, assembly, constraints, values, types, is_pure, pack):
         .reshape(words.shape)
     )
     return SimpleNamespace(get_result=lambda _: TensorHandle(pairs, tl.int16))
+
+
+OPERATIONS = {
+    "shr.b32": np.right_shift,
+    "shl.b32": np.left_shift,
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "xor.b32": np.bitwise_xor,
+}
+
+
+def _permuted(a, b, selector):
+    """PTX's `prmt`: bytes of ``b`` and ``a``, or the sign of one eight times."""
+    both, selector = np.broadcast_arrays(a | b << np.uint64(32), selector)
+    result = np.zeros_like(both)
+    for index in range(4):
+        nibble = selector >> np.uint64(4 * index) & np.uint64(15)
+        byte = both >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+        sign = (byte >> np.uint64(7)) * np.uint64(255)
+        result |= np.where(nibble >> np.uint64(3), sign, byte) << np.uint64(8 * index)
+    return result
 
 
 class Hopper:
@@ -199,5 +233,6 @@ def empty_packed(module: str, spec: LinearSpec) -> dict[str, torch.Tensor]:
         activation=Activation(spec.scheme.activations, empty((), dtype=torch.float32))
         if spec.static_input and spec.scheme.activations
         else None,
+        codebook=codebook(weights.format, torch.device("meta")),
     )
     return load_kernel(module).pack(spec, weight)

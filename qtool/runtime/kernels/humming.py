@@ -21,7 +21,7 @@ from torch.nn import functional
 from qtool.formats.packing import offset_binary, pack_bits, words_from_data
 from qtool.runtime.kernels import Device, LinearSpec, device_of
 from qtool.runtime.kernels.scaled_mm import rounded_rows, scale_of_all
-from qtool.scheme import Activations, Weights
+from qtool.scheme import CODEBOOKS, Activations, Weights
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
 # N and K are padded to a multiple of this. The tiles of every schedule divide it, or humming fits
@@ -62,6 +62,8 @@ OLDEST = {"fp8": 89, "int8": 0}
 def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Support channels, groups of 16 to 128 and blocks of 128 x 128, if humming compiles here."""
     weights, (rows, columns) = spec.scheme.weights, spec.shape
+    if weights.format in CODEBOOKS:
+        return f"codes of {weights.format} are places in a table"
     oldest = 80 if spec.dtype == torch.bfloat16 else 75
     if device.capability < oldest:
         return f"{device} is older than sm_{oldest}, the first for {spec.dtype}"

@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits times 16-bit inputs, in Triton: int4, int8, fp8, NVFP4 and MXFP4.
+"""Weights of 4 or 8 bits times 16-bit inputs, in Triton: int4, int8, fp8, NVFP4, MXFP4 and nf4.
 
 The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word holds one code (a
 nibble or a byte) of each of the ``codes`` runs of ``width`` inputs of a block. A shift and a mask
@@ -6,6 +6,9 @@ of a tile of words then give a tile of codes: no permutation, and two codes per 
 words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer
 [K/block, N], each for some of the runs. In fp4 a run has several scales, [K/block, N, groups]; they
 multiply its weights in 16 bits, which is exact: 2 bits times 4, in range.
+
+Codes of a codebook are looked up in registers: a word is four places in a table of 8 bytes, which
+`prmt` reads at once. The table is rounded to 16 bits.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -37,7 +40,7 @@ from qtool.runtime.triton.tiles import (
     tile_position,
     workspace,
 )
-from qtool.scheme import Weights
+from qtool.scheme import CODEBOOKS, Weights
 from qtool.weight import QuantizedWeight
 
 ROWS = 256  # N is padded to a multiple of this
@@ -70,7 +73,10 @@ _BYTES: Table = {  # not swept yet
     (256, "any"): Tile(128, 128, 128, 132, 8, 3),
     (0, "any"): Tile(128, 256, 128, 0, 8, 2),
 }
-TILES: Mapping[str, Table] = {"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8": _BYTES}
+TILES: Mapping[str, Table] = {
+    **{"int4": _INT4, "int8": _BYTES, "fp4": _FP4, "fp8": _BYTES},
+    **dict.fromkeys(CODEBOOKS, _FP4),  # not swept yet
+}
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,8 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         weight = _without_zero_scales(weight, group)
     words = _words(weight.data, layout, _DECODE[format, spec.dtype], padded)
     packed = {"words": words, "counters": counters(words.device)}
+    if weight.codebook is not None:
+        packed["table"] = _table(spec, weight)
     if not layout.fields:
         return packed | _row_scales(spec, weight, padded[0] - rows)
     if format == "fp4":
@@ -225,6 +233,10 @@ def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]
         codes, (0, padded[1] - codes.shape[1], 0, padded[0] - codes.shape[0])
     )
     runs = decode.place(codes.int()).reshape(padded[0], -1, layout.codes, layout.width)
+    if decode.by_pairs:
+        # [N, blocks, run, pair, word of it] -> [N, blocks, pair, word and code] -> four by word
+        together = runs.reshape(*runs.shape[:3], -1, 2).permute(0, 1, 3, 2, 4)
+        runs = together.reshape(*runs.shape[:2], layout.width, layout.codes).transpose(2, 3)
     words = torch.zeros(runs[:, :, 0].shape, dtype=torch.int32, device=data.device)
     for code in range(layout.codes):
         for shift, mask in decode.parts(code):
@@ -334,6 +346,7 @@ def _launch(
         bias=bias,
         y=y,
         partial=partial,
+        table=packed.get("table"),
         arrived=packed["counters"],
         block_rows=blocks.rows if blocks else None,
         block_experts=blocks.experts if blocks else None,
@@ -391,6 +404,8 @@ class Decode:
     """Of a float: the bits of its magnitude."""
     up: int = 0
     """Of a float: by how many bits these are shifted up."""
+    by_pairs: bool = False
+    """Whether codes lie as `_lookup` wants them."""
 
     def place(self, codes: Tensor) -> Tensor:
         """Return the codes with their bits where those of the numbers are."""
@@ -427,6 +442,70 @@ def _instructions(parts: tuple[tuple[int, int], ...], constant: int) -> str:
         )
         so_far = target
     return "{ .reg .b32 t<3>, u<3>; " + " ".join(lines) + " }"
+
+
+def _lookup(code: int) -> str:
+    """Return PTX that looks up code ``code`` of each of two words, which lie in one register.
+
+    Unlike other codes, the eight of a register lie in the order of the runs, both words by turns:
+    those of two neighbouring inputs beside each other. `prmt` chooses four of eight bytes, by
+    nibbles of 3 bits. The low and the high bytes of four numbers are looked up apart, each in both
+    halves of the table, and bit 3 of a code then chooses; `ptxas` shares that between two runs.
+    ``$0`` is the pair of numbers, ``$1`` the words; `TABLE` loaded the registers of the table.
+    """
+    lines = [
+        "and.b32 place, $1, 0x77777777",
+        # which of four bytes, and 4 more where bit 3 is set
+        "shr.b32 half, $1, 1",
+        "lop3.b32 half, half, 0x44444444, 0x32103210, 0xEA",
+    ]
+    if code >= 2:
+        lines += ["shr.b32 place, place, 16", "shr.b32 half, half, 16"]
+    for name in ("low", "high"):
+        lines += [
+            f"prmt.b32 first, {name}_table0, {name}_table1, place",
+            f"prmt.b32 second, {name}_table2, {name}_table3, place",
+            f"prmt.b32 {name}, first, second, half",
+        ]
+    lines.append(f"prmt.b32 $0, low, high, {('0x5140', '0x7362')[code % 2]}")
+    return "{ .reg .b32 place, half, first, second, low, high; " + "; ".join(lines) + "; }"
+
+
+def _table_registers() -> str:
+    """Return PTX that loads the registers that `_lookup` names from the address ``$1``.
+
+    As operands they would keep Triton from moving words to their places before they are decoded.
+    Odd lanes load a second copy: what `ptxas` knows to be equal in all lanes it keeps in uniform
+    registers, which `prmt` does not take, and copies it for each word.
+    """
+    low, high = (
+        f"{{{', '.join(f'{name}_table{index}' for index in range(4))}}}" for name in ("low", "high")
+    )
+    lines = [
+        f".reg .b32 {low[1:-1]}, {high[1:-1]}, lane_table",
+        ".reg .b64 address_table",
+        "mov.u32 lane_table, %laneid",
+        "and.b32 lane_table, lane_table, 1",
+        "mul.wide.u32 address_table, lane_table, 32",
+        "add.u64 address_table, address_table, $1",
+        f"ld.global.v4.b32 {low}, [address_table]",
+        f"ld.global.v4.b32 {high}, [address_table + 16]",
+        "mov.b32 $0, 0;",
+    ]
+    return "; ".join(lines)
+
+
+LOOKUP = tl.constexpr(tuple(_lookup(code) for code in range(4)))
+TABLE = tl.constexpr(_table_registers())
+
+
+def _table(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+    """Return the codebook in 16 bits as `_lookup` takes it: the low bytes of four numbers in each
+    integer, then the high ones, int32 [2, 8]: twice.
+    """
+    assert weight.codebook is not None
+    numbers = weight.codebook.to(spec.dtype).view(torch.uint8).view(16, 2)
+    return numbers.T.contiguous().flatten().view(torch.int32).repeat(2, 1)
 
 
 def _integer(count: int, mask: int, constant: int, base: float = 0.0, sign: int = 0) -> Decode:
@@ -494,6 +573,11 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
     ),
     ("fp8", torch.bfloat16): _float(2, 4, 3, 8, 7),
     ("fp8", torch.float16): _float(2, 4, 3, 5, 10),
+    **{
+        (format, dtype): replace(_integer(4, 0x0F, 0), by_pairs=True)
+        for format in CODEBOOKS
+        for dtype in (torch.bfloat16, torch.float16)
+    },
 }
 
 
@@ -550,6 +634,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     bias,
     y,
     partial,
+    table,
     arrived,
     block_rows,
     block_experts,
@@ -594,6 +679,10 @@ def _multiply(  # type: ignore[no-untyped-def]
                 tl.minimum(first * UNROLL + ahead, steps * UNROLL - 1) * N_PADDED + tile_n * TILE_N
             )
             prefetch(words + start * WIDTH + tl.arange(0, TILE_N * WIDTH // 64) * 64)
+    if table is not None:
+        tl.inline_asm_elementwise(
+            TABLE, "=r,l", [table.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
     start_early(PDL)
     if block_rows is None:
         row, weight_row = m, n
@@ -623,7 +712,10 @@ def _multiply(  # type: ignore[no-untyped-def]
                 if offsets is not None:
                     offset = tl.load(offsets + place)
             for code in tl.static_range(CODES):
-                weight = _number(tile, ASM, code, dtype)
+                if table is None:
+                    weight = _number(tile, ASM, code, dtype)
+                else:
+                    weight = _number(tile, LOOKUP, code, dtype)
                 if SUBTRACT is not None:
                     weight -= _number(tile, SUBTRACT, code, dtype)
                 if offsets is not None:
