@@ -140,7 +140,9 @@ class AnswerReader:
                 return first
             return self._delta(first, Delta(first.content))
         delta = self._parser.push(first.content)
-        if self._keeps_all and not (first.reasoning or first.calls or delta.calls):
+        is_whole = self._keeps_all and (self._parallel or not delta.calls)
+        if is_whole and not (first.reasoning or first.calls):
+            self.called = self.called or bool(delta.calls)
             return delta
         return self._delta(first, delta)
 

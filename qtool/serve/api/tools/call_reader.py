@@ -20,6 +20,7 @@ REST = re.compile(r".+", re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]+")
 _ANY_CHARACTER = re.compile(r".", re.DOTALL)
 _IN_STRING = re.compile(r'[^"\\]+')
+_STRING_END = re.compile(r'["\\]')
 _IN_VALUE = re.compile(r'[^"{}\[\]<]+')
 _SCALAR = re.compile(r'[^\s",:{}\[\]<]+')
 _ARGUMENTS = ("arguments", "parameters")
@@ -60,6 +61,8 @@ class CallReader(ABC):
         """Whether the reader stands in content, and nothing is held: text without the first
         character of a marker is content, too.
         """
+        self._run: tuple[re.Pattern[str], Callable[[str], object]] | None = None
+        """While characters of one kind are read: what ends them, and what takes them."""
         self._reading = self._read()
         next(self._reading)
 
@@ -77,6 +80,10 @@ class CallReader(ABC):
         if self._rests and self._is_plain(text):
             self._has_content = True
             return Delta(text)
+        if self._run is not None and text and self._run[0].search(text) is None:
+            self._held.append(text)
+            self._run[1](text)
+            return self._take_delta()
         self._piece = text
         self._at = 0
         next(self._reading)
@@ -116,6 +123,15 @@ class CallReader(ABC):
         self._content.clear()
         self._deltas.clear()
         return delta
+
+    def _peek_run(self, end: re.Pattern[str], give: Callable[[str], object]) -> Reading[str]:
+        """Return the next character, like `_peek`, where ``give`` takes all before ``end``."""
+        if self._at == len(self._piece) and not self._ended:
+            self._run = end, give
+            char = yield from self._peek()
+            self._run = None
+            return char
+        return (yield from self._peek())
 
     # What is held becomes content, part of a call, or nothing
 
@@ -191,7 +207,7 @@ class CallReader(ABC):
     def _take_string(self, give: Callable[[str], object]) -> Reading[bool]:
         """Take the JSON string that begins here, in pieces; return False if it does not end."""
         give(self._take())
-        while char := (yield from self._peek()):
+        while char := (yield from self._peek_run(_STRING_END, give)):
             if char == '"':
                 give(self._take())
                 return True

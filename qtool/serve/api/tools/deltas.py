@@ -79,6 +79,9 @@ def _make_call(call: CallDelta) -> Call:
 
 def join_calls(pieces: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
     """Join neighbouring pieces of the same call."""
+    pieces = tuple(pieces)
+    if len(pieces) < 2:
+        return pieces
     calls = []
     for index, group in groupby(pieces, attrgetter("index")):
         first, *rest = group

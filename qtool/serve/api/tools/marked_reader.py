@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from qtool.serve.api.tools.argument_types import parse_argument
 from qtool.serve.api.tools.call_reader import CallReader, Reading
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
 
 class MarkedReader(CallReader):
     """Reads content, and calls after any of ``starts``.
@@ -52,8 +54,9 @@ class MarkedReader(CallReader):
         """Take text up to one of ``markers``, which share their first character, in pieces; return
         the marker, or an empty text where there is none.
         """
-        others = re.compile(f"[^{re.escape(markers[0][0])}]+")
-        while char := (yield from self._peek()):
+        first = re.escape(markers[0][0])
+        others, end = re.compile(f"[^{first}]+"), re.compile(first)
+        while char := (yield from self._peek_run(end, give)):
             if char != markers[0][0]:
                 give(self._take(others))
                 continue
@@ -160,7 +163,7 @@ def dumps(value: object) -> str:
 
     Raises: ValueError, for what JSON cannot hold.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = _ENCODER.encode(value)
     try:
         text.encode()
     except UnicodeEncodeError:
