@@ -269,6 +269,13 @@ def test_no_text_makes_a_parser_raise_or_lose_what_is_no_call(name, data):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_white_space_alone_is_content(name):
+    form = dataclasses.replace(form_of(name), markers=None)
+    if TEMPLATES[name][0] != "gpt-oss":  # answers consist of messages there
+        assert read(form, ["\n ", " "]) == (None, "\n  ", [])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=15)
 @given(data=st.data())
 def test_values_of_any_kind_come_back(name, data):

@@ -36,7 +36,7 @@ class PythonicParser(CallReader):
         yield from self._take_space()
         if (yield from self._peek()) == "[":
             yield from self._take_list(self._names)
-            self._give_content()
+        self._give_content()
         while char := (yield from self._rest()):
             if char != "<":
                 self._take(_NO_MARKER)
