@@ -64,13 +64,8 @@ class Rotary:
             return None
         if isinstance(given, Tensor) != (angles == "complex"):
             raise RotaryMismatch(f"the angles are not {angles}")
-        if isinstance(given, tuple):
-            cos, sin = (part.flatten(0, -2).contiguous() for part in given)
-            return cls(cos, sin, angles)
-        if given not in OF_COMPLEX:  # once a pass, in which all layers are given the same
-            cos, sin = (part.flatten(0, -2).contiguous() for part in (given.real, given.imag))
-            OF_COMPLEX[given] = cls(cos, sin, angles)
-        return OF_COMPLEX[given]
+        cos, sin = _parts_of_complex(given) if isinstance(given, Tensor) else given
+        return cls(cos.flatten(0, -2).contiguous(), sin.flatten(0, -2).contiguous(), angles)
 
     @property
     def rotated(self) -> int:
@@ -93,7 +88,16 @@ class Rotary:
         return 2 if self.angles == "repeated" else 1
 
 
-OF_COMPLEX: MutableMapping[Tensor, Rotary] = WeakIdKeyDictionary()
+PARTS_OF_COMPLEX: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakIdKeyDictionary()
+
+
+def _parts_of_complex(given: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the real and imaginary parts of ``given``, made once a pass, in which all layers are
+    given the same.
+    """
+    if given not in PARTS_OF_COMPLEX:
+        PARTS_OF_COMPLEX[given] = given.real.contiguous(), given.imag.contiguous()
+    return PARTS_OF_COMPLEX[given]
 
 
 class FusedAttention(nn.Module):

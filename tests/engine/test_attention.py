@@ -19,6 +19,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from qtool.engine.attention import native_decode
 from qtool.engine.attention.interface import attend, recording, running, write
 from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
 from qtool.errors import CheckpointRefused
@@ -217,6 +218,40 @@ def test_heads_of_every_shape(heads, kv_heads, head_dim, v_head_dim):
     torch.testing.assert_close(
         batch.run(scaling=0.1).double(), batch.expected(scaling=0.1), rtol=1e-4, atol=1e-5
     )
+
+
+needs_native = pytest.mark.skipif(
+    isinstance(native_decode.decode_library(), str) or not torch.cpu._is_avx512_supported(),
+    reason="native_decode: needs a C compiler and a CPU with AVX512",
+)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, {"heads": 8, "kv_heads": 2, "head_dim": 128}),
+        ({"window": 50}, {"heads": 3, "kv_heads": 3, "head_dim": 80, "v_head_dim": 48}),
+        ({"window": 1}, {"heads": 32, "kv_heads": 1, "head_dim": 256}),
+    ],
+)
+def test_tokens_that_decode_on_a_cpu_read_their_pages_in_place(options, shape, monkeypatch):
+    counts = []
+    decode = native_decode.decode
+    monkeypatch.setattr(
+        native_decode, "decode", lambda *args: counts.append(decode(*args)) or counts[-1]
+    )
+    batch = Batch((*DECODES, (15, 1), (300, 1), (20, 5)), dtype=torch.bfloat16, **shape)
+    packed = batch.packed()
+    assert packed.decodes == len(batch.chunks) - 1
+    result, wanted = (
+        batch.run(packed, scaling=0.2, **options),
+        batch.expected(scaling=0.2, **options),
+    )
+    assert float((result.double() - wanted).norm() / wanted.norm()) <= 4e-3
+    for option in ({"softcap": 5.0}, {"sinks": torch.zeros(shape["heads"])}):
+        batch.run(packed, scaling=0.2, **option)
+    assert counts == [packed.decodes, 0, 0]
 
 
 @pytest.mark.parametrize("kv", [None, FP8])

@@ -6,7 +6,8 @@ Token ``t`` of a forward pass belongs to row ``rows[t]`` of the page table and s
 have been written. Position ``p`` lies in page ``table[row, p // PAGE]``, slot ``p % PAGE``. Numbers
 that earlier owners left in a page never reach a result, not even as NaN.
 
-On CUDA `triton_paged` computes; on a CPU the visible keys and values are gathered for
+On CUDA `triton_paged` computes; on a CPU `native_decode` reads the pages of tokens that decode, and
+otherwise the visible keys and values are gathered for
 `torch.nn.functional.scaled_dot_product_attention`. Models of transformers call this attention as
 ``"qtool"``. Inside `running` they compute; inside `recording` a dry pass finds out what their
 layers need, and refuses what is not supported.
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from qtool.architecture.meta import quiet_imports
 from qtool.codes import to_fp8
+from qtool.engine.attention import native_decode
 from qtool.engine.attention.pages import (
     PAGE,
     KVPages,
@@ -122,7 +124,10 @@ def _attend_on_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], kv.v.shape[3])
+    done = native_decode.decode(q, kv, packed, out, scaling, window, softcap, sinks)
     for begin, end, first in packed.spans():
+        if begin < done:
+            continue
         last = first + end - begin - 1
         low = 0 if window is None else max(0, first - window + 1)
         pages = packed.table[packed.rows[begin], low // PAGE : last // PAGE + 1].long()
