@@ -185,16 +185,7 @@ def _make_request(checkpoint: Checkpoint, to: str, options: ExportOptions) -> Co
 
     Raises: UsageError, for options that do not go together; CheckpointRefused.
     """
-    if options.type and to != GGUF:
-        raise UsageError(
-            "E_TYPE_UNUSED",
-            f"--type {options.type} has a meaning only with --to {GGUF}",
-            hint="--requantize --scheme is what other formats are rounded to",
-        )
-    if options.scheme and to == GGUF:
-        raise UsageError(
-            "E_SCHEME_UNUSED", "GGUF has types and no schemes", hint="--type Q4_K_M rounds to one"
-        )
+    _check_gguf_options(to, options)
     if options.scheme and not options.requantize:
         raise UsageError(
             "E_SCHEME_UNUSED",
@@ -246,6 +237,26 @@ def _write(
     others = [path for path in staging.files() if path not in weights]
     digests |= digest_files(others, root=staging.checkpoint)
     return written, digests
+
+
+def _check_gguf_options(to: str, options: ExportOptions) -> None:
+    """Raise UsageError for options that are of GGUF alone, or of all others."""
+    if options.type and to != GGUF:
+        raise UsageError(
+            "E_TYPE_UNUSED",
+            f"--type {options.type} has a meaning only with --to {GGUF}",
+            hint="--requantize --scheme is what other formats are rounded to",
+        )
+    if options.scheme and to == GGUF:
+        raise UsageError(
+            "E_SCHEME_UNUSED", "GGUF has types and no schemes", hint="--type Q4_K_M rounds to one"
+        )
+    if to == GGUF and options.max_shard_size != ExportOptions.max_shard_size:
+        raise UsageError(
+            "E_SHARD_UNUSED",
+            "--max-shard-size limits safetensors files, and a GGUF file is written whole",
+            hint="leave it out; llama-gguf-split of llama.cpp cuts the file",
+        )
 
 
 def _plan(request: ConversionRequest, options: ExportOptions) -> ConversionPlan | GgufPlan:

@@ -156,6 +156,20 @@ def test_tensors_come_back_as_they_were(publish, tmp_path, name):
         assert torch.allclose(after[key].float(), tensor.float(), rtol=2**-8, atol=2**-23), key
 
 
+def test_metadata_say_how_answers_are_drawn(publish, tmp_path):
+    _, folder = publish("Qwen3")
+    settings = {"do_sample": True, "temperature": 0.5, "top_k": 20, "eos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    export(folder, to="gguf", output=tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "out.gguf").fields
+    found = {name: fields[f"general.sampling.{name}"].contents() for name in ("temp", "top_k")}
+    assert found == {"temp": 0.5, "top_k": 20}
+    assert (
+        fields["tokenizer.chat_template"].contents()
+        == (EXAMPLE / "chat_template.jinja").read_text()
+    )
+
+
 def test_blocks_of_a_gguf_file_are_copied(publish, tmp_path):
     _, folder = publish("Llama")
     export(folder, to="gguf", type="Q4_K_M", output=tmp_path / "one")
@@ -315,6 +329,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(publish, tmp_path):
     [
         ({"to": "gguf", "type": "Q4_K_X"}, "E_GGUF_FILE_TYPE"),
         ({"to": "gguf", "scheme": "W4A16"}, "E_SCHEME_UNUSED"),
+        ({"to": "gguf", "max_shard_size": "1GB"}, "E_SHARD_UNUSED"),
         ({"to": "bf16", "type": "Q4_0"}, "E_TYPE_UNUSED"),
     ],
 )

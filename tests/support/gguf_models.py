@@ -70,6 +70,6 @@ def publish(folder: Path, name: str, **changes: object) -> Any:
         for parameter in model.parameters():
             parameter.copy_((parameter + 0.05 * torch.randn_like(parameter)).bfloat16())
     model.bfloat16().save_pretrained(folder)
-    for file in EXAMPLE.glob("*token*"):
+    for file in (*EXAMPLE.glob("*token*"), EXAMPLE / "chat_template.jinja"):
         shutil.copy(file, folder)
     return model.float()

@@ -18,6 +18,7 @@ from torch import Tensor
 from qtool.architecture.meta import read_config
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.gguf_names import Architecture
+from qtool.checkpoint.strict_json import read_json
 from qtool.conversion.gguf.types import ModelShape
 from qtool.errors import CheckpointRefused
 
@@ -117,6 +118,7 @@ class ModelConfig:
         self._describe_rope(writer)
         self._describe_windows(writer)
         self._describe_experts(writer)
+        self._describe_sampling(writer)
         if values.get("attn_logit_softcapping"):
             writer.add_attn_logit_softcapping(values["attn_logit_softcapping"])
         if values.get("final_logit_softcapping"):
@@ -193,6 +195,22 @@ class ModelConfig:
         writer.add_expert_feed_forward_length(hidden)
         if shared := values.get("shared_expert_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(shared)
+
+    def _describe_sampling(self, writer: gguf.GGUFWriter) -> None:
+        """Write how answers are drawn, where generation_config.json says that they are."""
+        path = self.checkpoint.path / "generation_config.json"
+        found = read_json(path) if path.is_file() else {}
+        if not found.get("do_sample"):
+            return
+        for name, add in (
+            ("temperature", writer.add_sampling_temp),
+            ("top_k", writer.add_sampling_top_k),
+            ("top_p", writer.add_sampling_top_p),
+            ("min_p", writer.add_sampling_min_p),
+            ("repetition_penalty", writer.add_sampling_penalty_repeat),
+        ):
+            if found.get(name) is not None:
+                add(found[name])
 
     def _original_length(self) -> int:
         found = self.rope.get("original_max_position_embeddings")
