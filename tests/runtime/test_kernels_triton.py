@@ -29,8 +29,10 @@ def test_every_triton_kernel_compiles_for_hopper_without_spills(run_here):
 def interpret() -> None:
     import torch
     from support import triton_cpu
+    from test_kernels_gguf import QUANTIZED, sample
 
     from qtool.codes import pack_pairs
+    from qtool.formats.gguf import TYPE_SCHEMES
     from qtool.runtime.kernels import Device, LinearSpec, load_kernel
     from qtool.runtime.kernels import reference as plain
     from qtool.runtime.triton import row_quantize
@@ -129,6 +131,24 @@ def interpret() -> None:
         check_fp4("MXFP4A16", dtype, (2**-14, 2**-10, 1.0, 2**9))
     check_fp4("MXFP4A16", torch.bfloat16, (2**-127, 2**-64, 1.0))
     check_fp4("MXFP4A16", torch.bfloat16, (2**-3, 2**100, 2**120))
+
+    def check_gguf(type: str, dtype: torch.dtype, tile: Tile) -> None:
+        """With the weights scaled (many tokens) and with the sums (few)."""
+        weight, dense = sample(type, (72, 256))
+        spec = LinearSpec(TYPE_SCHEMES[type], (72, 256), dtype)
+        kernel = load_kernel("triton_weight_only")
+        what = f"{type}, {dtype}, {tile}"
+        assert kernel.unsupported_reason(spec, Device("cuda", 90)) is None, what
+        x = torch.randn(5, 256).to(dtype)
+        found = kernel.multiply(spec, x, kernel.pack(spec, weight), None, tile).double()
+        exact = x.double() @ dense.double().T
+        error = float((found - exact).norm() / exact.norm())
+        assert error <= 1e-2, f"{what}: relative error {error}"
+
+    for type in QUANTIZED:
+        for dtype in (torch.bfloat16, torch.float16):
+            for tile in (Tile(32, 16, 256), Tile(32, 64, 256)):
+                check_gguf(type, dtype, tile)
 
     def check_codebook(format: str, dtype: torch.dtype) -> None:
         """Every place, in every run and either word of a register."""

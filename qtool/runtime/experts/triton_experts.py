@@ -67,7 +67,8 @@ def tiles(spec: LinearSpec) -> Table:
     """Return how both products are cut where one expert is ``spec``."""
     product = _product(spec)
     if product == "weight_only":
-        return _WEIGHT_ONLY_WIDE if spec.scheme.weights.bits > 4 else _WEIGHT_ONLY
+        is_narrow = spec.scheme.weights.bits == 4
+        return _WEIGHT_ONLY if is_narrow else _WEIGHT_ONLY_WIDE
     return _CODES if product == "codes" else _BLOCKS
 
 

@@ -24,7 +24,12 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("int8_groups", "native", "int4pack", "onednn", "int8pack", "reference"),
     "cuda": ("triton_w8a8", "scaled_mm", "humming", "triton_weight_only", "reference"),
 }
-TAKE_OFFSETS = frozenset({"int8_groups", "native", "native_experts", "reference"})
+TAKE_OFFSETS = frozenset(
+    {
+        *("int8_groups", "native", "native_experts", "reference"),
+        *("triton_weight_only", "triton_experts"),
+    }
+)
 """The kernels that add the ``offset`` of weights, those of experts included."""
 
 
@@ -185,6 +190,17 @@ def no_offset(name: str, spec: LinearSpec) -> str | None:
     if not spec.scheme.weights.offset or name in TAKE_OFFSETS:
         return None
     return "offset: supports zero points only, and no float that is added to a group"
+
+
+def units_of_rows(scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Return a power of two for each row, f32 [N], in which f16 holds ``scale`` and ``offset``, and
+    products with codes of 8 bits.
+    """
+    largest = scale.abs().amax(1)
+    if offset is not None:
+        largest = torch.maximum(largest, offset.float().abs().amax(1))
+    exponent = torch.frexp(largest).exponent - 8
+    return torch.where(largest > 0, torch.exp2(exponent.clamp(-120, 120).float()), 1.0)
 
 
 def not_bfloat16(spec: LinearSpec) -> str | None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.codes import FP4_SCALES, FP4_VALUES, unpack_pairs
-from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn
+from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn, units_of_rows
 from qtool.weight import QuantizedWeight, fake_quantize_input, spread
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def _pack_scales(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]
         row_scale = row_scale * scale[:, 0].float()
     else:
         if scale.dtype == torch.float32 and _is_product(spec):
-            units = _units_of_rows(scale, offset)
+            units = units_of_rows(scale, offset)
             row_scale = row_scale * units
             scale = (scale / units[:, None]).half()
             offset = None if offset is None else (offset.float() / units[:, None]).half()
@@ -149,15 +149,6 @@ def _is_product(spec: LinearSpec) -> bool:
     """Whether scales in f32 are products of a few bits: the layer is of a K type of GGUF."""
     weights = spec.scheme.weights
     return weights.offset or (weights.format in ("int3", "int6") and weights.group_size == 16)
-
-
-def _units_of_rows(scale: Tensor, offset: Tensor | None) -> Tensor:
-    """Return a power of two for each row, f32 [N], in which f16 holds ``scale`` and ``offset``."""
-    largest = scale.abs().amax(1)
-    if offset is not None:
-        largest = torch.maximum(largest, offset.float().abs().amax(1))
-    exponent = torch.frexp(largest).exponent - 12
-    return torch.where(largest > 0, torch.exp2(exponent.clamp(-120, 120).float()), 1.0)
 
 
 def _code_values(spec: LinearSpec, weight: QuantizedWeight, *, in_groups: bool) -> Tensor:

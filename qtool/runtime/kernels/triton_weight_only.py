@@ -4,8 +4,9 @@ The packed form: K is cut into blocks of ``codes * width`` inputs. A 16-bit word
 nibble or a byte) of each of the ``codes`` runs of ``width`` inputs of a block. A shift and a mask
 of a tile of words then give a tile of codes: no permutation, and two codes per instruction. The
 words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields of one integer
-[K/block, N], each for some of the runs. In fp4 a run has several scales, [K/block, N, groups]; they
-multiply its weights in 16 bits, which is exact: 2 bits times 4, in range.
+[K/block, N], each for some of the runs; so are the minima of GGUF's types. In fp4 a run has several
+scales, [K/block, N, groups]; they multiply its weights in 16 bits, which is exact: 2 bits times 4,
+in range.
 
 Codes of a codebook are looked up in registers: a word is four places in a table of 8 bytes, which
 `prmt` reads at once. The table is rounded to 16 bits.
@@ -27,7 +28,7 @@ from torch import Tensor
 from qtool.codes import unpack_pairs
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.routing import Blocks
-from qtool.runtime.kernels import Device, LinearSpec
+from qtool.runtime.kernels import Device, LinearSpec, units_of_rows
 from qtool.runtime.triton.tiles import (
     Table,
     Tile,
@@ -117,13 +118,21 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
 
 
 def _unsupported_weights(weights: Weights) -> str | None:
-    if weights.format not in TILES:
+    if format_of(weights) not in TILES:
         return f"it unpacks {', '.join(TILES)}, not {weights.format}"
     if weights.granularity == "block" or (weights.group_size or 16) % 16:
         return f"it has no scales per {weights}"
     if weights.format == "fp4" and (weights.scale == "float" or weights.granularity != "group"):
         return f"its fp4 is NVFP4 or MXFP4, not {weights}"
     return None
+
+
+def format_of(weights: Weights) -> str:
+    """Return the format that ``weights`` are unpacked as: integers that have no kernel of their
+    own lie in bytes.
+    """
+    is_in_bytes = weights.format.startswith("int") and weights.format != "int4"
+    return "int8" if is_in_bytes else weights.format
 
 
 @lru_cache
@@ -149,11 +158,13 @@ def _run(group: int, most: int) -> int:
 def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Interleave the codes as words, and gather the scales of a block in one integer."""
     weights, (rows, columns) = spec.scheme.weights, spec.shape
-    layout, format = layout_of(weights), weights.format
+    layout, format = layout_of(weights), format_of(weights)
     padded = (-(-rows // ROWS) * ROWS, -(-columns // INPUTS) * INPUTS)
     group = weights.group_size or columns
     if format == "fp4":
         weight = _without_zero_scales(weight, group)
+    if weight.offset is not None:
+        weight = _centred(weight, weights.bits)
     words = _words(weight.data, layout, _DECODE[format, spec.dtype], padded)
     packed = {"words": words, "counters": counters(words.device)}
     if weight.codebook is not None:
@@ -163,11 +174,29 @@ def pack(spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
     if format == "fp4":
         fields, row_scale = _fp4_scales(spec, weight)
         return {**packed, "scales": _fields(fields, layout, group, padded), "row_scale": row_scale}
+    if weight.scale.dtype == torch.float32 and weight.codebook is None:  # f16 has few exponents
+        units = units_of_rows(weight.scale, weight.offset)
+        packed["row_scale"] = units
+        offset = None if weight.offset is None else weight.offset / units[:, None]
+        weight = replace(weight, scale=weight.scale / units[:, None], offset=offset)
     packed["scales"] = _fields(_scale_bits(spec, weight.scale), layout, group, padded)
+    if weight.offset is not None:
+        minima = weight.offset.to(spec.dtype).view(torch.int16)
+        packed["minima"] = _fields(minima, layout, group, padded)
     if weight.zero is not None:
         offsets = (weight.zero.to(spec.dtype) + _base(spec)).view(torch.int16)
         packed["offsets"] = _fields(offsets, layout, group, padded)
     return packed
+
+
+def _centred(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
+    """Return ``weight`` with codes around 0 and offsets to suit: 16 bits hold these better."""
+    middle = 2 ** (bits - 1)
+    assert weight.offset is not None
+    offset = weight.offset.float() + middle * weight.scale.float()
+    # decoding takes 8 from a nibble as it is
+    data = weight.data if weight.data.dtype == torch.uint8 else weight.data - middle
+    return replace(weight, data=data, offset=offset, scale=weight.scale.float())
 
 
 def _row_scales(spec: LinearSpec, weight: QuantizedWeight, missing: int) -> dict[str, Tensor]:
@@ -223,7 +252,7 @@ def _fp4_scales(spec: LinearSpec, weight: QuantizedWeight) -> tuple[Tensor, Tens
 
 def _base(spec: LinearSpec) -> float:
     """Return by how much the decoded number of an integer code is too large."""
-    return _DECODE[spec.scheme.weights.format, spec.dtype].base
+    return _DECODE[format_of(spec.scheme.weights), spec.dtype].base
 
 
 def _words(data: Tensor, layout: Layout, decode: Decode, padded: tuple[int, int]) -> Tensor:
@@ -272,7 +301,7 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
 
 def tiles(spec: LinearSpec) -> Table:
     """Return how products with such layers are cut."""
-    return TILES[spec.scheme.weights.format]
+    return TILES[format_of(spec.scheme.weights)]
 
 
 def multiply(
@@ -332,7 +361,7 @@ def _launch(
     (rows, columns), layout, words = spec.shape, layout_of(spec.scheme.weights), packed["words"]
     unroll = max(1, tile.k // layout.block)
     steps = triton.cdiv(columns, layout.block * unroll)
-    decode = _DECODE[spec.scheme.weights.format, x.dtype]
+    decode = _DECODE[format_of(spec.scheme.weights), x.dtype]
     scale_bits = (
         _SCALES[spec.scheme.weights.scale, x.dtype] if spec.scheme.weights.format == "fp4" else ()
     )
@@ -342,6 +371,7 @@ def _launch(
         words=words,
         scales=packed.get("scales"),
         offsets=packed.get("offsets"),
+        minima=packed.get("minima"),
         row_scale=packed.get("row_scale"),
         bias=bias,
         y=y,
@@ -630,6 +660,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     words,
     scales,
     offsets,
+    minima,
     row_scale,
     bias,
     y,
@@ -711,6 +742,8 @@ def _multiply(  # type: ignore[no-untyped-def]
                 )
                 if offsets is not None:
                     offset = tl.load(offsets + place)
+                if minima is not None:
+                    minimum = tl.load(minima + place)
             for code in tl.static_range(CODES):
                 if table is None:
                     weight = _number(tile, ASM, code, dtype)
@@ -738,6 +771,8 @@ def _multiply(  # type: ignore[no-untyped-def]
                     weight *= _field(scale, code * FIELDS // CODES, FIELDS, dtype).to(dtype)[
                         :, None
                     ]
+                    if minima is not None:
+                        weight += _field(minimum, code * FIELDS // CODES, FIELDS, dtype)[:, None]
                 k = (block * CODES + code) * WIDTH
                 if EVEN:
                     columns = tl.load(inputs + k, mask=m[:, None] < M, other=0.0)
@@ -748,6 +783,10 @@ def _multiply(  # type: ignore[no-untyped-def]
                 if FIELDS > 0 and SCALE_SUMS:
                     if code * FIELDS % CODES == 0:
                         group_sum = tl.zeros_like(acc)
+                        if minima is not None:
+                            input_sum = tl.zeros((TILE_M,), tl.float32)
+                    if minima is not None:
+                        input_sum += tl.sum(columns.to(tl.float32), axis=1)
                     group_sum = tl.dot(weight, tl.trans(columns), group_sum)
                     if (code + 1) * FIELDS % CODES == 0:
                         acc += (
@@ -756,6 +795,13 @@ def _multiply(  # type: ignore[no-untyped-def]
                                 :, None
                             ]
                         )
+                        if minima is not None:
+                            acc += (
+                                _field(minimum, code * FIELDS // CODES, FIELDS, dtype).to(
+                                    tl.float32
+                                )[:, None]
+                                * input_sum[None, :]
+                            )
                 else:
                     acc = tl.dot(weight, tl.trans(columns), acc)
     if row_scale is not None:
