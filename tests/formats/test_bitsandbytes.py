@@ -13,6 +13,7 @@ from support.published.bnb import config, four_bits, int8
 from support.published.models import llama, qwen3_moe, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import qtool
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
@@ -296,3 +297,20 @@ def test_engines_that_still_load_it_are_named(tmp_path, engine, loads):
     PUBLISHED["unsloth-bnb-4bit"](tmp_path / "model")
     found = inspect(open_checkpoint(tmp_path / "model"), engine=engine, gpu="sm_70")
     assert found.engine.loads == loads
+
+
+def test_an_engine_answers_from_nf4_as_from_the_16_bit_model_that_it_rounds(saved):
+    """The same codes by two ways, so the same tokens: of transformers' file, and rounded by us."""
+    answers = []
+    for folder, quantization in ((saved("nf4"), None), (EXAMPLE, "bitsandbytes")):
+        with qtool.Engine(
+            folder,
+            device="cpu",
+            quantization=quantization,
+            load_format="bitsandbytes",
+            skip_tokenizer_init=True,
+        ) as engine:
+            params = {"max_new_tokens": 12, "temperature": 0}
+            answers.append(engine.generate(input_ids=[5, 6, 7], sampling_params=params))
+    assert answers[0]["output_ids"] == answers[1]["output_ids"]
+    assert len(answers[0]["output_ids"]) == 12

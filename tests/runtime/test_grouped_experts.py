@@ -10,7 +10,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16", "NF4"])
 def test_the_native_kernel_multiplies_all_experts_as_the_definition_does(scheme):
     assert native_error(scheme=scheme) < 1e-2
 
@@ -119,6 +119,7 @@ ALL = (
     {"scheme": "W8A16", "hidden": 128},
     {"scheme": "NVFP4A16", "experts": 4},
     {"scheme": "NVFP4", "experts": 4},
+    {"scheme": "NF4", "experts": 4},
     {"scheme": "MXFP4A16", "gate": "clamped", "has_bias": True},
 )
 
@@ -206,7 +207,7 @@ def compile_all() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for name in ("W4A16", "MXFP4A16", "NVFP4A16", "W8A16"):
+    for name in ("W4A16", "MXFP4A16", "NVFP4A16", "NF4", "W8A16"):
         linear = LinearSpec(SCHEMES[name], (1536, 2048), torch.bfloat16)
         whole = LinearSpec(SCHEMES[name], (2 * 1536, 2048), torch.bfloat16)
         packed = triton_cpu.empty_packed("triton_weight_only", whole)
