@@ -655,7 +655,7 @@ def test_a_wrong_method_is_told_the_right_one(served, method, path):
         "/docs",
         "/redoc",
         "/health/",
-        "/v1/embeddings",
+        "/v1/images/generations",
         "/page.html",
         "/static/../app.py",
         "//etc/passwd",

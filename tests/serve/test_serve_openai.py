@@ -997,7 +997,7 @@ def test_errors_are_typed(client, ask, complete):
         assert "This model's maximum context length is 2048 tokens" in long.value.message
     with pytest.raises(openai.BadRequestError, match="top_logprobs"):
         ask(top_logprobs=2)
-    for path in ("/images/generations", "/embeddings"):
+    for path in ("/images/generations", "/audio/speech"):
         with pytest.raises(openai.NotFoundError) as none:
             client.post(path, body={}, cast_to=object)
         assert set(none.value.body) == {"message", "type", "param", "code"}
