@@ -2,6 +2,7 @@
 batch 1, and a prompt of 512.
 
     python tests/benchmarks/gguf_cpu.py WORK [--types Q4_0 Q8_0] [--threads 2] [--repeats 3]
+        [--cpu-time]
 
 The model has the shape of TinyLlama 1.1B and random weights; it is written to WORK once. Each
 engine runs in a process of its own, in turns, with as many threads; the best of the repeats counts.
@@ -15,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SHAPE = {
@@ -54,7 +56,34 @@ def prompt(size: int) -> list[int]:
     return [random.randrange(5, 4000) for _ in range(size)]
 
 
-def time_llama_cpp(path: str, threads: int, repeats: int) -> dict[str, float]:
+class Clock:
+    """Seconds that have passed, or with ``of_cpu`` those that this process has computed."""
+
+    def __init__(self, *, of_cpu: bool) -> None:
+        self.now = time.process_time if of_cpu else time.perf_counter
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start = self.now()
+        work()
+        return self.now() - start
+
+
+def measures(run: Callable[[int, int], object], clock: Clock, repeats: int) -> dict[str, float]:
+    """Return tokens a second; ``run`` answers a prompt of some tokens with some tokens."""
+
+    def seconds(size: int, answer: int) -> float:
+        return clock.seconds(lambda: run(size, answer))
+
+    seconds(SHORT_PROMPT, 4)
+    decode, prefill = [], []
+    for _ in range(repeats):
+        long, short = seconds(SHORT_PROMPT, ANSWER), seconds(SHORT_PROMPT, 1)
+        decode.append((ANSWER - 1) / (long - short))
+        prefill.append(PROMPT / seconds(PROMPT, 1))
+    return {"decode_tokens_s": max(decode), "prompt_tokens_s": max(prefill)}
+
+
+def time_llama_cpp(path: str, threads: int, clock: Clock, repeats: int) -> dict[str, float]:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -65,7 +94,7 @@ def time_llama_cpp(path: str, threads: int, repeats: int) -> dict[str, float]:
     parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
 
-    def run(size: int, answer: int) -> dict[str, float]:
+    def run(size: int, answer: int) -> object:
         request = {
             "prompt": prompt(size),
             "n_predict": answer,
@@ -73,47 +102,38 @@ def time_llama_cpp(path: str, threads: int, repeats: int) -> dict[str, float]:
             "ignore_eos": True,
             "cache_prompt": False,
         }
-        timings: dict[str, float] = server.handle_completions(request)["timings"]
-        return timings
+        return server.handle_completions(request)
 
-    run(SHORT_PROMPT, 4)
-    decode = [run(SHORT_PROMPT, ANSWER)["predicted_per_second"] for _ in range(repeats)]
-    prefill = [run(PROMPT, 1)["prompt_per_second"] for _ in range(repeats)]
-    return {"decode_tokens_s": max(decode), "prompt_tokens_s": max(prefill)}
+    return measures(run, clock, repeats)
 
 
-def time_qtool(path: str, threads: int, repeats: int) -> dict[str, float]:
+def time_qtool(path: str, threads: int, clock: Clock, repeats: int) -> dict[str, float]:
     import torch
 
     from qtool.engine.engine import Engine
 
     torch.set_num_threads(threads)
-    engine = Engine(model_path=path, device="cpu", disable_radix_cache=True, context_length=1024)
+    engine = Engine(
+        model_path=path,
+        device="cpu",
+        disable_radix_cache=True,
+        context_length=1024,
+        skip_tokenizer_init=True,
+    )
 
-    def seconds(size: int, answer: int) -> float:
-        start = time.perf_counter()
-        engine.generate(
-            input_ids=[prompt(size)],
-            sampling_params={"temperature": 0, "max_new_tokens": answer, "ignore_eos": True},
-        )
-        return time.perf_counter() - start
+    def run(size: int, answer: int) -> object:
+        sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True}
+        return engine.generate(input_ids=[prompt(size)], sampling_params=sampling)
 
-    seconds(SHORT_PROMPT, 4)
-    decode = []
-    prefill = []
-    for _ in range(repeats):
-        decode.append((ANSWER - 1) / (seconds(SHORT_PROMPT, ANSWER) - seconds(SHORT_PROMPT, 1)))
-        prefill.append(PROMPT / seconds(PROMPT, 1))
-    return {"decode_tokens_s": max(decode), "prompt_tokens_s": max(prefill)}
+    return measures(run, clock, repeats)
 
 
 SIDES = {"llama.cpp": time_llama_cpp, "qtool": time_qtool}
 
 
-def measured(side: str, path: Path, threads: int, repeats: int) -> dict[str, float]:
+def measured(side: str, path: Path, options: list[str]) -> dict[str, float]:
     """Return what ``side`` reaches, in a process of its own."""
-    command = [sys.executable, __file__, str(path), "--side", side, "--threads", str(threads)]
-    command += ["--repeats", str(repeats)]
+    command = [sys.executable, __file__, str(path), "--side", side, *options]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return found
@@ -128,14 +148,22 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q8_0"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="tokens a second of CPU time, on one thread: for a machine that others use",
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     random.seed(0)
     if args.side:
-        print(json.dumps(SIDES[args.side](str(args.work), args.threads, args.repeats)))
+        clock = Clock(of_cpu=args.cpu_time)
+        print(json.dumps(SIDES[args.side](str(args.work), args.threads, clock, args.repeats)))
         return
+    options = ["--threads", "1" if args.cpu_time else str(args.threads)]
+    options += ["--repeats", str(args.repeats), *(["--cpu-time"] if args.cpu_time else [])]
     for name, path in write_files(args.work, args.types).items():
-        theirs, ours = (measured(side, path, args.threads, args.repeats) for side in SIDES)
+        theirs, ours = (measured(side, path, options) for side in SIDES)
         for measure, value in theirs.items():
             print(
                 f"{name} {measure}: llama.cpp {value:.1f}, qtool {ours[measure]:.1f}, "
