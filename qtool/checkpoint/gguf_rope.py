@@ -23,6 +23,8 @@ def rope_fields(fields: Fields, config: JsonDict) -> JsonDict:
     rotated = fields.size("rope.dimension_count") or head_dim
     found = _partial(fields, rotated, head_dim)
     scaling = _rope_scaling(fields, config, rotated)
+    if scaling is None and fields.architecture.name == "gpt-oss":
+        scaling = {"rope_type": "default"}  # a config that says nothing has YaRN in transformers
     if scaling:
         found["rope_scaling"] = scaling
         if scaling["rope_type"] == "longrope":

@@ -156,6 +156,19 @@ def test_tensors_come_back_as_they_were(publish, tmp_path, name):
         assert torch.allclose(after[key].float(), tensor.float(), rtol=2**-8, atol=2**-23), key
 
 
+@pytest.mark.parametrize("name", ["Llama", "GptOss"])
+def test_the_rotary_embedding_comes_back_as_it_was(publish, tmp_path, name):
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    _, folder = publish(name, **(changes if name == "GptOss" else {}))
+    export(folder, to="gguf", output=tmp_path / "there")
+    export(tmp_path / "there", to="bf16", output=tmp_path / "back")
+    before, after = (
+        transformers.AutoConfig.from_pretrained(path).rope_parameters
+        for path in (folder, tmp_path / "back")
+    )
+    assert before == after
+
+
 def test_metadata_say_how_answers_are_drawn(publish, tmp_path):
     _, folder = publish("Qwen3")
     settings = {"do_sample": True, "temperature": 0.5, "top_k": 20, "eos_token_id": 0}
