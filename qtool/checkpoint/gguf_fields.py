@@ -41,6 +41,7 @@ NUMBERS: Mapping[str, str] = {
 SCALING = "rope.scaling."
 MAX_FACTORS_BYTES = 4096
 OTHERS = (
+    "tensor_data_layout",  # of files of 2023: where the weights came from
     "attention.sliding_window_pattern",
     *(f"{SCALING}{key}" for key in ("type", "factor", "attn_factor", "original_context_length")),
     *(f"{SCALING}{key}" for key in ("finetuned", "yarn_beta_fast", "yarn_beta_slow")),

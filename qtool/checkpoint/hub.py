@@ -14,7 +14,14 @@ from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from qtool.checkpoint.gguf import as_folder
-from qtool.errors import ResourceError, UsageError, file_errors, from_wire, is_there
+from qtool.errors import (
+    CheckpointRefused,
+    ResourceError,
+    UsageError,
+    file_errors,
+    from_wire,
+    is_there,
+)
 
 if TYPE_CHECKING:
     from qtool.checkpoint.hub_download import DownloadRequest
@@ -55,7 +62,7 @@ STALL_S = 60.0  # without progress
 
 def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
     """Return the folder of ``model_path``: itself when it exists, or one derived from a GGUF file;
-    else the Hub model of that name, downloaded.
+    else the Hub model of that name, downloaded; with a tag, ``org/model:Q4_K_M``, its GGUF file.
 
     Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``;
     ``HF_HUB_OFFLINE`` is honoured.
@@ -70,13 +77,44 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         is_file_name = all(len(os.fsencode(part)) <= 255 for part in path.parts)
         if not _may_be_hub_name(model_path) or (is_file_name and is_there(path)):
             return as_folder(path)
+    name, _, tag = model_path.partition(":")
+    if tag:
+        return _resolve_gguf(name, tag, revision)
     request: DownloadRequest = {
         "name": model_path,
         "revision": revision,
         "wanted": [*WANTED, *(CODE if with_code else ())],
         "unwanted": [pattern for pattern in UNWANTED if not (with_code and pattern in CODE)],
     }
+    return _fetched(request)
+
+
+def _fetched(request: DownloadRequest) -> Path:
     return Path(_find_cached(request) if is_offline() else _download(request))
+
+
+def _resolve_gguf(name: str, tag: str, revision: str | None) -> Path:
+    """Return the folder derived from the GGUF file of the Hub model ``name`` whose name ends in
+    ``tag``, e.g. ``Q4_K_M``, downloaded alone.
+    """
+    ends = [f"{tag}.gguf", f"{tag}-?????-of-?????.gguf"]
+    wanted = [f"*[-._]{end}" for end in ends]
+    request: DownloadRequest = {
+        "name": name,
+        "revision": revision,
+        "wanted": wanted,
+        "unwanted": ["*mmproj*"],
+    }
+    folder = _fetched(request)
+    found = sorted(path for pattern in wanted for path in folder.rglob(pattern))
+    found = [path for path in found if "mmproj" not in path.name]
+    if not found:
+        raise CheckpointRefused(
+            "E_NO_MODEL",
+            f"Hub model `{name}` has no GGUF file whose name ends in `{tag}`",
+            hint="its page lists the files; for model-Q4_K_M.gguf it is Q4_K_M",
+        )
+    return as_folder(found[0])
 
 
 def _check_endpoint() -> None:
@@ -154,7 +192,9 @@ def _folder_from(request: DownloadRequest, pipe: IO[bytes]) -> str:
 
 
 def _may_be_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+(:[\w.-]+)?)?", name) is not None and not name.startswith(
+        "."
+    )
 
 
 def unreachable(name: str) -> ResourceError:

@@ -110,7 +110,8 @@ def _no_weights(path: Path) -> CheckpointRefused:
     return refused(
         "E_NO_WEIGHTS",
         f"{path}: no safetensors file",
-        "give the folder with the model's safetensors files; pickle files are never taken",
+        "give the folder with the model's safetensors files, or one .gguf file of the Hub as "
+        "`org/model:Q4_K_M`; pickle files are never taken",
     )
 
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from support import EXAMPLE
 from support.gguf_bytes import DAMAGE, Gguf, array, f32, string, u16, u32
 from support.gguf_files import write_gguf
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from qtool.checkpoint import open_checkpoint, resolve_model
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_rope import llama3_factors
+from qtool.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from qtool.errors import CheckpointRefused, QtoolError, ResourceError
 
 PEAK_BYTES = 32 << 20
@@ -218,6 +219,20 @@ def test_the_tokenizer_and_what_belongs_to_it_come_from_the_file(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["eos_token"] == "<|endoftext|>"
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("llama-bpe", ["Hello", " World", "'s", " ", "123", "45", " x", "!=\n", " é中"]),
+        ("qwen2", ["Hello", " World", "'s", " ", *"12345", " x", "!=\n", " é中"]),
+        ("tekken", ["Hello", " World", "'s", " ", *"12345", " x", "!=\n", " é中"]),
+        ("gpt-4o", ["Hello", " World's", " ", "123", "45", " x", "!=\n", " é中"]),
+    ],
+)
+def test_text_is_cut_as_the_file_names_it(name, cut):
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[name].pattern), "isolated")
+    assert [part for part, _ in split.pre_tokenize_str("Hello World's 12345 x!=\n é中")] == cut
 
 
 def test_a_sentencepiece_vocabulary_becomes_merges_by_score(tmp_path):

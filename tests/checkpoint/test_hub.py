@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import constants
+from support.gguf_bytes import Gguf
 
 from qtool.calibration import CalibrationSpec, check_source, isolated
-from qtool.checkpoint import hub, resolve_model
+from qtool.checkpoint import hub, open_checkpoint, resolve_model
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -120,6 +121,23 @@ def endpoint(tmp_path, monkeypatch):
 
 def test_an_endpoint_that_behaves_is_downloaded_from(endpoint):
     assert (resolve_model("org/model") / "config.json").read_bytes() == CONFIG
+
+
+def test_a_tag_chooses_a_gguf_file(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = Gguf().write(tmp_path / "small.gguf").read_bytes()
+    names = ("Small-Q4_0.gguf", "Small-Q8_0.gguf", "Small-Q8_0.md", "mmproj-Q8_0.gguf")
+    entry = {"type": "file", "size": len(content), "oid": "b" * 40}
+    endpoint.answers |= {
+        "info": endpoint.json({**INFO, "siblings": [{"rfilename": name} for name in names]}),
+        "tree": endpoint.json([{**entry, "path": name} for name in names]),
+        "file": endpoint.file(content, etag="b" * 40),
+    }
+    checkpoint = open_checkpoint(resolve_model("org/model:Q8_0"))
+    assert checkpoint.name == "Small-Q8_0"
+    assert [path.name for path in (tmp_path / "hf").rglob("*.gguf")] == ["Small-Q8_0.gguf"]
+    with pytest.raises(CheckpointRefused, match="ends in `Q5_K`"):
+        resolve_model("org/model:Q5_K")
 
 
 NOT_THE_HUB = {
