@@ -64,6 +64,13 @@ TEMPLATES = {
         + "<parameter={{ key }}>\n" + RAW + "\n</parameter>\n" + END
         + "</function>\n</tool_call>" + END
     )),
+    "Seed-OSS": ("seed_oss", "seed_oss", (
+        "{% if thoughts %}\n<seed:think>{{ thoughts }}</seed:think>{% endif %}"
+        "{% if content %}\n{{ content }}\n{% endif %}" + CALLS
+        + "\n<seed:tool_call>\n<function={{ call.name }}>\n" + ITEMS
+        + "<parameter={{ key }}>" + RAW + "</parameter>\n" + END
+        + "</function>\n</seed:tool_call>" + END
+    )),
     "GLM-4.6": ("glm45", "glm45", (
         "{% if thoughts %}\n<think>{{ thoughts }}</think>\n{% endif %}{{ content }}" + CALLS
         + "\n<tool_call>{{ call.name }}\n" + ITEMS + "<arg_key>{{ key }}</arg_key>\n<arg_value>"

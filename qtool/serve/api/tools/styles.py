@@ -36,6 +36,7 @@ STYLES: Mapping[str, ToolStyle] = {
     "kimi_k2": kimi_k2.STYLE,
     "minimax_m2": minimax.STYLE,
     "glm45": glm.STYLE,
+    "seed_oss": qwen3_coder.SEED,
     "qwen3_coder": qwen3_coder.STYLE,
     "mistral_v11": mistral.V11,
     "mistral": mistral.STYLE,
