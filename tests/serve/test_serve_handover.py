@@ -41,7 +41,7 @@ THEIRS = {
         data-parallel-size data-parallel-size-local data-parallel-start-rank
         data-parallel-supervisor-port disable-log-stats dtype enable-auto-tool-choice
         enable-chunked-prefill enable-log-requests enforce-eager generation-config
-        gpu-memory-utilization headless host kv-cache-dtype master-addr master-port
+        gpu-memory-utilization headless host kv-cache-dtype load-format master-addr master-port
         max-log-len max-logprobs max-model-len max-num-active-seqs
         max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens
         max-num-scheduled-tokens max-num-seqs max-parallel-loading-workers nnodes
@@ -56,7 +56,7 @@ THEIRS = {
         api-key chat-template chunked-prefill-size context-bucket context-length device
         disable-cuda-graph disable-overlap-schedule disable-radix-cache dist-init-addr
         dist-timeout dp-size dtype enable-dp-attention enable-metrics
-        enable-torch-compile grammar-backend host is-embedding kv-cache-dtype log-level
+        enable-torch-compile grammar-backend host is-embedding kv-cache-dtype load-format log-level
         log-level-http log-requests log-requests-format log-requests-level
         log-requests-target max-ep-size max-mamba-cache-size max-prefill-tokens
         max-queued-requests max-running-requests max-total-tokens mem-fraction-static
