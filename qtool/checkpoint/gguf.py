@@ -20,7 +20,7 @@ from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import Json, refused
 from qtool.errors import ResourceError, one_line
 
-VERSION = 1
+VERSION = 2
 """Of what is derived: another one makes new folders."""
 
 
