@@ -162,10 +162,11 @@ class _CompletionReply(Reply):
         """Yield the reply as events: the text of each choice, why it ended, and the usage."""
         async for outputs in stream:
             noted = [self._note(output) for output in outputs]
-            size = 0
             if any(output.prompt_logprobs for output in noted):
                 size = reply_bytes(noted, self._submission)
-            choices = await self._threads.run(size, self._chunk_choices, noted)
+                choices = await self._threads.run(size, self._chunk_choices, noted)
+            else:
+                choices = self._chunk_choices(noted)
             events = [event(self._chunk(choice)) for choice in choices if choice is not None]
             if events:
                 yield b"".join(events)
