@@ -47,6 +47,11 @@ def test_the_native_kernel_takes_any_share_of_tokens(case):
     assert native_error(scheme="W4A16", **case) < 1e-2
 
 
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "IQ4_NL"])
+def test_the_native_kernel_takes_the_types_of_gguf(type):
+    assert native_error(scheme=type, hidden=512, inner=256, gate="clamped", has_bias=True) < 1e-2
+
+
 def native_error(**case) -> float:
     from support.experts import Case
 
@@ -109,6 +114,7 @@ def test_the_triton_kernels_compile_for_hopper(run_here):
 FEW = (
     {"scheme": "FP8_DYNAMIC", "experts": 4, "hidden": 128, "inner": 64},
     {"scheme": "W4A16", "gate": "clamped", "experts": 4, "has_bias": True},
+    {"scheme": "Q4_K", "experts": 4, "hidden": 256, "inner": 256},
 )
 ALL = (
     {"scheme": "FP8_DYNAMIC", "gate": "gelu", "tokens": 40, "top_k": 3, "crowded": True},

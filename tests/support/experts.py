@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qtool.formats.gguf import TYPE_SCHEMES, read
+from qtool.formats.gguf_blocks import TYPES
+from qtool.formats.gguf_rounding import quantize as quantize_blocks
+from qtool.formats.layout import QuantizedModule
 from qtool.runtime.experts import reference
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.grouped import ExpertsKernel, ExpertsSpec, ExpertWeights
@@ -50,6 +54,7 @@ class Case:
     """A layer of experts, and how many tokens go through it."""
 
     scheme: str
+    """A name in `SCHEMES`, or of a type of GGUF."""
     gate: str = "silu"
     experts: int = 8
     hidden: int = 256
@@ -65,7 +70,8 @@ class Case:
     def layer(self) -> tuple[ExpertsSpec, ExpertWeights]:
         """Return random weights, always the same."""
         generator = torch.Generator(self.device).manual_seed(0)
-        scheme, gate = SCHEMES[self.scheme], GATES[self.gate]
+        gate = GATES[self.gate]
+        scheme = SCHEMES.get(self.scheme) or TYPE_SCHEMES[self.scheme]
         inputs = scheme.activations
         static = inputs is not None and inputs.needs_data
         wide = self.inner * (1 if gate.kind == "other" else 2)
@@ -75,6 +81,10 @@ class Case:
             return values.to(self.dtype)
 
         def expert(number: int, *shape: int) -> QuantizedWeight:
+            if self.scheme in TYPE_SCHEMES:
+                type = TYPES[self.scheme]
+                module = QuantizedModule("layer", scheme, shape, {}, variant=self.scheme)
+                return read(module, {"weight": quantize_blocks(type, random(*shape))})
             weight = scaled_by_row(quantize(random(*shape), scheme))
             if not static or inputs is None:
                 return weight
