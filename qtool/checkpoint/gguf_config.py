@@ -24,10 +24,6 @@ ENDS = frozenset(
     }
 )
 CONTROL = 3  # in tokenizer.ggml.token_type
-GEMMA = ("gemma", "gemma2", "gemma3")
-GEMMA3_PATTERN = 6
-WIDE_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
-"""The 27B models divide queries by the width of all heads together."""
 
 
 def architecture_of(header: GgufHeader) -> Architecture:
@@ -65,7 +61,7 @@ def config_of(header: GgufHeader, architecture: Architecture) -> JsonDict:
         **fields.values(),
         "vocab_size": embeddings.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "hidden_act": "gelu_pytorch_tanh" if architecture.name in GEMMA else "silu",
+        "hidden_act": architecture.activations[0],
         **_tokens(header),
         "dtype": _dtype(header),
     }
@@ -131,12 +127,12 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
     if name in ("qwen3moe", "qwen2moe"):
         return {
             "moe_intermediate_size": fields.tensor("blk.0.ffn_gate_exps.weight").shape[-2],
-            "norm_topk_prob": name == "qwen3moe",
+            "norm_topk_prob": fields.architecture.normalizes_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             **_shared_expert(fields),
         }
-    if name in GEMMA:
+    if fields.architecture.is_gemma:
         return _gemma(fields, config)
     if name == "gpt-oss":
         return {
@@ -175,8 +171,8 @@ def _gemma(fields: Fields, config: JsonDict) -> JsonDict:
     if name == "gemma":
         return found
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    is_wide = config["num_hidden_layers"] == WIDE_GEMMA_LAYERS[name]
-    found["query_pre_attn_scalar"] = hidden // heads if is_wide else config["head_dim"]
+    is_27b = config["num_hidden_layers"] == fields.architecture.layers_of_27b
+    found["query_pre_attn_scalar"] = hidden // heads if is_27b else config["head_dim"]
     windowed = _windowed(fields, config["num_hidden_layers"])
     kinds = ("full_attention", "sliding_attention")
     found["layer_types"] = [kinds[each] for each in windowed]
@@ -193,8 +189,8 @@ def _gemma(fields: Fields, config: JsonDict) -> JsonDict:
 
 def _windowed(fields: Fields, count: int) -> list[bool]:
     """Return whether each of ``count`` layers of a Gemma sees a window alone."""
-    pattern = 2 if fields.architecture.name == "gemma2" else GEMMA3_PATTERN
-    said = fields.found.get("attention.sliding_window_pattern", pattern)
+    every = fields.architecture.full_attention_every
+    said = fields.found.get("attention.sliding_window_pattern", every)
     if isinstance(said, array) and len(said) == count:
         return [*map(bool, said)]
     if type(said) is int and said > 0:

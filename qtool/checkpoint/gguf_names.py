@@ -1,5 +1,6 @@
-"""The architectures of GGUF files that qtool reads: their tensors in the names of transformers, and
-what llama.cpp's converter does to them.
+"""The architectures of GGUF files that qtool reads and writes: their tensors in the names of
+transformers, what llama.cpp's converter does to them, and what llama.cpp computes without being
+told.
 
 Source: gguf 0.19, `tensor_mapping.py`; llama.cpp, `convert_hf_to_gguf.py`.
 """
@@ -41,7 +42,18 @@ SHARED_EXPERT = {
 EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 """Tensors that stack the experts of a layer -> the layer of each."""
 EXPERTS_MODULE = "mlp.experts"
-ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+GATE_UP = "gate_up_proj"
+"""The tensor in which transformers stacks the gate and up projections of all experts."""
+SINKS = "self_attn.sinks"
+ROTATED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+"""Layers whose rows rotary embeddings rotate -> the field of the config that counts their heads."""
+LLAMA3_FACTORS = "rope_freqs.weight"
+LONG_FACTORS = {
+    "rope_factors_long.weight": "long_factor",
+    "rope_factors_short.weight": "short_factor",
+}
+"""Tensors of factors -> their fields in the scaling of Phi 3."""
+ROPE_FACTORS = (LLAMA3_FACTORS, *LONG_FACTORS)
 """Tensors that become part of the config."""
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
 MODEL_TENSOR = re.compile(r"(.+)\.(weight|bias)")
@@ -66,8 +78,35 @@ class Architecture:
     """Whether the rows of q and k are in the order of ggml's rotary embedding."""
     norm_shift: float = 0.0
     """What the converter adds to the weights of norms."""
+    activations: tuple[str, ...] = ("silu",)
+    """What transformers' configs call the activation of the MLP, the usual name first."""
+    normalizes_experts: bool | None = None
+    """Whether llama.cpp divides the weights of the chosen experts by their sum; None where the
+    config has no choice.
+    """
+    full_attention_every: int | None = None
+    """Every how many layers one has full attention and the others a window; None where all have
+    full attention.
+    """
+    layers_of_27b: int | None = None
+    """The number of layers that makes llama.cpp scale queries by the width of all heads."""
     model: Mapping[str, str] = field(default_factory=lambda: MODEL)
     """The tensors outside of layers -> modules."""
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether it is a generation of Gemma."""
+        return self.name in ("gemma", "gemma2", "gemma3")
+
+    def norm_shift_of(self, stem: str) -> float:
+        """Return what the converter adds to the numbers of ``stem``, e.g. ``attn_norm``."""
+        return self.norm_shift if stem.endswith("norm") else 0.0
+
+    def permuted_heads(self, stem: str) -> str | None:
+        """Return the field of the config that counts the heads in which the converter permutes the
+        rows of ``stem``, e.g. ``attn_q``; None when it leaves them in their order.
+        """
+        return ROTATED.get(stem) if self.is_permuted else None
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -98,6 +137,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             class_name="Qwen2MoeForCausalLM",
             layer={**ATTENTION, **NORM, **ROUTER, **SHARED_EXPERT},
             experts="apart",
+            normalizes_experts=False,
         ),
         Architecture(
             name="qwen3moe",
@@ -105,6 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             class_name="Qwen3MoeForCausalLM",
             layer={**ATTENTION, **QK_NORMS, **NORM, **ROUTER},
             experts="apart",
+            normalizes_experts=True,
         ),
         Architecture(
             name="gemma",
@@ -112,6 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             class_name="GemmaForCausalLM",
             layer={**ATTENTION, **NORM, **MLP},
             norm_shift=1.0,
+            activations=("gelu_pytorch_tanh", "gelu"),
         ),
         Architecture(
             name="gemma2",
@@ -119,6 +161,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             class_name="Gemma2ForCausalLM",
             layer={**ATTENTION, **FOUR_NORMS, **MLP},
             norm_shift=1.0,
+            activations=("gelu_pytorch_tanh",),
+            full_attention_every=2,
+            layers_of_27b=46,
         ),
         Architecture(
             name="gemma3",
@@ -126,6 +171,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             class_name="Gemma3ForCausalLM",
             layer={**ATTENTION, **QK_NORMS, **FOUR_NORMS, **MLP},
             norm_shift=1.0,
+            activations=("gelu_pytorch_tanh",),
+            full_attention_every=6,
+            layers_of_27b=62,
         ),
         Architecture(
             name="phi3",
@@ -147,10 +195,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             layer={
                 **ATTENTION,
                 "post_attention_norm": "post_attention_layernorm",
-                "attn_sinks": "self_attn.sinks",
+                "attn_sinks": SINKS,
                 "ffn_gate_inp": "mlp.router",
             },
             experts="stacked",
+            full_attention_every=2,
         ),
     )
 }
@@ -169,6 +218,14 @@ class Place:
     suffix: str = "weight"
 
 
+def stem_of(tensor: str) -> str:
+    """Return the name of ``tensor`` without layer and suffix: ``attn_q`` of
+    ``blk.0.attn_q.weight``.
+    """
+    found = LAYER_TENSOR.fullmatch(tensor)
+    return found[2] if found else tensor.rpartition(".")[0]
+
+
 def place_of(architecture: Architecture, tensor: str) -> Place | None:
     """Return where ``tensor`` belongs; None when the architecture has no such tensor."""
     found = LAYER_TENSOR.fullmatch(tensor)
@@ -182,7 +239,7 @@ def place_of(architecture: Architecture, tensor: str) -> Place | None:
     if stem in architecture.layer:
         module = architecture.layer[stem]
         # a parameter of its module, not a module
-        name = f"{prefix}.{module}" if stem == "attn_sinks" else f"{prefix}.{module}.{suffix}"
+        name = f"{prefix}.{module}" if module == SINKS else f"{prefix}.{module}.{suffix}"
         return Place(name, stem, "", suffix)
     if architecture.experts and stem in EXPERTS:
         return Place(f"{prefix}.{EXPERTS_MODULE}", stem, EXPERTS[stem], suffix)

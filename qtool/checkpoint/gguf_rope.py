@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.checkpoint.gguf_fields import SCALING, Fields
+from qtool.checkpoint.gguf_names import LLAMA3_FACTORS, LONG_FACTORS
 from qtool.checkpoint.strict_json import JsonDict, refused
-
-LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def rope_fields(fields: Fields, config: JsonDict) -> JsonDict:
@@ -42,7 +41,7 @@ def _partial(fields: Fields, rotated: int, head_dim: int) -> JsonDict:
 
 
 def _rope_scaling(fields: Fields, config: JsonDict, rotated: int) -> JsonDict | None:
-    if freqs := fields.factors("rope_freqs.weight"):
+    if freqs := fields.factors(LLAMA3_FACTORS):
         return _llama3_scaling(fields, config, freqs, rotated)
     if any(name in fields.header.tensors for name in LONG_FACTORS):
         return _long_scaling(fields, rotated)
@@ -124,7 +123,10 @@ def _llama3_scaling(fields: Fields, config: JsonDict, freqs: list[float], rotate
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, rotated: int) -> list[float]:
-    """Return by what Llama 3's ``scaling`` divides each of the rotated / 2 frequencies."""
+    """Return by what Llama 3's ``scaling`` divides each of the rotated / 2 frequencies.
+
+    Source: transformers 5.17, `_compute_llama3_parameters`.
+    """
     factor, low, high = (
         float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
     )

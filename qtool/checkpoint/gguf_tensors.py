@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 from qtool.checkpoint.arrangement import Arrangement
 from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor
-from qtool.checkpoint.gguf_names import ROPE_FACTORS, Architecture, Place, place_of
+from qtool.checkpoint.gguf_names import GATE_UP, ROPE_FACTORS, Architecture, Place, place_of
 from qtool.checkpoint.gguf_types import QUANTIZED
 from qtool.checkpoint.model import TensorInfo
 from qtool.checkpoint.strict_json import Json, refused
-
-STACKED_PARAMETER = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 def gguf_tensors(
@@ -80,19 +78,19 @@ def _arrangement(
     architecture: Architecture, config: Json, tensor: GgufTensor, place: Place
 ) -> Arrangement | None:
     """Return what undoes what llama.cpp's converter did to ``tensor``."""
-    if architecture.is_permuted and place.stem in ("attn_q", "attn_k"):
-        key = "num_attention_heads" if place.stem == "attn_q" else "num_key_value_heads"
-        heads = int(config[key])
+    if field := architecture.permuted_heads(place.stem):
+        heads = int(config[field])
         if tensor.shape[0] % (2 * heads):
             raise _bad_shape(tensor, f"{heads} heads of pairs of channels")
         return Arrangement(heads=heads)
-    if not architecture.norm_shift or not place.stem.endswith("norm"):
+    shift = architecture.norm_shift_of(place.stem)
+    if not shift:
         return None
     if tensor.type != "F32":
         raise refused(
             "E_GGUF_TENSOR", f"{tensor.file}: the norm `{tensor.name}` is {tensor.type}, not F32"
         )
-    return Arrangement(shift=-architecture.norm_shift)
+    return Arrangement(shift=-shift)
 
 
 def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
@@ -128,7 +126,7 @@ def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> It
     if is_weight and tensor.type not in QUANTIZED:
         shape = (shape[0], shape[2], shape[1])
         arrangement = arrangement._replace(is_transposed=True)
-    parameter = STACKED_PARAMETER.get(place.expert_layer, place.expert_layer)
+    parameter = GATE_UP if place.expert_layer == "gate_proj" else place.expert_layer
     yield TensorInfo(
         f"{place.name}.{parameter}{'' if is_weight else '_bias'}",
         tensor.type,

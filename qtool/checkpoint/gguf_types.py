@@ -62,8 +62,9 @@ BLOCKS: Mapping[str, tuple[int, int]] = {
 }
 """Each type that is read -> how many numbers a block has, and how many bytes."""
 READ = tuple(BLOCKS)
+UNQUANTIZED = ("F32", "F16", "BF16")
 QUANTIZED: Mapping[str, tuple[int, int]] = {
-    name: block for name, block in BLOCKS.items() if block[0] > 1
+    name: block for name, block in BLOCKS.items() if name not in UNQUANTIZED
 }
 SCALES_AT: Mapping[str, tuple[int, ...]] = {
     **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL"), (0,)),

@@ -17,20 +17,11 @@ from torch import Tensor
 
 from qtool.architecture.meta import read_config
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.gguf_names import Architecture
+from qtool.checkpoint.gguf_names import LLAMA3_FACTORS, LONG_FACTORS, Architecture, stem_of
+from qtool.checkpoint.gguf_rope import llama3_factors
 from qtool.checkpoint.strict_json import read_json
 from qtool.conversion.gguf.types import ModelShape
 from qtool.errors import CheckpointRefused
-
-GEMMAS = ("gemma", "gemma2", "gemma3")
-ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu"), "gemma2": ("gelu_pytorch_tanh",)}
-ACTIVATIONS["gemma3"] = ACTIVATIONS["gemma2"]
-NORMALIZES_EXPERTS = {"qwen2moe": False, "qwen3moe": True}
-"""Whether llama.cpp divides the weights of the chosen experts by their sum."""
-PATTERNS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
-"""Every how many layers one has full attention in llama.cpp; the others have a window."""
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-LONG_FACTORS = {"rope_factors_long": "long_factor", "rope_factors_short": "short_factor"}
 
 
 @dataclass(frozen=True)
@@ -127,24 +118,27 @@ class ModelConfig:
     def rope_tensors(self) -> dict[str, Tensor]:
         """Return the factors of the rotary embedding's frequencies, f32, by name."""
         if self.rope["rope_type"] == "llama3":
-            return {"rope_freqs.weight": self._llama3_factors()}
+            original = {"original_max_position_embeddings": self._original_length()}
+            scaling = {**self.rope, **original}
+            factors = llama3_factors(scaling, self.rope["rope_theta"], self.head_dim)
+            return {LLAMA3_FACTORS: torch.tensor(factors, dtype=torch.float32)}
         if self.rope["rope_type"] == "longrope":
             return {
-                f"{name}.weight": torch.tensor(self.rope[key], dtype=torch.float32)
+                name: torch.tensor(self.rope[key], dtype=torch.float32)
                 for name, key in LONG_FACTORS.items()
             }
         return {}
 
     def norm_shift(self, tensor: str) -> float:
         """Return what is added to the numbers of ``tensor``, a name of the file."""
-        return self.architecture.norm_shift if tensor.endswith("norm.weight") else 0.0
+        return self.architecture.norm_shift_of(stem_of(tensor))
 
     def notes(self) -> Iterator[str]:
         """Yield what llama.cpp leaves out."""
         window = self.values.get("sliding_window")
         uses_window = self.values.get("use_sliding_window", True)
         name = self.architecture.name
-        if window and uses_window and name not in PATTERNS:
+        if window and uses_window and self.architecture.full_attention_every is None:
             yield (
                 f"llama.cpp has no sliding window for `{name}`: beyond {window} tokens it attends "
                 "to all of them"
@@ -180,7 +174,7 @@ class ModelConfig:
 
     def _describe_windows(self, writer: gguf.GGUFWriter) -> None:
         window = self.values.get("sliding_window")
-        if self.architecture.name in PATTERNS and window:
+        if self.architecture.full_attention_every and window:
             writer.add_sliding_window(window)
         elif self.architecture.name == "phi3":
             writer.add_sliding_window(window or 0)
@@ -217,26 +211,11 @@ class ModelConfig:
         length: int = found or self.values["original_max_position_embeddings"]
         return length
 
-    def _llama3_factors(self) -> Tensor:
-        """Return by what each frequency is divided, [head_dim / 2].
-
-        Source: transformers 5.17, `_compute_llama3_parameters`.
-        """
-        rope = self.rope
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        wavelengths: Tensor = 2 * math.pi * rope["rope_theta"] ** exponents
-        factor = rope["factor"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        share = (self._original_length() / wavelengths - low) / (high - low)
-        smooth = share.clamp(0, 1)
-        divisors: Tensor = (1 - smooth) / factor + smooth
-        return divisors.reciprocal()
-
     def _check(self) -> None:
         values = self.values
         name = self.architecture.name
         activation = values.get("hidden_activation") or values.get("hidden_act")
-        if activation not in ACTIVATIONS.get(name, ("silu",)):
+        if activation not in self.architecture.activations:
             raise self._otherwise(f"the activation is `{activation}`")
         kinds = {"default", "linear", "yarn"}
         kinds |= {"llama3"} if name == "llama" else {"longrope"} if name == "phi3" else set()
@@ -244,7 +223,7 @@ class ModelConfig:
             raise self._otherwise(f"rope_type is `{self.rope['rope_type']}`")
         if self.rope_dimensions != self.head_dim and name != "phi3":
             raise self._otherwise("only a part of each head rotates")
-        normalizes = NORMALIZES_EXPERTS.get(name)
+        normalizes = self.architecture.normalizes_experts
         if normalizes is not None and bool(values.get("norm_topk_prob")) != normalizes:
             raise self._otherwise(f"norm_topk_prob is {values.get('norm_topk_prob')}")
         if values.get("use_bidirectional_attention"):
@@ -253,7 +232,7 @@ class ModelConfig:
         self._check_attention_scale()
 
     def _check_windows(self) -> None:
-        every = PATTERNS.get(self.architecture.name)
+        every = self.architecture.full_attention_every
         kinds = self.values.get("layer_types")
         if every is None or not kinds or not self.values.get("sliding_window"):
             return
@@ -268,7 +247,7 @@ class ModelConfig:
         scalar = self.values.get("query_pre_attn_scalar")
         if scalar is None:
             return
-        is_27b = self.values["num_hidden_layers"] == LAYERS_OF_27B.get(self.architecture.name)
+        is_27b = self.values["num_hidden_layers"] == self.architecture.layers_of_27b
         expected = self.values["hidden_size"] // self.heads if is_27b else self.head_dim
         if scalar != expected:
             raise self._otherwise(f"query_pre_attn_scalar is {scalar} and not {expected}")

@@ -12,6 +12,7 @@ from qtool.checkpoint.gguf_names import (
     ARCHITECTURES,
     EXPERTS,
     EXPERTS_MODULE,
+    GATE_UP,
     Architecture,
 )
 from qtool.errors import CheckpointRefused
@@ -21,8 +22,6 @@ ALIASES = {"mistral": "llama"}
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(rf"{re.escape(EXPERTS_MODULE)}\.(\d+)\.(gate_proj|up_proj|down_proj)")
 STEMS = {layer: stem for stem, layer in EXPERTS.items()}
-SINKS = "self_attn.sinks"
-GATE_UP = "gate_up_proj"
 
 
 @dataclass(frozen=True)

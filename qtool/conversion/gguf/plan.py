@@ -11,25 +11,23 @@ import gguf
 import numpy as np
 from torch import Tensor
 
+from qtool.checkpoint.gguf_types import BLOCKS, UNQUANTIZED
 from qtool.conversion.gguf.config import ModelConfig
 from qtool.conversion.gguf.holding import held_by
 from qtool.conversion.gguf.names import architecture_of
 from qtool.conversion.gguf.tensors import Assembly, Unit, assemble
 from qtool.conversion.gguf.types import (
     FILE_TYPES,
-    UNQUANTIZED,
     is_quantizable,
     tensor_type,
     with_fitting_blocks,
 )
 from qtool.conversion.gguf.vocabulary import describe_vocabulary
 from qtool.conversion.request import ConversionRequest
-from qtool.formats.gguf_blocks import TYPES
 from qtool.formats.stored_layer import read_value
 from qtool.weight import QuantizedWeight
 
 ALIGNMENT = 32
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 CODES = ("weight", "weight_packed", "qweight", "_blocks", "_weight_qdata")
 """The tensors of a layer that the choice of a type needs no data of."""
 NEAREST = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
@@ -135,7 +133,7 @@ class GgufPlan:
             writer,
             self.request.checkpoint,
             values["vocab_size"],
-            is_gemma=name.startswith("gemma"),
+            is_gemma=self.config.architecture.is_gemma,
         )
         for tensor in self.tensors:
             _add_info(writer, tensor.name, tensor.assembly.shape, tensor.choice.type, tensor)
@@ -282,7 +280,8 @@ class _Chooser:
 
 def row_bytes(type: str, columns: int) -> int:
     """Return the bytes of a row of ``columns`` numbers of ``type``."""
-    return WIDTHS[type] * columns if type in WIDTHS else TYPES[type].row_bytes(columns)
+    numbers, size_bytes = BLOCKS[type]
+    return columns // numbers * size_bytes
 
 
 def _units(assembly: Assembly) -> list[Unit]:

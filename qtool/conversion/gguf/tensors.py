@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.checkpoint.gguf_names import EXPERTS_MODULE, Architecture
+from qtool.checkpoint.gguf_names import EXPERTS_MODULE, GATE_UP, SINKS, Architecture, stem_of
 from qtool.conversion.gguf.config import ModelConfig
 from qtool.conversion.gguf.holding import rows_of
-from qtool.conversion.gguf.names import GATE_UP, SINKS, Target, targets_of
+from qtool.conversion.gguf.names import Target, targets_of
 from qtool.errors import CheckpointRefused
 from qtool.formats import Layout, QuantizedModule
 from qtool.formats.stored_layer import Source, Value
@@ -22,7 +22,6 @@ from qtool.weight import QuantizedWeight
 
 COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias")  # from the config
 STACKS = (f"{EXPERTS_MODULE}.{GATE_UP}", f"{EXPERTS_MODULE}.down_proj")
-ROTATED = (".attn_q.", ".attn_k.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +238,8 @@ def _piece(config: ModelConfig, target: Target, unit: Unit) -> Piece:
             return Piece(unit, rows[target.part :: target.parts])
         parted = rows.view(unit.experts, target.parts, -1)
         return Piece(unit, parted[:, target.part].reshape(-1))
-    if architecture.is_permuted and any(part in target.name for part in ROTATED):
-        heads = config.heads if ROTATED[0] in target.name else config.kv_heads
+    if field := architecture.permuted_heads(stem_of(target.name)):
+        heads = config.values.get(field) or config.heads
         # the two halves of a head alternate in ggml's rotary embedding
         halves = torch.arange(unit.rows).view(heads, 2, -1)
         return Piece(unit, halves.transpose(1, 2).reshape(-1))

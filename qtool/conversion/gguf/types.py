@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qtool.checkpoint.gguf_types import UNQUANTIZED
 from qtool.errors import UsageError, nearest
 
 FILE_TYPES: Mapping[str, tuple[int, str]] = {
@@ -34,7 +35,6 @@ FILE_TYPES: Mapping[str, tuple[int, str]] = {
 }
 """Name -> its number in ``general.file_type``, and the type of most tensors."""
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4_MOE": "MXFP4"}
-UNQUANTIZED = ("F32", "F16", "BF16")
 FALLBACKS = {  # for rows that no blocks of 256 fill
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qtool.checkpoint import digest_files
 from qtool.checkpoint.digests import Digests
+from qtool.checkpoint.gguf_types import UNQUANTIZED
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.gguf.holding import blocks_of
 from qtool.conversion.gguf.plan import GgufPlan, PlannedTensor, padded
 from qtool.conversion.gguf.tensors import Piece, Unit
-from qtool.conversion.gguf.types import UNQUANTIZED
 from qtool.conversion.streaming import layer_threads, run_bounded, worker_count
 from qtool.errors import CheckpointRefused, naming
 from qtool.events import OnEvent, ProgressEvent, StageEvent
