@@ -221,7 +221,8 @@ class ServeSettings(ServeOptions):
         if self.allowed_origins is None:
             return ("*",) if self.api_key else ()
         given = self.allowed_origins.strip("[] ").split(",")
-        return tuple(origin for one in given if (origin := one.strip(" \"'").rstrip("/")))
+        # browsers send names of hosts in lower case
+        return tuple(origin.lower() for one in given if (origin := one.strip(" \"'").rstrip("/")))
 
     @property
     def name(self) -> str:

@@ -1145,6 +1145,7 @@ def test_pages_of_other_origins_may_call_a_server_with_a_key(other, served):
 @pytest.mark.parametrize(
     ("given", "origins"),
     [
+        ("https://App.Example:8443/", ("https://app.example:8443",)),
         ("*", ("*",)),
         ("http://a:3000, https://b/", ("http://a:3000", "https://b")),
         ('["http://a", "*"]', ("http://a", "*")),
