@@ -90,14 +90,19 @@ def generation_config_of(header: GgufHeader) -> JsonDict:
 
 def _ends(header: GgufHeader) -> list[int]:
     """Return the tokens that end an answer."""
-    metadata = header.metadata
-    said = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    if isinstance(tokens, tuple) and isinstance(types, array):
-        pairs = enumerate(zip(tokens, types, strict=False))
-        said += [number for number, (text, kind) in pairs if kind == CONTROL and text in ENDS]
-    return [end for end in dict.fromkeys(said) if type(end) is int]
+    named = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = dict.fromkeys([*named, *_ends_by_text(header)])
+    return [end for end in ends if type(end) is int]
+
+
+def _ends_by_text(header: GgufHeader) -> list[int]:
+    """Return the control tokens that end an answer by their text."""
+    tokens = header.metadata.get("tokenizer.ggml.tokens", ())
+    types = header.metadata.get("tokenizer.ggml.token_type", ())
+    if not isinstance(tokens, tuple) or not isinstance(types, array):
+        return []
+    pairs = enumerate(zip(tokens, types, strict=False))
+    return [number for number, (text, kind) in pairs if kind == CONTROL and text in ENDS]
 
 
 def _tokens(header: GgufHeader) -> JsonDict:
@@ -106,7 +111,7 @@ def _tokens(header: GgufHeader) -> JsonDict:
         name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()
     }
     tokens = {name: value for name, value in found.items() if type(value) is int}
-    # classes have other defaults, which are no tokens of a small vocabulary
+    # the defaults of classes may lie beyond a small vocabulary
     return {"pad_token_id": None, **tokens}
 
 

@@ -230,10 +230,7 @@ def place_of(architecture: Architecture, tensor: str) -> Place | None:
     """Return where ``tensor`` belongs; None when the architecture has no such tensor."""
     found = LAYER_TENSOR.fullmatch(tensor)
     if found is None:
-        outside = MODEL_TENSOR.fullmatch(tensor)
-        if outside is None or outside[1] not in architecture.model:
-            return None
-        return Place(f"{architecture.model[outside[1]]}.{outside[2]}", outside[1], "", outside[2])
+        return _place_outside(architecture, tensor)
     number, stem, suffix = found.groups()
     prefix = f"model.layers.{number}"
     if stem in architecture.layer:
@@ -244,3 +241,12 @@ def place_of(architecture: Architecture, tensor: str) -> Place | None:
     if architecture.experts and stem in EXPERTS:
         return Place(f"{prefix}.{EXPERTS_MODULE}", stem, EXPERTS[stem], suffix)
     return None
+
+
+def _place_outside(architecture: Architecture, tensor: str) -> Place | None:
+    """Return where ``tensor``, which is of no layer, belongs; None when nowhere."""
+    found = MODEL_TENSOR.fullmatch(tensor)
+    if found is None or found[1] not in architecture.model:
+        return None
+    stem, suffix = found.groups()
+    return Place(f"{architecture.model[stem]}.{suffix}", stem, "", suffix)

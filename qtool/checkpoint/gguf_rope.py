@@ -47,6 +47,11 @@ def _rope_scaling(fields: Fields, config: JsonDict, rotated: int) -> JsonDict | 
         return _long_scaling(fields, rotated)
     if fields.number(f"{SCALING}attn_factor") not in (None, 1):
         raise fields.refused(f"{SCALING}attn_factor", "1, but for factors of Phi 3")
+    return _scaling_of_type(fields)
+
+
+def _scaling_of_type(fields: Fields) -> JsonDict | None:
+    """Return the scaling that the metadata name, and no tensor has."""
     kind = fields.found.get(f"{SCALING}type", "none")
     factor = fields.number(f"{SCALING}factor")
     if kind == "none":

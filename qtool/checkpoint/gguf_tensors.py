@@ -53,7 +53,7 @@ def _place(architecture: Architecture, tensor: GgufTensor) -> Place:
             "E_GGUF_TENSOR",
             f"{tensor.file}: tensor `{tensor.name}` is none of the architecture "
             f"`{architecture.name}` as qtool knows it",
-            "llama.cpp may load it: the model has parts that transformers' class has not",
+            "llama.cpp may load it: the model has parts that transformers' class lacks",
         )
     if tensor.type in QUANTIZED and (len(tensor.shape) < 2 or place.suffix != "weight"):
         raise refused(
@@ -94,8 +94,7 @@ def _arrangement(
 
 
 def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
-    if len(tensor.shape) != (3 if place.suffix == "weight" else 2):
-        raise _bad_shape(tensor, "a stack of experts")
+    _check_stack(tensor, place)
     count, *shape = tensor.shape
     size = tensor.size_bytes // count
     for expert in range(count):
@@ -109,11 +108,15 @@ def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
         )
 
 
+def _check_stack(tensor: GgufTensor, place: Place) -> None:
+    if len(tensor.shape) != (3 if place.suffix == "weight" else 2):
+        raise _bad_shape(tensor, "a stack of experts")
+
+
 def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
     """Yield the stack that ``tensor`` is, or makes with another, whose rows come between."""
+    _check_stack(tensor, place)
     is_weight = place.suffix == "weight"
-    if len(tensor.shape) != (3 if is_weight else 2):
-        raise _bad_shape(tensor, "a stack of experts")
     if place.expert_layer == "up_proj":
         _partner(header, tensor, "ffn_up_exps", "ffn_gate_exps")
         return  # its rows come with those of gate
@@ -139,12 +142,15 @@ def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> It
 
 
 def _partner(header: GgufHeader, tensor: GgufTensor, stem: str, other: str) -> GgufTensor:
-    """Return the tensor with ``other`` instead of ``stem`` in its name, which must be alike."""
+    """Return the tensor with ``other`` instead of ``stem`` in its name.
+
+    Raises: CheckpointRefused, when there is none of the same type and shape.
+    """
     found = header.tensors.get(tensor.name.replace(stem, other))
     if found is None or (found.type, found.shape) != (tensor.type, tensor.shape):
         raise refused(
             "E_GGUF_TENSOR",
-            f"{tensor.file}: `{tensor.name}` and its {other} are not alike",
+            f"{tensor.file}: `{tensor.name}` has no {other} of the same type and shape",
         )
     return found
 

@@ -9,9 +9,9 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from qtool.checkpoint.gguf_pre_tokenizers import PRE_TOKENIZERS
 from qtool.checkpoint.gguf_values import Value
 from qtool.checkpoint.strict_json import JsonDict, parse_object, refused
 from qtool.errors import CheckpointRefused
@@ -21,53 +21,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_PIECE = 64
 MAX_PIECE_CHARACTERS = 8 << 20
 """Of all pieces that merges are derived from: the largest public vocabulary has 2 million."""
-_ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_OTHERS = r" ?[^\s\p{L}\p{N}]+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_START = r"[^\r\n\p{L}\p{N}]?"
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How text is cut before the merges of a byte-level BPE."""
-
-    pattern: str = ""
-    """What is kept together; empty for GPT-2's own pattern."""
-    single_digits: bool = False
-    """Whether digits are cut apart first."""
-    is_nfc: bool = False
-    ignore_merges: bool = False
-    """Whether a piece that is a token is that, whatever the merges say."""
-    add_bos: bool = False
-    """Whether text begins with the BOS token, where the file does not say."""
-
-
-_LLAMA3 = PreTokenizer(
-    rf"{_ENGLISH}|{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}[\r\n]*|{_SPACES}",
-    ignore_merges=True,
-    add_bos=True,
-)
-_QWEN2 = PreTokenizer(rf"{_ENGLISH}|{_WORDS}|\p{{N}}|{_OTHERS}[\r\n]*|{_SPACES}", is_nfc=True)
-_GPT2 = PreTokenizer()
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    **dict.fromkeys(("gpt-2", "default"), _GPT2),
-    "smollm": PreTokenizer(single_digits=True),
-    "gpt-4o": PreTokenizer(
-        rf"{_START}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_START}{_UPPER}+{_LOWER}*{_ENGLISH}?"
-        rf"|\p{{N}}{{1,3}}|{_OTHERS}[\r\n/]*|{_SPACES}"
-    ),
-    "tekken": PreTokenizer(
-        rf"{_START}{_UPPER}*{_LOWER}+|{_START}{_UPPER}+{_LOWER}*|\p{{N}}|{_OTHERS}[\r\n/]*"
-        rf"|{_SPACES}",
-        ignore_merges=True,
-        add_bos=True,
-    ),
-}
-"""By what `tokenizer.ggml.pre` calls them."""
 KNOWN = frozenset(
     {
         *("model", "pre", "tokens", "token_type", "scores", "merges", "token_type_count"),
@@ -144,7 +97,7 @@ class _Fields:
         if types is None:
             return [NORMAL] * len(self.tokens)
         if not isinstance(types, array) or len(types) != len(self.tokens):
-            raise self.refused("token_type has not one entry for each token")
+            raise self.refused("token_type must have one entry for each token")
         return [int(each) for each in types]
 
     def get(self, key: str) -> Value | None:
@@ -191,7 +144,7 @@ class _Fields:
 def _templates(fields: _Fields) -> Iterator[tuple[str, str]]:
     for suffix, text in fields.templates.items():
         if not isinstance(text, str):
-            raise fields.refused("a chat template is no text")
+            raise fields.refused("a chat template must be text")
         if not suffix:
             yield "chat_template.jinja", text
         elif re.fullmatch(r"\.[A-Za-z0-9_-]{1,60}", suffix):
@@ -258,7 +211,7 @@ def _sentencepiece(fields: _Fields) -> JsonDict:
     """Return the BPE that a SentencePiece model with scores stands for, as of Llama 2 and Gemma."""
     scores = fields.get("scores")
     if not isinstance(scores, array) or len(scores) != len(fields.tokens):
-        raise fields.refused("scores has not one entry for each token")
+        raise fields.refused("scores must have one entry for each token")
     has_prefix = fields.flag("add_space_prefix", default=True)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer: JsonDict = space

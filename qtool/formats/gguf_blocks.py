@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+from qtool.scheme import CODEBOOKS
+
 Section = Literal["d", "low", "e8m0", "scales"]
 
 
@@ -48,7 +49,7 @@ class BlockType:
     lowest bits of codes upwards, but for those of Q3_K, Q5_0, Q5_1 and Q5_K, whose top bit comes
     first.
     """
-    codebook: tuple[int, ...] | None = None
+    codebook: tuple[float, ...] | None = None
     """What each code stands for, where that is not ``code - zero``."""
 
     @property
@@ -98,7 +99,7 @@ TYPES: Mapping[str, BlockType] = MappingProxyType(
             BlockType("Q4_K", 256, 32, 4, 0, ("d", "low", "scales", Plane(4, 32))),
             BlockType("Q5_K", 256, 32, 5, 0, ("d", "low", "scales", Plane(1, 32), Plane(4, 32))),
             BlockType("Q6_K", 256, 16, 6, 32, (Plane(4, 64), Plane(2, 32), "scales", "d")),
-            BlockType("IQ4_NL", 32, 32, 4, 0, ("d", _NIBBLES), IQ4_NL_VALUES),
+            BlockType("IQ4_NL", 32, 32, 4, 0, ("d", _NIBBLES), CODEBOOKS["iq4_nl"]),
             BlockType("MXFP4", 32, 32, 4, 0, ("e8m0", _NIBBLES)),
         )
     }
@@ -197,7 +198,9 @@ def split_last(x: Tensor, *sizes: int) -> Tensor:
 
 
 def _shift(type: BlockType, plane: Plane) -> int:
-    """Return the place of ``plane`` in a code: what is beside four or two bits lies above them."""
+    """Return the bit of a code at which ``plane`` begins: 0 for the four lowest bits, which are two
+    in Q3_K and Q2_K.
+    """
     lowest = 2 if type.bits == 3 else 4
     return 0 if plane.bits in (lowest, type.bits) else lowest
 

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qtool.codes import FP4_LIMITS
 from qtool.errors import CheckpointRefused
 from qtool.formats.gguf_blocks import Blocks, BlockType, pack, split_last
 
-MXFP4_LIMITS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # a tie goes to the smaller magnitude
 PIECE = 1 << 18  # weights that are rounded at a time: 1 MB in f32, and a few copies
 MIN_AMAX = 1e-15  # a group whose numbers are all smaller is 0
 
@@ -26,7 +26,7 @@ def quantize(type: BlockType, tensor: Tensor) -> Tensor:
     K types look for the scale with the least weighted square error, as llama.cpp does without an
     importance matrix. Works on some rows at a time.
 
-    Raises: CheckpointRefused, when a number is not finite, or a scale is no finite f16.
+    Raises: CheckpointRefused, when a number is not finite, or a scale is too large for f16.
     """
     rows, columns = tensor.shape
     step = max(1, PIECE // max(1, columns))
@@ -82,7 +82,8 @@ def _round_to_mxfp4(type: BlockType, x: Tensor) -> Blocks:
     amax = groups.abs().amax(dim=-1, keepdim=True)
     exponent = torch.where(amax > 0, amax.log2().floor() - 2, -127).clamp(-127, 127)
     ratio = groups / torch.exp2(exponent)
-    codes = torch.bucketize(ratio.abs(), ratio.new_tensor(MXFP4_LIMITS)).to(torch.uint8)
+    # a tie goes to the smaller magnitude
+    codes = torch.bucketize(ratio.abs(), ratio.new_tensor(FP4_LIMITS)).to(torch.uint8)
     codes |= ((ratio < 0) & (codes > 0)).to(torch.uint8) << 3
     scale = (exponent.squeeze(-1) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
     return Blocks(type, codes.flatten(1), scale)

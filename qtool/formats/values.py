@@ -20,7 +20,7 @@ from qtool.errors import CheckpointRefused, naming
 from qtool.formats import bitsandbytes, mxfp4
 from qtool.formats.layout import Layout, QuantizedModule
 from qtool.modules import CACHE_SCALES, parse_cache_scale
-from qtool.scheme import CODEBOOKS
+from qtool.scheme import CODEBOOKS, Weights
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
 Word: TypeAlias = "type[np.integer[Any]]"
@@ -243,8 +243,8 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
     weights = module.scheme.weights if module else None
     if weights is not None and weights.format in CODEBOOKS and (suffix == "weight" or is_byte):
         return None  # codes, and scales that are codes; bitsandbytes calls them floats too
-    is_scale = module is not None and suffix in MULTIPLIERS
-    if tensor.dtype == "F8_E8M0" or (is_byte and is_scale):
+    is_multiplier = module is not None and suffix in MULTIPLIERS
+    if tensor.dtype == "F8_E8M0" or (is_byte and is_multiplier):
         return E8M0.word, _e8m0_problem
     if tensor.dtype == "I32" and module and suffix in ("g_idx", "weight_g_idx"):
         groups = module.scheme.weights.scale_count(1, module.shape[1])
@@ -252,14 +252,19 @@ def _check_for(tensor: TensorInfo, layout: Layout | None) -> tuple[Word, Check] 
     if tensor.dtype not in FLOATS:
         return None
     bits = FLOATS[tensor.dtype]
-    if parse_cache_scale(tensor.name) or (module is not None and suffix in SCALES):
-        # AutoRound flips a group to reach the code -8
-        negative_allowed = weights is not None and weights.format.startswith("int")
-        check = _ScaleCheck(
-            bits, zero_allowed=suffix in MULTIPLIERS, negative_allowed=negative_allowed
-        )
-        return bits.word, check.problem
-    return bits.word, bits.problem
+    is_scale = parse_cache_scale(tensor.name) or (module is not None and suffix in SCALES)
+    return bits.word, _scale_check(bits, weights, suffix) if is_scale else bits.problem
+
+
+def _scale_check(bits: Bits, weights: Weights | None, suffix: str) -> Check:
+    """Return what looks for wrong scales, by the layer's ``weights`` and the tensor's ``suffix``.
+
+    ``weights``: None for scales of the KV cache.
+    """
+    # AutoRound flips a group to reach the code -8
+    negative_allowed = weights is not None and weights.format.startswith("int")
+    zero_allowed = suffix in MULTIPLIERS
+    return _ScaleCheck(bits, zero_allowed=zero_allowed, negative_allowed=negative_allowed).problem
 
 
 def _owner(tensor: TensorInfo, layout: Layout | None) -> tuple[QuantizedModule | None, str]:

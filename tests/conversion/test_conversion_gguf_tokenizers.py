@@ -11,8 +11,9 @@ from support.llama_cpp import texts_cut_otherwise
 from tokenizers import Tokenizer
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.gguf_pre_tokenizers import PRE_TOKENIZERS
 from qtool.conversion import export
-from qtool.conversion.gguf.vocabulary import PRE_TOKENIZERS, pre_tokenizer_of
+from qtool.conversion.gguf.vocabulary import NAMES, pieces_of, pre_tokenizer_of
 from qtool.errors import CheckpointRefused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,7 @@ def with_pre_tokenizer(tokenizer, known):
     """A tokenizer.json that cuts text as ``known`` says."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = []
-    for piece in known.pieces:
+    for piece in pieces_of(known):
         if piece == "digits":
             steps.append({"type": "Digits", "individual_digits": True})
         elif piece == "byte level":
@@ -37,7 +38,7 @@ def with_pre_tokenizer(tokenizer, known):
         else:
             split = {"type": "Split", "pattern": {"Regex": piece}, "behavior": "Isolated"}
             steps += [{**split, "invert": False}, {**byte_level, "use_regex": False}]
-    model = {**tokenizer["model"], "ignore_merges": known.ignores_merges}
+    model = {**tokenizer["model"], "ignore_merges": known.ignore_merges}
     sequence = {"type": "Sequence", "pretokenizers": steps}
     return {**tokenizer, "pre_tokenizer": sequence, "model": model}
 
@@ -94,7 +95,7 @@ def sentencepiece_tokenizer():
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("name", [*(each.name for each in PRE_TOKENIZERS), "sentencepiece"])
+@pytest.mark.parametrize("name", [*NAMES.values(), "sentencepiece"])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, name):
     folder = tmp_path / "model"
     publish(folder, "Qwen3")
@@ -104,7 +105,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, name):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         edit(folder, lambda tensors: None, lambda config: config.update(bos_token_id=1))
     else:
-        known = next(each for each in PRE_TOKENIZERS if each.name == name)
+        known = PRE_TOKENIZERS[name]
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         tokenizer = with_pre_tokenizer(tokenizer, known)
         assert pre_tokenizer_of(open_checkpoint(folder), tokenizer) == name

@@ -155,22 +155,30 @@ class ModelConfig:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
         elif kind == "yarn":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-            writer.add_rope_scaling_factor(rope["factor"])
-            writer.add_rope_scaling_orig_ctx_len(self._original_length())
-            if rope.get("attention_factor") is not None:
-                writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
-            if rope.get("beta_fast") is not None:
-                writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-            if rope.get("beta_slow") is not None:
-                writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+            self._describe_yarn(writer)
         elif kind == "longrope":
-            original = self._original_length()
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-            writer.add_rope_scaling_orig_ctx_len(original)
-            scale = self.values["max_position_embeddings"] / original
-            factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-            writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or factor)
+            self._describe_longrope(writer)
+
+    def _describe_yarn(self, writer: gguf.GGUFWriter) -> None:
+        rope = self.rope
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(self._original_length())
+        for name, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(name) is not None:
+                add(rope[name])
+
+    def _describe_longrope(self, writer: gguf.GGUFWriter) -> None:
+        original = self._original_length()
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(original)
+        scale = self.values["max_position_embeddings"] / original
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(self.rope.get("attention_factor") or factor)
 
     def _describe_windows(self, writer: gguf.GGUFWriter) -> None:
         window = self.values.get("sliding_window")

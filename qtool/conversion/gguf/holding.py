@@ -62,7 +62,7 @@ def _grouping_reason(weight: QuantizedWeight) -> str | None:
     if height > 1 and weight.scale.shape[0] > 1:
         return f"granularity: a scale covers {height} outputs, and a block lies in one"
     if width % INPUTS and width < columns:
-        return f"group_size: {width} is no multiple of {INPUTS}, the inputs of a block"
+        return f"group_size: {width} is not a multiple of {INPUTS}, the inputs of a block"
     return None
 
 
@@ -88,9 +88,9 @@ def _scales_reason(
 ) -> str | None:
     fits = _fits_f16 if rounds_scales else _is_f16
     if not fits(weight.scale):
-        return "scale: it is no number of 16 bits, as GGUF's blocks have them"
+        return "scale: float16, which GGUF's blocks have, cannot hold it exactly"
     if type.has_offset and not fits(_offset(weight, bits)):
-        return f"zero points: zero * scale is no number of 16 bits, as {type.name} has them"
+        return f"zero points: float16, which {type.name} has, cannot hold zero * scale exactly"
     return None
 
 

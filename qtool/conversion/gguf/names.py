@@ -71,8 +71,11 @@ def targets_of(architecture: Architecture, name: str, suffix: str) -> tuple[Targ
     stem = _modules(architecture.name, "layer").get(rest)
     if stem:
         return (Target(f"{prefix}.{stem}.{suffix}"),)
-    if architecture.experts is None:
-        return ()
+    return () if architecture.experts is None else _expert_targets(prefix, rest, suffix)
+
+
+def _expert_targets(prefix: str, rest: str, suffix: str) -> tuple[Target, ...]:
+    """Return what the experts' tensor ``rest`` of a layer becomes; nothing when it is of none."""
     if expert := EXPERT.fullmatch(rest):
         return (Target(f"{prefix}.{STEMS[expert[2]]}.{suffix}", int(expert[1])),)
     if rest == f"{EXPERTS_MODULE}.{GATE_UP}":

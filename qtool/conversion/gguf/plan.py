@@ -235,18 +235,12 @@ class _Chooser:
     def _choose_quantized(
         self, assembly: Assembly, quantized: Sequence[Unit], wanted: str | None
     ) -> TypeChoice:
-        accepted = None
-        if wanted and self._file_type:
-            accepted = {wanted, FILE_TYPES[self._file_type][1]}
         reason = "layers: some of its experts are quantized and others are not"
         if len(quantized) == len(assembly.pieces):
-            for rounds_scales in (False, True) if self._request.requantize else (False,):
-                held, reason = self._held_by_all(quantized, rounds_scales=rounds_scales)
-                for type in held:
-                    if accepted is None or type in accepted:
-                        return TypeChoice(type, is_held=True, rounds_scales=rounds_scales)
-                if held:
-                    reason = f"type: {held[0]} holds it, and {wanted} does not"
+            choice = self._holding(quantized, wanted)
+            if isinstance(choice, TypeChoice):
+                return choice
+            reason = choice
         if not self._request.requantize:
             raise self._request.cannot_hold(
                 f"`{quantized[0].name}`: {reason}",
@@ -257,6 +251,24 @@ class _Chooser:
         )
         nearest = wanted or with_fitting_blocks(NEAREST.get(bits, "Q8_0"), assembly.columns)
         return TypeChoice(nearest)
+
+    def _holding(self, units: Sequence[Unit], wanted: str | None) -> TypeChoice | str:
+        """Return the type that holds the codes of all of ``units``; else why none does.
+
+        Args:
+            units: quantized layers that become one tensor.
+            wanted: what the file type has for it; None for any type.
+        """
+        accepted = {wanted, FILE_TYPES[self._file_type][1]} if self._file_type else None
+        reason = ""
+        for rounds_scales in (False, True) if self._request.requantize else (False,):
+            held, reason = self._held_by_all(units, rounds_scales=rounds_scales)
+            fitting = [type for type in held if accepted is None or type in accepted]
+            if fitting:
+                return TypeChoice(fitting[0], is_held=True, rounds_scales=rounds_scales)
+            if held:
+                reason = f"type: {held[0]} holds it, and {wanted} does not"
+        return reason
 
     def _held_by_all(self, units: Sequence[Unit], *, rounds_scales: bool) -> tuple[list[str], str]:
         """Return the types that hold all of ``units``, the smallest first, and else a reason."""

@@ -208,26 +208,44 @@ def _split(name: str) -> tuple[str, str]:
 
 def _assembly(config: ModelConfig, name: str, found: Sequence[tuple[Target, Unit]]) -> Assembly:
     pieces = {target.expert: _piece(config, target, unit) for target, unit in found}
-    first = found[0][1]
-    is_vector = first.columns == 1
-    if None in pieces:
-        if len(found) > 1:
-            raise _damaged(f"`{name}` would be made of `{first.name}` and of `{found[1][1].name}`")
-        piece = pieces[None]
-        experts = first.experts
-        shape = (experts, piece.count // experts) if experts > 1 else (piece.count,)
-        if experts == 1 and first.name.endswith(STACKS):
-            shape = (1, piece.count)
-        return Assembly(name, shape if is_vector else (*shape, first.columns), (piece,))
-    count = config.experts
-    if sorted(expert for expert in pieces if expert is not None) != list(range(count)):
-        raise _damaged(f"`{name}` needs {count} experts, and there are {len(pieces)}")
-    ordered = tuple(pieces[expert] for expert in range(count))
+    if None not in pieces:
+        return _experts_assembly(config, name, pieces, len(found))
+    unit = found[0][1]
+    if len(found) > 1:
+        raise _damaged(f"`{name}` would be made of `{unit.name}` and of `{found[1][1].name}`")
+    piece = pieces[None]
+    is_stack = unit.experts > 1 or unit.name.endswith(STACKS)
+    rows = (unit.experts, piece.count // unit.experts) if is_stack else (piece.count,)
+    return Assembly(name, _with_columns(rows, unit), (piece,))
+
+
+def _experts_assembly(
+    config: ModelConfig, name: str, pieces: Mapping[int | None, Piece], count: int
+) -> Assembly:
+    """Return the tensor that stacks ``pieces``, one for each expert.
+
+    Args:
+        config: of the model.
+        name: of the tensor.
+        pieces: the number of each expert -> its rows.
+        count: how many were found, those of the same number included.
+    Raises: CheckpointRefused, when one is missing, given twice, or of another shape.
+    """
+    experts = config.experts
+    if sorted(expert for expert in pieces if expert is not None) != list(range(experts)):
+        raise _damaged(f"`{name}` needs {experts} experts, and there are {len(pieces)}")
+    ordered = tuple(pieces[expert] for expert in range(experts))
     sizes = {(piece.count, piece.unit.columns) for piece in ordered}
-    if len(sizes) > 1 or len(found) > count:
-        raise _damaged(f"the experts of `{name}` are not alike")
-    shape = (count, ordered[0].count)
-    return Assembly(name, shape if is_vector else (*shape, first.columns), ordered)
+    if len(sizes) > 1 or count > experts:
+        raise _damaged(f"the experts of `{name}` differ in shape, or one is given twice")
+    first = ordered[0]
+    return Assembly(name, _with_columns((experts, first.count), first.unit), ordered)
+
+
+def _with_columns(rows: tuple[int, ...], unit: Unit) -> tuple[int, ...]:
+    """Return the shape of a tensor of ``rows``, each as wide as those of ``unit``."""
+    is_vector = unit.columns == 1
+    return rows if is_vector else (*rows, unit.columns)
 
 
 def _piece(config: ModelConfig, target: Target, unit: Unit) -> Piece:

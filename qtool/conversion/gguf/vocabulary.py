@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import gguf
 
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from qtool.checkpoint.strict_json import Json, read_json
 from qtool.errors import CheckpointRefused, one_line
 
@@ -24,62 +24,12 @@ LOOKS_SPECIAL = re.compile(
     r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL
 )
 ADDED_SCORE = -1000.0
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-)
-PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-PUNCTUATION_OR_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
-SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTE_LEVEL = "byte level"
 DIGITS = "digits"
 
 
-@dataclass(frozen=True)
-class PreTokenizer:
-    """A way of cutting text into words that llama.cpp knows by name."""
-
-    name: str
-    """In ``tokenizer.ggml.pre``."""
-    pieces: tuple[str, ...]
-    """Its regular expressions, as tokenizer.json has them, in order."""
-    ignores_merges: bool = False
-    """Whether words that are tokens are not made of merges."""
-
-
-PRE_TOKENIZERS = (
-    PreTokenizer("gpt-2", (BYTE_LEVEL,)),
-    PreTokenizer("smollm", (DIGITS, BYTE_LEVEL)),
-    PreTokenizer(
-        "llama-bpe",
-        ("|".join((CONTRACTIONS, WORDS, r"\p{N}{1,3}", PUNCTUATION, SPACES)),),
-        ignores_merges=True,
-    ),
-    PreTokenizer(
-        "smaug-bpe", ("|".join((CONTRACTIONS, WORDS, r"\p{N}{1,3}", PUNCTUATION, SPACES)),)
-    ),
-    PreTokenizer("qwen2", ("|".join((CONTRACTIONS, WORDS, r"\p{N}", PUNCTUATION, SPACES)),)),
-    PreTokenizer(
-        "tekken",
-        ("|".join((*CASED, r"\p{N}", PUNCTUATION_OR_SLASH, SPACES)),),
-        ignores_merges=True,
-    ),
-    PreTokenizer(
-        "gpt-4o",
-        (
-            "|".join(
-                (
-                    *(f"{each}{CONTRACTIONS}?" for each in CASED),
-                    r"\p{N}{1,3}",
-                    PUNCTUATION_OR_SLASH,
-                    SPACES,
-                )
-            ),
-        ),
-    ),
-)
+NAMES = {known: name for name, known in reversed(PRE_TOKENIZERS.items())}
+"""Each way of cutting text -> its first name in ``tokenizer.ggml.pre``."""
 
 
 def describe_vocabulary(
@@ -106,7 +56,7 @@ def describe_vocabulary(
         _describe_sentencepiece(writer, vocabulary, is_gemma=is_gemma)
     else:
         _describe_bpe(writer, vocabulary)
-    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of what is no fault here
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # its warnings name no fault here
     try:
         special = gguf.SpecialVocab(checkpoint.path, load_merges=not is_sentencepiece, n_vocab=size)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -214,19 +164,33 @@ def pre_tokenizer_of(checkpoint: Checkpoint, tokenizer: Json) -> str:
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):  # llama.cpp leaves out NFC of Qwen
         raise _unknown(checkpoint, f"its normalizer is `{normalizer}`")
+    pieces = _pieces(tokenizer)
+    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
+    same = {
+        known.ignore_merges: name for known, name in NAMES.items() if pieces_of(known) == pieces
+    }
+    if ignore_merges in same:
+        return same[ignore_merges]
+    if same:
+        shown = f"`{next(iter(same.values()))}` with ignore_merges {ignore_merges}"
+    else:
+        shown = f"`{', '.join(str(piece)[:60] for piece in pieces)}`"
+    raise _unknown(checkpoint, f"its pre-tokenizer is {shown}")
+
+
+def pieces_of(known: PreTokenizer) -> tuple[str, ...]:
+    """Return the steps of ``known``: regular expressions, `DIGITS` and `BYTE_LEVEL`."""
+    if known.pattern:
+        return (known.pattern,)
+    return (DIGITS, BYTE_LEVEL) if known.single_digits else (BYTE_LEVEL,)
+
+
+def _pieces(tokenizer: Json) -> tuple[str | None, ...]:
+    """Return the steps of the pre-tokenizer of ``tokenizer``, as `pieces_of` does."""
     found = tokenizer.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers") or [found]
-    pieces = tuple(_piece(step) for step in steps)
-    if len(pieces) > 1 and pieces[-1] is None:  # it makes bytes of what is already cut
-        pieces = pieces[:-1]
-    ignores_merges = bool(tokenizer["model"].get("ignore_merges"))
-    same = [each for each in PRE_TOKENIZERS if each.pieces == pieces]
-    for each in same:
-        if each.ignores_merges == ignores_merges:
-            return each.name
-    shown = same[0].name if same else ", ".join(str(piece)[:60] for piece in pieces)
-    more = f" with ignore_merges {ignores_merges}" if same else ""
-    raise _unknown(checkpoint, f"its pre-tokenizer is `{shown}`{more}")
+    pieces = tuple(_piece(step) for step in found.get("pretokenizers") or [found])
+    # the last step makes bytes of what is already cut
+    return pieces[:-1] if len(pieces) > 1 and pieces[-1] is None else pieces
 
 
 def _piece(step: Mapping[str, Any]) -> str | None:
@@ -249,7 +213,6 @@ def _unknown(checkpoint: Checkpoint, why: str) -> CheckpointRefused:
         "E_GGUF_TOKENIZER",
         f"{checkpoint.path}: llama.cpp has no tokenizer like that of the model: {why}",
         hint=(
-            "it knows the byte-level BPE of "
-            f"{', '.join(each.name for each in PRE_TOKENIZERS)} and BPE of SentencePiece"
+            f"it knows the byte-level BPE of {', '.join(NAMES.values())} and BPE of SentencePiece"
         ),
     )

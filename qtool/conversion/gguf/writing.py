@@ -99,15 +99,8 @@ def _tasks(
 def _write_unit(
     plan: GgufPlan, target: int, data_offset: int, unit: Unit, places: list[_Write]
 ) -> None:
-    request = plan.request
     is_held = places[0].tensor.choice.is_held
-    value: Value
-    if is_held and unit.is_blocks:
-        value = read_stored(unit.source.tensors["weight"]).reshape(unit.rows, -1)
-    else:
-        value = read_value(request.checkpoint, request.layout, unit.source)
-    if isinstance(value, QuantizedWeight) and not is_held and _is_scattered(value):
-        value = dense(value, torch.float32)
+    value = _source_value(plan, unit, is_held=is_held)
     for place in places:
         offset = data_offset + place.offset
         shift = plan.config.norm_shift(place.tensor.name)
@@ -116,6 +109,18 @@ def _write_unit(
             data = _encoded(place.tensor, unit, taken, shift)
             _write_at(target, data, offset)
             offset += data.numel()
+
+
+def _source_value(plan: GgufPlan, unit: Unit, *, is_held: bool) -> Value:
+    """Return what the source holds for ``unit``, so that single rows can be taken out of it: blocks
+    that are held as bytes [R, bytes], what is not held and scattered dequantized.
+    """
+    if is_held and unit.is_blocks:
+        return read_stored(unit.source.tensors["weight"]).reshape(unit.rows, -1)
+    value = read_value(plan.request.checkpoint, plan.request.layout, unit.source)
+    if isinstance(value, QuantizedWeight) and not is_held and _is_scattered(value):
+        return dense(value, torch.float32)
+    return value
 
 
 def _is_scattered(weight: QuantizedWeight) -> bool:
