@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Method": (
         *("method", "recipe", "backend", "group_size", "kv_cache", "lm_head", "ignore", "fast"),
         *("seed", "list_methods", "all_methods", "backend_python", "quantization", "load_format"),
-        *("torchao_config", "to", "requantize", "scheme", "merge_lora"),
+        *("torchao_config", "to", "type", "requantize", "scheme", "merge_lora"),
     ),
     "Calibration": (
         *("calibration", "num_samples", "seq_len", "batch_size", "text_column", "pack"),
