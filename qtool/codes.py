@@ -38,7 +38,7 @@ def from_fp8(codes: Tensor) -> Tensor:
     if codes.device.type != "cpu":
         return codes.float()
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return looked_up(values, codes.view(torch.uint8))
+    return look_up(values, codes.view(torch.uint8))
 
 
 def to_fp4(x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def to_codebook(x: Tensor, values: Tensor) -> Tensor:
     ordered, order = torch.sort(values, stable=True)
     limits = (ordered[:-1] + ordered[1:]) / 2
     ranks = torch.bucketize(x, limits, out_int32=True)
-    return looked_up(order.to(torch.uint8), ranks)
+    return look_up(order.to(torch.uint8), ranks)
 
 
 def to_16_bits(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def mx_scale(amax: Tensor, largest: float) -> Tensor:
     return torch.where(amax > 0, torch.exp2(exponent.clamp(-127, 127).float()), 1.0)
 
 
-def looked_up(values: Tensor, codes: Tensor) -> Tensor:
+def look_up(values: Tensor, codes: Tensor) -> Tensor:
     """Return the entry of ``values`` [C] that each of the ``codes`` stands for, of their shape; a
     third of the time of ``values[codes]`` on a CPU.
     """

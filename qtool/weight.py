@@ -18,7 +18,7 @@ from qtool.codes import (
     codebook,
     fp4_values,
     from_fp8,
-    looked_up,
+    look_up,
     mx_scale,
     pack_pairs,
     to_16_bits,
@@ -395,9 +395,9 @@ def codes_to_values(
         return data.float()
     codes = unpack_pairs(data) if packed else data
     if codebook is not None:
-        return looked_up(codebook, codes)
+        return look_up(codebook, codes)
     if scale_dtype in FP4_SCALES:
-        return looked_up(fp4_values(data.device), codes)
+        return look_up(fp4_values(data.device), codes)
     return codes.float() - 8
 
 

@@ -23,7 +23,7 @@ class Arrangement(NamedTuple):
     is_transposed: bool = False
     """Whether each matrix of a stack lies the other way in the file."""
 
-    def arranged(self, data: Any, shape: tuple[int, ...]) -> bytes:
+    def apply(self, data: Any, shape: tuple[int, ...]) -> bytes:
         """Return the bytes of the tensor.
 
         Args:

@@ -181,7 +181,7 @@ def _byte_level(fields: _Fields) -> JsonDict:
         steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     steps.append({**byte_level, "use_regex": not pre.pattern})
     vocab = _vocab(fields, without=(UNUSED,))
-    return _assembled(
+    return _assemble(
         fields,
         normalizer={"type": "NFC"} if pre.is_nfc else None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
@@ -227,7 +227,7 @@ def _sentencepiece(fields: _Fields) -> JsonDict:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     vocab = _vocab(fields)
     unknown = fields.token("unknown")
-    return _assembled(
+    return _assemble(
         fields,
         normalizer=normalizer,
         pre_tokenizer=None,
@@ -294,7 +294,7 @@ def _vocab(fields: _Fields, *, without: tuple[int, ...] = ()) -> dict[str, int]:
     return vocab
 
 
-def _assembled(
+def _assemble(
     fields: _Fields,
     *,
     normalizer: JsonDict | None,

@@ -71,7 +71,7 @@ class TensorInfo(NamedTuple):
     def read(self) -> bytes:
         """Return its bytes, little-endian, row-major."""
         data = b"".join(_read_at(*place) for place in self.places)
-        return self.arrangement.arranged(data, self.shape) if self.arrangement else data
+        return self.arrangement.apply(data, self.shape) if self.arrangement else data
 
     @property
     def places(self) -> tuple[tuple[Path, int, int], ...]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from qtool.engine.attention.pages import PAGE
 
-# Tokens that a snapshot spares at least: a prompt is computed in two parts for it.
-LEAST = 4 * PAGE
+MIN_SPARED_TOKENS = 4 * PAGE
+"""A snapshot that spares fewer tokens is not made: it cuts the prompt into two parts."""
 
 
 class StateSnapshots:
@@ -77,4 +77,4 @@ def boundaries(size: int, matched: int, restored: int) -> list[int]:
         restored: tokens that need not be computed.
     """
     wanted = {matched, (size - 1) // PAGE * PAGE}
-    return sorted(each for each in wanted if each - restored >= LEAST)
+    return sorted(each for each in wanted if each - restored >= MIN_SPARED_TOKENS)

@@ -89,7 +89,7 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
         scale = packed.new_empty(rows, columns // group, dtype=torch.float32)
     else:
         key = next(suffix for suffix in tensors if suffix.startswith(STATE))
-        state = _parsed_state(bytes(tensors[key].tolist()), f"{module.name}.{key}")
+        state = _parse_state(bytes(tensors[key].tolist()), f"{module.name}.{key}")
         scale = _absmax(state, tensors)
         if columns % state.block_size:
             first = torch.arange(rows * columns // group, device=scale.device) * group
@@ -222,13 +222,13 @@ def _read_state(parts: Parts, suffix: str) -> _State:
     tensor = parts[suffix]
     if tensor.dtype != "U8" or tensor.size_bytes > MAX_STATE_BYTES:
         raise parts.misfit(suffix, f"U8, at most {MAX_STATE_BYTES}")
-    state = _parsed_state(tensor.read(), tensor.name)
+    state = _parse_state(tensor.read(), tensor.name)
     if suffix != f"{STATE}{state.quant_type}":
         raise _wrong_state(parts.name, f"`{tensor.name}` is of {state.quant_type}")
     return state
 
 
-def _parsed_state(data: bytes, where: str) -> _State:
+def _parse_state(data: bytes, where: str) -> _State:
     """Return what the JSON in ``data`` says; CheckpointRefused when it is not what bitsandbytes
     writes.
     """

@@ -52,7 +52,7 @@ def _round_to_amax(type: BlockType, x: Tensor) -> Blocks:
     groups = split_last(x, -1, type.inputs)
     index = groups.abs().argmax(dim=-1, keepdim=True)
     d = groups.gather(-1, index) / -type.zero
-    codes = _truncated(groups * _inverse(d) + (type.zero + 0.5), 2 * type.zero - 1)
+    codes = _truncate(groups * _inverse(d) + (type.zero + 0.5), 2 * type.zero - 1)
     return Blocks(type, codes.flatten(1), _to_f16(d))
 
 
@@ -62,7 +62,7 @@ def _round_to_range(type: BlockType, x: Tensor) -> Blocks:
     top = 2**type.bits - 1
     low, high = groups.aminmax(dim=-1, keepdim=True)
     d = (high - low) / torch.full_like(low, top)
-    codes = _truncated((groups - low) * _inverse(d) + 0.5, top)
+    codes = _truncate((groups - low) * _inverse(d) + 0.5, top)
     return Blocks(type, codes.flatten(1), _to_f16(d), _to_f16(low))
 
 
@@ -226,7 +226,7 @@ def _inverse(numbers: Tensor) -> Tensor:
     return torch.where(numbers == 0, 0, 1 / numbers)
 
 
-def _truncated(numbers: Tensor, top: int) -> Tensor:
+def _truncate(numbers: Tensor, top: int) -> Tensor:
     return numbers.clamp_(0, top).to(torch.uint8)
 
 

@@ -61,7 +61,7 @@ def read_stored(info: TensorInfo) -> Tensor:
                 done += count
         filled += size
     if info.arrangement is not None:
-        arranged = info.arrangement.arranged(data.numpy(), info.shape)
+        arranged = info.arrangement.apply(data.numpy(), info.shape)
         data = torch.frombuffer(bytearray(arranged), dtype=torch.uint8)
     return data.view(dtype).reshape(stored_shape(info))
 

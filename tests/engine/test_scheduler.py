@@ -407,7 +407,7 @@ class Engine(RuleBasedStateMachine):
     def begin(self, pages, max_running, budget, context, logits, kind):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("qtool.engine.scheduler.PROMPT_LOGITS", logits)
-        self.patch.setattr("qtool.engine.state_snapshots.LEAST", PAGE)
+        self.patch.setattr("qtool.engine.state_snapshots.MIN_SPARED_TOKENS", PAGE)
         self.loop = Loop(pages, max_running, budget, context, **kind)
 
     @rule(

@@ -92,13 +92,13 @@ class GgufPlan:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self.extra_offset + sum(padded(tensor.numel() * 4) for tensor in self.extra.values())
+        return self.extra_offset + sum(align(tensor.numel() * 4) for tensor in self.extra.values())
 
     @property
     def extra_offset(self) -> int:
         """Where the data of `extra` begins."""
         last = self.tensors[-1]
-        return padded(last.offset + last.size_bytes)
+        return align(last.offset + last.size_bytes)
 
     @cached_property
     def rounded(self) -> Mapping[str, str]:
@@ -180,7 +180,7 @@ def plan_gguf(request: ConversionRequest, file_type: str | None) -> GgufPlan:
     offset = 0
     for assembly in found.tensors:
         planned = PlannedTensor(assembly, chooser.choose(assembly), offset)
-        offset = padded(offset + planned.size_bytes)
+        offset = align(offset + planned.size_bytes)
         tensors.append(planned)
     plan = GgufPlan(
         request=request,
@@ -300,7 +300,7 @@ def _units(assembly: Assembly) -> list[Unit]:
     return [piece.unit for piece in assembly.pieces]
 
 
-def padded(size: int) -> int:
+def align(size: int) -> int:
     """Return where the next tensor begins, ``size`` bytes after the start."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 

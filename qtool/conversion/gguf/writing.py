@@ -17,7 +17,7 @@ from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.gguf_types import UNQUANTIZED
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.gguf.holding import blocks_of
-from qtool.conversion.gguf.plan import GgufPlan, PlannedTensor, padded
+from qtool.conversion.gguf.plan import GgufPlan, PlannedTensor, align
 from qtool.conversion.gguf.tensors import Piece, Unit
 from qtool.conversion.streaming import layer_threads, run_bounded, worker_count
 from qtool.errors import CheckpointRefused, naming
@@ -77,7 +77,7 @@ def _write_header(plan: GgufPlan, path: Path) -> int:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        start = padded(path.stat().st_size)
+        start = align(path.stat().st_size)
         os.truncate(path, start + plan.size_bytes)
     return start
 
@@ -86,7 +86,7 @@ def _write_extra(plan: GgufPlan, target: int, data_offset: int) -> None:
     offset = data_offset + plan.extra_offset
     for tensor in plan.extra.values():
         _write_at(target, tensor.view(torch.uint8), offset)
-        offset = padded(offset + tensor.numel() * 4)
+        offset = align(offset + tensor.numel() * 4)
 
 
 def _tasks(
@@ -106,7 +106,7 @@ def _write_unit(
         shift = plan.config.norm_shift(place.tensor.name)
         for rows in place.piece.chunks(CHUNK):
             taken = value[rows] if isinstance(value, Tensor) and is_held else unit.take(value, rows)
-            data = _encoded(place.tensor, unit, taken, shift)
+            data = _encode(place.tensor, unit, taken, shift)
             _write_at(target, data, offset)
             offset += data.numel()
 
@@ -128,7 +128,7 @@ def _is_scattered(weight: QuantizedWeight) -> bool:
     return weight.scale.shape[0] not in (1, weight.shape[0])
 
 
-def _encoded(tensor: PlannedTensor, unit: Unit, value: Value, shift: float) -> Tensor:
+def _encode(tensor: PlannedTensor, unit: Unit, value: Value, shift: float) -> Tensor:
     """Return the bytes of some rows, uint8 [R, bytes]."""
     choice = tensor.choice
     if choice.is_held and isinstance(value, Tensor):

@@ -38,8 +38,9 @@ class EncodingFields(Body):
     model: ModelName | None = None
     rid: RequestId | None = None
     use_activation: bool | None = None
-    """Whether embeddings get length 1 and scores a sigmoid, where the checkpoint has it so, as they
-    do without it (vLLM's)."""
+    """Whether embeddings are normalized to length 1, and scores go through a sigmoid, where the
+    checkpoint says so; None means true. vLLM's.
+    """
 
 
 class EmbeddingRequest(EncodingFields):
@@ -113,7 +114,7 @@ class RerankRequest(PairFields):
         list[str | Document], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
     ]
     top_n: Annotated[Whole, Field(ge=0, le=LARGEST)] | None = None
-    """The documents that are returned; all without it, and with 0."""
+    """How many documents are returned; None and 0 mean all."""
 
     return_documents: bool | None = None
-    """Whether texts are repeated; they are without it, but on /v2/rerank."""
+    """Whether the reply has the texts; None means true, and false on /v2/rerank."""
