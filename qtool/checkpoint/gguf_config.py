@@ -91,8 +91,8 @@ def generation_config_of(header: GgufHeader) -> JsonDict:
 def _ends(header: GgufHeader) -> list[int]:
     """Return the tokens that end an answer."""
     named = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    ends = dict.fromkeys([*named, *_ends_by_text(header)])
-    return [end for end in ends if type(end) is int]
+    ends = [end for end in named if type(end) is int]
+    return [*dict.fromkeys([*ends, *_ends_by_text(header)])]
 
 
 def _ends_by_text(header: GgufHeader) -> list[int]:
@@ -131,7 +131,7 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
         return _llama(fields, config)
     if name in ("qwen3moe", "qwen2moe"):
         return {
-            "moe_intermediate_size": fields.tensor("blk.0.ffn_gate_exps.weight").shape[-2],
+            "moe_intermediate_size": fields.experts("blk.0.ffn_gate_exps.weight").shape[1],
             "norm_topk_prob": fields.architecture.normalizes_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],

@@ -7,6 +7,7 @@ import struct
 from array import array
 from collections.abc import Mapping
 
+from qtool.checkpoint.config_values import MAX_LAYERS
 from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor
 from qtool.checkpoint.gguf_names import Architecture
 from qtool.checkpoint.gguf_values import Value
@@ -40,6 +41,7 @@ NUMBERS: Mapping[str, str] = {
 }
 SCALING = "rope.scaling."
 MAX_FACTORS_BYTES = 4096
+LARGEST_F32 = (2 - 2**-23) * 2.0**127
 OTHERS = (
     "tensor_data_layout",  # of files of 2023: where the weights came from
     "attention.sliding_window_pattern",
@@ -87,6 +89,10 @@ class Fields:
         for key in ("block_count", "embedding_length", "attention.head_count"):
             if not values.get(SIZES[key]):
                 raise self.refused(key, "a whole number from 1 on")
+        if values[SIZES["block_count"]] > MAX_LAYERS:
+            raise self.refused("block_count", f"at most {MAX_LAYERS:,}")
+        if values.get(SIZES["attention.head_count_kv"]) == 0:
+            raise self.refused("attention.head_count_kv", "a whole number from 1 on")
         values.pop("", None)
         return values
 
@@ -102,8 +108,8 @@ class Fields:
         value = self.found.get(key)
         if value is None:
             return None
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-            raise self.refused(key, "a finite number")
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_F32:  # type: ignore[operator]
+            raise self.refused(key, "a number of float32")
         return short(value)  # type: ignore[arg-type]
 
     def tensor(self, name: str) -> GgufTensor:
@@ -111,6 +117,13 @@ class Fields:
         if name not in self.header.tensors:
             raise refused("E_GGUF_TENSOR", f"{self.file}: the tensor `{name}` is missing")
         return self.header.tensors[name]
+
+    def experts(self, name: str) -> GgufTensor:
+        """Return a tensor that every model has, the weights of experts: [E, O, I]."""
+        tensor = self.tensor(name)
+        if len(tensor.shape) != 3:
+            raise bad_shape(tensor, "a stack of experts")
+        return tensor
 
     def factors(self, name: str) -> list[float] | None:
         """Return the numbers of a small F32 tensor; None when there is none."""
@@ -129,9 +142,18 @@ class Fields:
         return [short(value) for value in values]
 
 
+def bad_shape(tensor: GgufTensor, expected: str) -> CheckpointRefused:
+    """Return the error for a ``tensor`` that is not what was ``expected``."""
+    return refused(
+        "E_GGUF_SHAPE",
+        f"{tensor.file}: tensor `{tensor.name}` has the shape {[*tensor.shape]}; expected "
+        f"{expected}",
+    )
+
+
 def short(value: float) -> float:
     """Return the shortest decimal number that is ``value`` in f32: metadata holds f32."""
-    if type(value) is int:
+    if type(value) is int or not abs(value) <= LARGEST_F32:
         return value
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qtool.checkpoint.arrangement import Arrangement
-from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor
+from qtool.checkpoint.gguf_fields import bad_shape
+from qtool.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
 from qtool.checkpoint.gguf_names import GATE_UP, ROPE_FACTORS, Architecture, Place, place_of
 from qtool.checkpoint.gguf_types import QUANTIZED
 from qtool.checkpoint.model import TensorInfo
@@ -20,6 +21,10 @@ def gguf_tensors(
     Experts of a stack are tensors of their own, or lie as ``architecture`` says.
     Raises: CheckpointRefused, for a tensor that the architecture does not have.
     """
+    stacks = [tensor for tensor in header.tensors.values() if len(tensor.shape) == 3]
+    if sum(tensor.shape[0] for tensor in stacks) > MAX_TENSORS:
+        largest = max(stacks, key=lambda tensor: tensor.shape[0])
+        raise bad_shape(largest, f"at most {MAX_TENSORS:,} experts in all layers")
     tensors: dict[str, TensorInfo] = {}
     for tensor in header.tensors.values():
         for info in _infos(header, architecture, config, tensor):
@@ -81,7 +86,7 @@ def _arrangement(
     if field := architecture.permuted_heads(place.stem):
         heads = int(config[field])
         if tensor.shape[0] % (2 * heads):
-            raise _bad_shape(tensor, f"{heads} heads of pairs of channels")
+            raise bad_shape(tensor, f"{heads} heads of pairs of channels")
         return Arrangement(heads=heads)
     shift = architecture.norm_shift_of(place.stem)
     if not shift:
@@ -110,7 +115,7 @@ def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
 
 def _check_stack(tensor: GgufTensor, place: Place) -> None:
     if len(tensor.shape) != (3 if place.suffix == "weight" else 2):
-        raise _bad_shape(tensor, "a stack of experts")
+        raise bad_shape(tensor, "a stack of experts")
 
 
 def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
@@ -153,11 +158,3 @@ def _partner(header: GgufHeader, tensor: GgufTensor, stem: str, other: str) -> G
             f"{tensor.file}: `{tensor.name}` has no {other} of the same type and shape",
         )
     return found
-
-
-def _bad_shape(tensor: GgufTensor, expected: str) -> Exception:
-    return refused(
-        "E_GGUF_SHAPE",
-        f"{tensor.file}: tensor `{tensor.name}` has the shape {[*tensor.shape]}; expected "
-        f"{expected}",
-    )

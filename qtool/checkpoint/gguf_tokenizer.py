@@ -28,6 +28,8 @@ KNOWN = frozenset(
         *("remove_extra_whitespaces",),
     }
 )
+ENDS = ("eot", "eom")
+"""Special tokens that are in the generation config alone."""
 TOKEN_ID = re.compile("_token_ids?$")
 
 
@@ -90,6 +92,8 @@ class _Fields:
         tokens = self.found.get("tokens", ())
         self.tokens: tuple[str, ...] = tokens if isinstance(tokens, tuple) else ()
         self.types = self._types()
+        for end in ENDS:
+            self.token(end)
 
     def _types(self) -> list[int]:
         """Return the type of each token."""
@@ -98,6 +102,8 @@ class _Fields:
             return [NORMAL] * len(self.tokens)
         if not isinstance(types, array) or len(types) != len(self.tokens):
             raise self.refused("token_type must have one entry for each token")
+        if types.typecode in "fd":
+            raise self.refused("token_type must hold whole numbers")
         return [int(each) for each in types]
 
     def get(self, key: str) -> Value | None:
@@ -167,11 +173,11 @@ def _tokenizer(fields: _Fields) -> JsonDict:
 def _byte_level(fields: _Fields) -> JsonDict:
     """Return a BPE over bytes, as of GPT-2, Llama 3 and Qwen."""
     name = fields.get("pre") or "default"
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise fields.refused(
             f"it cuts text as `{name!s:.60}`, and qtool knows {', '.join(PRE_TOKENIZERS)}"
         )
-    pre = PRE_TOKENIZERS[str(name)]
+    pre = PRE_TOKENIZERS[name]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     steps: list[JsonDict] = []
     if pre.single_digits:

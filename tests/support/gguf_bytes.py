@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-STRING, ARRAY, U16, U32, F32 = 8, 9, 2, 4, 6
+STRING, ARRAY, U16, U32, F32, F64 = 8, 9, 2, 4, 6, 12
 
 
 def text(value: str | bytes, length: int | None = None) -> bytes:
@@ -25,6 +26,10 @@ def u16(value: int) -> bytes:
 
 def f32(value: float) -> bytes:
     return struct.pack("<If", F32, value)
+
+
+def f64(value: float) -> bytes:
+    return struct.pack("<Id", F64, value)
 
 
 def string(value: str | bytes) -> bytes:
@@ -114,6 +119,44 @@ def fields(**changes: object) -> Change:
     return lambda file: file.__dict__.update(changes)
 
 
+def architecture(name: str, **more: bytes) -> Change:
+    """Call the model ``name``, with ``more`` keys of that architecture."""
+
+    def change(file: Gguf) -> None:
+        metadata = {key.replace("llama.", f"{name}."): value for key, value in METADATA.items()}
+        metadata["general.architecture"] = string(name)
+        file.metadata = metadata | {f"{name}.{key}": value for key, value in more.items()}
+
+    return change
+
+
+def experts(*dims: int) -> Change:
+    """Make the model a Qwen3 MoE whose only MLP is a stack of experts of F32."""
+
+    def change(file: Gguf) -> None:
+        architecture("qwen3moe", expert_count=u32(4), expert_used_count=u32(2))(file)
+        data_bytes = 4 * math.prod(dims)
+        file.tensors = [("blk.0.ffn_gate_exps.weight", dims, 0, 0)]
+        embeddings = ("token_embd.weight", (32, 32), 1, -(-data_bytes // 32) * 32)
+        file.tensors.append(embeddings)
+        file.data_bytes = embeddings[3] + 2 * 32 * 32
+
+    return change
+
+
+def tokenizer(**changes: bytes) -> Change:
+    """Give the model a tokenizer, with ``changes`` of its keys."""
+    right = {
+        "model": string("gpt2"),
+        "tokens": array(STRING, 32, b"".join(text(f"t{number}") for number in range(32))),
+        "merges": array(STRING, 0, b""),
+    }
+    values = right | changes
+    return lambda file: file.metadata.update(
+        {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    )
+
+
 HUGE = 1 << 63
 DAMAGE: Mapping[str, tuple[Change, str]] = {
     "magic": (fields(magic=b"GGML"), "E_NOT_GGUF"),
@@ -196,6 +239,24 @@ DAMAGE: Mapping[str, tuple[Change, str]] = {
     "part of a split model": (key("split.count", u16(3)), "E_GGUF_SPLIT"),
     "experts": (key("llama.expert_count", u32(8)), "E_GGUF_ARCH"),
     "a tokenizer of another kind": (key("tokenizer.ggml.model", string("rwkv")), "E_GGUF_TOK"),
+    "no heads of keys": (key("llama.attention.head_count_kv", u32(0)), "E_GGUF_KEY"),
+    "an epsilon of f64": (key("llama.attention.layer_norm_rms_epsilon", f64(1e300)), "E_GGUF_KEY"),
+    "layers that would be listed": (
+        architecture("gemma3", block_count=u32((1 << 31) - 1)),
+        "E_GGUF_KEY",
+    ),
+    "experts in one row": (experts(1024), "E_GGUF_SHAPE"),
+    "an expert for each number": (experts(1, 1, 600_000), "E_GGUF_SHAPE"),
+    "types of tokens that are NaN": (
+        tokenizer(token_type=array(F32, 32, struct.pack("<f", math.nan) * 32)),
+        "E_GGUF_TOK",
+    ),
+    "a pre-tokenizer that is an array": (tokenizer(pre=array(U32, 1, bytes(4))), "E_GGUF_TOK"),
+    "an end token that is an array": (
+        tokenizer(eom_token_id=array(U32, 1, bytes(4))),
+        "E_GGUF_TOK",
+    ),
+    "an end token beyond the others": (tokenizer(eot_token_id=u32(HUGE >> 32)), "E_GGUF_TOK"),
     "an unknown key of the tokenizer": (
         key("tokenizer.ggml.precompiled_charsmap", string("x")),
         "E_GGUF_TOK",
