@@ -170,7 +170,9 @@ def test_pairs_are_scored(reranker):
     wanted = [relevance(*pair) for pair in zip(TEXTS, DOCUMENTS[:3], strict=True)]
     raw = [np.log(one / (1 - one)) for one in wanted]
     assert [one["score"] for one in answer["data"]] == pytest.approx(raw, abs=1e-4)
-    for body in ({"text_1": "x"}, {"queries": TEXTS, "items": DOCUMENTS}, {**both, "text_1": "x"}):
+    repeated = {"text_1": "x" * 10_000, "text_2": ["y"] * 2_000}  # 20 MB of prompts
+    uneven = {"queries": TEXTS, "items": DOCUMENTS}
+    for body in ({"text_1": "x"}, uneven, {**both, "text_1": "x"}, repeated):
         answer = httpx.post(f"{server.url}/v1/score", json=body, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt")
     answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, timeout=60)

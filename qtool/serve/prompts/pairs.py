@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from qtool.checkpoint.encoding import Encoding
 from qtool.checkpoint.strict_json import Json
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, UsageError
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary
 
+MAX_CHARACTERS = 16 << 20  # of all prompts of a request: each repeats the query
 SHOWN = [re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")]
 
 
@@ -50,8 +51,17 @@ class Pairs:
             pairs: what is scored.
             instruction: what makes a document relevant, in place of the checkpoint's; templates
                 alone show it.
-        Raises: UsageError.
+        Raises: UsageError, also for a long query that many documents would repeat.
         """
+        shown = len(instruction or self._instruction) if self._has_template else 0
+        characters = sum(shown + len(query) + len(document) for query, document in pairs)
+        if characters > MAX_CHARACTERS:
+            raise UsageError(
+                "E_PROMPT",
+                f"the query with each of the {len(pairs):,} documents comes to {characters:,} "
+                f"characters; the limit is {MAX_CHARACTERS:,}",
+                hint="send fewer documents in a request, or shorten the query",
+            )
         if not self._has_template:
             return await self._vocabulary.encode_pairs(pairs)
         wanted = instruction or self._instruction
