@@ -123,7 +123,8 @@ def _is_derived(folder: Path) -> bool:
 def _write(header: GgufHeader, config: Json) -> Path:
     """Return the folder of ``header``, written if it is not there."""
     source = header.files[0].absolute()
-    key = hashlib.sha256(f"{VERSION}\0{source}\0{header.digest}".encode()).hexdigest()[:16]
+    said = f"{VERSION}\0{source}\0{header.digest}".encode(errors="surrogateescape")
+    key = hashlib.sha256(said).hexdigest()[:16]
     found = SPLIT_NAME.fullmatch(source.name)
     stem = found[1] if found else source.name.removesuffix(".gguf")
     folder = _root() / key / (re.sub(r"[^\w.-]", "_", stem) or "model")

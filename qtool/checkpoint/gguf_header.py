@@ -96,8 +96,10 @@ def _files_of(path: Path) -> tuple[Path, ...]:
     found = SPLIT_NAME.fullmatch(path.name)
     if not found:
         return (path,)
-    stem, _, count = found[1], int(found[2]), int(found[3])
-    if not 1 <= count <= MAX_SPLITS:
+    stem, part, count = found[1], int(found[2]), int(found[3])
+    if not 1 <= part <= count:
+        raise refused("E_GGUF_SPLIT", f"{path}: its name says part {part:,} of {count:,}")
+    if count > MAX_SPLITS:
         raise refused(
             "E_GGUF_SPLIT",
             f"{path}: its name says {count:,} files; the limit is {MAX_SPLITS:,}",

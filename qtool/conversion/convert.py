@@ -120,9 +120,10 @@ def convert(
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
     source = source_files(checkpoint)
     source_manifest = _source_manifest(checkpoint)
+    inputs = [checkpoint.path, *checkpoint.weight_files]  # a GGUF file lies elsewhere
     check_place(
         output,
-        inputs=[checkpoint.path],
+        inputs=inputs,
         overwrite=options.overwrite,
         names=source.aux_names,
     )
@@ -138,7 +139,7 @@ def convert(
         staging = stack.enter_context(
             stage_output(
                 output,
-                inputs=[checkpoint.path],
+                inputs=inputs,
                 overwrite=options.overwrite,
                 need_bytes=need_bytes,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -169,6 +170,8 @@ def test_a_part_that_is_missing_or_links_in_a_circle_is_refused(tmp_path):
     Gguf().write(tmp_path / "other-00001-of-99999.gguf")
     with pytest.raises(CheckpointRefused, match="99,999 files"):
         open_checkpoint(tmp_path / "other-00001-of-99999.gguf")
+    with pytest.raises(CheckpointRefused, match="part 3 of 2"):
+        resolve_model(str(tmp_path / "model-00003-of-00002.gguf"))
 
 
 def test_a_folder_with_several_models_asks_for_one(tmp_path):
@@ -180,9 +183,10 @@ def test_a_folder_with_several_models_asks_for_one(tmp_path):
     assert "--model-path" in error.value.hint
 
 
-def test_a_file_under_another_name_is_known_by_its_start(tmp_path):
-    """As Ollama keeps them."""
-    path = Gguf().write(tmp_path / "sha256-abc")
+@pytest.mark.parametrize("name", [b"sha256-abc", b"not UTF-8 \xff.gguf"], ids=["start", "bytes"])
+def test_a_file_under_another_name_is_read(tmp_path, name):
+    """Ollama's names have no ending: files are known by their start."""
+    path = Gguf().write(tmp_path / os.fsdecode(name))
     assert len(open_checkpoint(path).tensors) == 11
 
 

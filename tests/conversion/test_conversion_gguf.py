@@ -198,6 +198,8 @@ def test_blocks_of_a_gguf_file_are_copied(publish, tmp_path):
         assert (tensor.data == two[name].data).all(), name
     with pytest.raises(CheckpointRefused, match="Q8_0 does not"):
         export(tmp_path / "one", to="gguf", type="Q8_0", output=tmp_path / "three")
+    with pytest.raises(UsageError, match="one inside the other"):  # it would replace its source
+        export(tmp_path / "one", to="bf16", output=tmp_path / "one", overwrite=True)
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
