@@ -108,9 +108,11 @@ class Fields:
         value = self.found.get(key)
         if value is None:
             return None
-        if type(value) not in (int, float) or not abs(value) <= LARGEST_F32:  # type: ignore[operator]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.refused(key, "a number")
+        if not abs(value) <= LARGEST_F32:  # NaN is not either
             raise self.refused(key, "a number of float32")
-        return short(value)  # type: ignore[arg-type]
+        return short(value)
 
     def tensor(self, name: str) -> GgufTensor:
         """Return a tensor that every model has."""
