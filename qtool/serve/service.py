@@ -413,8 +413,9 @@ async def _load(
     starting = asyncio.create_task(engine.start(options))
     folder = Path(settings.tokenizer_path or settings.model_path)
     try:
-        # a name on the Hub: the engine's process finds it, and may be ended while it does
-        if not folder.is_dir():
+        # a name on the Hub: the engine's process finds it, and may be ended while it does; GGUF: it
+        # makes a folder with the tokenizer
+        if not (folder / "config.json").is_file():
             folder = Path((await starting).tokenizer_path)
         templates = await Templates.open(folder, settings.chat_template)
         stack.push_async_callback(templates.close)

@@ -15,7 +15,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import httpx
 import pytest
+from support import EXAMPLE
+from support.gguf_files import write_gguf
 from support.server import free_port, start_server
 
 import qtool
@@ -215,3 +218,16 @@ def test_gptq_in_the_layout_of_marlin_is_refused_whatever_the_flag_says(
     result = run_cli("serve", "--model-path", folder, "--quantization", "marlin", "--dry-run")
     assert result.exit_code == 3
     assert "error[E_KERNEL_LAYOUT]" in result.stderr
+
+
+def test_a_folder_with_a_gguf_file_is_served_with_its_chat_template(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tiny").mkdir()
+    write_gguf(EXAMPLE, tmp_path / "tiny" / "tiny.gguf")
+    server = start_server(tmp_path, tmp_path / "tiny", "--max-total-tokens", 4096)
+    try:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    finally:
+        server.end()
+    assert answer.status_code == 200, answer.text
