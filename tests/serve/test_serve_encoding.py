@@ -128,6 +128,8 @@ def test_the_server_says_what_it_serves(embedding):
     info = httpx.get(f"{server.url}/model_info").json()
     assert info["is_generation"] is False
     assert httpx.get(f"{server.url}/health_generate").status_code == 200
+    body = {"model": "m", "input": "x"}
+    assert httpx.post(f"{server.url}/v1/embeddings", json=body).status_code == 200
     metrics = httpx.get(f"{server.url}/metrics").text
     ended = re.search(r'vllm:request_success_total\{finished_reason="length".*\} (\S+)', metrics)
     assert float(ended[1]) >= 1
