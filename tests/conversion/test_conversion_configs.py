@@ -63,6 +63,7 @@ def test_dynamic_patterns_select_exactly_the_layers_they_are_meant_for(sample, t
         )
 
 
+@pytest.mark.exhaustive
 def test_dynamic_patterns_also_name_the_layers_that_engines_fuse(sample, tmp_path):
     export(sample("ct/mixed"), to=GPTQ, output=tmp_path / "out", requantize=True)
     config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
