@@ -3,14 +3,13 @@
 // A thread takes one head of keys of one token after another, with all heads of queries that share it, until none is left. A page is 16 tokens, so that
 // the logits of a page fill a register. Logits are in units of log2; sums are kept under the largest logit so far.
 
-#include <immintrin.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { PAGE = 16, WIDEST = 256, MOST_SHARED = 32 };
+#include "avx512.h"
 
-typedef void parallel_fn(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel of the OpenMP that torch runs on
+enum { PAGE = 16, WIDEST = 256, MOST_SHARED = 32 };
 
 // T tokens, of which each is the only one of its sequence here; H heads of queries, KH of keys, of D numbers, values of DV.
 struct job {
@@ -28,19 +27,7 @@ struct job {
     atomic_long next;
 };
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE __m512 wide(const uint16_t *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
-}
-
-// bf16, to the nearest, ties to even. A NaN stays one, as its highest fraction bit is set.
-INLINE __m256i narrow(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    up = _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
+INLINE __m512 sixteen(const uint16_t *from) { return wide(_mm256_loadu_si256((const __m256i *)from)); }
 
 // 2^x for x <= 0, to 2e-7 of itself: the Taylor series of 2^f for |f| <= 1/2, times a power of two.
 INLINE __m512 power_of_two(__m512 x) {
@@ -59,7 +46,7 @@ static void attend_head(const struct job *job, int64_t token, int64_t kv_head) {
     float top[MOST_SHARED], total[MOST_SHARED];
     for (int64_t h = 0; h < shared; h++) {
         const uint16_t *from = job->q + (token * job->heads + first_head + h) * width;
-        for (int64_t d = 0; d < width; d += 16) _mm512_storeu_ps(q[h] + d, _mm512_mul_ps(wide(from + d), _mm512_set1_ps(job->factor)));
+        for (int64_t d = 0; d < width; d += 16) _mm512_storeu_ps(q[h] + d, _mm512_mul_ps(sixteen(from + d), _mm512_set1_ps(job->factor)));
         for (int64_t d = 0; d < v_width; d += 16) _mm512_storeu_ps(sums[h] + d, _mm512_setzero_ps());
         top[h] = -INFINITY, total[h] = 0;
     }
@@ -69,13 +56,13 @@ static void attend_head(const struct job *job, int64_t token, int64_t kv_head) {
         int64_t from = number * PAGE < low ? low - number * PAGE : 0, to = last - number * PAGE + 1 < PAGE ? last - number * PAGE + 1 : PAGE;
         for (int64_t slot = from; slot < to; slot++) {
             __m512 key[WIDEST / 16];
-            for (int64_t d = 0; d < width; d += 16) key[d / 16] = wide(k + slot * width + d);
+            for (int64_t d = 0; d < width; d += 16) key[d / 16] = sixteen(k + slot * width + d);
             for (int64_t h = 0; h < shared; h++) {
                 __m512 products = _mm512_setzero_ps();
                 for (int64_t d = 0; d < width; d += 16) products = _mm512_fmadd_ps(key[d / 16], _mm512_loadu_ps(q[h] + d), products);
                 logits[h][slot] = _mm512_reduce_add_ps(products);
             }
-            for (int64_t d = 0; d < v_width; d += 16) _mm512_storeu_ps(values[slot] + d, wide(v + slot * v_width + d));
+            for (int64_t d = 0; d < v_width; d += 16) _mm512_storeu_ps(values[slot] + d, sixteen(v + slot * v_width + d));
         }
         // nothing outside of these slots is read: earlier owners may have left NaN there
         __mmask16 seen = (__mmask16)(((1u << to) - 1) & ~((1u << from) - 1));

@@ -1,5 +1,5 @@
 """Attention of tokens that decode, on a CPU: native_decode.c reads the pages where they lie, and is
-compiled as `runtime.kernels.native` says.
+compiled on first use, see `runtime.c_library`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qtool.engine.attention.pages import KVPages, Packed
-from qtool.runtime.kernels.native import BASE_FLAGS, load_library, openmp
+from qtool.engine.attention.pages import LOG2_E, KVPages, Packed
+from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
-LOG2_E = 1.4426950408889634
 WIDEST, MOST_SHARED = 256, 32  # numbers of a head; heads of queries that share one of keys
 
 
@@ -28,7 +27,7 @@ def applies(q: Tensor, kv: KVPages, softcap: float | None, sinks: Tensor | None)
     fits = all(width % 16 == 0 and width <= WIDEST for width in widths)
     if not fits or q.shape[1] // kv.k.shape[1] > MOST_SHARED:
         return False
-    return torch.cpu._is_avx512_supported() and isinstance(decode_library(), DecodeLibrary)
+    return isinstance(decode_library(), DecodeLibrary)
 
 
 def decode(
@@ -109,4 +108,6 @@ class DecodeLibrary:
 @cache
 def decode_library() -> DecodeLibrary | str:
     """Compile and load native_decode.c; or return why that fails."""
+    if not torch.cpu._is_avx512_supported():
+        return "needs a CPU with AVX512"
     return load_library(SOURCE, BASE_FLAGS, DecodeLibrary)

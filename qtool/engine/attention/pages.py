@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 PAGE = 16  # tokens of a page
+LOG2_E = 1.4426950408889634  # kernels keep logits in units of log2
 
 
 @dataclass(frozen=True)

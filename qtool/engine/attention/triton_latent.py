@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
 from qtool.engine.attention.triton_paged import (
     ANY_VALUE,
-    LOG2_E,
     Tile,
     launch_options,
     store_part,

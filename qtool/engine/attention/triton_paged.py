@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
 from qtool.runtime.triton.tiles import GLUON, start_early
 
-LOG2_E = 1.4426950408889634
 LONG = 16384  # tokens that a sequence may have where few are cut with long ones in mind
 # a sequence is cut into more than so many parts only if each has so many steps
 MANY_PARTS = tl.constexpr(16)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qtool.runtime.c_library import workspace
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
 from qtool.runtime.experts.packing import input_scales, scales_of_rows, unsupported_inputs
 from qtool.runtime.kernels import Device, LinearSpec, native
@@ -104,7 +105,7 @@ def _product(
         job.x, job.y = x_start + row * columns * size, y_start + row * outputs * size
         job.tokens, job.threads = count, threads
         row += count
-    jobs[0].workspace = native.workspace(library.experts_size(jobs, len(jobs))).data_ptr()
+    jobs[0].workspace = workspace(library.experts_size(jobs, len(jobs))).data_ptr()
     library.experts(jobs, len(jobs))
     return y if bias is None else y + bias[experts].to(y.dtype)
 

@@ -6,15 +6,14 @@
 //
 // A thread takes strip after strip until none is left. All that is read and written lies in the arrays of `struct job`, whose sizes stand there.
 
-#include <immintrin.h>
 #include <stdatomic.h>
 #include <stdint.h>
+
+#include "avx512.h"
 
 // outputs; inputs of a token under one scale; tokens that are multiplied together, and that all strips take before the next
 enum { STRIP = 16, GROUP = 32, BLOCK = 8, TOKENS = 256 };
 enum scales { F32, F16 };
-
-typedef void parallel_fn(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel of the OpenMP that torch runs on
 
 // N outputs, K inputs, M tokens; S strips cover N; G = K / group.
 struct job {
@@ -34,9 +33,6 @@ struct job {
     atomic_long next;
 };
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t round_up(int64_t a) { return (a + 63) / 64 * 64; }
 
 // In the workspace: the codes of tokens, int8 [M, K]; their scales, f32 [M, K / 32]; the sums of the codes of each group of the weight, int32 [M, G].
@@ -48,16 +44,6 @@ INLINE int32_t *sums_of(const struct job *job) {
 
 int64_t int8_workspace(const struct job *job) {
     return round_up(job->tokens * job->inputs) + round_up(job->tokens * job->inputs / GROUP * 4) + round_up(job->tokens * job->inputs / job->group * 4);
-}
-
-INLINE __m512 wide(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
-
-// bf16, to the nearest, ties to even. A NaN stays one, as its highest fraction bit is set.
-INLINE __m256i narrow(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    up = _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 }
 
 INLINE int32_t sum_of(__m128i codes) {

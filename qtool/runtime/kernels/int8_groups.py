@@ -1,7 +1,7 @@
 """Integers in groups of 16 or 32 times inputs that are rounded to 8 bits in groups of 32, by
 AVX512_VNNI: what llama.cpp computes of most GGUF types.
 
-int8_groups.c is compiled as native.c is, see there.
+int8_groups.c is compiled on first use, see `c_library`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.codes import unpack_pairs
+from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp, workspace
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16
-from qtool.runtime.kernels.native import BASE_FLAGS, load_library, openmp, workspace
 from qtool.scheme import GGUF_INPUTS
 from qtool.weight import QuantizedWeight
 

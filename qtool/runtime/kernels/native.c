@@ -10,7 +10,6 @@
 //
 // A thread takes strip after strip until none is left. All that is read and written lies in the arrays of `struct job`, whose sizes stand there.
 
-#include <immintrin.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -19,14 +18,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "avx512.h"
+
 enum { STRIP = 32, CHUNK = 128, TILE_BYTES = 2048, CHUNK_BYTES = 4 * TILE_BYTES, TOKENS = 128, BLOCK = 16 };
 enum { DEEP = 32, SHALLOW = 4 };  // chunks that are decoded at a time: for AMX and many tokens into L2, without AMX into L1
 enum { AHEAD = 4096 };  // bytes of codes that are fetched before they are needed
 enum { SCRATCH = DEEP * CHUNK_BYTES };  // bytes of a thread
 enum codes { NIBBLES, INT8, FP8 };
 enum scales { F32, BF16, F16, E4M3, E8M0 };
-
-typedef void parallel_fn(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel of the OpenMP that torch runs on
 
 // N outputs, K inputs, M tokens; S strips and C chunks cover N and K; G groups.
 struct job {
@@ -56,9 +55,6 @@ struct region {
 
 typedef void decode_fn(const uint8_t *codes, const void *scale, const float *zero, const void *table, uint8_t *tiles);
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t strips(const struct job *job) { return ceil_div(job->outputs, STRIP); }
 INLINE int64_t chunks(const struct job *job) { return ceil_div(job->inputs, CHUNK); }
@@ -77,7 +73,7 @@ INLINE __m512 sixteen_scales(const uint8_t *scale, int kind, int64_t index) {
     case F32:
         return _mm512_loadu_ps((const float *)scale + index);
     case BF16:
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(scale + 2 * index))), 16));
+        return wide(_mm256_loadu_si256((const __m256i *)(scale + 2 * index)));
     case F16:
         return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scale + 2 * index)));
     case E4M3: {
@@ -130,21 +126,10 @@ INLINE __m512i by_halves(__m512i index) {
 }
 
 #ifdef __AVX512BF16__
-INLINE __m256i rounded16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 INLINE __m512i rounded(__m512 high, __m512 low) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 INLINE __m512 add_products(__m512 sum, __m512i weight, __m512i inputs) { return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)inputs); }
 #else
-// To the nearest, ties to even. A NaN stays one, as its highest fraction bit is set.
-INLINE __m256i rounded16(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
-INLINE __m512i rounded(__m512 high, __m512 low) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded16(low)), rounded16(high), 1);
-}
+INLINE __m512i rounded(__m512 high, __m512 low) { return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1); }
 INLINE __m512 add_products(__m512 sum, __m512i weight, __m512i inputs) {
     const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
     sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weight, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(inputs, 16)), sum);
@@ -341,9 +326,9 @@ INLINE void put(const struct job *job, int64_t token, int64_t first, __m512 sums
     __m512 bias = _mm512_setzero_ps();
     if (job->bias) {
         __m256i bits = _mm256_maskz_loadu_epi16(mask, job->bias + first);
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        bias = wide(bits);
     }
-    __m256i y = rounded16(_mm512_fmadd_ps(sums, _mm512_loadu_ps(job->row_scale + first), bias));
+    __m256i y = narrow(_mm512_fmadd_ps(sums, _mm512_loadu_ps(job->row_scale + first), bias));
     _mm256_mask_storeu_epi16(job->y + token * job->outputs + first, mask, y);
 }
 
