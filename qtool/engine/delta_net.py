@@ -18,7 +18,7 @@ from qtool.engine.attention.interface import RECORDING, packed_tokens, running, 
 from qtool.engine.attention.pages import Packed, StateGeometry
 from qtool.engine.delta_rule import CHUNK, DeltaWeights, Shape, mix
 from qtool.engine.gated_norm import GatedNorm
-from qtool.engine.joined import codes_of, multiply, side_by_side
+from qtool.engine.joined import Linear, codes_of, multiply, side_by_side
 from qtool.engine.kv_cache import allocate_states
 from qtool.engine.norms import distance, random_input, tolerance_of
 from qtool.errors import one_line
@@ -108,10 +108,10 @@ class GatedDeltaNet(nn.Module):
             setattr(self, name, getattr(net, name))
         self.b_and_a: nn.Module | None = None
         self.gated_norm = GatedNorm.of(net.get_submodule("norm"))
-        if len(self.inputs) == 4:  # these two stay in 16 bits in most checkpoints
-            b, a = (net.get_submodule(name) for name in self.inputs[2:])
-            if isinstance(b, nn.Linear) and isinstance(a, nn.Linear):
-                self.b_and_a, _ = side_by_side([b, a], [b.out_features, a.out_features])
+        if len(self.inputs) == 4:
+            heads = self.shape.value_heads
+            parts = [cast(Linear, net.get_submodule(name)) for name in self.inputs[2:]]
+            self.b_and_a, self.b_and_a_at = side_by_side(parts, [heads, heads])
         conv = net.get_submodule("conv1d")
         self.conv_weight = nn.Parameter(
             conv.get_parameter("weight").squeeze(1).contiguous(), requires_grad=False
@@ -147,11 +147,9 @@ class GatedDeltaNet(nn.Module):
         if self.b_and_a is not None:
             qkv, z = (self.get_submodule(name)(x) for name in self.inputs[:2])
             both = self.b_and_a(x)
-            return qkv, z.view(len(x), heads, -1), both[:, :heads], both[:, heads:]
-        outputs = [self.get_submodule(name)(x) for name in self.inputs]
-        if len(outputs) == 4:
-            qkv, z, b, a = outputs
+            b, a = (both[:, at : at + heads] for at in self.b_and_a_at)
             return qkv, z.view(len(x), heads, -1), b, a
+        outputs = [self.get_submodule(name)(x) for name in self.inputs]
         # the parts of each key head stand side by side
         values = shape.shared * shape.value_width
         q, k, v, z = (

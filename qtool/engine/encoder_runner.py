@@ -63,16 +63,14 @@ class EncoderRunner(Runner):
         """Start ``step``. Does not wait for the device."""
         turn = self.buffer.advance()
         ending = [chunk for chunk in step.chunks if chunk.samples]
-        launched = InFlightStep(step, self._sampled[turn][: len(ending)], done=None)
+        launched = InFlightStep(step, self._sampled[turn][: len(ending)])
         states = self._run(step) if self._encoding.pooling == "last" else self._run_means(step)
         if ending:
             vectors = self._finish(states)
             is_finite = torch.isfinite(vectors).all(dim=1)
             launched.tokens.copy_(is_finite.int() - 1, non_blocking=True)
             launched.vectors = vectors.to("cpu", non_blocking=True)
-        if self.device.type == "cuda":
-            launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            launched.done.record()
+        launched.mark_end(self.device)
         return launched
 
     def _run_means(self, step: Step) -> Tensor:

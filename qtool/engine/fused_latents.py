@@ -36,10 +36,8 @@ class FusedLatentAttention(nn.Module):
         latent = getattr(attention, "latent", None)
         if not isinstance(latent, LatentAttention):
             raise NotFused(f"{type(attention).__name__} keeps no latents")
-        self.is_made_of_latents = getattr(attention, "q_a_proj", None) is not None
-        of_queries = (
-            ("q_a_proj", "q_a_layernorm", "q_b_proj") if self.is_made_of_latents else ("q_proj",)
-        )
+        is_low_rank = getattr(attention, "q_a_proj", None) is not None
+        of_queries = ("q_a_proj", "q_a_layernorm", "q_b_proj") if is_low_rank else ("q_proj",)
         others = {"kv_a_proj_with_mqa", "kv_a_layernorm", "o_proj"}
         check_parts(attention, {*of_queries, *others}, {"latent"})
         linears: list[Linear] = [
@@ -48,7 +46,7 @@ class FusedLatentAttention(nn.Module):
         self.sizes = (linears[0].out_features, geometry.head_dim)
         self.both, self.at = side_by_side(linears, self.sizes)
         self.q_norm, self.q_b_proj = None, None
-        if self.is_made_of_latents:
+        if is_low_rank:
             self.q_norm = Norm.of(attention.get_submodule("q_a_layernorm"))
             self.q_b_proj = attention.get_submodule("q_b_proj")
         self.kv_norm = Norm.of(attention.get_submodule("kv_a_layernorm"))

@@ -19,7 +19,8 @@ class InFlightStep:
     step: Step
     tokens: Tensor
     """int32 on the host: `Chunk.sampled` for each chunk, -1 where the logits were not finite."""
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event | None = None
+    """Reached when the device has done the step; None where launching waits for it."""
     drafts: Tensor | None = None
     """int32 [S, D] on the host, of the chunks that sample: what may follow the tokens they gain,
     -1 where nothing was drafted; None without an MTP layer.
@@ -33,6 +34,12 @@ class InFlightStep:
     logprob_rows: tuple[int, ...] = ()
     prompts: dict[int, Logprobs] = field(default_factory=dict)
     """Those of the tokens after each of a chunk's, by the position of the chunk."""
+
+    def mark_end(self, device: torch.device) -> None:
+        """Note that all of the step has been launched on ``device``."""
+        if device.type == "cuda":
+            self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.done.record()
 
     def wait(self) -> list[int]:
         """Wait until the device has done the step; return its tokens."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtool.engine import kv_cache
 from qtool.engine.attention.interface import NAME, Recording, recording, running
+from qtool.engine.attention.native_decode import decode_library
 from qtool.engine.attention.pages import PAGE, LayerCache, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.delta_net import replace_delta_nets
@@ -217,6 +218,8 @@ class Runner:
         it: prefill of new prompts on scratch pages.
         """
         if self.device.type != "cuda":
+            if self.model.dtype == torch.bfloat16:
+                decode_library()  # compiled now, and not while a request waits
             return 0
         budget = self.limits.token_budget
         sizes = [budget, *(min(tokens, budget) for tokens in WARM_UP_TOKENS)]
@@ -298,7 +301,7 @@ class Runner:
         self._copy_states(step.restores, restore=True)
         logits, tokens, prompt_logprobs = self._forward(step, prompts)
         self._copy_states(step.saves)
-        launched = InFlightStep(step, self._sampled[turn][: len(requests)], done=None)
+        launched = InFlightStep(step, self._sampled[turn][: len(requests)])
         if requests and (tokens is None or not all(map(_takes_largest, requests))):
             samples = self.sampler.sample(logits, requests)
             tokens = samples.tokens.int()
@@ -312,9 +315,7 @@ class Runner:
             launched.drafts = self._mtp.draft(step, tokens, self._prefills_at, self.layers)
         for position, logprobs in prompt_logprobs.items():
             launched.prompts[position] = logprobs.on_host()
-        if self.device.type == "cuda":
-            launched.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            launched.done.record()
+        launched.mark_end(self.device)
         return launched
 
     def _copy_states(self, pairs: Sequence[tuple[int, int]], *, restore: bool = False) -> None:

@@ -183,21 +183,14 @@ def _with_rounded_inputs(
     a kernel multiplies so.
     """
     device, kernel = Device("cpu"), load_kernel("int8_groups")
-    rounded = {
-        name: replace(scheme, activations=GGUF_INPUTS)
-        for name, scheme in schemes.items()
-        if layout.modules[name].experts == 1
-    }
-    return {
-        **schemes,
-        **{
-            name: scheme
-            for name, scheme in rounded.items()
-            if not kernel.unsupported_reason(
-                linear_spec(scheme, layout.modules[name].shape, dtype), device
-            )
-        },
-    }
+
+    def round_inputs(name: str, scheme: Scheme) -> Scheme:
+        module, rounded = layout.modules[name], replace(scheme, activations=GGUF_INPUTS)
+        spec = linear_spec(rounded, module.shape, dtype)
+        is_taken = module.experts == 1 and kernel.unsupported_reason(spec, device) is None
+        return rounded if is_taken else scheme
+
+    return {name: round_inputs(name, scheme) for name, scheme in schemes.items()}
 
 
 def _left_out(skeleton: Skeleton, mtp: MtpNames | None, head: str | None) -> Iterator[str]:
