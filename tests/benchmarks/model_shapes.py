@@ -154,7 +154,6 @@ def qwen3_5_moe() -> Shape:
         **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
         "rope_parameters": {
             **{"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-            **{"mrope_section": [11, 11, 10], "mrope_interleaved": True},
         },
     }
     kept = ("lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$", "re:.*in_proj_[ab]$")
@@ -226,7 +225,9 @@ def gemma3() -> Shape:
 
 
 def deepseek_v2() -> Shape:
-    """DeepSeek-V2-Lite: MLA without a query latent, one dense layer, shared experts."""
+    """DeepSeek-V2-Lite: MLA without a query latent, one dense layer, shared experts. The dense MLP
+    stays in 16 bits: its 10 944 rows are no whole number of blocks, and vLLM refuses such.
+    """
     hidden, inner, experts = 2048, 1408, 64
 
     def layer(index: int) -> Layer:
@@ -238,7 +239,8 @@ def deepseek_v2() -> Shape:
         }
         plain = _norms(hidden, *NORMS) | _norms(512, "self_attn.kv_a_layernorm")
         if index == 0:
-            return Layer(linears | _mlp(hidden, 10944), plain)
+            dense = {f"{name}.weight": shape for name, shape in _mlp(hidden, 10944).items()}
+            return Layer(linears, plain | dense)
         linears |= _experts(experts, hidden, inner) | _mlp(hidden, 2 * inner, "mlp.shared_experts")
         return Layer(linears, {**plain, "mlp.gate.weight": (experts, hidden)})
 
@@ -255,7 +257,8 @@ def deepseek_v2() -> Shape:
         **{"topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
         **{"scoring_func": "softmax", "rope_theta": 10000},
     }
-    return Shape(config, 27, layer, ("lm_head", "re:.*mlp.gate$"))
+    dense = (f"model.layers.0.{name}" for name in _mlp(hidden, 10944))
+    return Shape(config, 27, layer, ("lm_head", "re:.*mlp.gate$", *dense))
 
 
 SHAPES: dict[str, Callable[[], Shape]] = {
@@ -314,7 +317,7 @@ def _quantization(kind: str, shape: Shape) -> dict[str, object]:
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": [name for name in shape.kept if not name.startswith("re:")],
         }
     format, weights, inputs = QUANTIZED[kind]
     group = {

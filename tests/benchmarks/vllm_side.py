@@ -19,6 +19,24 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def register_text_model() -> None:
+    """Let vLLM run Qwen3.5's language model alone: it has the class, as a part of the model that
+    sees images.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import qwen3_5
+    from vllm.model_executor.models.interfaces import IsHybrid
+
+    whole = qwen3_5.Qwen3_5MoeForConditionalGeneration
+    states = ("dtype_from_config", "shape_from_config", "copy_func")
+    methods = {
+        f"get_mamba_state_{name}": classmethod(getattr(whole, f"get_mamba_state_{name}").__func__)
+        for name in states
+    }
+    bases = qwen3_5.Qwen3_5MoeForCausalLM, IsHybrid
+    ModelRegistry.register_model("Qwen3_5MoeForCausalLM", type("TextModel", bases, methods))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -32,6 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     from vllm import LLM, SamplingParams
 
+    register_text_model()
     start = time.perf_counter()
     llm = LLM(
         model=options.folder,
