@@ -22,7 +22,7 @@ def check_generation(checkpoint: Checkpoint) -> None:
     for key, value in config.items():
         holds, wanted = FIELDS.get(key, (None, ""))
         if holds and value is not None and not holds(value):
-            raise bad_field(path, key, value, wanted)
+            raise bad_field(checkpoint.origin(FILE_NAME), key, value, wanted)
 
 
 def _is_fraction(value: object) -> bool:

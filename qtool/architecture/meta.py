@@ -90,7 +90,7 @@ def _check_experts(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
             odd = next(shape for shape in by_shape if shape != usual)
             raise CheckpointRefused(
                 "E_TENSORS",
-                f"{checkpoint.path}: `{by_shape[odd][0]}` is {list(odd)} and "
+                f"{checkpoint.place}: `{by_shape[odd][0]}` is {list(odd)} and "
                 f"`{by_shape[usual][0]}` {list(usual)}; the experts of a layer have one shape",
                 hint="compare the shape with the original, or take the weights from it again",
             )
@@ -184,7 +184,7 @@ def building(checkpoint: Checkpoint) -> Iterator[None]:
             yield
     except Exception as error:  # transformers finds many ways to fail on a config from outside
         message = (
-            f"{checkpoint.path}: transformers cannot build a language model from its config "
+            f"{checkpoint.place}: transformers cannot build a language model from its config "
             f"({one_line(error)})"
         )
         raise CheckpointRefused(
@@ -219,7 +219,7 @@ def check_report(
         examples = ", ".join(f"`{name}`" for name in names[:3])
         raise CheckpointRefused(
             "E_TENSORS",
-            f"{checkpoint.path} {problem.format(count=len(names))}, e.g. {examples}",
+            f"{checkpoint.place} {problem.format(count=len(names))}, e.g. {examples}",
             hint="config.json and the weights are of different models: take both from one place",
         )
 

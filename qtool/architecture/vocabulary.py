@@ -34,8 +34,8 @@ def check_vocabulary(checkpoint: Checkpoint) -> None:
         if number >= rows:
             raise refused(
                 "E_VOCABULARY",
-                f"{path}: the token {token[:100]!r} is number {number:,}, and "
-                f"`{table.name}` has {rows:,} rows",
+                f"{checkpoint.origin(path.name)}: the token {token[:100]!r} is number {number:,}, "
+                f"and `{table.name}` has {rows:,} rows",
                 "take tokenizer and weights from the same place",
             )
 

@@ -207,8 +207,8 @@ def check_model_code(checkpoint: Checkpoint, *, trusted: bool) -> None:
     model_type = checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
         message = (
-            f"{checkpoint.path}: model type `{model_type}` is defined by code in the model folder, "
-            "which qtool does not run unasked"
+            f"{checkpoint.place}: model type `{model_type}` is defined by code in the model "
+            "folder, which qtool does not run unasked"
         )
         raise CheckpointRefused(
             "E_REMOTE_CODE", message, hint="read that code, then add --trust-remote-code"

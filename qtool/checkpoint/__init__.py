@@ -3,7 +3,6 @@ it, `writer` makes a new one.
 """
 
 from qtool.checkpoint.digests import digest_files, sample_files
-from qtool.checkpoint.gguf import is_from_gguf
 from qtool.checkpoint.hub import resolve_model
 from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import PICKLE_SUFFIXES, open_checkpoint
@@ -19,7 +18,6 @@ __all__ = [
     "TensorInfo",
     "check_place",
     "digest_files",
-    "is_from_gguf",
     "open_checkpoint",
     "read_json",
     "resolve_model",

@@ -241,4 +241,4 @@ def _fits(shape: tuple[int, ...], expected: list[int | None]) -> bool:
 
 
 def _broken(code: str, checkpoint: Checkpoint, message: str) -> Exception:
-    return refused(code, f"{checkpoint.path / 'config.json'}: {message}", HINT)
+    return refused(code, f"{checkpoint.origin('config.json')}: {message}", HINT)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from qtool.checkpoint.gguf import as_folder
 from qtool.errors import (
     CheckpointRefused,
     ResourceError,
@@ -61,8 +60,8 @@ STALL_S = 60.0  # without progress
 
 
 def resolve_model(model_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
-    """Return the folder of ``model_path``: itself when it exists, or one derived from a GGUF file;
-    else the Hub model of that name, downloaded; with a tag, ``org/model:Q4_K_M``, its GGUF file.
+    """Return where ``model_path`` lies: itself when it exists; else the folder of the Hub model of
+    that name, downloaded; with a tag, ``org/model:Q4_K_M``, its GGUF file.
 
     Only safetensors, JSON, tokenizer and licence files are fetched, and code only ``with_code``;
     ``HF_HUB_OFFLINE`` is honoured.
@@ -76,7 +75,7 @@ def resolve_model(model_path: str, *, revision: str | None = None, with_code: bo
         # Linux says ENAMETOOLONG of others, and the Hub knows none of them either
         is_file_name = all(len(os.fsencode(part)) <= 255 for part in path.parts)
         if not _may_be_hub_name(model_path) or (is_file_name and is_there(path)):
-            return as_folder(path)
+            return path
     name, _, tag = model_path.partition(":")
     if tag:
         return _resolve_gguf(name, tag, revision)
@@ -94,8 +93,8 @@ def _fetched(request: DownloadRequest) -> Path:
 
 
 def _resolve_gguf(name: str, tag: str, revision: str | None) -> Path:
-    """Return the folder derived from the GGUF file of the Hub model ``name`` whose name ends in
-    ``tag``, e.g. ``Q4_K_M``, downloaded alone.
+    """Return the GGUF file of the Hub model ``name`` whose name ends in ``tag``, e.g. ``Q4_K_M``,
+    downloaded alone.
     """
     ends = [f"{tag}.gguf", f"{tag}-?????-of-?????.gguf"]
     wanted = [f"*[-._]{end}" for end in ends]
@@ -114,7 +113,7 @@ def _resolve_gguf(name: str, tag: str, revision: str | None) -> Path:
             f"Hub model `{name}` has no GGUF file whose name ends in `{tag}`",
             hint="its page lists the files; for model-Q4_K_M.gguf it is Q4_K_M",
         )
-    return as_folder(found[0])
+    return found[0]
 
 
 def _check_endpoint() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "U64": 64,
     "C64": 64,
 }
+GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -90,18 +92,41 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose headers were read and found consistent. No weight has been read."""
+    """A model whose headers were read and found consistent. No weight has been read."""
 
     path: Path
+    """The folder with its config and tokenizer; of a GGUF file a temporary one."""
     config: Json
     """What config.json holds."""
     tensors: Mapping[str, TensorInfo]
+    gguf_file: Path | None = None
+    """The GGUF file that all of it comes from, of a split model the first."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of what was read, a line each."""
+
+    @property
+    def place(self) -> Path:
+        """Where it lies: the folder, or the GGUF file."""
+        return self.gguf_file or self.path
+
+    def origin(self, name: str) -> Path:
+        """Return the file that the file ``name`` of its folder comes from: itself, or the GGUF
+        file.
+        """
+        return self.gguf_file or self.path / name
+
+    @property
+    def published_folder(self) -> Path:
+        """The folder that its manifest and its card are in, if it has them."""
+        return self.gguf_file.parent if self.gguf_file else self.path
 
     @property
     def name(self) -> str:
-        """The model's name, as default outputs use it: the folder's, or in the Hub's cache the
-        repository's.
+        """The model's name, as default outputs use it: the folder's, in the Hub's cache the
+        repository's; the GGUF file's without its ending.
         """
+        if self.gguf_file:
+            return GGUF_ENDING.sub("", self.gguf_file.name) or "model"
         return (self.hub_name or self.path.resolve().name).rpartition("/")[2]
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.config_values import check_config_values
-from qtool.checkpoint.gguf import as_folder, derived_tensors
+from qtool.checkpoint.gguf import find_gguf, notes_on_gguf, open_gguf
 from qtool.checkpoint.header import MAX_NAME, read_header
 from qtool.checkpoint.model import INDEX, Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import (
@@ -40,13 +40,16 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
     """
     with file_errors(reading=[] if is_written else [path]):
         if not path.exists():
+            what = "file" if path.suffix == ".gguf" else "folder"
             raise refused(
                 "E_NO_MODEL",
-                f"{path}: no such folder",
+                f"{path}: no such {what}",
                 "give a checkpoint folder or a Hub name such as `org/model`",
             )
-        if not is_written:
-            path = as_folder(path)
+        with no_collection():
+            gguf_file = None if is_written else find_gguf(path)
+            if gguf_file:
+                return _checked(open_gguf(gguf_file))
         if not path.is_dir():
             raise refused(
                 "E_NOT_A_FOLDER",
@@ -61,10 +64,14 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
             )
         with no_collection():
             config = _read_config(path / "config.json")
-            tensors = derived_tensors(path, config) or _read_tensors(path)
-            checkpoint = Checkpoint(path, config, tensors)
-        check_config(checkpoint)
-        return checkpoint
+            tensors = _read_tensors(path)
+            return _checked(Checkpoint(path, config, tensors, notes=notes_on_gguf(path)))
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return ``checkpoint``. Raises: CheckpointRefused, when config and tensors do not agree."""
+    check_config(checkpoint)
+    return checkpoint
 
 
 def _read_config(path: Path) -> JsonDict:

@@ -88,7 +88,7 @@ def source_files(checkpoint: Checkpoint) -> SourceFiles:
     return SourceFiles(
         folder=folder,
         aux=tuple(aux),
-        notes=(*links_outside(aux, folder), *modules_left_out(aux, folder)),
+        notes=(*checkpoint.notes, *links_outside(aux, folder), *modules_left_out(aux, folder)),
         states={file: state for file, state in states.items() if state},
         digests=digest_files(small, root=folder),
     )

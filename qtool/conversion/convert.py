@@ -120,7 +120,7 @@ def convert(
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
     source = source_files(checkpoint)
     source_manifest = _source_manifest(checkpoint)
-    inputs = [checkpoint.path, *checkpoint.weight_files]  # a GGUF file lies elsewhere
+    inputs = [checkpoint.path, *checkpoint.weight_files]
     check_place(
         output,
         inputs=inputs,
@@ -201,7 +201,7 @@ def _make_request(checkpoint: Checkpoint, to: str, options: ExportOptions) -> Co
     if request.layout is not None or not request.dequantizes:
         raise UsageError(
             "E_MERGE_LORA",
-            f"--merge-lora merges into a 16-bit checkpoint: {checkpoint.path} "
+            f"--merge-lora merges into a 16-bit checkpoint: {checkpoint.place} "
             + ("is quantized" if request.layout is not None else f"was to become {to}"),
             hint="merge into the 16-bit model with `--to bf16`, and quantize what comes out",
         )
@@ -280,7 +280,7 @@ def _write_gguf(
     path = staging.checkpoint / f"{staging.output.name}.gguf"
     digests = write_gguf(plan, path, on_event)
     finish_files(licences(source.aux), source.folder, staging.checkpoint)
-    written = open_gguf(path)
+    written = open_gguf(path, derives_folder=False)
     planned = sum(tensor.size_bytes for tensor in plan.tensors)
     if written.size_bytes != planned:
         raise _bug(f"{planned} bytes of tensors were to be written, and {written.size_bytes} are")
@@ -324,12 +324,13 @@ def _source_manifest(checkpoint: Checkpoint) -> dict[str, object] | None:
     Raises: CheckpointRefused, when the names or sizes of the files are not those of the manifest.
         Their data is compared during the run, where it is read anyway.
     """
-    if not has_manifest(checkpoint.path):
+    folder = checkpoint.published_folder
+    if not has_manifest(folder):
         return None
-    check = check_manifest(checkpoint.path, read_data=False)
+    check = check_manifest(folder, read_data=False)
     if not check.matches:
-        raise check.refusal(checkpoint.path)
-    return {key: value for key, value in read_manifest(checkpoint.path).items() if key != "files"}
+        raise check.refusal(folder)
+    return {key: value for key, value in read_manifest(folder).items() if key != "files"}
 
 
 def _source_digests(checkpoint: Checkpoint, stop: threading.Event) -> Digests:
@@ -338,11 +339,11 @@ def _source_digests(checkpoint: Checkpoint, stop: threading.Event) -> Digests:
 
     Raises: CheckpointRefused, when a file differs from the manifest.
     """
-    if not has_manifest(checkpoint.path):
+    if not has_manifest(checkpoint.published_folder):
         return sample_files(checkpoint.weight_files)
-    check = check_manifest(checkpoint.path, stop=stop)
+    check = check_manifest(checkpoint.published_folder, stop=stop)
     if not check.matches:
-        raise check.refusal(checkpoint.path)
+        raise check.refusal(checkpoint.published_folder)
     return {file.name: check.digests[file.name] for file in checkpoint.weight_files}
 
 

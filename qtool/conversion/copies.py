@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from qtool.checkpoint import TensorInfo, is_from_gguf
+from qtool.checkpoint import TensorInfo
 from qtool.checkpoint.shards import TensorSpec
 from qtool.conversion.layers import Layer, Write
 from qtool.conversion.request import ConversionRequest, model_dtype
@@ -44,7 +44,7 @@ def plan_copies(request: ConversionRequest, layers: Iterable[Layer]) -> Copies:
     cast_dtypes: set[str] = set()
     if request.dequantizes:
         cast_dtypes = {*UNQUANTIZED.values(), model_dtype(request.checkpoint)}
-    if is_from_gguf(request.checkpoint):  # its norms and biases are F32 in all models
+    if request.checkpoint.gguf_file:  # its norms and biases are F32 in all models
         cast_dtypes.add("F32")
     writes: dict[str, tuple[Write, ...]] = {}
     dropped = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from qtool.checkpoint import TensorInfo, is_from_gguf
+from qtool.checkpoint import TensorInfo
 from qtool.conversion.layers import Layer, new_weight
 from qtool.conversion.request import ConversionRequest
 from qtool.formats import QuantizedModule
@@ -81,7 +81,7 @@ def _is_table(request: ConversionRequest, source: Source) -> bool:
     """Whether ``source`` is the embeddings or the head of a GGUF file: these are always quantized
     there, and engines have them in 16 bits.
     """
-    if not is_from_gguf(request.checkpoint) or request.to == "gguf":
+    if not request.checkpoint.gguf_file or request.to == "gguf":
         return False
     return is_embedding(source.name) or is_head(source.name)
 

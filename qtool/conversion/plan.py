@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qtool.architecture import map_names
-from qtool.checkpoint import is_from_gguf
 from qtool.checkpoint.shards import TensorSpec
 from qtool.conversion.copies import Copies, plan_copies
 from qtool.conversion.layer_plan import plan_layers, unquantized_linears
@@ -93,7 +92,7 @@ def plan_conversion(request: ConversionRequest) -> ConversionPlan:
     if not targets and request.layout is None and not request.dequantizes:
         raise CheckpointRefused(
             "E_NOTHING_TO_DO",
-            f"{request.checkpoint.path} has no layer that `export` can round",
+            f"{request.checkpoint.place} has no layer that `export` can round",
             hint="output heads, routers, other towers and Conv1D layers stay in 16 bits",
         )
     if not targets and request.to not in (*UNQUANTIZED, *HOLD_A_CACHE_ALONE):
@@ -212,7 +211,7 @@ def _notes(
 def _gguf_notes(request: ConversionRequest, layers: Sequence[Layer]) -> Iterator[str]:
     """Yield what becomes of parts of a GGUF file that are stored otherwise elsewhere."""
     tables = [layer.source.name for layer in layers if layer.target is None]
-    if is_from_gguf(request.checkpoint) and tables and not request.dequantizes:
+    if request.checkpoint.gguf_file and tables and not request.dequantizes:
         for name in tables:
             yield f"`{name}` becomes 16 bits: engines have embeddings and heads in 16 bits"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qtool.checkpoint import Checkpoint, is_from_gguf
+from qtool.checkpoint import Checkpoint
 from qtool.conversion.adapter import Adapter
 from qtool.conversion.targets import GGUF, UNQUANTIZED, format_of
 from qtool.errors import CheckpointRefused, UsageError
@@ -76,7 +76,7 @@ def make_request(
     if layout is None and not request.dequantizes and not scheme and to != GGUF:
         raise UsageError(
             "E_NOT_QUANTIZED",
-            f"{checkpoint.path} is not quantized, so there is nothing to convert",
+            f"{checkpoint.place} is not quantized, so there is nothing to convert",
             hint=(
                 "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has "
                 "better methods"
@@ -91,7 +91,7 @@ def model_dtype(checkpoint: Checkpoint) -> str:
     F32 counts only in matrices, as norms may be F32 in any model. Of a GGUF file, what its config
     says: routers are F32 there, too.
     """
-    if is_from_gguf(checkpoint):
+    if checkpoint.gguf_file:
         return GGUF_DTYPES[checkpoint.config["dtype"]]
     tensors = checkpoint.tensors.values()
     matrices = Counter(tensor.dtype for tensor in tensors if len(tensor.shape) == 2)

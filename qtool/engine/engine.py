@@ -92,7 +92,7 @@ class Engine:
         scales = scales_of(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
         self.tokenizer = None
         if not config.skip_tokenizer_init:
-            self.tokenizer = open_tokenizer(config.tokenizer_path or checkpoint.path)
+            self.tokenizer = open_tokenizer(checkpoint, config.tokenizer_path)
         began = time.monotonic()
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
@@ -100,7 +100,7 @@ class Engine:
         self.context_length = limits.context_length
         self.encoding = plan.encoding
         """What it returns for a text; None if it continues it."""
-        self.model_path = checkpoint.path
+        self.model_path = checkpoint.place
         self.config = config
         share = config.mem_fraction_static
         runner_class = Runner if plan.encoding is None else partial(EncoderRunner, plan.encoding)

@@ -31,7 +31,7 @@ def check_by_name(plan: LoadPlan) -> None:
     """Raise CheckpointRefused for a model that is known not to run in the engine: it generates no
     text, or has layers that keep a state beside the KV cache.
     """
-    model, path = plan.skeleton.model, plan.checkpoint.path
+    model, path = plan.skeleton.model, plan.checkpoint.place
     name = type(model).__name__
     generates = plan.encoding is not None or model.can_generate()
     if plan.skeleton.config.is_encoder_decoder or not generates:
@@ -54,7 +54,7 @@ def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
     if speculation is None:
         return
     if speculation.mtp and plan.mtp is None:
-        message = f"{plan.checkpoint.path} was loaded without its MTP layer"
+        message = f"{plan.checkpoint.place} was loaded without its MTP layer"
         raise CheckpointRefused("E_SPECULATION", message, hint="plan_load takes mtp=True")
     if has_delta_nets(model):
         message = (

@@ -11,12 +11,13 @@ from typing import cast
 import torch
 
 from qtool import formats
-from qtool.checkpoint import Checkpoint, is_from_gguf, resolve_model
+from qtool.checkpoint import Checkpoint, resolve_model
 from qtool.checkpoint.encoding import Encoding, find_encoding
+from qtool.checkpoint.gguf import as_folder
 from qtool.engine.config import EngineConfig
 from qtool.engine.prompts import PromptTokenizer
 from qtool.engine.scheduler import Limits
-from qtool.errors import CheckpointRefused, QtoolError, UsageError
+from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import Layout
 from qtool.runtime.causal_lm import CausalLM, ModelConfig
 from qtool.runtime.devices import device_named
@@ -35,7 +36,7 @@ def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
     check_load_format(checkpoint, config)
     encoding = find_encoding(checkpoint, is_embedding=config.is_embedding)
     if encoding is not None and config.speculation is not None:
-        message = f"{checkpoint.path} generates no tokens that could be drafted"
+        message = f"{checkpoint.place} generates no tokens that could be drafted"
         raise UsageError("E_SPECULATION", message, hint="leave speculative_algorithm out")
     return plan_load(
         checkpoint,
@@ -50,13 +51,13 @@ def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
 def check_load_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
     """Raise UsageError when ``load_format`` names other weights than ``checkpoint`` has."""
     layout = formats.detect(checkpoint)
-    found = {"gguf" if is_from_gguf(checkpoint) else "safetensors"}
+    found = {"gguf" if checkpoint.gguf_file else "safetensors"}
     if config.quantization == "bitsandbytes" or (layout and layout.format == "bitsandbytes"):
         found.add("bitsandbytes")
     if config.load_format not in {*found, "auto"}:
         raise UsageError(
             "E_LOAD_FORMAT",
-            f"load_format is `{config.load_format}`, and {checkpoint.path} holds "
+            f"load_format is `{config.load_format}`, and {checkpoint.place} holds "
             f"{' of '.join(sorted(found, reverse=True))}",
             hint="leave it out: qtool sees what the weights are",
         )
@@ -119,25 +120,32 @@ def scales_of(
     return scales
 
 
-def open_tokenizer(path: str | os.PathLike[str]) -> PromptTokenizer:
-    """Return the tokenizer in a folder or on the Hub. Raises: CheckpointRefused E_TOKENIZER."""
+def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) -> PromptTokenizer:
+    """Return the tokenizer of ``checkpoint``, or that of ``path``: a folder, a GGUF file or a name
+    on the Hub.
+
+    Raises: CheckpointRefused E_TOKENIZER.
+    """
     from transformers import AutoTokenizer
 
+    place = resolve_model(os.fspath(path)) if path else checkpoint.place
+    folder = as_folder(place) if path else checkpoint.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(os.fspath(path)))
-    except QtoolError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever a file from outside makes of it
         hint = "tokenizer_path names another folder; skip_tokenizer_init takes input_ids"
         raise CheckpointRefused(
-            "E_TOKENIZER", f"{path} has no tokenizer that loads ({type(error).__name__})", hint=hint
+            "E_TOKENIZER",
+            f"{place} has no tokenizer that loads ({type(error).__name__})",
+            hint=hint,
         ) from error
     if not tokenizer.is_fast:
         raise CheckpointRefused(
             "E_TOKENIZER",
-            f"{path} has no tokenizer.json",
+            f"{place} has no tokenizer.json",
             hint="save the tokenizer again with a recent transformers",
         )
+    tokenizer.name_or_path = str(place)
     return cast(PromptTokenizer, tokenizer)
 
 

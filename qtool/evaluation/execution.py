@@ -133,7 +133,7 @@ def run_evaluation(
         seconds=time.monotonic() - began,
     )
     if options.record:
-        record_evaluation(ours.checkpoint.path, evaluation.for_manifest())
+        record_evaluation(ours.checkpoint.published_folder, evaluation.for_manifest())
     return evaluation
 
 
@@ -203,11 +203,11 @@ def _serve_spec(options: EvalOptions, texts: TextSpec, device: torch.device) -> 
 
 def _check_recordable(checkpoint: Checkpoint) -> None:
     """Raise a QtoolError when nothing can be recorded in the manifest of ``checkpoint``."""
-    read_manifest(checkpoint.path)
-    if not os.access(checkpoint.path, os.W_OK):
+    read_manifest(checkpoint.published_folder)
+    if not os.access(checkpoint.published_folder, os.W_OK):
         raise ResourceError(
             "E_OUTPUT_PLACE",
-            f"{checkpoint.path}: cannot write there",
+            f"{checkpoint.published_folder}: cannot write there",
             hint="leave out --record, or copy the checkpoint to where you may write",
         )
 
@@ -235,15 +235,15 @@ def _check_vocabularies(quantized: Model, reference: Model, documents: Sequence[
     if sizes[0] != sizes[1]:
         raise CheckpointRefused(
             "E_REFERENCE",
-            f"{quantized.checkpoint.path} has a vocabulary of {sizes[0]} tokens, and "
-            f"{reference.checkpoint.path} one of {sizes[1]}",
+            f"{quantized.checkpoint.place} has a vocabulary of {sizes[0]} tokens, and "
+            f"{reference.checkpoint.place} one of {sizes[1]}",
             hint="the reference is the 16-bit model that was quantized",
         )
     largest = max(max(document.ids) for document in documents)
     if largest >= sizes[0]:
         raise CheckpointRefused(
             "E_TOKENIZER",
-            f"{quantized.checkpoint.path}: its tokenizer gives token {largest}, and the model "
+            f"{quantized.checkpoint.place}: its tokenizer gives token {largest}, and the model "
             f"knows {sizes[0]}",
             hint="is tokenizer.json of this model?",
         )
@@ -283,7 +283,7 @@ def _task_measures(given: _Prepared, options: EvalOptions, on_event: OnEvent) ->
     for checkpoint in (given.theirs.checkpoint, given.ours.checkpoint):
         on_event(StageEvent(f"tasks of {checkpoint.name}"))
         found = run_tasks(
-            checkpoint.path,
+            checkpoint.place,
             given.tasks,
             options.task_limit,
             device=options.device,
@@ -344,7 +344,7 @@ def _collapsed(found: Compared) -> dict[str, Measure]:
 
 def _side(model: Model, runs_on: str) -> Side:
     return Side(
-        path=str(model.checkpoint.path),
+        path=str(model.checkpoint.place),
         schemes=kernels_by_scheme(model.plan),
         size_bytes=model.checkpoint.size_bytes,
         runs_on=runs_on,

@@ -105,7 +105,7 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     if not layout.modules and layout.kv_cache is None:
         raise refused(
             "E_NOTHING_QUANTIZED",
-            f"{checkpoint.path}: its config says `{layout.format}`, and no layer is quantized",
+            f"{checkpoint.place}: its config says `{layout.format}`, and no layer is quantized",
             "the weights are not quantized: remove `quantization_config`",
         )
     _check_one_weight(checkpoint, layout)
@@ -132,7 +132,7 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
         if is_packed or any(map(_is_packed_part, parts.tensors)):
             raise refused(
                 "E_NO_QUANT_CONFIG",
-                f"`{parts.name}` holds quantized tensors and no config of {checkpoint.path} says "
+                f"`{parts.name}` holds quantized tensors and no config of {checkpoint.place} says "
                 "how",
                 "config.json has lost its `quantization_config`: take it from the original",
             )
@@ -150,11 +150,11 @@ def _understand(checkpoint: Checkpoint, config: Json) -> Layout:
         check_fields(str(checkpoint.path), config)
         return _format_of(checkpoint, config).detect(checkpoint, config)
     except RecipeRefused as error:  # the scheme the config describes is none
-        message = f"{checkpoint.path}: {error.message}"
+        message = f"{checkpoint.place}: {error.message}"
         raise refused("E_QUANT_CONFIG", message, error.hint or hint) from error
     except MISSHAPEN as error:
         message = (
-            f"{checkpoint.path}: its quantization config cannot be understood "
+            f"{checkpoint.place}: its quantization config cannot be understood "
             f"({type(error).__name__}: {error})"
         )
         raise refused("E_QUANT_CONFIG_TYPE", message, hint) from error
@@ -167,7 +167,7 @@ def _format_of(checkpoint: Checkpoint, config: Json) -> Detector:
     method = config.get("quant_method", "unnamed")
     raise refused(
         "E_QUANT_METHOD",
-        f"{checkpoint.path}: quantization method `{method}` is not one qtool reads",
+        f"{checkpoint.place}: quantization method `{method}` is not one qtool reads",
         f"it reads {', '.join((*FORMATS, *auto_round.METHODS[:1]))}; the tool that wrote the "
         "checkpoint may load it",
     )

@@ -101,7 +101,7 @@ def check(checkpoint: Checkpoint, config: Json | None) -> None:
     if method is not None:
         raise CheckpointRefused(
             "E_QUANT_METHOD",
-            f"{checkpoint.path} holds {method.what} (`{method.name}`), which qtool does not read",
+            f"{checkpoint.place} holds {method.what} (`{method.name}`), which qtool does not read",
             hint=f"{method.readers}; or start from the 16-bit model it was made of",
         )
 

@@ -66,8 +66,8 @@ def measure(
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             comparing = None
-            if has_manifest(checkpoint.path):
-                comparing = pool.submit(check_manifest, checkpoint.path)
+            if has_manifest(checkpoint.published_folder):
+                comparing = pool.submit(check_manifest, checkpoint.published_folder)
             modules: tuple[ModuleNumbers, ...] = ()
             if layout:
                 numbers = partial(_numbers, checkpoint, layout)

@@ -93,7 +93,7 @@ def source_metadata(source: Checkpoint) -> JsonDict:
     found: JsonDict = {}
     if source.hub_name:
         found["base_model"] = source.hub_name
-    given = _front_matter(source.path / CARD)
+    given = _front_matter(source.published_folder / CARD)
     for key, pattern in CARRIED.items():
         value = given.get(key)
         values = value if isinstance(value, list) else [value]

@@ -185,7 +185,7 @@ def inspect(
         bad_values = formats.check_values(checkpoint, layout)
         measured, compared = measure(checkpoint, layout)
     if verify and compared is None:
-        compared = check_manifest(checkpoint.path)
+        compared = check_manifest(checkpoint.published_folder)
     engine_report = None
     if engine:
         engine_report = check_engine(
@@ -211,7 +211,7 @@ def inspect(
         modules=modules,
         kv_cache=layout.kv_cache if layout else None,
         tied_embeddings=checkpoint.tied_embeddings,
-        warnings=tuple(warnings),
+        warnings=(*checkpoint.notes, *warnings),
         deep=measured,
         manifest=compared,
         bad_values=tuple(bad_values),
@@ -243,10 +243,10 @@ def _of_manifest(
     """Return what ``read`` finds in the manifest, if there is one; that it cannot be read is one of
     ``warnings``.
     """
-    if not has_manifest(checkpoint.path):
+    if not has_manifest(checkpoint.published_folder):
         return None
     try:
-        return read(checkpoint.path)
+        return read(checkpoint.published_folder)
     except CheckpointRefused as error:
         if error.message not in warnings:
             warnings.append(error.message)

@@ -21,7 +21,6 @@ from qtool.checkpoint import (
     Checkpoint,
     SourceFiles,
     check_place,
-    is_from_gguf,
     open_checkpoint,
     resolve_model,
     source_files,
@@ -185,7 +184,7 @@ def prepare(
 
 
 def _check_not_gguf(checkpoint: Checkpoint) -> None:
-    if is_from_gguf(checkpoint):
+    if checkpoint.gguf_file:
         raise CheckpointRefused(
             "E_GGUF",
             f"{checkpoint.name} is a GGUF file, and quantization libraries read safetensors",

@@ -92,7 +92,7 @@ class LoadPlan:
     def to_dict(self) -> dict[str, object]:
         """Return the plan for ``--json``."""
         return {
-            "model": str(self.checkpoint.path),
+            "model": str(self.checkpoint.place),
             "device": str(device_of(self.device)),
             "groups": [group.to_dict() for group in self.groups],
             "warnings": list(self.warnings),
@@ -121,7 +121,7 @@ def plan_load(
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
         message = (
-            f"{checkpoint.path} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
+            f"{checkpoint.place} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
             "does not support"
         )
         raise CheckpointRefused("E_TRANSFORM", message)
@@ -135,7 +135,11 @@ def plan_load(
         built = without_head(checkpoint)
     skeleton = Skeleton(built, layout, computed_in)
     head = head_of(skeleton, encoding) if encoding is not None else None
-    warned = [*skip_reasons(checkpoint, layout, quantization), *_left_out(skeleton, names, head)]
+    warned = [
+        *checkpoint.notes,
+        *skip_reasons(checkpoint, layout, quantization),
+        *_left_out(skeleton, names, head),
+    ]
     sources = [
         _source(skeleton, layout, name, scheme)
         for name, scheme in schemes.items()
@@ -362,7 +366,7 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
     if missing:
         raise CheckpointRefused(
             "E_TENSORS",
-            f"{skeleton.checkpoint.path} lacks the weights of {len(missing)} experts or parts of "
+            f"{skeleton.checkpoint.place} lacks the weights of {len(missing)} experts or parts of "
             f"them, e.g. {missing[0]}",
             hint="take config.json and all weights from one export",
         )

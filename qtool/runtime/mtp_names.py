@@ -38,7 +38,7 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
 
     Raises: CheckpointRefused, when it has none or qtool does not know its kind.
     """
-    path, config = checkpoint.path, checkpoint.text_config
+    path, config = checkpoint.place, checkpoint.text_config
     kind = (checkpoint.config.get("architectures") or ["a model without `architectures`"])[0]
     if kind not in KNOWN:
         message = f"{path}: qtool knows the MTP layers of {' and '.join(KNOWN)}, and this is {kind}"

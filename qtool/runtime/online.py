@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from qtool.checkpoint import Checkpoint, TensorInfo, is_from_gguf
+from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.model import FLOAT_DTYPES
 from qtool.errors import CheckpointRefused, UsageError, nearest
 from qtool.formats import Layout
@@ -87,12 +87,12 @@ def schemes_to_run(
     if quantization is None:
         return {}
     name = _known(quantization, [*ONLINE, *METHODS], suggested=ONLINE)
-    if name == "gguf" and is_from_gguf(checkpoint):  # of floats alone
+    if name == "gguf" and checkpoint.gguf_file:  # of floats alone
         return {}
     if name not in ONLINE:
         raise UsageError(
             "E_QUANTIZATION",
-            f"`{name}` is for checkpoints quantized with it, and {checkpoint.path} is not "
+            f"`{name}` is for checkpoints quantized with it, and {checkpoint.place} is not "
             "quantized",
             hint=f"leave it out, or quantize while loading with one of {', '.join(ONLINE)}",
         )
@@ -102,7 +102,7 @@ def schemes_to_run(
         reasons = "; ".join(skip_reasons(checkpoint, layout, name))
         raise CheckpointRefused(
             "E_NOTHING_TO_DO",
-            f"{checkpoint.path} has no layer that `{name}` quantizes",
+            f"{checkpoint.place} has no layer that `{name}` quantizes",
             hint=reasons or "output heads, routers, other towers and Conv1D layers stay in 16 bits",
         )
     return schemes
@@ -205,7 +205,7 @@ def _schemes_of_quantized(
     found_schemes = ", ".join(sorted({scheme.name for scheme in schemes.values()}))
     raise UsageError(
         "E_QUANTIZATION",
-        f"`{name}` does not fit {checkpoint.path}, which is quantized already: `{found}`, "
+        f"`{name}` does not fit {checkpoint.place}, which is quantized already: `{found}`, "
         f"{found_schemes}",
         hint="leave the flag out: qtool reads from the checkpoint how it is quantized",
     )

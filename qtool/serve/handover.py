@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from qtool.checkpoint.gguf import source_of
 from qtool.errors import CheckpointRefused, ResourceError
 from qtool.inspection import inspect
 from qtool.inspection.engines import EngineReport
@@ -64,8 +63,7 @@ def prepare(
             options = replace(options, quantization=None)
     # of the Hub: the folder that was checked is served; clients see no paths
     name = options.served_model_name or shown_name(options.model_path)
-    path = source_of(checkpoint.path) or folder  # engines read the GGUF file itself
-    options = replace(options, model_path=str(path), served_model_name=name)
+    options = replace(options, model_path=str(checkpoint.place), served_model_name=name)
     command = make_command(engine, replace(options, revision=None), extra, override=override)
     warnings = _warnings(report)
     warnings += _check_installed(engine, installed, dry_run=dry_run)

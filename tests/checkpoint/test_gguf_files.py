@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -15,21 +20,14 @@ from support.gguf_bytes import DAMAGE, Gguf, array, f32, string, u16, u32
 from support.gguf_files import write_gguf
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from qtool.checkpoint import open_checkpoint, resolve_model
+from qtool.checkpoint import open_checkpoint, source_files
 from qtool.checkpoint.gguf_header import read_gguf
 from qtool.checkpoint.gguf_rope import llama3_factors
 from qtool.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from qtool.errors import CheckpointRefused, QtoolError, ResourceError
+from qtool.inspection import inspect
 
 PEAK_BYTES = 32 << 20
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    """A cache of the test's own for what is derived from GGUF files."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
 
 
 def test_a_file_is_a_checkpoint_with_the_names_of_transformers(tmp_path):
@@ -170,17 +168,28 @@ def test_a_part_that_is_missing_or_links_in_a_circle_is_refused(tmp_path):
     Gguf().write(tmp_path / "other-00001-of-99999.gguf")
     with pytest.raises(CheckpointRefused, match="99,999 files"):
         open_checkpoint(tmp_path / "other-00001-of-99999.gguf")
+    Gguf().write(tmp_path / "model-00003-of-00002.gguf")
     with pytest.raises(CheckpointRefused, match="part 3 of 2"):
-        resolve_model(str(tmp_path / "model-00003-of-00002.gguf"))
+        open_checkpoint(tmp_path / "model-00003-of-00002.gguf")
 
 
 def test_a_folder_with_several_models_asks_for_one(tmp_path):
     for name in ("model-Q4_0.gguf", "model-Q8_0.gguf"):
         Gguf().write(tmp_path / name)
     with pytest.raises(CheckpointRefused) as error:
-        resolve_model(str(tmp_path))
+        open_checkpoint(tmp_path)
     assert error.value.code == "E_GGUF_SEVERAL"
     assert "--model-path" in error.value.hint
+
+
+def test_a_folder_with_safetensors_too_says_what_is_read(tmp_path):
+    shutil.copytree(EXAMPLE, tmp_path / "model")
+    for name in ("a.gguf", "b.gguf"):
+        Gguf().write(tmp_path / "model" / name)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert checkpoint.gguf_file is None
+    for notes in (inspect(checkpoint).warnings, source_files(checkpoint).notes):
+        assert any("the safetensors files are read; a.gguf and 1 more" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", [b"sha256-abc", b"not UTF-8 \xff.gguf"], ids=["start", "bytes"])
@@ -190,11 +199,71 @@ def test_a_file_under_another_name_is_read(tmp_path, name):
     assert len(open_checkpoint(path).tensors) == 11
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, cache):
-    (cache / "qtool").write_text("")
+OPEN = """
+import sys
+from pathlib import Path
+from qtool.checkpoint import open_checkpoint, source_files
+print(open_checkpoint(Path(sys.argv[1])).path, flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def opener(tmp_path):
+    """A function that starts a process which opens a GGUF file; and the folder it derives."""
+    file = Gguf().write(tmp_path / "model.gguf")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with contextlib.ExitStack() as stack:
+
+        def start() -> tuple[subprocess.Popen[str], Path]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", OPEN, str(file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            return process, Path(process.stdout.readline().strip())
+
+        yield start
+
+
+def test_what_is_derived_from_a_file_goes_with_its_process(opener):
+    ended, first = opener()
+    _lives, second = opener()
+    killed, third = opener()
+    assert {path.name for path in first.iterdir()} == {"config.json", "generation_config.json"}
+    ended.communicate("\n")
+    assert ended.returncode == 0
+    assert not first.exists()
+    killed.kill()
+    killed.wait()
+    strange = third.with_name(".qtool-gguf-mine")  # not of a name that qtool gives
+    strange.mkdir(mode=0o700)
+    for folder in (second, third, strange):
+        os.utime(folder, (0, 0))
+    opener()  # removes what nobody uses
+    assert second.is_dir()
+    assert not third.exists()
+    assert strange.is_dir()
+
+
+def test_a_derived_folder_that_was_removed_is_made_again(tmp_path):
+    file = Gguf().write(tmp_path / "model.gguf")
+    folder = open_checkpoint(file).path
+    assert open_checkpoint(file).path == folder
+    shutil.rmtree(folder)
+    assert (open_checkpoint(file).path / "config.json").is_file()
+
+
+def test_no_room_for_what_is_derived_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ResourceError) as error:
         open_checkpoint(Gguf().write(tmp_path / "model.gguf"))
-    assert error.value.code == "E_CACHE"
+    assert error.value.code == "E_TEMPORARY"
 
 
 def test_llama_3s_frequencies_become_its_scaling_again(tmp_path):

@@ -123,8 +123,7 @@ def test_an_endpoint_that_behaves_is_downloaded_from(endpoint):
     assert (resolve_model("org/model") / "config.json").read_bytes() == CONFIG
 
 
-def test_a_tag_chooses_a_gguf_file(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_tag_chooses_a_gguf_file(endpoint, tmp_path):
     content = Gguf().write(tmp_path / "small.gguf").read_bytes()
     names = ("Small-Q4_0.gguf", "Small-Q8_0.gguf", "Small-Q8_0.md", "mmproj-Q8_0.gguf")
     entry = {"type": "file", "size": len(content), "oid": "b" * 40}

@@ -23,6 +23,7 @@ from qtool.conversion import export
 from qtool.conversion.gguf.types import FILE_TYPES, ModelShape, tensor_type
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect, read
+from qtool.inspection import inspect
 from qtool.weight import dequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +97,7 @@ def test_a_16_bit_model_stays_what_it_is(publish, tmp_path):
     assert result.rounded_layers == 0
     manifest = json.loads((result.output / "qtool-manifest.json").read_text())
     assert "out.gguf" in manifest["files"]
+    assert inspect(open_checkpoint(result.output), verify=True).manifest.matches
 
 
 @pytest.mark.parametrize(

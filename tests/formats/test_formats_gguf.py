@@ -39,14 +39,6 @@ MODELS = {  # name in `small_models` -> what a GGUF file cannot say, and what is
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> Path:
-    """A cache of the test's own for what is derived from GGUF files."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A function that returns the folder of a small model with random norms."""

@@ -220,8 +220,7 @@ def test_gptq_in_the_layout_of_marlin_is_refused_whatever_the_flag_says(
     assert "error[E_KERNEL_LAYOUT]" in result.stderr
 
 
-def test_a_folder_with_a_gguf_file_is_served_with_its_chat_template(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_folder_with_a_gguf_file_is_served_with_its_chat_template(tmp_path):
     (tmp_path / "tiny").mkdir()
     write_gguf(EXAMPLE, tmp_path / "tiny" / "tiny.gguf")
     server = start_server(tmp_path, tmp_path / "tiny", "--max-total-tokens", 4096)

@@ -263,7 +263,7 @@ class ModelConfig:
     def _otherwise(self, what: str) -> CheckpointRefused:
         return CheckpointRefused(
             "E_GGUF_CONFIG",
-            f"{self.checkpoint.path}: {what}, and llama.cpp computes `{self.architecture.name}` "
+            f"{self.checkpoint.place}: {what}, and llama.cpp computes `{self.architecture.name}` "
             "otherwise",
             hint="the file would load and give other answers: convert to another format",
         )

@@ -49,7 +49,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         classes = checkpoint.config.get("architectures") or ["without architectures"]
         raise CheckpointRefused(
             "E_GGUF_ARCHITECTURE",
-            f"{checkpoint.path}: no rules are known to write {classes[0]} (`{model_type}`) as GGUF",
+            f"{checkpoint.place}: no rules are known to write {classes[0]} (`{model_type}`) as "
+            "GGUF",
             hint=f"they are known for {', '.join([*known, 'mistral'])}",
         )
     return known[wanted]

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from qtool.checkpoint.temporary import remove_temporary_folders
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
 from qtool.memory import memory_error, no_collection
@@ -138,6 +139,7 @@ class EngineServer:
                     self._inbox.put(decode_to_engine(file.read(LENGTH.unpack(head)[0])))
         finally:
             # the server is gone or closed the socket: the process ends, which frees the device
+            remove_temporary_folders()
             os._exit(0)
 
     def _send_all(self) -> None:
