@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import anthropic
 import httpx
@@ -13,6 +14,11 @@ from qtool.serve.ready import client_lines
 from qtool.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests")
+def test_tests_that_share_a_server_are_in_one_process(request):
+    assert request.node.nodeid.endswith("@serve"), "pytest-xdist needs another pytest, see make"
 
 
 def test_a_served_model_answers_a_chat(served):
