@@ -101,6 +101,8 @@ class Engine:
         self.encoding = plan.encoding
         """What it returns for a text; None if it continues it."""
         self.model_path = checkpoint.place
+        self.model_folder = checkpoint.path
+        """Where its config and its tokenizer are; of a GGUF file a temporary folder."""
         self.config = config
         share = config.mem_fraction_static
         runner_class = Runner if plan.encoding is None else partial(EncoderRunner, plan.encoding)

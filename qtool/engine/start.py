@@ -145,7 +145,6 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) 
             f"{place} has no tokenizer.json",
             hint="save the tokenizer again with a recent transformers",
         )
-    tokenizer.name_or_path = str(place)
     return cast(PromptTokenizer, tokenizer)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
+from qtool.checkpoint.gguf import find_gguf
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.answer_styles import reasoning_style, tool_style
@@ -415,7 +416,7 @@ async def _load(
     try:
         # a name on the Hub: the engine's process finds it, and may be ended while it does; GGUF: it
         # makes a folder with the tokenizer
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() or find_gguf(folder):
             folder = Path((await starting).tokenizer_path)
         templates = await Templates.open(folder, settings.chat_template)
         stack.push_async_callback(templates.close)

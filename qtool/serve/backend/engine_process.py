@@ -246,9 +246,9 @@ def _engine_info(engine: Engine) -> EngineInfo:
     tensors = itertools.chain(model.parameters(), model.buffers())
     sizes = {_storage_id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
     return EngineInfo(
-        model_path=str(engine.model_path),
+        model_path=str(engine.model_folder),
         tokenizer_path=str(
-            engine.tokenizer.name_or_path if engine.tokenizer else engine.model_path
+            engine.tokenizer.name_or_path if engine.tokenizer else engine.model_folder
         ),
         tokenizer=engine.tokenizer.backend_tokenizer.to_str() if engine.tokenizer else "",
         eos_ids=engine.eos_ids,
