@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,14 +92,14 @@ def _hand_over(
 def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
-    from qtool.engine.requirements import check_by_name, check_speculation
-    from qtool.engine.start import plan_engine
+    from qtool.engine.start import decide_start, plan_engine
+    from qtool.serve.service import check_prompts
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
-    config = settings.engine_config
-    plan = plan_engine(checkpoint, config)
-    check_by_name(plan)
-    check_speculation(plan, config.speculation)
+    plan = plan_engine(checkpoint, settings.engine_config)
+    tokenizer = decide_start(plan, settings.engine_config).tokenizer
+    folder = Path(tokenizer.name_or_path if tokenizer else checkpoint.path)
+    asyncio.run(check_prompts(settings, folder, plan.encoding))
     for warning in plan.warnings:
         message(f"warning: {warning}")
     show(plan.to_dict, kernels(plan), as_json)

@@ -39,10 +39,9 @@ from qtool.engine.requests import (
     RequestParser,
     SamplingFields,
 )
-from qtool.engine.requirements import check_by_name, check_speculation
 from qtool.engine.results import CompletionResult, Result
 from qtool.engine.sglang_names import check_other, engine_options
-from qtool.engine.start import eos_ids_of, limits_of, open_tokenizer, plan_engine, scales_of
+from qtool.engine.start import decide_start, eos_ids_of, plan_engine
 from qtool.engine.vectors import check_dimensions
 from qtool.options import keywords_of, make_options
 from qtool.runtime.load import materialize
@@ -85,23 +84,18 @@ class Engine:
 
     def _open(self, plan: LoadPlan, config: EngineConfig) -> None:
         """Load the weights and start the loop."""
-        checkpoint, device = plan.checkpoint, plan.device
-        check_by_name(plan)
-        check_speculation(plan, config.speculation)
-        limits = limits_of(plan.skeleton.config, device, config, plan.encoding)
-        scales = scales_of(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
-        self.tokenizer = None
-        if not config.skip_tokenizer_init:
-            self.tokenizer = open_tokenizer(checkpoint, config.tokenizer_path)
+        device = plan.device
+        start = decide_start(plan, config)
+        self.tokenizer = start.tokenizer
         began = time.monotonic()
         model = materialize(plan)
         LOG.info("weights loaded in %.1f s", time.monotonic() - began)
         self.eos_ids = eos_ids_of(model, self.tokenizer)
-        self.context_length = limits.context_length
+        self.context_length = start.limits.context_length
         self.encoding = plan.encoding
         """What it returns for a text; None if it continues it."""
-        self.model_path = checkpoint.place
-        self.model_folder = checkpoint.path
+        self.model_path = plan.checkpoint.place
+        self.model_folder = plan.checkpoint.path
         """Where its config and its tokenizer are; of a GGUF file a temporary folder."""
         self.config = config
         share = config.mem_fraction_static
@@ -109,10 +103,10 @@ class Engine:
         runner = runner_class(
             model,
             device,
-            limits,
+            start.limits,
             static_share=DEFAULT_SHARE if share is None else share,
             max_tokens=config.max_total_tokens,
-            cache_scales=scales,
+            cache_scales=start.cache_scales,
             cuda_graphs=not config.disable_cuda_graph,
             compiled=config.compile,
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from qtool.checkpoint.encoding import Encoding, find_encoding
 from qtool.checkpoint.gguf import as_folder
 from qtool.engine.config import EngineConfig
 from qtool.engine.prompts import PromptTokenizer
+from qtool.engine.requirements import check_by_name, check_speculation
 from qtool.engine.scheduler import Limits
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import Layout
@@ -46,6 +48,30 @@ def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
         mtp=config.uses_mtp,
         encoding=encoding,
     )
+
+
+@dataclass(frozen=True)
+class EngineStart:
+    """What `decide_start` decides before the weights are read."""
+
+    limits: Limits
+    cache_scales: dict[int, tuple[float, float]] | None
+    """Of the KV cache by layer; None: it is kept in 16 bits."""
+    tokenizer: PromptTokenizer | None
+    """None with ``skip_tokenizer_init``."""
+
+
+def decide_start(plan: LoadPlan, config: EngineConfig) -> EngineStart:
+    """Return how an engine of ``plan`` starts. Raises: CheckpointRefused, UsageError."""
+    check_by_name(plan)
+    check_speculation(plan, config.speculation)
+    checkpoint = plan.checkpoint
+    limits = limits_of(plan.skeleton.config, plan.device, config, plan.encoding)
+    scales = scales_of(checkpoint, plan.layout, config.kv_cache_dtype or "auto")
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = open_tokenizer(checkpoint, config.tokenizer_path)
+    return EngineStart(limits, scales, tokenizer)
 
 
 def check_load_format(checkpoint: Checkpoint, config: EngineConfig) -> None:

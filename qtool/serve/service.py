@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
+from qtool.checkpoint.encoding import Encoding
 from qtool.checkpoint.gguf import find_gguf
 from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
@@ -24,7 +25,7 @@ from qtool.serve.backend.engine_client import EngineProcess, OutputStream
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
-from qtool.serve.prompts.pairs import Pairs
+from qtool.serve.prompts.pairs import Pairs, check_pair_template
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary, answer_too_long, prompt_too_long
 from qtool.serve.sampling_defaults import sampling_defaults
@@ -400,6 +401,22 @@ async def open_service(
         )
         await service.warm_up()
         yield service
+
+
+async def check_prompts(settings: ServeSettings, folder: Path, encoding: Encoding | None) -> None:
+    """Raise what `open_service` raises for the template that makes prompts, without an engine.
+
+    Args:
+        settings: what is served, and how.
+        folder: of the tokenizer.
+        encoding: of the model.
+    Raises: QtoolError.
+    """
+    templates = await Templates.open(folder, settings.chat_template)
+    try:
+        check_pair_template(encoding, templates)
+    finally:
+        await templates.close()
 
 
 async def _load(

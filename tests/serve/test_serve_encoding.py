@@ -14,6 +14,9 @@ from support.encoders import LABELS, TEMPLATE, classifier, edit_json, embedder, 
 from support.server import start_server
 from transformers import AutoTokenizer
 
+from qtool.cli.app import run
+from qtool.errors import CheckpointRefused
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("encoding")]
 TEXTS = ["import os\n", "def add(a, b):\n    return a + b\n", "class Tree:\n"]
 DOCUMENTS = ["print(1)\n", "def f(x): pass\n", "import re\n", "while True: pass\n"]
@@ -208,4 +211,9 @@ def test_a_reranker_without_a_template_for_pairs_is_refused(tmp_path):
     yes_or_no(tmp_path / "model", template=None)
     with pytest.raises(RuntimeError, match="does not show a query and a document"):
         start_server(tmp_path, tmp_path / "model", *OPTIONS)
-    assert "query" in TEMPLATE
+    options = ["serve", "--model-path", str(tmp_path / "model"), "--dry-run", "--device", "cpu"]
+    with pytest.raises(CheckpointRefused, match="does not show a query and a document") as refused:
+        run(options)
+    assert refused.value.code == "E_CHAT_TEMPLATE"
+    (tmp_path / "pairs.jinja").write_text(TEMPLATE)
+    assert run([*options, "--chat-template", str(tmp_path / "pairs.jinja")]) == 0

@@ -25,8 +25,8 @@ import psutil
 import pytest
 from support.server import Server, free_port, start_server
 
-from qtool.cli.app import app
-from qtool.errors import UsageError
+from qtool.cli.app import app, run
+from qtool.errors import QtoolError, UsageError
 
 pytestmark = pytest.mark.slow
 SHARED = pytest.mark.xdist_group("serve")  # one server for all tests that use `served`
@@ -415,6 +415,22 @@ def test_what_cannot_start_ends_with_its_code(tiny_model, arguments, code, words
     assert words in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--context-length", "9999"], "E_CONTEXT"),
+        (["--kv-cache-dtype", "fp4"], "E_KV_DTYPE"),
+        (["--tokenizer-path", "."], "E_TOKENIZER"),
+        (["--chat-template", "none.jinja"], "E_NO_SUCH_FILE"),
+    ],
+    ids=["context", "kv", "tokenizer", "template"],
+)
+def test_what_a_run_refuses_before_it_loads_its_dry_run_refuses(tiny_model, arguments, code):
+    with pytest.raises(QtoolError) as refused:
+        run(["serve", "--model-path", str(tiny_model), "--dry-run", "--device", "cpu", *arguments])
+    assert refused.value.code == code
 
 
 @SHARED

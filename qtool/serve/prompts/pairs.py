@@ -20,6 +20,23 @@ MAX_CHARACTERS = 16 << 20  # of all prompts of a request: each repeats the query
 SHOWN = [re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")]
 
 
+def check_pair_template(encoding: Encoding | None, templates: Templates) -> bool:
+    """Return whether the chat template shows a query and a document.
+
+    Raises: CheckpointRefused, when it does not and the model answers yes or no.
+    """
+    text = templates.text or ""
+    shown = all(role.search(text) for role in SHOWN)
+    if encoding is not None and encoding.labels and not shown:
+        raise CheckpointRefused(
+            "E_CHAT_TEMPLATE",
+            "the model scores by the answers yes and no, and its chat template does not show a "
+            "query and a document",
+            hint="give a template with messages of these roles with --chat-template",
+        )
+    return shown
+
+
 class Pairs:
     """Makes prompts for the reranker that is served, if it is one.
 
@@ -32,15 +49,7 @@ class Pairs:
         self._templates = templates
         self._vocabulary = vocabulary
         self._instruction = "" if encoding is None else encoding.prompt
-        text = templates.text or ""
-        self._has_template = all(role.search(text) for role in SHOWN)
-        if encoding is not None and encoding.labels and not self._has_template:
-            raise CheckpointRefused(
-                "E_CHAT_TEMPLATE",
-                "the model scores by the answers yes and no, and its chat template does not show "
-                "a query and a document",
-                hint="give a template with messages of these roles with --chat-template",
-            )
+        self._has_template = check_pair_template(encoding, templates)
 
     async def tokenize(
         self, pairs: Sequence[tuple[str, str]], instruction: str | None
