@@ -8,7 +8,12 @@ import json
 from pathlib import Path
 
 from qtool.checkpoint.config_values import check_config_values
-from qtool.checkpoint.gguf_config import architecture_of, config_of, generation_config_of
+from qtool.checkpoint.gguf_config import (
+    architecture_of,
+    config_of,
+    generation_config_of,
+    notes_on_sampling,
+)
 from qtool.checkpoint.gguf_header import MAGIC, SPLIT_NAME, GgufHeader, read_gguf
 from qtool.checkpoint.gguf_tensors import gguf_tensors
 from qtool.checkpoint.gguf_tokenizer import tokenizer_files
@@ -48,7 +53,9 @@ def open_gguf(file: Path, *, derives_folder: bool = True) -> Checkpoint:
     check_config_values(header.files[0], config)
     tensors = gguf_tensors(header, architecture, config)
     folder = _derived_folder(header, config) if derives_folder else file.parent
-    return Checkpoint(folder, config, tensors, gguf_file=header.files[0])
+    return Checkpoint(
+        folder, config, tensors, gguf_file=header.files[0], notes=notes_on_sampling(header)
+    )
 
 
 def as_folder(path: Path) -> Path:

@@ -6,6 +6,7 @@ Sources: llama.cpp, `convert_hf_to_gguf.py` and `llama-model.cpp`; transformers 
 
 from __future__ import annotations
 
+import math
 from array import array
 
 from qtool.checkpoint.gguf_fields import Fields, short
@@ -13,9 +14,18 @@ from qtool.checkpoint.gguf_header import GgufHeader
 from qtool.checkpoint.gguf_names import ARCHITECTURES, Architecture
 from qtool.checkpoint.gguf_rope import rope_fields
 from qtool.checkpoint.gguf_types import QUANTIZED
+from qtool.checkpoint.gguf_values import Value
 from qtool.checkpoint.strict_json import JsonDict, refused
 
-SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+SAMPLING_PREFIX = "general.sampling."
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Keys of ``general.sampling`` -> fields of generation_config.json."""
 # texts of control tokens that end an answer, which llama.cpp finds by their text as well
 ENDS = frozenset(
     {
@@ -81,11 +91,30 @@ def generation_config_of(header: GgufHeader) -> JsonDict:
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     for key, name in SAMPLING.items():
-        value = header.metadata.get(f"general.sampling.{key}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            config[name] = short(value)
+        value = header.metadata.get(f"{SAMPLING_PREFIX}{key}")
+        if value is not None:
+            config[name] = _sampling_number(header, key, value)
             config["do_sample"] = True
     return config
+
+
+def notes_on_sampling(header: GgufHeader) -> tuple[str, ...]:
+    """Return in a line which of the file's settings for sampling are not used."""
+    keys = [key for key in header.metadata if key.startswith(SAMPLING_PREFIX)]
+    unused = sorted(key for key in keys if key.removeprefix(SAMPLING_PREFIX) not in SAMPLING)
+    return (f"settings for sampling that are not used: {', '.join(unused)}",) if unused else ()
+
+
+def _sampling_number(header: GgufHeader, key: str, value: Value) -> float:
+    """Return ``value``. Raises: CheckpointRefused, when it is not what ``key`` takes."""
+    if type(value) is int or (key != "top_k" and type(value) is float and math.isfinite(value)):
+        assert isinstance(value, int | float)
+        return short(value)
+    raise refused(
+        "E_GGUF_KEY",
+        f"{header.files[0]}: `{SAMPLING_PREFIX}{key}` is {value!r:.80}, and must be "
+        f"{'a whole number' if key == 'top_k' else 'a finite number'}",
+    )
 
 
 def _ends(header: GgufHeader) -> list[int]:

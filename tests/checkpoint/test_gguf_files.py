@@ -192,6 +192,14 @@ def test_a_folder_with_safetensors_too_says_what_is_read(tmp_path):
         assert any("the safetensors files are read; a.gguf and 1 more" in note for note in notes)
 
 
+def test_settings_for_sampling_that_are_not_used_are_said(tmp_path):
+    file = Gguf()
+    for name in ("temp", "xtc_threshold", "penalty_last_n"):
+        file.metadata[f"general.sampling.{name}"] = f32(0.5)
+    (note,) = open_checkpoint(file.write(tmp_path / "model.gguf")).notes
+    assert note.endswith("general.sampling.penalty_last_n, general.sampling.xtc_threshold")
+
+
 @pytest.mark.parametrize("name", [b"sha256-abc", b"not UTF-8 \xff.gguf"], ids=["start", "bytes"])
 def test_a_file_under_another_name_is_read(tmp_path, name):
     """Ollama's names have no ending: files are known by their start."""

@@ -173,12 +173,15 @@ def test_the_rotary_embedding_comes_back_as_it_was(publish, tmp_path, name):
 
 def test_metadata_say_how_answers_are_drawn(publish, tmp_path):
     _, folder = publish("Qwen3")
-    settings = {"do_sample": True, "temperature": 0.5, "top_k": 20, "eos_token_id": 0}
+    drawn = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05}
+    settings = {"do_sample": True, **drawn, "eos_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     export(folder, to="gguf", output=tmp_path / "out")
     fields = gguf.GGUFReader(tmp_path / "out" / "out.gguf").fields
-    found = {name: fields[f"general.sampling.{name}"].contents() for name in ("temp", "top_k")}
-    assert found == {"temp": 0.5, "top_k": 20}
+    assert fields["general.sampling.penalty_repeat"].contents() == pytest.approx(1.05)
+    folder = open_checkpoint(tmp_path / "out").path
+    found = json.loads((folder / "generation_config.json").read_text())
+    assert drawn.items() <= found.items()
     assert (
         fields["tokenizer.chat_template"].contents()
         == (EXAMPLE / "chat_template.jinja").read_text()

@@ -239,6 +239,9 @@ DAMAGE: Mapping[str, tuple[Change, str]] = {
     "part of a split model": (key("split.count", u16(3)), "E_GGUF_SPLIT"),
     "experts": (key("llama.expert_count", u32(8)), "E_GGUF_ARCH"),
     "a tokenizer of another kind": (key("tokenizer.ggml.model", string("rwkv")), "E_GGUF_TOK"),
+    "a temperature of text": (key("general.sampling.temp", string("0.5")), "E_GGUF_KEY"),
+    "a temperature of NaN": (key("general.sampling.temp", f32(math.nan)), "E_GGUF_KEY"),
+    "a top_k that is not whole": (key("general.sampling.top_k", f32(1.5)), "E_GGUF_KEY"),
     "no heads of keys": (key("llama.attention.head_count_kv", u32(0)), "E_GGUF_KEY"),
     "an epsilon of f64": (key("llama.attention.layer_norm_rms_epsilon", f64(1e300)), "E_GGUF_KEY"),
     "layers that would be listed": (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtool.architecture.meta import read_config
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.gguf_config import SAMPLING
 from qtool.checkpoint.gguf_names import LLAMA3_FACTORS, LONG_FACTORS, Architecture, stem_of
 from qtool.checkpoint.gguf_rope import llama3_factors
 from qtool.checkpoint.strict_json import read_json
@@ -204,15 +205,9 @@ class ModelConfig:
         found = read_json(path) if path.is_file() else {}
         if not found.get("do_sample"):
             return
-        for name, add in (
-            ("temperature", writer.add_sampling_temp),
-            ("top_k", writer.add_sampling_top_k),
-            ("top_p", writer.add_sampling_top_p),
-            ("min_p", writer.add_sampling_min_p),
-            ("repetition_penalty", writer.add_sampling_penalty_repeat),
-        ):
+        for key, name in SAMPLING.items():
             if found.get(name) is not None:
-                add(found[name])
+                getattr(writer, f"add_sampling_{key}")(found[name])
 
     def _original_length(self) -> int:
         found = self.rope.get("original_max_position_embeddings")
