@@ -113,17 +113,35 @@ def test_a_long_list_is_worked_through_in_parts(embedding):
         ({"input": ""}, "empty_prompt"),
         ({"input": "x", "encoding_format": "bytes"}, "literal_error"),
         ({"input": "x", "messages": [{"role": "user"}]}, "unsupported_parameter"),
+        ({"input": "x", "truncate": "END"}, "unsupported_parameter"),
+        ({"input": "x", "input_type": "query"}, "unsupported_parameter"),
+        ({"input": "x", "instruction": "Find."}, "unsupported_parameter"),
+        ({"input": "x", "stream": True}, "unsupported_parameter"),
+        ({"input": "x", "embed_dtype": "float16"}, "unsupported_parameter"),
         ({"input": "x", "dimension": 4}, "unknown_parameter"),
         ({"input": ["x"] * 2049}, "value_error"),
         ({"input": [[1 << 20]]}, "prompt"),
         ({"input": {"a": 1}}, "value_error"),
     ],
-    ids=["none", "empty-list", "empty", "format", "chat", "typo", "many", "token", "object"],
+    ids=[
+        *("none", "empty-list", "empty", "format", "chat", "truncate", "input-type"),
+        *("instruction", "stream", "dtype", "typo", "many", "token", "object"),
+    ],
 )
 def test_requests_that_ask_for_something_else_are_refused(embedding, body, code):
     server, _ = embedding
     answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
+
+
+def test_fields_that_change_nothing_are_taken(embedding):
+    server, vector = embedding
+    nothing = {"truncate": "NONE", "embed_dtype": "float32", "endianness": "little"}
+    nothing |= {"stream": False, "truncate_prompt_tokens": -1, "user": "u", "temperature": 0.5}
+    body = {"input": TEXTS[0], **nothing}
+    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    assert answer["data"][0]["embedding"] == pytest.approx(vector(TEXTS[0]), abs=1e-5)
+    assert "a field `temperature`, which has no effect here" in server.said()
 
 
 def test_the_server_says_what_it_serves(embedding):
@@ -180,6 +198,9 @@ def test_pairs_are_scored(reranker):
     for body in ({"text_1": "x"}, uneven, {**both, "text_1": "x"}, repeated):
         answer = httpx.post(f"{server.url}/v1/score", json=body, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "prompt")
+    for field in ({"stream": True}, {"truncation": True}, {"chat_template_kwargs": {"a": 1}}):
+        answer = httpx.post(f"{server.url}/v1/score", json=one_many | field, timeout=60)
+        assert answer.json()["error"]["code"] == "unsupported_parameter"
     answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, timeout=60)
     assert answer.status_code == 400
     assert "scores documents" in answer.json()["error"]["message"]
@@ -192,8 +213,11 @@ def test_a_classifier_takes_pairs_as_its_tokenizer_puts_them_together(tmp_path):
     try:
         body = {"query": "loops", "documents": DOCUMENTS}
         answer = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60).json()
+        body["instruction"] = "Only loops."
+        refused = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60)
     finally:
         server.end()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "instruction")
     for one in answer["results"]:
         ids = tokenizer("loops", DOCUMENTS[one["index"]], return_tensors="pt")["input_ids"]
         with torch.inference_mode():

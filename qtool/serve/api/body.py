@@ -71,7 +71,7 @@ class Body(BaseModel):
         return self
 
     def _check_other_field(self, name: str, value: object) -> None:
-        instead = self.not_offered.get(name) or reason_not_offered(name, value)
+        instead = reason_not_offered(name, value, self.not_offered)
         if instead is not None:
             context = {"field": name, "instead": instead}
             raise PydanticCustomError("not_offered", "not offered", context)

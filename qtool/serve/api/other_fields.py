@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LOGGED = 256  # lines in the log about words of requests
@@ -111,8 +111,14 @@ _DEFAULTS: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "truncate_prompt_tokens": (-1,),
     "thinking_token_budget": (-1,),
+    "truncate": ("NONE", "none"),
+    "embed_dtype": ("float32",),
+    "embedding_type": ("float",),
+    "embedding_types": (["float"],),
+    "output_dtype": ("float",),
+    "endianness": ("native", "little"),
 }
-"""Values of `NOT_OFFERED` that ask for nothing."""
+"""Values of fields that are not offered which ask for nothing."""
 
 _logged: set[tuple[str, str]] = set()
 
@@ -128,13 +134,13 @@ def _is_nothing(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def reason_not_offered(name: str, value: object) -> str | None:
-    """Return what to do instead of the field ``name``; None if it is not one of `NOT_OFFERED`, or
-    asks for nothing.
+def reason_not_offered(name: str, value: object, own: Mapping[str, str]) -> str | None:
+    """Return what to do instead of the field ``name``; None if it is neither in ``own``, the table
+    of a route, nor in `NOT_OFFERED`, or asks for nothing.
     """
-    if name not in NOT_OFFERED or value in _DEFAULTS.get(name, ()):
+    if value in _DEFAULTS.get(name, ()):
         return None
-    return NOT_OFFERED[name]
+    return own.get(name) or NOT_OFFERED.get(name)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -60,8 +60,11 @@ class Pairs:
             pairs: what is scored.
             instruction: what makes a document relevant, in place of the checkpoint's; templates
                 alone show it.
-        Raises: UsageError, also for a long query that many documents would repeat.
+        Raises: UsageError, also for a long query that many documents would repeat, and for an
+            instruction that the prompts do not show.
         """
+        if instruction and not self._has_template:
+            raise _not_shown()
         shown = len(instruction or self._instruction) if self._has_template else 0
         characters = sum(shown + len(query) + len(document) for query, document in pairs)
         if characters > MAX_CHARACTERS:
@@ -87,4 +90,14 @@ class Pairs:
             ],
             variables,
         )
+        if instruction and instruction.strip() not in texts[0]:
+            raise _not_shown()
         return await self._vocabulary.encode(texts, add_special_tokens=False)
+
+
+def _not_shown() -> UsageError:
+    return UsageError(
+        "E_INSTRUCTION",
+        "`instruction` is not offered: the prompts of this model show none",
+        hint="leave it out, or serve with --chat-template a template that shows it",
+    )

@@ -24,6 +24,17 @@ from qtool.serve.api.fields import (
 )
 
 MAX_INPUTS = 2048  # OpenAI's limit
+_NOT_CUT = "texts that are too long are refused: shorten them"
+NOT_OFFERED = {
+    "stream": "the reply comes whole",
+    "truncate": _NOT_CUT,
+    "truncation": _NOT_CUT,
+    "truncate_prompt_tokens": _NOT_CUT,
+    "chat_template_kwargs": "`instruction` is the only variable, in scores",
+    "lora_request": "this server loads no adapters",
+}
+"""Fields of all these routes that would change the answer, and what to do instead."""
+_IN_TEXT = "write it into the texts, as the model's card says"
 Texts = str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Input = Annotated[
     PromptInput,
@@ -47,9 +58,20 @@ class EmbeddingRequest(EncodingFields):
     """``POST /v1/embeddings``."""
 
     not_offered: ClassVar[Mapping[str, str]] = {
+        **NOT_OFFERED,
         "messages": "send texts in `input`",
         "embed_dtype": "numbers are float32",
+        "embedding_type": "numbers are float32",
+        "embedding_types": "numbers are float32",
+        "output_dtype": "numbers are float32",
         "endianness": "base64 is little-endian",
+        "output_dimension": "`dimensions` cuts vectors",
+        "input_type": _IN_TEXT,
+        "instruction": _IN_TEXT,
+        "instruct": _IN_TEXT,
+        "prompt_name": _IN_TEXT,
+        "task": _IN_TEXT,
+        "late_chunking": "each text has a vector of its own",
     }
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
@@ -84,6 +106,7 @@ class ScoreRequest(PairFields):
     """``POST /v1/score``: ``text_1`` or ``queries``, and ``text_2``, ``documents`` or ``items``."""
 
     not_offered: ClassVar[Mapping[str, str]] = {
+        **NOT_OFFERED,
         "label_token_ids": "scores are those of a reranker",
     }
     text_1: Texts | None = None
@@ -105,7 +128,11 @@ class RerankRequest(PairFields):
     """``POST /v1/rerank``."""
 
     not_offered: ClassVar[Mapping[str, str]] = {
+        **NOT_OFFERED,
         "rank_fields": "send the text of documents",
+        "raw_scores": "`use_activation: false` gives logits",
+        "return_embeddings": "the reply has scores",
+        "score_threshold": "`top_n` limits the documents that are returned",
         "max_tokens_per_doc": "shorten the documents",
         "max_chunks_per_doc": "shorten the documents",
     }
