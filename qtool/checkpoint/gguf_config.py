@@ -11,7 +11,7 @@ from array import array
 
 from qtool.checkpoint.gguf_fields import Fields, short
 from qtool.checkpoint.gguf_header import GgufHeader
-from qtool.checkpoint.gguf_names import ARCHITECTURES, Architecture
+from qtool.checkpoint.gguf_names import ARCHITECTURES, WITH_EXPERTS, Architecture
 from qtool.checkpoint.gguf_rope import rope_fields
 from qtool.checkpoint.gguf_types import QUANTIZED
 from qtool.checkpoint.gguf_values import Value
@@ -55,7 +55,8 @@ def architecture_of(header: GgufHeader) -> Architecture:
             f"llama.cpp may load it; qtool reads {', '.join(ARCHITECTURES)}, and other "
             "architectures from safetensors",
         )
-    return ARCHITECTURES[name]
+    has_experts = bool(header.metadata.get(f"{name}.expert_count"))
+    return WITH_EXPERTS.get(name, ARCHITECTURES[name]) if has_experts else ARCHITECTURES[name]
 
 
 def config_of(header: GgufHeader, architecture: Architecture) -> JsonDict:
@@ -156,6 +157,8 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
     name = fields.architecture.name
     if fields.architecture.experts and not config.get("num_experts"):
         raise fields.refused("expert_count", "the number of experts")
+    if fields.architecture.model_type == "mixtral":
+        return _experts_alone(config)
     if name == "llama":
         return _llama(fields, config)
     if name in ("qwen3moe", "qwen2moe"):
@@ -169,21 +172,20 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
     if fields.architecture.is_gemma:
         return _gemma(fields, config)
     if name == "gpt-oss":
-        return {
-            "num_local_experts": config.pop("num_experts"),
-            "intermediate_size": config.pop("moe_intermediate_size", config["intermediate_size"]),
-            "attention_bias": True,
-        }
+        return {**_experts_alone(config), "attention_bias": True}
     return {}
 
 
+def _experts_alone(config: JsonDict) -> JsonDict:
+    """Return what a model whose MLPs are all experts calls otherwise."""
+    return {
+        "num_local_experts": config.pop("num_experts"),
+        "intermediate_size": config.pop("moe_intermediate_size", config["intermediate_size"]),
+    }
+
+
 def _llama(fields: Fields, config: JsonDict) -> JsonDict:
-    if config.pop("num_experts", 0):
-        raise refused(
-            "E_GGUF_ARCHITECTURE",
-            f"{fields.file} is a Llama with experts (Mixtral), which qtool does not read from GGUF",
-            "take the safetensors version",
-        )
+    config.pop("num_experts", None)  # 0
     config.pop("num_experts_per_tok", None)
     if config.get("sliding_window"):
         return {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}

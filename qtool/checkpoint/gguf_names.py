@@ -41,7 +41,6 @@ SHARED_EXPERT = {
 }
 EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 """Tensors that stack the experts of a layer -> the layer of each."""
-EXPERTS_MODULE = "mlp.experts"
 GATE_UP = "gate_up_proj"
 """The tensor in which transformers stacks the gate and up projections of all experts."""
 SINKS = "self_attn.sinks"
@@ -56,6 +55,8 @@ LONG_FACTORS = {
 ROPE_FACTORS = (LLAMA3_FACTORS, *LONG_FACTORS)
 """Tensors that become part of the config."""
 LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
+EXPERT_TENSOR = re.compile(r"(ffn_(?:gate|up|down))\.(0|[1-9][0-9]{0,3})")
+"""One expert of a layer, as files of Mixtral were until April 2024: ``ffn_gate.3``."""
 MODEL_TENSOR = re.compile(r"(.+)\.(weight|bias)")
 
 
@@ -74,6 +75,10 @@ class Architecture:
     """Whether transformers' files have each expert apart, or all in one tensor of inputs by outputs
     in which the rows of gate and up alternate.
     """
+    experts_module: str = "mlp.experts"
+    """The module of a layer that has its experts."""
+    expert_layers: Mapping[str, str] = field(default_factory=lambda: EXPERTS)
+    """The tensors of `EXPERTS` -> what transformers calls the layer of each expert."""
     is_permuted: bool = False
     """Whether the rows of q and k are in the order of ggml's rotary embedding."""
     norm_shift: float = 0.0
@@ -203,6 +208,25 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
     )
 }
+WITH_EXPERTS: Mapping[str, Architecture] = {
+    each.name: each
+    for each in (
+        Architecture(
+            name="llama",
+            model_type="mixtral",
+            class_name="MixtralForCausalLM",
+            layer={**ATTENTION, **NORM, "ffn_gate_inp": "block_sparse_moe.gate"},
+            experts="apart",
+            experts_module="block_sparse_moe.experts",
+            expert_layers={"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"},
+            is_permuted=True,
+        ),
+    )
+}
+"""Architectures that are another class where they have experts."""
+MODEL_TYPES: Mapping[str, Architecture] = {
+    each.model_type: each for each in (*ARCHITECTURES.values(), *WITH_EXPERTS.values())
+}
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,7 @@ class Place:
     stem: str
     """Its own name without its layer, e.g. ``attn_q``."""
     expert_layer: str = ""
-    """``gate_proj``, ``up_proj`` or ``down_proj``, where it stacks experts."""
+    """One of `Architecture.expert_layers`, e.g. ``gate_proj``, where it stacks experts."""
     suffix: str = "weight"
 
 
@@ -238,9 +262,15 @@ def place_of(architecture: Architecture, tensor: str) -> Place | None:
         # a parameter of its module, not a module
         name = f"{prefix}.{module}" if module == SINKS else f"{prefix}.{module}.{suffix}"
         return Place(name, stem, "", suffix)
-    if architecture.experts and stem in EXPERTS:
-        return Place(f"{prefix}.{EXPERTS_MODULE}", stem, EXPERTS[stem], suffix)
-    return None
+    if architecture.experts is None:
+        return None
+    module, layers = f"{prefix}.{architecture.experts_module}", architecture.expert_layers
+    if stem in layers:
+        return Place(module, stem, layers[stem], suffix)
+    expert = EXPERT_TENSOR.fullmatch(stem)
+    if expert is None or architecture.experts == "stacked":
+        return None
+    return Place(f"{module}.{expert[2]}.{layers[f'{expert[1]}_exps']}.{suffix}", stem, "", suffix)
 
 
 def _place_outside(architecture: Architecture, tensor: str) -> Place | None:

@@ -145,7 +145,7 @@ def test_experts_of_gpt_oss_keep_their_blocks(gpt_oss, tmp_path):
         assert torch.equal(values.flatten(0, 1), expected)
 
 
-@pytest.mark.parametrize("name", ["Qwen3Moe", "Gemma3", "Phi3", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Gemma3", "Phi3", "GptOss"])
 def test_tensors_come_back_as_they_were(publish, tmp_path, name):
     _, folder = publish(name)
     export(folder, to="gguf", type="BF16", output=tmp_path / "there")

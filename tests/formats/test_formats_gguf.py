@@ -17,7 +17,7 @@ from support.small_models import publish
 
 import qtool
 from qtool.checkpoint import open_checkpoint
-from qtool.checkpoint.gguf_names import ARCHITECTURES, EXPERTS, place_of
+from qtool.checkpoint.gguf_names import ARCHITECTURES, EXPERTS, MODEL_TYPES, place_of
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.events import NoteEvent
 from qtool.formats import detect, problem_in, read
@@ -28,6 +28,7 @@ from qtool.weight import dequantize
 MODELS = {  # name in `small_models` -> what a GGUF file cannot say, and what is said besides
     "llama-tied": ({}, {}),
     "mistral": ({"sliding_window": None}, {}),  # llama.cpp has no window there
+    "mixtral": ({}, {}),
     "qwen2": ({}, {}),
     "qwen2_moe": ({}, {}),
     "qwen3": ({}, {}),
@@ -133,8 +134,18 @@ def test_quantized_experts_are_those_of_the_file(tmp_path, models, name, type):
         assert torch.equal(found, values[3])
 
 
+def test_experts_of_early_files_are_those_of_later_ones(tmp_path, models):
+    for name, experts_apart in (("old", True), ("new", False)):
+        file = tmp_path / f"{name}.gguf"
+        write_gguf(models("mixtral"), file, "Q8_0", experts_apart=experts_apart)
+    old, new = (open_checkpoint(tmp_path / f"{name}.gguf") for name in ("old", "new"))
+    assert old.config == new.config
+    assert old.tensors.keys() == new.tensors.keys()
+    assert all(old.read(name) == new.read(name) for name in new.tensors)
+
+
 def test_the_names_are_those_of_the_package():
-    for architecture in ARCHITECTURES.values():
+    for architecture in MODEL_TYPES.values():
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
         names = gguf.get_tensor_name_map(arch, 3)
         for stem in (*architecture.layer, *architecture.model):

@@ -237,7 +237,7 @@ DAMAGE: Mapping[str, tuple[Change, str]] = {
     "quantized norms": (tensor(1, kind=8, dims=(32,)), "E_"),
     "frequencies of its own": (tensor(1, name="rope_freqs.weight"), "E_GGUF_ROPE"),
     "part of a split model": (key("split.count", u16(3)), "E_GGUF_SPLIT"),
-    "experts": (key("llama.expert_count", u32(8)), "E_GGUF_ARCH"),
+    "experts that are not there": (key("llama.expert_count", u32(8)), "E_GGUF_TENSOR"),
     "a tokenizer of another kind": (key("tokenizer.ggml.model", string("rwkv")), "E_GGUF_TOK"),
     "a temperature of text": (key("general.sampling.temp", string("0.5")), "E_GGUF_KEY"),
     "a temperature of NaN": (key("general.sampling.temp", f32(math.nan)), "E_GGUF_KEY"),

@@ -29,6 +29,7 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", 
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
@@ -39,7 +40,7 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "gpt_oss": "gpt-oss",
 }
-EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+_proj)\.weight")
+EXPERT = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def blocks(rows: np.ndarray[Any, Any], type: str, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -67,6 +68,7 @@ def write_gguf(
     extra: Mapping[str, Any] | None = None,
     vectors: Mapping[str, Any] | None = None,
     splits: int = 0,
+    experts_apart: bool = False,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write the checkpoint ``source`` to ``target``; return what gguf dequantizes each tensor to.
 
@@ -78,6 +80,7 @@ def write_gguf(
         extra: more metadata.
         vectors: more tensors, of F32.
         splits: the most tensors in one file; 0 for a single file.
+        experts_apart: whether each expert is a tensor, as in files of early 2024.
     """
     config = json.loads((source / "config.json").read_text())
     arch = ARCHITECTURES[config["model_type"]]
@@ -99,7 +102,8 @@ def write_gguf(
             kind = "F16"
         data = blocks(values, kind, seed=len(found))
         found[name] = gguf.quants.dequantize(data, Type[kind])
-        writer.add_tensor(name, data, raw_dtype=Type[kind])
+        for part, part_data in _parts(name, data) if experts_apart else [(name, data)]:
+            writer.add_tensor(part, part_data, raw_dtype=Type[kind])
     for name, numbers in (vectors or {}).items():
         writer.add_tensor(name, np.array(numbers, np.float32))
     writer.write_header_to_file()
@@ -107,6 +111,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return found
+
+
+def _parts(name: str, data: np.ndarray[Any, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield the experts of a stack by their old names, and all else as it is."""
+    if "_exps" not in name:
+        yield name, data
+        return
+    for expert, each in enumerate(data):
+        yield name.replace("_exps", f".{expert}"), each
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], arch: str) -> None:

@@ -38,6 +38,7 @@ GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 64}
 MODELS = {  # class -> what its config says beside the sizes
     "Llama": {"head_dim": 64, "rope_parameters": LLAMA3, "attention_bias": True},
     "Mistral": {"head_dim": 64, "sliding_window": None},
+    "Mixtral": {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2": {},
     "Qwen3": {"head_dim": 64, "tie_word_embeddings": True},
     "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 256},

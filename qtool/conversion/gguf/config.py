@@ -194,8 +194,9 @@ class ModelConfig:
         values = self.values
         writer.add_expert_count(self.experts)
         writer.add_expert_used_count(values["num_experts_per_tok"])
-        hidden = values.get("moe_intermediate_size") or values["intermediate_size"]
-        writer.add_expert_feed_forward_length(hidden)
+        if self.architecture.model_type != "mixtral":
+            hidden = values.get("moe_intermediate_size") or values["intermediate_size"]
+            writer.add_expert_feed_forward_length(hidden)
         if shared := values.get("shared_expert_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(shared)
 

@@ -8,20 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qtool.checkpoint import Checkpoint
-from qtool.checkpoint.gguf_names import (
-    ARCHITECTURES,
-    EXPERTS,
-    EXPERTS_MODULE,
-    GATE_UP,
-    Architecture,
-)
+from qtool.checkpoint.gguf_names import GATE_UP, MODEL_TYPES, Architecture
 from qtool.errors import CheckpointRefused
 
 ALIASES = {"mistral": "llama"}
 """transformers' model types -> those whose tensors and rules they have."""
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-EXPERT = re.compile(rf"{re.escape(EXPERTS_MODULE)}\.(\d+)\.(gate_proj|up_proj|down_proj)")
-STEMS = {layer: stem for stem, layer in EXPERTS.items()}
+EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -43,17 +36,16 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     """
     model_type = str(checkpoint.config.get("model_type"))
     wanted = ALIASES.get(model_type, model_type)
-    known = {each.model_type: each for each in ARCHITECTURES.values()}
     is_language_model = "text_config" not in checkpoint.config
-    if wanted not in known or not is_language_model:
+    if wanted not in MODEL_TYPES or not is_language_model:
         classes = checkpoint.config.get("architectures") or ["without architectures"]
         raise CheckpointRefused(
             "E_GGUF_ARCHITECTURE",
             f"{checkpoint.place}: no rules are known to write {classes[0]} (`{model_type}`) as "
             "GGUF",
-            hint=f"they are known for {', '.join([*known, 'mistral'])}",
+            hint=f"they are known for {', '.join([*MODEL_TYPES, 'mistral'])}",
         )
-    return known[wanted]
+    return MODEL_TYPES[wanted]
 
 
 def targets_of(architecture: Architecture, name: str, suffix: str) -> tuple[Target, ...]:
@@ -66,32 +58,39 @@ def targets_of(architecture: Architecture, name: str, suffix: str) -> tuple[Targ
     """
     found = LAYER.fullmatch(name)
     if found is None:
-        stem = _modules(architecture.name, "model").get(name)
+        stem = _modules(architecture.model_type, "model").get(name)
         return (Target(f"{stem}.{suffix}"),) if stem else ()
     prefix, rest = f"blk.{found[1]}", found[2]
-    stem = _modules(architecture.name, "layer").get(rest)
+    stem = _modules(architecture.model_type, "layer").get(rest)
     if stem:
         return (Target(f"{prefix}.{stem}.{suffix}"),)
-    return () if architecture.experts is None else _expert_targets(prefix, rest, suffix)
+    if architecture.experts is None:
+        return ()
+    return _expert_targets(architecture, prefix, rest, suffix)
 
 
-def _expert_targets(prefix: str, rest: str, suffix: str) -> tuple[Target, ...]:
+def _expert_targets(
+    architecture: Architecture, prefix: str, rest: str, suffix: str
+) -> tuple[Target, ...]:
     """Return what the experts' tensor ``rest`` of a layer becomes; nothing when it is of none."""
-    if expert := EXPERT.fullmatch(rest):
-        return (Target(f"{prefix}.{STEMS[expert[2]]}.{suffix}", int(expert[1])),)
-    if rest == f"{EXPERTS_MODULE}.{GATE_UP}":
-        both = ("gate_proj", "up_proj")
+    module = architecture.experts_module
+    stems = _modules(architecture.model_type, "expert_layers")
+    expert = EXPERT.fullmatch(rest)
+    if expert and expert[1] == module and expert[3] in stems:
+        return (Target(f"{prefix}.{stems[expert[3]]}.{suffix}", int(expert[2])),)
+    if rest == f"{module}.{GATE_UP}":
+        both = ("ffn_gate_exps", "ffn_up_exps")
         return tuple(
-            Target(f"{prefix}.{STEMS[layer]}.{suffix}", None, part, len(both))
-            for part, layer in enumerate(both)
+            Target(f"{prefix}.{stem}.{suffix}", None, part, len(both))
+            for part, stem in enumerate(both)
         )
-    if rest == f"{EXPERTS_MODULE}.down_proj":
-        return (Target(f"{prefix}.{STEMS['down_proj']}.{suffix}"),)
+    if rest == f"{module}.down_proj":
+        return (Target(f"{prefix}.ffn_down_exps.{suffix}"),)
     return ()
 
 
 @lru_cache
-def _modules(architecture: str, part: str) -> Mapping[str, str]:
-    """Return module -> stem of ``architecture``, of its layers or outside of them."""
-    stems: Mapping[str, str] = getattr(ARCHITECTURES[architecture], part)
+def _modules(model_type: str, part: str) -> Mapping[str, str]:
+    """Return module -> stem of an architecture, of its layers or outside of them."""
+    stems: Mapping[str, str] = getattr(MODEL_TYPES[model_type], part)
     return {module: stem for stem, module in stems.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.checkpoint import Checkpoint, TensorInfo
-from qtool.checkpoint.gguf_names import EXPERTS_MODULE, GATE_UP, SINKS, Architecture, stem_of
+from qtool.checkpoint.gguf_names import GATE_UP, SINKS, Architecture, stem_of
 from qtool.conversion.gguf.config import ModelConfig
 from qtool.conversion.gguf.holding import rows_of
 from qtool.conversion.gguf.names import Target, targets_of
@@ -21,7 +21,7 @@ from qtool.modules import is_cache_tensor
 from qtool.weight import QuantizedWeight
 
 COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias")  # from the config
-STACKS = (f"{EXPERTS_MODULE}.{GATE_UP}", f"{EXPERTS_MODULE}.down_proj")
+STACKS = (f".experts.{GATE_UP}", ".experts.down_proj")
 
 
 @dataclass(frozen=True, eq=False)
