@@ -40,15 +40,17 @@ MAX_LOGPROBS = 1 << 17
 MAX_LOGPROBS_HELD = 1 << 24
 
 
-ServedTask = Literal["generate", "embed", "score"]
-SERVED: Mapping[ServedTask | None, str] = {
+ServedTask = Literal["generate", "embed", "score", "labels"]
+SERVED: Mapping[ServedTask, str] = {
     "generate": "generates text",
     "embed": "makes embeddings",
     "score": "scores documents for a query",
+    "labels": "gives the probabilities of label_token_ids",
 }
+ALSO_SERVED: Mapping[ServedTask, ServedTask] = {"generate": "labels", "embed": "score"}
 TASK_HINTS: Mapping[tuple[ServedTask, ServedTask | None], str] = {
     ("generate", "embed"): "--is-embedding serves the hidden states of a language model",
-    ("generate", None): "serve a reranker",
+    ("generate", None): "serve a reranker or an embedding model, or send label_token_ids",
     ("embed", None): "send texts to /v1/embeddings",
     ("score", None): "send a query and documents to /v1/rerank or /v1/score",
 }
@@ -174,7 +176,7 @@ class Service:
         if self.draining or self.engine.error is not None:
             raise _draining()
         does = "generate" if self.info.encoding is None else self.info.encoding.task
-        if task not in (None, does):
+        if task not in (None, does, ALSO_SERVED.get(does)):
             raise UsageError(
                 "E_TASK",
                 f"this route {SERVED[task]}, and `{self.settings.name}` {SERVED[does]}",
@@ -338,13 +340,13 @@ class Service:
             raise UsageError(
                 "E_TOO_MANY", message, hint="lower n, max_tokens or the number of log probabilities"
             )
-        if self.logprobs_held + logprobs > MAX_LOGPROBS_HELD:
+        if self.logprobs_held + logprobs - slot.logprobs > MAX_LOGPROBS_HELD:
             raise Busy(
                 "queue_full",
                 "other requests hold as many log probabilities as the server keeps",
             )
+        self.logprobs_held += logprobs - slot.logprobs  # those of its last stream are read
         slot.logprobs = logprobs
-        self.logprobs_held += logprobs
 
     async def warm_up(self) -> None:
         """Let the model answer once.

@@ -144,6 +144,21 @@ def test_fields_that_change_nothing_are_taken(embedding):
     assert "a field `temperature`, which has no effect here" in server.said()
 
 
+def test_an_embedding_model_scores_by_the_cosine(embedding):
+    server, vector = embedding
+    query, *documents = (vector(text) for text in (TEXTS[0], *DOCUMENTS))
+    wanted = [float(query @ document) for document in documents]
+    body = {"text_1": TEXTS[0], "text_2": DOCUMENTS}
+    answer = httpx.post(f"{server.url}/v1/score", json=body, timeout=60).json()
+    assert [one["score"] for one in answer["data"]] == pytest.approx(wanted, abs=1e-5)
+    body = {"query": TEXTS[0], "documents": [*DOCUMENTS, TEXTS[0]]}
+    best = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60).json()["results"][0]
+    assert (best["index"], best["relevance_score"]) == (4, pytest.approx(1, abs=1e-5))
+    body["instruction"] = "Only loops."
+    refused = httpx.post(f"{server.url}/v1/rerank", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "instruction")
+
+
 def test_the_server_says_what_it_serves(embedding):
     server, _ = embedding
     info = httpx.get(f"{server.url}/model_info").json()
@@ -201,6 +216,8 @@ def test_pairs_are_scored(reranker):
     for field in ({"stream": True}, {"truncation": True}, {"chat_template_kwargs": {"a": 1}}):
         answer = httpx.post(f"{server.url}/v1/score", json=one_many | field, timeout=60)
         assert answer.json()["error"]["code"] == "unsupported_parameter"
+    answer = httpx.post(f"{server.url}/v1/score", json=one_many | {"label_token_ids": [1]})
+    assert answer.json()["error"]["code"] == "task"
     answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, timeout=60)
     assert answer.status_code == 400
     assert "scores documents" in answer.json()["error"]["message"]
@@ -223,6 +240,52 @@ def test_a_classifier_takes_pairs_as_its_tokenizer_puts_them_together(tmp_path):
         with torch.inference_mode():
             wanted = model(input_ids=ids, use_cache=False).logits[0, 0].sigmoid()
         assert one["relevance_score"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize("item_first", [False, True])
+def test_a_language_model_gives_the_probabilities_of_labels(served, item_first):
+    query, items = "def add(a, b):\n", ["    return a", "x = 1\n", ""]
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    texts = [item + query if item_first else query + item for item in items]
+    body = {"text": texts, "sampling_params": sampling}
+    body |= {"return_logprob": True, "top_logprobs_num": 20}
+    likely = [
+        {token: np.exp(one) for one, token, _ in each["meta_info"]["output_top_logprobs"][0]}
+        for each in httpx.post(f"{served.url}/generate", json=body, timeout=60).json()
+    ]
+    labels = [*likely[0]][:3]
+    body = {"query": query, "items": items, "label_token_ids": labels, "item_first": item_first}
+    answer = httpx.post(f"{served.url}/v1/score", json=body, timeout=60).json()
+    shares = httpx.post(
+        f"{served.url}/v1/score", json=body | {"apply_softmax": True}, timeout=60
+    ).json()["scores"]
+    assert (answer["object"], len(answer["scores"])) == ("scoring", 3)
+    for wanted, scores, parts in zip(likely, answer["scores"], shares, strict=True):
+        for label, found in zip(labels, scores, strict=True):
+            assert found == pytest.approx(wanted.get(label, found), rel=2e-2)
+            assert label in wanted or found <= min(wanted.values()) * 1.02
+        assert parts == pytest.approx(np.array(scores) / sum(scores), rel=2e-2)
+    tokens = httpx.post(f"{served.url}/tokenize", json={"prompt": texts}, timeout=60).json()
+    assert answer["usage"]["prompt_tokens"] == sum(tokens["count"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"label_token_ids": [1 << 20]}, "prompt"),
+        ({"label_token_ids": [3] * 65}, "too_long"),
+        ({"label_token_ids": None, "item_first": False}, "task"),
+        ({"label_token_ids": None, "item_first": True}, "value_error"),
+        ({"instruction": "Judge."}, "value_error"),
+        ({"query": "", "items": [""]}, "empty_prompt"),
+        ({"query": "x " * 3000}, "context_length_exceeded"),
+    ],
+    ids=["unknown", "many", "none", "item-first", "instruction", "empty", "long"],
+)
+def test_labels_that_cannot_be_scored_are_refused(served, changed, code):
+    body = {"query": "x", "items": ["y"], "label_token_ids": [3], **changed}
+    answer = httpx.post(f"{served.url}/v1/score", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
 
 
 def test_a_language_model_is_served_for_embeddings_only_when_asked(served):

@@ -51,7 +51,8 @@ class Submission:
         for prompt in self.prompts:
             new_tokens = self.params.max_new_tokens
             tokens += context_length - len(prompt) if new_tokens is None else new_tokens
-            tokens += len(prompt) if self.prompt_logprobs_from >= 0 else 0
+            if self.prompt_logprobs_from >= 0:
+                tokens += max(len(prompt) - self.prompt_logprobs_from, 0)
         return tokens * self.params.n * (1 + self.top_logprobs)
 
 

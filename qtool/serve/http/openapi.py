@@ -55,9 +55,11 @@ def whole_or_streamed(
     return {**ERRORS, 200: success}
 
 
-def replies_with(whole: type[Struct]) -> Responses:
-    """Return the responses of a route that answers with ``whole``."""
-    content = {"application/json": {"schema": _reference(whole)}}
+def replies_with(*whole: type[Struct]) -> Responses:
+    """Return the responses of a route that answers with one of ``whole``."""
+    references = [_reference(one) for one in whole]
+    schema = {"anyOf": references} if references[1:] else references[0]
+    content = {"application/json": {"schema": schema}}
     return {**ERRORS, 200: {"description": "The answer.", "content": content}}
 
 

@@ -64,16 +64,10 @@ class Pairs:
             instruction that the prompts do not show.
         """
         if instruction and not self._has_template:
-            raise _not_shown()
+            raise refuse_instruction()
         shown = len(instruction or self._instruction) if self._has_template else 0
         characters = sum(shown + len(query) + len(document) for query, document in pairs)
-        if characters > MAX_CHARACTERS:
-            raise UsageError(
-                "E_PROMPT",
-                f"the query with each of the {len(pairs):,} documents comes to {characters:,} "
-                f"characters; the limit is {MAX_CHARACTERS:,}",
-                hint="send fewer documents in a request, or shorten the query",
-            )
+        check_characters(characters, len(pairs))
         if not self._has_template:
             return await self._vocabulary.encode_pairs(pairs)
         wanted = instruction or self._instruction
@@ -91,11 +85,23 @@ class Pairs:
             variables,
         )
         if instruction and instruction.strip() not in texts[0]:
-            raise _not_shown()
+            raise refuse_instruction()
         return await self._vocabulary.encode(texts, add_special_tokens=False)
 
 
-def _not_shown() -> UsageError:
+def check_characters(characters: int, documents: int) -> None:
+    """Raise: UsageError, when ``documents``, each with the query, have too many ``characters``."""
+    if characters > MAX_CHARACTERS:
+        raise UsageError(
+            "E_PROMPT",
+            f"the query with each of the {documents:,} documents comes to {characters:,} "
+            f"characters; the limit is {MAX_CHARACTERS:,}",
+            hint="send fewer documents in a request, or shorten the query",
+        )
+
+
+def refuse_instruction() -> UsageError:
+    """Return the error for an instruction that would be ignored."""
     return UsageError(
         "E_INSTRUCTION",
         "`instruction` is not offered: the prompts of this model show none",

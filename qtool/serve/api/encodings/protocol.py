@@ -19,11 +19,13 @@ from qtool.serve.api.fields import (
     ModelName,
     PromptInput,
     RequestId,
+    TokenId,
     Whole,
     check_prompt,
 )
 
 MAX_INPUTS = 2048  # OpenAI's limit
+MAX_LABELS = 64
 _NOT_CUT = "texts that are too long are refused: shorten them"
 NOT_OFFERED = {
     "stream": "the reply comes whole",
@@ -103,19 +105,42 @@ class PairFields(EncodingFields):
 
 
 class ScoreRequest(PairFields):
-    """``POST /v1/score``: ``text_1`` or ``queries``, and ``text_2``, ``documents`` or ``items``."""
+    """``POST /v1/score``: ``text_1``, ``query`` or ``queries``, and ``text_2``, ``documents`` or
+    ``items``.
+    """
 
-    not_offered: ClassVar[Mapping[str, str]] = {
-        **NOT_OFFERED,
-        "label_token_ids": "scores are those of a reranker",
-    }
+    not_offered: ClassVar[Mapping[str, str]] = NOT_OFFERED
     text_1: Texts | None = None
     queries: Texts | None = None
+    query: Texts | None = None
     data_1: Texts | None = None
     text_2: Texts | None = None
     documents: Texts | None = None
     items: Texts | None = None
     data_2: Texts | None = None
+    label_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LABELS, fail_fast=True)] | None
+    ) = None
+    """Tokens whose probabilities after the text on both sides are the scores (SGLang's); the model
+    generates text then.
+    """
+
+    apply_softmax: bool | None = None
+    """Whether the probabilities of the labels sum to 1."""
+
+    item_first: bool | None = None
+    """Whether the second side comes first in the text."""
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        names: tuple[str, ...] = ("apply_softmax", "item_first")
+        if self.label_token_ids is not None:
+            names = ("instruction", "instruct", "use_activation")
+        for name in names:
+            if getattr(self, name) is not None and getattr(self, name) is not False:
+                which = "with" if self.label_token_ids is not None else "without"
+                raise ValueError(f"`{name}` means nothing {which} label_token_ids")
+        return self
 
 
 class Document(Part):

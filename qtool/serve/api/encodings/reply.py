@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 from starlette.responses import Response
 
+from qtool.engine.outputs import CompletionOutput
 from qtool.engine.vectors import NO_TEXT, Vector, check_dimensions, vector_of
 from qtool.errors import UsageError
 from qtool.serve.api.answering import json_reply
@@ -19,6 +22,7 @@ from qtool.serve.api.encodings.schemas import (
     Embedding,
     Embeddings,
     EncodingUsage,
+    LabelScores,
     RankedDocument,
     RankedText,
     Ranking,
@@ -29,23 +33,22 @@ from qtool.serve.api.fields import as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.replies import Account, log_request
 from qtool.serve.backend.messages import Submission
+from qtool.serve.prompts.pairs import check_characters, refuse_instruction
 from qtool.serve.service import Service
 
 WINDOW = 128  # prompts of a request that the engine has at a time
 NUMBER_BYTES = 20  # of a number in JSON
+LABEL_TOKENS = 2  # the label, and the token that the engine generates behind it
+SIDES = (("text_1", "query", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
 
 
 class _Run:
-    """One request: the slots that it holds, what it used, and its vectors."""
+    """One request: the slots that it holds, what it used, and what the engine returns for it."""
 
-    def __init__(self, service: Service, kind: str, rid: str | None, prompts: int) -> None:
-        assert service.info.encoding is not None
+    def __init__(self, service: Service, kind: str, rid: str | None) -> None:
         self._service = service
-        self._encoding = service.info.encoding
         self._account = Account(kind, service.metrics, streamed=False)
         self.id = rid or service.new_id(kind)
-        self._window = min(WINDOW, service.largest_request)
-        self._slots = min(prompts, self._window)
         self.created = int(time.time())
 
     async def vectors(
@@ -59,27 +62,79 @@ class _Run:
 
         Raises: UsageError, for a prompt that is empty or too long; Busy.
         """
-        service, found = self._service, list[bytes]()
+        encoding = self._service.info.encoding
+        assert encoding is not None
+        outputs = await self._outputs(
+            prompts, lambda some: [Submission(some, NO_TEXT, stream=False, rid=self.id)]
+        )
+        found = [output.vector for output in outputs]
+        self._check_complete(found)
+        return [vector_of(encoding, data, dimensions, activate=activate) for data in found]
+
+    async def label_logprobs(
+        self, prompts: Sequence[Sequence[int]], labels: Sequence[int]
+    ) -> list[list[float]]:
+        """Return the log probability of each of the tokens ``labels`` after each of ``prompts``:
+        the engine gives that of the last token of a prompt with a label behind it.
+
+        Raises: as `vectors`.
+        """
+
+        def submission(prompt: Sequence[int]) -> Submission:
+            return Submission(
+                [[*prompt, label] for label in labels],
+                NO_TEXT,
+                stream=False,
+                rid=self.id,
+                top_logprobs=0,
+                prompt_logprobs_from=len(prompt) - 1,
+            )
+
+        outputs = await self._outputs(
+            prompts, lambda some: [submission(one) for one in some], len(labels)
+        )
+        self._check_complete([output.prompt_logprobs for output in outputs])
+        found = [cast(float, output.prompt_logprobs[-1].logprob) for output in outputs]
+        starts = range(0, len(found), len(labels))
+        return [found[start : start + len(labels)] for start in starts]
+
+    async def _outputs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        submissions: Callable[[Sequence[Sequence[int]]], Sequence[Submission]],
+        each: int = 1,
+    ) -> list[CompletionOutput]:
+        """Return the outputs for ``prompts``, of which the engine has some at a time.
+
+        Args:
+            prompts: in tokens.
+            submissions: returns what the engine computes for some of them.
+            each: outputs for one prompt.
+        Raises: UsageError, Busy.
+        """
+        service, found = self._service, list[CompletionOutput]()
         self._account.expect(prompts)
+        window = max(min(WINDOW, service.largest_request) // each, 1)
         try:
-            with service.acquire(self._slots) as slot:
-                service.check_prompts(prompts)
-                for start in range(0, len(prompts), self._window):
-                    some = prompts[start : start + self._window]
-                    submission = Submission(some, NO_TEXT, stream=False, rid=self.id)
-                    stream = service.submit(slot, [submission], [None])
+            with service.acquire(min(len(prompts), window) * each) as slot:
+                service.check_prompts(prompts, LABEL_TOKENS)
+                for start in range(0, len(prompts), window):
+                    given = submissions(prompts[start : start + window])
+                    stream = service.submit(slot, given, [None] * len(given))
                     outputs = await stream.collect()
                     service.engine.cancel(stream)  # the slot forgets it with the next
                     for output in outputs:
-                        shifted = msgspec.structs.replace(output, index=output.index + start)
-                        self._account.note(shifted, 1)
-                    found += [output.vector for output in outputs]
+                        found.append(msgspec.structs.replace(output, index=len(found)))
+                        self._account.note(found[-1], each)
         finally:
             self._account.close(self.id)
+        return found
+
+    def _check_complete(self, found: Sequence[object]) -> None:
+        """Raise: UsageError, or Busy, when one of ``found`` is empty."""
         if not all(found):
-            service.ready()  # or the server is ending
+            self._service.ready()  # or the server is ending
             raise UsageError("E_ABORTED", "the request was aborted", hint="send it again")
-        return [vector_of(self._encoding, data, dimensions, activate=activate) for data in found]
 
     def usage(self) -> EncodingUsage:
         """Return the tokens of the request."""
@@ -94,7 +149,7 @@ async def embed(service: Service, body: EmbeddingRequest) -> Response:
     assert encoding is not None
     check_dimensions(encoding, body.dimensions)
     given = as_prompts(body.input)
-    run = _Run(service, "embd", body.rid, len(given))
+    run = _Run(service, "embd", body.rid)
     special = body.add_special_tokens is not False
     prompts = await tokenize_prompts(service, given, add_special_tokens=special)
     log_request(given, NO_TEXT, service.settings)
@@ -128,7 +183,7 @@ async def score(service: Service, body: ScoreRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     service.check_model(body.model)
     pairs = _pairs(body)
-    run = _Run(service, "score", body.rid, len(pairs))
+    run = _Run(service, "score", body.rid)
     scores = await _scores(service, run, pairs, body.wanted, body.use_activation)
     return json_reply(
         Scores(
@@ -142,13 +197,46 @@ async def score(service: Service, body: ScoreRequest) -> Response:
     )
 
 
+async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[int]) -> Response:
+    """Answer ``body``, which asks for the probabilities of the tokens ``labels`` after its texts.
+
+    Raises: UsageError, ModelNotFound, Busy.
+    """
+    service.check_model(body.model)
+    pairs = _pairs(body)
+    check_characters(sum(len(query) + len(item) for query, item in pairs), len(pairs))
+    texts = [item + query if body.item_first else query + item for query, item in pairs]
+    run = _Run(service, "score", body.rid)
+    log_request(texts, NO_TEXT, service.settings)
+    prompts = await service.vocabulary.encode(texts)
+    logprobs = await run.label_logprobs(prompts, labels)
+    tokens = sum(map(len, prompts))
+    return json_reply(
+        LabelScores(
+            id=run.id,
+            object="scoring",
+            model=body.model or service.settings.name,
+            scores=[_probabilities(one, sum_to_1=bool(body.apply_softmax)) for one in logprobs],
+            usage=EncodingUsage(prompt_tokens=tokens, total_tokens=tokens),
+        )
+    )
+
+
+def _probabilities(logprobs: Sequence[float], *, sum_to_1: bool) -> list[float]:
+    likeliest = max(logprobs)
+    if not sum_to_1 or likeliest == -math.inf:
+        return [math.exp(one) for one in logprobs]
+    shares = [math.exp(one - likeliest) for one in logprobs]
+    return [one / sum(shares) for one in shares]
+
+
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
     """Return what is scored: the texts of both sides in pairs, or one with each of the others.
 
     Raises: UsageError.
     """
     sides: list[list[str]] = []
-    for names in (("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")):
+    for names in SIDES:
         given = [getattr(body, name) for name in names if getattr(body, name) is not None]
         if len(given) != 1:
             message = f"give one of {', '.join(f'`{name}`' for name in names)}"
@@ -173,7 +261,7 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
     """
     service.check_model(body.model)
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
-    run = _Run(service, "rerank", body.rid, len(texts))
+    run = _Run(service, "rerank", body.rid)
     pairs = [(body.query, text) for text in texts]
     scores = await _scores(service, run, pairs, body.wanted, body.use_activation)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
@@ -199,6 +287,25 @@ async def _scores(
     use_activation: bool | None,
 ) -> list[float]:
     log_request(pairs, NO_TEXT, service.settings)
+    if service.info.encoding is not None and service.info.encoding.task == "embed":
+        return await _cosines(service, run, pairs, instruction)
     prompts = await service.pairs.tokenize(pairs, instruction)
     vectors = await run.vectors(prompts, activate=use_activation is not False)
     return [float(vector[0]) for vector in vectors]
+
+
+async def _cosines(
+    service: Service, run: _Run, pairs: Sequence[tuple[str, str]], instruction: str | None
+) -> list[float]:
+    """Return the cosine between the embeddings of each of ``pairs``, as vLLM does."""
+    if instruction:
+        raise refuse_instruction()
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    prompts = await service.vocabulary.encode(texts)
+    vectors = dict(zip(texts, await run.vectors(prompts), strict=True))
+    return [_cosine(vectors[first], vectors[second]) for first, second in pairs]
+
+
+def _cosine(first: Vector, second: Vector) -> float:
+    lengths = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    return float(first @ second) / max(lengths, 1e-12)

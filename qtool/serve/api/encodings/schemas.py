@@ -53,6 +53,17 @@ class Scores(Struct):
     usage: EncodingUsage
 
 
+class LabelScores(Struct):
+    """The reply of ``POST /v1/score`` to a request with ``label_token_ids``, SGLang's."""
+
+    id: str
+    object: Literal["scoring"]
+    model: str
+    scores: list[list[float]]
+    """For each item the probability of each label."""
+    usage: EncodingUsage
+
+
 class RankedText(Struct):
     """A document."""
 
@@ -76,4 +87,4 @@ class Ranking(Struct):
     usage: EncodingUsage
 
 
-GENERATED = (Embeddings, Scores, Ranking)
+GENERATED = (Embeddings, Scores, LabelScores, Ranking)
