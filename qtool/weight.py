@@ -5,7 +5,7 @@ define what it means, `quantize` makes one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ class QuantizedWeight:
         index of ``codebook``.
         ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0
         MX.
-    ``scale2``: f32 [N], NVFP4's second-level multiplier. ``zero``: int8 [N, K/g], subtracted from
+    ``scale2``: f32 [N], NVFP4's second-level multiplier, or what comes after a scale of f32
+        (LLM.int8: 1/127). ``zero``: int8 [N, K/g], subtracted from
         the signed value. ``perm``: int32 [K], column j holds input ``perm[j]``. ``pre_scale``: [K],
         multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs,
         inputs) under one scale, only where they do not divide N and K, so that the last block is
@@ -107,17 +108,29 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     )
 
 
+def with_one_scale(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return ``weight`` with ``scale2`` multiplied into a scale of f32, for those who know one
+    scale: in f32 the last bit may differ. NVFP4 keeps both.
+    """
+    if weight.scale2 is None or weight.scale.dtype == torch.float8_e4m3fn:
+        return weight
+    return replace(weight, scale=weight.scale * weight.scale2[:, None], scale2=None)
+
+
 def _dequantized(weight: QuantizedWeight) -> Tensor:
     (rows, columns), (height, width) = weight.shape, weight.tile
     values = codes_to_values(weight.data, weight.scale.dtype, codebook=weight.codebook)
     scale = weight.scale.float()
     if weight.offset is not None and weight.data.dtype == torch.uint8:
         values += 8  # the codes themselves
-    if weight.scale2 is not None:
+    is_product = weight.scale.dtype == torch.float8_e4m3fn
+    if weight.scale2 is not None and is_product:
         scale = scale * weight.scale2[:, None]
     if weight.zero is not None:
         values -= spread(weight.zero.float(), columns, width, dim=1)
     values.mul_(spread(spread(scale, columns, width, dim=1), rows, height, dim=0))
+    if weight.scale2 is not None and not is_product:
+        values.mul_(weight.scale2[:, None])
     if weight.offset is not None:
         values += spread(weight.offset.float(), columns, width, dim=1)
     return values

@@ -20,7 +20,7 @@ from qtool.formats.stored_layer import (
     read_value,
     value_of,
 )
-from qtool.weight import QuantizedWeight, quantize
+from qtool.weight import QuantizedWeight, quantize, with_one_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def new_weight(
     if activation and activation.format != target.scheme.activations:
         activation = None
     if isinstance(value, QuantizedWeight) and not rounded:
-        return replace(value, activation=activation)
+        return replace(with_one_scale(value), activation=activation)
     weight = quantize(dense(value, dtype), target.scheme)
     return replace(weight, activation=activation) if activation else weight
 

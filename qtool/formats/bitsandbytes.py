@@ -79,9 +79,9 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
 
     rows, columns = module.shape
     if ROW_SCALE in tensors:
-        # bitsandbytes multiplies by this number of f32, and does not divide
-        scale = tensors[ROW_SCALE].float().reshape(rows, 1) * (1 / LARGEST_INT8)
-        return QuantizedWeight(tensors["weight"], scale)
+        scale = tensors[ROW_SCALE].float().reshape(rows, 1)
+        # `int8_vectorwise_dequant` multiplies by one after the other, and does not divide
+        return QuantizedWeight(tensors["weight"], scale, scale.new_full((rows,), 1 / LARGEST_INT8))
     weights = module.scheme.weights
     packed = tensors["weight"].view(torch.uint8).reshape(rows, columns // 2)
     group = weights.group_size or columns

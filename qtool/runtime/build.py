@@ -16,7 +16,7 @@ from qtool.runtime.kernels import cached_choice, device_of, with_channel_scales
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 from qtool.runtime.load_plan import Group, LoadPlan, make_group
 from qtool.runtime.source import Source
-from qtool.weight import Activation, QuantizedWeight, dequantize, quantize
+from qtool.weight import Activation, QuantizedWeight, dequantize, quantize, with_one_scale
 
 RawTensors = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ def _read_member(plan: LoadPlan, source: Source, tensors: RawTensors) -> _Member
     if plan.layout is None or source.name not in plan.layout.modules:
         return _Member(source, quantize(moved["weight"], scheme), bias)
     module = plan.layout.modules[source.name]
-    weight = formats.FORMATS[plan.layout.format].read(module, moved)
+    weight = with_one_scale(formats.FORMATS[plan.layout.format].read(module, moved))
     if scheme.activations != module.scheme.activations:
         activation = Activation(scheme.activations) if scheme.activations else None
         weight = replace(weight, activation=activation)

@@ -25,7 +25,7 @@ from qtool.conversion.gguf.types import (
 from qtool.conversion.gguf.vocabulary import describe_vocabulary
 from qtool.conversion.request import ConversionRequest
 from qtool.formats.stored_layer import read_value
-from qtool.weight import QuantizedWeight
+from qtool.weight import QuantizedWeight, with_one_scale
 
 ALIGNMENT = 32
 CODES = ("weight", "weight_packed", "qweight", "_blocks", "_weight_qdata")
@@ -287,7 +287,9 @@ class _Chooser:
             self._request.checkpoint, self._request.layout, unit.source, skipped=codes
         )
         assert isinstance(value, QuantizedWeight)
-        return held_by(value, module.scheme.weights.bits, rounds_scales=rounds_scales)
+        return held_by(
+            with_one_scale(value), module.scheme.weights.bits, rounds_scales=rounds_scales
+        )
 
 
 def row_bytes(type: str, columns: int) -> int:

@@ -26,7 +26,7 @@ from qtool.formats.gguf_blocks import TYPES, pack
 from qtool.formats.gguf_rounding import quantize
 from qtool.formats.packing import TORCH_DTYPES, read_stored
 from qtool.formats.stored_layer import Value, dense, read_value
-from qtool.weight import QuantizedWeight
+from qtool.weight import QuantizedWeight, with_one_scale
 
 CHUNK = 1 << 22  # weights that are encoded at a time
 
@@ -135,7 +135,7 @@ def _encode(tensor: PlannedTensor, unit: Unit, value: Value, shift: float) -> Te
         return value
     if choice.is_held and isinstance(value, QuantizedWeight) and unit.source.module:
         bits = unit.source.module.scheme.weights.bits
-        return pack(blocks_of(TYPES[choice.type], value, bits))
+        return pack(blocks_of(TYPES[choice.type], with_one_scale(value), bits))
     numbers = dense(value, torch.float32)
     if shift:
         numbers = numbers + shift
