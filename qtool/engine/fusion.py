@@ -112,7 +112,7 @@ def _fuse(decoder: Decoder, device: torch.device) -> None:
     before = decoder.layers, decoder.norm
     first = nn.ModuleList(layers[:FIRST])
     try:
-        with stand_ins(first, GroupedExperts):  # the fused layers have the same
+        with stand_ins(nn.ModuleList([*first, *fused[:FIRST]]), GroupedExperts):
             decoder.layers = first
             expected = _dry_run(decoder, device).output
             decoder.layers = nn.ModuleList(fused[:FIRST])

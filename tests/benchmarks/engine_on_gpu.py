@@ -199,12 +199,12 @@ def many(requests: int) -> int:
                 torch.cuda.memory_allocated(),
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             )
-            if first == 1000:
+            if first == 1000 or before is None:
                 before = used
         assert before is not None
         print(
             f"{requests} requests in {time.perf_counter() - start:.1f} s; free, allocated, host "
-            f"MB: {before} after 1500, {used} at the end",
+            f"MB: {before} after {min(requests, 1500)}, {used} at the end",
             flush=True,
         )
         return int(before[:2] != used[:2] or used[2] > before[2] + 50)

@@ -23,6 +23,7 @@ from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fusion import fuse
 from qtool.engine.latent_attention import keep_latents
 from qtool.engine.norms import Norm, NormKind, Sum, add_norm
+from qtool.runtime.experts.grouped import GroupedExperts
 
 pytest_plugins = ["support.sample_plugin"]
 SIZES = {
@@ -240,6 +241,22 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
         == layer.mlp.gate_up.weight.untyped_storage().data_ptr()
     )
     assert not any(name.endswith("q_proj.weight") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe"])
+def test_packed_experts_beside_shared_ones_are_fused(name, tmp_path):
+    """What they add is large: the proof must not count which of them a token has."""
+    from qtool.runtime.load import load
+
+    written = model_of(name, torch.bfloat16, **FUSED[name])
+    for parameter in written.model.layers[1].mlp.experts.parameters():
+        parameter *= 20
+    written.save_pretrained(tmp_path)
+    model = load(tmp_path, device="cpu", quantization="fp8wo")
+    model.set_attn_implementation("qtool")
+    keep_latents(model)
+    assert isinstance(model.model.layers[1].mlp.experts, GroupedExperts)
+    assert fuse(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*are dequantized at every step")
