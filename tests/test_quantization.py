@@ -34,8 +34,8 @@ from qtool.formats import detect
 MODEL = ROOT / "examples" / "tiny-python-llama"
 DATA = {
     "calibration": str(MODEL / "calibration.jsonl"),
-    "num_samples": 16,
-    "seq_len": 512,
+    "num_samples": 4,
+    "seq_len": 256,
     "pack": True,
     "device": "cpu",
 }
@@ -204,9 +204,7 @@ def test_awq_runs_without_a_gpu(backend, two_layers, tmp_path):
 
 @pytest.mark.slow
 def test_kv_cache_scales_can_be_all_that_is_added(two_layers, tmp_path):
-    output = qtool.quantize(
-        two_layers, method="kv_fp8", output=tmp_path / "out", **{**DATA, "num_samples": 4}
-    ).output
+    output = qtool.quantize(two_layers, method="kv_fp8", output=tmp_path / "out", **DATA).output
     checkpoint = open_checkpoint(output)
     assert detect(checkpoint).kv_cache == "fp8"
     assert sum(name.endswith("k_scale") for name in checkpoint.tensors) == 2

@@ -56,7 +56,12 @@ MADE = {  # a checkpoint that no calibration is needed for -> its format and sch
 # `tests/benchmarks/serve_formats.py` starts a server for all of them
 DEPLOYED = [
     ("modelopt_fp8", ["--quantization", "modelopt"], None),
-    ("plain", ["--torchao-config", "int8dq", "--disable-cuda-graph"], "int8dq"),
+    pytest.param(
+        "plain",
+        ["--torchao-config", "int8dq", "--disable-cuda-graph"],
+        "int8dq",
+        marks=pytest.mark.exhaustive,
+    ),
 ]
 FITTING = {  # what `--quantization` may say, and of which checkpoints
     "compressed-tensors": ["fp8_dynamic"],

@@ -134,7 +134,7 @@ BODIES: dict[str, tuple[str, object]] = {
         "/v1/responses",
         {"input": "a", "tools": [one["function"] | {"type": "function"} for one in TOOLS]},
     ),
-    "items": ("/v1/responses", {"input": [{"role": "user", "content": "a b " * 400}] * 4000}),
+    "items": ("/v1/responses", {"input": [{"role": "user", "content": "a b " * 100}] * 4000}),
     "blocks of messages": ("/v1/messages", {"messages": PARTS}),
     "sealed thoughts": (
         "/v1/messages",

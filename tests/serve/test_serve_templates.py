@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.serve.prompts.templates import (
     MAX_TEMPLATE_BYTES,
+    ChatTemplate,
     Templates,
     find_special_tokens,
     find_template,
@@ -238,10 +239,26 @@ def children():
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run():
     with asyncio.Runner() as runner:
         yield runner.run
+
+
+@pytest.fixture(scope="module")
+def with_template(run, tiny_model):
+    """A function: the text of a template, or what `find_template` found, to `Templates` of the tiny
+    model. They share processes, which take a second to start.
+    """
+    own = run(Templates.open(tiny_model))
+
+    def make(template, tokens_of=tiny_model):
+        if isinstance(template, str):
+            template = ChatTemplate(template, template, tiny_model)
+        return Templates(template, find_special_tokens(tokens_of), own._pool)
+
+    yield make
+    run(own.close())
 
 
 @pytest.fixture
@@ -280,8 +297,8 @@ def outcome(render):
 @pytest.mark.parametrize(
     "name", [name for name in LIKE if name not in ("chatml", "llama 2", "gemma", "phi 3")]
 )
-def test_prompts_are_those_of_transformers(name, run, open_templates, tokenizer):
-    templates = open_templates(LIKE[name])
+def test_prompts_are_those_of_transformers(name, run, with_template, tokenizer):
+    templates = with_template(LIKE[name])
     for case, (messages, options) in CASES.items():
         own = {key: value for key, value in options.items() if key in OWN}
         kwargs = {key: value for key, value in options.items() if key not in OWN}
@@ -303,9 +320,9 @@ def test_prompts_are_those_of_transformers(name, run, open_templates, tokenizer)
     assert not outcome(lambda: run(templates.render([USER]))).startswith("refused")
 
 
-def test_each_template_renders_what_it_is_for(run, open_templates):
+def test_each_template_renders_what_it_is_for(run, with_template):
     renders = {
-        name: open_templates(LIKE[name]).render for name in ("llama 3.1", "qwen 2.5", "mistral")
+        name: with_template(LIKE[name]).render for name in ("llama 3.1", "qwen 2.5", "mistral")
     }
     for name, mark in (
         ("llama 3.1", "Environment: ipython"),
@@ -328,15 +345,15 @@ def test_the_tiny_models_own_template_renders_as_its_tokenizer_does(run, tiny_mo
         run(templates.close())
 
 
-def test_what_a_template_raises_is_told_in_its_words(run, open_templates):
+def test_what_a_template_raises_is_told_in_its_words(run, with_template):
     with pytest.raises(
         UsageError, match="refuses these messages: System role not supported"
     ) as caught:
-        run(open_templates(LIKE["gemma"]).render([SYSTEM, USER]))
+        run(with_template(LIKE["gemma"]).render([SYSTEM, USER]))
     assert caught.value.code == "E_CHAT_TEMPLATE_REFUSED"
     with pytest.raises(UsageError) as caught:
         run(
-            open_templates("{{ raise_exception(messages[0].content * 100000) }}").render(
+            with_template("{{ raise_exception(messages[0].content * 100000) }}").render(
                 [{"role": "user", "content": "no\nway "}]
             )
         )
@@ -422,8 +439,8 @@ def test_a_template_that_does_not_compile_is_refused_when_it_is_opened(
     assert "template.jinja" in caught.value.message
 
 
-def test_what_a_request_may_not_say(run, open_templates):
-    templates = open_templates(LIKE["chatml"])
+def test_what_a_request_may_not_say(run, with_template):
+    templates = with_template(LIKE["chatml"])
     for messages, options, code in (
         ([], {}, "E_MESSAGES"),
         ([USER], {"continue_final_message": True}, "E_MESSAGES"),
@@ -510,18 +527,15 @@ def empty(folder):
     ],
     ids=lambda f: f.__name__,
 )
-def test_the_template_is_the_one_that_transformers_takes(prepare, run, tiny_copy):
+def test_the_template_is_the_one_that_transformers_takes(prepare, run, with_template, tiny_copy):
     prepare(tiny_copy)
     tokenizer = AutoTokenizer.from_pretrained(tiny_copy)
-    templates = run(Templates.open(tiny_copy))
-    try:
-        for tools in (None, [TOOL]):
-            options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
-            assert run(templates.render([USER], tools)) == tokenizer.apply_chat_template(
-                [USER], **options
-            )
-    finally:
-        run(templates.close())
+    templates = with_template(find_template(tiny_copy), tokens_of=tiny_copy)
+    for tools in (None, [TOOL]):
+        options = {"tools": tools, "tokenize": False, "add_generation_prompt": True}
+        assert run(templates.render([USER], tools)) == tokenizer.apply_chat_template(
+            [USER], **options
+        )
 
 
 @pytest.mark.parametrize(

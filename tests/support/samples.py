@@ -238,6 +238,8 @@ def make_modelopt(source: Path, out: Path) -> None:
         "W4A8_MXFP4_FP8": mtq.W4A8_MXFP4_FP8_CFG,
     }
     configs = {name: copy.deepcopy(config) for name, config in configs.items()}
+    for name in ("INT4_AWQ", "W4A8_AWQ"):  # three scales are tried, not eleven
+        configs[name]["algorithm"] = {"method": "awq_lite", "alpha_step": 0.5}
     configs["FP8_KV"] = copy.deepcopy(configs["FP8"])
     configs["FP8_KV"]["quant_cfg"] += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
     configs["MIXED"] = copy.deepcopy(configs["FP8"])
