@@ -57,7 +57,14 @@ __all__ = [
 ]
 
 NOT_READ = frozenset(
-    {"E_QUANT_METHOD", "E_KERNEL_LAYOUT", "E_QUANT_CLASS", "E_SPARSE", "E_PACK_DTYPE"}
+    {
+        "E_EXPERT_STACK",
+        "E_KERNEL_LAYOUT",
+        "E_PACK_DTYPE",
+        "E_QUANT_CLASS",
+        "E_QUANT_METHOD",
+        "E_SPARSE",
+    }
 )
 """Codes of refusals of what is intact and not read: an engine may read it."""
 WRITABLE: Mapping[str, Format] = {
@@ -98,6 +105,7 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     """
     config = checkpoint.quantization_config
     unread.check(checkpoint, config)
+    unread.check_stacks(checkpoint)
     if config is None:
         _check_unquantized(checkpoint)
         return None
@@ -164,10 +172,13 @@ def _format_of(checkpoint: Checkpoint, config: Json) -> Detector:
     for format in FORMATS.values():
         if format.matches_config(config):
             return format
-    method = config.get("quant_method", "unnamed")
+    method = config.get("quant_method")
+    found = (
+        f"quantization method `{method}`" if method else "a quantization config without a method"
+    )
     raise refused(
         "E_QUANT_METHOD",
-        f"{checkpoint.place}: quantization method `{method}` is not one qtool reads",
+        f"{checkpoint.place}: {found} is not one qtool reads",
         f"it reads {', '.join((*FORMATS, *auto_round.METHODS[:1]))}; the tool that wrote the "
         "checkpoint may load it",
     )

@@ -1,5 +1,10 @@
 """Layers of a ``weight`` and its ``weight_scale``, whose dtypes and shapes say what they hold: of
 ModelOpt and Quark, and the NVFP4 experts that NVIDIA stores beside DeepSeek's FP8.
+
+Layers that ModelOpt copies from a checkpoint of FP8 keep the name ``weight_scale_inv``: those of
+MiniMax-M3 beside NVFP4 experts, and the MTP experts of Qwen3.8.
+Source: nvidia-modelopt 0.47, `examples/minimax_m3/hf_ptq_mixed_mxfp8_nvfp4.py`; SGLang 0.5.23,
+    `layers/quantization/modelopt_quant.py`, ModelOptMixedPrecisionConfig.
 """
 
 from __future__ import annotations
@@ -18,11 +23,12 @@ if TYPE_CHECKING:
     from qtool.weight import QuantizedWeight
 
 E8M0_DTYPES = ("U8", "F8_E8M0")  # powers of two, by their exponents
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both multiply
 INPUT_SCALES = ("input_scale", "input_scale_2")  # the second is Quark's, for NVFP4
 KEPT_SUFFIXES = (
     "weight",
     "bias",
-    "weight_scale",
+    *WEIGHT_SCALES,
     "weight_scale_2",
     *INPUT_SCALES,
     "pre_quant_scale",
@@ -33,7 +39,9 @@ def is_quantized(parts: Parts) -> bool:
     """Whether ``parts`` are of a quantized layer."""
     if "weight" in parts:
         return parts["weight"].dtype not in (*SCALE_DTYPES, "F64")
-    return "weight_scale" in parts  # a quantized module that has lost its weight
+    return any(
+        name in parts for name in WEIGHT_SCALES
+    )  # a quantized module that has lost its weight
 
 
 def weights_of(parts: Parts, *, in_blocks: bool = False) -> tuple[Weights, tuple[int, int]]:
@@ -44,7 +52,7 @@ def weights_of(parts: Parts, *, in_blocks: bool = False) -> tuple[Weights, tuple
         in_blocks: whether one scale is that of a block, not of the whole matrix.
     Raises: CheckpointRefused, when they hold nothing that is read.
     """
-    weight, scale = parts["weight"], parts["weight_scale"]
+    weight, scale = parts["weight"], parts[_scale_name(parts)]
     rows, columns = parts.matrix("weight", "U8", "I8", "F8_E4M3")
     if weight.dtype != "U8":
         format: Format = "int8" if weight.dtype == "I8" else "fp8"
@@ -61,6 +69,10 @@ def weights_of(parts: Parts, *, in_blocks: bool = False) -> tuple[Weights, tuple
     return Weights("fp4", "group", size, scale=scale_format), (rows, columns)
 
 
+def _scale_name(parts: Parts) -> str:
+    return next((name for name in WEIGHT_SCALES if name in parts), WEIGHT_SCALES[0])
+
+
 def kept_tensors(parts: Parts) -> dict[str, TensorInfo]:
     """Return the tensors of a layer, without those of the KV cache that lie on it."""
     return {suffix: tensor for suffix, tensor in parts.tensors.items() if suffix in KEPT_SUFFIXES}
@@ -73,7 +85,8 @@ def read(module: QuantizedModule, tensors: Mapping[str, Tensor]) -> QuantizedWei
     from qtool.weight import Activation, QuantizedWeight, uneven_block
 
     weights, activations, (rows, _) = module.scheme.weights, module.scheme.activations, module.shape
-    data, scale, scale2 = tensors["weight"], tensors["weight_scale"], None
+    data, scale2 = tensors["weight"], None
+    scale = next(tensors[name] for name in WEIGHT_SCALES if name in tensors)
     if weights.format == "int4":  # two rows in a byte, the even one low, in two's complement
         even, odd = data[:, ::2], data[:, 1::2]
         data = (
@@ -115,13 +128,13 @@ def multipliers(exponents: Tensor, weights: Weights) -> Tensor:
 
 
 def _of_bytes(parts: Parts, format: Format, rows: int, columns: int, *, in_blocks: bool) -> Weights:
-    scale = parts["weight_scale"]
+    scale = parts[_scale_name(parts)]
     is_e8m0 = scale.dtype in E8M0_DTYPES
     if is_e8m0 and not in_blocks and scale.shape[:1] == (rows,):
         return Weights(format, "group", _grouped(parts, rows, columns), scale="e8m0")
     if not is_e8m0 and scale.dtype not in SCALE_DTYPES:
         raise parts.misfit(
-            "weight_scale",
+            _scale_name(parts),
             f"{' or '.join(SCALE_DTYPES)} scales of a {parts['weight'].dtype} weight",
         )
     if in_blocks:
@@ -134,24 +147,24 @@ def _of_bytes(parts: Parts, format: Format, rows: int, columns: int, *, in_block
 
 
 def _in_blocks(parts: Parts, format: Format, rows: int, columns: int) -> Weights:
-    scale = parts["weight_scale"]
+    scale = parts[_scale_name(parts)]
     blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     expected = f"one scale, {rows}, or one for each block of {rows} x {columns}"
     if len(blocks) != 2 or scale.count != math.prod(blocks) or not scale.count:
-        raise parts.misfit("weight_scale", expected)
+        raise parts.misfit(_scale_name(parts), expected)
     height, width = block_size(rows, blocks[0]), block_size(columns, blocks[1])
     if (math.ceil(rows / height), math.ceil(columns / width)) != blocks:
-        raise parts.misfit("weight_scale", expected)
+        raise parts.misfit(_scale_name(parts), expected)
     return Weights(format, "block", block=(height, width))
 
 
 def _grouped(parts: Parts, rows: int, columns: int) -> int:
-    scale = parts["weight_scale"]
+    scale = parts[_scale_name(parts)]
     if (
         len(scale.shape) != 2
         or scale.shape[0] != rows
         or not scale.shape[1]
         or columns % scale.shape[1]
     ):
-        raise parts.misfit("weight_scale", f"one scale for each group of {rows} x {columns}")
+        raise parts.misfit(_scale_name(parts), f"one scale for each group of {rows} x {columns}")
     return group_size(columns, scale.shape[1])

@@ -30,6 +30,7 @@ class Method:
 _BY_TRANSFORMERS = "transformers loads it, with the package `{}`"
 _METHODS = (
     Method("aqlm", "AQLM codebooks", _BY_TRANSFORMERS.format("aqlm")),
+    Method("bitblas", "weights in BitBLAS's order", "older releases of vLLM load it"),
     Method("bitnet", "BitNet's ternary weights", "transformers and bitnet.cpp load it"),
     Method("blockwise_int8", "int8 in blocks, as SGLang serves it", "SGLang loads it"),
     Method("deepspeedfp", "DeepSpeed's FP6 and FP8 weights", "DeepSpeed loads it"),
@@ -39,6 +40,7 @@ _METHODS = (
     Method("fouroversix", "Four Over Six's NVFP4", _BY_TRANSFORMERS.format("fouroversix")),
     Method("fp_quant", "FP-Quant's rotated FP4 weights", _BY_TRANSFORMERS.format("fp_quant")),
     Method("gemma", "Gemma's own quantization-aware weights", "transformers loads it"),
+    Method("gguf", "GGUF's blocks in safetensors", "GPTQModel loads it"),
     Method(
         "gptq_marlin_24",
         "GPTQ with 2:4 sparsity in Marlin's order",
@@ -46,11 +48,16 @@ _METHODS = (
     ),
     Method("higgs", "HIGGS, rotated weights in a grid", _BY_TRANSFORMERS.format("flute-kernel")),
     Method("hqq", "HQQ weights with float zero points", _BY_TRANSFORMERS.format("hqq")),
+    Method("humming", "weights in Humming's order", "vLLM and SGLang load it"),
     Method("marlin", "GPTQ in Marlin's order", "older releases of vLLM load it"),
     Method("metal", "affine weights for Apple's Metal", "transformers loads it on a Mac"),
     Method("mlx", "MLX weights: uint32 words, scales and biases", "mlx-lm loads it, on a Mac"),
     Method("modelslim", "ModelSlim's weights for Ascend NPUs", "vLLM Ascend and SGLang load it"),
+    Method("moe_wna16", "GPTQ's or AWQ's experts under vLLM's own name", "vLLM and SGLang load it"),
+    Method("paddle", "weights for PaddlePaddle", "FastDeploy loads it"),
+    Method("paroquant", "ParoQuant's rotated int4 weights", "GPTQModel loads it"),
     Method("petit_nvfp4", "NVFP4 for AMD's Petit kernels", "SGLang loads it"),
+    Method("qoq", "QServe's W4A8", "older releases of SGLang load it"),
     Method("qqq", "QQQ's W4A8 in Marlin's order", "older releases of vLLM load it"),
     Method("quanto", "quanto weights", _BY_TRANSFORMERS.format("optimum-quanto")),
     Method("quip", "QuIP# or QTIP codebooks of rotated weights", "the authors' own code loads it"),
@@ -74,6 +81,9 @@ TENSORS: Mapping[str, frozenset[str]] = {  # method -> the tensors of a layer th
     "spqr": frozenset({"dense_weights"}),
     "vptq": frozenset({"centroids"}),
 }
+STACK_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8"})
+STACK_SCALES = ("_scale_inv", "_scale", "_weight_scale")  # behind the name of the stack
+PADDLE_FIELDS = frozenset({"dense_quant_type", "moe_quant_type"})  # in a config without a method
 FIELDS: Mapping[str, str] = {"quip_params": "quip", "aqlm": "aqlm"}
 """Fields that stand in config.json where there is no quantization config."""
 
@@ -86,8 +96,12 @@ def method_of(checkpoint: Checkpoint, config: Json | None) -> Method | None:
         config: its quantization config, if it has one.
     """
     named = _named(config or {})
+    if named is METHODS["gguf"] and checkpoint.gguf_file:
+        return None
     if named or (config or {}).get("quant_method"):
         return named
+    if not PADDLE_FIELDS.isdisjoint(config or {}):
+        return METHODS["paddle"]
     for field, name in FIELDS.items():
         if checkpoint.config.get(field):
             return METHODS[name]
@@ -104,6 +118,29 @@ def check(checkpoint: Checkpoint, config: Json | None) -> None:
             f"{checkpoint.place} holds {method.what} (`{method.name}`), which qtool does not read",
             hint=f"{method.readers}; or start from the 16-bit model it was made of",
         )
+
+
+def check_stacks(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointRefused when experts lie in a quantized stack, one tensor with a scale beside
+    it: `experts.gate_up_proj` as transformers 5 saves FP8 and ModelOpt saves Llama 4, or
+    `moe.gate_proj.weight` of Step.
+
+    Source: transformers 5.17, `integrations/finegrained_fp8.py` FP8Experts; vLLM 0.33,
+        `models/llama4.py` and `models/step3p5.py` load_weights.
+    """
+    for tensor in checkpoint.tensors.values():
+        if len(tensor.shape) < 3 or tensor.dtype not in STACK_DTYPES:
+            continue
+        scales = (f"{tensor.name}{suffix}" for suffix in STACK_SCALES)
+        scale = next((name for name in scales if name in checkpoint.tensors), None)
+        if scale:
+            raise CheckpointRefused(
+                "E_EXPERT_STACK",
+                f"{checkpoint.place} holds experts in one stack of {tensor.dtype} "
+                f"(`{tensor.name}`, with `{scale}`), which qtool does not read",
+                hint="transformers, vLLM and SGLang load those of their models; or start from the "
+                "16-bit model it was made of",
+            )
 
 
 def _named(config: Json) -> Method | None:

@@ -11,8 +11,12 @@ from qtool.inspection.engines import check_engine
 
 UNNAMED = ("E_ENGINE_MODELOPT_UNNAMED",)
 QUARK = ("E_ENGINE_QUARK_SCHEME",)
+PLUGIN = ("E_ENGINE_GGUF",)
 REFUSALS = {  # by vLLM, by SGLang
     "deepseek-v4-flash": ((), ()),
+    "gguf-q4_k_m": (PLUGIN, ()),
+    "gguf-moe-q4_k_m": (PLUGIN, ()),
+    "gguf-moe-mxfp4": (PLUGIN, ("E_ENGINE_GGUF_TYPE",)),
     "deepseek-v4-flash-base": ((), ()),
     "nvidia-deepseek-v4-nvfp4": ((), ()),
     "qwen3-fp8-ue8m0": ((), ()),
@@ -25,7 +29,10 @@ REFUSALS = {  # by vLLM, by SGLang
     "modelopt-sidecar-without-producer": (UNNAMED, ()),
     "nvidia-qwen3-moe-mixed-experts-parent": ((), ()),
     "modelopt-mixed-fused-names": ((), ()),
+    "nvidia-minimax-m3-nvfp4": (("E_ENGINE_SCALE_NAME",), ()),
+    "nvidia-qwen3.6-27b-nvfp4": ((), ()),
     "nvidia-qwen3.6-35b-a3b-nvfp4": ((), ()),
+    "nvidia-qwen3.8-flash-next-nvfp4": ((), ()),
 }
 
 
@@ -41,8 +48,9 @@ def test_engines_load_or_refuse_a_published_layout(tmp_path, name):
     assert refusals(tmp_path / "model") == REFUSALS[name]
 
 
-def test_vllm_reads_the_scales_of_mxfp8_in_minimax_alone(tmp_path):
-    PUBLISHED["minimax-m3-mxfp8"](tmp_path / "model")
+@pytest.mark.parametrize("name", ["minimax-m3-mxfp8", "nvidia-minimax-m3-nvfp4"])
+def test_vllm_reads_the_scales_of_mxfp8_in_minimax_alone(tmp_path, name):
+    PUBLISHED[name](tmp_path / "model")
     assert refusals(tmp_path / "model") == (("E_ENGINE_SCALE_NAME",), ())
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "minimax_m3_vl"}))

@@ -25,11 +25,14 @@ FEW = (  # those that were once refused or read wrongly
     "llm-compressor-embedding-alone",
     "minimax-m3-w4a16-embedding",
     "neuralmagic-llama-3-fp8-kv",
+    "nvidia-minimax-m3-nvfp4",
+    "nvidia-qwen3.6-27b-nvfp4",
     "nvidia-qwen3.6-35b-a3b-nvfp4",
 )
 # transformers does not have the architectures of Moonshot, or not in this size; the stacks of
-# gpt-oss are transposed there, which `tests/runtime/test_experts.py` compares
-NOT_COMPARED = ("moonshot", "openai")
+# gpt-oss are transposed there, which `tests/runtime/test_experts.py` compares; models of GGUF are
+# compared in `tests/formats/test_formats_gguf.py`
+NOT_COMPARED = ("gguf", "moonshot", "openai")
 OTHERS = sorted(name for name in PUBLISHED if name not in FEW and not name.startswith(NOT_COMPARED))
 
 

@@ -91,6 +91,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_METHOD_GPU": (only_config(quant_method="fp8"), {"gpu": "v100"}),
     "N_ENGINE_FP8_DEQUANTIZED": (only_config(quant_method="fp8"), {"gpu": "a100"}),
     "E_ENGINE_GGUF": (only_config(quant_method="gguf"), {}),
+    "E_ENGINE_GGUF_TYPE": (published("gguf-moe-mxfp4"), {}),
     "N_ENGINE_GGUF": (only_config(quant_method="gguf"), {}),
     "E_ENGINE_BITSANDBYTES": (only_config(quant_method="bitsandbytes"), {}),
     "E_ENGINE_BITSANDBYTES_STORAGE": (published("bnb-fp4-bf16-storage"), {}),

@@ -43,12 +43,13 @@ ORIGINS: Mapping[str, Origin] = {
     "amd-llama-nvfp4": Origin("AMD (Quark)", "Llama"),
     "amd-llama-ptpc-fp8": Origin("AMD (Quark)", "Llama"),
     "amd-qwen3-moe-mxfp4": Origin("AMD (Quark)", "Qwen3 MoE"),
+    "ascend-modelslim": Origin("Huawei (ModelSlim)", "DeepSeek, Qwen3"),
     "autofp8-kv-output-scale": Origin("Neural Magic (AutoFP8)", "Llama 3"),
     "autoround-mx_int4": Origin("Intel (AutoRound)", "Qwen3"),
     "autoround-rotated": Origin("Intel (AutoRound)", "Qwen3"),
     "awq-gemv": Origin("AutoAWQ users", "Llama 2"),
     "awq-without-version": Origin("AutoAWQ users", "Llama, Qwen"),
-    "ascend-modelslim": Origin("Huawei (ModelSlim)", "DeepSeek, Qwen3"),
+    "baidu-ernie-4.5-paddle": Origin("Baidu", "ERNIE 4.5"),
     "bnb-fp4-bf16-storage": Origin("bitsandbytes users", "Llama"),
     "bnb-llm-int8": Origin("bitsandbytes users", "Llama, Mistral"),
     "bnb-qwen3-moe": Origin("unsloth", "Qwen3 MoE"),
@@ -58,9 +59,19 @@ ORIGINS: Mapping[str, Origin] = {
     "eetq-int8": Origin("EETQ users", "Llama"),
     "exl3-without-config": Origin("turboderp", "Llama, Qwen3"),
     "g_idx-of-minus-one": Origin("LLM Compressor users", "Llama"),
+    "gguf-dynamic-q2_k": Origin("unsloth", "Llama 3, Qwen3"),
+    "gguf-iq2_xxs": Origin("unsloth, bartowski", "DeepSeek, Qwen3, Kimi"),
+    "gguf-iq4_xs": Origin("bartowski", "Llama 3, Qwen3"),
+    "gguf-moe-mxfp4": Origin("llama.cpp users", "Qwen3 MoE, gpt-oss"),
+    "gguf-moe-q4_k_m": Origin("unsloth, bartowski", "Qwen3 MoE"),
+    "gguf-q4_0": Origin("bartowski", "Llama 3, Qwen3"),
+    "gguf-q4_k_m": Origin("bartowski, ggml-org, lmstudio-community", "Llama 3, Qwen3, Gemma 3"),
+    "gguf-q8_0": Origin("ggml-org, Qwen", "Llama 3, Qwen3"),
+    "gguf-tq1_0": Origin("unsloth", "DeepSeek, Kimi"),
     "gptq-for-llama-2023": Origin("TheBloke", "Llama"),
     "gptq-marlin": Origin("IST-DASLab, ModelCloud", "Llama"),
     "gptqmodel-awq-sym": Origin("ModelCloud (GPTQModel)", "Qwen3"),
+    "gptqmodel-gguf-blocks": Origin("ModelCloud (GPTQModel)", "Llama, Qwen3"),
     "intel-autoround-asym": Origin("Intel, OPEA (AutoRound)", "Qwen2.5, Llama 3"),
     "intel-autoround-awq-mixed": Origin("Intel (AutoRound)", "Qwen3"),
     "intel-fp8-block-autoround": Origin("Intel (AutoRound)", "Qwen3"),
@@ -84,6 +95,7 @@ ORIGINS: Mapping[str, Origin] = {
     "microsoft-bitnet-b1.58": Origin("Microsoft", "BitNet b1.58"),
     "minimax-m3-mxfp8": Origin("MiniMax", "MiniMax-M3"),
     "minimax-m3-w4a16-embedding": Origin("LLM Compressor users", "MiniMax-M3"),
+    "mit-qserve-w4a8": Origin("mit-han-lab", "Llama 3"),
     "mlx-community-4bit": Origin("mlx-community", "all"),
     "mobiuslabs-hqq": Origin("mobiuslabsgmbh", "Llama 3, Mixtral"),
     "modelcloud-gptq-2bit-rows": Origin("ModelCloud (GPTQModel)", "Llama"),
@@ -100,12 +112,16 @@ ORIGINS: Mapping[str, Origin] = {
     "neuralmagic-llama-3.1-fp8": Origin("Neural Magic", "Llama 3.1"),
     "neuralmagic-sparse24": Origin("Neural Magic", "Sparse Llama"),
     "nvidia-deepseek-v4-nvfp4": Origin("NVIDIA (ModelOpt)", "DeepSeek-V4"),
+    "nvidia-llama-4-fp8": Origin("NVIDIA (ModelOpt)", "Llama 4"),
+    "nvidia-llama-4-nvfp4": Origin("NVIDIA (ModelOpt)", "Llama 4"),
     "nvidia-llama-nvfp4": Origin("NVIDIA (ModelOpt)", "Llama 3.1, 3.3"),
+    "nvidia-minimax-m3-nvfp4": Origin("NVIDIA (ModelOpt)", "MiniMax-M3"),
     "nvidia-qwen3-moe-mixed-experts-parent": Origin("NVIDIA (ModelOpt)", "Qwen3 MoE"),
     "nvidia-qwen3.6-27b-nvfp4": Origin("NVIDIA (ModelOpt)", "Qwen3.6"),
     "nvidia-qwen3.6-35b-a3b-nvfp4": Origin("NVIDIA (ModelOpt)", "Qwen3.6 MoE"),
-    "openai-gpt-oss": Origin("OpenAI", "gpt-oss"),
+    "nvidia-qwen3.8-flash-next-nvfp4": Origin("NVIDIA (ModelOpt)", "Qwen3.8-Flash-Next"),
     "opea-int4-sym-inc": Origin("OPEA, Intel (AutoRound 0.3)", "Qwen2.5, Llama 3"),
+    "openai-gpt-oss": Origin("OpenAI", "gpt-oss"),
     "pytorch-int4-hqq": Origin("PyTorch (torchao)", "Qwen3, Gemma 3"),
     "pytorch-phi-4-int8-int4-embedding": Origin("PyTorch (torchao)", "Phi-4-mini, Qwen3"),
     "pytorch-qwen3-fp8": Origin("PyTorch (torchao)", "Qwen3"),
@@ -134,6 +150,7 @@ ORIGINS: Mapping[str, Origin] = {
     "redhat-w8a8-int8": Origin("Red Hat", "Llama 3.1, Qwen2.5"),
     "relaxml-quip-sharp": Origin("relaxml", "Llama 2, 3"),
     "sglang-w8a8-int8": Origin("SGLang users", "Llama, DeepSeek"),
+    "stepfun-step-3.5-fp8": Origin("StepFun", "Step-3.5-Flash"),
     "targets-by-names-of-engines": Origin("tools that write vLLM's names", "Qwen3 MoE"),
     "thebloke-llama-2-awq": Origin("TheBloke", "Llama 2, Mistral"),
     "thebloke-llama-2-gptq": Origin("TheBloke", "Llama 2, Mistral"),
@@ -141,18 +158,20 @@ ORIGINS: Mapping[str, Origin] = {
     "torchao-int8-dynamic": Origin("torchao users", "Llama 3"),
     "torchao-int8-weight-only": Origin("torchao users", "Llama 3"),
     "torchao-intx-mixed": Origin("torchao users", "Llama 3, Phi-4"),
+    "transformers-fp8-experts": Origin("transformers users", "Qwen3.5 MoE"),
     "turboderp-exl2": Origin("turboderp, bartowski", "Llama 3, Mistral"),
     "turboderp-exl3": Origin("turboderp", "Llama 3, Qwen3"),
     "unsloth-bnb-4bit": Origin("unsloth", "Llama 3, Gemma 3, Qwen3"),
     "vptq-community": Origin("VPTQ-community", "Llama 3.1, Qwen2.5"),
     "weight_shape-in-int32": Origin("tools of their own", "Llama"),
+    "z-lab-paroquant": Origin("z-lab, ModelCloud (GPTQModel)", "Llama 3, Qwen3"),
 }
 
 
 def row(name: str) -> str:
     """Return the row of a layout, which the program reads, plans and checks."""
-    with tempfile.TemporaryDirectory() as folder:
-        cells = _cells(name, Path(folder) / "model")
+    with tempfile.TemporaryDirectory() as place:
+        cells = _cells(name, Path(place) / "model")
     return "| " + " | ".join((*ORIGINS[name], *cells)) + " |"
 
 
@@ -166,7 +185,7 @@ def _cells(name: str, folder: Path) -> tuple[str, ...]:
         try:
             formats.detect(open_checkpoint(folder))
         except CheckpointRefused as error:
-            what = re.sub(rf"{re.escape(str(folder))}:? (holds )?", "", error.message)
+            what = re.sub(rf"{re.escape(str(folder))}\S*:? (holds )?", "", error.message)
             what = what.partition(", which qtool")[0]
             way_on = error.hint.partition("; or start from")[0]
             return what, f"no, `{error.code}`", "no", way_on, ""

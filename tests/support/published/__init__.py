@@ -34,6 +34,7 @@ from support.published import (  # noqa: E402, F401
     bnb,
     compressed_tensors,
     fp8,
+    gguf_files,
     gpt_oss,
     gptq,
     modelopt,

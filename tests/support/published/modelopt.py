@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from support.published import Expected, layout
-from support.published.floats import fp8_tensor, nvfp4
-from support.published.models import Json, llama, qwen3_moe, write
+from support.published.floats import fp8_block, fp8_tensor, mxfp8, nvfp4
+from support.published.models import Json, Stored, llama, qwen3_moe, write
 from support.published.qwen3_5 import qwen3_5
 
 PRODUCER = {"name": "modelopt", "version": "0.45.0"}
@@ -111,7 +114,15 @@ def fused_names(folder: Path) -> Expected:
 
 @layout("nvidia-qwen3.6-27b-nvfp4")
 def container(folder: Path) -> Expected:
-    """A vision-language container: FP8 attention, weight-only NVFP4 in the MLP."""
+    """A vision-language container: FP8 attention, weight-only NVFP4 in MLP and head.
+
+    Scales of inputs lie beside some weights whose inputs stay in 16 bits, and are not used.
+    """
+
+    def with_input_scale(weight: Tensor) -> Stored:
+        parts, dense = nvfp4(weight)
+        return {**parts, "input_scale": torch.tensor(0.01)}, dense
+
     prefix = "model.language_model.layers."
     layers: Json = {
         f"{prefix}0.linear_attn.{kind}": FP8 for kind in ("in_proj_qkv", "in_proj_z", "out_proj")
@@ -119,12 +130,28 @@ def container(folder: Path) -> Expected:
     layers |= {f"{prefix}1.self_attn.{kind}_proj": FP8 for kind in "qkvo"}
     for index in (0, 1):
         layers |= {f"{prefix}{index}.mlp.{kind}_proj": W4A16_NVFP4 for kind in MLP_KINDS}
-    quantizers = {r"language_model.*attn.*(qkv|_z|out_proj|[qkvo]_proj)$": static_fp8}
+    layers["lm_head"] = W4A16_NVFP4
+    arguments = {"dynamic": False, "num_bits": 8, "type": "float"}
+    groups = {
+        "group_0": {
+            "input_activations": arguments,
+            "weights": arguments,
+            "targets": [name for name, own in layers.items() if own == FP8],
+        },
+        "group_1": {
+            "weights": {**arguments, "num_bits": 4, "group_size": 16},
+            "targets": [name for name, own in layers.items() if own != FP8],
+        },
+    }
     return write(
         folder,
         qwen3_5(experts=False),
-        {**quantizers, r"language_model.*mlp": nvfp4},
-        _mixed(layers, ["lm_head", "model.visual*", "mtp*"]),
+        {
+            r"language_model.*attn.*(qkv|_z|out_proj|[qkvo]_proj)$": static_fp8,
+            r"language_model.*mlp": with_input_scale,
+            "lm_head": nvfp4,
+        },
+        {**_mixed(layers, ["mtp*", "mtp.layers.0*"]), "config_groups": groups},
     )
 
 
@@ -139,6 +166,48 @@ def container_of_experts(folder: Path) -> Expected:
         qwen3_5(experts=True),
         {r"^mtp": None, r"mlp\.experts": nvfp4, r"language_model.*self_attn.*proj": static_fp8},
         _mixed(layers, ["lm_head", "model.visual*", "mtp*"]),
+    )
+
+
+@layout("nvidia-qwen3.8-flash-next-nvfp4")
+def experts_of_mtp_in_blocks(folder: Path) -> Expected:
+    """NVFP4 experts; those of the MTP layer are FP8 in blocks, with ``weight_scale_inv``."""
+    layers: Json = {f"model.language_model.layers.{index}.mlp.experts": NVFP4 for index in (0, 1)}
+    layers["mtp.layers.0.mlp.experts"] = {"quant_algo": "FP8_BLOCK_SCALES", "group_size": 128}
+    return write(
+        folder,
+        qwen3_5(experts=True),
+        {
+            r"^mtp.*experts\.": partial(fp8_block, scale_dtype=torch.bfloat16),
+            r"mlp\.experts": static_nvfp4,
+        },
+        _mixed(layers, ["lm_head", "*.embed_tokens", "*attn*", "*shared_expert*", "*.mlp.gate"]),
+    )
+
+
+@layout("nvidia-minimax-m3-nvfp4")
+def mxfp8_as_it_was(folder: Path) -> Expected:
+    """NVFP4 experts; all else stays the vendor's MXFP8, whose scales are ``weight_scale_inv``."""
+    layers: Json = {}
+    for index in (0, 1):
+        prefix = f"model.layers.{index}."
+        layers |= {f"{prefix}self_attn.{kind}_proj": {"quant_algo": "MXFP8"} for kind in "qkvo"}
+        for expert in range(4):
+            layers |= {f"{prefix}mlp.experts.{expert}.{kind}_proj": NVFP4 for kind in MLP_KINDS}
+    routers = [f"model.layers.{index}.mlp.gate" for index in (0, 1)]
+    config = {
+        "exclude_modules": ["lm_head", "vision_tower", *routers],
+        "kv_cache_quant_algo": None,
+        "quant_algo": "MIXED_PRECISION",
+        "quant_method": "modelopt",
+        "quantized_layers": layers,
+    }
+    return write(
+        folder,
+        qwen3_moe(),
+        {"experts": static_nvfp4, "self_attn": partial(mxfp8, scale_name="weight_scale_inv")},
+        config,
+        files={"hf_quant_config.json": {"producer": PRODUCER, "quantization": config}},
     )
 
 

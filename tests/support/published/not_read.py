@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.gguf_bytes import Gguf, tensor
 from support.published.models import llama, write
 
 LAYER = "model.layers.0.mlp.up_proj"
 BYTES, WORDS, HALF = torch.uint8, torch.int32, torch.float16
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def _checkpoint(
     parts: Mapping[str, Tensor],
     *,
     keep_weight: bool = False,
+    layer: str = LAYER,
     **fields: Any,
 ) -> Callable[[Path], object]:
     """Return a writer of a Llama, one of whose layers has the tensors ``parts``."""
@@ -46,10 +49,22 @@ def _checkpoint(
         kept = {
             name: weight
             for name, weight in weights.items()
-            if keep_weight or name != f"{LAYER}.weight"
+            if keep_weight or name != f"{layer}.weight"
         }
-        tensors = {f"{LAYER}.{suffix}": part for suffix, part in parts.items()}
+        tensors = {f"{layer}.{suffix}": part for suffix, part in parts.items()}
         return write(folder, ({**model, **fields}, kept), {}, config, tensors=tensors)
+
+    return writer
+
+
+def _gguf(kind: int) -> Callable[[Path], object]:
+    """Return a writer of a GGUF file, one of whose tensors is of the type ``kind``."""
+
+    def writer(folder: Path) -> object:
+        folder.mkdir(parents=True)
+        file = Gguf()
+        tensor(2, dims=(256, 32), kind=kind)(file)
+        return file.write(folder / "model.gguf")
 
     return writer
 
@@ -217,6 +232,91 @@ NOT_READ: Mapping[str, NotRead] = {
     ),
     "ascend-modelslim": NotRead(
         _checkpoint({"quant_method": "modelslim"}, INT8), "E_QUANT_METHOD", ("ModelSlim", "Ascend")
+    ),
+    "gguf-iq4_xs": NotRead(_gguf(23), "E_GGUF_TYPE", ("IQ4_XS", "llama.cpp", "Q4_K")),
+    "gguf-iq2_xxs": NotRead(_gguf(16), "E_GGUF_TYPE", ("IQ2_XXS", "llama.cpp", "Q2_K")),
+    "gguf-tq1_0": NotRead(_gguf(34), "E_GGUF_TYPE", ("TQ1_0", "llama.cpp")),
+    "z-lab-paroquant": NotRead(
+        _checkpoint(
+            {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8},
+            {"qweight": _zeros(WORDS, 256, 48), "theta": _zeros(HALF, 8, 128)},
+        ),
+        "E_QUANT_METHOD",
+        ("ParoQuant", "GPTQModel"),
+    ),
+    "gptqmodel-gguf-blocks": NotRead(
+        _checkpoint(
+            {"quant_method": "gguf", "bits": "q4_k_m"}, {"qweight": _zeros(BYTES, 384, 144)}
+        ),
+        "E_QUANT_METHOD",
+        ("GGUF", "safetensors", "GPTQModel"),
+    ),
+    "mit-qserve-w4a8": NotRead(
+        _checkpoint({"quant_method": "qoq", "wbits": 4}, {"qweight": _zeros(torch.int8, 384, 128)}),
+        "E_QUANT_METHOD",
+        ("QServe", "SGLang"),
+    ),
+    "baidu-ernie-4.5-paddle": NotRead(
+        _checkpoint(
+            {
+                "dense_quant_type": "wint8",
+                "moe_quant_type": "wint4",
+                "quantization": "mix_quant",
+            },
+            {"quant_weight": _zeros(torch.int8, 256, 192)},
+        ),
+        "E_QUANT_METHOD",
+        ("PaddlePaddle", "FastDeploy"),
+    ),
+    "nvidia-llama-4-fp8": NotRead(
+        _checkpoint(
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            {
+                "down_proj": _zeros(FP8, 4, 384, 256),
+                "down_proj_weight_scale": torch.ones(()),
+                "down_proj_input_scale": torch.ones(()),
+            },
+            layer="model.layers.0.feed_forward.experts",
+        ),
+        "E_EXPERT_STACK",
+        ("down_proj", "stack", "vLLM"),
+    ),
+    "nvidia-llama-4-nvfp4": NotRead(
+        _checkpoint(
+            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+            {
+                "down_proj": _zeros(BYTES, 4, 192, 256),
+                "down_proj_weight_scale": _zeros(FP8, 4, 24, 256),
+                "down_proj_weight_scale_2": torch.ones(()),
+            },
+            layer="model.layers.0.feed_forward.experts",
+        ),
+        "E_EXPERT_STACK",
+        ("down_proj", "stack", "vLLM"),
+    ),
+    "transformers-fp8-experts": NotRead(
+        _checkpoint(
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {
+                "down_proj": _zeros(FP8, 4, 256, 384),
+                "down_proj_scale_inv": torch.ones(4, 2, 3),
+            },
+            layer="model.layers.0.mlp.experts",
+        ),
+        "E_EXPERT_STACK",
+        ("down_proj", "stack", "transformers"),
+    ),
+    "stepfun-step-3.5-fp8": NotRead(
+        _checkpoint(
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {
+                "down_proj.weight": _zeros(FP8, 4, 256, 384),
+                "down_proj.weight_scale_inv": torch.ones(4, 2, 3),
+            },
+            layer="model.layers.0.moe",
+        ),
+        "E_EXPERT_STACK",
+        ("down_proj.weight", "stack", "vLLM"),
     ),
     "pytorch-int4-hqq": NotRead(
         _checkpoint(
