@@ -88,8 +88,7 @@ def int8(weight: Tensor, *, order: bool = True) -> Stored:
     parts = {"weight": codes, "SCB": largest}
     if order:
         parts["weight_format"] = torch.zeros((), dtype=torch.uint8)
-    step = largest.numpy() * np.float32(1 / 127)
-    return parts, codes.float() * torch.from_numpy(step)[:, None]
+    return parts, codes.float() * largest[:, None] * np.float32(1 / 127)
 
 
 def config(**fields: Any) -> dict[str, Any]:
