@@ -497,31 +497,64 @@ def test_thoughts_are_folded_and_calls_get_their_results(visit):
     assert result == {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
 
 
+@pytest.fixture(scope="module")
+def second(tmp_path_factory, served, quantized_model):
+    """A server that shows the answers of `served` beside its own, and that its pages may call."""
+    options = ("--reference", f"{served.url}/v1", "--allowed-origins", served.url)
+    server = start_server(tmp_path_factory.mktemp("second"), quantized_model, *options)
+    yield server
+    server.end()
+
+
 @pytest.mark.slow
-def test_answers_of_a_reference_stand_beside(browser, served, quantized_model, tmp_path):
-    server = start_server(tmp_path, quantized_model, "--reference", f"{served.url}/v1")
-    try:
-        path = f"{server.url}/reference/v1/chat/completions"
-        assert httpx.post(path, content=b"[", headers=JSON).status_code == 400
-        messages = [{"role": "user", "content": "a"}]
-        refused = httpx.post(path, json={"messages": messages, "temperature": -1})
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"
-        assert httpx.post(f"{served.url}/reference/v1/completions", json={}).status_code == 404
-        assert served.url not in httpx.get(f"{server.url}/get_server_info").text
-        page = browser.new_context().new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        asking_also(ignore_eos=True, temperature=0)(page)
-        page.goto(server.url)
-        page.get_by_role("status").get_by_text("ready").wait_for()
-        page.get_by_label("Max tokens").fill("24")
-        send(page, "def main():")
-        page.locator(".answer:not([aria-busy]) + .answer:not([aria-busy])").wait_for()
-        answers = page.locator(".exchange .answer").all()
-        assert ["This server" in one.inner_text() for one in answers] == [True, False]
-        texts = [one.locator(".text").inner_text() for one in answers]
-        assert texts[0] == texts[1] != ""
-        assert page.locator("#trend polyline").get_attribute("points").count(",") == 24
-        page.get_by_label("Answers of").select_option("one")
-        assert ask(page, "two").locator(".answer").count() == 1
-    finally:
-        server.end()
+def test_answers_of_a_reference_stand_beside(browser, served, second):
+    path = f"{second.url}/reference/v1/chat/completions"
+    assert httpx.post(path, content=b"[", headers=JSON).status_code == 400
+    messages = [{"role": "user", "content": "a"}]
+    refused = httpx.post(path, json={"messages": messages, "temperature": -1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "temperature"
+    assert httpx.post(f"{served.url}/reference/v1/completions", json={}).status_code == 404
+    assert f"{served.url}/v1" not in httpx.get(f"{second.url}/get_server_info").text
+    page = browser.new_context().new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    asking_also(ignore_eos=True, temperature=0)(page)
+    page.goto(second.url)
+    page.get_by_role("status").get_by_text("ready").wait_for()
+    page.get_by_label("Max tokens").fill("24")
+    send(page, "def main():")
+    page.locator(".answer:not([aria-busy]) + .answer:not([aria-busy])").wait_for()
+    answers = page.locator(".exchange .answer").all()
+    assert ["This server" in one.inner_text() for one in answers] == [True, False]
+    texts = [one.locator(".text").inner_text() for one in answers]
+    assert texts[0] == texts[1] != ""
+    assert page.locator("#trend polyline").get_attribute("points").count(",") == 24
+    page.get_by_label("Answers of").select_option("one")
+    assert ask(page, "two").locator(".answer").count() == 1
+
+
+CALL = """([url, body]) => fetch(url, {
+  method: "POST", headers: {"content-type": "application/json", authorization: "Bearer none"},
+  body: JSON.stringify(body),
+}).then(async answer => [answer.status, await answer.text()], error => [0, String(error)])"""
+
+
+@pytest.mark.slow
+def test_pages_of_an_allowed_origin_call_and_others_do_not(browser, served, second):
+    url = f"{second.url}/v1/completions"
+    body = {"prompt": "a", "max_tokens": 2, "stream": True}
+    page = browser.new_context().new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{served.url}/health")  # of the allowed origin, and without the page's policy
+    status, text = page.evaluate(CALL, [url, body])
+    assert status == 200 and text.endswith("data: [DONE]\n\n")
+    status, text = page.evaluate(CALL, [url, {**body, "max_token": 2}])
+    assert status == 400 and "max_tokens" in text  # a page can read why
+    answered = second.said().count("completion cmpl-")
+    page.goto(f"http://localhost:{served.port}/health")  # the same server, but another origin
+    assert page.evaluate(CALL, [url, body]) == [0, "TypeError: Failed to fetch"]
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "x-a"}
+    for origin, status in ((served.url, 200), ("https://example.com", 400)):
+        answer = httpx.options(url, headers={"origin": origin, **asks})
+        allowed = answer.headers.get("access-control-allow-origin")
+        assert (answer.status_code, allowed) == (status, origin if status == 200 else None)
+    assert second.said().count("completion cmpl-") == answered  # nothing reached the model
