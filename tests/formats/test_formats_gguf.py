@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -11,8 +12,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import EXAMPLE
+from support import EXAMPLE, llama_cpp
 from support.gguf_files import TYPES, write_gguf
+from support.gguf_models import needs_llama_cpp
 from support.small_models import publish
 
 import qtool
@@ -98,6 +100,25 @@ def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(tmp_path, models
     tokens = torch.randint(0, 200, (2, 80), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+@needs_llama_cpp
+def test_perplexity_of_a_file_of_llama_cpps_quantizer_is_its_own(tmp_path):
+    """Q4_K_M. llama.cpp rounds inputs to 8 bits, which moves the mean of so many tokens by some
+    0.3 %; with files in 16 bits it comes within 0.01 %.
+    """
+    types = {"attn_v|ffn_down|token_embd": "Q6_K"}
+    write_gguf(EXAMPLE, tmp_path / "model.gguf", "Q4_K", types=types, rounding=llama_cpp.quantized)
+    model = qtool.load(tmp_path / "model.gguf", device="cpu", dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLE)
+    with (EXAMPLE / "evaluation.jsonl").open() as file:
+        tokens = tokenizer(json.loads(file.readline())["text"][:600]).input_ids[:128]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    ours = logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).mean().item()
+    theirs = np.mean(llama_cpp.log_probabilities(tmp_path / "model.gguf", tokens))
+    assert len(tokens) == 128
+    assert math.exp(theirs - ours) == pytest.approx(1, abs=0.005)
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_K"])

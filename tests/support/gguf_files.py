@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ BLOCK_SCALES = {
 }
 """Types that gguf does not round to, and where their F16 scales lie: their blocks are random."""
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *BLOCK_SCALES)
+UNQUANTIZED = ("F32", "F16", "BF16")
+Rounding = Callable[[np.ndarray[Any, Any], str], np.ndarray[Any, Any]]
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -43,14 +45,14 @@ ARCHITECTURES = {
 EXPERT = re.compile(r"(.*\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(\w+)\.weight")
 
 
-def blocks(rows: np.ndarray[Any, Any], type: str, seed: int = 0) -> np.ndarray[Any, Any]:
+def blocks(rows: np.ndarray[Any, Any], type: str) -> np.ndarray[Any, Any]:
     """Return ``rows`` [..., K] in the blocks of ``type``: random ones where gguf cannot round."""
     kind = Type[type]
     if type not in BLOCK_SCALES:
         return gguf.quants.quantize(rows, kind)
     size, size_bytes = gguf.GGML_QUANT_SIZES[kind]
     shape = (*rows.shape[:-1], rows.shape[-1] // size, size_bytes)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(shape)
     data = random.integers(0, 256, shape, dtype=np.uint8)
     scale = 0.02 / 16 if type in ("Q4_K", "Q5_K", "Q2_K", "Q3_K") else 0.02 / 64
     for at in BLOCK_SCALES[type]:
@@ -69,6 +71,7 @@ def write_gguf(
     vectors: Mapping[str, Any] | None = None,
     splits: int = 0,
     experts_apart: bool = False,
+    rounding: Rounding = blocks,
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write the checkpoint ``source`` to ``target``; return what gguf dequantizes each tensor to.
 
@@ -80,6 +83,7 @@ def write_gguf(
         extra: more metadata.
         vectors: more tensors, of F32.
         splits: the most tensors in one file; 0 for a single file.
+        rounding: makes blocks of the rows of a quantized type.
         experts_apart: whether each expert is a tensor, as in files of early 2024.
     """
     config = json.loads((source / "config.json").read_text())
@@ -100,7 +104,8 @@ def write_gguf(
             kind = "F32"
         elif values.shape[-1] % size:
             kind = "F16"
-        data = blocks(values, kind, seed=len(found))
+        round_to = rounding if kind not in UNQUANTIZED else blocks
+        data = round_to(values, kind)
         found[name] = gguf.quants.dequantize(data, Type[kind])
         for part, part_data in _parts(name, data) if experts_apart else [(name, data)]:
             writer.add_tensor(part, part_data, raw_dtype=Type[kind])

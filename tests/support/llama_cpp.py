@@ -4,12 +4,16 @@ the log probability of each token after those before it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 PRINTABLE = 300  # a token of the example's tokenizer; what is drawn has no part in the numbers
 
@@ -26,6 +30,29 @@ def texts_cut_otherwise(path: Path, texts: Mapping[str, Sequence[int]]) -> list[
     """
     values: list[str] = _asked("texts", path, {text: list(ids) for text, ids in texts.items()})
     return values
+
+
+def quantized(rows: np.ndarray[Any, Any], type: str) -> np.ndarray[Any, Any]:
+    """Return ``rows`` [..., K], f32, as llama.cpp's quantizer rounds them to ``type``, uint8."""
+    import xllamacpp.xllamacpp
+
+    size, size_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
+    rows = np.ascontiguousarray(rows, np.float32)
+    columns = rows.shape[-1]
+    blocks = np.empty((*rows.shape[:-1], columns // size * size_bytes), np.uint8)
+    quantize = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [
+        ctypes.c_int,
+        *(ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        ctypes.c_void_p,
+    ]
+    count = rows.size // columns
+    kind = int(GGMLQuantizationType[type])
+    written = quantize(kind, rows.ctypes.data, blocks.ctypes.data, 0, count, columns, None)
+    assert written == blocks.nbytes
+    return blocks
 
 
 def _asked(what: str, path: Path, value: object) -> Any:
