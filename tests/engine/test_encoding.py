@@ -97,7 +97,9 @@ def test_a_quantized_model_encodes_with_its_quantized_layers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])  # with tied embeddings, and without a head
+@pytest.mark.parametrize(  # with tied embeddings, and without a head
+    "kind", [pytest.param("qwen3", marks=pytest.mark.exhaustive), "llama"]
+)
 def test_an_embedding_model_is_quantized_and_encodes(tmp_path, kind):
     model = embedder(tmp_path / "model", kind)
     quantize(tmp_path / "model", method="fp8_dynamic", output=tmp_path / "out", device="cpu")

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*are dequantized at every step"),
 ]
 
-TEXTS = token_sequences("evaluation.jsonl", 4, 384)
+TEXTS = token_sequences("evaluation.jsonl", 2, 256)
 IDS = torch.tensor([TEXTS[0][:48]])
 CPU = torch.device("cpu")
 
