@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 
 import jinja2
@@ -155,8 +156,26 @@ TEMPLATES = {
         + GEMMA.replace("Q", '<|"|>').replace("BEGIN", "<|tool_call>").replace(
             "END", "<tool_call|>")
     )),
+    "Command-R7B": ("cohere_command4", "cohere_command3", (
+        "{% if thoughts %}<|START_THINKING|>{{ thoughts }}<|END_THINKING|>{% endif %}{{ content }}"
+        "<|START_ACTION|>[\n" + CALLS + '    {"tool_call_id": "{{ loop.index0 }}", '
+        '"tool_name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}'
+        "{% if not loop.last %},{% endif %}\n" + END + "]<|END_ACTION|>"
+    )),
+    "Hunyuan-A13B": ("hunyuan_a13b", None, "{{ content }}<tool_calls>" + ARRAY + "</tool_calls>"),
+    "ERNIE-4.5-Thinking": ("ernie45", "deepseek_r1", (
+        "{{ thoughts }}\n</think>\n\n{{ content }}" + CALLS + "\n<tool_call>\n" + JSON_CALL
+        + "\n</tool_call>\n" + END
+    )),
+    "xLAM-2": ("xlam", None, ARRAY),
+    "Step-3": ("step3", "step3", (
+        "{{ thoughts }}</think>{{ content }}<｜tool_calls_begin｜>\n" + CALLS
+        + '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="{{ call.name }}">\n'
+        + ITEMS + '<steptml:parameter name="{{ key }}">' + RAW + "</steptml:parameter>\n" + END
+        + "</steptml:invoke><｜tool_call_end｜>\n" + END + "<｜tool_calls_end｜>"
+    )),
 }  # fmt: skip
-ALONE = {"Gemma-3"}  # calls are the whole answer
+ALONE = {"Gemma-3", "xLAM-2"}  # calls are the whole answer
 ENVIRONMENT = jinja2.Environment(keep_trailing_newline=True)
 ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
 COMPILED = {name: ENVIRONMENT.from_string(row[2]) for name, row in TEMPLATES.items()}
@@ -210,6 +229,7 @@ SAID = {
     "Llama-3.1": '{"name": function name, "parameters": dictionary}',
     "Gemma-3": "[func_name1(params_name1=params_value1)]",
     "Granite-3.3": "Here is my thought process:",
+    "xLAM-2": "When using tools, make calls in a single JSON array",
 }
 
 
@@ -257,6 +277,10 @@ WORDS = [
     *("</｜DSML｜parameter>", "</｜DSML｜invoke>", "<|tool_calls_section_begin|>"),
     *("<|tool_call_begin|>", "functions.write_file:0", "<|tool_call_argument_begin|>"),
     *("<|channel|>", "analysis", "final", "<|message|>", "<|end|>", "<|start|>", " to=functions.f"),
+    *("<tool_calls>", "</tool_calls>", "<|START_ACTION|>", "<|END_ACTION|>", '[{"name": "'),
+    *('{"tool_name": "', '", "parameters": {', "<｜tool_calls_begin｜>", "<｜tool_call_begin｜>"),
+    *("function<｜tool_sep｜>", '<steptml:invoke name="', '<steptml:parameter name="'),
+    *("</steptml:parameter>", "</steptml:invoke>", "<｜tool_call_end｜>", "<|START_THINKING|>"),
     *("<|tool_call|>", "<|tool_call>", "call:write_file", '<|"|>', "<escape>", "<tool_call|>"),
     *('{"name": "f", "arguments": ', "(", ")", "text=", "'", '"', "{", "}", "[", "]", ",", ":"),
     *("\\", "\n", " ", "<", "x", "1", "é", "True"),
@@ -332,11 +356,13 @@ FORMS = [
 
 
 AS_HELD = {  # where a tag holds less than the template may write
-    "Llama-3.1": ("}<|python_tag|>", "}; "),
-    "Mistral-7B-v0.3": ("[TOOL_CALLS] ", "[TOOL_CALLS]"),
-    "Mistral-Small-3.1": ("[CALL_ID]123456789", ""),
+    "Llama-3.1": (r"}<\|python_tag\|>", "}; "),
+    "Mistral-7B-v0.3": (r"\[TOOL_CALLS\] ", "[TOOL_CALLS]"),
+    "Mistral-Small-3.1": (r"\[CALL_ID\]123456789", ""),
     "GLM-4.6": ("\n", ""),
     "GLM-4.7": ("\n", ""),
+    "Command-R7B": (r'"tool_call_id": "\d", ', ""),
+    "ERNIE-4.5-Thinking": ("\n\n", "\n"),
 }
 
 
@@ -345,7 +371,7 @@ def test_a_structural_tag_holds_what_the_template_writes(matcher_of, name):
     form = dataclasses.replace(form_of(name, "required"), state="closed")
     calls = [(NAMES[0], {"text": "a b", "count": 3}), (NAMES[1], {"text": "c"})]
     text = written(name, calls).rpartition("</think>")[2].strip().removeprefix("<|python_tag|>")
-    text = text.replace(*AS_HELD.get(name, ("", "")))
+    text = re.sub(*AS_HELD.get(name, ("$^", "")), text)
     text = text.replace("</tool_call><tool_call>", "</tool_call>\n<tool_call>")
     tag = call_tag(form.choice, form.tool_style, parallel=True)
     matcher = matcher_of(tag)

@@ -30,11 +30,16 @@ STYLES: Mapping[str, Markers] = {
         special=MARKERS,
         answer=("<|channel|>final", "<|message|>"),
     ),
+    "cohere_command3": Markers(
+        start="<|START_THINKING|>", end="<|END_THINKING|>", calls=("<|START_ACTION|>",)
+    ),
     "granite": Markers(start="Here is my thought process:", end="Here is my response:"),
     "seed_oss": Markers(start="<seed:think>", end="</seed:think>"),
 }
 # Names of `--reasoning-parser` -> style
 NAMES = {
+    "cohere_command3": "cohere_command3",
+    "cohere_command4": "cohere_command3",
     "deepseek_r1": "deepseek_r1",
     "deepseek-r1": "deepseek_r1",
     "deepseek_v3": "think",
@@ -83,6 +88,7 @@ def style_named(name: str) -> str | None:
 # in a chat template -> style; the first that is there
 _SHOWN = {
     "<|channel|>analysis<|message|>": "gpt-oss",
+    "<|START_THINKING|>": "cohere_command3",
     "[THINK]": "mistral",
     "◁think▷": "kimi",
     "<seed:think>": "seed_oss",

@@ -24,7 +24,7 @@ _STRING_END = re.compile(r'["\\]')
 _IN_VALUE = re.compile(r'[^"{}\[\]<]+')
 _SCALAR = re.compile(r'[^\s",:{}\[\]<]+')
 _ARGUMENTS = ("arguments", "parameters")
-_KEYS = ("name", *_ARGUMENTS, "type")  # Llama also writes "type": "function"
+_KEYS = ("name", *_ARGUMENTS, "type")  # without a marker; Llama also writes "type": "function"
 
 
 @dataclass(slots=True)
@@ -43,6 +43,9 @@ class CallReader(ABC):
     Each character is read once: quotes and brackets of JSON are followed, and nothing is parsed
     again with the next piece.
     """
+
+    name_key = "name"
+    """The key of a call's name, in JSON."""
 
     _marker = re.compile("<")
     """Finds the first character of a marker."""
@@ -265,13 +268,13 @@ class CallReader(ABC):
             found = True
         return found
 
-    def _take_calls(self) -> Reading[bool]:
+    def _take_calls(self, known: Collection[str] | None = None) -> Reading[bool]:
         """Take an array of JSON objects of names and arguments, and return them; return whether
-        there is one at least.
+        there is one at least. ``known`` is as in `_take_call`.
         """
         calls = self._calls
         more = yield from self._take_char("[")
-        while more and (yield from self._take_call()):
+        while more and (yield from self._take_call(known)):
             more = yield from self._take_char(",")
             if not more:
                 yield from self._take_char("]")
@@ -302,7 +305,7 @@ class CallReader(ABC):
         if not (yield from self._take_char(":")):
             return False
         yield from self._take_space()
-        if key == "name" and call.name is None:
+        if key == self.name_key and call.name is None:
             return (yield from self._take_call_name(call, known))
         if key in _ARGUMENTS and call.arguments is None:
             return (yield from self._take_arguments(call))

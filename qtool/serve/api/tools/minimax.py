@@ -15,57 +15,66 @@ from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle
 
 _START = "<minimax:tool_call>"
 _END = "</minimax:tool_call>"
-_INVOKE = '<invoke name="'
 
 
-class MiniMaxParser(MarkedReader):
-    """Reads ``<invoke name="f"><parameter name="key">value</parameter></invoke>``, one or several
-    between ``<minimax:tool_call>`` and its end.
-    """
+class InvokeParser(MarkedReader):
+    """Reads ``<invoke name="f"><parameter name="key">value</parameter></invoke>``."""
 
-    starts = (_START,)
+    prefix = ""
+    """Before the names of the tags."""
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._schemas = schemas_by_name(tools)
+        self.invoke = f'<{self.prefix}invoke name="'
+        self._invoke_end = f"</{self.prefix}invoke>"
+        self._parameter = f'<{self.prefix}parameter name="'
+        self._parameter_end = f"</{self.prefix}parameter>"
         super().__init__()
 
-    def _take_after(self, marker: str) -> Reading[bool]:
-        yield from self._take_space()
-        part = yield from self._take_marker(_INVOKE)
-        if not part or not (yield from self._take_invoke()):
-            return False
-        self._passed = (_END,)
-        while part == _INVOKE:
-            yield from self._take_space()
-            part = yield from self._take_marker(_INVOKE, _END)
-            if part == _END or (part and not (yield from self._take_invoke())):
-                break
-        if part == _END:
-            self._held.clear()
-        return True
-
     def _take_invoke(self) -> Reading[bool]:
+        """Take what follows `invoke`; return whether it is a call."""
         name = yield from self._take_text('">')
         yield from self._take_space()
-        part = yield from self._take_marker('<parameter name="', "</invoke>")
+        part = yield from self._take_marker(self._parameter, self._invoke_end)
         if not name or not part:
             return False
         self._open_call(name)
         schemas = self._schemas.get(name, {})
         arguments = TypedArguments(schemas, self._give_arguments)
-        while part == '<parameter name="':
+        while part == self._parameter:
             key = yield from self._take_text('">')
             if key is None:
                 return True
             arguments.begin(key, is_text=key not in schemas or is_text(schemas[key]))
-            if not (yield from self._take_until(arguments.push, "</parameter>")):
+            if not (yield from self._take_until(arguments.push, self._parameter_end)):
                 arguments.cut()
                 return True
             arguments.end()
             yield from self._take_space()
-            part = yield from self._take_marker('<parameter name="', "</invoke>")
+            part = yield from self._take_marker(self._parameter, self._invoke_end)
         if part:
             arguments.close()
+        return True
+
+
+class MiniMaxParser(InvokeParser):
+    """Reads one or several calls between ``<minimax:tool_call>`` and its end."""
+
+    starts = (_START,)
+
+    def _take_after(self, marker: str) -> Reading[bool]:
+        yield from self._take_space()
+        part = yield from self._take_marker(self.invoke)
+        if not part or not (yield from self._take_invoke()):
+            return False
+        self._passed = (_END,)
+        while part == self.invoke:
+            yield from self._take_space()
+            part = yield from self._take_marker(self.invoke, _END)
+            if part == _END or (part and not (yield from self._take_invoke())):
+                break
+        if part == _END:
+            self._held.clear()
         return True
 
 

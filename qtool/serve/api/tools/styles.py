@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from qtool.errors import UsageError, nearest
 from qtool.serve.api.tools import (
+    cohere,
     deepseek,
     deepseek_v32,
     gemma,
@@ -17,6 +18,7 @@ from qtool.serve.api.tools import (
     granite,
     harmony,
     hermes,
+    hunyuan,
     kimi_k2,
     llama,
     minimax,
@@ -24,6 +26,8 @@ from qtool.serve.api.tools import (
     phi4,
     pythonic,
     qwen3_coder,
+    step3,
+    xlam,
 )
 from qtool.serve.api.tools.style import ToolStyle
 
@@ -35,6 +39,9 @@ STYLES: Mapping[str, ToolStyle] = {
     "deepseek_v31": deepseek.V31,
     "kimi_k2": kimi_k2.STYLE,
     "minimax_m2": minimax.STYLE,
+    "step3": step3.STYLE,
+    "cohere_command3": cohere.STYLE,
+    "hunyuan": hunyuan.STYLE,
     "glm45": glm.STYLE,
     "seed_oss": qwen3_coder.SEED,
     "qwen3_coder": qwen3_coder.STYLE,
@@ -45,20 +52,24 @@ STYLES: Mapping[str, ToolStyle] = {
     "hermes": hermes.STYLE,
     "granite": granite.STYLE,
     "llama3_json": llama.STYLE,
+    "xlam": xlam.STYLE,
     "pythonic": pythonic.STYLE,
 }
 # Names of `--tool-call-parser` -> style
 NAMES = {
     **{name: name for name in STYLES},
     "openai": "gpt-oss",
+    "cohere_command4": "cohere_command3",
     "deepseekv3": "deepseek_v3",
     "deepseekv31": "deepseek_v31",
     "deepseekv32": "deepseek_v32",
+    "ernie45": "hermes",
     "functiongemma": "gemma",
     "gemma4": "gemma",
     "glm": "glm45",
     "glm47": "glm45",
     "granite4": "hermes",
+    "hunyuan_a13b": "hunyuan",
     "lfm2": "pythonic",
     "llama3": "llama3_json",
     "llama4_json": "llama3_json",
