@@ -257,6 +257,7 @@ def main(write_fd: int) -> None:
     if data["calibration"] is not None:
         data["calibration"] = CalibrationSpec(**data["calibration"])
     job = Job(**data)
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # only transformers would import it
     try:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
         _run(job, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -19,6 +20,8 @@ from support.samples import load
 
 import qtool
 from qtool.checkpoint.part_costs import PartCost
+from qtool.cli import output
+from qtool.cli.app import run
 from qtool.errors import CheckpointRefused, DataRefused, GateFailed, ResourceError, UsageError
 from qtool.evaluation.agreement import Agreement
 from qtool.evaluation.collapse import compare_answers, loops, net_share
@@ -262,16 +265,20 @@ def test_loops_and_sudden_ends_are_found():
     assert net_share(found, 4) == 0.5
 
 
-def test_the_command_reports_and_ends_with_7(run_cli, int8, tmp_path, monkeypatch):
-    summary, junit = tmp_path / "summary.md", tmp_path / "gate.xml"
+def test_the_command_reports_and_ends_with_7(int8, tmp_path, monkeypatch):
+    summary, junit, shown = tmp_path / "summary.md", tmp_path / "gate.xml", io.StringIO()
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    result = run_cli(
-        *("eval", "--model-path", int8, "--reference", EXAMPLE, "--data", DATA),
-        *("--max-tokens", 400, "--seq-len", 128, "--answers", 0, "--device", "cpu", "--json"),
-        *("--gate", "default", "--gate", "mean_kl<=1e-9", "--junit", junit),
-    )
-    assert result.exit_code == 7, result.stderr
-    report = json.loads(result.stdout)
+    monkeypatch.setattr(output, "_outcome", output.Outcome(shown))
+    with pytest.raises(GateFailed) as failed:
+        run(
+            [
+                *("eval", "--model-path", str(int8), "--reference", str(EXAMPLE), "--data", DATA),
+                *("--max-tokens", "400", "--seq-len", "128", "--answers", "0", "--device", "cpu"),
+                *("--gate", "default", "--gate", "mean_kl<=1e-9", "--junit", str(junit), "--json"),
+            ]
+        )
+    assert (failed.value.code, failed.value.exit_code) == ("E_GATE_FAILED", 7)
+    report = json.loads(shown.getvalue())
     assert report["passed"] is False
     assert [each["limit"] for each in report["checks"] if each["verdict"] == "fail"] == [
         "mean_kl<=1e-09"
@@ -279,7 +286,6 @@ def test_the_command_reports_and_ends_with_7(run_cli, int8, tmp_path, monkeypatc
     suite = ElementTree.fromstring(junit.read_text())
     assert suite.get("failures") == "1" and len(suite.findall("testcase")) == len(report["checks"])
     assert "gate failed" in summary.read_text()
-    assert "error[E_GATE_FAILED]" in result.stderr
 
 
 @pytest.fixture

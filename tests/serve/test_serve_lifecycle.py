@@ -448,6 +448,7 @@ def test_a_port_that_is_taken_is_told_before_anything_loads(served, tiny_model):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.exhaustive
 def test_a_model_without_finite_logits_is_not_served(tmp_path, tiny_model):
     from safetensors.torch import load_file, save_file
 
