@@ -38,7 +38,8 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "browser",
     "engine",  # starts an Engine, or two
     "example",
-    "other",  # starts a server beside `served`
+    "served",  # starts a server
+    "other",  # starts another
     "uniform_draws",
 }
 

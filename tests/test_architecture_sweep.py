@@ -18,6 +18,7 @@ MODELS = ("deepseek_v3-mtp", "gpt_oss", "llama4", "qwen2_5_vl", "qwen3_5_moe-mtp
 MORE_MODELS = ("gemma3", "glm4_moe-mtp", "minimax_m2", "mixtral", "qwen3_vl_moe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [*MODELS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_MODELS)]
 )

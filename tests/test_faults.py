@@ -11,6 +11,7 @@ from support.faults import ERRORS, Fault, Faults, may_fail
 CHANGING = ("create", "write", "copy", "truncate", "sync", "rename", "mkdir", "lock", "chmod")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "process", "count"),
     [

@@ -528,6 +528,7 @@ def test_hub_without_network_is_refused_in_seconds():
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_hub_in_offline_mode_is_refused_unless_the_cache_has_it(tmp_path):
     fill_cache = FILL_CACHE.format(source=str(EXAMPLE), cache=str(tmp_path))
     code = f"{TRY_HUB}\nattempt('some-org/some-set')\n{fill_cache}\nattempt('some-org/some-set')\nattempt('some-org/some-set::nonsense')"

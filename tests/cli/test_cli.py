@@ -143,6 +143,7 @@ def test_a_model_that_is_quantized_already_is_refused(refused_here, tiny_copy):
     assert "awq" in message
 
 
+@pytest.mark.slow
 def test_model_code_is_not_run_unasked(refused, tiny_copy, tmp_path):
     config = json.loads((tiny_copy / "config.json").read_text())
     config |= {
@@ -320,6 +321,7 @@ def test_an_output_in_or_around_the_source_is_refused(refused_here, tiny_copy, t
     assert found[:2] == (2, "E_OUTPUT_PLACE")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused(refused, make_model, tmp_path):
     rows = shutil.disk_usage(tmp_path).free * 3 // (2 * 4096)
     try:

@@ -16,6 +16,8 @@ import pytest
 from qtool.cli.app import run
 from qtool.errors import UsageError
 
+pytestmark = pytest.mark.slow  # each test starts processes
+
 QTOOL = f"{shlex.quote(sys.executable)} -m qtool.cli"
 
 

@@ -63,6 +63,7 @@ def in_order_of_ggml(weight, heads):
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_gives_the_probabilities_of_transformers(publish, tmp_path, name):
@@ -207,6 +208,7 @@ def test_blocks_of_a_gguf_file_are_copied(publish, tmp_path):
         export(tmp_path / "one", to="bf16", output=tmp_path / "one", overwrite=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_every_type_is_written_and_comes_near(publish, tmp_path, file_type):
     model, folder = publish("Qwen3")

@@ -303,6 +303,7 @@ def gated(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_quantize_leaves_nothing_that_fails_its_gate(gated):
     with pytest.raises(GateFailed, match="mean_kl<=1e-09") as error:
         qtool.quantize(EXAMPLE, gate="mean_kl<=1e-9", **gated)

@@ -254,6 +254,7 @@ def look(tiny_model) -> Iterator:
     loop.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
 def test_nothing_holds_up_the_event_loop(look, name):
     path, given = BODIES[name]
