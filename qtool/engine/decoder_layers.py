@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qtool.engine import native_elementwise
 from qtool.engine.attention.pages import LayerGeometry, StateGeometry
 from qtool.engine.fused_attention import Angles, FusedAttention, PositionEmbeddings
 from qtool.engine.fused_latents import FusedLatentAttention
@@ -251,6 +252,8 @@ def gated(
         from qtool.engine import elementwise
 
         return elementwise.gated(x, at, width, activation, codes)
+    if native_elementwise.applies(x):
+        return rounded(native_elementwise.gated(x, at, width, activation), codes)
     gate, up = (x[:, start : start + width] for start in at)
     return rounded(ACTIVATIONS[activation](gate) * up, codes)
 

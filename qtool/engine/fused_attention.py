@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qtool.engine import native_elementwise
 from qtool.engine.attention.interface import (
     RECORDING,
     attend,
@@ -239,6 +240,19 @@ def rotate_and_write(
             interleaved=bool(rotary and rotary.is_interleaved),
             angle_step=rotary.step if rotary else 1,
         )
+    if _is_native(qkv, q_norm, k_norm, rotary, kv):
+        return native_elementwise.rotate_and_write(
+            qkv,
+            (at[0], at[1], at[2]),
+            heads,
+            stride_q_head,
+            (q_norm.weight, k_norm.weight, q_norm.kind) if q_norm and k_norm else None,
+            (rotary.cos, rotary.sin) if rotary else None,
+            rotary.rotated if rotary else 0,
+            kv,
+            packed,
+            interleaved=bool(rotary and rotary.is_interleaved),
+        )
     (tokens, _), (_, kv_heads, _, width) = qkv.shape, kv.k.shape
     strides = (stride_q_head, width, width)
     q, k, v = (
@@ -250,6 +264,19 @@ def rotate_and_write(
         q, k = rotate(q, rotary), rotate(k, rotary)
     write(kv, k, v, packed)
     return q
+
+
+def _is_native(
+    qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None, rotary: Rotary | None, kv: KVPages
+) -> bool:
+    """Whether native_elementwise.c norms, rotates and stores such queries and keys."""
+    if qkv.dtype != torch.bfloat16 or (rotary and rotary.step != 1):
+        return False
+    norms = [norm.weight for norm in (q_norm, k_norm) if norm]
+    if any(weight.shape[-1] > kv.k.shape[3] for weight in norms):
+        return False
+    angles = (rotary.cos, rotary.sin) if rotary else ()
+    return native_elementwise.applies(qkv, kv.k, kv.v, *norms, *angles)
 
 
 def _normed(heads: Tensor, norm: Norm | None) -> Tensor:

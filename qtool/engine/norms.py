@@ -158,8 +158,37 @@ def add_norm(
         return states.x, None, states.x
     if states.x.is_cuda:
         return _launch_add_norm(states, norm, codes)
+    if native := _native_add_norm(states, norm):
+        normed, total = native
+        return *rounded(normed, codes), total
     total = states.total()
     return *rounded(total if norm is None else norm.normalize(total), codes), total
+
+
+def _native_add_norm(states: Sum, norm: Norm | None) -> tuple[Tensor, Tensor] | None:
+    """Return the norm of hidden states, and they, by native_elementwise.c; None where it does not
+    compute such ones.
+    """
+    from qtool.engine import native_elementwise
+
+    x, after = states.x, states.after
+    weights = norm.weights if norm else None
+    after_weights = after.weights if after else None
+    tensors = x, states.residual, states.other, *(weights or ()), *(after_weights or ())
+    if x.dtype != torch.bfloat16 or not native_elementwise.applies(*tensors):
+        return None
+    if states.residual is None and (after or states.factor != 1):
+        return None
+    return native_elementwise.add_norm(
+        x,
+        states.residual,
+        weights,
+        norm.kind if norm else NormKind(0.0),
+        after=after_weights,
+        after_kind=after.kind if after else None,
+        factor=states.factor,
+        other=states.other,
+    )
 
 
 def _launch_add_norm(

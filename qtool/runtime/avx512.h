@@ -25,3 +25,12 @@ INLINE __m256i narrow(__m512 x) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 #endif
 }
+
+// 2^x, to 2e-7 of itself: the Taylor series of 2^f for |f| <= 1/2, times a power of two.
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, whole);
+    static const float terms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1};
+    __m512 sum = _mm512_set1_ps(terms[0]);
+    for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(terms[i]));
+    return _mm512_scalef_ps(sum, whole);
+}

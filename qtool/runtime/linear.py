@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qtool.runtime.kernels import Call, Choice, LinearSpec, codes_taken, load_kernel, number_of
+from qtool.runtime.kernels import (
+    Call,
+    Choice,
+    LinearSpec,
+    codes_taken,
+    linear,
+    load_kernel,
+    number_of,
+)
 from qtool.runtime.packed import PackedModule
 from qtool.scheme import Scheme
 from qtool.weight import QuantizedWeight
@@ -70,15 +78,19 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
+        if x.dim() == 2 and x.dtype == self.spec.dtype:
+            return self._multiply(x) if len(x) else x.new_empty(0, self.out_features)
         rows = x.reshape(-1, self.in_features).to(self.spec.dtype)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], self.out_features)
+        return self._multiply(rows).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
         if self.perm is not None:
             rows = rows.index_select(1, self.perm)
         if self.pre_scale is not None:
             rows = rows * self.pre_scale
-        y: Tensor = torch.ops.qtool.linear(rows.contiguous(), self._packed(), self.bias, self._call)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return linear(rows.contiguous(), self._packed(), self.bias, self._call)
 
     def multiply_codes(self, codes: Tensor, row_scale: Tensor) -> Tensor:
         """Multiply an input that is already rounded to ``takes_codes``; the result is [T, N].
@@ -87,8 +99,7 @@ class QuantizedLinear(PackedModule):
             codes: the rounded input, [T, K].
             row_scale: the scale of each token, f32 [T, 1].
         """
-        y: Tensor = torch.ops.qtool.linear(codes, self._packed(), self.bias, self._call, row_scale)
-        return y
+        return linear(codes, self._packed(), self.bias, self._call, row_scale)
 
     def _packed(self) -> list[Tensor | None]:
         # `get_buffer` looks for submodules first, at every step

@@ -29,15 +29,6 @@ struct job {
 
 INLINE __m512 sixteen(const uint16_t *from) { return wide(_mm256_loadu_si256((const __m256i *)from)); }
 
-// 2^x for x <= 0, to 2e-7 of itself: the Taylor series of 2^f for |f| <= 1/2, times a power of two.
-INLINE __m512 power_of_two(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, whole);
-    static const float terms[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1};
-    __m512 sum = _mm512_set1_ps(terms[0]);
-    for (int i = 1; i < 7; i++) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(terms[i]));
-    return _mm512_scalef_ps(sum, whole);
-}
-
 static void attend_head(const struct job *job, int64_t token, int64_t kv_head) {
     int64_t width = job->width, v_width = job->v_width, shared = job->heads / job->kv_heads, first_head = kv_head * shared;
     int64_t last = job->positions[token], low = job->window && last >= job->window ? last - job->window + 1 : 0;

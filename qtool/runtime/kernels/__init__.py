@@ -282,8 +282,30 @@ _LIBRARY.define(
 )  # type: ignore[no-untyped-call]
 
 
-@torch.no_grad()
-def _linear(
+def linear(
+    x: Tensor,
+    packed: Sequence[Tensor | None],
+    bias: Tensor | None,
+    call: int,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Return ``x`` [T, K] times a packed matrix, [T, N].
+
+    Args:
+        x: contiguous; codes, with a ``row_scale``.
+        packed: the tensors of all kernels of ``call``.
+        bias: [N].
+        call: see `number_of`.
+        row_scale: the scale of each token, f32 [T, 1].
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        y: Tensor = torch.ops.qtool.linear(x, packed, bias, call, row_scale)
+        return y
+    # the operator costs more than a small matrix does
+    return _multiply(x, cast(Sequence[Tensor], packed), bias, call, row_scale)
+
+
+def _multiply(
     x: Tensor,
     packed: Sequence[Tensor],
     bias: Tensor | None,
@@ -317,5 +339,5 @@ def _fake_linear(
     )
 
 
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("linear", torch.no_grad()(_multiply), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("qtool::linear", _fake_linear)

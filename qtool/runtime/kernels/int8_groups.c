@@ -112,10 +112,10 @@ INLINE void multiply(const struct job *job, int64_t strip, int64_t token, int co
                 weight[2 * j + 1] = _mm512_loadu_si512(codes + 128 * j + 64);
             }
         }
-        _mm_prefetch((const char *)codes + 4096, _MM_HINT_T0);  // faults nowhere
-        _mm_prefetch((const char *)codes + 4096 + 64, _MM_HINT_T0);
-        _mm_prefetch((const char *)codes + 4096 + 128, _MM_HINT_T0);
-        _mm_prefetch((const char *)codes + 4096 + 192, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + 2048, _MM_HINT_T0);  // faults nowhere
+        _mm_prefetch((const char *)codes + 2048 + 64, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + 2048 + 128, _MM_HINT_T0);
+        _mm_prefetch((const char *)codes + 2048 + 192, _MM_HINT_T0);
         for (int part = 0; part < finer; part++) {
             int64_t index = (strip * groups + group) * finer + part;
             __m512 scale = sixteen(job->scale, index, job->scale_kind), offset = _mm512_setzero_ps();

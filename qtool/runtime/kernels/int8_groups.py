@@ -91,25 +91,25 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     library = int8_library()
     assert not isinstance(library, str)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y = x.new_empty(x.shape[0], spec.shape[0])
+    y, scale, offset = x.new_empty(len(x), spec.shape[0]), packed["scale"], packed.get("offset")
+    weights = spec.scheme.weights
     job = Job(
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        parallel=library.parallel,
-        tokens=x.shape[0],
-        outputs=spec.shape[0],
-        inputs=spec.shape[1],
-        group=spec.scheme.weights.group_size,
-        nibbles=spec.scheme.weights.bits == 4,
-        scale_kind=SCALES[packed["scale"].dtype],
-        threads=torch.get_num_threads(),
-        excess=_excess(spec),
-        **{
-            name: packed[name].data_ptr() for name in ("codes", "scale", "offset") if name in packed
-        },
+        x.data_ptr(),
+        packed["codes"].data_ptr(),
+        scale.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        None,
+        library.parallel,
+        len(x),
+        *spec.shape,
+        weights.group_size,
+        weights.bits == 4,
+        SCALES[scale.dtype],
+        torch.get_num_threads(),
+        _excess(spec),
     )
-    if bias is not None:
-        job.bias = bias.data_ptr()
     job.workspace = workspace(library.size(job)).data_ptr()
     library.linear(job)
     return y
