@@ -20,7 +20,7 @@ Weights = tuple[Tensor, Tensor | None]  # of a norm, and its bias
 
 
 def applies(*tensors: Tensor | None) -> bool:
-    """Whether native_elementwise.c takes such tensors here; their last dimension is contiguous."""
+    """Whether native_elementwise.c takes such tensors here."""
     for tensor in tensors:
         if tensor is not None and (tensor.dtype != torch.bfloat16 or tensor.stride(-1) != 1):
             return False
@@ -51,6 +51,9 @@ def add_norm(
         other: the shape of ``x``.
     """
     library, (tokens, width) = _library(), x.shape
+    x = x.contiguous()
+    assert residual is None or residual.is_contiguous()
+    assert other is None or other.is_contiguous()
     total = x if residual is None else torch.empty_like(residual)
     out = total if norm is None else torch.empty_like(total)
     (weight, bias), (after_weight, after_bias) = norm or (None, None), after or (None, None)

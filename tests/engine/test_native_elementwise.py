@@ -45,7 +45,7 @@ def norm_of(width: int, kind: tuple[bool, bool, bool], *, bias: bool) -> Norm:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sums_and_norms(kind, tokens, width, plainly):
     x, residual, other = (numbers(tokens, width + extra)[:, :width] for extra in range(3))
-    x, residual, other = x.contiguous(), residual.contiguous(), other.contiguous()
+    residual, other = residual.contiguous(), other.contiguous()
     norm, after = norm_of(width, kind, bias=kind[2]), norm_of(width, kind, bias=False)
     for states in (
         Sum(x),
