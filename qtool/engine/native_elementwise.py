@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.pages import KVPages, Packed
-from qtool.engine.norms import NormKind
 from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
 Weights = tuple[Tensor, Tensor | None]  # of a norm, and its bias
+NormKind = tuple[float, bool, bool, bool]  # `norms.NormKind`
+NO_KIND: NormKind = (0.0, False, False, False)
 
 
 def applies(*tensors: Tensor | None) -> bool:
@@ -31,7 +32,7 @@ def add_norm(
     x: Tensor,
     residual: Tensor | None,
     norm: Weights | None,
-    kind: NormKind,
+    kind: NormKind | None,
     *,
     after: Weights | None = None,
     after_kind: NormKind | None = None,
@@ -63,8 +64,8 @@ def add_norm(
             *map(_address, (x, residual, other, after_weight, after_bias, weight, bias)),
             total.data_ptr(),
             out.data_ptr(),
-            Kind(*(after_kind or kind)),
-            Kind(*kind),
+            Kind(*(after_kind or NO_KIND)),
+            Kind(*(kind or NO_KIND)),
             factor,
         )
     )
@@ -121,7 +122,7 @@ def rotate_and_write(
     """
     library, (_, kv_heads, _, width) = _library(), kv.k.shape
     out, size, address = qkv.new_empty(len(qkv), heads, width), qkv.element_size(), qkv.data_ptr()
-    q_norm, k_norm, kind = norms or (None, None, NormKind(0.0))
+    q_norm, k_norm, kind = norms or (None, None, NO_KIND)
     cos, sin = angles or (None, None)
     library.rotate_and_write(
         Rotate(

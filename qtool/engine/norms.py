@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from qtool.engine import native_elementwise
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows
 from qtool.runtime.linear import QuantizedLinear
@@ -169,8 +170,6 @@ def _native_add_norm(states: Sum, norm: Norm | None) -> tuple[Tensor, Tensor] | 
     """Return the norm of hidden states, and they, by native_elementwise.c; None where it does not
     compute such ones.
     """
-    from qtool.engine import native_elementwise
-
     x, after = states.x, states.after
     weights = norm.weights if norm else None
     after_weights = after.weights if after else None
@@ -183,7 +182,7 @@ def _native_add_norm(states: Sum, norm: Norm | None) -> tuple[Tensor, Tensor] | 
         x,
         states.residual,
         weights,
-        norm.kind if norm else NormKind(0.0),
+        norm.kind if norm else None,
         after=after_weights,
         after_kind=after.kind if after else None,
         factor=states.factor,

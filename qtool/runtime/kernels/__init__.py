@@ -339,5 +339,6 @@ def _fake_linear(
     )
 
 
-_LIBRARY.impl("linear", torch.no_grad()(_multiply), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_OPERATOR = torch.no_grad()(_multiply)
+_LIBRARY.impl("linear", _OPERATOR, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("qtool::linear", _fake_linear)
