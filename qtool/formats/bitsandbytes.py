@@ -39,6 +39,8 @@ FORMATS: Mapping[str, Format] = {"nf4": "nf4", "fp4": "bnb_fp4"}
 """Quantization type -> format of the weights."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGEST_INT8 = 127
+LARGEST_OFFSET = 3.4e38  # of float32; NaN is not below it either
+DTYPES = ("bfloat16", "float16", "float32")  # of what was quantized
 MAX_STATE_BYTES = 4096
 MAX_SIDE = 1 << 31
 KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
@@ -241,10 +243,11 @@ def _parse_state(data: bytes, where: str) -> _State:
     checks = {
         "quant_type": isinstance(kind, str) and kind in FORMATS,
         "blocksize": _is_block_size(found["blocksize"]),
+        "dtype": isinstance(found["dtype"], str) and found["dtype"] in DTYPES,
         "shape": isinstance(shape, list) and len(shape) == 2 and all(map(_is_side, shape)),
         "nested_blocksize": not is_nested or _is_block_size(found["nested_blocksize"]),
         "nested_dtype": not is_nested or found["nested_dtype"] == "float32",
-        "nested_offset": type(offset) in (int, float) and math.isfinite(offset),
+        "nested_offset": type(offset) in (int, float) and abs(offset) <= LARGEST_OFFSET,
     }
     if wrong := next((key for key, is_right in checks.items() if not is_right), None):
         raise _wrong_state(where, f"its {wrong} cannot be {str(found[wrong])[:60]}")
