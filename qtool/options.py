@@ -263,8 +263,8 @@ class ExportOptions(WriteOptions):
     merge_lora: str | os.PathLike[str] | None = None
     """LoRA adapter of PEFT to merge into a 16-bit checkpoint: folder or Hub name."""
 
-    max_shard_size: str = "5GB"
-    """Maximum size of one safetensors file."""
+    max_shard_size: str | None = None
+    """Maximum size of one weight file. [5GB; a GGUF file is not split]"""
 
     method: str | None = None
     """Method that made the state, for files of mto.save."""

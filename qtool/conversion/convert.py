@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qtool.conversion.plan import ConversionPlan
 
 READ_AHEAD_BYTES = 1 << 30
+SHARD_BYTES = 5 * 10**9
 FREE_BYTES = 16 << 20  # beside tensors and auxiliary files: headers and JSON files
 
 
@@ -116,7 +117,7 @@ def convert(
     start = time.monotonic()
     to = target_named(to)
     output = Path(options.output)
-    shard_bytes = parse_size(options.max_shard_size)
+    shard_bytes = parse_size(options.max_shard_size) if options.max_shard_size is not None else None
     checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=options.revision))
     source = source_files(checkpoint)
     source_manifest = _source_manifest(checkpoint)
@@ -130,7 +131,7 @@ def convert(
     request = _make_request(checkpoint, to, options)
     with checkpoint.weight_files[0].open("rb") as file:
         read_ahead(file.fileno(), 0, READ_AHEAD_BYTES)  # while torch is imported
-    plan = _plan(request, options)
+    plan = _plan(request, options, shard_bytes)
     notes = (*source.notes, *plan.notes)
     for note in notes:
         on_event(NoteEvent(note))
@@ -152,7 +153,8 @@ def convert(
             written, digests = _write_gguf(cast("GgufPlan", plan), source, staging, on_event)
         else:
             folder = cast("ConversionPlan", plan)
-            written, digests = _write(folder, source, staging, shard_bytes, on_event)
+            limit = SHARD_BYTES if shard_bytes is None else shard_bytes
+            written, digests = _write(folder, source, staging, limit, on_event)
         made = {**_manifest(plan), "source_manifest": source_manifest}
         card = write_card(written, output.name, made, on_event)
         manifest = {
@@ -252,15 +254,11 @@ def _check_gguf_options(to: str, options: ExportOptions) -> None:
         raise UsageError(
             "E_SCHEME_UNUSED", "GGUF has types and no schemes", hint="--type Q4_K_M rounds to one"
         )
-    if to == GGUF and options.max_shard_size != ExportOptions.max_shard_size:
-        raise UsageError(
-            "E_SHARD_UNUSED",
-            "--max-shard-size limits safetensors files, and a GGUF file is written whole",
-            hint="leave it out; llama-gguf-split of llama.cpp cuts the file",
-        )
 
 
-def _plan(request: ConversionRequest, options: ExportOptions) -> ConversionPlan | GgufPlan:
+def _plan(
+    request: ConversionRequest, options: ExportOptions, shard_bytes: int | None
+) -> ConversionPlan | GgufPlan:
     """Return the plan; torch is imported for it."""
     if request.to != GGUF:
         from qtool.conversion.plan import plan_conversion
@@ -268,19 +266,20 @@ def _plan(request: ConversionRequest, options: ExportOptions) -> ConversionPlan 
         return plan_conversion(request)
     from qtool.conversion.gguf.plan import plan_gguf
 
-    return plan_gguf(request, file_type_named(options.type) if options.type else None)
+    file_type = file_type_named(options.type) if options.type else None
+    return plan_gguf(request, file_type, shard_bytes)
 
 
 def _write_gguf(
     plan: GgufPlan, source: SourceFiles, staging: Staging, on_event: OnEvent
 ) -> tuple[Checkpoint, Digests]:
-    """Write the file, check its header, and return it as it reads back, with digests."""
+    """Write the files, check their headers, and return them as they read back, with digests."""
     from qtool.conversion.gguf.writing import write_gguf
 
     path = staging.checkpoint / f"{staging.output.name}.gguf"
     digests = write_gguf(plan, path, on_event)
     finish_files(licences(source.aux), source.folder, staging.checkpoint)
-    written = open_gguf(path, derives_folder=False)
+    written = open_gguf(plan.paths(path)[0], derives_folder=False)
     planned = sum(tensor.size_bytes for tensor in plan.tensors)
     if written.size_bytes != planned:
         raise _bug(f"{planned} bytes of tensors were to be written, and {written.size_bytes} are")

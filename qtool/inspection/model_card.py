@@ -127,7 +127,7 @@ def render_card(checkpoint: Checkpoint, name: str, manifest: Json) -> str:
         *_quality(manifest),
         *_speed(manifest),
         "## How to serve it",
-        *_serving(name, engines, is_gguf=is_gguf),
+        *_serving(name, engines, checkpoint.gguf_file),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -251,11 +251,11 @@ def _compared(rows: Iterable[Json]) -> Iterator[tuple[str, ...]]:
         yield (_text(str(row.get("name"))), *numbers)
 
 
-def _serving(name: str, engines: Sequence[EngineReport], *, is_gguf: bool) -> Iterator[str]:
+def _serving(name: str, engines: Sequence[EngineReport], gguf_file: Path | None) -> Iterator[str]:
     path = shlex.quote(f"./{name}")
     commands = [f"qtool serve --model-path {path}"]
-    if is_gguf:
-        commands.append(f"llama-server -m {shlex.quote(f'./{name}/{name}.gguf')}")
+    if gguf_file:
+        commands.append(f"llama-server -m {shlex.quote(f'./{name}/{gguf_file.name}')}")
     refusals = []
     for report in engines:
         label = f"{LABELS.get(report.engine, report.engine)} {report.version}"

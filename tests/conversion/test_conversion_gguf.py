@@ -19,7 +19,9 @@ from support.gguf_models import MODELS, SIZES, needs_llama_cpp
 from support.llama_cpp import log_probabilities
 
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.gguf_header import MAX_SPLITS
 from qtool.conversion import export
+from qtool.conversion.gguf.plan import check_file_count
 from qtool.conversion.gguf.types import FILE_TYPES, ModelShape, tensor_type
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.formats import detect, read
@@ -157,6 +159,37 @@ def test_tensors_come_back_as_they_were(publish, tmp_path, name):
     for key, tensor in before.items():
         # Gemma's norms are stored with 1 added, in f32
         assert torch.allclose(after[key].float(), tensor.float(), rtol=2**-8, atol=2**-23), key
+
+
+def test_a_file_is_not_split_into_more_files_than_are_read():
+    check_file_count(MAX_SPLITS)
+    with pytest.raises(UsageError) as caught:
+        check_file_count(MAX_SPLITS + 1)
+    assert caught.value.code == "E_SHARD_SIZE"
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["Llama", "Qwen3Moe"])
+def test_a_file_that_is_split_is_read_as_one(publish, tmp_path, name):
+    _, folder = publish(name)
+    export(folder, to="gguf", type="Q8_0", output=tmp_path / "whole")
+    result = export(folder, to="gguf", type="Q8_0", max_shard_size="1MiB", output=tmp_path / "out")
+    files = sorted(path.name for path in result.output.glob("*.gguf"))
+    assert files == [
+        f"out-{part:05}-of-{result.files:05}.gguf" for part in range(1, result.files + 1)
+    ]
+    assert result.files > 1
+    whole, split = (open_checkpoint(tmp_path / path) for path in ("whole", "out"))
+    assert whole.config == split.config
+    assert {name: whole.read(name) for name in whole.tensors} == {
+        name: split.read(name) for name in split.tensors
+    }
+    for file in files:
+        held = [tensor for tensor in split.tensors.values() if tensor.file.name == file]
+        assert len(held) == 1 or sum(tensor.size_bytes for tensor in held) <= 1 << 20
+    assert files[0] in (result.output / "README.md").read_text()
+    expected = log_probabilities(tmp_path / "whole" / "whole.gguf", TOKENS[:4])
+    assert log_probabilities(result.output / files[0], TOKENS[:4]) == expected
 
 
 @pytest.mark.parametrize("name", ["Llama", "GptOss"])
@@ -351,7 +384,6 @@ def test_a_tensor_without_a_place_is_refused_by_name(publish, tmp_path):
     [
         ({"to": "gguf", "type": "Q4_K_X"}, "E_GGUF_FILE_TYPE"),
         ({"to": "gguf", "scheme": "W4A16"}, "E_SCHEME_UNUSED"),
-        ({"to": "gguf", "max_shard_size": "1GB"}, "E_SHARD_UNUSED"),
         ({"to": "bf16", "type": "Q4_0"}, "E_TYPE_UNUSED"),
     ],
 )

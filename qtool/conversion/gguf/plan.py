@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import gguf
 import numpy as np
 from torch import Tensor
 
+from qtool.checkpoint.gguf_header import MAX_SPLITS
 from qtool.checkpoint.gguf_types import BLOCKS, UNQUANTIZED
 from qtool.conversion.gguf.config import ModelConfig
 from qtool.conversion.gguf.holding import held_by
@@ -24,6 +26,7 @@ from qtool.conversion.gguf.types import (
 )
 from qtool.conversion.gguf.vocabulary import describe_vocabulary
 from qtool.conversion.request import ConversionRequest
+from qtool.errors import UsageError
 from qtool.formats.stored_layer import read_value
 from qtool.weight import QuantizedWeight, with_one_scale
 
@@ -46,14 +49,43 @@ class TypeChoice:
     """Whether scales are rounded to 16 bits, while codes are kept."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies."""
+
+    part: int
+    """Which of the files, from 0."""
+    offset: int
+    """Bytes from the start of its data."""
+
+
+class _Places:
+    """Puts tensors one after another, in files of at most ``limit`` bytes of data; a larger tensor
+    gets a file of its own. None: in one file.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.sizes = [0]
+        """Bytes of the data of each file."""
+        self._limit = limit
+
+    def place(self, size: int) -> Place:
+        """Return where the next ``size`` bytes go."""
+        offset = self.sizes[-1]
+        if self._limit is not None and offset and offset + size > self._limit:
+            self.sizes.append(0)
+            offset = 0
+        self.sizes[-1] = align(offset + size)
+        return Place(len(self.sizes) - 1, offset)
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedTensor:
     """A tensor of the file."""
 
     assembly: Assembly
     choice: TypeChoice
-    offset: int
-    """Bytes from the start of the data."""
+    place: Place
 
     @property
     def name(self) -> str:
@@ -63,12 +95,12 @@ class PlannedTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of a piece."""
-        return row_bytes(self.choice.type, self.assembly.pieces[0].unit.columns)
+        return row_bytes(self.choice.type, self.assembly.row_width)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its data."""
-        return self.row_bytes * sum(piece.count for piece in self.assembly.pieces)
+        return self.row_bytes * self.assembly.row_count
 
 
 @dataclass(frozen=True)
@@ -78,8 +110,10 @@ class GgufPlan:
     request: ConversionRequest
     config: ModelConfig
     tensors: tuple[PlannedTensor, ...]
-    extra: Mapping[str, Tensor]
-    """Tensors that come from the config, f32, by name; they follow the others."""
+    extra: Mapping[str, tuple[Tensor, Place]]
+    """Tensors that come from the config, f32, by name."""
+    part_bytes: tuple[int, ...]
+    """Bytes of the data of each file."""
     file_type: int
     notes: tuple[str, ...]
     """What the user should know."""
@@ -92,13 +126,17 @@ class GgufPlan:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self.extra_offset + sum(align(tensor.numel() * 4) for tensor in self.extra.values())
+        return sum(self.part_bytes)
 
-    @property
-    def extra_offset(self) -> int:
-        """Where the data of `extra` begins."""
-        last = self.tensors[-1]
-        return align(last.offset + last.size_bytes)
+    def paths(self, path: Path) -> list[Path]:
+        """Return the files, with names as llama-gguf-split gives them where ``path`` is split."""
+        count = len(self.part_bytes)
+        if count == 1:
+            return [path]
+        stem = path.name.removesuffix(".gguf")
+        return [
+            path.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)
+        ]
 
     @cached_property
     def rounded(self) -> Mapping[str, str]:
@@ -120,7 +158,7 @@ class GgufPlan:
         )
 
     def writer(self) -> gguf.GGUFWriter:
-        """Return what writes the header: metadata, and where each tensor lies."""
+        """Return what writes the headers: metadata, and where each tensor lies."""
         name = self.config.architecture.name
         values = self.config.values
         writer = gguf.GGUFWriter(None, name)
@@ -136,57 +174,64 @@ class GgufPlan:
             is_gemma=self.config.architecture.is_gemma,
         )
         for tensor in self.tensors:
-            _add_info(writer, tensor.name, tensor.assembly.shape, tensor.choice.type, tensor)
-        for key, factors in self.extra.items():
-            writer.add_tensor_info(
-                key,
-                tuple(factors.shape),
-                np.dtype(np.float32),
-                factors.numel() * 4,
-                gguf.GGMLQuantizationType.F32,
-            )
+            shape, size = tensor.assembly.shape, tensor.size_bytes
+            _add_info(writer, tensor.place, tensor.name, shape, tensor.choice.type, size)
+        for key, (factors, place) in self.extra.items():
+            _add_info(writer, place, key, tuple(factors.shape), "F32", factors.numel() * 4)
         return writer
 
 
 def _add_info(
     writer: gguf.GGUFWriter,
+    place: Place,
     name: str,
     shape: tuple[int, ...],
     type: str,
-    tensor: PlannedTensor,
+    size_bytes: int,
 ) -> None:
+    if place.part == len(writer.tensors):
+        writer.tensors.append({})  # the next file
     writer.add_tensor_info(
         name,
         shape,
         np.dtype(np.float32),  # the shape is that of numbers, not of bytes
-        tensor.size_bytes,
+        size_bytes,
         gguf.GGMLQuantizationType[type],
     )
 
 
-def plan_gguf(request: ConversionRequest, file_type: str | None) -> GgufPlan:
+def plan_gguf(
+    request: ConversionRequest, file_type: str | None, part_bytes: int | None = None
+) -> GgufPlan:
     """Decide what the file holds, from headers, configs and the scales of quantized layers.
 
     Args:
         file_type: one of `types.FILE_TYPES`; None keeps every layer as it is.
+        part_bytes: the most data of one file; None for one file.
     Raises: CheckpointRefused, for an architecture, a tokenizer, a config or a layer that GGUF
-        cannot hold.
+        cannot hold; UsageError, when it would be split into too many files.
     """
     checkpoint = request.checkpoint
     config = ModelConfig.of(checkpoint, architecture_of(checkpoint))
     found = assemble(checkpoint, request.layout, config)
     chooser = _Chooser(request, config, file_type)
+    places = _Places(part_bytes)
     tensors = []
-    offset = 0
     for assembly in found.tensors:
-        planned = PlannedTensor(assembly, chooser.choose(assembly), offset)
-        offset = align(offset + planned.size_bytes)
-        tensors.append(planned)
+        choice = chooser.choose(assembly)
+        size = row_bytes(choice.type, assembly.row_width) * assembly.row_count
+        tensors.append(PlannedTensor(assembly, choice, places.place(size)))
+    extra = {
+        name: (tensor, places.place(tensor.numel() * 4))
+        for name, tensor in config.rope_tensors().items()
+    }
+    check_file_count(len(places.sizes))
     plan = GgufPlan(
         request=request,
         config=config,
         tensors=tuple(tensors),
-        extra=config.rope_tensors(),
+        extra=extra,
+        part_bytes=tuple(places.sizes),
         file_type=_file_type_number(file_type, tensors),
         notes=(
             *config.notes(),
@@ -197,6 +242,16 @@ def plan_gguf(request: ConversionRequest, file_type: str | None) -> GgufPlan:
     )
     plan.writer()  # refuses what the tokenizer or the config has no words for
     return plan
+
+
+def check_file_count(files: int) -> None:
+    """Raise UsageError for more ``files`` of one model than qtool reads."""
+    if files > MAX_SPLITS:
+        raise UsageError(
+            "E_SHARD_SIZE",
+            f"--max-shard-size would split the file into {files:,}; the limit is {MAX_SPLITS:,}",
+            hint="raise it, or leave it out for one file",
+        )
 
 
 class _Chooser:

@@ -96,6 +96,16 @@ class Assembly:
         return self.shape[-1]
 
     @property
+    def row_width(self) -> int:
+        """Numbers of one row of a piece; of a vector 1."""
+        return self.pieces[0].unit.columns
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all pieces."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
     def count(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)

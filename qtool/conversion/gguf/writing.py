@@ -1,10 +1,11 @@
-"""Writes the file that a plan describes: the header first, then each tensor at its place."""
+"""Writes the files that a plan describes: the headers first, then each tensor at its place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.gguf_types import UNQUANTIZED
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.gguf.holding import blocks_of
-from qtool.conversion.gguf.plan import GgufPlan, PlannedTensor, align
+from qtool.conversion.gguf.plan import GgufPlan, Place, PlannedTensor, align
 from qtool.conversion.gguf.tensors import Piece, Unit
 from qtool.conversion.streaming import layer_threads, run_bounded, worker_count
 from qtool.errors import CheckpointRefused, naming
@@ -37,77 +38,86 @@ class _Write:
 
     tensor: PlannedTensor
     piece: Piece
-    offset: int
-    """Bytes from the start of the data."""
+    place: Place
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that is written."""
+
+    fd: int
+    start: int
+    """Where its data begins."""
 
 
 def write_gguf(plan: GgufPlan, path: Path, on_event: OnEvent) -> Digests:
-    """Write the file ``path``; return its digest.
+    """Write the file ``path``, or several by `GgufPlan.paths`; return their digests.
 
     Raises: CheckpointRefused, when a number is not finite or fits no type.
     """
-    data_offset = _write_header(plan, path)
+    paths = plan.paths(path)
+    starts = _write_headers(plan, path, paths)
     writes: dict[Unit, list[_Write]] = {}
     for tensor in plan.tensors:
-        offset = tensor.offset
+        part, offset = tensor.place.part, tensor.place.offset
         for piece in tensor.assembly.pieces:
-            writes.setdefault(piece.unit, []).append(_Write(tensor, piece, offset))
+            writes.setdefault(piece.unit, []).append(_Write(tensor, piece, Place(part, offset)))
             offset += piece.count * tensor.row_bytes
     workers = worker_count(max(unit.rows * unit.columns for unit in writes))
-    with naming(path), path.open("r+b") as file, layer_threads(workers) as pool:
-        _write_extra(plan, file.fileno(), data_offset)
-        tasks = _tasks(plan, file.fileno(), data_offset, writes)
+    with naming(paths[0].parent), ExitStack() as opened, layer_threads(workers) as pool:
+        opened_files = [opened.enter_context(path.open("r+b")) for path in paths]
+        files = [
+            _File(file.fileno(), start) for file, start in zip(opened_files, starts, strict=True)
+        ]
+        for factors, place in plan.extra.values():
+            _write_at(files, place, 0, factors.view(torch.uint8))
+        tasks = _tasks(plan, files, writes)
         for done, _ in enumerate(run_bounded(pool, tasks, workers), start=1):
             on_event(ProgressEvent("converting", done, len(writes)))
     on_event(StageEvent("checking the result"))
     with ThreadPoolExecutor(1) as pool:
-        durable = pool.submit(make_durable, path)
-        digests = digest_files([path])
-        durable.result()
+        durable = [pool.submit(make_durable, path) for path in paths]
+        digests = digest_files(paths)
+        for each in durable:
+            each.result()
     return digests
 
 
-def _write_header(plan: GgufPlan, path: Path) -> int:
+def _write_headers(plan: GgufPlan, path: Path, paths: Sequence[Path]) -> list[int]:
     """Write metadata and the places of all tensors, make room for their data, and return where
-    that begins.
+    that begins in each file.
     """
     writer = plan.writer()
-    with naming(path):
+    starts = []
+    with naming(paths[0].parent):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        start = align(path.stat().st_size)
-        os.truncate(path, start + plan.size_bytes)
-    return start
-
-
-def _write_extra(plan: GgufPlan, target: int, data_offset: int) -> None:
-    offset = data_offset + plan.extra_offset
-    for tensor in plan.extra.values():
-        _write_at(target, tensor.view(torch.uint8), offset)
-        offset = align(offset + tensor.numel() * 4)
+    for part, size in zip(paths, plan.part_bytes, strict=True):
+        with naming(part):
+            starts.append(align(part.stat().st_size))
+            os.truncate(part, starts[-1] + size)
+    return starts
 
 
 def _tasks(
-    plan: GgufPlan, target: int, data_offset: int, writes: dict[Unit, list[_Write]]
+    plan: GgufPlan, files: Sequence[_File], writes: dict[Unit, list[_Write]]
 ) -> Iterator[Callable[[], None]]:
     for unit, places in writes.items():
-        yield partial(_write_unit, plan, target, data_offset, unit, places)
+        yield partial(_write_unit, plan, files, unit, places)
 
 
-def _write_unit(
-    plan: GgufPlan, target: int, data_offset: int, unit: Unit, places: list[_Write]
-) -> None:
+def _write_unit(plan: GgufPlan, files: Sequence[_File], unit: Unit, places: list[_Write]) -> None:
     is_held = places[0].tensor.choice.is_held
     value = _source_value(plan, unit, is_held=is_held)
     for place in places:
-        offset = data_offset + place.offset
+        offset = 0
         shift = plan.config.norm_shift(place.tensor.name)
         for rows in place.piece.chunks(CHUNK):
             taken = value[rows] if isinstance(value, Tensor) and is_held else unit.take(value, rows)
             data = _encode(place.tensor, unit, taken, shift)
-            _write_at(target, data, offset)
+            _write_at(files, place.place, offset, data)
             offset += data.numel()
 
 
@@ -155,8 +165,11 @@ def _unquantized(unit: Unit, numbers: Tensor, type: str) -> Tensor:
     return written.view(torch.uint8)
 
 
-def _write_at(target: int, data: Tensor, offset: int) -> None:
+def _write_at(files: Sequence[_File], place: Place, offset: int, data: Tensor) -> None:
+    """Write ``data`` to its file, ``offset`` bytes behind ``place``."""
+    file = files[place.part]
+    offset += file.start + place.offset
     view = memoryview(data.contiguous().numpy().data).cast("B")
     done = 0
     while done < len(view):
-        done += os.pwrite(target, view[done:], offset + done)
+        done += os.pwrite(file.fd, view[done:], offset + done)
