@@ -43,6 +43,7 @@ DECODERS = ("language_model.model.", "model.language_model.", "model.")
 """What the names of the decoder's modules begin with, by version of transformers and by engine."""
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 DECODER_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+TABLE_SHARD = re.compile(r"\.shard_\d+$")
 ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 
 
@@ -161,8 +162,16 @@ def expert_stack(name: str) -> str | None:
 
 def is_embedding(name: str) -> bool:
     """Whether the module ``name`` looks rows up instead of multiplying."""
-    part = last_part(name)
+    part = last_part(table_of_shard(name) or name)
     return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
+
+
+def table_of_shard(name: str) -> str:
+    """Return the table that the module ``name`` is a shard of, as `ngram_embedding.shard_0` of
+    Qwen3.8; empty for other modules.
+    """
+    table = TABLE_SHARD.sub("", name)
+    return table if table != name and is_embedding(table) else ""
 
 
 @lru_cache(maxsize=64)  # lists of names ask one after the other

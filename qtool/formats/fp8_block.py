@@ -30,7 +30,7 @@ from qtool.formats.layout import (
 )
 from qtool.formats.scaled import E8M0_DTYPES, kept_tensors, multipliers, weights_of
 from qtool.formats.scaled import read as read_scaled
-from qtool.modules import has_key_scales
+from qtool.modules import has_key_scales, is_embedding
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ def _module(parts: Parts, config: Json) -> QuantizedModule:
     if block == (1, MX_GROUP) and scale.dtype in E8M0_DTYPES:
         _check_groups(parts, scale_name, rows, columns)
         scheme = SCHEMES["MXFP8"]
+    elif block and scale.count == 1 and is_embedding(parts.name):
+        scheme = Scheme(Weights("fp8", "tensor"))  # Qwen3.8's table of n-grams
     elif block:
         scheme = _block_scheme(parts, scale_name, shape, block)
     elif scale.count == 1 and config.get("quant_method") != "fbgemm_fp8":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.strict_json import Json, JsonDict
 from qtool.errors import CheckpointRefused
-from qtool.modules import is_embedding
+from qtool.modules import is_embedding, table_of_shard
 from qtool.scheme import Scheme, Weights, number_format
 
 if TYPE_CHECKING:
@@ -179,13 +179,19 @@ class Parts:
 
 
 def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
-    """Yield every module that owns tensors, in the order of the headers."""
+    """Yield every module that owns tensors, in the order of the headers; shards of a table have the
+    scales that lie on the table, `ngram_embedding.weight_scale` of `ngram_embedding.shard_0`.
+    """
     modules: dict[str, dict[str, TensorInfo]] = {}
+    tables: set[str] = set()
     for name, tensor in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         modules.setdefault(module, {})[suffix] = tensor
+        if (table := table_of_shard(module)) in modules:
+            tables.add(table)
     for module, tensors in modules.items():
-        yield Parts(module, tensors)
+        if module not in tables:
+            yield Parts(module, {**modules.get(table_of_shard(module), {}), **tensors})
 
 
 def group_size(columns: int, groups: int, configured: int | None = None) -> int:

@@ -32,7 +32,7 @@ from qtool.formats.modelopt_config import (
     quantization_config,
 )
 from qtool.formats.scaled import is_quantized, kept_tensors, read, weights_of
-from qtool.modules import has_key_scales
+from qtool.modules import has_key_scales, is_embedding
 from qtool.scheme import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -218,8 +218,10 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
             "E_QUANT_CONFIG",
             f"`{parts.name}`: the config says {algorithm}, and its tensors hold {weights}",
         )
-    if activations and activations.needs_data:
-        parts["input_scale"]
+    if activations and activations.needs_data and "input_scale" not in parts:
+        if not is_embedding(parts.name):
+            parts["input_scale"]
+        activations = None  # rows are looked up, as Qwen3.8's of n-grams
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, kept_tensors(parts))
 
 

@@ -18,6 +18,7 @@ from qtool.weight import dequantize
 SLOW_S = 2.0
 LAYOUTS, EACH = 6, 10  # that every run tries
 WITH_CONFIG = sorted(name for name in PUBLISHED if not name.startswith("gguf"))
+ENGINES = ("vllm", "sglang")
 OTHER_NUMBERS = " has other numbers"
 # keys that say which numbers the same tensors mean
 MEANING = {"backend", "checkpoint_format", "packing_format", "quant_method"}
@@ -31,7 +32,8 @@ def outcome(folder, expected, first):
     try:
         checkpoint = open_checkpoint(folder)
         layout = formats.detect(checkpoint)
-        render(inspect(checkpoint, engine="vllm"))
+        for engine in ENGINES:
+            render(inspect(checkpoint, engine=engine))
         if layout is None:
             return "taken for a model in 16 bits"
         changed = [name for name, own in layout.modules.items() if own != first.modules.get(name)]

@@ -1,15 +1,20 @@
 """Configs of published layouts, changed: what they then say, or why they are refused."""
 
 import json
+from functools import partial
 
 import pytest
+import torch
 from support.published import PUBLISHED
-from support.published.floats import fp8_channel, mxfp4
-from support.published.models import qwen3_moe, write
+from support.published.floats import fp8_block, fp8_channel, mxfp4, nvfp4
+from support.published.models import llama, qwen3_moe, random_tensors, write
 
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointRefused
-from qtool.formats import detect
+from qtool.formats import detect, read
+from qtool.inspection.engines import check_engine
+from qtool.scheme import Scheme, Weights
+from qtool.weight import dequantize
 
 MX = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "is_dynamic": False}
 MX_INPUT = {**MX, "is_dynamic": True}
@@ -24,6 +29,54 @@ def changed(folder, name, change):
     change(whole["quantization_config"])
     file.write_text(json.dumps(whole))
     return detect(open_checkpoint(folder))
+
+
+TABLE = "model.layers.0.ple.ple_embedding.ngram_embedding"
+
+
+@pytest.mark.parametrize(
+    ("config", "matrix", "scale"),
+    [
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    **{f"model.layers.{index}.mlp": {"quant_algo": "NVFP4"} for index in (0, 1)},
+                    TABLE: {"quant_algo": "FP8"},
+                },
+            },
+            partial(nvfp4, input_amax=4.0),
+            "weight_scale",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, fp8_block, "weight_scale_inv"),
+    ],
+    ids=["ModelOpt", "fp8"],
+)
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_table_in_shards_is_read_with_one_scale_or_several(
+    tmp_path, config, matrix, scale, is_shared
+):
+    """Qwen3.8-Flash-Next by NVIDIA and in FP8: rows are looked up, so no input is rounded."""
+    shards = [f"{TABLE}.shard_{index}" for index in (0, 1)]
+    codes = random_tensors(dict.fromkeys(shards, (64, 32)))
+    tensors = {f"{name}.weight": codes[name].to(torch.float8_e4m3fn) for name in shards}
+    owners = [TABLE] if is_shared else shards
+    tensors |= {f"{owner}.{scale}": torch.tensor(0.01).bfloat16() for owner in owners}
+    model, weights = llama()
+    model |= {"model_type": "qwen4_exp_text"}
+    write(tmp_path / "model", (model, weights), {"mlp": matrix}, config, tensors=tensors)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    layout = detect(checkpoint)
+    assert layout.warnings == ()
+    for name in shards:
+        assert layout.modules[name].scheme == Scheme(Weights("fp8", "tensor"))
+        found = dequantize(read(checkpoint, layout, name))
+        expected = tensors[f"{name}.weight"].float() * torch.tensor(0.01).bfloat16().float()
+        assert torch.equal(found, expected)
+    for engine in ("vllm", "sglang"):
+        findings = check_engine(checkpoint, layout, engine).findings
+        assert "E_ENGINE_EMBEDDING" not in [each.code for each in findings]
 
 
 def test_a_pattern_of_quark_may_tell_one_expert_from_the_others(tmp_path):
