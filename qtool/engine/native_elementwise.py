@@ -121,12 +121,13 @@ def rotate_and_write(
         interleaved: whether neighbouring channels rotate together.
     """
     library, (_, kv_heads, _, width) = _library(), kv.k.shape
-    out, size, address = qkv.new_empty(len(qkv), heads, width), qkv.element_size(), qkv.data_ptr()
+    tokens, size, address = qkv.shape[0], qkv.element_size(), qkv.data_ptr()
+    out = qkv.new_empty(tokens, heads, width)
     q_norm, k_norm, kind = norms or (None, None, NO_KIND)
     cos, sin = angles or (None, None)
     library.rotate_and_write(
         Rotate(
-            library.job(len(qkv), (heads + 2 * kv_heads) * width),
+            library.job(tokens, (heads + 2 * kv_heads) * width),
             *(address + start * size for start in at),
             *map(_address, (q_norm, k_norm, cos, sin, out, kv.k, kv.v)),
             *map(_address, (packed.table, packed.rows, packed.positions)),

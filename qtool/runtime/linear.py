@@ -61,7 +61,7 @@ class QuantizedLinear(PackedModule):
             packed = load_kernel(kernel).pack(self.spec, weight)
             calls.append((kernel, most, tuple(packed)))
             for name, tensor in packed.items():
-                self.register_buffer(f"{kernel}_{name}", tensor, persistent=False)
+                self.register_packed(f"{kernel}_{name}", tensor)
         return tuple(calls)
 
     @property
@@ -79,7 +79,7 @@ class QuantizedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., K]; the result is [..., N] of its dtype."""
         if x.dim() == 2 and x.dtype == self.spec.dtype:
-            return self._multiply(x) if len(x) else x.new_empty(0, self.out_features)
+            return self._multiply(x) if x.shape[0] else x.new_empty(0, self.out_features)
         rows = x.reshape(-1, self.in_features).to(self.spec.dtype)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], self.out_features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Callable
 from typing import Self
 
@@ -12,9 +13,32 @@ from torch import Tensor, nn
 from qtool.errors import UsageError
 from qtool.scheme import Scheme
 
+HUGE = 2 << 20  # bytes of a large page of x86; less is left where it is
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a copy of it that the system is asked to keep in huge pages: a CPU then
+    looks up fewer addresses, and reads weights some percent faster.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.nbytes < HUGE:
+        return tensor
+    if not tensor.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    memory = mmap.mmap(-1, tensor.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return tensor
+    copied = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+    return copied.copy_(tensor)
+
 
 class PackedModule(nn.Module):
     """Holds packed weights as buffers that move and are shared whole, and never change."""
+
+    def register_packed(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor of a kernel as the buffer ``name``."""
+        self.register_buffer(name, in_huge_pages(tensor), persistent=False)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:

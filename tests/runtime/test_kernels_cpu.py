@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qtool.runtime.kernels import KERNELS, Choice, Device, LinearSpec, choose, load_kernel, native
 from qtool.runtime.kernels import int4pack as int4
 from qtool.runtime.linear import QuantizedLinear
+from qtool.runtime.packed import in_huge_pages
 from qtool.scheme import SCHEMES, Activations, Scheme, Weights
 from qtool.weight import Activation, QuantizedWeight, dequantize, fake_quantize_input, quantize
 
@@ -379,3 +380,14 @@ def test_each_scheme_goes_to_its_kernel_where_native_is_none(monkeypatch):
         "W4A16_ASYM"
     }
     assert "int8pack" not in chosen.values()  # it is for CPUs without VNNI
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_large_tensors_are_the_same_in_huge_pages(dtype):
+    tensor = torch.randint(0, 256, (3, 1 << 20), dtype=torch.uint8).view(dtype)
+    moved = in_huge_pages(tensor)
+    assert moved.data_ptr() != tensor.data_ptr() and moved.data_ptr() % 64 == 0
+    assert moved.shape == tensor.shape and moved.dtype == dtype
+    assert torch.equal(moved.view(torch.uint8), tensor.view(torch.uint8))
+    for left in (tensor[:, ::2], tensor[:, :100]):
+        assert in_huge_pages(left) is left

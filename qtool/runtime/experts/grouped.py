@@ -111,7 +111,7 @@ class GroupedExperts(PackedModule):
         packed = load_experts_kernel(kernel).pack(spec, weights)
         self._names = tuple(packed)
         for name, tensor in packed.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_packed(name, tensor)
         self._call = len(_CALLS)
         _CALLS.append(_Call(spec, kernel, self._names))
 

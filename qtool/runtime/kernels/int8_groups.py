@@ -91,7 +91,7 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     library = int8_library()
     assert not isinstance(library, str)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y, scale, offset = x.new_empty(len(x), spec.shape[0]), packed["scale"], packed.get("offset")
+    y, scale, offset = x.new_empty(x.shape[0], spec.shape[0]), packed["scale"], packed.get("offset")
     weights = spec.scheme.weights
     job = Job(
         x.data_ptr(),
@@ -102,7 +102,7 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
         y.data_ptr(),
         None,
         library.parallel,
-        len(x),
+        x.shape[0],
         *spec.shape,
         weights.group_size,
         weights.bits == 4,
