@@ -181,7 +181,8 @@ class EventStream(Response):
         try:
             await self._send_event(send, await self._first)
             async for some in self._events:
-                await self._send_event(send, some)
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": some, "more_body": True})
         except (QtoolError, Busy) as error:
             last = self._reply.failure(error)
             await send({"type": "http.response.body", "body": last, "more_body": True})

@@ -117,7 +117,9 @@ class _CompletionReply(Reply):
         """How many of the texts for each prompt are returned."""
         self._threads = service.threads
         self._vocabulary = service.vocabulary
-        self._body = body
+        self._has_logprobs = body.logprobs is not None
+        self._repeats_logprobs = self._has_logprobs and bool(body.echo)
+        """Whether those of the prompt are returned, too."""
         self._submission = submission
         self._account = account
         self._each = submission.params.n
@@ -162,14 +164,13 @@ class _CompletionReply(Reply):
         """Yield the reply as events: the text of each choice, why it ended, and the usage."""
         async for outputs in stream:
             noted = [self._note(output) for output in outputs]
-            if any(output.prompt_logprobs for output in noted):
+            if self._repeats_logprobs and any(output.prompt_logprobs for output in noted):
                 size = reply_bytes(noted, self._submission)
-                choices = await self._threads.run(size, self._chunk_choices, noted)
+                events = await self._threads.run(size, self._chunks, noted)
             else:
-                choices = self._chunk_choices(noted)
-            events = [event(self._chunk(choice)) for choice in choices if choice is not None]
+                events = self._chunks(noted)
             if events:
-                yield b"".join(events)
+                yield events
         if self._stream_usage.at_end:
             yield event(self._chunk(usage=self._account.usage()))
         yield DONE
@@ -191,7 +192,7 @@ class _CompletionReply(Reply):
         )
 
     def _whole_logprobs(self, output: CompletionOutput) -> CompletionLogprobs | None:
-        if self._body.logprobs is None:
+        if not self._has_logprobs:
             return None
         before = self._begin_offsets(output.index)
         after = self._add_offsets(output)
@@ -203,9 +204,8 @@ class _CompletionReply(Reply):
         probabilities, if it does; the offsets of its own tokens go on from there.
         """
         prompt = index // self._each
-        repeats = self._body.echo and self._body.logprobs is not None
         before, self._offsets[index] = prompt_offsets(
-            self._submission.prompts[prompt] if repeats else [],
+            self._submission.prompts[prompt] if self._repeats_logprobs else [],
             self._echoed[prompt],
             self._vocabulary,
         )
@@ -223,10 +223,14 @@ class _CompletionReply(Reply):
             usage=self._stream_usage.of_chunk() if usage is None else usage,
         )
 
-    def _chunk_choices(
-        self, outputs: Sequence[CompletionOutput]
-    ) -> list[CompletionChunkChoice | None]:
-        return [self._chunk_choice(output) for output in outputs]
+    def _chunks(self, outputs: Sequence[CompletionOutput]) -> bytes:
+        """Return the events of ``outputs``, which are none if there is nothing to show."""
+        events = b""
+        for output in outputs:
+            choice = self._chunk_choice(output)
+            if choice is not None:
+                events += event(self._chunk(choice))
+        return events
 
     def _chunk_choice(self, output: CompletionOutput) -> CompletionChunkChoice | None:
         """Return what ``output`` adds to its choice; None if that is nothing to show."""
@@ -235,8 +239,8 @@ class _CompletionReply(Reply):
         if output.index not in self._offsets:
             before = self._begin_offsets(output.index)
             choice.text = self._echoed[output.index // self._each] + output.text
-        logprobs = [*output.prompt_logprobs, *output.logprobs]
-        if self._body.logprobs is not None and logprobs:
+        if self._has_logprobs and (output.logprobs or output.prompt_logprobs):
+            logprobs = [*output.prompt_logprobs, *output.logprobs]
             offsets = [*before, *self._add_offsets(output)]
             choice.logprobs = completion_logprobs(logprobs, self._vocabulary, offsets)
         if output.finish is not None:

