@@ -20,7 +20,8 @@ REST = re.compile(r".+", re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]+")
 _ANY_CHARACTER = re.compile(r".", re.DOTALL)
 _IN_STRING = re.compile(r'[^"\\]+')
-_STRING_END = re.compile(r'["\\]')
+# a quote that is not escaped, or a backslash whose character is in the next piece
+_STRING_END = re.compile(r'(?<!\\)(?:\\\\)*(?:"|\\\Z)')
 _IN_VALUE = re.compile(r'[^"{}\[\]<]+')
 _SCALAR = re.compile(r'[^\s",:{}\[\]<]+')
 _ARGUMENTS = ("arguments", "parameters")
@@ -84,6 +85,8 @@ class CallReader(ABC):
             self._has_content = True
             return Delta(text)
         if self._run is not None and text and self._run[0].search(text) is None:
+            if self._run[1] == self._give_arguments:  # as they come: nothing is held
+                return Delta("", (CallDelta(self._calls - 1, None, None, text),))
             self._held.append(text)
             self._run[1](text)
             return self._take_delta()
