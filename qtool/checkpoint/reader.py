@@ -56,6 +56,14 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
                 f"{path} is a file, not a model folder",
                 "give the folder that holds config.json, or a .gguf file",
             )
+        if not is_there(path / "config.json") and is_there(path / "params.json"):
+            raise refused(
+                "E_NOT_A_MODEL",
+                f"{path}: params.json and no config.json: this is Mistral's own format, which "
+                "qtool does not read",
+                "vLLM loads it; take the folder with config.json, which Mistral publishes for most "
+                "models",
+            )
         if not is_there(path / "config.json"):
             raise refused(
                 "E_NOT_A_MODEL",

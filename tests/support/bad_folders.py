@@ -312,6 +312,11 @@ BAD_FOLDERS: dict[str, tuple[Builder, str, tuple[str, ...]]] = {
         ("is a file",),
     ),
     "empty folder": (lambda folder: None, "E_NOT_A_MODEL", ("no config.json",)),
+    "Mistral's own format": (
+        lambda folder: (folder / "params.json").write_text('{"dim": 256}'),
+        "E_NOT_A_MODEL",
+        ("params.json", "Mistral"),
+    ),
     "name too long": (
         index({"a": "x" * 4000 + ".safetensors"}),
         "E_INDEX_PATH",

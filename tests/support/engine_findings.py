@@ -24,6 +24,8 @@ from support.headers_only import (
     write,
 )
 from support.published import PUBLISHED
+from support.published.models import qwen3_moe
+from support.published.models import write as write_small
 
 ENGINES = ("sglang", "tensorrt-llm", "transformers", "vllm")
 
@@ -55,6 +57,13 @@ def published(name):
         return open_checkpoint(folder / "model")
 
     return make
+
+
+def experts_in_16_bits(folder):
+    """Experts one by one, as they are dequantized to, of a model that stacks them."""
+    model, weights = qwen3_moe()
+    write_small(folder / "model", ({**model, "model_type": "gemma4_text"}, weights), {}, None)
+    return open_checkpoint(folder / "model")
 
 
 def check(checkpoint, engine, **options):
@@ -189,6 +198,7 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     ),
     "E_ENGINE_INITIALIZES": (of(packed(), model={"model_type": "falcon"}), {}),
     "E_ENGINE_OWN_LINEARS": (of(Gptq(), model={"model_type": "falcon"}), {}),
+    "E_ENGINE_DENSE_EXPERTS": (experts_in_16_bits, {}),
     "E_ENGINE_EXPERTS_ONE_BY_ONE": (of(fp8(), shapes=EXPERTS, model={"model_type": "gpt_oss"}), {}),
     "N_ENGINE_EXPERTS_INPUTS": (of(fp8(), shapes=EXPERTS), {}),
     "W_ENGINE_CPU_GROUP": (of(Gptq(group=256, group_size=-1)), {}),

@@ -28,7 +28,14 @@ from qtool.inspection.engines.rule_inputs import (
     Stored,
     Weight,
 )
-from qtool.modules import HEADS, expert_stack, has_key_scales, is_head, other_names
+from qtool.modules import (
+    HEADS,
+    expert_stack,
+    has_key_scales,
+    is_expert,
+    is_head,
+    other_names,
+)
 from qtool.scheme import Scheme
 
 METHOD_ALIASES = {
@@ -77,6 +84,7 @@ def collect_checkpoint(
         sparse=as_mapping(config.config.get("sparsity_config")).get("format", "dense") != "dense",
         inverse_scales=config.config.get("weight_scale_semantics") == "inverse",
         model_type=as_word(checkpoint.config.get("model_type")) or None,
+        single_experts=any(map(is_expert, checkpoint.tensors)),
         groups=len(config.weights),
         class_targets=config.class_targets,
         transforms=config.transforms,

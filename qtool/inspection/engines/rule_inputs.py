@@ -70,6 +70,8 @@ class CheckpointInputs:
     """Whether scales divide, as those of GPTQModel's FP8 do."""
     model_type: str | None
     """As config.json has it."""
+    single_experts: bool
+    """Whether experts have tensors of their own, ``experts.0.down_proj``."""
     groups: int
     """How many config groups name weights."""
     class_targets: bool
