@@ -90,7 +90,7 @@ def exact(
 HERE = [
     kernel
     for kernel in KERNELS["cpu"]
-    if kernel in TAKERS
+    if kernel != "int8_groups"
     and (
         kernel != "native" or load_kernel(kernel).unsupported_reason(spec_of("W4A16"), CPU) is None
     )
