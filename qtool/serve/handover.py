@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from qtool import formats
 from qtool.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from qtool.checkpoint.temporary import remove_temporary_folders
 from qtool.errors import CheckpointRefused, ResourceError
 from qtool.inspection import inspect
 from qtool.inspection.engines import EngineReport
@@ -72,6 +73,7 @@ def prepare(
 
 def hand_over(command: Command) -> NoReturn:
     """Become the process that ``command`` describes: same process id, nothing of this one left."""
+    remove_temporary_folders()
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})

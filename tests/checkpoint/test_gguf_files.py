@@ -212,7 +212,10 @@ import sys
 from pathlib import Path
 from qtool.checkpoint import open_checkpoint, source_files
 print(open_checkpoint(Path(sys.argv[1])).path, flush=True)
-input()
+if input() == "hand over":
+    from qtool.serve.engine_command import Command
+    from qtool.serve.handover import hand_over
+    hand_over(Command("vllm", ("/bin/true",)))
 """
 
 
@@ -239,14 +242,18 @@ def opener(tmp_path):
         yield start
 
 
-def test_what_is_derived_from_a_file_goes_with_its_process(opener):
-    ended, first = opener()
+@pytest.mark.parametrize("order", ["end", "hand over"])
+def test_what_is_derived_from_a_file_goes_with_its_process(opener, order):
+    process, folder = opener()
+    assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json"}
+    process.communicate(f"{order}\n")
+    assert process.returncode == 0
+    assert not folder.exists()
+
+
+def test_what_a_killed_process_has_derived_is_removed_by_the_next(opener):
     _lives, second = opener()
     killed, third = opener()
-    assert {path.name for path in first.iterdir()} == {"config.json", "generation_config.json"}
-    ended.communicate("\n")
-    assert ended.returncode == 0
-    assert not first.exists()
     killed.kill()
     killed.wait()
     strange = third.with_name(".qtool-gguf-mine")  # not of a name that qtool gives
