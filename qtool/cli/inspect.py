@@ -79,7 +79,7 @@ def inspect(
     """
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.inspection import inspect as run
-    from qtool.inspection import render, render_html
+    from qtool.inspection import render
 
     # the objects of a large checkpoint are many, none is garbage, and the process ends soon
     gc.disable()
@@ -99,6 +99,8 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
+        from qtool.inspection.html_report import render_html
+
         write_file(html, render_html(found))
     show(found.to_dict, render(found, modules=modules), as_json)
     _check_damage(found, folder)

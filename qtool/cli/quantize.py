@@ -30,15 +30,16 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize a model by METHOD and write the checkpoint to OUTPUT."""
-    from qtool.checkpoint import open_checkpoint
     from qtool.cli import tables
+
+    if list_methods:
+        return show(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
+    from qtool.checkpoint import open_checkpoint
     from qtool.cli.progress import progress
     from qtool.evaluation.gated import check_request, run_gated
     from qtool.inspection.engines import check_engines, shown_verdicts, verdicts_dict
     from qtool.quantization import prepare
 
-    if list_methods:
-        return show(lambda: tables.methods_dict(all_methods), tables.methods(all_methods), as_json)
     if not model_path:
         raise UsageError(
             "E_NO_MODEL",

@@ -12,7 +12,6 @@ from qtool.errors import GateFailed
 from qtool.evaluation.gate import NAMES, Limit, parse_gate
 from qtool.evaluation.report import Evaluation
 from qtool.events import OnEvent, ignore_event
-from qtool.inspection.comparison import compare
 from qtool.options import EvalOptions, QuantizeOptions, keywords_of, make_options
 from qtool.quantization import Measured, QuantizeResult, Request, prepare, run
 
@@ -94,6 +93,8 @@ def _failure(request: Request, found: Evaluation, written: Path) -> GateFailed:
 
 
 def _worst_layers(quantized: Checkpoint, source: Checkpoint) -> str:
+    from qtool.inspection.comparison import compare
+
     modules = compare(quantized, source).modules
     return ", ".join(
         f"{module.name} ({module.sqnr_db:.1f} dB)"

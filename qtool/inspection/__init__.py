@@ -1,7 +1,6 @@
 """What a checkpoint holds, whether its numbers are sound, and which engines load it."""
 
-from qtool.inspection.html_report import render_html
 from qtool.inspection.report import Inspection, Module, Row, inspect
 from qtool.inspection.text import render
 
-__all__ = ["Inspection", "Module", "Row", "inspect", "render", "render_html"]
+__all__ = ["Inspection", "Module", "Row", "inspect", "render"]

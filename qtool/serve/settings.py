@@ -15,8 +15,6 @@ from pathlib import Path
 from qtool.engine.config import EngineConfig
 from qtool.errors import ResourceError, UsageError
 from qtool.options import bounded, check_bounds, flag_of, make_options
-from qtool.serve.api.reasoning.styles import style_named as reasoning_style_named
-from qtool.serve.api.tools.styles import style_named as tool_style_named
 
 KEEP_ALIVE_S = 30
 RETRY_AFTER_S = 1
@@ -186,9 +184,13 @@ class ServeSettings(ServeOptions):
                 hint="`model` or `openai`",
             )
         if self.tool_call_parser != "auto":
-            tool_style_named(self.tool_call_parser)
+            from qtool.serve.api.tools.styles import style_named  # slow: reads all styles
+
+            style_named(self.tool_call_parser)
         if self.reasoning_parser != "auto":
-            reasoning_style_named(self.reasoning_parser)
+            from qtool.serve.api.reasoning import styles
+
+            styles.style_named(self.reasoning_parser)
         for origin in self.origins:
             if not ORIGIN.fullmatch(origin):
                 raise UsageError(
