@@ -99,9 +99,7 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        from qtool.inspection.html_report import render_html
-
-        write_file(html, render_html(found))
+        _write_page(html, found)
     show(found.to_dict, render(found, modules=modules), as_json)
     _check_damage(found, folder)
     if found.engine and not found.engine.loads:
@@ -119,6 +117,12 @@ def _check_damage(found: Inspection, folder: Path) -> None:
         raise damaged(f"{found.bad_values[0]}{more}")
     if found.manifest and not found.manifest.matches:
         raise found.manifest.refusal(folder)
+
+
+def _write_page(html: Path, found: Inspection) -> None:
+    from qtool.inspection.html_report import render_html
+
+    write_file(html, render_html(found))
 
 
 def _check_unused(engine_version: str | None, gpu: str | None, tensor_parallel: int) -> None:
