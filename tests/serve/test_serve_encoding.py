@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -286,6 +288,19 @@ def test_labels_that_cannot_be_scored_are_refused(served, changed, code):
     body = {"query": "x", "items": ["y"], "label_token_ids": [3], **changed}
     answer = httpx.post(f"{served.url}/v1/score", json=body, timeout=60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code), answer.text
+
+
+def test_an_abort_ends_what_is_worked_through_in_parts(served):
+    body = {"query": "x" * 1000, "items": ["y"] * 2048, "label_token_ids": [*range(64)]}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            httpx.post, f"{served.url}/v1/score", json=body | {"rid": "labels"}, timeout=120
+        )
+        while not asked.done():  # it would take some minutes
+            httpx.post(f"{served.url}/abort_request", json={"rid": "labels"}, timeout=60)
+            time.sleep(0.1)
+    answer = asked.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "aborted")
 
 
 def test_a_language_model_is_served_for_embeddings_only_when_asked(served):

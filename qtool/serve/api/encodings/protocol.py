@@ -109,7 +109,10 @@ class ScoreRequest(PairFields):
     ``items``.
     """
 
-    not_offered: ClassVar[Mapping[str, str]] = NOT_OFFERED
+    not_offered: ClassVar[Mapping[str, str]] = {
+        **NOT_OFFERED,
+        "return_pooled_hidden_states": "/v1/embeddings of an embedding model gives vectors",
+    }
     text_1: Texts | None = None
     queries: Texts | None = None
     query: Texts | None = None

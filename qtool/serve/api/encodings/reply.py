@@ -31,7 +31,7 @@ from qtool.serve.api.encodings.schemas import (
 )
 from qtool.serve.api.fields import as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
-from qtool.serve.api.replies import Account, log_request
+from qtool.serve.api.replies import Account, finish_reason, log_request
 from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.pairs import check_characters, refuse_instruction
 from qtool.serve.service import Service
@@ -67,9 +67,9 @@ class _Run:
         outputs = await self._outputs(
             prompts, lambda some: [Submission(some, NO_TEXT, stream=False, rid=self.id)]
         )
-        found = [output.vector for output in outputs]
-        self._check_complete(found)
-        return [vector_of(encoding, data, dimensions, activate=activate) for data in found]
+        return [
+            vector_of(encoding, output.vector, dimensions, activate=activate) for output in outputs
+        ]
 
     async def label_logprobs(
         self, prompts: Sequence[Sequence[int]], labels: Sequence[int]
@@ -93,7 +93,6 @@ class _Run:
         outputs = await self._outputs(
             prompts, lambda some: [submission(one) for one in some], len(labels)
         )
-        self._check_complete([output.prompt_logprobs for output in outputs])
         found = [cast(float, output.prompt_logprobs[-1].logprob) for output in outputs]
         starts = range(0, len(found), len(labels))
         return [found[start : start + len(labels)] for start in starts]
@@ -110,7 +109,7 @@ class _Run:
             prompts: in tokens.
             submissions: returns what the engine computes for some of them.
             each: outputs for one prompt.
-        Raises: UsageError, Busy.
+        Raises: UsageError, also when the request is aborted; Busy.
         """
         service, found = self._service, list[CompletionOutput]()
         self._account.expect(prompts)
@@ -126,15 +125,14 @@ class _Run:
                     for output in outputs:
                         found.append(msgspec.structs.replace(output, index=len(found)))
                         self._account.note(found[-1], each)
+                    ends = [output.finish for output in outputs if output.finish is not None]
+                    if any(finish_reason(finish) == "abort" for finish in ends):
+                        service.ready()  # or the server is ending
+                        message = "the request was aborted"
+                        raise UsageError("E_ABORTED", message, hint="send it again")
         finally:
             self._account.close(self.id)
         return found
-
-    def _check_complete(self, found: Sequence[object]) -> None:
-        """Raise: UsageError, or Busy, when one of ``found`` is empty."""
-        if not all(found):
-            self._service.ready()  # or the server is ending
-            raise UsageError("E_ABORTED", "the request was aborted", hint="send it again")
 
     def usage(self) -> EncodingUsage:
         """Return the tokens of the request."""
