@@ -29,6 +29,7 @@ from qtool.checkpoint import (
 from qtool.checkpoint.aux_files import finish_files, licences, write_json
 from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.gguf import open_gguf
+from qtool.checkpoint.gguf_header import SPLIT_NAME
 from qtool.checkpoint.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
@@ -253,6 +254,13 @@ def _check_gguf_options(to: str, options: ExportOptions) -> None:
     if options.scheme and to == GGUF:
         raise UsageError(
             "E_SCHEME_UNUSED", "GGUF has types and no schemes", hint="--type Q4_K_M rounds to one"
+        )
+    name = f"{Path(options.output).name}.gguf"
+    if to == GGUF and SPLIT_NAME.fullmatch(name):
+        raise UsageError(
+            "E_OUTPUT_PLACE",
+            f"a file named {name} is a part of a split model",
+            hint="choose another --output; --max-shard-size splits the file",
         )
 
 

@@ -384,11 +384,12 @@ def test_a_tensor_without_a_place_is_refused_by_name(publish, tmp_path):
     [
         ({"to": "gguf", "type": "Q4_K_X"}, "E_GGUF_FILE_TYPE"),
         ({"to": "gguf", "scheme": "W4A16"}, "E_SCHEME_UNUSED"),
+        ({"to": "gguf", "output": "model-00001-of-00002"}, "E_OUTPUT_PLACE"),
         ({"to": "bf16", "type": "Q4_0"}, "E_TYPE_UNUSED"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(publish, tmp_path, options, code):
     _, folder = publish("Qwen2")
     with pytest.raises(UsageError) as caught:
-        export(folder, output=tmp_path / "out", **options)
+        export(folder, **{"output": tmp_path / "out"} | options)
     assert caught.value.code == code
