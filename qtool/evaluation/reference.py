@@ -25,6 +25,7 @@ from qtool.checkpoint.aux_files import replace_text
 from qtool.checkpoint.digests import sample_files
 from qtool.errors import ResourceError
 from qtool.evaluation.texts import Window, texts_digest
+from qtool.sizes import format_size
 
 SUFFIX = ".logprobs"
 MIN_FREE_SHARE = 1.05  # of what the file needs
@@ -73,7 +74,7 @@ class ReferenceFile:
         need = self.rows * self.vocab_size * 2
         return ResourceError(
             "E_DISK",
-            f"the reference's log-probabilities need {need / 1e9:.1f} GB in {self.path.parent}",
+            f"the reference's log-probabilities need {format_size(need)} in {self.path.parent}",
             hint="lower --max-tokens, or name another disk with --cache-dir",
         )
 

@@ -22,7 +22,7 @@ from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.answer_styles import reasoning_style, tool_style
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
-from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
+from qtool.serve.backend.messages import EngineInfo, EngineStats, Start, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.pairs import Pairs, check_pair_template
@@ -425,12 +425,12 @@ async def _load(
     settings: ServeSettings, engine: EngineProcess, stack: AsyncExitStack
 ) -> tuple[Templates, EngineInfo]:
     """Start the engine, and open the chat templates meanwhile."""
-    options = {
-        **vars(settings.engine_config),
-        "model_path": settings.model_path,
-        "log_level": settings.log_level.upper(),
-    }
-    starting = asyncio.create_task(engine.start(options))
+    start = Start(
+        settings.model_path,
+        options=vars(settings.engine_config),
+        log_level=settings.log_level.upper(),
+    )
+    starting = asyncio.create_task(engine.start(start))
     folder = Path(settings.tokenizer_path or settings.model_path)
     try:
         # a name on the Hub: the engine's process finds it, and may be ended while it does; GGUF: it

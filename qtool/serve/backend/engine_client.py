@@ -26,7 +26,6 @@ from qtool.serve.backend.messages import (
     Abort,
     Cancel,
     EngineInfo,
-    EngineOptions,
     EngineStats,
     Failed,
     FlushCache,
@@ -153,7 +152,7 @@ class EngineProcess:
         self._listening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
 
-    async def start(self, options: EngineOptions) -> EngineInfo:
+    async def start(self, start: Start) -> EngineInfo:
         """Start the process, load the model and return what the engine reports.
 
         Raises: what `qtool.Engine` raises.
@@ -170,7 +169,7 @@ class EngineProcess:
         )
         theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Start(options))
+        self._send(start)
         try:
             message = await _receive(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:

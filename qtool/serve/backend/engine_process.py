@@ -18,6 +18,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from qtool.checkpoint.temporary import remove_temporary_folders
+from qtool.engine.config import EngineConfig
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
 from qtool.memory import memory_error, no_collection
@@ -26,7 +27,6 @@ from qtool.serve.backend.messages import (
     Abort,
     Cancel,
     EngineInfo,
-    EngineOptions,
     EngineStats,
     Failed,
     FlushCache,
@@ -299,15 +299,14 @@ def _prepare_grammars(engine: Engine) -> None:
         engine.compiler.compile("regex", "a")
 
 
-def _with_more_gpus(options: EngineOptions) -> str:
+def _with_more_gpus(model_path: str, revision: str | None) -> str:
     """Return what to type instead where the model does not fit one GPU."""
     import torch
 
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.serve.settings import ServeOptions, suggestion
 
-    model_path, revision = str(options["model_path"]), options.get("revision")
-    folder = resolve_model(model_path, revision=None if revision is None else str(revision))
+    folder = resolve_model(model_path, revision=revision)
     memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
     return suggestion(
         ServeOptions(model_path=model_path),
@@ -325,9 +324,8 @@ def main(descriptor: int) -> None:
     server = EngineServer(socket.socket(fileno=descriptor))
     start = server.receive()
     assert isinstance(start, Start)
-    options = start.options
     _log_to_stderr()
-    logging.getLogger("qtool").setLevel(str(options.pop("log_level")))
+    logging.getLogger("qtool").setLevel(start.log_level)
     logging.captureWarnings(True)
     # transformers imports them where they are installed, for metrics and quantizers of its own,
     # which takes a sixth of the start
@@ -336,10 +334,10 @@ def main(descriptor: int) -> None:
         _redirect_transformers_log()
         with no_collection(keep=True):
             from qtool.engine.engine import Engine
-        engine = Engine(**options)  # type: ignore[arg-type]
+        engine = Engine(start.model_path, **start.options)
         info = _engine_info(engine)
     except Exception as error:
-        server.send(Failed(wire_error(_start_error(error, options))))
+        server.send(Failed(wire_error(_start_error(error, start))))
     else:
         gc.collect()
         # What lives as long as the process is never collected: looking at it would stop all
@@ -369,17 +367,18 @@ def _redirect_transformers_log() -> None:
     transformers_logging.enable_propagation()
 
 
-def _start_error(error: Exception, options: EngineOptions) -> QtoolError:
+def _start_error(error: Exception, start: Start) -> QtoolError:
     """Return what the server reports for ``error``, which stopped the engine from starting."""
+    revision = EngineConfig(**start.options).revision  # type: ignore[arg-type]
     if isinstance(error, QtoolError):
         if error.code == "E_KV_CACHE":
-            error.hint += f"; or {_with_more_gpus(options)}"
+            error.hint += f"; or {_with_more_gpus(start.model_path, revision)}"
         return error
     if type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
             "E_DOES_NOT_FIT",
             f"the device has no memory for the weights: {one_line(error)}",
-            hint=f"quantize it, or {_with_more_gpus(options)}",
+            hint=f"quantize it, or {_with_more_gpus(start.model_path, revision)}",
         )
     no_memory = memory_error(error, "the engine")
     if no_memory is not None:

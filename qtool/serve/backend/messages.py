@@ -103,8 +103,10 @@ class EngineStats:
 class Start(Struct, tag=True):
     """To the engine, first: load a model."""
 
+    model_path: str
     options: EngineOptions
-    """Arguments of `qtool.Engine`, and ``log_level``."""
+    """Fields of `EngineConfig`."""
+    log_level: str
 
 
 class Submit(Struct, tag=True):
