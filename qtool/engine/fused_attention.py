@@ -240,7 +240,7 @@ def rotate_and_write(
             interleaved=bool(rotary and rotary.is_interleaved),
             angle_step=rotary.step if rotary else 1,
         )
-    if _is_native(qkv, q_norm, k_norm, rotary, kv):
+    if _native_takes(qkv, q_norm, k_norm, rotary, kv):
         return native_elementwise.rotate_and_write(
             qkv,
             (at[0], at[1], at[2]),
@@ -266,11 +266,11 @@ def rotate_and_write(
     return q
 
 
-def _is_native(
+def _native_takes(
     qkv: Tensor, q_norm: Norm | None, k_norm: Norm | None, rotary: Rotary | None, kv: KVPages
 ) -> bool:
     """Whether native_elementwise.c norms, rotates and stores such queries and keys."""
-    if qkv.dtype != torch.bfloat16 or (rotary and rotary.step != 1):
+    if rotary and rotary.step != 1:
         return False
     norms = [norm.weight for norm in (q_norm, k_norm) if norm]
     if any(weight.shape[-1] > kv.k.shape[3] for weight in norms):

@@ -112,6 +112,7 @@ def _fuse(decoder: Decoder, device: torch.device) -> None:
     before = decoder.layers, decoder.norm
     first = nn.ModuleList(layers[:FIRST])
     try:
+        # in both: what experts add would hide the error of a layer, or differ by chance
         with stand_ins(nn.ModuleList([*first, *fused[:FIRST]]), GroupedExperts):
             decoder.layers = first
             expected = _dry_run(decoder, device).output

@@ -1,6 +1,6 @@
 // Norms, rotary embedding and gated activations of decoder layers in bf16, for x86 CPUs with AVX512. Called by native_elementwise.py.
 //
-// Numbers are computed in f32 and rounded where the model's own code rounds, see elementwise.py. A thread takes tokens until none is left.
+// Numbers are computed in f32 and rounded to bf16 where the model's own code rounds, see elementwise.py. Threads take one token after another.
 
 #include <math.h>
 #include <stdatomic.h>
@@ -8,7 +8,7 @@
 
 #include "avx512.h"
 
-enum { PAGE = 16, ALONE = 1 << 15 };  // ALONE: numbers that one thread does sooner than the threads come together
+enum { PAGE = 16, SERIAL = 1 << 15 };  // SERIAL: up to so many numbers one thread is faster than waking the others
 
 typedef struct {
     float eps;
@@ -17,13 +17,14 @@ typedef struct {
 
 INLINE __m512 rounded(__m512 x) { return wide(narrow(x)); }
 
-INLINE __mmask16 first(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+// The first `left` of 16 numbers; none when `left` is below 0.
+INLINE __mmask16 first(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << (left > 0 ? left : 0)) - 1); }
 
 INLINE __m512 read(const uint16_t *from, __mmask16 mask) { return wide(_mm256_maskz_loadu_epi16(mask, from)); }
 
 INLINE void store(uint16_t *to, __mmask16 mask, __m512 x) { _mm256_mask_storeu_epi16(to, mask, narrow(x)); }
 
-// The norm of `width` numbers; `bias` may be 0.
+// out = norm(x), all `width` numbers; `bias` may be 0, and `out` may be `x`.
 static void normalize(const uint16_t *x, const uint16_t *weight, const uint16_t *bias, kind kind, int64_t width, uint16_t *out) {
     float mean = 0;
     __m512 sums = _mm512_setzero_ps();
@@ -48,13 +49,12 @@ static void normalize(const uint16_t *x, const uint16_t *weight, const uint16_t 
     }
 }
 
-// Tokens are taken by `next`; `work` does one of them.
 struct job {
     parallel_fn *parallel;
-    int64_t tokens, numbers;  // numbers: of a token
+    int64_t tokens, numbers;  // `numbers` of each token
     int32_t threads;
-    atomic_long next;
-    void (*work)(const struct job *, int64_t token);
+    atomic_long next;  // the next token that a thread takes
+    void (*work)(const struct job *, int64_t token);  // computes one token
 };
 
 static void take_tokens(void *argument) {
@@ -65,13 +65,13 @@ static void take_tokens(void *argument) {
 static void run(struct job *job, void (*work)(const struct job *, int64_t)) {
     job->work = work;
     atomic_store(&job->next, 0);
-    if (job->tokens * job->numbers <= ALONE)
+    if (job->tokens * job->numbers <= SERIAL)
         take_tokens(job);
     else
         job->parallel(take_tokens, job, (unsigned)job->threads, 0);
 }
 
-// out = norm(total), total = residual + other + factor * after(x); all [T, H]. What is 0 is left out; without `residual` x is the total.
+// out = norm(total), total = residual + other + factor * after(x); all [T, H]. Null pointers are left out; without `residual` x is the total.
 struct add_norm {
     struct job job;
     const uint16_t *x, *residual, *other, *after, *after_bias, *weight, *bias;
@@ -156,7 +156,6 @@ static void rotate_head(const struct rotate *rotate, const uint16_t *x, const ui
         const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
         for (int64_t i = 0; i < half; i += 16) {
             __mmask16 mask = first(half - i), left = first(2 * (half - i)), right = first(2 * (half - i) - 16);
-            if (2 * (half - i) <= 16) right = 0;
             __m512 a = read(x + 2 * i, left), b = read(x + 2 * i + 16, right), c = read(cos + i, mask), s = read(sin + i, mask);
             __m512 one = _mm512_permutex2var_ps(a, even, b), other = _mm512_permutex2var_ps(a, odd, b);
             __m512 y = _mm512_sub_ps(rounded(_mm512_mul_ps(one, c)), rounded(_mm512_mul_ps(other, s)));

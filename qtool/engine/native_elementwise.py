@@ -1,5 +1,6 @@
-"""The rest of a decoder layer on a CPU, in bf16, as `elementwise` on a GPU: each part is one call
-of native_elementwise.c, which is compiled on first use, see `runtime.c_library`.
+"""Norms, rotary embedding and gated activations of decoder layers on a CPU, in bf16, as
+`elementwise` has them for a GPU: one call each of native_elementwise.c, which is compiled on first
+use, see `runtime.c_library`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from qtool.engine.attention.pages import KVPages, Packed
 from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
-Weights = tuple[Tensor, Tensor | None]  # of a norm, and its bias
-NormKind = tuple[float, bool, bool, bool]  # `norms.NormKind`
+Weights = tuple[Tensor, Tensor | None]  # weight and bias of a norm
+NormKind = tuple[float, bool, bool, bool]  # the fields of `norms.NormKind`
 NO_KIND: NormKind = (0.0, False, False, False)
 
 
 def applies(*tensors: Tensor | None) -> bool:
-    """Whether native_elementwise.c takes such tensors here."""
+    """Whether native_elementwise.c runs here and takes ``tensors``: bf16, the last stride is 1."""
     for tensor in tensors:
         if tensor is not None and (tensor.dtype != torch.bfloat16 or tensor.stride(-1) != 1):
             return False
@@ -39,17 +40,18 @@ def add_norm(
     factor: float = 1.0,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the norm of ``residual + other + factor * after(x)``, and the sum; all [T, K].
+    """Return the norm of ``residual + other + factor * after(x)``, and the sum; both [T, H].
 
     Args:
-        x: [T, K].
-        residual: the same shape, or None: ``x`` is the sum.
-        norm: weight and bias, [K]; None: the result is the sum itself.
-        kind: of the norm.
-        after: weight and bias of the norm of ``x``; with ``residual`` only, as the next two.
-        after_kind: of that norm.
-        factor: of ``x``.
-        other: the shape of ``x``.
+        x: the last output of a layer, [T, H].
+        residual: the hidden states before it, [T, H], contiguous; None: ``x`` is the sum, and
+            ``after``, ``factor`` and ``other`` are not read.
+        norm: weight and bias, [H]; None: the norm is the sum itself.
+        kind: the kind of ``norm``.
+        after: weight and bias of the norm of ``x``, [H].
+        after_kind: the kind of ``after``.
+        factor: what ``x`` is multiplied with, after its norm.
+        other: what is added to ``residual``, [T, H], contiguous.
     """
     library, (tokens, width) = _library(), x.shape
     x = x.contiguous()
@@ -73,11 +75,16 @@ def add_norm(
 
 
 def gated(x: Tensor, at: tuple[int, int], width: int, activation: str) -> Tensor:
-    """Return ``activation(gate) * up`` [T, width]; ``at``: where gate and up begin in a row of
-    ``x``.
+    """Return ``activation(gate) * up`` [T, width].
+
+    Args:
+        x: gate and up of each token, [T, ...].
+        at: where gate and up begin in a row of ``x``.
+        width: of gate and of up.
+        activation: of the gate, "silu" or "gelu_tanh".
     """
-    library, out, address = _library(), x.new_empty(x.shape[0], width), x.data_ptr()
-    size = x.element_size()
+    library, out = _library(), x.new_empty(x.shape[0], width)
+    address, size = x.data_ptr(), x.element_size()
     library.gated(
         Gated(
             library.job(x.shape[0], width),
@@ -108,16 +115,16 @@ def rotate_and_write(
     D]; see `fused_attention.rotate_and_write`.
 
     Args:
-        qkv: [T, ...].
+        qkv: queries, keys and values of each token, [T, ...].
         at: where queries, keys and values begin in a row.
         heads: of queries.
         stride_q_head: outputs from one head's queries to the next's.
-        norms: the weights of the norms of queries and keys, [D] or one for each head, and their
-            kind.
+        norms: the weights of the norms of queries and keys, [D] or [heads, D] and [kv_heads, D],
+            and their kind.
         angles: cosines and sines, [T, at least rotated / 2].
-        rotated: the first channels of a head, which rotate.
-        kv: bf16.
-        packed: the tokens.
+        rotated: how many of a head's channels rotate, from the first.
+        kv: pages in bf16, contiguous.
+        packed: where the tokens lie in the pages.
         interleaved: whether neighbouring channels rotate together.
     """
     library, (_, kv_heads, _, width) = _library(), kv.k.shape

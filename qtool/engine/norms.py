@@ -167,19 +167,19 @@ def add_norm(
 
 
 def _native_add_norm(states: Sum, norm: Norm | None) -> tuple[Tensor, Tensor] | None:
-    """Return the norm of hidden states, and they, by native_elementwise.c; None where it does not
-    compute such ones.
+    """Return the norm of hidden states and the hidden states, both [T, H], by native_elementwise.c;
+    None where it does not take them.
     """
-    x, after = states.x, states.after
-    weights = norm.weights if norm else None
-    after_weights = after.weights if after else None
-    tensors = x, states.residual, states.other, *(weights or ()), *(after_weights or ())
-    if x.dtype != torch.bfloat16 or not native_elementwise.applies(*tensors):
-        return None
+    after = states.after
     if states.residual is None and (after or states.factor != 1):
         return None
+    weights = norm.weights if norm else None
+    after_weights = after.weights if after else None
+    tensors = states.x, states.residual, states.other, *(weights or ()), *(after_weights or ())
+    if not native_elementwise.applies(*tensors):
+        return None
     return native_elementwise.add_norm(
-        x,
+        states.x,
         states.residual,
         weights,
         norm.kind if norm else None,

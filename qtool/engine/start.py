@@ -56,7 +56,7 @@ class EngineStart:
 
     limits: Limits
     cache_scales: dict[int, tuple[float, float]] | None
-    """Of the KV cache by layer; None: it is kept in 16 bits."""
+    """Layer number to the scales of keys and of values in an FP8 KV cache; None: 16 bits."""
     tokenizer: PromptTokenizer | None
     """None with ``skip_tokenizer_init``."""
 

@@ -51,14 +51,25 @@ def decode(
     assert out.is_contiguous() and kv.k.is_contiguous() and kv.v.is_contiguous()
     library.attend(
         Job(
-            *(part.data_ptr() for part in (q, kv.k, kv.v)),
-            *(part.data_ptr() for part in (packed.table, packed.rows, packed.positions, out)),
-            library.parallel,
-            *(kv.k.stride(0), kv.v.stride(0), packed.table.stride(0), packed.decodes),
-            *(q.shape[1], kv.k.shape[1], q.shape[2], out.shape[2]),
-            window or 0,
-            torch.get_num_threads(),
-            scaling * LOG2_E,
+            q=q.data_ptr(),
+            k=kv.k.data_ptr(),
+            v=kv.v.data_ptr(),
+            table=packed.table.data_ptr(),
+            rows=packed.rows.data_ptr(),
+            positions=packed.positions.data_ptr(),
+            out=out.data_ptr(),
+            parallel=library.parallel,
+            stride_k_page=kv.k.stride(0),
+            stride_v_page=kv.v.stride(0),
+            columns=packed.table.stride(0),
+            tokens=packed.decodes,
+            heads=q.shape[1],
+            kv_heads=kv.k.shape[1],
+            width=q.shape[2],
+            v_width=out.shape[2],
+            window=window or 0,
+            threads=torch.get_num_threads(),
+            factor=scaling * LOG2_E,
         )
     )
     return packed.decodes

@@ -301,7 +301,7 @@ def linear(
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         y: Tensor = torch.ops.qtool.linear(x, packed, bias, call, row_scale)
         return y
-    # the operator costs more than a small matrix does
+    # torch's dispatcher takes longer than the product of one token and a small matrix
     return _multiply(x, cast(Sequence[Tensor], packed), bias, call, row_scale)
 
 

@@ -91,24 +91,25 @@ def apply(spec: LinearSpec, x: Tensor, packed: Mapping[str, Tensor], bias: Tenso
     library = int8_library()
     assert not isinstance(library, str)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    y, scale, offset = x.new_empty(x.shape[0], spec.shape[0]), packed["scale"], packed.get("offset")
+    y = x.new_empty(x.shape[0], spec.shape[0])
+    scale, offset = packed["scale"], packed.get("offset")
     weights = spec.scheme.weights
     job = Job(
-        x.data_ptr(),
-        packed["codes"].data_ptr(),
-        scale.data_ptr(),
-        None if offset is None else offset.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        None,
-        library.parallel,
-        x.shape[0],
-        *spec.shape,
-        weights.group_size,
-        weights.bits == 4,
-        SCALES[scale.dtype],
-        torch.get_num_threads(),
-        _excess(spec),
+        x=x.data_ptr(),
+        codes=packed["codes"].data_ptr(),
+        scale=scale.data_ptr(),
+        offset=None if offset is None else offset.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        parallel=library.parallel,
+        tokens=x.shape[0],
+        outputs=spec.shape[0],
+        inputs=spec.shape[1],
+        group=weights.group_size,
+        nibbles=weights.bits == 4,
+        scale_kind=SCALES[scale.dtype],
+        threads=torch.get_num_threads(),
+        excess=_excess(spec),
     )
     job.workspace = workspace(library.size(job)).data_ptr()
     library.linear(job)
