@@ -166,12 +166,12 @@ def is_embedding(name: str) -> bool:
     return part in EMBEDDINGS or ("embed" in part and part not in HEADS)
 
 
-def table_of_shard(name: str) -> str:
+def table_of_shard(name: str) -> str | None:
     """Return the table that the module ``name`` is a shard of, as `ngram_embedding.shard_0` of
-    Qwen3.8; empty for other modules.
+    Qwen3.8; None for other modules.
     """
     table = TABLE_SHARD.sub("", name)
-    return table if table != name and is_embedding(table) else ""
+    return table if table != name and is_embedding(table) else None
 
 
 @lru_cache(maxsize=64)  # lists of names ask one after the other

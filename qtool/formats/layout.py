@@ -183,15 +183,21 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
     scales that lie on the table, `ngram_embedding.weight_scale` of `ngram_embedding.shard_0`.
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
-    tables: set[str] = set()
     for name, tensor in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         modules.setdefault(module, {})[suffix] = tensor
-        if (table := table_of_shard(module)) in modules:
-            tables.add(table)
+    tables = set(map(table_of_shard, modules))
     for module, tensors in modules.items():
-        if module not in tables:
-            yield Parts(module, {**modules.get(table_of_shard(module), {}), **tensors})
+        if module not in tables or "weight" in tensors:
+            yield Parts(module, {**_shared_scales(modules, module), **tensors})
+
+
+def _shared_scales(
+    modules: Mapping[str, Mapping[str, TensorInfo]], module: str
+) -> dict[str, TensorInfo]:
+    """Return the scales that lie on the table that ``module`` is a shard of."""
+    table = modules.get(table_of_shard(module) or module, {})
+    return {suffix: tensor for suffix, tensor in table.items() if "scale" in suffix}
 
 
 def group_size(columns: int, groups: int, configured: int | None = None) -> int:
