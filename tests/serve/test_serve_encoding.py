@@ -309,10 +309,15 @@ def test_a_language_model_is_served_for_embeddings_only_when_asked(served):
     assert "--is-embedding" in answer.json()["error"]["message"]
 
 
-def test_a_reranker_without_a_template_for_pairs_is_refused(tmp_path):
+@pytest.mark.exhaustive  # the dry run that follows refuses it by the same check
+def test_a_server_of_a_reranker_without_a_template_for_pairs_does_not_start(tmp_path):
     yes_or_no(tmp_path / "model", template=None)
     with pytest.raises(RuntimeError, match="does not show a query and a document"):
         start_server(tmp_path, tmp_path / "model", *OPTIONS)
+
+
+def test_a_reranker_without_a_template_for_pairs_is_refused(tmp_path):
+    yes_or_no(tmp_path / "model", template=None)
     options = ["serve", "--model-path", str(tmp_path / "model"), "--dry-run", "--device", "cpu"]
     with pytest.raises(CheckpointRefused, match="does not show a query and a document") as refused:
         run(options)
