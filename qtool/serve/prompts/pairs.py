@@ -64,7 +64,7 @@ class Pairs:
             instruction that the prompts do not show.
         """
         if instruction and not self._has_template:
-            raise refuse_instruction()
+            raise instruction_not_shown()
         shown = len(instruction or self._instruction) if self._has_template else 0
         characters = sum(shown + len(query) + len(document) for query, document in pairs)
         check_characters(characters, len(pairs))
@@ -85,7 +85,7 @@ class Pairs:
             variables,
         )
         if instruction and instruction.strip() not in texts[0]:
-            raise refuse_instruction()
+            raise instruction_not_shown()
         return await self._vocabulary.encode(texts, add_special_tokens=False)
 
 
@@ -100,7 +100,7 @@ def check_characters(characters: int, documents: int) -> None:
         )
 
 
-def refuse_instruction() -> UsageError:
+def instruction_not_shown() -> UsageError:
     """Return the error for an instruction that would be ignored."""
     return UsageError(
         "E_INSTRUCTION",

@@ -136,12 +136,13 @@ class ScoreRequest(PairFields):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
-        names: tuple[str, ...] = ("apply_softmax", "item_first")
-        if self.label_token_ids is not None:
-            names = ("instruction", "instruct", "use_activation")
-        for name in names:
-            if getattr(self, name) is not None and getattr(self, name) is not False:
-                which = "with" if self.label_token_ids is not None else "without"
+        """Refuse what would be ignored."""
+        has_labels = self.label_token_ids is not None
+        of_labels = {"apply_softmax": self.apply_softmax, "item_first": self.item_first}
+        of_rerankers = {"instruction": self.wanted, "use_activation": self.use_activation}
+        for name, value in (of_rerankers if has_labels else of_labels).items():
+            if value:
+                which = "with" if has_labels else "without"
                 raise ValueError(f"`{name}` means nothing {which} label_token_ids")
         return self
 

@@ -33,7 +33,7 @@ from qtool.serve.api.fields import as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.replies import Account, finish_reason, log_request
 from qtool.serve.backend.messages import Submission
-from qtool.serve.prompts.pairs import check_characters, refuse_instruction
+from qtool.serve.prompts.pairs import check_characters, instruction_not_shown
 from qtool.serve.service import Service
 
 WINDOW = 128  # prompts of a request that the engine has at a time
@@ -297,7 +297,7 @@ async def _cosines(
 ) -> list[float]:
     """Return the cosine between the embeddings of each of ``pairs``, as vLLM does."""
     if instruction:
-        raise refuse_instruction()
+        raise instruction_not_shown()
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     prompts = await service.vocabulary.encode(texts)
     vectors = dict(zip(texts, await run.vectors(prompts), strict=True))
