@@ -250,8 +250,8 @@ class ExportOptions(WriteOptions):
     """compressed-tensors, gptq, gptq_v2, awq, modelopt, fp8_block, mxfp4, bf16, f16 or gguf."""
 
     type: str | None = None
-    """Type of a GGUF file, e.g. Q8_0 or Q4_K_M, which Q4_K means, too; 16-bit layers are rounded to
-    it. [as they are]
+    """Type of a GGUF file, e.g. Q8_0 or Q4_K_M (or Q4_K); 16-bit layers are rounded to it. [as they
+    are]
     """
 
     requantize: bool = False
