@@ -49,33 +49,37 @@ class Activation:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A linear weight of N outputs and K inputs, in groups of g inputs.
-
-    ``data``: 8 bits: int8 (also for 2, 3, 5, 6, 7 bit codes) or float8_e4m3fn [N, K]; 4 bits: uint8
-        [N, K/2], the low nibble is the even input, int4 as value + 8, fp4 as its E2M1 code, or an
-        index of ``codebook``.
-        ``scale``: [N, K/g], [N, 1], or blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0
-        MX.
-    ``scale2``: f32 [N], NVFP4's second-level multiplier, or what comes after a scale of f32
-        (LLM.int8: 1/127). ``zero``: int8 [N, K/g], subtracted from
-        the signed value. ``perm``: int32 [K], column j holds input ``perm[j]``. ``pre_scale``: [K],
-        multiplies the input. ``activation``: how the input is rounded. ``block``: the (outputs,
-        inputs) under one scale, only where they do not divide N and K, so that the last block is
-        short. ``codebook``: f32 [16], what each 4-bit code stands for before scaling (nf4).
-        ``offset``: [N, K/g], f16 or f32, added after scaling, as GGUF's types with a minimum have
-        it; codes then count from 0, in uint8 as they are.
-    """
+    """A linear weight of N outputs and K inputs, in groups of g inputs."""
 
     data: Tensor
+    """The codes. 8 bits: int8 (also for codes of 2, 3, 5, 6 and 7 bits) or float8_e4m3fn, [N, K];
+    4 bits: uint8 [N, K/2], the low nibble is the even input: int4 as value + 8, fp4 as its E2M1
+    code, or an index of ``codebook``.
+    """
     scale: Tensor
+    """[N, K/g], [N, 1], or of blocks [N/bn, K/bk], dtype as found; e4m3 means NVFP4, e8m0 MX."""
     scale2: Tensor | None = None
+    """f32 [N]: the second-level scale of NVFP4, or a second factor of a scale in f32 (1/127 of
+    LLM.int8).
+    """
     zero: Tensor | None = None
+    """int8 [N, K/g], subtracted from the signed value."""
     perm: Tensor | None = None
+    """int32 [K]: column j holds input ``perm[j]``."""
     pre_scale: Tensor | None = None
+    """[K], multiplies the input."""
     activation: Activation | None = None
+    """How the input is rounded."""
     block: tuple[int, int] | None = None
+    """The (outputs, inputs) under one scale, only where they do not divide N and K, so that the
+    last block is short.
+    """
     codebook: Tensor | None = None
+    """f32 [16]: what each 4-bit code stands for before scaling (nf4)."""
     offset: Tensor | None = None
+    """[N, K/g], f16 or f32, added after scaling, as in GGUF's types with a minimum; codes then
+    count from 0, in uint8 as they are.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,8 +113,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
 
 
 def with_one_scale(weight: QuantizedWeight) -> QuantizedWeight:
-    """Return ``weight`` with ``scale2`` multiplied into a scale of f32, for those who know one
-    scale: in f32 the last bit may differ. NVFP4 keeps both.
+    """Return ``weight`` with ``scale2`` multiplied into its f32 scale, for formats and kernels that
+    have one scale; dequantized numbers may differ in the last bit of f32. NVFP4 keeps both.
     """
     if weight.scale2 is None or weight.scale.dtype == torch.float8_e4m3fn:
         return weight
@@ -123,13 +127,13 @@ def _dequantized(weight: QuantizedWeight) -> Tensor:
     scale = weight.scale.float()
     if weight.offset is not None and weight.data.dtype == torch.uint8:
         values += 8  # the codes themselves
-    is_product = weight.scale.dtype == torch.float8_e4m3fn
-    if weight.scale2 is not None and is_product:
+    is_nvfp4 = weight.scale.dtype == torch.float8_e4m3fn
+    if weight.scale2 is not None and is_nvfp4:
         scale = scale * weight.scale2[:, None]
     if weight.zero is not None:
         values -= spread(weight.zero.float(), columns, width, dim=1)
     values.mul_(spread(spread(scale, columns, width, dim=1), rows, height, dim=0))
-    if weight.scale2 is not None and not is_product:
+    if weight.scale2 is not None and not is_nvfp4:
         values.mul_(weight.scale2[:, None])
     if weight.offset is not None:
         values += spread(weight.offset.float(), columns, width, dim=1)

@@ -1,4 +1,4 @@
-"""Folders of small files that last as long as this process."""
+"""Temporary folders of small files, which are removed when this process ends."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pathlib import Path
 PREFIX = ".qtool-gguf-"
 NAME = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as `tempfile` makes it
 MODE = 0o700
-YOUNG_S = 60.0  # a folder that was just made has no lock yet
+YOUNG_S = 60.0  # a younger folder may have no lock yet
 _OURS: list[tuple[Path, int]] = []
-"""Folders, and the process that made each."""
+"""Folders and the id of the process that made each: a fork has those of its parent."""
 
 
 def write_temporary_folder(texts: Mapping[str, str]) -> Path:
-    """Return a new folder that holds ``texts`` by file name, some in a folder of their own.
+    """Return a new folder that holds ``texts``, removed when this process ends. If the process is
+    killed, the next call in another process removes it: the lock of a folder ends with its process.
 
-    It is removed when this process ends. Of processes that were killed the next call removes it:
-    the lock of a folder lasts as long as its process.
-
+    Args:
+        texts: file name, or folder and file name, to content.
     Raises: OSError.
     """
     _remove_abandoned(Path(tempfile.gettempdir()))
@@ -46,9 +46,9 @@ def _open_folder(folder: Path) -> int:
 
 @atexit.register
 def remove_temporary_folders() -> None:
-    """Remove the folders of this process, which ends."""
+    """Remove the folders of this process; call it before exits that skip `atexit`."""
     for folder, owner in _OURS:
-        if os.getpid() == owner:  # not a fork
+        if os.getpid() == owner:
             shutil.rmtree(folder, ignore_errors=True)
 
 

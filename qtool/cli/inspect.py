@@ -99,7 +99,7 @@ def inspect(
         tensor_parallel=tensor_parallel,
     )
     if html:
-        _write_page(html, found)
+        _write_html_report(html, found)
     show(found.to_dict, render(found, modules=modules), as_json)
     _check_damage(found, folder)
     if found.engine and not found.engine.loads:
@@ -119,7 +119,7 @@ def _check_damage(found: Inspection, folder: Path) -> None:
         raise found.manifest.refusal(folder)
 
 
-def _write_page(html: Path, found: Inspection) -> None:
+def _write_html_report(html: Path, found: Inspection) -> None:
     from qtool.inspection.html_report import render_html
 
     write_file(html, render_html(found))

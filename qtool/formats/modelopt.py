@@ -220,8 +220,8 @@ def _module(parts: Parts, algorithm: str) -> QuantizedModule:
         )
     if activations and activations.needs_data and "input_scale" not in parts:
         if not is_embedding(parts.name):
-            parts["input_scale"]
-        activations = None  # rows are looked up, as Qwen3.8's of n-grams
+            parts["input_scale"]  # raises CheckpointRefused
+        activations = None  # a table multiplies no input, e.g. Qwen3.8's of n-grams
     return QuantizedModule(parts.name, Scheme(weights, activations), shape, kept_tensors(parts))
 
 

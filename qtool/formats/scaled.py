@@ -39,9 +39,8 @@ def is_quantized(parts: Parts) -> bool:
     """Whether ``parts`` are of a quantized layer."""
     if "weight" in parts:
         return parts["weight"].dtype not in (*SCALE_DTYPES, "F64")
-    return any(
-        name in parts for name in WEIGHT_SCALES
-    )  # a quantized module that has lost its weight
+    # a quantized layer that has lost its weight
+    return any(name in parts for name in WEIGHT_SCALES)
 
 
 def weights_of(parts: Parts, *, in_blocks: bool = False) -> tuple[Weights, tuple[int, int]]:

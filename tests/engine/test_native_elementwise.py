@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,9 +22,13 @@ ULP = 2**-7  # of bf16: sums of squares are added in another order
 
 @pytest.fixture
 def plainly(monkeypatch):
-    """Runs a function again, without the library."""
+    """Runs a function without the library, which must have run since the last time."""
+    library, calls = native_elementwise._library, []
+    monkeypatch.setattr(native_elementwise, "_library", lambda: calls.append(1) or library())
 
     def run(function):
+        assert calls, "the library was not called"
+        calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(native_elementwise, "applies", lambda *_: False)
             return function()
@@ -47,16 +53,12 @@ def test_sums_and_norms(kind, tokens, width, plainly):
     x, residual, other = (numbers(tokens, width + extra)[:, :width] for extra in range(3))
     residual, other = residual.contiguous(), other.contiguous()
     norm, after = norm_of(width, kind, bias=kind[2]), norm_of(width, kind, bias=False)
-    for states in (
-        Sum(x),
-        Sum(x, residual),
-        Sum(x, residual, other=other),
-        Sum(x, residual, after, 0.3),
-    ):
-        for chosen in (norm, None):
-            results = add_norm(states, chosen), plainly(lambda s=states, n=chosen: add_norm(s, n))
-            for ours, expected in zip(results[0][::2], results[1][::2], strict=True):
-                torch.testing.assert_close(ours, expected, rtol=2 * ULP, atol=2 * ULP)
+    sums = Sum(x, residual), Sum(x, residual, other=other), Sum(x, residual, after, 0.3)
+    for states, chosen in ((Sum(x), norm), *itertools.product(sums, (norm, None))):
+        ours = add_norm(states, chosen)
+        expected = plainly(lambda s=states, n=chosen: add_norm(s, n))
+        for mine, theirs in zip(ours[::2], expected[::2], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2 * ULP, atol=2 * ULP)
 
 
 @pytest.mark.parametrize("width", [24, 1000])
