@@ -27,6 +27,8 @@ from qtool.memory import no_collection
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # a runner in the background ignores it, and so would every command that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+    signal.signal(signal.SIGHUP, lambda *_: None)
 settings.register_profile("qtool", deadline=None)  # a busy machine is no failure
 settings.load_profile("qtool")
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F8_E4M3": 1}
