@@ -244,7 +244,9 @@ def _write(
 
 
 def _check_gguf_options(to: str, options: ExportOptions) -> None:
-    """Raise UsageError for options that are of GGUF alone, or of all others."""
+    """Raise UsageError for an option of GGUF with another format, an option without a meaning in
+    GGUF, and an output whose file would be named as a part of a split model.
+    """
     if options.type and to != GGUF:
         raise UsageError(
             "E_TYPE_UNUSED",

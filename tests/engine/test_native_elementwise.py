@@ -1,4 +1,4 @@
-"""native_elementwise.c beside the plain functions that it replaces."""
+"""native_elementwise.c computes what the torch functions compute that it replaces."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def norm_of(width: int, kind: tuple[bool, bool, bool], *, bias: bool) -> Norm:
 @pytest.mark.parametrize("width", [24, 64, 1000])
 @pytest.mark.parametrize("tokens", [1, 70])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_sums_and_norms(kind, tokens, width, plainly):
+def test_norms_of_sums_are_those_of_torch(kind, tokens, width, plainly):
     x, residual, other = (numbers(tokens, width + extra)[:, :width] for extra in range(3))
     residual, other = residual.contiguous(), other.contiguous()
     norm, after = norm_of(width, kind, bias=kind[2]), norm_of(width, kind, bias=False)
@@ -63,7 +63,7 @@ def test_sums_and_norms(kind, tokens, width, plainly):
 
 @pytest.mark.parametrize("width", [24, 1000])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gates(activation, width, plainly):
+def test_gated_activations_are_those_of_torch(activation, width, plainly):
     x = numbers(9, 2 * width + 8) * 4
     x[0, :6] = torch.tensor([0, -0.0, 90, -90, float("inf"), 1e-30])
     ours = gated(x, (0, width + 8), width, activation)[0]
@@ -80,7 +80,7 @@ def test_gates(activation, width, plainly):
     ],
 )
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_rotation_and_pages(tokens, angles, rotated, norms, plainly):
+def test_queries_keys_and_values_are_those_of_torch(tokens, angles, rotated, norms, plainly):
     heads, kv_heads, width = 4, 2, 64
     qkv = numbers(tokens, (2 * heads + 2 * kv_heads) * width)
     at = (0, 2 * heads * width, (2 * heads + kv_heads) * width)  # gates stand beside queries

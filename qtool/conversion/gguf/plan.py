@@ -50,16 +50,16 @@ class TypeChoice:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies."""
+class FilePosition:
+    """Where the data of a tensor begins."""
 
     part: int
-    """Which of the files, from 0."""
+    """The number of its file, from 0."""
     offset: int
-    """Bytes from the start of its data."""
+    """Bytes from the start of the data of that file."""
 
 
-class _Places:
+class _Allocator:
     """Puts tensors one after another, in files of at most ``limit`` bytes of data; a larger tensor
     gets a file of its own. None: in one file.
     """
@@ -69,14 +69,14 @@ class _Places:
         """Bytes of the data of each file."""
         self._limit = limit
 
-    def place(self, size: int) -> Place:
+    def allocate(self, size: int) -> FilePosition:
         """Return where the next ``size`` bytes go."""
         offset = self.sizes[-1]
         if self._limit is not None and offset and offset + size > self._limit:
             self.sizes.append(0)
             offset = 0
         self.sizes[-1] = align(offset + size)
-        return Place(len(self.sizes) - 1, offset)
+        return FilePosition(len(self.sizes) - 1, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class PlannedTensor:
 
     assembly: Assembly
     choice: TypeChoice
-    place: Place
+    position: FilePosition
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ class GgufPlan:
     request: ConversionRequest
     config: ModelConfig
     tensors: tuple[PlannedTensor, ...]
-    extra: Mapping[str, tuple[Tensor, Place]]
+    extra: Mapping[str, tuple[Tensor, FilePosition]]
     """Tensors that come from the config, f32, by name."""
     part_bytes: tuple[int, ...]
     """Bytes of the data of each file."""
@@ -175,21 +175,21 @@ class GgufPlan:
         )
         for tensor in self.tensors:
             shape, size = tensor.assembly.shape, tensor.size_bytes
-            _add_info(writer, tensor.place, tensor.name, shape, tensor.choice.type, size)
-        for key, (factors, place) in self.extra.items():
-            _add_info(writer, place, key, tuple(factors.shape), "F32", factors.numel() * 4)
+            _add_info(writer, tensor.position, tensor.name, shape, tensor.choice.type, size)
+        for key, (factors, position) in self.extra.items():
+            _add_info(writer, position, key, tuple(factors.shape), "F32", factors.numel() * 4)
         return writer
 
 
 def _add_info(
     writer: gguf.GGUFWriter,
-    place: Place,
+    position: FilePosition,
     name: str,
     shape: tuple[int, ...],
     type: str,
     size_bytes: int,
 ) -> None:
-    if place.part == len(writer.tensors):
+    if position.part == len(writer.tensors):
         writer.tensors.append({})  # the next file
     writer.add_tensor_info(
         name,
@@ -215,23 +215,23 @@ def plan_gguf(
     config = ModelConfig.of(checkpoint, architecture_of(checkpoint))
     found = assemble(checkpoint, request.layout, config)
     chooser = _Chooser(request, config, file_type)
-    places = _Places(part_bytes)
+    allocator = _Allocator(part_bytes)
     tensors = []
     for assembly in found.tensors:
         choice = chooser.choose(assembly)
         size = row_bytes(choice.type, assembly.row_width) * assembly.row_count
-        tensors.append(PlannedTensor(assembly, choice, places.place(size)))
+        tensors.append(PlannedTensor(assembly, choice, allocator.allocate(size)))
     extra = {
-        name: (tensor, places.place(tensor.numel() * 4))
+        name: (tensor, allocator.allocate(tensor.numel() * 4))
         for name, tensor in config.rope_tensors().items()
     }
-    check_file_count(len(places.sizes))
+    check_file_count(len(allocator.sizes))
     plan = GgufPlan(
         request=request,
         config=config,
         tensors=tuple(tensors),
         extra=extra,
-        part_bytes=tuple(places.sizes),
+        part_bytes=tuple(allocator.sizes),
         file_type=_file_type_number(file_type, tensors),
         notes=(
             *config.notes(),

@@ -1,4 +1,4 @@
-"""Writes the files that a plan describes: the headers first, then each tensor at its place."""
+"""Writes the files that a plan describes: the headers first, then each tensor at its position."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qtool.checkpoint.digests import Digests
 from qtool.checkpoint.gguf_types import UNQUANTIZED
 from qtool.checkpoint.writer import make_durable
 from qtool.conversion.gguf.holding import blocks_of
-from qtool.conversion.gguf.plan import GgufPlan, Place, PlannedTensor, align
+from qtool.conversion.gguf.plan import FilePosition, GgufPlan, PlannedTensor, align
 from qtool.conversion.gguf.tensors import Piece, Unit
 from qtool.conversion.streaming import layer_threads, run_bounded, worker_count
 from qtool.errors import CheckpointRefused, naming
@@ -38,12 +38,12 @@ class _Write:
 
     tensor: PlannedTensor
     piece: Piece
-    place: Place
+    position: FilePosition
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file that is written."""
+    """A file that is being written."""
 
     fd: int
     start: int
@@ -59,18 +59,19 @@ def write_gguf(plan: GgufPlan, path: Path, on_event: OnEvent) -> Digests:
     starts = _write_headers(plan, path, paths)
     writes: dict[Unit, list[_Write]] = {}
     for tensor in plan.tensors:
-        part, offset = tensor.place.part, tensor.place.offset
+        position = tensor.position
         for piece in tensor.assembly.pieces:
-            writes.setdefault(piece.unit, []).append(_Write(tensor, piece, Place(part, offset)))
-            offset += piece.count * tensor.row_bytes
+            writes.setdefault(piece.unit, []).append(_Write(tensor, piece, position))
+            size = piece.count * tensor.row_bytes
+            position = replace(position, offset=position.offset + size)
     workers = worker_count(max(unit.rows * unit.columns for unit in writes))
     with naming(paths[0].parent), ExitStack() as opened, layer_threads(workers) as pool:
-        opened_files = [opened.enter_context(path.open("r+b")) for path in paths]
+        opened_files = [opened.enter_context(part.open("r+b")) for part in paths]
         files = [
             _File(file.fileno(), start) for file, start in zip(opened_files, starts, strict=True)
         ]
-        for factors, place in plan.extra.values():
-            _write_at(files, place, 0, factors.view(torch.uint8))
+        for factors, position in plan.extra.values():
+            _write_at(files, position, 0, factors.view(torch.uint8))
         tasks = _tasks(plan, files, writes)
         for done, _ in enumerate(run_bounded(pool, tasks, workers), start=1):
             on_event(ProgressEvent("converting", done, len(writes)))
@@ -84,7 +85,7 @@ def write_gguf(plan: GgufPlan, path: Path, on_event: OnEvent) -> Digests:
 
 
 def _write_headers(plan: GgufPlan, path: Path, paths: Sequence[Path]) -> list[int]:
-    """Write metadata and the places of all tensors, make room for their data, and return where
+    """Write metadata and the positions of all tensors, make room for their data, and return where
     that begins in each file.
     """
     writer = plan.writer()
@@ -104,20 +105,20 @@ def _write_headers(plan: GgufPlan, path: Path, paths: Sequence[Path]) -> list[in
 def _tasks(
     plan: GgufPlan, files: Sequence[_File], writes: dict[Unit, list[_Write]]
 ) -> Iterator[Callable[[], None]]:
-    for unit, places in writes.items():
-        yield partial(_write_unit, plan, files, unit, places)
+    for unit, of_unit in writes.items():
+        yield partial(_write_unit, plan, files, unit, of_unit)
 
 
-def _write_unit(plan: GgufPlan, files: Sequence[_File], unit: Unit, places: list[_Write]) -> None:
-    is_held = places[0].tensor.choice.is_held
+def _write_unit(plan: GgufPlan, files: Sequence[_File], unit: Unit, writes: list[_Write]) -> None:
+    is_held = writes[0].tensor.choice.is_held
     value = _source_value(plan, unit, is_held=is_held)
-    for place in places:
+    for write in writes:
         offset = 0
-        shift = plan.config.norm_shift(place.tensor.name)
-        for rows in place.piece.chunks(CHUNK):
+        shift = plan.config.norm_shift(write.tensor.name)
+        for rows in write.piece.chunks(CHUNK):
             taken = value[rows] if isinstance(value, Tensor) and is_held else unit.take(value, rows)
-            data = _encode(place.tensor, unit, taken, shift)
-            _write_at(files, place.place, offset, data)
+            data = _encode(write.tensor, unit, taken, shift)
+            _write_at(files, write.position, offset, data)
             offset += data.numel()
 
 
@@ -165,10 +166,10 @@ def _unquantized(unit: Unit, numbers: Tensor, type: str) -> Tensor:
     return written.view(torch.uint8)
 
 
-def _write_at(files: Sequence[_File], place: Place, offset: int, data: Tensor) -> None:
-    """Write ``data`` to its file, ``offset`` bytes behind ``place``."""
-    file = files[place.part]
-    offset += file.start + place.offset
+def _write_at(files: Sequence[_File], position: FilePosition, offset: int, data: Tensor) -> None:
+    """Write ``data`` to its file, ``offset`` bytes after ``position``."""
+    file = files[position.part]
+    offset += file.start + position.offset
     view = memoryview(data.contiguous().numpy().data).cast("B")
     done = 0
     while done < len(view):
