@@ -34,6 +34,7 @@ def bases(tmp_path_factory):
     return make_bases(tmp_path_factory.mktemp("bases"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_data_is_refused_by_inspect_and_by_load(case, bases, tmp_path):
     base, suffix, value = DAMAGE[case]

@@ -56,6 +56,7 @@ def outcome(command):
         return error.exit_code, error.code if error.hint else f"{error.code} without a hint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "change"),
     [*((base, lambda folder: None) for base in TRUE), *ODD.values()],

@@ -435,6 +435,7 @@ def inspected(folder: Path, *options: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_inspect_verify_ends_with_3_when_a_file_differs(verified, tiny_model):
     code, found, _ = inspected(verified, "--verify")
     assert (code, found["manifest"]["matches"]) == (0, True)

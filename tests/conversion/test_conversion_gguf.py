@@ -103,6 +103,7 @@ def test_a_16_bit_model_stays_what_it_is(publish, tmp_path):
     assert inspect(open_checkpoint(result.output), verify=True).manifest.matches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "scheme", "types"),
     [

@@ -94,6 +94,7 @@ def sentencepiece_tokenizer():
     }
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("name", [*NAMES.values(), "sentencepiece"])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, name):

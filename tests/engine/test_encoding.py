@@ -43,6 +43,7 @@ def distance(results, wanted):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize(
     ("kind", "mode", "normalize"),

@@ -74,6 +74,7 @@ def rotated_halves(name: str, values: np.ndarray) -> np.ndarray:
     return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", TYPES)
 def test_every_type_stands_for_what_gguf_dequantizes(tmp_path, type):
     expected = write_gguf(EXAMPLE, tmp_path / "model.gguf", type)

@@ -47,6 +47,7 @@ def test_the_native_kernel_takes_any_share_of_tokens(case):
     assert native_error(scheme="W4A16", **case) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "IQ4_NL"])
 def test_the_native_kernel_takes_the_types_of_gguf(type):
     assert native_error(scheme=type, hidden=512, inner=256, gate="clamped", has_bias=True) < 1e-2
