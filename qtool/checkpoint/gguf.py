@@ -71,8 +71,8 @@ def notes_on_gguf(folder: Path) -> tuple[str, ...]:
         return ()
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return (
-        f"the safetensors files are read; {files[0]}{more} beside them is read where the file "
-        "itself is given",
+        f"the safetensors files are read, not {files[0]}{more}: give the path of a GGUF file to "
+        "read it",
     )
 
 

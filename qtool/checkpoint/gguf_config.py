@@ -158,7 +158,7 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
     if fields.architecture.experts and not config.get("num_experts"):
         raise fields.refused("expert_count", "the number of experts")
     if fields.architecture.model_type == "mixtral":
-        return _experts_alone(config)
+        return _mixture_fields(config)
     if name == "llama":
         return _llama(fields, config)
     if name in ("qwen3moe", "qwen2moe"):
@@ -172,12 +172,12 @@ def _family(fields: Fields, config: JsonDict) -> JsonDict:
     if fields.architecture.is_gemma:
         return _gemma(fields, config)
     if name == "gpt-oss":
-        return {**_experts_alone(config), "attention_bias": True}
+        return {**_mixture_fields(config), "attention_bias": True}
     return {}
 
 
-def _experts_alone(config: JsonDict) -> JsonDict:
-    """Return what a model whose MLPs are all experts calls otherwise."""
+def _mixture_fields(config: JsonDict) -> JsonDict:
+    """Return the fields that Mixtral and gpt-oss, whose MLPs are all experts, call otherwise."""
     return {
         "num_local_experts": config.pop("num_experts"),
         "intermediate_size": config.pop("moe_intermediate_size", config["intermediate_size"]),

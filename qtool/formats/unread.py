@@ -138,8 +138,8 @@ def check_stacks(checkpoint: Checkpoint) -> None:
                 "E_EXPERT_STACK",
                 f"{checkpoint.place} holds experts in one stack of {tensor.dtype} "
                 f"(`{tensor.name}`, with `{scale}`), which qtool does not read",
-                hint="transformers, vLLM and SGLang load those of their models; or start from the "
-                "16-bit model it was made of",
+                hint="transformers, vLLM and SGLang load such stacks of models that they know; or "
+                "start from the 16-bit model it was made of",
             )
 
 

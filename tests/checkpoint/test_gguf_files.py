@@ -189,7 +189,9 @@ def test_a_folder_with_safetensors_too_says_what_is_read(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model")
     assert checkpoint.gguf_file is None
     for notes in (inspect(checkpoint).warnings, source_files(checkpoint).notes):
-        assert any("the safetensors files are read; a.gguf and 1 more" in note for note in notes)
+        assert any(
+            "the safetensors files are read, not a.gguf and 1 more" in note for note in notes
+        )
 
 
 def test_settings_for_sampling_that_are_not_used_are_said(tmp_path):

@@ -104,6 +104,6 @@ def instruction_not_shown() -> UsageError:
     """Return the error for an instruction that would be ignored."""
     return UsageError(
         "E_INSTRUCTION",
-        "`instruction` is not offered: the prompts of this model show none",
+        "`instruction` would be ignored: the prompts of this model do not contain it",
         hint="leave it out, or serve with --chat-template a template that shows it",
     )

@@ -124,8 +124,8 @@ class ScoreRequest(PairFields):
     label_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LABELS, fail_fast=True)] | None
     ) = None
-    """Tokens whose probabilities after the text on both sides are the scores (SGLang's); the model
-    generates text then.
+    """Tokens whose probabilities after both texts are the scores, as in SGLang; only for models
+    that generate text.
     """
 
     apply_softmax: bool | None = None

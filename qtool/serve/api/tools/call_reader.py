@@ -25,7 +25,8 @@ _STRING_END = re.compile(r'(?<!\\)(?:\\\\)*(?:"|\\\Z)')
 _IN_VALUE = re.compile(r'[^"{}\[\]<]+')
 _SCALAR = re.compile(r'[^\s",:{}\[\]<]+')
 _ARGUMENTS = ("arguments", "parameters")
-_KEYS = ("name", *_ARGUMENTS, "type")  # without a marker; Llama also writes "type": "function"
+# of a call without a marker; Llama also writes "type": "function"
+_KEYS = ("name", *_ARGUMENTS, "type")
 
 
 @dataclass(slots=True)
