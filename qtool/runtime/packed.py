@@ -29,10 +29,10 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
         return tensor
     if not tensor.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
-    memory = mmap.mmap(-1, tensor.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        memory = mmap.mmap(-1, tensor.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # Linux was built without huge pages
+    except OSError:  # Linux was built without huge pages, or `ulimit -v` is near
         return tensor
     copied = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
     return copied.copy_(tensor)
