@@ -17,9 +17,6 @@ typedef struct {
 
 INLINE __m512 rounded(__m512 x) { return wide(narrow(x)); }
 
-// The first `left` of 16 numbers; none when `left` is below 0.
-INLINE __mmask16 first(int64_t left) { return left >= 16 ? 0xffff : (__mmask16)((1u << (left > 0 ? left : 0)) - 1); }
-
 INLINE __m512 read(const uint16_t *from, __mmask16 mask) { return wide(_mm256_maskz_loadu_epi16(mask, from)); }
 
 INLINE void store(uint16_t *to, __mmask16 mask, __m512 x) { _mm256_mask_storeu_epi16(to, mask, narrow(x)); }
@@ -29,18 +26,18 @@ static void normalize(const uint16_t *x, const uint16_t *weight, const uint16_t 
     float mean = 0;
     __m512 sums = _mm512_setzero_ps();
     if (kind.centered) {
-        for (int64_t i = 0; i < width; i += 16) sums = _mm512_add_ps(sums, read(x + i, first(width - i)));
+        for (int64_t i = 0; i < width; i += 16) sums = _mm512_add_ps(sums, read(x + i, first16(width - i)));
         mean = _mm512_reduce_add_ps(sums) / (float)width;
         sums = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < width; i += 16) {
-        __mmask16 mask = first(width - i);
+        __mmask16 mask = first16(width - i);
         __m512 off = _mm512_maskz_sub_ps(mask, read(x + i, mask), _mm512_set1_ps(mean));
         sums = _mm512_fmadd_ps(off, off, sums);
     }
     __m512 by = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(sums) / (float)width + kind.eps));
     for (int64_t i = 0; i < width; i += 16) {
-        __mmask16 mask = first(width - i);
+        __mmask16 mask = first16(width - i);
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(read(x + i, mask), _mm512_set1_ps(mean)), by), factor = read(weight + i, mask);
         if (!kind.late) y = rounded(y);
         if (kind.plus_one) factor = _mm512_add_ps(factor, _mm512_set1_ps(1));
@@ -88,7 +85,7 @@ static void add_norm_of(const struct job *job, int64_t token) {
         uint16_t *total = norm->total + at;
         if (norm->after) normalize(x, norm->after, norm->after_bias, norm->after_kind, width, total), x = total;
         for (int64_t i = 0; i < width; i += 16) {
-            __mmask16 mask = first(width - i);
+            __mmask16 mask = first16(width - i);
             __m512 added = read(x + i, mask), sum = read(norm->residual + at + i, mask);
             if (norm->factor != 1) added = rounded(_mm512_mul_ps(added, _mm512_set1_ps(norm->factor)));
             if (norm->other) sum = rounded(_mm512_add_ps(sum, read(norm->other + at + i, mask)));
@@ -124,7 +121,7 @@ INLINE __m512 gelu_tanh(__m512 x) {
 static void gated_of(const struct job *job, int64_t token) {
     const struct gated *gated = (const struct gated *)job;
     for (int64_t i = 0; i < job->numbers; i += 16) {
-        __mmask16 mask = first(job->numbers - i);
+        __mmask16 mask = first16(job->numbers - i);
         __m512 gate = read(gated->gate + token * gated->stride + i, mask);
         gate = rounded(gated->is_gelu ? gelu_tanh(gate) : silu(gate));
         store(gated->out + token * job->numbers + i, mask, _mm512_mul_ps(gate, read(gated->up + token * gated->stride + i, mask)));
@@ -155,7 +152,7 @@ static void rotate_head(const struct rotate *rotate, const uint16_t *x, const ui
         const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
         const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
         for (int64_t i = 0; i < half; i += 16) {
-            __mmask16 mask = first(half - i), left = first(2 * (half - i)), right = first(2 * (half - i) - 16);
+            __mmask16 mask = first16(half - i), left = first16(2 * (half - i)), right = first16(2 * (half - i) - 16);
             __m512 a = read(x + 2 * i, left), b = read(x + 2 * i + 16, right), c = read(cos + i, mask), s = read(sin + i, mask);
             __m512 one = _mm512_permutex2var_ps(a, even, b), other = _mm512_permutex2var_ps(a, odd, b);
             __m512 y = _mm512_sub_ps(rounded(_mm512_mul_ps(one, c)), rounded(_mm512_mul_ps(other, s)));
@@ -165,7 +162,7 @@ static void rotate_head(const struct rotate *rotate, const uint16_t *x, const ui
         }
     } else {
         for (int64_t i = 0; i < half; i += 16) {
-            __mmask16 mask = first(half - i);
+            __mmask16 mask = first16(half - i);
             __m512 one = read(x + i, mask), other = read(x + half + i, mask), c = read(cos + i, mask), s = read(sin + i, mask);
             store(out + i, mask, _mm512_sub_ps(rounded(_mm512_mul_ps(one, c)), rounded(_mm512_mul_ps(other, s))));
             store(out + half + i, mask, _mm512_add_ps(rounded(_mm512_mul_ps(other, c)), rounded(_mm512_mul_ps(one, s))));

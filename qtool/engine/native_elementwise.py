@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.pages import KVPages, Packed
-from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp
+from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
 Weights = tuple[Tensor, Tensor | None]  # weight and bias of a norm
@@ -153,14 +153,10 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
-
-
 class Kind(ctypes.Structure):
     """`kind` of native_elementwise.c."""
 
-    _fields_ = [("eps", ctypes.c_float), *_fields(ctypes.c_int32, "plus_one late centered")]
+    _fields_ = [("eps", ctypes.c_float), *fields(ctypes.c_int32, "plus_one late centered")]
 
 
 class Job(ctypes.Structure):
@@ -168,7 +164,7 @@ class Job(ctypes.Structure):
 
     _fields_ = [
         ("parallel", ctypes.c_void_p),
-        *_fields(ctypes.c_int64, "tokens numbers"),
+        *fields(ctypes.c_int64, "tokens numbers"),
         ("threads", ctypes.c_int32),
         ("next", ctypes.c_int64),
         ("work", ctypes.c_void_p),
@@ -180,8 +176,8 @@ class AddNorm(ctypes.Structure):
 
     _fields_ = [
         ("job", Job),
-        *_fields(ctypes.c_void_p, "x residual other after after_bias weight bias total out"),
-        *_fields(Kind, "after_kind kind"),
+        *fields(ctypes.c_void_p, "x residual other after after_bias weight bias total out"),
+        *fields(Kind, "after_kind kind"),
         ("factor", ctypes.c_float),
     ]
 
@@ -191,7 +187,7 @@ class Gated(ctypes.Structure):
 
     _fields_ = [
         ("job", Job),
-        *_fields(ctypes.c_void_p, "gate up out"),
+        *fields(ctypes.c_void_p, "gate up out"),
         ("stride", ctypes.c_int64),
         ("is_gelu", ctypes.c_int32),
     ]
@@ -202,11 +198,11 @@ class Rotate(ctypes.Structure):
 
     _fields_ = [
         ("job", Job),
-        *_fields(ctypes.c_void_p, "q k v q_norm k_norm cos sin out k_pages v_pages"),
-        *_fields(ctypes.c_void_p, "table rows positions"),
-        *_fields(ctypes.c_int64, "stride stride_q_head heads kv_heads width rotated"),
-        *_fields(ctypes.c_int64, "angles columns"),
-        *_fields(ctypes.c_int32, "norm_each interleaved"),
+        *fields(ctypes.c_void_p, "q k v q_norm k_norm cos sin out k_pages v_pages"),
+        *fields(ctypes.c_void_p, "table rows positions"),
+        *fields(ctypes.c_int64, "stride stride_q_head heads kv_heads width rotated"),
+        *fields(ctypes.c_int64, "angles columns"),
+        *fields(ctypes.c_int32, "norm_each interleaved"),
         ("kind", Kind),
     ]
 

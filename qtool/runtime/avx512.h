@@ -11,6 +11,9 @@ typedef void parallel_fn(void (*)(void *), void *, unsigned, unsigned);  // GOMP
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The first `count` of 16 numbers; none when it is below 0.
+INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
 // Sixteen bf16 as f32.
 INLINE __m512 wide(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 

@@ -49,6 +49,11 @@ def workspace(size: int) -> Tensor:
     return memory
 
 
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Return members of a `ctypes.Structure`, all of one ``kind``."""
+    return [(name, kind) for name in names.split()]
+
+
 def openmp() -> ctypes.c_void_p:
     """Return GOMP_parallel of the OpenMP that torch runs on."""
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

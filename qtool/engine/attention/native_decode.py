@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.pages import LOG2_E, KVPages, Packed
-from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp
+from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
 WIDEST, MOST_SHARED = 256, 32  # numbers of a head; heads of queries that share one of keys
@@ -79,17 +79,9 @@ class Job(ctypes.Structure):
     """`struct job` of native_decode.c."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "k", "v", "table", "rows", "positions", "out", "parallel")
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                *("stride_k_page", "stride_v_page", "columns", "tokens", "heads", "kv_heads"),
-                *("width", "v_width", "window"),
-            )
-        ),
+        *fields(ctypes.c_void_p, "q k v table rows positions out parallel"),
+        *fields(ctypes.c_int64, "stride_k_page stride_v_page columns tokens heads kv_heads"),
+        *fields(ctypes.c_int64, "width v_width window"),
         ("threads", ctypes.c_int32),
         ("factor", ctypes.c_float),
         ("next", ctypes.c_int64),

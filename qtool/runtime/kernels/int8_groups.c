@@ -134,8 +134,8 @@ INLINE void multiply(const struct job *job, int64_t strip, int64_t token, int co
             }
         }
     }
-    int64_t first = strip * STRIP, left = job->outputs - first;
-    __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+    int64_t first = strip * STRIP;
+    __mmask16 mask = first16(job->outputs - first);
     __m512 bias = job->bias ? wide(_mm256_maskz_loadu_epi16(mask, job->bias + first)) : _mm512_setzero_ps();
     for (int t = 0; t < count; t++)
         _mm256_mask_storeu_epi16(job->y + (token + t) * job->outputs + first, mask, narrow(_mm512_add_ps(y[t], bias)));

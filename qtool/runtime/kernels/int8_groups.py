@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.codes import unpack_pairs
-from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp, workspace
+from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp, workspace
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16
 from qtool.scheme import GGUF_INPUTS
 from qtool.weight import QuantizedWeight
@@ -120,16 +120,10 @@ class Job(ctypes.Structure):
     """`struct job` of int8_groups.c."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("x", "codes", "scale", "offset", "bias", "y"),
-                *("workspace", "parallel"),
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "group")),
-        *((name, ctypes.c_int32) for name in ("nibbles", "scale_kind", "threads", "excess")),
-        *((name, ctypes.c_int64) for name in ("start", "end", "next")),
+        *fields(ctypes.c_void_p, "x codes scale offset bias y workspace parallel"),
+        *fields(ctypes.c_int64, "tokens outputs inputs group"),
+        *fields(ctypes.c_int32, "nibbles scale_kind threads excess"),
+        *fields(ctypes.c_int64, "start end next"),
     ]
 
 

@@ -60,7 +60,6 @@ INLINE int64_t strips(const struct job *job) { return ceil_div(job->outputs, STR
 INLINE int64_t chunks(const struct job *job) { return ceil_div(job->inputs, CHUNK); }
 INLINE int has_large_table(const struct job *job) { return job->code_kind == NIBBLES && job->scale && job->scale_kind >= E4M3; }
 INLINE int64_t row_bytes(const struct job *job) { return job->code_kind == NIBBLES ? 64 : 128; }
-INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
 
 // ---- decoding ----
 

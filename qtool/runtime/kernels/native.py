@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.codes import FP4_SCALES, FP4_VALUES, unpack_pairs
-from qtool.runtime.c_library import BASE_FLAGS, load_library, openmp, workspace
+from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp, workspace
 from qtool.runtime.kernels import Device, LinearSpec, not_bfloat16, onednn, units_of_rows
 from qtool.weight import QuantizedWeight, fake_quantize_input, spread
 
@@ -247,24 +247,10 @@ class Job(ctypes.Structure):
     """`struct job` of native.c."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "x",
-                "codes",
-                "scale",
-                "zero",
-                "offset",
-                "table",
-                "row_scale",
-                "bias",
-                "y",
-                "workspace",
-                "parallel",
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "group", "groups")),
-        *((name, ctypes.c_int32) for name in ("code_kind", "scale_kind", "threads", "amx")),
+        *fields(ctypes.c_void_p, "x codes scale zero offset table row_scale bias y workspace"),
+        *fields(ctypes.c_void_p, "parallel"),
+        *fields(ctypes.c_int64, "tokens outputs inputs group groups"),
+        *fields(ctypes.c_int32, "code_kind scale_kind threads amx"),
     ]
 
 
