@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from qtool.serve.api.tools.call_reader import Reading
 from qtool.serve.api.tools.marked_reader import MarkedReader
-from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle
+from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle, json_array
 
 _START = "[TOOL_CALLS]"
 _ID = "[CALL_ID]"
@@ -72,13 +72,7 @@ STYLE = ToolStyle(
     make_parser=lambda tools: MistralParser(),
     shows=lambda template: _START in template,
     markers=(_START, _ID, _ARGUMENTS),
-    form=CallForm(
-        before=f"{_START}[",
-        begin=f'{{"name": "{NAME}", "arguments": ',
-        end="}",
-        between=", ",
-        after="]",
-    ),
+    form=json_array(_START),
 )
 V11 = ToolStyle(  # the layout since version 11 of the tokenizer
     make_parser=lambda tools: MistralParser(),

@@ -6,7 +6,7 @@ Sources: the model card of Phi-4-mini-instruct; vLLM's template for it, which te
 from __future__ import annotations
 
 from qtool.serve.api.tools.arrays import ArrayParser
-from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle
+from qtool.serve.api.tools.style import ToolStyle, json_array
 
 _START = "<|tool_call|>"
 _END = "<|/tool_call|>"
@@ -15,11 +15,5 @@ STYLE = ToolStyle(
     make_parser=lambda tools: ArrayParser((_START, "functools"), (_END,)),
     shows=lambda template: "functools[" in template or "<|/tool" in template,
     markers=(_START, _END),
-    form=CallForm(
-        before=f"{_START}[",
-        begin=f'{{"name": "{NAME}", "arguments": ',
-        end="}",
-        between=", ",
-        after=f"]{_END}",
-    ),
+    form=json_array(_START, _END),
 )

@@ -70,6 +70,17 @@ class CallForm:
         return {"type": "sequence", "elements": [number, _const(self.numbered), arguments]}
 
 
+def json_array(start: str, end: str = "") -> CallForm:
+    """Return the form ``[{"name": ..., "arguments": ...}, ...]`` between two markers."""
+    return CallForm(
+        before=f"{start}[",
+        begin=f'{{"name": "{NAME}", "arguments": ',
+        end="}",
+        between=", ",
+        after=f"]{end}",
+    )
+
+
 def _const(text: str) -> Json | None:
     return {"type": "const_string", "value": text} if text else None
 

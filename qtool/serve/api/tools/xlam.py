@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qtool.serve.api.tools.call_reader import REST, CallReader, Reading
-from qtool.serve.api.tools.style import NAME, CallForm, ToolStyle
+from qtool.serve.api.tools.style import ToolStyle, json_array
 
 
 class XlamParser(CallReader):
@@ -33,11 +33,5 @@ class XlamParser(CallReader):
 STYLE = ToolStyle(
     make_parser=lambda tools: XlamParser(tool.function.name for tool in tools),
     shows=lambda template: "make calls in a single JSON array" in template,
-    form=CallForm(
-        before="[",
-        begin=f'{{"name": "{NAME}", "arguments": ',
-        end="}",
-        between=", ",
-        after="]",
-    ),
+    form=json_array(""),
 )
