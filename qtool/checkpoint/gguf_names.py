@@ -209,18 +209,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     )
 }
 WITH_EXPERTS: Mapping[str, Architecture] = {
-    each.name: each
-    for each in (
-        Architecture(
-            name="llama",
-            model_type="mixtral",
-            class_name="MixtralForCausalLM",
-            layer={**ATTENTION, **NORM, "ffn_gate_inp": "block_sparse_moe.gate"},
-            experts="apart",
-            experts_module="block_sparse_moe.experts",
-            expert_layers={"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"},
-            is_permuted=True,
-        ),
+    "llama": Architecture(
+        name="llama",
+        model_type="mixtral",
+        class_name="MixtralForCausalLM",
+        layer={**ATTENTION, **NORM, "ffn_gate_inp": "block_sparse_moe.gate"},
+        experts="apart",
+        experts_module="block_sparse_moe.experts",
+        expert_layers={"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"},
+        is_permuted=True,
     )
 }
 """Architectures that are another class where they have experts."""

@@ -186,18 +186,16 @@ def modules_of(checkpoint: Checkpoint) -> Iterator[Parts]:
     for name, tensor in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         modules.setdefault(module, {})[suffix] = tensor
-    tables = set(map(table_of_shard, modules))
+    tables = {module: table for module in modules if (table := table_of_shard(module))}
+    with_shards = frozenset(tables.values())
     for module, tensors in modules.items():
-        if module not in tables or "weight" in tensors:
-            yield Parts(module, {**_shared_scales(modules, module), **tensors})
-
-
-def _shared_scales(
-    modules: Mapping[str, Mapping[str, TensorInfo]], module: str
-) -> dict[str, TensorInfo]:
-    """Return the scales that lie on the table that ``module`` is a shard of."""
-    table = modules.get(table_of_shard(module) or module, {})
-    return {suffix: tensor for suffix, tensor in table.items() if "scale" in suffix}
+        if module in with_shards and "weight" not in tensors:
+            continue
+        if module in tables:
+            shared = modules.get(tables[module], {})
+            scales = {suffix: tensor for suffix, tensor in shared.items() if "scale" in suffix}
+            tensors = {**scales, **tensors}
+        yield Parts(module, tensors)
 
 
 def group_size(columns: int, groups: int, configured: int | None = None) -> int:
