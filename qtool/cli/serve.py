@@ -93,13 +93,13 @@ def _show_kernels(settings: ServeSettings, *, as_json: bool) -> None:
     from qtool.checkpoint import open_checkpoint, resolve_model
     from qtool.cli.tables import kernels
     from qtool.engine.start import decide_start, plan_engine
-    from qtool.serve.service import check_prompts
+    from qtool.serve.service import check_templates
 
     checkpoint = open_checkpoint(resolve_model(settings.model_path, revision=settings.revision))
     plan = plan_engine(checkpoint, settings.engine_config)
     tokenizer = decide_start(plan, settings.engine_config).tokenizer
     folder = Path(tokenizer.name_or_path if tokenizer else checkpoint.path)
-    asyncio.run(check_prompts(settings, folder, plan.encoding))
+    asyncio.run(check_templates(settings, folder, plan.encoding))
     for warning in plan.warnings:
         message(f"warning: {warning}")
     show(plan.to_dict, kernels(plan), as_json)

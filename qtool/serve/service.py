@@ -405,7 +405,7 @@ async def open_service(
         yield service
 
 
-async def check_prompts(settings: ServeSettings, folder: Path, encoding: Encoding | None) -> None:
+async def check_templates(settings: ServeSettings, folder: Path, encoding: Encoding | None) -> None:
     """Raise what `open_service` raises for the template that makes prompts, without an engine.
 
     Args:

@@ -184,13 +184,13 @@ class ServeSettings(ServeOptions):
                 hint="`model` or `openai`",
             )
         if self.tool_call_parser != "auto":
-            from qtool.serve.api.tools.styles import style_named  # slow: reads all styles
+            from qtool.serve.api.tools import styles as tool_styles  # slow: reads all styles
 
-            style_named(self.tool_call_parser)
+            tool_styles.style_named(self.tool_call_parser)
         if self.reasoning_parser != "auto":
-            from qtool.serve.api.reasoning import styles
+            from qtool.serve.api.reasoning import styles as reasoning_styles
 
-            styles.style_named(self.reasoning_parser)
+            reasoning_styles.style_named(self.reasoning_parser)
         for origin in self.origins:
             if not ORIGIN.fullmatch(origin):
                 raise UsageError(
