@@ -134,42 +134,44 @@ class AnswerReader:
 
     def push(self, text: str) -> Delta:
         """Take the next piece of text; what may belong to a marker or a call is held back."""
-        first = Delta(text) if self._thoughts is None else self._thoughts.push(text)
-        if self._parser is None or not first.content:
-            if self._keeps_all and not first.calls:
-                return first
-            return self._delta(first, Delta(first.content))
-        delta = self._parser.push(first.content)
-        is_whole = self._keeps_all and (self._parallel or not delta.calls)
-        if is_whole and not (first.reasoning or first.calls):
-            self.called = self.called or bool(delta.calls)
+        delta = Delta(text) if self._thoughts is None else self._thoughts.push(text)
+        if self._parser is not None and delta.content:
+            delta = _join(delta, self._parser.push(delta.content))
+        if delta.calls:
+            self.called = True
+        if self._keeps_all and (self._parallel or not delta.calls):
             return delta
-        return self._delta(first, delta)
+        return self._select(delta)
 
     def finish(self) -> Delta:
         """End the text, and return what was held back."""
-        first = Delta() if self._thoughts is None else self._thoughts.finish()
-        if self._parser is None:
-            return self._delta(first, Delta(first.content), ends=True)
-        pushed = self._parser.push(first.content)
-        rest = self._parser.finish()
-        calls = join_calls((*pushed.calls, *rest.calls))
-        return self._delta(first, Delta(pushed.content + rest.content, calls), ends=True)
+        delta = Delta() if self._thoughts is None else self._thoughts.finish()
+        if self._parser is not None:
+            pushed = self._parser.push(delta.content)
+            rest = self._parser.finish()
+            calls = join_calls((*pushed.calls, *rest.calls))
+            delta = _join(delta, Delta(pushed.content + rest.content, calls))
+        self.called = self.called or bool(delta.calls)
+        return self._select(delta, ends=True)
 
-    def _delta(self, first: Delta, answer: Delta, *, ends: bool = False) -> Delta:
-        calls = (*first.calls, *answer.calls)
-        self.called = self.called or bool(calls)
+    def _select(self, delta: Delta, *, ends: bool = False) -> Delta:
+        """Return what the request asks for of ``delta``."""
+        calls = delta.calls
         if not self._parallel:
             calls = tuple(call for call in calls if call.index == 0)
-        reasoning = first.reasoning if self._shows_reasoning else ""
+        content = "" if self._drops_content else delta.content
+        reasoning = delta.reasoning if self._shows_reasoning else ""
         if self._held_reasoning is not None:
             self._held_reasoning.append(reasoning)
             reasoning = ""
-            if ends or answer.content or calls:
+            if ends or delta.content or calls:
                 reasoning = "".join(self._held_reasoning)
                 self._held_reasoning.clear()
-        return Delta(
-            content="" if self._drops_content else answer.content,
-            calls=calls,
-            reasoning=reasoning,
-        )
+        return Delta(content, calls, reasoning)
+
+
+def _join(first: Delta, answer: Delta) -> Delta:
+    """Return ``answer``, which was read in the content of ``first``, with the rest of that."""
+    if not (first.reasoning or first.calls):
+        return answer
+    return Delta(answer.content, (*first.calls, *answer.calls), first.reasoning)

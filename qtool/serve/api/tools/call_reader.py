@@ -66,8 +66,8 @@ class CallReader(ABC):
         """Whether the reader stands in content, and nothing is held: text without the first
         character of a marker is content, too.
         """
-        self._run: tuple[re.Pattern[str], Callable[[str], object]] | None = None
-        """While characters of one kind are read: what ends them, and what takes them."""
+        self._run: tuple[re.Pattern[str], Callable[[str], Delta]] | None = None
+        """While characters of one kind are read: what ends them, and what a piece of them gives."""
         self._reading = self._read()
         next(self._reading)
 
@@ -86,11 +86,7 @@ class CallReader(ABC):
             self._has_content = True
             return Delta(text)
         if self._run is not None and text and self._run[0].search(text) is None:
-            if self._run[1] == self._give_arguments:  # as they come: nothing is held
-                return Delta("", (CallDelta(self._calls - 1, None, None, text),))
-            self._held.append(text)
-            self._run[1](text)
-            return self._take_delta()
+            return self._run[1](text)
         self._piece = text
         self._at = 0
         next(self._reading)
@@ -134,11 +130,24 @@ class CallReader(ABC):
     def _peek_run(self, end: re.Pattern[str], give: Callable[[str], object]) -> Reading[str]:
         """Return the next character, like `_peek`, where ``give`` takes all before ``end``."""
         if self._at == len(self._piece) and not self._ended:
-            self._run = end, give
+            self._run = end, self._delta_of(give)
             char = yield from self._peek()
             self._run = None
             return char
         return (yield from self._peek())
+
+    def _delta_of(self, give: Callable[[str], object]) -> Callable[[str], Delta]:
+        """Return what reads a whole piece that ``give`` takes."""
+        if give == self._give_arguments:  # as they come: nothing is held
+            index = self._calls - 1
+            return lambda text: Delta("", (CallDelta(index, None, None, text),))
+
+        def push(text: str) -> Delta:
+            self._held.append(text)
+            give(text)
+            return self._take_delta()
+
+        return push
 
     # What is held becomes content, part of a call, or nothing
 

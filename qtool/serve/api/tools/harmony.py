@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
-from qtool.serve.api.tools.call_reader import CallReader, Reading
+from qtool.serve.api.tools.call_reader import NO_MARKER, CallReader, Reading
 from qtool.serve.api.tools.deltas import Delta, join_calls
 from qtool.serve.api.tools.style import ToolStyle
 
@@ -23,7 +24,7 @@ MARKERS = (
     "<|call|>",
     "<|return|>",
 )
-_NO_MARKER = re.compile(r"[^<]+")
+_MARKER = re.compile("<")
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 
 
@@ -38,7 +39,6 @@ class HarmonyParser(CallReader):
     def __init__(self) -> None:
         self._reasoning: list[str] = []
         self._thoughts = 0  # messages of thoughts
-        self._thinks = False
         super().__init__()
 
     def _take_delta(self) -> Delta:
@@ -48,11 +48,10 @@ class HarmonyParser(CallReader):
         self._reasoning.clear()
         return delta
 
-    def push(self, text: str) -> Delta:
-        """Take the next piece of text; what may begin a marker is held back."""
-        if self._thinks and "<" not in text:
-            return Delta("", (), text)
-        return super().push(text)
+    def _delta_of(self, give: Callable[[str], object]) -> Callable[[str], Delta]:
+        if give == self._give_thoughts:  # as they come: nothing is held
+            return lambda text: Delta("", (), text)
+        return super()._delta_of(give)
 
     def _read(self) -> Reading[None]:
         header: list[str] | None = None
@@ -79,31 +78,20 @@ class HarmonyParser(CallReader):
         recipient = _RECIPIENT.search(header)
         if recipient is not None:
             self._begin_call(recipient[1])
-            pieces: list[None] = []
-
-            def give(text: str) -> None:
-                pieces.append(None)
-                self._give_arguments(text)
-
-            marker = yield from self._take_piece(give)
-            if marker and not pieces:
+            if marker := (yield from self._take_marker(*MARKERS)):
                 self._give_arguments("{}")
-            return marker
+                return marker
+            if self._held:
+                self._give_arguments("".join(self._held))
+            return (yield from self._take_piece(self._give_arguments))
         if "<|channel|>analysis" in header:
             if self._thoughts:
                 self._reasoning.append("\n")
             self._thoughts += 1
-            return (yield from self._take_piece(self._give_thoughts, self._think))
+            return (yield from self._take_piece(self._give_thoughts))
         if self._has_content:
             self._space.append("\n")
         return (yield from self._take_piece(lambda text: self._give_content(), self._rest))
-
-    def _think(self) -> Reading[str]:
-        """Return the next character, like `_peek`, where thoughts are read."""
-        self._thinks = True
-        char = yield from self._peek()
-        self._thinks = False
-        return char
 
     def _give_thoughts(self, text: str) -> None:
         self._held.clear()
@@ -113,9 +101,10 @@ class HarmonyParser(CallReader):
         self, give: Callable[[str], object], peek: Callable[[], Reading[str]] | None = None
     ) -> Reading[str]:
         """Take text up to a marker of the format, and the marker, which is returned."""
-        while char := (yield from (peek or self._peek)()):
+        peek = peek or partial(self._peek_run, _MARKER, give)
+        while char := (yield from peek()):
             if char != "<":
-                give(self._take(_NO_MARKER))
+                give(self._take(NO_MARKER))
                 continue
             held = len(self._held)
             if marker := (yield from self._take_marker(*MARKERS)):
