@@ -123,9 +123,7 @@ class GatedDeltaNet(nn.Module):
     @property
     def geometry(self) -> StateGeometry:
         """What a sequence keeps."""
-        shape, (channels, kernel) = self.shape, self.conv_weight.shape
-        heads = (shape.value_heads, shape.key_width, shape.value_width)
-        return StateGeometry(self.layer_idx, (channels, kernel - 1), heads)
+        return self.shape.geometry(self.layer_idx, self.conv_weight.shape[1])
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         """Return the outputs [1, T, H] of the tokens of a pass, [1, T, H]."""

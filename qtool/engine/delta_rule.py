@@ -8,13 +8,14 @@ held before. Source: Yang et al. 2024, *Gated Delta Networks*, arXiv:2412.06464.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qtool.engine.attention.pages import Packed, RecurrentStates
+from qtool.engine.attention.pages import Packed, RecurrentStates, StateGeometry
 
 CHUNK = 64  # tokens that are computed together
 EPSILON = 1e-6  # of the norms of queries and keys
@@ -39,6 +40,16 @@ class Shape:
         """Channels of queries, keys and values."""
         keys = self.key_heads * self.key_width
         return keys, keys, self.value_heads * self.value_width
+
+    @property
+    def kept(self) -> tuple[int, int, int, int]:
+        """Numbers that are kept of a draft: of its keys, values, ``b`` and ``a``."""
+        return *self.sizes[1:], self.value_heads, self.value_heads
+
+    def geometry(self, layer_idx: int, kernel: int) -> StateGeometry:
+        """Return what a layer keeps whose convolution reads ``kernel`` inputs."""
+        heads = (self.value_heads, self.key_width, self.value_width)
+        return StateGeometry(layer_idx, sum(self.sizes), kernel - 1, heads, sum(self.kept))
 
 
 @dataclass(frozen=True)
@@ -76,36 +87,80 @@ def mix(
     """
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
-    rate = b.float().sigmoid()
-    log_decay = weights.decay * functional.softplus(a.float() + weights.dt_bias)
     for begin, end, position in packed.spans():
-        row = int(packed.rows[begin])
-        if position == 0:
-            states.conv_state[row] = 0
-            states.recurrent_state[row] = 0
-        inputs = torch.cat([states.conv_state[row], qkv[begin:end].T], dim=1)
-        states.conv_state[row] = inputs[:, end - begin :]
-        mixed = functional.conv1d(inputs[None], weights.conv[:, None], groups=len(inputs))[0]
-        parts = torch.split(functional.silu(mixed).T, list(shape.sizes), dim=-1)
-        widths = shape.key_width, shape.key_width, shape.value_width
-        q, k, v = (
-            part.reshape(end - begin, -1, width).float()
-            for part, width in zip(parts, widths, strict=True)
-        )
-        q, k = (
-            (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + EPSILON)).repeat_interleave(
-                shape.shared, dim=1
-            )
-            for part in (q, k)
-        )
-        state = states.recurrent_state[row]
-        for first in range(begin, end, CHUNK):
-            some = slice(first, min(first + CHUNK, end))
-            own = slice(some.start - begin, some.stop - begin)
-            out[some] = _add_chunk(
-                state, q[own] * shape.key_width**-0.5, k[own], v[own], rate[some], log_decay[some]
-            )
+        row, own = int(packed.rows[begin]), slice(begin, end)
+        mixed = _convolve(states.conv_state[row], qkv[own], weights.conv, position)
+        q, k, v = torch.split(mixed, list(shape.sizes), dim=-1)
+        tokens = torch.cat([k, v, b[own], a[own]], dim=1)
+        right = _drafts_before(states, row, position)
+        # a token and drafts, or a part of a prompt
+        held = 1 if begin < packed.decodes else end - begin
+        if states.drafts:
+            states.length[row] = position + held
+            places = torch.arange(position + held, position + end - begin)
+            states.drafted[row, places % states.drafted.shape[1]] = tokens[held:]
+        state, held = states.recurrent_state[row], held + len(right)
+        q = functional.pad(q, (0, 0, len(right), 0))  # nobody asks for their values
+        terms = _terms(q, torch.cat([right, tokens]), weights)
+        found = [_add(state, [each[:held] for each in terms])]
+        if held < len(q):
+            found.append(_add(state.clone(), [each[held:] for each in terms]))
+        out[own] = torch.cat(found)[len(right) :]
     return out
+
+
+def _convolve(kept: Tensor, new: Tensor, weight: Tensor, position: int) -> Tensor:
+    """Return the convolution of the inputs ``new`` [n, C] from ``position`` on, and its SiLU.
+
+    Args:
+        kept: the last inputs of the sequence, [inputs, C]; the new ones are added.
+        new: [n, C].
+        weight: [C, kernel].
+        position: of the first of them.
+    """
+    first, count = position - weight.shape[1] + 1, len(kept)
+    places = torch.arange(first, position)
+    before = torch.where(places[:, None] >= 0, kept[places % count], 0.0)
+    last = new[-count:]
+    stop = position + len(new)
+    kept[torch.arange(stop - len(last), stop) % count] = last
+    inputs = torch.cat([before, new]).T
+    mixed = functional.conv1d(inputs[None], weight[:, None], groups=len(inputs))[0]
+    return functional.silu(mixed).T
+
+
+def _drafts_before(states: RecurrentStates, row: int, position: int) -> Tensor:
+    """Return what ``states`` keep of the drafts before ``position`` of a sequence that are not in
+    its matrix, [n, N]. If the sequence begins, its matrix becomes zeros.
+    """
+    if position == 0:
+        states.recurrent_state[row] = 0
+    if position == 0 or not states.drafts:
+        return states.drafted[row, :0]
+    places = torch.arange(int(states.length[row]), position)
+    return states.drafted[row, places % states.drafted.shape[1]]
+
+
+def _terms(q: Tensor, tokens: Tensor, weights: DeltaWeights) -> list[Tensor]:
+    """Return what `_add_chunk` takes of queries [n, N] and other numbers of tokens [n, N]."""
+    shape = weights.shape
+    k, v, b, a = torch.split(tokens, list(shape.kept), dim=-1)
+    q, k = (part.reshape(len(part), -1, shape.key_width).float() for part in (q, k))
+    q, k = (
+        (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + EPSILON)).repeat_interleave(
+            shape.shared, dim=1
+        )
+        for part in (q, k)
+    )
+    v = v.reshape(len(v), -1, shape.value_width).float()
+    log_decay = weights.decay * functional.softplus(a.float() + weights.dt_bias)
+    return [q * shape.key_width**-0.5, k, v, b.float().sigmoid(), log_decay]
+
+
+def _add(state: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Return what ``state`` holds for each token's query, [n, heads, D], and update it in place."""
+    chunks = zip(*(torch.split(each, CHUNK) for each in terms), strict=True)
+    return torch.cat([_add_chunk(state, *chunk) for chunk in chunks])
 
 
 def _add_chunk(

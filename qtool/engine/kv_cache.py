@@ -164,25 +164,36 @@ def allocate_pages(
 
 
 def allocate_states(
-    rows: int, geometry: Sequence[StateGeometry], dtype: torch.dtype, device: torch.device
+    rows: int,
+    geometry: Sequence[StateGeometry],
+    dtype: torch.dtype,
+    device: torch.device,
+    drafts: int = 0,
 ) -> dict[int, RecurrentStates]:
     """Return the states of ``rows`` sequences, by layer index; inputs are kept in ``dtype``.
 
+    Args:
+        drafts: that a token has, at most.
     Raises: ResourceError, when they do not fit.
     """
-    each = (
-        math.prod(layer.conv) * dtype.itemsize + math.prod(layer.matrix) * 4 for layer in geometry
+    slots = 2 * drafts + 1 if drafts else 0
+    each = sum(
+        (math.prod(layer.conv(drafts)) + slots * layer.drafted) * dtype.itemsize
+        + math.prod(layer.matrix) * 4
+        for layer in geometry
     )
     try:
         return {
             layer.layer_idx: RecurrentStates(
-                torch.empty(rows, *layer.conv, dtype=dtype, device=device).zero_(),
+                torch.empty(rows, *layer.conv(drafts), dtype=dtype, device=device).zero_(),
                 torch.empty(rows, *layer.matrix, device=device).zero_(),
+                torch.zeros(rows, dtype=torch.int32, device=device),
+                torch.empty(rows, slots, layer.drafted, dtype=dtype, device=device).zero_(),
             )
             for layer in geometry
         }
     except torch.OutOfMemoryError:
-        message = f"the states of {rows - 1} requests take {format_size(rows * sum(each))}"
+        message = f"the states of {rows - 1} requests take {format_size(rows * each)}"
         raise ResourceError(
             "E_KV_CACHE",
             f"{message}, which is more than is free",
@@ -194,7 +205,7 @@ def copy_states(layers: Iterable[LayerCache], source: torch.Tensor, target: torc
     """Copy the states of rows ``source`` to rows ``target``, int64 [R] each, in all layers."""
     for states in layers:
         if isinstance(states, RecurrentStates):
-            for part in (states.conv_state, states.recurrent_state):
+            for part in states.copied:
                 part.index_copy_(0, target, part.index_select(0, source))
 
 

@@ -98,7 +98,11 @@ class Runner:
             # the rows of sequences, and the one for padding
             self.layers: dict[int, LayerCache] = {
                 **kv_cache.allocate_states(
-                    len(self.table) + limits.snapshots, self.geometry.states, model.dtype, device
+                    len(self.table) + limits.snapshots,
+                    self.geometry.states,
+                    model.dtype,
+                    device,
+                    limits.drafts,
                 ),
                 **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
             }

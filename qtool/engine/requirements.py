@@ -47,21 +47,10 @@ def check_by_name(plan: LoadPlan) -> None:
 
 
 def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
-    """Raise CheckpointRefused for a model whose layers keep states, which cannot forget drafted
-    tokens that were wrong, and for an MTP layer that was not planned to be loaded.
-    """
-    model = plan.skeleton.model
-    if speculation is None:
-        return
-    if speculation.mtp and plan.mtp is None:
+    """Raise CheckpointRefused for an MTP layer that was not planned to be loaded."""
+    if speculation and speculation.mtp and plan.mtp is None:
         message = f"{plan.checkpoint.place} was loaded without its MTP layer"
         raise CheckpointRefused("E_SPECULATION", message, hint="plan_load takes mtp=True")
-    if has_delta_nets(model):
-        message = (
-            f"{type(model).__name__} has layers that keep a state for each sequence, and a state "
-            "cannot forget drafted tokens that were wrong"
-        )
-        raise CheckpointRefused("E_SPECULATION", message, hint="leave speculative_algorithm out")
 
 
 def check_by_numbers(model: CausalLM, geometry: Recording) -> None:

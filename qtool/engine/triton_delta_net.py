@@ -1,7 +1,9 @@
 """Gated delta nets in Triton: the short convolution, then the states.
 
 Sequences, heads and parts of a head's values run side by side. The tokens of a sequence come after
-one another, `TOGETHER` at a time.
+one another: those of a chunk `TOGETHER` at a time; a decode, the drafts before it that were right,
+and those after it one by one, by the program of the decode. Those of the drafts after it do
+nothing, so that a graph of a fixed number of tokens serves sequences with any number of drafts.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -46,9 +48,10 @@ def mix(
     qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
+    mixed, behind = _launch_convolution(qkv, weights.conv, states, packed)
     shared = {
         "x": qkv,
-        "mixed": _launch_convolution(qkv, weights.conv, states, packed),
+        "mixed": mixed,
         "b": b,
         "a": a,
         "decay": weights.decay,
@@ -59,7 +62,7 @@ def mix(
         "rows": packed.rows,
         "positions": packed.positions,
         "C": qkv.shape[1],
-        "KERNEL": weights.conv.shape[1],
+        "INPUTS": states.conv_state.shape[1],
         "SHARED": shape.shared,
         "KEYS": shape.key_heads * shape.key_width,
         "K": shape.key_width,
@@ -70,7 +73,15 @@ def mix(
     if packed.decodes:
         parts = triton.cdiv(shape.value_width, VALUES)
         _decode[(packed.decodes, shape.value_heads, parts)](
-            **shared, **_kept(qkv, shape, parts), VALUES=VALUES, num_warps=4
+            **shared,
+            **_kept(qkv, shape, parts),
+            drafted=states.drafted,
+            behind=behind,
+            decodes=packed.decodes,
+            DRAFTS=states.drafts,
+            SPAN=triton.next_power_of_2(states.drafts + 1),
+            VALUES=VALUES,
+            num_warps=4,
         )
     if chunks := _sequences(packed) - packed.decodes:
         parts = triton.cdiv(shape.value_width, CHUNK_VALUES)
@@ -96,9 +107,12 @@ def _kept(qkv: Tensor, shape: Shape, parts: int) -> dict[str, int]:
 
 def _launch_convolution(
     qkv: Tensor, conv_weight: Tensor, states: RecurrentStates, packed: Packed
-) -> Tensor:
-    """Return the convolution of all channels, [T, C]."""
+) -> tuple[Tensor, Tensor]:
+    """Return the convolution of all channels, [T, C], and how many drafts before each decode are
+    still to be added to the matrix of its sequence, int32 [decodes].
+    """
     channels, mixed = qkv.shape[1], torch.empty_like(qkv)
+    behind = packed.rows.new_empty(packed.decodes)
     longest = packed.longest if packed.starts is not None else 1
     grid = _sequences(packed), triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)
     _convolve[grid](
@@ -106,17 +120,21 @@ def _launch_convolution(
         weight=conv_weight,
         state=states.conv_state,
         out=mixed,
+        length=states.length,
+        behind=behind,
         starts=packed.starts,
         rows=packed.rows,
         positions=packed.positions,
         decodes=packed.decodes,
         C=channels,
         KERNEL=conv_weight.shape[1],
+        INPUTS=states.conv_state.shape[1],
+        DRAFTS=states.drafts,
         CHANNELS=CHANNELS,
         TOKENS=TOKENS,
         num_warps=2,
     )
-    return mixed
+    return mixed, behind
 
 
 def _sequences(packed: Packed) -> int:
@@ -136,19 +154,42 @@ def _bounds(starts, sequence, decodes):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _is_at(rows, positions, token, exists, row, position):  # type: ignore[no-untyped-def]
+    """Return whether a ``token`` that ``exists`` is the one of ``row`` at ``position``."""
+    same = tl.load(rows + token, mask=exists, other=-1) == row
+    return same & (tl.load(positions + token, mask=exists, other=-1) == position)
+
+
+@triton.jit
 def _inputs(  # type: ignore[no-untyped-def]
-    x, state, begin, place, c, inside, fresh, C: tl.constexpr, KERNEL: tl.constexpr
+    x,
+    state,
+    rows,
+    positions,
+    begin,
+    place,
+    c,
+    inside,
+    row,
+    position,
+    C: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DRAFTS: tl.constexpr,
 ):
-    """Return the inputs of the channels ``c`` at ``place`` of a sequence; those before its chunk
-    come from its ``state``, and are zeros if it is ``fresh``.
+    """Return the inputs of the channels ``c`` at ``place`` of a sequence of ``row`` that goes on at
+    ``position`` with the token ``begin``; those before it come from its ``state``, or are zeros.
     """
-    here = tl.load(x + (begin + place).to(tl.int64) * C + c, mask=inside & (place >= 0), other=0.0)
+    token = begin + place
+    is_here = place >= 0
+    if DRAFTS:  # a draft follows tokens of its own step
+        exists = (place < 0) & (token >= 0)
+        is_here |= _is_at(rows, positions, token, exists, row, position + place)
+    here = tl.load(x + token.to(tl.int64) * C + c, mask=inside & is_here, other=0.0)
+    is_before = (position + place >= 0) & (is_here == 0)
     before = tl.load(
-        state + c * (KERNEL - 1) + KERNEL - 1 + place,
-        mask=inside & (place < 0) & (place > -KERNEL) & (fresh == 0),
-        other=0.0,
+        state + (position + place) % INPUTS * C + c, mask=inside & is_before, other=0.0
     )
-    return tl.where(place >= 0, here, before)
+    return tl.where(is_here, here, before)
 
 
 @triton.jit(**_ANY)
@@ -157,12 +198,16 @@ def _convolve(  # type: ignore[no-untyped-def]
     weight,
     state,
     out,
+    length,
+    behind,
     starts,
     rows,
     positions,
     decodes,
     C: tl.constexpr,
     KERNEL: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DRAFTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -174,16 +219,41 @@ def _convolve(  # type: ignore[no-untyped-def]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     t = (first + tl.arange(0, TOKENS))[:, None]
     inside = (c < C) & (begin + t < end)
-    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
-    state += tl.load(rows + begin).to(tl.int64) * (C * (KERNEL - 1))
+    row, position = tl.load(rows + begin), tl.load(positions + begin)
+    state += row.to(tl.int64) * (C * INPUTS)
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for i in tl.static_range(KERNEL):
-        value = _inputs(x, state, begin, t - (KERNEL - 1) + i, c, inside, fresh, C, KERNEL)
+        place = t - (KERNEL - 1) + i
+        value = _inputs(
+            x,
+            state,
+            rows,
+            positions,
+            begin,
+            place,
+            c,
+            inside,
+            row,
+            position,
+            C,
+            INPUTS,
+            DRAFTS,
+        )
         factor = tl.load(weight + c * KERNEL + i, mask=c < C, other=0.0)
         total += value.to(tl.float32) * factor.to(tl.float32)
     total = total.to(out.dtype.element_ty).to(tl.float32)
     total *= tl.sigmoid(total)
     tl.store(out + (begin + t).to(tl.int64) * C + c, total.to(out.dtype.element_ty), mask=inside)
+    if DRAFTS:
+        # one program for each sequence, before the matrices are read
+        is_one = (first == 0) & (tl.program_id(1) == 0)
+        is_decode = begin < decodes
+        is_draft = _is_at(rows, positions, begin - 1, begin > 0, row, position - 1)
+        known = tl.load(length + row, mask=is_one & (position > 0), other=0)
+        known = tl.where(position > 0, known, 0)
+        tl.store(behind + begin, position - known, mask=is_one & is_decode)
+        stop = position + tl.where(is_decode, 1, end - begin)
+        tl.store(length + row, stop, mask=is_one & (is_draft == 0))
 
 
 @triton.jit(**_ANY)
@@ -199,8 +269,11 @@ def _decode(  # type: ignore[no-untyped-def]
     out,
     rows,
     positions,
+    drafted,
+    behind,
+    decodes,
     C: tl.constexpr,
-    KERNEL: tl.constexpr,
+    INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -210,45 +283,85 @@ def _decode(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     VALUES: tl.constexpr,
     EPSILON: tl.constexpr,
+    DRAFTS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Go through one token of a sequence with some values of a head."""
+    """Go through one token of a sequence, and its drafts, with some values of a head."""
     token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
+    row, position = tl.load(rows + token).to(tl.int64), tl.load(positions + token)
+    count = 1
+    if DRAFTS:
+        if _is_at(rows, positions, token - 1, token > 0, row, position - 1):
+            return  # a draft
+        n = tl.arange(0, SPAN)
+        exists = (n <= DRAFTS) & (token + n < decodes)
+        count = tl.sum(
+            _is_at(rows, positions, token + n, exists, row, position + n).to(tl.int32), 0
+        )
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
     place, inside, state = _begin(
         x,
         conv,
         matrix,
-        rows,
-        positions,
+        row,
+        position,
         token,
-        token + 1,
+        token + count,
         head,
         part,
         i,
         j,
         C,
-        KERNEL,
+        INPUTS,
         KEPT,
         KEPT_PADDED,
         K,
         V,
     )
-    keys = mixed + token * C + head // SHARED * K + i
-    q = tl.load(keys, mask=i < K, other=0.0).to(tl.float32)
-    k = tl.load(keys + KEYS, mask=i < K, other=0.0).to(tl.float32)
-    v = tl.load(mixed + token * C + 2 * KEYS + head * V + j, mask=j < V, other=0.0).to(tl.float32)
-    rate = tl.sigmoid(tl.load(b + token * heads + head).to(tl.float32))
-    log_decay = _log_decay(tl.load(a + token * heads + head), decay, dt_bias, head)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
+    size: tl.constexpr = C - KEYS
+    if DRAFTS:
+        drafted += row * (2 * DRAFTS + 1) * (size + 2 * heads)
+        right = tl.load(behind + token)
+        for n in range(0, right):  # drafts that were right
+            kept = drafted + (position - right + n) % (2 * DRAFTS + 1) * (size + 2 * heads)
+            k = tl.load(kept + head // SHARED * K + i, mask=i < K, other=0.0)
+            v = tl.load(kept + KEYS + head * V + j, mask=j < V, other=0.0)
+            rate = tl.load(kept + size + head)
+            log_decay = _log_decay(tl.load(kept + size + heads + head), decay, dt_bias, head)
+            state = _add_token(state, k, v, rate, log_decay, EPSILON)
+    for n in range(0, count):
+        at = token + n
+        keys = mixed + at * C + head // SHARED * K + i
+        q = tl.load(keys, mask=i < K, other=0.0).to(tl.float32)
+        k = tl.load(keys + KEYS, mask=i < K, other=0.0)
+        v = tl.load(mixed + at * C + 2 * KEYS + head * V + j, mask=j < V, other=0.0)
+        rate = tl.load(b + at * heads + head)
+        decayed = tl.load(a + at * heads + head)
+        log_decay = _log_decay(decayed, decay, dt_bias, head)
+        state = _add_token(state, k, v, rate, log_decay, EPSILON)
+        q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
+        result = tl.sum(state * q[:, None], 0)
+        tl.store(out + (at * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
+        tl.store(place, state, mask=inside & (n == 0))
+        if DRAFTS:
+            kept = drafted + (position + n) % (2 * DRAFTS + 1) * (size + 2 * heads)
+            is_first = (part == 0) & (head % SHARED == 0)
+            tl.store(kept + head // SHARED * K + i, k, mask=(i < K) & is_first & (n > 0))
+            tl.store(kept + KEYS + head * V + j, v, mask=(j < V) & (n > 0))
+            tl.store(kept + size + head, rate, mask=(part == 0) & (n > 0))
+            tl.store(kept + size + heads + head, decayed, mask=(part == 0) & (n > 0))
+
+
+@triton.jit
+def _add_token(state, k, v, rate, log_decay, EPSILON: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``state`` after a token."""
+    k, v = k.to(tl.float32), v.to(tl.float32)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPSILON)
     state *= tl.exp(log_decay)
-    written = rate * (v - tl.sum(state * k[:, None], 0))
-    state += k[:, None] * written[None, :]
-    result = tl.sum(state * q[:, None], 0)
-    tl.store(out + (token * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
-    tl.store(place, state, mask=inside)
+    written = tl.sigmoid(rate.to(tl.float32)) * (v - tl.sum(state * k[:, None], 0))
+    return state + k[:, None] * written[None, :]
 
 
 @triton.jit(**_ANY)
@@ -267,7 +380,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     positions,
     decodes,
     C: tl.constexpr,
-    KERNEL: tl.constexpr,
+    INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -289,12 +402,13 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
     n = tl.arange(0, TOGETHER)
+    row, position = tl.load(rows + begin).to(tl.int64), tl.load(positions + begin)
     place, inside, state = _begin(
         x,
         conv,
         matrix,
-        rows,
-        positions,
+        row,
+        position,
         begin,
         end,
         head,
@@ -302,7 +416,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         i,
         j,
         C,
-        KERNEL,
+        INPUTS,
         KEPT,
         KEPT_PADDED,
         K,
@@ -361,8 +475,8 @@ def _begin(  # type: ignore[no-untyped-def]
     x,
     conv,
     matrix,
-    rows,
-    positions,
+    row,
+    position,
     begin,
     end,
     head,
@@ -370,7 +484,7 @@ def _begin(  # type: ignore[no-untyped-def]
     i,
     j,
     C: tl.constexpr,
-    KERNEL: tl.constexpr,
+    INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     K: tl.constexpr,
@@ -379,14 +493,12 @@ def _begin(  # type: ignore[no-untyped-def]
     """Keep a share of the last inputs of a sequence; return where the state of keys ``i`` and
     values ``j`` of a head lies, which of it exists, and the state: zeros if the sequence begins.
     """
-    row = tl.load(rows + begin).to(tl.int64)
-    fresh = (tl.load(positions + begin) == 0).to(tl.int32)
     first = (head * tl.num_programs(2) + part) * KEPT
-    conv += row * (C * (KERNEL - 1))
-    _keep_inputs(x, conv, begin, end, first, fresh, C, KERNEL, KEPT, KEPT_PADDED)
+    conv += row * (C * INPUTS)
+    _keep_inputs(x, conv, begin, end, position, first, C, INPUTS, KEPT, KEPT_PADDED)
     place = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
     inside = (i < K)[:, None] & (j < V)[None, :]
-    return place, inside, tl.load(place, mask=inside & (fresh == 0), other=0.0)
+    return place, inside, tl.load(place, mask=inside & (position > 0), other=0.0)
 
 
 @triton.jit
@@ -395,10 +507,10 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
     state,
     begin,
     end,
+    position,
     first,
-    fresh,
     C: tl.constexpr,
-    KERNEL: tl.constexpr,
+    INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
 ):
@@ -406,11 +518,11 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
     n = tl.arange(0, KEPT_PADDED)
     c = first + n
     inside = (n < KEPT) & (c < C)
-    # each place is read before any that comes later is written
-    for i in tl.static_range(KERNEL - 1):
-        place = end - begin - (KERNEL - 1) + i
-        value = _inputs(x, state, begin, place, c, inside, fresh, C, KERNEL)
-        tl.store(state + c * (KERNEL - 1) + i, value, mask=inside)
+    x += begin.to(tl.int64) * C
+    count = end - begin
+    for place in range(tl.maximum(0, count - INPUTS), count):
+        value = tl.load(x + place * C + c, mask=inside)
+        tl.store(state + (position + place) % INPUTS * C + c, value, mask=inside)
 
 
 def gated_norm(

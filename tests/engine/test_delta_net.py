@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine import delta_net, delta_rule
-from qtool.engine.attention.pages import Packed, RecurrentStates, StateGeometry
+from qtool.engine.attention.pages import Packed, RecurrentStates
 from qtool.engine.gated_norm import GatedNorm
 from qtool.engine.kv_cache import allocate_states
 
@@ -25,15 +25,11 @@ def ints(values) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def geometry(shape: delta_rule.Shape) -> StateGeometry:
-    heads = shape.value_heads, shape.key_width, shape.value_width
-    return StateGeometry(0, (sum(shape.sizes), KERNEL - 1), heads)
-
-
-def states_of(shape: delta_rule.Shape, dtype: torch.dtype) -> RecurrentStates:
+def states_of(shape: delta_rule.Shape, dtype: torch.dtype, drafts: int = 0) -> RecurrentStates:
     """States that other sequences left."""
-    states = allocate_states(5, [geometry(shape)], dtype, torch.device("cpu"))[0]
-    for part in (states.conv_state, states.recurrent_state):
+    geometry = [shape.geometry(0, KERNEL)]
+    states = allocate_states(5, geometry, dtype, torch.device("cpu"), drafts)[0]
+    for part in (states.conv_state, states.recurrent_state, states.drafted):
         part.copy_(torch.randn(part.shape))
     return states
 
@@ -78,6 +74,57 @@ def test_a_sequence_is_the_same_whole_in_chunks_and_token_by_token():
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+# (tokens of a step, how many of them are right): a prompt, decodes with and without drafts
+STEPS = [(5, 5), (4, 1), (4, 4), (1, 1), (3, 2), (4, 3), (4, 4), (4, 1), (2, 2), (1, 1)]
+
+
+def steps_with_drafts(mix, shape, inputs, states):
+    """Run `STEPS` of row 2, beside decodes of row 3, as ``mix`` computes them; return the outputs
+    of the tokens that were right.
+    """
+    qkv, b, a, weights = inputs
+    wrong = [torch.randn_like(each) for each in (qkv, b, a)]
+    first, parts = 0, []
+    for number, (count, right) in enumerate(STEPS):
+        own = slice(first, first + right)
+        rest = slice(first + right, first + count)
+        mine = [
+            torch.cat([each[own], other[rest]])
+            for each, other in zip((qkv, b, a), wrong, strict=True)
+        ]
+        if number:
+            chunks = [(3, number - 1, 1), (2, first, count), (4, 0, 1), (4, 0, 1)]  # padding
+            beside = (each[[number, 0, 0]] for each in (qkv, b, a))
+            mine = [
+                torch.cat([other[:1], each, other[1:]])
+                for each, other in zip(mine, beside, strict=True)
+            ]
+            packed = pass_of(chunks, decodes=len(chunks))
+            packed.decodes, packed.starts = len(packed.rows), None
+        else:
+            packed = pass_of([(2, 0, count)], decodes=0)
+        out = mix(*mine, weights, states, packed)
+        skipped = int(number > 0)
+        parts.append(out[skipped : skipped + right])
+        first += right
+    return torch.cat(parts)
+
+
+def test_drafts_that_were_wrong_leave_nothing_behind():
+    torch.manual_seed(0)
+    shape, tokens = SHAPES[0], sum(right for _, right in STEPS)
+    inputs = inputs_of(tokens + 3, shape, torch.float32)
+    plain, drafting = states_of(shape, torch.float32), states_of(shape, torch.float32, drafts=3)
+    found = steps_with_drafts(delta_rule.mix, shape, inputs, drafting)
+    *parts, weights = inputs
+    whole = [each[:tokens] for each in parts]
+    expected = delta_rule.mix(*whole, weights, plain, pass_of([(2, 0, tokens)], decodes=0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        drafting.recurrent_state[2], plain.recurrent_state[2], rtol=1e-4, atol=1e-5
+    )
+
+
 def test_a_net_that_computes_something_else_is_left_alone():
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
@@ -117,8 +164,6 @@ def test_the_kernels_on_a_gpu(run_here):
 
 
 def compare(device: str = "cpu") -> None:
-    from qtool.engine import triton_delta_net
-
     torch.manual_seed(0)
     # a decode; a prompt, an empty chunk, one that goes on, a long one
     chunks = [(3, 7, 1), (0, 0, 2), (0, 0, 0), (2, 9, 2), (4, 30, 18)]
@@ -133,29 +178,57 @@ def compare(device: str = "cpu") -> None:
                 arguments[0][:, : sum(shape.sizes[:2])] = 1.0
                 arguments[1][:], arguments[2][:] = 10.0, -20.0
             states = states_of(shape, dtype)
-            own = RecurrentStates(
-                states.conv_state.clone().to(device), states.recurrent_state.clone().to(device)
-            )
+            own = moved_to(device, states)
             expected = delta_rule.mix(*arguments, states, packed)
-            *tensors, weights = arguments
-            moved = {
-                part: getattr(weights, part).to(device) for part in ("conv", "decay", "dt_bias")
-            }
-            there = [*(each.to(device) for each in tensors), replace(weights, **moved)]
-            for name in ("table", "rows", "positions", "starts"):
-                part = getattr(packed, name)
-                setattr(packed, name, None if part is None else part.to(device))
-            result = triton_delta_net.mix(*there, own, packed)
-            for name, one, other in (
-                ("out", result, expected),
-                ("conv", own.conv_state, states.conv_state),
-                ("matrix", own.recurrent_state, states.recurrent_state),
-            ):
-                error = float((one.cpu().float() - other.float()).norm() / other.float().norm())
-                assert error <= (2e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error}"
+            result = on_device(device)(*arguments, own, packed)
+            check_alike(dtype, (result, expected), own, states)
+        compare_drafts(device, dtype, shape)
     for dtype, heads, width in ((torch.float32, 3, 24), (torch.bfloat16, 4, 32)):
         compare_norm(device, dtype, heads, width)
     print("compared")
+
+
+def moved_to(device: str, states: RecurrentStates) -> RecurrentStates:
+    parts = (states.conv_state, states.recurrent_state, states.length, states.drafted)
+    return RecurrentStates(*(part.clone().to(device) for part in parts))
+
+
+def on_device(device: str):
+    """`mix` of the kernels, of arguments that are still on the host."""
+    from qtool.engine import triton_delta_net
+
+    def mix(qkv, b, a, weights, states, packed):
+        moved = {part: getattr(weights, part).to(device) for part in ("conv", "decay", "dt_bias")}
+        there = [*(each.to(device) for each in (qkv, b, a)), replace(weights, **moved)]
+        for name in ("table", "rows", "positions", "starts"):
+            part = getattr(packed, name)
+            setattr(packed, name, None if part is None else part.to(device))
+        return triton_delta_net.mix(*there, states, packed).cpu()
+
+    return mix
+
+
+def check_alike(dtype, results, own: RecurrentStates, states: RecurrentStates) -> None:
+    for name, one, other in (
+        ("out", *results),
+        ("conv", own.conv_state, states.conv_state),
+        ("matrix", own.recurrent_state, states.recurrent_state),
+        ("drafted", own.drafted, states.drafted),
+    ):
+        error = float((one.cpu().float() - other.float()).norm()) / (float(other.norm()) or 1.0)
+        assert error <= (2e-5 if dtype == torch.float32 else 1e-2), f"{name}: {error}"
+
+
+def compare_drafts(device: str, dtype: torch.dtype, shape: delta_rule.Shape) -> None:
+    inputs = inputs_of(sum(right for _, right in STEPS) + 3, shape, dtype)
+    states = states_of(shape, dtype, drafts=3)
+    own, seed = moved_to(device, states), torch.seed()
+    results = []
+    for mix, kept in ((on_device(device), own), (delta_rule.mix, states)):
+        torch.manual_seed(seed)
+        results.append(steps_with_drafts(mix, shape, inputs, kept))
+    assert own.length.tolist() == states.length.tolist()
+    check_alike(dtype, results, own, states)
 
 
 @torch.no_grad()
@@ -196,11 +269,10 @@ def compile_all() -> None:
     triton_cpu.compile_only(compiled)
     shape = delta_rule.Shape(16, 32, 128, 128)  # Qwen3-Next's
     arguments = inputs_of(9, shape, torch.bfloat16)
-    states = RecurrentStates(
-        torch.empty(5, 8192, KERNEL - 1, dtype=torch.bfloat16, device="meta"),
-        torch.empty(5, 32, 128, 128, device="meta"),
-    )
-    triton_delta_net.mix(*arguments, states, pass_of([(3, 7, 1), (0, 0, 8)], 1))
+    for drafts in (0, 3):
+        geometry = [shape.geometry(0, KERNEL)]
+        states = allocate_states(5, geometry, torch.bfloat16, torch.device("meta"), drafts)[0]
+        triton_delta_net.mix(*arguments, states, pass_of([(3, 7, 1), (0, 0, 8)], 1))
     heads = torch.empty(8, 32, 128, dtype=torch.bfloat16, device="meta")
     for codes in (None, "fp8"):
         triton_delta_net.gated_norm(heads, heads, heads[0, 0], 1e-6, codes)

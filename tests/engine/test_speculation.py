@@ -19,13 +19,14 @@ from qtool.engine.sampling_batch import History, RowRequest
 from qtool.engine.sampling_params import SamplingParams
 from qtool.engine.speculation import NgramDrafter
 from qtool.engine.step import Chunk, SequenceState
-from qtool.errors import CheckpointRefused, UsageError
+from qtool.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest_plugins = ["support.sample_plugin"]
 
 OPTIONS = {"dtype": "float32", "max_total_tokens": 8192}
 NGRAM = {"speculative_algorithm": "NGRAM", "speculative_ngram_min_match_window_size": 1}
+NUM_STEPS = 3  # of models with states
 REPEATED = [
     "import os\nimport sys\n" * 6,
     "for i in range(10):\n    print(i)\n" * 5,
@@ -203,11 +204,60 @@ def test_penalties_count_drafts_and_forget_them():
     assert [part.tolist() for part in history.counts(100)] == [[5, 7, 9, 8], [0, 1, 1, 1]]
 
 
-def test_a_model_with_states_cannot_take_drafts_back(tmp_path):
-    folder, _ = publish("qwen3_next", tmp_path / "model")
-    with pytest.raises(CheckpointRefused, match="keep a state") as refused:
-        Engine(folder, skip_tokenizer_init=True, device="cpu", **NGRAM)
-    assert refused.value.code == "E_SPECULATION"
+LONGER_CASES = [("".join(REPEATED), GREEDY), *CASES]  # states of longer prompts are copied
+
+
+def draft_known(known):
+    """Return what drafts tokens of ``known`` sequences, of which each fifth is wrong."""
+
+    def propose(sequence, room):
+        size = len(sequence.tokens)
+        rest = next((each[size:] for each in known if each[:size] == sequence.tokens), [])
+        places = enumerate(rest[: min(room, NUM_STEPS)], start=size)
+        return [token ^ 1 if place % 5 == 3 else token for place, token in places]
+
+    return propose
+
+
+@pytest.fixture(scope="module", params=["qwen3_next", "qwen3_5"])
+def with_states(request, tmp_path_factory):
+    """A random model with gated delta nets, what it says token by token, and all of its tokens."""
+    folder, _ = publish(request.param, tmp_path_factory.mktemp("states") / "model")
+    with Engine(folder, **OPTIONS, device="cpu") as engine:
+        found = answers(engine, LONGER_CASES)
+        prompts = [engine.tokenizer(text).input_ids for text, _ in LONGER_CASES]
+    known = [[*ids, *one[1]] for ids, one in zip(prompts, found, strict=False)]
+    return folder, found, known
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, None),
+        ({"max_total_tokens": 192, "chunked_prefill_size": 20, "disable_radix_cache": True}, 10),
+        ({"max_running_requests": 6, "chunked_prefill_size": 64}, 8),
+    ],
+    ids=["together", "preempted", "fixed"],
+)
+def test_states_forget_drafts_that_were_wrong(with_states, options, count):
+    folder, wanted, known = with_states
+    given = {**OPTIONS, "device": "cpu", **NGRAM, "speculative_num_steps": NUM_STEPS, **options}
+    with Engine(folder, **given) as engine:
+        engine.loop.scheduler.propose = draft_known(known)
+        is_fixed = "max_running_requests" in options
+        shapes = [PromptShape(0, 64), PromptShape(24, 64)] if is_fixed else []
+        used = run_in_fixed_steps(engine, [8, 24], shapes) if is_fixed else []
+        assert answers(engine, LONGER_CASES[:count]) == wanted[:count]
+        total = engine.loop.spec.total
+        assert total.accept_length > 1.2 and 0 < total.correct < total.proposed
+        if is_fixed:
+            assert {8, 24, PromptShape(24, 64)} <= {*used}
+        elif not options:
+            alone = [engine.generate(text, params) for text, params in LONGER_CASES[:6]]
+            assert [essence(result) for result in alone] == wanted[:6]
+            assert engine.loop.scheduler.prefix_hits > 0
+        else:
+            assert engine.loop.scheduler.preemptions > 0
 
 
 @pytest.mark.parametrize(

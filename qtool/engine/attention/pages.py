@@ -68,25 +68,56 @@ class StateGeometry:
     """What one layer keeps for each sequence, whatever its length."""
 
     layer_idx: int
-    conv: tuple[int, int]
-    """Channels, and how many inputs of each."""
+    channels: int
+    inputs: int
+    """Of each channel, those that the convolution of the next token reads."""
     matrix: tuple[int, int, int]
     """Heads, key width, value width."""
+    drafted: int
+    """How many numbers are kept of a draft."""
+
+    def conv(self, drafts: int) -> tuple[int, int]:
+        """Return how many inputs of how many channels are kept."""
+        return self.inputs + drafts, self.channels
 
 
 @dataclass
 class RecurrentStates:
-    """The states of one layer, at the row of each sequence in `Packed.table`."""
+    """The states of one layer, at the row of each sequence in `Packed.table`.
+
+    A matrix cannot forget a token. So of a token and the drafts after it only the token goes into
+    the matrix, and what the drafts would add is kept. The next step of the sequence begins after
+    those that were right, and adds them first.
+    """
 
     conv_state: Tensor
-    """[rows, channels, inputs]: the last inputs of each channel, the newest last."""
+    """[rows, inputs, channels]: the last inputs, that of position p at ``p % inputs``; as many as
+    a convolution reads, and the drafts.
+    """
     recurrent_state: Tensor
     """f32 [rows, heads, key width, value width]."""
+    length: Tensor
+    """int32 [rows]: how many tokens of the sequence `recurrent_state` holds."""
+    drafted: Tensor
+    """[rows, 2 * drafts + 1, N]: keys, values, and what learning rates and decays are made of, side
+    by side, of drafts, that of position p at ``p % (2 * drafts + 1)``: no step writes where it
+    reads. Without drafts [rows, 0, N].
+    """
+
+    @property
+    def drafts(self) -> int:
+        """How many drafts a token has, at most."""
+        return self.drafted.shape[1] // 2
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]:
+        """What a copy of the state of a sequence without drafts takes."""
+        return self.conv_state, self.recurrent_state, self.length
 
     @property
     def nbytes(self) -> int:
         """Return the size of all states."""
-        return self.conv_state.nbytes + self.recurrent_state.nbytes
+        return sum(part.nbytes for part in (*self.copied, self.drafted))
 
 
 LayerCache = KVPages | RecurrentStates
