@@ -16,3 +16,11 @@ def compile_in_parallel(device: torch.device) -> AbstractContextManager[None]:
     from qtool.runtime.triton import parallel_compile
 
     return parallel_compile.compile_in_parallel()
+
+
+def log_compiles(device: torch.device) -> None:
+    """Log each kernel for ``device`` that is compiled from now on, while a request waits."""
+    if device.type == "cuda":
+        from qtool.runtime.triton import parallel_compile
+
+        parallel_compile.log_compiles()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import random
@@ -39,6 +40,8 @@ class Timing:
     tokens: int = 0
     events: int = 0
     failed: list[str] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
+    """When each event came, of the clock that all processes share."""
 
 
 def random_prompt(draw: random.Random, size: int) -> list[int]:
@@ -71,6 +74,7 @@ async def one_request(host: str, port: int, body: bytes, timing: Timing) -> None
             timing.tokens += json.loads(line[6:])["usage"]["completion_tokens"]
             continue
         timing.first.append(now - start) if not seen else timing.between.append(now - last)
+        timing.seen.append(now)
         seen, last = seen + 1, now
     timing.events += seen
     if not ended:
@@ -151,11 +155,20 @@ def load(options: argparse.Namespace) -> None:
         "tokens_an_event": round(tokens / max(1, sum(timing.events for timing in timings)), 3),
         **spread("first_token_ms", [value for timing in timings for value in timing.first]),
         **spread("between_ms", [value for timing in timings for value in timing.between]),
+        **longest_pause([value for timing in timings for value in timing.seen], began),
         "failed": len(failed),
     }
     print(f"RESULT {options.name} {json.dumps(found)}", flush=True)
     if failed:
         print(failed[0])
+
+
+def longest_pause(seen: Sequence[float], began: float) -> dict[str, float]:
+    """Return the longest time without an event of any client, and when it was."""
+    ordered = [began, *sorted(seen)]
+    pauses = ((now - last, last) for last, now in itertools.pairwise(ordered))
+    pause, since = max(pauses, default=(0.0, began))
+    return {"longest_pause_ms": round(pause * 1e3, 1), "which_began_s": round(since - began, 2)}
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:

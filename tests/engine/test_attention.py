@@ -7,6 +7,7 @@ interpret|compile`): triton reads TRITON_INTERPRET when it is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -452,6 +453,23 @@ def test_no_masks_are_made_while_running():
         assert "qtool" in ALL_MASK_ATTENTION_FUNCTIONS
     # transformers would look at the positions, which waits for the GPU
     assert "qtool" not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("most", [4096, 131072])
+def test_any_number_of_decodes_runs_kernels_that_the_graphs_compile(heads, fp8, most):
+    pytest.importorskip("triton", reason="triton is for Linux only")
+    from qtool.engine.attention import triton_latent
+    from qtool.engine.attention.triton_paged import decode_tile
+    from qtool.engine.cuda_graphs import DECODE_BUCKETS
+
+    def kernels(sizes) -> set[object]:
+        paged = (decode_tile(size * heads, most, 128, 2, fp8=fp8) for size in sizes)
+        latent = (triton_latent.decode_tile(size * heads, most, 2) for size in sizes)
+        return {dataclasses.replace(tile, least=0) for tile in (*paged, *latent)}
+
+    assert kernels(range(1, DECODE_BUCKETS[-1] + 1)) == kernels(DECODE_BUCKETS)
 
 
 @pytest.mark.exhaustive

@@ -17,6 +17,7 @@ from qtool.engine.attention.triton_paged import (
     ANY_VALUE,
     Tile,
     launch_options,
+    power_of_two,
     store_part,
 )
 from qtool.runtime.triton.tiles import start_early
@@ -27,8 +28,7 @@ ROWS = 16  # heads of a tile, at most
 def decode_tile(programs: int, most: int, itemsize: int) -> Tile:
     """Choose for ``programs`` groups of heads of all sequences, of at most ``most`` tokens each."""
     keys = 32 if itemsize < 4 else 16
-    # powers of two: each number of parts is a kernel of its own to compile
-    parts = 16 if programs <= 64 else 1 << max(0, (512 // programs).bit_length() - 1)
+    parts = 16 if programs <= 64 else power_of_two(512 // programs)
     return Tile(keys, 4, 2, ROWS, max(1, min(parts, triton.cdiv(most, keys))))
 
 

@@ -71,17 +71,26 @@ def decode_tile(
     keys = 64 if head_dim <= 128 else 32
     if itemsize == 4:
         keys = 16
-    # few: cut until the machine is full; each number of parts is a kernel of its own to compile
+    # few: cut until the machine is full
     if programs <= 64 and most >= LONG and keys == 64:
         if fp8:
-            return Tile(keys, 2, 3, parts=max(16, min(64, 1024 // programs)))
-        parts = max(8, min(32, 512 // programs))
+            return Tile(keys, 2, 3, parts=max(16, min(64, power_of_two(1024 // programs))))
+        parts = max(8, min(32, power_of_two(512 // programs)))
         return Tile(keys, 4, 3 if parts > 8 else 2, parts=parts)
-    if programs < 512:
-        parts, least = MANY_PARTS.value if programs <= 64 else 512 // programs, 1
+    if programs <= 256:
+        parts, least = MANY_PARTS.value if programs <= 64 else power_of_two(512 // programs), 1
     else:  # cut only long sequences, for the sake of balance
         parts, least = 4, 4096 // keys
     return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
+
+
+def power_of_two(count: int) -> int:
+    """Return the largest power of two in ``count``, at least 1.
+
+    Each number of parts is a kernel of its own. Only powers of two are used, which the CUDA graphs
+    of powers of two sequences all need too, so that none compiles while a request waits.
+    """
+    return 1 << max(0, count.bit_length() - 1)
 
 
 def prefill_tile(head_dim: int, itemsize: int) -> Tile:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
-from triton import AsyncCompileMode
+from triton import AsyncCompileMode, knobs
 from triton.runtime.jit import JITFunction
 
 from qtool.runtime.triton.routing import WRITES_INDICES
 
+LOG = logging.getLogger("qtool.runtime")
 MAX_THREADS = 16
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -44,3 +47,14 @@ def compile_in_parallel() -> Iterator[None]:
             yield
         finally:
             JITFunction.run = run
+
+
+def log_compiles() -> None:
+    """Log each kernel that is compiled from now on: a request may be waiting for it."""
+    knobs.compilation.listener = _log_compile
+
+
+def _log_compile(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: object) -> None:
+    if not (cache_hit or _ONE_AT_A_TIME.locked()):
+        seconds = times.total / 1e6
+        LOG.warning("requests wait for a kernel: %s compiled in %.1f s", metadata["name"], seconds)
