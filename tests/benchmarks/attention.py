@@ -232,6 +232,9 @@ def decode_candidates(batch: int, context: int) -> list[Tile]:
         (64, 2, 3),
         (32, 4, 4),
         (128, 4, 2),
+        (64, 1, 2),
+        (64, 1, 3),
+        (128, 2, 2),
     ]
     cuts = {
         1: [(16, 1), (64, 1)],

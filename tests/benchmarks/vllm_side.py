@@ -2,6 +2,7 @@
 
     python tests/benchmarks/vllm_side.py FOLDER [--requests 512] [--new 256] [--quick]
         [--contexts 1x32000 8x16000] [--kv-cache-dtype fp8]
+        [--set gdn_prefill_backend=triton ...]
 
 Runs where vLLM is installed, without qtool.
 """
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--start", action="store_true", help="only, to fill its caches")
     parser.add_argument("--memory", type=float, default=0.8)
+    parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=text")
     options = parser.parse_args()
     from vllm import LLM, SamplingParams
 
@@ -61,6 +63,7 @@ def main() -> None:
         enable_prefix_caching=False,
         dtype="bfloat16",
         max_num_seqs=256,
+        **dict(item.split("=", 1) for item in options.set),
     )
     found = {"start_s": round(time.perf_counter() - start, 1)}
     random.seed(0)

@@ -188,13 +188,16 @@ def compile_all() -> None:
     from qtool.runtime.triton.parallel_compile import compile_in_parallel
     from qtool.scheme import SCHEMES
 
-    triton_cpu.driver.set_active(triton_cpu.Hopper())
+    hopper, launchers = triton_cpu.Hopper(), []
+    hopper.launcher_cls = lambda src, metadata: launchers.append(src.name)
+    triton_cpu.driver.set_active(hopper)
     own_run = triton_cpu.JITFunction.run
     with compile_in_parallel():
         for size in (16, 64):
             routing.sort_choices(torch.empty(4, 8, dtype=torch.int32, device="meta"), 128, size)
     kernels = routing._sort.device_caches[0][0].values()
     assert [kernel.asm["cubin"][:4] for kernel in kernels] == [b"\x7fELF"] * 2
+    assert launchers == ["_sort"] * 2
     assert triton_cpu.JITFunction.run is own_run
 
     def enter() -> None:

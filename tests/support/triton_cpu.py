@@ -181,6 +181,9 @@ class Hopper:
     def get_current_stream(self, device):
         return 0
 
+    def launcher_cls(self, src, metadata):
+        return f"launches {src.name} with {metadata.num_warps} warps"
+
 
 def compile_only(compiled: list) -> None:
     """From now on a launch in this process compiles its kernel for sm_90, adds it to ``compiled``
