@@ -202,8 +202,12 @@ def read_config(checkpoint: Checkpoint) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     layers = checkpoint.text_config.get("num_hidden_layers")
-    if isinstance(layers, int):  # `runtime.mtp` counts one more than the file
-        config.get_text_config().num_hidden_layers = layers
+    text = config.get_text_config()
+    if isinstance(layers, int):
+        # `runtime.mtp` counts one more than the file, which attends
+        if (kinds := getattr(text, "layer_types", None)) and layers > text.num_hidden_layers:
+            text.layer_types = [*kinds, "full_attention"]
+        text.num_hidden_layers = layers
     return config
 
 

@@ -49,6 +49,7 @@ def names_in(
     layout: Layout | None,
     *,
     uncalled: Collection[str] = (),
+    moved: tuple[str, str] | None = None,
 ) -> NameMap:
     """Return the name map of ``checkpoint`` for ``model``, which was built from its config.
 
@@ -57,8 +58,9 @@ def names_in(
         checkpoint: the checkpoint; quantized layers count as the matrices they stand for.
         layout: what `formats.detect` returned.
         uncalled: linear layers of the model whose parent multiplies with the weight by itself.
+        moved: a module of the checkpoint, and what transformers is to think it is called.
     """
-    mapper = _Mapper(checkpoint, model, uncalled)
+    mapper = _Mapper(checkpoint, model, uncalled, moved)
     for name, shape in model_tensors(checkpoint, layout).items():
         mapper.place(name, shape)
     return NameMap(
@@ -71,11 +73,22 @@ def names_in(
     )
 
 
+def moved_name(name: str, moved: tuple[str, str] | None) -> str:
+    """Return what transformers is to think the tensor ``name`` is called."""
+    if moved is None or not name.startswith(f"{moved[0]}."):
+        return name
+    return moved[1] + name.removeprefix(moved[0])
+
+
 class _Mapper:
     """Finds the place of one tensor after another."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: PreTrainedModel, uncalled: Collection[str]
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        uncalled: Collection[str],
+        moved: tuple[str, str] | None,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -95,6 +108,7 @@ class _Mapper:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._towers = tuple(f"{name}." for name in towers(model))
         self._uncalled = uncalled
+        self._moved = moved
 
     def place(self, name: str, shape: Shape) -> None:
         """Find what the model does with the tensor ``name``."""
@@ -110,6 +124,7 @@ class _Mapper:
             self.unused[name] = self._why_unused(name)
 
     def _renamed(self, name: str) -> str:
+        name = moved_name(name, self._moved)
         for renaming in self._renamings:
             name, _ = renaming.rename_source_key(name)
         return name

@@ -20,7 +20,10 @@ MAX_DRAFT_TOKENS = 32
 NUM_DRAFT_TOKENS = 8
 NUM_MTP_STEPS = 3  # SGLang's default for DeepSeek-V3
 # SGLang's names of a model's own layer and vLLM's, for the models whose layers qtool knows
-MTP_ALGORITHMS = ("NEXTN", "EAGLE", "mtp", "deepseek_mtp", "glm4_moe_mtp")
+MTP_ALGORITHMS = (
+    *("NEXTN", "EAGLE", "mtp"),
+    *("deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"),
+)
 MATCH_WINDOW = (2, 12)
 
 
@@ -101,8 +104,8 @@ class EngineConfig:
 
     speculative_algorithm: str | None = None
     """NGRAM: what followed the last tokens where they came before in the request is drafted, and
-    verified in one step. NEXTN, also EAGLE, mtp, deepseek_mtp, glm4_moe_mtp: the checkpoint's own
-    layer for multi-token prediction (MTP) drafts."""
+    verified in one step. NEXTN, also EAGLE, mtp, deepseek_mtp, glm4_moe_mtp, qwen3_next_mtp,
+    qwen3_5_mtp: the checkpoint's own layer for multi-token prediction (MTP) drafts."""
 
     speculative_num_steps: int | None = bounded(None, 1, own_maximum=MAX_DRAFT_TOKENS - 1)
     """Tokens drafted for a request in a step. [one less than speculative_num_draft_tokens; 3 with

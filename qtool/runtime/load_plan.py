@@ -133,7 +133,8 @@ def plan_load(
     built = with_mtp_layer(checkpoint) if names else checkpoint
     if encoding is not None:
         built = without_head(checkpoint)
-    skeleton = Skeleton(built, layout, computed_in)
+    moved = (names.block, names.place) if names else None
+    skeleton = Skeleton(built, layout, computed_in, moved)
     head = head_of(skeleton, encoding) if encoding is not None else None
     warned = [
         *checkpoint.notes,
@@ -199,7 +200,8 @@ def _with_rounded_inputs(
 
 def _left_out(skeleton: Skeleton, mtp: MtpNames | None, head: str | None) -> Iterator[str]:
     """Say what of the checkpoint is not loaded; ``head`` is made into another layer."""
-    own = tuple(f"{name}." for name in (mtp and mtp.prefix, head) if name)
+    parts = mtp.modules if mtp else ()
+    own = tuple(f"{name}." for name in (*parts, head) if name)
     unused = Counter(
         reason for name, reason in skeleton.names.unused.items() if not name.startswith(own)
     )

@@ -31,33 +31,25 @@ class MtpLayer(nn.Module):
         self.block = decoder.layers[-1]
         decoder.layers = decoder.layers[:-1]
         model.config.get_text_config().num_hidden_layers -= 1
-        self.embedding_norm = self._norm(plan, decoder, "enorm.weight")
-        self.hidden_norm = self._norm(plan, decoder, "hnorm.weight")
-        self.norm = self._norm(plan, decoder, "shared_head.norm.weight")
-        assert plan.mtp is not None
-        self.projection = _linear(plan, plan.mtp.projection)
+        names = plan.mtp
+        assert names is not None
+        self.embedding_norm = _norm(plan, decoder, names.embedding_norm)
+        self.hidden_norm = _norm(plan, decoder, names.hidden_norm)
+        self.norm = _norm(plan, decoder, names.norm)
+        self.projection = _linear(plan, names.projection)
         self.rotary = decoder.rotary_emb
+        # of time, height and width, which are the same for text
+        self.grid_count = 3 if hasattr(self.rotary, "mrope_section") else 1
         # the layer has its own names for what it shares with the model
         embeddings: nn.Module = decoder.embed_tokens
         self.embeddings = embeddings
-        own = plan.mtp.tensor("embed_tokens")
-        if _differs(plan, own, "model.embed_tokens"):
-            matrix = dequantized_matrix(plan, own).to(plan.device)
+        if _differs(plan, names.embeddings, names.shared_embeddings):
+            matrix = dequantized_matrix(plan, names.embeddings).to(plan.device)
             self.embeddings = nn.Embedding(len(matrix), matrix.shape[1], _weight=matrix)
         self.head: nn.Module = model.get_output_embeddings()
-        own = plan.mtp.tensor("shared_head.head")
-        if _differs(plan, own, "lm_head"):
-            self.head = _linear(plan, own)
+        if _differs(plan, names.head, "lm_head"):
+            self.head = _linear(plan, names.head)
         self.requires_grad_(False).eval()
-
-    @staticmethod
-    def _norm(plan: LoadPlan, decoder: MtpDecoder, name: str) -> nn.Module:
-        """Return a norm of the model's kind with the weight ``name`` of the layer."""
-        assert plan.mtp is not None
-        norm = copy.deepcopy(decoder.norm)
-        weight = read_checked(plan, plan.mtp.tensor(name)).to(plan.device, plan.skeleton.dtype)
-        norm.weight = nn.Parameter(weight, requires_grad=False)
-        return norm
 
     def forward(self, token_ids: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
         """Return the hidden states [T, H] after the norm before the head.
@@ -79,10 +71,14 @@ class MtpLayer(nn.Module):
             position_ids=places,
             past_key_values=None,
             use_cache=False,
-            position_embeddings=self.rotary(x, position_ids=places),
+            position_embeddings=self.rotary(x, position_ids=self._rotated(places)),
         )
         normed: Tensor = self.norm(x)[0]
         return normed
+
+    def _rotated(self, places: Tensor) -> Tensor:
+        """Return ``places`` [1, T] as the rotary embeddings take them."""
+        return places if self.grid_count == 1 else places.expand(self.grid_count, 1, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [T, V] of what `forward` returned."""
@@ -93,6 +89,14 @@ class MtpLayer(nn.Module):
 def attach_mtp(plan: LoadPlan, model: CausalLM) -> None:
     """Make the last layer of ``model``, which was loaded beside the others, its ``mtp``."""
     cast(nn.Module, model).add_module("mtp", MtpLayer(plan, model))
+
+
+def _norm(plan: LoadPlan, decoder: MtpDecoder, name: str) -> nn.Module:
+    """Return a norm of the model's kind, with the weight of the norm ``name``."""
+    norm = copy.deepcopy(decoder.norm)
+    weight = read_checked(plan, f"{name}.weight").to(plan.device, plan.skeleton.dtype)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 def _linear(plan: LoadPlan, name: str) -> nn.Linear:

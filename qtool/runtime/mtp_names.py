@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,27 +11,48 @@ from qtool.errors import CheckpointRefused
 
 # Classes whose MTP layer is one of their decoder layers between two norms and a projection, and a
 # norm. Sources: DeepSeek-AI 2024, arXiv:2412.19437, section 2.2; vLLM 0.11
-# `models/deepseek_mtp.py` and `models/glm4_moe_mtp.py`; SGLang 0.5 `models/deepseek_nextn.py`.
-KNOWN = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
-JOINT = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+# `models/deepseek_mtp.py`, `models/glm4_moe_mtp.py` and `models/qwen3_next_mtp.py`; SGLang 0.5
+# `models/deepseek_nextn.py`.
+AFTER = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+"""Their MTP layer stands after the last decoder layer, and has all parts."""
+APART = (
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+)
+"""Their MTP layer has a module of its own, `mtp`."""
+EMBEDDINGS = "embed_tokens"
 HINT = "leave speculative_algorithm out, or NGRAM, which needs no layer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MtpNames:
     """The names of an MTP layer in its checkpoint."""
 
-    prefix: str
-    """Of all of them, e.g. ``model.layers.61``."""
+    block: str
+    """The decoder layer in it, e.g. ``model.layers.61``."""
+    place: str
+    """What it would be called among the model's decoder layers, after the last of them."""
+    embedding_norm: str
+    hidden_norm: str
+    norm: str
+    """Before the head."""
+    projection: str
+    """The layer that makes one vector of embedding and hidden state."""
+    embeddings: str
+    """Its own embeddings, if it has some."""
+    shared_embeddings: str
+    """The model's."""
+    head: str
+    """Its own output head, if it has one."""
 
     @property
-    def projection(self) -> str:
-        """The layer that makes one vector of embedding and hidden state."""
-        return f"{self.prefix}.eh_proj"
-
-    def tensor(self, name: str) -> str:
-        """Return the name of the tensor ``name`` of the layer."""
-        return f"{self.prefix}.{name}"
+    def modules(self) -> tuple[str, ...]:
+        """All parts of the layer."""
+        norms = self.embedding_norm, self.hidden_norm, self.norm
+        return self.block, *norms, self.projection, self.embeddings, self.head
 
 
 def find_mtp(checkpoint: Checkpoint) -> MtpNames:
@@ -38,24 +60,66 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
 
     Raises: CheckpointRefused, when it has none or qtool does not know its kind.
     """
-    path, config = checkpoint.place, checkpoint.text_config
+    path, tensors = checkpoint.place, checkpoint.tensors
     kind = (checkpoint.config.get("architectures") or ["a model without `architectures`"])[0]
-    if kind not in KNOWN:
-        message = f"{path}: qtool knows the MTP layers of {' and '.join(KNOWN)}, and this is {kind}"
+    if kind not in (*AFTER, *APART):
+        known = f"{', '.join((*AFTER, *APART)[:-1])} and {APART[-1]}"
+        message = f"{path}: qtool knows the MTP layers of {known}, and this is {kind}"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
-    names = MtpNames(f"model.layers.{config.get('num_hidden_layers')}")
+    names = _names(checkpoint, is_apart=kind in APART)
+    norms = (names.embedding_norm, names.hidden_norm, names.norm)
+    missing = [name for name in (f"{norm}.weight" for norm in norms) if name not in tensors]
     prefix = f"{names.projection}."
-    missing = [name for name in map(names.tensor, JOINT) if name not in checkpoint.tensors]
-    if missing or not any(name.startswith(prefix) for name in checkpoint.tensors):
+    if missing or not any(name.startswith(prefix) for name in tensors):
         message = f"{path} has no MTP layer: `{(*missing, names.projection)[0]}` is missing"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     return names
 
 
+def _names(checkpoint: Checkpoint, *, is_apart: bool) -> MtpNames:
+    """Return the names that an MTP layer of the model has."""
+    number = checkpoint.text_config.get("num_hidden_layers")
+    ending = f"{EMBEDDINGS}.weight"
+    found = (name for name in checkpoint.tensors if name.endswith(f".{ending}"))
+    decoder = next((each for each in found if not each.startswith("mtp.")), f"model.{ending}")
+    decoder = decoder.removesuffix(ending)
+    place = f"{decoder}layers.{number}"
+    if is_apart:
+        return MtpNames(
+            block="mtp.layers.0",
+            place=place,
+            embedding_norm="mtp.pre_fc_norm_embedding",
+            hidden_norm="mtp.pre_fc_norm_hidden",
+            norm="mtp.norm",
+            projection="mtp.fc",
+            embeddings=f"mtp.{EMBEDDINGS}",
+            shared_embeddings=f"{decoder}{EMBEDDINGS}",
+            head="mtp.lm_head",
+        )
+    return MtpNames(
+        block=f"model.layers.{number}",
+        place=f"model.layers.{number}",
+        embedding_norm=f"model.layers.{number}.enorm",
+        hidden_norm=f"model.layers.{number}.hnorm",
+        norm=f"model.layers.{number}.shared_head.norm",
+        projection=f"model.layers.{number}.eh_proj",
+        embeddings=f"model.layers.{number}.{EMBEDDINGS}",
+        shared_embeddings=f"model.{EMBEDDINGS}",
+        head=f"model.layers.{number}.shared_head.head",
+    )
+
+
 def with_mtp_layer(checkpoint: Checkpoint) -> Checkpoint:
     """Return ``checkpoint`` with a config that counts the decoder layer of the first MTP layer
-    among the others, after which it stands; transformers then builds and loads it as one of them.
+    among the others, after the last; transformers then builds and loads it as one of them.
     """
     config: dict[str, Any] = {**checkpoint.config}
-    config["num_hidden_layers"] = checkpoint.config["num_hidden_layers"] + 1
+    if "text_config" in config:
+        config["text_config"] = _with_one_more(config["text_config"])
+    else:
+        config = _with_one_more(config)
     return replace(checkpoint, config=config)
+
+
+def _with_one_more(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, "num_hidden_layers": config["num_hidden_layers"] + 1}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.architecture.meta import build_model, check_report, quiet_loading
-from qtool.architecture.names import names_in, towers
+from qtool.architecture.names import moved_name, names_in, towers
 from qtool.architecture.trace import Trace, trace_linears
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused
@@ -23,14 +23,27 @@ OTHER_MODEL = "config.json and the weights may be of different models: take both
 
 
 class Skeleton:
-    """The transformers model of a checkpoint, without data."""
+    """The transformers model of a checkpoint, without data.
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout | None, dtype: torch.dtype) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
+    Args:
+        checkpoint: the checkpoint.
+        layout: what `formats.detect` returned.
+        dtype: what unquantized layers compute in.
+        moved: a module of the checkpoint, and what transformers is to think it is called.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout | None,
+        dtype: torch.dtype,
+        moved: tuple[str, str] | None = None,
+    ) -> None:
+        self.checkpoint, self.dtype, self._moved = checkpoint, dtype, moved
         model = build_model(checkpoint)
         self.model: CausalLM = model
         self.config: ModelConfig = model.config
-        self.names = names_in(model, checkpoint, layout)
+        self.names = names_in(model, checkpoint, layout, moved=moved)
         self.towers = towers(model)
         """Modules beside the language model, which are not loaded."""
         self._modules: Mapping[str, nn.Module] = dict(model.named_modules())
@@ -101,6 +114,7 @@ class Skeleton:
         """
         from transformers import GenerationConfig
 
+        state = {moved_name(name, self._moved): tensor for name, tensor in state.items()}
         head = self.model.get_output_embeddings()
         if any(self._modules[place.module] is head for place in removed):
             self._untie_head()

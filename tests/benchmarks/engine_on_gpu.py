@@ -98,7 +98,6 @@ def compare(name: str, folder: Path | str, model, dtype: str) -> int:
             ]
             pairs += [("together", *rest) for rest in zip(prompts, got, wanted, strict=True)]
         graphs, hits = len(engine.loop.runner.graphs.decode), engine.loop.scheduler.prefix_hits
-        has_states = bool(engine.loop.runner.geometry.states)
     with Engine(
         folder, **options, max_total_tokens=240, chunked_prefill_size=24, max_running_requests=20
     ) as engine:
@@ -110,8 +109,7 @@ def compare(name: str, folder: Path | str, model, dtype: str) -> int:
         ]
         pairs += [("preempted", *rest) for rest in zip(short, got, wanted_short, strict=True)]
         preemptions = engine.loop.scheduler.preemptions
-    if not has_states:
-        pairs += drafted(folder, options, prompts, wanted)
+    pairs += drafted(folder, options, prompts, wanted)
     exact = copy.deepcopy(model).float()
     found = [(how, differs(model, exact, prompt, one, other)) for how, prompt, one, other in pairs]
     wrong = [f"{how}: {what}" for how, what in found if what not in (None, "tie")]

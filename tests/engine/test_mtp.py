@@ -32,14 +32,21 @@ pytest_plugins = ["support.sample_plugin"]
 
 OPTIONS = {"dtype": "float32", "device": "cpu", "max_total_tokens": 4096}
 NEXTN = {"speculative_algorithm": "NEXTN"}
-LAYER = "model.layers.2."
-JOINT_NORMS = [f"{LAYER}{name}.weight" for name in ("enorm", "hnorm", "shared_head.norm")]
+AFTER = tuple(
+    f"model.layers.2.{name}" for name in ("enorm", "hnorm", "shared_head.norm", "eh_proj")
+)
+APART = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm", "mtp.fc")
 CASES = [
     *(("import os\n", {**GREEDY, "max_new_tokens": count}) for count in (50, 48)),
     *((REPEATED[number % 3], params) for number, params in enumerate(ASKED)),
 ]
 CPU = torch.device("cpu")
-ADDED = ("o_proj", "down_proj")  # the layers whose outputs are added to the residual
+ADDED = ("o_proj", "out_proj", "down_proj")  # layers whose outputs are added to the residual
+
+
+def parts_of(name):
+    """The norms of embeddings, of hidden states and before the head, and the projection."""
+    return APART if "qwen" in name else AFTER
 
 
 def rewrite(folder, change):
@@ -49,27 +56,27 @@ def rewrite(folder, change):
     save_file(changed, folder / WEIGHTS, {"format": "pt"})
 
 
-def right_about(share, folder):
-    """Publish a model whose layers add ``share`` of what they would, and an MTP layer that draws
-    the next token from the last alone: it is right where this decides.
+def right_about(model, share, folder):
+    """Publish a ``model`` whose layers add ``share`` of what they would, and an MTP layer that
+    draws the next token from the last alone: it is right where this decides.
     """
-    publish("deepseek_v3-mtp", folder)
+    publish(model, folder)
 
     def change(name, tensor):
-        if name == f"{LAYER}eh_proj.weight":
+        if name == f"{parts_of(model)[3]}.weight":
             size = len(tensor)
             return torch.cat([torch.eye(size), torch.zeros(size, size)], dim=1).to(tensor.dtype)
         if name.removesuffix(".weight").endswith(ADDED):
-            return tensor * (0.0 if name.startswith(LAYER) else share)
+            return tensor * (0.0 if name.startswith(("mtp.", "model.layers.2.")) else share)
         return tensor
 
     rewrite(folder, change)
     return folder
 
 
-@pytest.fixture(scope="module")
-def mostly_right(tmp_path_factory):
-    return right_about(0.01, tmp_path_factory.mktemp("mtp") / "model")
+@pytest.fixture(scope="module", params=["deepseek_v3-mtp", "qwen3_5_moe-mtp"])
+def mostly_right(request, tmp_path_factory):
+    return right_about(request.param, 0.01, tmp_path_factory.mktemp("mtp") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +94,22 @@ def drafting(mostly_right):
 
 def dense_drafts(model, joint, tokens, count):
     """What the MTP layer says after ``tokens``, computed by transformers without a cache: the layer
-    is a copy of the model's last, behind what ``joint`` has.
+    is a copy of the model's last, behind the norms and the projection ``joint``.
     """
-    decoder, block = model.model, model.model.layers[-1]
-    norms = [copy.deepcopy(decoder.norm) for _ in JOINT_NORMS]
-    for norm, name in zip(norms, JOINT_NORMS, strict=True):
-        norm.weight.data = joint[name].float()
+    decoder = model.get_decoder()
+    block, *norms = decoder.layers[-1], *(copy.deepcopy(decoder.norm) for _ in joint[:3])
+    for norm, weight in zip(norms, joint[:3], strict=True):
+        norm.weight.data = weight.float()
     before, behind, last = norms
+    grids = 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
     tokens, drafts = list(tokens), []
     hidden = decoder(torch.tensor([tokens[:-1]])).last_hidden_state
     for _ in range(count):
         embedded = decoder.embed_tokens(torch.tensor([tokens[1:]]))
         x = torch.cat([before(embedded), behind(hidden)], dim=-1)
-        x = x @ joint[f"{LAYER}eh_proj.weight"].float().T
-        angles = decoder.rotary_emb(x, position_ids=torch.arange(x.shape[1])[None])
+        x = x @ joint[3].float().T
+        positions = torch.arange(x.shape[1]).expand(grids, 1, -1)
+        angles = decoder.rotary_emb(x, positions if grids > 1 else positions[0])
         made = last(block(x, attention_mask=None, position_embeddings=angles))[:, -1:]
         drafts.append(int(model.lm_head(made).argmax()))
         hidden = torch.cat([hidden, made], dim=1)
@@ -108,19 +117,23 @@ def dense_drafts(model, joint, tokens, count):
     return drafts
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3-mtp", "glm4_moe-mtp"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_next-mtp", "qwen3_5-mtp"]
+)
 def test_drafts_are_those_of_a_dense_pass(name, tmp_path, monkeypatch):
     """Also with prompts in chunks, beside others, and behind a prefix from the cache."""
     folder, model = publish(name, tmp_path / "model", torch.float32)
     generator = torch.Generator().manual_seed(0)
+    parts = [f"{part}.weight" for part in parts_of(name)]
 
     def change(name, tensor):
-        if name in JOINT_NORMS:
+        if name in parts[:3]:
             return (1 + 0.3 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
         return tensor
 
     rewrite(folder, change)
-    joint = load_file(folder / WEIGHTS)
+    stored = load_file(folder / WEIGHTS)
+    joint = [stored[part] for part in parts]
     seen = []
 
     def note(drafts, gained):
@@ -131,10 +144,10 @@ def test_drafts_are_those_of_a_dense_pass(name, tmp_path, monkeypatch):
     keep = loop._keep_drafts
     monkeypatch.setattr(loop, "_keep_drafts", note)
     with Engine(folder, **OPTIONS, **NEXTN, chunked_prefill_size=20) as engine:
-        for texts in (REPEATED[:2], REPEATED[0]):
+        for texts in (REPEATED[:2], "".join(REPEATED), "".join(REPEATED)):
             engine.generate(texts, {**GREEDY, "max_new_tokens": 4})
         assert engine.loop.scheduler.prefix_hits > 0
-    assert len(seen) == 3 * 4
+    assert len(seen) == 4 * 4
     with torch.no_grad():
         for tokens, row in seen:
             drafts = list(itertools.takewhile(lambda token: token >= 0, row))
@@ -143,8 +156,9 @@ def test_drafts_are_those_of_a_dense_pass(name, tmp_path, monkeypatch):
     assert sum(row[-1] >= 0 for _, row in seen) > 8  # few end with the pages of a prompt
 
 
-def test_a_layer_that_is_right_is_accepted_nearly_always(tmp_path):
-    folder = right_about(0.0, tmp_path / "model")
+@pytest.mark.parametrize("model", ["deepseek_v3-mtp", "qwen3_next-mtp"])
+def test_a_layer_that_is_right_is_accepted_nearly_always(model, tmp_path):
+    folder = right_about(model, 0.0, tmp_path / "model")
     counts = []
     for options in ({}, {**NEXTN, "speculative_num_steps": 5}):
         with Engine(folder, **OPTIONS, **options) as engine:
@@ -197,9 +211,10 @@ def test_a_grammar_holds_drafts_too(drafting):
     drafting.loop.scheduler.propose = drafter
 
 
-def test_a_quantized_layer_runs_as_the_others_do(tmp_path):
-    """DeepSeek-V3's own release: FP8 blocks, also in the MTP layer."""
-    folder, _ = publish("deepseek_v3-mtp", tmp_path / "model")
+@pytest.mark.parametrize("model", ["deepseek_v3-mtp", "qwen3_next-mtp"])
+def test_a_quantized_layer_runs_as_the_others_do(model, tmp_path):
+    """DeepSeek-V3's and Qwen3-Next's own releases: FP8 blocks, also in the MTP layer."""
+    folder, _ = publish(model, tmp_path / "model")
     models = [materialize(plan_load(open_checkpoint(folder), CPU, mtp=True))]
     stored = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
@@ -233,7 +248,7 @@ def test_a_quantized_layer_runs_as_the_others_do(tmp_path):
     ("name", "said"),
     [
         ("deepseek_v3", "has no MTP layer: `model.layers.2.enorm.weight` is missing"),
-        ("qwen3_next-mtp", "qtool knows the MTP layers of .* and this is Qwen3NextForCausalLM"),
+        ("qwen3_5", "has no MTP layer: `mtp.pre_fc_norm_embedding.weight` is missing"),
     ],
 )
 def test_a_model_without_a_known_layer_is_refused(name, said, tmp_path):
@@ -250,7 +265,7 @@ def test_a_dry_run_says_that_there_is_no_layer():
 
 
 def test_names_of_other_engines_mean_the_same():
-    for name in ("NEXTN", "EAGLE", "mtp", "deepseek_mtp", "glm4_moe_mtp"):
+    for name in ("NEXTN", "EAGLE", "mtp", "deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp"):
         config = EngineConfig(speculative_algorithm=name, speculative_num_steps=2)
         assert config.speculation == Speculation(2, 0, 0, mtp=True)
     assert EngineConfig(**NEXTN).speculation == Speculation(3, 0, 0, mtp=True)
