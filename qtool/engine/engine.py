@@ -40,6 +40,7 @@ from qtool.engine.requests import (
     SamplingFields,
 )
 from qtool.engine.results import CompletionResult, Result
+from qtool.engine.scoring import ScoringMethods
 from qtool.engine.sglang_names import check_other, engine_options
 from qtool.engine.start import decide_start, eos_ids_of, plan_engine
 from qtool.engine.vectors import check_dimensions
@@ -51,7 +52,7 @@ LOG = logging.getLogger("qtool.engine")
 DEFAULT_SHARE = 0.85
 
 
-class Engine:
+class Engine(ScoringMethods):
     """A model that answers requests, many at a time: `sglang.Engine` with our quantized layers.
 
     Args:

@@ -362,6 +362,7 @@ def _rows(chunk: Chunk) -> list[RowRequest]:
             end_ids=request.text.end_ids,
             logprobs=request.top_logprobs is not None,
             top_logprobs=request.top_logprobs or 0,
+            labels=request.labels,
             mask=mask,
         )
         for number, mask in enumerate(masks)
@@ -423,16 +424,19 @@ def _add_logprobs(logprobs: Logprobs, rows: Sequence[int], gained: Sequence[Gain
         if chunk.sequence.state != "finished" and row in numbers:
             request = _request(chunk.sequence)
             request.new_logprobs += [
-                _logprob_at(logprobs, number, token, request.top_logprobs or 0)
+                _logprob_at(logprobs, number, token, request.top_logprobs or 0, len(request.labels))
                 for number, token in enumerate(tokens, start=numbers[row])
             ]
         row += chunk.sampled
 
 
-def _logprob_at(logprobs: Logprobs, row: int, token: int, top: int) -> TokenLogprob:
-    """Return what ``logprobs``, on the host, have for ``token`` and the ``top`` most likely tokens
-    of a row.
+def _logprob_at(
+    logprobs: Logprobs, row: int, token: int, top: int, labels: int = 0
+) -> TokenLogprob:
+    """Return what ``logprobs``, on the host, have for ``token``, the ``top`` most likely tokens of
+    a row and its ``labels``.
     """
     values = logprobs.top[row, :top].tolist()
     best = tuple(zip(values, logprobs.top_ids[row, :top].tolist(), strict=True))
-    return TokenLogprob(float(logprobs.chosen[row]), token, best)
+    chosen, *others = logprobs.chosen[row, : 1 + labels].tolist()
+    return TokenLogprob(chosen, token, best, tuple(others))

@@ -427,11 +427,9 @@ class Runner:
         found: dict[int, Logprobs] = {}
         for position, alternatives in prompts:
             chunk = step.chunks[position]
-            first = stops[position] - chunk.count
             following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-            found[position] = logprobs_of(
-                logits[first : first + len(following)], self._to_device(following), alternatives
-            )
+            rows = logits[stops[position] - chunk.count :][: len(following)]
+            found[position] = logprobs_of(rows, self._to_device(following)[:, None], alternatives)
         last = [
             place
             for stop, chunk in zip(stops, step.chunks, strict=True)

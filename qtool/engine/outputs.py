@@ -33,6 +33,8 @@ class TokenLogprob(Struct, array_like=True, frozen=True, gc=False):
     token_id: int
     top: tuple[tuple[float, int], ...] | None
     """(log probability, token) of the most likely; None for the first token of a prompt."""
+    labels: tuple[float, ...] = ()
+    """Log probabilities in its place of `GenerateRequest.label_token_ids`."""
 
 
 class SpecCounts(Struct, array_like=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tokenizers import Tokenizer
 
@@ -20,9 +20,20 @@ class PromptTokenizer(Protocol):
     name_or_path: str
     backend_tokenizer: Tokenizer
     eos_token_id: int | None
+    chat_template: str | Mapping[str, str] | None
 
     def __call__(self, text: str, *, verbose: bool) -> Mapping[str, list[int]]:
         """Return ``input_ids`` and more."""
+
+    def apply_chat_template(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, object]]],
+        *,
+        tokenize: Literal[False],
+        add_generation_prompt: bool,
+        **variables: object,
+    ) -> list[str]:
+        """Return the prompts of conversations."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class PromptReader:
             texts, single = _as_list(prompt, str)
             return [self._encode(text) for text in texts], single
         prompts, single = _as_list(input_ids, int)
-        return [self._token_ids(tokens) for tokens in prompts], single
+        return [self.token_ids(tokens) for tokens in prompts], single
 
     def _encode(self, text: object) -> list[int]:
         if self.tokenizer is None:
@@ -63,19 +74,20 @@ class PromptReader:
                 "E_PROMPT", f"a prompt is a {type(text).__name__}, not text", hint=PROMPT_HINT
             )
         try:
-            return self._token_ids(self.tokenizer(text, verbose=False)["input_ids"])
+            return self.token_ids(self.tokenizer(text, verbose=False)["input_ids"])
         except (TypeError, UnicodeError) as error:
             raise UsageError(
                 "E_PROMPT", "a prompt is not valid Unicode", hint="it has half of a surrogate pair"
             ) from error
 
-    def _token_ids(self, prompt: object) -> list[int]:
+    def token_ids(self, prompt: object) -> list[int]:
+        """Return ``prompt``, a list of tokens. Raises: UsageError, for anything else."""
         size = self.vocab_size
         if isinstance(prompt, (list, tuple)) and all(
             type(token) is int and 0 <= token < size for token in prompt
         ):
             return list(prompt)
-        message = "a prompt has something that is not a token of the model"
+        message = "a prompt or a label is not a token of the model"
         raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {size - 1}")
 
 

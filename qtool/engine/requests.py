@@ -62,6 +62,8 @@ class GenerateRequest:
     """How many of the most likely tokens are returned for each token."""
     rid: str | Sequence[str] | None = None
     """Names of the requests, one for each prompt, for `Engine.abort`."""
+    label_token_ids: Sequence[int] = ()
+    """With ``return_logprob``: tokens whose log probabilities are returned for each token."""
 
     def __post_init__(self) -> None:
         given = self.top_logprobs_num
@@ -79,6 +81,8 @@ class LogprobOptions:
     """Alternatives for each token; None: no log probabilities."""
     first: int
     """The first token of the prompt; -1: none."""
+    labels: Sequence[int] = ()
+    """Tokens that are shown for each token that is generated."""
 
     @classmethod
     def of_each(cls, given: GenerateRequest, count: int) -> list[LogprobOptions]:
@@ -90,7 +94,7 @@ class LogprobOptions:
         start = -1 if given.logprob_start_len is None else given.logprob_start_len
         firsts = _for_each("logprob_start_len", start, count)
         return [
-            cls(top, first) if want else cls(None, -1)
+            cls(top, first, given.label_token_ids) if want else cls(None, -1)
             for want, top, first in zip(wanted, tops, firsts, strict=True)
         ]
 
@@ -132,6 +136,8 @@ class Request:
     """Alternatives for each token; None: no log probabilities."""
     prompt_logprobs_from: int | None
     """The first token of the prompt whose log probability is returned."""
+    labels: Sequence[int] = ()
+    """Tokens whose log probabilities are returned for each token."""
     drafter: Drafter | None = None
     """Drafts tokens that may come next."""
     masks: Sequence[NDArray[np.int32] | None] = ()
@@ -267,6 +273,7 @@ class RequestParser:
         if not len(all_params) == len(names) == count:
             message = f"{count} prompts, {len(all_params)} sampling_params, {len(names)} ids"
             raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
+        self.prompts.token_ids(given.label_token_ids)
         logprobs = LogprobOptions.of_each(given, count)
         requests: list[Request] = []
         for tokens, params, name, options in zip(prompts, all_params, names, logprobs, strict=True):
@@ -329,6 +336,7 @@ class RequestParser:
             constraint=self._after_thoughts(constraint, text, params),
             top_logprobs=logprobs.top,
             prompt_logprobs_from=logprobs.first if wants_prompt else None,
+            labels=logprobs.labels,
             drafter=drafter,
             spec=None if drafter is None else SpecCounts(),
         )

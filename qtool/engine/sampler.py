@@ -24,8 +24,8 @@ ROWS_AT_ONCE = 64  # of more rows the draw is made in parts, so that its tempora
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of softmax(logits): of the chosen tokens [T], and of the most probable
-    ones with their ids [T, top], largest first.
+    """Natural logarithms of softmax(logits): of the chosen tokens [T, 1], with labels behind each
+    where some are wanted, and of the most probable ones with their ids [T, top], largest first.
     """
 
     chosen: Tensor
@@ -69,6 +69,8 @@ class Prepared:
     logprob_index: Tensor | None
     """None: all rows."""
     top: int
+    labels: Tensor | None = None
+    """int64 [R, L] of ``logprob_rows``, filled up with 0; None: no row has labels."""
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -93,18 +95,16 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
-    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T] (negative ones count
-    as 0) and of the ``top`` most probable tokens.
+    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T, C] (negative ones
+    count as 0) and of the ``top`` most probable tokens.
     """
     parts = []
     for start in range(0, max(1, logits.shape[0]), ROWS_AT_ONCE):
         some = logits[start : start + ROWS_AT_ONCE].float()
         total = some.logsumexp(-1, keepdim=True)
-        chosen = (
-            some.gather(1, targets[start : start + ROWS_AT_ONCE, None].long().clamp(min=0)) - total
-        )
+        wanted = targets[start : start + ROWS_AT_ONCE].long().clamp(min=0)
         best = some.topk(min(top, logits.shape[1]), dim=-1)
-        parts.append((chosen[:, 0], best.values - total, best.indices))
+        parts.append((some.gather(1, wanted) - total, best.values - total, best.indices))
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -171,13 +171,19 @@ class Sampler:
         index: Arrays = {}
         if 0 < len(rows) < len(requests):
             index["rows"] = np.array(rows, np.int64)
+        most = max((len(requests[row].labels) for row in rows), default=0)
+        if most:
+            labels = [[*requests[row].labels, *[0] * most][:most] for row in rows]
+            index["labels"] = np.array(labels, np.int64)
         *on_device, on_device_index = self._to_device([*(arrays for arrays, _ in settings), index])
         parts = (
             _Part(slice(start, start + ROWS_AT_ONCE), tensors, widths)
             for start, tensors, (_, widths) in zip(starts, on_device, settings, strict=True)
         )
         top = max((requests[row].top_logprobs for row in rows), default=0)
-        return Prepared(tuple(parts), rows, on_device_index.get("rows"), top)
+        return Prepared(
+            tuple(parts), rows, on_device_index.get("rows"), top, on_device_index.get("labels")
+        )
 
     def draw(self, logits: Tensor, prepared: Prepared) -> Samples:
         """Draw a token for each row of ``logits`` [R, V] with settings that are on the device
@@ -200,7 +206,10 @@ class Sampler:
                 logits.index_select(0, prepared.logprob_index),
                 tokens.index_select(0, prepared.logprob_index),
             )
-        return Samples(tokens, logprobs_of(some, chosen, prepared.top), prepared.logprob_rows)
+        targets = chosen[:, None]
+        if prepared.labels is not None:
+            targets = torch.cat((targets.long(), prepared.labels), dim=1)
+        return Samples(tokens, logprobs_of(some, targets, prepared.top), prepared.logprob_rows)
 
     def _draw(self, logits: Tensor, part: _Part) -> Tensor:
         """Draw for up to ROWS_AT_ONCE rows, [R, V] -> [R]."""

@@ -92,6 +92,8 @@ class RowRequest:
     logprobs: bool = False
     top_logprobs: int = 0
     """Alternatives; counts only with `logprobs`."""
+    labels: Sequence[int] = ()
+    """Tokens whose log probabilities are returned too, with `logprobs`."""
     mask: NDArray[np.int32] | None = None
     """The tokens that may come, from `Constraint.mask`, which knows of min_new_tokens."""
     drafts: Sequence[int] = ()

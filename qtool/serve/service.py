@@ -19,13 +19,14 @@ from typing import Literal, NoReturn, Self
 from qtool.checkpoint.encoding import Encoding
 from qtool.checkpoint.gguf import find_gguf
 from qtool.engine.sampling_params import SamplingParams
+from qtool.engine.scores import PairForm
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.answer_styles import reasoning_style, tool_style
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Start, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
-from qtool.serve.prompts.pairs import Pairs, check_pair_template
+from qtool.serve.prompts.pairs import Pairs
 from qtool.serve.prompts.templates import Templates
 from qtool.serve.prompts.vocabulary import Vocabulary, answer_too_long, prompt_too_long
 from qtool.serve.sampling_defaults import sampling_defaults
@@ -416,7 +417,7 @@ async def check_templates(settings: ServeSettings, folder: Path, encoding: Encod
     """
     templates = await Templates.open(folder, settings.chat_template)
     try:
-        check_pair_template(encoding, templates)
+        PairForm.of(encoding, templates.text)
     finally:
         await templates.close()
 

@@ -86,6 +86,82 @@ def test_scores_are_those_of_transformers(tmp_path, make):
     assert len({result["embedding"][0] for result in results}) == len(prompts)
 
 
+QUERY, DOCUMENTS = "Which loops?", ["print(1)\n", "def f(x): pass\n", "while True: pass\n"]
+
+
+def pair_text(query, document, instruction="Judge."):
+    return f"{instruction}\n<Query>: {query}\n<Document>: {document}\nA:"
+
+
+@pytest.mark.parametrize("make", [classifier, yes_or_no, embedder])
+def test_documents_are_scored_and_ranked(tmp_path, make):
+    make(tmp_path / "model")
+    with Engine(tmp_path / "model", **OPTIONS) as engine:
+        scores = engine.score(QUERY, DOCUMENTS)
+        twice = engine.score([QUERY, "x"], DOCUMENTS[:2])
+        ranking = engine.rerank(QUERY, DOCUMENTS, top_n=2)
+        later = asyncio.run(engine.async_rerank(QUERY, DOCUMENTS, top_n=2))
+        texts = [QUERY, *DOCUMENTS]
+        if make is yes_or_no:
+            assert engine.score(QUERY, DOCUMENTS[0], instruction="Is it?") == pytest.approx(
+                [engine.encode(pair_text(QUERY, DOCUMENTS[0], "Is it?"))["embedding"][0]], abs=1e-5
+            )
+            texts = [pair_text(QUERY, document) for document in DOCUMENTS]
+        else:
+            with pytest.raises(UsageError, match="do not contain it"):
+                engine.rerank(QUERY, DOCUMENTS, instruction="Judge.")
+        if make is classifier:
+            texts = [QUERY + document for document in DOCUMENTS]
+            raw = engine.score(QUERY, DOCUMENTS, use_activation=False)
+            assert scores == pytest.approx(1 / (1 + np.exp(-np.array(raw))), abs=1e-5)
+        found = np.array([one["embedding"] for one in engine.encode(texts)])
+        for arguments in ([QUERY, []], ["a", [1]], [["a", "b"], ["c"] * 3]):
+            with pytest.raises(UsageError) as refused:
+                engine.score(*arguments)
+            assert refused.value.code == "E_PROMPT"
+        with pytest.raises(UsageError, match="without label_token_ids"):
+            engine.score(QUERY, DOCUMENTS, item_first=True)
+    expected = found[1:] @ found[0] if make is embedder else found[:, 0]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert twice[0] == pytest.approx(scores[0], abs=1e-5)
+    order = [int(index) for index in np.argsort(-expected)[:2]]
+    assert [one["index"] for one in ranking] == order
+    assert [one["relevance_score"] for one in ranking] == pytest.approx(
+        [scores[index] for index in order], abs=1e-5
+    )
+    assert [one["index"] for one in later] == order
+
+
+def test_one_prompt_gives_the_probabilities_of_all_labels(tiny_model):
+    texts = ["def add(a, b):\n" + item for item in ("    return", "x = 1\n")]
+    sampling = {"max_new_tokens": 1, "temperature": 0}
+    with Engine(tiny_model, **OPTIONS) as engine:
+        results = engine.generate(texts, sampling, return_logprob=True, top_logprobs_num=20)
+        likely = [result["meta_info"]["output_top_logprobs"][0] for result in results]
+        labels = [token for _, token, _ in likely[0]]
+        asked = engine.loop.scheduler.prefix_queries  # tokens of prompts
+        scores = engine.score("def add(a, b):\n", ["    return", "x = 1\n"], labels)
+        prompt_tokens = sum(result["meta_info"]["prompt_tokens"] for result in results)
+        assert engine.loop.scheduler.prefix_queries - asked == prompt_tokens
+        shares = engine.score("    return", "def add(a, b):\n", labels, True, True)
+        assert asyncio.run(engine.async_score(texts[0], "", labels[:2])) == [
+            pytest.approx(scores[0][:2], abs=1e-5)
+        ]
+        for arguments in ([[]], [[1 << 20]], [["a"]]):
+            with pytest.raises(UsageError) as refused:
+                engine.score("a", "b", *arguments)
+            assert refused.value.code == "E_PROMPT"
+        with pytest.raises(UsageError, match="with label_token_ids"):
+            engine.score("a", "b", [1], instruction="Judge.")
+        with pytest.raises(UsageError, match="only by label_token_ids"):
+            engine.rerank("a", ["b"])
+    assert scores[0] == pytest.approx([np.exp(one) for one, _, _ in likely[0]], abs=1e-5)
+    by_token = {token: np.exp(one) for one, token, _ in likely[1]}
+    for label, score in zip(labels, scores[1], strict=True):
+        assert score == pytest.approx(by_token.get(label, score), abs=1e-5)
+    assert shares[0] == pytest.approx(np.array(scores[0]) / sum(scores[0]), abs=1e-5)
+
+
 def test_a_quantized_model_encodes_with_its_quantized_layers(tmp_path):
     model = embedder(tmp_path / "model")
     prompts = prompts_of(4, 300)

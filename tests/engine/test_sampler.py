@@ -18,10 +18,18 @@ from qtool.engine.sampling_params import SamplingParams
 
 
 def request(
-    seed=0, position=0, history=None, end_ids=(), logprobs=False, top=0, mask=None, **params
+    seed=0,
+    position=0,
+    history=None,
+    end_ids=(),
+    logprobs=False,
+    top=0,
+    labels=(),
+    mask=None,
+    **params,
 ):
     return RowRequest(
-        SamplingParams(**params), seed, position, history, end_ids, logprobs, top, mask
+        SamplingParams(**params), seed, position, history, end_ids, logprobs, top, labels, mask
     )
 
 
@@ -450,11 +458,10 @@ def test_a_history_grown_token_by_token_counts_as_one_made_at_once():
 def test_logprobs_are_those_of_the_raw_logits(dtype):
     logits = torch.randn(130, 30, generator=torch.Generator().manual_seed(1)).to(dtype)
     targets = torch.arange(130) % 30
+    targets = torch.stack((targets, 29 - targets), dim=1)
     got = logprobs_of(logits, targets, 5)
     expected = torch.log_softmax(logits.double(), -1)
-    torch.testing.assert_close(
-        got.chosen.double(), expected[torch.arange(130), targets], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(got.chosen.double(), expected.gather(1, targets), atol=1e-5, rtol=0)
     torch.testing.assert_close(got.top.double(), expected.topk(5).values, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.top.double(), expected.gather(1, got.top_ids), atol=1e-5, rtol=0)
     assert logprobs_of(logits, targets).top.shape == (130, 0)
@@ -466,10 +473,16 @@ def test_logprobs_come_for_the_rows_that_want_them():
     kinds = {"temperature": 0, "logit_bias": {3: 50}}
     samples = Sampler(10, "cpu").sample(
         logits,
-        [request(**kinds), request(**kinds, logprobs=True, top=2), request(**kinds, logprobs=True)],
+        [
+            request(**kinds),
+            request(**kinds, logprobs=True, top=2),
+            request(**kinds, logprobs=True, labels=[7, 0]),
+        ],
     )
     assert samples.tokens.tolist() == [3, 3, 3] and samples.logprob_rows == (1, 2)
-    torch.testing.assert_close(samples.logprobs.chosen, torch.log_softmax(logits, -1)[1:, 3])
+    expected = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(samples.logprobs.chosen[:, 0], expected[1:, 3])
+    torch.testing.assert_close(samples.logprobs.chosen[1, 1:], expected[2, [7, 0]])
     assert samples.logprobs.top_ids.shape == (2, 2)
     assert Sampler(10, "cpu").sample(logits, [request()] * 3).logprobs is None
 
@@ -590,5 +603,6 @@ def test_logprobs_are_those_before_the_mask():
         logits, [request(mask=np.array([1], np.int32), logprobs=True, top=1)]
     )
     assert samples.tokens.tolist() == [0]
-    assert samples.logprobs.chosen.tolist() == pytest.approx([float(logits.log_softmax(-1)[0, 0])])
+    found = samples.logprobs.chosen[:, 0].tolist()
+    assert found == pytest.approx([float(logits.log_softmax(-1)[0, 0])])
     assert samples.logprobs.top_ids.tolist() == [[2]]

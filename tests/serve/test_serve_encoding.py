@@ -17,6 +17,7 @@ from support.server import start_server
 from transformers import AutoTokenizer
 
 from qtool.cli.app import run
+from qtool.engine.engine import Engine
 from qtool.errors import CheckpointRefused
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("encoding")]
@@ -225,6 +226,30 @@ def test_pairs_are_scored(reranker):
     assert "scores documents" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["embedding", "reranker", "served"])
+def test_the_engine_gives_the_numbers_of_the_routes(request, name):
+    served = request.getfixturevalue(name)
+    server = served if name == "served" else served[0]
+    given = {"query": "Which loops?", "items": DOCUMENTS}
+    dtype = "float32"
+    if name == "served":
+        dtype = "bfloat16"
+        given |= {"label_token_ids": [*range(200)], "apply_softmax": True}
+    answer = httpx.post(f"{server.url}/v1/score", json=given, timeout=60).json()
+    with Engine(server.model, device="cpu", dtype=dtype, max_total_tokens=4096) as engine:
+        scores = engine.score(**given)
+        if name != "served":
+            ranking = engine.rerank("Which loops?", DOCUMENTS, top_n=3)
+    if name == "served":
+        assert np.array(scores) == pytest.approx(np.array(answer["scores"]), abs=2e-3)
+        return
+    assert scores == pytest.approx([one["score"] for one in answer["data"]], abs=1e-5)
+    body = {"query": "Which loops?", "documents": DOCUMENTS, "top_n": 3}
+    wanted = httpx.post(f"{server.url}/v2/rerank", json=body, timeout=60).json()["results"]
+    assert [one["index"] for one in ranking] == [one["index"] for one in wanted]
+    assert ranking[0]["relevance_score"] == pytest.approx(wanted[0]["relevance_score"], abs=1e-5)
+
+
 def test_a_classifier_takes_pairs_as_its_tokenizer_puts_them_together(tmp_path):
     model = classifier(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -275,7 +300,7 @@ def test_a_language_model_gives_the_probabilities_of_labels(served, item_first):
     ("changed", "code"),
     [
         ({"label_token_ids": [1 << 20]}, "prompt"),
-        ({"label_token_ids": [3] * 65}, "too_long"),
+        ({"label_token_ids": [3] * 257}, "too_long"),
         ({"label_token_ids": None, "item_first": False}, "task"),
         ({"label_token_ids": None, "item_first": True}, "value_error"),
         ({"instruction": "Judge."}, "value_error"),

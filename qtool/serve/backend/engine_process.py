@@ -181,6 +181,7 @@ def _engine_request(
         return_logprob=submission.top_logprobs is not None,
         top_logprobs_num=submission.top_logprobs or 0,
         logprob_start_len=submission.prompt_logprobs_from,
+        label_token_ids=submission.label_token_ids,
         rid=names,
     )
 

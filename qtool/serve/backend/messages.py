@@ -7,7 +7,7 @@ bytes of a client unread.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import Struct as Format
 
 import msgspec
@@ -35,6 +35,8 @@ class Submission:
     """None: no log probabilities."""
     prompt_logprobs_from: int = -1
     """-1: none of the prompt."""
+    label_token_ids: Sequence[int] = field(default_factory=list)
+    """With log probabilities: tokens whose own are returned for each token."""
     grammar: tuple[str, str, str] | None = None
     """(kind, text, compiled) of the constraint in ``params``."""
 
@@ -53,7 +55,7 @@ class Submission:
             tokens += context_length - len(prompt) if new_tokens is None else new_tokens
             if self.prompt_logprobs_from >= 0:
                 tokens += max(len(prompt) - self.prompt_logprobs_from, 0)
-        return tokens * self.params.n * (1 + self.top_logprobs)
+        return tokens * self.params.n * (1 + self.top_logprobs + len(self.label_token_ids))
 
 
 @dataclass(frozen=True)

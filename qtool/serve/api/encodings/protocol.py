@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from qtool.engine.sampling_params import LARGEST
+from qtool.engine.scores import unused_option
 from qtool.serve.api.body import Body, Part
 from qtool.serve.api.fields import (
     PROMPT_SCHEMA,
@@ -25,7 +26,7 @@ from qtool.serve.api.fields import (
 )
 
 MAX_INPUTS = 2048  # OpenAI's limit
-MAX_LABELS = 64
+MAX_LABELS = 256
 _NOT_CUT = "texts that are too long are refused: shorten them"
 NOT_OFFERED = {
     "stream": "the reply comes whole",
@@ -137,13 +138,15 @@ class ScoreRequest(PairFields):
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         """Refuse what would be ignored."""
-        has_labels = self.label_token_ids is not None
-        of_labels = {"apply_softmax": self.apply_softmax, "item_first": self.item_first}
-        of_rerankers = {"instruction": self.wanted, "use_activation": self.use_activation}
-        for name, value in (of_rerankers if has_labels else of_labels).items():
-            if value:
-                which = "with" if has_labels else "without"
-                raise ValueError(f"`{name}` means nothing {which} label_token_ids")
+        options = {
+            "apply_softmax": self.apply_softmax,
+            "item_first": self.item_first,
+            "instruction": self.wanted,
+            "use_activation": self.use_activation,
+        }
+        problem = unused_option(options, has_labels=self.label_token_ids is not None)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
 

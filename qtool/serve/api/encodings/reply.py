@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import base64
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import msgspec
-import numpy as np
 from msgspec import UNSET
 from starlette.responses import Response
 
 from qtool.engine.outputs import CompletionOutput
+from qtool.engine.scores import (
+    LABEL_PARAMS,
+    check_complete,
+    cosines,
+    distinct_texts,
+    instruction_not_shown,
+    joined_texts,
+    label_scores,
+    make_pairs,
+    ranked,
+)
 from qtool.engine.vectors import NO_TEXT, Vector, check_dimensions, vector_of
 from qtool.errors import UsageError
 from qtool.serve.api.answering import json_reply
@@ -31,14 +40,13 @@ from qtool.serve.api.encodings.schemas import (
 )
 from qtool.serve.api.fields import as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
-from qtool.serve.api.replies import Account, finish_reason, log_request
+from qtool.serve.api.replies import Account, log_request
 from qtool.serve.backend.messages import Submission
-from qtool.serve.prompts.pairs import check_characters, instruction_not_shown
+from qtool.serve.prompts.pairs import check_characters
 from qtool.serve.service import Service
 
 WINDOW = 128  # prompts of a request that the engine has at a time
 NUMBER_BYTES = 20  # of a number in JSON
-LABEL_TOKENS = 2  # the label, and the token that the engine generates behind it
 SIDES = (("text_1", "query", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
 
 
@@ -65,71 +73,62 @@ class _Run:
         encoding = self._service.info.encoding
         assert encoding is not None
         outputs = await self._outputs(
-            prompts, lambda some: [Submission(some, NO_TEXT, stream=False, rid=self.id)]
+            prompts, lambda some: Submission(some, NO_TEXT, stream=False, rid=self.id)
         )
         return [
             vector_of(encoding, output.vector, dimensions, activate=activate) for output in outputs
         ]
 
-    async def label_logprobs(
+    async def label_outputs(
         self, prompts: Sequence[Sequence[int]], labels: Sequence[int]
-    ) -> list[list[float]]:
-        """Return the log probability of each of the tokens ``labels`` after each of ``prompts``:
-        the engine gives that of the last token of a prompt with a label behind it.
+    ) -> list[CompletionOutput]:
+        """Return for each of ``prompts`` an output that has the log probabilities of ``labels``.
 
         Raises: as `vectors`.
         """
-
-        def submission(prompt: Sequence[int]) -> Submission:
-            return Submission(
-                [[*prompt, label] for label in labels],
-                NO_TEXT,
+        return await self._outputs(
+            prompts,
+            lambda some: Submission(
+                some,
+                LABEL_PARAMS,
                 stream=False,
                 rid=self.id,
                 top_logprobs=0,
-                prompt_logprobs_from=len(prompt) - 1,
-            )
-
-        outputs = await self._outputs(
-            prompts, lambda some: [submission(one) for one in some], len(labels)
+                label_token_ids=labels,
+            ),
         )
-        found = [cast(float, output.prompt_logprobs[-1].logprob) for output in outputs]
-        starts = range(0, len(found), len(labels))
-        return [found[start : start + len(labels)] for start in starts]
 
     async def _outputs(
         self,
         prompts: Sequence[Sequence[int]],
-        submissions: Callable[[Sequence[Sequence[int]]], Sequence[Submission]],
-        each: int = 1,
+        submission: Callable[[Sequence[Sequence[int]]], Submission],
     ) -> list[CompletionOutput]:
         """Return the outputs for ``prompts``, of which the engine has some at a time.
 
         Args:
             prompts: in tokens.
-            submissions: returns what the engine computes for some of them.
-            each: outputs for one prompt.
+            submission: returns what the engine computes for some of them.
         Raises: UsageError, also when the request is aborted; Busy.
         """
         service, found = self._service, list[CompletionOutput]()
         self._account.expect(prompts)
-        window = max(min(WINDOW, service.largest_request) // each, 1)
+        window = max(min(WINDOW, service.largest_request), 1)
         try:
-            with service.acquire(min(len(prompts), window) * each) as slot:
-                service.check_prompts(prompts, LABEL_TOKENS)
+            with service.acquire(min(len(prompts), window)) as slot:
+                service.check_prompts(prompts)
                 for start in range(0, len(prompts), window):
-                    given = submissions(prompts[start : start + window])
-                    stream = service.submit(slot, given, [None] * len(given))
+                    given = submission(prompts[start : start + window])
+                    stream = service.submit(slot, [given], [None])
                     outputs = await stream.collect()
                     service.engine.cancel(stream)  # the slot forgets it with the next
                     for output in outputs:
                         found.append(msgspec.structs.replace(output, index=len(found)))
-                        self._account.note(found[-1], each)
-                    ends = [output.finish for output in outputs if output.finish is not None]
-                    if any(finish_reason(finish) == "abort" for finish in ends):
+                        self._account.note(found[-1], 1)
+                    try:
+                        check_complete(outputs)
+                    except UsageError:
                         service.ready()  # or the server is ending
-                        message = "the request was aborted"
-                        raise UsageError("E_ABORTED", message, hint="send it again")
+                        raise
         finally:
             self._account.close(self.id)
         return found
@@ -203,36 +202,25 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
     service.check_model(body.model)
     pairs = _pairs(body)
     check_characters(sum(len(query) + len(item) for query, item in pairs), len(pairs))
-    texts = [item + query if body.item_first else query + item for query, item in pairs]
+    texts = joined_texts(pairs, item_first=bool(body.item_first))
     run = _Run(service, "score", body.rid)
     log_request(texts, NO_TEXT, service.settings)
     prompts = await service.vocabulary.encode(texts)
-    logprobs = await run.label_logprobs(prompts, labels)
-    tokens = sum(map(len, prompts))
+    outputs = await run.label_outputs(prompts, labels)
+    softmax = bool(body.apply_softmax)
     return json_reply(
         LabelScores(
             id=run.id,
             object="scoring",
             model=body.model or service.settings.name,
-            scores=[_probabilities(one, sum_to_1=bool(body.apply_softmax)) for one in logprobs],
-            usage=EncodingUsage(prompt_tokens=tokens, total_tokens=tokens),
+            scores=[label_scores(one, apply_softmax=softmax) for one in outputs],
+            usage=run.usage(),
         )
     )
 
 
-def _probabilities(logprobs: Sequence[float], *, sum_to_1: bool) -> list[float]:
-    likeliest = max(logprobs)
-    if not sum_to_1 or likeliest == -math.inf:
-        return [math.exp(one) for one in logprobs]
-    shares = [math.exp(one - likeliest) for one in logprobs]
-    return [one / sum(shares) for one in shares]
-
-
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
-    """Return what is scored: the texts of both sides in pairs, or one with each of the others.
-
-    Raises: UsageError.
-    """
+    """Return what is scored. Raises: UsageError."""
     sides: list[list[str]] = []
     for names in SIDES:
         given = [getattr(body, name) for name in names if getattr(body, name) is not None]
@@ -240,13 +228,7 @@ def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
             message = f"give one of {', '.join(f'`{name}`' for name in names)}"
             raise UsageError("E_PROMPT", message, hint="text_1 and text_2 are vLLM's names")
         sides.append([given[0]] if isinstance(given[0], str) else cast(list[str], given[0]))
-    first, second = sides
-    if len(first) == 1:
-        first = first * len(second)
-    if len(first) != len(second):
-        message = f"{len(first)} texts on one side and {len(second)} on the other"
-        raise UsageError("E_PROMPT", message, hint="as many on both sides, or one on the first")
-    return list(zip(first, second, strict=True))
+    return make_pairs(*sides)
 
 
 async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Response:
@@ -262,7 +244,6 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
     run = _Run(service, "rerank", body.rid)
     pairs = [(body.query, text) for text in texts]
     scores = await _scores(service, run, pairs, body.wanted, body.use_activation)
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
     shows = repeat if body.return_documents is None else body.return_documents
     return json_reply(
         Ranking(
@@ -270,7 +251,7 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
             model=body.model or service.settings.name,
             results=[
                 RankedDocument(index, scores[index], RankedText(texts[index]) if shows else UNSET)
-                for index in order[: body.top_n or None]
+                for index in ranked(scores, body.top_n)
             ],
             usage=run.usage(),
         )
@@ -295,15 +276,7 @@ async def _scores(
 async def _cosines(
     service: Service, run: _Run, pairs: Sequence[tuple[str, str]], instruction: str | None
 ) -> list[float]:
-    """Return the cosine between the embeddings of each of ``pairs``, as vLLM does."""
     if instruction:
         raise instruction_not_shown()
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    prompts = await service.vocabulary.encode(texts)
-    vectors = dict(zip(texts, await run.vectors(prompts), strict=True))
-    return [_cosine(vectors[first], vectors[second]) for first, second in pairs]
-
-
-def _cosine(first: Vector, second: Vector) -> float:
-    lengths = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
-    return float(first @ second) / max(lengths, 1e-12)
+    prompts = await service.vocabulary.encode(distinct_texts(pairs))
+    return cosines(pairs, await run.vectors(prompts))

@@ -1,0 +1,295 @@
+"""`Engine.score` and `Engine.rerank`: what the server's routes of these names compute."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypedDict, TypeVar
+
+from qtool.checkpoint.encoding import Encoding
+from qtool.engine.encoding import EncodeRequest, encode_requests
+from qtool.engine.outputs import CompletionOutput
+from qtool.engine.prompts import PromptTokenizer
+from qtool.engine.requests import GenerateRequest, Request, RequestParser
+from qtool.engine.scores import (
+    LABEL_PARAMS,
+    PairForm,
+    check_complete,
+    cosines,
+    distinct_texts,
+    instruction_not_shown,
+    joined_texts,
+    label_scores,
+    make_pairs,
+    ranked,
+    unused_option,
+)
+from qtool.engine.vectors import Vector, vector_of
+from qtool.errors import UsageError
+
+Texts = str | Sequence[str]
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Ranked(TypedDict):
+    """One document that `Engine.rerank` returns."""
+
+    index: int
+    """Which of the documents."""
+    relevance_score: float
+
+
+@dataclass(frozen=True)
+class _Job(Generic[T_co]):
+    """What the engine computes, and what becomes of its outputs."""
+
+    requests: list[Request]
+    result: Callable[[list[CompletionOutput]], T_co]
+
+
+class ScoringMethods(ABC):
+    """Scores by a reranker, an embedding model or the probabilities of labels."""
+
+    tokenizer: PromptTokenizer | None
+    encoding: Encoding | None
+    _parser: RequestParser
+
+    @abstractmethod
+    def _outputs(self, requests: Sequence[Request]) -> Generator[CompletionOutput, None, None]: ...
+
+    @abstractmethod
+    def _async_outputs(
+        self, requests: Sequence[Request]
+    ) -> AsyncGenerator[CompletionOutput, None]: ...
+
+    def score(
+        self,
+        query: Texts,
+        items: Texts,
+        label_token_ids: Sequence[int] | None = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+        *,
+        instruction: str | None = None,
+        use_activation: bool = True,
+    ) -> Any:
+        """Return a score for each item: of a reranker or an embedding model a number, of a language
+        model the probabilities of the tokens ``label_token_ids`` after query and item.
+
+        Args:
+            query: one text for all items, or one for each.
+            items: the documents.
+            label_token_ids: tokens whose probabilities are the scores, as in SGLang.
+            apply_softmax: let the probabilities of the labels sum to 1.
+            item_first: put the item before the query.
+            instruction: what makes a document relevant, in place of the checkpoint's own, for chat
+                templates that show it.
+            use_activation: False: logits of a reranker, without a sigmoid.
+        Raises: UsageError; CheckpointRefused, for a reranker whose prompts are unknown.
+        """
+        return self._run(
+            self._score_job(
+                query,
+                items,
+                label_token_ids,
+                apply_softmax,
+                item_first,
+                instruction,
+                use_activation,
+            )
+        )
+
+    async def async_score(
+        self,
+        query: Texts,
+        items: Texts,
+        label_token_ids: Sequence[int] | None = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+        *,
+        instruction: str | None = None,
+        use_activation: bool = True,
+    ) -> Any:
+        """Do as `score`. Cancelling it aborts the requests."""
+        return await self._async_run(
+            partial(
+                self._score_job,
+                query,
+                items,
+                label_token_ids,
+                apply_softmax,
+                item_first,
+                instruction,
+                use_activation,
+            )
+        )
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        instruction: str | None = None,
+        use_activation: bool = True,
+    ) -> list[Ranked]:
+        """Return the ``top_n`` most relevant of ``documents`` for ``query``, or all, in order:
+        ``index`` and ``relevance_score``, which is that of `score`. Raises: as `score`.
+        """
+        return self._run(self._rank_job(query, documents, top_n, instruction, use_activation))
+
+    async def async_rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        instruction: str | None = None,
+        use_activation: bool = True,
+    ) -> list[Ranked]:
+        """Do as `rerank`. Cancelling it aborts the requests."""
+        return await self._async_run(
+            partial(self._rank_job, query, documents, top_n, instruction, use_activation)
+        )
+
+    def _run(self, job: _Job[T]) -> T:
+        outputs = sorted(self._outputs(job.requests), key=_index)
+        check_complete(outputs)
+        return job.result(outputs)
+
+    async def _async_run(self, make_job: Callable[[], _Job[T]]) -> T:
+        job = await asyncio.get_running_loop().run_in_executor(None, make_job)
+        outputs = [output async for output in self._async_outputs(job.requests)]
+        outputs.sort(key=_index)
+        check_complete(outputs)
+        return job.result(outputs)
+
+    def _score_job(
+        self,
+        query: Texts,
+        items: Texts,
+        label_token_ids: Sequence[int] | None,
+        apply_softmax: bool,
+        item_first: bool,
+        instruction: str | None,
+        use_activation: bool,
+    ) -> _Job[list[float] | list[list[float]]]:
+        options = {
+            "apply_softmax": apply_softmax,
+            "item_first": item_first,
+            "instruction": instruction,
+        }
+        problem = unused_option(options, has_labels=label_token_ids is not None)
+        if problem is not None:
+            raise UsageError("E_PROMPT", problem, hint="leave it out")
+        pairs = make_pairs(_texts(query), _texts(items))
+        if label_token_ids is None:
+            return self._pair_job(pairs, instruction, use_activation)
+        if not label_token_ids:
+            raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
+        texts = joined_texts(pairs, item_first=item_first)
+        requests, _ = self._parser.parse(
+            GenerateRequest(
+                prompt=texts,
+                sampling_params=LABEL_PARAMS,
+                return_logprob=True,
+                label_token_ids=label_token_ids,
+            )
+        )
+        return _Job(
+            requests,
+            lambda outputs: [label_scores(one, apply_softmax=apply_softmax) for one in outputs],
+        )
+
+    def _pair_job(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None, use_activation: bool
+    ) -> _Job[list[float]]:
+        encoding = self.encoding
+        if encoding is None:
+            raise UsageError(
+                "E_TASK",
+                "the model generates text: it scores documents only by label_token_ids",
+                hint="give the tokens whose probabilities are the scores, or load a reranker",
+            )
+        if encoding.task == "embed":
+            if instruction:
+                raise instruction_not_shown()
+            given = EncodeRequest(prompt=distinct_texts(pairs))
+        else:
+            given = EncodeRequest(input_ids=self._pair_tokens(pairs, instruction))
+        requests, _ = encode_requests(self._parser, given)
+
+        def result(outputs: list[CompletionOutput]) -> list[float]:
+            def vector(output: CompletionOutput) -> Vector:
+                return vector_of(encoding, output.vector, activate=use_activation)
+
+            vectors = [vector(output) for output in outputs]
+            if encoding.task == "embed":
+                return cosines(pairs, vectors)
+            return [float(one[0]) for one in vectors]
+
+        return _Job(requests, result)
+
+    def _pair_tokens(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+    ) -> list[list[int]]:
+        """Return the prompts of a reranker."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            message = "scores need a tokenizer, and skip_tokenizer_init left it out"
+            raise UsageError("E_PROMPT", message, hint="`encode` takes input_ids")
+        template = tokenizer.chat_template
+        text = template if template is None or isinstance(template, str) else template["default"]
+        form = PairForm.of(self.encoding, text)
+        form.check(instruction)
+        backend = tokenizer.backend_tokenizer
+        if not form.has_template:
+            return [one.ids for one in backend.encode_batch_fast(list(pairs))]
+        prompts = tokenizer.apply_chat_template(
+            form.conversations(pairs, instruction),
+            tokenize=False,
+            add_generation_prompt=True,
+            **form.variables(instruction),
+        )
+        form.check_shown(instruction, prompts[0])
+        return [one.ids for one in backend.encode_batch_fast(prompts, add_special_tokens=False)]
+
+    def _rank_job(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None,
+        instruction: str | None,
+        use_activation: bool,
+    ) -> _Job[list[Ranked]]:
+        pairs = make_pairs(_texts(query), _texts(documents))
+        scored = self._pair_job(pairs, instruction, use_activation)
+
+        def result(outputs: list[CompletionOutput]) -> list[Ranked]:
+            scores = scored.result(outputs)
+            return [
+                {"index": index, "relevance_score": scores[index]}
+                for index in ranked(scores, top_n)
+            ]
+
+        return _Job(scored.requests, result)
+
+
+def _index(output: CompletionOutput) -> int:
+    return output.index
+
+
+def _texts(given: Texts) -> Sequence[str]:
+    """Return the texts in ``given``. Raises: UsageError."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise UsageError("E_PROMPT", "there is no text to score", hint="give a text, or a list")
+    for text in texts:
+        if not isinstance(text, str):
+            message = f"a text to score is a {type(text).__name__}"
+            raise UsageError("E_PROMPT", message, hint="query and documents are texts")
+    return texts
