@@ -231,7 +231,7 @@ class CudaGraphs:
             prompts: runs a step with prompts; returns the logits [R, V] of the kept tokens.
             device: a CUDA device.
         """
-        record = _Recorder(device)
+        record = Recorder(device)
         try:
             for size in reversed(self._sizes):
                 inputs = self.fill_decode(NOTHING, size)
@@ -285,7 +285,7 @@ def _wait() -> None:
     torch.cuda.current_stream().synchronize()
 
 
-class _Recorder:
+class Recorder:
     """Captures graphs that share a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
@@ -293,6 +293,7 @@ class _Recorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Return the graph of what ``run`` does, and its result, which replays write again."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -96,13 +96,10 @@ class Runner:
             self.cache_dtype = dtype
             scales = cache_scales or {}
             # the rows of sequences, and the one for padding
+            state_rows = len(self.table) + limits.snapshots
             self.layers: dict[int, LayerCache] = {
                 **kv_cache.allocate_states(
-                    len(self.table) + limits.snapshots,
-                    self.geometry.states,
-                    model.dtype,
-                    device,
-                    limits.drafts,
+                    state_rows, self.geometry.states, model.dtype, device, limits.drafts
                 ),
                 **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
             }
@@ -117,6 +114,8 @@ class Runner:
             if wants_graphs:
                 row_bytes = self.vocab_size * model.dtype.itemsize
                 step_bytes += self.graphs.memory_bytes(step_bytes, row_bytes)
+                if self._mtp is not None:
+                    step_bytes += self._mtp.memory_bytes(step_bytes, row_bytes)
             room = kv_cache.cache_room(
                 device,
                 static_share=static_share,
@@ -136,6 +135,8 @@ class Runner:
             )
             if wants_graphs:
                 self.graphs.capture(self.decode, self.prefill, device)
+                if self._mtp is not None:
+                    self._mtp.capture(self.layers, device)
                 log_time(
                     f"{len(self.graphs.decode)} CUDA graphs captured for decoding, "
                     f"{len(self.graphs.prompts)} for prompts"

@@ -2,28 +2,81 @@
 
 After each step of the model the layer runs over the same tokens, prompts too, so that its keys and
 values stand beside the model's, in the same pages; then again, over its own output, for each
-further draft. It runs launch by launch, outside of CUDA graphs. The layer's keys and values depend
-on the token after theirs: those of the last token of a page that two requests share may be of the
-other's next token, and those after rejected drafts are written again by the next step. Both change
-what is drafted, and no answer.
+further draft. After a step that only decodes, all of this is one CUDA graph, for each of some
+numbers of sequences; after one with prompts it runs launch by launch. The layer's keys and values
+depend on the token after theirs: those of the last token of a page that two requests share may be
+of the other's next token, and those after rejected drafts are written again by the next step. Both
+change what is drafted, and no answer.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from qtool.engine.attention.interface import running
 from qtool.engine.attention.pages import PAGE, LayerCache, Packed
+from qtool.engine.cuda_graphs import DECODE_BUCKETS, Recorder, Replayable
 from qtool.engine.scheduler import Limits
 from qtool.engine.step import Chunk, Step
+from qtool.engine.step_buffer import Ints
+from qtool.errors import one_line
 from qtool.runtime.mtp import MtpLayer
 
+LOG = logging.getLogger("qtool.engine")
 LayerCaches: TypeAlias = Mapping[int, LayerCache]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftInputs(Generic[Ints]):
+    """What drafting after a step that only decodes reads, int32, on the host or on the device: of
+    each of S sequences K tokens, one that was known and its drafts.
+
+    Tokens that a sequence lacks, and those of sequences that are padding, stand on the row for
+    padding.
+    """
+
+    places: Ints
+    """[S, K]: the number of each token in the step; the token sampled after it has the same."""
+    positions: Ints
+    """[S, K]"""
+    rows: Ints
+    """[S, K]"""
+    drafts: Ints
+    """[S, K - 1], -1 where there was none."""
+    ends: Ints
+    """[S]: how many tokens the pages of the sequence hold."""
+
+    @classmethod
+    def of(cls, numbers: Ints, size: int) -> DraftInputs[Ints]:
+        """Return views of the flat ``numbers`` for ``size`` sequences; they are all used."""
+        tokens = len(numbers) // 4
+        counts = (tokens, tokens, tokens, tokens - size, size)
+        bounds = itertools.pairwise(itertools.accumulate(counts, initial=0))
+        places, positions, rows, drafts, ends = (numbers[start:stop] for start, stop in bounds)
+        return cls(
+            places.reshape(size, -1),
+            positions.reshape(size, -1),
+            rows.reshape(size, -1),
+            drafts.reshape(size, -1),
+            ends,
+        )
+
+
+class DraftGraph(NamedTuple):
+    """Drafting for a fixed number of sequences, and where it leaves its results."""
+
+    graph: Replayable
+    drafts: Tensor
+    """int32 [S, D]"""
 
 
 class MtpDrafter:
@@ -42,6 +95,18 @@ class MtpDrafter:
         weight = layer.projection.weight
         # of the tokens of the model's last step, which the graphs pad
         self._hidden = weight.new_zeros(limits.token_budget + limits.most_decodes, len(weight))
+        # the tokens that the model's last step sampled, and the inputs, where graphs read them
+        self._tokens = table.new_zeros(limits.most_decodes)
+        most = min(limits.max_running, limits.most_decodes // (1 + limits.drafts))
+        self._sizes = sorted({*(size for size in DECODE_BUCKETS if size < most), most})
+        self._inputs = table.new_zeros(most * self._numbers)
+        self.graphs: dict[int, DraftGraph] = {}
+        """By how many sequences, smallest first; none until `capture`."""
+
+    @property
+    def _numbers(self) -> int:
+        """How many inputs each sequence has in a graph."""
+        return 4 * (1 + self._limits.drafts)
 
     def keep_hidden(self, module: nn.Module, given: object, output: Sequence[Tensor]) -> None:
         """Keep the hidden states of a step: a forward hook of the model's decoder."""
@@ -77,6 +142,12 @@ class MtpDrafter:
             prefills_at: where the hidden states of the chunks that do not decode begin.
             layers: the KV cache.
         """
+        if tokens is not None and (size := self._graph_size(step)) is not None:
+            self._tokens[: len(tokens)].copy_(tokens)
+            self.fill(step.chunks, size)
+            self.graphs[size].graph.replay()
+            found = self.graphs[size].drafts[: len(step.chunks)]
+            return found.to("cpu", non_blocking=True)
         chunks, decodes = step.chunks, step.decode_tokens
         prefills = chunks[step.decodes :]
         starts = [0, *itertools.accumulate(chunk.count for chunk in prefills)]
@@ -135,7 +206,20 @@ class MtpDrafter:
             [len(chunk.sequence.pages) * PAGE for chunk, _ in sampling],
         )
         right = self._count_right([chunk for chunk, _ in sampling], tokens, firsts)
-        hidden, positions = states[places + right], positions + right
+        return self._extend(states[places + right], positions + right, rows, ends, layers)
+
+    def _extend(
+        self, hidden: Tensor, positions: Tensor, rows: Tensor, ends: Tensor, layers: LayerCaches
+    ) -> Tensor:
+        """Return what the layer drafts, int32 [S, D], -1 where no page has room.
+
+        Args:
+            hidden: [S, H], its output for the last token of each sequence.
+            positions: int32 [S], of these tokens.
+            rows: int32 [S], of the page table.
+            ends: int32 [S], how many tokens the pages of each sequence hold.
+            layers: the KV cache.
+        """
         drafts: list[Tensor] = []
         while True:
             token_ids = self._layer.logits(hidden).argmax(-1).int()
@@ -152,6 +236,83 @@ class MtpDrafter:
                 counters=self._counters,
             )
             hidden = self.run(packed, token_ids, hidden, layers)
+
+    def _graph_size(self, step: Step) -> int | None:
+        """Return for how many sequences the graph is that drafts after ``step``, None when there is
+        none.
+        """
+        if step.decodes != len(step.chunks):
+            return None
+        return next((size for size in self.graphs if size >= step.decodes), None)
+
+    def fill(self, chunks: Sequence[Chunk], size: int) -> DraftInputs[Tensor]:
+        """Send what drafting after ``chunks``, which decode, reads to the device, padded to
+        ``size`` sequences; return it there. Does not wait for the device.
+        """
+        count = size * self._numbers
+        pinned = self._table.device.type == "cuda"
+        numbers = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+        inputs = DraftInputs.of(numbers.numpy(), size)
+        inputs.rows[:] = self._limits.max_running
+        inputs.drafts[:] = -1
+        place = 0
+        for number, chunk in enumerate(chunks):
+            row, own = chunk.sequence.row, (number, slice(chunk.count))
+            assert row is not None
+            inputs.places[own] = range(place, place + chunk.count)
+            inputs.positions[own] = range(chunk.start, chunk.start + chunk.count)
+            inputs.rows[own] = row
+            inputs.drafts[number, : len(chunk.drafts)] = chunk.drafts
+            inputs.ends[number] = len(chunk.sequence.pages) * PAGE
+            place += chunk.count
+        self._inputs[:count].copy_(numbers, non_blocking=True)
+        return DraftInputs.of(self._inputs[:count], size)
+
+    def draft_fixed(self, inputs: DraftInputs[Tensor], layers: LayerCaches) -> Tensor:
+        """Return what may follow the tokens that each sequence gains, int32 [S, D]: what a graph
+        does.
+        """
+        places = inputs.places.flatten()
+        # of logits that are not finite, some token
+        tokens = self._tokens[places].clamp(min=0)
+        packed = Packed(
+            self._table,
+            inputs.rows.flatten(),
+            inputs.positions.flatten(),
+            decodes=len(places),
+            counters=self._counters,
+        )
+        states = self.run(packed, tokens, self._hidden[places], layers)
+        same = tokens.view_as(inputs.places)[:, :-1] == inputs.drafts
+        right = same.int().cumprod(dim=1).sum(dim=1).int()
+        size, count = inputs.places.shape
+        last = torch.arange(size, device=places.device) * count + right
+        positions, rows = inputs.positions[:, 0] + right, inputs.rows[:, 0]
+        return self._extend(states[last], positions, rows, inputs.ends, layers)
+
+    def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
+        """Return what the graphs will need, about; see `CudaGraphs.memory_bytes`."""
+        most = self._sizes[-1]
+        tokens = most * (1 + self._limits.drafts)
+        return step_bytes * tokens // self._limits.token_budget + 2 * most * row_bytes
+
+    def capture(self, layers: LayerCaches, device: torch.device) -> None:
+        """Capture all graphs, the largest first. Where the layer's code does not allow it or memory
+        ends, some or all are missing, and a warning says so.
+        """
+        record = Recorder(device)
+        try:
+            for size in reversed(self._sizes):
+                inputs = self.fill((), size)
+                self.graphs[size] = DraftGraph(*record(partial(self.draft_fixed, inputs, layers)))
+        except (RuntimeError, ValueError) as error:  # no memory is one of the former
+            warnings.warn(
+                f"there are {len(self.graphs)} of {len(self._sizes)} CUDA graphs for drafts: "
+                f"{one_line(error)}",
+                stacklevel=2,
+            )
+        self.graphs = dict(sorted(self.graphs.items()))
+        LOG.info("%d CUDA graphs captured for drafts", len(self.graphs))
 
     def _count_right(self, chunks: Sequence[Chunk], tokens: Tensor, firsts: Tensor) -> Tensor:
         """Return how many drafts of each chunk were right, int [S]."""

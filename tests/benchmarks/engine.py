@@ -7,6 +7,9 @@ cut to 12 layers; random weights.
 
 ``--repeats``: decode of answers that their drafts know, at batch 1 and 8, with and without them:
 so many of 100 drafted tokens are right; with ``--set 'speculative_algorithm="NGRAM"'``.
+``--mtp 3 --shape qwen3_5_moe``: decode at batch 1, 8 and 64 without drafts, and with three that the
+checkpoint's own layer makes, in CUDA graphs and launch by launch; ``--repeats`` (80) of 100 that
+are right stay so.
 ``--contexts 1x32000 8x16000``: decode after one prompt of 32 000 tokens, and after eight of 16 000.
 ``--profile``: also the kernels of some decode steps and of a prefill, by time. ``--quick``: without
 throughput and prefill.
@@ -37,6 +40,7 @@ from qtool.engine.engine import Engine  # noqa: E402
 from qtool.engine.scheduler import Propose  # noqa: E402
 from qtool.engine.step import SequenceState  # noqa: E402
 
+BENCHMARKED = {"skip_tokenizer_init": True, "disable_radix_cache": True}
 IMPORTED = time.perf_counter()
 
 
@@ -132,6 +136,54 @@ def recalling(engine: Engine, search: Propose, known: list[list[int]], percent: 
     return recall
 
 
+def measure_mtp(
+    folder: Path, chosen: dict[str, Any], steps: int, percent: int, tokens: int = 256
+) -> dict[str, float]:
+    """Return the time of a token without drafts and with ``steps`` drafts of the checkpoint's own
+    layer, with and without the CUDA graphs that make them. Of 100 drafts ``percent`` stay what they
+    are.
+    """
+    found: dict[str, float] = {}
+    nextn = {"speculative_algorithm": "NEXTN", "speculative_num_steps": steps}
+    for name, options in (("plain", {}), ("nextn", nextn)):
+        with Engine(folder, **BENCHMARKED, context_length=4096, **options, **chosen) as engine:
+            runner, spec = engine.loop.runner, engine.loop.spec
+            print(f"{name}: {len(runner.graphs.decode)} graphs that decode", flush=True)
+            if spec is not None:
+                print(f"{len(runner._mtp.graphs)} graphs that draft", flush=True)
+                search = engine.loop.scheduler.propose
+                engine.loop.scheduler.propose = spoiling(search, percent)
+            for way in (name,) if spec is None else (name, f"{name}_eager"):
+                if way != name:
+                    runner._mtp.graphs.clear()
+                for batch in (1, 8, 64):
+                    asked = prompts(batch, 128)
+                    seconds(engine, asked, 16)
+                    short = seconds(engine, asked, 16)
+                    before = (spec.total.steps, spec.total.correct) if spec else (0, 0)
+                    token_ms = (seconds(engine, asked, tokens) - short) / (tokens - 16) * 1e3
+                    found[f"{way}_ms_token_batch_{batch}"] = round(token_ms, 3)
+                    found[f"{way}_tokens_s_batch_{batch}"] = round(batch / token_ms * 1e3)
+                    if spec is not None:
+                        length = 1 + (spec.total.correct - before[1]) / (
+                            spec.total.steps - before[0]
+                        )
+                        found[f"{way}_accept_length_batch_{batch}"] = round(length, 2)
+                        found[f"{way}_ms_step_batch_{batch}"] = round(token_ms * length, 3)
+    return found
+
+
+def spoiling(search: Propose, percent: int) -> Propose:
+    """Return what drafts as ``search`` does, and changes all but ``percent`` of 100 tokens."""
+    chance = random.Random(0)
+
+    def spoil(sequence: SequenceState, room: int) -> list[int]:
+        drafts = search(sequence, room)
+        return [token if chance.random() * 100 < percent else token ^ 1 for token in drafts]
+
+    return spoil
+
+
 def profile(engine: Engine, batch: int, size: int, tokens: int) -> list[str]:
     """Return where the time of ``batch`` requests goes, of ``size`` tokens and as many new ones:
     kernels by name, and how long the device is busy.
@@ -183,6 +235,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--repeats", type=int, metavar="PERCENT", help="of drafts that are right")
+    parser.add_argument("--mtp", type=int, metavar="STEPS", help="of the checkpoint's own layer")
     parser.add_argument("--contexts", nargs="+", help="e.g. 1x32000: decode after such prompts")
     parser.add_argument("--set", nargs="*", default=[], help="options of the engine, name=value")
     options = parser.parse_args()
@@ -196,21 +249,26 @@ def main() -> None:
         32 if options.shape == "8b" else model_shapes.SHAPES[options.shape]().layers
     )
     for kind in options.kinds:
-        folder = options.folder / f"{options.shape}-{kind}-{layers}"
+        folder = options.folder / f"{options.shape}-{kind}-{layers}{'-mtp' if options.mtp else ''}"
         if not (folder / "model.safetensors.index.json").exists():
             start = time.perf_counter()
             if options.shape == "8b":
                 model_8b.write_checkpoint(folder, kind, layers=layers)
             else:
-                model_shapes.write_checkpoint(folder, options.shape, kind, layers=layers)
+                mtp = options.mtp is not None
+                model_shapes.write_checkpoint(folder, options.shape, kind, layers=layers, mtp=mtp)
             torch.cuda.empty_cache()
             print(f"{kind}: written in {time.perf_counter() - start:.1f} s", flush=True)
         random.seed(0)
+        if options.mtp is not None:
+            percent = 80 if options.repeats is None else options.repeats
+            found = measure_mtp(folder, chosen, options.mtp, percent)
+            print(f"RESULT qtool {kind} {json.dumps(found)}", flush=True)
+            continue
         start = time.perf_counter()
         with Engine(
             folder,
-            skip_tokenizer_init=True,
-            disable_radix_cache=True,
+            **BENCHMARKED,
             context_length=40960 if options.contexts else 4096,
             **chosen,
         ) as engine:

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
+MTP_NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+ADDED = ("o_proj", "out_proj", "down_proj")  # layers whose outputs are added to the residual
 
 
 @dataclass
@@ -271,10 +273,13 @@ SHAPES: dict[str, Callable[[], Shape]] = {
 
 
 def write_checkpoint(
-    folder: Path, name: str, kind: str, *, layers: int = 0, device: str = "cuda"
+    folder: Path, name: str, kind: str, *, layers: int = 0, device: str = "cuda", mtp: bool = False
 ) -> None:
     """Write the shape ``name`` of `SHAPES` in ``kind``, ``fp8``, ``w4a16`` or ``fp8_block``, a
     layer a file.
+
+    With ``mtp`` it has a layer that drafts, as Qwen3.5 does. All layers add next to nothing, and
+    the token after each one is that of a permutation: what is drafted is right.
     """
     shape = SHAPES[name]()
     layers = layers or shape.layers
@@ -282,6 +287,9 @@ def write_checkpoint(
     config = {**shape.config, "num_hidden_layers": layers}
     if types := shape.layer_types:
         config["layer_types"] = [types[index % len(types)] for index in range(layers)]
+    if mtp:
+        config["mtp_num_hidden_layers"] = 1
+        shape.kept += ("mtp.fc",)
     config["quantization_config"] = _quantization(shape.scheme or kind, shape)
     (folder / "config.json").write_text(json.dumps(config))
     index: dict[str, str] = {}
@@ -297,11 +305,19 @@ def write_checkpoint(
         "model.norm.weight": torch.ones(size[1], dtype=torch.bfloat16),
     }
     if not config["tie_word_embeddings"]:
-        ends["lm_head.weight"] = embedding * 0.02
+        order = torch.randperm(len(embedding), device=device) if mtp else slice(None)
+        ends["lm_head.weight"] = embedding[order] * 0.02
     save("model-ends.safetensors", ends)
-    for number in range(layers):
-        tensors = _tensors(shape.layer(number), kind, device)
-        prefix = f"model.layers.{number}."
+    blocks = [(f"model.layers.{number}.", shape.layer(number)) for number in range(layers)]
+    if mtp:
+        fc = torch.cat([torch.eye(size[1]), torch.zeros(size[1], size[1])], dim=1)
+        norms = {f"mtp.{norm}.weight": torch.ones(size[1]) for norm in MTP_NORMS}
+        parts = {"mtp.fc.weight": fc, **norms}
+        save("model-mtp.safetensors", {part: each.bfloat16() for part, each in parts.items()})
+        attends = len(shape.layer_types) - 1
+        blocks.append(("mtp.layers.0.", shape.layer(attends)))
+    for number, (prefix, layer) in enumerate(blocks):
+        tensors = _tensors(layer, kind, device, added=1e-4 if mtp else 1.0)
         save(f"model-{number:05d}.safetensors", {prefix + part: t for part, t in tensors})
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})
@@ -335,14 +351,18 @@ def _quantization(kind: str, shape: Shape) -> dict[str, object]:
     }
 
 
-def _tensors(layer: Layer, kind: str, device: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    layer: Layer, kind: str, device: str, *, added: float = 1.0
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of ``layer``, of which what is added to the residual times ``added``."""
     for name, shape in layer.plain.items():
         vector = len(shape) == 1
         tensor = torch.ones(shape) if vector else torch.randn(shape, device=device) * 0.02
         yield name, tensor.to(torch.bfloat16)
     for name, (rows, columns) in layer.linears.items():
         for part, tensor in quantized_weight(kind, rows, columns, device):
-            yield f"{name}.{part}", tensor
+            is_scaled = name.endswith(ADDED) and "scale" in part
+            yield f"{name}.{part}", tensor * added if is_scaled else tensor
     for name, (experts, rows, columns) in layer.stacks.items():
         groups = (experts, rows, columns // 32)
         bits = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8, device=device)

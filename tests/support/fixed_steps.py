@@ -9,11 +9,14 @@ import torch
 
 from qtool.engine.cuda_graphs import NOTHING, DecodeGraph, PromptShape
 from qtool.engine.engine import Engine
+from qtool.engine.mtp import DraftGraph
 
 
-def run_in_fixed_steps(engine: Engine, sizes: list[int], shapes: list[PromptShape]) -> list[object]:
-    """Let ``engine`` run what fits in steps of ``sizes`` and ``shapes``; return the list of those
-    that it runs from now on.
+def run_in_fixed_steps(
+    engine: Engine, sizes: list[int], shapes: list[PromptShape], drafted: list[int] = ()
+) -> list[object]:
+    """Let ``engine`` run what fits in steps of ``sizes`` and ``shapes``, and draft for so many
+    sequences; return the list of those that it runs from now on.
     """
     runner, graphs = engine.loop.runner, engine.loop.runner.graphs
     used: list[object] = []
@@ -27,7 +30,16 @@ def run_in_fixed_steps(engine: Engine, sizes: list[int], shapes: list[PromptShap
         used.append(shape)
         graphs.keep_logits(runner.prefill, inputs, shape)
 
+    def replay_drafts(inputs, drafts, size):
+        used.append(("drafts", size))
+        drafts.copy_(runner._mtp.draft_fixed(inputs, runner.layers))
+
     with torch.inference_mode():
+        for size in drafted:
+            inputs = runner._mtp.fill((), size)
+            made = runner._mtp.draft_fixed(inputs, runner.layers)
+            replay = partial(replay_drafts, inputs, made, size)
+            runner._mtp.graphs[size] = DraftGraph(SimpleNamespace(replay=replay), made)
         for size in sizes:
             inputs = graphs.fill_decode(NOTHING, size)
             made = runner.decode(inputs)
