@@ -25,6 +25,9 @@ from qtool.memory import no_collection
 
 # models are too small for two threads, which only wait for each other; so do tests beside each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# some environments forbid it: then each command that a test starts would compile qtool again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # a runner in the background ignores it, and so would every command that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
