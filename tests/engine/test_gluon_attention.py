@@ -1,5 +1,5 @@
-"""The Gluon kernel of attention from chunks: compiled for sm_90, and compared with float64 and with
-the Triton kernel where there is a GPU.
+"""The Gluon kernels of attention, from chunks and of decodes over FP8 pages: compiled for sm_90, and
+compared with float64 and with the Triton kernels where there is a GPU.
 
 Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|compare`), as in
 test_kernels_gluon.py.
@@ -28,6 +28,8 @@ SHAPES = (  # query heads, KV heads, their size, dtype
     (14, 2, 128, torch.bfloat16),  # 7 share a KV head: no power of two
     (8, 2, 64, torch.bfloat16),
 )
+# query heads, KV heads
+DECODED_HEADS = ((32, 8), (8, 8), (14, 2), (16, 2))
 CHUNKS = {  # name -> (tokens before, new tokens)
     "one": [(0, 31)],
     "fresh": [(0, length) for length in (1, 5, 17, 64, 100, 300, 2048)],
@@ -116,7 +118,30 @@ def compile_all() -> None:
         assert "cp.async.bulk.tensor" not in compiled[-1].asm["ptx"], (
             f"the kernel knows no {changed}"
         )
+    compile_decodes(compiled)
     print(f"{len(compiled)} compiled")
+
+
+def compile_decodes(compiled: list) -> None:
+    from support import triton_cpu
+
+    from qtool.engine.attention import triton_paged
+    from qtool.engine.attention.pages import PAGE, KVPages, Packed
+
+    def empty(*shape: int, dtype=torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for heads, kv_heads in DECODED_HEADS:
+        pages = empty(100, kv_heads, PAGE, 128, dtype=torch.float8_e4m3fn)
+        q = empty(300, heads, 128, dtype=torch.bfloat16)
+        packed = Packed(empty(300, 512), empty(300), empty(300), 8)
+        triton_paged.decode(q, KVPages(pages, pages), packed, q, 0.1, None, None)
+        both = [triton_cpu.resources(kernel) for kernel in compiled[-2:]]
+        print(f"{heads} heads, {kv_heads} KV heads: {both}")
+        assert [used["stack"] for used in both] == [0, 0], f"{heads} heads spill registers"
+        code = compiled[-2].asm["ptx"].split("mma.sync")
+        assert len(code) == 33, "two products of 32 keys and eight queries are 32 instructions"
+        assert "bar.sync" not in "".join(code[1:-1]), "warps wait for each other"
 
 
 def compare() -> None:
@@ -192,7 +217,52 @@ def compare() -> None:
                 worst = max(worst, error)
             assert out[:decodes].isnan().all(), f"{what}: it wrote to the tokens before the chunks"
             print(f"{what}: largest relative error {worst:.2g}", flush=True)
+    compare_decodes()
     print("compared", flush=True)
+
+
+def compare_decodes() -> None:
+    from test_attention import FP8, Batch
+
+    from qtool.engine.attention import gluon_decode, triton_paged
+    from qtool.engine.attention import interface as attention
+    from qtool.engine.attention.triton_paged import Tile
+
+    lengths = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 129, 1000, 4097, 20000)
+    for heads, kv_heads in DECODED_HEADS:
+        for chunks in ([(20000, 1)], [(length - 1, 1) for length in lengths], [(300, 1)] * 300):
+            torch.manual_seed(0)
+            batch = Batch(
+                chunks,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=128,
+                kv=FP8,
+                dtype=torch.bfloat16,
+                device="cuda",
+            )
+            for row, (before, new) in zip(batch.row_of, chunks, strict=True):
+                batch.table[row, -(-(before + new) // attention.PAGE) :] = 1 << 30
+            q = torch.cat(batch.q)
+            packed = batch.packed(len(chunks))
+            k, v = (torch.cat([part[-1:] for part in parts]) for parts in (batch.k, batch.v))
+            attention.write(batch.kv, k, v, packed)
+            out, again, other = (torch.full_like(q, math.nan) for _ in range(3))
+            assert gluon_decode.applies(q, batch.kv, None, None, None)
+            triton_paged.decode(q, batch.kv, packed, out, 0.1, None, None)
+            triton_paged.decode(q, batch.kv, packed, again, 0.1, None, None)
+            tile = Tile(64, 4, 2, parts=4)
+            triton_paged.decode(q, batch.kv, packed, other, 0.1, None, None, tile=tile)
+            torch.cuda.synchronize()
+            wanted = batch.expected(scaling=0.1)
+            error, usual = (
+                float(((part.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+                for part in (out, other)
+            )
+            what = f"{heads} heads, {kv_heads} KV heads, {len(chunks)} decodes"
+            print(f"{what}: {error:.2g}, in Triton {usual:.2g}", flush=True)
+            assert error < max(1.5 * usual, 4e-3), f"{what}: {error}, and {usual} in Triton"
+            assert torch.equal(out, again), f"{what}: two runs differ"
 
 
 def measure() -> None:

@@ -150,6 +150,14 @@ def decode(
     """Fill ``out`` [T, heads, v_head_dim] for the decodes, see `interface.attend`."""
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
+    if tile is None and GLUON and _hopper(q.device):
+        from qtool.engine.attention import gluon_decode
+
+        if gluon_decode.applies(q, kv, window, softcap, sinks):
+            factor, _, v_scale = _factors(kv, scaling, softcap)
+            launch = launch_options(1, 1, True, q)
+            gluon_decode.decode(q, kv, packed, out, factor=factor, v_scale=v_scale, launch=launch)
+            return
     most = packed.most or packed.table.shape[1] * PAGE
     tile = tile or decode_tile(
         tokens * kv_heads,

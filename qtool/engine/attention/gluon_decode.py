@@ -1,0 +1,364 @@
+"""Decode attention over FP8 pages in Gluon: each warp reads keys and values straight into the
+registers that tensor cores multiply.
+
+Numbers become f16 where they arrive, with no pass through shared memory and no barrier. Keys are
+the rows of one product and values those of the other, and the queries that share a KV head are the
+eight columns. Warps take parts of a sequence; a second kernel adds these.
+"""
+
+# Constants of a kernel are written in capitals; Gluon has no stars in lists.
+# ruff: noqa: N803, N806, RUF005
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.runtime.triton.tiles import start_early
+
+HEAD_DIM = gl.constexpr(128)
+WORDS = gl.constexpr(32)  # int32 of a key or value, four numbers each
+COLUMNS = gl.constexpr(8)  # heads of queries that share a KV head, at most
+PAGES = 2  # of a step
+LEAST_STEPS = 4  # of a part
+# Parts of all sequences and heads, about as many as run at the same time; and of one sequence.
+WARPS = 1536
+MOST_PARTS = 96
+# parts that are added together, and numbers of a value that one program adds
+TOGETHER = 32
+WIDTH = 32
+
+
+def applies(
+    q: Tensor, kv: KVPages, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> bool:
+    """Whether `decode` supports this attention."""
+    return (
+        kv.k.dtype == kv.v.dtype == torch.float8_e4m3fn
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] == kv.v.shape[3] == HEAD_DIM
+        and q.shape[1] // kv.k.shape[1] <= COLUMNS
+        and kv.k.is_contiguous()
+        and kv.v.is_contiguous()
+        and window is None
+        and not softcap
+        and sinks is None
+    )
+
+
+def decode(
+    q: Tensor,
+    kv: KVPages,
+    packed: Packed,
+    out: Tensor,
+    *,
+    factor: float,
+    v_scale: float,
+    launch: Mapping[str, int | bool],
+) -> None:
+    """Fill ``out`` for the decodes, if this `applies`. See `triton_paged.decode`.
+
+    Args:
+        q: queries of all tokens, contiguous in their last dimension.
+        kv: the pages of the layer.
+        packed: the tokens of the pass.
+        out: where results go.
+        factor: what logits are multiplied with, in units of log2.
+        v_scale: what results are multiplied with.
+        launch: Triton's options.
+    """
+    tokens, kv_heads = packed.decodes, kv.k.shape[1]
+    shared = q.shape[1] // kv_heads
+    parts = max(1, min(MOST_PARTS, WARPS // (tokens * kv_heads)))
+    partial = q.new_empty((tokens, kv_heads, parts, shared, HEAD_DIM.value), dtype=torch.float32)
+    sums = q.new_empty((2, tokens, kv_heads, parts, shared), dtype=torch.float32)
+    k, v = kv.k.view(torch.int32), kv.v.view(torch.int32)
+    _attend_parts[(kv_heads, parts, tokens)](
+        q=q,
+        k_pages=k,
+        v_pages=v,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        partial=partial,
+        sums=sums,
+        stride_table_row=packed.table.shape[1],
+        stride_q_token=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_page=k.stride(0),
+        stride_page_head=k.stride(1),
+        factor=factor,
+        least=LEAST_STEPS,
+        SHARED=shared,
+        PAGE=PAGE,
+        PAGES=PAGES,
+        **launch,
+    )
+    _add_parts[(kv_heads, tokens, HEAD_DIM.value // WIDTH)](
+        partial=partial,
+        sums=sums,
+        positions=packed.positions,
+        out=out,
+        parts=parts,
+        least=LEAST_STEPS,
+        v_scale=v_scale,
+        SHARED=shared,
+        SHARED_PADDED=triton.next_power_of_2(shared),
+        DV=HEAD_DIM.value,
+        KEYS=PAGE * PAGES,
+        TOGETHER=TOGETHER,
+        WIDTH=WIDTH,
+        **{**launch, "num_warps": 4},
+    )
+
+
+@gluon.jit(
+    do_not_specialize=["stride_table_row", "least"],
+    do_not_specialize_on_alignment=["table", "rows", "positions", "partial", "sums"],
+)
+def _attend_parts(  # type: ignore[no-untyped-def]
+    q,
+    k_pages,
+    v_pages,
+    table,
+    rows,
+    positions,
+    partial,
+    sums,
+    stride_table_row,
+    stride_q_token,
+    stride_q_head,
+    stride_page,
+    stride_page_head,
+    factor,
+    least,
+    SHARED: gl.constexpr,
+    PAGE: gl.constexpr,
+    PAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Keep sums, in ``partial`` and ``sums``, over one part of the keys of a sequence."""
+    KEYS: gl.constexpr = PAGE * PAGES
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    K: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    V: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    Q_READ: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0])
+    SECOND: gl.constexpr = [[16, 0]] if PAGES == 2 else []
+    # a thread reads 16 bytes at a time; its numbers are then renumbered as the product wants them
+    K_READ: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16]] + SECOND,
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        [],
+        [],
+        [KEYS, WORDS],
+    )
+    V_READ: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [1, 0], [8, 0]] + SECOND,
+        [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
+        [],
+        [],
+        [KEYS, WORDS],
+    )
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head, part, token = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    last = gl.load(positions + token)
+    pages = table + gl.load(rows + token) * stride_table_row
+    steps = last // KEYS + 1
+    each = gl.maximum(gl.cdiv(steps, gl.num_programs(1)), least)
+    begin = part * each
+    end = gl.minimum(begin + each, steps)
+    if begin >= end:
+        return
+
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(1, Q_READ))
+    d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_READ))
+    d = d // 64 * 64 + d // 8 % 4 * 16 + d // 32 % 2 * 8 + d % 8  # in the order of `keys`
+    start = q + token.to(gl.int64) * stride_q_token + head * SHARED * stride_q_head
+    x = gl.load(
+        start + column[:, None] * stride_q_head + d[None, :],
+        mask=(column < SHARED)[:, None],
+        other=0.0,
+    ).to(gl.float32)
+    largest = gl.max(gl.abs(x), 1)
+    largest = gl.where(largest > 1e-30, largest, 1.0)  # f16 has no number above 65504
+    queries = (x / largest[:, None]).to(gl.float16).permute(1, 0)
+    queries = gl.convert_layout(queries, gl.DotOperandLayout(1, MMA, 8))
+    factor = factor * gl.convert_layout(largest, gl.SliceLayout(0, MMA))
+
+    k_key = gl.arange(0, KEYS, gl.SliceLayout(1, K_READ))
+    v_key = gl.arange(0, KEYS, gl.SliceLayout(1, V_READ))
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, K_READ))[None, :]
+    k_places = k_pages + head * stride_page_head + k_key[:, None] % PAGE * WORDS + word
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, V_READ))[None, :]
+    v_places = v_pages + head * stride_page_head + v_key[:, None] % PAGE * WORDS + word
+    key = gl.arange(0, KEYS, gl.SliceLayout(1, MMA))
+
+    total = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
+    top = gl.full([COLUMNS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
+    acc = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
+    # a step computes with what the step before it has read, from pages found in the one before that
+    found = _find(pages, begin, end, last, stride_page, PAGE, PAGES)
+    next_k = _read(k_places, k_key, found, begin, end, last, KEYS, PAGE)
+    next_v = _read(v_places, v_key, found, begin, end, last, KEYS, PAGE)
+    found = _find(pages, begin + 1, end, last, stride_page, PAGE, PAGES)
+    for step in range(begin, end):
+        k, v = _f16(next_k), _f16_by_pairs(next_v)
+        next_k = _read(k_places, k_key, found, step + 1, end, last, KEYS, PAGE)
+        next_v = _read(v_places, v_key, found, step + 1, end, last, KEYS, PAGE)
+        found = _find(pages, step + 2, end, last, stride_page, PAGE, PAGES)
+        k = k.reshape([KEYS, 2, 4, 2, 8]).permute(0, 1, 3, 2, 4).reshape([KEYS, HEAD_DIM])
+        k = gl.convert_layout(k, K, assert_trivial=True)
+        logits = mma_v2(k, queries, gl.zeros([KEYS, COLUMNS], gl.float32, MMA)) * factor[None, :]
+        logits = gl.where((step * KEYS + key <= last)[:, None], logits, float("-inf"))
+        new_top = gl.maximum(top, gl.max(logits, 0))
+        p = gl.exp2(logits - new_top[None, :])
+        kept = gl.exp2(top - new_top)
+        total = total * kept + gl.sum(p, 0)
+        # rows of the product: value dv is row dv % 16 * 8 + dv // 16
+        v = v.reshape([KEYS // 2, 8, 4, 2, 2, 2]).permute(2, 3, 4, 1, 0, 5)
+        v = gl.convert_layout(v.reshape([HEAD_DIM, KEYS]), V, assert_trivial=True)
+        weights = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(1, MMA, 2))
+        acc = mma_v2(v, weights, acc * kept[None, :])
+        top = new_top
+
+    place = token.to(gl.int64) * gl.num_programs(0) + head
+    mine = (place * gl.num_programs(1) + part) * SHARED
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA))
+    row = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, MMA))
+    dv = row % 8 * 16 + row // 8
+    there = partial + (mine + column)[None, :] * HEAD_DIM + dv[:, None]
+    gl.store(there, acc, mask=(column < SHARED)[None, :])
+    gl.store(sums + mine + column, total, mask=column < SHARED)
+    all_parts = gl.num_programs(2).to(gl.int64) * gl.num_programs(0) * gl.num_programs(1)
+    gl.store(sums + all_parts * SHARED + mine + column, top, mask=column < SHARED)
+
+
+@gluon.jit
+def _find(  # type: ignore[no-untyped-def]
+    pages, step, end, last, stride_page, PAGE: gl.constexpr, PAGES: gl.constexpr
+):
+    """Return where the first and the last page of ``step`` begin."""
+    index = step * PAGES
+    first = gl.load(pages + index, mask=step < end, other=0)
+    if PAGES == 1:
+        return first.to(gl.int64) * stride_page, first.to(gl.int64) * stride_page
+    there = (step < end) & ((index + 1) * PAGE <= last)
+    second = gl.load(pages + index + 1, mask=there, other=0)
+    return first.to(gl.int64) * stride_page, second.to(gl.int64) * stride_page
+
+
+@gluon.jit
+def _read(  # type: ignore[no-untyped-def]
+    places, key, found, step, end, last, KEYS: gl.constexpr, PAGE: gl.constexpr
+):
+    """Return the keys or values of ``step``, int32 [KEYS, WORDS]; zeros where there is none."""
+    begins = found[0] if KEYS == PAGE else gl.where(key < PAGE, found[0], found[1])[:, None]
+    visible = (key <= last - step * KEYS) & (step < end)
+    return gl.load(places + begins, mask=visible[:, None], other=0)
+
+
+@gluon.jit
+def _f16(x):  # type: ignore[no-untyped-def]
+    """Return the four FP8 numbers of each int32 of ``x`` [N, C] in f16, [N, 4 * C]."""
+    a, b, c, d = gl.inline_asm_elementwise(
+        """{.reg .b16 x, y; .reg .b32 low, high;
+        mov.b32 {x, y}, $4;
+        cvt.rn.f16x2.e4m3x2 low, x; cvt.rn.f16x2.e4m3x2 high, y;
+        mov.b32 {$0, $1}, low; mov.b32 {$2, $3}, high;}""",
+        "=h,=h,=h,=h,r",
+        [x],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True,
+        pack=1,
+    )
+    numbers = gl.join(
+        gl.join(a, c), gl.join(b, d)
+    )  # by the half of the int32, then the place in it
+    return numbers.reshape([x.shape[0], 4 * x.shape[1]])
+
+
+@gluon.jit
+def _f16_by_pairs(x):  # type: ignore[no-untyped-def]
+    """Return the four FP8 numbers of each int32 of ``x`` [N, C] in f16, those of two rows beside
+    each other: [N / 2, C, 2, 2, 2], by the half of the int32, the place in it, and the row.
+    """
+    even, odd = gl.split(x.reshape([x.shape[0] // 2, 2, x.shape[1]]).permute(0, 2, 1))
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        """{.reg .b16 x, y; .reg .b32 bytes, low, high;
+        prmt.b32 bytes, $8, $9, 0x5140;
+        mov.b32 {x, y}, bytes;
+        cvt.rn.f16x2.e4m3x2 low, x; cvt.rn.f16x2.e4m3x2 high, y;
+        mov.b32 {$0, $1}, low; mov.b32 {$2, $3}, high;
+        prmt.b32 bytes, $8, $9, 0x7362;
+        mov.b32 {x, y}, bytes;
+        cvt.rn.f16x2.e4m3x2 low, x; cvt.rn.f16x2.e4m3x2 high, y;
+        mov.b32 {$4, $5}, low; mov.b32 {$6, $7}, high;}""",
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [even, odd],
+        dtype=(gl.float16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+    low = gl.join(gl.join(a, c), gl.join(b, d))  # join adds the last dimension
+    high = gl.join(gl.join(e, g), gl.join(f, h))
+    return gl.join(low, high).permute(0, 1, 4, 2, 3)
+
+
+@triton.jit(
+    do_not_specialize=["parts", "least"],
+    do_not_specialize_on_alignment=["positions", "partial", "sums"],
+)
+def _add_parts(  # type: ignore[no-untyped-def]
+    partial,
+    sums,
+    positions,
+    out,
+    parts,
+    least,
+    v_scale,
+    SHARED: tl.constexpr,
+    SHARED_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    KEYS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add ``WIDTH`` numbers of the values of a sequence's parts, ``TOGETHER`` parts at a time."""
+    start_early(PDL)
+    head, token = tl.program_id(0), tl.program_id(1)
+    steps = tl.load(positions + token) // KEYS + 1
+    count = tl.cdiv(steps, tl.maximum(tl.cdiv(steps, parts), least))
+    place = token.to(tl.int64) * tl.num_programs(0) + head
+    tops = sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * parts * SHARED
+    member, dv = tl.arange(0, SHARED_PADDED), tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    acc = tl.zeros((SHARED_PADDED, WIDTH), tl.float32)
+    total = tl.zeros((SHARED_PADDED,), tl.float32)
+    top = tl.where(member < SHARED, float("-inf"), 0.0)
+    for begin in range(0, count, TOGETHER):
+        part = begin + tl.arange(0, TOGETHER)
+        there = (place * parts + part)[:, None] * SHARED + member[None, :]
+        valid = (part < count)[:, None] & (member < SHARED)[None, :]
+        some_tops = tl.load(tops + there, mask=valid, other=float("-inf"))
+        some_sums = tl.load(sums + there, mask=valid, other=0.0)
+        some = tl.load(
+            partial + there[:, :, None] * DV + dv[None, None, :], mask=valid[:, :, None], other=0.0
+        )
+        new_top = tl.maximum(top, tl.max(some_tops, 0))
+        weight, kept = tl.exp2(some_tops - new_top[None, :]), tl.exp2(top - new_top)
+        acc = acc * kept[:, None] + tl.sum(some * weight[:, :, None], 0)
+        total = total * kept + tl.sum(some_sums * weight, 0)
+        top = new_top
+    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
+    there = out + (place * SHARED + member[:, None]) * DV + dv[None, :]
+    tl.store(there, result, mask=(member < SHARED)[:, None])
