@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtool.engine.attention.pages import Expanded, pairs_saved
 from qtool.engine.scheduler import Limits
 from qtool.engine.step import Step
 from qtool.engine.step_buffer import (
@@ -30,6 +31,13 @@ from qtool.errors import one_line
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 # Tokens of prompts in a step that has a graph: more keep the device busy by themselves.
 PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
+# With latents: steps of up to so many tokens of prompts have a graph that attends to the latents.
+MOST_ABSORBED = 512
+# From so many on they have one for prompts without earlier tokens, with keys and values.
+LEAST_EXPANDED = 256
+# Larger steps, and those that keys and values save so many pairs of a query and a key, run without
+# a graph: launching 30 layers takes 1 to 2 ms more, as attention to the pairs of 16 heads does.
+PAIRS_WORTH_LAUNCHES = 1 << 19
 # Tokens that decode in such a step.
 GRAPH_DECODE_BATCHES = (0, 64, 256)
 # Pieces of prompts in it, at most.
@@ -64,6 +72,20 @@ class PromptShape(NamedTuple):
     """Tokens that decode."""
     tokens: int
     """Tokens of prompts."""
+    expands: bool = False
+    """Whether prompts begin in it, and attend to keys and values made of latents."""
+
+    @property
+    def size(self) -> int:
+        """Tokens of the step."""
+        return self.decodes + self.tokens
+
+    def expanded(self, starts: Tensor) -> Expanded | None:
+        """Return what `Packed` has of its chunks, which begin at ``starts``."""
+        if not self.expands:
+            return None
+        chunks = len(starts) - 1
+        return Expanded(chunks, self.decodes, starts, keys=self.tokens, longest=self.tokens)
 
     def layout(self, updates: int = 0) -> StepLayout:
         """Return the layout of its inputs; the graph does not read the ``updates``."""
@@ -87,9 +109,12 @@ class CudaGraphs:
         limits: what the largest step may hold.
         table: the page table, int32 [limits.max_running + 1, columns]; its last row is for padding.
         buffer: where the inputs of steps are.
+        keeps_latents: whether prompts may attend to keys and values made of latents.
     """
 
-    def __init__(self, limits: Limits, table: Tensor, buffer: StepBuffer) -> None:
+    def __init__(
+        self, limits: Limits, table: Tensor, buffer: StepBuffer, keeps_latents: bool = False
+    ) -> None:
         self._limits, self._table, self._buffer = limits, table, buffer
         self.decode: dict[int, DecodeGraph] = {}
         """By batch size, smallest first."""
@@ -104,10 +129,11 @@ class CudaGraphs:
         ]
         longest = min(limits.token_budget, limits.context_length)
         self._shapes = [
-            PromptShape(decodes, tokens)
+            PromptShape(decodes, tokens, expands)
             for tokens in PREFILL_BUCKETS
             if tokens <= longest
             for decodes in sorted({min(count, most) for count in GRAPH_DECODE_BATCHES})
+            for expands in _ways(tokens, keeps_latents)
         ]
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
@@ -121,7 +147,7 @@ class CudaGraphs:
             row_bytes: the size of one row of logits.
         """
         logits = (sum(self._sizes) + self._kept_rows) * row_bytes
-        largest = max((sum(shape) for shape in self._shapes), default=0)
+        largest = max((shape.size for shape in self._shapes), default=0)
         return logits + (step_bytes + logits) * largest // self._limits.token_budget
 
     @property
@@ -143,8 +169,14 @@ class CudaGraphs:
             return None
         tokens = sum(chunk.count for chunk in prefills)
         decodes = step.decode_tokens
+        begin = not any(chunk.start for chunk in prefills)
+        saved = sum(pairs_saved(before, new) for before, new in step.expanded)
+        if not begin and saved > PAIRS_WORTH_LAUNCHES:
+            return None
         fitting = (
-            shape for shape in self.prompts if shape.decodes >= decodes and shape.tokens >= tokens
+            shape
+            for shape in self.prompts
+            if shape.decodes >= decodes and shape.tokens >= tokens and (begin or not shape.expands)
         )
         return next(fitting, None)
 
@@ -238,7 +270,7 @@ class CudaGraphs:
                 graph, (logits, tokens) = record(partial(decode, inputs))
                 self.decode[size] = DecodeGraph(graph, logits, tokens)
             self.kept_logits = logits.new_empty(self._kept_rows, logits.shape[1])
-            for shape in sorted(self._shapes, key=sum, reverse=True):
+            for shape in sorted(self._shapes, key=_order, reverse=True):
                 inputs = self.fill_prompts(NOTHING, shape)
                 run = partial(self.keep_logits, prompts, inputs, shape)
                 self.prompts[shape], _ = record(run)
@@ -259,7 +291,7 @@ class CudaGraphs:
                 stacklevel=2,
             )
         self.decode = dict(sorted(self.decode.items()))
-        self.prompts = dict(sorted(self.prompts.items(), key=lambda item: sum(item[0])))
+        self.prompts = {shape: self.prompts[shape] for shape in sorted(self.prompts, key=_order)}
 
     def keep_logits(
         self,
@@ -278,6 +310,18 @@ class CudaGraphs:
 
     def __len__(self) -> int:
         return len(self.decode) + len(self.prompts)
+
+
+def _ways(tokens: int, keeps_latents: bool) -> tuple[bool, ...]:
+    """Return how graphs of ``tokens`` tokens of prompts attend: `PromptShape.expands` of each."""
+    if not keeps_latents or tokens < LEAST_EXPANDED:
+        return (False,)
+    return (True, False) if tokens <= MOST_ABSORBED else (True,)
+
+
+def _order(shape: PromptShape) -> tuple[int, bool]:
+    """The smallest first; of the same size the one that costs less."""
+    return shape.size, not shape.expands
 
 
 def _wait() -> None:

@@ -1,6 +1,6 @@
 """DeepSeek's multi-head latent attention with few launches: one matmul for queries, or what they
 are made of, and latents; `rotate_and_write`; queries taken to the latents; attention; values; a
-matmul.
+matmul. Large chunks attend to keys and values instead, see `qtool.engine.attention.latents`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.attention.interface import RECORDING, attend, packed_tokens, pages_of, write
+from qtool.engine.attention.interface import (
+    RECORDING,
+    attend,
+    attend_latents,
+    packed_tokens,
+    pages_of,
+    write,
+)
 from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
 from qtool.engine.fused_attention import (
     Angles,
@@ -67,32 +74,36 @@ class FusedLatentAttention(nn.Module):
         if self.q_b_proj is not None:
             normed, scales, _ = add_norm(Sum(q), self.q_norm, codes_of(self.q_b_proj))
             q = multiply(self.q_b_proj, normed, scales)
-        y: Tensor = self.o_proj(self.latent.values(self._attend(q, kv, angles)).flatten(1))
+        y: Tensor = self.o_proj(self._attend(q, kv, angles).flatten(1))
         return y
 
     def _attend(self, q: Tensor, kv: Tensor, angles: PositionEmbeddings | None) -> Tensor:
-        """Return what is gathered of latents, [T, heads, rank]."""
+        """Return the values that tokens attend to, [T, heads, value width]."""
         geometry, found, latent = self.geometry, RECORDING.get(None), self.latent
         tokens, heads, rank = len(q), geometry.heads, latent.rank
         if found is not None:
             found.layers.append(geometry)
-            return q.new_zeros(tokens, heads, rank)
+            return q.new_zeros(tokens, heads, latent.value_width)
         rotary = Rotary.of(angles, self.angles)
         turning = geometry.head_dim - rank
         if rotary and rotary.rotated != turning:
             raise RotaryMismatch(f"{rotary.rotated} channels of {turning} would be rotated")
         packed, pages = packed_tokens(), pages_of(geometry.layer_idx)
+        own = q.view(tokens, heads, -1)[..., : latent.key_width]
+        if packed.expanded is not None:
+            turned = q.new_empty(tokens, heads, turning)
+            rotate_and_write(q, kv, turned, self.kv_norm, rotary, pages, packed)
+            return attend_latents(latent, own, turned, pages, packed, scaling=geometry.scaling)
         queries = q.new_empty(tokens, heads, geometry.head_dim)
-        rotate_and_write(q, kv, queries, self.kv_norm, rotary, pages, packed)
-        keys = q.view(tokens, heads, -1)[..., : latent.key_width]
-        latent.take_to_latents(keys.transpose(0, 1), queries)
-        return attend(queries, pages, packed, scaling=geometry.scaling)
+        rotate_and_write(q, kv, queries[..., rank:], self.kv_norm, rotary, pages, packed)
+        latent.take_to_latents(own, queries)
+        return latent.values(attend(queries, pages, packed, scaling=geometry.scaling))
 
 
 def rotate_and_write(
     q: Tensor,
     kv: Tensor,
-    queries: Tensor,
+    turned: Tensor,
     norm: Norm,
     rotary: Rotary | None,
     pages: KVPages,
@@ -103,13 +114,13 @@ def rotate_and_write(
     Args:
         q: queries of each token, [T, heads * (key width + rotary)].
         kv: the latent and the key of each token, [T, rank + rotary].
-        queries: [T, heads, rank + rotary], whose rotary part is filled.
+        turned: [T, heads, rotary], which is filled with the rotary part of the queries.
         norm: of latents.
         rotary: how queries and keys rotate; None: they do not.
         pages: of the layer.
         packed: the tokens of the pass.
     """
-    heads, rank = queries.shape[1], len(norm.weight)
+    heads, rank, turning = turned.shape[1], len(norm.weight), turned.shape[2]
     if q.is_cuda:
         from qtool.engine import elementwise_latents
 
@@ -117,7 +128,7 @@ def rotate_and_write(
         elementwise_latents.rotate_and_write(
             q,
             kv,
-            queries,
+            turned,
             rank,
             norm.weight,
             eps,
@@ -132,10 +143,9 @@ def rotate_and_write(
             parted=bool(rotary and rotary.is_parted),
         )
         return
-    turning = queries.shape[2] - rank
     q_turning, k_turning = q.view(len(q), heads, -1)[..., -turning:], kv[:, None, rank:]
     if rotary:
         q_turning, k_turning = rotate(q_turning, rotary), rotate(k_turning, rotary)
-    queries[..., rank:] = q_turning
+    turned.copy_(q_turning)
     latents = norm.normalize(kv[:, :rank])[:, None]
     write(pages, torch.cat([latents, k_turning], dim=-1), latents, packed)

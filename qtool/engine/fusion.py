@@ -284,7 +284,7 @@ def _run_on_scratch(
     ints = partial(torch.tensor, dtype=torch.int32, device=x.device)
     packed = Packed(
         ints([[1]]), ints([0] * TOKENS), ints(range(TOKENS)), 0, ints([0, TOKENS]), longest=TOKENS
-    )
+    ).expand([(0, TOKENS)])
     if isinstance(geometry, LayerGeometry):
         caches = dict[int, LayerCache](allocate_pages(1, [geometry], x.dtype, x.device, {}))
     else:

@@ -4,7 +4,8 @@ values.
 A model of transformers makes keys and values of latents by ``expand_kv``. As both are linear in the
 latent, queries can be taken to the latents instead, and what attention gathers of the latents to
 values: one head of ``rank + rotary`` numbers a token for all heads of queries. Source: DeepSeek-AI
-2024, arXiv:2405.04434, section 2.1.2.
+2024, arXiv:2405.04434, section 2.1.2. Large chunks of prompts attend to keys and values that are
+made of the cached latents, see `qtool.engine.attention.latents`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LOG = logging.getLogger("qtool.engine")
 
 
 class LatentAttention(nn.Module):
-    """The way from queries to latents and from latents to values, in 16 bits.
+    """The way from queries to latents and from latents to keys and values, in 16 bits.
 
     Args:
         weight: of ``kv_b_proj``, [heads * (key width + value width), rank].
@@ -36,47 +37,50 @@ class LatentAttention(nn.Module):
 
     def __init__(self, weight: Tensor, heads: int, key_width: int) -> None:
         super().__init__()
-        each = weight.view(heads, -1, weight.shape[1])
-        keys, values = each[:, :key_width], each[:, key_width:]
         self.rank: int = weight.shape[1]
-        self.to_latents = nn.Parameter(keys.contiguous(), requires_grad=False)
-        """[heads, key width, rank]"""
-        self.to_values = nn.Parameter(values.mT.contiguous(), requires_grad=False)
-        """[heads, rank, value width]"""
+        self.key_width = key_width
+        """Of keys, without the rotary part."""
+        each = weight.reshape(heads, -1, weight.shape[1]).contiguous()
+        self.weight: Tensor = nn.Parameter(each, requires_grad=False)
+        """[heads, key width + value width, rank]"""
 
     @property
-    def key_width(self) -> int:
-        """Of keys, without the rotary part."""
-        return self.to_latents.shape[1]
+    def value_width(self) -> int:
+        """Of values."""
+        return self.weight.shape[1] - self.key_width
 
-    def queries(self, q: Tensor) -> Tensor:
-        """Return queries [heads, T, key width + rotary] for latents: [T, heads, rank + rotary]."""
-        heads, tokens, width = q.shape
-        result = q.new_empty(tokens, heads, self.rank + width - self.key_width)
-        self.take_to_latents(q[..., : self.key_width], result)
-        result[..., self.rank :] = q[..., self.key_width :].transpose(0, 1)
+    def queries(self, q: Tensor, turned: Tensor) -> Tensor:
+        """Return queries for latents [T, heads, rank + rotary] of queries [T, heads, key width] and
+        their rotary part [T, heads, rotary].
+        """
+        tokens, heads, width = turned.shape
+        result = q.new_empty(tokens, heads, self.rank + width)
+        self.take_to_latents(q, result)
+        result[..., self.rank :] = turned
         return result
 
     def take_to_latents(self, q: Tensor, result: Tensor) -> None:
-        """Write what queries [heads, T, key width] become to the first numbers of each head of
+        """Write what queries [T, heads, key width] become to the first numbers of each head of
         ``result`` [T, heads, rank + rotary].
         """
-        torch.bmm(q, self.to_latents, out=result[..., : self.rank].transpose(0, 1))
+        to_latents = self.weight[:, : self.key_width]
+        torch.bmm(q.transpose(0, 1), to_latents, out=result[..., : self.rank].transpose(0, 1))
 
     def values(self, gathered: Tensor) -> Tensor:
         """Return the values [T, heads, value width] of gathered latents [T, heads, rank]."""
         tokens, heads, _ = gathered.shape
-        result = gathered.new_empty(tokens, heads, self.to_values.shape[2])
-        torch.bmm(gathered.transpose(0, 1), self.to_values, out=result.transpose(0, 1))
+        result = gathered.new_empty(tokens, heads, self.value_width)
+        to_values = self.weight[:, self.key_width :].mT
+        torch.bmm(gathered.transpose(0, 1), to_values, out=result.transpose(0, 1))
         return result
 
     def expand(self, latents: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that ``expand_kv`` makes of ``latents`` [1, 1, T, rank] and
-        the rotary part of the keys [1, 1, T, rotary].
+        """Return keys and values [..., heads, T, width] of ``latents`` [..., 1, T, rank] and the
+        rotary part of the keys [..., 1, T, rotary], as ``expand_kv`` makes them.
         """
-        keys = latents @ self.to_latents.mT
-        rotary = rotary.expand(-1, keys.shape[1], -1, -1)
-        return torch.cat([keys, rotary], dim=-1), latents @ self.to_values
+        both = latents @ self.weight.mT
+        keys, values = both[..., : self.key_width], both[..., self.key_width :]
+        return torch.cat([keys, rotary.expand(*keys.shape[:-1], -1)], dim=-1), values
 
 
 def keep_latents(model: CausalLM) -> None:

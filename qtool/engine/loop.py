@@ -57,6 +57,7 @@ class Loop:
             propose=_propose if limits.drafts else None,
             lookahead=limits.lookahead,
             snapshots=StateSnapshots(limits.snapshots) if runner.geometry.states else None,
+            keeps_latents=runner.keeps_latents,
         )
         self.spec = SpecMeter() if limits.drafts else None
         """What came of drafts; None where there are none."""

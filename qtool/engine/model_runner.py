@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtool.engine import kv_cache
 from qtool.engine.attention.interface import NAME, Recording, recording, running
+from qtool.engine.attention.latents import reserve_bytes
 from qtool.engine.attention.native_decode import decode_library
 from qtool.engine.attention.pages import PAGE, LayerCache, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
@@ -89,6 +90,8 @@ class Runner:
             log_time = Stopwatch()
             self._prepare_model(compiled)
             log_time("layers fused")
+            self.keeps_latents = any(layer.keeps_latents for layer in self.geometry.layers)
+            self.graphs = CudaGraphs(limits, self.table, self.buffer, self.keeps_latents)
             heads = max(layer.groups for layer in self.geometry.layers)
             self._counters = new_counters(limits.most_decodes, heads, device)
             self._mtp = self._make_drafter()
@@ -107,9 +110,10 @@ class Runner:
                 size = format_size(sum(each.nbytes for each in self.layers.values()))
                 counts = limits.max_running, limits.snapshots
                 LOG.info("the states of %d requests and %d snapshots take %s", *counts, size)
-            if cache_scales and any(layer.keeps_latents for layer in self.geometry.layers):
+            if cache_scales and self.keeps_latents:
                 LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
             step_bytes = self._measure_step(graphs=wants_graphs)
+            step_bytes += reserve_bytes(self.geometry.layers, model.dtype)
             log_time("largest step tried")
             if wants_graphs:
                 row_bytes = self.vocab_size * model.dtype.itemsize
@@ -117,10 +121,7 @@ class Runner:
                 if self._mtp is not None:
                     step_bytes += self._mtp.memory_bytes(step_bytes, row_bytes)
             room = kv_cache.cache_room(
-                device,
-                static_share=static_share,
-                step_bytes=step_bytes,
-                budget=limits.token_budget,
+                device, static_share=static_share, step_bytes=step_bytes, budget=limits.token_budget
             )
             self.page_bytes = kv_cache.page_bytes(self.geometry.layers, dtype)
             self.page_count = kv_cache.count_pages(
@@ -167,7 +168,6 @@ class Runner:
         self.table = torch.zeros(rows, columns, dtype=torch.int32, device=device)
         # the token that each row sampled last
         self._last = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.graphs = CudaGraphs(limits, self.table, self.buffer)
 
     def _prepare_model(self, compiled: Literal["off", "decode", "all"]) -> None:
         """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
@@ -258,7 +258,7 @@ class Runner:
             starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
             longest=min(tokens, longest),
             counters=self._counters,
-        )
+        ).expand([(0, end - start) for start, end in itertools.pairwise(starts)])
         ids = torch.zeros_like(positions)
         self._try_outputs(packed, ids)
         if self._mtp is not None:
@@ -384,6 +384,7 @@ class Runner:
             starts=inputs.starts,
             longest=shape.tokens,
             counters=self._counters,
+            expanded=shape.expanded(inputs.starts),
         )
         return self._logits(packed, inputs.token_ids, inputs.kept.long())
 
@@ -414,7 +415,7 @@ class Runner:
             longest=max((chunk.count for chunk in step.chunks[step.decodes :]), default=0),
             counters=self._counters,
         )
-        return packed, inputs
+        return packed.expand(step.expanded), inputs
 
     def _run_with_prompt_logprobs(
         self, step: Step, prompts: Sequence[tuple[int, int]]

@@ -164,7 +164,7 @@ class MtpDrafter:
             starts=self._ints(starts)[0] if prefills else None,
             longest=max((chunk.count for chunk in prefills), default=0),
             counters=self._counters,
-        )
+        ).expand(step.expanded)
         hidden = self._hidden[: len(token_ids)]
         if prefills and prefills_at != decodes:
             after = self._hidden[prefills_at : prefills_at + starts[-1]]

@@ -53,7 +53,7 @@ def prompt_logits(
         decodes=0,
         starts=ints(list(itertools.accumulate(sizes, initial=0))),
         longest=max(sizes),
-    )
+    ).expand([(0, size) for size in sizes])
     ids = torch.tensor([list(itertools.chain.from_iterable(prompts))], device=device)
     wanted = 0 if kept is None else torch.tensor(kept, device=device)
     with running(packed, layers):

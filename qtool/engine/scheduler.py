@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qtool.engine.attention.pages import PAGE
+from qtool.engine.attention.pages import MAX_EXPANDED, PAGE, pairs_saved
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.engine.state_snapshots import StateSnapshots, boundaries
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
@@ -76,6 +76,7 @@ class Scheduler:
         lookahead: as in `Limits`.
         snapshots: of the states that layers keep for a sequence; without them, a sequence whose
             layers keep states may not start with the pages of another.
+        keeps_latents: whether keys and values of chunks may be made of latents.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Scheduler:
         propose: Propose | None = None,
         lookahead: int = 0,
         snapshots: StateSnapshots | None = None,
+        *,
+        keeps_latents: bool = False,
     ) -> None:
         self.pages = pages
         self.snapshots = snapshots
@@ -96,6 +99,7 @@ class Scheduler:
         self.context_length = context_length
         self.propose = propose
         self.lookahead = lookahead
+        self.keeps_latents = keeps_latents
         self.running: list[SequenceState] = []
         self.waiting: deque[SequenceState] = deque()
         self.preemptions = 0
@@ -163,10 +167,13 @@ class Scheduler:
             left -= self._prefill(sequence, left, decodes, prefills)
         while left and self._can_admit() and self._admit(self.waiting[0], updates):
             left -= self._prefill(self.waiting.popleft(), left, decodes, prefills)
-        chunks = decodes + prefills
-        if not chunks:
+        if not decodes and not prefills:
             return None
-        return Step(chunks, len(decodes), updates, self._restores, self._saves)
+        expands = 0
+        if self.keeps_latents:
+            prefills, expands = _expanding_last(prefills)
+        chunks = decodes + prefills
+        return Step(chunks, len(decodes), updates, self._restores, self._saves, expands)
 
     def _schedule_decodes(
         self, decodes: list[Chunk], updates: list[tuple[int, int, int]]
@@ -408,3 +415,20 @@ class Scheduler:
         for number in range(len(digests), count):
             before = digests[-1] if digests else b""
             digests.append(page_digest(before, tokens[number * PAGE : (number + 1) * PAGE]))
+
+
+def _expanding_last(prefills: Sequence[Chunk]) -> tuple[list[Chunk], int]:
+    """Return the chunks with those at the end whose keys and values are made of latents, and how
+    many these are; see `qtool.engine.attention.pages.Expanded`.
+    """
+    absorbed: list[Chunk] = []
+    expanded: list[Chunk] = []
+    left = MAX_EXPANDED
+    for chunk in prefills:
+        end = chunk.start + chunk.count
+        if pairs_saved(chunk.start, chunk.count) > 0 and end <= left:
+            left -= end
+            expanded.append(chunk)
+        else:
+            absorbed.append(chunk)
+    return absorbed + expanded, len(expanded)

@@ -107,11 +107,22 @@ class Step:
     """(row, snapshot) of states to copy to the row before the step."""
     saves: Sequence[tuple[int, int]] = ()
     """(row, snapshot) of states to copy from the row after the step."""
+    expands: int = 0
+    """So many chunks at the end attend to keys and values made of latents, see
+    `qtool.engine.attention.pages.Expanded`.
+    """
 
     @property
     def decode_tokens(self) -> int:
         """Tokens of the chunks that `decodes` counts."""
         return sum(chunk.count for chunk in self.chunks[: self.decodes])
+
+    @property
+    def expanded(self) -> list[tuple[int, int]]:
+        """Tokens before, and new tokens, of the chunks that `expands` counts."""
+        return [
+            (chunk.start, chunk.count) for chunk in self.chunks[len(self.chunks) - self.expands :]
+        ]
 
     def logit_rows(self, whole: Sequence[int]) -> list[int]:
         """Return how many rows of logits each chunk has: one for each token where its position is

@@ -20,9 +20,18 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from qtool.engine.attention import latents as latents_module
 from qtool.engine.attention import native_decode
-from qtool.engine.attention.interface import attend, recording, running, write
-from qtool.engine.attention.pages import PAGE, KVPages, LayerGeometry, Packed, new_counters
+from qtool.engine.attention.interface import attend, attend_latents, recording, running, write
+from qtool.engine.attention.pages import (
+    PAGE,
+    Expanded,
+    KVPages,
+    LayerGeometry,
+    Packed,
+    new_counters,
+)
+from qtool.engine.latent_attention import LatentAttention
 from qtool.errors import CheckpointRefused
 
 FP8 = torch.float8_e4m3fn
@@ -172,6 +181,44 @@ class LatentBatch(Batch):
         self.kv = KVPages(pages, pages[..., :rank], self.k_scale, self.k_scale, keeps_latents=True)
 
 
+class ExpandedBatch(LatentBatch):
+    """Queries meet keys and values that are made of the latents, or the latents themselves."""
+
+    def __init__(self, chunks, *, heads=6, key=24, value=20, rank=32, rotary=16, **options):
+        super().__init__(chunks, heads=heads, rank=rank, rotary=rotary, **options)
+        like = self.q[0]
+        weight = torch.randn(heads * (key + value), rank) * rank**-0.5
+        self.latent, self.rank = LatentAttention(weight.to(like), heads, key), rank
+        self.q = [torch.randn(new, heads, key + rotary).to(like) for _, new in chunks]
+
+    def packed(self, decodes: int | None = None, *, expands: int = 0, **options) -> Packed:
+        packed = super().packed(decodes, **options)
+        return packed.expand(self.chunks[len(self.chunks) - expands :])
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        q = torch.cat(self.q)
+        return q[..., : self.latent.key_width], q[..., self.latent.key_width :]
+
+    def write_new(self, packed: Packed) -> None:
+        new = [part[before:] for (before, _), part in zip(self.chunks, self.k, strict=True)]
+        write(self.kv, torch.cat(new), torch.cat(new), packed)
+
+    def run(self, packed: Packed | None = None, **options) -> Tensor:
+        packed = packed or self.packed()
+        self.write_new(packed)
+        return attend_latents(self.latent, *self.queries(), self.kv, packed, **options)
+
+    def expected(self, **options) -> Tensor:
+        found = []
+        for q, kept in zip(self.q, self.k, strict=True):
+            kept = self.rounded(kept, self.k_scale)[:, 0].double()
+            both = torch.einsum("tr,hwr->thw", kept[:, : self.rank], self.latent.weight.double())
+            keys, values = both.tensor_split([self.latent.key_width], dim=-1)
+            rotary = kept[:, None, self.rank :].expand(-1, len(self.latent.weight), -1)
+            found.append(expected(q, torch.cat([keys, rotary], -1), values, **options))
+        return torch.cat(found)
+
+
 # the first is no decode: position 0
 MIXED = (
     (0, 1),
@@ -218,6 +265,23 @@ def test_heads_of_every_shape(heads, kv_heads, head_dim, v_head_dim):
     )
     torch.testing.assert_close(
         batch.run(scaling=0.1).double(), batch.expected(scaling=0.1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kv", [None, FP8], ids=["", "FP8"])
+@pytest.mark.parametrize(
+    ("chunks", "expands"),
+    [(MIXED, 0), (MIXED[1:], 1), (MIXED[1:], 5), (((0, 50), (0, 1), (0, 16)), 3), (MIXED, 9)],
+    ids=["none", "one", "mixed", "first chunks", "all"],
+)
+@torch.no_grad()
+def test_chunks_attend_to_latents_or_to_what_is_made_of_them(chunks, expands, kv):
+    torch.manual_seed(0)
+    batch = ExpandedBatch(chunks, kv=kv)
+    packed = batch.packed(expands=expands)
+    assert (packed.expanded is not None) == bool(expands)
+    torch.testing.assert_close(
+        batch.run(packed, scaling=0.3).double(), batch.expected(scaling=0.3), rtol=1e-4, atol=1e-4
     )
 
 
@@ -604,7 +668,34 @@ def interpret() -> None:
             wanted = batch.expected(scaling=0.2)
             error = float((out.double() - wanted).norm() / wanted.norm())
             assert error <= (1e-5 if dtype == torch.float32 else 1e-2), f"latents: {error}"
+    compare_expanded()
     print("compared", len(cases))
+
+
+@torch.no_grad()
+def compare_expanded() -> None:
+    from qtool.engine.attention import triton_paged
+
+    workspace = latents_module.WORKSPACE
+    for chunks, expands, room, shape in (
+        (FEW, 3, workspace, {}),
+        (FEW, 2, 40 * 120 * 4, {"key": 16, "value": 32}),  # a few heads at a time
+        (FEW, 3, workspace, {"dtype": torch.bfloat16, "kv": FP8, "heads": 4}),
+    ):
+        batch = ExpandedBatch(chunks, **shape)
+        packed, (q, turned) = batch.packed(expands=expands), batch.queries()
+        k = torch.cat([part[before:] for (before, _), part in zip(chunks, batch.k, strict=True)])
+        triton_paged.write(batch.kv, k, k, packed)
+        first = packed.expanded.token
+        out = q.new_full((*q.shape[:2], batch.latent.value_width), math.nan)
+        latents_module.WORKSPACE = room
+        latents_module.attend_expanded(batch.latent, q, turned, batch.kv, packed, out, 0.2)
+        assert out[:first].isnan().all()
+        wanted = batch.expected(scaling=0.2)[first:]
+        error = float((out[first:].double() - wanted).norm() / wanted.norm())
+        limit = 1e-5 if q.dtype == torch.float32 else 2e-2
+        assert error <= limit, f"keys and values of latents, {shape}: {error}"
+    latents_module.WORKSPACE = workspace
 
 
 def compile() -> None:
@@ -657,7 +748,40 @@ def compile() -> None:
             assert used["stack"] <= 32, (kernel.metadata.name, kv, used)
             assert used["shared"] <= 232448, (kernel.metadata.name, kv, used)
         count = len(compiled)
-    print("compiled", count)
+    compile_expanded(compiled, empty)
+    print("compiled", len(compiled))
+
+
+def compile_expanded(compiled: list, empty) -> None:
+    from support import triton_cpu
+
+    from qtool.engine.attention import triton_latent, triton_paged
+
+    packed = Packed(empty(300, 512), empty(300), empty(300), 4, empty(3), 150)
+    expanded = Expanded(2, 4, empty(3), keys=1000, longest=800)
+    packed = dataclasses.replace(packed, counters=empty(1), expanded=expanded)
+    for heads, key, value, dtype in (  # of DeepSeek-V2-Lite and V3, GLM-4.7-Flash
+        (16, 128, 128, torch.bfloat16),
+        (128, 128, 128, torch.float16),
+        (20, 192, 256, torch.bfloat16),
+    ):
+        for kv in (dtype, FP8):
+            pages = empty(100, 1, PAGE, 576, dtype=kv)
+            layer = KVPages(pages, pages[..., :512], keeps_latents=True)
+            latents = triton_latent.gather(layer, packed, dtype)
+        q = empty(300, heads, key + 64, dtype=dtype)
+        both, out = (
+            empty(rows, heads, width, dtype=dtype)
+            for rows, width in ((1000, key + value), (300, value))
+        )
+        own, turned, both = q[..., :key], q[..., key:], both.flatten(1)
+        for tile in (None, triton_paged.prefill_tile(value, 2)):
+            triton_latent.prefill_expanded(own, turned, both, latents, packed, out, 0.1, tile)
+            used, code = triton_cpu.resources(compiled[-1]), compiled[-1].asm["ptx"]
+            assert used["stack"] <= 32, (heads, key, value, tile, used)
+            assert used["shared"] <= 232448, (heads, key, value, tile, used)
+            is_gluon = "cp.async.bulk.tensor" in code
+            assert is_gluon == (tile is None and key == 128), (heads, key, value, tile)
 
 
 if __name__ == "__main__":

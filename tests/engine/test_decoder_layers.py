@@ -126,9 +126,9 @@ def model_of(name: str, dtype: torch.dtype, **options):
     return model
 
 
-def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of two sequences in one pass: the new token of one, seven of another, after a pass
-    over what comes before.
+def logits_of(model, ids: torch.Tensor, *, expands: bool = False) -> torch.Tensor:
+    """The logits of two sequences in one pass: the new token of one, seven of another, after passes
+    over what comes before. With ``expands`` chunks attend to keys and values made of latents.
     """
     with recording() as found, torch.no_grad():
         model(input_ids=ids[:, :1], position_ids=torch.zeros_like(ids[:, :1]), use_cache=False)
@@ -140,7 +140,8 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     table = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
     result = []
     for rows, positions, decodes, starts in (
-        ([0] * 17, [*range(17)], 0, [0, 17]),
+        ([0] * 9, [*range(9)], 0, [0, 9]),
+        ([0] * 8, [*range(9, 17)], 0, [0, 8]),
         ([0, *[1] * 7], [17, *range(7)], 1, [0, 7]),
         ([0, 1], [18, 7], 2, None),
     ):
@@ -149,6 +150,8 @@ def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
         packed = Packed(
             table, torch.tensor(rows, dtype=torch.int32), places, decodes, starts, longest=17
         )
+        if expands and starts is not None:
+            packed = packed.expand([(positions[decodes], len(rows) - decodes)])
         with running(packed, layers), torch.no_grad():
             output = model(
                 input_ids=ids[:, : len(rows)], position_ids=places[None].long(), use_cache=False
@@ -172,10 +175,15 @@ IDS = torch.arange(1, 18)[None] * 7 % 128
 def test_a_fused_model_computes_what_it_did(name, dtype):
     model = model_of(name, dtype, **(FUSED | FUSED_TOO)[name])
     keep_latents(model)
-    expected = logits_of(copy.deepcopy(model), IDS)
+    ways = (False, True)[: 1 + hasattr(model.config, "kv_lora_rank")]
+    unfused = copy.deepcopy(model)
+    expected = [logits_of(unfused, IDS, expands=expands) for expands in ways]
     assert fuse(model)
     assert all(isinstance(layer, fused.FusedLayer) for layer in model.model.layers)
-    assert distance(logits_of(model, IDS), expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
+    for expands, wanted in zip(ways, expected, strict=True):
+        found = logits_of(model, IDS, expands=expands)
+        assert distance(found, wanted) <= (1e-5 if dtype == torch.float32 else 1e-2)
+        assert distance(wanted, expected[0]) <= (1e-5 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def compare(device: str) -> None:
             if on_gpu:
                 torch.Tensor.is_cuda = property(lambda self: True)
             try:
-                rotate_and_write(q, latents, queries, norm.to(there), there_rotary, kv, where)
+                turned = queries[..., rank:]
+                rotate_and_write(q, latents, turned, norm.to(there), there_rotary, kv, where)
             finally:
                 if on_gpu:
                     del torch.Tensor.is_cuda
@@ -107,7 +108,7 @@ def compile_all() -> None:
         elementwise_latents.rotate_and_write(
             empty(8, 128 * 192),
             empty(8, 2112)[:, 1536:],
-            empty(8, 128, 576),
+            empty(8, 128, 576)[..., 512:],
             512,
             empty(512),
             1e-6,

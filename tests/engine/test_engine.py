@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.fixed_steps import run_in_fixed_steps
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qtool
@@ -23,6 +24,7 @@ from qtool.engine.engine import Engine
 from qtool.engine.outputs import CompletionError, Output
 from qtool.engine.requests import GenerateRequest
 from qtool.engine.sglang_names import engine_options
+from qtool.engine.step import Chunk, SequenceState, Step
 from qtool.errors import ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -833,6 +835,38 @@ def test_decode_steps_of_a_fixed_size_compute_the_same(reference, monkeypatch):
 
 
 @pytest.mark.slow
+def test_prompts_in_steps_of_a_fixed_size_attend_to_latents_or_to_keys_and_values(tmp_path):
+    """What CUDA graphs do: with keys and values where prompts begin and are not short, else with
+    latents; without a graph where keys and values save more than the launches cost.
+    """
+    model = random_model("deepseek_v3", tmp_path)
+    prompts = prompts_of(12, 320)
+    wanted = expected(model, prompts, 6)
+    greedy = {**GREEDY, "max_new_tokens": 6}
+    options = {"skip_tokenizer_init": True, "dtype": "float32", "max_total_tokens": 4096}
+    with Engine(tmp_path, **options, chunked_prefill_size=200) as engine:
+        shapes = [
+            *(PromptShape(0, 64), PromptShape(12, 64), PromptShape(0, 200, True)),
+            *(PromptShape(0, 200), PromptShape(12, 200, True), PromptShape(12, 200)),
+        ]
+        used = run_in_fixed_steps(engine, [12], shapes)
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=greedy)) == wanted
+        assert {PromptShape(0, 200, True), PromptShape(12, 200)} <= {*used}
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=greedy)) == wanted
+        assert ids_of([engine.generate(input_ids=prompts[2], sampling_params=greedy)]) == [
+            wanted[2]
+        ]
+        assert PromptShape(0, 64) in used
+        graphs, size = engine.loop.runner.graphs, 1000
+        sequence = SequenceState([5] * 3000, 1)
+        step = Step([Chunk(sequence, 2000, size, False)], 0, [], expands=1)
+        graphs.prompts[PromptShape(0, 1000)] = graphs.prompts[PromptShape(0, 64)]
+        assert graphs.prompt_shape(step) is None
+        step.chunks[0].start, step.chunks[0].count = 300, 400
+        assert graphs.prompt_shape(step) == (0, 1000, False)
+
+
+@pytest.mark.slow
 def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, monkeypatch):
     """As above for steps that have pieces of prompts: several, later chunks, beside sequences that
     decode, more than a shape holds.
@@ -845,7 +879,7 @@ def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, mo
         with torch.inference_mode():
             graphs = runner.graphs
             graphs.kept_logits = torch.empty(20, runner.vocab_size)
-            for shape in map(PromptShape._make, ((0, 64), (12, 64), (0, 128), (12, 128))):
+            for shape in (PromptShape(*size) for size in ((0, 64), (12, 64), (0, 128), (12, 128))):
                 inputs = graphs.fill_prompts(NOTHING, shape)
                 run = partial(graphs.keep_logits, runner.prefill, inputs, shape)
                 run()
@@ -871,7 +905,7 @@ def test_small_steps_with_prompts_of_a_fixed_size_compute_the_same(reference, mo
                 ]
                 == tokens
             )
-        assert {(0, 64), (12, 64)} <= set(replayed)
+        assert {(0, 64, False), (12, 64, False)} <= set(replayed)
         drawn = {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}
         results = engine.generate(
             input_ids=prompts[:6], sampling_params=drawn, return_logprob=True, logprob_start_len=0

@@ -2,7 +2,7 @@
 compared with float64 and with the Triton kernels where there is a GPU.
 
 Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|compare`), as in
-test_kernels_gluon.py.
+test_kernels_gluon.py. `latents` compares and times keys and values that are made of latents.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 else:
     pytest.importorskip("triton", reason="triton is for Linux only")
 
@@ -265,6 +266,187 @@ def compare_decodes() -> None:
             assert torch.equal(out, again), f"{what}: two runs differ"
 
 
+# heads, key width, value width, dtype, of pages; DeepSeek-V2-Lite's, V3's in part, GLM-4.7-Flash's
+LATENTS = (
+    (16, 128, 128, torch.bfloat16, None),
+    (16, 128, 128, torch.bfloat16, torch.float8_e4m3fn),
+    (24, 128, 128, torch.float16, None),
+    (20, 192, 256, torch.bfloat16, None),
+)
+
+
+def latent_batch(chunks, heads: int, key: int, value: int, dtype, kv):
+    from test_attention import ExpandedBatch
+
+    shape = {"heads": heads, "key": key, "value": value, "rank": 512, "rotary": 64}
+    return ExpandedBatch(chunks, **shape, dtype=dtype, kv=kv, device="cuda")
+
+
+def compare_latents() -> None:
+    """Compare with float64: all chunks, by both kernels, twice, some heads at a time; decodes and
+    small chunks before them; a CUDA graph of prompts that were cut otherwise when it was captured.
+    """
+    from qtool.engine.attention import latents as module
+    from qtool.engine.attention import triton_latent, triton_paged
+    from qtool.engine.attention.pages import new_counters
+
+    counters, workspace = new_counters(1000, 32, torch.device("cuda")), module.WORKSPACE
+    for heads, key, value, dtype, kv in LATENTS:
+        for name, chunks in CHUNKS.items():
+            torch.manual_seed(0)
+            batch = latent_batch(chunks, heads, key, value, dtype, kv)
+            first = 3 if name == "many" else 0
+            packed = batch.packed(first, expands=len(chunks) - first, counters=counters)
+            (q, turned), scaling = batch.queries(), 1.5 * (key + 64) ** -0.5
+            batch.write_new(packed)
+            out = q.new_full((len(q), heads, value), math.nan)
+            other, again = out.clone(), out.clone()
+            module.attend_expanded(batch.latent, q, turned, batch.kv, packed, out, scaling)
+            module.WORKSPACE = 4 * packed.expanded.keys * (key + value) * dtype.itemsize
+            module.attend_expanded(batch.latent, q, turned, batch.kv, packed, again, scaling)
+            module.WORKSPACE = workspace
+            latents = triton_latent.gather(batch.kv, packed, dtype)
+            both = latents[:, :512] @ batch.latent.weight.flatten(0, 1).T
+            tile = triton_paged.prefill_tile(max(key, value), 2)
+            triton_latent.prefill_expanded(q, turned, both, latents, packed, other, scaling, tile)
+            torch.cuda.synchronize()
+            what = f"latents, {heads} heads of {key} and {value}, {dtype}, pages {kv}, {name}"
+            assert not counters.any(), f"{what}: counters are left"
+            assert out[:first].isnan().all(), f"{what}: it wrote to the tokens before the chunks"
+            wanted = batch.expected(scaling=scaling)
+            error, usual, some = (
+                float((part[first:].double() - wanted[first:]).norm() / wanted[first:].norm())
+                for part in (out, other, again)
+            )
+            print(f"{what}: relative errors {error:.2g}, in Triton {usual:.2g}", flush=True)
+            for found in (error, usual, some):
+                assert found < 1e-2, f"{what}: {error}, in Triton {usual}, by heads {some}"
+            per_token = (out.double() - wanted)[first:].norm(dim=(1, 2))
+            per_token /= wanted[first:].norm(dim=(1, 2))
+            assert float(per_token.max()) < 5e-2, f"{what}: {per_token.argmax()} is wrong"
+            # the last alone, beside decodes and chunks that attend to latents
+            packed = batch.packed(first, expands=1, counters=counters)
+            found = batch.run(packed, scaling=scaling).double()
+            error = float((found - wanted).norm() / wanted.norm())
+            assert error < 2e-2, f"{what}: beside others {error}"
+    compare_graph(counters)
+    print("compared latents", flush=True)
+
+
+def compare_graph(counters: torch.Tensor) -> None:
+    from dataclasses import replace
+
+    from qtool.engine.attention.interface import attend_latents
+    from qtool.engine.attention.pages import Expanded
+
+    batch = latent_batch([(0, 300), (0, 212)], *LATENTS[0])
+    packed = batch.packed(0, counters=counters)
+    starts = torch.cat([packed.starts, packed.starts[-1:]])  # and an empty one
+    packed = replace(
+        packed, starts=starts, longest=512, expanded=Expanded(3, 0, starts, keys=512, longest=512)
+    )
+    batch.run(packed, scaling=0.1)
+    inputs = (packed.rows, packed.positions, starts)
+    kept = [part.clone() for part in inputs]
+    packed.rows.fill_(batch.row_of[0])
+    packed.positions.copy_(torch.arange(512))
+    starts.copy_(torch.tensor([0, 512, 512, 512]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend_latents(batch.latent, *batch.queries(), batch.kv, packed, scaling=0.1)
+    for part, old in zip(inputs, kept, strict=True):
+        part.copy_(old)
+    graph.replay()
+    wanted = batch.expected(scaling=0.1)
+    error = float((out.double() - wanted).norm() / wanted.norm())
+    assert error < 1e-2, f"in a CUDA graph: {error}"
+
+
+def measure_latents() -> None:
+    """Print microseconds of a layer of DeepSeek-V2-Lite with latents, and with keys and values made
+    of them; and how far the last tokens of the first chunk are from float64.
+    """
+    from dataclasses import replace
+
+    from gemm import microseconds
+    from test_attention import expected
+
+    from qtool.engine.attention import latents as module
+    from qtool.engine.attention import triton_latent, triton_paged
+    from qtool.engine.attention.interface import attend_latents
+    from qtool.engine.attention.pages import new_counters
+
+    heads, key, value, scaling = 16, 128, 128, 192**-0.5
+    measured = ([(0, 512)], [(0, 2048)], [(0, 2048)] * 64, [(32768, 8192)], [(32768, 256)])
+    for chunks in (*measured, [(2048, 512)] * 8, [(2048, 64)]):
+        torch.manual_seed(0)
+        batch = latent_batch(chunks, heads, key, value, torch.bfloat16, None)
+        counters = new_counters(1, 16, torch.device("cuda"))
+        packed = batch.packed(0, expands=len(chunks), counters=counters)
+        batch.write_new(packed)
+        q, turned = batch.queries()
+        runs = {
+            "latents": partial(attend_latents, packed=replace(packed, expanded=None)),
+            "keys and values": partial(attend_latents, packed=packed),
+        }
+        new, kept = min(chunks[0][1], 64), batch.k[0][:, 0].double()
+        both = kept[:, :512] @ batch.latent.weight.flatten(0, 1).T.double()
+        both = both.view(len(kept), heads, -1)
+        rotary = kept[:, None, 512:].expand(-1, heads, -1)
+        keys = torch.cat([both[..., :key], rotary], -1)
+        last = slice(chunks[0][1] - new, chunks[0][1])
+        wanted = expected(torch.cat([q, turned], -1)[last], keys, both[..., key:], scaling=scaling)
+        found = []
+        for name, run in runs.items():
+            run = partial(run, batch.latent, q, turned, batch.kv, scaling=scaling)
+            error = float((run()[last].double() - wanted).norm() / wanted.norm())
+            found.append(f"{name} {microseconds(run, 7):.1f} us (error {error:.1g})")
+        latents = triton_latent.gather(batch.kv, packed, torch.bfloat16)
+        some = module._heads_at_once(batch.latent.weight, packed.expanded.keys)
+        weight, out = batch.latent.weight[:some].flatten(0, 1), q.new_empty(len(q), some, value)
+        made = latents[:, :512] @ weight.T
+        attend = partial(
+            triton_latent.prefill_expanded,
+            *(q[:, :some], turned[:, :some], made, latents, packed, out, scaling),
+        )
+        pairs = sum(before * new + new * (new + 1) / 2 for before, new in chunks)
+        tile = triton_paged.prefill_tile(value, 2)
+        parts = {
+            "gather": partial(triton_latent.gather, batch.kv, packed, torch.bfloat16),
+            f"matmul of {some} heads": partial(torch.mm, latents[:, :512], weight.T, out=made),
+            f"attention of {some} heads": attend,
+            "the same in Triton": partial(attend, tile),
+        }
+        for name, run in parts.items():
+            us = microseconds(run, 7)
+            rate = f", {pairs * some * 640 / us / 1e6:.0f} TFLOP/s" if run.args[3:] else ""
+            found.append(f"{name} {us:.1f} us{rate}")
+        print(f"{len(chunks)} x {chunks[0]}: " + "; ".join(found), flush=True)
+        del batch, q, turned, latents, made, out, keys, both
+        torch.cuda.empty_cache()
+    measure_values()
+
+
+def measure_values() -> None:
+    """Print microseconds of the matmuls around latents for decodes, with weights as they lie and
+    as they would lie by themselves.
+    """
+    from gemm import microseconds
+
+    for heads, tokens in ((16, 1), (16, 64), (128, 1), (128, 64)):
+        weight = torch.randn(heads, 256, 512, device="cuda").bfloat16()
+        q = torch.randn(heads, tokens, 128, device="cuda").bfloat16()
+        gathered = torch.randn(heads, tokens, 512, device="cuda").bfloat16()
+        to_latents, to_values = weight[:, :128], weight[:, 128:].mT
+        times = [
+            microseconds(partial(torch.bmm, x, part), 15)
+            for x, matrix in ((q, to_latents), (gathered, to_values))
+            for part in (matrix, matrix.contiguous())
+        ]
+        shown = ", ".join(f"{us:.1f}" for us in times)
+        print(f"{heads} heads, {tokens} tokens: to latents, alone, to values, alone: {shown} us")
+
+
 def measure() -> None:
     """Print microseconds beside the Triton kernel's, for a layer of Llama-3.1-8B."""
     from gemm import microseconds
@@ -295,7 +477,11 @@ def measure() -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        for step in {"compile": [compile_all], "compare": [compare, measure], "measure": [measure]}[
-            sys.argv[1]
-        ]:
+        steps = {
+            "compile": [compile_all],
+            "compare": [compare, compare_latents, measure],
+            "measure": [measure],
+            "latents": [compare_latents, measure_latents],
+        }
+        for step in steps[sys.argv[1]]:
             step()

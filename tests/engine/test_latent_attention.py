@@ -74,7 +74,8 @@ def test_latents_are_kept_and_give_the_same_attention(make):
     assert isinstance(attention.latent, LatentAttention) and attention.kv_b_proj is None
     kept, latent = attention.expand_kv(latents, rotary)
     assert torch.equal(kept, torch.cat([latents, rotary], -1)) and torch.equal(latent, latents)
-    own = attention.latent.queries(q).transpose(0, 1).float()
+    own = attention.latent.queries(*q.transpose(0, 1).split([KEYS, 16], -1))
+    own = own.transpose(0, 1).float()
     gathered = torch.softmax(own @ kept[0].mT.float() / 8, -1) @ latents[0].float()
     result = attention.latent.values(gathered.transpose(0, 1).bfloat16()).transpose(0, 1)
     assert float((result - expected).norm() / expected.norm()) < 0.05

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from qtool.engine import scheduler as scheduler_module
 from qtool.engine.attention.pages import PAGE
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.engine.scheduler import Scheduler
@@ -583,6 +584,28 @@ def test_decodes_come_first_and_prompts_share_what_is_left_of_the_budget(loop):
         [(0, 0, 10, True), (1, 0, 60, True), (2, 0, 30, False)],
         [(0, 10, 1, True), (1, 60, 1, True), (2, 30, 98, False)],
         [(0, 11, 1, True), (1, 61, 1, True), (2, 128, 22, True)],
+    ]
+
+
+def test_chunks_that_attend_to_keys_and_values_of_latents_come_last(monkeypatch):
+    """With few tokens after many a chunk does not, nor one whose context is too long."""
+    steps = []
+    for most in (1000, 59):
+        monkeypatch.setattr(scheduler_module, "MAX_EXPANDED", most)
+        scheduler = Scheduler(Pages(40), 4, 1000, 300, keeps_latents=True)
+        for prompts in ([BASES[0][:64]], [BASES[1][:60], [*BASES[0][:64], 1, 2], BASES[2][:9]]):
+            for prompt in prompts:
+                scheduler.add(SequenceState(prompt, 1))
+            step = scheduler.schedule()
+            steps.append(([(chunk.start, chunk.count) for chunk in step.chunks], step.expands))
+            assert step.expanded == steps[-1][0][len(step.chunks) - step.expands :]
+            for chunk in step.chunks:
+                scheduler.finish(chunk.sequence)
+    assert steps == [
+        ([(0, 64)], 1),
+        ([(64, 2), (0, 60), (0, 9)], 2),
+        ([(0, 64)], 0),
+        ([(0, 60), (64, 2), (0, 9)], 1),
     ]
 
 

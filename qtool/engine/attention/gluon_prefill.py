@@ -3,6 +3,9 @@
 Each group has 64 rows. It computes its next logits while it takes the exponentials of the last
 ones, as FlashAttention-3 does (Shah et al. 2024, arXiv:2407.08608). Programs are persistent and
 draw blocks of queries from a counter, so that loads of the next block begin before one is done.
+
+Keys and values of latents are not in pages: those of one token lie side by side, heads behind each
+other, and a part of the key, which rotates, is the same for all heads and lies elsewhere.
 """
 
 # Constants of a kernel are written in capitals; Gluon has no stars in lists.
@@ -80,15 +83,14 @@ def prefill(
     blocks = (
         heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
     )
-    half = TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
-    k_pages, v_pages = (
-        TensorDescriptor.from_tensor(part.view(-1, head_dim), [PAGE, WIDE], _layout(part, 2))
-        for part in (kv.k, kv.v)
-    )
+    k_pages, v_pages = (_rows(part.view(-1, head_dim), PAGE) for part in (kv.k, kv.v))
     _prefill[(min(_processors(q.device), blocks),)](
-        q=half,
+        q=_queries(q, together),
+        q_turned=None,
         k=k_pages,
+        k_turned=None,
         v=v_pages,
+        contexts=None,
         table=packed.table,
         rows=packed.rows,
         positions=packed.positions,
@@ -98,17 +100,97 @@ def prefill(
         decodes=packed.decodes,
         chunks=chunks,
         stride_table_row=packed.table.shape[1],
+        stride_out_token=out.stride(0),
+        heads=heads // together,
         kv_heads=kv_heads,
         factor=factor,
         v_scale=v_scale,
-        HEADS=heads // together,
         SHARE=shared // together,
         D=head_dim,
+        DV=head_dim,
+        RANK=0,
         KEYS=KEYS,
         STAGES=STAGES,
         TURNS=TURNS,
         **launch,
     )
+
+
+def applies_to_expanded(q: Tensor, turned: Tensor, both: Tensor, out: Tensor) -> bool:
+    """Whether `prefill_expanded` supports this attention."""
+    if not q.dtype == turned.dtype == both.dtype == out.dtype or q.dtype not in TYPES:
+        return False
+    key, value = q.shape[2], out.shape[2]
+    if key not in (64, 128) or value not in (64, 128) or turned.shape[2] != WIDE:
+        return False
+    parts = (q, turned, both)
+    return all(
+        part.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in part.stride()[:-1])
+        for part in parts
+    )
+
+
+def prefill_expanded(
+    q: Tensor,
+    turned: Tensor,
+    both: Tensor,
+    latents: Tensor,
+    packed: Packed,
+    out: Tensor,
+    *,
+    factor: float,
+    launch: Mapping[str, int | bool],
+) -> None:
+    """Fill ``out`` for the tokens of chunks, if it `applies_to_expanded`. See
+    `triton_latent.prefill_expanded`; ``factor`` and ``launch`` are as in `prefill`.
+    """
+    expanded = packed.expanded
+    assert expanded is not None
+    starts = packed.starts_of(expanded)
+    (tokens, heads, key), width = q.shape, turned.shape[2]
+    counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
+    blocks = heads * (triton.cdiv(tokens - expanded.token, 2 * ROWS) + expanded.chunks)
+    rows = _rows(both, KEYS)
+    _prefill[(min(_processors(q.device), blocks),)](
+        q=_queries(q, 1),
+        q_turned=_queries(turned, 1),
+        k=rows,
+        k_turned=_rows(latents, KEYS),
+        v=rows,
+        contexts=expanded.contexts,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        starts=starts,
+        counter=counter,
+        out=out,
+        decodes=packed.decodes,
+        chunks=expanded.chunks,
+        stride_table_row=packed.table.shape[1],
+        stride_out_token=out.stride(0),
+        heads=heads,
+        kv_heads=1,
+        factor=factor,
+        v_scale=1.0,
+        SHARE=1,
+        D=key,
+        DV=out.shape[2],
+        RANK=latents.shape[1] - width,
+        KEYS=KEYS,
+        STAGES=STAGES,
+        TURNS=TURNS,
+        **launch,
+    )
+
+
+def _queries(q: Tensor, together: int) -> TensorDescriptor:
+    """Return what loads ``together`` heads of half a block of tokens."""
+    return TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
+
+
+def _rows(x: Tensor, count: int) -> TensorDescriptor:
+    """Return what loads ``count`` rows of ``x`` at a time, of keys or values."""
+    return TensorDescriptor.from_tensor(x, [count, WIDE], _layout(x, 2))
 
 
 @cache
@@ -127,13 +209,18 @@ def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:
 
 
 @gluon.jit(
-    do_not_specialize=["decodes", "chunks", "stride_table_row"],
-    do_not_specialize_on_alignment=["table", "rows", "positions", "starts", "counter"],
+    do_not_specialize=["decodes", "chunks", "stride_table_row", "heads"],
+    do_not_specialize_on_alignment=[
+        *("table", "rows", "positions", "starts", "contexts", "counter")
+    ],
 )
 def _prefill(  # type: ignore[no-untyped-def]
     q,
+    q_turned,
     k,
+    k_turned,
     v,
+    contexts,
     table,
     rows,
     positions,
@@ -143,19 +230,27 @@ def _prefill(  # type: ignore[no-untyped-def]
     decodes,
     chunks,
     stride_table_row,
+    stride_out_token,
+    heads,
     kv_heads,
     factor,
     v_scale,
-    HEADS: gl.constexpr,
     SHARE: gl.constexpr,
     D: gl.constexpr,
+    DV: gl.constexpr,
+    RANK: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     TURNS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Attend with blocks of tokens times ``HEADS``; ``SHARE`` of these read the same KV head."""
+    """Attend with blocks of tokens times ``heads``; ``SHARE`` of these read the same KV head.
+
+    With ``contexts`` keys and values are rows, and the rotary part of the keys lies behind ``RANK``
+    numbers of ``k_turned``.
+    """
     PARTS: gl.constexpr = D // q.block_type.shape[2]
+    V_PARTS: gl.constexpr = DV // q.block_type.shape[2]
     PAGES: gl.constexpr = KEYS // k.block_type.shape[0]
     TOGETHER: gl.constexpr = q.block_type.shape[1]
     if PDL:
@@ -165,8 +260,15 @@ def _prefill(  # type: ignore[no-untyped-def]
         k.dtype, [STAGES * PARTS * PAGES] + k.block_type.shape, k.layout
     )
     values = gl.allocate_shared_memory(
-        v.dtype, [STAGES * PARTS * PAGES] + v.block_type.shape, v.layout
+        v.dtype, [STAGES * V_PARTS * PAGES] + v.block_type.shape, v.layout
     )
+    if contexts is None:
+        turned = (queries, keys)  # these stand for nothing
+    else:
+        turned = (
+            gl.allocate_shared_memory(q.dtype, [2] + q_turned.block_type.shape, q_turned.layout),
+            gl.allocate_shared_memory(k.dtype, [STAGES] + k_turned.block_type.shape, k.layout),
+        )
     mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # queries (and mail), keys and values have arrived; both groups are done with them; whose turn
     # it is
@@ -196,16 +298,19 @@ def _prefill(  # type: ignore[no-untyped-def]
                     queries,
                     keys,
                     values,
+                    turned,
                     mail,
                     filled,
                     emptied,
                     turns,
                     out,
+                    stride_out_token,
                     factor,
                     v_scale,
                     TOGETHER,
-                    HEADS,
                     D,
+                    DV,
+                    contexts is not None,
                     KEYS,
                     STAGES,
                     TURNS,
@@ -218,16 +323,19 @@ def _prefill(  # type: ignore[no-untyped-def]
                     queries,
                     keys,
                     values,
+                    turned,
                     mail,
                     filled,
                     emptied,
                     turns,
                     out,
+                    stride_out_token,
                     factor,
                     v_scale,
                     TOGETHER,
-                    HEADS,
                     D,
+                    DV,
+                    contexts is not None,
                     KEYS,
                     STAGES,
                     TURNS,
@@ -237,14 +345,18 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _load,
                 (
                     q,
+                    q_turned,
                     k,
+                    k_turned,
                     v,
                     queries,
                     keys,
                     values,
+                    turned,
                     mail,
                     filled,
                     emptied,
+                    contexts,
                     table,
                     rows,
                     positions,
@@ -253,10 +365,12 @@ def _prefill(  # type: ignore[no-untyped-def]
                     decodes,
                     chunks,
                     stride_table_row,
+                    heads,
                     kv_heads,
-                    HEADS,
                     SHARE,
                     D,
+                    DV,
+                    RANK,
                     KEYS,
                     STAGES,
                     PDL,
@@ -282,13 +396,14 @@ def _sum(a, b):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return start and size of the chunk with block ``index``, the block's number, and the total.
+def _find(index, starts, contexts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return start and size of the chunk with block ``index``, the block's number, the total, and
+    where the chunk's context begins.
 
     The number counts in the chunk, from its last block, which sees most keys; -1: no chunk has it.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    start, count, block, total = 0, 0, -1, 0
+    start, count, block, total, context = 0, 0, -1, 0, 0
     for base in range(0, chunks, 32):
         inside = base + lane < chunks
         begin = gl.load(starts + base + lane, mask=inside, other=0)
@@ -300,35 +415,52 @@ def _find(index, starts, chunks, TOKENS: gl.constexpr):  # type: ignore[no-untyp
         count += gl.sum(gl.where(here, size, 0), 0)
         block += gl.sum(gl.where(here, upto - index, 0), 0)
         total += gl.sum(blocks, 0)
-    return start, count, block, total
+        if contexts is not None:
+            first = gl.load(contexts + base + lane, mask=here, other=0)
+            context += gl.sum(first, 0)
+    return start, count, block, total, context
 
 
 @gluon.jit
 def _work(  # type: ignore[no-untyped-def]
-    item, rows, positions, starts, decodes, chunks, HEADS: gl.constexpr, TOKENS: gl.constexpr
+    item,
+    rows,
+    positions,
+    starts,
+    contexts,
+    decodes,
+    chunks,
+    heads,
+    TOKENS: gl.constexpr,
 ):
     """Return the first token of block ``item``, how many tokens its chunk has from there on, its
-    position, its row of the table, and the number of blocks; 0 tokens if no block is left.
+    position, its row of the table, or of keys where contexts begin, and the number of blocks; 0
+    tokens if no block is left.
     """
-    start, count, block, total = _find(item // HEADS, starts, chunks, TOKENS)
+    start, count, block, total, row = _find(item // heads, starts, contexts, chunks, TOKENS)
     there = block >= 0
     position = gl.load(positions + decodes + start, mask=there, other=0)
-    row = gl.load(rows + decodes + start, mask=there, other=0)
+    if contexts is None:
+        row = gl.load(rows + decodes + start, mask=there, other=0)
     left = gl.where(there, count - block * TOKENS, 0)
-    return decodes + start + block * TOKENS, left, position + block * TOKENS, row, total * HEADS
+    return decodes + start + block * TOKENS, left, position + block * TOKENS, row, total * heads
 
 
 @gluon.jit
 def _load(  # type: ignore[no-untyped-def]
     q,
+    q_turned,
     k,
+    k_turned,
     v,
     queries,
     keys,
     values,
+    turned,
     mail,
     filled,
     emptied,
+    contexts,
     table,
     rows,
     positions,
@@ -337,10 +469,12 @@ def _load(  # type: ignore[no-untyped-def]
     decodes,
     chunks,
     stride_table_row,
+    heads,
     kv_heads,
-    HEADS: gl.constexpr,
     SHARE: gl.constexpr,
     D: gl.constexpr,
+    DV: gl.constexpr,
+    RANK: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
@@ -354,29 +488,38 @@ def _load(  # type: ignore[no-untyped-def]
     WIDE: gl.constexpr = q.block_type.shape[2]
     PAGE: gl.constexpr = k.block_type.shape[0]
     PARTS: gl.constexpr = D // WIDE
+    V_PARTS: gl.constexpr = DV // WIDE
     PAGES: gl.constexpr = KEYS // PAGE
+    EXPANDED: gl.constexpr = contexts is not None
     queries_in, keys_in, values_in = filled
     queries_out, keys_out, values_out = emptied
+    turned_queries, turned_keys = turned
     LETTER: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if PDL:
         gdc_wait()  # the groups do nothing before the first mail
     item = gl.program_id(0)
     token, left, position, row, total = _work(
-        item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF
+        item, rows, positions, starts, contexts, decodes, chunks, heads, 2 * HALF
     )
     number, step = 0, 0
     while left > 0:
-        head = item % HEADS
+        head = item % heads
         mbarrier.wait(queries_out, (number + 1) % 2)  # at first nothing is waited for
         mail.index(0).store(gl.full([1], token, gl.int32, LETTER))
         mail.index(1).store(gl.full([1], left, gl.int32, LETTER))
         mail.index(2).store(gl.full([1], position, gl.int32, LETTER))
         mail.index(3).store(gl.full([1], head, gl.int32, LETTER))
         gl.thread_barrier()
-        mbarrier.expect(queries_in, 2 * PARTS * q.block_type.nbytes)
+        mbarrier.expect(queries_in, 2 * (PARTS + EXPANDED) * q.block_type.nbytes)
         for i in gl.static_range(2 * PARTS):
             place = [token + i // PARTS * HALF, head * TOGETHER, i % PARTS * WIDE]
             tma.async_copy_global_to_shared(q, place, queries_in, queries.index(i))
+        if EXPANDED:
+            for i in gl.static_range(2):
+                place = [token + i * HALF, head, 0]
+                tma.async_copy_global_to_shared(
+                    q_turned, place, queries_in, turned_queries.index(i)
+                )
         last = position + gl.minimum(left, 2 * HALF) - 1
         tiles = last // KEYS + 1
         next_item = item
@@ -385,35 +528,47 @@ def _load(  # type: ignore[no-untyped-def]
             stage = step % STAGES
             phase = (step // STAGES + 1) % 2
             first = tile * PAGES
-            pages = ()
-            for i in gl.static_range(PAGES):
-                inside = (first + i) * PAGE <= last
-                page = gl.load(
-                    table + row.to(gl.int64) * stride_table_row + first + i, mask=inside, other=0
-                )
-                # Keys outside become zeros: old numbers of a page might be NaN.
-                pages = pages + (
-                    gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),
-                )  # type: ignore[assignment]
+            pages = (row + tile * KEYS,)
+            column = head * (D + DV)
+            if not EXPANDED:
+                pages = ()  # type: ignore[assignment]
+                column = 0
+                for i in gl.static_range(PAGES):
+                    inside = (first + i) * PAGE <= last
+                    page = gl.load(
+                        table + row.to(gl.int64) * stride_table_row + first + i,
+                        mask=inside,
+                        other=0,
+                    )
+                    # Keys outside become zeros: old numbers of a page might be NaN.
+                    pages = pages + (
+                        gl.where(inside, (page * kv_heads + head // SHARE) * PAGE, k.shape[0]),
+                    )  # type: ignore[assignment]
             loaded = keys_in.index(stage)
             mbarrier.wait(keys_out.index(stage), phase)
-            mbarrier.expect(loaded, PARTS * PAGES * k.block_type.nbytes)
+            mbarrier.expect(loaded, (PARTS * PAGES + EXPANDED) * k.block_type.nbytes)
+            if EXPANDED:
+                tma.async_copy_global_to_shared(
+                    k_turned, [pages[0], RANK], loaded, turned_keys.index(stage)
+                )
             for i in gl.static_range(PARTS * PAGES):
                 tma.async_copy_global_to_shared(
                     k,
-                    [pages[i % PAGES], i // PAGES * WIDE],
+                    [pages[i % PAGES], column + i // PAGES * WIDE],
                     loaded,
                     keys.index(stage * PARTS * PAGES + i),
                 )
             loaded = values_in.index(stage)
             mbarrier.wait(values_out.index(stage), phase)
-            mbarrier.expect(loaded, PARTS * PAGES * v.block_type.nbytes)
-            for i in gl.static_range(PARTS * PAGES):
+            mbarrier.expect(loaded, V_PARTS * PAGES * v.block_type.nbytes)
+            if EXPANDED:
+                column += D
+            for i in gl.static_range(V_PARTS * PAGES):
                 tma.async_copy_global_to_shared(
                     v,
-                    [pages[i % PAGES], i // PAGES * WIDE],
+                    [pages[i % PAGES], column + i // PAGES * WIDE],
                     loaded,
-                    values.index(stage * PARTS * PAGES + i),
+                    values.index(stage * V_PARTS * PAGES + i),
                 )
             step += 1
             if tile == gl.minimum(tiles, STAGES) - 1:  # while all stages are full
@@ -422,7 +577,7 @@ def _load(  # type: ignore[no-untyped-def]
                     gl.store(counter, 0)
                 next_item = gl.num_programs(0) + drawn
                 next_token, next_left, next_position, next_row, _ = _work(
-                    next_item, rows, positions, starts, decodes, chunks, HEADS, 2 * HALF
+                    next_item, rows, positions, starts, contexts, decodes, chunks, heads, 2 * HALF
                 )
         item = next_item
         token, left, position, row = next_token, next_left, next_position, next_row
@@ -466,21 +621,39 @@ def _soften(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
+def _multiply(  # type: ignore[no-untyped-def]
+    queries, keys, turned_queries, turned_keys, stage, none, EXPANDED: gl.constexpr
+):
+    """Start the products of queries with the keys of ``stage``; return the logits to come."""
+    logits = warpgroup_mma(
+        queries, keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True
+    )
+    if EXPANDED:
+        logits = warpgroup_mma(
+            turned_queries, turned_keys.index(stage).permute((1, 0)), logits, is_async=True
+        )
+    return logits
+
+
+@gluon.jit
 def _attend(  # type: ignore[no-untyped-def]
     GROUP: gl.constexpr,
     queries,
     keys,
     values,
+    turned,
     mail,
     filled,
     emptied,
     turns,
     out,
+    stride_out_token,
     factor,
     v_scale,
     TOGETHER: gl.constexpr,
-    HEADS: gl.constexpr,
     D: gl.constexpr,
+    DV: gl.constexpr,
+    EXPANDED: gl.constexpr,
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
     TURNS: gl.constexpr,
@@ -490,19 +663,28 @@ def _attend(  # type: ignore[no-untyped-def]
     TOKENS: gl.constexpr = 2 * queries.shape[1]
     PAGE: gl.constexpr = keys.shape[1]
     WIDE: gl.constexpr = keys.shape[2]
-    PARTS: gl.constexpr = D // WIDE
+    V_PARTS: gl.constexpr = DV // WIDE
     PAGES: gl.constexpr = KEYS // PAGE
     dtype: gl.constexpr = keys.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    STORED: gl.constexpr = gl.BlockedLayout([8, 8], [2, 16] if D == 128 else [4, 8], [4, 1], [1, 0])
+    BLOCKED: gl.constexpr = gl.BlockedLayout(
+        [8, 8], [2, 16] if DV == 128 else [4, 8], [4, 1], [1, 0]
+    )
+    # to change the layout takes shared memory, which then is full
+    STORED: gl.constexpr = O if EXPANDED else BLOCKED
     CLEANED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     queries_in, keys_in, values_in = filled
     queries_out, keys_out, values_out = emptied
     my_queries = queries._reinterpret(dtype, [2, ROWS, D], keys.layout).index(GROUP)
     all_keys = keys._reinterpret(dtype, [STAGES, KEYS, D], keys.layout)
-    all_values = values._reinterpret(dtype, [STAGES, KEYS, D], values.layout)
+    all_values = values._reinterpret(dtype, [STAGES, KEYS, DV], values.layout)
+    my_turned = my_queries
+    turned_keys = all_keys
+    if EXPANDED:
+        my_turned = turned[0]._reinterpret(dtype, [2, ROWS, WIDE], keys.layout).index(GROUP)
+        turned_keys = turned[1]
     none = gl.zeros((ROWS, KEYS), gl.float32, S)
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
     mine = (
@@ -523,9 +705,7 @@ def _attend(  # type: ignore[no-untyped-def]
         mbarrier.wait(keys_in.index(stage), step // STAGES % 2)
         if TURNS:
             mbarrier.wait(turns[GROUP], turn)
-        logits = warpgroup_mma(
-            my_queries, all_keys.index(stage).permute((1, 0)), none, use_acc=False, is_async=True
-        )
+        logits = _multiply(my_queries, all_keys, my_turned, turned_keys, stage, none, EXPANDED)
         if TURNS:
             gl.thread_barrier()
             mbarrier.arrive(turns[1 - GROUP])
@@ -536,7 +716,7 @@ def _attend(  # type: ignore[no-untyped-def]
         top = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, S))
         total = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, S))
         weights, top, total, _ = _soften(logits, top, total, factor, own, key, True, dtype, OPERAND)
-        acc = gl.zeros((ROWS, D), gl.float32, O)
+        acc = gl.zeros((ROWS, DV), gl.float32, O)
         mbarrier.wait(keys_in.index((step + 1) % STAGES), (step + 1) // STAGES % 2, pred=tiles > 1)
         for masked in gl.static_range(2):
             for tile in range(whole if masked == 1 else 1, tiles if masked == 1 else whole):
@@ -546,12 +726,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 stage = step % STAGES
                 if TURNS:
                     mbarrier.wait(turns[GROUP], turn)
-                logits = warpgroup_mma(
-                    my_queries,
-                    all_keys.index(stage).permute((1, 0)),
-                    none,
-                    use_acc=False,
-                    is_async=True,
+                logits = _multiply(
+                    my_queries, all_keys, my_turned, turned_keys, stage, none, EXPANDED
                 )
                 mbarrier.wait(values_in.index(previous), phase)
                 acc = warpgroup_mma(weights, all_values.index(previous), acc, is_async=True)
@@ -585,8 +761,8 @@ def _attend(  # type: ignore[no-untyped-def]
         mbarrier.wait(values_in.index(stage), step // STAGES % 2)
         slot = gl.arange(0, PAGE, gl.SliceLayout(1, CLEANED))
         # In the last page, old numbers might be NaN. The other group may do the same meanwhile.
-        for part in gl.static_range(PARTS):
-            page = values.index((stage * PARTS + part) * PAGES + last // PAGE % PAGES)
+        for part in gl.static_range(V_PARTS):
+            page = values.index((stage * V_PARTS + part) * PAGES + last // PAGE % PAGES)
             page.store(gl.where((slot <= last % PAGE)[:, None], page.load(CLEANED), 0.0))
         fence_async_shared()
         gl.thread_barrier()
@@ -602,11 +778,9 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         result = gl.convert_layout(result.to(dtype), STORED)
         row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
-        place = (row // TOGETHER * HEADS + head) * TOGETHER + row % TOGETHER
-        d = gl.arange(0, D, gl.SliceLayout(0, STORED))
-        pointers = (
-            out + token.to(gl.int64) * (HEADS * TOGETHER * D) + place[:, None] * D + d[None, :]
-        )
+        place = row // TOGETHER * stride_out_token + (head * TOGETHER + row % TOGETHER) * DV
+        d = gl.arange(0, DV, gl.SliceLayout(0, STORED))
+        pointers = out + token.to(gl.int64) * stride_out_token + place[:, None] + d[None, :]
         gl.store(pointers, result, mask=(row // TOGETHER < left)[:, None])
         mbarrier.wait(queries_in, number % 2)
         left = _read(mail, 1)

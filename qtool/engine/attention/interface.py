@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from qtool.architecture.meta import quiet_imports
 from qtool.codes import to_fp8
 from qtool.engine.attention import native_decode
+from qtool.engine.attention.latents import Latents, attend_expanded
 from qtool.engine.attention.pages import (
     PAGE,
     KVPages,
@@ -102,6 +102,35 @@ def attend(
     return out
 
 
+def attend_latents(
+    latent: Latents, q: Tensor, turned: Tensor, kv: KVPages, packed: Packed, *, scaling: float
+) -> Tensor:
+    """Return the attention of queries where ``kv`` keeps latents: [T, heads, value width].
+
+    Args:
+        latent: takes queries to latents and latents to values, or makes keys and values.
+        q: queries of all tokens without their rotary part, [T, heads, key width].
+        turned: the rotary part, [T, heads, rotary].
+        kv: the pages of the layer.
+        packed: the tokens of the pass.
+        scaling: what logits are multiplied with.
+    """
+    expanded = packed.expanded
+    if expanded is None:
+        return latent.values(attend(latent.queries(q, turned), kv, packed, scaling=scaling))
+    width = latent.weight.shape[1] - latent.key_width
+    out = q.new_empty(q.shape[0], q.shape[1], width)
+    if first := expanded.token:
+        queries = latent.queries(q[:first], turned[:first])
+        gathered = attend(queries, kv, packed.without(expanded), scaling=scaling)
+        out[:first] = latent.values(gathered)
+    if q.is_cuda:
+        attend_expanded(latent, q, turned, kv, packed, out, scaling)
+    else:
+        _attend_expanded_on_cpu(latent, torch.cat([q, turned], -1), kv, packed, out, scaling)
+    return out
+
+
 def _kernels() -> ModuleType:
     from qtool.engine.attention import triton_paged  # needs triton
 
@@ -132,9 +161,9 @@ def _attend_on_cpu(
             continue
         last = first + end - begin - 1
         low = 0 if window is None else max(0, first - window + 1)
-        pages = packed.table[packed.rows[begin], low // PAGE : last // PAGE + 1].long()
+        row = packed.table[packed.rows[begin]]
         k, v = (
-            _gather(part, pages, scale, low, last, q.dtype)
+            _gather(part, row, scale, low, last, q.dtype)
             for part, scale in ((kv.k, kv.k_scale), (kv.v, kv.v_scale))
         )
         out[begin:end] = _attend_one(
@@ -143,10 +172,28 @@ def _attend_on_cpu(
     return out
 
 
+def _attend_expanded_on_cpu(
+    latent: Latents, q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float
+) -> None:
+    """Do what `attend_expanded` does with ``q`` [T, heads, key width + rotary]."""
+    assert packed.expanded is not None
+    rank = kv.v.shape[3]
+    for begin, end, first in packed.spans():
+        if begin < packed.expanded.token:
+            continue
+        last = first + end - begin - 1
+        kept = _gather(kv.k, packed.table[packed.rows[begin]], kv.k_scale, 0, last, q.dtype)
+        k, v = latent.expand(kept[..., :rank], kept[..., rank:])
+        out[begin:end] = _attend_one(q[begin:end], k, v, first, 0, scaling, None, None, None)
+
+
 def _gather(
-    cached: Tensor, pages: Tensor, scale: float, low: int, last: int, dtype: torch.dtype
+    cached: Tensor, row: Tensor, scale: float, low: int, last: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return positions ``low`` to ``last`` of a sequence as [kv_heads, positions, head_dim]."""
+    """Return positions ``low`` to ``last`` of the sequence whose pages are in ``row`` of the table
+    as [kv_heads, positions, head_dim].
+    """
+    pages = row[low // PAGE : last // PAGE + 1].long()
     heads, head_dim = cached.shape[1], cached.shape[3]
     found = cached[pages].transpose(0, 1).reshape(heads, -1, head_dim)
     begin = low % PAGE
@@ -331,18 +378,6 @@ _IGNORED = {
 }
 
 
-class Latents(Protocol):
-    """What the attention of a module with ``latent`` does before and after; see
-    `qtool.engine.latent_attention`.
-    """
-
-    def queries(self, q: Tensor) -> Tensor:
-        """Return what attends to latents, [T, heads, D], of queries [heads, T, key width]."""
-
-    def values(self, gathered: Tensor) -> Tensor:
-        """Return values [T, heads, value width] of latents [T, heads, rank]."""
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     module: nn.Module,
@@ -394,7 +429,8 @@ def _forward(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
     if latent:
-        q = latent.queries(query[0])
+        own, turned = q[..., : latent.key_width], q[..., latent.key_width :]
+        return attend_latents(latent, own, turned, kv, packed, scaling=scaling)[None], None
     out = attend(
         q,
         kv,
@@ -404,7 +440,7 @@ def _forward(
         softcap=softcap or None,
         sinks=s_aux,
     )
-    return (latent.values(out) if latent else out)[None], None
+    return out[None], None
 
 
 def _unsupported_reason(

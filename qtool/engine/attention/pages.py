@@ -4,15 +4,24 @@ attention, and the states of layers that have one for each sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 PAGE = 16  # tokens of a page
 LOG2_E = 1.4426950408889634  # kernels keep logits in units of log2
+# Keys and values of latents are made for a chunk when that saves operations. For n tokens after b
+# others there are P = n b + n (n + 1) / 2 pairs of a query and a key. With DeepSeek's sizes (rank
+# 512, 64 that rotate, keys and values of 128), multiply-adds of each head are
+#     with the latents themselves   P (2 * 512 + 64) + n * 512 * (128 + 128)
+#     with keys and values          P (128 + 64 + 128) + (b + n) * 512 * (128 + 128)
+# so that these pay when 768 P > 131 072 b, or P > 171 b: without earlier tokens always, after very
+# many from 171 tokens on. They are written and read as well, hence:
+PAIRS_A_KEY = 256
+MAX_EXPANDED = 163_840  # tokens of a step whose keys and values are made: DeepSeek's context
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,25 @@ class RecurrentStates:
 LayerCache = KVPages | RecurrentStates
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """The last chunks of a pass, where latents are kept: their queries meet keys and values that
+    are made of the latents of their contexts, which are all tokens of their sequences so far.
+    """
+
+    chunks: int
+    token: int
+    """The first token of these chunks in the pass."""
+    contexts: Tensor
+    """int32 [chunks + 1]: where the context of each begins, if these lie side by side, and where
+    the last ends.
+    """
+    keys: int
+    """Tokens of all contexts."""
+    longest: int
+    """Tokens of the longest context, or any number above."""
+
+
 @dataclass
 class Packed:
     """The tokens of one forward pass: T tokens of S + ``decodes`` sequences, side by side.
@@ -159,6 +187,39 @@ class Packed:
 
     Streams that run at the same time need their own; None allocates them in each call.
     """
+    expanded: Expanded | None = None
+    """The last chunks, if their keys and values are made of latents; other layers ignore it."""
+
+    def expand(self, chunks: Sequence[tuple[int, int]]) -> Packed:
+        """Return this pass, which has no padding, with ``expanded`` for its last ``chunks``.
+
+        Args:
+            chunks: (tokens before, new tokens) of each.
+        """
+        if not chunks:
+            return self
+        assert self.starts is not None
+        tokens = len(self.positions) - sum(new for _, new in chunks)
+        sizes = [before + new for before, new in chunks]
+        contexts = self.starts
+        if tokens != self.decodes or any(before for before, _ in chunks):
+            bounds = list(accumulate(sizes, initial=0))
+            pinned = contexts.device.type == "cuda"
+            there = torch.tensor(bounds, dtype=torch.int32, pin_memory=pinned)
+            contexts = there.to(contexts.device, non_blocking=True)
+        expanded = Expanded(len(chunks), tokens, contexts, sum(sizes), max(sizes))
+        return replace(self, expanded=expanded)
+
+    def starts_of(self, expanded: Expanded) -> Tensor:
+        """Return where the chunks of ``expanded`` begin, as ``starts``."""
+        assert self.starts is not None
+        return self.starts[len(self.starts) - 1 - expanded.chunks :]
+
+    def without(self, expanded: Expanded) -> Packed:
+        """Return the pass without the chunks of ``expanded``."""
+        assert self.starts is not None
+        starts = self.starts[: len(self.starts) - expanded.chunks]
+        return replace(self, starts=starts if len(starts) > 1 else None, expanded=None)
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """Yield for each sequence its first token, the one after its last, and its first position.
@@ -177,6 +238,13 @@ class Packed:
         for begin, end in pairwise([*bounds, *(self.decodes + start for start in starts)]):
             if begin < end:
                 yield begin, end, positions[begin]
+
+
+def pairs_saved(before: int, new: int) -> int:
+    """Return what keys and values made of latents save for a chunk of ``new`` tokens after
+    ``before`` others, in pairs of a query and a key; below 0 if they cost more.
+    """
+    return new * before + new * (new + 1) // 2 - PAIRS_A_KEY * before
 
 
 def new_counters(rows: int, groups: int, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 A latent is key and value at once, and is read once: logits come from all of its numbers and from
 the rotary part beside them, and what is gathered are its numbers. Query heads are rows of a tile.
+
+Large chunks attend to keys and values made of latents instead, which `gather` brings together.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.engine.attention import triton_paged
 from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
 from qtool.engine.attention.triton_paged import (
     ANY_VALUE,
@@ -20,7 +23,7 @@ from qtool.engine.attention.triton_paged import (
     power_of_two,
     store_part,
 )
-from qtool.runtime.triton.tiles import start_early
+from qtool.runtime.triton.tiles import GLUON, start_early
 
 ROWS = 16  # heads of a tile, at most
 
@@ -84,6 +87,121 @@ def prefill(
         starts=packed.starts,
         decodes=packed.decodes,
         **_inputs(q, kv, packed, out, scaling, shared, tile),
+    )
+
+
+def gather(kv: KVPages, packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Return the latents of the contexts of ``packed.expanded`` side by side, and the rotary part
+    of their keys: [keys, rank + rotary].
+    """
+    expanded = packed.expanded
+    assert expanded is not None
+    rank, width = kv.v.shape[3], kv.k.shape[3]
+    gathered = torch.empty(expanded.keys, width, dtype=dtype, device=kv.k.device)
+    _gather[(triton.cdiv(expanded.longest, PAGE), expanded.chunks)](
+        pages=kv.k,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        starts=packed.starts_of(expanded),
+        contexts=expanded.contexts,
+        out=gathered,
+        decodes=packed.decodes,
+        stride_table_row=packed.table.shape[1],
+        stride_page=kv.k.stride(0),
+        scale=kv.k_scale,
+        RANK=rank,
+        ROTARY=width - rank,
+        PAGE=PAGE,
+        **launch_options(4, 1, True, gathered),
+    )
+    return gathered
+
+
+def prefill_expanded(
+    q: Tensor,
+    turned: Tensor,
+    both: Tensor,
+    latents: Tensor,
+    packed: Packed,
+    out: Tensor,
+    scaling: float,
+    tile: Tile | None = None,
+) -> None:
+    """Fill ``out`` for the tokens of the chunks of ``packed.expanded``.
+
+    Args:
+        q: queries of all tokens without their rotary part, [T, heads, key width].
+        turned: the rotary part, [T, heads, rotary].
+        both: keys and values made of ``latents``, [keys, heads * (key width + value width)].
+        latents: from `gather`; the rotary part of the keys is read.
+        packed: the tokens of the pass.
+        out: [T, heads, value width], of any stride between tokens.
+        scaling: what logits are multiplied with.
+        tile: how the work is cut; None: as is best, in the kernel that is best.
+    """
+    expanded = packed.expanded
+    assert expanded is not None
+    heads, key, value, width = q.shape[1], q.shape[2], out.shape[2], turned.shape[2]
+    if tile is None and GLUON and triton_paged.is_hopper(q.device):
+        from qtool.engine.attention import gluon_prefill
+
+        if gluon_prefill.applies_to_expanded(q, turned, both, out):
+            gluon_prefill.prefill_expanded(
+                q,
+                turned,
+                both,
+                latents,
+                packed,
+                out,
+                factor=scaling * LOG2_E,
+                launch=launch_options(4, 1, True, q),
+            )
+            return
+    tile = tile or triton_paged.prefill_tile(max(key, value), q.element_size())
+    values = both[:, key:]
+    triton_paged._prefill[(triton.cdiv(packed.longest, tile.rows), heads, expanded.chunks)](
+        q=q,
+        q_turned=turned,
+        k_pages=both,
+        k_turned=latents[:, -width:],
+        v_pages=values,
+        table=packed.table,
+        rows=packed.rows,
+        positions=packed.positions,
+        starts=packed.starts_of(expanded),
+        contexts=expanded.contexts,
+        out=out,
+        sinks=None,
+        decodes=packed.decodes,
+        stride_table_row=packed.table.shape[1],
+        stride_out_token=out.stride(0),
+        stride_q_token=q.stride(0),
+        stride_q_head=q.stride(1),
+        stride_q_turned_token=turned.stride(0),
+        stride_q_turned_head=turned.stride(1),
+        stride_k_turned=latents.stride(0),
+        stride_k_page=both.stride(0),
+        stride_k_page_head=key + value,
+        stride_v_page=both.stride(0),
+        stride_v_page_head=key + value,
+        factor=scaling * LOG2_E,
+        limit=0.0,
+        v_scale=1.0,
+        window=0,
+        WINDOWED=False,
+        SOFTCAP=False,
+        SHARED=1,
+        ROWS=tile.rows,
+        D=key,
+        D_PADDED=max(16, triton.next_power_of_2(key)),
+        DV=value,
+        DV_PADDED=max(16, triton.next_power_of_2(value)),
+        TURNED=width,
+        PAGE=1,
+        KEYS=tile.keys,
+        STAGES=tile.stages,
+        **launch_options(tile.warps, tile.stages, tile.pdl, q),
     )
 
 
@@ -321,3 +439,44 @@ def _prefill(  # type: ignore[no-untyped-def]
     place = (start + token).to(tl.int64) * heads + head
     result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=valid[:, None])
+
+
+@triton.jit(**ANY_VALUE)
+def _gather(  # type: ignore[no-untyped-def]
+    pages,
+    table,
+    rows,
+    positions,
+    starts,
+    contexts,
+    out,
+    decodes,
+    stride_table_row,
+    stride_page,
+    scale,
+    RANK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PAGE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start_early(PDL)
+    number, chunk = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(starts + chunk), tl.load(starts + chunk + 1)
+    if start == stop:
+        return
+    last = tl.load(positions + decodes + stop - 1)
+    if number * PAGE > last:
+        return
+    row = tl.load(rows + decodes + start)
+    page = tl.load(table + row.to(tl.int64) * stride_table_row + number).to(tl.int64)
+    slot = tl.arange(0, PAGE)
+    inside = (number * PAGE + slot <= last)[:, None]
+    key = tl.load(contexts + chunk) + number * PAGE + slot
+    source = pages + page * stride_page + (slot * (RANK + ROTARY))[:, None]
+    target = out + (key.to(tl.int64) * (RANK + ROTARY))[:, None]
+    i = tl.arange(0, RANK)[None, :]
+    latent = tl.load(source + i, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(target + i, latent.to(out.dtype.element_ty), mask=inside)
+    i = RANK + tl.arange(0, ROTARY)[None, :]
+    turned = tl.load(source + i, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(target + i, turned.to(out.dtype.element_ty), mask=inside)

@@ -31,6 +31,7 @@ ANY_VALUE = {
         "rows",
         "positions",
         "starts",
+        "contexts",
         "partial",
         "sums",
         "arrived",
@@ -150,7 +151,7 @@ def decode(
     """Fill ``out`` [T, heads, v_head_dim] for the decodes, see `interface.attend`."""
     q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
-    if tile is None and GLUON and _hopper(q.device):
+    if tile is None and GLUON and is_hopper(q.device):
         from qtool.engine.attention import gluon_decode
 
         if gluon_decode.applies(q, kv, window, softcap, sinks):
@@ -214,7 +215,7 @@ def prefill(
     assert packed.starts is not None
     q, kv_heads = _inner_contiguous(q), kv.k.shape[1]
     head_dim, v_head_dim = q.shape[2], out.shape[2]
-    if tile is None and GLUON and _hopper(q.device):
+    if tile is None and GLUON and is_hopper(q.device):
         from qtool.engine.attention import gluon_prefill
 
         if sinks is None and gluon_prefill.applies(q, kv, out, window, softcap):
@@ -233,8 +234,16 @@ def prefill(
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
     _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
+        q_turned=None,
+        k_turned=None,
+        contexts=None,
+        stride_q_turned_token=0,
+        stride_q_turned_head=0,
+        stride_k_turned=0,
         starts=packed.starts,
+        stride_out_token=out.stride(0),
         decodes=packed.decodes,
+        TURNED=0,
         ROWS=rows,
         KEYS=tile.keys,
         STAGES=tile.stages,
@@ -317,7 +326,7 @@ def _old(device: torch.device) -> bool:
 
 
 @cache
-def _hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """Whether kernels for ``device`` are for sm_90, as those for the meta device are."""
     return device.type == "meta" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
@@ -484,6 +493,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     v_pages,
     stride_k_page,
     stride_v_page,
+    q_turned,
+    k_turned,
+    stride_k_turned,
     factor,
     limit,
     window,
@@ -492,6 +504,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    TURNED: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -500,18 +513,30 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 
     ``acc`` [ROWS, v_head_dim] and ``total`` [ROWS] are sums, ``top`` [ROWS] the largest logit.
     ``own`` is the position of each row. ``q`` and ``factor`` come from `_half`. Nothing outside of
-    the positions ``low`` to ``last`` is read.
+    the positions ``low`` to ``last`` is read. Without a table, the pages of one token each lie in
+    order. ``TURNED`` numbers more of queries and keys are in ``q_turned`` and ``k_turned``.
     """
     keys = begin * KEYS + tl.arange(0, KEYS)
-    page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
+    page = keys
+    if table_row is not None:
+        page = tl.load(table_row + keys // PAGE, mask=(keys >= low) & (keys <= last), other=0)
     for _ in tl.range(begin, end, num_stages=STAGES):
         visible = (keys >= low) & (keys <= last)
-        # a step ahead, so that no load waits for another of its step
-        next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
+        next_page = keys + KEYS
+        if table_row is not None:
+            # a step ahead, so that no load waits for another of its step
+            next_page = tl.load(
+                table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0
+            )
         k = _load(
             k_pages, page.to(tl.int64) * stride_k_page, keys, visible, MASKED, D, q.shape[1], PAGE
         )
-        logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee") * factor
+        logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee")
+        if TURNED:
+            place = page.to(tl.int64) * stride_k_turned
+            k = _load(k_turned, place, keys, visible, MASKED, TURNED, TURNED, PAGE)
+            logits = tl.dot(q_turned, tl.trans(k), logits, input_precision="ieee")
+        logits *= factor
         if SOFTCAP:
             # limit * tanh, by e^2x = 2^(2.88 x)
             logits = limit - 2 * limit / (tl.exp2(logits * 2.885390081777927) + 1)
@@ -628,6 +653,9 @@ def _decode(  # type: ignore[no-untyped-def]
         v_pages + head * stride_v_page_head,
         stride_k_page,
         stride_v_page,
+        None,
+        None,
+        0,
         factor,
         limit,
         window,
@@ -636,6 +664,7 @@ def _decode(  # type: ignore[no-untyped-def]
         True,
         D,
         DV,
+        0,
         PAGE,
         KEYS,
         STAGES,
@@ -772,18 +801,25 @@ def _add_parts(  # type: ignore[no-untyped-def]
 @triton.jit(**ANY_VALUE)
 def _prefill(  # type: ignore[no-untyped-def]
     q,
+    q_turned,
     k_pages,
+    k_turned,
     v_pages,
     table,
     rows,
     positions,
     starts,
+    contexts,
     out,
     sinks,
     decodes,
     stride_table_row,
+    stride_out_token,
     stride_q_token,
     stride_q_head,
+    stride_q_turned_token,
+    stride_q_turned_head,
+    stride_k_turned,
     stride_k_page,
     stride_k_page_head,
     stride_v_page,
@@ -800,15 +836,18 @@ def _prefill(  # type: ignore[no-untyped-def]
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
+    TURNED: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """``contexts`` say where keys and values begin that lie in the order of their tokens, see
+    `triton_latent.prefill_expanded`; None: they are in pages.
+    """
     TOKENS: tl.constexpr = ROWS // SHARED
     start_early(PDL)
     head, chunk = tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
     start = tl.load(starts + chunk)
     count = tl.load(starts + chunk + 1) - start
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -834,7 +873,25 @@ def _prefill(  # type: ignore[no-untyped-def]
     queries, factor = _half(queries, factor, k_pages)
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
     total, top = _start(sinks, query_head, valid, ROWS)
-    table_row = table + tl.load(rows + start) * stride_table_row
+    if TURNED:
+        turned = tl.load(
+            q_turned
+            + (start + token).to(tl.int64)[:, None] * stride_q_turned_token
+            + query_head[:, None] * stride_q_turned_head
+            + tl.arange(0, TURNED)[None, :],
+            mask=valid[:, None],
+            other=0.0,
+        )
+    else:
+        turned = None
+    if contexts is None:
+        table_row = table + tl.load(rows + start) * stride_table_row
+    else:
+        table_row = None
+        context = tl.load(contexts + chunk).to(tl.int64)
+        k_pages += context * stride_k_page
+        v_pages += context * stride_v_page
+        k_turned += context * stride_k_turned
     k_pages += head * stride_k_page_head
     v_pages += head * stride_v_page_head
     end = last // KEYS + 1
@@ -862,6 +919,9 @@ def _prefill(  # type: ignore[no-untyped-def]
             v_pages,
             stride_k_page,
             stride_v_page,
+            turned,
+            k_turned,
+            stride_k_turned,
             factor,
             limit,
             window,
@@ -870,6 +930,7 @@ def _prefill(  # type: ignore[no-untyped-def]
             True,
             D,
             DV,
+            TURNED,
             PAGE,
             KEYS,
             STAGES,
@@ -890,6 +951,9 @@ def _prefill(  # type: ignore[no-untyped-def]
             v_pages,
             stride_k_page,
             stride_v_page,
+            turned,
+            k_turned,
+            stride_k_turned,
             factor,
             limit,
             window,
@@ -898,13 +962,12 @@ def _prefill(  # type: ignore[no-untyped-def]
             masked == 1,
             D,
             DV,
+            TURNED,
             PAGE,
             KEYS,
             STAGES,
         )
     dv = tl.arange(0, DV_PADDED)
-    place = (start + token).to(tl.int64) * (heads * SHARED) + query_head
+    place = (start + token).to(tl.int64) * stride_out_token + query_head * DV
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(
-        out + place[:, None] * DV + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :]
-    )
+    tl.store(out + place[:, None] + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :])
