@@ -1,11 +1,13 @@
 """Is the engine right on this GPU, and does it keep to its memory?
 
     python tests/benchmarks/engine_on_gpu.py [--requests 10000] [--only qwen3_next ...] [--dtype float32]
+    python tests/benchmarks/engine_on_gpu.py --nextn
 
 The greedy tokens of the tiny model and of tiny random ones against transformers'
 `generate`, one by one and together, with prefix hits,
 chunked prefill, preemption and drafted tokens: equal, or different from a place on where transformers' own logits
-are nearly a tie. In bf16 a random mixture may also send a token to other experts; in f32 every text is
+are nearly a tie. Small models whose own layer for multi-token prediction drafts (`--nextn`: these
+alone), in f32, with CUDA graphs and without: texts are equal, and accept lengths nearly. In bf16 a random mixture may also send a token to other experts; in f32 every text is
 equal. Then the size of the KV cache against arithmetic, and the memory after many
 requests. Exits 1 if anything is wrong.
 """
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from test_engine import ARCHITECTURES, EXAMPLE, GREEDY, prompts_of, random_model  # noqa: E402
+from test_mtp import NEXTN, right_about  # noqa: E402
 
 from qtool.engine.engine import Engine  # noqa: E402
 from qtool.engine.step import SequenceState  # noqa: E402
@@ -159,6 +162,41 @@ def drafted(
     return pairs
 
 
+def nextn(name: str, share: float) -> int:
+    """Print what came of the drafts of the model ``name``, whose layers add ``share`` of what they
+    would; return how many texts are wrong.
+    """
+    prompts, wrong = prompts_of(33, 2000), 0
+    options = {"skip_tokenizer_init": True, "dtype": "float32", "mem_fraction_static": 0.5}
+    ways = {
+        "plain": {},
+        "drafts in graphs": NEXTN,
+        "drafts, launch by launch": {**NEXTN, "disable_cuda_graph": True},
+    }
+    wanted, lengths = None, []
+    with tempfile.TemporaryDirectory() as folder:
+        right_about(name, share, Path(folder))
+        for way, chosen in ways.items():
+            with Engine(
+                folder, **options, **chosen, max_total_tokens=16 * 1024, max_running_requests=40
+            ) as engine:
+                asked = [*prompts[:4], *([prompts] * 2)]
+                made = [engine.generate(input_ids=each, sampling_params=GREEDY) for each in asked]
+                runner, spec = engine.loop.runner, engine.loop.spec
+                graphs = len(runner.graphs.decode), len(runner._mtp.graphs if spec else ())
+            results = [*made[:4], *made[4], *made[5]]
+            texts = [result["output_ids"] for result in results]
+            wanted = wanted or texts
+            differing = sum(one != other for one, other in zip(texts, wanted, strict=True))
+            lengths += [round(spec.total.accept_length, 3)] if spec else []
+            print(f"{name:16s} {way}: {len(texts)} texts, {differing} differ; {graphs} graphs")
+            wrong += differing
+            if way == "drafts in graphs" and not graphs[1]:
+                wrong += 1
+    print(f"{name:16s} accept lengths {lengths}", flush=True)
+    return wrong + (abs(lengths[0] - lengths[1]) > 0.05)  # ties
+
+
 def many(requests: int) -> int:
     """Print the size of the cache against arithmetic, and the memory before and after ``requests``
     requests.
@@ -215,9 +253,15 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--only", nargs="*", choices=list(ARCHITECTURES), help="these models alone")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--nextn", action="store_true", help="the models that draft alone")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     dtype, wrong = getattr(torch, options.dtype), 0
+    if not options.only:
+        drafting = ("qwen3_5-mtp", 0.01), ("qwen3_5-mtp", 0.1), ("qwen3_next-mtp", 0.01)
+        wrong += sum(nextn(name, share) for name, share in drafting)
+    if options.nextn:
+        return 1 if wrong else 0
     if not options.only:
         model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=dtype).cuda()
         wrong += compare("the example", EXAMPLE, model, options.dtype)
