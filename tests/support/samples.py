@@ -22,6 +22,11 @@ from support import EXAMPLE
 
 PROMPT_TOKENS = 48
 WATCHED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+SHORT = {  # samples of two layers: no test of them needs more
+    *("W3A16", "W4A16_ASYM", "W5A16_ASYM", "W6A16", "W7A16", "W8A8_STATIC_ASYM", "W4AFP8"),
+    *("FP8", "FP8_PC_PT", "fp8_weight_only", "INT8", "INT8_WO"),
+    *("MXFP4A16", "MXFP8", "MXFP8A16", "NVFP4A16", "W4A16_NVFP4", "W4A8_NVFP4_FP8"),
+}
 
 
 def texts(name: str, count: int) -> list[str]:
@@ -70,7 +75,7 @@ def keep_reference(out: Path, *, model=None, weights=None) -> None:
 
 
 def shorten(source: Path, out: Path, layers: int = 2) -> Path:
-    """Write the model again with its first ``layers`` only: GPTQModel is slow."""
+    """Write the model again with its first ``layers`` only: libraries are slow."""
     from transformers import AutoConfig, AutoTokenizer
 
     load(
@@ -137,8 +142,9 @@ def make_ct(source: Path, out: Path) -> None:
             "kv_cache_scheme": QuantizationArgs(**fp8),
         },
     }
+    short = shorten(source, out / "short-model")
     for name, recipe in recipes.items():
-        model = load(source)
+        model = load(short if name in SHORT else source)
         needs_data = name in ("FP8", "NVFP4", "W8A8_STATIC_ASYM", "kv_fp8")
         options = {
             "dataset": data,
@@ -172,7 +178,11 @@ def make_gptq(source: Path, out: Path) -> None:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.looper import loop_processor
     from gptqmodel.quantization.config import GPTQConfig, RTNConfig
+    from gptqmodel.utils import logger
+    from logbar import LogBar
 
+    LogBar.shared().setLevel("ERROR")  # its bars take a quarter of the time
+    logger._suppress_live_renderables = lambda: True
     loop_processor._PROJECT_LOG_DIR = out / "logs"
     short = shorten(source, out / "short-model")
     data = [
@@ -263,8 +273,9 @@ def make_modelopt(source: Path, out: Path) -> None:
         "W4A8_MXFP4_FP8",
         "MIXED",
     )
+    short = shorten(source, out / "short-model")
     for name, config in configs.items():
-        model = mtq.quantize(load(source), config, forward_loop)
+        model = mtq.quantize(load(short if name in SHORT else source), config, forward_loop)
         keep_reference(
             out / name, model=None if name in no_forward else copy.deepcopy(model).float()
         )
@@ -286,6 +297,10 @@ if __name__ == "__main__":
         "gptq": (make_gptq, "gptqmodel"),
         "modelopt": (make_modelopt, "modelopt.torch.quantization"),
     }[sys.argv[1]]
+    # only transformers would import them; ModelOpt needs scipy
+    sys.modules.update(
+        dict.fromkeys(("sklearn",) if sys.argv[1] == "modelopt" else ("scipy", "sklearn"))
+    )
     with no_collection(keep=True):  # GPTQModel collects 14 times, and modules are many objects
         importlib.import_module(library)
     make(Path(sys.argv[2]), Path(sys.argv[3]))
