@@ -196,7 +196,7 @@ def random_model(model_type: str, folder):
 )
 def test_tokens_are_those_of_transformers(tmp_path, model_type):
     model = random_model(model_type, tmp_path)
-    prompts = prompts_of(15, 320)
+    prompts = prompts_of(9, 320)
     wanted = expected(model, prompts)
     assert len({token for tokens in wanted for token in tokens}) > 20  # not one token over and over
     options = {"skip_tokenizer_init": True, "dtype": "float32"}
@@ -214,7 +214,7 @@ def test_tokens_are_those_of_transformers(tmp_path, model_type):
         tmp_path, **options, max_total_tokens=240, chunked_prefill_size=24
     ) as engine:  # three fit with their answers
         engine.loop.overlap = True  # as on a GPU: a step ahead of what is read
-        assert ids_of(engine.generate(input_ids=prompts[:9], sampling_params=GREEDY)) == wanted[:9]
+        assert ids_of(engine.generate(input_ids=prompts, sampling_params=GREEDY)) == wanted
         assert ids_of(
             engine.generate(input_ids=short, sampling_params={**GREEDY, "max_new_tokens": 40})
         ) == expected(model, short, 40)
