@@ -257,7 +257,9 @@ def main(write_fd: int) -> None:
     if data["calibration"] is not None:
         data["calibration"] = CalibrationSpec(**data["calibration"])
     job = Job(**data)
-    sys.modules["sklearn"] = None  # type: ignore[assignment]  # only transformers would import it
+    # only transformers would import them, which takes seconds; ModelOpt needs scipy
+    unused = ("sklearn",) if job.recipe["backend"] == "modelopt" else ("scipy", "sklearn")
+    sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type]
     try:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
         _run(job, report)
