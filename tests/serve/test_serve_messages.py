@@ -238,6 +238,16 @@ def test_tokens_are_counted_as_they_are_prompted(with_client, ask, server):
     assert counted == len(server.engine.submissions[-1].prompts[0])
 
 
+def test_the_model_is_shown_as_anthropic_shows_it(with_client):
+    async def find(client):
+        return (await client.models.list()).data
+
+    [model] = with_client(find)
+    assert (model.type, model.display_name) == ("model", model.id)
+    assert model.created_at.tzinfo is not None
+    assert model.max_input_tokens > 100
+
+
 # What a conversation becomes
 
 

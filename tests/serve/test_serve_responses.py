@@ -208,6 +208,18 @@ class Answer(BaseModel):
     city: str
 
 
+def test_input_tokens_are_counted_as_they_are_prompted(with_client, ask, server):
+    async def count(client):
+        return await client.responses.input_tokens.count(
+            model="m", input=HELLO, instructions="Be short.", tools=[WEATHER]
+        )
+
+    counted = with_client(count)
+    assert counted.object == "response.input_tokens"
+    ask("Hello", instructions="Be short.", tools=[WEATHER])
+    assert counted.input_tokens == len(server.engine.submissions[-1].prompts[0])
+
+
 def test_a_schema_constrains_the_answer(with_client, server):
     async def parse(client):
         return await client.responses.parse(model="gpt", input="Hello", text_format=Answer)

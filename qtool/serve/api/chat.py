@@ -113,6 +113,13 @@ async def run_chat(
         return await answer(service, slot, submission, reply, None if fits_answer else max_tokens)
 
 
+async def count_prompt_tokens(service: Service, body: ChatRequest) -> int:
+    """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
+    service.check_model(body.model)
+    _, prompt = await render_prompt(service, choose(body.tools, body.tool_choice).tools, body)
+    return len(prompt)
+
+
 def _choice_and_params(
     service: Service, body: ChatRequest, max_tokens: int | None
 ) -> tuple[Choice, SamplingParams]:

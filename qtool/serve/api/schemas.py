@@ -337,6 +337,11 @@ class Model(Info):
     root: str
     parent: None = None
     max_model_len: int
+    type: Literal["model"]
+    """With the next three, what Anthropic's clients read."""
+    display_name: str
+    created_at: str
+    max_input_tokens: int
 
 
 class Models(Info):

@@ -15,9 +15,9 @@ from qtool.serve.api.messages.schemas import (
 )
 from qtool.serve.api.responses import schemas as responses
 from qtool.serve.api.responses.protocol import ResponsesRequest
-from qtool.serve.api.responses.reply import respond
+from qtool.serve.api.responses.reply import count_input_tokens, respond
 from qtool.serve.host import ServiceHost
-from qtool.serve.http.openapi import errors_of, whole_or_events
+from qtool.serve.http.openapi import ERRORS, errors_of, whole_or_events
 
 
 def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
@@ -27,6 +27,12 @@ def add_agent_routes(app: FastAPI, host: ServiceHost) -> None:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, as OpenAI's responses; nothing is stored."""
         return await while_connected(request, respond(host.ready("generate"), body))
+
+    @app.post("/v1/responses/input_tokens", responses=ERRORS, tags=["OpenAI"])
+    async def count_response_tokens(body: ResponsesRequest) -> responses.InputTokenCount:
+        """Count the tokens of a conversation, as OpenAI's responses take it."""
+        tokens = await count_input_tokens(host.ready("generate"), body)
+        return responses.InputTokenCount(input_tokens=tokens)
 
     @app.post(
         "/v1/messages",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib import resources
 
 from fastapi import FastAPI, Request
@@ -146,4 +147,8 @@ def _model(service: Service) -> Model:
         owned_by="qtool",
         root=service.settings.name,
         max_model_len=service.info.context_length,
+        type="model",
+        display_name=service.settings.name,
+        created_at=datetime.fromtimestamp(service.started, UTC).isoformat(),
+        max_input_tokens=service.info.context_length - 1,
     )

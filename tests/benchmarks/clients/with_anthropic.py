@@ -20,7 +20,11 @@ assert answer.content[0].text and answer.usage.output_tokens <= 8
 with client.messages.stream(model="tiny", max_tokens=8, messages=ASK) as stream:
     assert "".join(stream.text_stream)
 called = client.messages.create(
-    model="tiny", max_tokens=400, messages=ASK, tools=[TOOL], tool_choice={"type": "any"}
+    model="tiny",
+    max_tokens=400,
+    messages=ASK,
+    tools=[TOOL],
+    tool_choice={"type": "any", "disable_parallel_tool_use": True},
 )
 [call] = [block for block in called.content if block.type == "tool_use"]
 assert called.stop_reason == "tool_use" and call.input["city"] in ("Oslo", "Rome")

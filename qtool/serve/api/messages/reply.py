@@ -13,7 +13,7 @@ from qtool.engine.outputs import CompletionOutput, FinishInfo
 from qtool.errors import UsageError
 from qtool.serve.api.answer_reader import AnswerReader, read_whole
 from qtool.serve.api.answering import FIRST_EVENT_S, Reply, named_event
-from qtool.serve.api.chat import Chat, run_chat
+from qtool.serve.api.chat import Chat, count_prompt_tokens, run_chat
 from qtool.serve.api.fields import Json
 from qtool.serve.api.messages.protocol import MessagesRequest
 from qtool.serve.api.messages.request import chat_request
@@ -40,10 +40,8 @@ from qtool.serve.api.messages.schemas import (
     StopInfo,
     StopReason,
 )
-from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.replies import finish_reason
 from qtool.serve.api.sealed_thoughts import MARK, seal
-from qtool.serve.api.tools.choice import choose
 from qtool.serve.api.tools.deltas import CallDelta, Delta
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.http.errors import ANTHROPIC_PATH, error_body, error_detail, status_of
@@ -71,13 +69,11 @@ async def answer_message(service: Service, body: MessagesRequest) -> Response:
 
 async def count_tokens(service: Service, body: MessagesRequest) -> int:
     """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
-    service.check_model(body.model)
     rid = service.new_id("msg")
     chat = await service.threads.run(
         current_origin().body_bytes, chat_request, body, rid, service.templates.text
     )
-    _, tokens = await render_prompt(service, choose(chat.tools, chat.tool_choice).tools, chat)
-    return len(tokens)
+    return await count_prompt_tokens(service, chat)
 
 
 def _check_room(service: Service, prompt_tokens: int) -> None:

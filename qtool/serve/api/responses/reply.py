@@ -14,7 +14,7 @@ from starlette.responses import Response
 from qtool.engine.outputs import CompletionOutput, FinishInfo
 from qtool.serve.api.answer_reader import AnswerReader
 from qtool.serve.api.answering import FIRST_EVENT_S, LOGPROB_BYTES, Reply, named_event
-from qtool.serve.api.chat import Chat, run_chat
+from qtool.serve.api.chat import Chat, count_prompt_tokens, run_chat
 from qtool.serve.api.fields import Json
 from qtool.serve.api.replies import chat_logprobs, finish_reason
 from qtool.serve.api.responses.items import OutputItems
@@ -57,6 +57,15 @@ async def respond(service: Service, body: ResponsesRequest) -> Response:
         return _ResponseReply(chat, begun, items)
 
     return await run_chat(service, translation.chat, make_reply, rid=rid, kind="responses")
+
+
+async def count_input_tokens(service: Service, body: ResponsesRequest) -> int:
+    """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
+    rid = service.new_id("resp")
+    translation = await service.threads.run(
+        current_origin().body_bytes, translate, body, rid, service.templates.text
+    )
+    return await count_prompt_tokens(service, translation.chat)
 
 
 def _prepare(

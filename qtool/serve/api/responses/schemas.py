@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from msgspec import UNSET, Struct, UnsetType
+from pydantic import BaseModel
 
 from qtool.serve.api.schemas import TokenLogprob
 
@@ -284,4 +285,13 @@ ResponseEvent = (
     | CustomInputDelta
     | CustomInputDone
 )
+
+
+class InputTokenCount(BaseModel):
+    """The reply of ``POST /v1/responses/input_tokens``."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 GENERATED: tuple[type[Struct], ...] = (ResponseObject, *get_args(ResponseEvent))
