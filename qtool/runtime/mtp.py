@@ -6,7 +6,7 @@ Source: DeepSeek-AI 2024, arXiv:2412.19437, section 2.2.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class MtpLayer(nn.Module):
         super().__init__()
         decoder = cast(MtpDecoder, model.get_decoder())
         self.block = decoder.layers[-1]
+        _let_experts_run_together(self.block)
         decoder.layers = decoder.layers[:-1]
         model.config.get_text_config().num_hidden_layers -= 1
         names = plan.mtp
@@ -89,6 +90,20 @@ class MtpLayer(nn.Module):
 def attach_mtp(plan: LoadPlan, model: CausalLM) -> None:
     """Make the last layer of ``model``, which was loaded beside the others, its ``mtp``."""
     cast(nn.Module, model).add_module("mtp", MtpLayer(plan, model))
+
+
+def _let_experts_run_together(block: nn.Module) -> None:
+    """Let experts that stay in 16 bits multiply as those of unquantized models do, though those of
+    other layers are quantized: for each expert by itself the host would ask which have tokens,
+    which a CUDA graph cannot.
+    """
+    for module in block.modules():
+        config: Any = getattr(module, "config", None)
+        is_stack = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        if is_stack and getattr(config, "_experts_implementation", None) == "eager":
+            own: Any = copy.copy(config)
+            own._experts_implementation = "grouped_mm"
+            module.config = own
 
 
 def _norm(plan: LoadPlan, decoder: MtpDecoder, name: str) -> nn.Module:

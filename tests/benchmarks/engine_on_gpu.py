@@ -191,7 +191,7 @@ def nextn(name: str, share: float) -> int:
             lengths += [round(spec.total.accept_length, 3)] if spec else []
             print(f"{name:16s} {way}: {len(texts)} texts, {differing} differ; {graphs} graphs")
             wrong += differing
-            if way == "drafts in graphs" and not graphs[1]:
+            if way == "drafts in graphs" and graphs[0] and not graphs[1]:
                 wrong += 1
     print(f"{name:16s} accept lengths {lengths}", flush=True)
     return wrong + (abs(lengths[0] - lengths[1]) > 0.05)  # ties

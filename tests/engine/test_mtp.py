@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import EXAMPLE
 from support.fixed_steps import run_in_fixed_steps
+from support.published import PUBLISHED
 from support.published.floats import fp8_block
 from support.small_models import WEIGHTS, publish
 from test_speculation import ASKED, GREEDY, REPEATED, answers, essence
@@ -244,6 +245,22 @@ def test_a_quantized_layer_runs_as_the_others_do(model, tmp_path):
         one, other = (model.mtp(ids + 1, hidden, ids) for model in models)
     # of single tokens other experts are chosen
     assert ((one - other).norm(dim=1) / one.norm(dim=1)).median() < 0.12
+
+
+def test_experts_in_16_bits_beside_quantized_ones_run_together(tmp_path):
+    """NVIDIA's releases of Qwen3.6: a CUDA graph cannot ask which experts have tokens."""
+    PUBLISHED["nvidia-qwen3.6-35b-a3b-nvfp4"](tmp_path / "model")
+    model = materialize(plan_load(open_checkpoint(tmp_path / "model"), CPU, mtp=True))
+    experts = [layer.mlp.experts for layer in (*model.model.language_model.layers, model.mtp.block)]
+    assert [isinstance(each, GroupedExperts) for each in experts] == [True, True, False]
+    own, x = experts[2], torch.randn(5, 256).bfloat16()
+    assert own.config._experts_implementation == "grouped_mm"
+    chosen = torch.tensor([[0, 1], [2, 3], [1, 2], [0, 3], [3, 1]])
+    shares = torch.rand(5, 2).bfloat16()
+    together = own(x, chosen, shares)
+    own.config._experts_implementation = "eager"
+    alone = own(x, chosen, shares)
+    torch.testing.assert_close(together, alone, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize(
