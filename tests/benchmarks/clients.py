@@ -5,9 +5,10 @@
 
 VENV has the clients (pip install openai anthropic litellm langchain-openai instructor
 'pydantic-ai-slim[openai]' 'smolagents[openai]' dspy llm inspect-ai guidellm aiperf, in one
-environment or in several runs); --vllm has vLLM and SGLang for their benchmarks; FOLDER has
-node_modules (npm i ai @ai-sdk/openai-compatible @ai-sdk/openai @ai-sdk/anthropic). The model is the
-bundled one, rounded to W8A8: its answers make no sense, and tools are called because they must be.
+environment or in several runs, for they ask for different versions of openai); --vllm has vLLM and
+SGLang for their benchmarks; FOLDER has node_modules (npm i ai @ai-sdk/openai-compatible
+@ai-sdk/openai @ai-sdk/anthropic). The model is the bundled one, rounded to W8A8: its answers make no
+sense, and tools are called because they must be.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ def version_of(python: Path, package: str) -> str:
 def write_table(path: Path, results: dict[str, dict[str, str]]) -> None:
     """Put the table of results in a document."""
     lines = ["| client | version | what it does | |", "|---|---|---|---|"]
-    for name, found in results.items():
+    for name in [*SCRIPTS, *COMMANDS, "ai sdk"]:
+        found = results[name]
         lines.append(
             f"| {name.replace('_', '-')} | {found['version']} | {found['what']} | {found['result']} |"
         )

@@ -208,6 +208,20 @@ class Answer(BaseModel):
     city: str
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_has_the_id_of_its_request(with_client, stream):
+    async def read(client):
+        made = await client.responses.with_raw_response.create(
+            model="m", input=HELLO, stream=stream
+        )
+        response = made.parse()
+        if stream:
+            response = [event async for event in response][-1].response
+        return made.request_id, made.headers["request-id"], response.id
+
+    assert len({*with_client(read, "Hello")}) == 1
+
+
 def test_input_tokens_are_counted_as_they_are_prompted(with_client, ask, server):
     async def count(client):
         return await client.responses.input_tokens.count(

@@ -22,5 +22,5 @@ def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         allow_methods=("GET", "HEAD", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=("retry-after",),
+        expose_headers=("retry-after", "x-request-id", "request-id"),
     )
