@@ -371,8 +371,8 @@ def measure_latents() -> None:
     from gemm import microseconds
     from test_attention import expected
 
+    from qtool.engine.attention import gluon_prefill, triton_latent, triton_paged
     from qtool.engine.attention import latents as module
-    from qtool.engine.attention import triton_latent, triton_paged
     from qtool.engine.attention.interface import attend_latents
     from qtool.engine.attention.pages import new_counters
 
@@ -421,6 +421,11 @@ def measure_latents() -> None:
             us = microseconds(run, 7)
             rate = f", {pairs * some * 640 / us / 1e6:.0f} TFLOP/s" if run.args[3:] else ""
             found.append(f"{name} {us:.1f} us{rate}")
+        plain = (gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS)
+        for variant in ((128, 2, False), (64, 3, True), (64, 3, False)):
+            gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = variant
+            found.append(f"Gluon {variant} {microseconds(attend, 7):.1f} us")
+        gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = plain
         print(f"{len(chunks)} x {chunks[0]}: " + "; ".join(found), flush=True)
         del batch, q, turned, latents, made, out, keys, both
         torch.cuda.empty_cache()
