@@ -257,6 +257,20 @@ def turns_of(messages, **fields):
     return [(turn.role, turn.content) for turn in chat_request(body, "a").messages]
 
 
+def test_a_document_of_plain_text_is_text():
+    source = {"type": "text", "media_type": "text/plain", "data": "A list."}
+    document = {"type": "document", "source": source, "title": "Notes"}
+    asked = {"type": "text", "text": "What is it?"}
+    [turn] = turns_of([{"role": "user", "content": [document, asked]}])
+    assert turn == ("user", "Notes\nA list.\nWhat is it?")
+    for other in (
+        document | {"citations": {"enabled": True}},
+        document | {"source": {"type": "base64", "media_type": "application/pdf", "data": "AA"}},
+    ):
+        with pytest.raises(ValueError, match="`document` are not offered"):
+            turns_of([{"role": "user", "content": [other, asked]}])
+
+
 CLAUDE_CODE = {  # as version 2.1 sends it
     "system": [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=12ab;"},

@@ -90,15 +90,33 @@ BLOCKS = {
 
 
 def _check_blocks(value: object) -> object:
-    """Refuse blocks of other types by their name."""
+    """Return ``value`` with documents of plain text as text; refuse blocks of other types by their
+    name.
+    """
     value = check_content(value)
-    for block in value if isinstance(value, list) else ():
+    if not isinstance(value, list):
+        return value
+    value = [*map(_document_text, value)]
+    for block in value:
         kind = block.get("type") if isinstance(block, dict) else None
         if isinstance(kind, str) and kind not in BLOCKS:
             message = "blocks of type `{kind}` are not offered: this server reads text, thoughts, "
             message += "tool_use and tool_result"
             raise PydanticCustomError("content_not_supported", message, {"kind": kind[:100]})
     return value
+
+
+def _document_text(block: object) -> object:
+    """Return the text that ``block`` is, a document of plain text; others as they are."""
+    if not isinstance(block, dict) or block.get("type") != "document":
+        return block
+    source, citations = block.get("source"), block.get("citations")
+    if not isinstance(source, dict) or source.get("type") != "text":
+        return block
+    if isinstance(citations, dict) and citations.get("enabled"):
+        return block  # refused: answers have no citations
+    parts = [block.get("title"), block.get("context"), source.get("data")]
+    return {"type": "text", "text": "\n".join(str(part) for part in parts if part)}
 
 
 def _type_of(block: object) -> str | None:
