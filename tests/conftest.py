@@ -48,6 +48,14 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "uniform_draws",
 }
 
+# only transformers would import these packages, which takes a second or two
+RUN_FILE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("scipy", "sklearn", "torchao")))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
@@ -199,7 +207,7 @@ def run_here(request):
             "TRITON_INTERPRET": "1" if what.startswith("interpret") else "0",
         }
         done = subprocess.run(
-            [sys.executable, request.path, what],
+            [sys.executable, "-c", RUN_FILE, request.path, what],
             env=environment,
             capture_output=True,
             text=True,

@@ -52,6 +52,7 @@ def stored(tensors, linear) -> torch.Tensor:
     return expert_matrix(matrix, linear) if linear.is_stacked else matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
 def test_each_layer_is_mapped_to_the_matrix_that_the_model_uses(architecture, tmp_path):
     folder, model = publish(architecture, tmp_path / "model")

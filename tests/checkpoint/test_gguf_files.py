@@ -58,6 +58,7 @@ def test_damage_is_refused_by_name_and_takes_no_memory(tmp_path, name):
     assert peak < PEAK_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2^63 tensors", "an offset outside"])
 def test_the_command_ends_with_exit_code_3(tmp_path, run_cli, name):
     change, code = DAMAGE[name]

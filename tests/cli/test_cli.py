@@ -158,6 +158,7 @@ def test_model_code_is_not_run_unasked(refused, tiny_copy, tmp_path):
     assert "--trust-remote-code" in hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_hub_name_without_a_network_is_refused_within_seconds(refused, tmp_path, offline):
     env = {

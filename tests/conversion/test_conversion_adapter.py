@@ -65,6 +65,7 @@ def llama(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_a_merged_checkpoint_computes_what_the_adapter_did(llama, tmp_path, options):
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)

@@ -362,6 +362,7 @@ def test_logprobs_are_the_models(example, reference):
     assert len(meta["input_top_logprobs"]) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "overlap"), [(0, False), (0, True), (24, True), (25, False), (256, True), (299, True)]
 )

@@ -77,6 +77,7 @@ def drafting():
         yield engine
 
 
+@pytest.mark.slow
 def test_answers_are_those_without_drafts(wanted, drafting):
     assert answers(drafting) == wanted[0]
     total = drafting.loop.spec.total

@@ -26,6 +26,7 @@ def ours(folder, one_thread):
     return run_tasks(EXAMPLE, NAMES, task_folder=folder, device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_lm_evals_own_hf_model(ours, folder):
     import lm_eval
     from lm_eval.tasks import TaskManager

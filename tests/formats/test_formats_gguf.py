@@ -92,6 +92,7 @@ def test_every_type_stands_for_what_gguf_dequantizes(tmp_path, type):
         assert torch.equal(found, torch.from_numpy(rotated_halves(name, values).copy())), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(tmp_path, models, name):
     source = models(name)
@@ -122,6 +123,7 @@ def test_perplexity_of_a_file_of_llama_cpps_quantizer_is_its_own(tmp_path):
     assert math.exp(theirs - ours) == pytest.approx(1, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_K"])
 def test_logits_are_those_of_transformers_own_loading(tmp_path, type):
     write_gguf(EXAMPLE, tmp_path / "model.gguf", type)

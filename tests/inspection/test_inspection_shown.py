@@ -86,6 +86,7 @@ def test_an_engine_that_loads_it_gives_exit_code_0(run_cli, sample):
     assert re.search(r"SGLang .* on sm_90, tensor parallel 2: loads", result.stdout, re.IGNORECASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "question", [["--gpu", "sm_90"], ["--tp", "2"], ["--engine-version", "0.33"]]
 )

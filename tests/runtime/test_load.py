@@ -119,6 +119,7 @@ def test_a_plain_model_loads_as_transformers_loads_it():
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantization", ["fp8", "w8a8_int8", "int8wo", "int4wo-32", "nvfp4", "mxfp4", "fp8_block"]
 )

@@ -67,6 +67,7 @@ def weights_alone(monkeypatch):
     cached_choice.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*FEW, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in OTHERS)]
 )

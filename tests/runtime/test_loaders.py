@@ -455,6 +455,7 @@ WEIGHT_ONLY = ["W4A16", "W4A16_ASYM", "W8A16_CHANNEL", "W3A16", "FP8_W8A16", "FP
 ROUNDED_INPUTS = ["FP8_DYNAMIC", "FP8", "FP8_BLOCK"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, *ROUNDED_INPUTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_transformers_computes_the_same_logits_from_compressed_tensors(export, prompt, name, dtype):
@@ -469,6 +470,7 @@ def test_transformers_computes_the_same_logits_from_compressed_tensors(export, p
 SCALES_IN_16_BITS = [*WEIGHT_ONLY, "NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4", "MXFP8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scales"),
     [
