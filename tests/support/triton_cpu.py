@@ -7,10 +7,10 @@ multiply-adds and knows no inline assembly: `repair` teaches it these.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import subprocess
 import tempfile
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +71,23 @@ def repair() -> None:
         _converted(np.array([value], np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16
     )
     InterpreterBuilder.create_inline_asm = _run_assembly
+    interpreter.InterpretedFunction.__call__ = _call
+
+
+def _call(self, *arguments, **options):
+    """Call a function of a kernel. The kernel patched the language when it began: Triton does so
+    again at every call, which takes a quarter of the time.
+    """
+    if any(tl.core.is_builtin(language.load) for language in _languages(self.fn)):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **options)
+
+
+@functools.cache
+def _languages(function) -> list:
+    """Return the modules of the language that ``function`` uses."""
+    values = list(function.__globals__.values())
+    return [module for module in (tl, tl.core) if any(value is module for value in values)]
 
 
 def _float32(handle):
@@ -223,7 +240,7 @@ def empty_packed(module: str, spec: LinearSpec) -> dict[str, torch.Tensor]:
         "e8m0": torch.float8_e8m0fnu,
         "float": torch.bfloat16,
     }[weights.scale]
-    empty = partial(torch.empty, device="meta")
+    empty = functools.partial(torch.empty, device="meta")
     weight = QuantizedWeight(
         empty(rows, columns, dtype=eight[weights.format])
         if weights.bits == 8
