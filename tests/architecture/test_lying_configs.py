@@ -70,6 +70,7 @@ def test_what_is_true_or_only_odd_is_accepted(base, change, bases, tmp_path):
     assert set(found.values()) == {(0, "")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "name"), SAMPLE, ids=lambda part: str(part))
 def test_a_lie_is_refused_by_every_command(base, name, bases, tmp_path):
     folder = make_folder(bases[base], tmp_path / "model", LIES[base, name])

@@ -222,6 +222,7 @@ def test_no_tensor_is_read_twice(sample, tmp_path, monkeypatch, name, to):
     assert max(reads.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("home", [CT, AWQ, GPTQ])
 def test_scales_keep_their_dtype_through_every_format(tmp_path, dtype, home):

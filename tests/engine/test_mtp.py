@@ -118,6 +118,7 @@ def dense_drafts(model, joint, tokens, count):
     return drafts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["deepseek_v3-mtp", "glm4_moe-mtp", "qwen3_next-mtp", "qwen3_5-mtp"]
 )
@@ -169,6 +170,7 @@ def test_a_layer_that_is_right_is_accepted_nearly_always(model, tmp_path):
     assert five["meta_info"]["spec_accept_length"] == 6.0
 
 
+@pytest.mark.slow
 def test_answers_are_those_without_drafts(wanted, drafting):
     assert answers(drafting, CASES) == wanted
     total = drafting.loop.spec.total
@@ -189,6 +191,7 @@ def test_answers_in_chunks_and_with_preemptions_are_the_same(mostly_right, wante
         assert pages.free == pages.count
 
 
+@pytest.mark.slow
 def test_steps_of_a_fixed_size_draft_the_same(mostly_right, wanted, drafting):
     """What CUDA graphs do: hidden states lie where a padded step leaves them, and sequences that
     have fewer drafts than others are padded.

@@ -89,6 +89,7 @@ def test_answers_are_those_without_drafts(wanted, drafting):
     assert drafting.loop.scheduler.prefix_hits > 0
 
 
+@pytest.mark.slow
 def test_answers_in_chunks_and_with_preemptions_are_the_same(wanted):
     small = {"max_total_tokens": 128, "chunked_prefill_size": 20, "disable_radix_cache": True}
     with Engine(EXAMPLE, **{**OPTIONS, **small}, **NGRAM) as engine:
@@ -231,6 +232,7 @@ def with_states(request, tmp_path_factory):
     return folder, found, known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "count"),
     [

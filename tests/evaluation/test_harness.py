@@ -49,6 +49,7 @@ def test_scores_are_those_of_lm_evals_own_hf_model(ours, folder):
     assert {score.value for score in ours if score.metric == "acc"} - {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_values_of_documents_are_kept_where_the_score_is_their_mean(ours):
     kept = {score.metric: len(score.by_document) for score in ours}
     assert kept == {"acc": 5, "acc_norm": 5, "exact_match": 5, "word_perplexity": 0}

@@ -104,6 +104,7 @@ def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(tmp_path, models
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 def test_perplexity_of_a_file_of_llama_cpps_quantizer_is_its_own(tmp_path):
     """Q4_K_M. llama.cpp rounds inputs to 8 bits, which moves the mean of so many tokens by some
@@ -262,6 +263,7 @@ def test_inspect_says_who_loads_it(tmp_path, engine, code):
     assert code in {each.code for each in found.engine.findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", [type for type in TYPES if type not in ("F32", "F16", "BF16")])
 def test_a_scale_that_is_no_number_is_found(tmp_path, type):
     write_gguf(EXAMPLE, tmp_path / "model.gguf", type)

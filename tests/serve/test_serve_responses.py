@@ -234,6 +234,7 @@ def test_input_tokens_are_counted_as_they_are_prompted(with_client, ask, server)
     assert counted.input_tokens == len(server.engine.submissions[-1].prompts[0])
 
 
+@pytest.mark.slow
 def test_a_schema_constrains_the_answer(with_client, server):
     async def parse(client):
         return await client.responses.parse(model="gpt", input="Hello", text_format=Answer)
