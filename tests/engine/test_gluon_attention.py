@@ -190,7 +190,7 @@ def compare() -> None:
                 scaling,
                 None,
                 None,
-                triton_paged.prefill_tile(head_dim, 2),
+                tile=triton_paged.prefill_tile(head_dim, 2),
             )
             triton_paged.prefill(q, batch.kv, packed, again, scaling, None, None)
             torch.cuda.synchronize()
@@ -471,7 +471,7 @@ def measure() -> None:
         run = partial(
             triton_paged.prefill, q, batch.kv, packed, torch.empty_like(q), 128**-0.5, None, None
         )
-        times = {"Triton": microseconds(partial(run, triton_paged.prefill_tile(128, 2)), 7)}
+        times = {"Triton": microseconds(partial(run, tile=triton_paged.prefill_tile(128, 2)), 7)}
         for variant in VARIANTS:
             gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = variant
             times[f"Gluon {variant}"] = microseconds(run, 7)

@@ -194,7 +194,11 @@ def compile_all() -> None:
     own_run = triton_cpu.JITFunction.run
     with compile_in_parallel():
         for size in (16, 64):
-            routing.sort_choices(torch.empty(4, 8, dtype=torch.int32, device="meta"), 128, size)
+            for tokens in range(5, 64):  # whose number makes no other kernel
+                some = torch.empty(tokens, 8, dtype=torch.int32, device="meta")
+                blocks = routing.sort_choices(some, 128, size)
+                lists = blocks.rows, blocks.experts, blocks.used
+                assert not any(each.storage_offset() % 4 for each in lists)  # of 16 bytes
     kernels = routing._sort.device_caches[0][0].values()
     assert [kernel.asm["cubin"][:4] for kernel in kernels] == [b"\x7fELF"] * 2
     assert launchers == ["_sort"] * 2

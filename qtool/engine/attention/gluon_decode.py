@@ -32,9 +32,9 @@ LEAST_STEPS = 4  # of a part
 # Parts of all sequences and heads, about as many as run at the same time; and of one sequence.
 WARPS = 1536
 MOST_PARTS = 96
-# parts that are added together, and numbers of a value that one program adds
-TOGETHER = 32
-WIDTH = 32
+# Numbers of a value that one program adds, and parts at a time: less where few programs attend.
+ADDED, ADDED_OF_FEW = (128, 16), (32, 32)
+FEW = 64
 
 
 def applies(
@@ -102,7 +102,8 @@ def decode(
         PAGES=PAGES,
         **launch,
     )
-    _add_parts[(kv_heads, tokens, HEAD_DIM.value // WIDTH)](
+    width, together = ADDED_OF_FEW if tokens * kv_heads <= FEW else ADDED
+    _add_parts[(kv_heads, tokens, HEAD_DIM.value // width)](
         partial=partial,
         sums=sums,
         positions=packed.positions,
@@ -114,8 +115,8 @@ def decode(
         SHARED_PADDED=triton.next_power_of_2(shared),
         DV=HEAD_DIM.value,
         KEYS=PAGE * PAGES,
-        TOGETHER=TOGETHER,
-        WIDTH=WIDTH,
+        TOGETHER=together,
+        WIDTH=width,
         **{**launch, "num_warps": 4},
     )
 

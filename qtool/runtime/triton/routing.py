@@ -62,9 +62,10 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
     """
     choices = experts.numel()
     blocks = most_blocks(choices, count, size)
-    numbers = torch.empty(blocks * size + blocks + 1, dtype=torch.int32, device=experts.device)
-    end = blocks * size
-    rows, of_block, used = numbers[:end], numbers[end:-1], numbers[-1:]
+    # each begins at whole 16 bytes: Triton would compile kernels again for one that does not
+    end = 4 + blocks * size
+    numbers = torch.empty(end + blocks, dtype=torch.int32, device=experts.device)
+    used, rows, of_block = numbers[:1], numbers[4:end], numbers[end:]
     chunk = next((size for size in CHUNKS if choices <= size), CHUNKS[-1])
     _sort[(count,)](
         experts=experts,
