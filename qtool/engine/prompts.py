@@ -76,9 +76,7 @@ class PromptReader:
         try:
             return self.token_ids(self.tokenizer(text, verbose=False)["input_ids"])
         except (TypeError, UnicodeError) as error:
-            raise UsageError(
-                "E_PROMPT", "a prompt is not valid Unicode", hint="it has half of a surrogate pair"
-            ) from error
+            raise not_unicode() from error
 
     def token_ids(self, prompt: object) -> list[int]:
         """Return ``prompt``, a list of tokens. Raises: UsageError, for anything else."""
@@ -89,6 +87,13 @@ class PromptReader:
             return list(prompt)
         message = "a prompt or a label is not a token of the model"
         raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {size - 1}")
+
+
+def not_unicode() -> UsageError:
+    """Return the error for a text with half of a surrogate pair."""
+    return UsageError(
+        "E_PROMPT", "a prompt is not valid Unicode", hint="it has half of a surrogate pair"
+    )
 
 
 def _as_list(given: object, kind: type) -> tuple[Sequence[object], bool]:

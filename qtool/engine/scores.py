@@ -48,7 +48,8 @@ def unused_option(options: Mapping[str, object], *, has_labels: bool) -> str | N
     the probabilities of labels are asked for.
     """
     for name in OF_PAIRS if has_labels else OF_LABELS:
-        if options.get(name):
+        given = options.get(name)
+        if given is False if name == "use_activation" else given:
             return f"`{name}` means nothing {'with' if has_labels else 'without'} label_token_ids"
     return None
 

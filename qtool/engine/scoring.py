@@ -12,7 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 from qtool.checkpoint.encoding import Encoding
 from qtool.engine.encoding import EncodeRequest, encode_requests
 from qtool.engine.outputs import CompletionOutput
-from qtool.engine.prompts import PromptTokenizer
+from qtool.engine.prompts import PromptTokenizer, not_unicode
 from qtool.engine.requests import GenerateRequest, Request, RequestParser
 from qtool.engine.scores import (
     LABEL_PARAMS,
@@ -182,6 +182,7 @@ class ScoringMethods(ABC):
             "apply_softmax": apply_softmax,
             "item_first": item_first,
             "instruction": instruction,
+            "use_activation": use_activation,
         }
         problem = unused_option(options, has_labels=label_token_ids is not None)
         if problem is not None:
@@ -189,7 +190,8 @@ class ScoringMethods(ABC):
         pairs = make_pairs(_texts(query), _texts(items))
         if label_token_ids is None:
             return self._pair_job(pairs, instruction, use_activation)
-        if not label_token_ids:
+        label_token_ids = _as_list(label_token_ids)
+        if label_token_ids == []:
             raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
         texts = joined_texts(pairs, item_first=item_first)
         requests, _ = self._parser.parse(
@@ -209,6 +211,8 @@ class ScoringMethods(ABC):
         self, pairs: Sequence[tuple[str, str]], instruction: str | None, use_activation: bool
     ) -> _Job[list[float]]:
         encoding = self.encoding
+        if instruction is not None:
+            _check_text("the instruction", instruction)
         if encoding is None:
             raise UsageError(
                 "E_TASK",
@@ -266,7 +270,11 @@ class ScoringMethods(ABC):
         instruction: str | None,
         use_activation: bool,
     ) -> _Job[list[Ranked]]:
-        pairs = make_pairs(_texts(query), _texts(documents))
+        _check_text("the query", query)
+        if top_n is not None and (type(top_n) is not int or top_n < 0):
+            message = f"top_n is `{top_n}`"
+            raise UsageError("E_PROMPT", message, hint="a whole number, or None for all documents")
+        pairs = make_pairs([query], _texts(documents))
         scored = self._pair_job(pairs, instruction, use_activation)
 
         def result(outputs: list[CompletionOutput]) -> list[Ranked]:
@@ -283,13 +291,30 @@ def _index(output: CompletionOutput) -> int:
     return output.index
 
 
+def _as_list(given: object) -> Any:
+    """Return ``given``, an array of NumPy or torch as a list."""
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
 def _texts(given: Texts) -> Sequence[str]:
     """Return the texts in ``given``. Raises: UsageError."""
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, (list, tuple)) or not texts:
+    texts = [given] if isinstance(given, str) else _as_list(given)
+    if not isinstance(texts, (list, tuple)):
+        message = f"the texts to score are a {type(given).__name__}"
+        raise UsageError("E_PROMPT", message, hint="give a text, or a list")
+    if not texts:
         raise UsageError("E_PROMPT", "there is no text to score", hint="give a text, or a list")
     for text in texts:
-        if not isinstance(text, str):
-            message = f"a text to score is a {type(text).__name__}"
-            raise UsageError("E_PROMPT", message, hint="query and documents are texts")
+        _check_text("a text to score", text)
     return texts
+
+
+def _check_text(name: str, given: object) -> None:
+    """Raise UsageError, if ``given``, which messages call ``name``, is not a text."""
+    if not isinstance(given, str):
+        message = f"{name} is a {type(given).__name__}"
+        raise UsageError("E_PROMPT", message, hint="query, documents and instruction are texts")
+    try:
+        given.encode()
+    except UnicodeError as error:
+        raise not_unicode() from error

@@ -119,6 +119,17 @@ def test_documents_are_scored_and_ranked(tmp_path, make):
             with pytest.raises(UsageError) as refused:
                 engine.score(*arguments)
             assert refused.value.code == "E_PROMPT"
+        assert engine.score(QUERY, np.array(DOCUMENTS)) == pytest.approx(scores, abs=1e-5)
+        for query, documents, options in (
+            ([QUERY, "x"], DOCUMENTS[:2], {}),
+            (QUERY, ["\ud800"], {}),
+            (QUERY, DOCUMENTS, {"top_n": -1}),
+            (QUERY, DOCUMENTS, {"top_n": "2"}),
+            (QUERY, DOCUMENTS, {"instruction": 5}),
+        ):
+            with pytest.raises(UsageError) as refused:
+                engine.rerank(query, documents, **options)
+            assert refused.value.code == "E_PROMPT"
         with pytest.raises(UsageError, match="without label_token_ids"):
             engine.score(QUERY, DOCUMENTS, item_first=True)
     expected = found[1:] @ found[0] if make is embedder else found[:, 0]
@@ -147,12 +158,17 @@ def test_one_prompt_gives_the_probabilities_of_all_labels(tiny_model):
         assert asyncio.run(engine.async_score(texts[0], "", labels[:2])) == [
             pytest.approx(scores[0][:2], abs=1e-5)
         ]
-        for arguments in ([[]], [[1 << 20]], [["a"]]):
+        assert engine.score(texts[0], "", np.array(labels[:2])) == [
+            pytest.approx(scores[0][:2], abs=1e-5)
+        ]
+        for arguments in ([[]], [np.array([])], [[1 << 20]], [["a"]], [5]):
             with pytest.raises(UsageError) as refused:
                 engine.score("a", "b", *arguments)
             assert refused.value.code == "E_PROMPT"
         with pytest.raises(UsageError, match="with label_token_ids"):
             engine.score("a", "b", [1], instruction="Judge.")
+        with pytest.raises(UsageError, match="`use_activation` means nothing with"):
+            engine.score("a", "b", [1], use_activation=False)
         with pytest.raises(UsageError, match="only by label_token_ids"):
             engine.rerank("a", ["b"])
     assert scores[0] == pytest.approx([np.exp(one) for one, _, _ in likely[0]], abs=1e-5)

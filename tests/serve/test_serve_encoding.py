@@ -304,10 +304,11 @@ def test_a_language_model_gives_the_probabilities_of_labels(served, item_first):
         ({"label_token_ids": None, "item_first": False}, "task"),
         ({"label_token_ids": None, "item_first": True}, "value_error"),
         ({"instruction": "Judge."}, "value_error"),
+        ({"use_activation": False}, "value_error"),
         ({"query": "", "items": [""]}, "empty_prompt"),
         ({"query": "x " * 3000}, "context_length_exceeded"),
     ],
-    ids=["unknown", "many", "none", "item-first", "instruction", "empty", "long"],
+    ids=["unknown", "many", "none", "item-first", "instruction", "activation", "empty", "long"],
 )
 def test_labels_that_cannot_be_scored_are_refused(served, changed, code):
     body = {"query": "x", "items": ["y"], "label_token_ids": [3], **changed}
