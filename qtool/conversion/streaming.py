@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -148,13 +149,17 @@ def run_bounded(
     pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Result]], count: int
 ) -> Iterator[Result]:
     """Run ``tasks``, at most ``count`` at a time, and yield what they return."""
-    running: set[Future[Result]] = set()
+    # a signal that interrupts a queue leaves it whole; `concurrent.futures.wait` may keep a lock then
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
+    running = 0
     for task in tasks:
-        running.add(pool.submit(task))
-        if len(running) >= count:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    yield from (future.result() for future in running)
+        pool.submit(task).add_done_callback(finished.put)
+        running += 1
+        if running >= count:
+            yield finished.get().result()
+            running -= 1
+    for _ in range(running):
+        yield finished.get().result()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
