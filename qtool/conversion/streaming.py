@@ -149,7 +149,7 @@ def run_bounded(
     pool: ThreadPoolExecutor, tasks: Iterator[Callable[[], Result]], count: int
 ) -> Iterator[Result]:
     """Run ``tasks``, at most ``count`` at a time, and yield what they return."""
-    # a signal that interrupts a queue leaves it whole; `concurrent.futures.wait` may keep a lock then
+    # a signal leaves a queue whole; `concurrent.futures.wait` may keep a lock, and then it hangs
     finished: SimpleQueue[Future[Result]] = SimpleQueue()
     running = 0
     for task in tasks:
