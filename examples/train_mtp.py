@@ -1,6 +1,8 @@
 """Train a layer for multi-token prediction (MTP) for a DeepSeek-V3 that has none, and write both as
 one checkpoint, as DeepSeek publishes its own: `--speculative-algorithm NEXTN` then drafts with it.
 
+python examples/train_mtp.py MODEL DATA OUT    # MODEL: a folder with one file of weights
+
 The model stays as it is: its hidden states are the input, its embeddings and its head are shared.
 DATA is a token file as ``tiny-python-llama/corpus.py`` writes them, uint16 in a ``.npy``.
 """
