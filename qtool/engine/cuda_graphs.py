@@ -32,9 +32,9 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 3
 # Tokens of prompts in a step that has a graph: more keep the device busy by themselves.
 PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 # With latents: steps of up to so many tokens of prompts have a graph that attends to the latents.
-MOST_ABSORBED = 512
+MAX_ABSORBED_TOKENS = 512
 # From so many on they have one for prompts without earlier tokens, with keys and values.
-LEAST_EXPANDED = 256
+MIN_EXPANDED_TOKENS = 256
 # Larger steps, and those that keys and values save so many pairs of a query and a key, run without
 # a graph: launching 30 layers takes 1 to 2 ms more, as attention to the pairs of 16 heads does.
 PAIRS_WORTH_LAUNCHES = 1 << 19
@@ -314,9 +314,9 @@ class CudaGraphs:
 
 def _ways(tokens: int, keeps_latents: bool) -> tuple[bool, ...]:
     """Return how graphs of ``tokens`` tokens of prompts attend: `PromptShape.expands` of each."""
-    if not keeps_latents or tokens < LEAST_EXPANDED:
+    if not keeps_latents or tokens < MIN_EXPANDED_TOKENS:
         return (False,)
-    return (True, False) if tokens <= MOST_ABSORBED else (True,)
+    return (True, False) if tokens <= MAX_ABSORBED_TOKENS else (True,)
 
 
 def _order(shape: PromptShape) -> tuple[int, bool]:

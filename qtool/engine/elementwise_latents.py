@@ -17,7 +17,7 @@ from qtool.runtime.triton.tiles import start_early
 def rotate_and_write(
     q: Tensor,
     kv: Tensor,
-    turned: Tensor,
+    q_rope: Tensor,
     rank: int,
     weight: Tensor,
     eps: float,
@@ -37,7 +37,7 @@ def rotate_and_write(
     Args:
         q: queries of each token, [T, heads * (key width + rotary)].
         kv: a latent and a key of each token, [T, rank + rotary].
-        turned: [T, heads, rotary], of any strides between tokens and heads: where the rotary part
+        q_rope: [T, heads, rotary], of any strides between tokens and heads: where the rotary part
             of queries is written.
         rank: numbers of a latent, a power of two.
         weight: of the norm of latents, [rank].
@@ -52,7 +52,7 @@ def rotate_and_write(
         interleaved: whether neighbouring channels rotate together.
         parted: whether neighbours then stand half of the channels apart.
     """
-    (tokens, heads, turning), page = turned.shape, pages.shape[2]
+    (tokens, heads, turning), page = q_rope.shape, pages.shape[2]
     cos, sin = rotary or (None, None)
     block = triton.next_power_of_2(turning)
     together = min(triton.next_power_of_2(heads), max(1, TILE // block))
@@ -60,7 +60,7 @@ def rotate_and_write(
     _rotate_and_write[(tokens, 1 + triton.cdiv(heads, together))](
         q=q,
         kv=kv,
-        turned=turned,
+        q_rope=q_rope,
         weight=weight,
         cos=cos,
         sin=sin,
@@ -70,8 +70,8 @@ def rotate_and_write(
         positions=positions,
         stride_q_token=q.stride(0),
         stride_kv_token=kv.stride(0),
-        stride_turned_token=turned.stride(0),
-        stride_turned_head=turned.stride(1),
+        stride_q_rope_token=q_rope.stride(0),
+        stride_q_rope_head=q_rope.stride(1),
         stride_table_row=table.stride(0),
         stride_page=pages.stride(0),
         scale=scale,
@@ -101,7 +101,7 @@ def rotate_and_write(
 def _rotate_and_write(  # type: ignore[no-untyped-def]
     q,
     kv,
-    turned,
+    q_rope,
     weight,
     cos,
     sin,
@@ -111,8 +111,8 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
     positions,
     stride_q_token,
     stride_kv_token,
-    stride_turned_token,
-    stride_turned_head,
+    stride_q_rope_token,
+    stride_q_rope_head,
     stride_table_row,
     stride_page,
     scale,
@@ -179,7 +179,7 @@ def _rotate_and_write(  # type: ignore[no-untyped-def]
         head = ((block - 1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
         _rotate(
             q + t * stride_q_token + head * (KEY + TURNING) + KEY,
-            turned + t * stride_turned_token + head * stride_turned_head,
+            q_rope + t * stride_q_rope_token + head * stride_q_rope_head,
             head < HEADS,
             cos,
             sin,

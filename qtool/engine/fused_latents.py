@@ -91,9 +91,9 @@ class FusedLatentAttention(nn.Module):
         packed, pages = packed_tokens(), pages_of(geometry.layer_idx)
         own = q.view(tokens, heads, -1)[..., : latent.key_width]
         if packed.expanded is not None:
-            turned = q.new_empty(tokens, heads, turning)
-            rotate_and_write(q, kv, turned, self.kv_norm, rotary, pages, packed)
-            return attend_latents(latent, own, turned, pages, packed, scaling=geometry.scaling)
+            q_rope = q.new_empty(tokens, heads, turning)
+            rotate_and_write(q, kv, q_rope, self.kv_norm, rotary, pages, packed)
+            return attend_latents(latent, own, q_rope, pages, packed, scaling=geometry.scaling)
         queries = q.new_empty(tokens, heads, geometry.head_dim)
         rotate_and_write(q, kv, queries[..., rank:], self.kv_norm, rotary, pages, packed)
         latent.take_to_latents(own, queries)
@@ -103,7 +103,7 @@ class FusedLatentAttention(nn.Module):
 def rotate_and_write(
     q: Tensor,
     kv: Tensor,
-    turned: Tensor,
+    q_rope: Tensor,
     norm: Norm,
     rotary: Rotary | None,
     pages: KVPages,
@@ -114,13 +114,13 @@ def rotate_and_write(
     Args:
         q: queries of each token, [T, heads * (key width + rotary)].
         kv: the latent and the key of each token, [T, rank + rotary].
-        turned: [T, heads, rotary], which is filled with the rotary part of the queries.
+        q_rope: [T, heads, rotary], which is filled with the rotary part of the queries.
         norm: of latents.
         rotary: how queries and keys rotate; None: they do not.
         pages: of the layer.
         packed: the tokens of the pass.
     """
-    heads, rank, turning = turned.shape[1], len(norm.weight), turned.shape[2]
+    heads, rank, turning = q_rope.shape[1], len(norm.weight), q_rope.shape[2]
     if q.is_cuda:
         from qtool.engine import elementwise_latents
 
@@ -128,7 +128,7 @@ def rotate_and_write(
         elementwise_latents.rotate_and_write(
             q,
             kv,
-            turned,
+            q_rope,
             rank,
             norm.weight,
             eps,
@@ -146,6 +146,6 @@ def rotate_and_write(
     q_turning, k_turning = q.view(len(q), heads, -1)[..., -turning:], kv[:, None, rank:]
     if rotary:
         q_turning, k_turning = rotate(q_turning, rotary), rotate(k_turning, rotary)
-    turned.copy_(q_turning)
+    q_rope.copy_(q_turning)
     latents = norm.normalize(kv[:, :rank])[:, None]
     write(pages, torch.cat([latents, k_turning], dim=-1), latents, packed)

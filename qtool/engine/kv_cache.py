@@ -173,22 +173,22 @@ def allocate_states(
     """Return the states of ``rows`` sequences, by layer index; inputs are kept in ``dtype``.
 
     Args:
-        drafts: that a token has, at most.
+        drafts: the most drafts of a token.
     Raises: ResourceError, when they do not fit.
     """
     slots = 2 * drafts + 1 if drafts else 0
     each = sum(
-        (math.prod(layer.conv(drafts)) + slots * layer.drafted) * dtype.itemsize
+        (math.prod(layer.conv_shape(drafts)) + slots * layer.draft_size) * dtype.itemsize
         + math.prod(layer.matrix) * 4
         for layer in geometry
     )
     try:
         return {
             layer.layer_idx: RecurrentStates(
-                torch.empty(rows, *layer.conv(drafts), dtype=dtype, device=device).zero_(),
+                torch.empty(rows, *layer.conv_shape(drafts), dtype=dtype, device=device).zero_(),
                 torch.empty(rows, *layer.matrix, device=device).zero_(),
                 torch.zeros(rows, dtype=torch.int32, device=device),
-                torch.empty(rows, slots, layer.drafted, dtype=dtype, device=device).zero_(),
+                torch.empty(rows, slots, layer.draft_size, dtype=dtype, device=device).zero_(),
             )
             for layer in geometry
         }

@@ -49,14 +49,14 @@ class LatentAttention(nn.Module):
         """Of values."""
         return self.weight.shape[1] - self.key_width
 
-    def queries(self, q: Tensor, turned: Tensor) -> Tensor:
+    def queries(self, q: Tensor, q_rope: Tensor) -> Tensor:
         """Return queries for latents [T, heads, rank + rotary] of queries [T, heads, key width] and
         their rotary part [T, heads, rotary].
         """
-        tokens, heads, width = turned.shape
+        tokens, heads, width = q_rope.shape
         result = q.new_empty(tokens, heads, self.rank + width)
         self.take_to_latents(q, result)
-        result[..., self.rank :] = turned
+        result[..., self.rank :] = q_rope
         return result
 
     def take_to_latents(self, q: Tensor, result: Tensor) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qtool.engine.attention.pages import MAX_EXPANDED, PAGE, pairs_saved
+from qtool.engine.attention.pages import MAX_EXPANDED_TOKENS, PAGE, pairs_saved
 from qtool.engine.kv_cache import Pages, page_digest
 from qtool.engine.state_snapshots import StateSnapshots, boundaries
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
@@ -423,7 +423,7 @@ def _expanding_last(prefills: Sequence[Chunk]) -> tuple[list[Chunk], int]:
     """
     absorbed: list[Chunk] = []
     expanded: list[Chunk] = []
-    left = MAX_EXPANDED
+    left = MAX_EXPANDED_TOKENS
     for chunk in prefills:
         end = chunk.start + chunk.count
         if pairs_saved(chunk.start, chunk.count) > 0 and end <= left:

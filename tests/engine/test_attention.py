@@ -676,26 +676,26 @@ def interpret() -> None:
 def compare_expanded() -> None:
     from qtool.engine.attention import triton_paged
 
-    workspace = latents_module.WORKSPACE
+    workspace = latents_module.WORKSPACE_BYTES
     for chunks, expands, room, shape in (
         (FEW, 3, workspace, {}),
         (FEW, 2, 40 * 120 * 4, {"key": 16, "value": 32}),  # a few heads at a time
         (FEW, 3, workspace, {"dtype": torch.bfloat16, "kv": FP8, "heads": 4}),
     ):
         batch = ExpandedBatch(chunks, **shape)
-        packed, (q, turned) = batch.packed(expands=expands), batch.queries()
+        packed, (q, q_rope) = batch.packed(expands=expands), batch.queries()
         k = torch.cat([part[before:] for (before, _), part in zip(chunks, batch.k, strict=True)])
         triton_paged.write(batch.kv, k, k, packed)
         first = packed.expanded.token
         out = q.new_full((*q.shape[:2], batch.latent.value_width), math.nan)
-        latents_module.WORKSPACE = room
-        latents_module.attend_expanded(batch.latent, q, turned, batch.kv, packed, out, 0.2)
+        latents_module.WORKSPACE_BYTES = room
+        latents_module.attend_expanded(batch.latent, q, q_rope, batch.kv, packed, out, 0.2)
         assert out[:first].isnan().all()
         wanted = batch.expected(scaling=0.2)[first:]
         error = float((out[first:].double() - wanted).norm() / wanted.norm())
         limit = 1e-5 if q.dtype == torch.float32 else 2e-2
         assert error <= limit, f"keys and values of latents, {shape}: {error}"
-    latents_module.WORKSPACE = workspace
+    latents_module.WORKSPACE_BYTES = workspace
 
 
 def compile() -> None:
@@ -774,9 +774,9 @@ def compile_expanded(compiled: list, empty) -> None:
             empty(rows, heads, width, dtype=dtype)
             for rows, width in ((1000, key + value), (300, value))
         )
-        own, turned, both = q[..., :key], q[..., key:], both.flatten(1)
+        own, q_rope, both = q[..., :key], q[..., key:], both.flatten(1)
         for tile in (None, triton_paged.prefill_tile(value, 2)):
-            triton_latent.prefill_expanded(own, turned, both, latents, packed, out, 0.1, tile)
+            triton_latent.prefill_expanded(own, q_rope, both, latents, packed, out, 0.1, tile)
             used, code = triton_cpu.resources(compiled[-1]), compiled[-1].asm["ptx"]
             assert used["stack"] <= 32, (heads, key, value, tile, used)
             assert used["shared"] <= 232448, (heads, key, value, tile, used)

@@ -79,8 +79,8 @@ def compare(device: str) -> None:
             if on_gpu:
                 torch.Tensor.is_cuda = property(lambda self: True)
             try:
-                turned = queries[..., rank:]
-                rotate_and_write(q, latents, turned, norm.to(there), there_rotary, kv, where)
+                q_rope = queries[..., rank:]
+                rotate_and_write(q, latents, q_rope, norm.to(there), there_rotary, kv, where)
             finally:
                 if on_gpu:
                     del torch.Tensor.is_cuda

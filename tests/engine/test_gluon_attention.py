@@ -290,25 +290,25 @@ def compare_latents() -> None:
     from qtool.engine.attention import triton_latent, triton_paged
     from qtool.engine.attention.pages import new_counters
 
-    counters, workspace = new_counters(1000, 32, torch.device("cuda")), module.WORKSPACE
+    counters, workspace = new_counters(1000, 32, torch.device("cuda")), module.WORKSPACE_BYTES
     for heads, key, value, dtype, kv in LATENTS:
         for name, chunks in CHUNKS.items():
             torch.manual_seed(0)
             batch = latent_batch(chunks, heads, key, value, dtype, kv)
             first = 3 if name == "many" else 0
             packed = batch.packed(first, expands=len(chunks) - first, counters=counters)
-            (q, turned), scaling = batch.queries(), 1.5 * (key + 64) ** -0.5
+            (q, q_rope), scaling = batch.queries(), 1.5 * (key + 64) ** -0.5
             batch.write_new(packed)
             out = q.new_full((len(q), heads, value), math.nan)
             other, again = out.clone(), out.clone()
-            module.attend_expanded(batch.latent, q, turned, batch.kv, packed, out, scaling)
-            module.WORKSPACE = 4 * packed.expanded.keys * (key + value) * dtype.itemsize
-            module.attend_expanded(batch.latent, q, turned, batch.kv, packed, again, scaling)
-            module.WORKSPACE = workspace
+            module.attend_expanded(batch.latent, q, q_rope, batch.kv, packed, out, scaling)
+            module.WORKSPACE_BYTES = 4 * packed.expanded.keys * (key + value) * dtype.itemsize
+            module.attend_expanded(batch.latent, q, q_rope, batch.kv, packed, again, scaling)
+            module.WORKSPACE_BYTES = workspace
             latents = triton_latent.gather(batch.kv, packed, dtype)
             both = latents[:, :512] @ batch.latent.weight.flatten(0, 1).T
             tile = triton_paged.prefill_tile(max(key, value), 2)
-            triton_latent.prefill_expanded(q, turned, both, latents, packed, other, scaling, tile)
+            triton_latent.prefill_expanded(q, q_rope, both, latents, packed, other, scaling, tile)
             torch.cuda.synchronize()
             what = f"latents, {heads} heads of {key} and {value}, {dtype}, pages {kv}, {name}"
             assert not counters.any(), f"{what}: counters are left"
@@ -384,7 +384,7 @@ def measure_latents() -> None:
         counters = new_counters(1, 16, torch.device("cuda"))
         packed = batch.packed(0, expands=len(chunks), counters=counters)
         batch.write_new(packed)
-        q, turned = batch.queries()
+        q, q_rope = batch.queries()
         runs = {
             "latents": partial(attend_latents, packed=replace(packed, expanded=None)),
             "keys and values": partial(attend_latents, packed=packed),
@@ -395,10 +395,10 @@ def measure_latents() -> None:
         rotary = kept[:, None, 512:].expand(-1, heads, -1)
         keys = torch.cat([both[..., :key], rotary], -1)
         last = slice(chunks[0][1] - new, chunks[0][1])
-        wanted = expected(torch.cat([q, turned], -1)[last], keys, both[..., key:], scaling=scaling)
+        wanted = expected(torch.cat([q, q_rope], -1)[last], keys, both[..., key:], scaling=scaling)
         found = []
         for name, run in runs.items():
-            run = partial(run, batch.latent, q, turned, batch.kv, scaling=scaling)
+            run = partial(run, batch.latent, q, q_rope, batch.kv, scaling=scaling)
             error = float((run()[last].double() - wanted).norm() / wanted.norm())
             found.append(f"{name} {microseconds(run, 7):.1f} us (error {error:.1g})")
         latents = triton_latent.gather(batch.kv, packed, torch.bfloat16)
@@ -407,7 +407,7 @@ def measure_latents() -> None:
         made = latents[:, :512] @ weight.T
         attend = partial(
             triton_latent.prefill_expanded,
-            *(q[:, :some], turned[:, :some], made, latents, packed, out, scaling),
+            *(q[:, :some], q_rope[:, :some], made, latents, packed, out, scaling),
         )
         pairs = sum(before * new + new * (new + 1) / 2 for before, new in chunks)
         tile = triton_paged.prefill_tile(value, 2)
@@ -427,7 +427,7 @@ def measure_latents() -> None:
             found.append(f"Gluon {variant} {microseconds(attend, 7):.1f} us")
         gluon_prefill.KEYS, gluon_prefill.STAGES, gluon_prefill.TURNS = plain
         print(f"{len(chunks)} x {chunks[0]}: " + "; ".join(found), flush=True)
-        del batch, q, turned, latents, made, out, keys, both
+        del batch, q, q_rope, latents, made, out, keys, both
         torch.cuda.empty_cache()
     measure_values()
 

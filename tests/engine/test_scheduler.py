@@ -591,7 +591,7 @@ def test_chunks_that_attend_to_keys_and_values_of_latents_come_last(monkeypatch)
     """With few tokens after many a chunk does not, nor one whose context is too long."""
     steps = []
     for most in (1000, 59):
-        monkeypatch.setattr(scheduler_module, "MAX_EXPANDED", most)
+        monkeypatch.setattr(scheduler_module, "MAX_EXPANDED_TOKENS", most)
         scheduler = Scheduler(Pages(40), 4, 1000, 300, keeps_latents=True)
         for prompts in ([BASES[0][:64]], [BASES[1][:60], [*BASES[0][:64], 1, 2], BASES[2][:9]]):
             for prompt in prompts:

@@ -28,13 +28,16 @@ HEAD_DIM = gl.constexpr(128)
 WORDS = gl.constexpr(32)  # int32 of a key or value, four numbers each
 COLUMNS = gl.constexpr(8)  # heads of queries that share a KV head, at most
 PAGES = 2  # of a step
-LEAST_STEPS = 4  # of a part
-# Parts of all sequences and heads, about as many as run at the same time; and of one sequence.
-WARPS = 1536
-MOST_PARTS = 96
-# Numbers of a value that one program adds, and parts at a time: less where few programs attend.
-ADDED, ADDED_OF_FEW = (128, 16), (32, 32)
-FEW = 64
+MIN_STEPS = 4  # of a part
+MAX_WARPS = 1536  # parts of all sequences and KV heads, about as many as run at the same time
+MAX_PARTS = 96  # of one sequence
+# To add parts, a program takes so many channels of the values, and so many parts at a time.
+CHANNELS = 128
+PARTS_AT_ONCE = 16
+# With at most so many sequences times KV heads, more programs take fewer channels each.
+FEW_PROGRAMS = 64
+FEW_CHANNELS = 32
+FEW_PARTS_AT_ONCE = 32
 
 
 def applies(
@@ -67,17 +70,17 @@ def decode(
     """Fill ``out`` for the decodes, if this `applies`. See `triton_paged.decode`.
 
     Args:
-        q: queries of all tokens, contiguous in their last dimension.
-        kv: the pages of the layer.
+        q: queries of all tokens, [T, heads, 128], bf16 or f16, contiguous in their last dimension.
+        kv: the pages of the layer, float8_e4m3fn.
         packed: the tokens of the pass.
-        out: where results go.
+        out: [T, heads, 128], contiguous; its first ``packed.decodes`` rows are written.
         factor: what logits are multiplied with, in units of log2.
         v_scale: what results are multiplied with.
-        launch: Triton's options.
+        launch: from `triton_paged.launch_options`.
     """
     tokens, kv_heads = packed.decodes, kv.k.shape[1]
     shared = q.shape[1] // kv_heads
-    parts = max(1, min(MOST_PARTS, WARPS // (tokens * kv_heads)))
+    parts = max(1, min(MAX_PARTS, MAX_WARPS // (tokens * kv_heads)))
     partial = q.new_empty((tokens, kv_heads, parts, shared, HEAD_DIM.value), dtype=torch.float32)
     sums = q.new_empty((2, tokens, kv_heads, parts, shared), dtype=torch.float32)
     k, v = kv.k.view(torch.int32), kv.v.view(torch.int32)
@@ -96,27 +99,29 @@ def decode(
         stride_page=k.stride(0),
         stride_page_head=k.stride(1),
         factor=factor,
-        least=LEAST_STEPS,
+        least=MIN_STEPS,
         SHARED=shared,
         PAGE=PAGE,
         PAGES=PAGES,
         **launch,
     )
-    width, together = ADDED_OF_FEW if tokens * kv_heads <= FEW else ADDED
-    _add_parts[(kv_heads, tokens, HEAD_DIM.value // width)](
+    channels, together = CHANNELS, PARTS_AT_ONCE
+    if tokens * kv_heads <= FEW_PROGRAMS:
+        channels, together = FEW_CHANNELS, FEW_PARTS_AT_ONCE
+    _add_parts[(kv_heads, tokens, HEAD_DIM.value // channels)](
         partial=partial,
         sums=sums,
         positions=packed.positions,
         out=out,
         parts=parts,
-        least=LEAST_STEPS,
+        least=MIN_STEPS,
         v_scale=v_scale,
         SHARED=shared,
         SHARED_PADDED=triton.next_power_of_2(shared),
         DV=HEAD_DIM.value,
         KEYS=PAGE * PAGES,
         TOGETHER=together,
-        WIDTH=width,
+        WIDTH=channels,
         **{**launch, "num_warps": 4},
     )
 
@@ -282,9 +287,8 @@ def _f16(x):  # type: ignore[no-untyped-def]
         is_pure=True,
         pack=1,
     )
-    numbers = gl.join(
-        gl.join(a, c), gl.join(b, d)
-    )  # by the half of the int32, then the place in it
+    # by the half of the int32, then the place in it
+    numbers = gl.join(gl.join(a, c), gl.join(b, d))
     return numbers.reshape([x.shape[0], 4 * x.shape[1]])
 
 

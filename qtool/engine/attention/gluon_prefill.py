@@ -4,8 +4,8 @@ Each group has 64 rows. It computes its next logits while it takes the exponenti
 ones, as FlashAttention-3 does (Shah et al. 2024, arXiv:2407.08608). Programs are persistent and
 draw blocks of queries from a counter, so that loads of the next block begin before one is done.
 
-Keys and values of latents are not in pages: those of one token lie side by side, heads behind each
-other, and a part of the key, which rotates, is the same for all heads and lies elsewhere.
+Keys and values made from latents are not in pages: [tokens, heads, key width + value width], with
+the rotary part of the keys, which all heads share, in a tensor of its own.
 """
 
 # Constants of a kernel are written in capitals; Gluon has no stars in lists.
@@ -67,13 +67,13 @@ def prefill(
     """Fill ``out`` for the tokens of chunks, if this `applies`. See `triton_paged.prefill`.
 
     Args:
-        q: queries of all tokens.
-        kv: the pages of the layer.
+        q: queries of all tokens, [T, heads, D].
+        kv: the pages of the layer, in the dtype of ``q``.
         packed: the tokens of the pass.
-        out: where results go.
+        out: [T, heads, D], contiguous.
         factor: what logits are multiplied with, in units of log2.
         v_scale: what results are multiplied with.
-        launch: Triton's options.
+        launch: from `triton_paged.launch_options`.
     """
     assert packed.starts is not None
     (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1
@@ -86,9 +86,9 @@ def prefill(
     k_pages, v_pages = (_rows(part.view(-1, head_dim), PAGE) for part in (kv.k, kv.v))
     _prefill[(min(_processors(q.device), blocks),)](
         q=_queries(q, together),
-        q_turned=None,
+        q_rope=None,
         k=k_pages,
-        k_turned=None,
+        k_rope=None,
         v=v_pages,
         contexts=None,
         table=packed.table,
@@ -116,14 +116,14 @@ def prefill(
     )
 
 
-def applies_to_expanded(q: Tensor, turned: Tensor, both: Tensor, out: Tensor) -> bool:
+def applies_to_expanded(q: Tensor, q_rope: Tensor, expanded_kv: Tensor, out: Tensor) -> bool:
     """Whether `prefill_expanded` supports this attention."""
-    if not q.dtype == turned.dtype == both.dtype == out.dtype or q.dtype not in TYPES:
+    if not q.dtype == q_rope.dtype == expanded_kv.dtype == out.dtype or q.dtype not in TYPES:
         return False
     key, value = q.shape[2], out.shape[2]
-    if key not in (64, 128) or value not in (64, 128) or turned.shape[2] != WIDE:
+    if key not in (64, 128) or value not in (64, 128) or q_rope.shape[2] != WIDE:
         return False
-    parts = (q, turned, both)
+    parts = (q, q_rope, expanded_kv)
     return all(
         part.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in part.stride()[:-1])
         for part in parts
@@ -132,8 +132,8 @@ def applies_to_expanded(q: Tensor, turned: Tensor, both: Tensor, out: Tensor) ->
 
 def prefill_expanded(
     q: Tensor,
-    turned: Tensor,
-    both: Tensor,
+    q_rope: Tensor,
+    expanded_kv: Tensor,
     latents: Tensor,
     packed: Packed,
     out: Tensor,
@@ -141,21 +141,25 @@ def prefill_expanded(
     factor: float,
     launch: Mapping[str, int | bool],
 ) -> None:
-    """Fill ``out`` for the tokens of chunks, if it `applies_to_expanded`. See
-    `triton_latent.prefill_expanded`; ``factor`` and ``launch`` are as in `prefill`.
+    """Fill ``out`` for the tokens of chunks, if this `applies_to_expanded`.
+
+    Args:
+        q: as in `triton_latent.prefill_expanded`, as are the arguments up to ``out``.
+        factor: as in `prefill`.
+        launch: as in `prefill`.
     """
     expanded = packed.expanded
     assert expanded is not None
     starts = packed.starts_of(expanded)
-    (tokens, heads, key), width = q.shape, turned.shape[2]
+    (tokens, heads, key), width = q.shape, q_rope.shape[2]
     counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
     blocks = heads * (triton.cdiv(tokens - expanded.token, 2 * ROWS) + expanded.chunks)
-    rows = _rows(both, KEYS)
+    rows = _rows(expanded_kv, KEYS)
     _prefill[(min(_processors(q.device), blocks),)](
         q=_queries(q, 1),
-        q_turned=_queries(turned, 1),
+        q_rope=_queries(q_rope, 1),
         k=rows,
-        k_turned=_rows(latents, KEYS),
+        k_rope=_rows(latents, KEYS),
         v=rows,
         contexts=expanded.contexts,
         table=packed.table,
@@ -184,17 +188,18 @@ def prefill_expanded(
 
 
 def _queries(q: Tensor, together: int) -> TensorDescriptor:
-    """Return what loads ``together`` heads of half a block of tokens."""
+    """Return the TMA descriptor of ``together`` heads of half a block of tokens."""
     return TensorDescriptor.from_tensor(q, [ROWS // together, together, WIDE], _layout(q, 3))
 
 
 def _rows(x: Tensor, count: int) -> TensorDescriptor:
-    """Return what loads ``count`` rows of ``x`` at a time, of keys or values."""
+    """Return the TMA descriptor of ``count`` rows of ``x``, keys or values."""
     return TensorDescriptor.from_tensor(x, [count, WIDE], _layout(x, 2))
 
 
 @cache
 def _processors(device: torch.device) -> int:
+    """Return how many multiprocessors ``device`` has; for the meta device, an H200's."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -216,9 +221,9 @@ def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:
 )
 def _prefill(  # type: ignore[no-untyped-def]
     q,
-    q_turned,
+    q_rope,
     k,
-    k_turned,
+    k_rope,
     v,
     contexts,
     table,
@@ -246,8 +251,8 @@ def _prefill(  # type: ignore[no-untyped-def]
 ):
     """Attend with blocks of tokens times ``heads``; ``SHARE`` of these read the same KV head.
 
-    With ``contexts`` keys and values are rows, and the rotary part of the keys lies behind ``RANK``
-    numbers of ``k_turned``.
+    With ``contexts`` keys and values are rows, and the rotary part of the keys begins at column
+    ``RANK`` of ``k_rope``.
     """
     PARTS: gl.constexpr = D // q.block_type.shape[2]
     V_PARTS: gl.constexpr = DV // q.block_type.shape[2]
@@ -263,11 +268,11 @@ def _prefill(  # type: ignore[no-untyped-def]
         v.dtype, [STAGES * V_PARTS * PAGES] + v.block_type.shape, v.layout
     )
     if contexts is None:
-        turned = (queries, keys)  # these stand for nothing
+        rope = (queries, keys)  # placeholders
     else:
-        turned = (
-            gl.allocate_shared_memory(q.dtype, [2] + q_turned.block_type.shape, q_turned.layout),
-            gl.allocate_shared_memory(k.dtype, [STAGES] + k_turned.block_type.shape, k.layout),
+        rope = (
+            gl.allocate_shared_memory(q.dtype, [2] + q_rope.block_type.shape, q_rope.layout),
+            gl.allocate_shared_memory(k.dtype, [STAGES] + k_rope.block_type.shape, k.layout),
         )
     mail = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # queries (and mail), keys and values have arrived; both groups are done with them; whose turn
@@ -298,7 +303,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                     queries,
                     keys,
                     values,
-                    turned,
+                    rope,
                     mail,
                     filled,
                     emptied,
@@ -323,7 +328,7 @@ def _prefill(  # type: ignore[no-untyped-def]
                     queries,
                     keys,
                     values,
-                    turned,
+                    rope,
                     mail,
                     filled,
                     emptied,
@@ -345,14 +350,14 @@ def _prefill(  # type: ignore[no-untyped-def]
                 _load,
                 (
                     q,
-                    q_turned,
+                    q_rope,
                     k,
-                    k_turned,
+                    k_rope,
                     v,
                     queries,
                     keys,
                     values,
-                    turned,
+                    rope,
                     mail,
                     filled,
                     emptied,
@@ -449,14 +454,14 @@ def _work(  # type: ignore[no-untyped-def]
 @gluon.jit
 def _load(  # type: ignore[no-untyped-def]
     q,
-    q_turned,
+    q_rope,
     k,
-    k_turned,
+    k_rope,
     v,
     queries,
     keys,
     values,
-    turned,
+    rope,
     mail,
     filled,
     emptied,
@@ -493,7 +498,7 @@ def _load(  # type: ignore[no-untyped-def]
     EXPANDED: gl.constexpr = contexts is not None
     queries_in, keys_in, values_in = filled
     queries_out, keys_out, values_out = emptied
-    turned_queries, turned_keys = turned
+    rope_queries, rope_keys = rope
     LETTER: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if PDL:
         gdc_wait()  # the groups do nothing before the first mail
@@ -517,9 +522,7 @@ def _load(  # type: ignore[no-untyped-def]
         if EXPANDED:
             for i in gl.static_range(2):
                 place = [token + i * HALF, head, 0]
-                tma.async_copy_global_to_shared(
-                    q_turned, place, queries_in, turned_queries.index(i)
-                )
+                tma.async_copy_global_to_shared(q_rope, place, queries_in, rope_queries.index(i))
         last = position + gl.minimum(left, 2 * HALF) - 1
         tiles = last // KEYS + 1
         next_item = item
@@ -549,7 +552,7 @@ def _load(  # type: ignore[no-untyped-def]
             mbarrier.expect(loaded, (PARTS * PAGES + EXPANDED) * k.block_type.nbytes)
             if EXPANDED:
                 tma.async_copy_global_to_shared(
-                    k_turned, [pages[0], RANK], loaded, turned_keys.index(stage)
+                    k_rope, [pages[0], RANK], loaded, rope_keys.index(stage)
                 )
             for i in gl.static_range(PARTS * PAGES):
                 tma.async_copy_global_to_shared(
@@ -622,7 +625,7 @@ def _soften(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _multiply(  # type: ignore[no-untyped-def]
-    queries, keys, turned_queries, turned_keys, stage, none, EXPANDED: gl.constexpr
+    queries, keys, rope_queries, rope_keys, stage, none, EXPANDED: gl.constexpr
 ):
     """Start the products of queries with the keys of ``stage``; return the logits to come."""
     logits = warpgroup_mma(
@@ -630,7 +633,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     )
     if EXPANDED:
         logits = warpgroup_mma(
-            turned_queries, turned_keys.index(stage).permute((1, 0)), logits, is_async=True
+            rope_queries, rope_keys.index(stage).permute((1, 0)), logits, is_async=True
         )
     return logits
 
@@ -641,7 +644,7 @@ def _attend(  # type: ignore[no-untyped-def]
     queries,
     keys,
     values,
-    turned,
+    rope,
     mail,
     filled,
     emptied,
@@ -680,11 +683,11 @@ def _attend(  # type: ignore[no-untyped-def]
     my_queries = queries._reinterpret(dtype, [2, ROWS, D], keys.layout).index(GROUP)
     all_keys = keys._reinterpret(dtype, [STAGES, KEYS, D], keys.layout)
     all_values = values._reinterpret(dtype, [STAGES, KEYS, DV], values.layout)
-    my_turned = my_queries
-    turned_keys = all_keys
+    my_rope_queries = my_queries
+    rope_keys = all_keys
     if EXPANDED:
-        my_turned = turned[0]._reinterpret(dtype, [2, ROWS, WIDE], keys.layout).index(GROUP)
-        turned_keys = turned[1]
+        my_rope_queries = rope[0]._reinterpret(dtype, [2, ROWS, WIDE], keys.layout).index(GROUP)
+        rope_keys = rope[1]
     none = gl.zeros((ROWS, KEYS), gl.float32, S)
     key = gl.arange(0, KEYS, gl.SliceLayout(0, S))
     mine = (
@@ -705,7 +708,7 @@ def _attend(  # type: ignore[no-untyped-def]
         mbarrier.wait(keys_in.index(stage), step // STAGES % 2)
         if TURNS:
             mbarrier.wait(turns[GROUP], turn)
-        logits = _multiply(my_queries, all_keys, my_turned, turned_keys, stage, none, EXPANDED)
+        logits = _multiply(my_queries, all_keys, my_rope_queries, rope_keys, stage, none, EXPANDED)
         if TURNS:
             gl.thread_barrier()
             mbarrier.arrive(turns[1 - GROUP])
@@ -727,7 +730,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 if TURNS:
                     mbarrier.wait(turns[GROUP], turn)
                 logits = _multiply(
-                    my_queries, all_keys, my_turned, turned_keys, stage, none, EXPANDED
+                    my_queries, all_keys, my_rope_queries, rope_keys, stage, none, EXPANDED
                 )
                 mbarrier.wait(values_in.index(previous), phase)
                 acc = warpgroup_mma(weights, all_values.index(previous), acc, is_async=True)

@@ -103,31 +103,31 @@ def attend(
 
 
 def attend_latents(
-    latent: Latents, q: Tensor, turned: Tensor, kv: KVPages, packed: Packed, *, scaling: float
+    latent: Latents, q: Tensor, q_rope: Tensor, kv: KVPages, packed: Packed, *, scaling: float
 ) -> Tensor:
     """Return the attention of queries where ``kv`` keeps latents: [T, heads, value width].
 
     Args:
         latent: takes queries to latents and latents to values, or makes keys and values.
         q: queries of all tokens without their rotary part, [T, heads, key width].
-        turned: the rotary part, [T, heads, rotary].
+        q_rope: the rotary part, [T, heads, rotary].
         kv: the pages of the layer.
         packed: the tokens of the pass.
         scaling: what logits are multiplied with.
     """
     expanded = packed.expanded
     if expanded is None:
-        return latent.values(attend(latent.queries(q, turned), kv, packed, scaling=scaling))
-    width = latent.weight.shape[1] - latent.key_width
-    out = q.new_empty(q.shape[0], q.shape[1], width)
+        return latent.values(attend(latent.queries(q, q_rope), kv, packed, scaling=scaling))
+    value_width = latent.weight.shape[1] - latent.key_width
+    out = q.new_empty(q.shape[0], q.shape[1], value_width)
     if first := expanded.token:
-        queries = latent.queries(q[:first], turned[:first])
+        queries = latent.queries(q[:first], q_rope[:first])
         gathered = attend(queries, kv, packed.without(expanded), scaling=scaling)
         out[:first] = latent.values(gathered)
     if q.is_cuda:
-        attend_expanded(latent, q, turned, kv, packed, out, scaling)
+        attend_expanded(latent, q, q_rope, kv, packed, out, scaling)
     else:
-        _attend_expanded_on_cpu(latent, torch.cat([q, turned], -1), kv, packed, out, scaling)
+        _attend_expanded_on_cpu(latent, torch.cat([q, q_rope], -1), kv, packed, out, scaling)
     return out
 
 
@@ -175,7 +175,7 @@ def _attend_on_cpu(
 def _attend_expanded_on_cpu(
     latent: Latents, q: Tensor, kv: KVPages, packed: Packed, out: Tensor, scaling: float
 ) -> None:
-    """Do what `attend_expanded` does with ``q`` [T, heads, key width + rotary]."""
+    """Do what `attend_expanded` does, with ``q`` [T, heads, key width + rotary]."""
     assert packed.expanded is not None
     rank = kv.v.shape[3]
     for begin, end, first in packed.spans():
@@ -429,8 +429,8 @@ def _forward(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
     if latent:
-        own, turned = q[..., : latent.key_width], q[..., latent.key_width :]
-        return attend_latents(latent, own, turned, kv, packed, scaling=scaling)[None], None
+        own, q_rope = q[..., : latent.key_width], q[..., latent.key_width :]
+        return attend_latents(latent, own, q_rope, kv, packed, scaling=scaling)[None], None
     out = attend(
         q,
         kv,

@@ -1,8 +1,8 @@
-"""Attention of chunks to keys and values that are made of the latents of their contexts.
+"""Attention of chunks to keys and values that are made from the latents of their contexts.
 
-DeepSeek's latents can be attended to themselves, which suits few queries: it takes 1 088
-multiply-adds for each query, key and head, and no key or value is made. For many queries it is
-cheaper to make keys and values, 131 072 for each key and head, as each pair then takes 320.
+Queries can attend to DeepSeek's latents directly, which suits few queries: no key or value is made,
+and each pair of a query and a key takes 1 088 multiply-adds a head. For many queries it is cheaper
+to make keys and values, at 131 072 multiply-adds for each key and head: a pair then takes 320.
 `qtool.engine.attention.pages.pairs_saved` tells which chunks these are.
 """
 
@@ -14,12 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qtool.engine.attention.pages import MAX_EXPANDED, KVPages, LayerGeometry, Packed
+from qtool.engine.attention.pages import MAX_EXPANDED_TOKENS, KVPages, LayerGeometry, Packed
 from qtool.runtime.kernels import current
 
-# Bytes of the keys and values made at a time: of all heads, or of some after others. Each head
-# attends by itself, so that no results of parts must be merged, however long the context.
-WORKSPACE = 512 << 20
+# The keys and values that are made at a time: of all heads if they fit, else of some heads after
+# others. Heads are independent, so no partial results are merged, however long the context.
+WORKSPACE_BYTES = 512 << 20
 
 
 class Latents(Protocol):
@@ -28,13 +28,16 @@ class Latents(Protocol):
     """
 
     weight: Tensor
-    """[heads, key width + value width, rank]"""
+    """[heads, key width + value width, rank]."""
     key_width: int
     """Of keys, without the rotary part."""
 
-    def queries(self, q: Tensor, turned: Tensor) -> Tensor:
-        """Return what attends to latents, [T, heads, rank + rotary], of queries [T, heads, key
-        width] and their rotary part [T, heads, rotary].
+    def queries(self, q: Tensor, q_rope: Tensor) -> Tensor:
+        """Return queries for latents, [T, heads, rank + rotary].
+
+        Args:
+            q: queries without their rotary part, [T, heads, key width].
+            q_rope: the rotary part, [T, heads, rotary].
         """
 
     def values(self, gathered: Tensor) -> Tensor:
@@ -47,15 +50,17 @@ class Latents(Protocol):
 
 
 def reserve_bytes(layers: Sequence[LayerGeometry], dtype: torch.dtype) -> int:
-    """Return the bytes that `attend_expanded` takes at most for layers of a model of ``dtype``."""
+    """Return the most bytes that `attend_expanded` allocates for ``layers`` of a model of
+    ``dtype``.
+    """
     widths = [layer.head_dim for layer in layers if layer.keeps_latents]
-    return MAX_EXPANDED * max(widths) * dtype.itemsize + WORKSPACE if widths else 0
+    return MAX_EXPANDED_TOKENS * max(widths) * dtype.itemsize + WORKSPACE_BYTES if widths else 0
 
 
 def attend_expanded(
     latent: Latents,
     q: Tensor,
-    turned: Tensor,
+    q_rope: Tensor,
     kv: KVPages,
     packed: Packed,
     out: Tensor,
@@ -64,9 +69,9 @@ def attend_expanded(
     """Fill ``out`` for the tokens of the chunks of ``packed.expanded``, on a GPU.
 
     Args:
-        latent: makes keys and values.
+        latent: the layer, which makes keys and values.
         q: queries of all tokens without their rotary part, [T, heads, key width].
-        turned: the rotary part, [T, heads, rotary].
+        q_rope: the rotary part, [T, heads, rotary].
         kv: the pages of the layer, which hold the latents of the new tokens too.
         packed: the tokens of the pass.
         out: [T, heads, value width], contiguous.
@@ -79,19 +84,21 @@ def attend_expanded(
     with current(q.device):
         latents = triton_latent.gather(kv, packed, q.dtype)
         each = _heads_at_once(latent.weight, expanded.keys)
-        both = q.new_empty(expanded.keys, each * latent.weight.shape[1])
+        expanded_kv = q.new_empty(expanded.keys, each * latent.weight.shape[1])
         for begin in range(0, q.shape[1], each):
             some = slice(begin, begin + each)
-            torch.mm(latents[:, :rank], latent.weight[some].flatten(0, 1).T, out=both)
+            torch.mm(latents[:, :rank], latent.weight[some].flatten(0, 1).T, out=expanded_kv)
             triton_latent.prefill_expanded(
-                q[:, some], turned[:, some], both, latents, packed, out[:, some], scaling
+                q[:, some], q_rope[:, some], expanded_kv, latents, packed, out[:, some], scaling
             )
 
 
 def _heads_at_once(weight: Tensor, keys: int) -> int:
-    """Return of how many heads of ``weight`` the keys and values are made together."""
+    """Return for how many heads of ``weight`` the keys and values of ``keys`` tokens are made
+    together: a divisor of their number.
+    """
     heads = weight.shape[0]
-    most = WORKSPACE // (keys * weight.shape[1] * weight.itemsize)
+    most = WORKSPACE_BYTES // (keys * weight.shape[1] * weight.itemsize)
     return max(
         (count for count in range(1, heads + 1) if heads % count == 0 and count <= most), default=1
     )

@@ -13,15 +13,15 @@ from torch import Tensor
 
 PAGE = 16  # tokens of a page
 LOG2_E = 1.4426950408889634  # kernels keep logits in units of log2
-# Keys and values of latents are made for a chunk when that saves operations. For n tokens after b
+# Keys and values are made from latents for a chunk when that saves operations. For n tokens after b
 # others there are P = n b + n (n + 1) / 2 pairs of a query and a key. With DeepSeek's sizes (rank
-# 512, 64 that rotate, keys and values of 128), multiply-adds of each head are
+# 512, 64 rotary channels, keys and values of 128), the multiply-adds of each head are
 #     with the latents themselves   P (2 * 512 + 64) + n * 512 * (128 + 128)
 #     with keys and values          P (128 + 64 + 128) + (b + n) * 512 * (128 + 128)
-# so that these pay when 768 P > 131 072 b, or P > 171 b: without earlier tokens always, after very
-# many from 171 tokens on. They are written and read as well, hence:
-PAIRS_A_KEY = 256
-MAX_EXPANDED = 163_840  # tokens of a step whose keys and values are made: DeepSeek's context
+# so keys and values pay when 768 P > 131 072 b, or P > 171 b: always without earlier tokens, and
+# from 171 tokens on after very many. Writing and reading them costs time too, so 171 becomes:
+PAIRS_PER_KEY = 256
+MAX_EXPANDED_TOKENS = 163_840  # of all contexts in a step; DeepSeek's context length
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class StateGeometry:
     layer_idx: int
     channels: int
     inputs: int
-    """Of each channel, those that the convolution of the next token reads."""
+    """How many earlier inputs of each channel the convolution of a token reads."""
     matrix: tuple[int, int, int]
     """Heads, key width, value width."""
-    drafted: int
-    """How many numbers are kept of a draft."""
+    draft_size: int
+    """How many numbers are kept for a draft."""
 
-    def conv(self, drafts: int) -> tuple[int, int]:
-        """Return how many inputs of how many channels are kept."""
+    def conv_shape(self, drafts: int) -> tuple[int, int]:
+        """Return how many inputs of how many channels are kept with ``drafts`` drafts a token."""
         return self.inputs + drafts, self.channels
 
 
@@ -108,9 +108,9 @@ class RecurrentStates:
     length: Tensor
     """int32 [rows]: how many tokens of the sequence `recurrent_state` holds."""
     drafted: Tensor
-    """[rows, 2 * drafts + 1, N]: keys, values, and what learning rates and decays are made of, side
-    by side, of drafts, that of position p at ``p % (2 * drafts + 1)``: no step writes where it
-    reads. Without drafts [rows, 0, N].
+    """[rows, 2 * drafts + 1, N]: of each draft keys, values, ``b`` and ``a`` side by side (see
+    `delta_rule.mix`), that of position p at ``p % (2 * drafts + 1)``, so that no step writes where
+    it reads. Without drafts [rows, 0, N].
     """
 
     @property
@@ -134,15 +134,15 @@ LayerCache = KVPages | RecurrentStates
 
 @dataclass(frozen=True)
 class Expanded:
-    """The last chunks of a pass, where latents are kept: their queries meet keys and values that
-    are made of the latents of their contexts, which are all tokens of their sequences so far.
+    """The last chunks of a pass over cached latents: their queries attend to keys and values that
+    are made from the latents of their contexts. A context is all tokens of a sequence so far.
     """
 
     chunks: int
     token: int
     """The first token of these chunks in the pass."""
     contexts: Tensor
-    """int32 [chunks + 1]: where the context of each begins, if these lie side by side, and where
+    """int32 [chunks + 1]: where the context of each begins when they lie side by side, and where
     the last ends.
     """
     keys: int
@@ -188,7 +188,9 @@ class Packed:
     Streams that run at the same time need their own; None allocates them in each call.
     """
     expanded: Expanded | None = None
-    """The last chunks, if their keys and values are made of latents; other layers ignore it."""
+    """The last chunks, if their keys and values are made from latents; layers that cache no latents
+    ignore it.
+    """
 
     def expand(self, chunks: Sequence[tuple[int, int]]) -> Packed:
         """Return this pass, which has no padding, with ``expanded`` for its last ``chunks``.
@@ -241,10 +243,10 @@ class Packed:
 
 
 def pairs_saved(before: int, new: int) -> int:
-    """Return what keys and values made of latents save for a chunk of ``new`` tokens after
-    ``before`` others, in pairs of a query and a key; below 0 if they cost more.
+    """Return what keys and values made from latents save for a chunk of ``new`` tokens after
+    ``before`` others, in pairs of a query and a key; negative if they cost more.
     """
-    return new * before + new * (new + 1) // 2 - PAIRS_A_KEY * before
+    return new * before + new * (new + 1) // 2 - PAIRS_PER_KEY * before
 
 
 def new_counters(rows: int, groups: int, device: torch.device) -> Tensor:

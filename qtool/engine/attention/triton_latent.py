@@ -3,7 +3,7 @@
 A latent is key and value at once, and is read once: logits come from all of its numbers and from
 the rotary part beside them, and what is gathered are its numbers. Query heads are rows of a tile.
 
-Large chunks attend to keys and values made of latents instead, which `gather` brings together.
+Large chunks attend to keys and values made from the latents that `gather` collects.
 """
 
 # ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
@@ -120,8 +120,8 @@ def gather(kv: KVPages, packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def prefill_expanded(
     q: Tensor,
-    turned: Tensor,
-    both: Tensor,
+    q_rope: Tensor,
+    expanded_kv: Tensor,
     latents: Tensor,
     packed: Packed,
     out: Tensor,
@@ -132,25 +132,26 @@ def prefill_expanded(
 
     Args:
         q: queries of all tokens without their rotary part, [T, heads, key width].
-        turned: the rotary part, [T, heads, rotary].
-        both: keys and values made of ``latents``, [keys, heads * (key width + value width)].
+        q_rope: the rotary part, [T, heads, rotary].
+        expanded_kv: keys and values made from ``latents``, [keys, heads * (key width + value
+            width)].
         latents: from `gather`; the rotary part of the keys is read.
         packed: the tokens of the pass.
         out: [T, heads, value width], of any stride between tokens.
         scaling: what logits are multiplied with.
-        tile: how the work is cut; None: as is best, in the kernel that is best.
+        tile: how the work is cut; None: the best tile, in the fastest kernel that applies.
     """
     expanded = packed.expanded
     assert expanded is not None
-    heads, key, value, width = q.shape[1], q.shape[2], out.shape[2], turned.shape[2]
+    heads, key, value, width = q.shape[1], q.shape[2], out.shape[2], q_rope.shape[2]
     if tile is None and GLUON and triton_paged.is_hopper(q.device):
         from qtool.engine.attention import gluon_prefill
 
-        if gluon_prefill.applies_to_expanded(q, turned, both, out):
+        if gluon_prefill.applies_to_expanded(q, q_rope, expanded_kv, out):
             gluon_prefill.prefill_expanded(
                 q,
-                turned,
-                both,
+                q_rope,
+                expanded_kv,
                 latents,
                 packed,
                 out,
@@ -159,12 +160,12 @@ def prefill_expanded(
             )
             return
     tile = tile or triton_paged.prefill_tile(max(key, value), q.element_size())
-    values = both[:, key:]
+    values = expanded_kv[:, key:]
     triton_paged._prefill[(triton.cdiv(packed.longest, tile.rows), heads, expanded.chunks)](
         q=q,
-        q_turned=turned,
-        k_pages=both,
-        k_turned=latents[:, -width:],
+        q_rope=q_rope,
+        k_pages=expanded_kv,
+        k_rope=latents[:, -width:],
         v_pages=values,
         table=packed.table,
         rows=packed.rows,
@@ -178,12 +179,12 @@ def prefill_expanded(
         stride_out_token=out.stride(0),
         stride_q_token=q.stride(0),
         stride_q_head=q.stride(1),
-        stride_q_turned_token=turned.stride(0),
-        stride_q_turned_head=turned.stride(1),
-        stride_k_turned=latents.stride(0),
-        stride_k_page=both.stride(0),
+        stride_q_rope_token=q_rope.stride(0),
+        stride_q_rope_head=q_rope.stride(1),
+        stride_k_rope=latents.stride(0),
+        stride_k_page=expanded_kv.stride(0),
         stride_k_page_head=key + value,
-        stride_v_page=both.stride(0),
+        stride_v_page=expanded_kv.stride(0),
         stride_v_page_head=key + value,
         factor=scaling * LOG2_E,
         limit=0.0,
@@ -197,7 +198,7 @@ def prefill_expanded(
         D_PADDED=max(16, triton.next_power_of_2(key)),
         DV=value,
         DV_PADDED=max(16, triton.next_power_of_2(value)),
-        TURNED=width,
+        ROPE=width,
         PAGE=1,
         KEYS=tile.keys,
         STAGES=tile.stages,
@@ -282,12 +283,12 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
         place = pages + page.to(tl.int64) * stride_page + (keys % PAGE) * (RANK + ROTARY)
         kept = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=visible, other=0.0)
-        turned = tl.load(
+        k_rope = tl.load(
             place[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=visible, other=0.0
         )
-        kept, turned = kept.to(latent.dtype), turned.to(latent.dtype)
+        kept, k_rope = kept.to(latent.dtype), k_rope.to(latent.dtype)
         logits = tl.dot(latent, tl.trans(kept), input_precision="ieee")
-        logits = tl.dot(rotary, tl.trans(turned), logits, input_precision="ieee") * factor
+        logits = tl.dot(rotary, tl.trans(k_rope), logits, input_precision="ieee") * factor
         logits = tl.where(keys[None, :] <= own[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -478,5 +479,5 @@ def _gather(  # type: ignore[no-untyped-def]
     latent = tl.load(source + i, mask=inside, other=0.0).to(tl.float32) * scale
     tl.store(target + i, latent.to(out.dtype.element_ty), mask=inside)
     i = RANK + tl.arange(0, ROTARY)[None, :]
-    turned = tl.load(source + i, mask=inside, other=0.0).to(tl.float32) * scale
-    tl.store(target + i, turned.to(out.dtype.element_ty), mask=inside)
+    k_rope = tl.load(source + i, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(target + i, k_rope.to(out.dtype.element_ty), mask=inside)

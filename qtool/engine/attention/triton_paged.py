@@ -234,16 +234,16 @@ def prefill(
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
     _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
-        q_turned=None,
-        k_turned=None,
+        q_rope=None,
+        k_rope=None,
         contexts=None,
-        stride_q_turned_token=0,
-        stride_q_turned_head=0,
-        stride_k_turned=0,
+        stride_q_rope_token=0,
+        stride_q_rope_head=0,
+        stride_k_rope=0,
         starts=packed.starts,
         stride_out_token=out.stride(0),
         decodes=packed.decodes,
-        TURNED=0,
+        ROPE=0,
         ROWS=rows,
         KEYS=tile.keys,
         STAGES=tile.stages,
@@ -493,9 +493,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     v_pages,
     stride_k_page,
     stride_v_page,
-    q_turned,
-    k_turned,
-    stride_k_turned,
+    q_rope,
+    k_rope,
+    stride_k_rope,
     factor,
     limit,
     window,
@@ -504,7 +504,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -513,8 +513,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 
     ``acc`` [ROWS, v_head_dim] and ``total`` [ROWS] are sums, ``top`` [ROWS] the largest logit.
     ``own`` is the position of each row. ``q`` and ``factor`` come from `_half`. Nothing outside of
-    the positions ``low`` to ``last`` is read. Without a table, the pages of one token each lie in
-    order. ``TURNED`` numbers more of queries and keys are in ``q_turned`` and ``k_turned``.
+    the positions ``low`` to ``last`` is read. Without a table, each token is a page, in order.
+    ``q_rope`` and ``k_rope`` hold ``ROPE`` more channels of queries and keys.
     """
     keys = begin * KEYS + tl.arange(0, KEYS)
     page = keys
@@ -532,10 +532,10 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             k_pages, page.to(tl.int64) * stride_k_page, keys, visible, MASKED, D, q.shape[1], PAGE
         )
         logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee")
-        if TURNED:
-            place = page.to(tl.int64) * stride_k_turned
-            k = _load(k_turned, place, keys, visible, MASKED, TURNED, TURNED, PAGE)
-            logits = tl.dot(q_turned, tl.trans(k), logits, input_precision="ieee")
+        if ROPE:
+            place = page.to(tl.int64) * stride_k_rope
+            k = _load(k_rope, place, keys, visible, MASKED, ROPE, ROPE, PAGE)
+            logits = tl.dot(q_rope, tl.trans(k), logits, input_precision="ieee")
         logits *= factor
         if SOFTCAP:
             # limit * tanh, by e^2x = 2^(2.88 x)
@@ -801,9 +801,9 @@ def _add_parts(  # type: ignore[no-untyped-def]
 @triton.jit(**ANY_VALUE)
 def _prefill(  # type: ignore[no-untyped-def]
     q,
-    q_turned,
+    q_rope,
     k_pages,
-    k_turned,
+    k_rope,
     v_pages,
     table,
     rows,
@@ -817,9 +817,9 @@ def _prefill(  # type: ignore[no-untyped-def]
     stride_out_token,
     stride_q_token,
     stride_q_head,
-    stride_q_turned_token,
-    stride_q_turned_head,
-    stride_k_turned,
+    stride_q_rope_token,
+    stride_q_rope_head,
+    stride_k_rope,
     stride_k_page,
     stride_k_page_head,
     stride_v_page,
@@ -836,14 +836,14 @@ def _prefill(  # type: ignore[no-untyped-def]
     D_PADDED: tl.constexpr,
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``contexts`` say where keys and values begin that lie in the order of their tokens, see
-    `triton_latent.prefill_expanded`; None: they are in pages.
+    """Keys and values are in pages; with ``contexts`` they lie in the order of their tokens, and
+    those of each chunk begin there, see `triton_latent.prefill_expanded`.
     """
     TOKENS: tl.constexpr = ROWS // SHARED
     start_early(PDL)
@@ -873,17 +873,17 @@ def _prefill(  # type: ignore[no-untyped-def]
     queries, factor = _half(queries, factor, k_pages)
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
     total, top = _start(sinks, query_head, valid, ROWS)
-    if TURNED:
-        turned = tl.load(
-            q_turned
-            + (start + token).to(tl.int64)[:, None] * stride_q_turned_token
-            + query_head[:, None] * stride_q_turned_head
-            + tl.arange(0, TURNED)[None, :],
+    if ROPE:
+        rope = tl.load(
+            q_rope
+            + (start + token).to(tl.int64)[:, None] * stride_q_rope_token
+            + query_head[:, None] * stride_q_rope_head
+            + tl.arange(0, ROPE)[None, :],
             mask=valid[:, None],
             other=0.0,
         )
     else:
-        turned = None
+        rope = None
     if contexts is None:
         table_row = table + tl.load(rows + start) * stride_table_row
     else:
@@ -891,7 +891,7 @@ def _prefill(  # type: ignore[no-untyped-def]
         context = tl.load(contexts + chunk).to(tl.int64)
         k_pages += context * stride_k_page
         v_pages += context * stride_v_page
-        k_turned += context * stride_k_turned
+        k_rope += context * stride_k_rope
     k_pages += head * stride_k_page_head
     v_pages += head * stride_v_page_head
     end = last // KEYS + 1
@@ -919,9 +919,9 @@ def _prefill(  # type: ignore[no-untyped-def]
             v_pages,
             stride_k_page,
             stride_v_page,
-            turned,
-            k_turned,
-            stride_k_turned,
+            rope,
+            k_rope,
+            stride_k_rope,
             factor,
             limit,
             window,
@@ -930,7 +930,7 @@ def _prefill(  # type: ignore[no-untyped-def]
             True,
             D,
             DV,
-            TURNED,
+            ROPE,
             PAGE,
             KEYS,
             STAGES,
@@ -951,9 +951,9 @@ def _prefill(  # type: ignore[no-untyped-def]
             v_pages,
             stride_k_page,
             stride_v_page,
-            turned,
-            k_turned,
-            stride_k_turned,
+            rope,
+            k_rope,
+            stride_k_rope,
             factor,
             limit,
             window,
@@ -962,7 +962,7 @@ def _prefill(  # type: ignore[no-untyped-def]
             masked == 1,
             D,
             DV,
-            TURNED,
+            ROPE,
             PAGE,
             KEYS,
             STAGES,
