@@ -204,7 +204,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     layers = checkpoint.text_config.get("num_hidden_layers")
     text = config.get_text_config()
     if isinstance(layers, int):
-        # `runtime.mtp` counts one more than the file, which attends
+        # `runtime.mtp` counts its layer among the others: it has full attention
         if (kinds := getattr(text, "layer_types", None)) and layers > text.num_hidden_layers:
             text.layer_types = [*kinds, "full_attention"]
         text.num_hidden_layers = layers

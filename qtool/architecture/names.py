@@ -58,7 +58,7 @@ def names_in(
         checkpoint: the checkpoint; quantized layers count as the matrices they stand for.
         layout: what `formats.detect` returned.
         uncalled: linear layers of the model whose parent multiplies with the weight by itself.
-        moved: a module of the checkpoint, and what transformers is to think it is called.
+        moved: the name of a module in the checkpoint, and the one that transformers gets for it.
     """
     mapper = _Mapper(checkpoint, model, uncalled, moved)
     for name, shape in model_tensors(checkpoint, layout).items():
@@ -74,7 +74,7 @@ def names_in(
 
 
 def moved_name(name: str, moved: tuple[str, str] | None) -> str:
-    """Return what transformers is to think the tensor ``name`` is called."""
+    """Return the name that transformers gets for the tensor ``name``; see `names_in`."""
     if moved is None or not name.startswith(f"{moved[0]}."):
         return name
     return moved[1] + name.removeprefix(moved[0])

@@ -33,10 +33,10 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 3
 PREFILL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 # With latents: steps of up to so many tokens of prompts have a graph that attends to the latents.
 MAX_ABSORBED_TOKENS = 512
-# From so many on they have one for prompts without earlier tokens, with keys and values.
+# From so many on, prompts without earlier tokens have one that attends to keys and values.
 MIN_EXPANDED_TOKENS = 256
-# Larger steps, and those that keys and values save so many pairs of a query and a key, run without
-# a graph: launching 30 layers takes 1 to 2 ms more, as attention to the pairs of 16 heads does.
+# Steps run without a graph if keys and values save more pairs of a query and a key than this:
+# launching 30 layers takes 1 to 2 ms more, about as long as attending to so many with 16 heads.
 PAIRS_WORTH_LAUNCHES = 1 << 19
 # Tokens that decode in such a step.
 GRAPH_DECODE_BATCHES = (0, 64, 256)
@@ -73,7 +73,7 @@ class PromptShape(NamedTuple):
     tokens: int
     """Tokens of prompts."""
     expands: bool = False
-    """Whether prompts begin in it, and attend to keys and values made of latents."""
+    """Whether all its prompts begin in it, and attend to keys and values made from latents."""
 
     @property
     def size(self) -> int:
@@ -81,7 +81,7 @@ class PromptShape(NamedTuple):
         return self.decodes + self.tokens
 
     def expanded(self, starts: Tensor) -> Expanded | None:
-        """Return what `Packed` has of its chunks, which begin at ``starts``."""
+        """Return `Packed.expanded` for its chunks, which begin at ``starts``."""
         if not self.expands:
             return None
         chunks = len(starts) - 1
@@ -90,7 +90,7 @@ class PromptShape(NamedTuple):
     def layout(self, updates: int = 0) -> StepLayout:
         """Return the layout of its inputs; the graph does not read the ``updates``."""
         return StepLayout(
-            tokens=self.decodes + self.tokens,
+            tokens=self.size,
             starts=MAX_GRAPH_CHUNKS + 2,
             kept=self.decodes + MAX_GRAPH_CHUNKS,
             updates=updates,
@@ -109,7 +109,7 @@ class CudaGraphs:
         limits: what the largest step may hold.
         table: the page table, int32 [limits.max_running + 1, columns]; its last row is for padding.
         buffer: where the inputs of steps are.
-        keeps_latents: whether prompts may attend to keys and values made of latents.
+        keeps_latents: whether prompts may attend to keys and values made from latents.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class CudaGraphs:
             for tokens in PREFILL_BUCKETS
             if tokens <= longest
             for decodes in sorted({min(count, most) for count in GRAPH_DECODE_BATCHES})
-            for expands in _ways(tokens, keeps_latents)
+            for expands in _expands_options(tokens, keeps_latents)
         ]
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
@@ -169,14 +169,16 @@ class CudaGraphs:
             return None
         tokens = sum(chunk.count for chunk in prefills)
         decodes = step.decode_tokens
-        begin = not any(chunk.start for chunk in prefills)
+        all_begin = not any(chunk.start for chunk in prefills)
         saved = sum(pairs_saved(before, new) for before, new in step.expanded)
-        if not begin and saved > PAIRS_WORTH_LAUNCHES:
+        if not all_begin and saved > PAIRS_WORTH_LAUNCHES:
             return None
         fitting = (
             shape
             for shape in self.prompts
-            if shape.decodes >= decodes and shape.tokens >= tokens and (begin or not shape.expands)
+            if shape.decodes >= decodes
+            and shape.tokens >= tokens
+            and (all_begin or not shape.expands)
         )
         return next(fitting, None)
 
@@ -244,10 +246,10 @@ class CudaGraphs:
         """Run the steps of all graphs once; see `capture`."""
         for size in self._sizes:
             decode(self.fill_decode(NOTHING, size))
-            _wait()
+            _wait_for_device()
         for shape in self._shapes:
             prompts(self.fill_prompts(NOTHING, shape), shape)
-            _wait()
+            _wait_for_device()
 
     def capture(
         self,
@@ -270,7 +272,7 @@ class CudaGraphs:
                 graph, (logits, tokens) = record(partial(decode, inputs))
                 self.decode[size] = DecodeGraph(graph, logits, tokens)
             self.kept_logits = logits.new_empty(self._kept_rows, logits.shape[1])
-            for shape in sorted(self._shapes, key=_order, reverse=True):
+            for shape in sorted(self._shapes, key=_cost, reverse=True):
                 inputs = self.fill_prompts(NOTHING, shape)
                 run = partial(self.keep_logits, prompts, inputs, shape)
                 self.prompts[shape], _ = record(run)
@@ -291,7 +293,7 @@ class CudaGraphs:
                 stacklevel=2,
             )
         self.decode = dict(sorted(self.decode.items()))
-        self.prompts = {shape: self.prompts[shape] for shape in sorted(self.prompts, key=_order)}
+        self.prompts = {shape: self.prompts[shape] for shape in sorted(self.prompts, key=_cost)}
 
     def keep_logits(
         self,
@@ -312,19 +314,19 @@ class CudaGraphs:
         return len(self.decode) + len(self.prompts)
 
 
-def _ways(tokens: int, keeps_latents: bool) -> tuple[bool, ...]:
-    """Return how graphs of ``tokens`` tokens of prompts attend: `PromptShape.expands` of each."""
+def _expands_options(tokens: int, keeps_latents: bool) -> tuple[bool, ...]:
+    """Return `PromptShape.expands` of each graph for ``tokens`` tokens of prompts."""
     if not keeps_latents or tokens < MIN_EXPANDED_TOKENS:
         return (False,)
     return (True, False) if tokens <= MAX_ABSORBED_TOKENS else (True,)
 
 
-def _order(shape: PromptShape) -> tuple[int, bool]:
-    """The smallest first; of the same size the one that costs less."""
+def _cost(shape: PromptShape) -> tuple[int, bool]:
+    """Return a sort key: the smallest first, and of one size the one that attends to keys."""
     return shape.size, not shape.expands
 
 
-def _wait() -> None:
+def _wait_for_device() -> None:
     """Wait until the device has read the inputs, before others take their place on the host."""
     torch.cuda.current_stream().synchronize()
 

@@ -42,14 +42,14 @@ class Shape:
         return keys, keys, self.value_heads * self.value_width
 
     @property
-    def kept(self) -> tuple[int, int, int, int]:
-        """Numbers that are kept of a draft: of its keys, values, ``b`` and ``a``."""
+    def draft_sizes(self) -> tuple[int, int, int, int]:
+        """Numbers that are kept for a draft: of its keys, values, ``b`` and ``a``."""
         return *self.sizes[1:], self.value_heads, self.value_heads
 
     def geometry(self, layer_idx: int, kernel: int) -> StateGeometry:
-        """Return what a layer keeps whose convolution reads ``kernel`` inputs."""
+        """Return what a layer keeps if its convolution reads ``kernel`` inputs."""
         heads = (self.value_heads, self.key_width, self.value_width)
-        return StateGeometry(layer_idx, sum(self.sizes), kernel - 1, heads, sum(self.kept))
+        return StateGeometry(layer_idx, sum(self.sizes), kernel - 1, heads, sum(self.draft_sizes))
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,21 @@ def mix(
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
     for begin, end, position in packed.spans():
-        row, own = int(packed.rows[begin]), slice(begin, end)
+        row = int(packed.rows[begin])
+        own = slice(begin, end)
+        state = states.recurrent_state[row]
+        if position == 0:
+            state.zero_()
         mixed = _convolve(states.conv_state[row], qkv[own], weights.conv, position)
         q, k, v = torch.split(mixed, list(shape.sizes), dim=-1)
         tokens = torch.cat([k, v, b[own], a[own]], dim=1)
         right = _drafts_before(states, row, position)
-        # a token and drafts, or a part of a prompt
-        held = 1 if begin < packed.decodes else end - begin
+        known = 1 if begin < packed.decodes else end - begin  # the other tokens are drafts
         if states.drafts:
-            states.length[row] = position + held
-            places = torch.arange(position + held, position + end - begin)
-            states.drafted[row, places % states.drafted.shape[1]] = tokens[held:]
-        state, held = states.recurrent_state[row], held + len(right)
+            states.length[row] = position + known
+            places = torch.arange(position + known, position + end - begin)
+            states.drafted[row, places % states.drafted.shape[1]] = tokens[known:]
+        held = len(right) + known
         q = functional.pad(q, (0, 0, len(right), 0))  # nobody asks for their values
         terms = _terms(q, torch.cat([right, tokens]), weights)
         found = [_add(state, [each[:held] for each in terms])]
@@ -110,13 +113,13 @@ def mix(
 
 
 def _convolve(kept: Tensor, new: Tensor, weight: Tensor, position: int) -> Tensor:
-    """Return the convolution of the inputs ``new`` [n, C] from ``position`` on, and its SiLU.
+    """Return the SiLU of the convolution of new inputs, [n, C].
 
     Args:
         kept: the last inputs of the sequence, [inputs, C]; the new ones are added.
-        new: [n, C].
+        new: the new inputs, [n, C].
         weight: [C, kernel].
-        position: of the first of them.
+        position: of the first new input.
     """
     first, count = position - weight.shape[1] + 1, len(kept)
     places = torch.arange(first, position)
@@ -130,11 +133,9 @@ def _convolve(kept: Tensor, new: Tensor, weight: Tensor, position: int) -> Tenso
 
 
 def _drafts_before(states: RecurrentStates, row: int, position: int) -> Tensor:
-    """Return what ``states`` keep of the drafts before ``position`` of a sequence that are not in
-    its matrix, [n, N]. If the sequence begins, its matrix becomes zeros.
+    """Return what ``states`` keep of the drafts before ``position`` of a sequence that are not yet
+    in its matrix, [n, N].
     """
-    if position == 0:
-        states.recurrent_state[row] = 0
     if position == 0 or not states.drafts:
         return states.drafted[row, :0]
     places = torch.arange(int(states.length[row]), position)
@@ -142,9 +143,15 @@ def _drafts_before(states: RecurrentStates, row: int, position: int) -> Tensor:
 
 
 def _terms(q: Tensor, tokens: Tensor, weights: DeltaWeights) -> list[Tensor]:
-    """Return what `_add_chunk` takes of queries [n, N] and other numbers of tokens [n, N]."""
+    """Return the arguments of `_add_chunk` after ``state``.
+
+    Args:
+        q: the queries of n tokens, [n, key heads * key width].
+        tokens: their keys, values, ``b`` and ``a`` side by side, [n, sum of `Shape.draft_sizes`].
+        weights: of the layer.
+    """
     shape = weights.shape
-    k, v, b, a = torch.split(tokens, list(shape.kept), dim=-1)
+    k, v, b, a = torch.split(tokens, list(shape.draft_sizes), dim=-1)
     q, k = (part.reshape(len(part), -1, shape.key_width).float() for part in (q, k))
     q, k = (
         (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + EPSILON)).repeat_interleave(

@@ -1,12 +1,13 @@
 """Drafts by the model's own layer for multi-token prediction (MTP).
 
-After each step of the model the layer runs over the same tokens, prompts too, so that its keys and
-values stand beside the model's, in the same pages; then again, over its own output, for each
-further draft. After a step that only decodes, all of this is one CUDA graph, for each of some
-numbers of sequences; after one with prompts it runs launch by launch. The layer's keys and values
-depend on the token after theirs: those of the last token of a page that two requests share may be
-of the other's next token, and those after rejected drafts are written again by the next step. Both
-change what is drafted, and no answer.
+After each step of the model the layer runs over the same tokens, prompts too, and caches its keys
+and values in the same pages as the model; then it runs again, over its own output, for each further
+draft. After a step that only decodes, all of this is one CUDA graph, captured for some numbers of
+sequences; after one with prompts it runs launch by launch.
+
+The layer's keys and values also depend on the next token. So in the last token of a page that two
+requests share they may come from the other request's next token, and those after rejected drafts
+are written again by the next step. Either changes what is drafted, but no answer.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ LayerCaches: TypeAlias = Mapping[int, LayerCache]
 
 @dataclass(frozen=True, slots=True)
 class DraftInputs(Generic[Ints]):
-    """What drafting after a step that only decodes reads, int32, on the host or on the device: of
-    each of S sequences K tokens, one that was known and its drafts.
+    """The inputs of drafting after a step that only decodes, int32, on the host or on the device:
+    for each of S sequences K tokens, its last known one and the drafts after it.
 
-    Tokens that a sequence lacks, and those of sequences that are padding, stand on the row for
+    Missing tokens of a sequence, and all tokens of sequences that are padding, use the row for
     padding.
     """
 
     places: Ints
-    """[S, K]: the number of each token in the step; the token sampled after it has the same."""
+    """[S, K]: the index of each token in the step, and of the token sampled after it."""
     positions: Ints
-    """[S, K]"""
+    """[S, K]: of each token in its sequence."""
     rows: Ints
-    """[S, K]"""
+    """[S, K]: of the page table."""
     drafts: Ints
     """[S, K - 1], -1 where there was none."""
     ends: Ints
@@ -57,7 +58,7 @@ class DraftInputs(Generic[Ints]):
 
     @classmethod
     def of(cls, numbers: Ints, size: int) -> DraftInputs[Ints]:
-        """Return views of the flat ``numbers`` for ``size`` sequences; they are all used."""
+        """Return the inputs of ``size`` sequences as views that together cover ``numbers`` [N]."""
         tokens = len(numbers) // 4
         counts = (tokens, tokens, tokens, tokens - size, size)
         bounds = itertools.pairwise(itertools.accumulate(counts, initial=0))
@@ -93,19 +94,19 @@ class MtpDrafter:
         self._layer, self._limits = layer, limits
         self._table, self._counters = table, counters
         weight = layer.projection.weight
-        # of the tokens of the model's last step, which the graphs pad
+        # of the tokens of the model's last step, padding of the graphs included
         self._hidden = weight.new_zeros(limits.token_budget + limits.most_decodes, len(weight))
         # the tokens that the model's last step sampled, and the inputs, where graphs read them
         self._tokens = table.new_zeros(limits.most_decodes)
         most = min(limits.max_running, limits.most_decodes // (1 + limits.drafts))
         self._sizes = sorted({*(size for size in DECODE_BUCKETS if size < most), most})
-        self._inputs = table.new_zeros(most * self._numbers)
+        self._inputs = table.new_zeros(most * self._inputs_per_sequence)
         self.graphs: dict[int, DraftGraph] = {}
         """By how many sequences, smallest first; none until `capture`."""
 
     @property
-    def _numbers(self) -> int:
-        """How many inputs each sequence has in a graph."""
+    def _inputs_per_sequence(self) -> int:
+        """How many numbers `DraftInputs` has for each sequence."""
         return 4 * (1 + self._limits.drafts)
 
     def keep_hidden(self, module: nn.Module, given: object, output: Sequence[Tensor]) -> None:
@@ -120,8 +121,8 @@ class MtpDrafter:
 
         Args:
             packed: the tokens.
-            token_ids: int [T], those after them.
-            hidden: [T, H]; None: of the model's last step.
+            token_ids: int [T], the token after each of them.
+            hidden: [T, H]; None: the hidden states of the model's last step.
             layers: the KV cache.
         """
         if hidden is None:
@@ -134,20 +135,37 @@ class MtpDrafter:
         self, step: Step, tokens: Tensor | None, prefills_at: int, layers: LayerCaches
     ) -> Tensor | None:
         """Run the layer over ``step``, which the model has just computed; return what it drafts
-        after each chunk that samples, int32 [S, D] on the host once the device has done it.
+        after each chunk that samples, int32 [S, D] on the host, valid once the device is done; None
+        if no chunk samples.
 
         Args:
             step: the step.
-            tokens: int32, `Chunk.sampled` for each chunk; None if no chunk samples.
+            tokens: int32 [`Chunk.sampled` of each chunk, side by side]; None if no chunk samples.
             prefills_at: where the hidden states of the chunks that do not decode begin.
             layers: the KV cache.
         """
         if tokens is not None and (size := self._graph_size(step)) is not None:
-            self._tokens[: len(tokens)].copy_(tokens)
-            self.fill(step.chunks, size)
-            self.graphs[size].graph.replay()
-            found = self.graphs[size].drafts[: len(step.chunks)]
-            return found.to("cpu", non_blocking=True)
+            drafts = self._replay(step.chunks, tokens, size)
+        else:
+            if tokens is not None:
+                tokens = tokens.clamp(min=0)  # -1 where logits are not finite
+            states = self._run_after(step, tokens, prefills_at, layers)
+            if tokens is None:
+                return None
+            drafts = self._continue(step.chunks, tokens, states, layers)
+        return drafts.to("cpu", non_blocking=True)
+
+    def _replay(self, chunks: Sequence[Chunk], tokens: Tensor, size: int) -> Tensor:
+        """Return what the graph for ``size`` sequences drafts after ``chunks``, int32 [S, D]."""
+        self._tokens[: len(tokens)].copy_(tokens)
+        self.fill(chunks, size)
+        self.graphs[size].graph.replay()
+        return self.graphs[size].drafts[: len(chunks)]
+
+    def _run_after(
+        self, step: Step, tokens: Tensor | None, prefills_at: int, layers: LayerCaches
+    ) -> Tensor:
+        """Return the layer's hidden states [T, H] for the tokens of ``step``; see `draft`."""
         chunks, decodes = step.chunks, step.decode_tokens
         prefills = chunks[step.decodes :]
         starts = [0, *itertools.accumulate(chunk.count for chunk in prefills)]
@@ -170,23 +188,17 @@ class MtpDrafter:
             after = self._hidden[prefills_at : prefills_at + starts[-1]]
             hidden = torch.cat([self._hidden[:decodes], after])
         if tokens is not None:
-            # of logits that are not finite, some token
-            tokens = tokens.clamp(min=0)
             token_ids = torch.where(token_ids < 0, tokens[-1 - token_ids.clamp(max=-1)], token_ids)
-        states = self.run(packed, token_ids, hidden, layers)
-        if tokens is None:
-            return None
-        drafts = self._continue(chunks, tokens, states, layers)
-        return drafts.to("cpu", non_blocking=True)
+        return self.run(packed, token_ids, hidden, layers)
 
     def _continue(
         self, chunks: Sequence[Chunk], tokens: Tensor, states: Tensor, layers: LayerCaches
     ) -> Tensor:
-        """Return what may follow the ``tokens`` that each chunk gains, int32 [S, D].
+        """Return drafts after the ``tokens`` that each chunk gains, int32 [S, D].
 
         Args:
             chunks: of the step.
-            tokens: int32, those sampled after them.
+            tokens: int32, sampled after them, not negative.
             states: [T, H], the output of the layer for the step.
             layers: the KV cache.
         """
@@ -211,7 +223,7 @@ class MtpDrafter:
     def _extend(
         self, hidden: Tensor, positions: Tensor, rows: Tensor, ends: Tensor, layers: LayerCaches
     ) -> Tensor:
-        """Return what the layer drafts, int32 [S, D], -1 where no page has room.
+        """Return what the layer drafts, int32 [S, D], -1 where the pages have no room.
 
         Args:
             hidden: [S, H], its output for the last token of each sequence.
@@ -238,18 +250,18 @@ class MtpDrafter:
             hidden = self.run(packed, token_ids, hidden, layers)
 
     def _graph_size(self, step: Step) -> int | None:
-        """Return for how many sequences the graph is that drafts after ``step``, None when there is
-        none.
+        """Return the size of the smallest graph that can draft after ``step``, in sequences; None
+        when there is none.
         """
         if step.decodes != len(step.chunks):
             return None
         return next((size for size in self.graphs if size >= step.decodes), None)
 
     def fill(self, chunks: Sequence[Chunk], size: int) -> DraftInputs[Tensor]:
-        """Send what drafting after ``chunks``, which decode, reads to the device, padded to
-        ``size`` sequences; return it there. Does not wait for the device.
+        """Send the inputs of drafting after ``chunks``, which decode, to the device, padded to
+        ``size`` sequences; return them there. Does not wait for the device.
         """
-        count = size * self._numbers
+        count = size * self._inputs_per_sequence
         pinned = self._table.device.type == "cuda"
         numbers = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
         inputs = DraftInputs.of(numbers.numpy(), size)
@@ -257,7 +269,8 @@ class MtpDrafter:
         inputs.drafts[:] = -1
         place = 0
         for number, chunk in enumerate(chunks):
-            row, own = chunk.sequence.row, (number, slice(chunk.count))
+            row = chunk.sequence.row
+            own = (number, slice(chunk.count))
             assert row is not None
             inputs.places[own] = range(place, place + chunk.count)
             inputs.positions[own] = range(chunk.start, chunk.start + chunk.count)
@@ -269,12 +282,11 @@ class MtpDrafter:
         return DraftInputs.of(self._inputs[:count], size)
 
     def draft_fixed(self, inputs: DraftInputs[Tensor], layers: LayerCaches) -> Tensor:
-        """Return what may follow the tokens that each sequence gains, int32 [S, D]: what a graph
-        does.
+        """Return drafts after the tokens that each sequence gains, int32 [S, D]: what a graph
+        captures.
         """
         places = inputs.places.flatten()
-        # of logits that are not finite, some token
-        tokens = self._tokens[places].clamp(min=0)
+        tokens = self._tokens[places].clamp(min=0)  # -1 where logits are not finite
         packed = Packed(
             self._table,
             inputs.rows.flatten(),
@@ -283,15 +295,14 @@ class MtpDrafter:
             counters=self._counters,
         )
         states = self.run(packed, tokens, self._hidden[places], layers)
-        same = tokens.view_as(inputs.places)[:, :-1] == inputs.drafts
-        right = same.int().cumprod(dim=1).sum(dim=1).int()
+        right = _count_leading(tokens.view_as(inputs.places)[:, :-1] == inputs.drafts)
         size, count = inputs.places.shape
         last = torch.arange(size, device=places.device) * count + right
         positions, rows = inputs.positions[:, 0] + right, inputs.rows[:, 0]
         return self._extend(states[last], positions, rows, inputs.ends, layers)
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:
-        """Return what the graphs will need, about; see `CudaGraphs.memory_bytes`."""
+        """Return about how much memory the graphs will need; see `CudaGraphs.memory_bytes`."""
         most = self._sizes[-1]
         tokens = most * (1 + self._limits.drafts)
         return step_bytes * tokens // self._limits.token_budget + 2 * most * row_bytes
@@ -323,8 +334,7 @@ class MtpDrafter:
         (drafts,) = self._ints([token for row in padded for token in row])
         numbers = torch.arange(most, device=firsts.device)
         places = (firsts[:, None] + numbers).clamp(max=len(tokens) - 1)
-        same = tokens[places] == drafts.view(len(chunks), most)
-        return same.int().cumprod(dim=1).sum(dim=1).int()
+        return _count_leading(tokens[places] == drafts.view(len(chunks), most))
 
     def _ints(self, *lists: Sequence[int | None]) -> tuple[Tensor, ...]:
         """Return ``lists`` on the device, int32, in one copy, without waiting for it."""
@@ -338,9 +348,16 @@ class MtpDrafter:
         return torch.split(flat.to(device, non_blocking=True), sizes)
 
 
+def _count_leading(same: Tensor) -> Tensor:
+    """Return how many values of each row of ``same``, bool [S, N], come before the first that is
+    false, int32 [S].
+    """
+    return same.int().cumprod(dim=1).sum(dim=1).int()
+
+
 def _following(chunks: Sequence[Chunk]) -> list[int]:
-    """Return the token after each token of ``chunks``, -1 - n where it is the nth that the step
-    samples.
+    """Return the token after each token of ``chunks``; -1 - n stands for the nth token that the
+    step samples, counted from 0.
     """
     following: list[int] = []
     sampled = 0

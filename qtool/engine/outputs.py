@@ -34,7 +34,7 @@ class TokenLogprob(Struct, array_like=True, frozen=True, gc=False):
     top: tuple[tuple[float, int], ...] | None
     """(log probability, token) of the most likely; None for the first token of a prompt."""
     labels: tuple[float, ...] = ()
-    """Log probabilities in its place of `GenerateRequest.label_token_ids`."""
+    """Log probabilities of `GenerateRequest.label_token_ids` in its place."""
 
 
 class SpecCounts(Struct, array_like=True):

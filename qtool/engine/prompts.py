@@ -33,7 +33,7 @@ class PromptTokenizer(Protocol):
         add_generation_prompt: bool,
         **variables: object,
     ) -> list[str]:
-        """Return the prompts of conversations."""
+        """Return one prompt for each of ``conversations``, which are lists of messages."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PromptReader:
             texts, single = _as_list(prompt, str)
             return [self._encode(text) for text in texts], single
         prompts, single = _as_list(input_ids, int)
-        return [self.token_ids(tokens) for tokens in prompts], single
+        return [self.check_token_ids(tokens) for tokens in prompts], single
 
     def _encode(self, text: object) -> list[int]:
         if self.tokenizer is None:
@@ -74,12 +74,12 @@ class PromptReader:
                 "E_PROMPT", f"a prompt is a {type(text).__name__}, not text", hint=PROMPT_HINT
             )
         try:
-            return self.token_ids(self.tokenizer(text, verbose=False)["input_ids"])
+            return self.check_token_ids(self.tokenizer(text, verbose=False)["input_ids"])
         except (TypeError, UnicodeError) as error:
             raise not_unicode() from error
 
-    def token_ids(self, prompt: object) -> list[int]:
-        """Return ``prompt``, a list of tokens. Raises: UsageError, for anything else."""
+    def check_token_ids(self, prompt: object) -> list[int]:
+        """Return ``prompt`` as a list, if it holds tokens of the model. Raises: UsageError."""
         size = self.vocab_size
         if isinstance(prompt, (list, tuple)) and all(
             type(token) is int and 0 <= token < size for token in prompt

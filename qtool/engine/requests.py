@@ -63,7 +63,8 @@ class GenerateRequest:
     rid: str | Sequence[str] | None = None
     """Names of the requests, one for each prompt, for `Engine.abort`."""
     label_token_ids: Sequence[int] = ()
-    """With ``return_logprob``: tokens whose log probabilities are returned for each token."""
+    """With ``return_logprob``: tokens whose log probabilities are returned for each generated
+    token."""
 
     def __post_init__(self) -> None:
         given = self.top_logprobs_num
@@ -82,7 +83,7 @@ class LogprobOptions:
     first: int
     """The first token of the prompt; -1: none."""
     labels: Sequence[int] = ()
-    """Tokens that are shown for each token that is generated."""
+    """Tokens whose log probabilities are returned for each generated token."""
 
     @classmethod
     def of_each(cls, given: GenerateRequest, count: int) -> list[LogprobOptions]:
@@ -137,7 +138,7 @@ class Request:
     prompt_logprobs_from: int | None
     """The first token of the prompt whose log probability is returned."""
     labels: Sequence[int] = ()
-    """Tokens whose log probabilities are returned for each token."""
+    """Tokens whose log probabilities are returned for each generated token."""
     drafter: Drafter | None = None
     """Drafts tokens that may come next."""
     masks: Sequence[NDArray[np.int32] | None] = ()
@@ -273,7 +274,7 @@ class RequestParser:
         if not len(all_params) == len(names) == count:
             message = f"{count} prompts, {len(all_params)} sampling_params, {len(names)} ids"
             raise UsageError("E_PROMPT", message, hint="give one for all, or one for each prompt")
-        self.prompts.token_ids(given.label_token_ids)
+        self.prompts.check_token_ids(given.label_token_ids)
         logprobs = LogprobOptions.of_each(given, count)
         requests: list[Request] = []
         for tokens, params, name, options in zip(prompts, all_params, names, logprobs, strict=True):

@@ -24,8 +24,8 @@ ROWS_AT_ONCE = 64  # of more rows the draw is made in parts, so that its tempora
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of softmax(logits): of the chosen tokens [T, 1], with labels behind each
-    where some are wanted, and of the most probable ones with their ids [T, top], largest first.
+    """Natural logarithms of softmax(logits): of the chosen tokens and their labels [T, 1 + labels],
+    and of the most probable tokens with their ids [T, top], largest first.
     """
 
     chosen: Tensor
@@ -70,7 +70,7 @@ class Prepared:
     """None: all rows."""
     top: int
     labels: Tensor | None = None
-    """int64 [R, L] of ``logprob_rows``, filled up with 0; None: no row has labels."""
+    """int64 [R, L] of ``logprob_rows``, padded with 0; None: no row has labels."""
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
-    """Return the log-probabilities, by ``logits`` [T, V], of ``targets`` [T, C] (negative ones
-    count as 0) and of the ``top`` most probable tokens.
+    """Return the log probabilities, by ``logits`` [T, V], of the tokens ``targets`` [T, C], where
+    negative ones count as 0, and of the ``top`` most probable tokens.
     """
     parts = []
     for start in range(0, max(1, logits.shape[0]), ROWS_AT_ONCE):

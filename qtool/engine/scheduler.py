@@ -76,7 +76,7 @@ class Scheduler:
         lookahead: as in `Limits`.
         snapshots: of the states that layers keep for a sequence; without them, a sequence whose
             layers keep states may not start with the pages of another.
-        keeps_latents: whether keys and values of chunks may be made of latents.
+        keeps_latents: whether chunks may attend to keys and values made from latents.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Scheduler:
             return None
         expands = 0
         if self.keeps_latents:
-            prefills, expands = _expanding_last(prefills)
+            prefills, expands = _put_expanded_last(prefills)
         chunks = decodes + prefills
         return Step(chunks, len(decodes), updates, self._restores, self._saves, expands)
 
@@ -417,9 +417,9 @@ class Scheduler:
             digests.append(page_digest(before, tokens[number * PAGE : (number + 1) * PAGE]))
 
 
-def _expanding_last(prefills: Sequence[Chunk]) -> tuple[list[Chunk], int]:
-    """Return the chunks with those at the end whose keys and values are made of latents, and how
-    many these are; see `qtool.engine.attention.pages.Expanded`.
+def _put_expanded_last(prefills: Sequence[Chunk]) -> tuple[list[Chunk], int]:
+    """Return the chunks in order, but last those that attend to keys and values made from latents,
+    and how many these are; see `qtool.engine.attention.pages.Expanded`.
     """
     absorbed: list[Chunk] = []
     expanded: list[Chunk] = []

@@ -108,7 +108,7 @@ class Step:
     saves: Sequence[tuple[int, int]] = ()
     """(row, snapshot) of states to copy from the row after the step."""
     expands: int = 0
-    """So many chunks at the end attend to keys and values made of latents, see
+    """How many chunks at the end attend to keys and values made from latents, see
     `qtool.engine.attention.pages.Expanded`.
     """
 

@@ -39,7 +39,7 @@ class MtpLayer(nn.Module):
         self.norm = _norm(plan, decoder, names.norm)
         self.projection = _linear(plan, names.projection)
         self.rotary = decoder.rotary_emb
-        # of time, height and width, which are the same for text
+        # time, height and width, whose positions are the same for text
         self.grid_count = 3 if hasattr(self.rotary, "mrope_section") else 1
         # the layer has its own names for what it shares with the model
         embeddings: nn.Module = decoder.embed_tokens
@@ -93,9 +93,8 @@ def attach_mtp(plan: LoadPlan, model: CausalLM) -> None:
 
 
 def _let_experts_run_together(block: nn.Module) -> None:
-    """Let experts that stay in 16 bits multiply as those of unquantized models do, though those of
-    other layers are quantized: for each expert by itself the host would ask which have tokens,
-    which a CUDA graph cannot.
+    """Let experts that stay in 16 bits multiply together, as those of unquantized models do. One by
+    one, the host would ask which have tokens, which a CUDA graph cannot.
     """
     for module in block.modules():
         config: Any = getattr(module, "config", None)

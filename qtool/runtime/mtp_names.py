@@ -13,16 +13,16 @@ from qtool.errors import CheckpointRefused
 # norm. Sources: DeepSeek-AI 2024, arXiv:2412.19437, section 2.2; vLLM 0.11
 # `models/deepseek_mtp.py`, `models/glm4_moe_mtp.py` and `models/qwen3_next_mtp.py`; SGLang 0.5
 # `models/deepseek_nextn.py`.
-AFTER = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
-"""Their MTP layer stands after the last decoder layer, and has all parts."""
-APART = (
+AFTER_LAYERS = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+"""Classes whose MTP layer is numbered as a decoder layer, after the last, with all its parts."""
+OWN_MODULE = (
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForCausalLM",
     "Qwen3_5MoeForConditionalGeneration",
 )
-"""Their MTP layer has a module of its own, `mtp`."""
+"""Classes whose MTP layer is a module of its own, `mtp`."""
 EMBEDDINGS = "embed_tokens"
 HINT = "leave speculative_algorithm out, or NGRAM, which needs no layer"
 
@@ -34,13 +34,13 @@ class MtpNames:
     block: str
     """The decoder layer in it, e.g. ``model.layers.61``."""
     place: str
-    """What it would be called among the model's decoder layers, after the last of them."""
+    """Its name among the model's decoder layers, as the one after the last."""
     embedding_norm: str
     hidden_norm: str
     norm: str
     """Before the head."""
     projection: str
-    """The layer that makes one vector of embedding and hidden state."""
+    """The linear layer that joins embedding and hidden state."""
     embeddings: str
     """Its own embeddings, if it has some."""
     shared_embeddings: str
@@ -62,11 +62,12 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
     """
     path, tensors = checkpoint.place, checkpoint.tensors
     kind = (checkpoint.config.get("architectures") or ["a model without `architectures`"])[0]
-    if kind not in (*AFTER, *APART):
-        known = f"{', '.join((*AFTER, *APART)[:-1])} and {APART[-1]}"
+    classes = (*AFTER_LAYERS, *OWN_MODULE)
+    if kind not in classes:
+        known = f"{', '.join(classes[:-1])} and {classes[-1]}"
         message = f"{path}: qtool knows the MTP layers of {known}, and this is {kind}"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
-    names = _names(checkpoint, is_apart=kind in APART)
+    names = _names(checkpoint, is_own_module=kind in OWN_MODULE)
     norms = (names.embedding_norm, names.hidden_norm, names.norm)
     missing = [name for name in (f"{norm}.weight" for norm in norms) if name not in tensors]
     prefix = f"{names.projection}."
@@ -76,18 +77,17 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
     return names
 
 
-def _names(checkpoint: Checkpoint, *, is_apart: bool) -> MtpNames:
-    """Return the names that an MTP layer of the model has."""
+def _names(checkpoint: Checkpoint, *, is_own_module: bool) -> MtpNames:
+    """Return the names of the model's MTP layer, whether the checkpoint has it or not."""
     number = checkpoint.text_config.get("num_hidden_layers")
     ending = f"{EMBEDDINGS}.weight"
     found = (name for name in checkpoint.tensors if name.endswith(f".{ending}"))
-    decoder = next((each for each in found if not each.startswith("mtp.")), f"model.{ending}")
-    decoder = decoder.removesuffix(ending)
-    place = f"{decoder}layers.{number}"
-    if is_apart:
+    table = next((name for name in found if not name.startswith("mtp.")), f"model.{ending}")
+    decoder = table.removesuffix(ending)
+    if is_own_module:
         return MtpNames(
             block="mtp.layers.0",
-            place=place,
+            place=f"{decoder}layers.{number}",
             embedding_norm="mtp.pre_fc_norm_embedding",
             hidden_norm="mtp.pre_fc_norm_hidden",
             norm="mtp.norm",
@@ -96,16 +96,17 @@ def _names(checkpoint: Checkpoint, *, is_apart: bool) -> MtpNames:
             shared_embeddings=f"{decoder}{EMBEDDINGS}",
             head="mtp.lm_head",
         )
+    layer = f"model.layers.{number}"
     return MtpNames(
-        block=f"model.layers.{number}",
-        place=f"model.layers.{number}",
-        embedding_norm=f"model.layers.{number}.enorm",
-        hidden_norm=f"model.layers.{number}.hnorm",
-        norm=f"model.layers.{number}.shared_head.norm",
-        projection=f"model.layers.{number}.eh_proj",
-        embeddings=f"model.layers.{number}.{EMBEDDINGS}",
+        block=layer,
+        place=layer,
+        embedding_norm=f"{layer}.enorm",
+        hidden_norm=f"{layer}.hnorm",
+        norm=f"{layer}.shared_head.norm",
+        projection=f"{layer}.eh_proj",
+        embeddings=f"{layer}.{EMBEDDINGS}",
         shared_embeddings=f"model.{EMBEDDINGS}",
-        head=f"model.layers.{number}.shared_head.head",
+        head=f"{layer}.shared_head.head",
     )
 
 

@@ -29,7 +29,7 @@ class Skeleton:
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
         dtype: what unquantized layers compute in.
-        moved: a module of the checkpoint, and what transformers is to think it is called.
+        moved: the name of a module in the checkpoint, and the one that transformers gets for it.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class Submission:
     prompt_logprobs_from: int = -1
     """-1: none of the prompt."""
     label_token_ids: Sequence[int] = field(default_factory=list)
-    """With log probabilities: tokens whose own are returned for each token."""
+    """With log probabilities: tokens whose own are returned for each generated token."""
     grammar: tuple[str, str, str] | None = None
     """(kind, text, compiled) of the constraint in ``params``."""
 
