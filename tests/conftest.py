@@ -25,7 +25,7 @@ from qtool.memory import no_collection
 
 # models are too small for two threads, which only wait for each other; so do tests beside each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# some environments forbid it: then each command that a test starts would compile qtool again
+# where it is set, each command that a test starts would compile qtool again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # a runner in the background ignores it, and so would every command that a test starts
@@ -48,7 +48,7 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
     "uniform_draws",
 }
 
-# only transformers would import these packages, which takes a second or two
+# Runs a file of tests without packages that only transformers imports, which takes a second or two.
 RUN_FILE = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("scipy", "sklearn", "torchao")))

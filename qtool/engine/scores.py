@@ -24,16 +24,21 @@ from qtool.engine.vectors import Vector
 from qtool.errors import CheckpointRefused, UsageError
 
 LABEL_PARAMS = SamplingParams(max_new_tokens=1, temperature=0)
-"""Of requests for the probabilities of labels, which are those of the first token."""
-OF_LABELS = ("apply_softmax", "item_first")
-OF_PAIRS = ("instruction", "use_activation")
-_SHOWN = [re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")]
+"""Of requests for the probabilities of labels: they are read off the first generated token."""
+LABEL_OPTIONS = ("apply_softmax", "item_first")
+"""Options of scores by the probabilities of labels."""
+PAIR_OPTIONS = ("instruction", "use_activation")
+"""Options of scores by rerankers and embedding models."""
+_ROLE_PATTERNS = [
+    re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")
+]
 
 
 def make_pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what is scored: the texts of both sides in pairs, or one with each of the others.
+    """Return the pairs to score: the texts of both sides one by one, or the only one of ``first``
+    with each of ``second``.
 
-    Raises: UsageError.
+    Raises: UsageError, when the sides differ in length otherwise.
     """
     if len(first) == 1:
         first = [*first] * len(second)
@@ -43,24 +48,28 @@ def make_pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, s
     return list(zip(first, second, strict=True))
 
 
-def unused_option(options: Mapping[str, object], *, has_labels: bool) -> str | None:
-    """Return what is wrong with ``options``, where one would be ignored; ``has_labels``: whether
-    the probabilities of labels are asked for.
+def ignored_option_reason(options: Mapping[str, object], *, has_labels: bool) -> str | None:
+    """Return why one of ``options`` would be ignored; None if none would.
+
+    Args:
+        options: by name; None, False or empty asks for nothing, of use_activation True.
+        has_labels: whether the request asks for the probabilities of labels.
     """
-    for name in OF_PAIRS if has_labels else OF_LABELS:
+    for name in PAIR_OPTIONS if has_labels else LABEL_OPTIONS:
         given = options.get(name)
-        if given is False if name == "use_activation" else given:
+        is_asked = given is False if name == "use_activation" else bool(given)
+        if is_asked:
             return f"`{name}` means nothing {'with' if has_labels else 'without'} label_token_ids"
     return None
 
 
-def joined_texts(pairs: Iterable[tuple[str, str]], *, item_first: bool) -> list[str]:
-    """Return the texts after which labels are scored."""
+def join_texts(pairs: Iterable[tuple[str, str]], *, item_first: bool) -> list[str]:
+    """Return the texts after which labels are scored, one for each pair of query and item."""
     return [item + query if item_first else query + item for query, item in pairs]
 
 
 def check_complete(outputs: Iterable[CompletionOutput]) -> None:
-    """Raise UsageError, if one of ``outputs`` was aborted."""
+    """Raise UsageError if one of ``outputs`` was aborted."""
     for output in outputs:
         if output.finish is not None and output.finish.reason["type"] == "abort":
             raise UsageError("E_ABORTED", "the request was aborted", hint="send it again")
@@ -71,19 +80,23 @@ def label_scores(output: CompletionOutput, *, apply_softmax: bool) -> list[float
     logprobs = output.logprobs[0].labels
     likeliest = max(logprobs)
     if not apply_softmax or likeliest == -math.inf:
-        return [math.exp(one) for one in logprobs]
-    shares = [math.exp(one - likeliest) for one in logprobs]
-    return [one / sum(shares) for one in shares]
+        return [math.exp(logprob) for logprob in logprobs]
+    weights = [math.exp(logprob - likeliest) for logprob in logprobs]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def distinct_texts(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the texts that an embedding model encodes to score ``pairs``."""
+    """Return the texts of ``pairs``, each once: an embedding model encodes these to score them."""
     return list(dict.fromkeys(text for pair in pairs for text in pair))
 
 
 def cosines(pairs: Iterable[tuple[str, str]], vectors: Sequence[Vector]) -> list[float]:
-    """Return the cosine between the embeddings of each of ``pairs``, as vLLM does; ``vectors``: of
-    their `distinct_texts`.
+    """Return the cosine similarity of each of ``pairs``, as vLLM does.
+
+    Args:
+        pairs: texts.
+        vectors: the embeddings of their `distinct_texts`, in that order.
     """
     pairs = list(pairs)
     vector_by_text = dict(zip(distinct_texts(pairs), vectors, strict=True))
@@ -95,8 +108,8 @@ def _cosine(first: Vector, second: Vector) -> float:
     return float(first @ second) / max(lengths, 1e-12)
 
 
-def ranked(scores: Sequence[float], top_n: int | None) -> list[int]:
-    """Return the indexes of the ``top_n`` largest of ``scores``, in order; None and 0: of all."""
+def rank(scores: Sequence[float], top_n: int | None) -> list[int]:
+    """Return the indexes of the ``top_n`` largest of ``scores``, in order; None or 0: of all."""
     return sorted(range(len(scores)), key=lambda index: -scores[index])[: top_n or None]
 
 
@@ -105,18 +118,17 @@ class PairForm:
     """How a query and a document become the prompt of a reranker."""
 
     has_template: bool
-    """Whether a chat template shows them; else the tokenizer joins the two."""
-
+    """Whether the chat template shows both; otherwise the tokenizer joins them."""
     instruction: str
-    """The checkpoint's own; empty if there is none."""
+    """The checkpoint's own; empty if it has none."""
 
     @classmethod
     def of(cls, encoding: Encoding | None, template: str | None) -> Self:
-        """Return the form for a model and its chat template.
+        """Return the form for a model with this ``encoding`` and chat ``template``.
 
         Raises: CheckpointRefused, when the model answers yes or no and its template asks nothing.
         """
-        shown = all(role.search(template or "") for role in _SHOWN)
+        shown = all(role.search(template or "") for role in _ROLE_PATTERNS)
         if encoding is not None and encoding.labels and not shown:
             raise CheckpointRefused(
                 "E_CHAT_TEMPLATE",
@@ -135,7 +147,7 @@ class PairForm:
     def conversations(
         self, pairs: Iterable[tuple[str, str]], instruction: str | None
     ) -> list[list[Json]]:
-        """Return the messages that a template shows for each of ``pairs``."""
+        """Return for each of ``pairs`` the messages that the template gets."""
         wanted = instruction or self.instruction
         system: list[Json] = [{"role": "system", "content": wanted}] if wanted else []
         return [
@@ -148,7 +160,7 @@ class PairForm:
         ]
 
     def variables(self, instruction: str | None) -> dict[str, str]:
-        """Return the variables of a template."""
+        """Return the variables that the template gets beside the messages."""
         wanted = instruction or self.instruction
         return {"instruction": wanted, "instruct": wanted} if wanted else {}
 

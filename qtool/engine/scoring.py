@@ -1,4 +1,4 @@
-"""`Engine.score` and `Engine.rerank`: what the server's routes of these names compute."""
+"""`Engine.score` and `Engine.rerank`: they compute what the server's routes of these names do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, Generic, TypedDict, TypeVar
 
 from qtool.checkpoint.encoding import Encoding
@@ -20,17 +21,18 @@ from qtool.engine.scores import (
     check_complete,
     cosines,
     distinct_texts,
+    ignored_option_reason,
     instruction_not_shown,
-    joined_texts,
+    join_texts,
     label_scores,
     make_pairs,
-    ranked,
-    unused_option,
+    rank,
 )
-from qtool.engine.vectors import Vector, vector_of
+from qtool.engine.vectors import vector_of
 from qtool.errors import UsageError
 
 Texts = str | Sequence[str]
+Scores = list[float] | list[list[float]]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -45,14 +47,17 @@ class Ranked(TypedDict):
 
 @dataclass(frozen=True)
 class _Job(Generic[T_co]):
-    """What the engine computes, and what becomes of its outputs."""
+    """The requests to run, and the result to make of their outputs."""
 
     requests: list[Request]
     result: Callable[[list[CompletionOutput]], T_co]
+    """Takes one output for each request, in their order."""
 
 
 class ScoringMethods(ABC):
-    """Scores by a reranker, an embedding model or the probabilities of labels."""
+    """The methods of `Engine` that score texts: by a reranker, by an embedding model or by the
+    probabilities of labels.
+    """
 
     tokenizer: PromptTokenizer | None
     encoding: Encoding | None
@@ -76,19 +81,20 @@ class ScoringMethods(ABC):
         *,
         instruction: str | None = None,
         use_activation: bool = True,
-    ) -> Any:
-        """Return a score for each item: of a reranker or an embedding model a number, of a language
-        model the probabilities of the tokens ``label_token_ids`` after query and item.
+    ) -> Scores:
+        """Score ``items`` for ``query``.
 
         Args:
             query: one text for all items, or one for each.
-            items: the documents.
+            items: the documents to score.
             label_token_ids: tokens whose probabilities are the scores, as in SGLang.
             apply_softmax: let the probabilities of the labels sum to 1.
             item_first: put the item before the query.
             instruction: what makes a document relevant, in place of the checkpoint's own, for chat
                 templates that show it.
             use_activation: False: logits of a reranker, without a sigmoid.
+        Returns: for each item a number; with ``label_token_ids`` a list of the probabilities of
+            these tokens after query and item.
         Raises: UsageError; CheckpointRefused, for a reranker whose prompts are unknown.
         """
         return self._run(
@@ -96,10 +102,10 @@ class ScoringMethods(ABC):
                 query,
                 items,
                 label_token_ids,
-                apply_softmax,
-                item_first,
-                instruction,
-                use_activation,
+                apply_softmax=apply_softmax,
+                item_first=item_first,
+                instruction=instruction,
+                use_activation=use_activation,
             )
         )
 
@@ -113,7 +119,7 @@ class ScoringMethods(ABC):
         *,
         instruction: str | None = None,
         use_activation: bool = True,
-    ) -> Any:
+    ) -> Scores:
         """Do as `score`. Cancelling it aborts the requests."""
         return await self._async_run(
             partial(
@@ -121,10 +127,10 @@ class ScoringMethods(ABC):
                 query,
                 items,
                 label_token_ids,
-                apply_softmax,
-                item_first,
-                instruction,
-                use_activation,
+                apply_softmax=apply_softmax,
+                item_first=item_first,
+                instruction=instruction,
+                use_activation=use_activation,
             )
         )
 
@@ -137,8 +143,15 @@ class ScoringMethods(ABC):
         instruction: str | None = None,
         use_activation: bool = True,
     ) -> list[Ranked]:
-        """Return the ``top_n`` most relevant of ``documents`` for ``query``, or all, in order:
-        ``index`` and ``relevance_score``, which is that of `score`. Raises: as `score`.
+        """Return the documents that are most relevant for ``query``, the best first.
+
+        Args:
+            query: a text.
+            documents: texts.
+            top_n: how many are returned; None: all.
+            instruction: as in `score`.
+            use_activation: as in `score`; ``relevance_score`` is what `score` gives.
+        Raises: as `score`.
         """
         return self._run(self._rank_job(query, documents, top_n, instruction, use_activation))
 
@@ -157,14 +170,14 @@ class ScoringMethods(ABC):
         )
 
     def _run(self, job: _Job[T]) -> T:
-        outputs = sorted(self._outputs(job.requests), key=_index)
+        outputs = sorted(self._outputs(job.requests), key=attrgetter("index"))
         check_complete(outputs)
         return job.result(outputs)
 
     async def _async_run(self, make_job: Callable[[], _Job[T]]) -> T:
         job = await asyncio.get_running_loop().run_in_executor(None, make_job)
         outputs = [output async for output in self._async_outputs(job.requests)]
-        outputs.sort(key=_index)
+        outputs.sort(key=attrgetter("index"))
         check_complete(outputs)
         return job.result(outputs)
 
@@ -173,6 +186,7 @@ class ScoringMethods(ABC):
         query: Texts,
         items: Texts,
         label_token_ids: Sequence[int] | None,
+        *,
         apply_softmax: bool,
         item_first: bool,
         instruction: str | None,
@@ -184,7 +198,7 @@ class ScoringMethods(ABC):
             "instruction": instruction,
             "use_activation": use_activation,
         }
-        problem = unused_option(options, has_labels=label_token_ids is not None)
+        problem = ignored_option_reason(options, has_labels=label_token_ids is not None)
         if problem is not None:
             raise UsageError("E_PROMPT", problem, hint="leave it out")
         pairs = make_pairs(_texts(query), _texts(items))
@@ -193,7 +207,7 @@ class ScoringMethods(ABC):
         label_token_ids = _as_list(label_token_ids)
         if label_token_ids == []:
             raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
-        texts = joined_texts(pairs, item_first=item_first)
+        texts = join_texts(pairs, item_first=item_first)
         requests, _ = self._parser.parse(
             GenerateRequest(
                 prompt=texts,
@@ -204,7 +218,7 @@ class ScoringMethods(ABC):
         )
         return _Job(
             requests,
-            lambda outputs: [label_scores(one, apply_softmax=apply_softmax) for one in outputs],
+            lambda outputs: [label_scores(each, apply_softmax=apply_softmax) for each in outputs],
         )
 
     def _pair_job(
@@ -228,20 +242,19 @@ class ScoringMethods(ABC):
         requests, _ = encode_requests(self._parser, given)
 
         def result(outputs: list[CompletionOutput]) -> list[float]:
-            def vector(output: CompletionOutput) -> Vector:
-                return vector_of(encoding, output.vector, activate=use_activation)
-
-            vectors = [vector(output) for output in outputs]
+            vectors = [
+                vector_of(encoding, output.vector, activate=use_activation) for output in outputs
+            ]
             if encoding.task == "embed":
                 return cosines(pairs, vectors)
-            return [float(one[0]) for one in vectors]
+            return [float(vector[0]) for vector in vectors]
 
         return _Job(requests, result)
 
     def _pair_tokens(
         self, pairs: Sequence[tuple[str, str]], instruction: str | None
     ) -> list[list[int]]:
-        """Return the prompts of a reranker."""
+        """Return the prompts of a reranker, in tokens. Raises: UsageError, CheckpointRefused."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             message = "scores need a tokenizer, and skip_tokenizer_init left it out"
@@ -252,7 +265,7 @@ class ScoringMethods(ABC):
         form.check(instruction)
         backend = tokenizer.backend_tokenizer
         if not form.has_template:
-            return [one.ids for one in backend.encode_batch_fast(list(pairs))]
+            return [encoded.ids for encoded in backend.encode_batch_fast(list(pairs))]
         prompts = tokenizer.apply_chat_template(
             form.conversations(pairs, instruction),
             tokenize=False,
@@ -260,7 +273,9 @@ class ScoringMethods(ABC):
             **form.variables(instruction),
         )
         form.check_shown(instruction, prompts[0])
-        return [one.ids for one in backend.encode_batch_fast(prompts, add_special_tokens=False)]
+        return [
+            encoded.ids for encoded in backend.encode_batch_fast(prompts, add_special_tokens=False)
+        ]
 
     def _rank_job(
         self,
@@ -280,19 +295,14 @@ class ScoringMethods(ABC):
         def result(outputs: list[CompletionOutput]) -> list[Ranked]:
             scores = scored.result(outputs)
             return [
-                {"index": index, "relevance_score": scores[index]}
-                for index in ranked(scores, top_n)
+                {"index": index, "relevance_score": scores[index]} for index in rank(scores, top_n)
             ]
 
         return _Job(scored.requests, result)
 
 
-def _index(output: CompletionOutput) -> int:
-    return output.index
-
-
 def _as_list(given: object) -> Any:
-    """Return ``given``, an array of NumPy or torch as a list."""
+    """Return an array of NumPy or torch as a list, and anything else as it is."""
     return given.tolist() if hasattr(given, "tolist") else given
 
 
@@ -310,7 +320,7 @@ def _texts(given: Texts) -> Sequence[str]:
 
 
 def _check_text(name: str, given: object) -> None:
-    """Raise UsageError, if ``given``, which messages call ``name``, is not a text."""
+    """Raise UsageError if ``given`` is not a text; ``name`` is what the message calls it."""
     if not isinstance(given, str):
         message = f"{name} is a {type(given).__name__}"
         raise UsageError("E_PROMPT", message, hint="query, documents and instruction are texts")

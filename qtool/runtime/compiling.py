@@ -8,8 +8,8 @@ import torch
 
 
 def compile_in_parallel(device: torch.device) -> AbstractContextManager[None]:
-    """Compile what is launched on ``device`` meanwhile, all at the same time, and do not run it;
-    see `qtool.runtime.triton.parallel_compile`. A CPU has nothing to compile, and runs everything.
+    """Compile what is launched on ``device`` meanwhile, in parallel, instead of running it; see
+    `qtool.runtime.triton.parallel_compile`. A CPU has nothing to compile, and runs everything.
     """
     if device.type != "cuda":
         return nullcontext()

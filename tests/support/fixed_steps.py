@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,10 +14,10 @@ from qtool.engine.mtp import DraftGraph
 
 
 def run_in_fixed_steps(
-    engine: Engine, sizes: list[int], shapes: list[PromptShape], drafted: list[int] = ()
+    engine: Engine, sizes: list[int], shapes: list[PromptShape], drafted: Sequence[int] = ()
 ) -> list[object]:
-    """Let ``engine`` run what fits in steps of ``sizes`` and ``shapes``, and draft for so many
-    sequences; return the list of those that it runs from now on.
+    """Let ``engine`` run what fits in steps of ``sizes`` and ``shapes``, and draft for ``drafted``
+    sequences at a time; return the list of those that it runs from now on.
     """
     runner, graphs = engine.loop.runner, engine.loop.runner.graphs
     used: list[object] = []

@@ -23,8 +23,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that compile a kernel and, in C, what launches it: Triton leaves that to the first
-    launch, which takes it 0.3 s.
+    """Threads that compile a kernel and its launcher, which is C: Triton would compile that at the
+    first launch, in 0.3 s.
     """
 
     def submit(  # type: ignore[override]
@@ -34,7 +34,7 @@ class _Compilers(ThreadPoolExecutor):
 
         def compile_both() -> CompiledKernel:
             kernel = compile_kernel()
-            driver.active.launcher_cls(kernel.src, kernel.metadata)  # stays on the disk
+            driver.active.launcher_cls(kernel.src, kernel.metadata)  # into the cache on disk
             return kernel
 
         return super().submit(compile_both)
@@ -43,11 +43,11 @@ class _Compilers(ThreadPoolExecutor):
 @contextmanager
 def compile_in_parallel() -> Iterator[None]:
     """Compile the kernels of qtool that this thread launches meanwhile, on all cores, instead of
-    running them: what they would have written is then what the memory held. Kernels whose outputs
-    are indices run all the same, as do those of other libraries. The compiled kernels are in
-    place, and on disk, at the end. Threads take turns; a thread must not enter twice.
+    running them, so that their outputs hold whatever the memory held. Kernels whose outputs are
+    indices run all the same, as do those of other libraries. At the end the compiled kernels can be
+    launched, and are on disk. Threads take turns; a thread must not enter twice.
 
-    One that cannot be compiled is left for its launch to report.
+    The error of a kernel that cannot be compiled is left to its launch.
     """
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     with (

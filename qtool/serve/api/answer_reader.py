@@ -155,7 +155,7 @@ class AnswerReader:
         return self._select(delta, ends=True)
 
     def _select(self, delta: Delta, *, ends: bool = False) -> Delta:
-        """Return what the request asks for of ``delta``."""
+        """Return the parts of ``delta`` that the request asks for."""
         calls = delta.calls
         if not self._parallel:
             calls = tuple(call for call in calls if call.index == 0)
@@ -171,7 +171,7 @@ class AnswerReader:
 
 
 def _join(first: Delta, answer: Delta) -> Delta:
-    """Return ``answer``, which was read in the content of ``first``, with the rest of that."""
+    """Return ``answer``, read from the content of ``first``, with the other parts of ``first``."""
     if not (first.reasoning or first.calls):
         return answer
     return Delta(answer.content, (*first.calls, *answer.calls), first.reasoning)

@@ -91,8 +91,8 @@ async def answer_all(
 
 
 def _with_id(response: Response, rid: str) -> Response:
-    """Return ``response`` with the id of the request, as the log has it, under the names that the
-    clients of OpenAI and of Anthropic read.
+    """Return ``response`` with the request id of the log in the headers that the clients of OpenAI
+    and of Anthropic read.
     """
     response.headers["x-request-id"] = rid
     response.headers["request-id"] = rid

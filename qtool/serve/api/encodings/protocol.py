@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from qtool.engine.sampling_params import LARGEST
-from qtool.engine.scores import unused_option
+from qtool.engine.scores import ignored_option_reason
 from qtool.serve.api.body import Body, Part
 from qtool.serve.api.fields import (
     PROMPT_SCHEMA,
@@ -144,7 +144,7 @@ class ScoreRequest(PairFields):
             "instruction": self.wanted,
             "use_activation": self.use_activation,
         }
-        problem = unused_option(options, has_labels=self.label_token_ids is not None)
+        problem = ignored_option_reason(options, has_labels=self.label_token_ids is not None)
         if problem is not None:
             raise ValueError(problem)
         return self

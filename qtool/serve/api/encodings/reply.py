@@ -18,10 +18,10 @@ from qtool.engine.scores import (
     cosines,
     distinct_texts,
     instruction_not_shown,
-    joined_texts,
+    join_texts,
     label_scores,
     make_pairs,
-    ranked,
+    rank,
 )
 from qtool.engine.vectors import NO_TEXT, Vector, check_dimensions, vector_of
 from qtool.errors import UsageError
@@ -202,7 +202,7 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
     service.check_model(body.model)
     pairs = _pairs(body)
     check_characters(sum(len(query) + len(item) for query, item in pairs), len(pairs))
-    texts = joined_texts(pairs, item_first=bool(body.item_first))
+    texts = join_texts(pairs, item_first=bool(body.item_first))
     run = _Run(service, "score", body.rid)
     log_request(texts, NO_TEXT, service.settings)
     prompts = await service.vocabulary.encode(texts)
@@ -213,14 +213,14 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
             id=run.id,
             object="scoring",
             model=body.model or service.settings.name,
-            scores=[label_scores(one, apply_softmax=softmax) for one in outputs],
+            scores=[label_scores(output, apply_softmax=softmax) for output in outputs],
             usage=run.usage(),
         )
     )
 
 
 def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
-    """Return what is scored. Raises: UsageError."""
+    """Return the pairs that ``body`` names. Raises: UsageError."""
     sides: list[list[str]] = []
     for names in SIDES:
         given = [getattr(body, name) for name in names if getattr(body, name) is not None]
@@ -251,7 +251,7 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
             model=body.model or service.settings.name,
             results=[
                 RankedDocument(index, scores[index], RankedText(texts[index]) if shows else UNSET)
-                for index in ranked(scores, body.top_n)
+                for index in rank(scores, body.top_n)
             ],
             usage=run.usage(),
         )

@@ -96,7 +96,7 @@ def _check_blocks(value: object) -> object:
     value = check_content(value)
     if not isinstance(value, list):
         return value
-    value = [*map(_document_text, value)]
+    value = [*map(_as_text_block, value)]
     for block in value:
         kind = block.get("type") if isinstance(block, dict) else None
         if isinstance(kind, str) and kind not in BLOCKS:
@@ -106,15 +106,15 @@ def _check_blocks(value: object) -> object:
     return value
 
 
-def _document_text(block: object) -> object:
-    """Return the text that ``block`` is, a document of plain text; others as they are."""
+def _as_text_block(block: object) -> object:
+    """Return a document of plain text as a block of text, and other blocks as they are."""
     if not isinstance(block, dict) or block.get("type") != "document":
         return block
     source, citations = block.get("source"), block.get("citations")
     if not isinstance(source, dict) or source.get("type") != "text":
         return block
     if isinstance(citations, dict) and citations.get("enabled"):
-        return block  # refused: answers have no citations
+        return block  # refused later: answers have no citations
     parts = [block.get("title"), block.get("context"), source.get("data")]
     return {"type": "text", "text": "\n".join(str(part) for part in parts if part)}
 

@@ -67,7 +67,7 @@ class CallReader(ABC):
         character of a marker is content, too.
         """
         self._run: tuple[re.Pattern[str], Callable[[str], Delta]] | None = None
-        """While characters of one kind are read: what ends them, and what a piece of them gives."""
+        """While characters of one kind are read: what ends them, and the delta of a piece."""
         self._reading = self._read()
         next(self._reading)
 
@@ -137,7 +137,7 @@ class CallReader(ABC):
         return (yield from self._peek())
 
     def _delta_of(self, give: Callable[[str], object]) -> Callable[[str], Delta]:
-        """Return what reads a whole piece that ``give`` takes."""
+        """Return a function from a whole piece of text, which ``give`` takes, to its delta."""
         if give == self._give_arguments:  # as they come: nothing is held
             index = self._calls - 1
             return lambda text: Delta("", (CallDelta(index, None, None, text),))
